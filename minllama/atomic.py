@@ -1,0 +1,132 @@
+"""Files and folders that are written whole or not at all.
+
+The new content is written beside the target, fsynced, and renamed over it, so that a kill or a full
+disk at any instant leaves the old content or the new, never half. Knows nothing of what is written.
+"""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from minllama.errors import MinllamaError
+
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2  # Linux's renameat2(2): swap two names in one step
+
+
+@contextlib.contextmanager
+def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `target`; on success it replaces `target` in one step.
+
+    Raises:
+        MinllamaError: the target cannot be written (no permission, no such folder, disk full).
+    """
+    target = Path(target)
+    with _one_line_errors(target):
+        if target.is_dir():
+            raise MinllamaError(f"cannot write {target}: it is a folder; name a file")
+        temporary = _beside(target)
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, target)
+            _fsync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    target: str | os.PathLike[str], *, replaces: Callable[[str], bool] = lambda name: False
+) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; on success it takes the place of `target`.
+
+    What else lies in an existing `target` is kept (hard-linked), except the files whose name
+    `replaces` claims: those are the old content, such as shards of an earlier save.
+
+    Raises:
+        MinllamaError: the target cannot be written (no permission, no such folder, disk full).
+    """
+    target = Path(target)
+    with _one_line_errors(target):
+        if target.exists() and not target.is_dir():
+            raise MinllamaError(f"cannot write the folder {target}: a file of that name is there")
+        temporary = _beside(target)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if target.exists():
+                _keep_others(target, temporary, replaces)
+            for path in [*temporary.rglob("*"), temporary]:
+                _fsync(path)
+            _put_in_place(temporary, target)
+            _fsync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _keep_others(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
+    for path in old.iterdir():
+        if (new / path.name).exists() or replaces(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, new / path.name)
+
+
+def _link(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _put_in_place(new: Path, target: Path) -> None:
+    """Rename the folder `new` to `target`; an existing `target` ends up under the name `new`."""
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchange(new, target):
+        # Without an atomic swap the old folder steps aside first: for that instant its content is
+        # under a second name, whole, rather than gone.
+        aside = _beside(target)
+        os.rename(target, aside)
+        os.rename(new, target)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    paths = os.fsencode(one), os.fsencode(other)
+    return bool(libc.renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE) == 0)
+
+
+def _fsync(path: Path) -> None:
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _one_line_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise MinllamaError(f"cannot write {target}: {reason}; what was there is untouched") from error

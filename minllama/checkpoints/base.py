@@ -1,0 +1,60 @@
+"""What every checkpoint format is read into.
+
+Knows nothing of any one format. A `Checkpoint` is cheap: it holds shapes and where the numbers are;
+the numbers are read, tensor by tensor, when a model asks for them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from minllama.config import LlamaConfig
+from minllama.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is still on disk.
+
+    Attributes:
+        shape: its shape once loaded.
+        stored_as: the type it is stored as, for people: `bfloat16`, `Q4_1`.
+        stored_bytes: the bytes that it takes on disk.
+        load: reads it, on the CPU, memory-mapped where the format allows: the tensor may be
+            read-only, and the caller must not write to it.
+    """
+
+    shape: tuple[int, ...]
+    stored_as: str
+    stored_bytes: int
+    load: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One Llama on disk: its config, its tensors under our names, its vocabulary.
+
+    Attributes:
+        path: the file or folder that was opened.
+        format: its format, for people: `Hugging Face`, `GGUF`.
+        config: what the Llama is.
+        tensors: name in our model (`layers.0.attention.compute_query.weight`) -> where its
+            numbers are. q and k are laid out for interleaved rotation, as the model has them.
+        vocabulary: its tokenizer; `None` where none lies in or beside it.
+        ignored: keys and tensors of the file that were not read, for people.
+    """
+
+    path: Path
+    format: str
+    config: LlamaConfig
+    tensors: dict[str, LazyTensor] = field(repr=False)
+    vocabulary: Vocabulary | None = field(repr=False)
+    ignored: tuple[str, ...] = ()
+
+
+def lazy(tensor: Tensor) -> LazyTensor:
+    """A LazyTensor over one that is at hand already (or mapped into memory)."""
+    stored = str(tensor.dtype).removeprefix("torch.")
+    return LazyTensor(tuple(tensor.shape), stored, tensor.nbytes, lambda: tensor)

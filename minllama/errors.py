@@ -1,0 +1,21 @@
+"""What a user did that cannot work, said in one line: what, where, remedy.
+
+Knows nothing of torch, files or models. A broken invariant of our own is an `assert`, not one of
+these: the command line prints a `MinllamaError` as a single line and exits with status 2.
+"""
+
+
+class MinllamaError(Exception):
+    """Something that the user can mend; its message names what, where and the remedy."""
+
+
+class CheckpointError(MinllamaError):
+    """A checkpoint that is missing, damaged, unsafe, or not a Llama."""
+
+
+class TokenizerError(MinllamaError):
+    """A vocabulary that cannot be read, or text that cannot be encoded."""
+
+
+class OptionError(MinllamaError):
+    """An option out of its range, or of the wrong type."""
