@@ -88,7 +88,7 @@ def _check_zip(path: Path) -> None:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} is cut off or damaged (a zip archive with no readable directory); fetch it again"
+            f"{path} is cut off or damaged (a zip with no readable directory); fetch it again"
         ) from error
     names = [entry.filename.rpartition("/")[2] for entry in entries]
     if "constants.pkl" in names:
