@@ -1,0 +1,137 @@
+"""Keys and values already computed, so that a text is read once however long it is continued.
+
+The caller owns the cache: it makes one, hands it to each forward pass, and may cut, copy or drop
+rows in between. Knows nothing of attention.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minllama.config import LlamaConfig
+from minllama.errors import MinllamaError
+
+
+class KVCache:
+    """Preallocated keys and values of a batch of texts of different lengths.
+
+    Slot s of a row holds the key and value at position s of that row's text, so rows are aligned at
+    their start and slots from a row's length on are free. A forward pass writes the new tokens'
+    keys and values layer by layer (`update`) and the model then moves the lengths on once
+    (`advance`).
+
+    Args:
+        config: gives the number of layers and the heads' shape.
+        batch_size: B, rows.
+        capacity: S, the longest text in tokens that fits.
+        dtype, device: of the model's activations.
+
+    Attributes:
+        lengths: filled slots of each row, on the host: decisions on shapes need no device sync.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch_size, config.n_kv_heads, capacity, config.head_dim)  # (B, K, S, C)
+        # Zeros, not whatever memory holds: a masked slot still enters attention with weight 0, and
+        # 0 x NaN is NaN.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.capacity = capacity
+        self.lengths = [0] * batch_size
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_len(self) -> int:
+        """Filled slots of the longest row."""
+        return max(self.lengths, default=0)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows are equally long, so that one slice serves them all."""
+        return min(self.lengths) == max(self.lengths)
+
+    def reserve(self, new_len: int) -> None:
+        """Check that `new_len` more tokens fit into every row.
+
+        Raises:
+            MinllamaError: they do not.
+        """
+        if self.max_len + new_len > self.capacity:
+            raise MinllamaError(
+                f"the cache holds {self.capacity} tokens a row: {self.max_len} are filled and "
+                f"{new_len} more do not fit; make it with a larger capacity"
+            )
+
+    def update(
+        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values and give all those up to now.
+
+        Args:
+            layer: index of the layer.
+            keys, values: (B, K, T, C), at `positions` of their rows.
+            positions: (B, T), the slots to write to. Columns beyond a row's own tokens write
+                behind its end, where the next tokens overwrite them.
+
+        Returns:
+            Keys and values, (B, K, S', C) views with S' the longest row after this pass.
+        """
+        stored_keys, stored_values = self.keys[layer], self.values[layer]
+        new_len = keys.shape[2]
+        end = self.max_len + new_len
+        batch = self.batch_size
+        if self.is_uniform:
+            stored_keys[:batch, :, end - new_len : end] = keys
+            stored_values[:batch, :, end - new_len : end] = values
+        else:
+            rows = torch.arange(batch, device=positions.device).unsqueeze(-1)  # (B, 1)
+            # Two index tensors around a slice put the indexed axes first: (B, T, K, C).
+            stored_keys[rows, :, positions] = keys.transpose(1, 2)
+            stored_values[rows, :, positions] = values.transpose(1, 2)
+        return stored_keys[:batch, :, :end], stored_values[:batch, :, :end]
+
+    def advance(self, new_lens: Sequence[int]) -> None:
+        """Count `new_lens[b]` more tokens in each row b; the model does this once a pass."""
+        self.lengths = [old + new for old, new in zip(self.lengths, new_lens, strict=True)]
+
+    def truncate(self, length: int) -> None:
+        """Forget what lies beyond the first `length` tokens of every row."""
+        self.lengths = [min(old, length) for old in self.lengths]
+
+    def drop_row(self, row: int) -> None:
+        """Give up a row: the last row moves into its place, and the batch is one smaller."""
+        last = self.batch_size - 1
+        if row != last:
+            filled = self.lengths[last]
+            for stored in (*self.keys, *self.values):
+                stored[row, :, :filled] = stored[last, :, :filled]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+
+    def repeated(self, n: int, capacity: int) -> "KVCache":
+        """A new cache with every row `n` times in a row, and room for `capacity` tokens."""
+        copy = object.__new__(KVCache)
+        copy.capacity = capacity
+        copy.lengths = [length for length in self.lengths for _ in range(n)]
+        copy.keys = [self._repeat(stored, n, capacity) for stored in self.keys]
+        copy.values = [self._repeat(stored, n, capacity) for stored in self.values]
+        return copy
+
+    def _repeat(self, stored: Tensor, n: int, capacity: int) -> Tensor:
+        batch, heads, _, width = stored.shape
+        filled = min(self.max_len, capacity)
+        grown = stored.new_zeros(batch * n, heads, capacity, width)
+        grown[:, :, :filled] = stored[:, :, :filled].repeat_interleave(n, dim=0)
+        return grown

@@ -1,0 +1,432 @@
+"""The Llama: one Transformer, from token ids to hidden states and logits.
+
+Reads like the papers: Touvron et al. 2023a (LLaMA) and 2023b (Llama 2), on Vaswani et al. 2017.
+Knows nothing of formats, texts or training; tokens are chosen by `minllama.decoding`.
+
+Shape letters, here and everywhere: B batch, T query positions, S cached positions, D model width,
+H heads, K key/value heads, C head width, F hidden width, V vocabulary, R rank.
+"""
+
+import math
+import os
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minllama.cache import KVCache
+from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
+from minllama.config import LlamaConfig
+from minllama.decoding import generate_ids
+from minllama.errors import MinllamaError
+from minllama.loading import load_weights
+from minllama.rope import RotaryEmbedding, apply_rotary_embedding
+
+
+class RMSNorm(nn.Module):
+    """x / RMS(x) * weight (Zhang & Sennrich 2019, eq. 4), with eps inside the root.
+
+    Computed in float32, whose square of a bfloat16 loses nothing, and returned in x's dtype.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (h * self.weight).type_as(x)
+
+
+class View(NamedTuple):
+    """Where the tokens of one forward pass stand, and which keys each of them may see.
+
+    Attributes:
+        positions: (B, T) or (1, T), whole numbers from 0.
+        mask: bool, broadcast to (B, H, T, S), True where a query may look; None for everywhere.
+        is_causal: query t sees keys 0..t of S = T; takes the place of a mask.
+    """
+
+    positions: Tensor
+    mask: Tensor | None = None
+    is_causal: bool = False
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with rotary positions.
+
+    Each of the K key/value heads serves H / K query heads; K = H is multi-head attention, K = 1
+    multi-query attention.
+    """
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.dropout = config.dropout
+        query_dim, key_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.compute_query = nn.Linear(config.dim, query_dim, bias=config.attention_bias)
+        self.compute_key = nn.Linear(config.dim, key_dim, bias=config.attention_bias)
+        self.compute_value = nn.Linear(config.dim, key_dim, bias=config.attention_bias)
+        self.compute_output = nn.Linear(query_dim, config.dim, bias=config.attention_bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def compute_query_key_value_scores(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        *,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """softmax(Q K^T / sqrt(C)) V (Vaswani et al. 2017, eq. 1), all heads at once.
+
+        Args:
+            query: (B, H, T, C).
+            key, value: (B, K, S, C).
+            mask: bool, broadcast to (B, H, T, S); True where a query may look.
+            is_causal: query t sees keys 0..t; stands for a lower-triangular mask.
+
+        Returns:
+            (B, H, T, C), the values weighted by the attention.
+        """
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            enable_gqa=self.n_kv_heads != self.n_heads,
+        )
+
+    def forward(self, x: Tensor, rotation: Tensor, view: View, cache: KVCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            x: normalised hidden states.
+            rotation: what `RotaryEmbedding` gives for the positions of x.
+            view: where x stands in its text, and which keys each query may see.
+            cache: keeps the new keys and values and gives all of them; None: x is the whole text.
+        """
+        query = self.compute_query(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, C)
+        key = self.compute_key(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, K, C)
+        value = self.compute_value(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, K, C)
+        query = apply_rotary_embedding(query, rotation).transpose(1, 2)  # (B, H, T, C)
+        key = apply_rotary_embedding(key, rotation).transpose(1, 2)  # (B, K, T, C)
+        value = value.transpose(1, 2)  # (B, K, T, C)
+        if cache is not None:
+            key, value = cache.update(self.layer, key, value, view.positions)  # (B, K, S, C)
+        attended = self.compute_query_key_value_scores(
+            query, key, value, view.mask, is_causal=view.is_causal
+        )
+        attended = attended.transpose(1, 2).flatten(-2)  # (B, T, H * C)
+        return self.resid_dropout(self.compute_output(attended))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, eq. 6): W2 (SiLU(W1 x) * W3 x)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=config.ffn_bias)
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D), through (B, T, F)."""
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class LlamaLayer(nn.Module):
+    """One layer: attention and feed-forward, each normalised before and added to the residual."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, rotation: Tensor, view: View, cache: KVCache | None) -> Tensor:
+        """(B, T, D) -> (B, T, D); the arguments are those of `Attention.forward`."""
+        h = x + self.attention(self.attention_norm(x), rotation, view, cache)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class LlamaPreTrainedModel(nn.Module):
+    """What a model has whose weights come from files: a config, initial weights, load and save."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def init_weights(self) -> None:
+        """Normal(0, 0.02) for matrices, zero for biases, one for norms.
+
+        The two projections of each layer that write to the residual stream are scaled by
+        1 / sqrt(2 n_layers), so that its variance does not grow with depth (Radford et al. 2019,
+        sec. 2.3).
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith(("compute_output.weight", "w2.weight")):
+                nn.init.normal_(parameter, std=residual_std)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **config_changes: Any,
+    ) -> Self:
+        """Load a model from a file, a folder or a Hugging Face id, in evaluation mode.
+
+        Args:
+            source: path or id; None for the embedded default model.
+            dtype: of the weights; None for float32 on a CPU and bfloat16 on a GPU.
+            device: None for the GPU where there is one.
+            config_changes: fields of LlamaConfig to set, such as `dropout=0.1, causal=False`.
+
+        Raises:
+            MinllamaError: the checkpoint is missing, damaged, or not a Llama.
+        """
+        return cls.from_checkpoint(
+            open_checkpoint(source), dtype=dtype, device=device, **config_changes
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **config_changes: Any,
+    ) -> Self:
+        """Load a model from a checkpoint that is open; see `from_pretrained`."""
+        with torch.device("meta"):  # no memory, no random numbers: the weights are assigned
+            model = cls(checkpoint.config.replace(**config_changes))
+        load_weights(model, checkpoint, dtype=dtype, device=device)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face folder (config.json, model.safetensors) that transformers loads.
+
+        The folder appears whole or not at all; other files in an existing one are kept.
+
+        Raises:
+            MinllamaError: it cannot be written; what was there is untouched.
+        """
+        write_huggingface(folder, self.config, self.state_dict())
+
+
+class LlamaOutput(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        hidden: (B, T, D) after the last norm, before the vocabulary.
+        logits: (B, T, V), (B, V) or (B, N, V) by what was asked for, unnormalised; None for none.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None
+
+
+class Llama(LlamaPreTrainedModel):
+    """A Llama language model (Touvron et al. 2023a, sec. 2.2)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(LlamaLayer(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        # Tied: there is no second matrix, neither here nor in a state dict.
+        self.output = (
+            None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        )
+        self.rope = RotaryEmbedding(config)
+        self.init_weights()
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits: Literal["all", "last"] | Tensor | None = "all",
+    ) -> LlamaOutput:
+        """From token ids to hidden states and the logits that are asked for.
+
+        Args:
+            ids: (B, T), whole numbers in [0, V).
+            attention_mask: (B, T), true at real tokens and false at padding, on either side; None
+                where all are real. With a cache, padding is on the right.
+            positions: (B, T), positions in the text; None counts each row's real tokens from 0.
+                Not with a cache, whose rows know how long they are.
+            cache: holds the texts so far, of which `ids` are the continuation, and is advanced.
+            logits: "all" positions, (B, T, V); "last" real one of each row, (B, V); those chosen
+                by a tensor of column indices (B, N), (B, N, V); or None.
+
+        Raises:
+            MinllamaError: the text is longer than the context or the cache, or the arguments
+                contradict one another.
+        """
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+        if cache is None:
+            view = self._view_of_whole(ids, attention_mask, positions)
+        elif positions is None:
+            view = self._view_of_continuation(ids, attention_mask, cache)
+        else:
+            raise MinllamaError("positions cannot be given with a cache, which has its own")
+        rotation = self.rope(view.positions)
+        h = self.dropout(self.tok_embeddings(ids))
+        for layer in self.layers:
+            h = layer(h, rotation, view, cache)
+        h = self.norm(h)
+        if cache is not None:
+            cache.advance(_row_lens(ids, attention_mask))
+        return LlamaOutput(h, self._logits(h, attention_mask, logits))
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V)."""
+        output = self.tok_embeddings if self.output is None else self.output
+        return F.linear(hidden, output.weight)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        *,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue each row of token ids.
+
+        Args:
+            ids: (B, T), without padding.
+            max_new_tokens: how many tokens to add.
+            temperature: 0 takes the likeliest token; above, a sample from
+                softmax(logits / temperature).
+            seed: makes the sample repeatable.
+
+        Returns:
+            (B, T + max_new_tokens), the continuation included.
+
+        Raises:
+            MinllamaError: the result would be longer than the context, or an option is out of
+                range. `minllama.generation` has stop strings, streaming, top-p and more.
+        """
+        return generate_ids(self, ids, max_new_tokens, temperature, seed)
+
+    def _view_of_whole(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> View:
+        text_len = ids.shape[1]
+        self._check_context(text_len)
+        columns = torch.arange(text_len, device=ids.device)
+        if mask is None or (self.config.causal and _is_right_padded(mask)):
+            # Padding behind the text is what no earlier token may look at anyway.
+            default, allowed = columns.unsqueeze(0), None
+        else:
+            default = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            allowed = mask[:, None, None, :]  # (B, 1, 1, T)
+            if self.config.causal:
+                allowed = allowed & (columns <= columns[:, None])  # (B, 1, T, T)
+            # Padding looks at itself: a softmax over nothing is NaN.
+            allowed = allowed | (columns == columns[:, None])
+        is_causal = self.config.causal and allowed is None
+        return View(default if positions is None else positions, allowed, is_causal)
+
+    def _view_of_continuation(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> View:
+        batch, new_len = ids.shape
+        if not self.config.causal:
+            raise MinllamaError("a cache needs causal attention: an encoder's past sees its future")
+        if batch != cache.batch_size:
+            raise MinllamaError(f"{batch} rows of ids for a cache of {cache.batch_size} rows")
+        if mask is not None and not _is_right_padded(mask):
+            raise MinllamaError("with a cache, padding must be on the right of each row")
+        self._check_context(cache.max_len + new_len)
+        cache.reserve(new_len)
+        columns = torch.arange(new_len, device=ids.device)
+        if cache.is_uniform:
+            positions = columns.unsqueeze(0) + cache.max_len  # (1, T)
+        else:
+            positions = columns + torch.tensor(cache.lengths, device=ids.device).unsqueeze(-1)
+        if cache.max_len == 0:
+            return View(positions, is_causal=True)
+        if cache.is_uniform and new_len == 1:
+            return View(positions)
+        # A slot's index is its position, so one comparison hides the future, the free slots of
+        # shorter rows, and their padding.
+        slots = torch.arange(cache.max_len + new_len, device=ids.device)
+        return View(positions, mask=(slots <= positions.unsqueeze(-1)).unsqueeze(1))
+
+    def _check_context(self, text_len: int) -> None:
+        if text_len > self.config.context_len:
+            raise MinllamaError(
+                f"the text has {text_len} tokens and the model's context {self.config.context_len}"
+            )
+
+    def _logits(
+        self, h: Tensor, mask: Tensor | None, which: Literal["all", "last"] | Tensor | None
+    ) -> Tensor | None:
+        if which is None:
+            return None
+        if isinstance(which, Tensor):
+            rows = torch.arange(len(h), device=h.device).unsqueeze(-1)
+            return self.compute_logits(h[rows, which])  # (B, N, V)
+        if which == "all":
+            return self.compute_logits(h)  # (B, T, V)
+        if mask is None:
+            return self.compute_logits(h[:, -1])  # (B, V)
+        columns = torch.arange(mask.shape[1], device=h.device)
+        last = (columns * mask).argmax(-1)  # the last real token of each row
+        return self.compute_logits(h[torch.arange(len(h), device=h.device), last])  # (B, V)
+
+
+def load_pretrained(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **config_changes: Any,
+) -> Llama:
+    """Load a Llama from a file, a folder or a Hugging Face id; see `Llama.from_pretrained`."""
+    return Llama.from_pretrained(source, dtype=dtype, device=device, **config_changes)
+
+
+def _is_right_padded(mask: Tensor) -> bool:
+    """Whether each row's real tokens come first."""
+    return bool((mask[:, :-1] >= mask[:, 1:]).all())
+
+
+def _row_lens(ids: Tensor, mask: Tensor | None) -> list[int]:
+    if mask is None:
+        return [ids.shape[1]] * ids.shape[0]
+    lens: list[int] = mask.sum(-1).tolist()
+    return lens

@@ -1,0 +1,106 @@
+"""From a checkpoint's tensors to a module's parameters, checked, without a second copy in memory.
+
+Knows nothing of formats (a checkpoint's tensors are read through `LazyTensor`) or of what the module
+computes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from minllama.checkpoints.base import Checkpoint, LazyTensor
+from minllama.errors import CheckpointError, MinllamaError
+
+MAX_LISTED = 20
+"""How many problems of a checkpoint one error lists; the rest are counted."""
+
+
+def default_device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """float32 on a CPU, where bfloat16 is often emulated; bfloat16 on a GPU."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def load_weights(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Give `module`, built on the meta device, the weights of `checkpoint`.
+
+    Tensors of the right dtype stay as they were read, memory-mapped where the format allows; others
+    are converted one at a time.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, misshapen (all are listed, with both
+            shapes) or hold NaN or infinity.
+    """
+    device = _usable_device(device)
+    dtype = dtype or default_dtype(device)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_shapes(checkpoint, expected)
+    state = {}
+    for name in expected:
+        tensor = checkpoint.tensors[name].load()
+        # A conversion makes a tensor of our own; otherwise it may still be the file itself.
+        tensor = tensor.to(device=device, dtype=dtype)
+        _check_finite(name, tensor, checkpoint)
+        state[name] = tensor
+    module.load_state_dict(state, assign=True)
+
+
+def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:
+    """Compare a checkpoint's tensors with the names and shapes that a module has.
+
+    Raises:
+        CheckpointError: one line that lists every difference.
+    """
+    found: dict[str, LazyTensor] = checkpoint.tensors
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {found[name].shape} where the config says {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    if problems:
+        listed = "; ".join(problems[:MAX_LISTED])
+        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: its tensors disagree with its config: {listed}{more}; "
+            "the file is incomplete or its config is of another model"
+        )
+
+
+def _check_finite(name: str, tensor: Tensor, checkpoint: Checkpoint) -> None:
+    # A sum is one pass without a temporary, and NaN and infinity survive it; only where it is not
+    # finite (it may also have overflowed) is every element looked at.
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} holds {bad} NaN or infinite of {tensor.numel()} "
+                "numbers; the file is damaged or its training diverged; download or train it again"
+            )
+
+
+def _usable_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return default_device()
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either where CUDA is absent
+        raise MinllamaError(
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); "
+            "use cpu, cuda or mps, whichever this machine has"
+        ) from error
