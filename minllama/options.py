@@ -87,3 +87,51 @@ _KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str:
 
 def _range_text(within: Range | None) -> str:
     return "" if within is None else f" {within}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(CheckedOptions):
+    """How the next token is chosen from the logits; see `minllama.sampling`."""
+
+    temperature: float = option(
+        0.0,
+        "0 takes the likeliest token; above, a sample from softmax(logits / temperature)",
+        within=Range(0),
+    )
+    top_k: int = option(0, "sample among this many likeliest tokens; 0 for all", within=Range(0))
+    top_p: float = option(
+        1.0,
+        "sample among the likeliest tokens that together have this probability",
+        within=Range(0, 1, low_open=True),
+    )
+    min_p: float = option(
+        0.0,
+        "sample among tokens at least this many times as likely as the likeliest",
+        within=Range(0, 1),
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "divide positive logits of tokens already in the text by this, multiply negative ones",
+        within=Range(0, low_open=True),
+    )
+    seed: int | None = option(None, "makes samples repeatable", within=Range(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(SamplingOptions):
+    """How a text is continued; see `minllama.generation`."""
+
+    max_new_tokens: int = option(256, "stop after this many new tokens", within=Range(1))
+    n: int = option(1, "how many samples of each prompt", within=Range(1))
+    stop: tuple[str, ...] = option((), "stop before this text; may be given several times")
+    ignore_eos: bool = option(False, "go on past the token that ends a text")
+    logprobs: int | None = option(
+        None, "report log-probabilities, and this many alternatives per token", within=Range(0, 100)
+    )
+    json_schema: str | None = option(None, "generate JSON that this JSON schema describes")
+    regex: str | None = option(None, "generate text that this regular expression matches in full")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.json_schema is not None and self.regex is not None:
+            raise OptionError("json_schema and regex cannot both constrain one text; give one")

@@ -1,0 +1,312 @@
+"""The decode loop: prompts of token ids, continued token by token.
+
+Knows nothing of texts and tokenizers, nor how a model computes its logits: anything that answers
+like `CausalModel` is continued.
+"""
+
+import random
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from minllama.cache import KVCache
+from minllama.config import LlamaConfig
+from minllama.errors import MinllamaError
+from minllama.options import GenerationOptions
+from minllama.sampling import choose_tokens
+
+FinishReason = Literal["stop", "length"]
+
+
+class CausalModel(Protocol):
+    """What the loop asks of a model; `minllama.Llama` is one."""
+
+    config: LlamaConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(
+        self,
+        ids: Tensor,
+        *,
+        attention_mask: Tensor | None = ...,
+        cache: KVCache | None = ...,
+        logits: Literal["last"] = ...,
+    ) -> Any: ...
+
+
+class Constraint(Protocol):
+    """What one row may still become; `minllama.constraint` makes them."""
+
+    def forbid(self, logits: Tensor) -> None:
+        """Set the logits (V,) of tokens that may not come next to -inf, in place."""
+
+    def accept(self, token_id: int) -> None:
+        """Take note of the token that was chosen."""
+
+
+class Token(NamedTuple):
+    """One token of one row.
+
+    Attributes:
+        row: index of the row: prompt * n + sample.
+        id: the token; None where the row ended with none, at the end of the context.
+        logprob: its log-probability under the model (natural logarithm, before penalties,
+            temperature and filters); None unless asked for.
+        alternatives: the likeliest tokens and their log-probabilities, as many as asked for.
+        finish_reason: why the row ends with it: `stop` (id is a stop id) or `length`.
+    """
+
+    row: int
+    id: int | None
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class Timings:
+    """Tokens and seconds of a generation's two phases."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens read per second."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second after the first, which the prefill gives."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass
+class _Row:
+    """One text that is being continued."""
+
+    index: int
+    ids: list[int]
+    room: int  # new tokens that it may still get
+    draws: random.Random
+    constraint: Constraint | None
+
+
+class Decoder:
+    """Continues a batch of prompts; iterating gives each step's tokens.
+
+    Prompts of different lengths share the batch and get the tokens that they would get alone. The n
+    samples of a prompt share its prefill. A row that ends leaves the batch at once.
+
+    Args:
+        model: gives the logits.
+        prompts: token ids; none may be empty.
+        options: how to choose and when to end.
+        stop_ids: tokens that end a row.
+        cache: for one prompt whose beginning it already holds; it is continued in place.
+        make_constraint: gives each row a constraint of its own.
+        distinct_rows: with a seed, equal prompts draw different samples; otherwise each gets what
+            it would get alone.
+
+    Attributes:
+        timings: tokens and seconds so far.
+
+    Raises:
+        MinllamaError: a prompt is empty or longer than the context; nothing has been computed.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        *,
+        stop_ids: Collection[int] = (),
+        cache: KVCache | None = None,
+        make_constraint: Callable[[], Constraint] | None = None,
+        distinct_rows: bool = False,
+    ) -> None:
+        self.model, self.options = model, options
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.stop_ids = frozenset() if options.ignore_eos else frozenset(stop_ids)
+        self.timings = Timings()
+        self._cache = cache
+        _check_prompts(self.prompts, model.config)
+        context_len = model.config.context_len
+        seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
+        distinct_rows = distinct_rows or options.seed is None
+        self._active = [
+            _Row(
+                index=prompt * options.n + sample,
+                ids=list(ids),
+                room=min(options.max_new_tokens, context_len - len(ids)),
+                draws=random.Random(f"{seed}/{prompt if distinct_rows else 0}/{sample}"),
+                constraint=make_constraint() if make_constraint else None,
+            )
+            for prompt, ids in enumerate(self.prompts)
+            for sample in range(options.n)
+        ]
+
+    def finish(self, row: int) -> None:
+        """Take a row out of the batch: it has all that it needs."""
+        for slot, active in enumerate(self._active):
+            if active.index == row:
+                self._drop(slot)
+                return
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[list[Token]]:
+        """Yield the new token of every row that is not finished, until all are."""
+        full = [Token(row.index, None, finish_reason="length") for row in self._active if not row.room]
+        if full:
+            self._active = [row for row in self._active if row.room]
+            yield full
+        if not self._active:
+            return
+        start = time.perf_counter()
+        logits = self._prefill()
+        while self._active:
+            tokens = self._choose(logits)
+            now = time.perf_counter()
+            if self.timings.prefill_seconds == 0.0:
+                self.timings.prefill_seconds = now - start
+            else:
+                self.timings.decode_seconds += now - start
+                self.timings.decode_tokens += len(tokens)
+            yield tokens
+            for token in tokens:
+                if token.finish_reason is not None:
+                    self.finish(token.row)
+            if self._active:
+                start = time.perf_counter()
+                logits = self._step()
+
+    def _prefill(self) -> Tensor:
+        """Read the prompts; (rows, V) logits of what follows them."""
+        model, n = self.model, self.options.n
+        prompts = [row.ids for row in self._active[::n]]
+        cache = self._cache
+        if cache is None:
+            capacity = max(map(len, prompts))
+            if n == 1:
+                capacity = self._capacity()
+            cache = KVCache(
+                model.config, len(prompts), capacity, dtype=model.dtype, device=model.device
+            )
+        new = [ids[known:] for ids, known in zip(prompts, cache.lengths, strict=True)]
+        ids, mask = _right_padded(new, model.device)
+        logits: Tensor = model(ids, attention_mask=mask, cache=cache, logits="last").logits
+        self.timings.prefill_tokens = sum(map(len, new))
+        if n > 1:
+            cache = cache.repeated(n, self._capacity())
+            logits = logits.repeat_interleave(n, dim=0)
+        self._cache = cache
+        return logits
+
+    def _capacity(self) -> int:
+        # The last token of a row is never read again, so it needs no slot.
+        return max(len(row.ids) + row.room - 1 for row in self._active)
+
+    def _step(self) -> Tensor:
+        """Read each row's newest token; (rows, V) logits of what follows."""
+        newest = torch.tensor([[row.ids[-1]] for row in self._active], device=self.model.device)
+        logits: Tensor = self.model(newest, cache=self._cache, logits="last").logits
+        return logits
+
+    def _choose(self, logits: Tensor) -> list[Token]:
+        rows, options = self._active, self.options
+        logprobs = None if options.logprobs is None else logits.float().log_softmax(-1)
+        if any(row.constraint for row in rows):
+            logits = logits.clone()
+            for row, row_logits in zip(rows, logits, strict=True):
+                if row.constraint is not None:
+                    row.constraint.forbid(row_logits)
+        draws = [row.draws.random() for row in rows] if options.temperature else []
+        histories = [row.ids for row in rows] if options.repetition_penalty != 1.0 else []
+        ids = choose_tokens(logits, options, draws, histories).tolist()
+        return [
+            self._accept(row, token_id, None if logprobs is None else logprobs[slot])
+            for slot, (row, token_id) in enumerate(zip(rows, ids, strict=True))
+        ]
+
+    def _accept(self, row: _Row, token_id: int, logprobs: Tensor | None) -> Token:
+        row.ids.append(token_id)
+        row.room -= 1
+        if row.constraint is not None:
+            row.constraint.accept(token_id)
+        reason: FinishReason | None = None
+        if token_id in self.stop_ids:
+            reason = "stop"
+        elif row.room == 0:
+            reason = "length"
+        if logprobs is None:
+            return Token(row.index, token_id, finish_reason=reason)
+        values, ids = logprobs.topk(min(self.options.logprobs or 0, len(logprobs)))
+        alternatives = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+        return Token(row.index, token_id, logprobs[token_id].item(), alternatives, reason)
+
+    def _drop(self, slot: int) -> None:
+        # As the cache does it: the last row moves into the gap.
+        last = self._active.pop()
+        if slot < len(self._active):
+            self._active[slot] = last
+        if self._active and self._cache is not None:  # an only row stays, for its owner
+            self._cache.drop_row(slot)
+
+
+def generate_ids(
+    model: CausalModel, ids: Tensor, max_new_tokens: int, temperature: float, seed: int | None
+) -> Tensor:
+    """Continue each row of a tensor of ids by exactly `max_new_tokens`; see `Llama.generate`."""
+    options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    if ids.dim() != 2 or ids.is_floating_point():
+        raise MinllamaError(f"ids must be whole numbers of shape (B, T), not {tuple(ids.shape)}")
+    total, context_len = ids.shape[1] + max_new_tokens, model.config.context_len
+    if total > context_len:
+        raise MinllamaError(
+            f"{ids.shape[1]} tokens and {max_new_tokens} new ones make {total}, and the context is "
+            f"{context_len}; ask for fewer"
+        )
+    steps = list(Decoder(model, ids.tolist(), options, distinct_rows=True))
+    # Nothing ends a row early, so every step has all rows, in order.
+    new = torch.tensor([[token.id for token in step] for step in steps], device=ids.device)
+    return torch.cat([ids, new.t().to(ids.dtype)], dim=1)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None:
+    for number, ids in enumerate(prompts):
+        which = f"prompt {number + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+        if not ids:
+            raise MinllamaError(f"{which} is empty; give at least one token to continue")
+        if len(ids) > config.context_len:
+            raise MinllamaError(
+                f"{which} has {len(ids)} tokens and the model's context is {config.context_len}; "
+                "shorten it"
+            )
+        if not all(0 <= token_id < config.vocab_size for token_id in ids):
+            bad = next(i for i in ids if not 0 <= i < config.vocab_size)
+            raise MinllamaError(
+                f"{which} holds the token id {bad}, and the model knows 0 to "
+                f"{config.vocab_size - 1}; its tokenizer is of another model"
+            )
+
+
+def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(B, T) ids with zeros behind shorter rows, and the mask of real ones; None if all are."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    if all(len(row) == longest for row in rows):
+        return ids, None
+    lens = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(longest, device=device) < lens.unsqueeze(-1)

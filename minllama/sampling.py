@@ -1,0 +1,104 @@
+"""From logits to the next token.
+
+Knows nothing of models, texts or loops: each function takes and returns tensors.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from minllama.options import SamplingOptions
+
+
+def choose_tokens(
+    logits: Tensor,
+    options: SamplingOptions,
+    uniforms: Sequence[float],
+    histories: Sequence[Sequence[int]] = (),
+) -> Tensor:
+    """The next token of each row.
+
+    The order is the ecosystem's: repetition penalty, temperature, top-k, top-p, min-p, each on what
+    the one before has left.
+
+    Args:
+        logits: (B, V); -inf for tokens that are not allowed.
+        options: how to choose.
+        uniforms: B numbers in [0, 1), one draw for each row; unused at temperature 0.
+        histories: each row's tokens so far, for the repetition penalty.
+
+    Returns:
+        (B,) token ids.
+    """
+    logits = logits.float()
+    if options.repetition_penalty != 1.0:
+        logits = apply_repetition_penalty(logits, histories, options.repetition_penalty)
+    if options.temperature == 0.0:
+        return logits.argmax(-1)
+    # The likeliest tokens first: every filter then keeps a prefix of the row, or nearly.
+    if options.top_k:
+        logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
+    else:
+        logits, ids = logits.sort(-1, descending=True)
+    # Shifted before it is divided, so that a tiny temperature gives infinity only downwards.
+    scaled = (logits - logits[:, :1]) / options.temperature
+    probabilities = apply_min_p(apply_top_p(scaled.softmax(-1), options.top_p), options.min_p)
+    # Inverse transform sampling: the first token whose cumulative probability exceeds the draw.
+    # In float64, since float32 sums over a vocabulary are off by more than a rare token's share.
+    total = probabilities.cpu().double().cumsum(-1)  # (B, V)
+    draws = torch.tensor(uniforms, dtype=torch.float64).unsqueeze(-1) * total[:, -1:]
+    chosen = torch.searchsorted(total, draws, right=True).clamp(max=total.shape[-1] - 1)
+    return ids.gather(-1, chosen.to(ids.device)).squeeze(-1)
+
+
+def apply_repetition_penalty(
+    logits: Tensor, histories: Sequence[Sequence[int]], penalty: float
+) -> Tensor:
+    """Make tokens that a row already holds less likely (Keskar et al. 2019, sec. 4.1).
+
+    Args:
+        logits: (B, V).
+        histories: each row's tokens so far.
+        penalty: divides positive logits and multiplies negative ones; 1 changes nothing.
+
+    Returns:
+        (B, V).
+    """
+    logits = logits.clone()
+    for row, history in enumerate(histories):
+        seen = torch.tensor(sorted(set(history)), device=logits.device, dtype=torch.long)
+        old = logits[row, seen]
+        logits[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
+    return logits
+
+
+def apply_top_p(probabilities: Tensor, top_p: float) -> Tensor:
+    """Nucleus sampling (Holtzman et al. 2020, sec. 3.1): the smallest set with mass `top_p`.
+
+    Args:
+        probabilities: (B, V), each row in descending order.
+        top_p: in (0, 1].
+
+    Returns:
+        (B, V), zero outside the set; not normalised again.
+    """
+    if top_p == 1.0:
+        return probabilities
+    before = probabilities.cumsum(-1) - probabilities  # mass of all likelier tokens
+    keep = before < top_p
+    keep[:, 0] = True  # the likeliest stays, whatever the rounding
+    return probabilities * keep
+
+
+def apply_min_p(probabilities: Tensor, min_p: float) -> Tensor:
+    """Keep tokens at least `min_p` times as likely as the likeliest (Nguyen et al. 2024).
+
+    Args:
+        probabilities: (B, V), each row in descending order.
+        min_p: in [0, 1].
+
+    Returns:
+        (B, V), zero elsewhere; not normalised again.
+    """
+    return probabilities * (probabilities >= min_p * probabilities[:, :1])
