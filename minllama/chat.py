@@ -133,7 +133,6 @@ class _Worker:
     def __init__(self, source: str) -> None:
         environment = {name: os.environ[name] for name in _WORKER_ENVIRONMENT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        self._owner = os.getpid()
         try:
             # -P: the worker's neighbours (config.py, errors.py) are not top-level modules.
             self._process = subprocess.Popen(
@@ -147,7 +146,7 @@ class _Worker:
             raise MinllamaError(
                 f"cannot start a process to render the chat template: {error.strerror}"
             ) from error
-        weakref.finalize(self, _end, self._process, self._owner)
+        weakref.finalize(self, _end, self._process)
         settings = {
             "source": source,
             "seconds": RENDER_SECONDS,
@@ -158,8 +157,8 @@ class _Worker:
         self._first_line = _to_line(settings)
 
     def is_usable(self) -> bool:
-        """Whether it still runs, and not for a process that we were forked from."""
-        return self._owner == os.getpid() and self._process.poll() is None
+        """Whether it runs; after a fork the child finds that it has no such process."""
+        return self._process.poll() is None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """The worker's reply; `{"died": exit status}` where there is none."""
@@ -182,11 +181,10 @@ class _Worker:
         return answer
 
 
-def _end(process: subprocess.Popen[bytes], owner: int) -> None:
-    if owner == os.getpid():
-        process.kill()
-        with process:  # closes the pipes and waits
-            pass
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with process:  # closes the pipes and waits
+        pass
 
 
 def _to_line(value: dict[str, Any]) -> bytes:
