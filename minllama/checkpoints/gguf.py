@@ -1,0 +1,277 @@
+"""GGUF files: config, tensors and vocabulary of a Llama in one file, as llama.cpp has it.
+
+Reading maps the file into memory and takes blocks apart when a tensor is asked for; q and k are
+interleaved there as they are here. Writing goes tensor by tensor. Knows nothing of how vocabularies
+work: `minllama.vocabulary.gguf` does.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from minllama.atomic import atomic_file
+from minllama.checkpoints.base import Checkpoint, LazyTensor
+from minllama.checkpoints.gguf_blocks import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    Q8_0,
+    GGMLType,
+    can_dequantize,
+    dequantize,
+    quantize_q8_0,
+)
+from minllama.checkpoints.gguf_config import (
+    ARCHITECTURE,
+    Keys,
+    check_architecture,
+    config_from_keys,
+    keys_from_config,
+)
+from minllama.checkpoints.gguf_header import GGUFHeader, GGUFTensor, is_gguf, read_header
+from minllama.checkpoints.layout import check_extent, naming, tensor_shapes, translate
+from minllama.config import LlamaConfig
+from minllama.errors import CheckpointError, MinllamaError
+from minllama.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+__all__ = ["GGUFFile", "is_gguf", "open_gguf", "read_gguf", "write_gguf"]
+
+THEIR_NAMES = {
+    "tok_embeddings": "token_embd",
+    "norm": "output_norm",
+    "output": "output",
+    "layers.{i}.attention_norm": "blk.{i}.attn_norm",
+    "layers.{i}.attention.compute_query": "blk.{i}.attn_q",
+    "layers.{i}.attention.compute_key": "blk.{i}.attn_k",
+    "layers.{i}.attention.compute_value": "blk.{i}.attn_v",
+    "layers.{i}.attention.compute_output": "blk.{i}.attn_output",
+    "layers.{i}.ffn_norm": "blk.{i}.ffn_norm",
+    "layers.{i}.feed_forward.w1": "blk.{i}.ffn_gate",
+    "layers.{i}.feed_forward.w2": "blk.{i}.ffn_down",
+    "layers.{i}.feed_forward.w3": "blk.{i}.ffn_up",
+}
+OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
+ROPE_FREQS = "rope_freqs.weight"
+# Angles that old converters stored, and that nobody reads: they follow from the config.
+UNUSED = "attn_rot_embd.weight"
+
+StoredAs = Literal["f32", "f16", "bf16", "q8_0"]
+TYPES: dict[StoredAs, GGMLType] = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
+# Numbers of llama.cpp's enum llama_ftype: "all" or "mostly" of that type.
+FILE_TYPES: dict[StoredAs, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
+MAX_F16 = torch.finfo(torch.float16).max
+NO_VOCABULARY = "none"
+# Longest rope_freqs.weight that is read: twice the widest head that anyone has made.
+MAX_ROPE_FREQS = 1024
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A GGUF file mapped into memory.
+
+    Attributes:
+        path: of the file.
+        header: its keys and tensors.
+        data: all of its bytes, uint8.
+    """
+
+    path: Path
+    header: GGUFHeader
+    data: Tensor
+
+    def raw(self, tensor: GGUFTensor) -> Tensor:
+        """The bytes of one tensor, (n_bytes,) uint8, as they lie in the file."""
+        return self.data[tensor.offset : tensor.offset + tensor.n_bytes]
+
+    def load(self, tensor: GGUFTensor) -> Tensor:
+        """The numbers of one tensor: float32 from blocks, else a view in their own dtype."""
+        return dequantize(self.raw(tensor), tensor.type, tensor.shape)
+
+
+def open_gguf(path: Path) -> GGUFFile:
+    """Parse the header of a GGUF file and map the rest.
+
+    Raises:
+        CheckpointError: the file cannot be read, is cut off or damaged.
+    """
+    header = read_header(path)
+    # A private mapping: torch has tensors writable, and writing to these would not reach the file.
+    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    return GGUFFile(path, header, data)
+
+
+def read_gguf(path: Path) -> Checkpoint:
+    """Open a GGUF file; nothing but its header is read.
+
+    A tensor of an unknown name keeps it, for the loader to refuse. A missing bias beside others is
+    zero.
+
+    Raises:
+        CheckpointError: the file is cut off or damaged, or its model is not a Llama.
+        TokenizerError: its vocabulary is of a kind that is not known.
+    """
+    file = open_gguf(path)
+    fields = file.header.fields
+    with naming(path):
+        check_architecture(fields)
+        rope_freqs, ignored = None, []
+        tensors = {}
+        for name, tensor in file.header.tensors.items():
+            if not can_dequantize(tensor.type):
+                raise CheckpointError(
+                    f"{name} is stored as {tensor.type.name}, which holds no weights to read"
+                )
+            if name == ROPE_FREQS:
+                if math.prod(tensor.shape) > MAX_ROPE_FREQS:
+                    raise CheckpointError(f"{ROPE_FREQS} has shape {tensor.shape}; it is damaged")
+                rope_freqs = file.load(tensor).flatten().tolist()
+            elif name.endswith(UNUSED):
+                ignored.append(name)
+            else:
+                load = partial(file.load, tensor)
+                lazy = LazyTensor(tensor.shape, tensor.type.name, tensor.n_bytes, load)
+                tensors[translate(name, OUR_NAMES) or name] = lazy
+        if "tok_embeddings.weight" not in tensors:
+            raise CheckpointError("the tensor token_embd.weight is missing; it is no whole model")
+        keys = Keys(fields)
+        config = config_from_keys(
+            keys,
+            vocab_size=tensors["tok_embeddings.weight"].shape[0],
+            rope_freqs=rope_freqs,
+            tie_embeddings="output.weight" not in tensors,
+            attention_bias=_has_bias(tensors, ".attention."),
+            ffn_bias=_has_bias(tensors, ".feed_forward."),
+        )
+        check_extent(config, tensors)
+    for name, shape in tensor_shapes(config).items():
+        if name.endswith(".bias") and name not in tensors:
+            tensors[name] = LazyTensor(shape, "zero", 0, partial(torch.zeros, shape))
+    ignored += keys.unread()
+    return Checkpoint(path, "GGUF", config, tensors, _vocabulary(fields, path), tuple(ignored))
+
+
+def write_gguf(
+    path: str | PathLike[str],
+    config: LlamaConfig,
+    tensors: Mapping[str, Tensor],
+    vocabulary: Vocabulary | None,
+    dtype: StoredAs = "f16",
+) -> None:
+    """Write a GGUF file that llama.cpp loads, tensor by tensor; it appears whole or not at all.
+
+    Args:
+        path: the file.
+        config: what the Llama is.
+        tensors: ours, by our names; each is read once, in turn.
+        vocabulary: its tokenizer; `None` writes a file that only takes token ids.
+        dtype: of the matrices. Norms and biases are float32 always, and a matrix whose rows Q8_0
+            cannot hold (not a multiple of 32) is float16.
+
+    Raises:
+        MinllamaError: GGUF has no words for this config, a tensor disagrees with the config or
+            does not fit `dtype`, or the file cannot be written.
+    """
+    import numpy
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    fields, rope_freqs = keys_from_config(config)
+    fields |= _file_type_fields(dtype) | _vocabulary_fields(vocabulary, config)
+    shapes = tensor_shapes(config)
+    extra = {} if rope_freqs is None else {ROPE_FREQS: torch.tensor(rope_freqs)}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
+    types = {name: _type_for(shape, TYPES[dtype]) for name, shape in shapes.items()}
+    with atomic_file(path) as temporary:
+        writer = GGUFWriter(temporary, ARCHITECTURE)
+        try:
+            for key, value in fields.items():
+                _add_field(writer, key, value)
+            for name, shape in shapes.items():
+                writer.add_tensor_info(
+                    translate(name, THEIR_NAMES) or name,
+                    shape,
+                    numpy.dtype(numpy.float32),  # of no effect beside raw_dtype
+                    types[name].n_bytes(shape),
+                    raw_dtype=GGMLQuantizationType(types[name].id),
+                )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for name, shape in shapes.items():
+                tensor = extra[name] if name in extra else tensors[name]
+                if tensor.shape != shape:
+                    raise MinllamaError(
+                        f"{name} has shape {tuple(tensor.shape)} where the config says {shape}"
+                    )
+                writer.write_tensor_data(_encoded(name, tensor, types[name]).numpy())
+        finally:
+            writer.close()
+
+
+def _has_bias(tensors: Mapping[str, LazyTensor], part: str) -> bool:
+    return any(name.endswith(".bias") and part in name for name in tensors)
+
+
+def _type_for(shape: tuple[int, ...], wanted: GGMLType) -> GGMLType:
+    if len(shape) == 1:  # llama.cpp has norms and biases in float32 only
+        return F32
+    return F16 if shape[-1] % wanted.block_len else wanted
+
+
+def _encoded(name: str, tensor: Tensor, stored: GGMLType) -> Tensor:
+    """The bytes of a tensor as `stored` has them, uint8."""
+    tensor = tensor.detach().cpu()
+    largest = MAX_F16 * (127 if stored == Q8_0 else 1)  # Q8_0 keeps largest / 127 as float16
+    if stored in (F16, Q8_0) and tensor.abs().amax() > largest:
+        raise MinllamaError(
+            f"{name} holds numbers above {largest:g}, which {stored.name} cannot hold; "
+            "write bf16 or f32 instead"
+        )
+    if stored == Q8_0:
+        return quantize_q8_0(tensor.float())
+    return tensor.to(DTYPES[stored]).contiguous().view(torch.uint8)
+
+
+def _file_type_fields(dtype: StoredAs) -> dict[str, Any]:
+    return {"general.file_type": FILE_TYPES[dtype], "general.quantization_version": 2}
+
+
+def _vocabulary(fields: dict[str, Any], path: Path) -> Vocabulary | None:
+    if fields.get("tokenizer.ggml.model", NO_VOCABULARY) in (NO_VOCABULARY, "no_vocab"):
+        return None
+    from minllama.vocabulary.gguf import from_gguf
+
+    return from_gguf(fields, path)
+
+
+def _vocabulary_fields(vocabulary: Vocabulary | None, config: LlamaConfig) -> dict[str, Any]:
+    if vocabulary is None:
+        return {"tokenizer.ggml.model": NO_VOCABULARY}
+    from minllama.vocabulary.gguf import to_gguf
+
+    return to_gguf(vocabulary, config.vocab_size)
+
+
+def _add_field(writer: "GGUFWriter", key: str, value: Any) -> None:
+    """Add a key with the type that llama.cpp expects of such a value."""
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)

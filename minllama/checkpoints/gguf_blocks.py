@@ -1,0 +1,178 @@
+"""ggml's block formats: raw bytes -> (quants, scales, mins) -> float32, and Q8_0 the other way.
+
+A block is a run of values along a row that share a scale: value = scale * quant + min. Q4_0, Q4_1
+and Q8_0 are decoded here, vectorised; the rarer formats go through the `gguf` package, which is the
+reference for all of them. Knows nothing of files or models.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# How many blocks are unpacked at a time: what lies between the steps then stays in the cache.
+CHUNK_BLOCKS = 65536
+
+
+@dataclass(frozen=True)
+class GGMLType:
+    """One way that ggml stores numbers.
+
+    Attributes:
+        id: its number in files.
+        name: `Q4_1`.
+        block_len: values in a block, all of one row.
+        block_bytes: bytes that a block takes.
+    """
+
+    id: int
+    name: str
+    block_len: int
+    block_bytes: int
+
+    def n_bytes(self, shape: tuple[int, ...]) -> int:
+        """The bytes that a tensor of that shape takes, whose rows are whole blocks."""
+        return math.prod(shape) // self.block_len * self.block_bytes
+
+
+F32 = GGMLType(0, "F32", 1, 4)
+F16 = GGMLType(1, "F16", 1, 2)
+Q4_0 = GGMLType(2, "Q4_0", 32, 2 + 16)
+Q4_1 = GGMLType(3, "Q4_1", 32, 2 + 2 + 16)
+Q8_0 = GGMLType(8, "Q8_0", 32, 2 + 32)
+BF16 = GGMLType(30, "BF16", 1, 2)
+
+# Kept as they are: views of the file, in their own dtype.
+DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+_COMMON = {stored.id: stored for stored in (F32, F16, Q4_0, Q4_1, Q8_0, BF16)}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """n blocks taken apart: value[i, j] = scales[i] * quants[i, j] + mins[i].
+
+    Attributes:
+        quants: (n, block_len), int8 or uint8.
+        scales: (n, 1), float16.
+        mins: (n, 1), float16; `None` where the format has none.
+    """
+
+    quants: Tensor
+    scales: Tensor
+    mins: Tensor | None
+
+
+@functools.cache
+def ggml_type(type_id: int) -> GGMLType | None:
+    """The type of that number; `None` where the `gguf` package knows none."""
+    if type_id in _COMMON:
+        return _COMMON[type_id]
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # slow to import, seldom needed
+
+    try:
+        known = GGMLQuantizationType(type_id)
+    except ValueError:
+        return None
+    return GGMLType(type_id, known.name, *GGML_QUANT_SIZES[known])
+
+
+@functools.cache
+def can_dequantize(stored: GGMLType) -> bool:
+    """Whether tensors of this type can be turned into floating-point numbers."""
+    if stored.id in _COMMON:
+        return True
+    try:
+        _dequantize_with_gguf(torch.zeros(1, stored.block_bytes, dtype=torch.uint8), stored)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def decode_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
+    """Take blocks apart.
+
+    Args:
+        raw: (n, block_bytes) uint8, blocks as they lie in the file.
+        stored: Q4_0, Q4_1 or Q8_0.
+    """
+    assert stored in (Q4_0, Q4_1, Q8_0)
+    scales = _halves(raw[:, 0:2])
+    if stored == Q8_0:
+        return Blocks(raw[:, 2:].view(torch.int8), scales, None)
+    nibbles = raw[:, -16:]
+    # The low nibbles are the block's first 16 values, the high nibbles its last 16.
+    quants = torch.cat([nibbles & 15, nibbles >> 4], dim=1)
+    if stored == Q4_1:
+        return Blocks(quants, scales, _halves(raw[:, 2:4]))
+    return Blocks(quants.view(torch.int8) - 8, scales, None)
+
+
+def dequantize(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Tensor:
+    """The numbers of one tensor: float32 from blocks, else a view in their own dtype.
+
+    Bit for bit what `gguf.quants.dequantize` gives.
+
+    Args:
+        raw: (n_bytes,) uint8, the tensor's bytes.
+        stored: their type.
+        shape: of the result.
+    """
+    if stored in DTYPES:
+        return view_as(raw, DTYPES[stored]).view(shape)
+    raw = raw.view(-1, stored.block_bytes)
+    if stored.id not in _COMMON:
+        return _dequantize_with_gguf(raw, stored).view(shape)
+    values = torch.empty(len(raw), stored.block_len)
+    for start in range(0, len(raw), CHUNK_BLOCKS):
+        blocks = decode_blocks(raw[start : start + CHUNK_BLOCKS], stored)
+        chunk = values[start : start + CHUNK_BLOCKS]
+        torch.mul(blocks.quants, blocks.scales.float(), out=chunk)
+        if blocks.mins is not None:
+            chunk += blocks.mins.float()
+    return values.view(shape)
+
+
+def quantize_q8_0(values: Tensor) -> Tensor:
+    """Q8_0 blocks of a tensor, bit for bit what `gguf.quants.quantize` gives.
+
+    Args:
+        values: (..., n) float32 with n a multiple of 32.
+
+    Returns:
+        (..., n / 32 * 34) uint8.
+    """
+    blocks = values.reshape(-1, Q8_0.block_len)
+    raw = torch.empty(len(blocks), Q8_0.block_bytes, dtype=torch.uint8)
+    for start in range(0, len(blocks), CHUNK_BLOCKS):
+        chunk = blocks[start : start + CHUNK_BLOCKS]
+        scales = chunk.abs().amax(dim=1, keepdim=True) / 127
+        scaled = chunk * torch.where(scales == 0, 0.0, 1 / scales)
+        # Halves round away from zero, as C's roundf does; torch.round would go to the even one.
+        size = scaled.abs()
+        whole = size.floor()
+        rounded = (whole + (2 * (size - whole)).floor()).copysign(scaled)
+        rows = raw[start : start + CHUNK_BLOCKS]
+        rows[:, :2] = scales.half().view(torch.uint8)
+        rows[:, 2:] = rounded.to(torch.int8).view(torch.uint8)
+    return raw.view(*values.shape[:-1], -1)
+
+
+def view_as(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes (n,) as numbers of `dtype`, in place where their alignment in the file allows."""
+    if raw.storage_offset() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype)
+
+
+def _halves(raw: Tensor) -> Tensor:
+    """(n, 2) bytes -> (n, 1) float16."""
+    return raw.contiguous().view(torch.float16)
+
+
+def _dequantize_with_gguf(raw: Tensor, stored: GGMLType) -> Tensor:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize as reference
+
+    return torch.from_numpy(reference(raw.numpy(), GGMLQuantizationType(stored.id)))

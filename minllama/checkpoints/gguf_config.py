@@ -1,0 +1,305 @@
+"""A Llama's config <-> the `llama.*` keys of a GGUF file, rotary scaling included.
+
+The keys mean what llama.cpp makes of them. Knows nothing of tensors other than `rope_freqs.weight`,
+which is a part of the config there: a divisor for each rotary frequency. Errors do not name the
+file; the reader does.
+"""
+
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minllama.config import LlamaConfig, RopeScaling
+from minllama.errors import CheckpointError, MinllamaError
+
+ARCHITECTURE = "llama"
+ORIGINAL_LEN = "rope.scaling.original_context_length"
+LLAMA3_ORIGINAL_LEN = 8192
+# How far a stored divisor may be from Llama 3.1's rule, since converters compute it in float32.
+DIVISOR_TOLERANCE = 1e-4
+# Keys that llama.cpp reads for other architectures only, and the values that change nothing.
+NEUTRAL = {
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "rope.scaling.yarn_attn_factor": (-1, 1),
+    "rope.scaling.yarn_beta_fast": (-1, 32),
+    "rope.scaling.yarn_beta_slow": (-1, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
+
+
+class Keys:
+    """The `llama.*` keys of one file, each checked for its type, and noted once it was asked for.
+
+    A key that may differ from layer to layer (a list) must not: minllama's layers are all alike.
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields = fields
+        self.asked: set[str] = set()
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value: int = self._get(key, default, (int,), "a whole number")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        return shortest_float(self._get(key, default, (int, float), "a number"))
+
+    def flag(self, key: str, default: bool) -> bool:
+        value: bool = self._get(key, default, (bool,), "true or false")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        value: str = self._get(key, default, (str,), "a string")
+        return value
+
+    def unread(self) -> list[str]:
+        """The `llama.*` keys that were not asked for."""
+        prefix = f"{ARCHITECTURE}."
+        return sorted(k for k in self.fields if k.startswith(prefix) and k not in self.asked)
+
+    def _get(self, key: str, default: Any, types: tuple[type, ...], kind: str) -> Any:
+        key = f"{ARCHITECTURE}.{key}"
+        self.asked.add(key)
+        value = self.fields.get(key, default)
+        if value is None:
+            raise CheckpointError(f"the key {key} is missing; convert the model to GGUF again")
+        if isinstance(value, list):
+            if not value or any(item != value[0] for item in value):
+                raise CheckpointError(f"{key} differs from layer to layer; a Llama's are all alike")
+            value = value[0]
+        if type(value) not in types:
+            raise CheckpointError(f"{key} must be {kind}, not {value!r}")
+        return value
+
+
+def check_architecture(fields: Mapping[str, Any]) -> None:
+    """Refuse what is no Llama, or a part of one.
+
+    Raises:
+        CheckpointError: the message names what it is instead.
+    """
+    architecture = fields.get("general.architecture")
+    if architecture is None:
+        raise CheckpointError("the key general.architecture is missing; it is no language model")
+    if architecture != ARCHITECTURE:
+        raise CheckpointError(
+            f"the architecture is {architecture!r}, and minllama runs {ARCHITECTURE!r} only; "
+            "choose a model of the Llama family"
+        )
+    if (n_parts := fields.get("split.count", 1)) not in (0, 1):
+        raise CheckpointError(
+            f"it is one of {n_parts} parts of a model; join them first (llama-gguf-split --merge)"
+        )
+
+
+def config_from_keys(
+    keys: Keys,
+    *,
+    vocab_size: int,
+    rope_freqs: Sequence[float] | None,
+    tie_embeddings: bool,
+    attention_bias: bool,
+    ffn_bias: bool,
+) -> LlamaConfig:
+    """A LlamaConfig from a file's keys.
+
+    Args:
+        keys: the file's.
+        vocab_size: rows of its embedding, for files that do not state the number.
+        rope_freqs: the content of `rope_freqs.weight`, (C / 2,); `None` where there is none.
+        tie_embeddings: whether the file has no output matrix.
+        attention_bias: whether it has biases there.
+        ffn_bias: whether it has biases there.
+
+    Raises:
+        MinllamaError: a key is missing, or says what our Llama does not compute.
+    """
+    if (n_experts := keys.integer("expert_count", 0)) > 0:
+        raise CheckpointError(
+            f"it is a mixture of {n_experts} experts, and minllama runs dense Llamas only"
+        )
+    n_heads, dim = keys.integer("attention.head_count"), keys.integer("embedding_length")
+    if n_heads < 1:
+        raise CheckpointError(f"llama.attention.head_count must be above 0, not {n_heads}")
+    head_dim = keys.integer("attention.key_length", dim // n_heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (width := keys.integer(key, head_dim)) != head_dim:
+            raise CheckpointError(
+                f"llama.{key} is {width} where heads are {head_dim} wide; minllama's values are as "
+                "wide as its keys, and whole heads are rotated"
+            )
+    config = LlamaConfig(
+        dim=dim,
+        n_layers=keys.integer("block_count"),
+        n_heads=n_heads,
+        n_kv_heads=keys.integer("attention.head_count_kv", n_heads),
+        head_dim=head_dim,
+        hidden_dim=keys.integer("feed_forward_length"),
+        vocab_size=keys.integer("vocab_size", vocab_size),
+        max_seq_len=keys.integer("context_length"),
+        norm_eps=keys.number("attention.layer_norm_rms_epsilon"),
+        rope_theta=keys.number("rope.freq_base", 10000.0),
+        causal=keys.flag("attention.causal", default=True),
+        tie_embeddings=tie_embeddings,
+        attention_bias=attention_bias,
+        ffn_bias=ffn_bias,
+    )
+    return config.replace(rope_scaling=_scaling_from_keys(keys, config, rope_freqs))
+
+
+def keys_from_config(config: LlamaConfig) -> tuple[dict[str, Any], list[float] | None]:
+    """The inverse of `config_from_keys`: keys with their `llama.`, and rope_freqs or `None`.
+
+    Raises:
+        MinllamaError: llama.cpp has no words for this config; the message names the field.
+    """
+    keys = {
+        "block_count": config.n_layers,
+        "context_length": config.max_seq_len,
+        "embedding_length": config.dim,
+        "feed_forward_length": config.hidden_dim,
+        "attention.head_count": config.n_heads,
+        "attention.head_count_kv": config.n_kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+        "rope.freq_base": float(config.rope_theta),
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": config.vocab_size,
+    }
+    if not config.causal:
+        keys["attention.causal"] = False
+    scaling_keys, rope_freqs = _scaling_to_keys(config)
+    return {f"{ARCHITECTURE}.{k}": v for k, v in (keys | scaling_keys).items()}, rope_freqs
+
+
+def llama3_divisors(
+    theta: float, head_dim: int, factor: float, original_len: int, low: float, high: float
+) -> list[float]:
+    """Divisor of each rotary frequency by Llama 3.1's rule, (C / 2,).
+
+    Frequencies that turn fewer than `low` times over the original context are divided by `factor`,
+    those that turn more than `high` times stay, and those between are blended (Meta's reference
+    code, `apply_scaling`).
+    """
+    divisors = []
+    for pair in range(head_dim // 2):
+        turns = original_len * theta ** (-2 * pair / head_dim) / (2 * math.pi)
+        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - kept) / factor + kept))
+    return divisors
+
+
+def shortest_float(value: float) -> float:
+    """The shortest decimal that is the same float32, so that 1e-5 is read back as 1e-5."""
+    try:
+        packed = struct.pack("f", value)
+    except OverflowError:  # a float64 beyond float32, for the config to refuse
+        return value
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next((c for c in candidates if struct.pack("f", c) == packed), value)
+
+
+def _scaling_from_keys(
+    keys: Keys, config: LlamaConfig, rope_freqs: Sequence[float] | None
+) -> RopeScaling | None:
+    kind = keys.text("rope.scaling.type", "linear")  # llama.cpp's default, at a factor of 1
+    if kind not in ("none", "linear", "yarn"):
+        raise CheckpointError(f"rope scaling {kind!r} is not known; known are none, linear, yarn")
+    for key, values in NEUTRAL.items():
+        if (value := keys.number(key, values[0])) not in values:
+            raise CheckpointError(f"llama.{key} is {value:g}, which llama.cpp and minllama ignore")
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
+    if factor == 0 or kind == "none":
+        factor = 1.0
+    sharpening = keys.number("rope.scaling.attn_factor", 1.0)
+    if rope_freqs is not None and any(f != 1 for f in rope_freqs):
+        if kind == "yarn" or sharpening != 1:
+            raise CheckpointError("both rope_freqs.weight and yarn scale its rotary angles")
+        return _scaling_from_divisors(keys, config, [factor * f for f in rope_freqs])
+    if kind == "yarn" and (factor != 1 or sharpening != 1):
+        paper = _paper_attention_factor(factor)
+        return RopeScaling(
+            "yarn",
+            factor=factor,
+            original_max_seq_len=keys.integer(ORIGINAL_LEN, config.max_seq_len),
+            attention_factor=None if sharpening == 1 else sharpening * paper,
+        )
+    if sharpening != 1:
+        raise CheckpointError("llama.rope.scaling.attn_factor is set without yarn")
+    return RopeScaling("linear", factor=factor) if factor != 1 else None
+
+
+def _scaling_from_divisors(keys: Keys, config: LlamaConfig, divisors: list[float]) -> RopeScaling:
+    """Llama 3.1's rule where the divisors follow it, else the divisors themselves."""
+    if len(divisors) != config.head_dim // 2:
+        raise CheckpointError(
+            f"rope_freqs.weight holds {len(divisors)} divisors for {config.head_dim // 2} "
+            "frequencies (head_dim / 2)"
+        )
+    divisors = [shortest_float(divisor) for divisor in divisors]
+    factor = divisors[-1]  # the slowest frequency is divided in full
+    original_len = keys.integer(ORIGINAL_LEN, LLAMA3_ORIGINAL_LEN)
+    if factor > 1 and original_len > 0:
+        rule = llama3_divisors(config.rope_theta, config.head_dim, factor, original_len, 1.0, 4.0)
+        if all(
+            math.isclose(divisor, expected, rel_tol=DIVISOR_TOLERANCE)
+            for divisor, expected in zip(divisors, rule, strict=True)
+        ):
+            return RopeScaling("llama3", factor=factor, original_max_seq_len=original_len)
+    return RopeScaling("factors", factors=tuple(divisors))
+
+
+def _scaling_to_keys(config: LlamaConfig) -> tuple[dict[str, Any], list[float] | None]:
+    scaling = config.rope_scaling
+    if scaling is None:
+        return {}, None
+    keys = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.factor)}
+    match scaling.kind:
+        case "linear":
+            return keys, None
+        case "yarn":
+            return keys | _yarn_keys(scaling), None
+        case "llama3":
+            assert scaling.original_max_seq_len is not None
+            divisors = llama3_divisors(
+                config.rope_theta,
+                config.head_dim,
+                scaling.factor,
+                scaling.original_max_seq_len,
+                scaling.low_freq_factor,
+                scaling.high_freq_factor,
+            )
+            return {ORIGINAL_LEN: scaling.original_max_seq_len}, divisors
+        case "factors":
+            return {}, list(scaling.factors)
+    raise MinllamaError(
+        f"GGUF has no words for rope scaling {scaling.kind!r}; convert to hf instead"
+    )
+
+
+def _yarn_keys(scaling: RopeScaling) -> dict[str, Any]:
+    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    for name, value in fixed.items():
+        if getattr(scaling, name) != value:
+            raise MinllamaError(
+                f"llama.cpp computes yarn with {name} {value}, and this model has "
+                f"{getattr(scaling, name)}; convert to hf instead"
+            )
+    wanted = scaling.attention_factor
+    paper = _paper_attention_factor(scaling.factor)
+    if wanted is None:
+        wanted = paper
+        if scaling.mscale and scaling.mscale_all_dim:
+            wanted = _paper_attention_factor(scaling.factor, scaling.mscale)
+            wanted /= _paper_attention_factor(scaling.factor, scaling.mscale_all_dim)
+    keys: dict[str, Any] = {ORIGINAL_LEN: scaling.original_max_seq_len}
+    if wanted != paper:
+        keys["rope.scaling.attn_factor"] = wanted / paper
+    return keys
+
+
+def _paper_attention_factor(factor: float, weight: float = 1.0) -> float:
+    """Peng et al. 2023, eq. 22, which llama.cpp multiplies `attn_factor` by."""
+    return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0

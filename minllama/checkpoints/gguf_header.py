@@ -1,0 +1,227 @@
+"""The head of a GGUF file: key/value pairs, and where each tensor lies.
+
+Versions 2 and 3, little-endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every
+count, length and offset is held against the file's size before it is used, so that a cut or hostile
+file costs one line, never memory or time. Knows nothing of Llamas or of what the blocks hold.
+"""
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minllama.checkpoints.gguf_blocks import GGMLType, ggml_type
+from minllama.errors import CheckpointError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_DIMS = 4
+# Far above any real vocabulary or chat template, far below what would exhaust memory.
+MAX_ARRAY_LEN = 2**24
+MAX_STRING_BYTES = 2**24
+MAX_ARRAY_DEPTH = 4
+
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+# Value types by their number in the file; 8 is a string and 9 an array.
+_SCALARS = dict(enumerate("BbHhIif")) | {7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """Where one tensor lies in a GGUF file.
+
+    Attributes:
+        name: its name there, `blk.0.attn_q.weight`.
+        shape: outermost dimension first, as torch counts (the file counts the other way).
+        type: how its numbers are stored.
+        offset: of its first byte, from the file's beginning.
+        n_bytes: the bytes that it takes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLType
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """What a GGUF file says before its numbers: `fields` as plain Python values, and `tensors`."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a file that begins as GGUF does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Parse the head of the GGUF file at `path`.
+
+    Raises:
+        CheckpointError: it cannot be read, is no GGUF file, is big-endian or of another version,
+            is cut off, or contradicts itself.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise CheckpointError(f"{path} is not a GGUF file")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Parser(data, path).header()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+class _Parser:
+    """Reads forward through `data`; `offset` is the next unread byte."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self.data = data
+        self.size = len(data)
+        self.path = path
+        self.offset = len(MAGIC)
+
+    def header(self) -> GGUFHeader:
+        version = self.u32()
+        if version & 0xFFFF == 0:  # a small number, seen from the wrong end
+            self.fail("is big-endian; convert it to little-endian first (gguf-convert-endian)")
+        if version not in VERSIONS:
+            self.fail(f"is GGUF version {version}, and versions 2 and 3 can be read")
+        n_tensors = self.count("tensors", min_bytes=24)  # name, n_dims, one dim, type, offset
+        n_fields = self.count("key/value pairs", min_bytes=13)  # key, type, value
+        fields: dict[str, Any] = {}
+        for _ in range(n_fields):
+            key = self.string()
+            if key in fields:
+                self.fail(f"has the key {key!r} twice")
+            fields[key] = self.value(self.u32(), depth=0)
+        infos = [self.tensor_info() for _ in range(n_tensors)]
+        return GGUFHeader(fields, self.placed(infos, fields.get("general.alignment")))
+
+    def tensor_info(self) -> GGUFTensor:
+        """One tensor's entry; its offset is from the first tensor's still."""
+        name = self.string()
+        n_dims = self.u32()
+        if not 1 <= n_dims <= MAX_DIMS:
+            self.fail(f"gives the tensor {name!r} {n_dims} dimensions; it is damaged")
+        dims = [self.u64() for _ in range(n_dims)]
+        type_id = self.u32()
+        stored = ggml_type(type_id)
+        if stored is None:
+            self.fail(f"stores the tensor {name!r} as type {type_id}, which is not known")
+        if 0 in dims or dims[0] % stored.block_len:
+            self.fail(
+                f"gives the tensor {name!r} rows of {dims[0]}; {stored.name} cannot hold them"
+            )
+        shape = tuple(reversed(dims))
+        return GGUFTensor(name, shape, stored, self.u64(), stored.n_bytes(shape))
+
+    def placed(self, infos: list[GGUFTensor], alignment: Any) -> dict[str, GGUFTensor]:
+        """The tensors by name, offsets from the file's beginning, each inside the file."""
+        if alignment is None:
+            alignment = DEFAULT_ALIGNMENT
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            self.fail(f"has general.alignment {alignment!r}, which must be a power of two")
+        start = -(-self.offset // alignment) * alignment
+        tensors: dict[str, GGUFTensor] = {}
+        for info in infos:
+            offset = start + info.offset
+            if info.offset % alignment:
+                self.fail(f"places the tensor {info.name!r} off its alignment of {alignment}")
+            if offset + info.n_bytes > self.size:
+                self.fail(
+                    f"is cut off: the tensor {info.name!r} ends at byte {offset + info.n_bytes}, "
+                    f"the file at {self.size}; fetch it again"
+                )
+            if info.name in tensors:
+                self.fail(f"has the tensor {info.name!r} twice")
+            tensors[info.name] = GGUFTensor(info.name, info.shape, info.type, offset, info.n_bytes)
+        return tensors
+
+    def value(self, kind: int, depth: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.numbers(_SCALARS[kind], 1)[0]
+        if kind != _ARRAY or depth == MAX_ARRAY_DEPTH:
+            self.fail(f"holds a value of type {kind} (at byte {self.offset}); it is damaged")
+        item_kind = self.u32()
+        if item_kind == _STRING:
+            return self.strings(self.array_len(min_bytes=8))
+        if item_kind in _SCALARS:
+            code = _SCALARS[item_kind]
+            return self.numbers(code, self.array_len(min_bytes=struct.calcsize(code)))
+        return [self.value(item_kind, depth + 1) for _ in range(self.array_len(min_bytes=12))]
+
+    def numbers(self, code: str, count: int) -> list[Any]:
+        layout = struct.Struct(f"<{count}{code}")
+        return list(layout.unpack_from(self.data, self.advance(layout.size)))
+
+    def u32(self) -> int:
+        value: int = _U32.unpack_from(self.data, self.advance(4))[0]
+        return value
+
+    def u64(self) -> int:
+        value: int = _U64.unpack_from(self.data, self.advance(8))[0]
+        return value
+
+    def count(self, of_what: str, min_bytes: int) -> int:
+        """A count of things that take `min_bytes` each at the least, and so must fit the rest."""
+        count = self.u64()
+        if count * min_bytes > self.size - self.offset:
+            self.fail(f"is cut off or damaged: it announces {count} {of_what}; fetch it again")
+        return count
+
+    def array_len(self, min_bytes: int) -> int:
+        length = self.count("array items", min_bytes)
+        if length > MAX_ARRAY_LEN:
+            self.fail(f"holds an array of {length} items; it is damaged")
+        return length
+
+    def string(self) -> str:
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """`count` strings; a vocabulary has tens of thousands, hence a loop without our calls."""
+        data, size, offset, unpack = self.data, self.size, self.offset, _U64.unpack_from
+        found = []
+        for _ in range(count):
+            start = offset + 8
+            if start > size:
+                self.fail_cut()
+            length = unpack(data, offset)[0]
+            offset = start + length
+            if offset > size:
+                self.fail_cut()
+            if length > MAX_STRING_BYTES:
+                self.fail(f"holds a string of {length} bytes; it is damaged")
+            found.append(data[start:offset])
+        self.offset = offset
+        try:
+            return [str(text, "utf-8") for text in found]
+        except UnicodeDecodeError:
+            self.fail(f"holds a string (before byte {offset}) that is not UTF-8; it is damaged")
+
+    def advance(self, n_bytes: int) -> int:
+        """The offset of the next `n_bytes`, which are in the file, and are now read."""
+        start = self.offset
+        if start + n_bytes > self.size:
+            self.fail_cut()
+        self.offset = start + n_bytes
+        return start
+
+    def fail_cut(self) -> NoReturn:
+        self.fail(f"is cut off inside its header (at byte {self.size}); fetch it again")
+
+    def fail(self, what: str) -> NoReturn:
+        raise CheckpointError(f"{self.path} {what}")

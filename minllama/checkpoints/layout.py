@@ -1,0 +1,111 @@
+"""The tensors that a Llama has by its config, and the checks that every reader makes first.
+
+A model is built from a config before its tensors are compared with it, so a config that claims what
+no tensor bears out is refused here, before a billion layers are. Knows nothing of any one format.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from minllama.checkpoints.base import LazyTensor
+from minllama.config import LlamaConfig
+from minllama.errors import CheckpointError, MinllamaError
+
+# Rotary tables are built for the whole context; the longest of real models is ten million tokens.
+MAX_CONTEXT = 2**24
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a Llama, in the order in which a text meets them."""
+    query_dim, key_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    dim, hidden_dim = config.dim, config.hidden_dim
+    projections = {
+        "attention.compute_query": (query_dim, dim, config.attention_bias),
+        "attention.compute_key": (key_dim, dim, config.attention_bias),
+        "attention.compute_value": (key_dim, dim, config.attention_bias),
+        "attention.compute_output": (dim, query_dim, config.attention_bias),
+        "feed_forward.w1": (hidden_dim, dim, config.ffn_bias),
+        "feed_forward.w2": (dim, hidden_dim, config.ffn_bias),
+        "feed_forward.w3": (hidden_dim, dim, config.ffn_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
+    for layer in range(config.n_layers):
+        shapes[f"layers.{layer}.attention_norm.weight"] = (dim,)
+        shapes[f"layers.{layer}.ffn_norm.weight"] = (dim,)
+        for name, (rows, columns, has_bias) in projections.items():
+            shapes[f"layers.{layer}.{name}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"layers.{layer}.{name}.bias"] = (rows,)
+    shapes["norm.weight"] = (dim,)
+    if not config.tie_embeddings:
+        shapes["output.weight"] = (config.vocab_size, dim)
+    return shapes
+
+
+def translate(name: str, table: Mapping[str, str]) -> str | None:
+    """A tensor's name in other words; `None` where the table has none for it.
+
+    Args:
+        name: `layers.3.attention.compute_query.weight`.
+        table: module names without `.weight` or `.bias`, `{i}` for the layer's number:
+            `layers.{i}.attention.compute_query` -> `blk.{i}.attn_q`.
+    """
+    module, _, kind = name.rpartition(".")
+    number = _NUMBER.search(module)
+    if number is not None:
+        module = f"{module[: number.start()]}.{{i}}.{module[number.end() :]}"
+    other = table.get(module)
+    if other is None or kind not in ("weight", "bias"):
+        return None
+    return f"{other.replace('{i}', number[1]) if number else other}.{kind}"
+
+
+@contextlib.contextmanager
+def naming(where: Path) -> Iterator[None]:
+    """Errors about the content of a file that do not name it yet, as errors that do.
+
+    Raises:
+        CheckpointError: in place of any MinllamaError or TypeError inside.
+    """
+    try:
+        yield
+    except (TypeError, MinllamaError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:
+    """Hold the sizes that a config claims against the tensors that are there.
+
+    Differences of one tensor are the loader's to list; this is about sizes that nothing bears out.
+
+    Raises:
+        CheckpointError: more layers than there are tensors for, a width that no tensor has, or a
+            context that no model has.
+    """
+    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    if config.n_layers > len(layers):
+        raise CheckpointError(
+            f"the config says {config.n_layers} layers, the tensors are of {len(layers)}; "
+            "the file is incomplete"
+        )
+    widest = max(size for tensor in tensors.values() for size in tensor.shape)
+    sizes = {
+        "dim": config.dim,
+        "hidden_dim": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "n_heads * head_dim": config.n_heads * config.head_dim,
+    }
+    for name, size in sizes.items():
+        if size > widest:
+            raise CheckpointError(
+                f"the config says {name} {size}, and no tensor is wider than {widest}; "
+                "its config is of another model"
+            )
+    if config.max_seq_len > MAX_CONTEXT:
+        raise CheckpointError(
+            f"a context of {config.max_seq_len} tokens is above the limit of {MAX_CONTEXT}"
+        )

@@ -1,0 +1,218 @@
+"""Meta's own checkpoints: a folder of params.json and consolidated.00.pth, .01.pth, ...
+
+Each .pth is one shard of a model that was cut for model-parallel GPUs; a tensor is joined from its
+shards when it is asked for. q and k are interleaved there as they are here.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
+from minllama.checkpoints.layout import check_extent, naming, translate
+from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
+from minllama.config import LlamaConfig, RopeScaling, meta_hidden_dim
+from minllama.errors import CheckpointError
+
+SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+
+OUR_NAMES = {
+    "tok_embeddings": "tok_embeddings",
+    "norm": "norm",
+    "output": "output",
+    "layers.{i}.attention_norm": "layers.{i}.attention_norm",
+    "layers.{i}.attention.wq": "layers.{i}.attention.compute_query",
+    "layers.{i}.attention.wk": "layers.{i}.attention.compute_key",
+    "layers.{i}.attention.wv": "layers.{i}.attention.compute_value",
+    "layers.{i}.attention.wo": "layers.{i}.attention.compute_output",
+    "layers.{i}.ffn_norm": "layers.{i}.ffn_norm",
+    "layers.{i}.feed_forward.w1": "layers.{i}.feed_forward.w1",
+    "layers.{i}.feed_forward.w2": "layers.{i}.feed_forward.w2",
+    "layers.{i}.feed_forward.w3": "layers.{i}.feed_forward.w3",
+}
+# The dimension along which a matrix was cut; what is not here every shard has whole.
+CUT_ROWS = ("compute_query", "compute_key", "compute_value", "w1", "w3", "output")
+CUT_COLUMNS = ("compute_output", "w2")
+
+REQUIRED = ("dim", "n_layers", "n_heads")
+KNOWN = {
+    *REQUIRED,
+    *("n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "hidden_dim", "norm_eps"),
+    *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len"),
+}
+UNUSED = {"max_batch_size"}  # of Meta's own cache
+
+
+def is_meta(path: Path) -> bool:
+    """Whether `path` is a folder with a params.json and at least one consolidated.NN.pth."""
+    return (path / "params.json").is_file() and any(
+        SHARD.fullmatch(file.name) for file in path.iterdir()
+    )
+
+
+def read_meta(path: Path) -> Checkpoint:
+    """Open a folder of Meta's; weights are mapped into memory, not read.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, shards do not fit each other, or params.json
+            has a key that is not known.
+    """
+    from minllama.vocabulary import find_vocabulary
+
+    shards = [dense_tensors(load_torch_file(file), file) for file in _shard_files(path)]
+    params_path = path / "params.json"
+    params = _read_params(params_path)
+    with naming(path):
+        tensors, ignored = _joined(shards, params)
+    with naming(params_path):
+        config = config_from_params(params, tensors)
+        _check_shard_count(config, shards)
+        check_extent(config, tensors)
+    ignored += sorted(UNUSED & set(params))
+    return Checkpoint(path, "Meta", config, tensors, find_vocabulary(path), tuple(ignored))
+
+
+def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> LlamaConfig:
+    """A LlamaConfig from the content of a params.json.
+
+    `vocab_size` is -1 in many, and then the embedding's rows. The context is in none of Meta's own:
+    without `max_seq_len` it is that of the generation which the other fields show: Llama 3.1 and
+    later (`use_scaled_rope`) 131072, Code Llama (theta 1e6) 16384, Llama 3 (theta 5e5) 8192,
+    Llama 2 4096, Llama 1 (epsilon 1e-6) 2048.
+
+    Raises:
+        MinllamaError: a key is missing or not known, or the values contradict one another.
+    """
+    if unknown := sorted(set(params) - KNOWN - UNUSED):
+        raise CheckpointError(
+            f"{', '.join(unknown)}: not known to minllama, so the model may compute something "
+            f"else; known are {', '.join(sorted(KNOWN))}"
+        )
+    given = {key: value for key, value in params.items() if value is not None}
+    if missing := [key for key in REQUIRED if key not in given]:
+        raise CheckpointError(f"{', '.join(missing)} is missing; fetch the file again")
+    if given.get("vocab_size", -1) == -1:
+        given["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
+    same = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
+    fields = {key: given[key] for key in same if key in given}
+    config = LlamaConfig(
+        **fields,
+        hidden_dim=given.get("hidden_dim") or _hidden_dim(given),
+        tie_embeddings="output.weight" not in tensors,
+    )
+    scaling = None
+    if given.get("use_scaled_rope"):
+        factor = given.get("rope_scaling_factor", 8.0)
+        scaling = RopeScaling("llama3", factor=factor, original_max_seq_len=8192)
+    max_seq_len = given.get("max_seq_len") or _usual_context(config, scaling)
+    return config.replace(rope_scaling=scaling, max_seq_len=max_seq_len)
+
+
+def _hidden_dim(given: Mapping[str, Any]) -> int:
+    multiple_of = given.get("multiple_of", 256)
+    multiplier = given.get("ffn_dim_multiplier")
+    if type(given["dim"]) is not int:
+        raise CheckpointError(f"dim must be a whole number above 0, not {given['dim']!r}")
+    if type(multiple_of) is not int or multiple_of < 1:
+        raise CheckpointError(f"multiple_of must be a whole number above 0, not {multiple_of!r}")
+    if multiplier is not None and (
+        type(multiplier) not in (int, float) or not 0 < multiplier < 1e6
+    ):
+        raise CheckpointError(f"ffn_dim_multiplier must be a number above 0, not {multiplier!r}")
+    return meta_hidden_dim(given["dim"], multiple_of, multiplier)
+
+
+def _usual_context(config: LlamaConfig, scaling: RopeScaling | None) -> int:
+    if scaling is not None:
+        return 131072
+    if config.rope_theta > 10000:
+        return 16384 if config.rope_theta >= 1e6 else 8192
+    return 2048 if config.norm_eps < 1e-5 else 4096
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    numbered = {
+        int(match[1]): file for file in folder.iterdir() if (match := SHARD.fullmatch(file.name))
+    }
+    for number in range(len(numbered)):
+        if number not in numbered:
+            missing = folder / f"consolidated.{number:02d}.pth"
+            raise CheckpointError(f"{missing} is missing; download it again")
+    return [numbered[number] for number in range(len(numbered))]
+
+
+def _read_params(path: Path) -> dict[str, Any]:
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not readable as JSON ({error}); download it again"
+        ) from error
+    if not isinstance(params, dict):
+        raise CheckpointError(f"{path}: not a JSON object; download it again")
+    return params
+
+
+def _joined(
+    shards: list[dict[str, Tensor]], params: Mapping[str, Any]
+) -> tuple[dict[str, LazyTensor], list[str]]:
+    """Every tensor over all shards, by our name, and the names of what is not read."""
+    tensors, ignored = {}, []
+    for shard in shards:
+        if lacking := set(shards[0]) ^ set(shard):
+            raise CheckpointError(f"{min(lacking)} is in some shards and not in others")
+    for name in shards[0]:
+        if name.endswith("rope.freqs"):  # they follow from the config
+            ignored.append(name)
+            continue
+        ours = translate(name, OUR_NAMES) or name
+        parts = [shard[name] for shard in shards]
+        tensors[ours] = _join(name, parts, _cut_dim(ours, parts[0], params))
+    if "tok_embeddings.weight" not in tensors:
+        raise CheckpointError("the tensor tok_embeddings.weight is missing; it is no whole model")
+    return tensors, ignored
+
+
+def _cut_dim(ours: str, part: Tensor, params: Mapping[str, Any]) -> int | None:
+    """The dimension along which a tensor was cut; `None` where each shard has it whole."""
+    module = ours.split(".")[-2] if "." in ours else ours
+    if part.dim() != 2:
+        return None
+    if module == "tok_embeddings":
+        # Llama 1 and 2 cut the width, Llama 3 the vocabulary.
+        return 0 if part.shape[1] == params.get("dim") else 1
+    if module in CUT_ROWS:
+        return 0
+    return 1 if module in CUT_COLUMNS else None
+
+
+def _join(name: str, parts: list[Tensor], dim: int | None) -> LazyTensor:
+    first = parts[0]
+    if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise CheckpointError(f"{name} differs between shards ({shapes}); they are of two models")
+    part = lazy(first)
+    if dim is None or len(parts) == 1:
+        return part
+    shape = list(first.shape)
+    shape[dim] *= len(parts)
+    n_bytes = part.stored_bytes * len(parts)
+    return LazyTensor(tuple(shape), part.stored_as, n_bytes, partial(torch.cat, parts, dim=dim))
+
+
+def _check_shard_count(config: LlamaConfig, shards: list[dict[str, Tensor]]) -> None:
+    query = shards[0].get("layers.0.attention.wq.weight")
+    rows = config.n_heads * config.head_dim
+    if query is None or query.dim() != 2 or not query.shape[0] or rows % query.shape[0]:
+        return  # for the loader to report
+    if (needed := rows // query.shape[0]) != len(shards):
+        raise CheckpointError(
+            f"it describes a model in {needed} shards, and {len(shards)} consolidated.NN.pth are "
+            "there; download the others"
+        )
