@@ -1,0 +1,106 @@
+"""The command `minllama`: parse, call, print.
+
+Everything heavy is imported inside the commands, so that `--help` answers at once. What a user did
+wrong is one line on stderr and exit status 2; a traceback only with `--debug`.
+"""
+
+import os
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from importlib import import_module
+
+import click
+
+from minllama import __version__
+from minllama.errors import MinllamaError
+
+COMMANDS = {
+    "generate": "Continue a prompt; the text streams as it is made.",
+    "chat": "Talk with a model that was trained to chat.",
+    "info": "Say what a checkpoint is.",
+    "convert": "Write a checkpoint in another format.",
+}
+
+
+@dataclass
+class State:
+    """What the commands tell the door: whether tracebacks are wanted."""
+
+    debug: bool = False
+
+
+class _LazyGroup(click.Group):
+    """Commands that are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"minllama.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # From the table above: help for all needs no command's imports.
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="minllama", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Small Llamas that classify and generate, on the machine you have."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
+    state = State()
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal cannot show is no reason to stop.
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        status = _run(args, state)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (`| head`). What is still buffered must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+def _run(args: list[str] | None, state: State) -> int:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default" if state.debug else "ignore")
+            cli.main(args, prog_name="minllama", standalone_mode=False, obj=state)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "minllama"
+        return _complain(f"{error.format_message()} (see: {command} --help)", 2, state)
+    except MinllamaError as error:
+        return _complain(str(error), 2, state)
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        raise
+    except MemoryError:
+        return _complain("out of memory; use a smaller model, batch or --dtype bfloat16", 2, state)
+    except OSError as error:
+        return _complain(f"{error.filename or 'output'}: {error.strerror or error}", 2, state)
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        return _complain(f"internal error: {message}; --debug shows where, please report it", 1, state)
+    return 0
+
+
+def _complain(message: str, status: int, state: State) -> int:
+    if state.debug:
+        traceback.print_exc()
+    click.echo(f"minllama: {' '.join(message.split())}", err=True)
+    return status

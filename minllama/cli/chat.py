@@ -1,0 +1,77 @@
+"""`minllama chat`: an interactive session with history."""
+
+import sys
+from typing import Any
+
+import click
+
+from minllama.cli.common import dataclass_options, debug_option, model_options, open_model
+from minllama.cli.generate import summary
+from minllama.errors import MinllamaError
+from minllama.options import GenerationOptions
+
+HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
+
+
+@click.command("chat")
+@click.option("--system", metavar="TEXT", help="Instructions that stand before the conversation.")
+@model_options
+@dataclass_options(
+    GenerationOptions,
+    defaults={"max_new_tokens": 1024},
+    skip=("n", "logprobs", "ignore_eos", "json_schema", "regex"),
+)
+@debug_option
+def command(
+    system: str | None,
+    source: str | None,
+    tokenizer: str | None,
+    dtype: str | None,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Talk with a model: /reset forgets, /exit leaves, Ctrl-C stops an answer."""
+    checked = GenerationOptions(**options)
+
+    from minllama.conversation import Conversation
+
+    model, words, checkpoint = open_model(source, tokenizer, dtype, device)
+    conversation = Conversation(model, words, checked, system=system)
+    click.echo(f"{checkpoint.path.name}. {HELP}", err=True)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (gives input() a history and line editing)
+    while True:
+        try:
+            text = input(">>> " if sys.stdin.isatty() else "").strip()
+        except KeyboardInterrupt:
+            click.echo("\n(/exit leaves)", err=True)
+            continue
+        except EOFError:
+            click.echo()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            conversation.reset()
+            click.echo("(forgotten)", err=True)
+        elif text.startswith("/"):
+            click.echo(f"{text.split()[0]} is no command. {HELP}", err=True)
+        elif text:
+            _answer(conversation, text)
+
+
+def _answer(conversation: Any, text: str) -> None:
+    pieces = conversation.answer(text)
+    try:
+        for piece in pieces:
+            click.echo(piece.text, nl=False)
+            sys.stdout.flush()
+        click.echo()
+        click.echo(summary(conversation.stream.timings, conversation.stream.results), err=True)
+    except KeyboardInterrupt:
+        click.echo("\n(stopped)", err=True)
+    except MinllamaError as error:
+        # Such as a conversation that has outgrown the context: the session goes on.
+        click.echo(f"{error}; /reset begins anew", err=True)
+    finally:
+        pieces.close()

@@ -1,0 +1,142 @@
+"""Options that several commands share, and how they become a model.
+
+Option dataclasses are turned into command-line options here, once, so that names, defaults and
+help stand where the options are defined and nowhere else.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from minllama.errors import MinllamaError
+
+if TYPE_CHECKING:
+    import torch
+
+    from minllama.checkpoints import Checkpoint
+    from minllama.llama import Llama
+    from minllama.tokenizer import Tokenizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def debug_option(command: Command) -> Command:
+    """`--debug`: show tracebacks."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and context.obj is not None:
+            context.obj.debug = True
+
+    return click.option(
+        "--debug",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=remember,
+        help="Show where an error comes from.",
+    )(command)
+
+
+def model_options(command: Command) -> Command:
+    """`--model`, `--tokenizer`, `--dtype`, `--device`."""
+    options = (
+        click.option(
+            "-m",
+            "--model",
+            "source",
+            metavar="PATH|ID",
+            help="File, folder or Hugging Face id; without it the embedded default model.",
+        ),
+        click.option(
+            "--tokenizer",
+            metavar="PATH",
+            help="Tokenizer file or folder, where none lies beside the model.",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            help="Of the weights; without it float32 on a CPU, bfloat16 on a GPU.",
+        ),
+        click.option(
+            "--device", metavar="DEVICE", help="cpu, cuda or mps; without it the GPU if any."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def dataclass_options(
+    options: type, *, defaults: dict[str, Any] | None = None, skip: tuple[str, ...] = ()
+) -> Callable[[Command], Command]:
+    """One command-line option for each field of an option dataclass."""
+
+    def decorate(command: Command) -> Command:
+        hints = typing.get_type_hints(options)
+        for field in reversed(dataclasses.fields(options)):
+            if field.name not in skip:
+                default = (defaults or {}).get(field.name, field.default)
+                command = _click_option(field, hints[field.name], default)(command)
+        return command
+
+    return decorate
+
+
+def _click_option(
+    field: "dataclasses.Field[Any]", hint: Any, default: Any
+) -> Callable[[Command], Command]:
+    flag = "--" + field.name.replace("_", "-")
+    within = field.metadata["within"]
+    notes = [f"default {default}"] if default not in (None, (), False) else []
+    meaning = field.metadata["meaning"]
+    text = meaning[0].upper() + meaning[1:] + (f" ({'; '.join(notes)})" if notes else "") + "."
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = next(kind for kind in kinds if kind is not types.NoneType)
+    if kind is bool:
+        return click.option(flag, is_flag=True, default=default, help=text)
+    if typing.get_origin(kind) is tuple:
+        return click.option(flag, multiple=True, default=default, help=text, metavar="TEXT")
+    metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
+    if within is not None:
+        metavar = f"{metavar} {within}"
+    return click.option(flag, type=kind, default=default, help=text, metavar=f"[{metavar}]")
+
+
+def open_model(
+    source: str | None, tokenizer: str | None, dtype: str | None, device: str | None
+) -> "tuple[Llama, Tokenizer, Checkpoint]":
+    """The model and tokenizer that the shared options name.
+
+    Raises:
+        MinllamaError: they cannot be opened, or there is no tokenizer.
+    """
+    from minllama.checkpoints import open_checkpoint
+    from minllama.llama import Llama
+    from minllama.tokenizer import Tokenizer
+
+    checkpoint = open_checkpoint(source, tokenizer=tokenizer)
+    if checkpoint.vocabulary is None:
+        raise MinllamaError(
+            f"{checkpoint.path}: no tokenizer in or beside the model; "
+            "name its file or folder with --tokenizer"
+        )
+    # The tokenizer first: it is quick, and a damaged one is found before gigabytes are read.
+    words = Tokenizer(checkpoint.vocabulary)
+    model = Llama.from_checkpoint(checkpoint, dtype=torch_dtype(dtype), device=device)
+    return model, words, checkpoint
+
+
+def torch_dtype(name: str | None) -> "torch.dtype | None":
+    """torch's dtype of that name."""
+    if name is None:
+        return None
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

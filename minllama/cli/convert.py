@@ -1,0 +1,68 @@
+"""`minllama convert`: write a checkpoint in another format."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from minllama.cli.common import DTYPES, debug_option, torch_dtype
+from minllama.errors import MinllamaError
+
+if TYPE_CHECKING:
+    from minllama.checkpoints import Checkpoint
+
+GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+
+
+@click.command("convert")
+@click.argument("src")
+@click.argument("dst")
+@click.option("--to", "target", type=click.Choice(["hf", "gguf", "llama2c"]), required=True,
+              help="A Hugging Face folder, a GGUF file, or llama2.c's legacy .bin file.")  # fmt: skip
+@click.option("--dtype", type=click.Choice([*DTYPES, "q8_0"]),
+              help="Of the weights; without it as stored, or float32 for quantised ones.")  # fmt: skip
+@click.option("--tokenizer", metavar="PATH", help="Tokenizer file or folder of SRC.")
+@click.option("--force", is_flag=True, help="Replace DST where it exists.")
+@debug_option
+def command(
+    src: str, dst: str, target: str, dtype: str | None, tokenizer: str | None, force: bool
+) -> None:
+    """Write the checkpoint SRC (a file, a folder or a Hugging Face id) to DST."""
+    if Path(dst).exists() and not force:
+        raise MinllamaError(f"{dst} exists; --force replaces it")
+    if dtype == "q8_0" and target != "gguf":
+        raise MinllamaError(f"--dtype q8_0 is a GGUF type; --to {target} takes {', '.join(DTYPES)}")
+    if target == "llama2c" and dtype not in (None, "float32"):
+        raise MinllamaError("llama2.c's legacy .bin holds float32 only; leave --dtype away")
+
+    from minllama.checkpoints import (
+        open_checkpoint,
+        write_gguf,
+        write_huggingface,
+        write_llama2c_bin,
+    )
+    from minllama.llama import Llama
+
+    checkpoint = open_checkpoint(src, tokenizer=tokenizer)
+    dtype = dtype or ("float32" if target == "llama2c" else _stored_dtype(checkpoint))
+    # Through the model: names, shapes and numbers are checked before anything is written.
+    loaded_dtype = torch_dtype("float32" if dtype == "q8_0" else dtype)
+    model = Llama.from_checkpoint(checkpoint, dtype=loaded_dtype, device="cpu")
+    tensors, vocabulary = model.state_dict(), checkpoint.vocabulary
+    if target == "hf":
+        write_huggingface(dst, model.config, tensors, vocabulary=vocabulary)
+    elif target == "gguf":
+        write_gguf(dst, model.config, tensors, vocabulary, GGUF_DTYPES[dtype])
+    else:
+        write_llama2c_bin(dst, model.config, tensors)
+    click.echo(f"wrote {dst} ({dtype})", err=True)
+
+
+def _stored_dtype(checkpoint: "Checkpoint") -> str:
+    """The dtype that keeps the stored numbers: the commonest one, float32 for quantised blocks."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {name: name for name in DTYPES}
+    stored = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        stored[names.get(tensor.stored_as, "float32")] += tensor.stored_bytes
+    return stored.most_common(1)[0][0]

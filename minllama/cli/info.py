@@ -1,0 +1,101 @@
+"""`minllama info`: what a checkpoint is."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import click
+
+from minllama.cli.common import debug_option
+
+if TYPE_CHECKING:
+    from minllama.checkpoints import Checkpoint
+    from minllama.config import LlamaConfig
+    from minllama.vocabulary import Vocabulary
+
+
+@click.command("info")
+@click.argument("model", required=False)
+@click.option("--tokenizer", metavar="PATH", help="Tokenizer file or folder.")
+@debug_option
+def command(model: str | None, tokenizer: str | None) -> None:
+    """Say what MODEL is: a file, a folder, a Hugging Face id, or without it the default model."""
+    from minllama.checkpoints import open_checkpoint
+
+    checkpoint = open_checkpoint(model, tokenizer=tokenizer)
+    for name, value in describe(checkpoint):
+        click.echo(f"{name:<12} {value}")
+
+
+def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
+    """Pairs of name and value, for people."""
+    config = checkpoint.config
+    tensors = checkpoint.tensors.values()
+    stored = Counter[str]()
+    n_parameters = 0
+    for tensor in tensors:
+        size = 1
+        for side in tensor.shape:
+            size *= side
+        stored[tensor.stored_as] += size
+        n_parameters += size
+    stored_bytes = sum(tensor.stored_bytes for tensor in tensors)
+    share = ", ".join(f"{kind} {n / n_parameters:.1%}" for kind, n in stored.most_common())
+    lines = [
+        ("path", str(checkpoint.path)),
+        ("family", f"Llama, {'causal' if config.causal else 'bidirectional'}"),
+        ("format", checkpoint.format),
+        ("shape", _shape(config)),
+        ("parameters", f"{n_parameters:,}"),
+        ("bytes", f"{stored_bytes:,}"),
+        ("dtype", share),
+        ("context", f"{config.context_len:,} tokens"),
+        ("rope", _rope(config)),
+        *_vocabulary(checkpoint.vocabulary),
+    ]
+    if checkpoint.ignored:
+        lines.append(("not read", ", ".join(checkpoint.ignored)))
+    return lines
+
+
+def _shape(config: "LlamaConfig") -> str:
+    parts = [
+        f"dim {config.dim}",
+        f"layers {config.n_layers}",
+        f"heads {config.n_heads}/{config.n_kv_heads} x {config.head_dim}",
+        f"hidden {config.hidden_dim}",
+        f"vocabulary {config.vocab_size:,}",
+        "tied" if config.tie_embeddings else "untied",
+    ]
+    if config.attention_bias or config.ffn_bias:
+        parts.append("biases")
+    return ", ".join(parts)
+
+
+def _rope(config: "LlamaConfig") -> str:
+    text = f"theta {config.rope_theta:g}"
+    if scaling := config.rope_scaling:
+        text += f", {scaling.kind}"
+        if scaling.kind != "factors":
+            text += f" x {scaling.factor:g}"
+        if scaling.original_max_seq_len:
+            text += f" from {scaling.original_max_seq_len:,}"
+    return text
+
+
+def _vocabulary(vocabulary: "Vocabulary | None") -> list[tuple[str, str]]:
+    if vocabulary is None:
+        return [("tokenizer", "none in or beside it; name one with --tokenizer")]
+    ids = [
+        f"{name} {token_id}"
+        for name, token_id in (
+            ("bos", vocabulary.bos_id),
+            ("eos", vocabulary.eos_id),
+            ("pad", vocabulary.pad_id),
+        )
+        if token_id is not None
+    ]
+    template = vocabulary.chat_template
+    return [
+        ("tokenizer", ", ".join([vocabulary.origin, *ids])),
+        ("template", "none" if template is None else f"chat, {len(template):,} characters"),
+    ]

@@ -1,0 +1,141 @@
+"""A conversation with a model: messages so far, and one answer after another.
+
+Each answer reads only what is new since the last one: the cache of keys and values is kept, and cut
+back to where the new prompt departs from the old. Knows nothing of terminals or servers.
+"""
+
+from collections.abc import Iterator
+
+from minllama.cache import KVCache
+from minllama.chat import ChatTemplate
+from minllama.errors import MinllamaError
+from minllama.generation import Piece, TextStream
+from minllama.llama import Llama
+from minllama.options import GenerationOptions
+from minllama.tokenizer import Tokenizer
+
+CACHE_STEP = 512
+"""Slots that a cache grows by at least, so that it is not copied at every answer."""
+
+
+class Conversation:
+    """Messages and answers between a user and a model.
+
+    Args:
+        model: answers.
+        tokenizer: of the same checkpoint; it must have a chat template.
+        options: how answers are generated.
+        system: instructions that stand before everything; None for the template's own.
+
+    Attributes:
+        messages: {"role": ..., "content": ...} each, in order.
+        stream: the latest answer's TextStream, for its timings; None before the first.
+
+    Raises:
+        MinllamaError: the checkpoint has no chat template.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        options: GenerationOptions,
+        *,
+        system: str | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.template = chat_template(tokenizer)
+        self._system = [{"role": "system", "content": system}] if system is not None else []
+        self.stream: TextStream | None = None
+        self._cache: KVCache | None = None
+        self._read_ids: list[int] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all that has been said; the system message stays."""
+        self.messages = list(self._system)
+
+    def answer(self, text: str) -> Iterator[Piece]:
+        """Say something, and yield the answer piece by piece.
+
+        An answer that is not iterated to its end is kept as far as it came.
+
+        Raises:
+            MinllamaError: the conversation is longer than the context; it is as it was before.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt_ids = encode_messages(self.template, self.tokenizer, messages)
+        stream = TextStream(
+            self.model,
+            self.tokenizer,
+            [prompt_ids],
+            self.options,
+            cache=self._cache_for(prompt_ids),
+        )
+        self.messages, self.stream = messages, stream
+        result = stream.results[0]
+        try:
+            yield from stream
+        finally:
+            assert self._cache is not None
+            self._read_ids = (prompt_ids + result.token_ids)[: self._cache.max_len]
+            self._cache.truncate(len(self._read_ids))
+            self.messages.append({"role": "assistant", "content": result.text})
+
+    def _cache_for(self, prompt_ids: list[int]) -> KVCache:
+        """A cache that holds what the prompt shares with the last text, and has room for more."""
+        context_len = self.model.config.context_len
+        needed = min(len(prompt_ids) + self.options.max_new_tokens, context_len)
+        grown = min(needed + CACHE_STEP, context_len)
+        if self._cache is None:
+            self._cache = KVCache(
+                self.model.config, 1, grown, dtype=self.model.dtype, device=self.model.device
+            )
+        # The last token of the prompt is always read: its logits begin the answer.
+        self._cache.truncate(min(_common_len(self._read_ids, prompt_ids), len(prompt_ids) - 1))
+        if self._cache.capacity < needed:
+            self._cache = self._cache.repeated(1, grown)
+        return self._cache
+
+
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Raises:
+        MinllamaError: it has none.
+    """
+    if tokenizer.chat_template is None:
+        raise MinllamaError(
+            "this model has no chat template; it continues text: use `minllama generate`, or a "
+            "model that was trained to chat"
+        )
+    names = {token_id: text for text, token_id in tokenizer.special_tokens.items()}
+    return ChatTemplate(
+        tokenizer.chat_template,
+        bos_token=_text_of(names, tokenizer.bos_id),
+        eos_token=_text_of(names, tokenizer.eos_id),
+    )
+
+
+def encode_messages(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: list[dict[str, str]]
+) -> list[int]:
+    """Messages to the token ids of a prompt that ends where the answer begins.
+
+    The template's special tokens are meant as such; the same characters inside a message are text.
+    """
+    rendered, masked = template.render_masked(messages, tokenizer.special_tokens)
+    return tokenizer.encode_chat(rendered, masked)
+
+
+def _text_of(names: dict[int, str], token_id: int | None) -> str:
+    return "" if token_id is None else names.get(token_id, "")
+
+
+def _common_len(one: list[int], other: list[int]) -> int:
+    shared = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        shared += 1
+    return shared
