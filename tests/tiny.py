@@ -1,0 +1,66 @@
+"""Tiny random models, ours and transformers', with the same weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LlamaConfig as TheirConfig
+from transformers import LlamaForCausalLM
+
+from minllama.config import LlamaConfig
+from minllama.llama import Llama, load_pretrained
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+def their_model(**changes: Any) -> LlamaForCausalLM:
+    """A transformers Llama whose every number matters: norms and biases are random too."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(TheirConfig(**{**SHAPE, **changes})).eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(mean=1.0 if "norm" in name else 0.0, std=0.15)
+    return model
+
+
+def both(folder: Path, **changes: Any) -> tuple[LlamaForCausalLM, Llama]:
+    """transformers' model and ours, which has read what that one has written."""
+    theirs = their_model(**changes)
+    theirs.save_pretrained(folder)
+    return theirs, load_pretrained(folder, device="cpu")
+
+
+def our_model(seed: int = 0, **changes: Any) -> Llama:
+    """A Llama of ours, in evaluation mode."""
+    fields: dict[str, Any] = {
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "hidden_dim": 48,
+        "vocab_size": 61,
+        "max_seq_len": 64,
+    }
+    torch.manual_seed(seed)
+    model = Llama(LlamaConfig(**{**fields, **changes})).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def random_ids(batch: int, length: int, vocab_size: int = 61, seed: int = 0) -> torch.Tensor:
+    """(batch, length) token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocab_size, (batch, length), generator=generator)
