@@ -142,6 +142,7 @@ class Decoder:
         self.stop_ids = frozenset() if options.ignore_eos else frozenset(stop_ids)
         self.timings = Timings()
         self._cache = cache
+        self._finished: set[int] = set()
         _check_prompts(self.prompts, model.config)
         context_len = model.config.context_len
         seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
@@ -159,11 +160,8 @@ class Decoder:
         ]
 
     def finish(self, row: int) -> None:
-        """Take a row out of the batch: it has all that it needs."""
-        for slot, active in enumerate(self._active):
-            if active.index == row:
-                self._drop(slot)
-                return
+        """Take a row out of the batch before its next token: it has all that it needs."""
+        self._finished.add(row)
 
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[Token]]:
@@ -184,10 +182,9 @@ class Decoder:
             else:
                 self.timings.decode_seconds += now - start
                 self.timings.decode_tokens += len(tokens)
+            self._finished.update(token.row for token in tokens if token.finish_reason)
             yield tokens
-            for token in tokens:
-                if token.finish_reason is not None:
-                    self.finish(token.row)
+            self._drop_finished()
             if self._active:
                 start = time.perf_counter()
                 logits = self._step()
@@ -256,13 +253,15 @@ class Decoder:
         alternatives = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return Token(row.index, token_id, logprobs[token_id].item(), alternatives, reason)
 
-    def _drop(self, slot: int) -> None:
-        # As the cache does it: the last row moves into the gap.
-        last = self._active.pop()
-        if slot < len(self._active):
-            self._active[slot] = last
-        if self._active and self._cache is not None:  # an only row stays, for its owner
-            self._cache.drop_row(slot)
+    def _drop_finished(self) -> None:
+        for slot in reversed(range(len(self._active))):
+            if self._active[slot].index in self._finished:
+                # As the cache does it: the last row moves into the gap.
+                last = self._active.pop()
+                if slot < len(self._active):
+                    self._active[slot] = last
+                if self._active and self._cache is not None:  # an only row stays, for its owner
+                    self._cache.drop_row(slot)
 
 
 def generate_ids(
