@@ -125,30 +125,25 @@ def _downloaded(hub_model: HubModel) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
-    if hub_model.file is not None:
-        return _downloaded_file(hub_model, hub_model.file)
-    api = huggingface_hub.HfApi()
     timeout = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
     try:
-        info = api.model_info(hub_model.repo, revision=hub_model.revision, timeout=timeout)
+        info = huggingface_hub.HfApi().model_info(
+            hub_model.repo, revision=hub_model.revision, timeout=timeout
+        )
     except (RevisionNotFoundError, HFValidationError):
         raise
     # As the library has it: what was downloaded once is there without the hub, and without access.
     except Exception as error:
         return _cached(hub_model, error)
-    names = _wanted(hub_model, [sibling.rfilename for sibling in info.siblings or []])
-    if names[0].endswith(".gguf"):
-        return _downloaded_file(hub_model, names[0])
-    folder = huggingface_hub.snapshot_download(
-        hub_model.repo, revision=hub_model.revision, allow_patterns=names
-    )
-    return Path(folder)
-
-
-def _downloaded_file(hub_model: HubModel, file: str) -> Path:
-    import huggingface_hub
-
-    return Path(huggingface_hub.hf_hub_download(hub_model.repo, file, revision=hub_model.revision))
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    file = _lone_file(hub_model, files)
+    if file is not None:
+        path = huggingface_hub.hf_hub_download(hub_model.repo, file, revision=hub_model.revision)
+    else:
+        path = huggingface_hub.snapshot_download(
+            hub_model.repo, revision=hub_model.revision, allow_patterns=_folder_files(files)
+        )
+    return Path(path)
 
 
 def _cached(hub_model: HubModel, hub_error: Exception) -> Path:
@@ -161,21 +156,22 @@ def _cached(hub_model: HubModel, hub_error: Exception) -> Path:
             huggingface_hub.snapshot_download(
                 hub_model.repo,
                 revision=hub_model.revision,
-                allow_patterns=list(SMALL_FILES),
+                allow_patterns=list(SMALL_FILES) if hub_model.file is None else [hub_model.file],
                 local_files_only=True,
             )
         )
     except LocalEntryNotFoundError:
         raise hub_error from None
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    if not any(_is_weights(file) for file in files) or not _has_all_shards(folder):
+    try:
+        file = _lone_file(hub_model, files)
+    except CheckpointError:  # of what was downloaded, that is; the hub may have it
+        raise hub_error from None
+    if file is not None:
+        return folder / file
+    if not _has_all_shards(folder):
         raise hub_error
-    names = _wanted(hub_model, files)
-    return folder / names[0] if names[0].endswith(".gguf") else folder
-
-
-def _is_weights(name: str) -> bool:
-    return name.endswith(".gguf") or any(pattern.fullmatch(name) for pattern in WEIGHT_FILES)
+    return folder
 
 
 def _has_all_shards(folder: Path) -> bool:
@@ -187,23 +183,45 @@ def _has_all_shards(folder: Path) -> bool:
     return True
 
 
-def _wanted(hub_model: HubModel, files: list[str]) -> list[str]:
-    """Those of a repository's files that are read; a single GGUF file where that is all it has."""
+def _folder_files(files: list[str]) -> list[str]:
+    """Those of a repository's files that make up a checkpoint's folder; none where none does."""
     for pattern in WEIGHT_FILES:
         if weights := [file for file in files if pattern.fullmatch(file)]:
             return weights + [file for file in files if file in SMALL_FILES]
+    return []
+
+
+def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
+    """The one of a repository's files that is read by itself; None where a folder is read."""
+    if hub_model.file is not None:
+        if hub_model.file in files:
+            return hub_model.file
+        alike = sorted(file for file in files if file.endswith(Path(hub_model.file).suffix))
+        raise CheckpointError(
+            f"{hub_model}: holds no file {hub_model.file}; name {_listed(hub_model, alike)}"
+        )
+    if _folder_files(files):
+        return None
     ggufs = sorted(file for file in files if file.endswith(".gguf"))
-    if len(ggufs) == 1:
-        return ggufs
     if not ggufs:
         raise CheckpointError(
             f"{hub_model}: the repository holds no weights that minllama reads (model.safetensors, "
             "pytorch_model.bin, consolidated.00.pth, *.gguf); name another"
         )
+    if len(ggufs) > 1:
+        raise CheckpointError(
+            f"{hub_model}: holds several GGUF files; name {_listed(hub_model, ggufs)}"
+        )
+    return ggufs[0]
+
+
+def _listed(hub_model: HubModel, files: list[str]) -> str:
+    """The names under which users ask for `files`."""
+    if not files:
+        return "another repository"
     at = "" if hub_model.revision is None else f"@{hub_model.revision}"
-    listed = ", ".join(f"{hub_model.repo}/{file}{at}" for file in ggufs[:MAX_LISTED])
-    more = f" and {len(ggufs) - MAX_LISTED} more" if len(ggufs) > MAX_LISTED else ""
-    raise CheckpointError(f"{hub_model}: holds several GGUF files; name one: {listed}{more}")
+    names = ", ".join(f"{hub_model.repo}/{file}{at}" for file in files[:MAX_LISTED])
+    return names + (f" and {len(files) - MAX_LISTED} more" if len(files) > MAX_LISTED else "")
 
 
 def _reason(hub_model: HubModel, error: BaseException) -> str:
@@ -232,8 +250,6 @@ def _reason(hub_model: HubModel, error: BaseException) -> str:
         case errors.LocalEntryNotFoundError():  # the library's wrapping of what went wrong
             if error.__cause__ is not None:
                 return _reason(hub_model, error.__cause__)
-        case errors.EntryNotFoundError():
-            return f"the repository has no such file; see {page}/tree/main"
         case errors.HFValidationError():
             return f"no such path here, and not a Hugging Face id; one is {EXAMPLE_ID}"
         case errors.HfHubHTTPError():
@@ -245,7 +261,7 @@ def _reason(hub_model: HubModel, error: BaseException) -> str:
             )
     return (
         f"no such path here, and {constants.ENDPOINT} cannot be reached or breaks off "
-        f"({_first_line(error)}); check the connection and try again: what has arrived is kept"
+        f"({_first_line(error)}); check the connection and try again"
     )
 
 
@@ -272,7 +288,7 @@ def _shown(name: str) -> str:
 
 @contextlib.contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
