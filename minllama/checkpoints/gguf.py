@@ -121,6 +121,8 @@ def read_gguf(path: Path) -> Checkpoint:
         CheckpointError: the file is cut off or damaged, or its model is not a Llama.
         TokenizerError: its vocabulary is of a kind that is not known.
     """
+    from minllama.vocabulary.gguf import from_gguf
+
     file = open_gguf(path)
     fields = file.header.fields
     with naming(path):
@@ -158,7 +160,7 @@ def read_gguf(path: Path) -> Checkpoint:
         if name.endswith(".bias") and name not in tensors:
             tensors[name] = LazyTensor(shape, "zero", 0, partial(torch.zeros, shape))
     ignored += keys.unread()
-    return Checkpoint(path, "GGUF", config, tensors, _vocabulary(fields, path), tuple(ignored))
+    return Checkpoint(path, "GGUF", config, tensors, from_gguf(fields, path), tuple(ignored))
 
 
 def write_gguf(
@@ -244,14 +246,6 @@ def _encoded(name: str, tensor: Tensor, stored: GGMLType) -> Tensor:
 
 def _file_type_fields(dtype: StoredAs) -> dict[str, Any]:
     return {"general.file_type": FILE_TYPES[dtype], "general.quantization_version": 2}
-
-
-def _vocabulary(fields: dict[str, Any], path: Path) -> Vocabulary | None:
-    if fields.get("tokenizer.ggml.model", NO_VOCABULARY) in (NO_VOCABULARY, "no_vocab"):
-        return None
-    from minllama.vocabulary.gguf import from_gguf
-
-    return from_gguf(fields, path)
 
 
 def _vocabulary_fields(vocabulary: Vocabulary | None, config: LlamaConfig) -> dict[str, Any]:

@@ -209,7 +209,10 @@ def _scaling_from_keys(
         raise CheckpointError(f"rope scaling {kind!r} is not known; known are none, linear, yarn")
     for key, values in NEUTRAL.items():
         if (value := keys.number(key, values[0])) not in values:
-            raise CheckpointError(f"llama.{key} is {value:g}, which llama.cpp and minllama ignore")
+            raise CheckpointError(
+                f"llama.{key} is {value:g}, which llama.cpp ignores in a Llama; it is not clear "
+                "what this model computes"
+            )
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
     if factor == 0 or kind == "none":
         factor = 1.0
@@ -224,7 +227,7 @@ def _scaling_from_keys(
             "yarn",
             factor=factor,
             original_max_seq_len=keys.integer(ORIGINAL_LEN, config.max_seq_len),
-            attention_factor=None if sharpening == 1 else sharpening * paper,
+            attention_factor=None if sharpening == 1 else shortest_float(sharpening * paper),
         )
     if sharpening != 1:
         raise CheckpointError("llama.rope.scaling.attn_factor is set without yarn")

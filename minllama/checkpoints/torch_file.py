@@ -106,7 +106,7 @@ def _check_zip(path: Path) -> None:
 
 def _unpickle(path: Path, mmap: bool) -> Any:
     with warnings.catch_warnings():
-        # Raised for every protocol above 2; whatever the unpickler cannot read is an error anyway.
+        # Raised for every protocol but 2; what the unpickler cannot read is an error anyway.
         warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
         try:
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
