@@ -123,16 +123,13 @@ def _parsed(name: str) -> HubModel | None:
 
 def _downloaded(hub_model: HubModel) -> Path:
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
     timeout = huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT
     try:
         info = huggingface_hub.HfApi().model_info(
             hub_model.repo, revision=hub_model.revision, timeout=timeout
         )
-    except (RevisionNotFoundError, HFValidationError):
-        raise
-    # As the library has it: what was downloaded once is there without the hub, and without access.
+    # What was downloaded once stays there without the hub, and without the right to download it.
     except Exception as error:
         return _cached(hub_model, error)
     files = [sibling.rfilename for sibling in info.siblings or []]
