@@ -1,0 +1,56 @@
+"""What a checkpoint knows of its tokenizer, in the form it is stored in.
+
+Knows nothing of files, formats or libraries: the other modules of this package turn those into a
+`Vocabulary` and back.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["sentencepiece", "tokenizers", "tiktoken"]
+
+# Several times the largest vocabulary there is; an id above it is damage, and a table of that
+# length would take absurd memory.
+MAX_VOCAB_SIZE = 2**22
+
+
+class TokenType(enum.IntEnum):
+    """What a token is for. The numbers are SentencePiece's, which GGUF took over."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One tokenizer, serialized, and what its checkpoint says about it.
+
+    Attributes:
+        form: which library reads `data`: a SentencePiece ModelProto, a `tokenizer.json`, or
+            tiktoken's lines of base64 token and rank (Llama 3's `tokenizer.model`).
+        data: the serialized vocabulary.
+        origin: where it came from, for people: `tokenizer.json`, `GGUF gpt2 (smollm)`.
+        bos_id: id of the token that begins a text; `None` where there is none.
+        eos_id: id of the token that ends a text.
+        pad_id: id that the checkpoint declares for padding; `None` where it declares none.
+        stop_ids: further ids that end a generation, such as the end of a chat turn.
+        add_bos: texts are encoded with `bos_id` in front unless the caller says otherwise.
+        add_eos: texts are encoded with `eos_id` behind unless the caller says otherwise.
+        chat_template: Jinja source that renders messages; `None` where there is none.
+    """
+
+    form: Form
+    data: bytes
+    origin: str
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    add_bos: bool = False
+    add_eos: bool = False
+    chat_template: str | None = None

@@ -1,0 +1,219 @@
+"""A vocabulary -> GGUF's `tokenizer.*` fields, so that llama.cpp gives the same ids.
+
+The other direction of `minllama.vocabulary.gguf`. What GGUF has no field for is refused in one
+line rather than written almost right.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from minllama.errors import TokenizerError
+from minllama.vocabulary import byte_level, sentencepiece_form, tiktoken_form, tokenizers_form
+from minllama.vocabulary.base import TokenType, Vocabulary
+from minllama.vocabulary.sentencepiece_form import BYTE_PIECES, SPACE, Piece
+from minllama.vocabulary.tokenizers_form import Json
+
+PREFIX = "tokenizer.ggml."
+MODEL = PREFIX + "model"
+TEMPLATE = "tokenizer.chat_template"
+
+_BPE = 2  # SentencePiece's TrainerSpec.ModelType
+
+
+def to_gguf(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
+    """The fields of a GGUF file for `vocabulary`, as plain Python values.
+
+    Two things are lost: of its stop_ids, GGUF has room for two (end of turn, end of message); and a
+    tokenizer.json whose Metaspace puts a space in front of a text, unless the text begins with one,
+    becomes one that always does.
+
+    Args:
+        vocabulary: in any form.
+        vocab_size: tokens that the model has; unused ones are added up to it.
+
+    Raises:
+        TokenizerError: the vocabulary has more tokens than that, or works in a way that GGUF has
+            no fields for.
+    """
+    where = vocabulary.origin
+    if vocabulary.form == "sentencepiece":
+        fields = _from_model(sentencepiece_form.parse_model(vocabulary.data, where), where)
+    else:
+        if vocabulary.form == "tiktoken":
+            raw = tiktoken_form.to_tokenizers(vocabulary.data, where)
+        else:
+            raw = tokenizers_form.parse(vocabulary.data, where)
+        kind = tokenizers_form.decoder_kind(raw.get("decoder"), where)
+        fields = (_byte_level if kind.byte_level else _from_pieces)(raw, where)
+    tokens = fields[PREFIX + "tokens"]
+    if len(tokens) > vocab_size:
+        raise TokenizerError(
+            f"{where}: {len(tokens)} tokens, and the model has {vocab_size}; "
+            "give the tokenizer that belongs to the model"
+        )
+    padding = range(len(tokens), vocab_size)
+    tokens += [f"[PAD{i}]" for i in padding]
+    fields[PREFIX + "token_type"] += [int(TokenType.UNUSED) for _ in padding]
+    if PREFIX + "scores" in fields:
+        fields[PREFIX + "scores"] += [-1e9 for _ in padding]
+    return fields | _settings(vocabulary, tokens)
+
+
+def _settings(vocabulary: Vocabulary, tokens: Sequence[str]) -> dict[str, Any]:
+    """The fields beside the tokens themselves."""
+    stops = [i for i in vocabulary.stop_ids if i != vocabulary.eos_id]
+    # Llama 3 has both; where one has another name, it ends a turn.
+    eom_id = next((i for i in stops if "eom" in tokens[i]), None)
+    eot_id = next((i for i in stops if "eot" in tokens[i]), None)
+    others = [i for i in stops if i not in (eom_id, eot_id)]
+    if eot_id is None and others:
+        eot_id = others.pop(0)
+    if eom_id is None and others:
+        eom_id = others.pop(0)
+    ids = {
+        "bos": vocabulary.bos_id,
+        "eos": vocabulary.eos_id,
+        "padding": vocabulary.pad_id,
+        "eot": eot_id,
+        "eom": eom_id,
+    }
+    fields: dict[str, Any] = {
+        f"{PREFIX}{name}_token_id": token_id
+        for name, token_id in ids.items()
+        if token_id is not None
+    }
+    fields[PREFIX + "add_bos_token"] = vocabulary.add_bos
+    fields[PREFIX + "add_eos_token"] = vocabulary.add_eos
+    if vocabulary.chat_template is not None:
+        fields[TEMPLATE] = vocabulary.chat_template
+    return fields
+
+
+def _byte_level(raw: Json, where: str) -> dict[str, Any]:
+    pre = byte_level.pre_tokenizer_name(raw, where)
+    tokens, types = _tokens(raw)
+    return {
+        MODEL: "gpt2",
+        PREFIX + "pre": pre,
+        PREFIX + "tokens": tokens,
+        PREFIX + "token_type": types,
+        PREFIX + "merges": [" ".join(pair) for pair in tokenizers_form.merge_pairs(raw, where)],
+    }
+
+
+def _tokens(raw: Json) -> tuple[list[str], list[int]]:
+    """Texts and types of all tokens of a tokenizer.json, in the order of their ids."""
+    ids = tokenizers_form.token_ids(raw)
+    n_tokens = max(ids.values()) + 1
+    tokens = [f"[PAD{i}]" for i in range(n_tokens)]
+    types = [int(TokenType.UNUSED)] * n_tokens
+    for text, token_id in ids.items():
+        tokens[token_id], types[token_id] = text, TokenType.NORMAL
+    for token in raw["added_tokens"]:
+        special = token.get("special")
+        types[token["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
+    return tokens, [int(kind) for kind in types]
+
+
+def _from_model(model: Any, where: str) -> dict[str, Any]:
+    if model.trainer_spec.model_type != _BPE:
+        raise TokenizerError(f"{where}: a SentencePiece model other than BPE; a Llama's is BPE")
+    if model.normalizer_spec.precompiled_charsmap:
+        raise TokenizerError(f"{where}: it normalizes the text, which GGUF has no field for")
+    return _piece_fields(
+        sentencepiece_form.pieces_of(model),
+        add_space_prefix=model.normalizer_spec.add_dummy_prefix,
+        remove_extra_whitespaces=model.normalizer_spec.remove_extra_whitespaces,
+    )
+
+
+def _from_pieces(raw: Json, where: str) -> dict[str, Any]:
+    """Fields for a tokenizer.json that does with merges what SentencePiece does with scores."""
+    tokens, types = _tokens(raw)
+    model = raw["model"]
+    if model.get("byte_fallback"):
+        for text in BYTE_PIECES:
+            if (token_id := model["vocab"].get(text)) is not None:
+                types[token_id] = int(TokenType.BYTE)
+    unk_id = model["vocab"].get(model.get("unk_token"))
+    if unk_id is not None:
+        types[unk_id] = int(TokenType.UNKNOWN)
+    ranks = _piece_ranks(raw, where)
+    scores = [-float(ranks.get(text, len(ranks))) for text in tokens]
+    pieces = [Piece(*piece) for piece in zip(tokens, scores, types, strict=True)]
+    return _piece_fields(pieces, add_space_prefix=_adds_space(raw, where))
+
+
+def _piece_fields(
+    pieces: Sequence[Piece], *, add_space_prefix: bool, remove_extra_whitespaces: bool = False
+) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        MODEL: "llama",
+        PREFIX + "pre": "default",
+        PREFIX + "tokens": [piece.text for piece in pieces],
+        PREFIX + "scores": [float(piece.score) for piece in pieces],
+        PREFIX + "token_type": [int(piece.type) for piece in pieces],
+        PREFIX + "add_space_prefix": bool(add_space_prefix),
+    }
+    for i, piece in enumerate(pieces):
+        if piece.type == TokenType.UNKNOWN:
+            fields[PREFIX + "unknown_token_id"] = i
+    if remove_extra_whitespaces:  # read back by us; llama.cpp passes over it for this model
+        fields[PREFIX + "remove_extra_whitespaces"] = True
+    return fields
+
+
+def _piece_ranks(raw: Json, where: str) -> dict[str, int]:
+    """Token -> rank of its first merge; refused where SentencePiece would merge otherwise.
+
+    SentencePiece joins any two neighbours that make a piece. That is the same as the merges if each
+    token's merges are all ways to cut it into two, and follow one another; only among runs of
+    spaces, whose scores are equal, the order between tokens does not matter.
+    """
+    vocab = raw["model"]["vocab"]
+    cuts: dict[str, int] = {}
+    ranks: dict[str, int] = {}
+    last = ""
+    for left, right in tokenizers_form.merge_pairs(raw, where):
+        text = left + right
+        if text != last and text in ranks and text.strip(SPACE):
+            raise _not_pieces(where, text)
+        ranks.setdefault(text, len(ranks))
+        cuts[text] = cuts.get(text, 0) + 1
+        last = text
+    special = {token["content"] for token in raw["added_tokens"]} | set(BYTE_PIECES)
+    ordinary = vocab.keys() - special
+    for text in ordinary:
+        if len(sentencepiece_form.splits(text, vocab)) != cuts.get(text, 0):
+            raise _not_pieces(where, text)
+    return ranks
+
+
+def _not_pieces(where: str, text: str) -> TokenizerError:
+    return TokenizerError(
+        f"{where}: its merges for {text!r} are not SentencePiece's, and GGUF has no other way to "
+        "store them"
+    )
+
+
+def _adds_space(raw: Json, where: str) -> bool:
+    """Whether a space goes in front of a text, where all else that is done to it is to spell spaces.
+
+    Raises:
+        TokenizerError: the text is changed, or cut into words, in another way.
+    """
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    normalizer, pre_tokenizer = raw.get("normalizer"), raw.get("pre_tokenizer")
+    if pre_tokenizer is None:
+        if normalizer == replace or normalizer == {"type": "Sequence", "normalizers": [replace]}:
+            return False
+        if normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
+            return True
+    elif normalizer is None and pre_tokenizer.get("type") == "Metaspace":
+        if pre_tokenizer.get("split", True) is False:
+            return bool(pre_tokenizer.get("prepend_scheme", "always") != "never")
+    raise TokenizerError(
+        f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, and GGUF has no other "
+        "way to store them"
+    )

@@ -1,0 +1,250 @@
+"""The tokenizer's files in a Hugging Face folder <-> a vocabulary.
+
+`tokenizer.json` or `tokenizer.model` hold the tokens; `tokenizer_config.json` and its kin say which
+of them begin and end a text, and how chats are written. Knows nothing of the model's own files.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minllama.errors import TokenizerError
+from minllama.vocabulary import sentencepiece_form, tiktoken_form, tokenizers_form
+from minllama.vocabulary.base import Vocabulary
+from minllama.vocabulary.tokenizers_form import Json
+
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_MODEL = "tokenizer.model"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
+_ADDED_TOKENS = "added_tokens.json"
+_SPECIAL_TOKENS = "special_tokens_map.json"
+# What a folder's tokenizer may consist of: a new one takes the place of all of them.
+FILES = frozenset(
+    (
+        TOKENIZER_JSON,
+        TOKENIZER_MODEL,
+        TOKENIZER_CONFIG,
+        CHAT_TEMPLATE,
+        GENERATION_CONFIG,
+        _ADDED_TOKENS,
+        _SPECIAL_TOKENS,
+    )
+)
+_MODEL_CONFIG = "config.json"
+_FURTHER_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
+
+_MAX_SETTINGS_BYTES = 2**26
+
+
+def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
+    """`vocabulary`, read from `folder`, with what the other files there say about it.
+
+    What they do not say stays as it is.
+
+    Raises:
+        TokenizerError: one of the files is damaged, or names a token that does not exist.
+    """
+    config = _read_json(folder / _SPECIAL_TOKENS) | _read_json(folder / TOKENIZER_CONFIG)
+    vocabulary, ids = _with_added_tokens(vocabulary, folder, config)
+    named: dict[str, Any] = {
+        f"{name}_id": ids[text]
+        for name in ("bos", "eos", "pad")
+        # transformers adds tokens that only the settings name; the model has no row for them.
+        if (text := _text(config.get(f"{name}_token"))) in ids
+    }
+    vocabulary = dataclasses.replace(vocabulary, **named)
+    ends = _ending_ids(folder, max(ids.values(), default=-1) + 1)
+    if vocabulary.eos_id is None and ends:
+        vocabulary = dataclasses.replace(vocabulary, eos_id=ends[0])
+    add_bos = config.get("add_bos_token", vocabulary.add_bos)
+    add_eos = config.get("add_eos_token", vocabulary.add_eos)
+    return dataclasses.replace(
+        vocabulary,
+        stop_ids=tuple(
+            i for i in dict.fromkeys([*vocabulary.stop_ids, *ends]) if i != vocabulary.eos_id
+        ),
+        add_bos=bool(add_bos) and vocabulary.bos_id is not None,
+        add_eos=bool(add_eos) and vocabulary.eos_id is not None,
+        chat_template=_chat_template(folder, config) or vocabulary.chat_template,
+    )
+
+
+def from_tokenizer_json(data: bytes, where: str) -> Vocabulary:
+    """The vocabulary of a tokenizer.json alone; BOS and EOS are those of its template."""
+    raw = tokenizers_form.parse(data, where)
+    tokenizers_form.decoder_kind(raw.get("decoder"), where)
+    bos_id, eos_id = tokenizers_form.template_ids(raw)
+    return Vocabulary(
+        form="tokenizers",
+        data=data,
+        origin=TOKENIZER_JSON,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        add_bos=bos_id is not None,
+        add_eos=eos_id is not None,
+    )
+
+
+def to_files(vocabulary: Vocabulary) -> dict[str, bytes]:
+    """File name -> content of the tokenizer in a Hugging Face folder.
+
+    transformers' AutoTokenizer gives the same ids by them. A SentencePiece model is kept beside its
+    tokenizer.json, for programs that want it; where no tokenizer.json can be exact, it is alone.
+    """
+    where = vocabulary.origin
+    files: dict[str, bytes] = {}
+    raw: Json | None
+    if vocabulary.form == "sentencepiece":
+        files[TOKENIZER_MODEL] = vocabulary.data
+        raw = sentencepiece_form.to_tokenizers(vocabulary.data, where)
+    elif vocabulary.form == "tiktoken":
+        raw = tiktoken_form.to_tokenizers(vocabulary.data, where)
+    else:
+        raw = tokenizers_form.parse(vocabulary.data, where)
+    if raw is not None:
+        front = vocabulary.bos_id if vocabulary.add_bos else None
+        behind = vocabulary.eos_id if vocabulary.add_eos else None
+        files[TOKENIZER_JSON] = tokenizers_form.dump(
+            tokenizers_form.with_template(raw, front, behind)
+        )
+    files[TOKENIZER_CONFIG] = _json_bytes(_config(vocabulary, raw))
+    files[GENERATION_CONFIG] = _json_bytes(_generation_config(vocabulary))
+    if vocabulary.chat_template is not None:
+        files[CHAT_TEMPLATE] = vocabulary.chat_template.encode()
+    return files
+
+
+def _config(vocabulary: Vocabulary, raw: Json | None) -> Json:
+    """The content of tokenizer_config.json; `raw` is that of the tokenizer.json, if there is."""
+    if raw is None:
+        pieces = sentencepiece_form.pieces_of(
+            sentencepiece_form.parse_model(vocabulary.data, vocabulary.origin)
+        )
+        texts = dict(enumerate(piece.text for piece in pieces))
+        special = None
+    else:
+        texts = {token_id: text for text, token_id in tokenizers_form.token_ids(raw).items()}
+        special = tokenizers_form.special_ids(raw)
+    config: Json = {
+        # The class that takes the tokenizer.json as it is, in every version.
+        "tokenizer_class": "LlamaTokenizer" if raw is None else "PreTrainedTokenizerFast",
+        "add_bos_token": vocabulary.add_bos,
+        "add_eos_token": vocabulary.add_eos,
+        "clean_up_tokenization_spaces": False,
+    }
+    if raw is None:
+        config["legacy"] = True  # a space after special tokens as well, as Meta's code has it
+    for name in ("bos", "eos", "pad"):
+        token_id = getattr(vocabulary, f"{name}_id")
+        # transformers would make an ordinary token special if it were named for padding.
+        if token_id is not None and (name != "pad" or special is None or token_id in special):
+            config[f"{name}_token"] = texts[token_id]
+    return config
+
+
+def _generation_config(vocabulary: Vocabulary) -> Json:
+    ends = [i for i in (vocabulary.eos_id, *vocabulary.stop_ids) if i is not None]
+    return {
+        "bos_token_id": vocabulary.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else vocabulary.eos_id,
+    }
+
+
+def _with_added_tokens(
+    vocabulary: Vocabulary, folder: Path, config: Json
+) -> tuple[Vocabulary, Mapping[str, int]]:
+    """`vocabulary` with the tokens listed beside it, BOS and EOS made special; and text -> id."""
+    where = str(folder)
+    added = _added_tokens(folder, config)
+    names = [config.get("bos_token"), config.get("eos_token")]
+    for key in _FURTHER_SPECIAL:
+        listed = config.get(key)
+        names += listed if isinstance(listed, list) else []
+    special = {text for name in names if (text := _text(name)) is not None}
+    if vocabulary.form == "tiktoken":
+        n_ranks = len(tiktoken_form.parse_ranks(vocabulary.data, where))
+        return vocabulary, tiktoken_form.special_tokens(n_ranks)
+    if vocabulary.form == "tokenizers":
+        raw = tokenizers_form.parse(vocabulary.data, where)
+        extended = tokenizers_form.with_added_tokens(raw, added, special, where)
+        ids = tokenizers_form.token_ids(extended)
+        if extended is raw:
+            return vocabulary, ids
+        return dataclasses.replace(vocabulary, data=tokenizers_form.dump(extended)), ids
+    added = [(i, text, is_special or text in special) for i, text, is_special in added]
+    data, ids = sentencepiece_form.with_added_pieces(vocabulary.data, added, where)
+    return dataclasses.replace(vocabulary, data=data), ids
+
+
+def _added_tokens(folder: Path, config: Json) -> list[tuple[int, str, bool]]:
+    """Id, text, and whether it is special, of the tokens that files beside the vocabulary list."""
+    listed = {
+        text: (token_id, False)
+        for text, token_id in _read_json(folder / _ADDED_TOKENS).items()
+        if type(token_id) is int
+    }
+    decoder = config.get("added_tokens_decoder")
+    for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
+        text = _text(token)
+        if text is not None and token_id.isascii() and token_id.isdigit():
+            listed[text] = (int(token_id), bool(token.get("special")))
+    return [(token_id, text, special) for text, (token_id, special) in listed.items()]
+
+
+def _ending_ids(folder: Path, n_tokens: int) -> list[int]:
+    """The ids that end a generation, as the model's files have them: one, or a list."""
+    for name in (GENERATION_CONFIG, _MODEL_CONFIG):
+        ends = _read_json(folder / name).get("eos_token_id")
+        if ends is not None:
+            listed = ends if isinstance(ends, list) else [ends]
+            return [i for i in listed if type(i) is int and 0 <= i < n_tokens]
+    return []
+
+
+def _chat_template(folder: Path, config: Json) -> str | None:
+    """The file of its own before the one in the settings; of several, the one called `default`."""
+    path = folder / CHAT_TEMPLATE
+    if path.is_file():
+        return _read(path).decode(errors="replace")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
+        template = named.get("default", {}).get("template")
+    return template if isinstance(template, str) else None
+
+
+def _text(token: Any) -> str | None:
+    """Text of a token in the settings: a string, or an AddedToken as a dictionary."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_SETTINGS_BYTES:
+            raise TokenizerError(f"{path}: far larger than such a file is; get it again")
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _read_json(path: Path) -> Json:
+    """The object in a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        raw = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not readable as JSON ({error}); get it again") from error
+    if not isinstance(raw, dict):
+        raise TokenizerError(f"{path}: not a JSON object; get it again")
+    return raw
+
+
+def _json_bytes(content: Json) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
