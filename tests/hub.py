@@ -65,7 +65,7 @@ class Hub:
         requests: all that were made, oldest first.
         breaks_after: file -> bytes after which the connection breaks, once.
         is_down: answer everything with 503.
-        goes_down: be down from the next break on.
+        breaks_for_good: a file whose connection broke answers 503 from then on.
     """
 
     def __init__(self, url: str) -> None:
@@ -74,7 +74,8 @@ class Hub:
         self.requests: list[Request] = []
         self.breaks_after: dict[str, int] = {}
         self.is_down = False
-        self.goes_down = False
+        self.breaks_for_good = False
+        self.broken: set[str] = set()
 
     def downloads(self) -> list[str]:
         """The files whose content was asked for, in order of name."""
@@ -123,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             r"|/(?P<file_repo>[^/]+/[^/]+)/resolve/(?P<file_revision>[^/]+)/(?P<file>.+)",
             path,
         )
-        if hub.is_down or match is None:
+        if hub.is_down or match is None or (self.command == "GET" and match["file"] in hub.broken):
             return self._fail(503, None, "down for maintenance")
         repository = hub.repositories.get(match["repo"] or match["file_repo"])
         allowed = repository is not None and authorization == f"Bearer {repository.token}"
@@ -161,7 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         if name in hub.breaks_after:
-            hub.is_down = hub.goes_down
+            if hub.breaks_for_good:
+                hub.broken.add(name)
             self.wfile.write(content[start : hub.breaks_after.pop(name)])
             self.close_connection = True
             return

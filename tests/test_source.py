@@ -316,15 +316,17 @@ def test_half_a_download_is_never_taken_for_a_model_and_is_completed_later(
     files = {"config.json": b"{}", "model.safetensors": b"0" * 10_000}
     hub.repositories["org/big"] = Repository(files)
     hub.breaks_after["model.safetensors"] = 5_000
-    hub.goes_down = True
+    hub.breaks_for_good = True
     (broken,) = resolve("org/big", stderr=subprocess.DEVNULL)
     assert "503 Service Unavailable" in broken["error"]
+    hub.is_down = True
     (down,) = resolve("org/big")
     assert "503 Service Unavailable" in down["error"]
     (offline,) = resolve("org/big", HF_HUB_OFFLINE="1")
     assert "not whole in the cache" in offline["error"]
 
     hub.is_down = False
+    hub.broken.clear()
     hub.requests.clear()
     (whole,) = resolve("org/big")
     assert content(whole["path"]) == files
