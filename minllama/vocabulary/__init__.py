@@ -1,8 +1,8 @@
 """Vocabularies in the forms they are stored in, and from one form to another.
 
 A `Vocabulary` is what a checkpoint knows of its tokenizer: one of three serialized forms that a
-library reads, and the ids and flags beside it. Knows nothing of models and imports no torch; turning
-text into ids is `minllama.tokenizer`'s business.
+library reads, and the ids and flags beside it. Knows nothing of models and imports no torch;
+turning text into ids is `minllama.tokenizer`'s business.
 """
 
 from minllama.vocabulary.base import Form, TokenType, Vocabulary

@@ -7,13 +7,13 @@ gets around it is `minllama.tokenizer`'s business.
 import abc
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 from minllama.errors import TokenizerError
 from minllama.vocabulary import byte_level, tiktoken_form, tokenizers_form
-from minllama.vocabulary.base import MAX_VOCAB_SIZE, TokenType, Vocabulary
+from minllama.vocabulary.base import MAX_VOCAB_SIZE, Form, TokenType, Vocabulary
 from minllama.vocabulary.sentencepiece_form import SPACE, parse_model
 
 # Meta's limits for tiktoken (llama3/tokenizer.py): longer texts, and longer runs without or of
@@ -73,7 +73,7 @@ def open_codec(vocabulary: Vocabulary) -> Codec:
     Raises:
         TokenizerError: the vocabulary is damaged.
     """
-    codecs = {
+    codecs: dict[Form, Callable[[Vocabulary], Codec]] = {
         "sentencepiece": _SentencePieceCodec,
         "tokenizers": _TokenizersCodec,
         "tiktoken": _TiktokenCodec,

@@ -197,7 +197,7 @@ def _not_pieces(where: str, text: str) -> TokenizerError:
 
 
 def _adds_space(raw: Json, where: str) -> bool:
-    """Whether a space goes in front of a text, where all else that is done to it is to spell spaces.
+    """Whether a space goes in front of a text, to which nothing else is done than to spell spaces.
 
     Raises:
         TokenizerError: the text is changed, or cut into words, in another way.
@@ -211,8 +211,9 @@ def _adds_space(raw: Json, where: str) -> bool:
         if normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
             return True
     elif normalizer is None and pre_tokenizer.get("type") == "Metaspace":
-        if pre_tokenizer.get("split", True) is False:
-            return bool(pre_tokenizer.get("prepend_scheme", "always") != "never")
+        scheme = pre_tokenizer.get("prepend_scheme", "always")
+        if not pre_tokenizer.get("split", True):
+            return bool(scheme != "never")
     raise TokenizerError(
         f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, and GGUF has no other "
         "way to store them"

@@ -54,7 +54,7 @@ def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
         f"{name}_id": ids[text]
         for name in ("bos", "eos", "pad")
         # transformers adds tokens that only the settings name; the model has no row for them.
-        if (text := _text(config.get(f"{name}_token"))) in ids
+        if (text := _text(config.get(f"{name}_token")) or "") in ids
     }
     vocabulary = dataclasses.replace(vocabulary, **named)
     ends = _ending_ids(folder, max(ids.values(), default=-1) + 1)

@@ -47,10 +47,8 @@ def build_model(
     Raises:
         TokenizerError: SentencePiece could not read such a model.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
     _check_pieces(pieces, where)
-    model = sentencepiece_model_pb2.ModelProto()
+    model = _empty_model()
     unk_id = next(i for i, piece in enumerate(pieces) if piece.type == TokenType.UNKNOWN)
     for text, score, kind in pieces:
         model.pieces.add(piece=text, score=score, type=kind)
@@ -70,9 +68,8 @@ def build_model(
 def parse_model(data: bytes, where: str) -> Any:
     """The ModelProto in `data`; a TokenizerError where it is none."""
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = _empty_model()
     try:
         model.ParseFromString(data)
     except DecodeError as error:
@@ -218,6 +215,13 @@ def splits(text: str, vocab: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (text[:i], text[i:]) for i in range(1, len(text)) if text[:i] in vocab and text[i:] in vocab
     ]
+
+
+def _empty_model() -> Any:
+    from sentencepiece import sentencepiece_model_pb2
+
+    messages: Any = sentencepiece_model_pb2  # generated at import, so unknown to type checkers
+    return messages.ModelProto()
 
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]] | None:

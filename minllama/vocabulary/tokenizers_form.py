@@ -1,7 +1,8 @@
 """The content of a `tokenizer.json` (the format of the library `tokenizers`): read, asked, built.
 
-Knows the parts that Llamas have: a BPE model, added tokens, a decoder of bytes or of SentencePiece's
-pieces, a template that puts BOS and EOS around a text. Knows nothing of folders or of other formats.
+Knows the parts that Llamas have: a BPE model, added tokens, a decoder of bytes or of
+SentencePiece's pieces, a template that puts BOS and EOS around a text. Knows nothing of folders or
+of other formats.
 """
 
 import json
@@ -33,7 +34,7 @@ def parse(data: bytes, where: str) -> Json:
         TokenizerError: it is damaged, or its model is not BPE.
     """
     try:
-        raw = json.loads(data)
+        raw: Json = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{where}: not readable as JSON ({error}); get it again") from error
     model = raw.get("model") if isinstance(raw, dict) else None
@@ -59,7 +60,8 @@ def dump(raw: Json) -> bytes:
 
 def token_ids(raw: Json) -> dict[str, int]:
     """Text -> id of all tokens, added ones as well."""
-    return raw["model"]["vocab"] | {token["content"]: token["id"] for token in raw["added_tokens"]}
+    own: dict[str, int] = raw["model"]["vocab"]
+    return own | {token["content"]: token["id"] for token in raw["added_tokens"]}
 
 
 def special_ids(raw: Json) -> set[int]:
