@@ -326,7 +326,7 @@ def test_every_value_type_is_read(write: Callable[..., Path]) -> None:
     assert found["bool"] is True
 
 
-@pytest.mark.parametrize("alignment", [8, 64, 4096])
+@pytest.mark.parametrize("alignment", [1, 8, 64, 4096])
 def test_the_alignment_of_the_file_is_respected(write: Callable[..., Path], alignment: int) -> None:
     fields = [*FIELDS, ("general.alignment", U32, alignment)]
     checkpoint = read_gguf(write(fields, alignment=alignment))

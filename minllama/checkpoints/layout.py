@@ -92,7 +92,7 @@ def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None
             f"the config says {config.n_layers} layers, the tensors are of {len(layers)}; "
             "the file is incomplete"
         )
-    widest = max(size for tensor in tensors.values() for size in tensor.shape)
+    widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     sizes = {
         "dim": config.dim,
         "hidden_dim": config.hidden_dim,

@@ -131,6 +131,9 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     if given.get("rope_scaling"):
         raise CheckpointError("model_args has rope_scaling, which llama2.c does not compute")
 
+    if type(dropout := given.get("dropout", 0.0)) not in (int, float):
+        raise CheckpointError(f"dropout must be a number, not {dropout!r}")
+
     def rows(name: str) -> int | None:
         return tensors[name].shape[0] if name in tensors and tensors[name].dim() == 2 else None
 
@@ -144,7 +147,7 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         norm_eps=given.get("norm_eps", given.get("layer_norm_eps", 1e-5)),
         rope_theta=given.get("rope_theta", 10000.0),
         tie_embeddings="output.weight" not in tensors,
-        dropout=given.get("dropout", 0.0),
+        dropout=dropout,
     )
     key_rows = rows("layers.0.attention.compute_key.weight") or config.dim
     return config.replace(n_kv_heads=given.get("n_kv_heads", key_rows // config.head_dim))

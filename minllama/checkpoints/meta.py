@@ -98,7 +98,7 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
     if missing := [key for key in REQUIRED if key not in given]:
         raise CheckpointError(f"{', '.join(missing)} is missing; fetch the file again")
     if given.get("vocab_size", -1) == -1:
-        given["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
+        given["vocab_size"] = next(iter(tensors["tok_embeddings.weight"].shape), None)
     same = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
     fields = {key: given[key] for key in same if key in given}
     config = LlamaConfig(

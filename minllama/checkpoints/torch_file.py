@@ -53,7 +53,7 @@ def load_torch_file(path: Path) -> dict[str, Any]:
     values = _unpickle(path, mmap=is_zip)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise CheckpointError(
-            f"{path} holds no state dict (names -> tensors) but a {type(values).__name__}"
+            f"{path} holds a {type(values).__name__}, not a state dict (names -> tensors)"
         )
     return values
 
@@ -69,7 +69,8 @@ def dense_tensors(values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     file_bytes = path.stat().st_size
     for name, value in values.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name!r} is no tensor but a {type(value).__name__}")
+            kind = type(value).__name__
+            raise CheckpointError(f"{path}: {name!r} is of type {kind}, not a tensor")
         if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
             raise CheckpointError(f"{path}: the tensor {name!r} is not a plain dense tensor")
         held = value.untyped_storage().nbytes()
