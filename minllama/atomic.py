@@ -129,4 +129,6 @@ def _one_line_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise MinllamaError(f"cannot write {target}: {reason}; what was there is untouched") from error
+        raise MinllamaError(
+            f"cannot write {target}: {reason}; what was there is untouched"
+        ) from error

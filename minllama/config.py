@@ -118,7 +118,7 @@ class LlamaConfig:
         for name in ("dim", "n_layers", "n_heads", "vocab_size", "max_seq_len"):
             _require_count(name, getattr(self, name))
         self._settle("n_kv_heads", self.n_heads)
-        if self.head_dim is None and self.dim % self.n_heads:
+        if not self.head_dim and self.dim % self.n_heads:
             raise MinllamaError(
                 f"dim ({self.dim}) must be divisible by n_heads ({self.n_heads}), "
                 "or head_dim be given"

@@ -73,7 +73,9 @@ class _Words:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eos_id is None:
-            raise MinllamaError("a constraint needs a token that ends a text; this vocabulary has none")
+            raise MinllamaError(
+                "a constraint needs a token that ends a text; this vocabulary has none"
+            )
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_id
         self.bos_token_id = tokenizer.bos_id

@@ -166,7 +166,9 @@ class Decoder:
     @torch.inference_mode()
     def __iter__(self) -> Iterator[list[Token]]:
         """Yield the new token of every row that is not finished, until all are."""
-        full = [Token(row.index, None, finish_reason="length") for row in self._active if not row.room]
+        full = [
+            Token(row.index, None, finish_reason="length") for row in self._active if not row.room
+        ]
         if full:
             self._active = [row for row in self._active if row.room]
             yield full
@@ -301,7 +303,9 @@ def _check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> Non
             )
 
 
-def _right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _right_padded(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Tensor, Tensor | None]:
     """(B, T) ids with zeros behind shorter rows, and the mask of real ones; None if all are."""
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from minllama.cache import KVCache
-from minllama.decoding import Constraint, Decoder, FinishReason, Timings, Token
+from minllama.decoding import Constraint, Decoder, FinishReason, Token
 from minllama.errors import OptionError
 from minllama.llama import Llama
 from minllama.options import GenerationOptions
@@ -183,8 +183,6 @@ def generate(
     **changes: Any,
 ) -> list[Generation]:
     """Continue one prompt or several.
-
-    >>> [story] = generate(model, tokenizer, "Once upon a time", max_new_tokens=20)  # doctest: +SKIP
 
     Args:
         model: continues the prompts.

@@ -126,7 +126,8 @@ class Attention(nn.Module):
             query, key, value, view.mask, is_causal=view.is_causal
         )
         attended = attended.transpose(1, 2).flatten(-2)  # (B, T, H * C)
-        return self.resid_dropout(self.compute_output(attended))
+        output: Tensor = self.resid_dropout(self.compute_output(attended))
+        return output
 
 
 class FeedForward(nn.Module):
@@ -141,7 +142,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D), through (B, T, F)."""
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        output: Tensor = self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return output
 
 
 class LlamaLayer(nn.Module):
@@ -156,8 +158,9 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor, view: View, cache: KVCache | None) -> Tensor:
         """(B, T, D) -> (B, T, D); the arguments are those of `Attention.forward`."""
-        h = x + self.attention(self.attention_norm(x), rotation, view, cache)
-        return h + self.feed_forward(self.ffn_norm(h))
+        h: Tensor = x + self.attention(self.attention_norm(x), rotation, view, cache)
+        h = h + self.feed_forward(self.ffn_norm(h))
+        return h
 
 
 class LlamaPreTrainedModel(nn.Module):

@@ -1,7 +1,7 @@
 """From a checkpoint's tensors to a module's parameters, checked, without a second copy in memory.
 
-Knows nothing of formats (a checkpoint's tensors are read through `LazyTensor`) or of what the module
-computes.
+Knows nothing of formats (a checkpoint's tensors are read through `LazyTensor`) or of what the
+module computes.
 """
 
 import torch

@@ -9,12 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaModel
 
 from minllama.checkpoints import huggingface, open_checkpoint
-from minllama.checkpoints.huggingface import (
-    config_from_huggingface,
-    config_to_huggingface,
-    to_half_split,
-    to_interleaved,
-)
+from minllama.checkpoints.huggingface import to_half_split, to_interleaved
+from minllama.checkpoints.huggingface_config import config_from_huggingface, config_to_huggingface
 from minllama.config import LlamaConfig, RopeScaling
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama, load_pretrained
@@ -156,7 +152,7 @@ def test_the_old_and_the_new_words_for_rope_mean_the_same(tmp_path):
     newest = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}}
     raw = json.loads((tmp_path / "config.json").read_text())
     plain = {k: v for k, v in raw.items() if not k.startswith("rope_")}
-    configs = [config_from_huggingface({**plain, **words}, tmp_path) for words in (old, newer, newest)]
+    configs = [config_from_huggingface({**plain, **words}) for words in (old, newer, newest)]
     assert configs[0].rope_theta == 500000.0
     assert configs[0].rope_scaling == RopeScaling("linear", factor=2.0)
     assert configs[0] == configs[1] == configs[2]
@@ -177,8 +173,13 @@ def test_the_old_and_the_new_words_for_rope_mean_the_same(tmp_path):
             "rope scaling 'longrope' is not known; known are default, linear, dynamic",
         ),
         ({"rope_parameters": {"rope_type": "linear"}}, "'linear' has no factor"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, "factor must be a finite number"),
-        ({"rope_parameters": [1]}, "config.json"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": "x"}},
+            "factor must be a finite number",
+        ),
+        ({"rope_parameters": [1]}, r"rope scaling is \[1\], not a JSON object"),
+        ({"num_hidden_layers": 10**9}, "the config says 1000000000 layers, the tensors are of 3"),
+        ({"vocab_size": 10**12}, "the config says vocab_size 1000000000000"),
         ({"rms_norm_eps": -1}, "norm_eps must be a finite number above 0"),
     ],
 )

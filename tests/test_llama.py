@@ -231,7 +231,9 @@ def test_rms_norm_has_eps_inside_the_root_and_computes_in_float32():
 
 
 def test_feed_forward_is_swiglu():
-    feed_forward = FeedForward(LlamaConfig(dim=2, n_layers=1, n_heads=1, hidden_dim=1, vocab_size=2))
+    feed_forward = FeedForward(
+        LlamaConfig(dim=2, n_layers=1, n_heads=1, hidden_dim=1, vocab_size=2)
+    )
     feed_forward.w1.weight.data = torch.tensor([[1.0, 0.0]])
     feed_forward.w3.weight.data = torch.tensor([[0.0, 1.0]])
     feed_forward.w2.weight.data = torch.tensor([[1.0], [2.0]])
@@ -268,7 +270,11 @@ def test_generate_takes_the_likeliest_token_at_temperature_zero(tmp_path):
     theirs, ours = both(tmp_path)
     ids = random_ids(3, 7, 97).clamp(min=1)
     expected = theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
     )
     assert torch.equal(ours.generate(ids, 20, temperature=0.0), expected)
 
@@ -291,6 +297,10 @@ def test_generate_repeats_itself_with_a_seed_only():
     assert not torch.equal(model.generate(ids, 12), model.generate(ids, 12))
 
 
+def cache_of(model, batch_size=1, capacity=4):
+    return KVCache(model.config, batch_size, capacity)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -298,18 +308,20 @@ def test_generate_repeats_itself_with_a_seed_only():
         (lambda m: m.generate(random_ids(1, 60), 5), "make 65, and the context is 64"),
         (lambda m: m.generate(random_ids(1, 4), 5, temperature=-1.0), "temperature must be >= 0"),
         (
-            lambda m: m(random_ids(1, 5), cache=KVCache(m.config, 1, 4)),
+            lambda m: m(random_ids(1, 5), cache=cache_of(m)),
             "holds 4 tokens a row: 0 are filled and 5 more do not fit",
         ),
-        (lambda m: m(random_ids(2, 2), cache=KVCache(m.config, 3, 4)), "2 rows of ids for a cache of 3"),
+        (lambda m: m(random_ids(2, 2), cache=cache_of(m, 3)), "2 rows of ids for a cache of 3"),
         (
-            lambda m: m(
-                random_ids(1, 2), attention_mask=torch.tensor([[0, 1]]), cache=KVCache(m.config, 1, 4)
-            ),
+            lambda m: m(random_ids(1, 2), positions=random_ids(1, 2), cache=cache_of(m)),
+            "positions cannot be given with a cache",
+        ),
+        (
+            lambda m: m(random_ids(1, 2), attention_mask=torch.tensor([[0, 1]]), cache=cache_of(m)),
             "padding must be on the right",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused_in_one_line(call, message):
     with pytest.raises(MinllamaError, match=message):
         call(our_model())

@@ -76,7 +76,12 @@ SCALINGS = {
     "linear": ({"factor": 4.0}, {"factor": 4.0}),
     "dynamic": ({"factor": 4.0}, {"factor": 4.0}),
     "llama3": (
-        {"factor": 8.0, "original_max_seq_len": 256, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {
+            "factor": 8.0,
+            "original_max_seq_len": 256,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
         {
             "factor": 8.0,
             "original_max_position_embeddings": 256,
@@ -96,10 +101,16 @@ SCALINGS = {
 def test_scaled_frequencies_equal_transformers(kind, theta):
     ours, theirs = SCALINGS[kind]
     shape = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 4096}
-    reference = TheirConfig(**shape, rope_parameters={"rope_type": kind, "rope_theta": theta, **theirs})
+    reference = TheirConfig(
+        **shape, rope_parameters={"rope_type": kind, "rope_theta": theta, **theirs}
+    )
     expected, expected_length = ROPE_INIT_FUNCTIONS[kind](reference, "cpu", seq_len=9000)
     mine = config(
-        dim=256, n_heads=4, max_seq_len=4096, rope_theta=theta, rope_scaling=RopeScaling(kind, **ours)
+        dim=256,
+        n_heads=4,
+        max_seq_len=4096,
+        rope_theta=theta,
+        rope_scaling=RopeScaling(kind, **ours),
     )
     actual, length = frequencies(mine, text_len=9000)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
@@ -107,7 +118,8 @@ def test_scaled_frequencies_equal_transformers(kind, theta):
 
 
 @pytest.mark.parametrize(
-    "extra", [{"attention_factor": 1.5}, {"mscale": 0.7, "mscale_all_dim": 0.4}, {"truncate": False}]
+    "extra",
+    [{"attention_factor": 1.5}, {"mscale": 0.7, "mscale_all_dim": 0.4}, {"truncate": False}],
 )
 def test_yarns_further_settings_equal_transformers(extra):
     shape = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 4096}

@@ -25,7 +25,9 @@ def distribution(logits, draws=2000, **options):
 
 def test_temperature_zero_takes_the_likeliest():
     options = SamplingOptions(temperature=0.0, top_k=3, seed=1)
-    assert choose_tokens(torch.tensor([[1.0, 5.0, 2.0], [9.0, 5.0, 2.0]]), options, []).tolist() == [1, 0]
+    assert choose_tokens(
+        torch.tensor([[1.0, 5.0, 2.0], [9.0, 5.0, 2.0]]), options, []
+    ).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])

@@ -35,7 +35,7 @@ def their_model(**changes: Any) -> LlamaForCausalLM:
 
 
 def both(folder: Path, **changes: Any) -> tuple[LlamaForCausalLM, Llama]:
-    """transformers' model and ours, which has read what that one has written."""
+    """Transformers' model and ours, which has read what that one has written."""
     theirs = their_model(**changes)
     theirs.save_pretrained(folder)
     return theirs, load_pretrained(folder, device="cpu")

@@ -95,7 +95,9 @@ def _run(args: list[str] | None, state: State) -> int:
         return _complain(f"{error.filename or 'output'}: {error.strerror or error}", 2, state)
     except Exception as error:
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        return _complain(f"internal error: {message}; --debug shows where, please report it", 1, state)
+        return _complain(
+            f"internal error: {message}; --debug shows where, please report it", 1, state
+        )
     return 0
 
 

@@ -133,7 +133,7 @@ def open_model(
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
-    """torch's dtype of that name."""
+    """Torch's dtype of that name."""
     if name is None:
         return None
     import torch

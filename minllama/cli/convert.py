@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -12,16 +12,35 @@ from minllama.errors import MinllamaError
 if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint
 
-GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
+GGUF_DTYPES: dict[str, GgufDtype] = {
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "q8_0": "q8_0",
+}
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "q8_0": "q8_0",
+}
 
 
 @click.command("convert")
 @click.argument("src")
 @click.argument("dst")
-@click.option("--to", "target", type=click.Choice(["hf", "gguf", "llama2c"]), required=True,
-              help="A Hugging Face folder, a GGUF file, or llama2.c's legacy .bin file.")  # fmt: skip
-@click.option("--dtype", type=click.Choice([*DTYPES, "q8_0"]),
-              help="Of the weights; without it as stored, or float32 for quantised ones.")  # fmt: skip
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["hf", "gguf", "llama2c"]),
+    required=True,
+    help="A Hugging Face folder, a GGUF file, or llama2.c's legacy .bin file.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice([*DTYPES, "q8_0"]),
+    help="Of the weights; without it as stored, or float32 for quantised ones.",
+)
 @click.option("--tokenizer", metavar="PATH", help="Tokenizer file or folder of SRC.")
 @click.option("--force", is_flag=True, help="Replace DST where it exists.")
 @debug_option
@@ -61,7 +80,9 @@ def command(
 
 def _stored_dtype(checkpoint: "Checkpoint") -> str:
     """The dtype that keeps the stored numbers: the commonest one, float32 for quantised blocks."""
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {name: name for name in DTYPES}
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
+        name: name for name in DTYPES
+    }
     stored = Counter[str]()
     for tensor in checkpoint.tensors.values():
         stored[names.get(tensor.stored_as, "float32")] += tensor.stored_bytes

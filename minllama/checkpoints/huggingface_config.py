@@ -1,0 +1,174 @@
+"""config.json's words for a Llama <-> LlamaConfig. Knows nothing of tensors or files."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from minllama.config import LlamaConfig, RopeScaling
+from minllama.errors import MinllamaError
+from minllama.vocabulary import Vocabulary
+
+CONFIG_KEYS = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "attention_bias": "attention_bias",
+    "ffn_bias": "mlp_bias",
+}
+REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size")
+DEFAULTS = {"max_seq_len": 2048, "norm_eps": 1e-6}  # where transformers' differ from ours
+
+SCALING_KEYS = {
+    "factor": "factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "attention_factor": "attention_factor",
+    "mscale": "mscale",
+    "mscale_all_dim": "mscale_all_dim",
+    "truncate": "truncate",
+}
+SCALING_FIELDS = {  # which of them each kind has, as transformers checks them
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *("factor", "original_max_seq_len", "beta_fast", "beta_slow", "attention_factor"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+# Keys that say nothing about what the model computes.
+HARMLESS_KEYS = {
+    *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout"),
+    *("pretraining_tp", "_name_or_path", "is_llama_config", "rope_interleaved", "return_dict"),
+    *("transformers.js_config", "_attn_implementation_autoset", "output_attentions"),
+    *("output_hidden_states",),
+    *("id2label", "label2id", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward"),
+}
+READ_KEYS = {
+    *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
+    *("hidden_act", "quantization_config"),
+}
+
+
+def config_from_huggingface(raw: dict[str, Any]) -> LlamaConfig:
+    """A LlamaConfig from the content of a config.json.
+
+    Raises:
+        MinllamaError: it is not a Llama, lacks a key, or computes something that ours does not.
+    """
+    model_type = raw.get("model_type")
+    if model_type != "llama":
+        raise MinllamaError(
+            f"model_type is {model_type!r}, and minllama runs 'llama' only; "
+            "choose a model of the Llama family"
+        )
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise MinllamaError(
+            f"the weights are quantised with {method!r}, which is not read; "
+            "use the unquantised checkpoint or a GGUF file"
+        )
+    if (activation := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise MinllamaError(f"hidden_act is {activation!r}; a Llama's is 'silu'")
+    fields = {ours: raw[theirs] for ours, theirs in CONFIG_KEYS.items() if _given(raw, theirs)}
+    if missing := [CONFIG_KEYS[ours] for ours in REQUIRED if ours not in fields]:
+        raise MinllamaError(f"{', '.join(missing)} is missing; download the file again")
+    fields = DEFAULTS | fields
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise MinllamaError(f"rope scaling is {scaling!r}, not a JSON object")
+    theta = scaling.get("rope_theta", raw.get("rope_theta"))
+    return LlamaConfig(
+        **fields,
+        rope_theta=10000.0 if theta is None else theta,
+        rope_scaling=_scaling_from_huggingface(scaling, raw, fields["max_seq_len"]),
+    )
+
+
+def ignored_keys(raw: dict[str, Any]) -> list[str]:
+    """Keys of a config.json that are neither read nor known to be harmless."""
+    return sorted(set(raw) - set(CONFIG_KEYS.values()) - READ_KEYS - HARMLESS_KEYS)
+
+
+def _scaling_from_huggingface(
+    raw_scaling: dict[str, Any], raw: dict[str, Any], max_seq_len: int
+) -> RopeScaling | None:
+    kind = raw_scaling.get("rope_type", raw_scaling.get("type", "default"))
+    if raw_scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise MinllamaError("partial_rotary_factor is not 1: a Llama rotates whole heads")
+    if kind == "default":
+        return None
+    if kind not in SCALING_FIELDS:
+        raise MinllamaError(
+            f"rope scaling {kind!r} is not known; known are default, {', '.join(SCALING_FIELDS)}"
+        )
+    fields = {
+        ours: raw_scaling[SCALING_KEYS[ours]]
+        for ours in SCALING_FIELDS[kind]
+        if _given(raw_scaling, SCALING_KEYS[ours])
+    }
+    if "original_max_seq_len" in SCALING_FIELDS[kind]:
+        original = raw.get("original_max_position_embeddings") or max_seq_len
+        fields.setdefault("original_max_seq_len", original)
+    if kind == "yarn" and "factor" not in fields:
+        fields["factor"] = max_seq_len / fields["original_max_seq_len"]
+    if "factor" not in fields:
+        raise MinllamaError(f"rope scaling {kind!r} has no factor")
+    return RopeScaling(kind, **fields)
+
+
+def config_to_huggingface(
+    config: LlamaConfig, dtype: str, vocabulary: Vocabulary | None
+) -> dict[str, Any]:
+    """The content of a config.json, in the form that old and new transformers read alike.
+
+    Raises:
+        MinllamaError: the format has no words for this config.
+    """
+    if not config.causal:
+        raise MinllamaError("a Hugging Face Llama is always causal; this one is bidirectional")
+    raw = {theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()}
+    raw |= {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+    }
+    if scaling := config.rope_scaling:
+        if scaling.kind not in SCALING_FIELDS:
+            raise MinllamaError(
+                f"config.json has no words for rope scaling {scaling.kind!r}, a divisor for each "
+                "frequency; convert to gguf instead"
+            )
+        fields = {
+            SCALING_KEYS[ours]: getattr(scaling, ours) for ours in SCALING_FIELDS[scaling.kind]
+        }
+        given = {key: value for key, value in fields.items() if value is not None}
+        raw["rope_scaling"] = {"rope_type": scaling.kind, **given}
+    if vocabulary is not None:
+        raw |= {"bos_token_id": vocabulary.bos_id, "eos_token_id": eos_ids(vocabulary)}
+    return raw
+
+
+def eos_ids(vocabulary: Vocabulary) -> int | list[int] | None:
+    """One id, or the list that transformers takes where several tokens end a text."""
+    ids = dict.fromkeys([vocabulary.eos_id, *vocabulary.stop_ids])
+    several = [i for i in ids if i is not None]
+    return several if len(several) > 1 else vocabulary.eos_id
+
+
+def _given(raw: Mapping[str, Any], key: str) -> bool:
+    return raw.get(key) is not None
