@@ -159,8 +159,8 @@ class LlamaLayer(nn.Module):
     def forward(self, x: Tensor, rotation: Tensor, view: View, cache: KVCache | None) -> Tensor:
         """(B, T, D) -> (B, T, D); the arguments are those of `Attention.forward`."""
         h: Tensor = x + self.attention(self.attention_norm(x), rotation, view, cache)
-        h = h + self.feed_forward(self.ffn_norm(h))
-        return h
+        output: Tensor = h + self.feed_forward(self.ffn_norm(h))
+        return output
 
 
 class LlamaPreTrainedModel(nn.Module):

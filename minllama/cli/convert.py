@@ -19,11 +19,6 @@ GGUF_DTYPES: dict[str, GgufDtype] = {
     "bfloat16": "bf16",
     "q8_0": "q8_0",
 }
-    "float32": "f32",
-    "float16": "f16",
-    "bfloat16": "bf16",
-    "q8_0": "q8_0",
-}
 
 
 @click.command("convert")
