@@ -2,7 +2,7 @@
 
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -629,6 +629,31 @@ def test_a_hostile_tensor_entry_is_one_line(
     assert_one_line(caught.value, path)
 
 
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (struct.pack("<IIQ", ARRAY, U8, 2**24 + 1), "an array of 16777217 items"),
+        (struct.pack("<IQ", STRING, 2**24 + 1), "a string of 16777217 bytes"),
+    ],
+    ids=["array", "string"],
+)
+def test_a_value_far_above_any_real_one_is_one_line_though_the_file_holds_it(
+    tmp_path: Path, head: bytes, message: str
+) -> None:
+    path = tmp_path / "hostile"
+    with path.open("wb") as file:
+        file.write(HEAD + struct.pack("<QQ", 0, 1) + string("k") + head)
+        file.truncate(2**25)  # sparse: it takes no room on the disk
+    with pytest.raises(CheckpointError, match=message):
+        read_gguf(path)
+
+
+def test_a_tensor_that_is_there_twice_is_one_line(write: Callable[..., Path]) -> None:
+    tensors = stored_f32(random_tensors())
+    with pytest.raises(CheckpointError, match=r"the tensor 'token_embd\.weight' twice"):
+        read_gguf(write(tensors=[*tensors, tensors[0]]))
+
+
 @pytest.mark.parametrize("alignment", [(U32, 0), (U32, 3), (STRING, "x"), (I32, -32)])
 def test_an_alignment_that_is_no_power_of_two_is_one_line(
     write: Callable[..., Path], alignment: tuple[int, Any]
@@ -728,6 +753,8 @@ def test_q8_0_is_quantised_bit_for_bit_as_the_gguf_package_does() -> None:
     values[1] = torch.arange(96) / 2  # halves, which round away from zero
     values[2] = -values[1]
     values[3] *= 1e-7
+    values[4] = torch.arange(96) % 32 - 15.5  # halves still, once they are over their scale of 1
+    values[4, ::32] = 127
     expected = gguf.quants.quantize(values.numpy(), Type.Q8_0)
     np.testing.assert_array_equal(quantize_q8_0(values).numpy(), expected)
 
@@ -782,8 +809,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 # --- against llama.cpp and on the default model ----------------------------------------------
 
 
-def llama_cpp_model(path: Path, **options: Any) -> Any:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+@pytest.fixture(scope="session")
+def llama_cpp() -> Iterator[Any]:
+    """llama-cpp-python, whose import leaves two files open."""
+    module = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    yield module
+    module._utils.outnull_file.close()
+    module._utils.errnull_file.close()
+
+
+def llama_cpp_model(llama_cpp: Any, path: Path, **options: Any) -> Any:
     # Its caches default to float16, which is all that its logits would then be good for.
     f32 = llama_cpp.GGML_TYPE_F32
     return llama_cpp.Llama(
@@ -792,11 +827,13 @@ def llama_cpp_model(path: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("changes", CONFIGS, ids=config_id)
-def test_llama_cpp_computes_the_same_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_llama_cpp_computes_the_same_logits(
+    tmp_path: Path, llama_cpp: Any, changes: dict[str, Any]
+) -> None:
     model = tiny_model(**changes)
     write_gguf(tmp_path / "model", model.config, model.state_dict(), None, "f32")
     ids = torch.randint(0, 40, (1, 100), generator=torch.Generator().manual_seed(1))
-    theirs = llama_cpp_model(tmp_path / "model", n_ctx=128, n_batch=128, logits_all=True)
+    theirs = llama_cpp_model(llama_cpp, tmp_path / "model", n_ctx=128, n_batch=128, logits_all=True)
     theirs.eval(ids[0].tolist())
     logits = torch.from_numpy(np.array(theirs.scores[:100]))
     torch.testing.assert_close(model(ids).logits[0], logits, atol=1e-3, rtol=1e-3)
@@ -823,9 +860,8 @@ PROMPTS = ("Once upon a time", "The capital of France is", "def fibonacci(n):", 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_llama_cpp_continues_texts_as_we_do(
-    tmp_path: Path, default_model: Path, dtype: Any
+    tmp_path: Path, llama_cpp: Any, default_model: Path, dtype: Any
 ) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     original = read_gguf(default_model)
     path = tmp_path / "model"
     write_gguf(path, original.config, loaded(original), original.vocabulary, dtype)
@@ -833,8 +869,8 @@ def test_llama_cpp_continues_texts_as_we_do(
     assert checkpoint.config == original.config
     assert checkpoint.vocabulary == original.vocabulary
     ours = Llama.from_checkpoint(checkpoint, device="cpu")
-    theirs = llama_cpp_model(path, n_ctx=128)
-    before = llama_cpp_model(default_model, n_ctx=128, vocab_only=True)
+    theirs = llama_cpp_model(llama_cpp, path, n_ctx=128)
+    before = llama_cpp_model(llama_cpp, default_model, n_ctx=128, vocab_only=True)
     for prompt in PROMPTS:
         ids = theirs.tokenize(prompt.encode(), add_bos=False)
         assert ids == before.tokenize(prompt.encode(), add_bos=False)

@@ -63,6 +63,16 @@ def test_parameters_come_out_as_plain_tensors(path: Path) -> None:
     assert not found.requires_grad
 
 
+def test_a_file_is_mapped_into_memory(path: Path) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc to see what is mapped")
+    torch.save(STATE, path)
+    values = load_torch_file(path)
+    assert str(path) in maps.read_text()
+    assert torch.equal(values["a.weight"], STATE["a.weight"])
+
+
 def test_writing_to_a_mapped_tensor_leaves_the_file_alone(path: Path) -> None:
     torch.save(STATE, path)
     before = path.read_bytes()
