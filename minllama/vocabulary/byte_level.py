@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from minllama.errors import TokenizerError
 from minllama.vocabulary.base import TokenType
-from minllama.vocabulary.tokenizers_form import Json, added_token, bpe_model
+from minllama.vocabulary.tokenizers_form import Json, added_token, bpe_model, components
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -17,7 +17,10 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 BYTE_CHARS = {byte: chr(byte) for byte in _PRINTABLE} | {
     byte: chr(0x100 + i) for i, byte in enumerate(_OTHERS)
 }
-_TO_LATIN1 = {ord(char): byte for byte, char in BYTE_CHARS.items()}
+_NOT_LATIN1 = 0x100  # characters outside the alphabet, which `unspell` cannot encode then
+_TO_LATIN1 = dict.fromkeys(range(256), _NOT_LATIN1) | {
+    ord(char): byte for byte, char in BYTE_CHARS.items()
+}
 _TO_CHARS = dict(BYTE_CHARS)
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -89,8 +92,11 @@ def spell(token: bytes) -> str:
 
 
 def unspell(token: str) -> bytes:
-    """The bytes that a spelling stands for; a ValueError where it is not in the alphabet."""
-    return token.translate(_TO_LATIN1).encode("latin-1")
+    """The bytes that a spelling stands for; with a character outside the alphabet, its own text."""
+    try:
+        return token.translate(_TO_LATIN1).encode("latin-1")
+    except UnicodeEncodeError:
+        return token.encode()
 
 
 def build(
@@ -162,14 +168,11 @@ def pre_tokenizer_name(raw: Json, where: str) -> str:
     return name
 
 
-def _meaning(component: Any) -> list[Any]:
+def _meaning(component: Any) -> list[Json]:
     """What a pre_tokenizer does, without what only affects offsets or restates defaults."""
-    if not isinstance(component, dict):
-        return [component]
-    if component.get("type") == "Sequence":
-        parts = component.get("pretokenizers")
-        return [m for part in parts or [] for m in _meaning(part)]
-    parts = {key: value for key, value in component.items() if key != "trim_offsets"}
-    if parts.get("type") == "ByteLevel":
-        parts.setdefault("use_regex", True)  # absent in older files
-    return [parts]
+    parts = [dict(part) for part in components(component, "pretokenizers")]
+    for part in parts:
+        part.pop("trim_offsets", None)
+        if part["type"] == "ByteLevel":
+            part.setdefault("use_regex", True)  # absent in older files
+    return parts

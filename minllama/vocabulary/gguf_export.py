@@ -210,9 +210,9 @@ def _adds_space(raw: Json, where: str) -> bool:
             return False
         if normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
             return True
-    elif normalizer is None and pre_tokenizer.get("type") == "Metaspace":
+    elif normalizer is None and isinstance(pre_tokenizer, dict):
         scheme = pre_tokenizer.get("prepend_scheme", "always")
-        if not pre_tokenizer.get("split", True):
+        if pre_tokenizer.get("type") == "Metaspace" and not pre_tokenizer.get("split", True):
             return bool(scheme != "never")
     raise TokenizerError(
         f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, and GGUF has no other "

@@ -6,6 +6,7 @@ of them begin and end a text, and how chats are written. Knows nothing of the mo
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -190,8 +191,9 @@ def _added_tokens(folder: Path, config: Json) -> list[tuple[int, str, bool]]:
     decoder = config.get("added_tokens_decoder")
     for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
         text = _text(token)
-        if text is not None and token_id.isascii() and token_id.isdigit():
-            listed[text] = (int(token_id), bool(token.get("special")))
+        if text is not None and re.fullmatch("[0-9]{1,9}", token_id):
+            special = isinstance(token, dict) and bool(token.get("special"))
+            listed[text] = (int(token_id), special)
     return [(token_id, text, special) for text, (token_id, special) in listed.items()]
 
 
@@ -212,8 +214,9 @@ def _chat_template(folder: Path, config: Json) -> str | None:
         return _read(path).decode(errors="replace")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry for entry in template if isinstance(entry, dict)}
-        template = named.get("default", {}).get("template")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        default = (entry for entry in named if entry.get("name") == "default")
+        template = next(default, {}).get("template")
     return template if isinstance(template, str) else None
 
 

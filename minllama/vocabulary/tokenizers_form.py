@@ -42,6 +42,12 @@ def parse(data: bytes, where: str) -> Json:
         raise TokenizerError(f"{where}: not a tokenizer.json, it has no model; get it again")
     if model.get("type", "BPE") != "BPE":
         raise TokenizerError(f"{where}: its model is {model['type']!r}; a Llama's is BPE")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        # Where tokens lack the prefix, the library cuts characters in half and ends the process.
+        if model.get(name):
+            raise TokenizerError(f"{where}: its model has a {name}; a Llama's has none")
+    if not isinstance(model.get("unk_token", ""), str | None):
+        raise TokenizerError(f"{where}: the model's unk_token is no text; get it again")
     vocab, added = model.get("vocab"), raw.setdefault("added_tokens", [])
     if not isinstance(vocab, dict) or not all(map(_is_id, vocab.values())):
         raise TokenizerError(f"{where}: the model's vocab is not a table of ids; get it again")
@@ -69,13 +75,20 @@ def special_ids(raw: Json) -> set[int]:
     return {token["id"] for token in raw["added_tokens"] if token.get("special")}
 
 
+def components(component: Any, key: str) -> list[Json]:
+    """A component alone, or those of a Sequence, which holds them under `key`."""
+    sequence = isinstance(component, dict) and component.get("type") == "Sequence"
+    parts = _listed(component.get(key)) if sequence else [component]
+    return [part for part in parts if isinstance(part, dict) and "type" in part]
+
+
 def decoder_kind(decoder: Json | None, where: str) -> DecoderKind:
     """How tokens are spelt, from the `decoder` of a tokenizer.json.
 
     Raises:
         TokenizerError: it is of a kind that no Llama has.
     """
-    parts = {str(part["type"]): part for part in _parts(decoder, "decoders")}
+    parts = {str(part["type"]): part for part in components(decoder, "decoders")}
     if "ByteLevel" in parts:
         return DecoderKind(byte_level=True, strips_space=False)
     if metaspace := parts.get("Metaspace"):
@@ -83,8 +96,8 @@ def decoder_kind(decoder: Json | None, where: str) -> DecoderKind:
         prefix = scheme != "never" and metaspace.get("add_prefix_space", True)
         return DecoderKind(byte_level=False, strips_space=bool(prefix))
     if "ByteFallback" in parts or "Replace" in parts:
-        strips = parts.get("Strip", {}).get("start", 0) > 0
-        return DecoderKind(byte_level=False, strips_space=strips)
+        strips = parts.get("Strip", {}).get("start")
+        return DecoderKind(byte_level=False, strips_space=strips == 1)
     raise TokenizerError(
         f"{where}: its decoder is {' + '.join(parts) or 'missing'}; "
         "known are ByteLevel, Metaspace and ByteFallback"
@@ -94,9 +107,9 @@ def decoder_kind(decoder: Json | None, where: str) -> DecoderKind:
 def template_ids(raw: Json) -> tuple[int | None, int | None]:
     """Ids of the tokens that its post-processor puts before and behind a text."""
     ids = token_ids(raw)
-    for part in _parts(raw.get("post_processor"), "processors"):
+    for part in components(raw.get("post_processor"), "processors"):
         if part["type"] == "TemplateProcessing":
-            names = [_special_name(item) for item in part.get("single") or []]
+            names = [_special_name(item) for item in _listed(part.get("single"))]
             at = names.index(None) if None in names else len(names)  # the text itself
             front = ids.get(names[0] or "") if at > 0 else None
             behind = ids.get(names[at + 1] or "") if at + 1 < len(names) else None
@@ -200,10 +213,10 @@ def bpe_model(
 def merge_pairs(raw: Json, where: str) -> list[tuple[str, str]]:
     """The merges of a tokenizer.json, best first, whichever of the two spellings it has."""
     pairs = []
-    for merge in raw["model"].get("merges") or []:
+    for merge in _listed(raw["model"].get("merges")):
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if (
-            not isinstance(parts, list)
+            not isinstance(parts, list | tuple)
             or len(parts) != 2
             or not all(isinstance(part, str) for part in parts)
         ):
@@ -212,11 +225,8 @@ def merge_pairs(raw: Json, where: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _parts(component: Any, key: str) -> list[Json]:
-    """A component alone, or those of a Sequence, which holds them under `key`."""
-    sequence = isinstance(component, dict) and component.get("type") == "Sequence"
-    parts = component.get(key) if sequence else [component]
-    return [part for part in parts or [] if isinstance(part, dict) and "type" in part]
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _special_name(item: Any) -> str | None:
