@@ -70,6 +70,8 @@ def atomic_folder(
 
 
 def _beside(target: Path) -> Path:
+    if target.parent.exists() and not target.parent.is_dir():
+        raise MinllamaError(f"cannot write {target}: {target.parent} is not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 

@@ -44,6 +44,12 @@ NAMES = {
 }
 OUR_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
 
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 MAX_SHARD_SIZE = "5GB"
 
@@ -236,22 +242,20 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
         file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118  (not a dict)
             part = file.get_slice(name)
-            stored_as = part.get_dtype()
-            if stored_as not in _SAFETENSORS_BYTES:
+            if (stored := part.get_dtype()) not in SAFETENSORS_DTYPES:
                 raise CheckpointError(
-                    f"{path}: {name} is stored as {stored_as}, which is not a weight; "
-                    f"read are {', '.join(_SAFETENSORS_BYTES)}"
+                    f"{path}: {name} is stored as {stored}, which is not a weight; "
+                    f"read are {', '.join(SAFETENSORS_DTYPES)}"
                 )
+            dtype = SAFETENSORS_DTYPES[stored]
             shape = tuple(part.get_shape())
-            size = torch.Size(shape).numel() * _SAFETENSORS_BYTES[stored_as]
-            yield name, LazyTensor(shape, stored_as, size, partial(file.get_tensor, name))
+            size = torch.Size(shape).numel() * dtype.itemsize
+            kind = str(dtype).removeprefix("torch.")
+            yield name, LazyTensor(shape, kind, size, partial(file.get_tensor, name))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); download it again"
         ) from error
-
-
-_SAFETENSORS_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:

@@ -75,10 +75,8 @@ def command(
 
 def _stored_dtype(checkpoint: "Checkpoint") -> str:
     """The dtype that keeps the stored numbers: the commonest one, float32 for quantised blocks."""
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"} | {
-        name: name for name in DTYPES
-    }
     stored = Counter[str]()
     for tensor in checkpoint.tensors.values():
-        stored[names.get(tensor.stored_as, "float32")] += tensor.stored_bytes
+        kind = tensor.stored_as if tensor.stored_as in DTYPES else "float32"
+        stored[kind] += tensor.stored_bytes
     return stored.most_common(1)[0][0]
