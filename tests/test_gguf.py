@@ -182,7 +182,7 @@ def test_a_file_written_by_hand_is_read_in_full(write: Callable[..., Path], vers
     for name, tensor in tensors.items():
         assert torch.equal(found[our_name(name)], tensor), name
     lazy = checkpoint.tensors["layers.1.feed_forward.w2.weight"]
-    assert (lazy.shape, lazy.stored_as, lazy.stored_bytes) == ((32, 64), "F32", 32 * 64 * 4)
+    assert (lazy.shape, lazy.stored_as, lazy.stored_bytes) == ((32, 64), "float32", 32 * 64 * 4)
 
 
 def test_the_model_of_a_file_computes_what_the_model_of_its_tensors_does(
@@ -741,7 +741,7 @@ def test_rows_that_q8_0_cannot_hold_are_float16(tmp_path: Path) -> None:
     model = tiny_model(hidden_dim=48)
     write_gguf(tmp_path / "model", model.config, model.state_dict(), None, "q8_0")
     tensors = read_gguf(tmp_path / "model").tensors
-    assert tensors["layers.0.feed_forward.w2.weight"].stored_as == "F16"
+    assert tensors["layers.0.feed_forward.w2.weight"].stored_as == "float16"
     assert tensors["layers.0.feed_forward.w1.weight"].stored_as == "Q8_0"
     expected = model.state_dict()["layers.0.feed_forward.w2.weight"].half()
     assert torch.equal(tensors["layers.0.feed_forward.w2.weight"].load(), expected)

@@ -142,7 +142,7 @@ def read_gguf(path: Path) -> Checkpoint:
                 ignored.append(name)
             else:
                 load = partial(file.load, tensor)
-                lazy = LazyTensor(tensor.shape, tensor.type.name, tensor.n_bytes, load)
+                lazy = LazyTensor(tensor.shape, tensor.type.words, tensor.n_bytes, load)
                 tensors[translate(name, OUR_NAMES) or name] = lazy
         if "tok_embeddings.weight" not in tensors:
             raise CheckpointError("the tensor token_embd.weight is missing; it is no whole model")

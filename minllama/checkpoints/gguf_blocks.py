@@ -36,6 +36,11 @@ class GGMLType:
         """The bytes that a tensor of that shape takes, whose rows are whole blocks."""
         return math.prod(shape) // self.block_len * self.block_bytes
 
+    @property
+    def words(self) -> str:
+        """The type for people: torch's word where it has one, such as `float16`, else the name."""
+        return str(DTYPES[self]).removeprefix("torch.") if self in DTYPES else self.name
+
 
 F32 = GGMLType(0, "F32", 1, 4)
 F16 = GGMLType(1, "F16", 1, 2)
