@@ -526,6 +526,8 @@ def test_divisors_of_another_model_are_refused(write: Callable[..., Path]) -> No
         read_gguf(write(tensors=with_rope_freqs([1, 2, 3])))
     with pytest.raises(CheckpointError, match="each of factors"):
         read_gguf(write(tensors=with_rope_freqs([1, 2, float("nan"), 3])))
+    with pytest.raises(CheckpointError, match="each of factors"):
+        read_gguf(write(tensors=with_rope_freqs([1, 2, 3, float("inf")])))
 
 
 def test_a_file_cut_anywhere_is_one_line(write: Callable[..., Path]) -> None:
@@ -763,6 +765,8 @@ def test_q8_0_is_quantised_bit_for_bit_as_the_gguf_package_does() -> None:
     ("changes", "message"),
     [
         ({"rope_scaling": RopeScaling("dynamic", factor=2.0)}, "'dynamic'"),
+        ({"max_seq_len": 2**32}, "context_length is 4294967296, which is more"),
+        ({"rope_theta": 1e39}, r"rope\.freq_base is 1e\+39, which is more"),
         (
             {"rope_scaling": RopeScaling("yarn", factor=2.0, original_max_seq_len=9, beta_fast=8)},
             "beta_fast",
@@ -780,9 +784,9 @@ def test_q8_0_is_quantised_bit_for_bit_as_the_gguf_package_does() -> None:
 def test_what_the_format_has_no_words_for_is_refused_before_anything_is_written(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    model = tiny_model(**changes)
+    state = tiny_model().state_dict()
     with pytest.raises(MinllamaError, match=message):
-        write_gguf(tmp_path / "model", model.config, model.state_dict(), None)
+        write_gguf(tmp_path / "model", CONFIG.replace(**changes), state, None)
     assert list(tmp_path.iterdir()) == []
 
 

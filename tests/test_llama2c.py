@@ -1,5 +1,6 @@
 """llama2.c's and the course's checkpoints, from bytes and dicts that the tests put together."""
 
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,26 @@ def test_a_cut_pt_is_one_line_and_a_bare_state_dict_is_not_taken_for_one(path: P
     assert not is_torch_checkpoint(path.parent)
 
 
+def test_a_damaged_pt_is_one_line_or_other_numbers(path: Path) -> None:
+    content = save_pt(path, state_of(CONFIG)).read_bytes()
+    rng = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        damaged = bytearray(content)
+        # The pickle lies at the beginning, the archive's directory at the end.
+        at = rng.choice([rng.randrange(6000), len(content) - 1 - rng.randrange(3000)])
+        damaged[at] = rng.randrange(256)
+        path.write_bytes(damaged)
+        if not is_torch_checkpoint(path):
+            continue
+        try:
+            read_torch_checkpoint(path)
+        except CheckpointError as error:
+            assert_one_line(error, path)
+            refused += 1
+    assert refused > 100
+
+
 # --- .bin --------------------------------------------------------------------------------------
 
 
@@ -399,14 +420,14 @@ def test_half_precision_is_written_as_float32(path: Path) -> None:
         ({"ffn_bias": True}, "no field for ffn_bias"),
         ({"head_dim": 16}, "no field for head_dim: run.c computes with 8"),
         ({"causal": False}, "no field for causal"),
+        ({"max_seq_len": 2**31}, "the config has 2147483648"),
     ],
 )
 def test_a_model_that_run_c_would_compute_otherwise_is_refused(
     path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    config = TIED.replace(**changes)
     with pytest.raises(MinllamaError, match=message) as caught:
-        write_llama2c_bin(path, config, state_of(config))
+        write_llama2c_bin(path, TIED.replace(**changes), state_of(TIED))
     assert "\n" not in str(caught.value)
     assert not path.exists()
 

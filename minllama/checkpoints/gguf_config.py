@@ -18,6 +18,8 @@ ORIGINAL_LEN = "rope.scaling.original_context_length"
 LLAMA3_ORIGINAL_LEN = 8192
 # How far a stored divisor may be from Llama 3.1's rule, since converters compute it in float32.
 DIVISOR_TOLERANCE = 1e-4
+MAX_U32 = 2**32 - 1
+MAX_F32 = 3.4028234663852886e38
 # Keys that llama.cpp reads for other architectures only, and the values that change nothing.
 NEUTRAL = {
     "rope.scaling.yarn_ext_factor": (-1, 1),
@@ -154,7 +156,7 @@ def keys_from_config(config: LlamaConfig) -> tuple[dict[str, Any], list[float] |
     Raises:
         MinllamaError: llama.cpp has no words for this config; the message names the field.
     """
-    keys = {
+    keys: dict[str, Any] = {
         "block_count": config.n_layers,
         "context_length": config.max_seq_len,
         "embedding_length": config.dim,
@@ -171,7 +173,11 @@ def keys_from_config(config: LlamaConfig) -> tuple[dict[str, Any], list[float] |
     if not config.causal:
         keys["attention.causal"] = False
     scaling_keys, rope_freqs = _scaling_to_keys(config)
-    return {f"{ARCHITECTURE}.{k}": v for k, v in (keys | scaling_keys).items()}, rope_freqs
+    keys |= scaling_keys
+    for key, value in keys.items():
+        if type(value) in (int, float) and value > (MAX_U32 if type(value) is int else MAX_F32):
+            raise MinllamaError(f"{key} is {value}, which is more than GGUF's 32 bits can hold")
+    return {f"{ARCHITECTURE}.{key}": value for key, value in keys.items()}, rope_freqs
 
 
 def llama3_divisors(
@@ -244,7 +250,7 @@ def _scaling_from_divisors(keys: Keys, config: LlamaConfig, divisors: list[float
     divisors = [shortest_float(divisor) for divisor in divisors]
     factor = divisors[-1]  # the slowest frequency is divided in full
     original_len = keys.integer(ORIGINAL_LEN, LLAMA3_ORIGINAL_LEN)
-    if factor > 1 and original_len > 0:
+    if 1 < factor < math.inf and original_len > 0:
         rule = llama3_divisors(config.rope_theta, config.head_dim, factor, original_len, 1.0, 4.0)
         if all(
             math.isclose(divisor, expected, rel_tol=DIVISOR_TOLERANCE)
