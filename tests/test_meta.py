@@ -131,6 +131,50 @@ def test_the_joined_model_computes_what_its_tensors_do(folder: Path) -> None:
     assert torch.equal(read(ids).logits, model(ids).logits)
 
 
+def test_logits_are_those_of_transformers_for_the_same_model(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=48,
+        intermediate_size=HIDDEN_DIM,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    words = {
+        "model.embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "model.norm": "norm",
+        "model.layers": "layers",
+        "self_attn.q_proj": "attention.wq",
+        "self_attn.k_proj": "attention.wk",
+        "self_attn.v_proj": "attention.wv",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    meta = {}
+    for name, tensor in theirs.state_dict().items():
+        for word, other in words.items():
+            name = name.replace(word, other)
+        if name.split(".")[-2] in ("wq", "wk"):  # channel i is turned with i + 2 there, heads are 4
+            rows = [head + i for head in range(0, len(tensor), 4) for i in (0, 2, 1, 3)]
+            tensor = tensor[rows]
+        meta[name] = tensor
+    ids = torch.randint(0, 48, (2, 60))
+    ours = Llama.from_checkpoint(read_meta(write(folder, cut(meta, 2, 1))), device="cpu")
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_a_square_embedding_of_one_shard_needs_no_guess(folder: Path) -> None:
     tensors = whole_model()
     tensors["tok_embeddings.weight"] = torch.randn(32, 32)
@@ -221,6 +265,7 @@ def refused(folder: Path, message: str) -> None:
         ({"quantization_args": {}, "lora_args": {}}, "lora_args, quantization_args: not known"),
         ({"dim": None}, "dim is missing"),
         ({"dim": "32"}, "dim must be a whole number"),
+        ({"dim": 10**400}, "too large"),
         ({"n_heads": 5}, r"dim \(32\) must be divisible by n_heads \(5\)"),
         ({"n_layers": 10**9}, "1000000000 layers, the tensors are of 2"),
         ({"multiple_of": 0}, "multiple_of must be a whole number above 0"),

@@ -69,11 +69,12 @@ def naming(where: Path) -> Iterator[None]:
     """Errors about the content of a file that do not name it yet, as errors that do.
 
     Raises:
-        CheckpointError: in place of any MinllamaError or TypeError inside.
+        CheckpointError: in place of a MinllamaError inside, or of what arithmetic on values of the
+            wrong type or of absurd size raises.
     """
     try:
         yield
-    except (TypeError, MinllamaError) as error:
+    except (TypeError, OverflowError, MinllamaError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
 
