@@ -25,8 +25,8 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         MinllamaError: the target cannot be written (no permission, no such folder, disk full).
     """
-    target = Path(target)
     with _one_line_errors(target):
+        target = _resolved(target)
         if target.is_dir():
             raise MinllamaError(f"cannot write {target}: it is a folder; name a file")
         temporary = _beside(target)
@@ -51,8 +51,10 @@ def atomic_folder(
     Raises:
         MinllamaError: the target cannot be written (no permission, no such folder, disk full).
     """
-    target = Path(target)
     with _one_line_errors(target):
+        target = _resolved(target)
+        if not target.name:
+            raise MinllamaError(f"cannot write the folder {target}: name a folder in it")
         if target.exists() and not target.is_dir():
             raise MinllamaError(f"cannot write the folder {target}: a file of that name is there")
         temporary = _beside(target)
@@ -67,6 +69,11 @@ def atomic_folder(
             _fsync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _resolved(target: str | os.PathLike[str]) -> Path:
+    """Where `target` leads: a link to another disk stays, and `.` gets a name to write beside."""
+    return Path(os.path.realpath(target))
 
 
 def _beside(target: Path) -> Path:
@@ -126,7 +133,7 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_line_errors(target: Path) -> Iterator[None]:
+def _one_line_errors(target: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -72,7 +72,10 @@ def _checked(name: str, value: Any, hint: Any, within: Range | None) -> Any:
     # bool is an int to Python, but `top_k=True` is a mistake.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is float and is_number:
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:  # an integer beyond every float
+            value = math.inf
         if not math.isfinite(value):
             raise OptionError(f"{name} must be a finite number{_range_text(within)}, not {value}")
     elif type(value) is not kind:

@@ -1,0 +1,230 @@
+"""Claims about atomic writes: the old content or the new one, whatever happens in between."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minllama import atomic
+from minllama.atomic import atomic_file, atomic_folder
+from minllama.errors import MinllamaError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=["exchange", "aside"])
+def swap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both ways to put a folder in place: with an atomic swap of names, and without."""
+    if request.param == "aside":
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+    return request.param
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "er" / "target"
+    for text in ("first", "second"):
+        with atomic_file(target) as temporary:
+            temporary.write_text(text)
+            assert temporary.parent == target.parent  # one file system: a rename is one step
+            assert not target.exists() or target.read_text() == "first"
+        assert content(tmp_path) == {"deep/er/target": text}
+
+
+def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("old")
+
+    def fail(error: type[BaseException]) -> None:
+        with atomic_file(tmp_path / "target") as temporary:
+            temporary.write_text("half")
+            raise error
+
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            fail(error)
+        assert content(tmp_path) == {"target": "old"}
+
+
+def test_a_folder_is_replaced_and_what_others_put_there_is_kept(tmp_path: Path, swap: str) -> None:
+    target = tmp_path / "model"
+    for text, shards in (("first", 3), ("second", 1)):
+        with atomic_folder(target, replaces=lambda name: name.startswith("shard")) as folder:
+            for i in range(shards):
+                (folder / f"shard{i}").write_text(text)
+            (folder / "config").write_text(text)
+        if text == "first":
+            (target / "notes").mkdir()
+            (target / "notes" / "mine").write_text("kept")
+            (target / "link").symlink_to("notes/mine")
+    assert content(tmp_path) == {
+        "model/shard0": "second",
+        "model/config": "second",
+        "model/notes/mine": "kept",
+        "model/link": "kept",
+    }
+    assert (target / "link").is_symlink()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_error_leaves_the_old_folder_and_nothing_beside_it(tmp_path: Path, swap: str) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config").write_text("old")
+
+    def fail(error: type[BaseException]) -> None:
+        with atomic_folder(target) as folder:
+            (folder / "config").write_text("half")
+            raise error
+
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            fail(error)
+        assert content(tmp_path) == {"model/config": "old"}
+        assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_in_the_old_folder_is_not_written_through(tmp_path: Path, swap: str) -> None:
+    # What is kept is hard-linked: the old folder must not change under who still has it open.
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config").write_text("old")
+    descriptor = os.open(target / "config", os.O_RDONLY)
+    with atomic_folder(target) as folder:
+        (folder / "config").write_text("new")
+    assert os.read(descriptor, 100) == b"old"
+    os.close(descriptor)
+    assert content(target) == {"config": "new"}
+
+
+def test_a_linked_target_is_written_where_the_link_points(tmp_path: Path, swap: str) -> None:
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "disk" / "file").write_text("old")
+    (tmp_path / "model").symlink_to("disk/model")
+    (tmp_path / "file").symlink_to("disk/file")
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "config").write_text("new")
+    with atomic_file(tmp_path / "file") as file:
+        file.write_text("new")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "file").is_symlink()
+    assert content(tmp_path / "disk") == {"model/config": "new", "file": "new"}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_current_folder_can_be_a_target(
+    tmp_path: Path, swap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with atomic_folder(".") as folder:
+        (folder / "config").write_text("new")
+    assert content(tmp_path) == {"here/config": "new"}
+    os.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("write", "target", "reason"),
+    [
+        (atomic_file, "folder", "it is a folder; name a file"),
+        (atomic_file, "file/x", "file is not a folder"),
+        (atomic_folder, "file", "a file of that name is there"),
+        (atomic_folder, "file/x", "file is not a folder"),
+        (atomic_file, "x" * 250, "File name too long; what was there is untouched"),
+        (atomic_folder, "x" * 250, "File name too long; what was there is untouched"),
+        (atomic_file, "/proc/no/such", "what was there is untouched"),
+        (atomic_folder, "/proc/no/such", "what was there is untouched"),
+        (atomic_folder, "/", "name a folder in it"),
+    ],
+)
+def test_an_unwritable_target_is_one_line(
+    write: Any, target: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(MinllamaError) as caught, write(tmp_path / target) as temporary:
+        (temporary / "config" if write is atomic_folder else temporary).write_text("new")
+    assert str(caught.value).startswith("cannot write ")
+    assert str(tmp_path / target) in str(caught.value)
+    assert reason in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert content(tmp_path) == {"file": "old"}
+
+
+FILL = """
+import resource, sys
+from pathlib import Path
+from minllama.atomic import atomic_file, atomic_folder
+from minllama.errors import MinllamaError
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for write, name, file in ((atomic_file, "file", ""), (atomic_folder, "folder", "weights")):
+    try:
+        with write(name) as temporary:
+            (temporary / file).write_bytes(bytes(5000))
+    except MinllamaError as error:
+        print(error)
+"""
+
+
+def test_a_disk_that_fills_up_leaves_the_target_untouched(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "weights").write_text("old")
+    finished = subprocess.run(
+        [sys.executable, "-c", FILL],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    reason = os.strerror(errno.EFBIG)
+    assert finished.stdout.splitlines() == [
+        f"cannot write {name}: {reason}; what was there is untouched" for name in ("file", "folder")
+    ], finished.stderr
+    assert content(tmp_path) == {"file": "old", "folder/weights": "old"}
+
+
+WRITE_FOR_EVER = """
+import itertools
+from minllama.atomic import atomic_file, atomic_folder
+for i in itertools.count():
+    with atomic_file("file") as temporary:
+        temporary.write_text(f"{i} " * 1000)
+    with atomic_folder("folder", replaces=lambda name: True) as folder:
+        for name in "abc":
+            (folder / name).write_text(f"{i} " * 1000)
+    if i == 1:
+        print("ready", flush=True)
+"""
+
+
+def test_a_kill_at_any_instant_leaves_the_old_content_or_the_new(tmp_path: Path) -> None:
+    for attempt in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITE_FOR_EVER],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        with process:
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(0.0137 * attempt)
+            process.send_signal(signal.SIGKILL)
+        files = [tmp_path / "file", *sorted((tmp_path / "folder").iterdir())]
+        assert [file.name for file in files] == ["file", "a", "b", "c"]
+        for file in files:
+            assert len(set(file.read_text().split())) == 1
+            assert len(file.read_text().split()) == 1000
+        assert len({file.read_text() for file in files[1:]}) == 1
