@@ -5,6 +5,7 @@ gets around it is `minllama.tokenizer`'s business.
 """
 
 import abc
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from minllama.vocabulary.sentencepiece_form import SPACE, parse_model
 # nothing but white space, overflow its regular expressions. Cut at the same places, ids are equal.
 TIKTOKEN_MAX_CHARS = 400_000
 TIKTOKEN_MAX_RUN = 25_000
+_MAX_REASON_CHARS = 200
 _RUN = re.compile(r"\s+|\S+")
 
 
@@ -88,10 +90,8 @@ class _SentencePieceCodec(Codec):
         from sentencepiece import SentencePieceProcessor
 
         model = parse_model(vocabulary.data, vocabulary.origin)
-        try:
+        with _library_errors(vocabulary):
             self._processor = SentencePieceProcessor(model_proto=vocabulary.data)
-        except (RuntimeError, ValueError) as error:
-            raise _unreadable(vocabulary, error) from error
         self.tokens, self.special, space_ids = [], {}, []
         for i, piece in enumerate(model.pieces):
             if piece.type == TokenType.BYTE:
@@ -115,12 +115,9 @@ class _TokenizersCodec(Codec):
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._plain = self._open(special=False)
-        try:
-            # A component's pickled state is its part of the tokenizer.json.
-            decoder = self._plain.decoder
-            state = None if decoder is None else json.loads(decoder.__getstate__())
-        except ValueError as error:
-            raise _unreadable(vocabulary, error) from error
+        # A component's pickled state is its part of the tokenizer.json.
+        decoder = self._plain.decoder
+        state = None if decoder is None else json.loads(decoder.__getstate__())
         kind = tokenizers_form.decoder_kind(state, vocabulary.origin)
         added = self._plain.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
@@ -138,12 +135,15 @@ class _TokenizersCodec(Codec):
         self.space_ids = frozenset(space_ids)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
-        tokenizer = self._plain if first else self._behind
-        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._ids(self._plain if first else self._behind, text)
 
     def encode_special(self, text: str) -> list[int]:
         # Not by our own parts: its special tokens may take in the spaces around them.
-        return list(self._parsing.encode(text, add_special_tokens=False).ids)
+        return self._ids(self._parsing, text)
+
+    def _ids(self, tokenizer: Any, text: str) -> list[int]:
+        with _library_errors(self._vocabulary):
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
     @cached_property
     def _parsing(self) -> Any:
@@ -167,10 +167,8 @@ class _TokenizersCodec(Codec):
     def _open(self, *, special: bool) -> Any:
         from tokenizers import Tokenizer
 
-        try:
+        with _library_errors(self._vocabulary):
             tokenizer = Tokenizer.from_str(self._vocabulary.data.decode())
-        except Exception as error:  # the library raises nothing more specific
-            raise _unreadable(self._vocabulary, error) from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = not special
@@ -187,7 +185,7 @@ class _TiktokenCodec(Codec):
         self.special = tiktoken_form.special_tokens(len(ranks))
         self.tokens = [*ranks, *(text.encode() for text in self.special)]
         self._encoding = Encoding(
-            name=vocabulary.origin,
+            name="llama3",
             pat_str=byte_level.LLAMA3_PATTERN,
             mergeable_ranks=ranks,
             special_tokens=self.special,
@@ -223,6 +221,16 @@ def _byte_of(piece: str) -> bytes:
     return bytes([int(piece[3:5], 16)])
 
 
-def _unreadable(vocabulary: Vocabulary, error: Exception) -> TokenizerError:
-    reason = " ".join(str(error).split())
-    return TokenizerError(f"{vocabulary.origin}: damaged tokenizer ({reason}); get the file again")
+@contextlib.contextmanager
+def _library_errors(vocabulary: Vocabulary) -> Iterator[None]:
+    """What a library says of a damaged vocabulary, in one line of ours."""
+    try:
+        yield
+    except BaseException as error:
+        # The libraries raise nothing more specific; a panic of Rust's is not even an Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:_MAX_REASON_CHARS]
+        raise TokenizerError(
+            f"{vocabulary.origin}: damaged tokenizer ({reason}); get the file again"
+        ) from error

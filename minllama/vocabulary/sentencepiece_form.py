@@ -79,8 +79,9 @@ def parse_model(data: bytes, where: str) -> Any:
     if not model.pieces:
         raise TokenizerError(f"{where}: a SentencePiece model without pieces; get the file again")
     # protobuf hands out bytes where a text is not UTF-8.
-    if wrong := [i for i, piece in enumerate(model.pieces) if not isinstance(piece.piece, str)]:
-        raise TokenizerError(f"{where}: piece {wrong[0]} is not UTF-8; get the file again")
+    for i, piece in enumerate(model.pieces):
+        if not piece.piece or not isinstance(piece.piece, str):
+            raise TokenizerError(f"{where}: piece {i} is empty or not UTF-8; get the file again")
     return model
 
 
