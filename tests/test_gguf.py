@@ -1,5 +1,7 @@
 """GGUF files against bytes written by hand, the gguf package and llama.cpp."""
 
+import ctypes
+import os
 import random
 import struct
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from minllama.checkpoints import Checkpoint
+from minllama.checkpoints import Checkpoint, open_checkpoint
 from minllama.checkpoints.gguf import is_gguf, open_gguf, read_gguf, write_gguf
 from minllama.checkpoints.gguf_blocks import decode_blocks, ggml_type, quantize_q8_0
 from minllama.checkpoints.gguf_header import read_header
@@ -888,3 +890,23 @@ def test_llama_cpp_continues_texts_as_we_do(
         # the other way.
         tolerance = 0.5 if dtype == "q8_0" else 0.0
         assert (logits.amax(-1, keepdim=True) - chosen).max() <= tolerance, prompt
+
+
+@pytest.mark.slow
+def test_q8_0_files_are_the_ones_that_llama_cpp_makes(
+    llama_cpp: Any, default_model: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(default_model)
+    model = Llama.from_checkpoint(checkpoint, device="cpu")
+    for dtype in ("f32", "q8_0"):
+        write_gguf(tmp_path / dtype, model.config, model.state_dict(), checkpoint.vocabulary, dtype)
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    source, target = (os.fsencode(tmp_path / name) for name in ("f32", "theirs"))
+    assert llama_cpp.llama_model_quantize(source, target, ctypes.byref(settings)) == 0
+    ours, theirs = (open_gguf(tmp_path / name) for name in ("q8_0", "theirs"))
+    assert ours.header.tensors.keys() == theirs.header.tensors.keys()
+    for name, tensor in ours.header.tensors.items():
+        other = theirs.header.tensors[name]
+        assert tensor.type == other.type, name
+        assert np.array_equal(ours.raw(tensor), theirs.raw(other)), name

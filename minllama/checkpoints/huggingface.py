@@ -201,12 +201,13 @@ def _permuted(ours: str, stored: LazyTensor, config: LlamaConfig) -> LazyTensor:
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of a folder's weight files, by Hugging Face's name."""
-    from minllama.checkpoints.torch_file import load_torch_file
+    from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
 
     readers: dict[str, Callable[[Path], Iterator[tuple[str, LazyTensor]]]] = {
         "model.safetensors": read_safetensors,
         "pytorch_model.bin": lambda path: (
-            (name, lazy(tensor)) for name, tensor in load_torch_file(path).items()
+            (name, lazy(tensor))
+            for name, tensor in dense_tensors(load_torch_file(path), path).items()
         ),
     }
     for file, read in readers.items():
