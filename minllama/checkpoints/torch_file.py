@@ -109,6 +109,8 @@ def _unpickle(path: Path, mmap: bool) -> Any:
     with warnings.catch_warnings():
         # Raised for every protocol but 2; what the unpickler cannot read is an error anyway.
         warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        # Sparse tensors are refused afterwards, by name.
+        warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)
         try:
             return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
         except pickle.UnpicklingError as error:
