@@ -123,12 +123,15 @@ def _limit(memory_bytes: int) -> None:
 def serve() -> None:
     """Answer requests until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for who started us
+    # SIGALRM, at its default, ends the process even inside one long operation. Who started us may
+    # have passed on another will.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     settings = _receive(sys.stdin.buffer.readline())
     jinja, template = environment(), None
     _warm_up(jinja)
     _limit(settings["memory_bytes"])
     for request in sys.stdin.buffer:
-        # SIGALRM, left at its default, ends the process even inside one long operation.
         signal.setitimer(signal.ITIMER_REAL, settings["seconds"])
         try:
             template = template or jinja.from_string(settings["source"])

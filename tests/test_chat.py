@@ -315,6 +315,18 @@ def test_a_template_that_does_not_end_is_stopped(source: str) -> None:
     assert time.monotonic() - start < 30  # seconds; a hang would be hours
 
 
+@pytest.mark.usefixtures("impatient")
+def test_the_deadline_holds_where_alarms_are_ignored_and_blocked() -> None:
+    previous = signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        with pytest.raises(MinllamaError, match=r"takes more than 0\.3 s"):
+            ChatTemplate(LOOP).render(HELLO)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+        signal.signal(signal.SIGALRM, previous)
+
+
 @pytest.mark.parametrize(
     "expression",
     [
