@@ -14,7 +14,7 @@ from typing import Self
 
 from minllama.atomic import atomic_folder
 from minllama.errors import CheckpointError, TokenizerError
-from minllama.vocabulary import Vocabulary, load_vocabulary, to_files
+from minllama.vocabulary import Vocabulary, find_vocabulary, load_vocabulary, to_files
 from minllama.vocabulary.codecs import Codec, open_codec
 from minllama.vocabulary.huggingface import FILES
 
@@ -73,13 +73,10 @@ class Tokenizer:
 
         try:
             vocabulary = open_checkpoint(source).vocabulary
-        except CheckpointError as error:
-            if source is None or not Path(source).exists():
+        except CheckpointError:
+            vocabulary = None if source is None else _lone_vocabulary(Path(source))
+            if vocabulary is None:
                 raise
-            try:
-                vocabulary = load_vocabulary(source)
-            except TokenizerError:
-                raise error from None
         if vocabulary is None:
             raise TokenizerError(
                 f"{source}: no tokenizer in or beside this checkpoint; name its own file or folder"
@@ -262,6 +259,16 @@ class StreamDecoder:
             if token_id in self._space_ids:
                 return self._tokens[token_id][1:]
         return self._tokens[token_id]
+
+
+def _lone_vocabulary(path: Path) -> Vocabulary | None:
+    """The vocabulary in a folder or file that is no checkpoint, `None` where there is none."""
+    if path.is_dir():
+        return find_vocabulary(path)
+    try:
+        return load_vocabulary(path)
+    except TokenizerError:
+        return None  # the checkpoint's error says more of a file that is neither
 
 
 def _checked_id(token_id: int, vocab_size: int) -> int:

@@ -1,6 +1,6 @@
-"""The tokenizer's promises: special tokens, lengths, padding, streams, bad input, files.
+"""The tokenizer's promises: special tokens, lengths, padding, streams, bad input.
 
-That its ids equal the references' is in test_tokenizer_ids.py.
+That its ids equal the references' is in test_tokenizer_ids.py, files in test_tokenizer_files.py.
 """
 
 import json
@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from tokenizer_cases import (
     TEXTS,
     default_fields,
-    random_texts,
     tiny_ranks,
     tiny_sentencepiece,
 )
 
-from minllama.errors import CheckpointError, TokenizerError
+from minllama.errors import TokenizerError
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import Vocabulary, from_gguf, load_vocabulary
 from minllama.vocabulary.byte_level import BYTE_CHARS, build
@@ -81,6 +80,7 @@ def test_text_never_becomes_a_special_token(
 def test_the_longest_special_token_wins() -> None:
     tokenizer = Tokenizer(byte_vocabulary(["<a>", "<a><a>"]))
     assert tokenizer.encode("<a><a><a>", special=True) == [1, 0]
+    assert tokenizer.encode_chat("<a><a><a>", {"X": "x"}) == [1, 0]
 
 
 def test_sentencepiece_puts_its_space_behind_special_tokens(llama2: Tokenizer) -> None:
@@ -349,76 +349,6 @@ def test_a_regular_expression_that_never_ends_is_an_error(
     with pytest.raises(TokenizerError, match=r"tiny: damaged tokenizer \(.*retry-limit"):
         tokenizer.encode("x" * 100)
     capfd.readouterr()  # Rust's own report
-
-
-# From and to disk
-
-
-def test_from_pretrained_reads_a_checkpoint(default_model: Path) -> None:
-    tokenizer = Tokenizer.from_pretrained(default_model)
-    assert tokenizer.vocabulary.origin == "GGUF gpt2 (smollm)"
-    assert tokenizer.encode("Hello world") == [19556, 905]
-
-
-@pytest.mark.parametrize("name", ["pieces", "ranks", "byte_level"])
-def test_saved_and_loaded_it_behaves_the_same(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    tokenizer: Tokenizer = request.getfixturevalue(name)
-    tokenizer.save_pretrained(tmp_path / "saved")
-    loaded = Tokenizer.from_pretrained(tmp_path / "saved")
-    for attribute in (
-        "vocab_size",
-        "bos_id",
-        "eos_id",
-        "pad_id",
-        "stop_ids",
-        "add_bos",
-        "add_eos",
-        "chat_template",
-        "special_tokens",
-    ):
-        assert getattr(loaded, attribute) == getattr(tokenizer, attribute), attribute
-    special = "".join(list(tokenizer.special_tokens)[:3])
-    for text in [*TEXTS, *random_texts(300, seed=17)]:
-        ids = tokenizer.encode(text)
-        assert loaded.encode(text) == ids, ascii(text)
-        assert loaded.decode(ids) == tokenizer.decode(ids)
-        mixed = text + special + text
-        assert loaded.encode(mixed, special=True) == tokenizer.encode(mixed, special=True)
-    for i in range(tokenizer.vocab_size):
-        assert loaded.token_bytes(i) == tokenizer.token_bytes(i)
-
-
-def test_saving_replaces_another_tokenizer_and_nothing_else(
-    pieces: Tokenizer, byte_level: Tokenizer, tmp_path: Path
-) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    pieces.save_pretrained(tmp_path)
-    assert (tmp_path / "tokenizer.model").exists()
-    (tmp_path / "chat_template.jinja").write_text("of another")
-    (tmp_path / "added_tokens.json").write_text("{}")
-    byte_level.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
-
-
-def test_from_pretrained_of_nothing_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"neither config\.json"):
-        Tokenizer.from_pretrained(tmp_path)
-    (tmp_path / "notes.txt").write_text("no tokenizer")
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
-        Tokenizer.from_pretrained(tmp_path / "notes.txt")
-
-
-def test_from_pretrained_takes_a_lone_file(pieces: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "any.name"
-    path.write_bytes(tiny_sentencepiece())
-    assert Tokenizer.from_pretrained(path).encode("the fox") == pieces.encode("the fox")
 
 
 def test_a_sentencepiece_model_without_byte_tokens_has_an_unknown_one() -> None:

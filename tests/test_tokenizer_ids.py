@@ -1,6 +1,6 @@
 """Ids equal the reference's: literal ones, llama.cpp's, sentencepiece's and tiktoken's.
 
-`data/tokenizer_smollm2.json` was made by llama.cpp; `tokenizer_cases.py` says how.
+The files in `data` were made by llama.cpp; `tokenizer_cases.py` says how.
 """
 
 import json
@@ -11,9 +11,11 @@ import pytest
 import sentencepiece
 import tiktoken
 from tokenizer_cases import (
+    CROSSING,
     GOLDEN,
     PRE_TOKENIZERS,
     TEXTS,
+    crossing_fields,
     default_fields,
     llama_cpp_encoder,
     random_texts,
@@ -23,7 +25,7 @@ from tokenizer_cases import (
 
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import from_gguf, load_vocabulary
-from minllama.vocabulary.byte_level import LLAMA3_PATTERN
+from minllama.vocabulary.byte_level import BYTE_CHARS, LLAMA3_PATTERN
 from minllama.vocabulary.codecs import _tiktoken_chunks
 from minllama.vocabulary.sentencepiece_form import from_model
 from minllama.vocabulary.tiktoken_form import from_ranks, parse_ranks
@@ -68,6 +70,32 @@ def test_ids_equal_those_recorded_from_llama_cpp(fields: dict, pre: str) -> None
     tokenizer = Tokenizer(from_gguf(fields | {"tokenizer.ggml.pre": pre}, "default"))
     assert len(golden["texts"]) > 300
     assert tokenizer.encode_batch(golden["texts"], bos=False) == golden[pre]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_tokens_that_run_across_words_are_cut_as_by_llama_cpp(pre: str) -> None:
+    golden = json.loads(CROSSING.read_text())
+    fields = crossing_fields(golden["tokens"], golden["merges"], pre)
+    tokenizer = Tokenizer(from_gguf(fields, "crossing"))
+    for text, ids in zip(golden["texts"], golden[pre], strict=True):
+        assert tokenizer.encode(text, bos=False) == ids, ascii(text)
+
+
+@pytest.mark.parametrize(
+    ("pre", "tokens"),
+    [
+        ("smollm", "1|2|3|4|5|Ġ!|1|'|S|Ċ|Ċ|a"),
+        ("gpt-2", "1234|5|Ġ!|1|'|S|Ċ|Ċ|a"),
+        ("llama-bpe", "123|45|Ġ!|1|'S|ĊĊ|a"),
+        ("default", "123|45|Ġ|!|1|'|S|Ċ|Ċ|a"),
+    ],
+)
+def test_each_pre_tokenizer_cuts_in_its_own_way(pre: str, tokens: str) -> None:
+    merges = ["1 2", "12 3", "123 4", "4 5", "Ġ !", "' S", "Ċ Ċ", "Ċ a"]
+    vocabulary = ["<end>", *BYTE_CHARS.values(), *(pair.replace(" ", "") for pair in merges)]
+    tokenizer = Tokenizer(from_gguf(crossing_fields(vocabulary, merges, pre), "x"))
+    ids = tokenizer.encode("12345 !1'S\n\na", bos=False)
+    assert "|".join(vocabulary[i] for i in ids) == tokens
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)

