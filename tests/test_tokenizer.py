@@ -339,6 +339,13 @@ def test_a_damaged_vocabulary_is_one_line() -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_an_absurd_id_takes_no_memory() -> None:
+    raw = build(["a", "b"], [1, 1], [], "gpt-2", "tiny")
+    raw["model"]["vocab"]["b"] = 2**32 - 1
+    with pytest.raises(TokenizerError, match="tiny: a token has the id 4294967295"):
+        Tokenizer(Vocabulary("tokenizers", dump(raw), "tiny"))
+
+
 def test_a_regular_expression_that_never_ends_is_an_error(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

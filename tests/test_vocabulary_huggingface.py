@@ -21,7 +21,7 @@ from tokenizer_cases import (
 from minllama.errors import TokenizerError
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import Vocabulary, from_gguf, load_vocabulary, to_files
-from minllama.vocabulary.sentencepiece_form import from_model
+from minllama.vocabulary.sentencepiece_form import Piece, build_model, from_model
 from minllama.vocabulary.tiktoken_form import from_ranks
 from minllama.vocabulary.tokenizers_form import Json, added_token, dump, parse
 
@@ -188,6 +188,9 @@ def test_tokens_listed_beside_a_tokenizer_model_are_added(tmp_path: Path) -> Non
     assert 600 in tokenizer.encode("x<|a|>")
     assert 601 not in tokenizer.encode("x<|b|>")
     assert 601 in tokenizer.encode("x<|b|>", special=True)
+    config["additional_special_tokens"] = ["<|a|>"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert 600 not in Tokenizer(load_vocabulary(tmp_path)).encode("x<|a|>")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|a|>": 700}))
     with pytest.raises(TokenizerError, match="has the id 601; the next that is free is 600"):
         load_vocabulary(tmp_path)
@@ -358,6 +361,21 @@ def test_a_sentencepiece_model_is_kept_as_it_is() -> None:
         files = to_files(from_model(tiny_sentencepiece(**_hashable(options)), "tiny"))
         assert set(files) == {"tokenizer.model", "tokenizer_config.json", "generation_config.json"}
         assert json.loads(files["tokenizer_config.json"])["eos_token"] == "</s>"
+
+
+def test_pieces_that_merges_cannot_say_have_no_tokenizer_json() -> None:
+    kinds = {"<unk>": 2, "▁": 1, "a": 1, "b": 1, "ab": 1, "abb": 1}
+
+    def files_of(**changes: int | None) -> set[str]:
+        kept = {text: kind for text, kind in (kinds | changes).items() if kind is not None}
+        pieces = [Piece(text, -float(i), kind) for i, (text, kind) in enumerate(kept.items())]
+        model = build_model(pieces, add_dummy_prefix=True, bos_id=None, eos_id=None, where="x")
+        return set(to_files(Vocabulary("sentencepiece", model, "x")))
+
+    assert "tokenizer.json" in files_of()
+    assert "tokenizer.json" in files_of(**{"[PAD6]": 5})
+    assert "tokenizer.json" not in files_of(ab=5)  # a step towards `abb`, and no token itself
+    assert "tokenizer.json" not in files_of(b=None)  # SentencePiece still makes `ab`
 
 
 def _hashable(options: dict[str, Any]) -> dict[str, Any]:
