@@ -81,7 +81,12 @@ class Tokenizer:
             raise TokenizerError(
                 f"{source}: no tokenizer in or beside this checkpoint; name its own file or folder"
             )
-        return cls(vocabulary)
+        try:
+            return cls(vocabulary)
+        except TokenizerError as error:
+            if source is None:
+                raise
+            raise TokenizerError(f"{source}: {error}") from error
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files of a Hugging Face folder, all of them or none.

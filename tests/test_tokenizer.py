@@ -132,6 +132,18 @@ def test_metaspace_first_puts_no_space_behind_a_special_token() -> None:
     assert tokenizer.decode([2, 3, 4, 2, 3]) == "hi h"
 
 
+def test_an_added_token_keeps_its_first_byte() -> None:
+    vocab = {"<unk>": 0, "▁": 1, "a": 2, "▁<x>": 3}
+    raw = {
+        "added_tokens": [added_token(3, "▁<x>", special=False)],
+        "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"},
+        "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>"},
+    }
+    tokenizer = Tokenizer(Vocabulary("tokenizers", json.dumps(raw).encode(), "tiny"))
+    assert tokenizer.decode([3, 2]) == "▁<x>a"
+    assert tokenizer.decode([1, 2]) == "a"
+
+
 # BOS, EOS, lengths, padding
 
 

@@ -102,6 +102,15 @@ def test_a_checkpoint_without_a_tokenizer_says_so(
         Tokenizer.from_pretrained(tmp_path)
 
 
+def test_a_tokenizer_that_does_not_open_is_named_with_its_path(tmp_path: Path) -> None:
+    raw = byte_json()
+    raw["model"]["merges"] = ["no pair of tokens"]
+    (tmp_path / "tokenizer.json").write_bytes(dump(raw))
+    with pytest.raises(TokenizerError) as caught:
+        Tokenizer.from_pretrained(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}: tokenizer.json: damaged tokenizer (Merges")
+
+
 def test_a_damaged_tokenizer_in_a_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not readable as JSON"):

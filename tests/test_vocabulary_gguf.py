@@ -186,6 +186,14 @@ def test_pieces_have_bos_in_front_unless_the_file_says_otherwise(
     assert not silent.add_bos
 
 
+def test_unnamed_bos_and_eos_are_control_tokens_or_none(pieces_fields: dict[str, Any]) -> None:
+    for key in ("bos_token_id", "eos_token_id"):
+        del pieces_fields[GGML + key]
+    pieces_fields[GGML + "token_type"][1:3] = [1, 1]
+    vocabulary = from_gguf(pieces_fields, "x")
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.add_bos) == (None, None, False)
+
+
 def test_pieces_without_the_space_in_front(pieces_fields: dict[str, Any]) -> None:
     tokenizer = Tokenizer(from_gguf(pieces_fields, "x"))
     bare = Tokenizer(from_gguf(pieces_fields | {GGML + "add_space_prefix": False}, "x"))
@@ -347,10 +355,19 @@ def test_merges_that_sentencepiece_would_not_make_are_refused() -> None:
         to_gguf(Vocabulary("tokenizers", dump(raw), "tiny"), 600)
     vocab = {"<unk>": 0, "▁": 1, "a": 2, "b": 3, "c": 4, "ab": 5, "bc": 6, "abc": 7}
     # `abc` comes both before and after `bc`: no one score has that order.
-    raw["model"] = bpe_model(vocab, [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]])
+    raw["model"] = bpe_model(
+        vocab, [["a", "b"], ["ab", "c"], ["b", "c"], ["a", "bc"]], unk_token="<unk>"
+    )
     raw["added_tokens"] = []
     with pytest.raises(TokenizerError, match="its merges for 'abc' are not"):
         to_gguf(Vocabulary("tokenizers", json.dumps(raw).encode(), "tiny"), 8)
+
+
+def test_pieces_without_an_unknown_token_are_refused() -> None:
+    raw = parse(to_files(from_model(tiny_sentencepiece(), "tiny"))["tokenizer.json"], "tiny")
+    raw["model"]["unk_token"] = None
+    with pytest.raises(TokenizerError, match="tiny: it has no unknown token"):
+        to_gguf(Vocabulary("tokenizers", dump(raw), "tiny"), 600)
 
 
 def test_removal_of_extra_spaces_survives_for_our_own_reading() -> None:

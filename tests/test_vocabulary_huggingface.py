@@ -153,6 +153,18 @@ def test_chat_template_of_its_own_file_comes_first(tmp_path: Path) -> None:
     assert load_vocabulary(tmp_path).chat_template == "new é\n"
 
 
+def test_half_a_character_in_the_files_is_an_error(tmp_path: Path) -> None:
+    write_folder(tmp_path, tokenizer_config={"chat_template": "\ud83d"})
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: not readable as JSON"):
+        load_vocabulary(tmp_path)
+    write_folder(tmp_path, tokenizer_config={"chat_template": "👍"})  # as two escapes
+    assert load_vocabulary(tmp_path).chat_template == "👍"
+    data = json.dumps(byte_json(added_tokens=[added_token(259, "\udc80", special=True)]))
+    (tmp_path / "tokenizer.json").write_text(data)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: not readable as JSON"):
+        load_vocabulary(tmp_path)
+
+
 def test_named_tokens_become_special(tmp_path: Path) -> None:
     raw = byte_json(added_tokens=[added_token(TURN, "<|turn|>", special=False)])
     plain = Tokenizer(load_vocabulary(write_folder(tmp_path, raw)))
@@ -366,9 +378,9 @@ def test_a_sentencepiece_model_is_kept_as_it_is() -> None:
 def test_pieces_that_merges_cannot_say_have_no_tokenizer_json() -> None:
     kinds = {"<unk>": 2, "▁": 1, "a": 1, "b": 1, "ab": 1, "abb": 1}
 
-    def files_of(**changes: int | None) -> set[str]:
+    def files_of(step: float = 1.0, **changes: int | None) -> set[str]:
         kept = {text: kind for text, kind in (kinds | changes).items() if kind is not None}
-        pieces = [Piece(text, -float(i), kind) for i, (text, kind) in enumerate(kept.items())]
+        pieces = [Piece(text, -step * i, kind) for i, (text, kind) in enumerate(kept.items())]
         model = build_model(pieces, add_dummy_prefix=True, bos_id=None, eos_id=None, where="x")
         return set(to_files(Vocabulary("sentencepiece", model, "x")))
 
@@ -376,6 +388,7 @@ def test_pieces_that_merges_cannot_say_have_no_tokenizer_json() -> None:
     assert "tokenizer.json" in files_of(**{"[PAD6]": 5})
     assert "tokenizer.json" not in files_of(ab=5)  # a step towards `abb`, and no token itself
     assert "tokenizer.json" not in files_of(b=None)  # SentencePiece still makes `ab`
+    assert "tokenizer.json" not in files_of(step=0.0)  # the leftmost pair, not the best, is joined
 
 
 def _hashable(options: dict[str, Any]) -> dict[str, Any]:

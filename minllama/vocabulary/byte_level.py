@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from minllama.errors import TokenizerError
 from minllama.vocabulary.base import TokenType
-from minllama.vocabulary.tokenizers_form import Json, added_token, bpe_model, components
+from minllama.vocabulary.tokenizers_form import Json, added_token, bpe_model, components, document
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -126,21 +126,28 @@ def build(
             f"{where}: tokens {twice} and {vocab[tokens[twice]]} are both {tokens[twice]!r}"
         )
     special = (TokenType.CONTROL, TokenType.UNKNOWN)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            added_token(i, tokens[i], special=kind in special)
-            for i, kind in enumerate(types)
-            if kind in special or kind == TokenType.USER_DEFINED
-        ],
-        "normalizer": None,
-        "pre_tokenizer": PRE_TOKENIZERS[pre].component,
-        "post_processor": None,
-        "decoder": _bytes(use_regex=True),
-        "model": bpe_model(vocab, merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges),
-    }
+    added = [
+        added_token(i, tokens[i], special=kind in special)
+        for i, kind in enumerate(types)
+        if kind in special or kind == TokenType.USER_DEFINED
+    ]
+    return document_of(added, pre, vocab, merges)
+
+
+def document_of(
+    added_tokens: list[Json],
+    pre: str,
+    vocab: dict[str, int],
+    merges: Sequence[str | tuple[str, str]],
+) -> Json:
+    """The content of a tokenizer.json: token -> id in `vocab`, pairs in `merges`, best first."""
+    return document(
+        added_tokens=added_tokens,
+        normalizer=None,
+        pre_tokenizer=PRE_TOKENIZERS[pre].component,
+        decoder=_bytes(use_regex=True),
+        model=bpe_model(vocab, merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges),
+    )
 
 
 def pre_tokenizer_name(raw: Json, where: str) -> str:

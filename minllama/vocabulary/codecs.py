@@ -129,7 +129,10 @@ class _TokenizersCodec(Codec):
         space_ids = []
         unspell = byte_level.unspell if kind.byte_level else _unspell_piece
         for text, i in ids.items():
-            self.tokens[i] = text.encode() if i in added else unspell(text)
+            if i in added:
+                self.tokens[i] = text.encode()
+                continue
+            self.tokens[i] = unspell(text)
             if kind.strips_space and text.startswith(SPACE):
                 space_ids.append(i)
         self.space_ids = frozenset(space_ids)

@@ -13,12 +13,18 @@ from typing import Any
 from minllama.errors import TokenizerError
 from minllama.vocabulary import byte_level, sentencepiece_form, tokenizers_form
 from minllama.vocabulary.base import MAX_VOCAB_SIZE, TokenType, Vocabulary
-from minllama.vocabulary.gguf_export import MODEL, PREFIX, TEMPLATE, to_gguf
+from minllama.vocabulary.gguf_export import (
+    BYTE_LEVEL,
+    MODEL,
+    PIECES,
+    PREFIX,
+    TEMPLATE,
+    to_gguf,
+)
 
 __all__ = ["from_gguf", "to_gguf"]
 
 NONE = ("none", "no_vocab")  # a GGUF file without a vocabulary says so
-BYTE_LEVEL, PIECES = "gpt2", "llama"
 
 
 def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocabulary | None:
@@ -50,16 +56,16 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
         form="tokenizers",
         data=b"",
         origin=f"GGUF {model}" + (f" ({pre})" if pre else ""),
-        bos_id=reader.token("bos", 1 if model == PIECES else None),
-        eos_id=reader.token("eos", 2 if model == PIECES else None),
+        bos_id=reader.token("bos", _control(model, types, 1)),
+        eos_id=reader.token("eos", _control(model, types, 2)),
         pad_id=reader.token("padding"),
         add_bos=reader.flag("add_bos_token", begins),
         add_eos=reader.flag("add_eos_token", False),
         chat_template=reader.string(TEMPLATE, None),
     )
     bos_id, eos_id = vocabulary.bos_id, vocabulary.eos_id
-    further = [i for i in (reader.token("eot"), reader.token("eom")) if i not in (None, eos_id)]
-    stop_ids = tuple(i for i in dict.fromkeys(further) if i is not None)
+    further = dict.fromkeys((reader.token("eot"), reader.token("eom")))
+    stop_ids = tuple(i for i in further if i is not None and i != eos_id)
     for token_id in (bos_id, eos_id, *stop_ids):
         # Some converters leave them ordinary; text must not become them all the same.
         if token_id is not None and types[token_id] != TokenType.UNKNOWN:
@@ -73,6 +79,12 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
         add_eos=vocabulary.add_eos and eos_id is not None,
         stop_ids=stop_ids,
     )
+
+
+def _control(model: str, types: list[int], token_id: int) -> int | None:
+    """llama.cpp's default of a SentencePiece-like file, if it is a control token there."""
+    is_control = token_id < len(types) and types[token_id] == TokenType.CONTROL
+    return token_id if model == PIECES and is_control else None
 
 
 def _byte_level(

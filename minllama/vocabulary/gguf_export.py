@@ -16,8 +16,7 @@ from minllama.vocabulary.tokenizers_form import Json
 PREFIX = "tokenizer.ggml."
 MODEL = PREFIX + "model"
 TEMPLATE = "tokenizer.chat_template"
-
-_BPE = 2  # SentencePiece's TrainerSpec.ModelType
+PIECES, BYTE_LEVEL = "llama", "gpt2"  # values of MODEL
 
 
 def to_gguf(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def _byte_level(raw: Json, where: str) -> dict[str, Any]:
     pre = byte_level.pre_tokenizer_name(raw, where)
     tokens, types = _tokens(raw)
     return {
-        MODEL: "gpt2",
+        MODEL: BYTE_LEVEL,
         PREFIX + "pre": pre,
         PREFIX + "tokens": tokens,
         PREFIX + "token_type": types,
@@ -116,7 +115,7 @@ def _tokens(raw: Json) -> tuple[list[str], list[int]]:
 
 
 def _from_model(model: Any, where: str) -> dict[str, Any]:
-    if model.trainer_spec.model_type != _BPE:
+    if model.trainer_spec.model_type != sentencepiece_form.BPE:
         raise TokenizerError(f"{where}: a SentencePiece model other than BPE; a Llama's is BPE")
     if model.normalizer_spec.precompiled_charsmap:
         raise TokenizerError(f"{where}: it normalizes the text, which GGUF has no field for")
@@ -136,8 +135,9 @@ def _from_pieces(raw: Json, where: str) -> dict[str, Any]:
             if (token_id := model["vocab"].get(text)) is not None:
                 types[token_id] = int(TokenType.BYTE)
     unk_id = model["vocab"].get(model.get("unk_token"))
-    if unk_id is not None:
-        types[unk_id] = int(TokenType.UNKNOWN)
+    if unk_id is None:
+        raise TokenizerError(f"{where}: it has no unknown token, which GGUF's {PIECES!r} needs")
+    types[unk_id] = int(TokenType.UNKNOWN)
     ranks = _piece_ranks(raw, where)
     scores = [-float(ranks.get(text, len(ranks))) for text in tokens]
     pieces = [Piece(*piece) for piece in zip(tokens, scores, types, strict=True)]
@@ -148,7 +148,7 @@ def _piece_fields(
     pieces: Sequence[Piece], *, add_space_prefix: bool, remove_extra_whitespaces: bool = False
 ) -> dict[str, Any]:
     fields: dict[str, Any] = {
-        MODEL: "llama",
+        MODEL: PIECES,
         PREFIX + "pre": "default",
         PREFIX + "tokens": [piece.text for piece in pieces],
         PREFIX + "scores": [float(piece.score) for piece in pieces],

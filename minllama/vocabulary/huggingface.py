@@ -240,10 +240,7 @@ def _read_json(path: Path) -> Json:
     """The object in a JSON file; empty where there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        raw = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not readable as JSON ({error}); get it again") from error
+    raw = tokenizers_form.read_json(_read(path), str(path))
     if not isinstance(raw, dict):
         raise TokenizerError(f"{path}: not a JSON object; get it again")
     return raw

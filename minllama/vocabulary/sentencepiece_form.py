@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from minllama.errors import TokenizerError
 from minllama.vocabulary.base import MAX_VOCAB_SIZE, TokenType, Vocabulary
-from minllama.vocabulary.tokenizers_form import added_token, bpe_model
+from minllama.vocabulary.tokenizers_form import added_token, bpe_model, document
 
 SPACE = "▁"  # U+2581, SentencePiece's spelling of a space
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
-_BPE = 2  # TrainerSpec.ModelType
+BPE = 2  # TrainerSpec.ModelType
 
 
 class Piece(NamedTuple):
@@ -52,7 +52,7 @@ def build_model(
     unk_id = next(i for i, piece in enumerate(pieces) if piece.type == TokenType.UNKNOWN)
     for text, score, kind in pieces:
         model.pieces.add(piece=text, score=score, type=kind)
-    model.trainer_spec.model_type = _BPE
+    model.trainer_spec.model_type = BPE
     model.trainer_spec.vocab_size = len(pieces)
     model.trainer_spec.byte_fallback = any(piece.type == TokenType.BYTE for piece in pieces)
     for name, token_id in (("unk", unk_id), ("bos", bos_id), ("eos", eos_id), ("pad", None)):
@@ -158,14 +158,14 @@ def to_tokenizers(data: bytes, where: str) -> dict[str, Any] | None:
     """The same tokenizer as the content of a `tokenizer.json`; `None` where that cannot be exact.
 
     Not exact are: models other than BPE, text normalization, symbols that a user defined (the
-    libraries disagree on the space after them), unused pieces that take part in merges, and pieces
-    with a character that is no piece itself.
+    libraries disagree on the space after them), unused pieces that take part in merges, pieces with
+    a character that is no piece itself, and pieces of equal scores, runs of spaces aside.
     """
     model = parse_model(data, where)
     pieces = pieces_of(model)
     spec, normalizer = model.trainer_spec, model.normalizer_spec
     if (
-        spec.model_type != _BPE
+        spec.model_type != BPE
         or spec.treat_whitespace_as_suffix
         or normalizer.precompiled_charsmap
         or normalizer.remove_extra_whitespaces
@@ -178,25 +178,21 @@ def to_tokenizers(data: bytes, where: str) -> dict[str, Any] | None:
         return None
     prefix = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
+    return document(
+        added_tokens=[
             added_token(i, piece.text, special=True)
             for i, piece in enumerate(pieces)
             if piece.type in (TokenType.CONTROL, TokenType.UNKNOWN)
         ],
-        "normalizer": {
+        normalizer={
             "type": "Sequence",
             "normalizers": [
                 *prefix,
                 {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
             ],
         },
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {
+        pre_tokenizer=None,
+        decoder={
             "type": "Sequence",
             "decoders": [
                 {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -205,13 +201,13 @@ def to_tokenizers(data: bytes, where: str) -> dict[str, Any] | None:
                 *(strip if normalizer.add_dummy_prefix else []),
             ],
         },
-        "model": bpe_model(
+        model=bpe_model(
             {piece.text: i for i, piece in enumerate(pieces)},
             merges,
             unk_token=next(piece.text for piece in pieces if piece.type == TokenType.UNKNOWN),
             byte_fallback=spec.byte_fallback,
         ),
-    }
+    )
 
 
 def splits(text: str, vocab: dict[str, Any]) -> list[tuple[str, str]]:
@@ -236,6 +232,7 @@ def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]] | None:
         if piece.type in (TokenType.NORMAL, TokenType.UNUSED)
     }
     ranked = []
+    joined: set[float] = set()
     for text, score, kind in pieces:
         if kind == TokenType.UNUSED and splits(text, scores):
             return None
@@ -243,9 +240,14 @@ def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]] | None:
             continue
         if any(char not in scores for char in text):
             return None
-        # Equal scores are the runs of spaces: SentencePiece joins from the left, which for them
-        # comes to growing the longest run first.
-        ranked += [(-score, -len(a), -len(b), a, b) for a, b in splits(text, scores)]
+        # Among equal scores SentencePiece joins from the left. For runs of spaces, which all have
+        # one, that comes to growing the longest run first.
+        pairs = splits(text, scores)
+        if pairs and text.strip(SPACE) and score in joined:
+            return None
+        if pairs:
+            joined.add(score)
+        ranked += [(-score, -len(a), -len(b), a, b) for a, b in pairs]
     ranked.sort(key=lambda pair: pair[:3])
     return [(a, b) for *_, a, b in ranked]
 

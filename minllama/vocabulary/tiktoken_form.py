@@ -10,9 +10,9 @@ import binascii
 import re
 
 from minllama.errors import TokenizerError
+from minllama.vocabulary import byte_level
 from minllama.vocabulary.base import MAX_VOCAB_SIZE, Vocabulary
-from minllama.vocabulary.byte_level import PRE_TOKENIZERS, spell
-from minllama.vocabulary.tokenizers_form import Json, added_token, bpe_model
+from minllama.vocabulary.tokenizers_form import Json, added_token
 
 N_SPECIAL_TOKENS = 256
 _NAMED = (
@@ -94,32 +94,17 @@ def to_tokenizers(data: bytes, where: str) -> Json:
     all ways to cut each token into two.
     """
     ranks = parse_ranks(data, where)
-    spelt = {token: spell(token) for token in ranks}
+    spelt = {token: byte_level.spell(token) for token in ranks}
     merges = [
         (spelt[token[:i]], spelt[token[i:]])
         for token in ranks
         for i in range(1, len(token))
         if token[:i] in ranks and token[i:] in ranks
     ]
-    pre = PRE_TOKENIZERS["llama-bpe"]
     special = special_tokens(len(ranks))
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [added_token(i, text, special=True) for text, i in special.items()],
-        "normalizer": None,
-        "pre_tokenizer": pre.component,
-        "post_processor": None,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": True,
-            "trim_offsets": True,
-            "use_regex": True,
-        },
-        "model": bpe_model(
-            {spelt[token]: rank for token, rank in ranks.items()},
-            merges,
-            ignore_merges=pre.ignore_merges,
-        ),
-    }
+    return byte_level.document_of(
+        [added_token(i, text, special=True) for text, i in special.items()],
+        "llama-bpe",
+        {spelt[token]: rank for token, rank in ranks.items()},
+        merges,
+    )

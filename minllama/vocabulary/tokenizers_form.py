@@ -27,16 +27,24 @@ class DecoderKind(NamedTuple):
     strips_space: bool
 
 
+def read_json(data: bytes, where: str) -> Any:
+    """What a JSON file holds; a TokenizerError where it is damaged."""
+    try:
+        raw = json.loads(data)
+        if b"\\ud" in data.lower():  # escapes that may be halves of a character
+            json.dumps(raw, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{where}: not readable as JSON ({error}); get it again") from error
+    return raw
+
+
 def parse(data: bytes, where: str) -> Json:
     """The content of a tokenizer.json, checked as far as this package reads it.
 
     Raises:
         TokenizerError: it is damaged, or its model is not BPE.
     """
-    try:
-        raw: Json = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{where}: not readable as JSON ({error}); get it again") from error
+    raw = read_json(data, where)
     model = raw.get("model") if isinstance(raw, dict) else None
     if not isinstance(model, dict):
         raise TokenizerError(f"{where}: not a tokenizer.json, it has no model; get it again")
@@ -56,7 +64,8 @@ def parse(data: bytes, where: str) -> Json:
     if not isinstance(added, list) or not all(map(_is_added_token, added)):
         raise TokenizerError(f"{where}: added_tokens is damaged; get it again")
     _check_added_ids(vocab, added, where)
-    return raw
+    checked: Json = raw
+    return checked
 
 
 def dump(raw: Json) -> bytes:
@@ -172,6 +181,28 @@ def with_added_tokens(
         return raw
     _check_added_ids(raw["model"]["vocab"], tokens, where)
     return raw | {"added_tokens": tokens}
+
+
+def document(
+    *,
+    added_tokens: list[Json],
+    normalizer: Json | None,
+    pre_tokenizer: Json | None,
+    decoder: Json,
+    model: Json,
+) -> Json:
+    """The content of a tokenizer.json, without a post-processor (see `with_template`)."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens,
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
 
 
 def added_token(token_id: int, text: str, *, special: bool) -> Json:
