@@ -87,7 +87,16 @@ class KVCache:
 
         Returns:
             Keys and values, (B, K, S', C) views with S' the longest row after this pass.
+
+        Raises:
+            MinllamaError: gradients are being recorded. Keys are written in place, which their
+                backward pass could not undo.
         """
+        if keys.requires_grad:
+            raise MinllamaError(
+                "a cache cannot be trained through; wrap the call in torch.inference_mode(), or "
+                "leave the cache away"
+            )
         stored_keys, stored_values = self.keys[layer], self.values[layer]
         new_len = keys.shape[2]
         end = self.max_len + new_len
@@ -106,9 +115,18 @@ class KVCache:
         """Count `new_lens[b]` more tokens in each row b; the model does this once a pass."""
         self.lengths = [old + new for old, new in zip(self.lengths, new_lens, strict=True)]
 
-    def truncate(self, length: int) -> None:
-        """Forget what lies beyond the first `length` tokens of every row."""
-        self.lengths = [min(old, length) for old in self.lengths]
+    def truncate(self, lengths: int | Sequence[int]) -> None:
+        """Forget what lies beyond the first so many tokens, of every row or of each its own."""
+        if isinstance(lengths, int):
+            lengths = [lengths] * self.batch_size
+        self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths, strict=True)]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a row; what is stored stays."""
+        if capacity > self.capacity:
+            self.keys = [self._repeat(stored, 1, capacity) for stored in self.keys]
+            self.values = [self._repeat(stored, 1, capacity) for stored in self.values]
+            self.capacity = capacity
 
     def drop_row(self, row: int) -> None:
         """Give up a row: the last row moves into its place, and the batch is one smaller."""

@@ -47,11 +47,13 @@ class View(NamedTuple):
 
     Attributes:
         positions: (B, T) or (1, T), whole numbers from 0.
+        text_len: a number above all positions.
         mask: bool, broadcast to (B, H, T, S), True where a query may look; None for everywhere.
         is_causal: query t sees keys 0..t of S = T; takes the place of a mask.
     """
 
     positions: Tensor
+    text_len: int
     mask: Tensor | None = None
     is_causal: bool = False
 
@@ -67,7 +69,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
-        self.dropout = config.dropout
+        self.attention_dropout = config.dropout
         query_dim, key_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.compute_query = nn.Linear(config.dim, query_dim, bias=config.attention_bias)
         self.compute_key = nn.Linear(config.dim, key_dim, bias=config.attention_bias)
@@ -100,7 +102,7 @@ class Attention(nn.Module):
             key,
             value,
             attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=self.attention_dropout if self.training else 0.0,
             is_causal=is_causal,
             enable_gqa=self.n_kv_heads != self.n_heads,
         )
@@ -201,7 +203,7 @@ class LlamaPreTrainedModel(nn.Module):
         cls,
         source: str | os.PathLike[str] | None = None,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         **config_changes: Any,
     ) -> Self:
@@ -209,7 +211,8 @@ class LlamaPreTrainedModel(nn.Module):
 
         Args:
             source: path or id; None for the embedded default model.
-            dtype: of the weights; None for float32 on a CPU and bfloat16 on a GPU.
+            dtype: of the weights, torch's or its name; None for float32 on a CPU and bfloat16 on a
+                GPU.
             device: None for the GPU where there is one.
             config_changes: fields of LlamaConfig to set, such as `dropout=0.1, causal=False`.
 
@@ -225,7 +228,7 @@ class LlamaPreTrainedModel(nn.Module):
         cls,
         checkpoint: Checkpoint,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         **config_changes: Any,
     ) -> Self:
@@ -288,7 +291,8 @@ class Llama(LlamaPreTrainedModel):
         Args:
             ids: (B, T), whole numbers in [0, V).
             attention_mask: (B, T), true at real tokens and false at padding, on either side; None
-                where all are real. With a cache, padding is on the right.
+                where all are real. With a cache it covers the new tokens only, and padding is on
+                the right.
             positions: (B, T), positions in the text; None counts each row's real tokens from 0.
                 Not with a cache, whose rows know how long they are.
             cache: holds the texts so far, of which `ids` are the continuation, and is advanced.
@@ -301,13 +305,14 @@ class Llama(LlamaPreTrainedModel):
         """
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
+        _check_inputs(ids, attention_mask, logits)
         if cache is None:
             view = self._view_of_whole(ids, attention_mask, positions)
         elif positions is None:
             view = self._view_of_continuation(ids, attention_mask, cache)
         else:
             raise MinllamaError("positions cannot be given with a cache, which has its own")
-        rotation = self.rope(view.positions)
+        rotation = self.rope(view.positions, view.text_len)
         h = self.dropout(self.tok_embeddings(ids))
         for layer in self.layers:
             h = layer(h, rotation, view, cache)
@@ -318,8 +323,14 @@ class Llama(LlamaPreTrainedModel):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
-        output = self.tok_embeddings if self.output is None else self.output
-        return F.linear(hidden, output.weight)
+        if self.output is None:
+            return F.linear(hidden, self.tok_embeddings.weight)
+        logits: Tensor = self.output(hidden)
+        return logits
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """An empty cache for this model: `batch_size` rows of up to `capacity` tokens."""
+        return KVCache(self.config, batch_size, capacity, dtype=self.dtype, device=self.device)
 
     @torch.inference_mode()
     def generate(
@@ -363,7 +374,14 @@ class Llama(LlamaPreTrainedModel):
             # Padding looks at itself: a softmax over nothing is NaN.
             allowed = allowed | (columns == columns[:, None])
         is_causal = self.config.causal and allowed is None
-        return View(default if positions is None else positions, allowed, is_causal)
+        if positions is None:
+            return View(default, text_len, allowed, is_causal)
+        first, last = positions.min().item(), positions.max().item()
+        if first < 0 or last >= self.config.context_len:
+            raise MinllamaError(
+                f"positions must be from 0 to {self.config.context_len - 1}, not {first} to {last}"
+            )
+        return View(positions, int(last) + 1, allowed, is_causal)
 
     def _view_of_continuation(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> View:
         batch, new_len = ids.shape
@@ -373,21 +391,27 @@ class Llama(LlamaPreTrainedModel):
             raise MinllamaError(f"{batch} rows of ids for a cache of {cache.batch_size} rows")
         if mask is not None and not _is_right_padded(mask):
             raise MinllamaError("with a cache, padding must be on the right of each row")
-        self._check_context(cache.max_len + new_len)
+        text_len = cache.max_len + new_len
+        self._check_context(text_len)
         cache.reserve(new_len)
+        if (cache.keys[0].dtype, cache.keys[0].device) != (self.dtype, self.device):
+            raise MinllamaError(
+                f"the cache is {cache.keys[0].dtype} on {cache.keys[0].device} and the model "
+                f"{self.dtype} on {self.device}; make it with model.new_cache()"
+            )
         columns = torch.arange(new_len, device=ids.device)
         if cache.is_uniform:
             positions = columns.unsqueeze(0) + cache.max_len  # (1, T)
         else:
             positions = columns + torch.tensor(cache.lengths, device=ids.device).unsqueeze(-1)
         if cache.max_len == 0:
-            return View(positions, is_causal=True)
+            return View(positions, text_len, is_causal=True)
         if cache.is_uniform and new_len == 1:
-            return View(positions)
+            return View(positions, text_len)
         # A slot's index is its position, so one comparison hides the future, the free slots of
         # shorter rows, and their padding.
-        slots = torch.arange(cache.max_len + new_len, device=ids.device)
-        return View(positions, mask=(slots <= positions.unsqueeze(-1)).unsqueeze(1))
+        slots = torch.arange(text_len, device=ids.device)
+        return View(positions, text_len, mask=(slots <= positions.unsqueeze(-1)).unsqueeze(1))
 
     def _check_context(self, text_len: int) -> None:
         if text_len > self.config.context_len:
@@ -415,7 +439,7 @@ class Llama(LlamaPreTrainedModel):
 def load_pretrained(
     source: str | os.PathLike[str] | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     **config_changes: Any,
 ) -> Llama:
@@ -426,6 +450,21 @@ def load_pretrained(
 def _is_right_padded(mask: Tensor) -> bool:
     """Whether each row's real tokens come first."""
     return bool((mask[:, :-1] >= mask[:, 1:]).all())
+
+
+def _check_inputs(ids: Tensor, mask: Tensor | None, logits: str | Tensor | None) -> None:
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise MinllamaError(f"ids must be of shape (B, T), neither 0, not {tuple(ids.shape)}")
+    if mask is not None and mask.shape != ids.shape:
+        raise MinllamaError(
+            f"attention_mask is of shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
+            "be alike (with a cache, both cover the new tokens only)"
+        )
+    if isinstance(logits, str):
+        if logits not in ("all", "last"):
+            raise MinllamaError(f"logits must be 'all', 'last', a tensor or None, not {logits!r}")
+        if logits == "last" and mask is not None and not mask.any(-1).all():
+            raise MinllamaError("a row of attention_mask has no real token, so no last one either")
 
 
 def _row_lens(ids: Tensor, mask: Tensor | None) -> list[int]:

@@ -32,7 +32,7 @@ def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
 ) -> None:
     """Give `module`, built on the meta device, the weights of `checkpoint`.
@@ -45,16 +45,15 @@ def load_weights(
             shapes) or hold NaN or infinity.
     """
     device = _usable_device(device)
-    dtype = dtype or default_dtype(device)
+    dtype = _usable_dtype(dtype, device)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_shapes(checkpoint, expected)
     state = {}
     for name in expected:
-        tensor = checkpoint.tensors[name].load()
+        stored = checkpoint.tensors[name].load()
         # A conversion makes a tensor of our own; otherwise it may still be the file itself.
-        tensor = tensor.to(device=device, dtype=dtype)
-        _check_finite(name, tensor, checkpoint)
-        state[name] = tensor
+        state[name] = stored.to(device=device, dtype=dtype)
+        _check_finite(name, stored, state[name], checkpoint)
     module.load_state_dict(state, assign=True)
 
 
@@ -81,15 +80,20 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
         )
 
 
-def _check_finite(name: str, tensor: Tensor, checkpoint: Checkpoint) -> None:
+def _check_finite(name: str, stored: Tensor, tensor: Tensor, checkpoint: Checkpoint) -> None:
     # A sum is one pass without a temporary, and NaN and infinity survive it; only where it is not
     # finite (it may also have overflowed) is every element looked at.
     if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
+        if bad := int((~torch.isfinite(stored)).sum()):
             raise CheckpointError(
                 f"{checkpoint.path}: {name} holds {bad} NaN or infinite of {tensor.numel()} "
                 "numbers; the file is damaged or its training diverged; download or train it again"
+            )
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{checkpoint.path}: {kind} cannot hold {bad} of the numbers of {name}; "
+                "use bfloat16 or float32"
             )
 
 
@@ -104,3 +108,16 @@ def _usable_device(device: torch.device | str | None) -> torch.device:
             f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); "
             "use cpu, cuda or mps, whichever this machine has"
         ) from error
+
+
+def _usable_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return default_dtype(device)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise MinllamaError(
+            f"dtype {dtype!r} is none that a model runs in; use float32 or bfloat16"
+        )
+    assert isinstance(dtype, torch.dtype)
+    return dtype

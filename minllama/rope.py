@@ -10,13 +10,19 @@ from torch import Tensor, nn
 
 from minllama.config import LlamaConfig, RopeScaling
 
+_FIRST_TABLE_LEN = 2048
+
 
 class RotaryEmbedding(nn.Module):
     """Turns pairs of a head's channels by an angle that grows with the position.
 
     RoFormer (Su et al. 2021), sec. 3.2.2, eq. 15 and 34. Pairs are interleaved, (x0, x1), (x2, x3)
     and so on, as there and in Meta's code. One instance serves all layers of a model: its table of
-    unit vectors is built once per device.
+    unit vectors is built once per device, and again only when texts outgrow it.
+
+    Dynamic scaling, as transformers has it, turns all of a pass by the base of its longest text,
+    and cached keys keep the base of their day. So beyond max_seq_len, and with this scaling only, a
+    text's logits depend a little on its batch and on how it was cut into passes.
 
     The table is kept in float32 whatever the model's dtype: in bfloat16 the position 8191 could not
     even be told from 8160.
@@ -28,24 +34,30 @@ class RotaryEmbedding(nn.Module):
         # Not buffers: `model.to(dtype)` must not round them, nor a meta device swallow them.
         self._tables: dict[torch.device, Tensor] = {}
 
-    def forward(self, positions: Tensor) -> Tensor:
+    def forward(self, positions: Tensor, text_len: int | None = None) -> Tensor:
         """Unit vectors e^(i m theta) for each position m.
 
         Args:
             positions: (B, T) or (T,), whole numbers from 0.
+            text_len: a number above all positions, where the caller knows one: it spares asking the
+                device for the largest.
 
         Returns:
             Complex64 (B, T, 1, C / 2) or (T, 1, C / 2): the 1 stands for the heads.
         """
-        scaling = self.config.rope_scaling
-        if scaling is not None and scaling.kind == "dynamic":
-            # The base depends on how long the text has become, so it is not a fixed table.
+        if text_len is None:
             text_len = int(positions.max()) + 1
-            if text_len > self.config.max_seq_len:
-                return _unit_vectors(positions, *frequencies(self.config, text_len)).unsqueeze(-2)
+        scaling, max_seq_len = self.config.rope_scaling, self.config.max_seq_len
+        if scaling is not None and scaling.kind == "dynamic" and text_len > max_seq_len:
+            # The base depends on how long the text has become, so it is not a fixed table.
+            return _unit_vectors(positions, *frequencies(self.config, text_len)).unsqueeze(-2)
         table = self._tables.get(positions.device)
-        if table is None:
-            every = torch.arange(self.config.max_seq_len, device=positions.device)
+        if table is None or len(table) < text_len:
+            # Doubling, not all of the context at once: a million positions are a gigabyte.
+            length = max(
+                text_len, min(max_seq_len, _FIRST_TABLE_LEN if table is None else 2 * len(table))
+            )
+            every = torch.arange(length, device=positions.device)
             table = self._tables[positions.device] = _unit_vectors(every, *frequencies(self.config))
         return table[positions].unsqueeze(-2)
 

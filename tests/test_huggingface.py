@@ -302,7 +302,7 @@ def test_the_config_can_be_changed_while_loading(tmp_path):
     both(tmp_path)
     model = load_pretrained(tmp_path, dropout=0.25, causal=False)
     assert model.config.dropout == 0.25
-    assert model.layers[0].attention.dropout == 0.25
+    assert model.layers[0].attention.attention_dropout == 0.25
     assert not model.training
     with pytest.raises(MinllamaError, match="unknown config field hidden_size"):
         load_pretrained(tmp_path, hidden_size=3)
