@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint, open_checkpoint
     from minllama.config import LlamaConfig, RopeScaling
     from minllama.conversation import Conversation
-    from minllama.errors import CheckpointError, MinllamaError, OptionError, TokenizerError
+    from minllama.errors import (
+        CheckpointError,
+        ContextError,
+        MinllamaError,
+        OptionError,
+        TokenizerError,
+    )
     from minllama.generation import Generation, TextStream, generate, stream
     from minllama.llama import Llama, LlamaPreTrainedModel, load_pretrained
     from minllama.options import GenerationOptions, SamplingOptions
@@ -26,7 +32,7 @@ _HOMES = {
     "checkpoints": ("Checkpoint", "open_checkpoint"),
     "config": ("LlamaConfig", "RopeScaling"),
     "conversation": ("Conversation",),
-    "errors": ("CheckpointError", "MinllamaError", "OptionError", "TokenizerError"),
+    "errors": ("CheckpointError", "ContextError", "MinllamaError", "OptionError", "TokenizerError"),
     "generation": ("Generation", "TextStream", "generate", "stream"),
     "llama": ("Llama", "LlamaPreTrainedModel", "load_pretrained"),
     "options": ("GenerationOptions", "SamplingOptions"),
@@ -38,6 +44,7 @@ __all__ = [
     "ChatTemplate",
     "Checkpoint",
     "CheckpointError",
+    "ContextError",
     "Conversation",
     "Generation",
     "GenerationOptions",

@@ -6,6 +6,7 @@ disk at any instant leaves the old content or the new, never half. Knows nothing
 
 import contextlib
 import ctypes
+import errno
 import os
 import secrets
 import shutil
@@ -32,6 +33,8 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         temporary = _beside(target)
         try:
             yield temporary
+            if target.exists():
+                shutil.copymode(target, temporary)
             _fsync(temporary)
             os.replace(temporary, target)
             _fsync(target.parent)
@@ -63,6 +66,7 @@ def atomic_folder(
             yield temporary
             if target.exists():
                 _keep_others(target, temporary, replaces)
+                shutil.copymode(target, temporary)
             for path in [*temporary.rglob("*"), temporary]:
                 _fsync(path)
             _put_in_place(temporary, target)
@@ -123,8 +127,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _fsync(path: Path) -> None:
-    if path.is_symlink():
-        return
+    if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        return  # opening a pipe would wait for its writer
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -138,6 +142,9 @@ def _one_line_errors(target: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV):
+            # Such as a mount point: it cannot be swapped for a folder beside it.
+            reason += " (it is replaced from the folder above it; name a new one inside it instead)"
         raise MinllamaError(
             f"cannot write {target}: {reason}; what was there is untouched"
         ) from error

@@ -65,6 +65,10 @@ class RopeScaling:
                 f"rope scaling: low_freq_factor ({self.low_freq_factor:g}) must be above 0 and "
                 f"below high_freq_factor ({self.high_freq_factor:g})"
             )
+        for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+            if (value := getattr(self, name)) is not None:
+                _require_positive(f"rope scaling: {name}", value)
+        _require_flag("rope scaling: truncate", self.truncate)
         for factor in self.factors:
             _require_positive("rope scaling: each of factors", factor)
 
@@ -135,6 +139,8 @@ class LlamaConfig:
             )
         _require_positive("norm_eps", self.norm_eps)
         _require_positive("rope_theta", self.rope_theta)
+        for name in ("tie_embeddings", "attention_bias", "ffn_bias", "causal"):
+            _require_flag(name, getattr(self, name))
         if not 0 <= self.dropout < 1:
             raise MinllamaError(f"dropout must be in [0, 1), not {self.dropout!r}")
         scaling = self.rope_scaling
@@ -143,6 +149,10 @@ class LlamaConfig:
                 f"rope scaling: {len(scaling.factors)} factors for {self.head_dim // 2} "
                 "frequencies (head_dim / 2)"
             )
+        if scaling and scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise MinllamaError(f"yarn needs rope_theta above 1, not {self.rope_theta!r}")
+        if scaling and scaling.kind == "dynamic" and self.head_dim <= 2:
+            raise MinllamaError(f"dynamic scaling needs head_dim above 2, not {self.head_dim}")
 
     def _settle(self, name: str, default: int) -> None:
         if getattr(self, name) is None:
@@ -183,3 +193,8 @@ def _require_positive(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise MinllamaError(f"{name} must be a finite number above 0, not {value!r}")
+
+
+def _require_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise MinllamaError(f"{name} must be true or false, not {value!r}")

@@ -46,14 +46,14 @@ def constraint_maker(
     if fault := LLMatcher.validate_grammar(grammar, vocabulary):
         name = "regex" if options.json_schema is None else "json_schema"
         raise OptionError(f"{name} cannot be followed: {' '.join(fault.split())}")
-    return lambda: _GrammarConstraint(LLMatcher(vocabulary, grammar), vocab_size)
+    return lambda: _GrammarConstraint(LLMatcher(vocabulary, grammar))
 
 
 class _GrammarConstraint:
     """One row's state in the grammar."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
 
     def forbid(self, logits: Tensor) -> None:
         if self._matcher.is_error():
@@ -61,11 +61,14 @@ class _GrammarConstraint:
         # One bit for each token, lowest bit first.
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)
-        allowed = (bits & 1).flatten()[: self._vocab_size].bool()
+        allowed = (bits & 1).flatten()[: len(logits)].bool()
         logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)
+
+    def is_complete(self) -> bool:
+        return bool(self._matcher.is_stopped())
 
 
 class _Words:

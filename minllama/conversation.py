@@ -14,9 +14,6 @@ from minllama.llama import Llama
 from minllama.options import GenerationOptions
 from minllama.tokenizer import Tokenizer
 
-CACHE_STEP = 512
-"""Slots that a cache grows by at least, so that it is not copied at every answer."""
-
 
 class Conversation:
     """Messages and answers between a user and a model.
@@ -83,18 +80,11 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": result.text})
 
     def _cache_for(self, prompt_ids: list[int]) -> KVCache:
-        """A cache that holds what the prompt shares with the last text, and has room for more."""
-        context_len = self.model.config.context_len
-        needed = min(len(prompt_ids) + self.options.max_new_tokens, context_len)
-        grown = min(needed + CACHE_STEP, context_len)
+        """A cache that holds what the prompt shares with the last text."""
         if self._cache is None:
-            self._cache = KVCache(
-                self.model.config, 1, grown, dtype=self.model.dtype, device=self.model.device
-            )
+            self._cache = self.model.new_cache(1, len(prompt_ids))
         # The last token of the prompt is always read: its logits begin the answer.
         self._cache.truncate(min(_common_len(self._read_ids, prompt_ids), len(prompt_ids) - 1))
-        if self._cache.capacity < needed:
-            self._cache = self._cache.repeated(1, grown)
         return self._cache
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from minllama.cache import KVCache
 from minllama.config import LlamaConfig
-from minllama.errors import MinllamaError
+from minllama.errors import ContextError, MinllamaError
 from minllama.options import GenerationOptions
 from minllama.sampling import choose_tokens
+
+_ROOM = 512
 
 FinishReason = Literal["stop", "length"]
 
@@ -51,6 +53,9 @@ class Constraint(Protocol):
 
     def accept(self, token_id: int) -> None:
         """Take note of the token that was chosen."""
+
+    def is_complete(self) -> bool:
+        """Whether nothing can follow any more."""
 
 
 class Token(NamedTuple):
@@ -114,7 +119,10 @@ class Decoder:
         prompts: token ids; none may be empty.
         options: how to choose and when to end.
         stop_ids: tokens that end a row.
-        cache: for one prompt whose beginning it already holds; it is continued in place.
+        cache: for one prompt whose beginning it already holds; it is continued in place, and grown
+            where it is too small.
+        n_tokens: only ids below this are chosen, where the model's vocabulary is padded beyond the
+            tokenizer's; None for all.
         make_constraint: gives each row a constraint of its own.
         distinct_rows: with a seed, equal prompts draw different samples; otherwise each gets what
             it would get alone.
@@ -123,7 +131,8 @@ class Decoder:
         timings: tokens and seconds so far.
 
     Raises:
-        MinllamaError: a prompt is empty or longer than the context; nothing has been computed.
+        MinllamaError: a prompt is empty or longer than the context, or the cache is not of its
+            beginning; nothing has been computed.
     """
 
     def __init__(
@@ -134,6 +143,7 @@ class Decoder:
         *,
         stop_ids: Collection[int] = (),
         cache: KVCache | None = None,
+        n_tokens: int | None = None,
         make_constraint: Callable[[], Constraint] | None = None,
         distinct_rows: bool = False,
     ) -> None:
@@ -143,7 +153,10 @@ class Decoder:
         self.timings = Timings()
         self._cache = cache
         self._finished: set[int] = set()
+        self._n_tokens = n_tokens
         _check_prompts(self.prompts, model.config)
+        if cache is not None:
+            _check_cache(cache, self.prompts, options.n)
         context_len = model.config.context_len
         seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
         distinct_rows = distinct_rows or options.seed is None
@@ -196,35 +209,44 @@ class Decoder:
         model, n = self.model, self.options.n
         prompts = [row.ids for row in self._active[::n]]
         cache = self._cache
+        longest = max(map(len, prompts))
         if cache is None:
-            capacity = max(map(len, prompts))
-            if n == 1:
-                capacity = self._capacity()
+            capacity = self._capacity(longest) if n == 1 else longest
             cache = KVCache(
                 model.config, len(prompts), capacity, dtype=model.dtype, device=model.device
             )
+        elif cache.capacity < longest:
+            cache.grow(self._capacity(longest))
         new = [ids[known:] for ids, known in zip(prompts, cache.lengths, strict=True)]
         ids, mask = _right_padded(new, model.device)
         logits: Tensor = model(ids, attention_mask=mask, cache=cache, logits="last").logits
         self.timings.prefill_tokens = sum(map(len, new))
         if n > 1:
-            cache = cache.repeated(n, self._capacity())
+            cache = cache.repeated(n, self._capacity(longest))
             logits = logits.repeat_interleave(n, dim=0)
         self._cache = cache
         return logits
 
-    def _capacity(self) -> int:
+    def _capacity(self, filled: int) -> int:
+        """Slots for some more tokens than are filled: most texts end long before their limit."""
         # The last token of a row is never read again, so it needs no slot.
-        return max(len(row.ids) + row.room - 1 for row in self._active)
+        most = max(len(row.ids) + row.room - 1 for row in self._active)
+        return min(most, 2 * filled + _ROOM)
 
     def _step(self) -> Tensor:
         """Read each row's newest token; (rows, V) logits of what follows."""
+        assert self._cache is not None
+        filled = self._cache.max_len
+        if filled == self._cache.capacity:
+            self._cache.grow(self._capacity(filled))
         newest = torch.tensor([[row.ids[-1]] for row in self._active], device=self.model.device)
         logits: Tensor = self.model(newest, cache=self._cache, logits="last").logits
         return logits
 
     def _choose(self, logits: Tensor) -> list[Token]:
         rows, options = self._active, self.options
+        if self._n_tokens is not None:
+            logits = logits[:, : self._n_tokens]
         logprobs = None if options.logprobs is None else logits.float().log_softmax(-1)
         if any(row.constraint for row in rows):
             logits = logits.clone()
@@ -245,7 +267,9 @@ class Decoder:
         if row.constraint is not None:
             row.constraint.accept(token_id)
         reason: FinishReason | None = None
-        if token_id in self.stop_ids:
+        # A constraint that is met ends a row even where end tokens do not.
+        done = row.constraint is not None and row.constraint.is_complete()
+        if token_id in self.stop_ids or done:
             reason = "stop"
         elif row.room == 0:
             reason = "length"
@@ -275,7 +299,7 @@ def generate_ids(
         raise MinllamaError(f"ids must be whole numbers of shape (B, T), not {tuple(ids.shape)}")
     total, context_len = ids.shape[1] + max_new_tokens, model.config.context_len
     if total > context_len:
-        raise MinllamaError(
+        raise ContextError(
             f"{ids.shape[1]} tokens and {max_new_tokens} new ones make {total}, and the context is "
             f"{context_len}; ask for fewer"
         )
@@ -291,7 +315,7 @@ def _check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> Non
         if not ids:
             raise MinllamaError(f"{which} is empty; give at least one token to continue")
         if len(ids) > config.context_len:
-            raise MinllamaError(
+            raise ContextError(
                 f"{which} has {len(ids)} tokens and the model's context is {config.context_len}; "
                 "shorten it"
             )
@@ -301,6 +325,19 @@ def _check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> Non
                 f"{which} holds the token id {bad}, and the model knows 0 to "
                 f"{config.vocab_size - 1}; its tokenizer is of another model"
             )
+
+
+def _check_cache(cache: KVCache, prompts: Sequence[Sequence[int]], n: int) -> None:
+    if cache.batch_size != 1 or len(prompts) != 1 or n != 1:
+        raise MinllamaError(
+            f"a cache that is continued is of one prompt and one sample, not of {cache.batch_size} "
+            f"rows for {len(prompts)} prompts of {n} samples"
+        )
+    if cache.max_len >= len(prompts[0]):
+        raise MinllamaError(
+            f"the cache holds {cache.max_len} tokens, and must be shorter than the prompt of "
+            f"{len(prompts[0])}: at least its last token is to be read; truncate the cache"
+        )
 
 
 def _right_padded(

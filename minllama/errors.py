@@ -17,5 +17,9 @@ class TokenizerError(MinllamaError):
     """A vocabulary that cannot be read, or text that cannot be encoded."""
 
 
+class ContextError(MinllamaError):
+    """A text that is longer than the model's context."""
+
+
 class OptionError(MinllamaError):
     """An option out of its range, or of the wrong type."""

@@ -100,6 +100,7 @@ class TextStream:
             options,
             stop_ids=tokenizer.stop_ids,
             cache=cache,
+            n_tokens=tokenizer.vocab_size,
             make_constraint=_constraints(tokenizer, options, model.config.vocab_size),
         )
         self.timings = self._decoder.timings
@@ -121,7 +122,7 @@ class TextStream:
     def _piece(self, token: Token) -> Piece:
         result, text = self.results[token.row], self._texts[token.row]
         new, reason = "", token.finish_reason
-        if token.id is not None and reason != "stop":
+        if token.id is not None and token.id not in self._decoder.stop_ids:
             result.token_ids.append(token.id)
             if result.logprobs is not None and token.logprob is not None:
                 shown = self._tokenizer.token_text(token.id)
@@ -225,8 +226,12 @@ def _options(options: GenerationOptions | None, changes: dict[str, Any]) -> Gene
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]  # one prompt, as text or as ids
+    if isinstance(prompts, str):
+        return [prompts]
+    if hasattr(prompts, "tolist"):  # a tensor or an array of ids
+        prompts = prompts.tolist()
+    if len(prompts) and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]  # one prompt as ids
     return list(prompts)  # type: ignore[arg-type]
 
 

@@ -19,7 +19,7 @@ from minllama.cache import KVCache
 from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
-from minllama.errors import MinllamaError
+from minllama.errors import ContextError, MinllamaError
 from minllama.loading import load_weights
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
 
@@ -415,7 +415,7 @@ class Llama(LlamaPreTrainedModel):
 
     def _check_context(self, text_len: int) -> None:
         if text_len > self.config.context_len:
-            raise MinllamaError(
+            raise ContextError(
                 f"the text has {text_len} tokens and the model's context {self.config.context_len}"
             )
 

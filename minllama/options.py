@@ -6,6 +6,7 @@ Knows nothing of what the options are for, and imports no torch, so that `--help
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from dataclasses import dataclass
@@ -69,9 +70,11 @@ def _checked(name: str, value: Any, hint: Any, within: Range | None) -> Any:
         if not all(value):
             raise OptionError(f"{name} holds an empty string, which would match everywhere")
         return tuple(value)
-    # bool is an int to Python, but `top_k=True` is a mistake.
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and is_number:
+    # bool is an int to Python, but `top_k=True` is a mistake. NumPy's numbers are numbers.
+    is_flag = isinstance(value, bool)
+    if kind is int and not is_flag and isinstance(value, numbers.Integral):
+        value = int(value)
+    if kind is float and not is_flag and isinstance(value, numbers.Real):
         try:
             value = float(value)
         except OverflowError:  # an integer beyond every float

@@ -36,20 +36,21 @@ def choose_tokens(
         logits = apply_repetition_penalty(logits, histories, options.repetition_penalty)
     if options.temperature == 0.0:
         return logits.argmax(-1)
-    # The likeliest tokens first: every filter then keeps a prefix of the row, or nearly.
+    ids = None
     if options.top_k:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
-    else:
+    elif options.top_p < 1:  # needs the likeliest tokens first; nothing else is worth a sort
         logits, ids = logits.sort(-1, descending=True)
     # Shifted before it is divided, so that a tiny temperature gives infinity only downwards.
-    scaled = (logits - logits[:, :1]) / options.temperature
+    scaled = (logits - logits.amax(-1, keepdim=True)) / options.temperature
     probabilities = apply_min_p(apply_top_p(scaled.softmax(-1), options.top_p), options.min_p)
     # Inverse transform sampling: the first token whose cumulative probability exceeds the draw.
     # In float64, since float32 sums over a vocabulary are off by more than a rare token's share.
     total = probabilities.cpu().double().cumsum(-1)  # (B, V)
     draws = torch.tensor(uniforms, dtype=torch.float64).unsqueeze(-1) * total[:, -1:]
     chosen = torch.searchsorted(total, draws, right=True).clamp(max=total.shape[-1] - 1)
-    return ids.gather(-1, chosen.to(ids.device)).squeeze(-1)
+    chosen = chosen.to(logits.device)
+    return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
 
 
 def apply_repetition_penalty(
@@ -95,10 +96,12 @@ def apply_min_p(probabilities: Tensor, min_p: float) -> Tensor:
     """Keep tokens at least `min_p` times as likely as the likeliest (Nguyen et al. 2024).
 
     Args:
-        probabilities: (B, V), each row in descending order.
+        probabilities: (B, V).
         min_p: in [0, 1].
 
     Returns:
         (B, V), zero elsewhere; not normalised again.
     """
-    return probabilities * (probabilities >= min_p * probabilities[:, :1])
+    if min_p == 0.0:
+        return probabilities
+    return probabilities * (probabilities >= min_p * probabilities.amax(-1, keepdim=True))

@@ -263,3 +263,26 @@ def test_a_kill_at_any_instant_leaves_the_old_content_or_the_new(
     assert set(seen) == {old, file_new, new}, finished.stderr
     assert seen == sorted(seen, key=[old, file_new, new].index)
     assert len(seen) > 500 // stride
+
+
+def test_what_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("old")
+    file.chmod(0o600)
+    folder.mkdir(mode=0o700)
+    with atomic_file(file) as path:
+        path.write_text("new")
+    with atomic_folder(folder) as path:
+        (path / "a").write_text("new")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_pipe_in_a_folder_does_not_hang_its_replacement(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    with atomic_folder(folder) as path:
+        (path / "a").write_text("new")
+    assert (folder / "pipe").is_fifo()
+    assert (folder / "a").read_text() == "new"

@@ -71,6 +71,21 @@ def test_truncate_forgets_what_lies_beyond():
     assert cache.lengths == [3, 2]
 
 
+def test_truncate_takes_a_length_for_each_row():
+    cache = filled([4, 2])
+    cache.truncate([1, 5])
+    assert cache.lengths == [1, 2]
+
+
+def test_a_cache_grows_and_keeps_what_it_holds():
+    cache = filled([2, 1], capacity=2)
+    cache.grow(7)
+    assert first_channel(cache) == [[101, 102], [111]]
+    cache.reserve(5)
+    cache.grow(3)
+    assert cache.capacity == 7
+
+
 def test_more_than_the_capacity_is_refused():
     with pytest.raises(MinllamaError, match="holds 6 tokens a row: 4 are filled and 3 more"):
         filled([4, 2]).reserve(3)

@@ -306,6 +306,20 @@ def test_a_full_disk_leaves_the_target_untouched(target, folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+def test_too_little_memory_is_said(default_model):
+    code = (
+        "import resource, sys, torch; from minllama.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_AS, (1_300_000_000,) * 2); main(sys.argv[1:])"
+    )
+    args = ["generate", "a", "--max-new-tokens", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("minllama: out of memory; use a smaller model")
+    assert done.stderr.count("\n") == 1
+
+
 def test_an_unwritable_target_is_said(run, folder, tmp_path):
     (tmp_path / "file").write_text("")
     result = run("convert", folder, tmp_path / "file" / "m.gguf", "--to", "gguf")

@@ -132,6 +132,45 @@ def test_a_cache_that_holds_the_beginning_is_continued():
     assert continued == decode(model, [longer], max_new_tokens=6)[0]
 
 
+def test_a_small_cache_grows_as_the_texts_do(monkeypatch):
+    monkeypatch.setattr("minllama.decoding._ROOM", 1)
+    model = our_model()
+    grown = decode(model, PROMPTS, max_new_tokens=40)
+    monkeypatch.undo()
+    assert grown == decode(model, PROMPTS, max_new_tokens=40)
+    cache = KVCache(model.config, 1, 1)
+    small, _ = decode(model, PROMPTS[:1], cache=cache, max_new_tokens=40)
+    assert small[0] == grown[0][0]
+    assert cache.lengths == [len(PROMPTS[0]) + 39]
+
+
+def test_a_generous_limit_costs_no_memory_before_it_is_used():
+    model = our_model(max_seq_len=100_000)
+    decoder = Decoder(model, [[1]], GenerationOptions(max_new_tokens=90_000))
+    next(iter(decoder))
+    assert decoder._cache.capacity < 1000
+
+
+def test_a_cache_of_another_prompt_is_refused():
+    model = our_model()
+    full = KVCache(model.config, 1, 9)
+    full.lengths = [3]
+    for prompts, cache, message in (
+        (PROMPTS[:1], full, "holds 3 tokens, and must be shorter than the prompt of 3"),
+        (PROMPTS[:2], full, "one prompt and one sample, not of 1 rows for 2 prompts"),
+        (PROMPTS[:1], KVCache(model.config, 2, 9), "not of 2 rows for 1 prompts"),
+    ):
+        with pytest.raises(MinllamaError, match=message):
+            Decoder(model, prompts, GenerationOptions(), cache=cache)
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen():
+    model = our_model()
+    options = GenerationOptions(temperature=50.0, seed=0, max_new_tokens=50)
+    ids = [step[0].id for step in Decoder(model, [[1]], options, n_tokens=7)]
+    assert set(ids) == set(range(7))
+
+
 def test_finish_takes_a_row_out():
     decoder = Decoder(our_model(), PROMPTS, GenerationOptions(max_new_tokens=6))
     rows = []

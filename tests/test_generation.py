@@ -203,6 +203,28 @@ def test_a_json_schema_is_followed(model, tokenizer):
         assert 1 <= record["stars"] <= 5
 
 
+def test_a_constraint_that_is_met_ends_the_text_even_if_end_tokens_do_not(model, tokenizer):
+    pytest.importorskip("llguidance")
+    [result] = generate(model, tokenizer, "a", regex="ab", ignore_eos=True)
+    assert (result.text, result.finish_reason) == ("ab", "stop")
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer_and_a_constraint_go_together(tokenizer):
+    pytest.importorskip("llguidance")
+    padded = our_model(vocab_size=320, max_seq_len=256)
+    [result] = generate(padded, tokenizer, "a", regex="[a-z]{5}", temperature=5.0, seed=1)
+    assert len(result.text) == 5
+    [free] = generate(padded, tokenizer, "a", temperature=90.0, seed=1, ignore_eos=True)
+    assert max(free.token_ids) < tokenizer.vocab_size
+
+
+def test_ids_may_be_a_tensor_or_an_array(model, tokenizer):
+    ids = tokenizer.encode("abc")
+    expected = generate(model, tokenizer, ids, max_new_tokens=5)
+    assert generate(model, tokenizer, torch.tensor(ids), max_new_tokens=5) == expected
+    assert generate(model, tokenizer, torch.tensor([ids, ids]), max_new_tokens=5) == expected * 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -180,6 +180,11 @@ def test_the_old_and_the_new_words_for_rope_mean_the_same(tmp_path):
         ({"rope_parameters": [1]}, r"rope scaling is \[1\], not a JSON object"),
         ({"num_hidden_layers": 10**9}, "the config says 1000000000 layers, the tensors are of 3"),
         ({"vocab_size": 10**12}, "the config says vocab_size 1000000000000"),
+        ({"quantization_config": "gptq"}, "quantised with 'gptq'"),
+        ({"tie_word_embeddings": "false"}, "tie_embeddings must be true or false, not 'false'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1}}, "beta_fast"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": "a"}}, "mscale"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}}, "above 1"),
         ({"rms_norm_eps": -1}, "norm_eps must be a finite number above 0"),
     ],
 )
@@ -244,6 +249,25 @@ def test_nan_and_infinite_weights_are_refused(bad, dtype, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"layers\.1\.feed_forward\.w3\.weight holds 1 NaN"):
         load_pretrained(tmp_path)
+
+
+def test_what_float16_cannot_hold_is_not_blamed_on_the_file(tmp_path):
+    both(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"float16 cannot hold 1 of the numbers of norm\.weight"
+    ):
+        load_pretrained(tmp_path, dtype="float16")
+    assert load_pretrained(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_dtype_that_is_none_is_refused(tmp_path):
+    both(tmp_path)
+    for dtype in ("float3", torch.int32):
+        with pytest.raises(MinllamaError, match="is none that a model runs in"):
+            load_pretrained(tmp_path, dtype=dtype)
 
 
 def test_large_finite_weights_whose_sum_overflows_are_fine(tmp_path):

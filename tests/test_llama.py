@@ -320,11 +320,64 @@ def cache_of(model, batch_size=1, capacity=4):
             lambda m: m(random_ids(1, 2), attention_mask=torch.tensor([[0, 1]]), cache=cache_of(m)),
             "padding must be on the right",
         ),
+        (lambda m: m(random_ids(1, 2)[:, :0]), "neither 0, not"),
+        (lambda m: m(random_ids(1, 2)[:0]), "neither 0, not"),
+        (
+            lambda m: m(random_ids(2, 1), attention_mask=torch.ones(2, 7), cache=cache_of(m, 2)),
+            r"attention_mask is of shape \(2, 7\) and ids \(2, 1\)",
+        ),
+        (lambda m: m(random_ids(1, 2), logits="first"), "logits must be 'all', 'last'"),
+        (
+            lambda m: m(random_ids(1, 2), attention_mask=torch.zeros(1, 2), logits="last"),
+            "no real token",
+        ),
+        (
+            lambda m: m(random_ids(1, 2), positions=torch.tensor([[0, 64]])),
+            "positions must be from 0 to 63, not 0 to 64",
+        ),
+        (
+            lambda m: m.bfloat16()(random_ids(1, 2), cache=cache_of(m)),
+            r"make it with model\.new_cache\(\)",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(call, message):
-    with pytest.raises(MinllamaError, match=message):
+    with torch.no_grad(), pytest.raises(MinllamaError, match=message):
         call(our_model())
+
+
+def test_a_refused_pass_leaves_the_cache_as_it_was():
+    model = our_model()
+    cache = model.new_cache(2, 16)
+    with torch.no_grad():
+        model(random_ids(2, 3), cache=cache)
+        with pytest.raises(MinllamaError):
+            model(random_ids(2, 1), attention_mask=torch.ones(2, 4), cache=cache)
+    assert cache.lengths == [3, 3]
+
+
+def test_a_cache_is_refused_while_gradients_are_recorded():
+    model = our_model()
+    with pytest.raises(MinllamaError, match="a cache cannot be trained through"):
+        model(random_ids(1, 2), cache=model.new_cache(1, 4))
+
+
+def test_positions_may_be_given():
+    model, ids = our_model(), random_ids(1, 6)
+    with torch.no_grad():
+        shifted = model(ids, positions=torch.arange(20, 26).unsqueeze(0)).logits
+        # Rotary attention depends on distances only.
+        torch.testing.assert_close(shifted, model(ids).logits, atol=1e-5, rtol=0)
+        spread = model(ids, positions=torch.arange(0, 60, 10).unsqueeze(0)).logits
+    assert not torch.allclose(spread, shifted, atol=1e-3)
+
+
+def test_logits_go_through_the_output_module():
+    # So that a wrapped or quantised output layer is not bypassed.
+    model, ids = our_model(), random_ids(1, 3)
+    model.output = torch.nn.Sequential(model.output, torch.nn.Tanh())
+    with torch.no_grad():
+        assert model(ids).logits.abs().max() <= 1
 
 
 def test_an_encoder_has_no_cache():

@@ -69,7 +69,18 @@ def test_the_table_is_built_once(monkeypatch):
     rope = RotaryEmbedding(config())
     rope(torch.arange(3))
     monkeypatch.setattr("minllama.rope.frequencies", None)  # a second build would fail
-    assert rope(torch.arange(3)).shape == (3, 1, 2)
+    assert rope(torch.arange(32)).shape == (32, 1, 2)
+
+
+def test_the_table_grows_with_the_text_and_not_to_the_whole_context():
+    rope = RotaryEmbedding(config(max_seq_len=2**24))
+    short = rope(torch.arange(5))
+    long = rope(torch.arange(5000))
+    assert torch.equal(long[:5], short)
+    assert len(rope._tables[torch.device("cpu")]) == 5000
+    # 9000 x 1 and 9000 x 0.01 radians
+    expected = torch.polar(torch.ones(2), torch.tensor([9000.0, 90.0]))
+    torch.testing.assert_close(rope(torch.tensor([9000]))[0, 0], expected)
 
 
 SCALINGS = {

@@ -73,8 +73,9 @@ def config_from_huggingface(raw: dict[str, Any]) -> LlamaConfig:
             f"model_type is {model_type!r}, and minllama runs 'llama' only; "
             "choose a model of the Llama family"
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantization := raw.get("quantization_config"):
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method") if known else quantization
         raise MinllamaError(
             f"the weights are quantised with {method!r}, which is not read; "
             "use the unquantised checkpoint or a GGUF file"

@@ -89,16 +89,27 @@ def _run(args: list[str] | None, state: State) -> int:
         return 130
     except BrokenPipeError:
         raise
-    except MemoryError:
-        return _complain("out of memory; use a smaller model, batch or --dtype bfloat16", 2, state)
     except OSError as error:
         return _complain(f"{error.filename or 'output'}: {error.strerror or error}", 2, state)
     except Exception as error:
+        if _is_out_of_memory(error):
+            return _complain(OUT_OF_MEMORY, 2, state)
         message = f"{type(error).__name__}: {error}".splitlines()[0]
         return _complain(
             f"internal error: {message}; --debug shows where, please report it", 1, state
         )
     return 0
+
+
+OUT_OF_MEMORY = "out of memory; use a smaller model, fewer samples, or --dtype bfloat16"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a class of its own for GPUs, and none for the CPU.
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(sign in str(error) for sign in ("can't allocate memory", "out of memory"))
+    )
 
 
 def _complain(message: str, status: int, state: State) -> int:

@@ -7,7 +7,7 @@ import click
 
 from minllama.cli.common import dataclass_options, debug_option, model_options, open_model
 from minllama.cli.generate import summary
-from minllama.errors import MinllamaError
+from minllama.errors import ContextError, MinllamaError
 from minllama.options import GenerationOptions
 
 HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
@@ -70,8 +70,9 @@ def _answer(conversation: Any, text: str) -> None:
         click.echo(summary(conversation.stream.timings, conversation.stream.results), err=True)
     except KeyboardInterrupt:
         click.echo("\n(stopped)", err=True)
-    except MinllamaError as error:
-        # Such as a conversation that has outgrown the context: the session goes on.
+    except ContextError as error:
         click.echo(f"{error}; /reset begins anew", err=True)
+    except MinllamaError as error:  # what was said is at fault: the session goes on
+        click.echo(str(error), err=True)
     finally:
         pieces.close()
