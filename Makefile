@@ -17,11 +17,11 @@ export PIP_NO_INPUT := 1
 pip_install = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 	$(BIN)/python -m pip install $$quiet
 
-.PHONY: help demo test test-quick lint format clean
+.PHONY: help demo test test-quick lint format docs bench-generation clean
 .DELETE_ON_ERROR:
 
 help: ## list what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 demo: $(RUNS) ## set up, then continue a story with the model that comes along
 	@echo '$$ minllama generate "Once upon a time" --max-new-tokens 128'
@@ -41,6 +41,12 @@ lint: $(TESTS) ## check style and types
 format: $(TESTS) ## put the code into its style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(RUNS) ## write docs/cli.md from the parser
+	$(BIN)/python -m minllama.cli.reference > docs/cli.md
+
+bench-generation: $(TESTS) ## opening, prefill and decode of the default model beside transformers
+	$(BIN)/python benchmarks/generation.py
 
 clean: ## remove .venv and everything else that was made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

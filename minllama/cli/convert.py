@@ -42,7 +42,7 @@ GGUF_DTYPES: dict[str, GgufDtype] = {
 def command(
     src: str, dst: str, target: str, dtype: str | None, tokenizer: str | None, force: bool
 ) -> None:
-    """Write the checkpoint SRC (a file, a folder or a Hugging Face id) to DST."""
+    """Write the checkpoint SRC (a file, a folder, a Hugging Face id, or `default`) to DST."""
     if Path(dst).exists() and not force:
         raise MinllamaError(f"{dst} exists; --force replaces it")
     if dtype == "q8_0" and target != "gguf":

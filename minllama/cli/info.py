@@ -39,7 +39,7 @@ def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         stored[tensor.stored_as] += size
         n_parameters += size
     stored_bytes = sum(tensor.stored_bytes for tensor in tensors)
-    share = ", ".join(f"{kind} {n / n_parameters:.1%}" for kind, n in stored.most_common())
+    share = ", ".join(f"{kind} {_percent(n / n_parameters)}" for kind, n in stored.most_common())
     lines = [
         ("path", str(checkpoint.path)),
         ("family", f"Llama, {'causal' if config.causal else 'bidirectional'}"),
@@ -55,6 +55,10 @@ def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
     if checkpoint.ignored:
         lines.append(("not read", ", ".join(checkpoint.ignored)))
     return lines
+
+
+def _percent(share: float) -> str:
+    return "< 0.1%" if share < 0.001 else f"{share:.1%}"
 
 
 def _shape(config: "LlamaConfig") -> str:

@@ -1,0 +1,81 @@
+"""The README's commands and programs run as they stand there."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
+PROGRAMS = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
+
+pytestmark = pytest.mark.slow
+
+
+def call(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def transcript(command: str) -> list[str]:
+    """What the README shows below a command, up to the next or the end of the block."""
+    shown = README.partition(f"$ {command}\n")[2]
+    return re.split(r"^(?:\$ |```)", shown, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
+
+
+def without_rates(lines: list[str]) -> list[str]:
+    return [re.sub(r"[\d.]+ tokens/s", "N tokens/s", line) for line in lines]
+
+
+def test_every_minllama_command_runs_and_prints_what_is_shown(default_model, tmp_path):
+    pytest.importorskip("llguidance")
+    commands = [command for command in COMMANDS if command.startswith("minllama ")]
+    assert len(commands) >= 8
+    for command in commands:
+        done = call([sys.executable, "-m", *shlex.split(command)], tmp_path)
+        assert done.returncode == 0, (command, done.stderr)
+        if shown := transcript(command):
+            printed = (done.stdout + done.stderr).splitlines()
+            if command == "minllama info":  # the path is the machine's own
+                shown, printed = shown[1:], printed[1:]
+            assert without_rates(printed) == without_rates(shown), command
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_every_program_runs(program, default_model, tmp_path):
+    done = call([sys.executable, "-W", "error", "-c", program], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_make_demo_streams_a_story():
+    if not (ROOT / ".venv" / ".runs").exists():
+        pytest.skip("needs the .venv that make sets up")
+    assert shutil.which("make")
+    assert {"make demo", "make test"} <= set(COMMANDS)
+    done = call(["make", "demo"], ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Once upon a time" in done.stdout
+    assert re.search(r"decode \d+ tokens, [\d.]+ tokens/s", done.stderr)
+
+
+def test_every_link_leads_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_its_figures_are_measured():
+    assert "@@" not in README
