@@ -231,6 +231,12 @@ def test_ids_may_be_a_tensor_or_an_array(model, tokenizer):
         ({"regex": "("}, "regex cannot be followed"),
         ({"json_schema": "{"}, "json_schema is not JSON"),
         ({"json_schema": '{"type": "nothing"}'}, "json_schema cannot be followed"),
+        ({"json_schema": '{"not":' * 5000 + "{}" + "}" * 5000}, "json_schema is not JSON"),
+        ({"json_schema": '{"const": "\udcff"}'}, "json_schema"),
+        ({"json_schema": '{"$ref": "#"}'}, "no text of this vocabulary satisfies it"),
+        ({"regex": r"[^\s\S]"}, "no text of this vocabulary satisfies it"),
+        ({"regex": "\udcff"}, "regex holds a lone surrogate"),
+        ({"regex": "(" * 20_000 + ")" * 20_000}, "regex cannot be followed"),
     ],
 )
 def test_a_bad_constraint_is_refused_in_one_line(options, message, model, tokenizer):
@@ -238,3 +244,14 @@ def test_a_bad_constraint_is_refused_in_one_line(options, message, model, tokeni
     with pytest.raises(OptionError, match=message) as caught:
         generate(model, tokenizer, "a", **options)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("regex", ["a{1000000}", "((a{1000}){1000}){1000}"])
+def test_a_constraint_that_the_library_gives_up_on_is_an_error_and_no_early_end(
+    regex, model, tokenizer, capfd
+):
+    pytest.importorskip("llguidance")
+    with pytest.raises(OptionError, match="regex cannot be followed: lexer error: too many"):
+        generate(model, tokenizer, "a", regex=regex)
+    assert capfd.readouterr().err == ""
