@@ -128,7 +128,7 @@ class GenerationOptions(SamplingOptions):
     """How a text is continued; see `minllama.generation`."""
 
     max_new_tokens: int = option(256, "stop after this many new tokens", within=Range(1))
-    n: int = option(1, "how many samples of each prompt", within=Range(1))
+    n: int = option(1, "how many samples of each prompt", within=Range(1, 4096))
     stop: tuple[str, ...] = option((), "stop before this text; may be given several times")
     ignore_eos: bool = option(False, "go on past the token that ends a text")
     logprobs: int | None = option(

@@ -173,7 +173,7 @@ def test_a_constraint_may_be_a_file_or_in_place(run, folder, tmp_path):
         (["generate", "a", "--repetition-penalty", "0"], ["repetition_penalty must be > 0"]),
         (["generate", "a", "--max-new-tokens", "0"], ["max_new_tokens must be >= 1, not 0"]),
         (["generate", "a", "--max-new-tokens", "1.5"], ["'1.5' is not a valid integer"]),
-        (["generate", "a", "--n", "0"], ["n must be >= 1, not 0"]),
+        (["generate", "a", "--n", "0"], ["n must be in [1, 4096], not 0"]),
         (["generate", "a", "--seed", "-3"], ["seed must be >= 0, not -3"]),
         (["generate", "a", "--stop", ""], ["stop holds an empty string"]),
         (["generate", "a", "--logprobs", "101"], ["logprobs must be in [0, 100], not 101"]),
