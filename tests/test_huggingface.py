@@ -1,5 +1,7 @@
 """Hugging Face folders: read what others wrote, write what others read, refuse what is wrong."""
 
+import errno
+import io
 import json
 from pathlib import Path
 
@@ -88,6 +90,41 @@ def test_a_smaller_save_leaves_no_stale_shards_and_keeps_other_files(tmp_path, m
         "runs",
     ]
     assert (tmp_path / "m" / "runs" / "log").read_text() == "mine too"
+
+
+def test_tensors_that_share_memory_are_written_each_in_full(tmp_path):
+    model = our_model()
+    tensors = dict(model.state_dict())
+    tensors["output.weight"] = tensors["tok_embeddings.weight"]
+    tensors["norm.weight"] = tensors["tok_embeddings.weight"][3]
+    huggingface.write_huggingface(tmp_path / "m", model.config, tensors)
+    found = load_pretrained(tmp_path / "m").state_dict()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_every_file_of_a_folder_has_the_mode_of_new_files(tmp_path):
+    our_model().save_pretrained(tmp_path / "m")
+    (tmp_path / "new").touch()
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "m").iterdir()}
+    assert modes == dict.fromkeys(
+        ("config.json", "model.safetensors"), (tmp_path / "new").stat().st_mode
+    )
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(file, tmp_path, monkeypatch):
+    our_model().save_pretrained(tmp_path / "m")
+    opened = io.open
+
+    def forbidden(path, *args, **kwargs):
+        if Path(path).name == file:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", forbidden)  # root may read everything
+    with pytest.raises(CheckpointError, match=rf"{file}: cannot be read \(Permission denied\)$"):
+        load_pretrained(tmp_path / "m")
 
 
 def test_pytorch_model_bin_is_read(tmp_path):

@@ -125,6 +125,11 @@ def test_what_is_no_file_of_torch_s_is_one_line(path: Path) -> None:
     refused(path, "not a state dict")
 
 
+def test_a_pipe_is_refused_and_not_waited_for(path: Path) -> None:
+    os.mkfifo(path)
+    refused(path, "is not a regular file")
+
+
 def test_torchscript_is_refused_because_it_is_code(path: Path) -> None:
     torch.save(STATE, path)
     with zipfile.ZipFile(path, "a") as archive:

@@ -7,6 +7,7 @@ from the files' headers, numbers are mapped into memory when a tensor is asked f
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -127,26 +128,38 @@ def write_huggingface(
         filename_pattern="model{suffix}.safetensors",
     )
     with atomic_folder(folder, replaces=lambda name: bool(WEIGHT_FILES.fullmatch(name))) as staging:
+        _write_json(staging / "config.json", raw_config)
         for file, names in plan.filename_to_tensors.items():
             shard = {
                 their_name(name): for_huggingface(name, tensors[name], config).to(dtype=dtype)
                 for name in names
             }
             try:
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in shard.items()},
-                    staging / file,
-                    metadata={"format": "pt"},
-                )
+                save_file(_apart(shard), staging / file, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise MinllamaError(f"cannot write {folder}: {error}") from error
+            # The library makes files that only their owner can read.
+            shutil.copymode(staging / "config.json", staging / file)
         if plan.is_sharded:
             where = {their_name(name): file for name, file in plan.tensor_to_filename.items()}
             index = {"metadata": plan.metadata, "weight_map": dict(sorted(where.items()))}
             _write_json(staging / "model.safetensors.index.json", index)
-        _write_json(staging / "config.json", raw_config)
         if vocabulary is not None:
             _write_vocabulary(staging, vocabulary)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which none overlaps another in memory, as safetensors demands.
+
+    They do where a file that torch.save wrote keeps one matrix under two names.
+    """
+    apart = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    end = 0
+    for name, tensor in sorted(apart.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            apart[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return apart
 
 
 def their_name(ours: str) -> str:
@@ -240,7 +253,8 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        file = safe_open(path, framework="pt")
+        with path.open("rb"):  # the library says of every failure that there is no such file
+            file = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118  (not a dict)
             part = file.get_slice(name)
             if (stored := part.get_dtype()) not in SAFETENSORS_DTYPES:
@@ -253,7 +267,9 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
             size = torch.Size(shape).numel() * dtype.itemsize
             kind = str(dtype).removeprefix("torch.")
             yield name, LazyTensor(shape, kind, size, partial(file.get_tensor, name))
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
         raise CheckpointError(
             f"{path}: not a whole safetensors file ({error}); download it again"
         ) from error
@@ -271,7 +287,9 @@ def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not readable as JSON ({error}); download it again"
         ) from error

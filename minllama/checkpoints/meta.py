@@ -150,7 +150,9 @@ def _shard_files(folder: Path) -> list[Path]:
 def _read_params(path: Path) -> dict[str, Any]:
     try:
         params = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not readable as JSON ({error}); download it again"
         ) from error

@@ -7,6 +7,7 @@ Python values and nothing else. Knows nothing of models or of what the values me
 import math
 import pickle
 import re
+import stat
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -39,6 +40,9 @@ def load_torch_file(path: Path) -> dict[str, Any]:
             it holds something other than a dict with string keys.
     """
     try:
+        # Opening a pipe would wait for its writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is not a regular file, so it cannot be mapped")
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
