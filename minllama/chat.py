@@ -118,6 +118,12 @@ class ChatTemplate:
             **variables,
             "messages": messages,
         }
+        n_chars = sum(map(len, _strings([messages, variables])))
+        if n_chars > RENDER_MAX_CHARS:
+            raise MinllamaError(
+                f"the messages have {n_chars} characters, and {RENDER_MAX_CHARS} can be rendered; "
+                "shorten them"
+            )
         with self._turn:
             if self._worker is None or not self._worker.is_usable():
                 self._worker = _Worker(self.source)

@@ -128,9 +128,17 @@ def serve() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     settings = _receive(sys.stdin.buffer.readline())
-    jinja, template = environment(), None
+    jinja = environment()
     _warm_up(jinja)
     _limit(settings["memory_bytes"])
+    try:
+        _answer_all(jinja, settings)
+    except MemoryError:  # in a template, or already in reading the messages
+        sys.exit(settings["out_of_memory_status"])
+
+
+def _answer_all(jinja: Sandbox, settings: dict[str, Any]) -> None:
+    template = None
     for request in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_REAL, settings["seconds"])
         try:
@@ -141,7 +149,7 @@ def serve() -> None:
                 {"fault": "it writes too much text", "line": None} if too_long else {"text": text}
             )
         except MemoryError:
-            sys.exit(settings["out_of_memory_status"])
+            raise
         except Exception as error:
             reply = _fault(error)
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -376,6 +376,24 @@ def test_too_much_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ChatTemplate("{{ 'é' * 1001 }}").render(HELLO)
 
 
+def test_messages_too_long_to_render_are_not_blamed_on_the_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat, "RENDER_MAX_CHARS", 1000)
+    template = ChatTemplate("{{ messages[0].content[:5] }}")
+    assert template.render([{"role": "user", "content": "é" * 985}]) == "é" * 5
+    with pytest.raises(MinllamaError, match=r"messages have 1001 characters, and 1000 can be"):
+        template.render([{"role": "user", "content": "é" * 986}])
+
+
+def test_a_worker_that_cannot_even_hold_the_messages_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(chat, "RENDER_MEMORY_BYTES", 100 * 2**20)
+    with pytest.raises(MinllamaError, match="wants more than 100 MiB of memory"):
+        ChatTemplate("x").render([{"role": "user", "content": "\0" * 2**23}])
+
+
 def test_the_worker_opens_no_files_and_sees_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     template = ChatTemplate(CHATML)
