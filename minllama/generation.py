@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from minllama.cache import KVCache
 from minllama.decoding import Constraint, Decoder, FinishReason, Token
-from minllama.errors import OptionError
+from minllama.errors import ContextError, OptionError
 from minllama.llama import Llama
 from minllama.options import GenerationOptions
 from minllama.tokenizer import StreamDecoder, Tokenizer
@@ -92,7 +92,11 @@ class TextStream:
         *,
         cache: KVCache | None = None,
     ) -> None:
-        prompt_ids = [tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        context_len = model.config.context_len
+        prompt_ids = [
+            encode_prompt(p, tokenizer, context_len) if isinstance(p, str) else list(p)
+            for p in prompts
+        ]
         self._tokenizer = tokenizer
         self._decoder = Decoder(
             model,
@@ -214,6 +218,25 @@ def stream(
 ) -> TextStream:
     """As `generate`, but piece by piece: iterate over what it returns."""
     return TextStream(model, tokenizer, _as_list(prompts), _options(options, changes))
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer, context_len: int) -> list[int]:
+    """Ids of a prompt, unless it is so long that no way to split it would fit the context.
+
+    Megabytes that are to be refused anyway are not taken apart first, in minutes and gigabytes.
+
+    Raises:
+        ContextError: it is that long; one that is only somewhat too long is left to `Decoder`.
+        TokenizerError: it cannot be encoded.
+    """
+    if len(text) > context_len:
+        longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+        if len(text) > context_len * longest:
+            raise ContextError(
+                f"the prompt has {len(text)} characters, more than a context of {context_len} "
+                "tokens can hold; shorten it"
+            )
+    return tokenizer.encode(text)
 
 
 def _options(options: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:

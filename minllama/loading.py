@@ -101,11 +101,11 @@ def _usable_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return default_device()
     try:
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()  # the meta device has tensors without numbers
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either where CUDA is absent
         raise MinllamaError(
-            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0]}); "
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0][:120]}); "
             "use cpu, cuda or mps, whichever this machine has"
         ) from error
 

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from minllama import cli
+from minllama.checkpoints import open_checkpoint
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import Vocabulary
 from tests.tiny import our_model
@@ -180,9 +181,14 @@ def test_a_constraint_may_be_a_file_or_in_place(run, folder, tmp_path):
         (["generate", "a", "--system", "b"], ["--system needs --chat"]),
         (["generate", "a", "--regex", "a", "--json-schema", "{}"], ["cannot both constrain"]),
         (["generate", "a", "--json-schema", "/none.json"], ["--json-schema /none.json"]),
+        (["generate", "a", "--json-schema", "/dev/zero"], ["/dev/zero: more than 64 MiB"]),
+        (["generate", "--prompt-file", "/dev/zero"], ["/dev/zero: more than 64 MiB"]),
+        (["generate", "--prompt-file", ""], ["'': cannot be read"]),
+        (["generate", "x" * 100_000], ["100000 characters", "context of 256 tokens"]),
         (["generate", "a", "--prompt-file"], ["--prompt-file", "requires an argument"]),
         (["generate", "--prompt-file", "/none.txt"], ["/none.txt: cannot be read (No such file"]),
         (["generate", "a", "--device", "cuda:99"], ["device 'cuda:99' cannot be used here"]),
+        (["generate", "a", "--device", "meta"], ["device 'meta' cannot be used here"]),
         (["generate", "a", "--device", "toaster"], ["device 'toaster' cannot be used here"]),
         (["generate", "a", "--dtype", "int3"], ["'int3' is not one of"]),
         (["generate", "a", "--tokenizer", "/none"], ["/none"]),
@@ -190,7 +196,9 @@ def test_a_constraint_may_be_a_file_or_in_place(run, folder, tmp_path):
         (["generate", "a", "--warp"], ["No such option", "--warp"]),
         (["conjure"], ["No such command 'conjure'"]),
         (["info", "/none/model.gguf"], ["/none/model.gguf"]),
+        (["info", "/dev/null"], ["/dev/null: neither a file nor a folder"]),
         (["convert", "a"], ["Missing argument 'DST'"]),
+        (["convert", "a", "", "--to", "hf", "--force"], ["the name of DST is empty"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_status_2(args, parts, run, folder):
@@ -324,6 +332,41 @@ def test_an_unwritable_target_is_said(run, folder, tmp_path):
     (tmp_path / "file").write_text("")
     result = run("convert", folder, tmp_path / "file" / "m.gguf", "--to", "gguf")
     assert refused(result, "cannot write", "file is not a folder")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(closed, folder, tmp_path):
+    command = f'"$0" -m minllama convert "$1" "$2" --to gguf {closed}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, folder, tmp_path / "m"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == ("" if "2" in closed else f"wrote {tmp_path / 'm'} (float32)\n")
+    assert open_checkpoint(tmp_path / "m").config.dim == 32
+
+
+def test_chat_without_standard_input_ends_at_once(folder):
+    command = '"$0" -m minllama chat -m "$1" <&-'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, folder], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("full", ["> /dev/full", "2> /dev/full", "> /dev/full 2>&1"])
+def test_output_that_goes_nowhere_is_status_2(full, folder):
+    command = f'"$0" -m minllama generate hi --max-new-tokens 2 -m "$1" {full}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, folder], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "minllama: output: No space left on device\n" if full == "> /dev/full" else ""
+    )
 
 
 def test_a_reader_that_goes_away_is_no_error(folder):

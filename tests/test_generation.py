@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minllama.decoding import Decoder
-from minllama.errors import MinllamaError, OptionError
-from minllama.generation import TextStream, generate, stream
+from minllama.errors import ContextError, MinllamaError, OptionError
+from minllama.generation import TextStream, encode_prompt, generate, stream
 from minllama.options import GenerationOptions
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import Vocabulary
@@ -167,6 +167,19 @@ def test_what_cannot_work_is_refused_before_any_work(model, tokenizer, monkeypat
         generate(model, tokenizer, "a", max_tokens=3)
     with pytest.raises(OptionError, match="cannot both constrain"):
         generate(model, tokenizer, "a", regex="a", json_schema="{}")
+
+
+def test_megabytes_are_refused_before_they_are_taken_apart(model, tokenizer, monkeypatch):
+    context_len = model.config.context_len
+    longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+    with pytest.raises(ContextError, match=f"the prompt has {context_len + 1} tokens"):
+        generate(model, tokenizer, "x" * (context_len + 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode", None)
+        with pytest.raises(ContextError, match="more than a context of 256 tokens can hold"):
+            generate(model, tokenizer, "x" * (context_len * longest + 1))
+    ids = encode_prompt("x" * (context_len * longest), tokenizer, context_len)
+    assert ids == [tokenizer.encode("x")[0]] * (context_len * longest)
 
 
 def test_a_regular_expression_is_matched_in_full(model, tokenizer):

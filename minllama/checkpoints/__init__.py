@@ -78,6 +78,10 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
             f"{path}: neither config.json (Hugging Face) nor params.json (Meta) is in this folder; "
             "name the file or the folder of a checkpoint"
         )
+    if not path.is_file():  # a pipe or a device, which a program may have meant by /dev/stdin
+        raise CheckpointError(
+            f"{path}: neither a file nor a folder; save the checkpoint and name its path"
+        )
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download it again")
     for recognises, read in FILES:

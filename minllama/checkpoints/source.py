@@ -78,7 +78,8 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
         if path.exists():
             return path
     except (OSError, RuntimeError) as error:  # not allowed to look, a name too long, ~nobody
-        raise CheckpointError(f"{_shown(name)}: {_first_line(error)}; name another path") from error
+        reason = getattr(error, "strerror", None) or _first_line(error)
+        raise CheckpointError(f"{_shown(name)}: {reason}; name another path") from error
     if name == DEFAULT_NAME:
         return _default_model()
     hub_model = _parsed(name) if isinstance(source, str) else None

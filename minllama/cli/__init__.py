@@ -58,6 +58,7 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
     state = State()
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal cannot show is no reason to stop.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -69,6 +70,21 @@ def main(args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Give the streams that the caller closed (`<&-`, `2>&-`) an end: the null device.
+
+    Otherwise the next file that is opened, such as a half-written model, gets their number, and
+    what libraries print goes into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115  (until exit)
 
 
 def _run(args: list[str] | None, state: State) -> int:
@@ -113,7 +129,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _complain(message: str, status: int, state: State) -> int:
-    if state.debug:
-        traceback.print_exc()
-    click.echo(f"minllama: {' '.join(message.split())}", err=True)
+    try:
+        if state.debug:
+            traceback.print_exc()
+        click.echo(f"minllama: {' '.join(message.split())}", err=True)
+    except OSError:  # where errors go is full or gone: the status alone can tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return status

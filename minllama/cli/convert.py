@@ -43,6 +43,8 @@ def command(
     src: str, dst: str, target: str, dtype: str | None, tokenizer: str | None, force: bool
 ) -> None:
     """Write the checkpoint SRC (a file, a folder, a Hugging Face id, or `default`) to DST."""
+    if not dst:
+        raise MinllamaError("the name of DST is empty; name a file or folder to write")
     if Path(dst).exists() and not force:
         raise MinllamaError(f"{dst} exists; --force replaces it")
     if dtype == "q8_0" and target != "gguf":

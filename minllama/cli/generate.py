@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from minllama.generation import Generation, TextStream
 
 
+MAX_INPUT_BYTES = 2**26  # the longest context that can be read holds less text
+
+
 @click.command("generate")
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - for stdin.")
@@ -48,16 +51,17 @@ def command(
         raise MinllamaError("--system needs --chat: without it the prompt stands alone")
 
     from minllama.conversation import chat_template, encode_messages
-    from minllama.generation import TextStream
+    from minllama.generation import TextStream, encode_prompt
 
     model, words, checkpoint = open_model(source, tokenizer, dtype, device)
-    prompt_ids = words.encode(text)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
         prompt_ids = encode_messages(chat_template(words), words, messages)
-    elif not prompt_ids:
-        raise MinllamaError("the prompt is empty; give some text to continue")
+    else:
+        prompt_ids = encode_prompt(text, words, model.config.context_len)
+        if not prompt_ids:
+            raise MinllamaError("the prompt is empty; give some text to continue")
     stream = TextStream(model, words, [prompt_ids], checked)
     if as_json:
         for _ in stream:
@@ -131,9 +135,17 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if source is None:
         assert prompt is not None
         return prompt
-    where = "standard input" if source == "-" else source
+    return _read_text(None if source == "-" else source)
+
+
+def _read_text(source: str | None) -> str:
+    """The content of a file, or of standard input; what is endless is refused, not read."""
+    where = "standard input" if source is None else source or repr(source)
     try:
-        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        with sys.stdin.buffer if source is None else Path(source).open("rb") as file:
+            content = file.read(MAX_INPUT_BYTES + 1)
+        if len(content) > MAX_INPUT_BYTES:
+            raise MinllamaError(f"{where}: more than {MAX_INPUT_BYTES // 2**20} MiB; shorten it")
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise MinllamaError(
@@ -148,6 +160,6 @@ def _schema(value: str | None) -> str | None:
     if value is None or value.lstrip().startswith("{"):
         return value
     try:
-        return Path(value).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise MinllamaError(f"--json-schema {value}: neither JSON nor a readable file") from error
+        return _read_text(value)
+    except MinllamaError as error:
+        raise MinllamaError(f"--json-schema {error}; give a file, or a schema in {{}}") from error
