@@ -398,6 +398,8 @@ class Terminal:
     def __init__(self, *args):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
+            # A background job inherits that Ctrl-C is ignored; a person's terminal does not.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execvp(sys.executable, [sys.executable, "-m", "minllama", *args])
         self.seen = ""
 
@@ -414,11 +416,33 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def status(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.pid = None
+        return status
+
+    def close(self):
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
 
 
-def test_chat_remembers_resets_stops_and_exits(folder):
-    chat = Terminal("chat", "-m", str(folder), "--max-new-tokens", "10")
+@pytest.fixture
+def terminal():
+    """Start programs on terminals of their own, and leave none behind."""
+    started = []
+
+    def start(*args):
+        started.append(Terminal(*args))
+        return started[-1]
+
+    yield start
+    for program in started:
+        program.close()
+
+
+def test_chat_remembers_resets_stops_and_exits(folder, terminal):
+    chat = terminal("chat", "-m", str(folder), "--max-new-tokens", "10")
     chat.wait_for(">>> ")
     chat.type("hello\n")
     first = re.search(r"prefill (\d+) tokens", chat.wait_for("ended by"))[1]
@@ -445,8 +469,8 @@ def test_chat_remembers_resets_stops_and_exits(folder):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_answer_and_not_the_program(default_model):
-    chat = Terminal("chat", "--max-new-tokens", "2000")
+def test_ctrl_c_stops_the_answer_and_not_the_program(default_model, terminal):
+    chat = terminal("chat", "--max-new-tokens", "2000")
     chat.wait_for(">>> ")
     chat.type("Tell me a very long story about a lighthouse.\n")
     chat.wait_for("lighthouse.")  # the echo of what was typed
