@@ -77,7 +77,12 @@ def atomic_folder(
 
 def _resolved(target: str | os.PathLike[str]) -> Path:
     """Where `target` leads: a link to another disk stays, and `.` gets a name to write beside."""
-    return Path(os.path.realpath(target))
+    if not os.fspath(target):
+        raise MinllamaError("the name to write to is empty; name a file or folder")
+    try:
+        return Path(os.path.realpath(target))
+    except ValueError as error:  # a null character, a lone surrogate
+        raise MinllamaError(f"cannot write {os.fspath(target)!r}: it is no path") from error
 
 
 def _beside(target: Path) -> Path:
@@ -143,8 +148,12 @@ def _one_line_errors(target: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV):
-            # Such as a mount point: it cannot be swapped for a folder beside it.
-            reason += " (it is replaced from the folder above it; name a new one inside it instead)"
+            # A mount point, too, cannot be swapped for what lies beside it.
+            reason += (
+                " (a new name is needed inside it instead)"
+                if os.path.isdir(target)
+                else " (name a path in a folder that you may write to)"
+            )
         raise MinllamaError(
             f"cannot write {target}: {reason}; what was there is untouched"
         ) from error

@@ -144,6 +144,8 @@ class LlamaConfig:
         if not 0 <= self.dropout < 1:
             raise MinllamaError(f"dropout must be in [0, 1), not {self.dropout!r}")
         scaling = self.rope_scaling
+        if scaling is not None and not isinstance(scaling, RopeScaling):
+            raise MinllamaError(f"rope_scaling must be a RopeScaling or None, not {scaling!r}")
         if scaling and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
             raise MinllamaError(
                 f"rope scaling: {len(scaling.factors)} factors for {self.head_dim // 2} "

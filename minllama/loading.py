@@ -7,11 +7,9 @@ module computes.
 import torch
 from torch import Tensor, nn
 
-from minllama.checkpoints.base import Checkpoint, LazyTensor
+from minllama.checkpoints.base import Checkpoint
+from minllama.checkpoints.layout import differences, listed
 from minllama.errors import CheckpointError, MinllamaError
-
-MAX_LISTED = 20
-"""How many problems of a checkpoint one error lists; the rest are counted."""
 
 
 def default_device() -> torch.device:
@@ -63,19 +61,10 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
     Raises:
         CheckpointError: one line that lists every difference.
     """
-    found: dict[str, LazyTensor] = checkpoint.tensors
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unexpected" for name in found if name not in expected]
-    problems += [
-        f"{name} has shape {found[name].shape} where the config says {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name].shape != shape
-    ]
-    if problems:
-        listed = "; ".join(problems[:MAX_LISTED])
-        more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    if problems := differences(found, expected):
         raise CheckpointError(
-            f"{checkpoint.path}: its tensors disagree with its config: {listed}{more}; "
+            f"{checkpoint.path}: its tensors disagree with its config: {listed(problems)}; "
             "the file is incomplete or its config is of another model"
         )
 

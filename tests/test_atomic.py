@@ -286,3 +286,17 @@ def test_a_pipe_in_a_folder_does_not_hang_its_replacement(tmp_path: Path) -> Non
         (path / "a").write_text("new")
     assert (folder / "pipe").is_fifo()
     assert (folder / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "\udc80\ud800"])
+def test_what_is_no_path_is_refused_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").write_text("mine")
+    inode = tmp_path.stat().st_ino
+    monkeypatch.chdir(tmp_path)
+    for writer in (atomic_file, atomic_folder):
+        with pytest.raises(MinllamaError, match=r"empty; name a|it is no path$"), writer(name):
+            pass
+    assert content(tmp_path) == {"mine": "mine"}
+    assert tmp_path.stat().st_ino == inode

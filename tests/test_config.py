@@ -168,6 +168,11 @@ def test_replace_checks_anew_and_keeps_what_was_settled() -> None:
         config().replace(width=1, depth=2)
 
 
+def test_a_rope_scaling_is_not_its_name() -> None:
+    with pytest.raises(MinllamaError, match="rope_scaling must be a RopeScaling or None"):
+        config(rope_scaling="yarn")
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         config().dim = 1  # type: ignore[misc]

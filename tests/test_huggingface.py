@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, LlamaModel
 
-from minllama.checkpoints import huggingface, open_checkpoint
+from minllama.checkpoints import huggingface, open_checkpoint, write_gguf, write_llama2c_bin
 from minllama.checkpoints.huggingface import to_half_split, to_interleaved
 from minllama.checkpoints.huggingface_config import config_from_huggingface, config_to_huggingface
 from minllama.config import LlamaConfig, RopeScaling
-from minllama.errors import CheckpointError, MinllamaError
+from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.llama import Llama, load_pretrained
 from tests.test_llama import VARIANTS
 from tests.tiny import both, our_model, random_ids, their_model
@@ -90,6 +90,35 @@ def test_a_smaller_save_leaves_no_stale_shards_and_keeps_other_files(tmp_path, m
         "runs",
     ]
     assert (tmp_path / "m" / "runs" / "log").read_text() == "mine too"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        huggingface.write_huggingface,
+        lambda path, config, tensors: write_gguf(path, config, tensors, None),
+        write_llama2c_bin,
+    ],
+    ids=["hf", "gguf", "llama2c"],
+)
+def test_tensors_that_disagree_with_the_config_are_all_listed_and_none_is_written(write, tmp_path):
+    model = our_model()
+    tensors = {**model.state_dict(), "norm.weight": torch.ones(3), "wings": torch.ones(2)}
+    del tensors["output.weight"]
+    with pytest.raises(MinllamaError) as caught:
+        write(tmp_path / "m", model.config, tensors)
+    assert str(caught.value) == (
+        "the tensors disagree with their config: output.weight is missing; wings is unexpected; "
+        "norm.weight has shape (3,) where the config says (32,)"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_are_not_written_in_a_dtype_that_cannot_be_read(dtype, tmp_path):
+    model = our_model()
+    with pytest.raises(OptionError, match=f"dtype must be one of .*, not {dtype}"):
+        huggingface.write_huggingface(tmp_path / "m", model.config, model.state_dict(), dtype=dtype)
 
 
 def test_tensors_that_share_memory_are_written_each_in_full(tmp_path):

@@ -37,9 +37,15 @@ from minllama.checkpoints.gguf_config import (
     keys_from_config,
 )
 from minllama.checkpoints.gguf_header import GGUFHeader, GGUFTensor, is_gguf, read_header
-from minllama.checkpoints.layout import check_extent, naming, tensor_shapes, translate
+from minllama.checkpoints.layout import (
+    check_extent,
+    check_writable,
+    naming,
+    tensor_shapes,
+    translate,
+)
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, MinllamaError
+from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -187,6 +193,9 @@ def write_gguf(
     import numpy
     from gguf import GGMLQuantizationType, GGUFWriter
 
+    if dtype not in TYPES:
+        raise OptionError(f"dtype must be one of {', '.join(TYPES)}, not {dtype!r}")
+    check_writable(config, tensors)
     fields, rope_freqs = keys_from_config(config)
     fields |= _file_type_fields(dtype) | _vocabulary_fields(vocabulary, config)
     shapes = tensor_shapes(config)
@@ -209,12 +218,8 @@ def write_gguf(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for name, shape in shapes.items():
+            for name in shapes:
                 tensor = extra[name] if name in extra else tensors[name]
-                if tensor.shape != shape:
-                    raise MinllamaError(
-                        f"{name} has shape {tuple(tensor.shape)} where the config says {shape}"
-                    )
                 writer.write_tensor_data(_encoded(name, tensor, types[name]).numpy())
         finally:
             writer.close()

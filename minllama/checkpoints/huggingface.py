@@ -24,9 +24,9 @@ from minllama.checkpoints.huggingface_config import (
     eos_ids,
     ignored_keys,
 )
-from minllama.checkpoints.layout import check_extent, naming, translate
+from minllama.checkpoints.layout import check_extent, check_writable, naming, translate
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, MinllamaError
+from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.vocabulary import Vocabulary
 
 NAMES = {
@@ -112,12 +112,17 @@ def write_huggingface(
         dtype: of the weights; None for as they are.
 
     Raises:
-        MinllamaError: the format has no words for this config, or the folder cannot be written.
+        MinllamaError: the format has no words for this config, the tensors disagree with it, or
+            the folder cannot be written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    check_writable(config, tensors)
+    if dtype is not None and dtype not in SAFETENSORS_DTYPES.values():
+        known = ", ".join(str(known) for known in SAFETENSORS_DTYPES.values())
+        raise OptionError(f"dtype must be one of {known}, not {dtype}")
     first = next(iter(tensors.values()))
     stated_dtype = str(dtype or first.dtype).removeprefix("torch.")
     raw_config = config_to_huggingface(config, stated_dtype, vocabulary)

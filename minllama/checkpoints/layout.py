@@ -9,12 +9,16 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from minllama.checkpoints.base import LazyTensor
 from minllama.config import LlamaConfig
 from minllama.errors import CheckpointError, MinllamaError
 
 # Rotary tables are built for the whole context; the longest of real models is ten million tokens.
 MAX_CONTEXT = 2**24
+MAX_LISTED = 20
+"""How many problems of a checkpoint one error lists; the rest are counted."""
 
 _NUMBER = re.compile(r"\.(\d+)\.")
 
@@ -44,6 +48,38 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["output.weight"] = (config.vocab_size, dim)
     return shapes
+
+
+def differences(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What is missing, unexpected and misshapen among the shapes of tensors, in words."""
+    return [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} is unexpected" for name in found if name not in expected),
+        *(
+            f"{name} has shape {found[name]} where the config says {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ),
+    ]
+
+
+def listed(problems: list[str]) -> str:
+    """`problems` for one line, the first MAX_LISTED of them."""
+    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    return "; ".join(problems[:MAX_LISTED]) + more
+
+
+def check_writable(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Hold what is to be written against its config, before anything is.
+
+    Raises:
+        MinllamaError: one line that lists every difference.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if problems := differences(found, tensor_shapes(config)):
+        raise MinllamaError(f"the tensors disagree with their config: {listed(problems)}")
 
 
 def translate(name: str, table: Mapping[str, str]) -> str | None:

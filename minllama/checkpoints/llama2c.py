@@ -22,7 +22,13 @@ from minllama.atomic import atomic_file
 from minllama.checkpoints import meta
 from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
 from minllama.checkpoints.gguf_blocks import view_as
-from minllama.checkpoints.layout import check_extent, naming, tensor_shapes, translate
+from minllama.checkpoints.layout import (
+    check_extent,
+    check_writable,
+    naming,
+    tensor_shapes,
+    translate,
+)
 from minllama.checkpoints.torch_file import ZIP_MAGIC, dense_tensors, is_torch_file, load_torch_file
 from minllama.config import LlamaConfig
 from minllama.errors import CheckpointError, MinllamaError
@@ -300,6 +306,7 @@ def write_llama2c_bin(
             the config, or the file cannot be written.
     """
     _check_runnable(config)
+    check_writable(config, tensors)
     layout = BinLayout(0, config, INTS.size)
     vocab_size = config.vocab_size if config.tie_embeddings else -config.vocab_size
     sizes = (config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads)
@@ -308,12 +315,8 @@ def write_llama2c_bin(
     tables = iter(_rope_tables(config))
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(INTS.pack(*sizes, vocab_size, config.max_seq_len))
-        for name, shape in layout.tensors():
+        for name, _ in layout.tensors():
             tensor = next(tables) if name == ROPE_TABLE else tensors[name]
-            if tensor.shape != shape:
-                raise MinllamaError(
-                    f"{name} has shape {tuple(tensor.shape)} where the config says {shape}"
-                )
             file.write(tensor.detach().cpu().float().contiguous().numpy().data)
 
 
