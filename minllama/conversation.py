@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from minllama.cache import KVCache
 from minllama.chat import ChatTemplate
 from minllama.errors import MinllamaError
-from minllama.generation import Piece, TextStream
+from minllama.generation import Piece, TextStream, check_can_fit
 from minllama.llama import Llama
 from minllama.options import GenerationOptions
 from minllama.tokenizer import Tokenizer
@@ -61,7 +61,9 @@ class Conversation:
             MinllamaError: the conversation is longer than the context; it is as it was before.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt_ids = encode_messages(self.template, self.tokenizer, messages)
+        prompt_ids = encode_messages(
+            self.template, self.tokenizer, messages, self.model.config.context_len
+        )
         stream = TextStream(
             self.model,
             self.tokenizer,
@@ -82,7 +84,8 @@ class Conversation:
     def _cache_for(self, prompt_ids: list[int]) -> KVCache:
         """A cache that holds what the prompt shares with the last text."""
         if self._cache is None:
-            self._cache = self.model.new_cache(1, len(prompt_ids))
+            room = min(len(prompt_ids), self.model.config.context_len)
+            self._cache = self.model.new_cache(1, room)
         # The last token of the prompt is always read: its logits begin the answer.
         self._cache.truncate(min(_common_len(self._read_ids, prompt_ids), len(prompt_ids) - 1))
         return self._cache
@@ -108,13 +111,20 @@ def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def encode_messages(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: list[dict[str, str]]
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: list[dict[str, str]],
+    context_len: int,
 ) -> list[int]:
     """Messages to the token ids of a prompt that ends where the answer begins.
 
     The template's special tokens are meant as such; the same characters inside a message are text.
+
+    Raises:
+        MinllamaError: the template refuses the messages; they are far too long for the context.
     """
     rendered, masked = template.render_masked(messages, tokenizer.special_tokens)
+    check_can_fit(rendered, tokenizer, context_len)
     return tokenizer.encode_chat(rendered, masked)
 
 

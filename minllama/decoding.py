@@ -4,9 +4,11 @@ Knows nothing of texts and tokenizers, nor how a model computes its logits: anyt
 like `CausalModel` is continued.
 """
 
+import operator
 import random
+import reprlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -148,7 +150,7 @@ class Decoder:
         distinct_rows: bool = False,
     ) -> None:
         self.model, self.options = model, options
-        self.prompts = [list(prompt) for prompt in prompts]
+        self.prompts = [token_ids(prompt) for prompt in prompts]
         self.stop_ids = frozenset() if options.ignore_eos else frozenset(stop_ids)
         self.timings = Timings()
         self._cache = cache
@@ -307,6 +309,20 @@ def generate_ids(
     # Nothing ends a row early, so every step has all rows, in order.
     new = torch.tensor([[token.id for token in step] for step in steps], device=ids.device)
     return torch.cat([ids, new.t().to(ids.dtype)], dim=1)
+
+
+def token_ids(prompt: Iterable[int]) -> list[int]:
+    """A prompt's ids as a list of plain integers.
+
+    Raises:
+        MinllamaError: it is not a sequence of whole numbers.
+    """
+    try:
+        return [int(operator.index(token_id)) for token_id in prompt]
+    except TypeError as error:
+        raise MinllamaError(
+            f"a prompt is a text or a list of token ids, not {reprlib.repr(prompt)}"
+        ) from error
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None:

@@ -5,13 +5,14 @@ they become text, and stop strings end it.
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from minllama.cache import KVCache
-from minllama.decoding import Constraint, Decoder, FinishReason, Token
-from minllama.errors import ContextError, OptionError
+from minllama.decoding import Constraint, Decoder, FinishReason, Token, token_ids
+from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.llama import Llama
 from minllama.options import GenerationOptions
 from minllama.tokenizer import StreamDecoder, Tokenizer
@@ -94,7 +95,7 @@ class TextStream:
     ) -> None:
         context_len = model.config.context_len
         prompt_ids = [
-            encode_prompt(p, tokenizer, context_len) if isinstance(p, str) else list(p)
+            encode_prompt(p, tokenizer, context_len) if isinstance(p, str) else token_ids(p)
             for p in prompts
         ]
         self._tokenizer = tokenizer
@@ -220,22 +221,33 @@ def stream(
     return TextStream(model, tokenizer, _as_list(prompts), _options(options, changes))
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, context_len: int) -> list[int]:
-    """Ids of a prompt, unless it is so long that no way to split it would fit the context.
+def check_can_fit(text: str, tokenizer: Tokenizer, context_len: int) -> None:
+    """Refuse a text so long that no way to split it into tokens would fit the context.
 
     Megabytes that are to be refused anyway are not taken apart first, in minutes and gigabytes.
+    One that is only somewhat too long passes: `Decoder` counts its tokens.
 
     Raises:
-        ContextError: it is that long; one that is only somewhat too long is left to `Decoder`.
+        ContextError: it is that long.
+    """
+    if len(text) <= context_len:
+        return
+    longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+    if len(text) > context_len * longest:
+        raise ContextError(
+            f"the prompt has {len(text)} characters, more than a context of {context_len} "
+            "tokens can hold; shorten it"
+        )
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer, context_len: int) -> list[int]:
+    """Ids of a prompt.
+
+    Raises:
+        ContextError: it is far too long (see `check_can_fit`).
         TokenizerError: it cannot be encoded.
     """
-    if len(text) > context_len:
-        longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
-        if len(text) > context_len * longest:
-            raise ContextError(
-                f"the prompt has {len(text)} characters, more than a context of {context_len} "
-                "tokens can hold; shorten it"
-            )
+    check_can_fit(text, tokenizer, context_len)
     return tokenizer.encode(text)
 
 
@@ -253,6 +265,10 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if hasattr(prompts, "tolist"):  # a tensor or an array of ids
         prompts = prompts.tolist()
+    if not isinstance(prompts, Sequence):
+        raise MinllamaError(
+            f"prompts are a text, token ids or a list of either, not {reprlib.repr(prompts)}"
+        )
     if len(prompts) and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]  # one prompt as ids
     return list(prompts)  # type: ignore[arg-type]

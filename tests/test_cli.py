@@ -348,6 +348,24 @@ def test_closed_streams_are_no_error(closed, folder, tmp_path):
     assert open_checkpoint(tmp_path / "m").config.dim == 32
 
 
+@pytest.mark.parametrize("seconds", [0.2, 0.4, 0.6, 0.8, 1.0])
+def test_ctrl_c_while_libraries_are_imported_is_status_130_and_silent(seconds, folder):
+    # Says when the command itself has begun: what comes before is Python's own start.
+    code = "import sys; from minllama.cli import main; print(flush=True); main(sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "info", folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    process.stdout.readline()
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    if not out:  # it was not done yet
+        assert (process.returncode, err) == (130, b"")
+
+
 def test_chat_without_standard_input_ends_at_once(folder):
     command = '"$0" -m minllama chat -m "$1" <&-'
     done = subprocess.run(

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from minllama.conversation import Conversation
-from minllama.errors import MinllamaError
+from minllama.errors import ContextError, MinllamaError
 from minllama.generation import generate
 from minllama.options import GenerationOptions
 from minllama.tokenizer import Tokenizer
@@ -64,6 +64,23 @@ def test_the_prompt_is_the_rendered_history_with_one_bos(model, tokenizer):
         "<bos><|system|>Be kind<eos><|user|>one<eos><|assistant|>"
         f"{first}<eos><|user|>two<eos><|assistant|>"
     )
+
+
+def test_megabytes_are_refused_before_anything_is_made_for_them(model, tokenizer, monkeypatch):
+    conversation = Conversation(model, tokenizer, OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_chat", None)
+        with pytest.raises(ContextError, match="more than a context of 256 tokens can hold"):
+            say(conversation, "x" * 10_000)
+    made = []
+    new_cache = type(model).new_cache
+    monkeypatch.setattr(
+        type(model), "new_cache", lambda *args: made.append(args[1:]) or new_cache(*args)
+    )
+    with pytest.raises(ContextError, match="the prompt has 1004 tokens"):
+        say(conversation, "x" * 1000)
+    assert made == [(1, 256)]
+    assert say(conversation, "x") == say(Conversation(model, tokenizer, OPTIONS), "x")
 
 
 def test_only_what_is_new_is_read_and_the_answer_is_the_same(model, tokenizer):

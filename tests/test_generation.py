@@ -169,6 +169,15 @@ def test_what_cannot_work_is_refused_before_any_work(model, tokenizer, monkeypat
         generate(model, tokenizer, "a", regex="a", json_schema="{}")
 
 
+@pytest.mark.parametrize(
+    "prompts", [5, None, {"a": 1}, [1.5], [float("nan")], ["a", 3], [3, "a"], [[["a"]]], [["1"]]]
+)
+def test_what_is_no_prompt_is_refused_in_one_line(prompts, model, tokenizer):
+    with pytest.raises(MinllamaError, match=r"a text(, token ids)? or a list of") as caught:
+        generate(model, tokenizer, prompts)
+    assert "\n" not in str(caught.value)
+
+
 def test_megabytes_are_refused_before_they_are_taken_apart(model, tokenizer, monkeypatch):
     context_len = model.config.context_len
     longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))

@@ -5,7 +5,13 @@ from typing import Any
 
 import click
 
-from minllama.cli.common import dataclass_options, debug_option, model_options, open_model
+from minllama.cli.common import (
+    dataclass_options,
+    debug_option,
+    ended_by_interrupts,
+    model_options,
+    open_model,
+)
 from minllama.cli.generate import summary
 from minllama.errors import ContextError, MinllamaError
 from minllama.options import GenerationOptions
@@ -33,7 +39,8 @@ def command(
     """Talk with a model: /reset forgets, /exit leaves, Ctrl-C stops an answer."""
     checked = GenerationOptions(**options)
 
-    from minllama.conversation import Conversation
+    with ended_by_interrupts():
+        from minllama.conversation import Conversation
 
     model, words, checkpoint = open_model(source, tokenizer, dtype, device)
     conversation = Conversation(model, words, checked, system=system)

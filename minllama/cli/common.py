@@ -4,10 +4,14 @@ Option dataclasses are turned into command-line options here, once, so that name
 help stand where the options are defined and nowhere else.
 """
 
+import contextlib
 import dataclasses
+import os
+import signal
+import threading
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -108,6 +112,25 @@ def _click_option(
     return click.option(flag, type=kind, default=default, help=text, metavar=f"[{metavar}]")
 
 
+@contextlib.contextmanager
+def ended_by_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, with status 130, while libraries are imported.
+
+    Nothing has begun then, and a KeyboardInterrupt in the midst of a C++ library's import aborts
+    the process with a core dump, or is lost.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if handler is not signal.default_int_handler or not in_main_thread:
+        yield  # ignored, as under nohup, or somebody else's
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def open_model(
     source: str | None, tokenizer: str | None, dtype: str | None, device: str | None
 ) -> "tuple[Llama, Tokenizer, Checkpoint]":
@@ -116,9 +139,10 @@ def open_model(
     Raises:
         MinllamaError: they cannot be opened, or there is no tokenizer.
     """
-    from minllama.checkpoints import open_checkpoint
-    from minllama.llama import Llama
-    from minllama.tokenizer import Tokenizer
+    with ended_by_interrupts():
+        from minllama.checkpoints import open_checkpoint
+        from minllama.llama import Llama
+        from minllama.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(source, tokenizer=tokenizer)
     if checkpoint.vocabulary is None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from minllama.cli.common import DTYPES, debug_option, torch_dtype
+from minllama.cli.common import DTYPES, debug_option, ended_by_interrupts, torch_dtype
 from minllama.errors import MinllamaError
 
 if TYPE_CHECKING:
@@ -52,13 +52,14 @@ def command(
     if target == "llama2c" and dtype not in (None, "float32"):
         raise MinllamaError("llama2.c's legacy .bin holds float32 only; leave --dtype away")
 
-    from minllama.checkpoints import (
-        open_checkpoint,
-        write_gguf,
-        write_huggingface,
-        write_llama2c_bin,
-    )
-    from minllama.llama import Llama
+    with ended_by_interrupts():
+        from minllama.checkpoints import (
+            open_checkpoint,
+            write_gguf,
+            write_huggingface,
+            write_llama2c_bin,
+        )
+        from minllama.llama import Llama
 
     checkpoint = open_checkpoint(src, tokenizer=tokenizer)
     dtype = dtype or ("float32" if target == "llama2c" else _stored_dtype(checkpoint))

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minllama.cli.common import dataclass_options, debug_option, model_options, open_model
+from minllama.cli.common import (
+    dataclass_options,
+    debug_option,
+    ended_by_interrupts,
+    model_options,
+    open_model,
+)
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
 
@@ -50,14 +56,16 @@ def command(
     if system is not None and not chat:
         raise MinllamaError("--system needs --chat: without it the prompt stands alone")
 
-    from minllama.conversation import chat_template, encode_messages
-    from minllama.generation import TextStream, encode_prompt
+    with ended_by_interrupts():
+        from minllama.conversation import chat_template, encode_messages
+        from minllama.generation import TextStream, encode_prompt
 
     model, words, checkpoint = open_model(source, tokenizer, dtype, device)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})
-        prompt_ids = encode_messages(chat_template(words), words, messages)
+        context_len = model.config.context_len
+        prompt_ids = encode_messages(chat_template(words), words, messages, context_len)
     else:
         prompt_ids = encode_prompt(text, words, model.config.context_len)
         if not prompt_ids:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from minllama.cli.common import debug_option
+from minllama.cli.common import debug_option, ended_by_interrupts
 
 if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 @debug_option
 def command(model: str | None, tokenizer: str | None) -> None:
     """Say what MODEL is: a file, a folder, a Hugging Face id, or without it the default model."""
-    from minllama.checkpoints import open_checkpoint
+    with ended_by_interrupts():
+        from minllama.checkpoints import open_checkpoint
 
     checkpoint = open_checkpoint(model, tokenizer=tokenizer)
     for name, value in describe(checkpoint):
