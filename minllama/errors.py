@@ -23,3 +23,7 @@ class ContextError(MinllamaError):
 
 class OptionError(MinllamaError):
     """An option out of its range, or of the wrong type."""
+
+
+class DataError(MinllamaError):
+    """A file of examples that cannot be read, or rows in it that cannot be used."""

@@ -141,3 +141,38 @@ class GenerationOptions(SamplingOptions):
         super().__post_init__()
         if self.json_schema is not None and self.regex is not None:
             raise OptionError("json_schema and regex cannot both constrain one text; give one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(CheckedOptions):
+    """How files become texts and labels; see `minllama.data`."""
+
+    data_format: str | None = option(
+        None,
+        "labelled (lines of 'label ||| sentence'), text (lines of text alone), csv, tsv, jsonl, "
+        "json or parquet; by the file's name where not given",
+    )
+    text_column: str | None = option(None, "the column that holds the text, where it has columns")
+    label_column: str | None = option(None, "the column that holds the label")
+    label_names: str | None = option(
+        None,
+        "JSON file that names the classes: a list in order, or {name: number}, or {number: name}",
+    )
+    multi_label: bool = option(
+        False, "a row may have several labels or none: a list, or one cell such as 'late, broken'"
+    )
+    label_separator: str = option(",", "stands between the labels of one cell, with --multi-label")
+    skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and say how many")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data_format not in (None, *DATA_FORMATS):
+            raise OptionError(
+                f"data_format must be one of {', '.join(DATA_FORMATS)}, not {self.data_format!r}"
+            )
+        for name in ("text_column", "label_column", "label_names", "label_separator"):
+            if getattr(self, name) == "":
+                raise OptionError(f"{name} must not be empty")
+
+
+DATA_FORMATS = ("labelled", "text", "csv", "tsv", "jsonl", "json", "parquet")
