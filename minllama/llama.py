@@ -9,19 +9,22 @@ H heads, K key/value heads, C head width, F hidden width, V vocabulary, R rank.
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minllama.cache import KVCache
 from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
-from minllama.errors import ContextError, MinllamaError
+from minllama.errors import MinllamaError
 from minllama.loading import load_weights
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
+from minllama.view import View, view_of_continuation, view_of_whole
 
 
 class RMSNorm(nn.Module):
@@ -40,22 +43,6 @@ class RMSNorm(nn.Module):
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return (h * self.weight).type_as(x)
-
-
-class View(NamedTuple):
-    """Where the tokens of one forward pass stand, and which keys each of them may see.
-
-    Attributes:
-        positions: (B, T) or (1, T), whole numbers from 0.
-        text_len: a number above all positions.
-        mask: bool, broadcast to (B, H, T, S), True where a query may look; None for everywhere.
-        is_causal: query t sees keys 0..t of S = T; takes the place of a mask.
-    """
-
-    positions: Tensor
-    text_len: int
-    mask: Tensor | None = None
-    is_causal: bool = False
 
 
 class Attention(nn.Module):
@@ -275,6 +262,9 @@ class Llama(LlamaPreTrainedModel):
             None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         )
         self.rope = RotaryEmbedding(config)
+        # Keep only what layers pass on, and compute their insides again in the backward pass
+        # (Chen et al. 2016): a third more time, and memory for one layer instead of all.
+        self.gradient_checkpointing = False
         self.init_weights()
 
     def forward(
@@ -292,9 +282,11 @@ class Llama(LlamaPreTrainedModel):
             ids: (B, T), whole numbers in [0, V).
             attention_mask: (B, T), true at real tokens and false at padding, on either side; None
                 where all are real. With a cache it covers the new tokens only, and padding is on
-                the right.
+                the right. Or (B, T, T), true where token t may look at token t': all that is to be
+                hidden is up to it, as in a tree of continuations; it needs positions, and rows of
+                one length in a cache, all of which the new tokens see.
             positions: (B, T), positions in the text; None counts each row's real tokens from 0.
-                Not with a cache, whose rows know how long they are.
+                With a cache only beside a (B, T, T) mask: its rows know how long they are.
             cache: holds the texts so far, of which `ids` are the continuation, and is advanced.
             logits: "all" positions, (B, T, V); "last" real one of each row, (B, V); those chosen
                 by a tensor of column indices (B, N), (B, N, V); or None.
@@ -303,23 +295,55 @@ class Llama(LlamaPreTrainedModel):
             MinllamaError: the text is longer than the context or the cache, or the arguments
                 contradict one another.
         """
-        if attention_mask is not None:
-            attention_mask = attention_mask.bool()
-        _check_inputs(ids, attention_mask, logits)
-        if cache is None:
-            view = self._view_of_whole(ids, attention_mask, positions)
-        elif positions is None:
-            view = self._view_of_continuation(ids, attention_mask, cache)
-        else:
-            raise MinllamaError("positions cannot be given with a cache, which has its own")
-        rotation = self.rope(view.positions, view.text_len)
-        h = self.dropout(self.tok_embeddings(ids))
-        for layer in self.layers:
-            h = layer(h, rotation, view, cache)
+        _check_logits(logits, attention_mask)
+        states = self.layer_states(
+            ids, attention_mask=attention_mask, positions=positions, cache=cache
+        )
+        for h in states:  # noqa: B007  (the last is wanted)
+            pass
         h = self.norm(h)
         if cache is not None:
             cache.advance(_row_lens(ids, attention_mask))
         return LlamaOutput(h, self._logits(h, attention_mask, logits))
+
+    def layer_states(
+        self,
+        ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Iterator[Tensor]:
+        """The residual stream, layer after layer, each computed when it is asked for.
+
+        Who needs the first n layers takes n + 1 states and leaves the rest uncomputed.
+
+        Args:
+            ids, attention_mask, positions, cache: as for `forward`. A cache is not advanced.
+
+        Yields:
+            (B, T, D): the embeddings, then what each layer leaves, before the last norm.
+
+        Raises:
+            MinllamaError: as `forward` does.
+        """
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+        _check_inputs(ids, attention_mask)
+        if cache is None:
+            view = view_of_whole(ids, attention_mask, positions, self.config)
+        else:
+            self._check_cache(cache)
+            view = view_of_continuation(ids, attention_mask, positions, cache, self.config)
+        rotation = self.rope(view.positions, view.text_len)
+        h = self.dropout(self.tok_embeddings(ids))
+        yield h
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(layer, h, rotation, view, cache, use_reentrant=False)
+            else:
+                h = layer(h, rotation, view, cache)
+            yield h
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
@@ -359,64 +383,11 @@ class Llama(LlamaPreTrainedModel):
         """
         return generate_ids(self, ids, max_new_tokens, temperature, seed)
 
-    def _view_of_whole(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> View:
-        text_len = ids.shape[1]
-        self._check_context(text_len)
-        columns = torch.arange(text_len, device=ids.device)
-        if mask is None or (self.config.causal and _is_right_padded(mask)):
-            # Padding behind the text is what no earlier token may look at anyway.
-            default, allowed = columns.unsqueeze(0), None
-        else:
-            default = (mask.long().cumsum(-1) - 1).clamp(min=0)
-            allowed = mask[:, None, None, :]  # (B, 1, 1, T)
-            if self.config.causal:
-                allowed = allowed & (columns <= columns[:, None])  # (B, 1, T, T)
-            # Padding looks at itself: a softmax over nothing is NaN.
-            allowed = allowed | (columns == columns[:, None])
-        is_causal = self.config.causal and allowed is None
-        if positions is None:
-            return View(default, text_len, allowed, is_causal)
-        first, last = positions.min().item(), positions.max().item()
-        if first < 0 or last >= self.config.context_len:
-            raise MinllamaError(
-                f"positions must be from 0 to {self.config.context_len - 1}, not {first} to {last}"
-            )
-        return View(positions, int(last) + 1, allowed, is_causal)
-
-    def _view_of_continuation(self, ids: Tensor, mask: Tensor | None, cache: KVCache) -> View:
-        batch, new_len = ids.shape
-        if not self.config.causal:
-            raise MinllamaError("a cache needs causal attention: an encoder's past sees its future")
-        if batch != cache.batch_size:
-            raise MinllamaError(f"{batch} rows of ids for a cache of {cache.batch_size} rows")
-        if mask is not None and not _is_right_padded(mask):
-            raise MinllamaError("with a cache, padding must be on the right of each row")
-        text_len = cache.max_len + new_len
-        self._check_context(text_len)
-        cache.reserve(new_len)
+    def _check_cache(self, cache: KVCache) -> None:
         if (cache.keys[0].dtype, cache.keys[0].device) != (self.dtype, self.device):
             raise MinllamaError(
                 f"the cache is {cache.keys[0].dtype} on {cache.keys[0].device} and the model "
                 f"{self.dtype} on {self.device}; make it with model.new_cache()"
-            )
-        columns = torch.arange(new_len, device=ids.device)
-        if cache.is_uniform:
-            positions = columns.unsqueeze(0) + cache.max_len  # (1, T)
-        else:
-            positions = columns + torch.tensor(cache.lengths, device=ids.device).unsqueeze(-1)
-        if cache.max_len == 0:
-            return View(positions, text_len, is_causal=True)
-        if cache.is_uniform and new_len == 1:
-            return View(positions, text_len)
-        # A slot's index is its position, so one comparison hides the future, the free slots of
-        # shorter rows, and their padding.
-        slots = torch.arange(text_len, device=ids.device)
-        return View(positions, text_len, mask=(slots <= positions.unsqueeze(-1)).unsqueeze(1))
-
-    def _check_context(self, text_len: int) -> None:
-        if text_len > self.config.context_len:
-            raise ContextError(
-                f"the text has {text_len} tokens and the model's context {self.config.context_len}"
             )
 
     def _logits(
@@ -432,7 +403,7 @@ class Llama(LlamaPreTrainedModel):
         if mask is None:
             return self.compute_logits(h[:, -1])  # (B, V)
         columns = torch.arange(mask.shape[1], device=h.device)
-        last = (columns * mask).argmax(-1)  # the last real token of each row
+        last = (columns * mask.bool()).argmax(-1)  # the last real token of each row
         return self.compute_logits(h[torch.arange(len(h), device=h.device), last])  # (B, V)
 
 
@@ -447,28 +418,27 @@ def load_pretrained(
     return Llama.from_pretrained(source, dtype=dtype, device=device, **config_changes)
 
 
-def _is_right_padded(mask: Tensor) -> bool:
-    """Whether each row's real tokens come first."""
-    return bool((mask[:, :-1] >= mask[:, 1:]).all())
-
-
-def _check_inputs(ids: Tensor, mask: Tensor | None, logits: str | Tensor | None) -> None:
+def _check_inputs(ids: Tensor, mask: Tensor | None) -> None:
     if ids.dim() != 2 or 0 in ids.shape:
         raise MinllamaError(f"ids must be of shape (B, T), neither 0, not {tuple(ids.shape)}")
-    if mask is not None and mask.shape != ids.shape:
+    if mask is not None and mask.shape not in (ids.shape, (*ids.shape, ids.shape[1])):
         raise MinllamaError(
             f"attention_mask is of shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
-            "be alike (with a cache, both cover the new tokens only)"
+            "be alike, or the mask (B, T, T) (with a cache, both cover the new tokens only)"
         )
-    if isinstance(logits, str):
-        if logits not in ("all", "last"):
-            raise MinllamaError(f"logits must be 'all', 'last', a tensor or None, not {logits!r}")
-        if logits == "last" and mask is not None and not mask.any(-1).all():
-            raise MinllamaError("a row of attention_mask has no real token, so no last one either")
+
+
+def _check_logits(logits: str | Tensor | None, mask: Tensor | None) -> None:
+    if not isinstance(logits, str):
+        return
+    if logits not in ("all", "last"):
+        raise MinllamaError(f"logits must be 'all', 'last', a tensor or None, not {logits!r}")
+    if logits == "last" and mask is not None and (mask.dim() == 3 or not mask.any(-1).all()):
+        raise MinllamaError("a row of attention_mask has no real token, so no last one either")
 
 
 def _row_lens(ids: Tensor, mask: Tensor | None) -> list[int]:
-    if mask is None:
+    if mask is None or mask.dim() == 3:
         return [ids.shape[1]] * ids.shape[0]
-    lens: list[int] = mask.sum(-1).tolist()
+    lens: list[int] = mask.bool().sum(-1).tolist()
     return lens

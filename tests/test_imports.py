@@ -17,7 +17,7 @@ ORDER = (
     ("vocabulary",),
     ("checkpoints",),
     ("tokenizer", "chat", "template_worker", "rope", "cache", "sampling", "loading"),
-    ("decoding",),
+    ("decoding", "view"),
     ("llama", "constraint"),
     ("generation",),
     ("conversation",),

@@ -314,7 +314,7 @@ def cache_of(model, batch_size=1, capacity=4):
         (lambda m: m(random_ids(2, 2), cache=cache_of(m, 3)), "2 rows of ids for a cache of 3"),
         (
             lambda m: m(random_ids(1, 2), positions=random_ids(1, 2), cache=cache_of(m)),
-            "positions cannot be given with a cache",
+            "with a cache, positions and an attention_mask",
         ),
         (
             lambda m: m(random_ids(1, 2), attention_mask=torch.tensor([[0, 1]]), cache=cache_of(m)),

@@ -1,0 +1,144 @@
+"""Where the tokens of a forward pass stand, and which keys each of them may see.
+
+Knows nothing of weights: a `View` follows from masks, positions and what a cache already holds.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minllama.cache import KVCache
+from minllama.config import LlamaConfig
+from minllama.errors import ContextError, MinllamaError
+
+
+class View(NamedTuple):
+    """Where the tokens of one forward pass stand, and which keys each of them may see.
+
+    Attributes:
+        positions: (B, T) or (1, T), whole numbers from 0.
+        text_len: a number above all positions.
+        mask: bool, broadcast to (B, H, T, S), True where a query may look; None for everywhere.
+        is_causal: query t sees keys 0..t of S = T; takes the place of a mask.
+    """
+
+    positions: Tensor
+    text_len: int
+    mask: Tensor | None = None
+    is_causal: bool = False
+
+
+def view_of_whole(
+    ids: Tensor, mask: Tensor | None, positions: Tensor | None, config: LlamaConfig
+) -> View:
+    """The view of texts that are read from their start.
+
+    Args:
+        ids: (B, T).
+        mask: bool (B, T), true at real tokens; or (B, T, T), true where a token may look, which
+            then says all: nothing is hidden besides.
+        positions: (B, T); None counts each row's real tokens, which a (B, T, T) mask cannot tell.
+
+    Raises:
+        MinllamaError: the texts are longer than the context, or positions are out of it.
+    """
+    if mask is not None and mask.dim() == 3:
+        if positions is None:
+            raise MinllamaError("an attention_mask of shape (B, T, T) needs positions beside it")
+        return View(positions, _checked_text_len(positions, config), mask.unsqueeze(1))
+    text_len = ids.shape[1]
+    check_context(text_len, config)
+    columns = torch.arange(text_len, device=ids.device)
+    if mask is None or (config.causal and is_right_padded(mask)):
+        # Padding behind the text is what no earlier token may look at anyway.
+        default, allowed = columns.unsqueeze(0), None
+    else:
+        default = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        allowed = mask[:, None, None, :]  # (B, 1, 1, T)
+        if config.causal:
+            allowed = allowed & (columns <= columns[:, None])  # (B, 1, T, T)
+        # Padding looks at itself: a softmax over nothing is NaN.
+        allowed = allowed | (columns == columns[:, None])
+    is_causal = config.causal and allowed is None
+    if positions is None:
+        return View(default, text_len, allowed, is_causal)
+    return View(positions, _checked_text_len(positions, config), allowed, is_causal)
+
+
+def view_of_continuation(
+    ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    cache: KVCache,
+    config: LlamaConfig,
+) -> View:
+    """The view of tokens that continue what a cache holds, which makes room for them.
+
+    Args:
+        ids: (B, T), the new tokens.
+        mask: bool (B, T), true at real tokens, padding on the right; or (B, T, T), true where a
+            new token may look among the new ones. All of them see all that the cache holds.
+        positions: (B, T), with a (B, T, T) mask only.
+
+    Raises:
+        MinllamaError: the texts outgrow the context or the cache, or the arguments contradict one
+            another.
+    """
+    batch, new_len = ids.shape
+    if not config.causal:
+        raise MinllamaError("a cache needs causal attention: an encoder's past sees its future")
+    if batch != cache.batch_size:
+        raise MinllamaError(f"{batch} rows of ids for a cache of {cache.batch_size} rows")
+    is_free = mask is not None and mask.dim() == 3
+    if is_free != (positions is not None):
+        raise MinllamaError(
+            "with a cache, positions and an attention_mask of shape (B, T, T) belong together; "
+            "without them its rows know how long they are"
+        )
+    if mask is not None and not is_free and not is_right_padded(mask):
+        raise MinllamaError("with a cache, padding must be on the right of each row")
+    cache.reserve(new_len)
+    if mask is not None and positions is not None:
+        if not cache.is_uniform:
+            raise MinllamaError("an attention_mask of shape (B, T, T) needs rows of one length")
+        seen = mask.new_ones(batch, new_len, cache.max_len)
+        allowed = torch.cat((seen, mask), dim=-1).unsqueeze(1)  # (B, 1, T, S)
+        return View(positions, _checked_text_len(positions, config), allowed)
+    text_len = cache.max_len + new_len
+    check_context(text_len, config)
+    columns = torch.arange(new_len, device=ids.device)
+    if cache.is_uniform:
+        positions = columns.unsqueeze(0) + cache.max_len  # (1, T)
+    else:
+        positions = columns + torch.tensor(cache.lengths, device=ids.device).unsqueeze(-1)
+    if cache.max_len == 0:
+        return View(positions, text_len, is_causal=True)
+    if cache.is_uniform and new_len == 1:
+        return View(positions, text_len)
+    # A slot's index is its position, so one comparison hides the future, the free slots of
+    # shorter rows, and their padding.
+    slots = torch.arange(text_len, device=ids.device)
+    return View(positions, text_len, mask=(slots <= positions.unsqueeze(-1)).unsqueeze(1))
+
+
+def check_context(text_len: int, config: LlamaConfig) -> None:
+    """Refuse a text that is longer than the context with a ContextError."""
+    if text_len > config.context_len:
+        raise ContextError(
+            f"the text has {text_len} tokens and the model's context {config.context_len}"
+        )
+
+
+def is_right_padded(mask: Tensor) -> bool:
+    """Whether each row's real tokens come first."""
+    return bool((mask[:, :-1] >= mask[:, 1:]).all())
+
+
+def _checked_text_len(positions: Tensor, config: LlamaConfig) -> int:
+    first, last = positions.min().item(), positions.max().item()
+    if first < 0 or last >= config.context_len:
+        raise MinllamaError(
+            f"positions must be from 0 to {config.context_len - 1}, not {first} to {last}"
+        )
+    return int(last) + 1
