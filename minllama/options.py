@@ -33,15 +33,19 @@ class Range:
         return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
 
 
-def option(default: Any, meaning: str, *, within: Range | None = None) -> Any:
+def option(
+    default: Any, meaning: str, *, within: Range | None = None, choices: tuple[str, ...] = ()
+) -> Any:
     """Define one option: a dataclass field that carries its meaning and range.
 
     Args:
         default: the value when nothing is said.
         meaning: one sentence, as the command line's help prints it.
         within: the interval that a number must lie in; `None` for no limit.
+        choices: the words that a string must be one of; empty for any string.
     """
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "within": within})
+    metadata = {"meaning": meaning, "within": within, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 class CheckedOptions:
@@ -52,6 +56,10 @@ class CheckedOptions:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             checked = _checked(field.name, value, hints[field.name], field.metadata.get("within"))
+            choices = field.metadata.get("choices")
+            if choices and checked is not None and checked not in choices:
+                known = ", ".join(choices)
+                raise OptionError(f"{field.name} must be one of {known}, not {checked!r}")
             if checked is not value:
                 object.__setattr__(self, field.name, checked)
 

@@ -151,3 +151,16 @@ def test_options_of_ones_own_are_checked_alike() -> None:
         Mine(rate=2)
     with pytest.raises(OptionError, match="name must be a string, not 1"):
         Mine(name=1)  # type: ignore[arg-type]
+
+
+def test_a_word_outside_the_choices_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Options(CheckedOptions):
+        pooling: str = option("last", "which state stands for a text", choices=("last", "mean"))
+        other: str | None = option(None, "or none", choices=("a", "b"))
+
+    assert Options(pooling="mean").pooling == "mean"
+    with pytest.raises(OptionError, match="^pooling must be one of last, mean, not 'max'$"):
+        Options(pooling="max")
+    with pytest.raises(OptionError, match="^other must be one of a, b, not 'c'$"):
+        Options(other="c")

@@ -106,6 +106,8 @@ def _click_option(
         return click.option(flag, is_flag=True, default=default, help=text)
     if typing.get_origin(kind) is tuple:
         return click.option(flag, multiple=True, default=default, help=text, metavar="TEXT")
+    if choices := field.metadata["choices"]:
+        return click.option(flag, type=click.Choice(choices), default=default, help=text)
     metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
     if within is not None:
         metavar = f"{metavar} {within}"
