@@ -151,6 +151,9 @@ class GenerationOptions(SamplingOptions):
             raise OptionError("json_schema and regex cannot both constrain one text; give one")
 
 
+DATA_FORMATS = ("labelled", "text", "csv", "tsv", "jsonl", "json", "parquet")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(CheckedOptions):
     """How files become texts and labels; see `minllama.data`."""
@@ -159,6 +162,7 @@ class DataOptions(CheckedOptions):
         None,
         "labelled (lines of 'label ||| sentence'), text (lines of text alone), csv, tsv, jsonl, "
         "json or parquet; by the file's name where not given",
+        choices=DATA_FORMATS,
     )
     text_column: str | None = option(None, "the column that holds the text, where it has columns")
     label_column: str | None = option(None, "the column that holds the label")
@@ -174,13 +178,6 @@ class DataOptions(CheckedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data_format not in (None, *DATA_FORMATS):
-            raise OptionError(
-                f"data_format must be one of {', '.join(DATA_FORMATS)}, not {self.data_format!r}"
-            )
         for name in ("text_column", "label_column", "label_names", "label_separator"):
             if getattr(self, name) == "":
                 raise OptionError(f"{name} must not be empty")
-
-
-DATA_FORMATS = ("labelled", "text", "csv", "tsv", "jsonl", "json", "parquet")
