@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 ORDER = (
     ("errors",),
     ("options", "config", "atomic"),
-    ("vocabulary",),
+    ("vocabulary", "data"),
     ("checkpoints",),
     ("tokenizer", "chat", "template_worker", "rope", "cache", "sampling", "loading"),
     ("decoding", "view"),
@@ -25,11 +25,14 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = (
+    "datasets",
     "gguf",
     "huggingface_hub",
     "jinja2",
     "llguidance",
     "numpy",
+    "pandas",
+    "pyarrow",
     "rich",
     "safetensors",
     "sentencepiece",
@@ -121,7 +124,9 @@ def test_the_model_needs_only_torch_and_what_torch_brings() -> None:
     assert loaded_by("from minllama.llama import Llama") <= {"torch", "numpy"}
 
 
-@pytest.mark.parametrize("module", ["chat", "checkpoints.source", "options", "config", "cli"])
+@pytest.mark.parametrize(
+    "module", ["chat", "checkpoints.source", "data", "options", "config", "cli"]
+)
 def test_these_modules_load_nothing_heavy(module: str) -> None:
     allowed = {"torch", "numpy"} if module.startswith("checkpoints") else set()
     assert loaded_by(f"import minllama.{module}") <= allowed

@@ -1,0 +1,41 @@
+"""Files of examples -> texts and labels: read, checked, split, sampled, streamed.
+
+Knows nothing of tokens or models.
+"""
+
+from minllama.data.dataset import (
+    Dataset,
+    Labels,
+    Notice,
+    Row,
+    count_rows,
+    load_dataset,
+    stream_rows,
+)
+from minllama.data.labels import read_label_names
+from minllama.data.records import BadRow, BadRows
+from minllama.data.source import Source
+from minllama.data.splits import (
+    check_splits,
+    sample_balanced,
+    sample_per_class,
+    stratified_split,
+)
+
+__all__ = [
+    "BadRow",
+    "BadRows",
+    "Dataset",
+    "Labels",
+    "Notice",
+    "Row",
+    "Source",
+    "check_splits",
+    "count_rows",
+    "load_dataset",
+    "read_label_names",
+    "sample_balanced",
+    "sample_per_class",
+    "stratified_split",
+    "stream_rows",
+]

@@ -1,0 +1,199 @@
+"""From one data set to others: a dev split, a few examples of each class; and are they sound?
+
+Draws come from a seed alone. Knows nothing of files.
+"""
+
+import random
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+from minllama.data.dataset import Dataset, Notice
+from minllama.data.records import listed
+from minllama.errors import DataError
+
+
+def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Set a part of the examples aside, the same part of every class.
+
+    Equal texts stay together, so that no text is on both sides. A class with only one text keeps
+    it for training; of two or more at least one goes to each side. With several labels a text
+    counts for the rarest of them. Both sides keep the order of the data set.
+
+    Args:
+        dataset: with labels.
+        fraction: of each class's texts that is set aside, between 0 and 1.
+        seed: of the draw.
+
+    Returns:
+        The training side, which carries the data set's notices, and what is set aside.
+
+    Raises:
+        DataError: no class has two texts.
+    """
+    assert 0 < fraction < 1, fraction
+    of_class: defaultdict[int, dict[str, None]] = defaultdict(dict)  # texts, each once, in order
+    class_of_text: dict[str, int] = {}
+    counts = dataset.class_counts()
+    for index, text in enumerate(dataset.texts):
+        rarest = min(dataset.classes_of(index), key=lambda c: (counts[c], c), default=-1)
+        of_class[class_of_text.setdefault(text, rarest)][text] = None
+    draw = random.Random(seed)
+    aside: set[str] = set()
+    for label in sorted(of_class):
+        texts = list(of_class[label])
+        if len(texts) > 1:
+            n_aside = min(max(1, round(fraction * len(texts))), len(texts) - 1)
+            aside |= set(draw.sample(texts, n_aside))
+    if not aside:
+        raise DataError(
+            f"{dataset.source}: no class has two different texts, so none can be set aside for "
+            "evaluation; give a --dev file"
+        )
+    rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
+    dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
+    return replace(rest, notices=dataset.notices), dev
+
+
+def sample_per_class(dataset: Dataset, k: int, seed: int) -> Dataset:
+    """`k` examples of each class, in random order; all of them where a class has fewer.
+
+    With several labels, examples are drawn until each class has `k`, one text counting for all
+    its classes.
+    """
+    assert dataset.labels is not None
+    draw = random.Random(seed)
+    order = draw.sample(range(len(dataset)), len(dataset))
+    taken, counts = [], [0] * len(dataset.label_names)
+    for index in order:
+        classes = dataset.classes_of(index)
+        if any(counts[label] < k for label in classes):
+            taken.append(index)
+            for label in classes:
+                counts[label] += 1
+    return dataset.select(taken)
+
+
+def sample_balanced(dataset: Dataset, n: int, seed: int) -> Dataset:
+    """`n` examples in random order, spread over the classes as evenly as can be.
+
+    Where `n` is no multiple of the number of classes, chance decides which get one more.
+
+    Raises:
+        DataError: there are fewer examples.
+    """
+    assert dataset.labels is not None
+    if len(dataset) < n:
+        raise DataError(f"{dataset.source}: {n} examples are asked for and it has {len(dataset)}")
+    draw = random.Random(seed)
+    left: defaultdict[int, list[int]] = defaultdict(list)
+    for index in draw.sample(range(len(dataset)), len(dataset)):
+        # One of several labels, so that each text is drawn once.
+        left[draw.choice(dataset.classes_of(index) or (-1,))].append(index)
+    taken: list[int] = []
+    while len(taken) < n:
+        classes = sorted(label for label in left if left[label])
+        for label in draw.sample(classes, min(len(classes), n - len(taken))):
+            taken.append(left[label].pop())
+    return dataset.select(draw.sample(taken, len(taken)))
+
+
+def check_splits(
+    train: Dataset, dev: Dataset | None = None, test: Dataset | None = None
+) -> list[Notice]:
+    """Whether something can be learned from `train` and measured on the others.
+
+    Returns:
+        What a person should hear about: classes that no training example has, names that differ
+        in case only, equal texts with different labels, rows of `dev` and `test` whose text is in
+        `train` or in each other, and splits in which all rows have one label.
+
+    Raises:
+        DataError: `train` has one class only, a label of `dev` or `test` does not occur in it, or
+            the classes of the splits differ.
+    """
+    assert train.labels is not None
+    counts = train.class_counts()
+    if sum(count > 0 for count in counts) < 2 and not train.multi_label:
+        only = train.label_names[counts.index(max(counts))]
+        raise DataError(
+            f"{train.source}: every row has the label {only!r}; "
+            "a classifier needs examples of two classes at least"
+        )
+    if not any(counts):
+        raise DataError(f"{train.source}: no row has a label")
+    notices = _notices_on_training(train, counts)
+    earlier = [train]
+    for split in (dev, test):
+        if split is None:
+            continue
+        _check_classes(train, counts, split)
+        for other in earlier:
+            notices += _duplicates(other, split)
+        notices += _one_class(split)
+        earlier.append(split)
+    return notices
+
+
+def _notices_on_training(train: Dataset, counts: list[int]) -> list[Notice]:
+    notices = []
+    if absent := [name for name, n in zip(train.label_names, counts, strict=True) if n == 0]:
+        message = f"{train.source}: no example of {listed(absent)}; it cannot be learned"
+        notices.append(Notice("absent", message, len(absent)))
+    spellings = defaultdict(list)
+    for name in train.label_names:
+        spellings[name.casefold()].append(name)
+    for names in spellings.values():
+        if len(names) > 1:
+            message = f"{train.source}: {listed(names)} are different labels; is one meant?"
+            notices.append(Notice("case", message, len(names)))
+    labels_of: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
+    for index, text in enumerate(train.texts):
+        labels_of[text].add(train.classes_of(index))
+    if conflicts := sum(len(labels) > 1 for labels in labels_of.values()):
+        message = f"{train.source}: {conflicts} texts occur with different labels"
+        notices.append(Notice("conflicts", message, conflicts))
+    return notices
+
+
+def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
+    if split.labels is None:
+        return
+    if split.label_names != train.label_names or split.multi_label != train.multi_label:
+        raise DataError(
+            f"{split.source}: its labels ({listed(split.label_names)}) are not those of "
+            f"{train.source} ({listed(train.label_names)})"
+        )
+    strange = Counter(
+        split.label_names[label]
+        for index in range(len(split))
+        for label in split.classes_of(index)
+        if counts[label] == 0
+    )
+    if strange:
+        raise DataError(
+            f"{split.source}: {strange.total()} rows have labels of which {train.source} has no "
+            f"example ({listed(sorted(strange))}); add some, or leave these rows out"
+        )
+
+
+def _duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
+    known = set(earlier.texts)
+    count = sum(text in known for text in split.texts)
+    if not count:
+        return []
+    message = (
+        f"{split.source}: {count} of {len(split)} rows have a text that {earlier.source} has too; "
+        "what is measured on them may be memory"
+    )
+    return [Notice("duplicates", message, count)]
+
+
+def _one_class(split: Dataset) -> list[Notice]:
+    used = [name for name, n in zip(split.label_names, split.class_counts(), strict=True) if n]
+    if split.multi_label or len(used) != 1 or len(split) < 2:
+        return []
+    message = (
+        f"{split.source}: every row has the label {used[0]!r}; is it a placeholder? "
+        "an accuracy on it says little"
+    )
+    return [Notice("one-class", message, len(split))]
