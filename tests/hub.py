@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: its endpoints for models, on a port of this machine.
+"""A stand-in for the Hugging Face hub: its endpoints for models and data sets, on a port of this machine.
 
 Serves repositories from memory, counts what it is asked for, and can be told to fail as the real
 one does. Knows nothing of minllama.
@@ -120,8 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         authorization = self.headers["Authorization"]
         hub.requests.append(Request(self.command, path, self.headers["Range"], authorization))
         match = re.fullmatch(
-            r"/api/models/(?P<repo>[^/]+/[^/]+)((/revision|(?P<tree>/tree))/(?P<revision>[^/]+))?"
-            r"|/(?P<file_repo>[^/]+/[^/]+)/resolve/(?P<file_revision>[^/]+)/(?P<file>.+)",
+            r"/api/(models|datasets)/(?P<repo>[^/]+/[^/]+)((/revision|(?P<tree>/tree))/(?P<revision>[^/]+))?"
+            r"|/(datasets/)?(?P<file_repo>[^/]+/[^/]+)/resolve/(?P<file_revision>[^/]+)/(?P<file>.+)",
             path,
         )
         if hub.is_down or match is None or (self.command == "GET" and match["file"] in hub.broken):

@@ -128,8 +128,8 @@ def _reason(hub_dataset: HubDataset, error: Exception) -> str:
     line = _first_line(error)
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return (
-            f"no such file here, and no data set {hub_dataset.repo} on the hub that you may read; "
-            "check the name, and for a private or gated one set HF_TOKEN"
+            f"no such file here, and no such data set on the hub that you may read ({line}); check "
+            "the name, and for a private or gated one set HF_TOKEN"
         )
     if "scripts are no longer supported" in line:
         return (
@@ -137,8 +137,8 @@ def _reason(hub_dataset: HubDataset, error: Exception) -> str:
             f"{hub_dataset.repo}@refs/convert/parquet, or another copy"
         )
     if isinstance(error, ValueError):  # no such split or config; the library lists what there is
-        text = " ".join(str(error).split())
-        return f"{text[:300]}; an id has the form owner/name/config:split, such as {EXAMPLE_ID}"
+        text = " ".join(str(error).split())[:300].rstrip(".")
+        return f"{text}; an id has the form owner/name/config:split, such as {EXAMPLE_ID}"
     return (
         f"no such file here, and it cannot be had from the hub ({line}); check the name and the "
         "connection"
