@@ -337,7 +337,7 @@ def test_standard_input_is_lines_of_text_or_what_the_option_says(
     (row,) = stream_rows("-", DataOptions(data_format="csv"))
     assert (row.text, row.record) == ("first", {"id": "7", "text": "first"})
     monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(DataError, match="^standard input is closed; name a file$"):
+    with pytest.raises(DataError, match=r"^standard input is closed; name a file$"):
         next(stream_rows("-"))
 
 

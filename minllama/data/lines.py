@@ -205,10 +205,11 @@ def _json_list(text: str, name: str) -> Iterator[RawRow]:
         yield line, _checked_object(value)
         position = skip_blank(position)
         ended = text.startswith("]", position)
-        if not ended and not text.startswith(",", position):
-            raise DataError(f"{name}, line {line}: no comma or ] after this object of the list")
-        position = skip_blank(position + 1)
-    if position < len(text):
+        if not ended:
+            if not text.startswith(",", position):
+                raise DataError(f"{name}, line {line}: no comma or ] after this object of the list")
+            position = skip_blank(position + 1)
+    if skip_blank(position + 1) < len(text):
         raise DataError(f"{name}: more text after the end of the list")
 
 
@@ -259,7 +260,7 @@ def _not_csv(message: str) -> str:
     if message.startswith("unexpected end"):
         return "a quote is opened and never closed"
     if message.startswith("new-line character"):
-        return "a carriage return outside quotes"
+        return "a carriage return outside quotes (lines must end with LF or CRLF)"
     return f"not CSV ({message})"
 
 
@@ -285,13 +286,15 @@ def _delimited_table(lines: Lines, rows: Iterator[tuple[int, list[str] | str]]) 
     if isinstance(header, str):
         raise DataError(f"{lines.name}, line {number}: {header}")
     columns = [name.strip() for name in header]
+    if any("\0" in name for name in columns):
+        raise DataError(f"{lines.name}: holds NUL characters; is it UTF-16, or no text?")
 
     def records() -> Iterator[RawRow]:
         for number, cells in rows:
             if isinstance(cells, str):
                 yield number, cells
             elif len(cells) != len(columns):
-                yield number, f"{len(cells)} cells where the first line names {len(columns)}"
+                yield number, f"columns: {len(cells)} here, {len(columns)} in the first line"
             else:
                 yield number, dict(zip(columns, cells, strict=True))
 

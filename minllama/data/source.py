@@ -99,7 +99,8 @@ def _on_the_hub(source: Source) -> HubDataset | None:
             return None
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a NUL
-        raise DataError(f"{shown(name)}: is no path ({error})") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{shown(name)}: is no path ({reason})") from error
     if not name or exists:
         # A pipe or a device may have no end, and could not be read twice.
         raise DataError(
