@@ -221,7 +221,7 @@ def test_bad_rows_of_every_kind_can_be_left_out(tmp_path: Path) -> None:
     assert dataset.texts == ["a", "d"]
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("skipped", 7)
-    assert str(notice).startswith(f"{path}: 7 bad rows left out: line 3: not CSV (")
+    assert str(notice).startswith(f"{path}: bad rows left out: 7 (line 3: not CSV (")
     places = re.findall(r"line \d+", str(notice))
     assert places == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 10)]
 

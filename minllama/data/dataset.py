@@ -172,7 +172,7 @@ class _Examples:
         if not self._texts:
             raise DataError(_no_rows(name, bad_rows))
         if bad_rows.count:
-            message = f"{name}: {bad_rows.count} bad rows left out: {bad_rows.summary()}"
+            message = f"{name}: bad rows left out: {bad_rows.count} ({bad_rows.summary()})"
             notices.append(Notice("skipped", message, bad_rows.count))
         given = [cells for cells in self._cells if cells is not None]
         if 0 < len(given) < len(self._cells):

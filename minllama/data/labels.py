@@ -146,18 +146,22 @@ def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
     Raises:
         DataError: it cannot be read, or is not of that form.
     """
+    name = str(path) if str(path).isprintable() else shown(str(path))
     try:
         with Path(path).expanduser().open("rb") as file:
             data = file.read(MAX_NAMES_BYTES + 1)
-        if len(data) > MAX_NAMES_BYTES:
-            raise DataError(f"{path}: too large for a file of label names")
-        content = json.loads(data.decode("utf-8-sig"))
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody, or nested too deeply
+    except (OSError, RuntimeError, ValueError) as error:  # no such file, ~nobody, a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{path}: {reason}; name a file of label names") from error
-    except ValueError as error:  # of JSON, of UTF-8, or a path with a NUL in it
-        raise DataError(f"{shown(str(path))}: not JSON ({error})") from error
-    return _checked_names(content, f"{path}")
+        raise DataError(f"{name}: {reason}; name a file of label names") from error
+    if len(data) > MAX_NAMES_BYTES:
+        raise DataError(f"{name}: too large for a file of label names")
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise DataError(f"{name}: not JSON ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{name}: JSON that is nested too deeply") from error
+    return _checked_names(content, name)
 
 
 def _checked_names(content: Any, where: str) -> dict[int, str]:

@@ -150,7 +150,7 @@ def _notices_on_training(train: Dataset, counts: list[int]) -> list[Notice]:
     for index, text in enumerate(train.texts):
         labels_of[text].add(train.classes_of(index))
     if conflicts := sum(len(labels) > 1 for labels in labels_of.values()):
-        message = f"{train.source}: {conflicts} texts occur with different labels"
+        message = f"{train.source}: texts that occur with different labels: {conflicts}"
         notices.append(Notice("conflicts", message, conflicts))
     return notices
 
@@ -171,8 +171,8 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
     )
     if strange:
         raise DataError(
-            f"{split.source}: {strange.total()} rows have labels of which {train.source} has no "
-            f"example ({listed(sorted(strange))}); add some, or leave these rows out"
+            f"{split.source}: rows with labels of which {train.source} has no example: "
+            f"{strange.total()} ({listed(sorted(strange))}); add some, or leave these rows out"
         )
 
 

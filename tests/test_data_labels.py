@@ -1,0 +1,211 @@
+"""Claims about labels: which class a cell means, and that no class is guessed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minllama.data import Dataset, load_dataset, read_label_names
+from minllama.errors import DataError
+from minllama.options import DataOptions
+
+
+def load(
+    path: Path, *labels: Any, known: list[str] | None = None, **options: Any
+) -> tuple[Any, list[str]]:
+    """Classes and class names of a JSONL file with these labels."""
+    rows = (json.dumps({"text": f"text {i}", "label": label}) for i, label in enumerate(labels))
+    (path / "x.jsonl").write_text("\n".join(rows))
+    dataset = load_dataset(path / "x.jsonl", DataOptions(**options), label_names=known)
+    return dataset.labels, dataset.label_names
+
+
+def names_file(path: Path, content: Any) -> str:
+    file = path / "names.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("cells", "labels", "names"),
+    [
+        (["b", "a", "b"], [1, 0, 1], ["a", "b"]),
+        (["10", "9", "10"], [1, 0, 1], ["9", "10"]),
+        ([10, 9, "9"], [1, 0, 0], ["9", "10"]),
+        ([2.0, 1.0], [1, 0], ["1", "2"]),
+        (["2.0", "1.0"], [1, 0], ["1", "2"]),  # what pandas makes of integers and a gap
+        (["4.5", "4.0"], [1, 0], ["4.0", "4.5"]),
+        (["10", "9", "none"], [0, 1, 2], ["10", "9", "none"]),
+        ([-2, 3], [0, 1], ["-2", "3"]),
+        ([True, False], [1, 0], ["false", "true"]),
+        ([" a ", "a", "b c"], [0, 0, 1], ["a", "b c"]),
+        (["Good", "good"], [0, 1], ["Good", "good"]),
+        (["é", "z"], [1, 0], ["z", "é"]),
+    ],
+)
+def test_names_are_sorted_and_integers_by_value(
+    tmp_path: Path, cells: list[Any], labels: list[int], names: list[str]
+) -> None:
+    assert load(tmp_path, *cells) == (labels, names)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["bad", "so-so", "good"],
+        {"bad": 0, "good": 2, "so-so": 1},
+        {"0": "bad", "2": "good", "1": "so-so"},
+        '\ufeff[" bad ", "so-so", "good"]',
+    ],
+)
+def test_a_file_of_names_has_one_of_three_forms(tmp_path: Path, content: Any) -> None:
+    path = names_file(tmp_path, content)
+    assert read_label_names(path) == {0: "bad", 1: "so-so", 2: "good"}
+    # Classes come in the file's order, whether the rows hold names or numbers, or lack a class.
+    expected = [2, 0, 0], ["bad", "so-so", "good"]
+    assert load(tmp_path, "good", "bad", 0, label_names=path) == expected
+    assert load(tmp_path, "2", "0.0", 0, label_names=path) == expected
+
+
+def test_numbers_of_a_file_need_not_start_at_0(tmp_path: Path) -> None:
+    path = names_file(tmp_path, {"negative": -1, "neutral": 0, "positive": 1})
+    expected = [0, 1, 2], ["negative", "neutral", "positive"]
+    assert load(tmp_path, -1, 0, "1", label_names=path) == expected
+    # The classes of a classifier may stand in another order: the file says what is meant.
+    known = ["positive", "neutral", "negative"]
+    assert load(tmp_path, -1, 0, "1", label_names=path, known=known) == ([2, 1, 0], known)
+
+
+def test_classes_that_are_known_keep_their_order(tmp_path: Path) -> None:
+    assert load(tmp_path, "a", "b", known=["b", "c", "a"]) == ([2, 0], ["b", "c", "a"])
+    assert load(tmp_path, 0, "1", known=["b", "c", "a"]) == ([0, 1], ["b", "c", "a"])
+
+
+def test_numbers_that_are_names_are_never_positions(tmp_path: Path) -> None:
+    assert load(tmp_path, 1, "2", 5.0, known=["1", "2", "5"]) == ([0, 1, 2], ["1", "2", "5"])
+    with pytest.raises(DataError, match=r"label 0 is not one of '1', '2', '5';"):
+        load(tmp_path, 0, known=["1", "2", "5"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ("c", "label 'c' is not one of 'a', 'b'"),
+        ("A", "label 'A' is not one of 'a', 'b'"),
+        (2, "label 2 is not one of 'a', 'b'"),
+        (-1, "label -1 stands for none (where it is a class, name it in a file for --label-names)"),
+        (-2, "label -2 is not one of 'a', 'b'"),
+        (0.5, "label 0.5 is neither a name nor a whole number"),
+        (None, "no label"),
+        ("", "no label"),
+        ("  ", "no label"),
+    ],
+)
+def test_labels_that_are_not_known_make_bad_rows(tmp_path: Path, cell: Any, reason: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, "a", cell, known=["a", "b"])
+    assert f"x.jsonl, line 2: {reason}; mend it" in str(caught.value)
+
+
+def test_a_number_whose_name_is_not_known_is_told_with_its_name(tmp_path: Path) -> None:
+    path = names_file(tmp_path, ["a", "z"])
+    with pytest.raises(DataError, match=r"label 1 \('z'\) is not one of 'a', 'b'"):
+        load(tmp_path, 0, 1, label_names=path, known=["a", "b"])
+
+
+def test_of_many_known_names_ten_are_listed(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"not one of 'n0', .*'n9' and 67 more;"):
+        load(tmp_path, "x", known=[f"n{i}" for i in range(77)])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not JSON (Expecting value: line 1 column 1 (char 0))"),
+        ("[", "not JSON (Expecting value: line 1 column 2 (char 1))"),
+        (3, "does not name classes; write FORM"),
+        ({"a": "b"}, "does not name classes; write FORM"),
+        ({"a": 0.5}, "does not name classes; write FORM"),
+        ([], "names no class; write FORM"),
+        ({}, "names no class; write FORM"),
+        (["a", 1], "1 is not a name; write FORM"),
+        (["a", " "], "' ' is not a name; write FORM"),
+        ({"1": None}, "None is not a name; write FORM"),
+        (["a", "a "], "has a name or a number twice"),
+        ({"a": 1, "b": 1}, "has a name or a number twice"),
+        ({"1": "a", "01": "b"}, "has a name or a number twice"),
+        ("[" * 99_999, "JSON that is nested too deeply"),
+    ],
+)
+def test_files_of_names_with_mistakes_are_one_line(
+    tmp_path: Path, content: Any, message: str
+) -> None:
+    form = 'a list such as ["bad", "good"], or an object such as {"bad": 0, "good": 1}'
+    with pytest.raises(DataError) as caught:
+        read_label_names(names_file(tmp_path, content))
+    line = str(caught.value).replace(f"{tmp_path}/", "")
+    assert line.startswith(f"names.json: {message.replace('FORM', form)}")
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("path", ["no such file", ".", "a\0b", "~no one/x", "x" * 5000])
+def test_files_of_names_that_cannot_be_read_are_one_line(path: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read_label_names(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_lists_make_a_data_set_of_several_labels_a_row(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "label": ["late", "broken"]},
+        {"text": "b", "label": []},
+        {"text": "c", "label": ["late"]},
+        {"text": "d", "label": "kind"},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    dataset = load_dataset(path)
+    assert dataset == Dataset(
+        ["a", "b", "c", "d"],
+        [(0, 2), (), (2,), (1,)],
+        ["broken", "kind", "late"],
+        str(path),
+        multi_label=True,
+    )
+    assert dataset.class_counts() == [1, 1, 2]
+    assert dataset.classes_of(0) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "separator"),
+    [
+        ("x.csv", 'text,label\na,"late, broken"\nb,\nc,late\n', ","),
+        ("x.csv", "text,label\na,late|broken\nb,|\nc,late|\n", "|"),
+        ("x.txt", "late, broken ||| a\n||| b\nlate ||| c\n", ","),
+    ],
+)
+def test_one_cell_may_hold_several_labels(
+    tmp_path: Path, name: str, content: str, separator: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    options = DataOptions(multi_label=True, label_separator=separator)
+    dataset = load_dataset(tmp_path / name, options)
+    assert dataset.labels == [(0, 1), (), (1,)]
+    assert dataset.label_names == ["broken", "late"]
+    assert dataset.multi_label
+
+
+def test_numbers_in_lists_get_their_names(tmp_path: Path) -> None:
+    path = names_file(tmp_path, ["late", "broken", "kind"])
+    expected = [(0, 2), (1,)], ["late", "broken", "kind"]
+    assert load(tmp_path, [2, "late"], [1], label_names=path) == expected
+    options = {"label_names": path, "multi_label": True}
+    assert load(tmp_path, "2, 0", "broken", **options) == expected
+
+
+def test_the_minus_1_of_several_labels_stands_for_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 2: no label"):
+        load(tmp_path, ["a"], [-1])
+    with pytest.raises(DataError, match="line 2: label -1 stands for none"):
+        load(tmp_path, "a", "-1", multi_label=True)

@@ -1,0 +1,214 @@
+"""Claims about splits and samples: stratified, seeded, without leaks, and checked."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minllama.data import (
+    Dataset,
+    check_splits,
+    sample_balanced,
+    sample_per_class,
+    stratified_split,
+)
+from minllama.data.dataset import Notice
+from minllama.errors import DataError
+
+
+def dataset(*counts: int, source: str = "train.csv") -> Dataset:
+    """So many texts of each class, the classes taking turns."""
+    rows = sorted((i, label) for label, count in enumerate(counts) for i in range(count))
+    texts = [f"{source} {label}.{i}" for i, label in rows]
+    return Dataset(texts, [label for _, label in rows], list("abcdefgh"[: len(counts)]), source)
+
+
+def several(*labels: tuple[int, ...]) -> Dataset:
+    texts = [f"text {i}" for i in range(len(labels))]
+    return Dataset(texts, list(labels), ["a", "b", "c"], "train.jsonl", multi_label=True)
+
+
+def test_a_split_takes_the_same_part_of_each_class_and_keeps_the_order() -> None:
+    whole = dataset(100, 50, 10, 1)
+    train, dev = stratified_split(whole, 0.1, seed=0)
+    assert dev.class_counts() == [10, 5, 1, 0]
+    assert train.class_counts() == [90, 45, 9, 1]
+    for part in (train, dev):
+        places = [whole.texts.index(text) for text in part.texts]
+        assert places == sorted(places)
+        assert part.labels == [whole.labels[i] for i in places]  # type: ignore[index]
+    assert sorted(train.texts + dev.texts) == sorted(whole.texts)
+
+
+def test_a_split_depends_on_the_seed_alone() -> None:
+    first, again, other = (stratified_split(dataset(40, 40), 0.25, seed)[1] for seed in (1, 1, 2))
+    assert first.texts == again.texts != other.texts
+    assert stratified_split(dataset(3, 3), 0.4, 0)[1].texts == ["train.csv 0.1", "train.csv 1.1"]
+
+
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=5).filter(lambda c: max(c) > 1),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 9),
+)
+def test_no_class_of_two_or_more_is_missing_on_either_side(
+    counts: list[int], fraction: float, seed: int
+) -> None:
+    train, dev = stratified_split(dataset(*counts), fraction, seed)
+    for n, n_train, n_dev in zip(counts, train.class_counts(), dev.class_counts(), strict=True):
+        assert (n_train, n_dev) == (1, 0) if n == 1 else (n_train > 0 and n_dev > 0)
+        assert n_train + n_dev == n
+
+
+def test_equal_texts_stay_on_one_side() -> None:
+    once = dataset(20, 20)
+    assert once.labels is not None
+    thrice = replace(once, texts=once.texts * 3, labels=list(once.labels) * 3)
+    train, dev = stratified_split(thrice, 0.25, seed=0)
+    assert len(dev) == 30
+    assert not set(train.texts) & set(dev.texts)
+
+
+def test_a_text_with_several_labels_counts_for_the_rarest() -> None:
+    whole = several(*[(0, 1)] * 10, *[(0,)] * 20, *[()] * 10)
+    train, dev = stratified_split(whole, 0.5, seed=0)
+    assert Counter(dev.classes_of(i) for i in range(len(dev))) == {(0, 1): 5, (0,): 10, (): 5}
+    assert len(train) == 20
+
+
+def test_notices_stay_with_the_training_side() -> None:
+    notice = Notice("skipped", "x.csv: bad rows left out: 1", 1)
+    train, dev = stratified_split(replace(dataset(4, 4), notices=(notice,)), 0.5, 0)
+    assert (train.notices, dev.notices) == ((notice,), ())
+
+
+def test_where_nothing_can_be_set_aside_it_is_said() -> None:
+    with pytest.raises(DataError) as caught:
+        stratified_split(dataset(1, 1), 0.5, 0)
+    assert str(caught.value) == (
+        "train.csv: no class has two different texts, so none can be set aside for evaluation; "
+        "give a --dev file"
+    )
+
+
+def test_a_sample_has_k_of_each_class_or_all_there_are() -> None:
+    sample = sample_per_class(dataset(50, 20, 2), 3, seed=0)
+    assert sample.class_counts() == [3, 3, 2]
+    assert len(set(sample.texts)) == 8
+    assert sample.labels == [int(text.split()[1][0]) for text in sample.texts]
+    assert sample.labels != sorted(sample.labels)  # type: ignore[type-var]
+    assert sample.texts == sample_per_class(dataset(50, 20, 2), 3, seed=0).texts
+    assert sample.texts != sample_per_class(dataset(50, 20, 2), 3, seed=1).texts
+
+
+def test_a_sample_of_several_labels_has_k_of_each() -> None:
+    counts = sample_per_class(several(*[(0, 1)] * 9, *[(1, 2)] * 9, ()), 3, seed=0).class_counts()
+    assert counts[0] >= 3 <= counts[2]
+    assert counts[1] == counts[0] + counts[2] <= 6
+
+
+@pytest.mark.parametrize(
+    ("n", "counts"), [(5, [1] * 5), (9, [2, 2, 2, 2, 1]), (21, [5, 5, 5, 5, 1]), (0, [0] * 5)]
+)
+def test_a_balanced_sample_is_spread_over_the_classes(n: int, counts: list[int]) -> None:
+    sample = sample_balanced(dataset(9, 9, 9, 9, 1), n, seed=3)
+    assert sample.class_counts() == counts
+    assert len(set(sample.texts)) == n
+
+
+def test_chance_decides_which_classes_get_one_more() -> None:
+    samples = [sample_balanced(dataset(9, 9, 9, 9, 9), 7, seed) for seed in range(40)]
+    for sample in samples:
+        assert sorted(sample.class_counts()) == [1, 1, 1, 2, 2]
+    totals = [sum(sample.class_counts()[c] for sample in samples) for c in range(5)]
+    assert min(totals) > 45  # of 56 on average
+    firsts = Counter(sample.classes_of(0)[0] for sample in samples)
+    assert len(firsts) == 5  # and the order is mixed
+    assert samples[0].texts == sample_balanced(dataset(9, 9, 9, 9, 9), 7, 0).texts
+
+
+def test_a_balanced_sample_of_several_labels_draws_each_text_once() -> None:
+    whole = several(*[(0, 1, 2)] * 5, ())
+    assert sorted(sample_balanced(whole, 6, 0).texts) == sorted(whole.texts)
+    with pytest.raises(DataError, match="7 examples are asked for and it has 6"):
+        sample_balanced(whole, 7, 0)
+
+
+def test_sound_splits_pass_without_a_word() -> None:
+    train, dev, test = (dataset(4, 4, source=name) for name in ("train", "dev", "test"))
+    assert check_splits(train) == []
+    assert check_splits(train, dev, test) == []
+    assert check_splits(train, replace(dev, labels=None)) == []
+    labels = several((0,), (1, 2))
+    assert check_splits(labels, replace(labels, texts=["other", "texts"])) == []
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "message"),
+    [
+        (
+            dataset(4),
+            None,
+            "train.csv: every row has the label 'a'; a classifier needs examples of two classes "
+            "at least",
+        ),
+        (several((), ()), None, "train.jsonl: no row has a label"),
+        (
+            replace(dataset(4, 4, 0, 0), label_names=["a", "b", "c", "d"]),
+            dataset(1, 0, 2, 1, source="dev.csv"),
+            "dev.csv: rows with labels of which train.csv has no example: 3 ('c', 'd'); add some, "
+            "or leave these rows out",
+        ),
+        (
+            dataset(4, 4),
+            replace(dataset(1, 1, source="dev.csv"), label_names=["b", "a"]),
+            "dev.csv: its labels ('b', 'a') are not those of train.csv ('a', 'b')",
+        ),
+    ],
+)
+def test_splits_that_cannot_serve_are_refused(
+    train: Dataset, dev: Dataset | None, message: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        check_splits(train, dev)
+    assert str(caught.value) == message
+    if dev is not None:
+        with pytest.raises(DataError):
+            check_splits(train, None, dev)
+
+
+def test_what_is_doubtful_is_told_and_counted() -> None:
+    train = Dataset(["x", "y", "y", "z"], [0, 0, 1, 1], ["Late", "late", "c"], "train.csv")
+    dev = Dataset(["x", "y", "x", "w"], [0, 0, 1, 1], ["Late", "late", "c"], "dev.csv")
+    test = Dataset(["w", "z", "v"], [0, 0, 0], ["Late", "late", "c"], "test.csv")
+    assert [(n.kind, n.count, str(n)) for n in check_splits(train, dev, test)] == [
+        ("absent", 1, "train.csv: no example of 'c'; it cannot be learned"),
+        ("case", 2, "train.csv: 'Late', 'late' are different labels; is one meant?"),
+        ("conflicts", 1, "train.csv: texts that occur with different labels: 1"),
+        (
+            "duplicates",
+            3,
+            "dev.csv: 3 of 4 rows have a text that train.csv has too; what is measured on them "
+            "may be memory",
+        ),
+        (
+            "duplicates",
+            1,
+            "test.csv: 1 of 3 rows have a text that train.csv has too; what is measured on them "
+            "may be memory",
+        ),
+        (
+            "duplicates",
+            1,
+            "test.csv: 1 of 3 rows have a text that dev.csv has too; what is measured on them "
+            "may be memory",
+        ),
+        (
+            "one-class",
+            3,
+            "test.csv: every row has the label 'Late'; is it a placeholder? an accuracy on it "
+            "says little",
+        ),
+    ]
