@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: its endpoints for models and data sets, on a port of this machine.
+"""A stand-in for the Hugging Face hub: its endpoints for models and data sets, on a local port.
 
 Serves repositories from memory, counts what it is asked for, and can be told to fail as the real
 one does. Knows nothing of minllama.
@@ -120,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         authorization = self.headers["Authorization"]
         hub.requests.append(Request(self.command, path, self.headers["Range"], authorization))
         match = re.fullmatch(
-            r"/api/(models|datasets)/(?P<repo>[^/]+/[^/]+)((/revision|(?P<tree>/tree))/(?P<revision>[^/]+))?"
+            r"/api/(models|datasets)/(?P<repo>[^/]+/[^/]+)((/revision|(?P<tree>/tree))/(?P<revision>[^/]+)(/(?P<folder>.+))?)?"
             r"|/(datasets/)?(?P<file_repo>[^/]+/[^/]+)/resolve/(?P<file_revision>[^/]+)/(?P<file>.+)",
             path,
         )
@@ -136,8 +136,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = repository.files_at(commit)
         if match["file"] is None:
+            folder = match["folder"]
+            if folder is not None and not any(name.startswith(f"{folder}/") for name in files):
+                return self._fail(404, "EntryNotFound", f"{folder} does not exist")
             return self._send_json(
-                _tree(files) if match["tree"] else _info(match["repo"], commit, files)
+                _tree(files, folder) if match["tree"] else _info(match["repo"], commit, files)
             )
         if repository.gated and not allowed:
             return self._fail(
@@ -192,7 +195,7 @@ def _info(repo: str, commit: str, files: dict[str, bytes]) -> dict[str, object]:
     return {"id": repo, "modelId": repo, "sha": commit, "private": False, "siblings": siblings}
 
 
-def _tree(files: dict[str, bytes]) -> list[dict[str, object]]:
+def _tree(files: dict[str, bytes], folder: str | None) -> list[dict[str, object]]:
     return [
         {
             "type": "file",
@@ -201,4 +204,5 @@ def _tree(files: dict[str, bytes]) -> list[dict[str, object]]:
             "oid": hashlib.sha1(content).hexdigest(),
         }
         for name, content in files.items()
+        if folder is None or name.startswith(f"{folder}/")
     ]
