@@ -181,3 +181,28 @@ class DataOptions(CheckedOptions):
         for name in ("text_column", "label_column", "label_names", "label_separator"):
             if getattr(self, name) == "":
                 raise OptionError(f"{name} must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAOptions(CheckedOptions):
+    """Low-rank adapters beside frozen weights; see `minllama.lora`."""
+
+    target_modules: tuple[str, ...] = option(
+        ("all-linear",),
+        "adapt these: all-linear, or names such as compute_query or q_proj, or a regular "
+        "expression for the whole dotted name; may be given several times",
+    )
+    r: int = option(8, "rank of the adapters", within=Range(1))
+    lora_alpha: float = option(
+        16.0, "adapters are scaled by lora_alpha / r", within=Range(0, low_open=True)
+    )
+    lora_dropout: float = option(
+        0.0, "probability of dropping an adapter's input while training", within=Range(0, 1)
+    )
+    use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead (rsLoRA)")
+    use_dora: bool = option(False, "learn the magnitude of each row of a weight as well (DoRA)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.target_modules:
+            raise OptionError("target_modules is empty; name a module, or all-linear")
