@@ -21,7 +21,7 @@ ORDER = (
     ("llama", "constraint"),
     ("generation",),
     ("conversation",),
-    ("evaluation",),
+    ("evaluation", "baselines"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
