@@ -21,6 +21,7 @@ ORDER = (
     ("llama", "constraint"),
     ("generation",),
     ("conversation",),
+    ("lora",),
     ("evaluation", "baselines"),
     ("cli", "__main__"),
 )

@@ -1,0 +1,29 @@
+"""Low-rank adapters beside frozen linear layers: LoRA, rsLoRA, DoRA.
+
+`layer` is the arithmetic of one layer, `targets` says which layers, `model` acts on a whole Llama.
+"""
+
+from minllama.lora.layer import LoRAAdapter, LoRALayer
+from minllama.lora.model import (
+    adapter_names,
+    add_lora_wrapper,
+    lora_layers,
+    lora_parameters,
+    merge_lora,
+    remove_lora_wrapper,
+    set_adapters,
+    unmerge_lora,
+)
+
+__all__ = [
+    "LoRAAdapter",
+    "LoRALayer",
+    "adapter_names",
+    "add_lora_wrapper",
+    "lora_layers",
+    "lora_parameters",
+    "merge_lora",
+    "remove_lora_wrapper",
+    "set_adapters",
+    "unmerge_lora",
+]

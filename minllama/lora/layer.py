@@ -1,0 +1,238 @@
+"""One linear layer with low-rank adapters beside it (Hu et al. 2021).
+
+Reads like the papers: LoRA, rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024). Knows nothing of
+models, files or optimizers.
+
+Shape letters are those of `minllama.llama`; R is the rank.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minllama.errors import MinllamaError, OptionError
+from minllama.options import LoRAOptions
+
+
+class LoRAAdapter(nn.Module):
+    """The trainable part beside one linear layer: delta W = scaling * B A (Hu et al. 2021, eq. 3).
+
+    `lora_A` (R, in) starts Kaiming-uniform and `lora_B` (out, R) at zero, so that training starts
+    from the base. All of it is float32, whatever the base is: small steps would be lost in bfloat16
+    weights. With DoRA there is also `lora_magnitude_vector` (out,), the length m of each row of the
+    adapted weight: W' = m * (W + delta W) / ||W + delta W|| (Liu et al. 2024, eq. 5).
+    """
+
+    def __init__(self, base: nn.Linear, options: LoRAOptions) -> None:
+        super().__init__()
+        self.options = options
+        r = options.r
+        self.scaling = options.lora_alpha / (math.sqrt(r) if options.use_rslora else r)
+        # Drawn on the CPU, so that a seed means the same adapter on every device.
+        a = nn.init.kaiming_uniform_(torch.empty(r, base.in_features), a=math.sqrt(5))
+        device = base.weight.device
+        self.lora_A = nn.Parameter(a.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        self.dropout = nn.Dropout(options.lora_dropout)
+        # B is zero, so the rows of W + delta W are as long as those of W.
+        magnitude = nn.Parameter(_row_norms(dense_weight(base))) if options.use_dora else None
+        self.lora_magnitude_vector = magnitude
+
+    def delta_weight(self, base: nn.Linear) -> Tensor:
+        """What the adapter adds to the weight of `base`: (out, in), float32."""
+        delta = self.scaling * (self.lora_B @ self.lora_A)
+        if self.lora_magnitude_vector is None:
+            return delta
+        weight = dense_weight(base)
+        return self._row_scale(base).unsqueeze(-1) * (weight + delta) - weight
+
+    def forward(self, x: Tensor, base: nn.Linear, base_output: Tensor, share: float) -> Tensor:
+        """What the adapter adds to W x: (..., in) -> (..., out), without forming its weight.
+
+        The small matrices are cast to x's dtype, not x to theirs. Dropout is on what the low-rank
+        product reads; with DoRA, the base's part of the product stays whole.
+
+        Args:
+            x: what the layer reads.
+            base, base_output: the layer, and what it made of x.
+            share: factor on all of it.
+        """
+        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., R)
+        delta = F.linear(low, (share * self.scaling * self.lora_B).to(x.dtype))  # (..., out)
+        if self.lora_magnitude_vector is None:
+            return delta
+        scale = self._row_scale(base)  # (out,)
+        linear = base_output if base.bias is None else base_output - base.bias
+        return (share * (scale - 1)).to(x.dtype) * linear + scale.to(x.dtype) * delta
+
+    def _row_scale(self, base: nn.Linear) -> Tensor:
+        """The factor m / ||W + delta W|| on each row, (out,); the norm has no gradient.
+
+        Liu et al. 2024, sec. 4.3, take it for a constant, which saves memory.
+        """
+        assert self.lora_magnitude_vector is not None
+        with torch.no_grad():
+            adapted = torch.addmm(dense_weight(base), self.lora_B, self.lora_A, alpha=self.scaling)
+            norms = _row_norms(adapted)
+        return self.lora_magnitude_vector / norms
+
+
+class LoRALayer(nn.Module):
+    """A linear layer with adapters beside it: y = W x + scaling * B A dropout(x).
+
+    (Hu et al. 2021, sec. 4.1.) Several adapters may stand beside one base. Those that `active`
+    names take part, each with its share: y = (W + sum_i share_i * delta W_i) x.
+
+    Args:
+        base: the layer; it is frozen.
+        r: rank R of the first adapter.
+        lora_alpha: scaling is lora_alpha / r.
+        lora_dropout: probability of dropping an element of what the adapter reads, in training.
+        use_rslora: scaling is lora_alpha / sqrt(r), so that gradients do not shrink as r grows.
+        use_dora: learn the length of each row of the weight as well.
+        adapter_name: of the first adapter.
+
+    Attributes:
+        base: the layer that was there before.
+        adapters: name -> LoRAAdapter; in a state dict, `adapters.default.lora_A`.
+        active: name -> share of those that take part.
+
+    Raises:
+        OptionError: an option is out of its range, or the name cannot be one.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        use_dora: bool = False,
+        adapter_name: str = "default",
+    ) -> None:
+        super().__init__()
+        options = LoRAOptions(
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            use_dora=use_dora,
+        )
+        self.base = base.requires_grad_(False)
+        self.adapters = nn.ModuleDict()
+        self.active: dict[str, float] = {}
+        self._unmerged_weight: Tensor | None = None
+        self.train(base.training)
+        self.add_adapter(adapter_name, options)
+
+    def add_adapter(self, name: str, options: LoRAOptions) -> None:
+        """Put a fresh adapter beside the others; from now on it alone is active.
+
+        Raises:
+            OptionError: the name cannot be one.
+        """
+        check_adapter_name(name)
+        assert name not in self.adapters, name
+        assert not self.is_merged
+        # A module is born in training mode, which would turn dropout on in a model that is not.
+        self.adapters[name] = LoRAAdapter(self.base, options).train(self.training)
+        self.active = {name: 1.0}
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def is_merged(self) -> bool:
+        return self._unmerged_weight is not None
+
+    def adapter(self, name: str) -> LoRAAdapter:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, LoRAAdapter)
+        return adapter
+
+    def delta_weight(self, name: str = "default") -> Tensor:
+        """What an adapter, with share 1, adds to the base's weight: (out, in), float32."""
+        assert not self.is_merged, "the base's own weight is not in its place"
+        return self.adapter(name).delta_weight(self.base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the base's dtype."""
+        base_output: Tensor = self.base(x)
+        if self.is_merged:
+            return base_output
+        y = base_output
+        for name, share in self.active.items():
+            y = y + self.adapters[name](x, self.base, base_output, share)
+        return y
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + sum_i share_i * delta W_i, computed in float32 and rounded once to W's dtype.
+
+        Raises:
+            MinllamaError: it holds NaN or infinity.
+        """
+        weight = dense_weight(self.base)
+        for name, share in self.active.items():
+            weight = weight + share * self.delta_weight(name)
+        weight = weight.to(self.base.weight.dtype)
+        if not torch.isfinite(weight).all():
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise MinllamaError(
+                f"the merged weight holds NaN or infinity in {kind}: the adapter's training "
+                "diverged, or a wider dtype is needed"
+            )
+        return weight
+
+    def merge(self) -> None:
+        """Put `merged_weight` in the place of the base's weight, which is kept for `unmerge`.
+
+        It could not be computed back: a rounded sum cannot be undone by subtraction.
+        """
+        merged, weight = self.merged_weight(), self.base.weight
+        self._unmerged_weight = weight.data
+        weight.data = merged  # the old one is not written to: it may be a file, mapped into memory
+
+    def unmerge(self) -> None:
+        """Put the weight back as it was before `merge`, to the bit."""
+        assert self._unmerged_weight is not None
+        weight = self.base.weight
+        # The model may have moved in between.
+        weight.data = self._unmerged_weight.to(weight.device, weight.dtype)
+        self._unmerged_weight = None
+
+    def extra_repr(self) -> str:
+        return f"active={self.active}, merged={self.is_merged}"
+
+
+def dense_weight(base: nn.Linear) -> Tensor:
+    """The weight of a linear layer, in numbers to compute with: (out, in), float32, detached."""
+    return base.weight.detach().float()
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    """||w_i|| of each row, (out, in) -> (out,); that of a row of zeros can still divide."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1)
+    return norms.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def check_adapter_name(name: str) -> None:
+    """A name stands in the keys of a state dict, and must not hide an attribute of ModuleDict.
+
+    Raises:
+        OptionError: it cannot be one.
+    """
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise OptionError(
+            f"adapter_name must be letters, digits, _ and -, and no word of torch, not {name!r}"
+        )

@@ -1,0 +1,84 @@
+"""Which linear layers of a Llama are adapted: names, ours and Hugging Face's, and patterns.
+
+Knows nothing of what is put there.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from minllama.checkpoints.huggingface import their_name
+from minllama.errors import OptionError
+from minllama.llama import Llama
+from minllama.lora.layer import LoRALayer
+
+ALL_LINEAR = "all-linear"
+
+
+def linear_names(llama: Llama) -> list[str]:
+    """The names of the linear layers that can be adapted: all those of the layers."""
+    names: list[str] = []
+    for name, module in llama.layers.named_modules(prefix="layers"):
+        inside = name.rpartition(".")[0] in names
+        if isinstance(module, nn.Linear | LoRALayer) and not inside:
+            names.append(name)
+    return names
+
+
+def their_module_name(ours: str) -> str:
+    """Hugging Face's name of a module: `model.layers.0.self_attn.q_proj`."""
+    theirs: str = their_name(f"{ours}.weight")
+    return theirs.removesuffix(".weight")
+
+
+def has_name(ours: str, target: str) -> bool:
+    """Whether `target` is a module's whole name, or the end of it, in our words or in theirs."""
+    return any(
+        name == target or name.endswith(f".{target}") for name in (ours, their_module_name(ours))
+    )
+
+
+def matching_modules(
+    llama: Llama, targets: Sequence[str], layers_to_transform: int | Collection[int] | None
+) -> list[str]:
+    """The linear layers that `targets` name; see `add_lora_wrapper`."""
+    names = linear_names(llama)
+    chosen = {name for target in targets for name in _matches(target, names)}
+    if layers_to_transform is not None:
+        if isinstance(layers_to_transform, int):
+            layers_to_transform = [layers_to_transform]
+        last = llama.config.n_layers - 1
+        for layer in layers_to_transform:
+            if not 0 <= layer <= last:
+                raise OptionError(f"layers_to_transform must be from 0 to {last}, not {layer}")
+        chosen = {name for name in chosen if int(name.split(".")[1]) in layers_to_transform}
+        if not chosen:
+            raise OptionError("target_modules names nothing in the layers of layers_to_transform")
+    return [name for name in names if name in chosen]
+
+
+def _matches(target: str, names: list[str]) -> list[str]:
+    if target == ALL_LINEAR:
+        return names
+    matches = [name for name in names if has_name(name, target)]
+    if not matches:
+        try:
+            pattern = re.compile(target)
+        except re.error as error:
+            raise OptionError(
+                f"target_modules: {target!r} is neither a name nor a regular expression ({error})"
+            ) from error
+        matches = [
+            name
+            for name in names
+            if pattern.fullmatch(name) or pattern.fullmatch(their_module_name(name))
+        ]
+    if not matches:
+        ends = {name.rpartition(".")[2]: their_module_name(name) for name in names}
+        known = [f"{ours} ({theirs.rpartition('.')[2]})" for ours, theirs in ends.items()]
+        raise OptionError(
+            f"target_modules: no linear layer is called {target!r}; there are "
+            f"{', '.join(known)}, whole names such as {names[0]}, and {ALL_LINEAR}"
+        )
+    return matches
