@@ -1,0 +1,9 @@
+"""Predictions and their metrics, for people to look at: a page, files, a summary in the terminal.
+
+Takes plain values. Knows nothing of models, and nothing of how predictions are made.
+"""
+
+from minllama.report.content import Report, ReportedSplit
+from minllama.report.files import write_report
+
+__all__ = ["Report", "ReportedSplit", "write_report"]

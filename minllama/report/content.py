@@ -1,0 +1,81 @@
+"""What a report is about: predictions, their evaluations, and how they came about.
+
+Plain values only; everything that is shown is in here. Knows nothing of files, HTML or terminals.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.evaluation import Evaluation, Label, is_labelled, predictions
+
+
+@dataclass(frozen=True, eq=False)
+class ReportedSplit:
+    """The predictions for one file of texts.
+
+    Attributes:
+        name: what it is called: dev, test.
+        texts: N.
+        probabilities: (N, C).
+        labels: N classes, or N collections of classes; `None` or -1 for rows without a label.
+        evaluation: of the rows that have a label; `None` where none has.
+        others: evaluations of other systems on the same rows, by name: the baselines, the
+            zero-shot start.
+    """
+
+    name: str
+    texts: Sequence[str]
+    probabilities: NDArray[np.floating[Any]]
+    labels: Sequence[Label] | None = None
+    evaluation: Evaluation | None = None
+    others: Mapping[str, Evaluation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert len(self.texts) == len(self.probabilities)
+        assert self.labels is None or len(self.labels) == len(self.texts)
+
+    def gold(self, row: int) -> tuple[int, ...] | None:
+        """The classes that a row has, or `None` where nobody has said."""
+        label = None if self.labels is None else self.labels[row]
+        if not is_labelled(label):
+            return None
+        return (label,) if isinstance(label, int | np.integer) else tuple(label or ())
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """Everything that a report tells.
+
+    Attributes:
+        title: what was evaluated, in a few words.
+        label_names: C different names.
+        splits: what was predicted, in the order of the page.
+        multi_label: each text has any number of labels.
+        history: rows as training logs them: `step`, `loss`, and for some `dev_loss` or `dev_` and
+            the name of a metric of `Evaluation`. Empty where nothing was trained.
+        settings: of the run; values may be mappings.
+        versions: of what was used, by name.
+        notes: what a reader must know about the data, such as duplicates; a line each.
+        created: when the run ended.
+        seconds: how long it took.
+    """
+
+    title: str
+    label_names: Sequence[str]
+    splits: Sequence[ReportedSplit]
+    multi_label: bool = False
+    history: Sequence[Mapping[str, Any]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    created: datetime | None = None
+    seconds: float | None = None
+
+    def predicted(self, split: ReportedSplit) -> NDArray[np.bool_]:
+        """(N, C), true where the class is predicted."""
+        return predictions(split.probabilities, multi_label=self.multi_label)
