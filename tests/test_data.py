@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minllama.data import Dataset, count_rows, load_dataset, stream_rows
-from minllama.errors import DataError
+from minllama.errors import DataError, OptionError
 from minllama.options import DataOptions
 
 TEXTS = ["A warm , funny film .", 'He said "no" ||| twice', "  two\tspaces; é, 好 and 😀  "]
@@ -269,6 +269,16 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert (dataset.texts, dataset.label_names) == (["b"], ["d"])
 
 
+def test_a_label_column_need_not_be_there_where_no_label_is_needed(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("id,text\n1,a\n")
+    options = DataOptions(label_column="kind")
+    assert load_dataset(path, options, needs_labels=False).labels is None
+    assert [row.text for row in stream_rows(path, options)] == ["a"]
+    with pytest.raises(DataError, match="has no column 'kind'; give --label-column one of 'id', "):
+        load_dataset(path, options)
+
+
 def test_json_objects_need_not_have_the_same_keys(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n{"label": 1, "text": "b"}\n')
@@ -318,6 +328,14 @@ def test_unlabelled_rows_are_read_where_no_label_is_needed(
 
 def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_options_without_sense_are_refused() -> None:
+    with pytest.raises(OptionError, match="^data_format must be one of labelled, text, csv, tsv"):
+        DataOptions(data_format="xml")
+    for name in ("text_column", "label_column", "label_names", "label_separator"):
+        with pytest.raises(OptionError, match=f"^{name} must not be empty"):
+            DataOptions(**{name: ""})
 
 
 def test_standard_input_is_lines_of_text_or_what_the_option_says(

@@ -58,6 +58,8 @@ def find_columns(
         DataError: a column is not there, or cannot be guessed.
     """
     text = _asked(columns, name, text_column, "--text-column")
+    if not needs_label and label_column not in columns:
+        label_column = None  # what is to be classified need not have the training file's columns
     label = _asked(columns, name, label_column, "--label-column")
     # The index that pandas writes has no name.
     left = [column for column in columns if column and column not in (text, label)]

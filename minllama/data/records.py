@@ -4,6 +4,7 @@ Knows nothing of formats, nor of which column holds what.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,11 +58,9 @@ class Table:
     class_names: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        twice = {name for name in self.columns or () if (self.columns or ()).count(name) > 1}
-        if twice:
-            raise DataError(
-                f"{self.name}: has several columns called {listed(sorted(twice))}; rename them"
-            )
+        counts = Counter(self.columns)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise DataError(f"{self.name}: has several columns called {listed(twice)}; rename them")
 
 
 def numbered(rows: Iterable[RawRow], unit: str = "line") -> Iterator[Record | BadRow]:
