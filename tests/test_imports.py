@@ -22,6 +22,7 @@ ORDER = (
     ("generation",),
     ("conversation",),
     ("lora",),
+    ("adapter_config", "adapter_files"),
     ("evaluation", "baselines"),
     ("cli", "__main__"),
 )
