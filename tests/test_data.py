@@ -205,6 +205,8 @@ def test_csv_cells_may_span_lines_and_hold_quotes(tmp_path: Path) -> None:
     path.write_bytes(b'id,text,label\n1,"two\r\nlines, ""quoted""",a\n2,plain "quotes" inside,b\n')
     assert load_dataset(path).texts == ['two\r\nlines, "quoted"', 'plain "quotes" inside']
     assert [row.place for row in stream_rows(path)] == ["line 2", "line 4"]
+    path.write_bytes(b"\n\n" + path.read_bytes())
+    assert [row.place for row in stream_rows(path)] == ["line 4", "line 6"]
 
 
 def test_semicolons_separate_where_the_first_line_has_no_comma(tmp_path: Path) -> None:
@@ -242,6 +244,7 @@ def test_very_long_lines_and_cells_are_read(tmp_path: Path) -> None:
         ("label,words", 1, 0),  # what is left
         ("utterance,kind", 0, 1),
         (",text,label", 1, 2),  # the index that pandas writes
+        (",words,label", 1, 2),
         ("x,y,z", None, None),
         ("id,text,mark", 1, None),
         ("review,comment,label", None, 2),
@@ -331,7 +334,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
 
 
 def test_options_without_sense_are_refused() -> None:
-    with pytest.raises(OptionError, match="^data_format must be one of labelled, text, csv, tsv"):
+    with pytest.raises(OptionError, match=r"^data_format must be one of labelled, text, csv, tsv"):
         DataOptions(data_format="xml")
     for name in ("text_column", "label_column", "label_names", "label_separator"):
         with pytest.raises(OptionError, match=f"^{name} must not be empty"):

@@ -48,6 +48,13 @@ def test_classes_of_a_parquet_file_have_the_names_that_it_declares(tmp_path: Pat
     assert load_dataset(path, options).label_names == ["bad", "good"]
 
 
+def test_numbers_of_declared_classes_are_never_names(tmp_path: Path) -> None:
+    features = {"label": {"names": ["1", "2", "3"], "_type": "ClassLabel"}}
+    columns = {"text": ["a", "b", "c"], "label": [0, 1, 2]}
+    dataset = load_dataset(write(tmp_path / "x.parquet", columns, features))
+    assert (dataset.labels, dataset.label_names) == ([0, 1, 2], ["1", "2", "3"])
+
+
 def test_a_class_that_is_only_declared_is_a_class(tmp_path: Path) -> None:
     columns = {"text": ["a", "b"], "label": [1, -1]}
     path = write(tmp_path / "x.parquet", columns, {"label": CLASSES})

@@ -41,6 +41,7 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         ("x.txt", b"1 ||| a\nb\n", f", line 2: no ||| between label and sentence{MEND}"),
         ("x.txt", b"1 ||| a\n1 |||  \n", f", line 2: the text is empty{MEND}"),
         ("x.txt", b"1 ||| a\n ||| b\n", f", line 2: no label{MEND}"),
+        ("x.csv", b"text,label\n \t,1\n", f", line 2: the text is empty{MEND}"),
         (
             "x.txt",
             b"1 ||| a\n1 ||| b\0\n",
@@ -181,6 +182,7 @@ def test_what_cannot_be_used_is_one_literal_line(
     [
         ("x.txt", b"1 ||| a\n0 ||| caf\xe9\n", "line 2: byte 10 (0xe9)"),
         ("x.csv", b'text,label\n"two\nl\xe9nes",a\n', "line 3: byte 2 (0xe9)"),
+        ("x.csv", b'text,label\n"two\xe8\nl\xe9nes",a\n', "line 2: byte 5 (0xe8)"),
         ("x.tsv", b"text\tlabel\na\t\xff\n", "line 2: byte 3 (0xff)"),
         ("x.jsonl", b'{"text":"\xc3"}\n', "line 1: byte 10 (0xc3)"),
         ("x.json", b'[\n\n{"text":"ab\xff"}]', "line 3: byte 12 (0xff)"),
@@ -215,15 +217,16 @@ def test_all_bad_rows_are_counted_and_the_first_ten_shown(tmp_path: Path) -> Non
 def test_bad_rows_of_every_kind_can_be_left_out(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(
-        b'text,label\na,1\n"unclosed"x,1\nl\xe9,1\n,1\none\nb,\nc,-1\nd,1\n"never closed,2\ne,2\n'
+        b'text,label\n"unclos\xe9d"x,1\na,1\nl\xe9,1\n,1\none\nb,\nc,-1\nd,1\n'
+        b'"never closed,2\ne,2\n'
     )
     dataset = load_dataset(path, DataOptions(skip_bad_rows=True))
     assert dataset.texts == ["a", "d"]
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("skipped", 7)
-    assert str(notice).startswith(f"{path}: bad rows left out: 7 (line 3: not CSV (")
+    assert str(notice).startswith(f"{path}: bad rows left out: 7 (line 2: not CSV (")
     places = re.findall(r"line \d+", str(notice))
-    assert places == [f"line {n}" for n in (3, 4, 5, 6, 7, 8, 10)]
+    assert places == [f"line {n}" for n in (2, 4, 5, 6, 7, 8, 10)]
 
 
 def test_a_file_of_bad_rows_alone_is_refused_even_so(tmp_path: Path) -> None:

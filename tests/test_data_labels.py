@@ -61,7 +61,7 @@ def test_names_are_sorted_and_integers_by_value(
 )
 def test_a_file_of_names_has_one_of_three_forms(tmp_path: Path, content: Any) -> None:
     path = names_file(tmp_path, content)
-    assert read_label_names(path) == {0: "bad", 1: "so-so", 2: "good"}
+    assert list(read_label_names(path).items()) == [(0, "bad"), (1, "so-so"), (2, "good")]
     # Classes come in the file's order, whether the rows hold names or numbers, or lack a class.
     expected = [2, 0, 0], ["bad", "so-so", "good"]
     assert load(tmp_path, "good", "bad", 0, label_names=path) == expected
@@ -86,6 +86,11 @@ def test_numbers_that_are_names_are_never_positions(tmp_path: Path) -> None:
     assert load(tmp_path, 1, "2", 5.0, known=["1", "2", "5"]) == ([0, 1, 2], ["1", "2", "5"])
     with pytest.raises(DataError, match=r"label 0 is not one of '1', '2', '5';"):
         load(tmp_path, 0, known=["1", "2", "5"])
+
+
+def test_names_may_be_numbers_where_they_are_their_own(tmp_path: Path) -> None:
+    path = names_file(tmp_path, {"1": "1", "2": "2", "0": "none"})
+    assert load(tmp_path, "1", 2, 0, label_names=path) == ([1, 2, 0], ["none", "1", "2"])
 
 
 @pytest.mark.parametrize(
@@ -135,6 +140,7 @@ def test_of_many_known_names_ten_are_listed(tmp_path: Path) -> None:
         (["a", "a "], "has a name or a number twice"),
         ({"a": 1, "b": 1}, "has a name or a number twice"),
         ({"1": "a", "01": "b"}, "has a name or a number twice"),
+        (["1", "2"], "number 0 is called '1', which is the number of another class; call them"),
         ("[" * 99_999, "JSON that is nested too deeply"),
     ],
 )

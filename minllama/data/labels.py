@@ -43,7 +43,7 @@ class LabelReader:
     ) -> None:
         if known is None and numbers is not None:
             known = [numbers[number] for number in sorted(numbers)]
-        elif known is not None and numbers is None and not all(map(_is_integer, known)):
+        elif known is not None and numbers is None and not any(map(_is_integer, known)):
             # Classes that are called 1 to 5 are meant by these names, never by position.
             numbers = dict(enumerate(known))
         self.known = None if known is None else list(known)
@@ -85,10 +85,10 @@ class LabelReader:
     def _named(self, cell: Cell) -> Cell:
         if self.known is None:
             return cell
-        if str(cell) in self.index_of:
-            return str(cell)
+        # A number is a number first, and text a name first: where classes that are called 1 to 5
+        # are numbered 0 to 4, both can be in one column.
         name = str(cell)
-        if _is_integer(cell):
+        if _is_integer(cell) and (isinstance(cell, int) or name not in self.index_of):
             name = self._numbers.get(_integer(cell), str(_integer(cell)))
         if name not in self.index_of:
             meant = "" if name == str(cell) else f" ({shown(name)})"
@@ -182,4 +182,10 @@ def _checked_names(content: Any, where: str) -> dict[int, str]:
         raise DataError(f"{where}: names no class; write {form}")
     if len(numbers) < len(pairs) or len(set(numbers.values())) < len(pairs):
         raise DataError(f"{where}: has a name or a number twice")
+    for number, name in numbers.items():
+        if _is_integer(name) and numbers.get(_integer(name), name) != name:
+            raise DataError(
+                f"{where}: number {number} is called {name!r}, which is the number of another "
+                "class; call them otherwise"
+            )
     return dict(sorted(numbers.items()))
