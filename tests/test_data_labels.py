@@ -91,6 +91,8 @@ def test_numbers_that_are_names_are_never_positions(tmp_path: Path) -> None:
 def test_names_may_be_numbers_where_they_are_their_own(tmp_path: Path) -> None:
     path = names_file(tmp_path, {"1": "1", "2": "2", "0": "none"})
     assert load(tmp_path, "1", 2, 0, label_names=path) == ([1, 2, 0], ["none", "1", "2"])
+    path = names_file(tmp_path, ["007", "006"])
+    assert load(tmp_path, "006", "007", 0, label_names=path) == ([1, 0, 0], ["007", "006"])
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,12 @@ class LabelReader:
     def _named(self, cell: Cell) -> Cell:
         if self.known is None:
             return cell
-        # A number is a number first, and text a name first: where classes that are called 1 to 5
-        # are numbered 0 to 4, both can be in one column.
         name = str(cell)
-        if _is_integer(cell) and (isinstance(cell, int) or name not in self.index_of):
-            name = self._numbers.get(_integer(cell), str(_integer(cell)))
+        if _is_integer(cell):
+            # A number first: classes that are called 1 to 5 may be numbered 0 to 4.
+            number = _integer(cell)
+            same = name if name in self.index_of else str(number)
+            name = self._numbers.get(number, same)
         if name not in self.index_of:
             meant = "" if name == str(cell) else f" ({shown(name)})"
             raise ValueError(f"label {shown(cell)}{meant} is not one of {listed(self.known)}")
