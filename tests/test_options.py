@@ -160,7 +160,7 @@ def test_a_word_outside_the_choices_is_refused() -> None:
         other: str | None = option(None, "or none", choices=("a", "b"))
 
     assert Options(pooling="mean").pooling == "mean"
-    with pytest.raises(OptionError, match="^pooling must be one of last, mean, not 'max'$"):
+    with pytest.raises(OptionError, match=r"^pooling must be one of last, mean, not 'max'$"):
         Options(pooling="max")
-    with pytest.raises(OptionError, match="^other must be one of a, b, not 'c'$"):
+    with pytest.raises(OptionError, match=r"^other must be one of a, b, not 'c'$"):
         Options(other="c")
