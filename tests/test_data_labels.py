@@ -204,6 +204,10 @@ def test_one_cell_may_hold_several_labels(
     assert dataset.multi_label
 
 
+def test_a_number_and_its_text_are_one_label(tmp_path: Path) -> None:
+    assert load(tmp_path, [1, "1", 2], ["2"]) == ([(0, 1), (1,)], ["1", "2"])
+
+
 def test_numbers_in_lists_get_their_names(tmp_path: Path) -> None:
     path = names_file(tmp_path, ["late", "broken", "kind"])
     expected = [(0, 2), (1,)], ["late", "broken", "kind"]

@@ -194,7 +194,7 @@ class _Examples:
             names, index_of = class_names(itertools.chain.from_iterable(given))
         if len(given) < len(self._texts):
             return None, names
-        rows = [tuple(sorted(index_of[cell] for cell in cells)) for cells in given]
+        rows = [tuple(sorted({index_of[cell] for cell in cells})) for cells in given]
         return rows if multi_label else [label for (label,) in rows], names
 
 

@@ -81,7 +81,7 @@ def open_table(
     try:
         file = path.open("rb")
     except OSError as error:
-        raise DataError(f"{name}: {error.strerror}") from error
+        raise DataError(f"{name}: {error.strerror}; name a file that you may read") from error
     with file:
         yield _stream_table(file, name, kind, labelled)
 
