@@ -21,9 +21,10 @@ ORDER = (
     ("llama", "constraint"),
     ("generation",),
     ("conversation",),
-    ("lora",),
+    ("lora", "optimizer"),
     ("adapter_config", "adapter_files"),
     ("evaluation", "baselines"),
+    ("report",),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
