@@ -35,8 +35,11 @@ DEV_METRICS = {
 }
 
 
-def reliability_diagram(bins: Sequence[CalibrationBin]) -> str:
+def reliability_diagram(bins: Sequence[CalibrationBin], *, multi_label: bool = False) -> str:
     """Accuracy against confidence, bin by bin (Guo et al. 2017, fig. 1), over a histogram."""
+    predicted, observed = (
+        ("probability", "has the label") if multi_label else ("confidence", "accuracy")
+    )
     full = [bin_ for bin_ in bins if bin_.count]
     with _figure(heights=(3, 1)) as figure:
         above, below = figure.axes
@@ -46,13 +49,13 @@ def reliability_diagram(bins: Sequence[CalibrationBin]) -> str:
             assert bin_.confidence is not None
             middle, width = (bin_.low + bin_.high) / 2, bin_.high - bin_.low
             above.bar(middle, bin_.accuracy, width * 0.86, color=ACCENT, alpha=0.35, linewidth=0)
-            above.plot([bin_.confidence] * 2, [bin_.confidence, bin_.accuracy], color=WARM, lw=1.2)
             above.plot(
-                bin_.confidence, bin_.accuracy, "o", color=ACCENT, markersize=3.2, zorder=3
+                [bin_.confidence] * 2, [bin_.confidence, bin_.accuracy], color=WARM, linewidth=1.2
             )
+            above.plot(bin_.confidence, bin_.accuracy, "o", color=ACCENT, markersize=3.2, zorder=3)
             below.bar(middle, bin_.count, width * 0.86, color=MUTED, alpha=0.55, linewidth=0)
-        above.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="came true")
-        below.set(xlim=(0, 1), xlabel="confidence", ylabel="count")
+        above.set(xlim=(0, 1), ylim=(0, 1.02), ylabel=observed)
+        below.set(xlim=(0, 1), xlabel=predicted, ylabel="count")
         below.yaxis.set_major_locator(_integers(2))
         above.tick_params(labelbottom=False)
         for axis in (above.xaxis, above.yaxis, below.xaxis):
@@ -71,11 +74,12 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
         if training:
             points = _thinned(training)
             axes.plot(*zip(*points, strict=True), color=ACCENT, alpha=0.3, linewidth=0.8)
-            axes.plot(*zip(*_smoothed(points), strict=True), color=ACCENT, label="training")
+            marker = "o" if len(points) == 1 else None  # a line needs two
+            mean = _smoothed(points)
+            axes.plot(*zip(*mean, strict=True), color=ACCENT, marker=marker, label="training")
         if dev:
             axes.plot(*zip(*dev, strict=True), "o-", color=WARM, markersize=3.5, label="dev")
-        axes.set(xlabel="step", ylabel="loss")
-        _finish_curve(axes)
+        _finish_curve(axes, history)
         return _svg(figure)
 
 
@@ -92,9 +96,8 @@ def metric_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
             axes.plot(*zip(*points, strict=True), "o-", color=color, markersize=3, label=name)
             step, best = max(points, key=lambda point: point[1])
             axes.plot(step, best, "o", color=color, fillstyle="none", markersize=8)
-        axes.set(xlabel="step", ylabel="dev")
         axes.margins(y=0.15)
-        _finish_curve(axes)
+        _finish_curve(axes, history)
         return _svg(figure)
 
 
@@ -130,7 +133,11 @@ def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return smoothed
 
 
-def _finish_curve(axes: Any) -> None:
+def _finish_curve(axes: Any, history: Sequence[Mapping[str, Any]]) -> None:
+    """One range of steps for all curves, so that they can be read side by side."""
+    keys = {key for row in history for key in row}
+    last = max((step for key in keys for step, _ in _series(history, key)), default=0)
+    axes.set(xlabel="step", xlim=(0, max(1.0, 1.03 * last)))
     axes.xaxis.set_major_locator(_integers(6))
     axes.legend(frameon=False, labelcolor=INK, fontsize=FONT_SIZE)
 

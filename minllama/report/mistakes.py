@@ -6,6 +6,7 @@ Knows nothing of HTML.
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minllama.report.content import Report, ReportedSplit
 
@@ -49,8 +50,8 @@ def worst_mistakes(report: Report, split: ReportedSplit) -> tuple[list[Mistake],
         mistakes.append(
             Mistake(
                 row=i + 1,
-                gold=[names[c] for c in np.flatnonzero(gold[i])],
-                predicted=[names[c] for c in np.flatnonzero(predicted[i])],
+                gold=[names[c] for c in np.flatnonzero(gold[i]).tolist()],
+                predicted=[names[c] for c in np.flatnonzero(predicted[i]).tolist()],
                 reason=_reason(report, split, i, int(blamed[i].argmax()), gold[i]),
                 excerpt=excerpt,
                 text=text,
@@ -61,13 +62,23 @@ def worst_mistakes(report: Report, split: ReportedSplit) -> tuple[list[Mistake],
 
 
 def _reason(
-    report: Report, split: ReportedSplit, row: int, blamed: int, gold: "np.ndarray[tuple[int], np.dtype[np.bool_]]"
+    report: Report, split: ReportedSplit, row: int, blamed: int, gold: NDArray[np.bool_]
 ) -> str:
     probabilities = split.probabilities[row]
     if not report.multi_label:
-        return f"{probabilities[blamed]:.0%} sure, {probabilities[gold.argmax()]:.0%} for the gold label"
+        sure, wanted = roughly(probabilities[blamed]), roughly(probabilities[gold.argmax()])
+        return f"{sure} sure, {wanted} for the gold label"
     truth = "a gold label" if gold[blamed] else "no gold label"
-    return f"{probabilities[blamed]:.0%} for {report.label_names[blamed]}, {truth}"
+    return f"{roughly(probabilities[blamed])} for {report.label_names[blamed]}, {truth}"
+
+
+def roughly(probability: float) -> str:
+    """0.4857 -> 49%; but what is not certain is neither 0% nor 100%."""
+    if 0 < probability < 0.005:
+        return "under 1%"
+    if 0.995 <= probability < 1:
+        return "over 99%"
+    return f"{probability:.0%}"
 
 
 def _folded(text: str) -> tuple[str, str, int]:
