@@ -1,5 +1,6 @@
 """Baselines: known scores on real data, literal shares, and data that leaves little to learn."""
 
+import sys
 import time
 
 import numpy as np
@@ -103,6 +104,12 @@ def test_no_texts_give_no_probabilities_and_cannot_be_fitted():
         assert baseline.predict_proba([]).shape == (0, 3)
     with pytest.raises(MinllamaError, match="there are no training texts"):
         fit_baselines([], [], 3)
+
+
+def test_a_missing_scikit_learn_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    with pytest.raises(MinllamaError, match=r"minllama\[train\]"):
+        fit_baselines(TEXTS, LABELS, 3)
 
 
 def test_the_same_seed_gives_the_same_numbers():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 
 import numpy as np
@@ -303,6 +304,12 @@ def test_labels_that_cannot_be_compared_are_refused(labels, multi_label, message
 def test_shapes_that_do_not_fit_are_refused(probabilities, labels, message):
     with pytest.raises(MinllamaError, match=message):
         evaluate(probabilities, labels, NAMES)
+
+
+def test_a_missing_scikit_learn_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(MinllamaError, match=r"minllama\[train\]"):
+        evaluate(PROBABILITIES, LABELS, NAMES)
 
 
 @pytest.mark.slow

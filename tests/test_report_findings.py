@@ -1,0 +1,126 @@
+"""What a report finds: confusions, mistakes, who is best; with literal numbers."""
+
+import numpy as np
+import pytest
+
+from minllama.evaluation import evaluate
+from minllama.report import Report, ReportedSplit
+from minllama.report.comparison import systems, verdict
+from minllama.report.confusion import matrix, pairs
+from minllama.report.mistakes import EXCERPT, MAX_TEXT, worst_mistakes
+
+
+def fixed_evaluation():
+    """Gold 0 0 0 1 1 2 of three classes, predicted 0 1 1 1 1 1."""
+    probabilities = np.eye(3)[[0, 1, 1, 1, 1, 1]]
+    return evaluate(probabilities, [0, 0, 0, 1, 1, 2], ["a", "b", "c"], bootstrap=0)
+
+
+def test_cells_are_counts_and_shares_of_their_row():
+    cells = matrix(fixed_evaluation())
+    assert [[cell.count for cell in row] for row in cells] == [[1, 2, 0], [0, 2, 0], [0, 1, 0]]
+    assert [[cell.share for cell in row] for row in cells] == [
+        [1 / 3, 2 / 3, 0],
+        [0, 1, 0],
+        [0, 1, 0],
+    ]
+    assert [cell.right for row in cells for cell in row] == [i in (0, 4, 8) for i in range(9)]
+    assert cells[0][1].title == "a → b: 2 of 3"
+
+
+def test_pairs_are_the_most_frequent_confusions():
+    names = [f"c{i}" for i in range(8)]
+    gold = [0, 1, 1, 2, 2, 2, 3]
+    predicted = [0, 0, 0, 1, 1, 0, 4]
+    found = pairs(evaluate(np.eye(8)[predicted], gold, names, bootstrap=0))
+    assert [(pair.gold, pair.predicted, pair.count) for pair in found] == [
+        ("c1", "c0", 2),
+        ("c2", "c1", 2),
+        ("c2", "c0", 1),
+        ("c3", "c4", 1),
+    ]
+    assert [pair.share for pair in found] == [1, 2 / 3, 1 / 3, 1]
+    assert pairs(fixed_evaluation()) == []  # three classes: the matrix says it all
+
+
+def test_mistakes_come_in_the_order_of_confidence():
+    probabilities = np.array(
+        [[0.9, 0.1], [0.4, 0.6], [0.003, 0.997], [0.7, 0.3], [0.8, 0.2], [0.6, 0.4]]
+    )
+    texts = ["right", "sixty", "certain", "seventy", "unlabelled", "negative"]
+    split = ReportedSplit("dev", texts, probabilities, [0, 0, 0, 1, None, -1])
+    report = Report("t", ["no", "yes"], [split])
+    mistakes, count = worst_mistakes(report, split)
+    assert count == 3
+    assert [(m.excerpt, m.row, m.gold, m.predicted) for m in mistakes] == [
+        ("certain", 3, ["no"], ["yes"]),
+        ("seventy", 4, ["yes"], ["no"]),
+        ("sixty", 2, ["no"], ["yes"]),
+    ]
+    assert mistakes[0].reason == "over 99% sure, under 1% for the gold label"
+    assert mistakes[2].reason == "60% sure, 40% for the gold label"
+
+
+def test_mistakes_of_several_labels_come_in_the_order_of_their_worst_label():
+    probabilities = np.array([[0.9, 0.6], [0.1, 0.8], [0.2, 0.3], [0.9, 0.9]])
+    split = ReportedSplit("dev", list("wxyz"), probabilities, [(0,), (0, 1), (), (0, 1)])
+    mistakes, count = worst_mistakes(Report("t", ["no", "yes"], [split], multi_label=True), split)
+    assert count == 2
+    assert [(m.row, m.gold, m.predicted, m.reason) for m in mistakes] == [
+        (2, ["no", "yes"], ["yes"], "10% for no, a gold label"),
+        (1, ["no"], ["no", "yes"], "60% for yes, no gold label"),
+    ]
+
+
+def test_there_may_be_no_mistakes_or_no_labels():
+    right = ReportedSplit("dev", ["x"], np.array([[1.0, 0.0]]), [0])
+    unlabelled = ReportedSplit("dev", ["x"], np.array([[1.0, 0.0]]))
+    for split in (right, unlabelled):
+        assert worst_mistakes(Report("t", ["a", "b"], [split]), split) == ([], 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "excerpt", "rest", "omitted"),
+    [
+        ("short", "short", "", 0),
+        ("word " * 76, "word " * 76, "", 0),
+        ("word " * 200, "word " * 62 + "word…", "word " * 200, 0),
+        ("字" * 700, "字" * EXCERPT + "…", "字" * 700, 0),
+        ("x" * 9000, "x" * EXCERPT + "…", "x" * MAX_TEXT, 9000 - MAX_TEXT),
+    ],
+)
+def test_long_texts_are_folded(text, excerpt, rest, omitted):
+    split = ReportedSplit("dev", [text], np.array([[1.0, 0.0]]), [1])
+    (mistake,), _ = worst_mistakes(Report("t", ["a", "b"], [split]), split)
+    assert (mistake.excerpt, mistake.text, mistake.omitted) == (excerpt, rest, omitted)
+
+
+def accuracies(right, rows=1000, bootstrap=200):
+    labels = [0] * right + [1] * (rows - right)
+    return evaluate(np.tile([0.9, 0.1], (rows, 1)), labels, ["a", "b"], bootstrap=bootstrap)
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "sentence"),
+    [
+        (700, {}, "Right on 700 of 1,000 texts."),
+        (700, {"low": 300, "mid": 500}, "20.0 points more than the best of the others, mid."),
+        (300, {"mid": 500}, "20.0 points less than the best of the others, mid."),
+        (510, {"mid": 500}, "mid; the intervals overlap, so chance may have a part in it."),
+        (500, {"mid": 500}, "The best of the others, mid, is level with it."),
+    ],
+)
+def test_the_verdict_compares_with_the_best_of_the_others(own, others, sentence):
+    text = verdict(accuracies(own), {name: accuracies(n) for name, n in others.items()})
+    assert text.endswith(sentence)
+
+
+def test_the_best_of_each_metric_is_marked_and_less_loss_is_better():
+    own, other = systems(accuracies(700), {"other": accuracies(600)})
+    assert (own.own, other.own) == (True, False)
+    assert [value.best for value in own.values] == [True] * 5
+    assert [value.best for value in other.values] == [False] * 5
+    low, at, high = own.accuracy
+    assert low < at == 0.7 < high
+    same = systems(accuracies(700), {"other": accuracies(700)})
+    assert all(value.best for system in same for value in system.values)
