@@ -21,6 +21,7 @@ ORDER = (
     ("llama", "constraint"),
     ("generation",),
     ("conversation",),
+    ("prompts",),
     ("lora", "optimizer"),
     ("adapter_config", "adapter_files"),
     ("evaluation", "baselines"),
