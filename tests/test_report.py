@@ -143,6 +143,7 @@ def test_the_page_needs_nothing_from_elsewhere(make):
 
 def test_links_lead_to_sections_and_drawings_to_their_parts():
     page = Page(render_page(make_report(splits=[make_split(["a", "b", "c"])] * 2)))
+    assert all("href" in attributes for tag, attributes in page.elements if tag == "use")
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
     targets = {attributes["href"][1:] for _, attributes in page.elements if "href" in attributes}
     assert {"split-1", "split-2", "training", "run"} <= targets <= ids
