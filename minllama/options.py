@@ -184,6 +184,24 @@ class DataOptions(CheckedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptOptions(CheckedOptions):
+    """What stands around a text; see `minllama.prompts`."""
+
+    prompt: str | None = option(
+        None, "the frame around a text, which holds {text} once and perhaps {labels}"
+    )
+    chat: bool = option(False, "put the prompt into the model's chat template, the label answers")
+    system: str | None = option(None, "system message, with --chat")
+    max_len: int | None = option(
+        None, "shorten texts so that prompt and label have this many tokens", within=Range(4)
+    )
+    keep_end: bool = option(False, "shorten a text at its beginning, not at its end")
+    undo_treebank: bool = option(
+        False, "undo a treebank's spacing and brackets first: it 's -LRB- ok -RRB- is it's (ok)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoRAOptions(CheckedOptions):
     """Low-rank adapters beside frozen weights; see `minllama.lora`."""
 

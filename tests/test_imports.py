@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
     ("errors",),
-    ("options", "config", "atomic"),
+    ("options", "config", "atomic", "treebank"),
     ("vocabulary", "data"),
     ("checkpoints",),
     ("tokenizer", "chat", "template_worker", "rope", "cache", "sampling", "loading"),
@@ -25,6 +25,7 @@ ORDER = (
     ("lora", "optimizer"),
     ("adapter_config", "adapter_files"),
     ("evaluation", "baselines"),
+    ("classifier",),
     ("report",),
     ("cli", "__main__"),
 )

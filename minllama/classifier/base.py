@@ -1,0 +1,225 @@
+"""What both classifiers are: texts in, probabilities of classes out.
+
+Knows nothing of how a text's logits come about, of training or of files.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from minllama.errors import MinllamaError
+from minllama.evaluation import predictions
+from minllama.llama import Llama
+from minllama.options import PromptOptions
+from minllama.prompts import EncodedPrompt, PromptTemplate
+from minllama.tokenizer import Tokenizer
+from minllama.treebank import undo_treebank
+
+# Padded tokens of a batch. Larger batches are slower on a CPU: their activations leave its caches.
+BATCH_TOKENS = {"cpu": 1024}
+BATCH_TOKENS_ELSEWHERE = 16384
+
+
+class Classifier(nn.Module, ABC):
+    """Texts -> log-odds and probabilities of C classes.
+
+    Args:
+        llama: what reads the texts; held, not copied.
+        tokenizer: that of the Llama.
+        labels: C different names of classes.
+        multi_label: a text may have any number of them: a sigmoid each instead of one softmax.
+        template: the frame around a text.
+        prompt: the options that the template was made from.
+
+    Attributes:
+        temperature: logits are divided by it before they become probabilities (Guo et al. 2017,
+            sec. 4.2); 1 until it is fitted.
+
+    Raises:
+        MinllamaError: the labels are none, or not different.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        *,
+        multi_label: bool,
+        template: PromptTemplate,
+        prompt: PromptOptions,
+    ) -> None:
+        super().__init__()
+        self.llama = llama
+        self.tokenizer = tokenizer
+        self.labels = checked_labels(labels)
+        self.multi_label = multi_label
+        self.template, self.prompt = template, prompt
+        self.temperature = 1.0
+
+    @property
+    @abstractmethod
+    def n_layers(self) -> int:
+        """How many layers of the Llama run."""
+
+    @abstractmethod
+    def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """Unnormalised scores of encoded texts, differentiable.
+
+        Args:
+            prompts: B encoded texts.
+
+        Returns:
+            (B, C), float32. Log-softmax over the classes makes log-probabilities, the sigmoid
+            where `multi_label`.
+        """
+
+    def encode(self, text: str) -> EncodedPrompt:
+        """A text in its prompt, as token ids.
+
+        Raises:
+            MinllamaError: it is empty and nothing stands around it, or it cannot be encoded.
+        """
+        encoded = self.template.encode(undo_treebank(text) if self.prompt.undo_treebank else text)
+        if not encoded.ids:
+            raise MinllamaError(
+                f"the text {text[:40]!r} has no tokens to read; leave it out, or give a prompt"
+            )
+        return encoded
+
+    def predict_logits(
+        self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """(N, C) scores of N texts, in their order; without dropout and gradients.
+
+        Args:
+            texts: N strings.
+            progress: is told how many more texts are done.
+
+        Raises:
+            MinllamaError: a text cannot be encoded, or has no tokens.
+        """
+        logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
+        with evaluating(self), torch.inference_mode():
+            encoded = [self.encode(text) for text in texts]
+            self._begin(len(texts))
+            for indices in self.batches([_padded_len(prompt) for prompt in encoded]):
+                batch = self.compute_logits([encoded[i] for i in indices])
+                logits[indices] = batch.cpu().numpy()
+                if progress is not None:
+                    progress(len(indices))
+            self._end()
+        return logits
+
+    def predict_proba(
+        self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """(N, C) probabilities, which sum to one in each row unless `multi_label`."""
+        logits = self.predict_logits(texts, progress=progress)
+        return probabilities(logits, self.temperature, multi_label=self.multi_label)
+
+    def predict(self, texts: Sequence[str]) -> list[Any]:
+        """The likeliest class of each text; a tuple of all from 0.5 on where `multi_label`."""
+        chosen = predictions(self.predict_proba(texts), multi_label=self.multi_label)
+        rows = [tuple(self.labels[i] for i in np.flatnonzero(row)) for row in chosen]
+        return rows if self.multi_label else [name for (name,) in rows]
+
+    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of texts of alike lengths, the longest first, so that memory is known at once."""
+        limit = BATCH_TOKENS.get(self.llama.device.type, BATCH_TOKENS_ELSEWHERE)
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        start = 0
+        while start < len(order):
+            n = max(1, limit // max(1, lengths[order[start]]))
+            yield order[start : start + n]
+            start += n
+
+    def _begin(self, n_texts: int) -> None:
+        """Called before the batches of one prediction."""
+
+    def _end(self) -> None:
+        """Called after them."""
+
+
+class evaluating:
+    """Evaluation mode for as long as it lasts; then the mode that was."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        self._training = [module for module in self._module.modules() if module.training]
+        self._module.eval()
+
+    def __exit__(self, *error: object) -> None:
+        for module in self._training:
+            module.training = True
+
+
+def probabilities(
+    logits: NDArray[np.float32], temperature: float = 1.0, *, multi_label: bool = False
+) -> NDArray[np.float32]:
+    """softmax(logits / temperature) over (N, C), or the sigmoid where `multi_label`."""
+    scaled = torch.from_numpy(logits) / temperature
+    result = scaled.sigmoid() if multi_label else scaled.softmax(-1)
+    return np.asarray(result.numpy(), dtype=np.float32)
+
+
+def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels as a tuple, or an error that says what is wrong with them."""
+    if isinstance(labels, str):
+        raise MinllamaError(f"labels must be a list of strings, not the string {labels!r}")
+    labels = tuple(labels)
+    if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise MinllamaError(f"labels must be one or more names that are not blank, not {labels!r}")
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise MinllamaError(f"the label {twice!r} is there twice; labels must be different")
+    return labels
+
+
+def as_prompt(prompt: str | PromptOptions | None, default: str) -> PromptOptions:
+    """Prompt options, from them or from the template alone; `default` where there is none."""
+    if isinstance(prompt, str):
+        return PromptOptions(prompt=prompt)
+    prompt = prompt or PromptOptions()
+    if prompt.prompt is None:
+        return replace(prompt, prompt=default)
+    return prompt
+
+
+def make_template(
+    prompt: PromptOptions,
+    llama: Llama,
+    tokenizer: Tokenizer,
+    *,
+    labels: Sequence[str] = (),
+    shots: Sequence[tuple[str, str]] = (),
+) -> PromptTemplate:
+    """The template that the options describe, within what the Llama can read."""
+    assert prompt.prompt is not None
+    context_len = llama.config.context_len
+    if prompt.undo_treebank:
+        shots = [(undo_treebank(text), label) for text, label in shots]
+    return PromptTemplate(
+        prompt.prompt,
+        tokenizer,
+        labels=labels,
+        shots=shots,
+        chat=prompt.chat,
+        system=prompt.system,
+        max_len=min(prompt.max_len or context_len, context_len),
+        keep_end=prompt.keep_end,
+    )
+
+
+def _padded_len(prompt: EncodedPrompt) -> int:
+    """Tokens of its row: the prompt, and behind it at most the labels' tokens but the last."""
+    inner = {label[:end] for label in prompt.continuations for end in range(1, len(label))}
+    return len(prompt) + len(inner)

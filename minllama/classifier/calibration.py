@@ -1,0 +1,60 @@
+"""One number that makes probabilities honest: temperature scaling (Guo et al. 2017, sec. 4.2).
+
+Takes logits and labels. Knows nothing of texts or models.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.errors import MinllamaError
+
+RANGE = (0.01, 1000.0)  # sums over long labels are hundreds of nats apart
+
+
+def fit_temperature(
+    logits: NDArray[np.float32], labels: Sequence[Any], *, multi_label: bool = False
+) -> float:
+    """The temperature at which the labels are likeliest; predictions stay what they are.
+
+    With several labels a text, probabilities on the two sides of 0.5 stay there.
+
+    Args:
+        logits: (N, C).
+        labels: N classes, or N collections of them where `multi_label`.
+        multi_label: a sigmoid for each label instead of one softmax.
+
+    Raises:
+        MinllamaError: scikit-learn's scipy is missing, or there are no rows.
+    """
+    try:
+        from scipy.optimize import minimize_scalar
+        from scipy.special import log_softmax
+    except ImportError as error:
+        raise MinllamaError(
+            "calibration needs the library scikit-learn; "
+            "install it with: python -m pip install 'minllama[train]'"
+        ) from error
+    scores = np.asarray(logits, dtype=np.float64)
+    if not len(scores):
+        raise MinllamaError("there are no rows to fit a temperature on; give labelled texts")
+    if multi_label:
+        gold = np.zeros(scores.shape, dtype=bool)
+        for row, classes in enumerate(labels):
+            gold[row, list(classes)] = True
+        signed = np.where(gold, scores, -scores)
+
+        def loss(log_temperature: float) -> float:
+            return float(np.logaddexp(0, -signed / np.exp(log_temperature)).mean())
+    else:
+        rows, gold_ids = np.arange(len(scores)), np.asarray(labels)
+
+        def loss(log_temperature: float) -> float:
+            log_probs = log_softmax(scores / np.exp(log_temperature), axis=-1)
+            return float(-log_probs[rows, gold_ids].mean())
+
+    # In log T the loss has one valley: it is convex in 1 / T, and that is monotonous.
+    found = minimize_scalar(loss, bounds=tuple(np.log(RANGE)), method="bounded")
+    return float(np.exp(found.x))

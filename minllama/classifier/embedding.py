@@ -1,0 +1,183 @@
+"""Classes by a linear head on what the Llama makes of a text.
+
+Knows nothing of training or files.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minllama.classifier.base import Classifier, as_prompt, make_template
+from minllama.classifier.label_scores import padded
+from minllama.errors import MinllamaError
+from minllama.llama import Llama
+from minllama.options import PromptOptions
+from minllama.prompts import EncodedPrompt
+from minllama.tokenizer import Tokenizer
+
+Pooling = Literal["last", "mean", "weighted-mean"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+
+class LlamaEmbeddingClassifier(Classifier):
+    """A linear head over one vector of each text.
+
+    The vector is the hidden state of the text's last token, or a mean over its tokens, after the
+    last layer or after an earlier one, whose states often tell more. Hidden states are normalised
+    first: by the model's own norm after the last layer, by their root mean square after others.
+
+    Args:
+        llama: causal or bidirectional.
+        tokenizer: its tokenizer.
+        id2label: names of the C classes, by number or in order.
+        pooling: `last` token, `mean` of all tokens, or `weighted-mean`, in which a token at
+            position t weighs t (Muennighoff 2022, eq. 2).
+        layer: how many layers run, 1 to n_layers; None for all.
+        dropout: probability of dropping an element of the vector in training.
+        multi_label: a text may have any number of classes.
+        bias: the head has one.
+        prompt: a template with `{text}`, or all options of a prompt; None for the text alone.
+
+    Attributes:
+        score: the head, Linear(D, C) in float32; Normal(0, 0.02) and zero at first.
+
+    Raises:
+        MinllamaError: labels, pooling or layer cannot be.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        tokenizer: Tokenizer,
+        id2label: Mapping[int, str] | Sequence[str],
+        pooling: Pooling = "last",
+        *,
+        layer: int | None = None,
+        dropout: float = 0.0,
+        multi_label: bool = False,
+        bias: bool = False,
+        prompt: str | PromptOptions | None = None,
+    ) -> None:
+        if pooling not in POOLINGS:
+            raise MinllamaError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+        options = as_prompt(prompt, "{text}")
+        super().__init__(
+            llama,
+            tokenizer,
+            _names(id2label),
+            multi_label=multi_label,
+            template=make_template(options, llama, tokenizer),
+            prompt=options,
+        )
+        self.layer = check_layer(llama, layer)
+        self.pooling: Pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.score = nn.Linear(llama.config.dim, len(self.labels), bias=bias, device=llama.device)
+        nn.init.normal_(self.score.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.score.bias)
+
+    @property
+    def n_layers(self) -> int:
+        return self.layer
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.labels))
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Log-probabilities of the classes.
+
+        Args:
+            ids: (B, T).
+            attention_mask: (B, T), true at real tokens, padding on either side; None: all are.
+
+        Returns:
+            (B, C), float32: log-softmax, or log-sigmoid where `multi_label`.
+        """
+        logits = self._head(self.compute_embeddings(ids, attention_mask))
+        return F.logsigmoid(logits) if self.multi_label else F.log_softmax(logits, dim=-1)
+
+    def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """(B, C), float32; see `Classifier.compute_logits`."""
+        ids, mask = padded([prompt.ids for prompt in prompts])
+        device = self.llama.device
+        mask = None if mask is None else mask.to(device)
+        return self._head(self.compute_embeddings(ids.to(device), mask))
+
+    def compute_embeddings(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The vector of each text, before dropout and head: (B, T) -> (B, D), float32.
+
+        Raises:
+            MinllamaError: a row has no real token.
+        """
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+            if not attention_mask.any(-1).all():
+                raise MinllamaError("a row of attention_mask has no real token to classify")
+        states = self.llama.layer_states(ids, attention_mask=attention_mask)
+        h = next(itertools.islice(states, self.layer, None))  # the layers above never run
+        if self.pooling == "last":  # before the norm, which is then of one token a row
+            h = _last(h, attention_mask)
+            return normalised(self.llama, h, self.layer)
+        h = normalised(self.llama, h, self.layer)
+        return pool(h, attention_mask, self.pooling)
+
+    def _head(self, embeddings: Tensor) -> Tensor:
+        logits: Tensor = self.score(self.dropout(embeddings))
+        return logits
+
+
+def normalised(llama: Llama, h: Tensor, layer: int) -> Tensor:
+    """States after `layer` layers, (..., D), made comparable: float32, root mean square 1.
+
+    After the last layer it is the model's own norm that does it, which has weights besides.
+    """
+    if layer == llama.config.n_layers:
+        norm: Tensor = llama.norm(h)
+        return norm.float()
+    return F.rms_norm(h.float(), (h.shape[-1],), eps=llama.config.norm_eps)
+
+
+def pool(h: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """One vector for each row: (B, T, D) -> (B, D), of the real tokens alone."""
+    if pooling == "last":
+        return _last(h, mask)
+    if mask is None:
+        mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+    weights = mask.to(h.dtype)
+    if pooling == "weighted-mean":
+        weights = weights * weights.cumsum(-1)  # 1, 2, 3 at the real tokens
+    return torch.einsum("bt,btd->bd", weights / weights.sum(-1, keepdim=True), h)
+
+
+def _last(h: Tensor, mask: Tensor | None) -> Tensor:
+    """The state of each row's last real token: (B, T, D) -> (B, D)."""
+    if mask is None:
+        return h[:, -1]
+    columns = torch.arange(mask.shape[1], device=h.device)
+    return h[torch.arange(len(h), device=h.device), (columns * mask).argmax(-1)]
+
+
+def check_layer(llama: Llama, layer: int | None) -> int:
+    """How many layers run, all for None, or an error that names the choice."""
+    n_layers = llama.config.n_layers
+    if layer is None:
+        return n_layers
+    if not 1 <= layer <= n_layers:
+        raise MinllamaError(f"layer must be 1 to {n_layers}, the model's layers, not {layer}")
+    return layer
+
+
+def _names(id2label: Mapping[int, str] | Sequence[str]) -> Sequence[str]:
+    if not isinstance(id2label, Mapping):
+        return id2label
+    if sorted(id2label) != list(range(len(id2label))):
+        raise MinllamaError(
+            f"id2label must name the classes 0 to {len(id2label) - 1}, not {sorted(id2label)}"
+        )
+    return [id2label[i] for i in range(len(id2label))]

@@ -1,0 +1,151 @@
+"""Classes by the words that name them: how likely is each label as the prompt's continuation?
+
+Untrained it is a zero-shot classifier; its scores are logits, so it is also what prompt-based
+fine-tuning trains (Schick & Schuetze 2021; Gao et al. 2021). Knows nothing of training or files.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from minllama.classifier.base import Classifier, as_prompt, checked_labels, make_template
+from minllama.classifier.label_scores import SharedPrefix, compute_label_scores
+from minllama.errors import MinllamaError
+from minllama.llama import Llama
+from minllama.options import PromptOptions
+from minllama.prompts import EncodedPrompt
+from minllama.tokenizer import Tokenizer
+
+Score = Literal["sum", "token-mean", "byte-mean", "pmi", "contextual", "batch"]
+SCORES: tuple[Score, ...] = get_args(Score)
+DEFAULT_PROMPT = "Text: {text}\nCategory:"
+CONTENT_FREE = ("N/A", "[MASK]", "")  # the three of Zhao et al. 2021, sec. 5
+
+
+class LlamaZeroShotClassifier(Classifier):
+    """log p(label | prompt), summed over all tokens of each label, and corrected as `score` says.
+
+    - `sum`: as it is. Labels of more tokens tend to be less likely.
+    - `token-mean`, `byte-mean`: divided by the label's tokens, or by its bytes in UTF-8.
+    - `pmi`: less log p(label | the prompt without a text), the domain-conditional pointwise mutual
+      information (Holtzman et al. 2021, eq. 3).
+    - `contextual`: less the log of the labels' mean probability for texts without content
+      (contextual calibration, Zhao et al. 2021, sec. 5).
+    - `batch`: less the log of their mean probability over unlabelled texts of the task, given to
+      `fit_prior` (batch calibration, Zhou et al. 2023, sec. 3.2).
+
+    Args:
+        llama: the language model.
+        tokenizer: its tokenizer.
+        labels: C names of classes.
+        prompt: a template with `{text}` (and perhaps `{labels}`), or all options of a prompt.
+        label_words: C strings that stand for the labels in the prompt; None for the names.
+        score: one of those above.
+        shots: pairs of a text and its label's word, shown before each text.
+
+    Attributes:
+        prior: (C,) float32, what `pmi`, `contextual` and `batch` take off; None before it is known.
+
+    Raises:
+        MinllamaError: labels, words or prompt cannot be used together, or the score is unknown.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        prompt: str | PromptOptions | None = None,
+        *,
+        label_words: Sequence[str] | None = None,
+        score: Score = "sum",
+        shots: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        if not llama.config.causal:
+            raise MinllamaError("a zero-shot classifier needs a causal model, not a bidirectional")
+        if score not in SCORES:
+            raise MinllamaError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
+        labels = checked_labels(labels)
+        self_words = checked_labels(labels if label_words is None else label_words)
+        if len(self_words) != len(labels):
+            raise MinllamaError(
+                f"{len(labels)} labels ({', '.join(labels)}) need as many label words, "
+                f"not {len(self_words)} ({', '.join(self_words)})"
+            )
+        options = as_prompt(prompt, DEFAULT_PROMPT)
+        template = make_template(options, llama, tokenizer, labels=self_words, shots=shots)
+        super().__init__(
+            llama, tokenizer, labels, multi_label=False, template=template, prompt=options
+        )
+        self.label_words = self_words
+        self.score: Score = score
+        self.shots = tuple(shots)
+        self.prior: Tensor | None = None
+        self._prefix: SharedPrefix | None = None
+
+    @property
+    def n_layers(self) -> int:
+        return self.llama.config.n_layers
+
+    def compute_scores(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """Log p(label | prompt), (B, C) float32, per token or byte if `score` says so."""
+        scores = compute_label_scores(self.llama, prompts, self._prefix)
+        if self.score == "token-mean":
+            lengths = [[len(ids) for ids in prompt.continuations] for prompt in prompts]
+            return scores / torch.tensor(lengths, device=scores.device)
+        if self.score == "byte-mean":
+            n_bytes = [len(word.encode()) for word in self.label_words]
+            return scores / torch.tensor(n_bytes, device=scores.device)
+        return scores
+
+    def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """(B, C) float32: the corrected scores; see `Classifier.compute_logits`.
+
+        Raises:
+            MinllamaError: the score is `batch` and `fit_prior` has not been called.
+        """
+        scores = self.compute_scores(prompts)
+        if self.score not in ("pmi", "contextual", "batch"):
+            return scores
+        if self.prior is None:
+            self.fit_prior()
+            assert self.prior is not None
+        return scores - self.prior.to(scores.device)
+
+    def fit_prior(self, texts: Sequence[str] = ()) -> None:
+        """Find what the score takes off; done at need, but for `batch`, which needs texts.
+
+        Args:
+            texts: of the task, without labels, for `batch`: some hundred are plenty.
+
+        Raises:
+            MinllamaError: there are none.
+        """
+        if self.score == "batch" and not texts:
+            raise MinllamaError(
+                "the score 'batch' needs some texts of the task to learn how likely the labels are "
+                "by themselves; give some with fit_prior(texts), or choose another score"
+            )
+        if self.score not in ("pmi", "contextual", "batch"):
+            return
+        standing = {"pmi": ("",), "contextual": CONTENT_FREE, "batch": tuple(texts)}[self.score]
+        prior, self.prior = self.prior, torch.zeros(len(self.labels))
+        try:
+            scores = torch.from_numpy(self.predict_logits(standing))  # (texts, C), not corrected
+        except BaseException:
+            self.prior = prior
+            raise
+        if self.score == "pmi":
+            self.prior = scores[0]
+        else:
+            self.prior = scores.log_softmax(-1).exp().mean(0).log()
+
+    def _begin(self, n_texts: int) -> None:
+        if n_texts > 1 and self._prefix is None:
+            # The last id may depend on how the text begins.
+            self._prefix = SharedPrefix(self.llama, self.template.encode_constant()[:-1])
+
+    def _end(self) -> None:
+        self._prefix = None

@@ -1,0 +1,39 @@
+"""Texts of a treebank as people write them: `it 's n't` becomes `it'sn't`, `-LRB-` a bracket.
+
+Corpora such as the Stanford Sentiment Treebank hold tokens parted by spaces, with brackets and
+quotes spelled as the Penn Treebank does. A pretrained model has hardly seen such text. Knows
+nothing of models.
+"""
+
+import re
+
+_BRACKETS = {
+    "-LRB-": "(",
+    "-RRB-": ")",
+    "-LSB-": "[",
+    "-RSB-": "]",
+    "-LCB-": "{",
+    "-RCB-": "}",
+}
+_BRACKET = re.compile("|".join(_BRACKETS), re.IGNORECASE)
+# Clitics and punctuation that belong to what stands before them, and what belongs to what follows.
+_CLITIC = re.compile(r" (n't|'(?:s|re|ve|ll|d|m))(?=\W|$)", re.IGNORECASE)
+_CLOSING = re.compile(r" +([.,;:!?%)\]}]|\.\.\.)(?=\W|$)")
+_OPENING = re.compile(r"([(\[{$#]) +")
+_OPENING_QUOTE = re.compile(r"`` *")
+_CLOSING_QUOTE = re.compile(r" *''")
+_POSSESSIVE = re.compile(r"(?<=s) '(?= |$)")
+
+
+def undo_treebank(text: str) -> str:
+    """`text` without the spaces and spellings that a treebank's tokens brought into it.
+
+    A text that is not of a treebank hardly changes: a space before a comma goes, and the like.
+    """
+    text = _BRACKET.sub(lambda match: _BRACKETS[match[0].upper()], text)
+    text = _OPENING_QUOTE.sub('"', text)
+    text = _CLOSING_QUOTE.sub('"', text)
+    text = _CLITIC.sub(r"\1", text)
+    text = _CLOSING.sub(r"\1", text)
+    text = _OPENING.sub(r"\1", text)
+    return _POSSESSIVE.sub("'", text)
