@@ -10,18 +10,34 @@ if TYPE_CHECKING:
     from minllama.cache import KVCache
     from minllama.chat import ChatTemplate
     from minllama.checkpoints import Checkpoint, open_checkpoint
+    from minllama.classifier import (
+        LlamaEmbeddingClassifier,
+        LlamaZeroShotClassifier,
+        load_classifier,
+    )
     from minllama.config import LlamaConfig, RopeScaling
     from minllama.conversation import Conversation
+    from minllama.data import Dataset, load_dataset
     from minllama.errors import (
         CheckpointError,
         ContextError,
+        DataError,
         MinllamaError,
         OptionError,
         TokenizerError,
     )
+    from minllama.evaluation import Evaluation, evaluate
     from minllama.generation import Generation, TextStream, generate, stream
     from minllama.llama import Llama, LlamaPreTrainedModel, load_pretrained
-    from minllama.options import GenerationOptions, SamplingOptions
+    from minllama.lora import LoRALayer, add_lora_wrapper
+    from minllama.optimizer import AdamW
+    from minllama.options import (
+        DataOptions,
+        GenerationOptions,
+        LoRAOptions,
+        PromptOptions,
+        SamplingOptions,
+    )
     from minllama.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -30,36 +46,68 @@ _HOMES = {
     "cache": ("KVCache",),
     "chat": ("ChatTemplate",),
     "checkpoints": ("Checkpoint", "open_checkpoint"),
+    "classifier": ("LlamaEmbeddingClassifier", "LlamaZeroShotClassifier", "load_classifier"),
     "config": ("LlamaConfig", "RopeScaling"),
     "conversation": ("Conversation",),
-    "errors": ("CheckpointError", "ContextError", "MinllamaError", "OptionError", "TokenizerError"),
+    "data": ("Dataset", "load_dataset"),
+    "errors": (
+        "CheckpointError",
+        "ContextError",
+        "DataError",
+        "MinllamaError",
+        "OptionError",
+        "TokenizerError",
+    ),
+    "evaluation": ("Evaluation", "evaluate"),
     "generation": ("Generation", "TextStream", "generate", "stream"),
     "llama": ("Llama", "LlamaPreTrainedModel", "load_pretrained"),
-    "options": ("GenerationOptions", "SamplingOptions"),
+    "lora": ("LoRALayer", "add_lora_wrapper"),
+    "optimizer": ("AdamW",),
+    "options": (
+        "DataOptions",
+        "GenerationOptions",
+        "LoRAOptions",
+        "PromptOptions",
+        "SamplingOptions",
+    ),
     "tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdamW",
     "ChatTemplate",
     "Checkpoint",
     "CheckpointError",
     "ContextError",
     "Conversation",
+    "DataError",
+    "DataOptions",
+    "Dataset",
+    "Evaluation",
     "Generation",
     "GenerationOptions",
     "KVCache",
     "Llama",
     "LlamaConfig",
+    "LlamaEmbeddingClassifier",
     "LlamaPreTrainedModel",
+    "LlamaZeroShotClassifier",
+    "LoRALayer",
+    "LoRAOptions",
     "MinllamaError",
     "OptionError",
+    "PromptOptions",
     "RopeScaling",
     "SamplingOptions",
     "TextStream",
     "Tokenizer",
     "TokenizerError",
+    "add_lora_wrapper",
+    "evaluate",
     "generate",
+    "load_classifier",
+    "load_dataset",
     "load_pretrained",
     "open_checkpoint",
     "stream",

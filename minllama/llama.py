@@ -158,6 +158,8 @@ class LlamaPreTrainedModel(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
+        # What the weights were loaded from, as `Checkpoint.source` names it; None for none.
+        self.source: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -223,6 +225,7 @@ class LlamaPreTrainedModel(nn.Module):
         with torch.device("meta"):  # no memory, no random numbers: the weights are assigned
             model = cls(checkpoint.config.replace(**config_changes))
         load_weights(model, checkpoint, dtype=dtype, device=device)
+        model.source = checkpoint.source
         return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -20,7 +20,7 @@ from minllama.checkpoints.llama2c import (
     write_llama2c_bin,
 )
 from minllama.checkpoints.meta import is_meta, read_meta
-from minllama.checkpoints.source import resolve_source
+from minllama.checkpoints.source import canonical_name, resolve_source
 from minllama.errors import CheckpointError
 from minllama.vocabulary import load_vocabulary
 
@@ -66,7 +66,7 @@ def open_checkpoint(
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if tokenizer is not None:
         checkpoint = dataclasses.replace(checkpoint, vocabulary=load_vocabulary(Path(tokenizer)))
-    return checkpoint
+    return dataclasses.replace(checkpoint, source=canonical_name(source))
 
 
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:

@@ -44,6 +44,8 @@ class Checkpoint:
             numbers are. q and k are laid out for interleaved rotation, as the model has them.
         vocabulary: its tokenizer; `None` where none lies in or beside it.
         ignored: keys and tensors of the file that were not read, for people.
+        source: how to name it again, here or elsewhere: `default`, a Hugging Face id, or the
+            absolute path.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class Checkpoint:
     tensors: dict[str, LazyTensor] = field(repr=False)
     vocabulary: Vocabulary | None = field(repr=False)
     ignored: tuple[str, ...] = ()
+    source: str = ""
 
 
 def lazy(tensor: Tensor) -> LazyTensor:

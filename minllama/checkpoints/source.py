@@ -98,6 +98,15 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
         raise CheckpointError(f"{name}: {_reason(hub_model, error)}") from error
 
 
+def canonical_name(source: str | os.PathLike[str] | None) -> str:
+    """A name for what `resolve_source` found that means the same in another folder."""
+    if source is None:
+        return DEFAULT_NAME
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
 def _default_model() -> Path:
     # The package is found and not imported: it needs llama.cpp's bindings, which we do not.
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)

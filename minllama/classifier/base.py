@@ -3,6 +3,7 @@
 Knows nothing of how a text's logits come about, of training or of files.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -129,6 +130,16 @@ class Classifier(nn.Module, ABC):
         chosen = predictions(self.predict_proba(texts), multi_label=self.multi_label)
         rows = [tuple(self.labels[i] for i in np.flatnonzero(row)) for row in chosen]
         return rows if self.multi_label else [name for (name,) in rows]
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the classifier to a folder, from which `load_classifier` reads it.
+
+        Raises:
+            MinllamaError: it cannot be written; what was there is untouched.
+        """
+        from minllama.classifier.files import save_classifier
+
+        save_classifier(self, folder)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Indices of texts of alike lengths, the longest first, so that memory is known at once."""

@@ -155,6 +155,11 @@ class LoRALayer(nn.Module):
     def is_merged(self) -> bool:
         return self._unmerged_weight is not None
 
+    @property
+    def unmerged_weight(self) -> Tensor:
+        """The base's own weight, (out, in), whether adapters are merged into it or not."""
+        return self.base.weight if self._unmerged_weight is None else self._unmerged_weight
+
     def adapter(self, name: str) -> LoRAAdapter:
         adapter = self.adapters[name]
         assert isinstance(adapter, LoRAAdapter)

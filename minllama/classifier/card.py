@@ -1,0 +1,106 @@
+"""The model card of a saved classifier: what it is, how to use it, how it fared.
+
+In the words of Mitchell et al. 2019, as Hugging Face reads them: a README.md whose front matter
+programs understand. Knows nothing of files.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from minllama.classifier.base import Classifier
+
+KINDS = {
+    "base": "the base model as it is",
+    "adapter": "low-rank adapters (LoRA, in PEFT's files) beside the frozen base model",
+    "full": "a model of its own, all weights in this folder",
+}
+
+
+def model_card(
+    classifier: Classifier,
+    content: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, float]],
+    *,
+    name: str,
+) -> str:
+    """README.md, from what classifier.json holds.
+
+    Args:
+        classifier: what is saved.
+        content: that of classifier.json.
+        metrics: split -> metric -> value.
+        name: of the folder.
+    """
+    base = content["base"]["model"]
+    lines = ["---", "library_name: minllama", "pipeline_tag: text-classification"]
+    if base and not base.startswith("/") and base != "default":
+        lines.append(f"base_model: {json.dumps(base)}")
+    lines += ["---", "", f"# {name}", "", _sentence(classifier, content), ""]
+    lines += ["## Use", "", "```bash"]
+    lines += [f'minllama classify {name} --text "..."', "```", "", "```python"]
+    lines += ["from minllama import load_classifier", ""]
+    lines += [f'load_classifier("{name}").predict_proba(["..."])', "```", ""]
+    lines += ["## What it is", "", *_facts(classifier, content), ""]
+    if metrics:
+        lines += ["## How it fared", "", *_table(metrics), ""]
+        lines += ["`metrics.json` and `report.html` say more, where they are in this folder.", ""]
+    if content["training"]:
+        lines += ["## How it came about", "", "```json"]
+        lines += [json.dumps(content["training"], indent=2, default=str), "```", ""]
+    lines += ["## Limits", "", _limits(classifier), ""]
+    return "\n".join(lines)
+
+
+def _sentence(classifier: Classifier, content: Mapping[str, Any]) -> str:
+    how_many = "any number of" if classifier.multi_label else "one of"
+    return (
+        f"Gives a text {how_many} {len(classifier.labels)} labels. "
+        f"It is {KINDS[content['weights']]}."
+    )
+
+
+def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
+    facts = {
+        "labels": ", ".join(f"`{_one_line(label)}`" for label in classifier.labels),
+        "base model": f"`{content['base']['model'] or 'in this folder'}`",
+        "prompt": f"`{_one_line(str(content['prompt']['prompt']))}`",
+        "weights in": f"`{content['base']['dtype']}`",
+        "temperature": f"{classifier.temperature:.4g}",
+    }
+    if content["kind"] == "zero-shot":
+        words = ", ".join(f"`{_one_line(word)}`" for word in content["label_words"])
+        facts["label words"] = words
+        facts["score"] = f"`{content['score']}`"
+        facts["examples in the prompt"] = str(len(content["shots"]))
+    else:
+        n_layers = classifier.llama.config.n_layers
+        facts["layers that run"] = f"{content['layer']} of {n_layers}"
+        facts["pooling"] = f"`{content['pooling']}`"
+    return [f"- {name}: {value}" for name, value in facts.items()]
+
+
+def _table(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    names = list(dict.fromkeys(name for split in metrics.values() for name in split))
+    rows = [f"| split | {' | '.join(name.replace('_', ' ') for name in names)} |"]
+    rows.append("| --- " * (len(names) + 1) + "|")
+    for split, values in metrics.items():
+        cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
+        rows.append(f"| {split} | {' | '.join(cells)} |")
+    return rows
+
+
+def _limits(classifier: Classifier) -> str:
+    return (
+        "It knows the labels above and no others, and gives every text one of them or a "
+        "probability for each, be it of another language, of another kind, or no text at all. "
+        + (
+            "Its probabilities were calibrated on texts like those it was evaluated on."
+            if classifier.temperature != 1.0
+            else "Its probabilities are not calibrated."
+        )
+    )
+
+
+def _one_line(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1].replace("`", "'")

@@ -1,0 +1,400 @@
+"""A classifier in a folder: written whole, and read back as it was or refused.
+
+- `classifier.json`: what it is: labels, prompt, pooling, calibration, the base model and its
+  fingerprint, the settings of its training.
+- `head.safetensors`: the head, with the labels that its rows stand for, and their digest.
+- `adapter_config.json`, `adapter_model.safetensors`: LoRA, in PEFT's files.
+- or `config.json`, `model.safetensors` and the tokenizer: a whole model of its own.
+- `README.md`: a model card.
+
+Nothing in it is run, and nothing is filled in: what is missing or changed is an error.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import minllama
+from minllama.adapter_files import FILES as ADAPTER_FILES
+from minllama.adapter_files import load_adapter, write_adapter
+from minllama.atomic import atomic_folder
+from minllama.checkpoints import open_checkpoint, write_huggingface
+from minllama.checkpoints.huggingface import read_safetensors
+from minllama.classifier.base import Classifier
+from minllama.classifier.card import model_card
+from minllama.classifier.embedding import LlamaEmbeddingClassifier
+from minllama.classifier.identity import fingerprint
+from minllama.classifier.zero_shot import LlamaZeroShotClassifier
+from minllama.errors import CheckpointError, MinllamaError
+from minllama.llama import Llama
+from minllama.lora import adapter_names, remove_lora_wrapper
+from minllama.options import PromptOptions
+from minllama.tokenizer import Tokenizer
+
+CLASSIFIER_FILE = "classifier.json"
+HEAD_FILE = "head.safetensors"
+CARD_FILE = "README.md"
+VERSION = 1
+OWN_FILES = (CLASSIFIER_FILE, HEAD_FILE, CARD_FILE, *ADAPTER_FILES)
+
+
+def save_classifier(
+    classifier: Classifier,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: str | None = None,
+    training: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Write a classifier; the folder appears whole or not at all, other files in it are kept.
+
+    A Llama that is frozen and came from a checkpoint is named, not copied, with its adapter beside
+    it. One that was trained as a whole, or made in memory, is written too.
+
+    Args:
+        classifier: of either kind.
+        folder: where to.
+        tokenizer: the path that the tokenizer was read from, where it is not the checkpoint's own.
+        training: settings that it came about with, for people.
+        metrics: split -> metric -> value, for the model card.
+
+    Raises:
+        MinllamaError: the folder cannot be written, or several adapters take part.
+    """
+    llama = classifier.llama
+    names = adapter_names(llama)
+    if len(names) > 1:
+        raise MinllamaError(
+            f"the model has several adapters ({', '.join(names)}); save one of them: merge the "
+            "others, or load the base again with the one"
+        )
+    is_own = not _is_in_its_source(llama)
+    if is_own and names:
+        raise MinllamaError(
+            "the model below the adapter is in no file that could be named; save it with "
+            "save_pretrained() and load it from there, or merge the adapter"
+        )
+    weights = "full" if is_own else "adapter" if names else "base"
+    content = describe(classifier, weights=weights, tokenizer=tokenizer, training=training or {})
+    replaced = {*OWN_FILES, *(("config.json",) if is_own else ())}
+    with atomic_folder(folder, replaces=lambda name: name in replaced) as staging:
+        if is_own:
+            vocabulary = getattr(classifier.tokenizer, "vocabulary", None)
+            state = llama.state_dict()
+            write_huggingface(staging, llama.config, state, vocabulary=vocabulary)
+        head = None
+        if isinstance(classifier, LlamaEmbeddingClassifier):
+            head = classifier.score.weight if _peft_computes(classifier) else None
+            content["head_sha256"] = _write_head(staging, classifier)
+        if names:
+            source = None if llama.source == "default" else llama.source
+            write_adapter(staging, llama, adapter_name=names[0], base_model_name=source, head=head)
+            content["adapter_sha256"] = _sha256(staging / "adapter_model.safetensors")
+        _write_json(staging / CLASSIFIER_FILE, content)
+        card = model_card(classifier, content, metrics or {}, name=Path(folder).name)
+        (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _is_in_its_source(llama: Llama) -> bool:
+    """Whether the base weights are those of the checkpoint that the model came from."""
+    if llama.source is None:
+        return False
+    is_frozen = not any(
+        parameter.requires_grad
+        for name, parameter in llama.named_parameters()
+        if ".adapters." not in name
+    )
+    if is_frozen:
+        return True
+    try:
+        checkpoint = open_checkpoint(llama.source)
+        stored = Llama.from_checkpoint(checkpoint, dtype=llama.dtype, device="cpu")
+    except MinllamaError:
+        return False
+    return fingerprint(stored) == fingerprint(llama)
+
+
+def describe(
+    classifier: Classifier,
+    *,
+    weights: str,
+    tokenizer: str | None,
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `classifier.json` holds, but for the digests of other files."""
+    llama = classifier.llama
+    content: dict[str, Any] = {
+        "format": "minllama classifier",
+        "version": VERSION,
+        "minllama": minllama.__version__,
+        "labels": list(classifier.labels),
+        "multi_label": classifier.multi_label,
+        "temperature": classifier.temperature,
+        "prompt": dataclasses.asdict(classifier.prompt),
+        "causal": llama.config.causal,
+        "base": {
+            "model": llama.source if weights != "full" else None,
+            "tokenizer": tokenizer if weights != "full" else None,
+            "dtype": str(llama.dtype).removeprefix("torch."),
+            "fingerprint": fingerprint(llama),
+        },
+        "weights": weights,
+    }
+    if isinstance(classifier, LlamaZeroShotClassifier):
+        content["kind"] = "zero-shot"
+        content["label_words"] = list(classifier.label_words)
+        content["score"] = classifier.score
+        content["shots"] = [list(shot) for shot in classifier.shots]
+        content["prior"] = None if classifier.prior is None else classifier.prior.tolist()
+    else:
+        assert isinstance(classifier, LlamaEmbeddingClassifier)
+        content["kind"] = "embedding"
+        content["pooling"] = classifier.pooling
+        content["layer"] = classifier.layer
+        content["dropout"] = classifier.dropout.p
+    content["training"] = dict(training)
+    return content
+
+
+def load_classifier(
+    folder: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> Classifier:
+    """Read a classifier that `save_classifier` wrote, in evaluation mode.
+
+    Args:
+        folder: that of classifier.json.
+        model: where the base model is now, if it is not where the classifier says.
+        dtype: of the base's weights; None for that of the training, which gives the same numbers.
+        device: None for the GPU where there is one.
+
+    Raises:
+        MinllamaError: a file is missing, damaged or changed, or the base model is another one.
+    """
+    path = Path(folder) / CLASSIFIER_FILE
+    content = _read_json(path)
+    with _described_by(path):
+        base, weights, kind = content["base"], content["weights"], content["kind"]
+        labels, prompt = content["labels"], PromptOptions(**content["prompt"])
+        source = path.parent if weights == "full" else (model or base["model"])
+        loaded_dtype = dtype or base["dtype"]
+        if weights not in ("base", "adapter", "full") or kind not in ("zero-shot", "embedding"):
+            raise ValueError(f"weights {weights!r} and kind {kind!r} are not of this version")
+        if not isinstance(labels, list) or not isinstance(base["fingerprint"], str):
+            raise TypeError("labels or base are not what they should be")
+    llama, words = _open_base(path, source, base["tokenizer"], loaded_dtype, device, content)
+    if weights == "adapter":
+        _check_digest(path.parent / "adapter_model.safetensors", content.get("adapter_sha256"))
+        load_adapter(llama, path.parent)
+    llama.requires_grad_(False)
+    with _described_by(path):
+        classifier = _built(content, llama, words, labels, prompt)
+        classifier.temperature = _positive(content["temperature"])
+    if isinstance(classifier, LlamaEmbeddingClassifier):
+        _read_head(path.parent, classifier, content.get("head_sha256"))
+    return classifier.eval()
+
+
+def merge_classifier(classifier: Classifier) -> None:
+    """Make the adapter of a classifier part of its weights; it can then stand alone.
+
+    Raises:
+        MinllamaError: it has no adapter, or the merged weights are not finite.
+    """
+    if not adapter_names(classifier.llama):
+        raise MinllamaError(
+            "the classifier has no adapter to merge; copy its folder, or use it as it is"
+        )
+    remove_lora_wrapper(classifier.llama)
+    classifier.llama.source = None  # these weights are in no file yet
+
+
+def _open_base(
+    path: Path,
+    source: Any,
+    tokenizer: str | None,
+    dtype: Any,
+    device: Any,
+    content: Mapping[str, Any],
+) -> tuple[Llama, Tokenizer]:
+    expected = content["base"]["fingerprint"]
+    try:
+        checkpoint = open_checkpoint(source, tokenizer=tokenizer)
+    except CheckpointError as error:
+        remedy = "; name where it is now with --base" if content["weights"] != "full" else ""
+        raise CheckpointError(
+            f"{path}: its base model cannot be opened: {error}{remedy}"
+        ) from error
+    if checkpoint.vocabulary is None:
+        raise CheckpointError(f"{checkpoint.path}: there is no tokenizer, and {path} needs one")
+    words = Tokenizer(checkpoint.vocabulary)
+    causal = bool(content["causal"])
+    llama = Llama.from_checkpoint(checkpoint, dtype=dtype, device=device, causal=causal)
+    if llama.dtype != torch.float16 and fingerprint(llama) != expected:
+        raise CheckpointError(
+            f"{path}: {checkpoint.path} is not the model that it was made with: its weights "
+            "differ; bring that one back, or train the classifier again"
+        )
+    return llama, words
+
+
+def _built(
+    content: Mapping[str, Any],
+    llama: Llama,
+    words: Tokenizer,
+    labels: list[str],
+    prompt: PromptOptions,
+) -> Classifier:
+    if content["kind"] == "zero-shot":
+        classifier = LlamaZeroShotClassifier(
+            llama,
+            words,
+            labels,
+            prompt,
+            label_words=content["label_words"],
+            score=content["score"],
+            shots=[(str(text), str(label)) for text, label in content["shots"]],
+        )
+        if content["prior"] is not None:
+            prior = torch.tensor(content["prior"], dtype=torch.float32)
+            if prior.shape != (len(labels),) or not prior.isfinite().all():
+                raise ValueError(f"prior must be {len(labels)} numbers")
+            classifier.prior = prior
+        return classifier
+    with torch.random.fork_rng(devices=[]):  # the head's first numbers are overwritten
+        return LlamaEmbeddingClassifier(
+            llama,
+            words,
+            labels,
+            content["pooling"],
+            layer=content["layer"],
+            dropout=content["dropout"],
+            multi_label=bool(content["multi_label"]),
+            bias=True,
+            prompt=prompt,
+        )
+
+
+def _write_head(folder: Path, classifier: LlamaEmbeddingClassifier) -> str:
+    from safetensors.torch import save_file
+
+    score = classifier.score
+    bias = torch.zeros(len(classifier.labels)) if score.bias is None else score.bias
+    tensors = {"score.weight": _on_disk(score.weight), "score.bias": _on_disk(bias)}
+    path = folder / HEAD_FILE
+    save_file(tensors, path, metadata={"labels": json.dumps(list(classifier.labels))})
+    path.chmod(0o666 & ~_umask())
+    return _sha256(path)
+
+
+def _read_head(folder: Path, classifier: LlamaEmbeddingClassifier, digest: Any) -> None:
+    from safetensors import safe_open
+
+    path = folder / HEAD_FILE
+    _check_digest(path, digest)
+    stored = dict(read_safetensors(path))
+    with safe_open(path, "pt") as file:
+        names = (file.metadata() or {}).get("labels")
+    if names != json.dumps(list(classifier.labels)):
+        raise CheckpointError(
+            f"{path}: its rows stand for the labels {names}, and {CLASSIFIER_FILE} says "
+            f"{json.dumps(list(classifier.labels))}; bring back the files as they were saved"
+        )
+    for name, parameter in classifier.score.named_parameters():
+        lazy = stored.get(f"score.{name}")
+        if lazy is None or lazy.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{path}: score.{name} must be of shape {tuple(parameter.shape)}, not "
+                f"{None if lazy is None else lazy.shape}; bring back the file as it was saved"
+            )
+        parameter.data.copy_(lazy.load())
+
+
+def _peft_computes(classifier: LlamaEmbeddingClassifier) -> bool:
+    """Whether transformers' sequence classifier makes the same logits of the same ids."""
+    is_plain = classifier.score.bias is None or not classifier.score.bias.any()
+    is_last = classifier.pooling == "last" and classifier.layer == classifier.llama.config.n_layers
+    return is_plain and is_last and classifier.llama.config.causal
+
+
+def _check_digest(path: Path, digest: Any) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing; bring back the folder as it was saved")
+    if _sha256(path) != digest:
+        raise CheckpointError(
+            f"{path}: is not the file that was saved with {CLASSIFIER_FILE} (its SHA-256 differs); "
+            "bring back the folder as it was saved"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent}: there is no {CLASSIFIER_FILE}; name the folder of a classifier that "
+            "`minllama train` or save_pretrained() wrote"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: not a classifier of version {VERSION}; use the minllama that wrote it"
+        )
+    return content
+
+
+class _described_by:
+    """Turns what is wrong with a description into one line that names its file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, KeyError):
+            raise CheckpointError(f"{self._path}: {error} is missing; bring it back") from error
+        if isinstance(error, MinllamaError):
+            raise CheckpointError(f"{self._path}: {error}") from error
+        if isinstance(error, TypeError | ValueError | AttributeError):
+            line = str(error).splitlines()[0]
+            raise CheckpointError(f"{self._path}: {line}; bring it back as it was") from error
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"temperature must be above 0, not {value!r}")
+    return number
+
+
+def _on_disk(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,244 @@
+"""Classifiers in folders: read back as they were, in another process too, or refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minllama.checkpoints import open_checkpoint, write_huggingface
+from minllama.classifier import (
+    LlamaEmbeddingClassifier,
+    LlamaZeroShotClassifier,
+    load_classifier,
+    save_classifier,
+)
+from minllama.classifier.files import merge_classifier
+from minllama.classifier.identity import fingerprint
+from minllama.errors import CheckpointError, MinllamaError
+from minllama.llama import load_pretrained
+from minllama.lora import add_lora_wrapper, lora_parameters
+from minllama.tokenizer import Tokenizer
+from tests.tiny import our_model
+
+TEXTS = ["A fine film.", "no", "It drags on, and on.", "What a mess!"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, default_model):
+    """A tiny Llama with the default model's tokenizer, in a folder."""
+    folder = tmp_path_factory.mktemp("base")
+    vocabulary = open_checkpoint(default_model).vocabulary
+    model = our_model(vocab_size=49152, max_seq_len=128)
+    write_huggingface(folder, model.config, model.state_dict(), vocabulary=vocabulary)
+    return folder
+
+
+def opened(base):
+    return load_pretrained(base, device="cpu").requires_grad_(False), Tokenizer.from_pretrained(
+        base
+    )
+
+
+def with_adapter(llama):
+    add_lora_wrapper(llama, r=2)
+    for parameter in lora_parameters(llama):
+        torch.nn.init.normal_(parameter, std=0.2)
+    return llama
+
+
+def embedding(base, *, adapter=False, **options):
+    llama, words = opened(base)
+    if adapter:
+        with_adapter(llama)
+    classifier = LlamaEmbeddingClassifier(llama, words, ["bad", "so so", "good"], **options)
+    torch.nn.init.normal_(classifier.score.weight, std=1.0)
+    return classifier.eval()
+
+
+def zero_shot(base, *, adapter=False, **options):
+    llama, words = opened(base)
+    if adapter:
+        with_adapter(llama)
+    return LlamaZeroShotClassifier(llama, words, ["bad", "good"], "{text} It was", **options).eval()
+
+
+CASES = {
+    "head": lambda base: embedding(base, pooling="mean", layer=1, bias=True),
+    "several labels": lambda base: embedding(base, multi_label=True),
+    "head and adapter": lambda base: embedding(base, adapter=True),
+    "zero-shot": lambda base: zero_shot(base, score="pmi", label_words=["awful", "very good"]),
+    "shots": lambda base: zero_shot(base, shots=[("Fine.", "good"), ("No.", "bad")]),
+    "label words and adapter": lambda base: zero_shot(base, adapter=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_classifier_is_read_back_as_it_was(base, tmp_path, case):
+    classifier = CASES[case](base)
+    classifier.temperature = 1.7
+    before = classifier.predict_proba(TEXTS)
+    classifier.save_pretrained(tmp_path / "saved")
+    after = load_classifier(tmp_path / "saved", device="cpu")
+    assert type(after) is type(classifier)
+    assert after.labels == classifier.labels
+    assert after.prompt == classifier.prompt
+    assert not after.training
+    np.testing.assert_array_equal(after.predict_proba(TEXTS), before)
+    assert not (tmp_path / "saved" / "model.safetensors").exists()  # the base is named, not copied
+
+
+def test_a_fresh_process_gives_the_same_probabilities(base, tmp_path):
+    classifier = embedding(base, adapter=True, pooling="weighted-mean", layer=1)
+    classifier.save_pretrained(tmp_path)
+    program = (
+        "import json, sys; from minllama import load_classifier\n"
+        "texts = json.loads(sys.argv[2])\n"
+        "print(load_classifier(sys.argv[1], device='cpu').predict_proba(texts).tolist())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), json.dumps(TEXTS)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+    )
+    np.testing.assert_allclose(
+        json.loads(result.stdout), classifier.predict_proba(TEXTS), atol=1e-6
+    )
+
+
+def test_a_trained_base_is_written_too_and_an_untouched_one_is_not(base, tmp_path):
+    llama, words = opened(base)
+    llama.requires_grad_(True)
+    untouched = LlamaEmbeddingClassifier(llama, words, ["a", "b"])
+    untouched.save_pretrained(tmp_path / "untouched")
+    assert not (tmp_path / "untouched" / "model.safetensors").exists()
+    with torch.no_grad():
+        llama.layers[0].attention.compute_value.weight += 0.01
+    before = untouched.predict_proba(TEXTS)
+    untouched.save_pretrained(tmp_path / "trained")
+    assert (tmp_path / "trained" / "model.safetensors").exists()
+    after = load_classifier(tmp_path / "trained", device="cpu")
+    np.testing.assert_array_equal(after.predict_proba(TEXTS), before)
+
+
+def test_a_merged_classifier_stands_alone(base, tmp_path):
+    classifier = embedding(base, adapter=True)
+    before = classifier.predict_proba(TEXTS)
+    merge_classifier(classifier)
+    classifier.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    after = load_classifier(tmp_path, device="cpu")
+    np.testing.assert_allclose(after.predict_proba(TEXTS), before, atol=1e-5)
+    with pytest.raises(MinllamaError, match="no adapter to merge"):
+        merge_classifier(after)
+
+
+def test_a_new_kind_of_classifier_leaves_nothing_of_the_old_one(base, tmp_path):
+    embedding(base, adapter=True).save_pretrained(tmp_path)
+    (tmp_path / "report.html").write_text("kept")
+    zero_shot(base).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "classifier.json",
+        "README.md",
+        "report.html",
+    }
+
+
+def edited(folder, **changes):
+    path = folder / "classifier.json"
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is KeyError:
+            del content[key]
+        else:
+            content[key] = value
+    path.write_text(json.dumps(content))
+
+
+def swapped_head(folder):
+    state = load_file(folder / "head.safetensors")
+    state["score.weight"] = state["score.weight"] + 1
+    save_file(state, folder / "head.safetensors")
+
+
+DAMAGE = {
+    "no file": (lambda f: (f / "classifier.json").unlink(), "no classifier.json"),
+    "not JSON": (lambda f: (f / "classifier.json").write_text("{"), "not JSON"),
+    "a list": (lambda f: (f / "classifier.json").write_text("[]"), "version"),
+    "no head": (lambda f: (f / "head.safetensors").unlink(), "is missing"),
+    "another head": (swapped_head, "SHA-256 differs"),
+    "no adapter": (lambda f: (f / "adapter_model.safetensors").unlink(), "is missing"),
+    "changed label": (lambda f: edited(f, labels=["bad", "so so", "great"]), "stand for"),
+    "fewer labels": (lambda f: edited(f, labels=["bad", "good"]), "stand for"),
+    "no labels": (lambda f: edited(f, labels=KeyError), "'labels' is missing"),
+    "labels of no kind": (lambda f: edited(f, labels=7), "classifier.json"),
+    "another kind": (lambda f: edited(f, kind="forest"), "forest"),
+    "no such layer": (lambda f: edited(f, layer=9), "layer must be 1 to 2"),
+    "temperature": (lambda f: edited(f, temperature=0), "temperature"),
+    "prompt": (lambda f: edited(f, prompt={"prompt": "no place"}), "exactly once"),
+    "unknown option": (lambda f: edited(f, prompt={"colour": 1}), "colour"),
+    "base": (lambda f: edited(f, base=None), "classifier.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_missing_or_changed_is_an_error_of_one_line(base, tmp_path, damage):
+    embedding(base, adapter=True).save_pretrained(tmp_path)
+    act, message = DAMAGE[damage]
+    act(tmp_path)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_classifier(tmp_path, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_base_is_refused_and_a_moved_one_can_be_named(base, tmp_path):
+    llama, words = opened(base)
+    vocabulary = words.vocabulary
+    moved = tmp_path / "here"
+    write_huggingface(moved, llama.config, llama.state_dict(), vocabulary=vocabulary)
+    classifier = LlamaEmbeddingClassifier(load_pretrained(moved, device="cpu"), words, ["a", "b"])
+    classifier.save_pretrained(tmp_path / "saved")
+    moved.rename(tmp_path / "there")
+    with pytest.raises(CheckpointError, match="name where it is now with --base"):
+        load_classifier(tmp_path / "saved", device="cpu")
+    after = load_classifier(tmp_path / "saved", model=tmp_path / "there", device="cpu")
+    np.testing.assert_array_equal(after.predict_proba(TEXTS), classifier.predict_proba(TEXTS))
+    with torch.no_grad():
+        llama.layers[1].feed_forward.w2.weight *= 1.1
+    write_huggingface(tmp_path / "other", llama.config, llama.state_dict(), vocabulary=vocabulary)
+    with pytest.raises(CheckpointError, match="not the model that it was made with"):
+        load_classifier(tmp_path / "saved", model=tmp_path / "other", device="cpu")
+
+
+def test_the_fingerprint_is_of_the_numbers_and_not_of_their_dtype_or_adapters(base):
+    exact = load_pretrained(base, device="cpu")
+    expected = fingerprint(exact)
+    assert fingerprint(load_pretrained(base, device="cpu", dtype="bfloat16")) == expected
+    assert fingerprint(with_adapter(exact)) == expected
+    exact.layers[1].ffn_norm.weight.data *= 1.02
+    assert fingerprint(exact) != expected
+
+
+def test_the_model_card_says_what_it_is(base, tmp_path):
+    classifier = embedding(base, pooling="mean", layer=1)
+    save_classifier(
+        classifier,
+        tmp_path / "films",
+        training={"method": "frozen"},
+        metrics={"dev": {"accuracy": 0.5}},
+    )
+    card = (tmp_path / "films" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: minllama\npipeline_tag: text-classification\n")
+    assert "- labels: `bad`, `so so`, `good`" in card
+    assert "- layers that run: 1 of 2" in card
+    assert "| dev | 0.5000 |" in card
+    assert '"method": "frozen"' in card
+    assert 'load_classifier("films")' in card
