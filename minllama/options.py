@@ -201,6 +201,78 @@ class PromptOptions(CheckedOptions):
     )
 
 
+METHODS = ("zero-shot", "frozen", "lora", "full")
+OBJECTIVES = ("head", "label-words")
+SCORES = ("sum", "token-mean", "byte-mean", "pmi", "contextual", "batch")
+POOLINGS = ("last", "mean", "weighted-mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShotOptions(CheckedOptions):
+    """How label words are scored; see `minllama.classifier.zero_shot`."""
+
+    label_words: str | None = option(
+        None, "words that stand for the labels, in their order, parted by commas"
+    )
+    score: str = option(
+        "sum",
+        "log-probability of a label: as it is (sum), per token or byte, or corrected (pmi, "
+        "contextual; batch by texts of the task)",
+        choices=SCORES,
+    )
+    shots: int = option(
+        0,
+        "how many training examples to show before each text, spread over the classes",
+        within=Range(0, 1000),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierOptions(ZeroShotOptions):
+    """What kind of classifier is made, and how; see `minllama.experiment`."""
+
+    method: str = option(
+        "lora",
+        "what is trained: nothing (zero-shot), a head on fixed features (frozen), low-rank "
+        "adapters (lora), or all weights (full)",
+        choices=METHODS,
+    )
+    objective: str = option(
+        "head",
+        "a new linear head, or the scores of label-words (best with few examples)",
+        choices=OBJECTIVES,
+    )
+    layer: str = option(
+        "auto", "how many layers run: a number, all, or auto for what cross-validation finds best"
+    )
+    pooling: str = option(
+        "auto",
+        "the vector of a text: of its last token, or a mean of all; auto by cross-validation",
+        choices=("auto", *POOLINGS),
+    )
+    dropout: float = option(
+        0.1, "probability of dropping an element of that vector in training", within=Range(0, 1)
+    )
+    bidirectional: bool = option(False, "let each token look ahead, too; with a head only")
+    dev_fraction: float = option(
+        0.1,
+        "share of the training file to evaluate on, without --dev",
+        within=Range(0, 0.9, low_open=True),
+    )
+    no_calibration: bool = option(False, "leave the probabilities as they come")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer not in ("auto", "all") and not self.layer.isdecimal():
+            raise OptionError(f"layer must be a number, all or auto, not {self.layer!r}")
+        if self.method == "frozen" and self.objective == "label-words":
+            raise OptionError("frozen fits a head; label-words are trained with lora or full")
+        if self.bidirectional and (self.method == "zero-shot" or self.objective == "label-words"):
+            raise OptionError("bidirectional needs a head: label words are continuations")
+        if self.shots and not (self.method == "zero-shot" or self.objective == "label-words"):
+            raise OptionError("shots belong into the prompts of zero-shot or label-words")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRAOptions(CheckedOptions):
     """Low-rank adapters beside frozen weights; see `minllama.lora`."""
@@ -224,3 +296,65 @@ class LoRAOptions(CheckedOptions):
         super().__post_init__()
         if not self.target_modules:
             raise OptionError("target_modules is empty; name a module, or all-linear")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(CheckedOptions):
+    """How a classifier is trained; see `minllama.training`."""
+
+    epochs: int = option(3, "how often each training text is seen", within=Range(1))
+    batch_size: int = option(16, "how many texts are computed together", within=Range(1))
+    gradient_accumulation: int = option(
+        1,
+        "how many batches make one step: what a larger batch does, in less memory",
+        within=Range(1),
+    )
+    lr: float | None = option(
+        None, "highest learning rate; by the method where not given", within=Range(0, low_open=True)
+    )
+    head_lr: float | None = option(
+        None, "that of the head, where it is another", within=Range(0, low_open=True)
+    )
+    weight_decay: float = option(
+        0.0, "shrink matrices by this share times the learning rate, each step", within=Range(0)
+    )
+    schedule: str = option(
+        "linear",
+        "how the learning rate falls after the warm-up: linear, cosine, or constant (not at all)",
+        choices=("linear", "cosine", "constant"),
+    )
+    warmup: float = option(
+        0.06, "share of the steps over which the learning rate rises", within=Range(0, 1)
+    )
+    clip: float = option(
+        1.0, "scale gradients down to at most this norm; 0 leaves them", within=Range(0)
+    )
+    autocast: str = option(
+        "auto",
+        "multiply in bfloat16: auto does so for float32 weights where the hardware is good at it",
+        choices=("auto", "on", "off"),
+    )
+    gradient_checkpointing: bool = option(
+        False, "keep fewer activations and compute them twice: a third slower, in far less memory"
+    )
+    class_weights: str = option(
+        "none",
+        "balanced: errors of rare classes cost more, in proportion",
+        choices=("none", "balanced"),
+    )
+    patience: int = option(
+        0, "stop after this many evaluations without a gain; 0 never does", within=Range(0)
+    )
+    metric: str = option(
+        "accuracy",
+        "the weights that are best by this on the dev split are kept: accuracy, macro_f1, log_loss",
+        choices=("accuracy", "macro_f1", "log_loss"),
+    )
+    evals_per_epoch: int = option(
+        1, "how often to evaluate on the dev split in each epoch", within=Range(1)
+    )
+    seed: int = option(0, "of order and dropout: the same gives the same weights", within=Range(0))
+    save_every: int = option(
+        100, "steps between two checkpoints, from which a cut run goes on", within=Range(1)
+    )
+    tensorboard: bool = option(False, "write the curves for TensorBoard, too")

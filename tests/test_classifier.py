@@ -10,11 +10,9 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from minllama.classifier import LlamaEmbeddingClassifier
-from minllama.classifier.embedding import POOLINGS
-from minllama.classifier.zero_shot import SCORES
 from minllama.errors import MinllamaError, OptionError
 from minllama.llama import load_pretrained
-from minllama.options import PromptOptions
+from minllama.options import POOLINGS, SCORES, PromptOptions
 from tests.classifier_cases import ALPHABET, TEXTS, Characters, embedding, tiny_llama, zero_shot
 from tests.tiny import SHAPE, random_ids
 

@@ -26,7 +26,9 @@ ORDER = (
     ("adapter_config", "adapter_files"),
     ("evaluation", "baselines"),
     ("classifier",),
+    ("schedule", "losses", "progress", "training_state", "training_run", "training"),
     ("report",),
+    ("experiment",),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

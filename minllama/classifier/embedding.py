@@ -5,7 +5,7 @@ Knows nothing of training or files.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,11 @@ from minllama.classifier.base import Classifier, as_prompt, make_template
 from minllama.classifier.label_scores import padded
 from minllama.errors import MinllamaError
 from minllama.llama import Llama
-from minllama.options import PromptOptions
+from minllama.options import POOLINGS, PromptOptions
 from minllama.prompts import EncodedPrompt
 from minllama.tokenizer import Tokenizer
 
 Pooling = Literal["last", "mean", "weighted-mean"]
-POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 
 class LlamaEmbeddingClassifier(Classifier):

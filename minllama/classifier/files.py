@@ -34,7 +34,7 @@ from minllama.classifier.identity import fingerprint
 from minllama.classifier.zero_shot import LlamaZeroShotClassifier
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
-from minllama.lora import adapter_names, remove_lora_wrapper
+from minllama.lora import adapter_names, merge_lora, remove_lora_wrapper
 from minllama.options import PromptOptions
 from minllama.tokenizer import Tokenizer
 
@@ -205,8 +205,18 @@ def load_classifier(
     return classifier.eval()
 
 
-def merge_classifier(classifier: Classifier) -> None:
+SAMPLE = (
+    "yes",
+    "no, I do not think so",
+    "It took me a while, but in the end I was glad I had come.",
+)
+
+
+def merge_classifier(classifier: Classifier) -> float:
     """Make the adapter of a classifier part of its weights; it can then stand alone.
+
+    Returns:
+        The largest change of a logit on a few sample texts: the rounding of the merged weights.
 
     Raises:
         MinllamaError: it has no adapter, or the merged weights are not finite.
@@ -215,8 +225,12 @@ def merge_classifier(classifier: Classifier) -> None:
         raise MinllamaError(
             "the classifier has no adapter to merge; copy its folder, or use it as it is"
         )
+    prompts = [classifier.encode(text) for text in SAMPLE]
+    drift = merge_lora(classifier, sample=lambda: classifier.compute_logits(prompts))
     remove_lora_wrapper(classifier.llama)
     classifier.llama.source = None  # these weights are in no file yet
+    assert drift is not None
+    return drift
 
 
 def _open_base(

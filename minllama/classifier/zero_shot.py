@@ -5,7 +5,7 @@ fine-tuning trains (Schick & Schuetze 2021; Gao et al. 2021). Knows nothing of t
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +14,11 @@ from minllama.classifier.base import Classifier, as_prompt, checked_labels, make
 from minllama.classifier.label_scores import SharedPrefix, compute_label_scores
 from minllama.errors import MinllamaError
 from minllama.llama import Llama
-from minllama.options import PromptOptions
+from minllama.options import SCORES, PromptOptions
 from minllama.prompts import EncodedPrompt
 from minllama.tokenizer import Tokenizer
 
 Score = Literal["sum", "token-mean", "byte-mean", "pmi", "contextual", "batch"]
-SCORES: tuple[Score, ...] = get_args(Score)
 DEFAULT_PROMPT = "Text: {text}\nCategory:"
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three of Zhao et al. 2021, sec. 5
 

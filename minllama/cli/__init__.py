@@ -19,6 +19,10 @@ from minllama.errors import MinllamaError
 COMMANDS = {
     "generate": "Continue a prompt; the text streams as it is made.",
     "chat": "Talk with a model that was trained to chat.",
+    "train": "Train a classifier from a file of labelled texts, and evaluate it.",
+    "evaluate": "Measure a classifier on labelled texts.",
+    "classify": "Say the labels of texts, with a classifier or with label words alone.",
+    "merge": "Make a classifier's adapter part of its weights.",
     "info": "Say what a checkpoint is.",
     "convert": "Write a checkpoint in another format.",
 }

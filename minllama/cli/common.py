@@ -65,7 +65,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--dtype",
             type=click.Choice(DTYPES),
-            help="Of the weights; without it float32 on a CPU, bfloat16 on a GPU.",
+            help="Of the weights; without it what suits the command and the machine.",
         ),
         click.option(
             "--device", metavar="DEVICE", help="cpu, cuda or mps; without it the GPU if any."
@@ -74,6 +74,30 @@ def model_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def classifier_options(command: Command) -> Command:
+    """`--base`, `--dtype`, `--device`: of a classifier that is in a folder."""
+    options = (
+        click.option("--base", metavar="PATH|ID", help="Where the classifier's base model is now."),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            help="Of the weights; without it as in training, which gives the same numbers.",
+        ),
+        click.option(
+            "--device", metavar="DEVICE", help="cpu, cuda or mps; without it the GPU if any."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def pick(options: type, values: dict[str, Any]) -> Any:
+    """Take the fields of an option dataclass out of the command's arguments, and make it."""
+    names = [field.name for field in dataclasses.fields(options)]
+    return options(**{name: values.pop(name) for name in names if name in values})
 
 
 def dataclass_options(

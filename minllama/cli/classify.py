@@ -1,0 +1,276 @@
+"""`minllama classify`: labels for texts, by a classifier or by label words alone."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from minllama.cli.common import (
+    dataclass_options,
+    debug_option,
+    ended_by_interrupts,
+    model_options,
+    open_model,
+    pick,
+)
+from minllama.errors import MinllamaError, OptionError
+from minllama.options import DataOptions, PromptOptions, ZeroShotOptions
+
+if TYPE_CHECKING:
+    from minllama.classifier import Classifier
+
+FORMATS = ("jsonl", "labelled")
+
+
+@click.command("classify")
+@click.argument("classifier", required=False)
+@click.option(
+    "--labels",
+    metavar="A,B,...",
+    help="Classify with these words alone, without a trained classifier.",
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="TEXT",
+    help="A text to classify; may be given several times.",
+)
+@click.option(
+    "-i",
+    "--input",
+    "rows",
+    metavar="SOURCE",
+    help="Texts to classify: a file, - for standard input, or a data set on the Hugging Face hub.",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    default="-",
+    help="Where the labels of --input go (default -, standard output).",
+)
+@click.option(
+    "--output-format",
+    type=click.Choice(FORMATS),
+    help="A line for each text: JSON, or "
+    "'label ||| text' (default jsonl; labelled for a FILE that ends in .txt).",
+)
+@click.option("--resume", is_flag=True, help="Go on where FILE ends.")
+@click.option("--force", is_flag=True, help="Replace FILE where it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for --text, too.")
+@click.option("--base", metavar="PATH|ID", help="Where the classifier's base model is now.")
+@model_options
+@dataclass_options(ZeroShotOptions, skip=("shots",))
+@dataclass_options(PromptOptions)
+@dataclass_options(DataOptions)
+@debug_option
+def command(
+    classifier: str | None,
+    labels: str | None,
+    texts: tuple[str, ...],
+    rows: str | None,
+    output: str,
+    output_format: str | None,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    base: str | None,
+    source: str | None,
+    tokenizer: str | None,
+    dtype: str | None,
+    device: str | None,
+    **values: Any,
+) -> None:
+    """Say the labels of texts, by CLASSIFIER (a folder that `minllama train` wrote) or --labels."""
+    options = pick(ZeroShotOptions, values)
+    prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
+    output_format = output_format or ("labelled" if output.endswith(".txt") else "jsonl")
+    _check_input(texts, rows, output, output_format, resume=resume, force=force)
+    if (classifier is None) == (labels is None):
+        raise OptionError("name a CLASSIFIER, or give --labels such as good,bad; one of them")
+    if classifier is not None:
+        changed = _changed(options, prompt)
+        if changed or source or tokenizer:
+            what = ", ".join(changed) or "--model and --tokenizer"
+            raise OptionError(f"{what}: a CLASSIFIER has its own; leave them away")
+        made = _load(classifier, base, dtype, device)
+    else:
+        assert labels is not None
+        made = _zero_shot(labels, options, prompt, source, tokenizer, dtype, device)
+        _learn_prior(made, options, rows, data)
+    if texts:
+        _classify_texts(made, texts, as_json=as_json)
+    else:
+        assert rows is not None
+        _classify_rows(made, rows, output, output_format, data, resume=resume)
+
+
+def _check_input(
+    texts: tuple[str, ...],
+    rows: str | None,
+    output: str,
+    output_format: str,
+    *,
+    resume: bool,
+    force: bool,
+) -> None:
+    if bool(texts) == (rows is not None):
+        raise OptionError("give texts with --text, or a file of them with --input; one of them")
+    if not output:
+        raise OptionError("the name of --output is empty; name a file, or - for standard output")
+    if texts and output != "-":
+        raise OptionError("--output is for --input; the labels of --text are printed")
+    if resume and (output == "-" or output_format != "jsonl"):
+        raise OptionError("--resume needs an --output of JSON lines, whose end it can find")
+    if resume and force:
+        raise OptionError("--resume goes on with FILE and --force replaces it; give one of them")
+    if output != "-" and Path(output).is_file() and not (resume or force):
+        raise OptionError(f"{output} exists; --resume goes on with it, --force replaces it")
+
+
+def _changed(*options: Any) -> list[str]:
+    """The flags of those options that are not as they are by default."""
+    return [
+        "--" + name.replace("_", "-")
+        for group in options
+        for name, value in vars(group).items()
+        if value != getattr(type(group)(), name)
+    ]
+
+
+def _load(folder: str, base: str | None, dtype: str | None, device: str | None) -> "Classifier":
+    with ended_by_interrupts():
+        from minllama.classifier import load_classifier
+
+    return load_classifier(folder, model=base, dtype=dtype, device=device)
+
+
+def _zero_shot(
+    labels: str,
+    options: ZeroShotOptions,
+    prompt: PromptOptions,
+    source: str | None,
+    tokenizer: str | None,
+    dtype: str | None,
+    device: str | None,
+) -> "Classifier":
+    with ended_by_interrupts():
+        import torch
+
+        from minllama.experiment.fitting import make_zero_shot, weights_dtype
+        from minllama.loading import default_device
+
+    names = [label.strip() for label in labels.split(",")]
+    if len(names) < 2:
+        raise OptionError(f"--labels {labels!r} is one label; give at least two, parted by commas")
+    dtype = dtype or weights_dtype("zero-shot", torch.device(device or default_device()))
+    model, words, _ = open_model(source, tokenizer, dtype, device)
+    return make_zero_shot(model, words, names, prompt, options)
+
+
+def _learn_prior(
+    classifier: "Classifier", options: ZeroShotOptions, rows: str | None, data: DataOptions
+) -> None:
+    """Let the score `batch` see the first texts of the file."""
+    if options.score != "batch":
+        return
+    if rows is None or rows == "-":
+        raise OptionError("--score batch learns from the texts of a file; name it with --input")
+    from itertools import islice
+
+    from minllama.classifier import LlamaZeroShotClassifier
+    from minllama.data import stream_rows
+    from minllama.experiment.fitting import PRIOR_TEXTS
+
+    assert isinstance(classifier, LlamaZeroShotClassifier)
+    classifier.fit_prior([row.text for row in islice(stream_rows(rows, data), PRIOR_TEXTS)])
+
+
+def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json: bool) -> None:
+    from minllama.data import Row
+    from minllama.experiment.predicting import prediction_lines
+
+    probabilities = classifier.predict_proba(texts)
+    if as_json:
+        given = [Row(i, f"text {i + 1}", text, {}) for i, text in enumerate(texts)]
+        for line in prediction_lines(classifier, given, probabilities, "jsonl"):
+            click.echo(line, nl=False)
+        return
+    width = max(map(len, classifier.labels))
+    for text, p in zip(texts, probabilities, strict=True):
+        if len(texts) > 1:
+            click.secho(text, dim=True)
+        for i in (-p).argsort(kind="stable"):
+            click.echo(f"{classifier.labels[i]:<{width}}  {p[i]:.3f}")
+    click.echo(_described(classifier), err=True)
+
+
+def _described(classifier: "Classifier") -> str:
+    """How the probabilities came about, in one line."""
+    from minllama.classifier import LlamaZeroShotClassifier
+
+    if isinstance(classifier, LlamaZeroShotClassifier):
+        return (
+            f"[zero-shot, score {classifier.score}, prompt {json.dumps(classifier.prompt.prompt)}]"
+        )
+    return f"[head on layer {classifier.n_layers}, temperature {classifier.temperature:.3g}]"
+
+
+def _classify_rows(
+    classifier: "Classifier",
+    rows: str,
+    output: str,
+    output_format: str,
+    data: DataOptions,
+    *,
+    resume: bool,
+) -> None:
+    from minllama.cli.waiting import ConsoleSay
+    from minllama.data import BadRows, count_rows
+    from minllama.experiment.predicting import predict_stream, resume_at
+
+    total = 0 if rows == "-" else count_rows(rows, data)[0]
+    start = resume_at(Path(output), rows, data) if resume else 0
+    bad_rows, say = BadRows(), ConsoleSay()
+    if start:
+        say.say(f"going on at row {start} of {rows}")
+    say.say(_described(classifier))
+    with _opened(output, append=resume) as stream:
+        progress = say.advance("classifying", total - start) if total else None
+        try:
+            count = predict_stream(
+                classifier,
+                rows,
+                stream,
+                data,
+                output_format=output_format,
+                start=start,
+                bad_rows=bad_rows,
+                progress=progress,
+            )
+        finally:
+            say.close()
+    if bad_rows.count:
+        say.say(f"bad rows left out: {bad_rows.count} ({bad_rows.summary()})")
+    say.say(f"classified {count:,} texts")
+
+
+@contextlib.contextmanager
+def _opened(output: str, *, append: bool) -> Iterator[TextIO]:
+    """The stream that lines go to; what is written stays if the run is cut."""
+    if output == "-":
+        yield sys.stdout
+        return
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with Path(output).open(
+            "a" if append else "w", encoding="utf-8", errors="backslashreplace"
+        ) as stream:
+            yield stream
+    except OSError as error:
+        raise MinllamaError(f"{output}: cannot be written ({error.strerror})") from error

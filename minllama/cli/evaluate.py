@@ -1,0 +1,95 @@
+"""`minllama evaluate`: a classifier on labelled texts."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import click
+
+from minllama.cli.common import (
+    classifier_options,
+    dataclass_options,
+    debug_option,
+    ended_by_interrupts,
+    pick,
+)
+from minllama.errors import MinllamaError
+from minllama.options import DataOptions
+
+
+@click.command("evaluate")
+@click.argument("classifier")
+@click.option(
+    "--data",
+    "source",
+    required=True,
+    metavar="SOURCE",
+    help="Labelled texts: a file, - or a data set on the Hugging Face hub.",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    help="Write report.html, metrics.json and predictions.jsonl there.",
+)
+@click.option("--seed", type=int, default=0, help="Of the draws for the intervals (default 0).")
+@classifier_options
+@dataclass_options(DataOptions)
+@debug_option
+def command(
+    classifier: str,
+    source: str,
+    output: str | None,
+    seed: int,
+    base: str | None,
+    dtype: str | None,
+    device: str | None,
+    **values: Any,
+) -> None:
+    """Measure CLASSIFIER, a folder that `minllama train` wrote, on labelled texts."""
+    data = pick(DataOptions, values)
+    with ended_by_interrupts():
+        from minllama.classifier import load_classifier
+        from minllama.cli.waiting import ConsoleSay
+        from minllama.data import load_dataset
+        from minllama.experiment import evaluate_classifier
+        from minllama.experiment.measuring import settings_of, versions
+        from minllama.report import Report, print_summary, write_report
+
+    began = datetime.now(UTC).astimezone()
+    loaded = load_classifier(classifier, model=base, dtype=dtype, device=device)
+    if loaded.multi_label and not data.multi_label:
+        import dataclasses
+
+        data = dataclasses.replace(data, multi_label=True)
+    split = load_dataset(source, data, label_names=loaded.labels)
+    if split.multi_label != loaded.multi_label:
+        raise MinllamaError(
+            f"{split.source}: its rows have several labels, and {classifier} gives one to each text"
+        )
+    say = ConsoleSay()
+    for notice in split.notices:
+        say.say(str(notice))
+    progress = say.advance("evaluating", len(split))
+    try:
+        reported = evaluate_classifier(loaded, split, "data", seed=seed, progress=progress)
+    finally:
+        say.close()
+    assert reported.evaluation is not None
+    if output is not None:
+        report = Report(
+            title=f"{classifier} on {split.source}",
+            label_names=loaded.labels,
+            splits=[reported],
+            multi_label=loaded.multi_label,
+            settings=settings_of(
+                run={"classifier": classifier, "data": source, "seed": seed},
+                data=data,
+            ),
+            versions=versions(),
+            notes=[str(notice) for notice in split.notices],
+            created=began,
+        )
+        write_report(output, report)
+    print_summary(split.source, reported.evaluation)
+    if output is not None:
+        click.echo(f"wrote {output}: report.html, metrics.json, predictions.jsonl", err=True)

@@ -1,0 +1,37 @@
+"""`minllama merge`: a classifier's adapter becomes part of its weights."""
+
+from pathlib import Path
+
+import click
+
+from minllama.cli.common import classifier_options, debug_option, ended_by_interrupts
+from minllama.errors import MinllamaError
+
+
+@click.command("merge")
+@click.argument("classifier")
+@click.argument("dst")
+@click.option("--force", is_flag=True, help="Replace DST where it exists.")
+@classifier_options
+@debug_option
+def command(
+    classifier: str,
+    dst: str,
+    force: bool,
+    base: str | None,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """Write CLASSIFIER to DST as a model of its own, which needs no base model any more."""
+    if not dst:
+        raise MinllamaError("the name of DST is empty; name a folder to write")
+    if Path(dst).exists() and not force:
+        raise MinllamaError(f"{dst} exists; --force replaces it")
+    with ended_by_interrupts():
+        from minllama.classifier import load_classifier
+        from minllama.classifier.files import merge_classifier, save_classifier
+
+    loaded = load_classifier(classifier, model=base, dtype=dtype, device=device)
+    drift = merge_classifier(loaded)
+    save_classifier(loaded, dst, training={"merged from": classifier})
+    click.echo(f"wrote {dst}; the largest drift of a logit is {drift:.2g}", err=True)

@@ -1,0 +1,104 @@
+"""`minllama train`: from a file of labelled texts to an evaluated classifier in a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from minllama.cli.common import (
+    dataclass_options,
+    debug_option,
+    ended_by_interrupts,
+    model_options,
+    pick,
+)
+from minllama.options import (
+    ClassifierOptions,
+    DataOptions,
+    LoRAOptions,
+    PromptOptions,
+    TrainingOptions,
+)
+
+
+@click.command("train")
+@click.option(
+    "--train",
+    required=True,
+    metavar="SOURCE",
+    help="Labelled texts: a file, - or a data set on the Hugging Face hub.",
+)
+@click.option(
+    "--dev",
+    metavar="SOURCE",
+    help="Labelled texts to choose and calibrate on; without it a part of the training file.",
+)
+@click.option(
+    "--test",
+    metavar="SOURCE",
+    help="Texts that are only predicted at the end, and evaluated if they are labelled.",
+)
+@click.option(
+    "-o", "--output", required=True, metavar="DIR", help="Folder of the classifier and its report."
+)
+@click.option("--resume", is_flag=True, help="Go on with the run that was cut in DIR.")
+@click.option("--force", is_flag=True, help="Replace an earlier run in DIR.")
+@model_options
+@dataclass_options(ClassifierOptions)
+@dataclass_options(PromptOptions)
+@dataclass_options(TrainingOptions)
+@dataclass_options(LoRAOptions)
+@dataclass_options(DataOptions)
+@debug_option
+def command(
+    train: str,
+    dev: str | None,
+    test: str | None,
+    output: str,
+    resume: bool,
+    force: bool,
+    source: str | None,
+    tokenizer: str | None,
+    dtype: str | None,
+    device: str | None,
+    **values: Any,
+) -> None:
+    """Train a classifier, calibrate it, evaluate it beside baselines, and write a report."""
+    groups = {
+        "classifier": pick(ClassifierOptions, values),
+        "prompt": pick(PromptOptions, values),
+        "training": pick(TrainingOptions, values),
+        "lora": pick(LoRAOptions, values),
+        "data": pick(DataOptions, values),
+    }
+    with ended_by_interrupts():
+        from minllama.cli.waiting import ConsoleSay
+        from minllama.experiment import Experiment, run_experiment
+        from minllama.report import print_summary
+    experiment = Experiment(
+        train=train,
+        dev=dev,
+        test=test,
+        output=Path(output),
+        model=source,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        **groups,
+    )
+    say = ConsoleSay()
+    try:
+        outcome = run_experiment(experiment, resume=resume, force=force, say=say)
+    except KeyboardInterrupt:
+        say.close()
+        if (Path(output) / "checkpoint").exists():
+            click.echo("\ninterrupted; the same command with --resume goes on", err=True)
+        raise
+    finally:
+        say.close()
+    for split in outcome.report.splits:
+        if split.evaluation is not None:
+            print_summary(split.name, split.evaluation, split.others)
+    click.echo(
+        f"wrote {output}: the classifier, report.html, metrics.json, predictions.jsonl", err=True
+    )

@@ -1,0 +1,65 @@
+"""What a person sees while a command works: lines, and bars where there is a terminal."""
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from minllama.experiment import Say
+
+if TYPE_CHECKING:
+    from minllama.progress import Progress
+
+
+class ConsoleSay(Say):
+    """Says everything on standard error; what is asked for is on standard output."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def say(self, line: str) -> None:
+        self.close()
+        click.echo(line, err=True)
+
+    def advance(self, title: str, total: int) -> Callable[[int], None]:
+        self.close()
+        if not sys.stderr.isatty():
+            click.echo(f"{title} ({total:,})", err=True)
+            return lambda done: None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        task = self._bar.add_task(title, total=total)
+        self._bar.start()
+        bar, seen = self._bar, 0
+
+        def advanced(done: int) -> None:
+            nonlocal seen
+            seen += done
+            bar.update(task, completed=seen)
+            if seen >= total:
+                bar.stop()
+
+        return advanced
+
+    def progress(self) -> "Progress | None":
+        from minllama.progress import TrainingProgress
+
+        self.close()
+        return TrainingProgress()
+
+    def close(self) -> None:
+        """Take the bar away, if one is there."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

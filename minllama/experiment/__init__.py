@@ -1,0 +1,19 @@
+"""From files of labelled texts to an evaluated classifier in a folder: what the doors call.
+
+`splits` reads and checks the data, `fitting` makes and trains the classifier, `measuring`
+evaluates it beside its baselines, `run` does all of it. Nothing here parses arguments or prints.
+"""
+
+from minllama.experiment.measuring import evaluate_classifier
+from minllama.experiment.run import Experiment, Outcome, Say, run_experiment
+from minllama.experiment.splits import Splits, load_splits
+
+__all__ = [
+    "Experiment",
+    "Outcome",
+    "Say",
+    "Splits",
+    "evaluate_classifier",
+    "load_splits",
+    "run_experiment",
+]

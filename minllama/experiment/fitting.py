@@ -1,0 +1,280 @@
+"""A classifier of the kind that is asked for, and its training: by method and objective.
+
+Knows nothing of files but for the folder that a run is kept in.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from minllama.atomic import atomic_file
+from minllama.classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from minllama.classifier.base import Classifier
+from minllama.classifier.embedding import Pooling, check_layer
+from minllama.classifier.features import (
+    FIRST_PENALTY,
+    Choice,
+    candidate_choices,
+    extract_features,
+    fit_head,
+    select_features,
+)
+from minllama.classifier.zero_shot import Score
+from minllama.data import Dataset, sample_balanced
+from minllama.errors import CheckpointError, OptionError
+from minllama.llama import Llama
+from minllama.lora import add_lora_wrapper
+from minllama.options import (
+    ClassifierOptions,
+    LoRAOptions,
+    PromptOptions,
+    TrainingOptions,
+    ZeroShotOptions,
+)
+from minllama.tokenizer import Tokenizer
+
+# By the method: adapters start from nothing and bear more than weights that know something.
+LEARNING_RATES = {"lora": 3e-4, "full": 2e-5}
+HEAD_LEARNING_RATE = 1e-3
+PRIOR_TEXTS = 500  # unlabelled training texts from which the score `batch` learns
+# Texts on which a run that trains more than a head chooses its layer and where its head starts.
+STARTING_TEXTS = 3000
+LAYER_FILE = "layer.json"
+
+Say = Callable[[str], None]
+Advance = Callable[[int], None]
+
+
+def label_words_of(text: str | None, labels: Sequence[str]) -> tuple[str, ...]:
+    """The words of `--label-words`, which are parted by commas; the labels where it is not given.
+
+    Raises:
+        OptionError: there are not as many as labels.
+    """
+    if text is None:
+        return tuple(labels)
+    words = tuple(word.strip() for word in text.split(","))
+    if len(words) != len(labels):
+        raise OptionError(
+            f"label_words holds {len(words)} words ({', '.join(words)}) for {len(labels)} labels "
+            f"({', '.join(labels)}); give one for each, in this order"
+        )
+    return words
+
+
+def make_zero_shot(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    labels: Sequence[str],
+    prompt: PromptOptions,
+    options: ZeroShotOptions,
+    *,
+    train: Dataset | None = None,
+    seed: int = 0,
+) -> LlamaZeroShotClassifier:
+    """A zero-shot classifier, with examples and prior from training texts where it wants them.
+
+    Raises:
+        MinllamaError: options contradict one another, or want a training file that is not there.
+    """
+    words = label_words_of(options.label_words, labels)
+    shots: list[tuple[str, str]] = []
+    if options.shots:
+        if train is None:
+            raise OptionError("shots come from a training file, and there is none")
+        drawn = sample_balanced(train, options.shots, seed)
+        shots = [
+            (text, words[label])
+            for text, label in zip(drawn.texts, cast(list[int], drawn.labels), strict=True)
+        ]
+    classifier = LlamaZeroShotClassifier(
+        llama,
+        tokenizer,
+        labels,
+        prompt,
+        label_words=words,
+        score=cast(Score, options.score),
+        shots=shots,
+    )
+    if train is not None:
+        classifier.fit_prior(sample_texts(train, PRIOR_TEXTS, seed))
+    return classifier
+
+
+def sample_texts(dataset: Dataset, n: int, seed: int) -> list[str]:
+    """Up to `n` texts, drawn without regard to their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator)[:n].tolist()
+    return [dataset.texts[i] for i in sorted(order)]
+
+
+def make_head(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    prompt: PromptOptions,
+    options: ClassifierOptions,
+    *,
+    balanced: bool,
+    seed: int,
+    say: Say,
+    advance: Callable[[str, int], Advance],
+    folder: Path | None = None,
+) -> LlamaEmbeddingClassifier:
+    """A classifier with a head that is fitted on frozen features, on the best layer if so asked.
+
+    For `frozen` that is all; `lora` and `full` go on from there: a head that fits keeps the first
+    gradients from tearing at good features (Kumar et al. 2022).
+
+    Args:
+        balanced: classes weigh alike in the fit.
+        say: hears what was chosen.
+        advance: gives what hears of texts that are done, by title and number of texts.
+        folder: keeps the choice, for a run that is gone on with.
+    """
+
+    def built(choice: Choice) -> LlamaEmbeddingClassifier:
+        layer, pooling = choice
+        return LlamaEmbeddingClassifier(
+            llama,
+            tokenizer,
+            train.label_names,
+            pooling,
+            layer=layer,
+            dropout=options.dropout,
+            multi_label=train.multi_label,
+            bias=True,
+            prompt=prompt,
+        )
+
+    choices = _choices(llama, options)
+    known = None if folder is None else _read_choice(folder)
+    if known is not None:
+        return built(known)  # the checkpoint holds the head
+    is_whole = options.method == "frozen"
+    some = train if is_whole else _some_rows(train, STARTING_TEXTS, seed)
+    assert some.labels is not None
+    classes = len(train.label_names)
+    first = built(choices[0])
+    report = advance("reading the training texts", len(some))
+    features = extract_features(first, some.texts, choices, progress=report)
+    selection = select_features(
+        features, some.labels, classes, multi_label=train.multi_label, balanced=balanced, seed=seed
+    )
+    (layer, pooling), penalty = selection.choice, selection.penalty
+    n_layers = llama.config.n_layers
+    say(
+        f"layer {layer} of {n_layers}, {pooling}, penalty {penalty:g}: "
+        f"accuracy {selection.accuracy:.3f} in cross-validation on {len(some)} training texts"
+    )
+    if not is_whole and options.layer == "auto":
+        layer = min(n_layers, layer + n_layers // LAYERS_TO_LEARN)
+        say(f"training with {layer} layers")
+        pooled = built((layer, pooling))
+        if (layer, pooling) not in features:
+            report = advance("reading them again", len(some))
+            features = extract_features(pooled, some.texts, [(layer, pooling)], progress=report)
+    classifier = built((layer, pooling))
+    weight, bias = fit_head(
+        features[layer, pooling],
+        some.labels,
+        classes,
+        penalty=penalty or FIRST_PENALTY,
+        multi_label=train.multi_label,
+        balanced=balanced,
+    )
+    classifier.score.weight.data.copy_(torch.from_numpy(weight))
+    classifier.score.bias.data.copy_(torch.from_numpy(bias))
+    if folder is not None:
+        _write_choice(folder, (layer, pooling))
+    return classifier
+
+
+# A layer that is trained can be put to new use: some more than the features were best at.
+LAYERS_TO_LEARN = 7  # of n_layers: 4 of 30
+
+
+def _choices(llama: Llama, options: ClassifierOptions) -> list[Choice]:
+    pooling = None if options.pooling == "auto" else cast(Pooling, options.pooling)
+    choices = candidate_choices(llama.config.n_layers, pooling)
+    if options.layer == "auto":
+        return choices
+    layer = check_layer(llama, None if options.layer == "all" else int(options.layer))
+    return sorted({(layer, pooling) for _, pooling in choices})
+
+
+def _some_rows(train: Dataset, n: int, seed: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train), generator=generator)[:n].tolist()
+    return train.select(sorted(order))
+
+
+def _read_choice(folder: Path) -> Choice | None:
+    path = folder / LAYER_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        return int(content["layer"]), cast(Pooling, str(content["pooling"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); begin anew with --force") from error
+
+
+def _write_choice(folder: Path, choice: Choice) -> None:
+    with atomic_file(folder / LAYER_FILE) as path:
+        path.write_text(json.dumps({"layer": choice[0], "pooling": choice[1]}) + "\n")
+
+
+def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> list[str]:
+    """Let the parameters that the method trains want gradients, and no others.
+
+    Returns:
+        The names of the LoRA layers; none with `full`.
+    """
+    llama = classifier.llama
+    if method == "full":
+        llama.requires_grad_(True)
+        for layer in llama.layers[classifier.n_layers :]:
+            layer.requires_grad_(False)
+        # A frozen table of 49,152 rows costs no gradient; few of its rows are seen at all.
+        if classifier.n_layers < len(llama.layers):
+            llama.norm.requires_grad_(False)
+        return []
+    return add_lora_wrapper(
+        llama,
+        lora.target_modules,
+        lora.r,
+        lora.lora_alpha,
+        lora.lora_dropout,
+        lora.use_rslora,
+        lora.use_dora,
+        layers_to_transform=range(classifier.n_layers),
+    )
+
+
+def training_options(options: TrainingOptions, method: str) -> TrainingOptions:
+    """The options with the learning rates that the method has by default."""
+    changes: dict[str, Any] = {}
+    if options.lr is None:
+        changes["lr"] = LEARNING_RATES[method]
+        if options.head_lr is None:
+            changes["head_lr"] = HEAD_LEARNING_RATE
+    return dataclasses.replace(options, **changes)
+
+
+Weights = Literal["float32", "bfloat16"]
+
+
+def weights_dtype(method: str, device: torch.device) -> Weights:
+    """What a method's weights should be where nothing is said.
+
+    Frozen weights are only multiplied with, and bfloat16 is as good where the hardware knows it;
+    weights that are trained take steps that bfloat16 would round away.
+    """
+    from minllama.loading import fast_bfloat16
+
+    return "bfloat16" if method != "full" and fast_bfloat16(device) else "float32"

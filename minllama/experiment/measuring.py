@@ -1,0 +1,78 @@
+"""A classifier on a split: its evaluation, beside that of its baselines.
+
+Knows nothing of training.
+"""
+
+import dataclasses
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+import minllama
+from minllama.baselines import Baseline
+from minllama.classifier.base import Classifier
+from minllama.data import Dataset
+from minllama.evaluation import Evaluation, evaluate
+from minllama.report import ReportedSplit
+
+HEADLINES = ("accuracy", "macro_f1", "log_loss", "calibration_error")
+
+
+def evaluate_classifier(
+    classifier: Classifier,
+    split: Dataset,
+    name: str,
+    *,
+    others: Mapping[str, Evaluation] | None = None,
+    baselines: Sequence[Baseline] = (),
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ReportedSplit:
+    """Predict a split and, where it has labels, evaluate the predictions.
+
+    Args:
+        classifier: what predicts.
+        split: its labels are numbers of the classifier's labels; or None.
+        name: of the split.
+        others: evaluations of other systems on the same rows.
+        baselines: predict the same rows.
+        seed: of the intervals' draws.
+        progress: is told how many more texts are done.
+    """
+    probabilities = classifier.predict_proba(split.texts, progress=progress)
+    if split.labels is None:
+        return ReportedSplit(name, split.texts, probabilities)
+    many, names = classifier.multi_label, split.label_names
+    beside = dict(others or {})
+    for baseline in baselines:
+        p = baseline.predict_proba(split.texts)
+        beside[baseline.name] = evaluate(p, split.labels, names, multi_label=many, seed=seed)
+    evaluation = evaluate(probabilities, split.labels, names, multi_label=many, seed=seed)
+    return ReportedSplit(name, split.texts, probabilities, split.labels, evaluation, beside)
+
+
+def headlines(split: ReportedSplit) -> dict[str, float]:
+    """The few numbers that a model card shows."""
+    if split.evaluation is None:
+        return {}
+    return {name: float(getattr(split.evaluation, name)) for name in HEADLINES}
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {
+        "minllama": minllama.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def settings_of(**groups: Any) -> dict[str, Any]:
+    """Option dataclasses and plain values as one nested dictionary, for reports."""
+    return {
+        name: dict(group) if isinstance(group, Mapping) else dataclasses.asdict(group)
+        for name, group in groups.items()
+    }

@@ -1,0 +1,77 @@
+"""The files of an experiment -> its training, dev and test splits, checked against each other.
+
+Knows nothing of models.
+"""
+
+from dataclasses import dataclass, replace
+
+from minllama.data import Dataset, Notice, check_splits, load_dataset, stratified_split
+from minllama.data.source import Source
+from minllama.options import DataOptions
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What is learned from, what is chosen and calibrated on, and what is kept aside.
+
+    Attributes:
+        train, dev: with labels.
+        test: None without one; its labels are None where it has none, or only placeholders.
+        notices: what a person should hear about.
+    """
+
+    train: Dataset
+    dev: Dataset
+    test: Dataset | None
+    notices: tuple[str, ...]
+
+
+def load_splits(
+    train: Source,
+    dev: Source | None,
+    test: Source | None,
+    options: DataOptions,
+    *,
+    dev_fraction: float,
+    seed: int,
+) -> Splits:
+    """Read the files; without a dev file a part of every training class is set aside.
+
+    Args:
+        train, dev, test: as `load_dataset` takes them.
+        options: format, columns, label names.
+        dev_fraction: the part that is set aside.
+        seed: of that draw.
+
+    Raises:
+        DataError: a file or its labels cannot be used.
+    """
+    learned = load_dataset(train, options)
+    spoken: list[Notice | str] = [*learned.notices]
+    if dev is None:
+        learned, held = stratified_split(learned, dev_fraction, seed)
+        spoken.append(
+            f"no --dev: {len(held)} of {len(learned) + len(held)} rows of {learned.source} are "
+            f"set aside to evaluate on, drawn by class with seed {seed}"
+        )
+    else:
+        held = load_dataset(dev, options, label_names=learned.label_names)
+        spoken += held.notices
+    tested = None
+    if test is not None:
+        tested = load_dataset(test, options, label_names=learned.label_names, needs_labels=False)
+        spoken += tested.notices
+    notices = check_splits(learned, held, tested)
+    spoken += notices
+    if tested is not None and _is_placeholder(tested, notices):
+        # An accuracy on labels that say nothing would be a number that means nothing.
+        spoken.append(f"{tested.source}: its labels are left out of account")
+        tested = replace(tested, labels=None)
+    return Splits(learned, held, tested, tuple(dict.fromkeys(map(str, spoken))))
+
+
+def _is_placeholder(split: Dataset, notices: list[Notice]) -> bool:
+    return split.labels is not None and any(
+        notice.kind == "one-class" and notice.message.startswith(f"{split.source}:")
+        for notice in notices
+    )
