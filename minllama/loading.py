@@ -4,6 +4,8 @@ Knows nothing of formats (a checkpoint's tensors are read through `LazyTensor`) 
 module computes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,25 @@ def default_device() -> torch.device:
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """float32 on a CPU, where bfloat16 is often emulated; bfloat16 on a GPU."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def fast_bfloat16(device: torch.device | str) -> bool:
+    """Whether this machine multiplies bfloat16 matrices faster than float32 ones.
+
+    A CPU does with AVX512-BF16 or AMX; without, torch emulates it at a fraction of the speed. An
+    NVIDIA GPU does from compute capability 8.0 (Ampere) on.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    # What torch knows of a CPU has moved between its versions.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities:
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
 def load_weights(

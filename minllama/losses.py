@@ -1,0 +1,73 @@
+"""What training makes small: cross-entropy over the classes, or over each label's yes and no.
+
+The loss of a step is a mean over all of its texts, in however many batches they are computed. Knows
+nothing of models or optimizers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minllama.data import Dataset
+
+
+class Loss:
+    """The loss of batches of one data set.
+
+    One label a text: cross-entropy, with weights the weighted mean. Several: binary cross-entropy,
+    the mean over texts and labels. Both are in nats, as `Evaluation.log_loss` is.
+
+    Args:
+        dataset: N labelled texts.
+        balanced: a class of few texts weighs more. With one label a text, by N / (C' n) for a class
+            of n texts among C' that occur; with several, what has the label weighs as much in sum
+            as what has not (none and all stay as they are).
+        device: of the logits.
+
+    Attributes:
+        weights: (C,) float32 on that device; None where all weigh the same.
+    """
+
+    def __init__(self, dataset: Dataset, *, balanced: bool, device: torch.device) -> None:
+        assert dataset.labels is not None
+        self.multi_label = dataset.multi_label
+        n_texts, n_classes = len(dataset), len(dataset.label_names)
+        if self.multi_label:
+            targets = torch.zeros(n_texts, n_classes)
+            for text in range(n_texts):
+                targets[text, list(dataset.classes_of(text))] = 1
+            self._targets = targets.to(device)  # (N, C)
+        else:
+            self._targets = torch.tensor(dataset.labels, device=device)  # (N,)
+        self.weights: Tensor | None = None
+        if balanced:
+            counts = torch.tensor(dataset.class_counts(), dtype=torch.float32)  # (C,)
+            if self.multi_label:
+                usable = (counts > 0) & (counts < n_texts)
+                weights = (n_texts - counts) / counts.clamp(min=1)
+            else:
+                usable = counts > 0
+                weights = n_texts / (usable.sum() * counts.clamp(min=1))
+            self.weights = torch.where(usable, weights, 1.0).to(device)
+
+    def normaliser(self, texts: list[int]) -> float:
+        """What the summed losses of a step's texts are divided by to give its mean."""
+        if self.multi_label:
+            return float(self._targets[texts].numel())
+        if self.weights is None:
+            return float(len(texts))
+        return float(self.weights[self._targets[texts]].sum())
+
+    def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
+        """The losses of a batch, added up: (B, C) logits of these B texts -> a scalar.
+
+        In float32 at least, whatever multiplied the matrices.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = self._targets[texts]
+        weights = None if self.weights is None else self.weights.to(logits.dtype)
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(
+                logits, targets.to(logits.dtype), pos_weight=weights, reduction="sum"
+            )
+        return F.cross_entropy(logits, targets, weight=weights, reduction="sum")

@@ -1,0 +1,99 @@
+"""What training does at each step: which texts, at what learning rate, evaluated or not.
+
+Everything is a function of the seed and of numbers that count, so a run that was cut needs to know
+nothing but its step to go on. Knows nothing of models, losses or files.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+
+from minllama.options import TrainingOptions
+
+WINDOW = 50  # steps whose texts are sorted by length together
+MIN_WINDOWS = 4  # of an epoch: if it were one, the same texts would always meet
+
+
+def derived_seed(seed: int, purpose: str, number: int) -> int:
+    """A seed of its own for each purpose and number, 0 to 2**63 - 1."""
+    digest = hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Schedule:
+    """The steps of a run.
+
+    A step is `batch_size * gradient_accumulation` texts, whether they are computed at once or in
+    several batches. The last step of an epoch may have fewer.
+
+    Args:
+        lengths: of the N training texts, in tokens.
+        options: batch size, epochs, learning rate's course, seed.
+
+    Attributes:
+        steps_per_epoch: of which there are `epochs`.
+        total_steps: of the run.
+        eval_places: after which steps of an epoch (1 to steps_per_epoch) to evaluate.
+    """
+
+    def __init__(self, lengths: Sequence[int], options: TrainingOptions) -> None:
+        self._lengths = lengths
+        self._options = options
+        self.step_size = options.batch_size * options.gradient_accumulation
+        self.steps_per_epoch = math.ceil(len(lengths) / self.step_size)
+        self.total_steps = self.steps_per_epoch * options.epochs
+        evals = min(options.evals_per_epoch, self.steps_per_epoch)
+        self.eval_places = {math.ceil(self.steps_per_epoch * (i + 1) / evals) for i in range(evals)}
+        self._epoch, self._steps = -1, list[list[int]]()
+
+    def batches(self, step: int) -> list[list[int]]:
+        """The texts of a step, in batches, the longest first.
+
+        Args:
+            step: 1 to total_steps.
+        """
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._steps = epoch, self._steps_of(epoch)
+        texts, size = self._steps[place], self._options.batch_size
+        return [texts[start : start + size] for start in range(0, len(texts), size)]
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the dev split is due after this step."""
+        return (step - 1) % self.steps_per_epoch + 1 in self.eval_places
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of a step as a share of the highest, in (0, 1].
+
+        It rises in equal steps, is highest right after the warm-up, and would be zero (if it falls)
+        one step after the last: no step is without effect.
+        """
+        total = self.total_steps
+        warmup, before = round(self._options.warmup * total), step - 1
+        if before < warmup:
+            return step / (warmup + 1)
+        done = (before - warmup) / (total - warmup)
+        if self._options.schedule == "linear":
+            return 1 - done
+        if self._options.schedule == "cosine":
+            return (1 + math.cos(math.pi * done)) / 2
+        return 1.0
+
+    def _steps_of(self, epoch: int) -> list[list[int]]:
+        """Texts of alike lengths together, so that little is padded, and otherwise at random."""
+        generator = torch.Generator().manual_seed(derived_seed(self._options.seed, "order", epoch))
+        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        window = self.step_size * max(1, min(WINDOW, self.steps_per_epoch // MIN_WINDOWS))
+        by_length = [
+            text
+            for start in range(0, len(order), window)
+            # Sorting is stable: texts of one length stay shuffled.
+            for text in sorted(order[start : start + window], key=lambda i: -self._lengths[i])
+        ]
+        steps = [
+            by_length[start : start + self.step_size]
+            for start in range(0, len(by_length), self.step_size)
+        ]
+        return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
