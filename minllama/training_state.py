@@ -315,16 +315,20 @@ def saved_step(folder: str | os.PathLike[str]) -> int | None:
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
     """What differs between two fingerprints, as a person would say it."""
-    found = []
-    for part in dict.fromkeys((*old, *new)):
-        was, is_ = old.get(part), new.get(part)
+    return list(dict.fromkeys(_differences(old, new)))  # an option may also be among the settings
+
+
+def _differences(old: Fingerprint, new: Fingerprint, *, inside: bool = False) -> Iterator[str]:
+    for name in dict.fromkeys((*old, *new)):
+        was, is_ = old.get(name), new.get(name)
+        if was == is_ or name in NEUTRAL_OPTIONS:
+            continue
         if isinstance(was, Mapping) and isinstance(is_, Mapping):
-            for name in dict.fromkeys((*was, *is_)):
-                if was.get(name) != is_.get(name) and name not in NEUTRAL_OPTIONS:
-                    found.append(f"{name} was {_shown(was.get(name))}, now {_shown(is_.get(name))}")
-        elif was != is_:
-            found.append(f"{part} are not the same")
-    return found
+            yield from _differences(was, is_, inside=True)
+        elif inside:
+            yield f"{name} was {_shown(was)}, now {_shown(is_)}"
+        else:
+            yield f"{name} are not the same"
 
 
 def digest(parts: Iterable[bytes]) -> str:

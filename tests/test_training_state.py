@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -262,7 +263,7 @@ from test_training_state import run, saved_step, whole_step
 
 run(Path("warm"))  # what is imported late is imported now
 folder, chosen = Path("run"), random.Random(0)
-for _ in range(20):
+for _ in range(12):
     pid = os.fork()
     if pid == 0:
         run(folder, resume=True, options={"save_every": 1})
@@ -353,7 +354,7 @@ def killed(folder, program, *arguments):
 
 
 @pytest.mark.parametrize("how", ["exchange", "no-exchange"])
-@pytest.mark.parametrize("stride", [67, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [401, pytest.param(67, marks=pytest.mark.slow)])
 def test_a_kill_within_a_save_leaves_the_previous_checkpoint_or_the_new(
     how, stride, tmp_path, uncut
 ):
@@ -361,8 +362,10 @@ def test_a_kill_within_a_save_leaves_the_previous_checkpoint_or_the_new(
     # The first save; one that has new best weights; those that keep the best; the last.
     for saved, previous in ((2, 0), (4, 2), (6, 4), (8, 6), (9, 8)):
         found = [step for step_of_save, step, _ in lines if step_of_save == saved]
-        assert set(found) == {previous, saved}
+        assert found[0] == previous
+        assert set(found) <= {previous, saved}
         assert found == sorted(found)
+    assert any(saved == step for saved, step, _ in lines)
     assert any(stale for _, _, stale in lines)
     assert outcome(tmp_path / "run")[1:] == uncut[0][1:]
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint", "metrics.jsonl"]
@@ -386,6 +389,11 @@ def test_a_checkpoint_that_lost_its_name_gets_it_back(instant, tmp_path, uncut, 
     if instant == "before":  # the new one is not whole
         half.mkdir()
         (half / "weights.safetensors").write_bytes(b"half")
+    else:  # both are whole, and the other one is older
+        shutil.copytree(tmp_path / ".checkpoint.00000001.tmp", half)
+        state = json.loads((half / "state.json").read_text())
+        state["state"]["step"] = 4
+        (half / "state.json").write_text(json.dumps(state))
     check_resumes(tmp_path, uncut, 5)
 
 
@@ -402,8 +410,6 @@ def cut(tmp_path_factory):
 
 @pytest.fixture
 def copied(cut, tmp_path):
-    import shutil
-
     return Path(shutil.copytree(cut, tmp_path / "copy"))
 
 
@@ -527,12 +533,16 @@ def test_how_often_it_is_saved_may_change(copied, uncut):
 
 
 def test_differences_are_named_in_both_directions():
-    old = {"options": {"a": 1, "b": "x" * 90}, "data": "1", "gone": None}
+    old = {"options": {"a": 1, "b": "x" * 90, "save_every": 1}, "data": "1", "gone": None}
     new = {"options": {"a": 1, "c": True}, "data": "2"}
+    old["settings"] = {"training": {"a": 1, "save_every": 1}, "lora": {"r": 8}, "model": {"m": 1}}
+    new["settings"] = {"training": {"a": 1, "c": True}, "lora": {"r": 4}, "model": None}
     assert differences(old, new) == [
         f'b was "{"x" * 56}..., now null',
         "c was null, now true",
         "data are not the same",
+        "r was 8, now 4",
+        'model was {"m": 1}, now null',
     ]
     assert differences(old, old) == []
 
