@@ -148,6 +148,12 @@ def test_balanced_losses_are_those_of_torch_with_these_weights(multi_label):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_label_that_all_texts_have_still_counts():
+    data = Dataset(["x"] * 3, [(0,), (0, 1), (0,)], ["a", "b"], "x", True)
+    weights = Loss(data, balanced=True, device=CPU).weights
+    assert weights.tolist() == [1.0, 2.0]
+
+
 # The order of the texts.
 
 
@@ -185,6 +191,9 @@ def test_a_small_set_does_not_always_meet_in_the_same_batches():
         for start in (1, 17)
     )
     assert len(first & second) < 8
+    longest = [lengths[schedule.batches(step)[0][0]] for step in range(1, 17)]
+    # Nor are the steps of a window (four here) in the order of their lengths.
+    assert any(longest[i] < longest[i + 1] for i in range(15) if i % 4 != 3)
 
 
 def test_any_step_can_be_asked_for_first():
