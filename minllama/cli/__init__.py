@@ -8,8 +8,10 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TextIO
 
 import click
 
@@ -66,13 +68,9 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal cannot show is no reason to stop.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    try:
-        status = _run(args, state)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone (`| head`). What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+    status = _run(args, state)
+    for stream in (sys.stdout, sys.stderr):
+        _let_go(stream)
     sys.exit(status)
 
 
@@ -95,10 +93,12 @@ def _run(args: list[str] | None, state: State) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default" if state.debug else "ignore")
-            cli.main(args, prog_name="minllama", standalone_mode=False, obj=state)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        return 0
+            try:
+                cli.main(args, prog_name="minllama", standalone_mode=False, obj=state)
+            except click.exceptions.NoArgsIsHelpError as error:
+                click.echo(error.format_message())
+        # Here, where what fails is said: Python buffers what goes to a file.
+        sys.stdout.flush()
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "minllama"
@@ -108,7 +108,7 @@ def _run(args: list[str] | None, state: State) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except BrokenPipeError:
-        raise
+        return 0  # the reader has gone (`| head`)
     except OSError as error:
         return _complain(f"{error.filename or 'output'}: {error.strerror or error}", 2, state)
     except Exception as error:
@@ -133,10 +133,18 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _complain(message: str, status: int, state: State) -> int:
-    try:
+    with suppress(OSError):  # where errors go is full or gone: the status alone can tell
         if state.debug:
             traceback.print_exc()
         click.echo(f"minllama: {' '.join(message.split())}", err=True)
-    except OSError:  # where errors go is full or gone: the status alone can tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return status
+
+
+def _let_go(stream: TextIO) -> None:
+    """Drop what is still buffered and cannot be written, or Python fails again when it exits."""
+    try:
+        stream.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
