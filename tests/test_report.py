@@ -149,12 +149,14 @@ def test_links_lead_to_sections_and_drawings_to_their_parts():
     assert {"split-1", "split-2", "training", "run"} <= targets <= ids
 
 
-@pytest.mark.parametrize("classes", [1, 2, 5, 25, 26, 77, 101])
-@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize(
+    ("classes", "multi_label"),
+    [(1, False), (2, False), (25, False), (26, False), (101, False), (1, True), (77, True)],
+)
 def test_every_number_of_classes_has_a_page(classes, multi_label):
     names = [f"class {i}" for i in range(classes)]
     split = make_split(names, multi_label=multi_label)
-    html = render_page(make_report(names, splits=[split], multi_label=multi_label))
+    html = render_page(make_report(names, splits=[split], multi_label=multi_label, history=[]))
     page = Page(html)
     assert all(name in page.text for name in names)
     assert ("Confusion matrix" in page.text) == (classes <= 100 and not multi_label)
@@ -169,9 +171,7 @@ def test_the_page_says_the_numbers():
     assert f"95% interval {100 * low:.1f} to {100 * high:.1f}%" in text
     assert "3 classes 3 July 2025, 14:05 UTC 1 min 15 s" in text
     assert "mind the gap" in text
-    assert "lora.r8 lora.doranono" in text.replace(" no", "nono") or "lora.r8" in text.replace(
-        " ", ""
-    )
+    assert "lr0.0003 lora.r8 lora.dorano" in text
 
 
 def test_without_training_there_is_no_training_section():
@@ -228,7 +228,8 @@ def test_rounding_keeps_six_significant_digits(value):
 def test_metrics_hold_everything_that_was_evaluated(tmp_path):
     tricky = "brackets [\n 1,   2 ] in a string"
     report = make_report(
-        settings={"nan": float("nan"), "path": Path("a"), "n": np.int64(3), "s": tricky, "t": (1,)}
+        history=[],
+        settings={"nan": float("nan"), "path": Path("a"), "n": np.int64(3), "s": tricky, "t": (1,)},
     )
     write_report(tmp_path, report)
     text = (tmp_path / "metrics.json").read_text(encoding="utf-8")
@@ -254,7 +255,7 @@ def test_the_same_report_gives_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("broken", ["render_page", "metrics_json", "prediction_lines"])
 def test_a_report_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch, broken):
     folder = tmp_path / "run"
-    write_report(folder, make_report())
+    write_report(folder, make_report(history=[]))
     (folder / "adapter").write_text("kept")
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -263,15 +264,15 @@ def test_a_report_that_fails_leaves_the_old_one_whole(tmp_path, monkeypatch, bro
 
     monkeypatch.setattr(files, broken, fail)
     with pytest.raises((MinllamaError, OSError), match="No space left"):
-        write_report(folder, make_report(title="another"))
+        write_report(folder, make_report(title="another", history=[]))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
     assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_new_report_takes_the_place_of_the_old_one_and_leaves_other_files(tmp_path):
-    write_report(tmp_path / "run", make_report())
+    write_report(tmp_path / "run", make_report(history=[]))
     (tmp_path / "run" / "adapter").write_text("kept")
-    write_report(tmp_path / "run", make_report(title="another"))
+    write_report(tmp_path / "run", make_report(title="another", history=[]))
     assert "another" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert (tmp_path / "run" / "adapter").read_text() == "kept"
 
@@ -279,7 +280,7 @@ def test_a_new_report_takes_the_place_of_the_old_one_and_leaves_other_files(tmp_
 def test_half_characters_are_written_as_references(tmp_path):
     names = ["\ud800", "b"]
     split = make_split(names, texts=["half \udfff"] * 60)
-    write_report(tmp_path, make_report(names, splits=[split], title="\ud83d"))
+    write_report(tmp_path, make_report(names, splits=[split], title="\ud83d", history=[]))
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "half &#57343;" in html
     assert (

@@ -72,11 +72,14 @@ def test_a_summary_fits_80_columns_and_cuts_only_names(classes, multi_label, ter
     )
     lines = [line.rstrip() for line in strip_styles(text).splitlines()]
     assert max(map(cell_len, lines)) <= 80
-    first = result.per_class[0]
-    assert any(f"{first.precision:.3f}" in line for line in lines)
+    shown = sorted(result.per_class, key=lambda row: row.f1 if row.f1 is not None else 2)[:24]
+    for row in shown:
+        scores = ["-" if v is None else f"{v:.3f}" for v in (row.f1, row.precision, row.recall)]
+        numbers = [*scores, str(row.support), str(row.predicted)]
+        assert any(line.split()[-5:] == numbers for line in lines)
     assert any(re.search(r"Log-loss +Brier +ECE$", line) for line in lines)
     assert len(lines) <= 24 + 20
-    assert ("and 53 classes with a higher F1" in text) == (classes == 77)
+    assert ("and 53 more, none with a lower F1" in text) == (classes == 77)
 
 
 def strip_styles(text):

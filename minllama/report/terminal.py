@@ -47,22 +47,22 @@ def print_summary(
         console.print(table)
     hidden = len(evaluation.per_class) - MAX_CLASSES
     if hidden > 0:
-        console.print(_text(f"and {hidden} classes with a higher F1"), style="dim")
+        console.print(_text(f"and {hidden} more, none with a lower F1"), style="dim")
 
 
 def _systems(evaluation: Evaluation, others: Mapping[str, Evaluation]) -> "Table":
     names = compared(evaluation)
     table = _table()
-    table.add_column("")
+    table.add_column("")  # may be cut, as numbers may not
     for name in names:
-        _add_numbers(table, METRICS[name].title)
+        table.add_column(METRICS[name].title, justify="right", no_wrap=True)
     for system in systems(evaluation, others):
         values = [_text(value.text) for value in system.values]
         table.add_row(_text(system.name), *values, style="bold" if system.own else "")
         if system.own and evaluation.intervals:
             ends = [interval(evaluation, name) or ("", "") for name in names]
-            table.add_row("  95% interval from", *(low for low, _ in ends), style="dim")
-            table.add_row("  to", *(high for _, high in ends), style="dim")
+            table.add_row(_text("  95% interval from"), *(low for low, _ in ends), style="dim")
+            table.add_row(_text("  to"), *(high for _, high in ends), style="dim")
     return table
 
 
@@ -70,7 +70,7 @@ def _classes(evaluation: Evaluation) -> "Table":
     table = _table()
     table.add_column("label" if evaluation.multi_label else "class")
     for title in ("F1", "precision", "recall", "gold", "predicted"):
-        _add_numbers(table, title)
+        table.add_column(title, justify="right", no_wrap=True)
     rows = list(evaluation.per_class)
     if len(rows) > MAX_CLASSES:
         rows = sorted(rows, key=_f1_or_last)[:MAX_CLASSES]
@@ -88,11 +88,6 @@ def _table() -> "Table":
     from rich.table import Table
 
     return Table(box=None, pad_edge=False, header_style="dim")
-
-
-def _add_numbers(table: "Table", title: str) -> None:
-    # In a narrow terminal it is the names that are cut, never the numbers.
-    table.add_column(title, justify="right", no_wrap=True, min_width=max(len(title), 5))
 
 
 def _text(words: str) -> "Text":
