@@ -31,6 +31,7 @@ class Schedule:
     Args:
         lengths: of the N training texts, in tokens.
         options: batch size, epochs, learning rate's course, seed.
+        max_tokens: the most padded tokens that are computed at once, unless one text has more.
 
     Attributes:
         steps_per_epoch: of which there are `epochs`.
@@ -38,9 +39,12 @@ class Schedule:
         eval_places: after which steps of an epoch (1 to steps_per_epoch) to evaluate.
     """
 
-    def __init__(self, lengths: Sequence[int], options: TrainingOptions) -> None:
+    def __init__(
+        self, lengths: Sequence[int], options: TrainingOptions, max_tokens: float = math.inf
+    ) -> None:
         self._lengths = lengths
         self._options = options
+        self._max_tokens = max_tokens
         self.step_size = options.batch_size * options.gradient_accumulation
         self.steps_per_epoch = math.ceil(len(lengths) / self.step_size)
         self.total_steps = self.steps_per_epoch * options.epochs
@@ -57,8 +61,16 @@ class Schedule:
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._steps_of(epoch)
-        texts, size = self._steps[place], self._options.batch_size
-        return [texts[start : start + size] for start in range(0, len(texts), size)]
+        batches: list[list[int]] = []
+        for start, text in enumerate(self._steps[place]):
+            if start % self._options.batch_size == 0 or self._is_full(batches[-1]):
+                batches.append([])
+            batches[-1].append(text)
+        return batches
+
+    def _is_full(self, batch: list[int]) -> bool:
+        # The longest text comes first, and the others are padded to it.
+        return (len(batch) + 1) * self._lengths[batch[0]] > self._max_tokens
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the dev split is due after this step."""

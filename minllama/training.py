@@ -83,7 +83,7 @@ def fit(
     that was not, bit for bit. The random numbers of the caller are left alone.
 
     Args:
-        classifier: changed in place; at the end it has the weights of the best evaluation.
+        classifier: changed in place; at the end it has the weights that `keep` says.
         train: labelled texts, of the classifier's labels.
         dev: those to evaluate on; None: there are no evaluations.
         options: `lr` must be given.

@@ -36,6 +36,9 @@ from minllama.training_state import (
     RunTensors,
 )
 
+# Padded tokens that are computed at once. More are slower on a CPU, whose caches they leave, and
+# take memory in proportion; the gradients of a step are the same.
+MAX_TOKENS = {"cpu": 2048}
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 
@@ -99,7 +102,8 @@ class TrainingRun:
         self.parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
         self._device = next(iter(self.parameters.values())).device
         self.prompts = [classifier.encode(text) for text in train.texts]
-        self.schedule = Schedule([len(prompt) for prompt in self.prompts], options)
+        max_tokens = MAX_TOKENS.get(self._device.type, math.inf)
+        self.schedule = Schedule([len(prompt) for prompt in self.prompts], options, max_tokens)
         balanced = options.class_weights == "balanced"
         self._loss = Loss(train, balanced=balanced, device=self._device)
         self._optimizer = AdamW(_groups(self.parameters, options, head_parameters))
@@ -144,7 +148,7 @@ class TrainingRun:
                 }
 
     def restore_best(self) -> None:
-        """Give the classifier the weights of the best evaluation, if there was one."""
+        """Give the classifier the weights of the best evaluation, if they were kept."""
         if self._best:
             self._copy(self._best)
 
@@ -242,10 +246,11 @@ class TrainingRun:
         sign = -1 if options.metric == "log_loss" else 1
         if state.best_metric is None or sign * value > sign * state.best_metric:
             state.best_step, state.best_metric, state.without_gain = state.step, value, 0
-            self._best = {
-                name: parameter.detach().to("cpu", copy=True)
-                for name, parameter in self.parameters.items()
-            }
+            if options.keep == "best":
+                self._best = {
+                    name: parameter.detach().to("cpu", copy=True)
+                    for name, parameter in self.parameters.items()
+                }
         else:
             state.without_gain += 1
             state.stopped_early = 0 < options.patience <= state.without_gain
