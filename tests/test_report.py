@@ -14,7 +14,7 @@ import pytest
 from minllama.errors import MinllamaError
 from minllama.evaluation import evaluate
 from minllama.report import Report, ReportedSplit, files, write_report
-from minllama.report.page import duration, flattened, render_page
+from minllama.report.page import breakable, duration, flattened, render_page
 
 ROOT = Path(__file__).resolve().parent.parent
 VOID = {"meta", "br", "img", "link", "wbr"}
@@ -115,7 +115,8 @@ def evil_report():
 
 def test_no_text_or_name_becomes_markup():
     page = Page(render_page(evil_report()))
-    harmless = Page(render_page(make_report(splits=[make_split(["a", "b", "c"])] * 2, notes=["x"])))
+    names = ["a", "b", "a_name_of_many_words"]  # may be broken over lines: has <wbr>
+    harmless = Page(render_page(make_report(names, splits=[make_split(names)] * 2, notes=["x"])))
     assert page.tags <= harmless.tags | {"table", "tbody"}
     assert not page.tags & {"script", "img", "iframe", "object", "link", "form", "base"}
     names = {name for _, attributes in page.elements for name in attributes}
@@ -303,6 +304,12 @@ def test_settings_and_times_are_said_in_words():
         "1 min 15 s",
         "2 h 1 min",
     ]
+
+
+def test_only_long_words_may_break_inside():
+    assert breakable("gate_proj, up_proj") == "gate_proj, up_proj"
+    assert breakable("to sci.electronics") == "to sci.<wbr>electronics"
+    assert breakable("<a_b>&<a_b>") == "&lt;a_<wbr>b&gt;&amp;&lt;a_<wbr>b&gt;"
 
 
 def test_templates_and_styles_are_in_the_package():

@@ -17,6 +17,7 @@ from minllama.report.content import Report, ReportedSplit
 from minllama.report.mistakes import worst_mistakes
 
 FOLDER = Path(__file__).parent
+LONG_WORD = 12  # characters: shorter words go to the next line whole
 
 
 def render_page(report: Report) -> str:
@@ -60,8 +61,12 @@ def decimal(value: float | None) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """The name, escaped, with places where a line may break: behind `_`, `.`, `/` and `-`."""
-    return Markup(re.sub("([_./-])", r"\1<wbr>", str(escape(name))))
+    """The name, escaped, with places where a long word may break: behind `_`, `.`, `/` and `-`."""
+
+    def broken(word: re.Match[str]) -> str:
+        return re.sub("([_./-])", r"\1<wbr>", word[0])
+
+    return Markup(re.sub(rf"\S{{{LONG_WORD},}}", broken, str(escape(name))))
 
 
 def duration(seconds: float) -> str:
