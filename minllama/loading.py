@@ -63,7 +63,7 @@ def load_weights(
         CheckpointError: tensors are missing, unexpected, misshapen (all are listed, with both
             shapes) or hold NaN or infinity.
     """
-    device = _usable_device(device)
+    device = usable_device(device)
     dtype = _usable_dtype(dtype, device)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_shapes(checkpoint, expected)
@@ -107,7 +107,12 @@ def _check_finite(name: str, stored: Tensor, tensor: Tensor, checkpoint: Checkpo
             )
 
 
-def _usable_device(device: torch.device | str | None) -> torch.device:
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name; None for the GPU where there is one.
+
+    Raises:
+        MinllamaError: this machine or this torch has none of that name.
+    """
     if device is None:
         return default_device()
     try:

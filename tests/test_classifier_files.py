@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minllama.checkpoints import open_checkpoint, write_huggingface
+from minllama.checkpoints import write_huggingface
 from minllama.classifier import (
     LlamaEmbeddingClassifier,
     LlamaZeroShotClassifier,
@@ -24,19 +24,8 @@ from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import load_pretrained
 from minllama.lora import add_lora_wrapper, lora_parameters
 from minllama.tokenizer import Tokenizer
-from tests.tiny import our_model
 
 TEXTS = ["A fine film.", "no", "It drags on, and on.", "What a mess!"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, default_model):
-    """A tiny Llama with the default model's tokenizer, in a folder."""
-    folder = tmp_path_factory.mktemp("base")
-    vocabulary = open_checkpoint(default_model).vocabulary
-    model = our_model(vocab_size=49152, max_seq_len=128)
-    write_huggingface(folder, model.config, model.state_dict(), vocabulary=vocabulary)
-    return folder
 
 
 def opened(base):
@@ -127,6 +116,41 @@ def test_a_trained_base_is_written_too_and_an_untouched_one_is_not(base, tmp_pat
     assert (tmp_path / "trained" / "model.safetensors").exists()
     after = load_classifier(tmp_path / "trained", device="cpu")
     np.testing.assert_array_equal(after.predict_proba(TEXTS), before)
+
+
+def test_a_whole_model_that_looks_ahead_is_read_back_as_one(base, tmp_path):
+    llama = load_pretrained(base, device="cpu", causal=False)
+    llama.layers[0].attention.compute_value.weight.data += 0.01
+    classifier = LlamaEmbeddingClassifier(llama, Tokenizer.from_pretrained(base), ["a", "b"])
+    classifier.save_pretrained(tmp_path)
+    after = load_classifier(tmp_path, device="cpu")
+    assert not after.llama.config.causal
+    np.testing.assert_array_equal(
+        after.predict_proba(TEXTS), classifier.eval().predict_proba(TEXTS)
+    )
+
+
+def test_a_new_classifier_leaves_nothing_of_an_old_whole_model(base, tmp_path):
+    llama, words = opened(base)
+    llama.requires_grad_(True).layers[0].attention.compute_value.weight.data += 0.01
+    LlamaEmbeddingClassifier(llama, words, ["a", "b"]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")  # of an older one yet
+    LlamaEmbeddingClassifier(llama, words, ["a", "b"]).save_pretrained(tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    zero_shot(base).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        "classifier.json",
+        "README.md",
+        "generation_config.json",
+    }
+
+
+def test_a_classifier_in_the_folder_of_its_base_leaves_the_base_alone(base, tmp_path):
+    llama, words = opened(base)
+    llama.requires_grad_(True).layers[0].attention.compute_value.weight.data += 0.01
+    LlamaEmbeddingClassifier(llama, words, ["a", "b"]).save_pretrained(tmp_path)
+    embedding(tmp_path).save_pretrained(tmp_path)
+    assert load_classifier(tmp_path, device="cpu").labels == ("bad", "so so", "good")
 
 
 def test_a_merged_classifier_stands_alone(base, tmp_path):

@@ -11,25 +11,31 @@ Nothing in it is run, and nothing is filled in: what is missing or changed is an
 """
 
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import minllama
 from minllama.adapter_files import FILES as ADAPTER_FILES
 from minllama.adapter_files import load_adapter, write_adapter
 from minllama.atomic import atomic_folder
 from minllama.checkpoints import open_checkpoint, write_huggingface
-from minllama.checkpoints.huggingface import read_safetensors
+from minllama.checkpoints.huggingface import WEIGHT_FILES
 from minllama.classifier.base import Classifier
 from minllama.classifier.card import model_card
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
+from minllama.classifier.head_file import (
+    CLASSIFIER_FILE,
+    HEAD_FILE,
+    check_digest,
+    read_head,
+    sha256_of,
+    write_head,
+)
 from minllama.classifier.identity import fingerprint
 from minllama.classifier.zero_shot import LlamaZeroShotClassifier
 from minllama.errors import CheckpointError, MinllamaError
@@ -37,9 +43,8 @@ from minllama.llama import Llama
 from minllama.lora import adapter_names, merge_lora, remove_lora_wrapper
 from minllama.options import PromptOptions
 from minllama.tokenizer import Tokenizer
+from minllama.vocabulary.huggingface import FILES as TOKENIZER_FILES
 
-CLASSIFIER_FILE = "classifier.json"
-HEAD_FILE = "head.safetensors"
 CARD_FILE = "README.md"
 VERSION = 1
 OWN_FILES = (CLASSIFIER_FILE, HEAD_FILE, CARD_FILE, *ADAPTER_FILES)
@@ -52,6 +57,8 @@ def save_classifier(
     tokenizer: str | None = None,
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
+    also: Callable[[Path], object] | None = None,
+    removes: Collection[str] = (),
 ) -> None:
     """Write a classifier; the folder appears whole or not at all, other files in it are kept.
 
@@ -64,6 +71,8 @@ def save_classifier(
         tokenizer: the path that the tokenizer was read from, where it is not the checkpoint's own.
         training: settings that it came about with, for people.
         metrics: split -> metric -> value, for the model card.
+        also: writes what else belongs into the folder, in the same step.
+        removes: names of what goes from the folder in this step.
 
     Raises:
         MinllamaError: the folder cannot be written, or several adapters take part.
@@ -83,23 +92,47 @@ def save_classifier(
         )
     weights = "full" if is_own else "adapter" if names else "base"
     content = describe(classifier, weights=weights, tokenizer=tokenizer, training=training or {})
-    replaced = {*OWN_FILES, *(("config.json",) if is_own else ())}
-    with atomic_folder(folder, replaces=lambda name: name in replaced) as staging:
+    has_model = is_own or _holds_model(Path(folder), llama)
+    replaced = {*OWN_FILES, *removes}
+
+    def replaces(name: str) -> bool:
+        return name in replaced or (has_model and _is_model_file(name))
+
+    with atomic_folder(folder, replaces=replaces) as staging:
         if is_own:
             vocabulary = getattr(classifier.tokenizer, "vocabulary", None)
-            state = llama.state_dict()
-            write_huggingface(staging, llama.config, state, vocabulary=vocabulary)
+            # Their files have no word for looking ahead; classifier.json says it.
+            config = llama.config.replace(causal=True)
+            write_huggingface(staging, config, llama.state_dict(), vocabulary=vocabulary)
         head = None
         if isinstance(classifier, LlamaEmbeddingClassifier):
             head = classifier.score.weight if _peft_computes(classifier) else None
-            content["head_sha256"] = _write_head(staging, classifier)
+            content["headsha256_of"] = write_head(staging, classifier)
         if names:
             source = None if llama.source == "default" else llama.source
             write_adapter(staging, llama, adapter_name=names[0], base_model_name=source, head=head)
-            content["adapter_sha256"] = _sha256(staging / "adapter_model.safetensors")
+            content["adaptersha256_of"] = sha256_of(staging / "adapter_model.safetensors")
         _write_json(staging / CLASSIFIER_FILE, content)
-        card = model_card(classifier, content, metrics or {}, name=Path(folder).name)
+        card = model_card(classifier, content, metrics or {}, name=Path(folder).resolve().name)
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+        if also is not None:
+            also(staging)
+
+
+def _holds_model(folder: Path, llama: Llama) -> bool:
+    """Whether an earlier classifier left a model of its own, and it is not this one's base."""
+    try:
+        weights = _read_json(folder / CLASSIFIER_FILE).get("weights")
+    except CheckpointError:
+        return False
+    is_base = llama.source is not None and os.path.realpath(llama.source) == os.path.realpath(
+        folder
+    )
+    return weights == "full" and not is_base
+
+
+def _is_model_file(name: str) -> bool:
+    return bool(WEIGHT_FILES.fullmatch(name)) or name in ("config.json", *TOKENIZER_FILES)
 
 
 def _is_in_its_source(llama: Llama) -> bool:
@@ -194,15 +227,24 @@ def load_classifier(
             raise TypeError("labels or base are not what they should be")
     llama, words = _open_base(path, source, base["tokenizer"], loaded_dtype, device, content)
     if weights == "adapter":
-        _check_digest(path.parent / "adapter_model.safetensors", content.get("adapter_sha256"))
+        check_digest(path.parent / "adapter_model.safetensors", content.get("adaptersha256_of"))
         load_adapter(llama, path.parent)
     llama.requires_grad_(False)
     with _described_by(path):
         classifier = _built(content, llama, words, labels, prompt)
         classifier.temperature = _positive(content["temperature"])
     if isinstance(classifier, LlamaEmbeddingClassifier):
-        _read_head(path.parent, classifier, content.get("head_sha256"))
+        read_head(path.parent, classifier, content.get("headsha256_of"))
     return classifier.eval()
+
+
+def classifier_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings that a saved classifier came about with, as they were given to its save.
+
+    Raises:
+        CheckpointError: there is no classifier.
+    """
+    return dict(_read_json(Path(folder) / CLASSIFIER_FILE).get("training") or {})
 
 
 SAMPLE = (
@@ -299,61 +341,11 @@ def _built(
         )
 
 
-def _write_head(folder: Path, classifier: LlamaEmbeddingClassifier) -> str:
-    from safetensors.torch import save_file
-
-    score = classifier.score
-    bias = torch.zeros(len(classifier.labels)) if score.bias is None else score.bias
-    tensors = {"score.weight": _on_disk(score.weight), "score.bias": _on_disk(bias)}
-    path = folder / HEAD_FILE
-    save_file(tensors, path, metadata={"labels": json.dumps(list(classifier.labels))})
-    path.chmod(0o666 & ~_umask())
-    return _sha256(path)
-
-
-def _read_head(folder: Path, classifier: LlamaEmbeddingClassifier, digest: Any) -> None:
-    from safetensors import safe_open
-
-    path = folder / HEAD_FILE
-    _check_digest(path, digest)
-    stored = dict(read_safetensors(path))
-    with safe_open(path, "pt") as file:
-        names = (file.metadata() or {}).get("labels")
-    if names != json.dumps(list(classifier.labels)):
-        raise CheckpointError(
-            f"{path}: its rows stand for the labels {names}, and {CLASSIFIER_FILE} says "
-            f"{json.dumps(list(classifier.labels))}; bring back the files as they were saved"
-        )
-    for name, parameter in classifier.score.named_parameters():
-        lazy = stored.get(f"score.{name}")
-        if lazy is None or lazy.shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{path}: score.{name} must be of shape {tuple(parameter.shape)}, not "
-                f"{None if lazy is None else lazy.shape}; bring back the file as it was saved"
-            )
-        parameter.data.copy_(lazy.load())
-
-
 def _peft_computes(classifier: LlamaEmbeddingClassifier) -> bool:
     """Whether transformers' sequence classifier makes the same logits of the same ids."""
     is_plain = classifier.score.bias is None or not classifier.score.bias.any()
     is_last = classifier.pooling == "last" and classifier.layer == classifier.llama.config.n_layers
     return is_plain and is_last and classifier.llama.config.causal
-
-
-def _check_digest(path: Path, digest: Any) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is missing; bring back the folder as it was saved")
-    if _sha256(path) != digest:
-        raise CheckpointError(
-            f"{path}: is not the file that was saved with {CLASSIFIER_FILE} (its SHA-256 differs); "
-            "bring back the folder as it was saved"
-        )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -402,13 +394,3 @@ def _positive(value: Any) -> float:
     if not 0 < number < float("inf"):
         raise ValueError(f"temperature must be above 0, not {value!r}")
     return number
-
-
-def _on_disk(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu().contiguous()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

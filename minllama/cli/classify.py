@@ -1,7 +1,8 @@
 """`minllama classify`: labels for texts, by a classifier or by label words alone."""
 
 import contextlib
-import json
+import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from minllama.classifier import Classifier
 
 FORMATS = ("jsonl", "labelled")
+JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 
 
 @click.command("classify")
@@ -101,6 +103,8 @@ def command(
         made = _load(classifier, base, dtype, device)
     else:
         assert labels is not None
+        if base is not None:
+            raise OptionError("--base is that of a CLASSIFIER; with --labels name it with --model")
         made = _zero_shot(labels, options, prompt, source, tokenizer, dtype, device)
         _learn_prior(made, options, rows, data)
     if texts:
@@ -129,6 +133,8 @@ def _check_input(
         raise OptionError("--resume needs an --output of JSON lines, whose end it can find")
     if resume and force:
         raise OptionError("--resume goes on with FILE and --force replaces it; give one of them")
+    if output != "-" and Path(output).is_dir():
+        raise OptionError(f"{output} is a folder; name a file")
     if output != "-" and Path(output).is_file() and not (resume or force):
         raise OptionError(f"{output} exists; --resume goes on with it, --force replaces it")
 
@@ -160,15 +166,13 @@ def _zero_shot(
     device: str | None,
 ) -> "Classifier":
     with ended_by_interrupts():
-        import torch
-
         from minllama.experiment.fitting import make_zero_shot, weights_dtype
-        from minllama.loading import default_device
+        from minllama.loading import usable_device
 
     names = [label.strip() for label in labels.split(",")]
     if len(names) < 2:
         raise OptionError(f"--labels {labels!r} is one label; give at least two, parted by commas")
-    dtype = dtype or weights_dtype("zero-shot", torch.device(device or default_device()))
+    dtype = dtype or weights_dtype("zero-shot", usable_device(device))
     model, words, _ = open_model(source, tokenizer, dtype, device)
     return make_zero_shot(model, words, names, prompt, options)
 
@@ -193,7 +197,7 @@ def _learn_prior(
 
 def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json: bool) -> None:
     from minllama.data import Row
-    from minllama.experiment.predicting import prediction_lines
+    from minllama.experiment.predicting import described, prediction_lines
 
     probabilities = classifier.predict_proba(texts)
     if as_json:
@@ -201,24 +205,21 @@ def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json
         for line in prediction_lines(classifier, given, probabilities, "jsonl"):
             click.echo(line, nl=False)
         return
-    width = max(map(len, classifier.labels))
+    names = [_printable(label) for label in classifier.labels]
+    width = max(map(len, names))
     for text, p in zip(texts, probabilities, strict=True):
         if len(texts) > 1:
-            click.secho(text, dim=True)
+            click.secho(_printable(text), dim=True)
         for i in (-p).argsort(kind="stable"):
-            click.echo(f"{classifier.labels[i]:<{width}}  {p[i]:.3f}")
-    click.echo(_described(classifier), err=True)
+            click.echo(f"{names[i]:<{width}}  {p[i]:.3f}")
+    click.echo(described(classifier), err=True)
 
 
-def _described(classifier: "Classifier") -> str:
-    """How the probabilities came about, in one line."""
-    from minllama.classifier import LlamaZeroShotClassifier
-
-    if isinstance(classifier, LlamaZeroShotClassifier):
-        return (
-            f"[zero-shot, score {classifier.score}, prompt {json.dumps(classifier.prompt.prompt)}]"
-        )
-    return f"[head on layer {classifier.n_layers}, temperature {classifier.temperature:.3g}]"
+def _printable(text: str) -> str:
+    """The text on one line, without what would steer the terminal."""
+    return "".join(
+        c if c.isprintable() or c in JOINERS else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def _classify_rows(
@@ -232,44 +233,58 @@ def _classify_rows(
 ) -> None:
     from minllama.cli.waiting import ConsoleSay
     from minllama.data import BadRows, count_rows
-    from minllama.experiment.predicting import predict_stream, resume_at
+    from minllama.experiment.predicting import described, first_row, last_record, predict_stream
 
-    total = 0 if rows == "-" else count_rows(rows, data)[0]
-    start = resume_at(Path(output), rows, data) if resume else 0
     bad_rows, say = BadRows(), ConsoleSay()
-    if start:
-        say.say(f"going on at row {start} of {rows}")
-    say.say(_described(classifier))
-    with _opened(output, append=resume) as stream:
-        progress = say.advance("classifying", total - start) if total else None
-        try:
-            count = predict_stream(
-                classifier,
-                rows,
-                stream,
-                data,
-                output_format=output_format,
-                start=start,
-                bad_rows=bad_rows,
-                progress=progress,
-            )
-        finally:
-            say.close()
+    last, end = last_record(Path(output)) if resume else (None, 0)
+    start = first_row(last)
+    total = 0 if rows == "-" else count_rows(rows, data, start=start)[0]
+    if last is not None:
+        say.say(f"going on behind row {last['index']} of {rows}")
+    say.say(described(classifier))
+    # On one terminal lines and bar would be in each other's way.
+    has_bar = total > 0 and not (output == "-" and sys.stdout.isatty())
+    chunks = predict_stream(
+        classifier,
+        rows,
+        data,
+        output_format=output_format,
+        last=last,
+        bad_rows=bad_rows,
+        progress=say.advance("classifying", total) if has_bar else None,
+    )
+    count = 0
+    try:
+        # What cannot be done, or gone on with, is found in the first chunk: the file is untouched.
+        first = next(chunks, [])
+        with _opened(output, end) as stream:
+            for lines in itertools.chain([first], chunks):
+                stream.writelines(lines)
+                stream.flush()
+                count += len(lines)
+    except KeyboardInterrupt:
+        if output != "-" and output_format == "jsonl":
+            say.say(f"interrupted; the same command with --resume goes on with {output}")
+        raise
+    finally:
+        say.close()
     if bad_rows.count:
         say.say(f"bad rows left out: {bad_rows.count} ({bad_rows.summary()})")
     say.say(f"classified {count:,} texts")
 
 
 @contextlib.contextmanager
-def _opened(output: str, *, append: bool) -> Iterator[TextIO]:
-    """The stream that lines go to; what is written stays if the run is cut."""
+def _opened(output: str, end: int) -> Iterator[TextIO]:
+    """The stream that lines go to, behind the first `end` bytes of a file; they stay there."""
     if output == "-":
         yield sys.stdout
         return
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
+        if end:
+            os.truncate(output, end)
         with Path(output).open(
-            "a" if append else "w", encoding="utf-8", errors="backslashreplace"
+            "a" if end else "w", encoding="utf-8", errors="backslashreplace", newline="\n"
         ) as stream:
             yield stream
     except OSError as error:

@@ -1,6 +1,8 @@
 """`minllama evaluate`: a classifier on labelled texts."""
 
+import dataclasses
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import click
@@ -31,7 +33,13 @@ from minllama.options import DataOptions
     metavar="DIR",
     help="Write report.html, metrics.json and predictions.jsonl there.",
 )
-@click.option("--seed", type=int, default=0, help="Of the draws for the intervals (default 0).")
+@click.option("--force", is_flag=True, help="Replace an earlier report in DIR.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    help="Of the draws for the intervals (default 0).",
+)
 @classifier_options
 @dataclass_options(DataOptions)
 @debug_option
@@ -39,6 +47,7 @@ def command(
     classifier: str,
     source: str,
     output: str | None,
+    force: bool,
     seed: int,
     base: str | None,
     dtype: str | None,
@@ -47,26 +56,29 @@ def command(
 ) -> None:
     """Measure CLASSIFIER, a folder that `minllama train` wrote, on labelled texts."""
     data = pick(DataOptions, values)
+    if output == "":
+        raise MinllamaError("the name of --output is empty; name a folder")
+    if output is not None and (Path(output) / "metrics.json").exists() and not force:
+        raise MinllamaError(f"{output}: an earlier report is there; --force replaces it")
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
         from minllama.cli.waiting import ConsoleSay
         from minllama.data import load_dataset
         from minllama.experiment import evaluate_classifier
         from minllama.experiment.measuring import settings_of, versions
+        from minllama.experiment.predicting import described
         from minllama.report import Report, print_summary, write_report
 
     began = datetime.now(UTC).astimezone()
     loaded = load_classifier(classifier, model=base, dtype=dtype, device=device)
-    if loaded.multi_label and not data.multi_label:
-        import dataclasses
-
-        data = dataclasses.replace(data, multi_label=True)
+    data = dataclasses.replace(data, multi_label=data.multi_label or loaded.multi_label)
     split = load_dataset(source, data, label_names=loaded.labels)
     if split.multi_label != loaded.multi_label:
         raise MinllamaError(
             f"{split.source}: its rows have several labels, and {classifier} gives one to each text"
         )
     say = ConsoleSay()
+    say.say(described(loaded))
     for notice in split.notices:
         say.say(str(notice))
     progress = say.advance("evaluating", len(split))
@@ -82,7 +94,12 @@ def command(
             splits=[reported],
             multi_label=loaded.multi_label,
             settings=settings_of(
-                run={"classifier": classifier, "data": source, "seed": seed},
+                run={
+                    "classifier": classifier,
+                    "data": source,
+                    "seed": seed,
+                    "computed by": described(loaded),
+                },
                 data=data,
             ),
             versions=versions(),

@@ -29,9 +29,10 @@ def command(
         raise MinllamaError(f"{dst} exists; --force replaces it")
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
-        from minllama.classifier.files import merge_classifier, save_classifier
+        from minllama.classifier.files import classifier_settings, merge_classifier, save_classifier
 
     loaded = load_classifier(classifier, model=base, dtype=dtype, device=device)
     drift = merge_classifier(loaded)
-    save_classifier(loaded, dst, training={"merged from": classifier})
+    training = classifier_settings(classifier)
+    save_classifier(loaded, dst, training={**training, "merged from": classifier})
     click.echo(f"wrote {dst}; the largest drift of a logit is {drift:.2g}", err=True)

@@ -1,5 +1,9 @@
 """`minllama train`: from a file of labelled texts to an evaluated classifier in a folder."""
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from minllama.cli.common import (
     model_options,
     pick,
 )
+from minllama.errors import MinllamaError
 from minllama.options import (
     ClassifierOptions,
     DataOptions,
@@ -71,6 +76,8 @@ def command(
         "lora": pick(LoRAOptions, values),
         "data": pick(DataOptions, values),
     }
+    if not output:
+        raise MinllamaError("the name of --output is empty; name a folder")
     with ended_by_interrupts():
         from minllama.cli.waiting import ConsoleSay
         from minllama.experiment import Experiment, run_experiment
@@ -88,11 +95,14 @@ def command(
     )
     say = ConsoleSay()
     try:
-        outcome = run_experiment(experiment, resume=resume, force=force, say=say)
-    except KeyboardInterrupt:
+        with _terminated_as_interrupted():
+            outcome = run_experiment(experiment, resume=resume, force=force, say=say)
+    except (KeyboardInterrupt, _Terminated):
         say.close()
         if (Path(output) / "checkpoint").exists():
-            click.echo("\ninterrupted; the same command with --resume goes on", err=True)
+            click.echo(
+                f"interrupted; the same command with --resume goes on with {output}", err=True
+            )
         raise
     finally:
         say.close()
@@ -102,3 +112,38 @@ def command(
     click.echo(
         f"wrote {output}: the classifier, report.html, metrics.json, predictions.jsonl", err=True
     )
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM, as schedulers send it, leave a checkpoint like Ctrl-C; the status is then 143.
+
+    It is turned into the other signal, since there are instants at which that one has to wait.
+    """
+    is_usual = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if not is_usual:
+        yield
+        return
+    came: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        signal.raise_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if came:
+            raise _Terminated(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

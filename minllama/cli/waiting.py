@@ -1,5 +1,6 @@
 """What a person sees while a command works: lines, and bars where there is a terminal."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ class ConsoleSay(Say):
 
     def advance(self, title: str, total: int) -> Callable[[int], None]:
         self.close()
-        if not sys.stderr.isatty():
+        if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
             click.echo(f"{title} ({total:,})", err=True)
             return lambda done: None
         from rich.console import Console
@@ -38,6 +39,7 @@ class ConsoleSay(Say):
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
+            redirect_stdout=False,  # what is asked for goes on to where it belongs
         )
         task = self._bar.add_task(title, total=total)
         self._bar.start()

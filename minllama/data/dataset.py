@@ -168,7 +168,7 @@ class _Examples:
         """
         bad_rows, notices = self._bad_rows, []
         if bad_rows.count and not options.skip_bad_rows:
-            raise bad_rows.error(name)
+            raise bad_rows.error(name, self._reader.hint)
         if not self._texts:
             raise DataError(_no_rows(name, bad_rows))
         if bad_rows.count:
@@ -253,10 +253,16 @@ def stream_rows(
             yield Row(row.index, row.place, text, row.values)
 
 
-def count_rows(source: Source, options: DataOptions | None = None) -> tuple[int, BadRows]:
-    """Read through a source that will be streamed: how many rows it has, and the bad ones.
+def count_rows(
+    source: Source, options: DataOptions | None = None, *, start: int = 0
+) -> tuple[int, BadRows]:
+    """Read through a source that will be streamed: how many good rows it has, and the bad ones.
 
     So a bad row is found before hours of work, and progress can be told. Not for standard input.
+
+    Args:
+        source, options: as for `stream_rows`.
+        start: count the good rows from this index on.
 
     Raises:
         DataError: the source cannot be read, has no rows, or bad rows that are not to be skipped.
@@ -264,10 +270,13 @@ def count_rows(source: Source, options: DataOptions | None = None) -> tuple[int,
     options = options or DataOptions()
     name, bad_rows = str(source), BadRows()
     skipping = replace(options, skip_bad_rows=True)
-    count = sum(1 for _ in stream_rows(source, skipping, bad_rows=bad_rows))
+    count, is_empty = 0, True
+    for row in stream_rows(source, skipping, bad_rows=bad_rows):
+        is_empty = False
+        count += row.index >= start
     if bad_rows.count and not options.skip_bad_rows:
         raise bad_rows.error(name)
-    if not count:
+    if is_empty:
         raise DataError(_no_rows(name, bad_rows))
     return count, bad_rows
 

@@ -32,6 +32,7 @@ class LabelReader:
     Attributes:
         known: as given, or the names of `numbers`.
         index_of: the class of each of them.
+        hint: what else may help with labels that were refused; empty where nothing does.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LabelReader:
         self.index_of: dict[Cell, int] = {name: i for i, name in enumerate(known or ())}
         self._numbers = numbers or {}
         self._separator = separator
+        self.hint = ""
 
     def read(self, value: Any) -> list[Cell] | None:
         """The labels that a cell holds, names wherever they are known; None for no label at all.
@@ -92,6 +94,8 @@ class LabelReader:
             same = name if name in self.index_of else str(number)
             name = self._numbers.get(number, same)
         if name not in self.index_of:
+            if _is_integer(cell) and not any(map(_is_integer, self.known)):
+                self.hint = "--label-names FILE says which names the numbers have"
             meant = "" if name == str(cell) else f" ({shown(name)})"
             raise ValueError(f"label {shown(cell)}{meant} is not one of {listed(self.known)}")
         return name

@@ -91,16 +91,18 @@ class BadRows:
         more = self.count - len(shown)
         return "; ".join(shown + ([f"and {more} more"] if more else []))
 
-    def error(self, name: str) -> DataError:
-        """The refusal of the source `name` because of these rows."""
+    def error(self, name: str, hint: str = "") -> DataError:
+        """The refusal of the source `name` because of these rows; `hint` is one more remedy."""
+        hint = f"; {hint}" if hint else ""
         if self.count == 1:
             row = self.first[0]
             return DataError(
                 f"{name}, {row.place}: {row.reason}; mend it, or leave it out with --skip-bad-rows"
+                f"{hint}"
             )
         return DataError(
             f"{name}: {self.count} bad rows: {self.summary()}; "
-            "mend them, or leave them out with --skip-bad-rows"
+            f"mend them, or leave them out with --skip-bad-rows{hint}"
         )
 
 

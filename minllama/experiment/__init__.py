@@ -5,7 +5,8 @@ evaluates it beside its baselines, `run` does all of it. Nothing here parses arg
 """
 
 from minllama.experiment.measuring import evaluate_classifier
-from minllama.experiment.run import Experiment, Outcome, Say, run_experiment
+from minllama.experiment.run import Experiment, Outcome, run_experiment
+from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
 
 __all__ = [

@@ -5,7 +5,7 @@ Knows nothing of files but for the folder that a run is kept in.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,7 +16,7 @@ from minllama.classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifie
 from minllama.classifier.base import Classifier
 from minllama.classifier.embedding import Pooling, check_layer
 from minllama.classifier.features import (
-    FIRST_PENALTY,
+    MAX_ROWS,
     Choice,
     candidate_choices,
     extract_features,
@@ -26,7 +26,9 @@ from minllama.classifier.features import (
 from minllama.classifier.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
 from minllama.errors import CheckpointError, OptionError
+from minllama.experiment.say import Say
 from minllama.llama import Llama
+from minllama.loading import fast_bfloat16
 from minllama.lora import add_lora_wrapper
 from minllama.options import (
     ClassifierOptions,
@@ -37,16 +39,17 @@ from minllama.options import (
 )
 from minllama.tokenizer import Tokenizer
 
+TRAINED = ("lora", "full")  # the methods that follow gradients
 # By the method: adapters start from nothing and bear more than weights that know something.
 LEARNING_RATES = {"lora": 3e-4, "full": 2e-5}
 HEAD_LEARNING_RATE = 1e-3
 PRIOR_TEXTS = 500  # unlabelled training texts from which the score `batch` learns
 # Texts on which a run that trains more than a head chooses its layer and where its head starts.
 STARTING_TEXTS = 3000
+STARTING_PER_CLASS = 5  # of them at least, where there are as many
+# A layer that is trained can be put to new use: some more than the features were best at.
+LAYERS_TO_LEARN = 7  # n_layers are divided by it: 4 of 30
 LAYER_FILE = "layer.json"
-
-Say = Callable[[str], None]
-Advance = Callable[[int], None]
 
 
 def label_words_of(text: str | None, labels: Sequence[str]) -> tuple[str, ...]:
@@ -107,9 +110,7 @@ def make_zero_shot(
 
 def sample_texts(dataset: Dataset, n: int, seed: int) -> list[str]:
     """Up to `n` texts, drawn without regard to their labels."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset), generator=generator)[:n].tolist()
-    return [dataset.texts[i] for i in sorted(order)]
+    return [dataset.texts[i] for i in sorted(_random_order(dataset, seed)[:n])]
 
 
 def make_head(
@@ -122,7 +123,6 @@ def make_head(
     balanced: bool,
     seed: int,
     say: Say,
-    advance: Callable[[str, int], Advance],
     folder: Path | None = None,
 ) -> LlamaEmbeddingClassifier:
     """A classifier with a head that is fitted on frozen features, on the best layer if so asked.
@@ -132,9 +132,10 @@ def make_head(
 
     Args:
         balanced: classes weigh alike in the fit.
-        say: hears what was chosen.
-        advance: gives what hears of texts that are done, by title and number of texts.
-        folder: keeps the choice, for a run that is gone on with.
+        seed: of folds and draws.
+        say: hears what is done and what was chosen.
+        folder: of a run that can be gone on with: where the choice is written down, and read if
+            it is there. The head is then not fitted again: the run's checkpoint holds it.
     """
 
     def built(choice: Choice) -> LlamaEmbeddingClassifier:
@@ -151,51 +152,48 @@ def make_head(
             prompt=prompt,
         )
 
-    choices = _choices(llama, options)
-    known = None if folder is None else _read_choice(folder)
-    if known is not None:
-        return built(known)  # the checkpoint holds the head
+    if folder is not None and (known := _read_choice(folder)):
+        return built(known)
     is_whole = options.method == "frozen"
-    some = train if is_whole else _some_rows(train, STARTING_TEXTS, seed)
+    grows = options.layer == "auto" and not is_whole
+    choices = _choices(llama, options)
+    later = [_with_more_layers(choice, llama) for choice in choices] if grows else []
+    some = _some_rows(train, MAX_ROWS if is_whole else STARTING_TEXTS, seed)
     assert some.labels is not None
-    classes = len(train.label_names)
-    first = built(choices[0])
-    report = advance("reading the training texts", len(some))
-    features = extract_features(first, some.texts, choices, progress=report)
-    selection = select_features(
-        features, some.labels, classes, multi_label=train.multi_label, balanced=balanced, seed=seed
-    )
+    report = say.advance("reading the training texts", len(some))
+    reader = built(choices[0])
+    features = extract_features(reader, some.texts, {*choices, *later}, progress=report)
+    kind: Any = {"multi_label": train.multi_label, "balanced": balanced}
+    compared = {choice: features[choice] for choice in choices}
+    selection = select_features(compared, some.labels, len(train.label_names), seed=seed, **kind)
     (layer, pooling), penalty = selection.choice, selection.penalty
-    n_layers = llama.config.n_layers
-    say(
-        f"layer {layer} of {n_layers}, {pooling}, penalty {penalty:g}: "
-        f"accuracy {selection.accuracy:.3f} in cross-validation on {len(some)} training texts"
+    say.say(
+        f"layer {layer} of {llama.config.n_layers}, {pooling}, penalty {penalty:g}: "
+        f"accuracy {selection.accuracy:.3f} in cross-validation on {len(some):,} training texts"
     )
-    if not is_whole and options.layer == "auto":
-        layer = min(n_layers, layer + n_layers // LAYERS_TO_LEARN)
-        say(f"training with {layer} layers")
-        pooled = built((layer, pooling))
-        if (layer, pooling) not in features:
-            report = advance("reading them again", len(some))
-            features = extract_features(pooled, some.texts, [(layer, pooling)], progress=report)
-    classifier = built((layer, pooling))
+    choice = _with_more_layers(selection.choice, llama) if grows else selection.choice
+    if grows:
+        say.say(f"training with {choice[0]} layers")
+    classifier = built(choice)
+    if is_whole and len(some) < len(train):
+        report = say.advance("reading all of them", len(train))
+        some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
+    assert some.labels is not None
     weight, bias = fit_head(
-        features[layer, pooling],
-        some.labels,
-        classes,
-        penalty=penalty or FIRST_PENALTY,
-        multi_label=train.multi_label,
-        balanced=balanced,
+        features[choice], some.labels, len(train.label_names), penalty=penalty, **kind
     )
     classifier.score.weight.data.copy_(torch.from_numpy(weight))
     classifier.score.bias.data.copy_(torch.from_numpy(bias))
     if folder is not None:
-        _write_choice(folder, (layer, pooling))
+        _write_choice(folder, choice)
     return classifier
 
 
-# A layer that is trained can be put to new use: some more than the features were best at.
-LAYERS_TO_LEARN = 7  # of n_layers: 4 of 30
+def _with_more_layers(choice: Choice, llama: Llama) -> Choice:
+    """The choice of a run that trains the layers that its features come from."""
+    layer, pooling = choice
+    n_layers = llama.config.n_layers
+    return min(n_layers, layer + n_layers // LAYERS_TO_LEARN), pooling
 
 
 def _choices(llama: Llama, options: ClassifierOptions) -> list[Choice]:
@@ -208,9 +206,23 @@ def _choices(llama: Llama, options: ClassifierOptions) -> list[Choice]:
 
 
 def _some_rows(train: Dataset, n: int, seed: int) -> Dataset:
+    """About `n` rows, drawn at random, but some of each class: a head must have seen them all."""
+    if len(train) <= n:
+        return train
+    order = _random_order(train, seed)
+    taken, counts = set(order[:n]), [0] * len(train.label_names)
+    for row in order:
+        if any(counts[label] < STARTING_PER_CLASS for label in train.classes_of(row)):
+            taken.add(row)
+        for label in train.classes_of(row):
+            counts[label] += 1
+    return train.select(sorted(taken))
+
+
+def _random_order(dataset: Dataset, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(train), generator=generator)[:n].tolist()
-    return train.select(sorted(order))
+    order: list[int] = torch.randperm(len(dataset), generator=generator).tolist()
+    return order
 
 
 def _read_choice(folder: Path) -> Choice | None:
@@ -221,7 +233,7 @@ def _read_choice(folder: Path) -> Choice | None:
         content = json.loads(path.read_bytes())
         return int(content["layer"]), cast(Pooling, str(content["pooling"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); begin anew with --force") from error
+        raise CheckpointError(f"{path}: damaged ({error}); start anew with --force") from error
 
 
 def _write_choice(folder: Path, choice: Choice) -> None:
@@ -240,9 +252,11 @@ def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> li
         llama.requires_grad_(True)
         for layer in llama.layers[classifier.n_layers :]:
             layer.requires_grad_(False)
-        # A frozen table of 49,152 rows costs no gradient; few of its rows are seen at all.
+        # What does not run gets no gradient, and would only fill the checkpoints.
         if classifier.n_layers < len(llama.layers):
             llama.norm.requires_grad_(False)
+        if isinstance(classifier, LlamaEmbeddingClassifier) and llama.output is not None:
+            llama.output.requires_grad_(False)
         return []
     return add_lora_wrapper(
         llama,
@@ -275,6 +289,4 @@ def weights_dtype(method: str, device: torch.device) -> Weights:
     Frozen weights are only multiplied with, and bfloat16 is as good where the hardware knows it;
     weights that are trained take steps that bfloat16 would round away.
     """
-    from minllama.loading import fast_bfloat16
-
     return "bfloat16" if method != "full" and fast_bfloat16(device) else "float32"

@@ -8,11 +8,13 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import minllama
 from minllama.baselines import Baseline
-from minllama.classifier.base import Classifier
+from minllama.classifier.base import Classifier, probabilities
 from minllama.data import Dataset
 from minllama.evaluation import Evaluation, evaluate
 from minllama.report import ReportedSplit
@@ -25,6 +27,7 @@ def evaluate_classifier(
     split: Dataset,
     name: str,
     *,
+    logits: NDArray[np.float32] | None = None,
     others: Mapping[str, Evaluation] | None = None,
     baselines: Sequence[Baseline] = (),
     seed: int = 0,
@@ -36,21 +39,24 @@ def evaluate_classifier(
         classifier: what predicts.
         split: its labels are numbers of the classifier's labels; or None.
         name: of the split.
+        logits: (N, C), where they were computed before; else they are.
         others: evaluations of other systems on the same rows.
         baselines: predict the same rows.
         seed: of the intervals' draws.
         progress: is told how many more texts are done.
     """
-    probabilities = classifier.predict_proba(split.texts, progress=progress)
-    if split.labels is None:
-        return ReportedSplit(name, split.texts, probabilities)
+    if logits is None:
+        logits = classifier.predict_logits(split.texts, progress=progress)
     many, names = classifier.multi_label, split.label_names
+    predicted = probabilities(logits, classifier.temperature, multi_label=many)
+    if split.labels is None:
+        return ReportedSplit(name, split.texts, predicted)
     beside = dict(others or {})
     for baseline in baselines:
         p = baseline.predict_proba(split.texts)
         beside[baseline.name] = evaluate(p, split.labels, names, multi_label=many, seed=seed)
-    evaluation = evaluate(probabilities, split.labels, names, multi_label=many, seed=seed)
-    return ReportedSplit(name, split.texts, probabilities, split.labels, evaluation, beside)
+    evaluation = evaluate(predicted, split.labels, names, multi_label=many, seed=seed)
+    return ReportedSplit(name, split.texts, predicted, split.labels, evaluation, beside)
 
 
 def headlines(split: ReportedSplit) -> dict[str, float]:

@@ -1,15 +1,14 @@
-"""A stream of texts -> a stream of labels, of any length in constant memory.
+"""A stream of texts -> lines that say their labels, of any length in constant memory.
 
-What is written is JSON, a line for each text, or `label ||| text`. A run that was cut goes on where
-its output ends. Knows nothing of evaluation.
+A line is JSON, or `label ||| text`. A run that was cut goes on where its output ends, and its
+output is then that of one that was not. Knows nothing of evaluation.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -17,53 +16,76 @@ from minllama.classifier import LlamaZeroShotClassifier
 from minllama.classifier.base import Classifier
 from minllama.data import BadRows, Row, stream_rows
 from minllama.data.source import Source
-from minllama.errors import DataError
+from minllama.errors import DataError, OptionError
 from minllama.evaluation import predictions
 from minllama.options import DataOptions
 
-CHUNK = 512  # texts that are sorted by length and computed together
+CHUNK = 512  # rows that are sorted by length and computed together
+SAME_PROBABILITY = 0.05  # what rounding in bfloat16 may change when a chunk is computed again
 FORMATS = ("jsonl", "labelled")
+SEPARATOR = "|||"
 
 
 def predict_stream(
     classifier: Classifier,
     source: Source,
-    stream: TextIO,
     data: DataOptions,
     *,
     output_format: str = "jsonl",
-    start: int = 0,
+    last: Mapping[str, Any] | None = None,
     bad_rows: BadRows | None = None,
     progress: Callable[[int], None] | None = None,
-) -> int:
-    """Classify the rows of a source and write a line for each, in their order.
+) -> Iterator[list[str]]:
+    """Classify the rows of a source: for each few hundred of them their lines, in their order.
 
     Args:
         classifier: of either kind.
         source: as for `stream_rows`.
-        stream: where to; flushed after every chunk.
         data: format, columns, what to do with bad rows.
         output_format: `jsonl` or `labelled`.
-        start: the index of the first row.
+        last: the last record of an output to go on with. Its chunk is computed again, since
+            rounding depends on the company that a text is in; only what is behind it is given.
         bad_rows: counts those that are left out.
         progress: is told how many more texts are done.
 
-    Returns:
-        How many texts were classified.
+    Raises:
+        DataError: the source cannot be read, a bad row that is not to be skipped, or `last` is not
+            what this classifier says of this source.
+        OptionError: labels cannot be told from the text in lines of `label ||| text`.
+    """
+    check_format(classifier, output_format)
+    rows = stream_rows(source, data, start=first_row(last), bad_rows=bad_rows)
+    for _, group in groupby(rows, key=lambda row: row.index // CHUNK):
+        chunk = list(group)
+        p = classifier.predict_proba([row.text for row in chunk], progress=progress)
+        done = 0
+        if last is not None:
+            done, last = _rows_done(classifier, last, chunk, p, source), None
+        yield list(prediction_lines(classifier, chunk[done:], p[done:], output_format))
+    if last is not None:
+        raise _other_input(last, source)
+
+
+def first_row(last: Mapping[str, Any] | None) -> int:
+    """The index of the row at which a run that goes on behind `last` begins to read."""
+    return 0 if last is None else int(last["index"]) // CHUNK * CHUNK
+
+
+def check_format(classifier: Classifier, output_format: str) -> None:
+    """Whether lines of this format can be read back.
 
     Raises:
-        DataError: the source cannot be read, or a bad row that is not to be skipped.
+        OptionError: a label holds what would end it in a line of `label ||| text`.
     """
-    rows = stream_rows(source, data, start=start, bad_rows=bad_rows)
-    count = 0
-    while chunk := list(islice(rows, CHUNK)):
-        texts = [row.text for row in chunk]
-        p = classifier.predict_proba(texts, progress=progress)
-        lines = prediction_lines(classifier, chunk, p, output_format)
-        stream.writelines(lines)
-        stream.flush()
-        count += len(chunk)
-    return count
+    if output_format != "labelled":
+        return
+    for label in classifier.labels:
+        is_listed = classifier.multi_label and "," in label
+        if SEPARATOR in label or len(label.splitlines()) > 1 or is_listed:
+            raise OptionError(
+                f"the label {label!r} cannot stand in a line of 'label {SEPARATOR} text'; "
+                "use --output-format jsonl"
+            )
 
 
 def prediction_lines(
@@ -74,7 +96,7 @@ def prediction_lines(
     for row, p, of_row in zip(rows, probabilities, chosen, strict=True):
         names = [classifier.labels[i] for i in np.flatnonzero(of_row)]
         if output_format == "labelled":
-            yield f"{', '.join(names)} ||| {' '.join(row.text.split())}\n"
+            yield f"{', '.join(names)} {SEPARATOR} {' '.join(row.text.split())}\n"
         else:
             yield json.dumps(record(classifier, row, p, names), ensure_ascii=False) + "\n"
 
@@ -97,27 +119,24 @@ def record(
     return said
 
 
-def resume_at(output: Path, source: Source, data: DataOptions) -> int:
-    """Where a cut run goes on: cuts a half-written last line off, and gives the next row's index.
+def described(classifier: Classifier) -> str:
+    """How a classifier's probabilities come about, in one line."""
+    temperature = f"temperature {classifier.temperature:.3g}"
+    if isinstance(classifier, LlamaZeroShotClassifier):
+        prompt = json.dumps(classifier.prompt.prompt, ensure_ascii=False)
+        return f"[label words, score {classifier.score}, {temperature}, prompt {prompt}]"
+    n_layers = classifier.llama.config.n_layers
+    return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
+
+
+def last_record(output: Path) -> tuple[Mapping[str, Any] | None, int]:
+    """The last whole record of a file of JSON lines, and where it ends, in bytes.
+
+    None and 0 where the file is not there, or holds no whole line.
 
     Raises:
-        DataError: the file holds something else than predictions of this source.
+        DataError: it cannot be read, or holds something else.
     """
-    last, end = _last_record(output)
-    os.truncate(output, end)
-    if last is None:
-        return 0
-    first = next(iter(stream_rows(source, data, start=last["index"])), None)
-    if first is None or (first.index, first.text) != (last["index"], last["text"]):
-        raise DataError(
-            f"{output}: its last line is of row {last['index']}, and that row of {source} has "
-            "another text; give the input that the run began with, or another --output"
-        )
-    return int(last["index"]) + 1
-
-
-def _last_record(output: Path) -> tuple[Mapping[str, Any] | None, int]:
-    """The last whole record of a file, and where it ends."""
     last, end, number = None, 0, 0
     try:
         with output.open("rb") as file:
@@ -126,16 +145,51 @@ def _last_record(output: Path) -> tuple[Mapping[str, Any] | None, int]:
                 if not line.endswith(b"\n"):
                     break
                 found = json.loads(line)
-                if not isinstance(found.get("index"), int) or not isinstance(found["text"], str):
-                    raise ValueError("no index and text")
+                is_whole = isinstance(found["probabilities"], dict) and type(found["text"]) is str
+                if type(found["index"]) is not int or not is_whole:
+                    raise ValueError("index, text or probabilities are of another type")
                 last, end = found, end + len(line)
     except FileNotFoundError:
-        output.touch()
+        pass
     except OSError as error:
         raise DataError(f"{output}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"{output}, line {number}: not a prediction of `minllama classify` ({error}); "
+            f"{output}, line {number}: not a prediction of `minllama classify` ({what}); "
             "name another file"
         ) from error
     return last, end
+
+
+def _rows_done(
+    classifier: Classifier,
+    last: Mapping[str, Any],
+    chunk: list[Row],
+    probabilities: Any,
+    source: Source,
+) -> int:
+    """How many rows of a chunk are in an output that ends with the record `last`."""
+    place = next((i for i, row in enumerate(chunk) if row.index == last["index"]), None)
+    if place is None or chunk[place].text != last["text"]:
+        raise _other_input(last, source)
+    was, now = (
+        last["probabilities"],
+        dict(zip(classifier.labels, probabilities[place], strict=True)),
+    )
+    if was.keys() != now.keys() or any(
+        not isinstance(p, int | float) or abs(p - now[name]) > SAME_PROBABILITY
+        for name, p in was.items()
+    ):
+        raise DataError(
+            f"the output ends with row {last['index']}, and of that row this classifier says "
+            "something else; give the one that the run began with, or another --output"
+        )
+    return place + 1
+
+
+def _other_input(last: Mapping[str, Any], source: Source) -> DataError:
+    return DataError(
+        f"the output ends with row {last['index']}, and {source} has no such row with that text; "
+        "give the input that the run began with, or another --output"
+    )

@@ -5,38 +5,45 @@ Knows nothing of arguments, and prints nothing: what a person should hear, `Say`
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minllama.baselines import fit_baselines
 from minllama.checkpoints import open_checkpoint
-from minllama.classifier import save_classifier
+from minllama.classifier import LlamaEmbeddingClassifier, save_classifier
 from minllama.classifier.base import Classifier
 from minllama.classifier.calibration import fit_temperature
 from minllama.errors import MinllamaError
 from minllama.evaluation import Evaluation
 from minllama.experiment.fitting import (
     LAYER_FILE,
+    TRAINED,
     make_head,
     make_trainable,
     make_zero_shot,
     training_options,
     weights_dtype,
 )
+from minllama.experiment.folder import check_output, remove_earlier_run, writable
 from minllama.experiment.measuring import (
     evaluate_classifier,
     headlines,
     settings_of,
     versions,
 )
+from minllama.experiment.predicting import described
+from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
 from minllama.llama import Llama
-from minllama.loading import default_device
+from minllama.loading import usable_device
 from minllama.options import (
     ClassifierOptions,
     DataOptions,
@@ -44,26 +51,12 @@ from minllama.options import (
     PromptOptions,
     TrainingOptions,
 )
-from minllama.progress import Progress
 from minllama.report import Report, write_report
 from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit
-from minllama.training_state import CHECKPOINT, METRICS, remove_checkpoint
+from minllama.training_state import CHECKPOINT
 
-
-class Say:
-    """What a run tells the person who waits for it; here: nothing."""
-
-    def say(self, line: str) -> None:
-        """Something to know."""
-
-    def advance(self, title: str, total: int) -> Callable[[int], None]:
-        """A part of the work begins; what is returned hears of each few of its `total` texts."""
-        return lambda done: None
-
-    def progress(self) -> Progress | None:
-        """What hears of each training step."""
-        return None
+LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,53 +119,52 @@ def run_experiment(
     Raises:
         MinllamaError: anything that the user can mend; the output folder then holds no classifier,
             or the old one.
+        KeyboardInterrupt: it came; a training that has begun can be resumed.
     """
     say = say or Say()
     began, started = datetime.now(UTC).astimezone(), time.perf_counter()
-    options, training = experiment.classifier, experiment.training
-    _prepare(experiment.output, resume=resume, force=force)
+    training = experiment.training
+    check_output(experiment.output, experiment.classifier.method, resume=resume, force=force)
+    _check_libraries()
     splits = load_splits(
         experiment.train,
         experiment.dev,
         experiment.test,
         experiment.data,
-        dev_fraction=options.dev_fraction,
+        dev_fraction=experiment.classifier.dev_fraction,
+        per_class=experiment.classifier.per_class,
         seed=training.seed,
     )
     for notice in splits.notices:
         say.say(notice)
     llama, tokenizer = _open(experiment)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
-        classifier, beside, result = _train(experiment, splits, llama, tokenizer, resume, say)
-    if not options.no_calibration:
-        report_progress = say.advance("calibrating", len(splits.dev))
-        logits = classifier.predict_logits(splits.dev.texts, progress=report_progress)
-        assert splits.dev.labels is not None
-        classifier.temperature = fit_temperature(
-            logits, splits.dev.labels, multi_label=splits.dev.multi_label
-        )
-        say.say(f"temperature {classifier.temperature:.3g}, fitted on {splits.dev.source}")
-    report = _measured(experiment, splits, classifier, beside, result, say)
-    report = dataclasses.replace(report, created=began, seconds=time.perf_counter() - started)
-    _write(experiment, classifier, report)
+    with writable(experiment.output):
+        if not resume:
+            remove_earlier_run(experiment.output)
+        with torch.random.fork_rng(devices=_gpus()):
+            torch.manual_seed(training.seed)
+            classifier, beside, result = _train(experiment, splits, llama, tokenizer, resume, say)
+        logits = _calibrate(classifier, splits, experiment.classifier, say)
+        report = _measured(experiment, splits, classifier, logits, beside, result, say)
+        report = dataclasses.replace(report, created=began, seconds=time.perf_counter() - started)
+        _write(experiment, classifier, report)
     return Outcome(classifier, splits, report, result)
 
 
-def _prepare(output: Path, *, resume: bool, force: bool) -> None:
-    has_old = any((output / name).exists() for name in (CHECKPOINT, METRICS, "classifier.json"))
-    if resume:
-        if not (output / CHECKPOINT).exists():
+def _check_libraries() -> None:
+    """Find out before hours of work what is missing after them."""
+    for module, name in LIBRARIES.items():
+        try:
+            import_module(module)
+        except ImportError as error:
             raise MinllamaError(
-                f"{output}: there is no checkpoint to go on from; leave --resume away"
-            )
-        return
-    if has_old and not force:
-        what = "--resume goes on with it, " if (output / CHECKPOINT).exists() else ""
-        raise MinllamaError(f"{output}: an earlier run is there; {what}--force replaces it")
-    for name in (LAYER_FILE, METRICS):
-        (output / name).unlink(missing_ok=True)
-    remove_checkpoint(output)
+                f"training and its report need the library {name}; "
+                "install it with: python -m pip install 'minllama[train]'"
+            ) from error
+
+
+def _gpus() -> range:
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
 
 
 def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
@@ -184,7 +176,7 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
         )
     tokenizer = Tokenizer(checkpoint.vocabulary)
     options = experiment.classifier
-    device = torch.device(experiment.device) if experiment.device else default_device()
+    device = usable_device(experiment.device)
     llama = Llama.from_checkpoint(
         checkpoint,
         dtype=experiment.dtype or weights_dtype(options.method, device),
@@ -237,14 +229,13 @@ def _train(
             options,
             balanced=training.class_weights == "balanced",
             seed=training.seed,
-            say=say.say,
-            advance=say.advance,
-            folder=None if options.method == "frozen" else experiment.output,
+            say=say,
+            folder=experiment.output if options.method in TRAINED else None,
         )
         if options.method == "frozen":
             return classifier, beside, None
     make_trainable(classifier, options.method, experiment.lora)
-    head = getattr(classifier, "score", None)
+    head = classifier.score if isinstance(classifier, LlamaEmbeddingClassifier) else None
     result = fit(
         classifier,
         splits.train,
@@ -252,32 +243,53 @@ def _train(
         training_options(training, options.method),
         folder=experiment.output,
         resume=resume,
-        head_parameters=list(head.parameters()) if isinstance(head, torch.nn.Module) else [],
+        head_parameters=[] if head is None else list(head.parameters()),
         progress=say.progress(),
-        settings=_settings(experiment),
+        settings=_settings_of_run(experiment),
     )
     return classifier, beside, result
 
 
+def _calibrate(
+    classifier: Classifier, splits: Splits, options: ClassifierOptions, say: Say
+) -> NDArray[np.float32]:
+    """Fit the temperature on dev, unless it is not wanted, and give dev's logits: (N, C)."""
+    dev = splits.dev
+    assert dev.labels is not None
+    logits = classifier.predict_logits(dev.texts, progress=say.advance("reading dev", len(dev)))
+    if not options.no_calibration:
+        classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
+        say.say(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
+    say.say(described(classifier))
+    return logits
+
+
 def _settings(experiment: Experiment) -> dict[str, Any]:
+    """What the experiment was made from, for people."""
+    files = {
+        "train": experiment.train,
+        "dev": experiment.dev or "set aside from train",
+        "test": experiment.test,
+    }
+    return {"files": files, **_settings_of_run(experiment)}
+
+
+def _settings_of_run(experiment: Experiment) -> dict[str, Any]:
+    """What a training depends on beside its texts, wherever these are read from."""
     options = experiment.classifier
     groups: dict[str, Any] = {
-        "files": {
-            "train": experiment.train,
-            "dev": experiment.dev or "set aside from train",
-            "test": experiment.test,
-        },
         "model": {
             "model": experiment.model or "default",
             "tokenizer": experiment.tokenizer,
             "dtype": experiment.dtype or "by method and machine",
+            **experiment.llama_changes,
         },
         "classifier": options,
         "prompt": experiment.prompt,
     }
     if options.method == "lora":
         groups["lora"] = experiment.lora
-    if options.method in ("lora", "full"):
+    if options.method in TRAINED:
         groups["training"] = training_options(experiment.training, options.method)
     else:
         groups["training"] = {"seed": experiment.training.seed}
@@ -288,6 +300,7 @@ def _measured(
     experiment: Experiment,
     splits: Splits,
     classifier: Classifier,
+    dev_logits: NDArray[np.float32],
     beside: Mapping[str, Evaluation],
     result: TrainingResult | None,
     say: Say,
@@ -301,29 +314,26 @@ def _measured(
         multi_label=train.multi_label,
         seed=experiment.training.seed,
     )
-    reported = []
-    for name, split in (("dev", splits.dev), ("test", splits.test)):
-        if split is None:
-            continue
+    dev, test = splits.dev, splits.test
+    reported = [
+        evaluate_classifier(
+            classifier, dev, "dev", logits=dev_logits, others=beside, baselines=baselines
+        )
+    ]
+    if test is not None:
+        progress = say.advance("reading test", len(test))
         reported.append(
-            evaluate_classifier(
-                classifier,
-                split,
-                name,
-                others=beside if name == "dev" else {},
-                baselines=baselines,
-                progress=say.advance(f"evaluating {name}", len(split)),
-            )
+            evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
         )
     notes = [*splits.notices]
     if not experiment.classifier.no_calibration:
         notes.append("the temperature was fitted on dev, so dev's own calibration flatters it")
-    if result is not None:
+    if result is not None and experiment.training.keep == "best":
         notes.append(
             "the best weights by dev were kept, so dev's own numbers flatter them a little"
         )
     return Report(
-        title=f"{experiment.output.name}: {experiment.classifier.method}",
+        title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
         label_names=classifier.labels,
         splits=reported,
         multi_label=classifier.multi_label,
@@ -335,15 +345,13 @@ def _measured(
 
 
 def _write(experiment: Experiment, classifier: Classifier, report: Report) -> None:
-    output = experiment.output
-    metrics = {split.name: headlines(split) for split in report.splits if split.evaluation}
+    """Classifier and report appear, and the checkpoint goes, in one step."""
     save_classifier(
         classifier,
-        output,
+        experiment.output,
         tokenizer=experiment.tokenizer,
         training=_settings(experiment),
-        metrics=metrics,
+        metrics={split.name: headlines(split) for split in report.splits if split.evaluation},
+        also=lambda folder: write_report(folder, report),
+        removes=(CHECKPOINT, LAYER_FILE),
     )
-    write_report(output, report)
-    remove_checkpoint(output)
-    (output / LAYER_FILE).unlink(missing_ok=True)

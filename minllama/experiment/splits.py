@@ -5,7 +5,14 @@ Knows nothing of models.
 
 from dataclasses import dataclass, replace
 
-from minllama.data import Dataset, Notice, check_splits, load_dataset, stratified_split
+from minllama.data import (
+    Dataset,
+    Notice,
+    check_splits,
+    load_dataset,
+    sample_per_class,
+    stratified_split,
+)
 from minllama.data.source import Source
 from minllama.options import DataOptions
 
@@ -33,6 +40,7 @@ def load_splits(
     options: DataOptions,
     *,
     dev_fraction: float,
+    per_class: int = 0,
     seed: int,
 ) -> Splits:
     """Read the files; without a dev file a part of every training class is set aside.
@@ -41,7 +49,8 @@ def load_splits(
         train, dev, test: as `load_dataset` takes them.
         options: format, columns, label names.
         dev_fraction: the part that is set aside.
-        seed: of that draw.
+        per_class: how many training examples of each class to keep; 0 for all.
+        seed: of these draws.
 
     Raises:
         DataError: a file or its labels cannot be used.
@@ -57,21 +66,25 @@ def load_splits(
     else:
         held = load_dataset(dev, options, label_names=learned.label_names)
         spoken += held.notices
+    if per_class:
+        whole = len(learned)
+        learned = sample_per_class(learned, per_class, seed)
+        spoken.append(
+            f"{learned.source}: {per_class} examples of each class are drawn with seed {seed}: "
+            f"{len(learned)} of {whole}"
+        )
     tested = None
     if test is not None:
         tested = load_dataset(test, options, label_names=learned.label_names, needs_labels=False)
         spoken += tested.notices
-    notices = check_splits(learned, held, tested)
-    spoken += notices
-    if tested is not None and _is_placeholder(tested, notices):
+    spoken += check_splits(learned, held, tested)
+    if tested is not None and _is_placeholder(tested):
         # An accuracy on labels that say nothing would be a number that means nothing.
         spoken.append(f"{tested.source}: its labels are left out of account")
         tested = replace(tested, labels=None)
     return Splits(learned, held, tested, tuple(dict.fromkeys(map(str, spoken))))
 
 
-def _is_placeholder(split: Dataset, notices: list[Notice]) -> bool:
-    return split.labels is not None and any(
-        notice.kind == "one-class" and notice.message.startswith(f"{split.source}:")
-        for notice in notices
-    )
+def _is_placeholder(split: Dataset) -> bool:
+    """Whether all labels are the same one, as in test files whose answers are kept back."""
+    return split.labels is not None and len(split) > 1 and len(set(split.labels)) == 1

@@ -1,0 +1,161 @@
+"""The folder of an experiment: cut and gone on with, kept, replaced, never half of one."""
+
+import sys
+
+import pytest
+import torch
+
+from minllama.classifier import load_classifier
+from minllama.errors import CheckpointError, DataError, MinllamaError, OptionError
+from minllama.experiment import run as run_module
+from minllama.experiment import run_experiment
+from tests.experiment_cases import REPORT, Heard, examples, names_in, write_labelled
+
+
+def results(folder):
+    """What must not depend on a cut."""
+    classifier = load_classifier(folder, device="cpu")
+    state = {n: p for n, p in classifier.named_parameters() if "adapters" in n or "score" in n}
+    return state, (folder / "predictions.jsonl").read_bytes(), classifier.temperature
+
+
+@pytest.mark.parametrize(
+    ("objective", "cut"),
+    [
+        ("head", 4),
+        ("label-words", 4),
+        pytest.param("head", 1, marks=pytest.mark.slow),
+        pytest.param("head", "reading dev", marks=pytest.mark.slow),
+        pytest.param("label-words", "reading dev", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_cut_and_resumed_equals_the_uncut_one(
+    make_experiment, tmp_path, objective, cut
+):
+    uncut, cut_run = (
+        make_experiment(objective=objective, output=name) for name in ("uncut", "cut")
+    )
+    run_experiment(uncut)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(cut_run, say=Heard(interrupt_after=cut))
+    assert not (tmp_path / "cut" / "classifier.json").exists()
+    with pytest.raises(MinllamaError, match="--resume goes on with it, --force replaces it"):
+        run_experiment(cut_run)
+    outcome = run_experiment(cut_run, resume=True)
+    assert outcome.training.resumed_from == (cut if cut != "reading dev" else 6)
+    assert names_in(tmp_path / "cut") == names_in(tmp_path / "uncut")
+    (state, predictions, temperature), expected = map(results, (tmp_path / "cut", uncut.output))
+    assert state.keys() == expected[0].keys() != set()
+    assert all(torch.equal(state[name], expected[0][name]) for name in state)
+    assert (predictions, temperature) == expected[1:]
+
+
+def test_a_run_may_be_resumed_with_the_data_under_another_name_but_not_with_other_options(
+    make_experiment, labelled_files, tmp_path
+):
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(make_experiment(), say=Heard(interrupt_after=2))
+    with pytest.raises(CheckpointError, match=r"dropout was 0\.1, now 0\.2"):
+        run_experiment(make_experiment(dropout=0.2), resume=True)
+    other = write_labelled(tmp_path / "other.txt", examples(24, seed=9))
+    with pytest.raises(CheckpointError, match="training texts"):
+        run_experiment(make_experiment(train=other), resume=True)
+    (tmp_path / "copy.txt").write_bytes((labelled_files / "train.txt").read_bytes())
+    assert (
+        run_experiment(make_experiment(train=tmp_path / "copy.txt"), resume=True).training.steps
+        == 6
+    )
+
+
+@pytest.mark.parametrize("content", ["{", '{"layer": 2}', '{"layer": 9, "pooling": "mean"}', "[]"])
+def test_a_damaged_choice_of_layer_is_refused(make_experiment, tmp_path, content):
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(make_experiment(), say=Heard(interrupt_after=2))
+    (tmp_path / "run" / "layer.json").write_text(content)
+    with pytest.raises(MinllamaError, match="layer"):
+        run_experiment(make_experiment(), resume=True)
+
+
+def test_resume_needs_a_checkpoint_and_a_method_that_is_trained(make_experiment):
+    with pytest.raises(MinllamaError, match="no checkpoint to go on from"):
+        run_experiment(make_experiment(), resume=True)
+    with pytest.raises(OptionError, match="frozen has none"):
+        run_experiment(make_experiment("frozen"), resume=True)
+    with pytest.raises(OptionError, match="give one of them"):
+        run_experiment(make_experiment(), resume=True, force=True)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_an_old_classifier_is_kept_unless_it_is_replaced_as_a_whole(
+    make_experiment, tmp_path, monkeypatch
+):
+    run_experiment(make_experiment("frozen"))
+    before = contents(tmp_path / "run")
+    with pytest.raises(MinllamaError, match="an earlier run is there; --force replaces it"):
+        run_experiment(make_experiment("lora"))
+
+    def fails(folder, report):
+        raise MinllamaError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "write_report", fails)
+        with pytest.raises(MinllamaError, match="disk full"):
+            run_experiment(make_experiment("full"), force=True)
+    after = contents(tmp_path / "run")
+    assert {name: after[name] for name in before} == before
+    assert not any(path.name.endswith(".tmp") for path in tmp_path.iterdir())
+    run_experiment(
+        make_experiment("zero-shot"), force=True
+    )  # nothing of head, run or checkpoint is left
+    assert names_in(tmp_path / "run") == {"classifier.json", "README.md"} | REPORT
+
+
+def test_a_wrong_file_costs_no_old_checkpoint(make_experiment, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(make_experiment(), say=Heard(interrupt_after=2))
+    with pytest.raises(DataError):
+        run_experiment(make_experiment(train=tmp_path / "none.txt"), force=True)
+    assert run_experiment(make_experiment(), resume=True).training.resumed_from == 2
+
+
+FAILURES = {
+    "diverged": {"training": {"lr": 1e30}},
+    "layer": {"layer": "999"},
+    "shots": {"method": "zero-shot", "shots": 25},
+    "words": {"method": "zero-shot", "label_words": "one"},
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_run_that_fails_leaves_no_classifier(make_experiment, tmp_path, case):
+    with pytest.raises(MinllamaError):
+        run_experiment(make_experiment(**FAILURES[case]))
+    left = names_in(tmp_path / "run") if (tmp_path / "run").exists() else set()
+    assert left <= {"metrics.jsonl"}
+    assert (case == "diverged") == bool(left)
+
+
+def test_an_interrupt_before_the_first_step_leaves_nothing(make_experiment, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(make_experiment(), say=Heard(interrupt_after="reading the training texts"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("output", ["a file", "a file/below", "/proc/minllama"])
+def test_what_cannot_be_written_is_found_before_the_work(make_experiment, tmp_path, output):
+    (tmp_path / "a file").write_text("mine")
+    heard = Heard()
+    with pytest.raises(MinllamaError, match="cannot write"):
+        run_experiment(make_experiment("frozen", output=output), say=heard)
+    assert heard.titles == []
+    assert (tmp_path / "a file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
+def test_a_missing_library_is_found_before_the_work(make_experiment, tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MinllamaError, match=r"pip install 'minllama\[train\]'"):
+        run_experiment(make_experiment("frozen", train=tmp_path / "is never read"))

@@ -1,0 +1,207 @@
+"""Streams of texts -> lines of labels: in order, in constant memory, cut anywhere and resumed."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from minllama.data import BadRows, count_rows
+from minllama.errors import DataError, OptionError
+from minllama.experiment import predicting
+from minllama.experiment.predicting import described, first_row, last_record, predict_stream
+from minllama.options import DataOptions
+from tests.classifier_cases import embedding, tiny_llama, zero_shot
+
+DATA = DataOptions()
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(predicting, "CHUNK", 4)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Eleven texts of different lengths."""
+    path = tmp_path / "rows.txt"
+    path.write_text("".join(f"text {'long ' * (i * 7 % 5)}{i}\n" for i in range(11)))
+    return path
+
+
+def lines_of(classifier, source, **options):
+    data = options.pop("data", DATA)
+    return list(itertools.chain.from_iterable(predict_stream(classifier, source, data, **options)))
+
+
+def test_lines_are_in_order_and_say_what_predict_proba_says(rows):
+    classifier = embedding()
+    records = [json.loads(line) for line in lines_of(classifier, rows)]
+    texts = rows.read_text().splitlines()
+    assert [record["text"] for record in records] == texts
+    assert [record["index"] for record in records] == list(range(11))
+    expected = classifier.predict_proba(texts)
+    found = [[record["probabilities"][label] for label in classifier.labels] for record in records]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert [record["label"] for record in records] == classifier.predict(texts)
+    assert all("score" not in record for record in records)
+
+
+@pytest.mark.parametrize("score", ["sum", "byte-mean", "contextual"])
+def test_the_score_of_label_words_is_named(rows, score):
+    classifier = zero_shot(score=score)
+    assert {json.loads(line)["score"] for line in lines_of(classifier, rows)} == {score}
+    assert f"score {score}" in described(classifier)
+
+
+def test_a_head_says_its_layer_and_temperature():
+    classifier = embedding(layer=1)
+    classifier.temperature = 1.5
+    assert described(classifier) == "[head on layer 1 of 2, temperature 1.5]"
+
+
+def test_several_labels_are_lists_and_listed(rows):
+    classifier = embedding(multi_label=True)
+    expected = classifier.predict(rows.read_text().splitlines())
+    records = [json.loads(line) for line in lines_of(classifier, rows)]
+    assert [tuple(record["label"]) for record in records] == expected
+    labelled = lines_of(classifier, rows, output_format="labelled")
+    assert [line.split(" ||| ")[0] for line in labelled] == [", ".join(names) for names in expected]
+
+
+def test_labelled_lines_keep_a_text_on_one_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "one\n two\tthree "}) + "\n")
+    (line,) = lines_of(embedding(), tmp_path / "rows.jsonl", output_format="labelled")
+    assert line.endswith(" ||| one two three\n")
+
+
+@pytest.mark.parametrize(
+    ("label", "multi_label", "refused"),
+    [
+        ("a ||| b", False, True),
+        ("a\nb", False, True),
+        ("a\u2028b", False, True),
+        ("a, b", True, True),
+        ("a, b", False, False),
+        ("a|b", False, False),
+    ],
+)
+def test_labels_that_could_not_be_read_back_are_refused(rows, label, multi_label, refused):
+    classifier = embedding(labels=("x", label), multi_label=multi_label)
+    if refused:
+        with pytest.raises(OptionError, match="--output-format jsonl"):
+            lines_of(classifier, rows, output_format="labelled")
+    else:
+        assert len(lines_of(classifier, rows, output_format="labelled")) == 11
+    assert len(lines_of(classifier, rows)) == 11
+
+
+def test_a_chunk_is_written_before_later_rows_are_read(monkeypatch):
+    from minllama.data import Row
+
+    read = []
+
+    def endless(source, data, *, start, bad_rows):
+        for i in itertools.count(start):
+            read.append(i)
+            yield Row(i, f"line {i + 1}", f"text {i}", {})
+
+    monkeypatch.setattr(predicting, "stream_rows", endless)
+    stream = predict_stream(embedding(), "-", DATA)
+    for n in (1, 2, 3):
+        assert len(next(stream)) == 4
+        assert len(read) <= 4 * n + 1
+
+
+def test_bad_rows_end_the_stream_or_are_counted(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    texts = ["one", "", "three", None, "five", "six", "seven"]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(DataError, match="line 2"):
+        lines_of(embedding(), rows)
+    skipping, bad_rows = DataOptions(skip_bad_rows=True), BadRows()
+    lines = lines_of(embedding(), rows, data=skipping, bad_rows=bad_rows)
+    assert [json.loads(line)["index"] for line in lines] == [0, 2, 4, 5, 6]
+    assert bad_rows.count == 2
+    assert count_rows(rows, skipping)[0] == 5
+    assert count_rows(rows, skipping, start=4)[0] == 3
+
+
+def gone_on_with(output, classifier, source, data=DATA):
+    last, end = last_record(output)
+    rest = lines_of(classifier, source, last=last, data=data)
+    return output.read_bytes()[:end] + "".join(rest).encode()
+
+
+@pytest.mark.parametrize("kind", [embedding, zero_shot])
+def test_a_run_that_was_cut_at_any_byte_is_gone_on_with_to_the_same_file(rows, tmp_path, kind):
+    classifier, output = kind(), tmp_path / "out.jsonl"
+    uncut = "".join(lines_of(classifier, rows)).encode()
+    ends = [i + 1 for i, byte in enumerate(uncut) if byte == ord("\n")]
+    # About every end of a line, and some bytes within lines.
+    places = {0, 1, len(uncut)} | {end + d for end in ends for d in (-2, -1, 0, 1, 40)}
+    for place in sorted(place for place in places if place <= len(uncut)):
+        output.write_bytes(uncut[:place])
+        assert gone_on_with(output, classifier, rows) == uncut, place
+
+
+def test_skipped_rows_do_not_shift_what_is_gone_on_with(tmp_path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    texts = [None, "a", "b", None, "c", "d", "e", None, None, "f", "g"]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    classifier, skipping = embedding(), DataOptions(skip_bad_rows=True)
+    lines = lines_of(classifier, rows, data=skipping)
+    for n in range(len(lines) + 1):
+        output.write_text("".join(lines[:n]))
+        assert gone_on_with(output, classifier, rows, skipping) == "".join(lines).encode()
+
+
+def test_another_input_or_classifier_is_refused(rows, tmp_path):
+    classifier, output = embedding(), tmp_path / "out.jsonl"
+    output.write_text("".join(lines_of(classifier, rows)[:6]))
+    last, _ = last_record(output)
+    assert first_row(last) == 4
+    changed = tmp_path / "changed.txt"
+    changed.write_text(rows.read_text().replace(last["text"], "new 5"))
+    shorter = tmp_path / "shorter.txt"
+    shorter.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))
+    for other in (changed, shorter):
+        with pytest.raises(DataError, match="no such row with that text"):
+            lines_of(classifier, other, last=last)
+    for another in (
+        embedding(labels=("good", "bad", "other")),
+        embedding(llama=tiny_llama(seed=3)),
+        zero_shot(),
+    ):
+        if hasattr(another, "pooling"):
+            another.score.weight.data.normal_(std=2.0)
+        with pytest.raises(DataError, match="this classifier says something else"):
+            lines_of(another, rows, last=last)
+
+
+NO_RECORDS = {
+    "text": b"good ||| fine\n",
+    "a list": b"[1]\n",
+    "a number": b"7\n",
+    "no index": b'{"text": "a", "probabilities": {}}\n',
+    "a flag as index": b'{"index": true, "text": "a", "probabilities": {}}\n',
+    "no UTF-8": b'{"index": 0, "text": "\xff"}\n',
+    "nested": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("case", NO_RECORDS)
+def test_a_file_of_something_else_is_refused_and_kept(tmp_path, case):
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(NO_RECORDS[case])
+    with pytest.raises(DataError, match="line 1: not a prediction") as caught:
+        last_record(output)
+    assert "\n" not in str(caught.value)
+    assert output.read_bytes() == NO_RECORDS[case]
+
+
+def test_no_file_and_no_whole_line_are_a_start(tmp_path):
+    assert last_record(tmp_path / "none.jsonl") == (None, 0)
+    assert not (tmp_path / "none.jsonl").exists()
+    (tmp_path / "half.jsonl").write_bytes(b'{"index": 0, "te')
+    assert last_record(tmp_path / "half.jsonl") == (None, 0)
