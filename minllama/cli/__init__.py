@@ -37,8 +37,18 @@ class State:
     debug: bool = False
 
 
+class _ReaderGone(Exception):
+    """Who read our output has gone (`| head`), and has what was wanted."""
+
+
 class _LazyGroup(click.Group):
     """Commands that are imported when they are called."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderGone from error  # click would take it for a failure
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -107,7 +117,7 @@ def _run(args: list[str] | None, state: State) -> int:
         return _complain(str(error), 2, state)
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except BrokenPipeError:
+    except (BrokenPipeError, _ReaderGone):
         return 0  # the reader has gone (`| head`)
     except OSError as error:
         return _complain(f"{error.filename or 'output'}: {error.strerror or error}", 2, state)

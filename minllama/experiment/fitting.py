@@ -101,6 +101,7 @@ def make_zero_shot(
         prompt,
         label_words=words,
         score=cast(Score, options.score),
+        prior_strength=options.prior_strength,
         shots=shots,
     )
     if train is not None:

@@ -114,9 +114,13 @@ def record(
             for name, value in zip(classifier.labels, probabilities.tolist(), strict=True)
         },
     }
-    if isinstance(classifier, LlamaZeroShotClassifier):
-        said["score"] = classifier.score
+    if score := _score_of(classifier):
+        said["score"] = score
     return said
+
+
+def _score_of(classifier: Classifier) -> str | None:
+    return classifier.score if isinstance(classifier, LlamaZeroShotClassifier) else None
 
 
 def described(classifier: Classifier) -> str:
@@ -177,7 +181,8 @@ def _rows_done(
         last["probabilities"],
         dict(zip(classifier.labels, probabilities[place], strict=True)),
     )
-    if was.keys() != now.keys() or any(
+    is_alike = was.keys() == now.keys() and last.get("score") == _score_of(classifier)
+    if not is_alike or any(
         not isinstance(p, int | float) or abs(p - now[name]) > SAME_PROBABILITY
         for name, p in was.items()
     ):

@@ -1,0 +1,413 @@
+"""The commands train, evaluate, classify and merge: what they print, and what they refuse."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minllama import cli
+from minllama.classifier import load_classifier
+from tests.experiment_cases import examples, names_in, write_labelled
+
+
+class Result:
+    def __init__(self, status, out, err):
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """Call the command line in this process."""
+
+    def call(*args, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(arg) for arg in args])
+        captured = capfd.readouterr()
+        return Result(ended.value.code, captured.out, captured.err)
+
+    return call
+
+
+def refused(result, *parts):
+    """The last line on stderr says why, nothing is on stdout, status 2, no traceback."""
+    assert result.status == 2, result.err
+    assert result.out == ""
+    assert result.err.count("minllama: ") == 1
+    line = result.err.splitlines()[-1]
+    assert line.startswith("minllama: ")
+    for part in parts:
+        assert part in line
+    return True
+
+
+@pytest.fixture(scope="module")
+def trained(base, labelled_files, tmp_path_factory):
+    """A classifier with an adapter, and one of label words."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    sources = ("--train", labelled_files / "train.txt", "--dev", labelled_files / "dev.txt")
+    common = (*sources, "-m", base, "--device", "cpu", "--dtype", "float32", "--epochs", 1)
+    for name, options in {
+        "lora": ("--method", "lora"),
+        "words": ("--method", "zero-shot", "--score", "pmi"),
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(arg) for arg in ("train", *common, *options, "-o", folder / name)])
+        assert ended.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text("".join(f"{text}\n" for _, text in examples(9, seed=4)))
+    return path
+
+
+def test_train_prints_a_summary_and_says_what_it_does(run, base, labelled_files, tmp_path):
+    test = write_labelled(tmp_path / "test.txt", [("bad", text) for _, text in examples(4, 7)])
+    result = run(
+        "train", "--train", labelled_files / "train.txt", "--test", test, "-m", base,
+        "--method", "frozen", "--device", "cpu", "-o", tmp_path / "run",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert result.out.startswith("dev: Right on ")
+    assert "TF-IDF + logistic regression" in result.out
+    assert "test" not in result.out  # all its labels are one: an accuracy would say nothing
+    assert "no --dev: 2 of 24 rows of" in result.err
+    assert "is it a placeholder?" in result.err
+    assert re.search(r"layer \d of 2, [a-z-]+, penalty [\d.]+: accuracy", result.err)
+    assert result.err.endswith(
+        f"wrote {tmp_path / 'run'}: the classifier, report.html, metrics.json, predictions.jsonl\n"
+    )
+    assert "\x1b" not in result.out + result.err
+    assert all(len(line) <= 80 for line in result.out.splitlines())
+
+
+WRONG = {
+    "layer": (("--method", "frozen", "--layer", "abc"), "layer must be a number, all or auto"),
+    "no such layer": (("--method", "frozen", "--layer", "999"), "layer must be 1 to 2"),
+    "shots": (("--method", "zero-shot", "--shots", "99"), "99 examples are asked for"),
+    "prompt": (("--method", "zero-shot", "--prompt", "none"), "{text} exactly once"),
+    "max-len": (("--method", "zero-shot", "--max-len", "4"), "tokens without any text"),
+    "words": (("--method", "zero-shot", "--label-words", "a"), "1 words (a) for 2 labels"),
+    "device": (("--method", "frozen", "--device", "foo"), "device 'foo' cannot be used here"),
+    "model": (("--method", "frozen", "-m", "./nowhere"), "no such file or folder"),
+    "output": (("--method", "frozen", "-o", ""), "the name of --output is empty"),
+    "resume": (("--resume",), "there is no checkpoint to go on from"),
+    "both": (("--resume", "--force"), "give one of them"),
+    "one class": (
+        ("--train", "one.txt", "--dev", "one.txt"),
+        "a classifier needs examples of two classes",
+    ),
+    "no rows": (("--train", "empty.txt"), "holds no rows"),
+    "no text": (("--train", "blank.txt"), "line 1: the text is empty"),
+    "numbers in dev": (("--dev", "numbers.txt"), "--label-names FILE says which names"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_train_refuses_what_cannot_work(run, base, labelled_files, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    write_labelled(tmp_path / "one.txt", [("a", "x"), ("a", "y")])
+    write_labelled(tmp_path / "blank.txt", [("a", ""), ("b", "y")])
+    write_labelled(tmp_path / "numbers.txt", [(7, "x"), (8, "y")])
+    (tmp_path / "empty.txt").touch()
+    train, dev = labelled_files / "train.txt", labelled_files / "dev.txt"
+    options, message = WRONG[case]
+    assert refused(
+        run("train", "--train", train, "--dev", dev, "-m", base, "-o", "run", *options), message
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_prints_and_writes_a_report(run, trained, labelled_files, tmp_path):
+    dev, folder = labelled_files / "dev.txt", tmp_path / "report"
+    result = run("evaluate", trained / "words", "--data", dev, "-o", folder)
+    assert result.status == 0, result.err
+    assert "[label words, score pmi, " in result.err
+    assert names_in(folder) == {"report.html", "metrics.json", "predictions.jsonl"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert "score pmi" in metrics["settings"]["run"]["computed by"]
+    again = json.loads((trained / "words" / "metrics.json").read_text())["splits"]["dev"]
+    assert metrics["splits"]["data"]["evaluation"] == again["evaluation"]
+    assert refused(
+        run("evaluate", trained / "words", "--data", dev, "-o", folder), "--force replaces it"
+    )
+    assert run("evaluate", trained / "words", "--data", dev, "-o", folder, "--force").status == 0
+
+
+def test_evaluate_reads_numbers_and_names_those_that_it_cannot(run, trained, tmp_path, monkeypatch):
+    def tables(result):
+        assert result.status == 0, result.err
+        return result.out.partition("\n")[2]
+
+    monkeypatch.chdir(tmp_path)
+    numbers = [(int(label == "good"), text) for label, text in examples(6, seed=3)]
+    named = write_labelled(Path("named.txt"), examples(6, seed=3))
+    as_numbers = write_labelled(Path("numbers.txt"), numbers)
+    first = run("evaluate", trained / "lora", "--data", named)
+    second = run("evaluate", trained / "lora", "--data", as_numbers)
+    assert tables(first) == tables(second)
+    ones = write_labelled(Path("ones.txt"), [(number + 1, text) for number, text in numbers])
+    result = run("evaluate", trained / "lora", "--data", ones)
+    assert refused(result, "label '2' is not one of 'bad', 'good'", "--label-names FILE")
+    (tmp_path / "names.json").write_text('{"bad": 1, "good": 2}')
+    third = run(
+        "evaluate", trained / "lora", "--data", ones, "--label-names", tmp_path / "names.json"
+    )
+    assert tables(third) == tables(first)
+    assert refused(run("evaluate", trained / "lora", "--data", tmp_path / "no"), "no such file")
+    seed = run("evaluate", trained / "lora", "--data", named, "--seed", "-1")
+    assert refused(seed, "--seed")
+
+
+def test_classify_prints_labels_of_texts(run, trained):
+    result = run("classify", trained / "lora", "--text", "a fine film")
+    assert result.status == 0, result.err
+    p = load_classifier(trained / "lora", device="cpu").predict_proba(["a fine film"])[0]
+    expected = sorted(zip(("bad ", "good"), p, strict=True), key=lambda pair: -pair[1])
+    assert result.out == "".join(f"{label}  {value:.3f}\n" for label, value in expected)
+    assert result.err.startswith("[head on layer ")
+    both = run("classify", trained / "lora", "--text", "a fine film", "--text", "no", "--json")
+    records = [json.loads(line) for line in both.out.splitlines()]
+    assert [record["text"] for record in records] == ["a fine film", "no"]
+    assert records[0]["probabilities"]["bad"] == pytest.approx(p[0], abs=1e-4)
+
+
+def test_classify_by_words_alone_names_its_score(run, base, rows, tmp_path):
+    words = ("--labels", "bad, so so,good", "-m", base, "--device", "cpu")
+    result = run("classify", *words, "--text", "fine", "--score", "token-mean")
+    assert result.status == 0, result.err
+    assert sum(float(line.split()[-1]) for line in result.out.splitlines()) == pytest.approx(1)
+    assert "score token-mean" in result.err
+    assert (
+        '"Is {text} it?"' in run("classify", *words, "--text", "a", "--prompt", "Is {text} it?").err
+    )
+    options = ("--label-words", "poor,medium,great", "--score", "batch", "-i", rows)
+    result = run("classify", *words, *options)
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert len(records) == 9
+    assert {record["score"] for record in records} == {"batch"}
+    assert list(records[0]["probabilities"]) == ["bad", "so so", "good"]
+
+
+CONTRADICTIONS = {
+    "nothing": ((), "give texts with --text, or a file"),
+    "texts and file": (("--text", "a", "-i", "rows.txt"), "one of them"),
+    "no classifier": (("--text", "a"), "name a CLASSIFIER, or give --labels"),
+    "one label": (("--labels", "a", "--text", "a"), "is one label"),
+    "the same label": (("--labels", "a, a", "--text", "a"), "is there twice"),
+    "empty label": (("--labels", "a,,b", "--text", "a"), "not blank"),
+    "base": (("--labels", "a,b", "--base", "x", "--text", "a"), "name it with --model"),
+    "batch": (
+        ("--labels", "a,b", "--score", "batch", "-i", "-"),
+        "learns from the texts of a file",
+    ),
+    "output": (("--labels", "a,b", "--text", "a", "-o", "x"), "--output is for --input"),
+    "resume to a terminal": (("--labels", "a,b", "-i", "rows.txt", "--resume"), "--output of JSON"),
+    "resume labelled": (("--labels", "a,b", "-i", "r", "-o", "x.txt", "--resume"), "of JSON lines"),
+    "both": (("--labels", "a,b", "-i", "r", "-o", "x", "--resume", "--force"), "give one of them"),
+    "a folder": (("--labels", "a,b", "-i", "rows.txt", "-o", "."), ". is a folder"),
+    "there already": (("--labels", "a,b", "-i", "rows.txt", "-o", "rows.txt"), "rows.txt exists"),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_classify_refuses_what_contradicts_itself(run, base, rows, monkeypatch, case):
+    monkeypatch.chdir(rows.parent)
+    options, message = CONTRADICTIONS[case]
+    assert refused(run("classify", "-m", base, *options), message)
+    assert rows.read_text().count("\n") == 9
+
+
+def test_a_classifier_has_its_own_model_and_prompt(run, trained, base):
+    for options in (("--prompt", "{text}!"), ("--score", "pmi"), ("-m", base), ("--chat",)):
+        assert refused(
+            run("classify", trained / "lora", "--text", "a", *options),
+            "has its own",
+            options[0][:2],
+        )
+
+
+def test_labelled_output_is_read_back_as_data(run, trained, rows, tmp_path):
+    output = tmp_path / "out" / "labels.txt"
+    assert run("classify", trained / "lora", "-i", rows, "-o", output).status == 0
+    result = run("evaluate", trained / "lora", "--data", output)
+    assert "Right on 9 of 9 texts." in " ".join(result.out.split())
+
+
+def test_bad_rows_are_refused_before_the_output_is_touched(run, trained, tmp_path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text('{"text": "fine"}\n{"text": ""}\n{"text": "dull"}\nnonsense\n')
+    output.write_text("mine")
+    common = ("classify", trained / "lora", "-i", rows, "-o", output, "--force")
+    assert refused(run(*common), "2 bad rows", "line 2", "--skip-bad-rows")
+    assert output.read_text() == "mine"
+    result = run(*common, "--skip-bad-rows")
+    assert [json.loads(line)["index"] for line in output.read_text().splitlines()] == [0, 2]
+    assert "bad rows left out: 2 (line 2: the text is empty; line 4: " in result.err
+    assert result.err.endswith("classified 2 texts\n")
+
+
+@pytest.mark.parametrize("source", ["file", "-"])
+def test_resume_goes_on_behind_a_cut_line(run, trained, rows, tmp_path, source):
+    uncut, output = tmp_path / "uncut.jsonl", tmp_path / "out.jsonl"
+    text = rows.read_bytes()
+    from_source = ("-i", rows if source == "file" else "-")
+    common = ("classify", trained / "lora", *from_source)
+    assert run(*common, "-o", uncut, stdin=text).status == 0
+    whole = uncut.read_bytes()
+    for cut in (0, 10, len(whole) // 2, len(whole) - 1, len(whole)):
+        output.write_bytes(whole[:cut])
+        result = run(*common, "-o", output, "--resume", stdin=text)
+        assert result.status == 0, result.err
+        assert output.read_bytes() == whole, cut
+    assert result.err.endswith("classified 0 texts\n")
+    output.write_bytes(whole[: len(whole) // 2])
+    other = "".join(f"{text}\n" for _, text in examples(9, seed=5))
+    rows.write_text(other)
+    result = run(*common, "-o", output, "--resume", stdin=other.encode())
+    assert refused(result, "no such row with that text")
+    assert output.read_bytes() == whole[: len(whole) // 2]
+
+
+def test_resume_refuses_another_classifier(run, trained, rows, tmp_path):
+    output = tmp_path / "out.jsonl"
+    assert run("classify", trained / "lora", "-i", rows, "-o", output).status == 0
+    before = output.read_bytes()
+    # Its labels are the same, and its probabilities not far off.
+    result = run("classify", trained / "words", "-i", rows, "-o", output, "--resume")
+    assert refused(result, "give the one that the run began with")
+    assert output.read_bytes() == before
+
+
+def test_labels_of_any_kind_are_printed_on_one_line_each(run, base, tmp_path):
+    labels = ("a,b", "c | d", "e\nf", "שלום", "😀👍🏽", "\x1b[31mred", "x\u202ey", "-")
+    with (tmp_path / "train.jsonl").open("w") as file:
+        for i in range(3 * len(labels)):
+            row = {"label": labels[i % len(labels)], "text": f"k{i % len(labels)} {i}"}
+            print(json.dumps(row), file=file)
+    options = ("-m", base, "--method", "frozen", "--device", "cpu", "-o", tmp_path / "run")
+    result = run("train", "--train", tmp_path / "train.jsonl", *options)
+    assert result.status == 0, result.err
+    result = run("classify", tmp_path / "run", "--text", "k1")
+    assert len(result.out.splitlines()) == len(labels)
+    assert "\x1b" not in result.out
+    assert "\u202e" not in result.out
+    result = run("classify", tmp_path / "run", "-i", tmp_path / "train.jsonl", "--output-format",
+                 "labelled")  # fmt: skip
+    assert refused(result, r"the label 'e\nf' cannot stand in a line")
+    result = run("evaluate", tmp_path / "run", "--data", tmp_path / "train.jsonl")
+    assert result.status == 0, result.err
+
+
+def test_merge_writes_a_folder_that_needs_no_base(run, trained, rows, tmp_path):
+    result = run("merge", trained / "lora", tmp_path / "merged")
+    assert result.status == 0, result.err
+    drift = re.search(r"the largest drift of a logit is ([\d.e-]+)\n", result.err)
+    assert 0 <= float(drift[1]) < 1e-3
+    assert "model.safetensors" in names_in(tmp_path / "merged")
+    assert not any("adapter" in name for name in names_in(tmp_path / "merged"))
+    content = json.loads((tmp_path / "merged" / "classifier.json").read_text())
+    assert content["base"]["model"] is None
+    assert content["training"]["merged from"] == str(trained / "lora")
+    assert content["training"]["classifier"]["method"] == "lora"
+    texts = rows.read_text().splitlines()
+    one, other = (load_classifier(f, device="cpu") for f in (trained / "lora", tmp_path / "merged"))
+    assert one.predict(texts) == other.predict(texts)
+    np.testing.assert_allclose(one.predict_proba(texts), other.predict_proba(texts), atol=1e-4)
+    assert refused(run("merge", trained / "lora", tmp_path / "merged"), "--force replaces it")
+    assert run("merge", trained / "lora", tmp_path / "merged", "--force").status == 0
+    assert refused(run("merge", trained / "words", tmp_path / "x"), "no adapter to merge")
+    assert refused(run("merge", trained / "lora", ""), "the name of DST is empty")
+    assert not (tmp_path / "x").exists()
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_stream_answers_before_it_has_ended(trained):
+    """More rows than a chunk holds are written, and the pipe stays open."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "minllama", "classify", trained / "words", "-i", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    ) as process:
+        process.stdin.write(b"".join(b"a b %d\n" % i for i in range(513)))
+        process.stdin.flush()
+        first = json.loads(process.stdout.readline())
+        assert (first["index"], first["text"]) == (0, "a b 0")
+        process.stdout.close()  # as `| head -1` does
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+        assert b"Traceback" not in process.stderr.read()
+
+
+def start_training(base, files, output, *, epochs="50", stderr=subprocess.PIPE):
+    command = ["train", "--train", files / "many.txt", "--dev", files / "dev.txt", "-m", base]
+    options = ["--epochs", epochs, "--save-every", "1000", "--device", "cpu", "--layer", "2"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "minllama", *command, *options, "--pooling", "mean", "-o", output],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env={**ENVIRONMENT, "TERM": "xterm", "COLUMNS": "80"},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint(base, labelled_files, tmp_path, number, status):
+    write_labelled(labelled_files / "many.txt", examples(200, seed=8))
+    output = tmp_path / "run"
+    with start_training(base, labelled_files, output) as process:
+        until = time.monotonic() + 60
+        while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert out == b""
+    assert b"Traceback" not in err
+    assert f"the same command with --resume goes on with {output}".encode() in err
+    assert (output / "checkpoint" / "state.json").exists()
+    assert not (output / "classifier.json").exists()
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_bars_that_fit_and_go(base, labelled_files, tmp_path):
+    write_labelled(labelled_files / "many.txt", examples(60, seed=8))
+    ours, theirs = pty.openpty()
+    with start_training(
+        base, labelled_files, tmp_path / "run", epochs="5", stderr=theirs
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while select.select([ours], [], [], 60)[0]:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # Linux's way to say that the other end is closed
+                break
+            shown += part
+        out, _ = process.communicate(timeout=60)
+    os.close(ours)
+    assert process.returncode == 0, shown
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "reading the training texts" in text
+    assert re.search(r"training .*\d+/20", text)
+    assert all(len(line.split("\r")[-1]) <= 80 for line in text.split("\r\n") if "━" in line)
+    assert b"\x1b" not in out
+    assert shown.endswith(b"predictions.jsonl\r\n")
