@@ -220,6 +220,11 @@ class ZeroShotOptions(CheckedOptions):
         "contextual; batch by texts of the task)",
         choices=SCORES,
     )
+    prior_strength: float = option(
+        1.0,
+        "how much of the correction of pmi, contextual and batch to make",
+        within=Range(0, 2),
+    )
     shots: int = option(
         0,
         "how many training examples to show before each text, spread over the classes",
@@ -258,6 +263,9 @@ class ClassifierOptions(ZeroShotOptions):
         0.1,
         "share of the training file to evaluate on, without --dev",
         within=Range(0, 0.9, low_open=True),
+    )
+    per_class: int = option(
+        0, "learn from this many examples of each class only; 0 from all", within=Range(0)
     )
     no_calibration: bool = option(False, "leave the probabilities as they come")
 
@@ -347,8 +355,13 @@ class TrainingOptions(CheckedOptions):
     )
     metric: str = option(
         "accuracy",
-        "the weights that are best by this on the dev split are kept: accuracy, macro_f1, log_loss",
+        "what is best on the dev split: accuracy, macro_f1, log_loss",
         choices=("accuracy", "macro_f1", "log_loss"),
+    )
+    keep: str = option(
+        "best",
+        "which weights to keep: the best by that metric on the dev split, or the last",
+        choices=("best", "last"),
     )
     evals_per_epoch: int = option(
         1, "how often to evaluate on the dev split in each epoch", within=Range(1)

@@ -77,6 +77,16 @@ def test_batch_calibration_evens_out_what_it_has_seen():
     )
 
 
+def test_a_correction_can_be_made_in_part():
+    whole, half, none = (
+        zero_shot(score="pmi", prior_strength=strength).predict_logits(TEXTS)
+        for strength in (1.0, 0.5, 0.0)
+    )
+    np.testing.assert_allclose(half, (whole + none) / 2, atol=1e-5)
+    np.testing.assert_allclose(none, zero_shot().predict_logits(TEXTS), atol=1e-5)
+    assert not np.allclose(whole, none, atol=0.1)
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_zero_shot_numbers_do_not_depend_on_the_batch(score):
     classifier = zero_shot(score=score, prompt="Which of {labels}? A long preamble.\n{text}\nis")

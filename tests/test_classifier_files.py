@@ -61,7 +61,9 @@ CASES = {
     "head": lambda base: embedding(base, pooling="mean", layer=1, bias=True),
     "several labels": lambda base: embedding(base, multi_label=True),
     "head and adapter": lambda base: embedding(base, adapter=True),
-    "zero-shot": lambda base: zero_shot(base, score="pmi", label_words=["awful", "very good"]),
+    "zero-shot": lambda base: zero_shot(
+        base, score="pmi", prior_strength=0.5, label_words=["awful", "very good"]
+    ),
     "shots": lambda base: zero_shot(base, shots=[("Fine.", "good"), ("No.", "bad")]),
     "label words and adapter": lambda base: zero_shot(base, adapter=True),
 }

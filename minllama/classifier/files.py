@@ -184,6 +184,7 @@ def describe(
         content["kind"] = "zero-shot"
         content["label_words"] = list(classifier.label_words)
         content["score"] = classifier.score
+        content["prior_strength"] = classifier.prior_strength
         content["shots"] = [list(shot) for shot in classifier.shots]
         content["prior"] = None if classifier.prior is None else classifier.prior.tolist()
     else:
@@ -319,6 +320,7 @@ def _built(
             prompt,
             label_words=content["label_words"],
             score=content["score"],
+            prior_strength=float(content["prior_strength"]),
             shots=[(str(text), str(label)) for text, label in content["shots"]],
         )
         if content["prior"] is not None:

@@ -35,6 +35,9 @@ class LlamaZeroShotClassifier(Classifier):
     - `batch`: less the log of their mean probability over unlabelled texts of the task, given to
       `fit_prior` (batch calibration, Zhou et al. 2023, sec. 3.2).
 
+    The last three take off `prior_strength` times that much (the gamma of Zhou et al. 2023, sec.
+    3.3): 1 makes all labels equally likely on the whole, 0 leaves the score as it is.
+
     Args:
         llama: the language model.
         tokenizer: its tokenizer.
@@ -42,10 +45,12 @@ class LlamaZeroShotClassifier(Classifier):
         prompt: a template with `{text}` (and perhaps `{labels}`), or all options of a prompt.
         label_words: C strings that stand for the labels in the prompt; None for the names.
         score: one of those above.
+        prior_strength: of the correction, for the last three.
         shots: pairs of a text and its label's word, shown before each text.
 
     Attributes:
-        prior: (C,) float32, what `pmi`, `contextual` and `batch` take off; None before it is known.
+        prior: (C,) float32, what `pmi`, `contextual` and `batch` take off at strength 1; None
+            before it is known.
 
     Raises:
         MinllamaError: labels, words or prompt cannot be used together, or the score is unknown.
@@ -60,6 +65,7 @@ class LlamaZeroShotClassifier(Classifier):
         *,
         label_words: Sequence[str] | None = None,
         score: Score = "sum",
+        prior_strength: float = 1.0,
         shots: Sequence[tuple[str, str]] = (),
     ) -> None:
         if not llama.config.causal:
@@ -80,6 +86,7 @@ class LlamaZeroShotClassifier(Classifier):
         )
         self.label_words = self_words
         self.score: Score = score
+        self.prior_strength = prior_strength
         self.shots = tuple(shots)
         self.prior: Tensor | None = None
         self._prefix: SharedPrefix | None = None
@@ -111,7 +118,7 @@ class LlamaZeroShotClassifier(Classifier):
         if self.prior is None:
             self.fit_prior()
             assert self.prior is not None
-        return scores - self.prior.to(scores.device)
+        return scores - self.prior_strength * self.prior.to(scores.device)
 
     def fit_prior(self, texts: Sequence[str] = ()) -> None:
         """Find what the score takes off; done at need, but for `batch`, which needs texts.
