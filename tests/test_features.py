@@ -113,3 +113,10 @@ def test_the_temperature_of_several_labels():
     labels = [tuple(np.flatnonzero(row)) for row in drawn]
     found = fit_temperature((logits * 0.25).astype(np.float32), labels, multi_label=True)
     assert found == pytest.approx(0.25, rel=0.05)
+
+
+def test_a_handful_of_right_rows_is_no_certainty():
+    logits = np.eye(4, dtype=np.float32) * 3
+    found = fit_temperature(logits, [0, 1, 2, 3])
+    assert 0.4 < found < 0.95
+    assert fit_temperature(np.tile(logits, (250, 1)), [0, 1, 2, 3] * 250) < found / 1.5

@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 from minllama.errors import MinllamaError
 
 RANGE = (0.01, 1000.0)  # sums over long labels are hundreds of nats apart
+# A handful of rows that are all right would have a temperature of zero: certainty, from a handful.
+# A log-normal prior of this width weighs as much as one row and keeps them from it.
+PRIOR_WIDTH = 0.5
 
 
 def fit_temperature(
     logits: NDArray[np.float32], labels: Sequence[Any], *, multi_label: bool = False
 ) -> float:
     """The temperature at which the labels are likeliest; predictions stay what they are.
+
+    Of few rows it stays near 1: see PRIOR_WIDTH.
 
     With several labels a text, probabilities on the two sides of 0.5 stay there.
 
@@ -55,6 +60,9 @@ def fit_temperature(
             log_probs = log_softmax(scores / np.exp(log_temperature), axis=-1)
             return float(-log_probs[rows, gold_ids].mean())
 
+    def penalised(log_temperature: float) -> float:
+        return loss(log_temperature) + (log_temperature / PRIOR_WIDTH) ** 2 / (2 * len(scores))
+
     # In log T the loss has one valley: it is convex in 1 / T, and that is monotonous.
-    found = minimize_scalar(loss, bounds=tuple(np.log(RANGE)), method="bounded")
+    found = minimize_scalar(penalised, bounds=tuple(np.log(RANGE)), method="bounded")
     return float(np.exp(found.x))
