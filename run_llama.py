@@ -1,0 +1,236 @@
+"""The classic script: generate, prompt, finetune or lora, from one command.
+
+A thin caller of the package with the arguments that the course project around minllama made
+common. `minllama train | evaluate | classify` do more; `--help` of both says what.
+
+    python run_llama.py --option generate
+    python run_llama.py --option prompt --dev D --test T --label-names M
+    python run_llama.py --option finetune --train F --dev D --test T --epochs 5 --lr 2e-5
+    python run_llama.py --option lora --train F --dev D --test T --epochs 3 --lr 3e-4
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minllama.errors import MinllamaError
+
+if TYPE_CHECKING:
+    from minllama.cli.waiting import ConsoleSay
+    from minllama.data import Dataset
+    from minllama.llama import Llama
+    from minllama.report import ReportedSplit
+    from minllama.tokenizer import Tokenizer
+
+STORY = "The old lighthouse keeper had not spoken to anyone for weeks. One evening, however,"
+QUESTION = "{text} Is this movie {labels}? This movie is"
+METHODS = {"finetune": "full", "lora": "lora"}
+LEARNING_RATES = {"finetune": 2e-5, "lora": 3e-4}
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The classic command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--option", choices=("generate", "prompt", "finetune", "lora"), default="generate")
+    add("--train", help="labelled lines: `label ||| sentence`, or any file `minllama train` reads")
+    add("--dev", help="as --train; evaluated, and predicted to --dev_out")
+    add("--test", help="as --train, or without labels (-1); predicted to --test_out")
+    add("--label-names", help="JSON file {name: number}; the names are what prompt asks for")
+    add("--pretrained-model-path", help="any checkpoint; without it the embedded default model")
+    add("--tokenizer", help="where none lies beside the model, as for llama2.c's .pt")
+    add("--max_sentence_len", type=int, help="shorten texts to so many tokens")
+    add("--seed", type=int, default=1337)
+    add("--epochs", type=int, default=5)
+    add("--batch_size", type=int, default=8)
+    add("--lr", type=float, help="2e-5 for finetune and 3e-4 for lora without it")
+    add("--hidden_dropout_prob", type=float, default=0.3)
+    add("--use_gpu", action="store_true")
+    add("--dev_out", default="dev-output.txt", help="predictions as `label ||| sentence`")
+    add("--test_out", default="test-output.txt")
+    add("--generated_sentence_low_temp_out", default="generated-sentence-temp-0.txt")
+    add("--generated_sentence_high_temp_out", default="generated-sentence-temp-1.txt")
+    add("--output", help="folder of the trained classifier (default runs/OPTION-EPOCHS-LR)")
+    add("--force", action="store_true", help="replace an earlier run in that folder")
+    return parser
+
+
+def main(given: list[str] | None = None) -> int:
+    """Run one option; 0 done, 2 the user's mistake, in one line."""
+    args = arguments().parse_args(given)
+    try:
+        {"generate": generate, "prompt": prompt}.get(args.option, train)(args)
+    except (MinllamaError, OSError) as error:
+        print(f"run_llama.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def generate(args: argparse.Namespace) -> None:
+    """The same prompt at temperature 0 and at 1, each into its file."""
+    from minllama.generation import generate as generate_texts
+
+    model, tokenizer = open_model(args)
+    for temperature, path in (
+        (0.0, args.generated_sentence_low_temp_out),
+        (1.0, args.generated_sentence_high_temp_out),
+    ):
+        (result,) = generate_texts(
+            model,
+            tokenizer,
+            [STORY],
+            max_new_tokens=75,
+            temperature=temperature,
+            seed=args.seed,
+        )
+        write_lines(path, [STORY + result.text])
+        print(f"temperature {temperature:g}, written to {path}:\n{STORY}{result.text}\n")
+
+
+def prompt(args: argparse.Namespace) -> None:
+    """Zero-shot: which label's name is likeliest after each sentence and a question?"""
+    from minllama.data import load_dataset, read_label_names
+    from minllama.experiment.fitting import make_zero_shot
+    from minllama.options import DataOptions, PromptOptions, ZeroShotOptions
+
+    need(args, "label_names", "dev")
+    names = read_label_names(args.label_names)
+    options = DataOptions(label_names=args.label_names)
+    splits = {
+        name: load_dataset(path, options, label_names=list(names.values()), needs_labels=False)
+        for name, path in (("dev", args.dev), ("test", args.test))
+        if path is not None
+    }
+    model, tokenizer = open_model(args)
+    classifier = make_zero_shot(
+        model,
+        tokenizer,
+        list(names.values()),
+        PromptOptions(prompt=QUESTION, max_len=args.max_sentence_len),
+        ZeroShotOptions(),
+    )
+    from minllama.experiment import evaluate_classifier
+
+    say = console()
+    for name, split in splits.items():
+        measured = without_placeholders(split)
+        progress = say.advance(f"reading {name}", len(split))
+        reported = evaluate_classifier(classifier, measured, name, progress=progress)
+        say.close()
+        tell(args, reported, [str(number) for number in names])
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train a head on the last token, with all weights or with adapters; then predict."""
+    from minllama.experiment import Experiment, run_experiment
+    from minllama.options import ClassifierOptions, PromptOptions, TrainingOptions
+
+    need(args, "train", "dev")
+    lr = args.lr or LEARNING_RATES[args.option]
+    output = args.output or f"runs/{args.option}-{args.epochs}-{lr:g}"
+    say = console()
+    try:
+        outcome = run_experiment(
+            Experiment(
+                train=args.train,
+                dev=args.dev,
+                test=args.test,
+                output=Path(output),
+                model=args.pretrained_model_path,
+                tokenizer=args.tokenizer,
+                device=device(args),
+                prompt=PromptOptions(max_len=args.max_sentence_len),
+                classifier=ClassifierOptions(
+                    method=METHODS[args.option],
+                    layer="all",
+                    pooling="last",
+                    dropout=args.hidden_dropout_prob,
+                ),
+                training=TrainingOptions(
+                    epochs=args.epochs, batch_size=args.batch_size, lr=lr, seed=args.seed
+                ),
+                llama_changes={"dropout": args.hidden_dropout_prob},
+            ),
+            force=args.force,
+            say=say,
+        )
+    finally:
+        say.close()
+    for reported in outcome.report.splits:
+        tell(args, reported, list(outcome.report.label_names))
+    print(f"classifier and report: {output}")
+
+
+def tell(args: argparse.Namespace, split: "ReportedSplit", labels: list[str]) -> None:
+    """Print a split's accuracy, if it has labels, and write its predictions."""
+    path = {"dev": args.dev_out, "test": args.test_out}[split.name]
+    predicted = split.probabilities.argmax(1)
+    rows = zip(predicted, split.texts, strict=True)
+    write_lines(path, [f"{labels[i]} ||| {' '.join(text.split())}" for i, text in rows])
+    said = "no labels to compare with"
+    if split.evaluation is not None:
+        said = f"accuracy {split.evaluation.accuracy:.3f}"
+    print(f"{split.name}: {said}; predictions in {path}")
+
+
+def without_placeholders(split: "Dataset") -> "Dataset":
+    """The split without its labels where all rows have the same: they say nothing."""
+    from dataclasses import replace
+
+    if split.labels is None or len(set(split.labels)) > 1 or len(split) < 2:
+        return split
+    return replace(split, labels=None)
+
+
+def open_model(args: argparse.Namespace) -> "tuple[Llama, Tokenizer]":
+    """The checkpoint that the arguments name, and its tokenizer."""
+    from minllama.cli.common import open_model as open_checkpoint_and_model
+
+    model, tokenizer, _ = open_checkpoint_and_model(
+        args.pretrained_model_path, args.tokenizer, None, device(args)
+    )
+    return model, tokenizer
+
+
+def device(args: argparse.Namespace) -> str:
+    """`cuda` if the GPU is asked for, else `cpu`."""
+    if not args.use_gpu:
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MinllamaError("--use_gpu: torch sees no CUDA device here; leave it away")
+    return "cuda"
+
+
+def console() -> "ConsoleSay":
+    """Lines and bars on standard error."""
+    from minllama.cli.waiting import ConsoleSay
+
+    return ConsoleSay()
+
+
+def need(args: argparse.Namespace, *names: str) -> None:
+    """Refuse to begin without these arguments."""
+    for name in names:
+        if getattr(args, name) is None:
+            flag = "--" + name.replace("_", "-")
+            raise MinllamaError(f"--option {args.option} needs {flag} FILE; --help says more")
+
+
+def write_lines(path: str, lines: list[str]) -> None:
+    """Write a file whole or not at all."""
+    from minllama.atomic import atomic_file
+
+    with atomic_file(path) as temporary:
+        text = "".join(f"{line}\n" for line in lines)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
