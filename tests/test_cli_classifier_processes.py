@@ -48,6 +48,9 @@ def start_training(base, files, output, *, epochs="50", stderr=subprocess.PIPE):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="Ctrl-C is ignored here (nohup, &)"
+)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_checkpoint(base, labelled_files, tmp_path, number, status):
     write_labelled(labelled_files / "many.txt", examples(200, seed=8))
