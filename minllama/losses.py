@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minllama.data import Dataset
+from minllama.errors import MinllamaError
 
 
 class Loss:
@@ -23,12 +24,31 @@ class Loss:
             of n texts among C' that occur; with several, what has the label weighs as much in sum
             as what has not (none and all stay as they are).
         device: of the logits.
+        ordinal: classes stand in the order of their numbers, and part of a text's target falls to
+            its class's neighbours: exp(-d^2 / (2 ordinal^2)) for one d classes away, made to sum
+            to 1 (Diaz & Marathe 2019, "Soft Labels for Ordinal Regression", section 3, with the
+            squared distance). 0: all of it to the class.
+        prior: (N, C) probabilities of another classifier, which has its share of each target
+            (Li & Hoiem 2016, "Learning without Forgetting", equation 2, at temperature 1).
+        prior_share: that share, from 0 to less than 1.
+
+    Raises:
+        MinllamaError: `ordinal` where a text has several labels.
 
     Attributes:
         weights: (C,) float32 on that device; None where all weigh the same.
     """
 
-    def __init__(self, dataset: Dataset, *, balanced: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        balanced: bool,
+        device: torch.device,
+        ordinal: float = 0.0,
+        prior: Tensor | None = None,
+        prior_share: float = 0.0,
+    ) -> None:
         assert dataset.labels is not None
         self.multi_label = dataset.multi_label
         n_texts, n_classes = len(dataset), len(dataset.label_names)
@@ -39,6 +59,7 @@ class Loss:
             self._targets = targets.to(device)  # (N, C)
         else:
             self._targets = torch.tensor(dataset.labels, device=device)  # (N,)
+        self._soft = self._soften(n_classes, ordinal, prior, prior_share)
         self.weights: Tensor | None = None
         if balanced:
             counts = torch.tensor(dataset.class_counts(), dtype=torch.float32)  # (C,)
@@ -49,6 +70,26 @@ class Loss:
                 usable = counts > 0
                 weights = n_texts / (usable.sum() * counts.clamp(min=1))
             self.weights = torch.where(usable, weights, 1.0).to(device)
+
+    def _soften(
+        self, n_classes: int, ordinal: float, prior: Tensor | None, prior_share: float
+    ) -> Tensor | None:
+        """(N, C) float32 targets, each in parts; None where each is one class, or yes and no."""
+        if not ordinal and prior is None:
+            return None
+        if self.multi_label:
+            if ordinal:
+                raise MinllamaError(
+                    "texts with several labels have no order of classes; leave out --ordinal"
+                )
+            soft = self._targets
+        elif ordinal:
+            classes = torch.arange(n_classes, device=self._targets.device)
+            distance = (classes - self._targets[:, None]).to(torch.float32)  # (N, C)
+            soft = torch.softmax(-distance.square() / (2 * ordinal**2), dim=-1)
+        else:
+            soft = F.one_hot(self._targets, n_classes).to(torch.float32)
+        return soft if prior is None else torch.lerp(soft, prior.to(soft), prior_share)
 
     def normaliser(self, texts: list[int]) -> float:
         """What the summed losses of a step's texts are divided by to give its mean."""
@@ -66,8 +107,14 @@ class Loss:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         targets = self._targets[texts]
         weights = None if self.weights is None else self.weights.to(logits.dtype)
+        soft = None if self._soft is None else self._soft[texts].to(logits.dtype)
         if self.multi_label:
+            targets = targets.to(logits.dtype) if soft is None else soft
             return F.binary_cross_entropy_with_logits(
-                logits, targets.to(logits.dtype), pos_weight=weights, reduction="sum"
+                logits, targets, pos_weight=weights, reduction="sum"
             )
+        if soft is not None:
+            losses = F.cross_entropy(logits, soft, reduction="none")
+            # By the text's own class, as `normaliser` has it, wherever parts of it fall.
+            return losses.sum() if weights is None else (weights[targets] * losses).sum()
         return F.cross_entropy(logits, targets, weight=weights, reduction="sum")

@@ -17,20 +17,23 @@ from minllama.errors import OptionError
 
 @dataclass(frozen=True)
 class Range:
-    """The closed or half-open interval that a number must lie in."""
+    """The interval that a number must lie in, with or without its ends."""
 
     low: float = -math.inf
     high: float = math.inf
     low_open: bool = False
+    high_open: bool = False
 
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.low_open else value >= self.low
-        return above and value <= self.high
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
 
     def __str__(self) -> str:
         if self.high == math.inf:
             return f"{'>' if self.low_open else '>='} {self.low:g}"
-        return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+        left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
 
 
 def option(
@@ -349,6 +352,17 @@ class TrainingOptions(CheckedOptions):
         "none",
         "balanced: errors of rare classes cost more, in proportion",
         choices=("none", "balanced"),
+    )
+    ordinal: float = option(
+        0.0,
+        "classes stand in order, as stars do: spread targets over neighbours, by so many classes",
+        within=Range(0),
+    )
+    self_distillation: float = option(
+        0.0,
+        "share of each target that is the classifier's own answer before training, against "
+        "forgetting",
+        within=Range(0, 1, high_open=True),
     )
     patience: int = option(
         0, "stop after this many evaluations without a gain; 0 never does", within=Range(0)

@@ -105,7 +105,17 @@ class TrainingRun:
         max_tokens = MAX_TOKENS.get(self._device.type, math.inf)
         self.schedule = Schedule([len(prompt) for prompt in self.prompts], options, max_tokens)
         balanced = options.class_weights == "balanced"
-        self._loss = Loss(train, balanced=balanced, device=self._device)
+        # Before a checkpoint is loaded: also a run that goes on learns from where it once began.
+        share = options.self_distillation
+        prior = torch.from_numpy(classifier.predict_proba(train.texts)) if share else None
+        self._loss = Loss(
+            train,
+            balanced=balanced,
+            device=self._device,
+            ordinal=options.ordinal,
+            prior=prior,
+            prior_share=share,
+        )
         self._optimizer = AdamW(_groups(self.parameters, options, head_parameters))
         self._autocast = _wants_autocast(classifier, options, self._device)
         self.state, self.history = RunState(), list[Row]()

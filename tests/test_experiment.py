@@ -129,6 +129,15 @@ def test_label_words_and_several_labels_exclude_each_other(make_experiment, tmp_
     assert not experiment.output.exists()
 
 
+@pytest.mark.parametrize("method", ["zero-shot", "frozen"])
+@pytest.mark.parametrize("option", ["ordinal", "self_distillation"])
+def test_targets_in_parts_are_for_what_is_trained_by_steps(make_experiment, method, option):
+    experiment = make_experiment(method, training={option: 0.5})
+    with pytest.raises(MinllamaError, match=f"--method {method} takes no steps.*lora or full"):
+        run_experiment(experiment)
+    assert not experiment.output.exists()
+
+
 def test_numbers_get_names_from_a_file_and_a_dev_split_is_said_aloud(make_experiment, tmp_path):
     (tmp_path / "names.json").write_text('["bad", "good"]')
     numbers = {"bad": 0, "good": 1}

@@ -130,6 +130,7 @@ def test_every_option_says_what_it_means(field: "dataclasses.Field[Any]") -> Non
         (Range(0, low_open=True), (1e-300,), (0, -1), "> 0"),
         (Range(0, 1), (0, 0.5, 1), (-0.1, 1.1), "in [0, 1]"),
         (Range(-1, 1, low_open=True), (-0.9, 1), (-1, 1.1), "in (-1, 1]"),
+        (Range(0, 1, high_open=True), (0, 0.99), (-0.1, 1), "in [0, 1)"),
     ],
 )
 def test_a_range_holds_its_ends_unless_open_and_says_so(

@@ -38,6 +38,65 @@ def options(**changes):
     )
 
 
+# Targets in parts.
+
+
+def test_ordinal_targets_fall_to_neighbours():
+    # With a deviation of one class: exp(-1/2) beside, exp(-2) two away, over their sum.
+    data = make_dataset()
+    near, far = math.exp(-0.5), math.exp(-2)
+    parts = {
+        0: torch.tensor([1, near, far]) / (1 + near + far),
+        1: torch.tensor([near, 1, near]) / (1 + 2 * near),
+        2: torch.tensor([far, near, 1]) / (1 + near + far),
+    }
+    gold, logits = [1, 0, 2, 2, 0, 1], torch.randn(6, 3)
+    texts = [data.labels.index(label) for label in gold]
+    expected = [-(parts[y] * z.log_softmax(-1)).sum() for y, z in zip(gold, logits, strict=True)]
+    loss = Loss(data, balanced=False, device=CPU, ordinal=1.0)
+    torch.testing.assert_close(loss.summed(logits, texts), torch.stack(expected).sum())
+    # A text's weight is that of its own class, so that accumulated batches stay one large one.
+    weighted = Loss(data, balanced=True, device=CPU, ordinal=1.0)
+    mine = weighted.weights[torch.tensor(gold)]
+    torch.testing.assert_close(weighted.summed(logits, texts), (mine * torch.stack(expected)).sum())
+    assert weighted.normaliser(texts) == pytest.approx(mine.sum().item())
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_prior_has_its_share_of_the_target(multi_label):
+    data = make_dataset(multi_label=multi_label)
+    n_classes = len(data.label_names)
+    prior, logits = torch.rand(len(data), n_classes), torch.randn(4, n_classes)
+    prior = prior if multi_label else prior / prior.sum(-1, keepdim=True)
+    texts = [3, 1, 8, 2]
+    hard = Loss(data, balanced=False, device=CPU).summed(logits, texts)
+    log_p = logits.log_softmax(-1)
+    if multi_label:
+        log_p, log_not = F.logsigmoid(logits), F.logsigmoid(-logits)
+        of_prior = -(prior[texts] * log_p + (1 - prior[texts]) * log_not).sum()
+    else:
+        of_prior = -(prior[texts] * log_p).sum()
+    soft = Loss(data, balanced=False, device=CPU, prior=prior, prior_share=0.25)
+    torch.testing.assert_close(soft.summed(logits, texts), 0.75 * hard + 0.25 * of_prior)
+
+
+def test_ordinal_classes_need_one_label_a_text():
+    with pytest.raises(MinllamaError, match="leave out --ordinal"):
+        Loss(make_dataset(multi_label=True), balanced=False, device=CPU, ordinal=1.0)
+
+
+def test_self_distillation_holds_a_classifier_where_it_was():
+    data = make_dataset()
+    moved = {}
+    for share in (0.0, 0.9):
+        classifier = TinyClassifier(dropout=0.0)
+        before = torch.from_numpy(classifier.predict_proba(data.texts))
+        fit(classifier, data, None, options(self_distillation=share, epochs=4))
+        after = torch.from_numpy(classifier.predict_proba(data.texts))
+        moved[share] = (after - before).abs().mean().item()
+    assert moved[0.9] < 0.5 * moved[0.0]
+
+
 # What a step does.
 
 

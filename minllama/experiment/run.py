@@ -199,6 +199,11 @@ def _train(
     training = experiment.training
     beside: dict[str, Evaluation] = {}
     classifier: Classifier
+    if options.method not in TRAINED and (training.ordinal or training.self_distillation):
+        raise MinllamaError(
+            f"--method {options.method} takes no steps that --ordinal or --self-distillation "
+            f"could change; use --method {' or '.join(TRAINED)}"
+        )
     if options.method == "zero-shot" or options.objective == "label-words":
         if splits.train.multi_label:
             raise MinllamaError(
