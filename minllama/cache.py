@@ -5,6 +5,7 @@ rows in between. Knows nothing of attention.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class KVCache:
 
     Attributes:
         lengths: filled slots of each row, on the host: decisions on shapes need no device sync.
+        native: what runs the model's short passes over this cache in compiled code, once one has;
+            the model's to keep, and kept here since a cache lives as long as a text is continued.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class KVCache:
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.capacity = capacity
         self.lengths = [0] * batch_size
+        self.native: Any = None
 
     @property
     def batch_size(self) -> int:
@@ -142,6 +146,7 @@ class KVCache:
         """A new cache with every row `n` times in a row, and room for `capacity` tokens."""
         copy = object.__new__(KVCache)
         copy.capacity = capacity
+        copy.native = self.native
         copy.lengths = [length for length in self.lengths for _ in range(n)]
         copy.keys = [self._repeat(stored, n, capacity) for stored in self.keys]
         copy.values = [self._repeat(stored, n, capacity) for stored in self.values]

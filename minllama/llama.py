@@ -23,6 +23,9 @@ from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
 from minllama.errors import MinllamaError
 from minllama.loading import load_weights
+from minllama.native import operations
+from minllama.native_step import NativeStep, Runner, can_run, is_short
+from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
 from minllama.view import View, view_of_continuation, view_of_whole
 
@@ -40,6 +43,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
+        if operations.serves(x):
+            return operations.rms_norm(x, self.weight, self.eps)
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return (h * self.weight).type_as(x)
@@ -131,7 +136,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D), through (B, T, F)."""
-        output: Tensor = self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        u, v = self.w1(x), self.w3(x)
+        gated = operations.swiglu(u, v) if operations.serves(u) else F.silu(u) * v
+        output: Tensor = self.dropout(self.w2(gated))
         return output
 
 
@@ -160,6 +167,8 @@ class LlamaPreTrainedModel(nn.Module):
         self.config = config
         # What the weights were loaded from, as `Checkpoint.source` names it; None for none.
         self.source: str | None = None
+        # Counts what may have put other modules or tensors into the place of those there were.
+        self._version = 0
 
     @property
     def device(self) -> torch.device:
@@ -168,6 +177,23 @@ class LlamaPreTrainedModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._version += 1
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._version += 1
+        return super().load_state_dict(*args, **kwargs)
+
+    def set_submodule(self, *args: Any, **kwargs: Any) -> None:
+        self._version += 1
+        super().set_submodule(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        self._version += 1
+        return super().train(mode)
 
     def init_weights(self) -> None:
         """Normal(0, 0.02) for matrices, zero for biases, one for norms.
@@ -194,6 +220,7 @@ class LlamaPreTrainedModel(nn.Module):
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        quantize: str | None = None,
         **config_changes: Any,
     ) -> Self:
         """Load a model from a file, a folder or a Hugging Face id, in evaluation mode.
@@ -203,13 +230,21 @@ class LlamaPreTrainedModel(nn.Module):
             dtype: of the weights, torch's or its name; None for float32 on a CPU and bfloat16 on a
                 GPU.
             device: None for the GPU where there is one.
+            quantize: "int8" or "int4" for weights in so many bits, "stored" for a GGUF file's
+                blocks as they are, "auto" for what generates fastest from this file on this
+                machine (`minllama.quantization`). Quantised weights cannot be trained, only
+                adapters beside them. None for a dense model.
             config_changes: fields of LlamaConfig to set, such as `dropout=0.1, causal=False`.
 
         Raises:
             MinllamaError: the checkpoint is missing, damaged, or not a Llama.
         """
         return cls.from_checkpoint(
-            open_checkpoint(source), dtype=dtype, device=device, **config_changes
+            open_checkpoint(source),
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            **config_changes,
         )
 
     @classmethod
@@ -219,12 +254,13 @@ class LlamaPreTrainedModel(nn.Module):
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
+        quantize: str | None = None,
         **config_changes: Any,
     ) -> Self:
         """Load a model from a checkpoint that is open; see `from_pretrained`."""
         with torch.device("meta"):  # no memory, no random numbers: the weights are assigned
             model = cls(checkpoint.config.replace(**config_changes))
-        load_weights(model, checkpoint, dtype=dtype, device=device)
+        load_weights(model, checkpoint, dtype=dtype, device=device, quantize=quantize)
         model.source = checkpoint.source
         return model.eval()
 
@@ -299,6 +335,11 @@ class Llama(LlamaPreTrainedModel):
                 contradict one another.
         """
         _check_logits(logits, attention_mask)
+        if cache is not None and positions is None and is_short(ids, attention_mask):
+            _check_inputs(ids, attention_mask)
+            self._check_cache(cache)
+            if (step := self._native(cache)) is not None:
+                return self._forward_natively(step, ids, attention_mask, cache, logits)
         states = self.layer_states(
             ids, attention_mask=attention_mask, positions=positions, cache=cache
         )
@@ -351,7 +392,7 @@ class Llama(LlamaPreTrainedModel):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V)."""
         if self.output is None:
-            return F.linear(hidden, self.tok_embeddings.weight)
+            return project(self.tok_embeddings, hidden)
         logits: Tensor = self.output(hidden)
         return logits
 
@@ -362,7 +403,7 @@ class Llama(LlamaPreTrainedModel):
         eighth, which is more than often lies between two labels.
         """
         head = self.tok_embeddings if self.output is None else self.output
-        return (hidden.float() * head.weight[ids].float()).sum(-1)
+        return (hidden.float() * rows_of(head, ids).float()).sum(-1)
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache for this model: `batch_size` rows of up to `capacity` tokens."""
@@ -395,6 +436,42 @@ class Llama(LlamaPreTrainedModel):
         """
         return generate_ids(self, ids, max_new_tokens, temperature, seed)
 
+    def _native(self, cache: KVCache) -> NativeStep | None:
+        """What runs short passes over this cache in compiled code; None for the modules here."""
+        if torch.is_grad_enabled():
+            return None
+        known = cache.native
+        if isinstance(known, Runner) and known.version == self._version and cache.max_len:
+            return known.step
+        step = NativeStep(self) if can_run(self) else None
+        cache.native = Runner(self._version, step)
+        return step
+
+    def _forward_natively(
+        self,
+        step: NativeStep,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: KVCache,
+        logits: Literal["all", "last"] | Tensor | None,
+    ) -> LlamaOutput:
+        """What `forward` gives for a few tokens that continue a cache."""
+        view = view_of_continuation(ids, attention_mask, None, cache, self.config)
+        batch, length = ids.shape
+        every = torch.arange(batch * length).view(batch, length)
+        if logits is None:
+            wanted = every[:0]
+        elif isinstance(logits, Tensor):
+            wanted = every.gather(1, logits)  # (B, N)
+        elif logits == "all":
+            wanted = every
+        else:
+            wanted = every.gather(1, _last_columns(ids, attention_mask)).squeeze(1)  # (B,)
+        rotation = self.rope(view.positions, view.text_len)
+        hidden, found = step(ids, view.positions, rotation, cache, wanted.flatten())
+        cache.advance(_row_lens(ids, attention_mask))
+        return LlamaOutput(hidden, None if logits is None else found.view(*wanted.shape, -1))
+
     def _check_cache(self, cache: KVCache) -> None:
         if (cache.keys[0].dtype, cache.keys[0].device) != (self.dtype, self.device):
             raise MinllamaError(
@@ -412,10 +489,7 @@ class Llama(LlamaPreTrainedModel):
             return self.compute_logits(h[rows, which])  # (B, N, V)
         if which == "all":
             return self.compute_logits(h)  # (B, T, V)
-        if mask is None:
-            return self.compute_logits(h[:, -1])  # (B, V)
-        columns = torch.arange(mask.shape[1], device=h.device)
-        last = (columns * mask.bool()).argmax(-1)  # the last real token of each row
+        last = _last_columns(h, mask).squeeze(1)
         return self.compute_logits(h[torch.arange(len(h), device=h.device), last])  # (B, V)
 
 
@@ -424,10 +498,13 @@ def load_pretrained(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    quantize: str | None = None,
     **config_changes: Any,
 ) -> Llama:
     """Load a Llama from a file, a folder or a Hugging Face id; see `Llama.from_pretrained`."""
-    return Llama.from_pretrained(source, dtype=dtype, device=device, **config_changes)
+    return Llama.from_pretrained(
+        source, dtype=dtype, device=device, quantize=quantize, **config_changes
+    )
 
 
 def _check_inputs(ids: Tensor, mask: Tensor | None) -> None:
@@ -447,6 +524,14 @@ def _check_logits(logits: str | Tensor | None, mask: Tensor | None) -> None:
         raise MinllamaError(f"logits must be 'all', 'last', a tensor or None, not {logits!r}")
     if logits == "last" and mask is not None and (mask.dim() == 3 or not mask.any(-1).all()):
         raise MinllamaError("a row of attention_mask has no real token, so no last one either")
+
+
+def _last_columns(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, 1), the column of the last real token of each row of x, (B, T) or (B, T, D)."""
+    if mask is None:
+        return torch.full((len(x), 1), x.shape[1] - 1, device=x.device)
+    columns = torch.arange(mask.shape[1], device=x.device)
+    return (columns * mask.bool()).argmax(-1, keepdim=True)
 
 
 def _row_lens(ids: Tensor, mask: Tensor | None) -> list[int]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from minllama.checkpoints.base import Checkpoint
 from minllama.checkpoints.layout import differences, listed
 from minllama.errors import CheckpointError, MinllamaError
+from minllama.native.library import library
+from minllama.quantization import BITS, check_quantize, quantized, replace_by_quantized
 
 
 def default_device() -> torch.device:
@@ -47,33 +49,78 @@ def fast_bfloat16(device: torch.device | str) -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
+def best_form(
+    checkpoint: Checkpoint, device: torch.device | str
+) -> tuple[torch.dtype | None, str | None]:
+    """The dtype and the word of `QUANTIZE` that generate fastest here, at no loss that counts.
+
+    On a CPU for which the package was compiled, weights run as they are stored: GGUF's blocks, and
+    bfloat16 where the machine is good at it. Decoding computes in float32 on either.
+    """
+    if torch.device(device).type != "cpu" or library() is None:
+        return None, None
+    stored = {tensor.stored_as for tensor in checkpoint.tensors.values() if len(tensor.shape) == 2}
+    if stored & {ggml_type.name for ggml_type in BITS}:
+        return None, "stored"
+    if stored == {"bfloat16"} and fast_bfloat16(device):
+        return torch.bfloat16, None
+    return None, None
+
+
 def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Give `module`, built on the meta device, the weights of `checkpoint`.
 
     Tensors of the right dtype stay as they were read, memory-mapped where the format allows; others
     are converted one at a time.
 
+    Args:
+        module: whose parameters they become.
+        checkpoint: where they are.
+        dtype: of what is computed with; None for what suits the device.
+        device: None for the GPU where there is one.
+        quantize: a word of `QUANTIZE`: matrices become quantised modules, which take the place of
+            the linear layers and embeddings of the same names. Or "auto": `best_form`, where no
+            dtype is given.
+
     Raises:
         CheckpointError: tensors are missing, unexpected, misshapen (all are listed, with both
             shapes) or hold NaN or infinity.
     """
     device = usable_device(device)
+    if quantize == "auto":
+        best_dtype, quantize = best_form(checkpoint, device) if dtype is None else (dtype, None)
+        dtype = dtype or best_dtype
+    if dtype is None and quantize is not None:
+        dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
     dtype = _usable_dtype(dtype, device)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_shapes(checkpoint, expected)
-    state = {}
+    check_quantize(quantize)
+    state, parts = {}, {}
     for name in expected:
-        stored = checkpoint.tensors[name].load()
+        tensor = checkpoint.tensors[name]
+        made = None if quantize is None else quantized(name, tensor, quantize)
+        if made is not None:
+            for numbers in (made.scales, made.mins):
+                if numbers is not None:
+                    _check_finite(name, numbers, numbers, checkpoint)
+            parts[name.removesuffix(".weight")] = made
+            continue
+        stored = tensor.load()
         # A conversion makes a tensor of our own; otherwise it may still be the file itself.
         state[name] = stored.to(device=device, dtype=dtype)
         _check_finite(name, stored, state[name], checkpoint)
-    module.load_state_dict(state, assign=True)
+    # Names and shapes are checked already; what is quantised is not in the state.
+    module.load_state_dict(state, assign=True, strict=quantize is None)
+    for name, made in parts.items():
+        replace_by_quantized(module, name, made.to(device), dtype)
 
 
 def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:

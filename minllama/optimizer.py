@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from minllama.errors import OptionError
+from minllama.native import operations
 
 
 class AdamW(Optimizer):
@@ -113,18 +114,31 @@ class AdamW(Optimizer):
         exp_avgs = [self.state[p]["exp_avg"] for p in parameters]
         exp_avg_sqs = [self.state[p]["exp_avg_sq"] for p in parameters]
 
+        step_size = lr
+        if group["correct_bias"]:
+            step_size *= (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        shrink = 1 - lr * group["weight_decay"]
+        if operations.adamw_serves([*parameters, *gradients, *exp_avgs, *exp_avg_sqs]):
+            operations.adamw(
+                parameters,
+                gradients,
+                exp_avgs,
+                exp_avg_sqs,
+                betas=group["betas"],
+                eps=group["eps"],
+                step_size=step_size,
+                shrink=shrink,
+            )
+            return
         torch._foreach_lerp_(exp_avgs, gradients, 1 - beta1)
         torch._foreach_mul_(exp_avg_sqs, beta2)
         torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
 
-        step_size = lr
-        if group["correct_bias"]:
-            step_size *= (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         denominators = torch._foreach_sqrt(exp_avg_sqs)
         torch._foreach_add_(denominators, group["eps"])
         torch._foreach_addcdiv_(parameters, exp_avgs, denominators, -step_size)
-        if group["weight_decay"] > 0:
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        if shrink != 1:
+            torch._foreach_mul_(parameters, shrink)
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minllama.config import LlamaConfig, RopeScaling
+from minllama.native import operations
 
 _FIRST_TABLE_LEN = 2048
 
@@ -72,6 +73,8 @@ def apply_rotary_embedding(x: Tensor, rotation: Tensor) -> Tensor:
     Returns:
         (B, T, H, C) in x's dtype; computed in float32.
     """
+    if operations.serves(x):
+        return operations.rotate(x, rotation)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, C / 2)
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)  # (B, T, H, C)
 

@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
     ("errors",),
-    ("options", "config", "atomic", "treebank"),
+    ("options", "config", "atomic", "treebank", "native"),
     ("vocabulary", "data"),
     ("checkpoints",),
-    ("tokenizer", "chat", "template_worker", "rope", "cache", "sampling", "loading"),
-    ("decoding", "view"),
+    ("tokenizer", "chat", "template_worker", "rope", "cache", "sampling", "quantization"),
+    ("decoding", "view", "loading", "native_step"),
     ("llama", "constraint"),
     ("generation",),
     ("conversation",),

@@ -7,11 +7,15 @@ the numbers are read, tensor by tensor, when a model asks for them.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from minllama.config import LlamaConfig
 from minllama.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from minllama.checkpoints.gguf_blocks import GGMLType
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,15 @@ class LazyTensor:
         stored_bytes: the bytes that it takes on disk.
         load: reads it, on the CPU, memory-mapped where the format allows: the tensor may be
             read-only, and the caller must not write to it.
+        blocks: its ggml type and its bytes (n_bytes,) as they lie in the file, for types that are
+            blocks; None for numbers.
     """
 
     shape: tuple[int, ...]
     stored_as: str
     stored_bytes: int
     load: Callable[[], Tensor]
+    blocks: "Callable[[], tuple[GGMLType, Tensor]] | None" = None
 
 
 @dataclass(frozen=True)

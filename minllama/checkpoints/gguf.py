@@ -100,6 +100,12 @@ class GGUFFile:
         """The bytes of one tensor, (n_bytes,) uint8, as they lie in the file."""
         return self.data[tensor.offset : tensor.offset + tensor.n_bytes]
 
+    def lazy(self, tensor: GGUFTensor) -> LazyTensor:
+        """Where one tensor is, for whoever wants it."""
+        blocks = None if tensor.type in DTYPES else lambda: (tensor.type, self.raw(tensor))
+        load = partial(self.load, tensor)
+        return LazyTensor(tensor.shape, tensor.type.words, tensor.n_bytes, load, blocks)
+
     def load(self, tensor: GGUFTensor) -> Tensor:
         """The numbers of one tensor: float32 from blocks, else a view in their own dtype."""
         return dequantize(self.raw(tensor), tensor.type, tensor.shape)
@@ -147,9 +153,7 @@ def read_gguf(path: Path) -> Checkpoint:
             elif name.endswith(UNUSED):
                 ignored.append(name)
             else:
-                load = partial(file.load, tensor)
-                lazy = LazyTensor(tensor.shape, tensor.type.words, tensor.n_bytes, load)
-                tensors[translate(name, OUR_NAMES) or name] = lazy
+                tensors[translate(name, OUR_NAMES) or name] = file.lazy(tensor)
         if "tok_embeddings.weight" not in tensors:
             raise CheckpointError("the tensor token_embd.weight is missing; it is no whole model")
         keys = Keys(fields)

@@ -1,0 +1,198 @@
+"""What stands between large matrix products, in one pass over memory each, with gradients.
+
+Norms, the gate of the feed-forward and rotations on a CPU: torch computes each in several passes,
+with copies in float32 that are kept for the backward pass. Here only the inputs are kept, and what
+is cheap is computed again. `serves` says where; elsewhere the plain equations of `minllama.llama`
+and `minllama.rope` are computed.
+"""
+
+import ctypes
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minllama.native.layout import KINDS, AdamW, Apart, Gate, Norm, Product, Turn, quantized_linear
+from minllama.native.library import call, library
+
+DTYPES = frozenset(KINDS)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the operations here take this tensor."""
+    return x.device.type == "cpu" and x.dtype in KINDS and library() is not None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Give x / RMS(x) * weight over the last dimension, in x's dtype: (..., D) -> (..., D)."""
+    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def swiglu(u: Tensor, v: Tensor) -> Tensor:
+    """SiLU(u) * v: (..., F) -> (..., F)."""
+    y: Tensor = _SwiGLU.apply(u, v)  # type: ignore[no-untyped-call]
+    return y
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Pairs of channels turned: (B, T, H, C), complex64 (B or 1, T, 1, C / 2) -> (B, T, H, C)."""
+    turns = torch.view_as_real(rotation).contiguous()
+    y: Tensor = _Rotation.apply(x, turns)  # type: ignore[no-untyped-call]
+    return y
+
+
+def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
+    """The matrix (in, out) of a `minllama.quantization.QuantizedWeight` (out, in), on the CPU."""
+    y = torch.empty(weight.in_features, weight.out_features, dtype=dtype)
+    described = quantized_linear(weight)
+    call("take_apart", Apart(ctypes.pointer(described), y.data_ptr(), KINDS[dtype]))
+    return y
+
+
+def product(weight: Any, x: Tensor) -> Tensor:
+    """Give x W^T of a few rows with a quantised W as it is: (N, in) -> (N, out), float32."""
+    x = x.float().contiguous()
+    rows, blocks = len(x), weight.in_features // 32
+    digits = torch.empty(rows, blocks, 64, dtype=torch.int8)
+    scales, sums = torch.empty(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32)
+    y = torch.empty(rows, weight.out_features)
+    described = quantized_linear(weight)
+    tensors = (x, digits, scales, sums, y)
+    arguments = Product(ctypes.pointer(described), rows, *(tensor.data_ptr() for tensor in tensors))
+    call("product_digits", arguments)
+    call("product", arguments)
+    return y
+
+
+def adamw_serves(tensors: Sequence[Tensor]) -> bool:
+    """Whether `adamw` takes these parameters, gradients and moments."""
+    return library() is not None and all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+    )
+
+
+def adamw(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    step_size: float,
+    shrink: float,
+) -> None:
+    """One step of AdamW, in place and in one pass; see `minllama.optimizer`.
+
+    Args:
+        parameters, gradients, exp_avgs, exp_avg_sqs: float32 tensors, as many of each.
+        betas, eps: of the moments and the denominator.
+        step_size: of the update, with the bias correction in it.
+        shrink: factor on the parameters after it: 1 - lr * weight_decay.
+    """
+    n = len(parameters)
+    starts = (ctypes.c_int64 * (n + 1))(0, *itertools.accumulate(p.numel() for p in parameters))
+    pointers = [
+        (ctypes.c_void_p * n)(*(tensor.data_ptr() for tensor in tensors))
+        for tensors in (parameters, gradients, exp_avgs, exp_avg_sqs)
+    ]
+    addresses = map(ctypes.addressof, pointers)
+    arguments = AdamW(n, ctypes.addressof(starts), *addresses, *betas, eps, step_size, shrink)
+    call("adamw", arguments)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1])
+        call("norm", _norm(x, weight, y, inverse, eps))
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        arguments = _norm(x, weight, gradient.contiguous(), inverse, ctx.eps)
+        of_x = torch.empty_like(x)
+        arguments.gradient = of_x.data_ptr()
+        parts = None
+        if ctx.needs_input_grad[1]:
+            parts = torch.zeros(torch.get_num_threads(), x.shape[-1])
+            arguments.of_weight = parts.data_ptr()
+        call("norm_gradient", arguments)
+        return of_x, None if parts is None else parts.sum(0).to(weight.dtype), None
+
+
+def _norm(x: Tensor, weight: Tensor, y: Tensor, inverse: Tensor, eps: float) -> Norm:
+    return Norm(
+        rows=inverse.numel(),
+        dim=x.shape[-1],
+        eps=eps,
+        x=x.data_ptr(),
+        x_kind=KINDS[x.dtype],
+        weight=weight.data_ptr(),
+        weight_kind=KINDS[weight.dtype],
+        y=y.data_ptr(),
+        y_kind=KINDS[y.dtype],
+        inverse=inverse.data_ptr(),
+    )
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
+        u, v = u.contiguous(), v.contiguous()
+        y = torch.empty_like(u)
+        call("gate", _gate(u, v, y))
+        ctx.save_for_backward(u, v)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_u, of_v = torch.empty_like(u), torch.empty_like(v)
+        arguments = _gate(u, v, gradient)
+        arguments.u_gradient, arguments.v_gradient = of_u.data_ptr(), of_v.data_ptr()
+        call("gate_gradient", arguments)
+        return of_u, of_v
+
+
+def _gate(u: Tensor, v: Tensor, y: Tensor) -> Gate:
+    return Gate(u.numel(), KINDS[u.dtype], u.data_ptr(), v.data_ptr(), y.data_ptr())
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        return _turned(x, rotation, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (rotation,) = ctx.saved_tensors
+        return _turned(gradient, rotation, back=True), None
+
+
+def _turned(x: Tensor, rotation: Tensor, *, back: bool) -> Tensor:
+    x = x.contiguous()
+    batch, length, heads, head_dim = x.shape
+    y = torch.empty_like(x)
+    arguments = Turn(
+        tokens=batch * length,
+        heads=heads,
+        head_dim=head_dim,
+        kind=KINDS[x.dtype],
+        n_rotations=rotation.shape[0] * length,
+        back=back,
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        rotation=rotation.data_ptr(),
+    )
+    call("turn", arguments)
+    return y

@@ -1,0 +1,296 @@
+// One forward pass of a few tokens through a whole Llama on a CPU, in one call: what decoding does
+// for each token. The model is minllama/llama.py's; this is the same walk without an interpreter
+// between its products, on weights as they are stored (4 and 8 bits, or floating point).
+//
+// A plain C interface, called through ctypes: no headers of Python or torch are needed to build it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "model.h"
+#include "threads.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define X86 1
+#else
+#define X86 0
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+#if X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+#define VECTORS 512
+namespace avx512 {
+#include "kernels.inc"
+#include "walk.inc"
+#include "pointwise.inc"
+}
+#undef VECTORS
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define VECTORS 0
+namespace avx2 {
+#include "kernels.inc"
+#include "walk.inc"
+#include "pointwise.inc"
+}
+#undef VECTORS
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+#define VECTORS 0
+namespace plain {
+#include "kernels.inc"
+#include "walk.inc"
+#include "pointwise.inc"
+}
+#undef VECTORS
+
+namespace {
+
+constexpr int64_t LINE = 64;
+
+// Bytes taken one after the other out of one allocation, each run on a cache line of its own.
+class Arena {
+   public:
+    template <class T>
+    T* take(int64_t n) {
+        T* pointer = reinterpret_cast<T*>(base_ + used_);
+        used_ += (n * int64_t(sizeof(T)) + LINE - 1) / LINE * LINE;
+        return pointer;
+    }
+    void rebase(char* base) { base_ = base, used_ = 0; }
+    int64_t used() const { return used_; }
+
+   private:
+    char* base_ = nullptr;
+    int64_t used_ = 0;
+};
+
+template <class Activations>
+Activations activations(Arena& arena, int64_t tokens, int64_t n) {
+    Activations a;
+    a.n = n;
+    a.values = arena.take<float>(tokens * n);
+    a.digits = arena.take<int8_t>(tokens * n * 2);
+    a.scales = arena.take<float>(tokens * (n / 32 + 1));
+    a.sums = arena.take<int32_t>(tokens * (n / 32 + 1));
+    return a;
+}
+
+template <class Scratch, class Activations>
+Scratch scratch_in(Arena& arena, const Model& model, const Step& step, int64_t chunks) {
+    const int64_t n = step.n_tokens, query = model.n_heads * model.head_dim;
+    Scratch scratch;
+    scratch.normed = activations<Activations>(arena, std::max(n, step.n_logits), model.dim);
+    scratch.attended = activations<Activations>(arena, n, query);
+    scratch.gated = activations<Activations>(arena, n, model.hidden_dim);
+    scratch.x = arena.take<float>(n * model.dim);
+    scratch.projected = arena.take<float>(n * (query + 2 * model.n_kv_heads * model.head_dim));
+    scratch.partial = arena.take<float>(n * model.n_heads * chunks * (model.head_dim + 2));
+    return scratch;
+}
+
+OpenMP openmp;
+
+// Runs work(index, count, of) on threads; it may get fewer of them than it asks for.
+void in_parallel(void (*work)(int64_t, int64_t, void*), void* of, int64_t threads) {
+    struct Call {
+        void (*work)(int64_t, int64_t, void*);
+        void* of;
+        static void run(void* call) {
+            const Call* c = static_cast<Call*>(call);
+            c->work(openmp.thread(), openmp.threads(), c->of);
+        }
+    } call = {work, of};
+    if (threads == 1) {
+        work(0, 1, of);
+    } else if (openmp.parallel) {
+        openmp.parallel(&Call::run, &call, unsigned(threads), 0);
+    } else {
+        std::vector<std::thread> others;
+        for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, i, threads, of);
+        work(0, threads, of);
+        for (std::thread& other : others) other.join();
+    }
+}
+
+// Memory that a thread keeps from call to call; null where there is none left.
+char* kept_memory(int64_t bytes) {
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local int64_t size = 0;
+    bytes += LINE;
+    if (size < bytes || size > 4 * bytes + (1 << 20)) {
+        memory.reset();
+        memory.reset(new (std::nothrow) char[bytes]);
+        size = memory ? bytes : 0;
+        if (!memory) return nullptr;
+    }
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.get());
+    return memory.get() + (LINE - address % LINE) % LINE;
+}
+
+template <class Scratch>
+struct Job {
+    void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, float*);
+    const Model* model;
+    const Step* step;
+    Scratch scratch;
+    float* buffers;
+    int64_t buffer_len;
+    Barrier barrier;
+
+    static void run(int64_t index, int64_t count, void* of) {
+        Job& job = *static_cast<Job*>(of);
+        const Worker worker = {index, count, &job.barrier};
+        job.walk(worker, *job.model, *job.step, job.scratch, job.buffers + index * job.buffer_len);
+    }
+};
+
+template <class Scratch, class Activations>
+int run(void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, float*), const Model& model,
+        const Step& step, int64_t chunks, int64_t chunk_len, int64_t threads) {
+    Job<Scratch> job;
+    job.walk = walk, job.model = &model, job.step = &step;
+    const int64_t group = model.n_heads / model.n_kv_heads;
+    job.buffer_len = (model.head_dim + group * chunk_len + 15) / 16 * 16;
+    Arena arena;
+    scratch_in<Scratch, Activations>(arena, model, step, chunks);
+    arena.take<float>(threads * job.buffer_len);
+    char* memory = kept_memory(arena.used());
+    if (!memory) return 1;
+    arena.rebase(memory);
+    job.scratch = scratch_in<Scratch, Activations>(arena, model, step, chunks);
+    job.buffers = arena.take<float>(threads * job.buffer_len);
+    in_parallel(&Job<Scratch>::run, &job, threads);
+    return 0;
+}
+
+// One operation of pointwise.inc over 0 .. total, shared among threads.
+template <class Arguments>
+struct Operation {
+    void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t);
+    const Arguments* arguments;
+    int64_t total, buffer_len;
+    float* buffers;
+
+    static void run(int64_t index, int64_t count, void* of) {
+        const Operation& o = *static_cast<Operation*>(of);
+        const Worker worker = {index, count, nullptr};
+        o.part(*o.arguments, worker.begin(o.total), worker.end(o.total), o.buffers + index * o.buffer_len, index);
+    }
+};
+
+template <class Arguments>
+int operate(void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t), const Arguments& arguments,
+            int64_t total, int64_t buffer_len, int64_t threads) {
+    buffer_len = (buffer_len + 15) / 16 * 16;
+    char* memory = kept_memory(threads * buffer_len * int64_t(sizeof(float)));
+    if (!memory) return 1;
+    Operation<Arguments> operation = {part, &arguments, total, buffer_len, reinterpret_cast<float*>(memory)};
+    in_parallel(&Operation<Arguments>::run, &operation, threads);
+    return 0;
+}
+
+}  // namespace
+
+extern "C" {
+
+// 2 for AVX-512 with VNNI, 1 for AVX2, 0 for plain C++: the best that this CPU has.
+EXPORT int minllama_best_level() {
+#if X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni")) {
+        return 2;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+EXPORT void minllama_use_openmp(void* parallel, void* thread, void* threads) {
+    openmp.parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(parallel);
+    openmp.thread = reinterpret_cast<int (*)()>(thread);
+    openmp.threads = reinterpret_cast<int (*)()>(threads);
+}
+
+// Runs a step; 0 where it did, 1 where there is no memory for it.
+EXPORT int minllama_step(const Model* model, const Step* step, int64_t threads, int level) {
+    const int64_t chunks = plain::most_chunks(*step);
+#if X86
+    if (level == 2) {
+        return run<avx512::Scratch, avx512::Activations>(avx512::walk, *model, *step, chunks, avx512::CHUNK, threads);
+    }
+    if (level == 1) {
+        return run<avx2::Scratch, avx2::Activations>(avx2::walk, *model, *step, chunks, avx2::CHUNK, threads);
+    }
+#endif
+    (void)level;
+    return run<plain::Scratch, plain::Activations>(plain::walk, *model, *step, chunks, plain::CHUNK, threads);
+}
+
+#if X86
+#define AT_LEVEL(function) (level == 2 ? avx512::function : level == 1 ? avx2::function : plain::function)
+#else
+#define AT_LEVEL(function) ((void)level, plain::function)
+#endif
+
+// As minllama_step, these give 0, or 1 where there is no memory left.
+EXPORT int minllama_norm(const Norm* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(norm_rows), *a, a->rows, 3 * a->dim, threads);
+}
+
+EXPORT int minllama_norm_gradient(const Norm* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(norm_gradient_rows), *a, a->rows, 5 * a->dim, threads);
+}
+
+EXPORT int minllama_gate(const Gate* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(gate_part), *a, a->n, 5 * plain::PART, threads);
+}
+
+EXPORT int minllama_gate_gradient(const Gate* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(gate_gradient_part), *a, a->n, 5 * plain::PART, threads);
+}
+
+EXPORT int minllama_turn(const Turn* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(turn_tokens), *a, a->tokens, 2 * a->heads * a->head_dim, threads);
+}
+
+EXPORT int minllama_take_apart(const Apart* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(take_apart), *a, (a->weight->out_dim + 15) / 16, 0, threads);
+}
+
+EXPORT int minllama_adamw(const AdamW* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(adamw_part), *a, a->starts[a->n_tensors], 0, threads);
+}
+
+// Two calls: the second reads what the first has written.
+EXPORT int minllama_product_digits(const Product* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(product_digits), *a, a->rows, 0, threads);
+}
+
+EXPORT int minllama_product(const Product* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(product_panels), *a, (a->weight->out_dim + 15) / 16, 0, threads);
+}
+
+}  // extern "C"

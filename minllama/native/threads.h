@@ -1,0 +1,58 @@
+// The threads of a step: those of torch's own OpenMP runtime where it can be reached, so that two
+// pools never spin against each other for the same cores; else threads of their own.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+static inline void relax() { _mm_pause(); }
+#else
+static inline void relax() {}
+#endif
+
+// Entry points of GNU OpenMP, found by Python in the library that torch has loaded.
+struct OpenMP {
+    void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+    int (*thread)() = nullptr;
+    int (*threads)() = nullptr;
+};
+
+class Barrier {
+   public:
+    void wait(int64_t count) {
+        if (count == 1) return;
+        const uint32_t turn = turn_.load(std::memory_order_acquire);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+            arrived_.store(0, std::memory_order_relaxed);
+            turn_.store(turn + 1, std::memory_order_release);
+            return;
+        }
+        // Phases are microseconds apart, far less than a wake-up costs; who waits much longer has
+        // lost its partner's core to another process, and gives way.
+        for (int64_t spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+            relax();
+            if (spins > 4096) std::this_thread::yield();
+        }
+    }
+
+   private:
+    alignas(64) std::atomic<int64_t> arrived_{0};
+    alignas(64) std::atomic<uint32_t> turn_{0};
+};
+
+// One of `count` threads that walk through a step together.
+struct Worker {
+    int64_t index, count;
+    Barrier* barrier;
+
+    void wait() const { barrier->wait(count); }
+
+    // This thread's part of 0 .. n: from begin to end.
+    int64_t begin(int64_t n) const { return n * index / count; }
+    int64_t end(int64_t n) const { return n * (index + 1) / count; }
+};

@@ -1,0 +1,199 @@
+"""A few tokens through a whole Llama in one call of compiled code, as decoding has them.
+
+The walk of `minllama.llama`, on the same weights and the same cache, without an interpreter between
+its products; `native/step.cpp` computes it. Here a model is described to it, and it is said which
+models and passes it is for. Knows nothing of what the tokens are for.
+"""
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minllama.cache import KVCache
+from minllama.errors import MinllamaError
+from minllama.native.layout import KINDS, Layer, Linear, Model, Numbers, Step, quantized_linear
+from minllama.native.library import call, library
+from minllama.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+
+# Tokens up to which a step is faster here than torch's products of large matrices are.
+MOST_TOKENS = 32
+KNOWN = (nn.Linear, nn.Embedding, QuantizedLinear, QuantizedEmbedding)
+
+
+def can_run(llama: Any) -> bool:
+    """Whether the native step computes what this Llama's modules do.
+
+    Plain and quantised layers on a CPU, in evaluation mode: no adapters, no dropout, and no hooks,
+    which only modules call.
+    """
+    if library() is None or llama.device.type != "cpu" or llama.dtype not in KINDS:
+        return False
+    if llama.training and llama.config.dropout:
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules()):
+        return False
+    of_vocabulary = [llama.tok_embeddings, *([] if llama.output is None else [llama.output])]
+    linear = [module for layer in llama.layers for module in _linear_modules(layer)]
+    return all(type(module) in KNOWN for module in linear + of_vocabulary)
+
+
+def is_short(ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether a pass is one for the native step: few tokens, each of which sees all before it."""
+    return ids.numel() <= MOST_TOKENS and (attention_mask is None or attention_mask.dim() == 2)
+
+
+class Runner(NamedTuple):
+    """What runs short passes over a cache: kept with it (`KVCache.native`).
+
+    Attributes:
+        version: of the model when it was asked; see `LlamaPreTrainedModel`.
+        step: None where the model's modules do it.
+    """
+
+    version: int
+    step: "NativeStep | None"
+
+
+class NativeStep:
+    """Forward passes of one Llama through the library.
+
+    Args:
+        llama: a `minllama.Llama` that `can_run`. Its tensors are read where they lie: an optimizer
+            may write to them, but a tensor that is replaced is not seen.
+        level: index into LEVELS; None for the best that there is.
+    """
+
+    def __init__(self, llama: Any, level: int | None = None) -> None:
+        self._level = level
+        self._kept: list[Tensor] = []  # what the structs point to
+        self._vocab_size = llama.config.vocab_size
+        self._dtype = llama.dtype
+        self._model = self._describe(llama)
+        self._cache_of: list[Tensor] | None = None
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        rotation: Tensor,
+        cache: KVCache,
+        logits_of: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Read tokens that continue what the cache holds, which is written to but not advanced.
+
+        Args:
+            ids: (B, T) token ids.
+            positions: (B, T) or (1, T), where they stand in their rows; each sees all up to itself.
+            rotation: complex64 (B, T, 1, C / 2) or (1, T, 1, C / 2), of those positions.
+            cache: with room for them.
+            logits_of: (M,), numbers b * T + t of the tokens whose logits are wanted.
+
+        Returns:
+            Hidden states after the last norm, (B, T, D), and logits (M, V), in the model's dtype.
+        """
+        batch, length = ids.shape
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise MinllamaError(f"token ids must be from 0 to {self._vocab_size - 1}")
+        ids = ids.long().contiguous()
+        slots = positions.expand(batch, -1).contiguous()
+        rows = torch.arange(batch).repeat_interleave(length)
+        turns = torch.view_as_real(rotation.expand(batch, -1, -1, -1)).contiguous()
+        hidden = torch.empty(batch, length, self._model.dim)
+        logits_of = logits_of.long().contiguous()
+        logits = torch.empty(len(logits_of), self._vocab_size)
+        self._point_to(cache)
+        step = Step(
+            n_tokens=batch * length,
+            ids=ids.data_ptr(),
+            rows=rows.data_ptr(),
+            slots=slots.data_ptr(),
+            rotation=turns.data_ptr(),
+            keys=ctypes.addressof(self._keys),
+            values=ctypes.addressof(self._values),
+            cache_kind=KINDS[cache.keys[0].dtype],
+            row_stride=cache.keys[0].stride(0),
+            head_stride=cache.keys[0].stride(1),
+            hidden=hidden.data_ptr(),
+            n_logits=len(logits_of),
+            logits_of=logits_of.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        call("step", self._model, step, level=self._level)
+        return hidden.to(self._dtype), logits
+
+    def _point_to(self, cache: KVCache) -> None:
+        if self._cache_of is cache.keys:
+            return
+        pointers = ctypes.c_void_p * len(cache.keys)
+        self._keys = pointers(*(keys.data_ptr() for keys in cache.keys))
+        self._values = pointers(*(values.data_ptr() for values in cache.values))
+        self._cache_of = cache.keys
+
+    def _describe(self, llama: Any) -> Model:
+        config = llama.config
+        self._layers = (Layer * config.n_layers)(*map(self._layer, llama.layers))
+        embedding = self._linear(llama.tok_embeddings)
+        return Model(
+            dim=config.dim,
+            n_layers=config.n_layers,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            hidden_dim=config.hidden_dim,
+            norm_eps=config.norm_eps,
+            embedding=embedding,
+            output=embedding if llama.output is None else self._linear(llama.output),
+            norm=self._numbers(llama.norm.weight),
+            layers=self._layers,
+        )
+
+    def _layer(self, layer: Any) -> Layer:
+        query, key, value, output, w1, w2, w3 = map(self._linear, _linear_modules(layer))
+        attention_norm = self._numbers(layer.attention_norm.weight)
+        ffn_norm = self._numbers(layer.ffn_norm.weight)
+        return Layer(attention_norm, query, key, value, output, ffn_norm, w1, w2, w3)
+
+    def _linear(self, module: nn.Module) -> Linear:
+        bias = self._numbers(getattr(module, "bias", None))
+        if isinstance(module, QuantizedWeight):
+            self._kept += [module.quants, module.scales]
+            self._kept += [] if module.mins is None else [module.mins]
+            described = quantized_linear(module)
+            described.bias = bias
+            return described
+        assert isinstance(module, nn.Linear | nn.Embedding)
+        rows, columns = module.weight.shape
+        return Linear(
+            weight=self._pointer(module.weight),
+            bias=bias,
+            kind=KINDS[module.weight.dtype],
+            in_dim=columns,
+            out_dim=rows,
+        )
+
+    def _numbers(self, tensor: Tensor | None) -> Numbers:
+        if tensor is None:
+            return Numbers()
+        return Numbers(self._pointer(tensor), KINDS[tensor.dtype])
+
+    def _pointer(self, tensor: Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _linear_modules(layer: Any) -> tuple[nn.Module, ...]:
+    """Those of a layer, in the order of the struct."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    return (
+        attention.compute_query,
+        attention.compute_key,
+        attention.compute_value,
+        attention.compute_output,
+        feed_forward.w1,
+        feed_forward.w2,
+        feed_forward.w3,
+    )

@@ -1,0 +1,328 @@
+"""Weights in 8 and 4 bits: stored as whole numbers, a scale for each 32 of a row.
+
+Made from any weight, or straight from GGUF's Q4_0, Q4_1 and Q8_0 blocks, whose numbers they keep to
+the bit. Knows nothing of Llamas, files or of how a CPU multiplies them fastest (`minllama.native`).
+
+value = scale * quant + min, where quant is unsigned (Dettmers et al. 2022 and ggml call it
+block-wise or group-wise quantisation). Without mins, min = -8 * scale in 4 bits and -128 * scale in
+8 bits.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minllama.checkpoints.base import LazyTensor
+from minllama.checkpoints.gguf_blocks import Q4_0, Q4_1, Q8_0, GGMLType, decode_blocks
+from minllama.errors import OptionError
+from minllama.native import operations
+
+BLOCK = 32  # columns that share a scale
+PANEL = 16  # rows that lie together, as vector instructions read them
+# Up to so many rows, multiplying the quants as they are beats taking the weight apart first.
+FEW_ROWS = 32
+ZERO_POINT = {4: 8, 8: 128}
+QUANTIZE = ("stored", "int8", "int4")
+BITS = {Q4_0: 4, Q4_1: 4, Q8_0: 8}
+
+
+class QuantizedWeight(nn.Module):
+    """A matrix (out, in) in blocks of 32 columns.
+
+    Rows lie in panels of 16, the last one padded, so that one vector instruction reads the same
+    four columns of 16 rows. Byte [p, b, i, r, j] of `quants` holds column 32 b + 4 i + j of row
+    16 p + r in 8 bits (i < 8); in 4 bits (i < 4) its low half holds column 32 b + 8 i + j, and its
+    high half the one four columns further.
+
+    Args:
+        quants: (out / 16, in / 32, 4 or 8, 16, 4) uint8.
+        scales: (out / 16, in / 32, 16) float16.
+        mins: the same, or None.
+        out_features: rows, without the padding of the last panel.
+    """
+
+    quants: Tensor
+    scales: Tensor
+    mins: Tensor | None
+
+    def __init__(
+        self, quants: Tensor, scales: Tensor, mins: Tensor | None, out_features: int
+    ) -> None:
+        super().__init__()
+        self.bits = 8 if quants.shape[2] == 8 else 4
+        self.out_features, self.in_features = out_features, quants.shape[1] * BLOCK
+        self.register_buffer("quants", quants)
+        self.register_buffer("scales", scales)
+        self.register_buffer("mins", mins)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix in numbers to compute with: (out, in)."""
+        return self._rows(self.quants, self.scales, self.mins, dtype)[: self.out_features]
+
+    def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix as a product of many rows wants it: (in, out)."""
+        if operations.serves(self.scales) and dtype in operations.DTYPES:
+            return operations.take_apart(self, dtype)
+        return self.dequantize(dtype).t()
+
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some of its rows: (...) whole numbers in [0, out) -> (..., in)."""
+        panels, of_panel = (ids // PANEL).flatten(), (ids % PANEL).flatten()
+        quants = self.quants[panels, :, :, of_panel].unsqueeze(3)  # (n, in / 32, 4 or 8, 1, 4)
+        scales = self.scales[panels, :, of_panel].unsqueeze(-1)
+        mins = None if self.mins is None else self.mins[panels, :, of_panel].unsqueeze(-1)
+        return self._rows(quants, scales, mins, dtype).view(*ids.shape, self.in_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in x's dtype; gradients flow to x."""
+        rows = x.numel() // self.in_features
+        if (
+            rows <= FEW_ROWS
+            and operations.serves(x)
+            and not (torch.is_grad_enabled() and x.requires_grad)
+        ):
+            few = operations.product(self, x.reshape(rows, -1)).to(x.dtype)
+            return few.view(*x.shape[:-1], -1)
+        y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # `model.to(bfloat16)` is about numbers that are computed with; what is stored stays.
+        kept = self.scales, self.mins
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.quants.device
+        self.scales = kept[0].to(device)
+        self.mins = None if kept[1] is None else kept[1].to(device)
+        return self
+
+    def _rows(
+        self, quants: Tensor, scales: Tensor, mins: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """(p, b, i, r, j), (p, b, r) and (p, b, r) -> (p * r, b * 32)."""
+        if self.bits == 4:
+            quants = torch.stack((quants & 15, quants >> 4), dim=3)  # (p, b, i, 2, r, j)
+            quants = quants.permute(0, 4, 1, 2, 3, 5)
+        else:
+            quants = quants.permute(0, 3, 1, 2, 4)
+        p, r, b = quants.shape[:3]
+        values = quants.reshape(p, r, b, BLOCK).float()
+        wide = scales.float().transpose(1, 2).unsqueeze(-1)  # (p, r, b, 1)
+        low = -ZERO_POINT[self.bits] * wide
+        if mins is not None:
+            low = mins.float().transpose(1, 2).unsqueeze(-1)
+        return values.mul_(wide).add_(low).to(dtype).view(p * r, b * BLOCK)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.bits} bits"
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, the weight taken apart again for the backward pass instead of kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        ctx.weight = weight
+        return x @ weight.transposed(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.weight.transposed(gradient.dtype).t(), None
+
+
+class QuantizedLinear(QuantizedWeight):
+    """y = W x + b (`nn.Linear`) with a quantised W that is not trained."""
+
+    def __init__(
+        self,
+        quants: Tensor,
+        scales: Tensor,
+        mins: Tensor | None,
+        out_features: int,
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__(quants, scales, mins, out_features)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in x's dtype."""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class QuantizedEmbedding(QuantizedWeight):
+    """Rows of a quantised matrix by their numbers (`nn.Embedding`).
+
+    Attributes:
+        dtype: of the rows that it gives; it follows the model's.
+    """
+
+    def __init__(
+        self,
+        quants: Tensor,
+        scales: Tensor,
+        mins: Tensor | None,
+        out_features: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(quants, scales, mins, out_features)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., in)."""
+        return self.rows(ids, self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.quants.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """Give x W^T with the matrix of a linear layer or an embedding: (..., in) -> (..., out)."""
+    if isinstance(module, QuantizedWeight):
+        return module.product(x)
+    assert isinstance(module.weight, Tensor)
+    return F.linear(x, module.weight)
+
+
+def rows_of(module: nn.Module, ids: Tensor) -> Tensor:
+    """Rows of the matrix of a linear layer or an embedding: (...) -> (..., in)."""
+    if isinstance(module, QuantizedWeight):
+        return module.rows(ids)
+    assert isinstance(module.weight, Tensor)
+    return module.weight[ids]
+
+
+class Parts(NamedTuple):
+    """What a `QuantizedWeight` is made of, in its order."""
+
+    quants: Tensor
+    scales: Tensor
+    mins: Tensor | None
+    out_features: int
+
+    def to(self, device: torch.device) -> "Parts":
+        mins = None if self.mins is None else self.mins.to(device)
+        return Parts(self.quants.to(device), self.scales.to(device), mins, self.out_features)
+
+
+def replace_by_quantized(model: nn.Module, name: str, parts: Parts, dtype: torch.dtype) -> None:
+    """Put a quantised module in the place of a linear layer or an embedding, whose bias stays."""
+    old = model.get_submodule(name)
+    new: QuantizedWeight
+    if isinstance(old, nn.Embedding):
+        new = QuantizedEmbedding(*parts, dtype=dtype)
+    else:
+        assert isinstance(old, nn.Linear)
+        new = QuantizedLinear(*parts, bias=old.bias)
+    model.set_submodule(name, new)
+
+
+def check_quantize(how: str | None) -> None:
+    """Refuse a word that is none of `QUANTIZE` with an OptionError."""
+    if how is not None and how not in QUANTIZE:
+        raise OptionError(f"quantize must be one of {', '.join(QUANTIZE)}, or None, not {how!r}")
+
+
+def quantized(name: str, tensor: LazyTensor, how: str) -> Parts | None:
+    """A checkpoint's matrix in 8 or 4 bits; None where it cannot be, or is not to be.
+
+    Blocks of a GGUF file that take no more bits than are asked for stay as they are. The
+    vocabulary's matrices get 8 bits where others get 4: rare tokens have nothing else to be told
+    apart by, and a row is read by itself.
+
+    Args:
+        name: its name in our model.
+        tensor: (out, in).
+        how: `int8`, `int4`, or `stored` for GGUF's blocks as they are and nothing else.
+    """
+    if len(tensor.shape) != 2 or tensor.shape[1] % BLOCK:
+        return None
+    bits = 4 if how == "int4" and name.startswith("layers.") else 8
+    if tensor.blocks is not None:
+        stored, raw = tensor.blocks()
+        if BITS.get(stored, 99) <= bits:
+            return _from_blocks(raw, stored, tensor.shape)
+    return None if how == "stored" else quantize(tensor.load(), bits)
+
+
+def _from_blocks(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Parts:
+    blocks = decode_blocks(raw.view(-1, stored.block_bytes), stored)
+    quants = blocks.quants.view(torch.uint8)
+    if blocks.mins is None:  # signed: to be unsigned they move up, and wrap around as they should
+        quants = quants + ZERO_POINT[BITS[stored]]
+    out, n = shape[0], shape[1] // BLOCK
+    mins = None if blocks.mins is None else blocks.mins.view(out, n)
+    return packed(quants.view(out, n, BLOCK), blocks.scales.view(out, n), mins, BITS[stored])
+
+
+def quantize(values: Tensor, bits: int) -> Parts:
+    """The matrix (out, in) in blocks of 32: symmetric in 8 bits, with scale and min in 4.
+
+    In 4 bits the scale and the min that fit the rounded numbers best (least squares) take the place
+    of the largest and smallest number's where that brings them closer.
+    """
+    out, n = values.shape[0], values.shape[1] // BLOCK
+    blocks = values.detach().reshape(out, n, BLOCK).float()
+    if bits == 8:
+        scales = (blocks.abs().amax(-1) / 127).half()
+        quants = _rounded(blocks, scales, -128 * scales.float(), 255)
+        return packed(quants, scales, None, 8)
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    first = ((high - low) / 15).half(), low.half()
+    quants = _rounded(blocks, *first, 15)
+    second = _least_squares(blocks, quants)
+    better = _rounded(blocks, *second, 15)
+    is_better = _error(blocks, better, *second) < _error(blocks, quants, *first)  # (out, n)
+    scales, mins = (torch.where(is_better, b, a) for a, b in zip(first, second, strict=True))
+    return packed(torch.where(is_better.unsqueeze(-1), better, quants), scales, mins, 4)
+
+
+def packed(quants: Tensor, scales: Tensor, mins: Tensor | None, bits: int) -> Parts:
+    """Rows of blocks into panels.
+
+    Args:
+        quants: (out, n, 32) uint8, columns in order.
+        scales: (out, n) float16.
+        mins: the same, or None.
+        bits: 4 or 8.
+    """
+    out, n = scales.shape
+    missing = -out % PANEL
+    if missing:
+        quants, scales = F.pad(quants, (0, 0, 0, 0, 0, missing)), F.pad(scales, (0, 0, 0, missing))
+        mins = None if mins is None else F.pad(mins, (0, 0, 0, missing))
+    if bits == 4:
+        pairs = quants.view(-1, n, 4, 2, 4)
+        quants = pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4  # (out, n, 4, 4)
+    quants = quants.view(-1, PANEL, n, quants.numel() // (len(quants) * n * 4), 4)
+    quants = quants.permute(0, 2, 3, 1, 4).contiguous()
+    by_panel = [
+        None if part is None else part.view(-1, PANEL, n).transpose(1, 2).contiguous()
+        for part in (scales, mins)
+    ]
+    assert by_panel[0] is not None
+    return Parts(quants, by_panel[0], by_panel[1], out)
+
+
+def _rounded(blocks: Tensor, scales: Tensor, mins: Tensor, most: int) -> Tensor:
+    wide = scales.float().unsqueeze(-1)
+    steps = (blocks - mins.float().unsqueeze(-1)) * torch.where(wide == 0, 0.0, 1 / wide)
+    return steps.round_().clamp_(0, most).to(torch.uint8)
+
+
+def _least_squares(blocks: Tensor, quants: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and min with the least squared error for given quants: simple regression."""
+    q = quants.float()
+    q_mean, x_mean = q.mean(-1, keepdim=True), blocks.mean(-1, keepdim=True)
+    spread = (q - q_mean).square().sum(-1)
+    slope = ((q - q_mean) * (blocks - x_mean)).sum(-1)
+    scales = torch.where(spread == 0, 0.0, slope / spread)
+    mins = x_mean.squeeze(-1) - scales * q_mean.squeeze(-1)
+    return scales.half(), mins.half()
+
+
+def _error(blocks: Tensor, quants: Tensor, scales: Tensor, mins: Tensor) -> Tensor:
+    values = torch.addcmul(mins.float().unsqueeze(-1), quants.float(), scales.float().unsqueeze(-1))
+    return (values - blocks).square_().sum(-1)

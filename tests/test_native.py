@@ -1,0 +1,262 @@
+"""Compiled code computes what the plain modules compute, at every level of instructions."""
+
+import pytest
+import torch
+from torch import nn
+
+from minllama import native_step
+from minllama.cache import KVCache
+from minllama.errors import MinllamaError
+from minllama.llama import FeedForward, RMSNorm, load_pretrained
+from minllama.lora import add_lora_wrapper
+from minllama.native import operations
+from minllama.native.library import best_level, library
+from minllama.native_step import NativeStep, can_run, is_short
+from minllama.rope import apply_rotary_embedding
+from tests.tiny import our_model, random_ids
+
+pytestmark = pytest.mark.skipif(
+    library() is None, reason="minllama was installed without a C++ compiler"
+)
+LEVELS = range(best_level() + 1)
+SHAPE = {"dim": 64, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61}
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """From its call on nothing is compiled."""
+
+    def off():
+        monkeypatch.setattr(operations, "serves", lambda x: False)
+        monkeypatch.setattr("minllama.llama.is_short", lambda ids, mask: False)
+
+    return off
+
+
+def model_of(kind, tmp_path, **changes):
+    model = our_model(**{**SHAPE, **changes})
+    if kind in ("int4", "int8"):
+        model.save_pretrained(tmp_path / "model")
+        return load_pretrained(tmp_path / "model", quantize=kind, dtype="float32")
+    return model.to(getattr(torch, kind))
+
+
+def steps(model, level, lengths=(5, 3, 1), new=3, cache_dtype=None):
+    """Logits of what rows of different lengths are continued by: one token, then several."""
+    ids = random_ids(len(lengths), max(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
+    cache = KVCache(model.config, len(lengths), 16, dtype=cache_dtype or model.dtype)
+    model(ids, attention_mask=mask, cache=cache, logits=None)
+    found = []
+    for part in (random_ids(len(lengths), 1, seed=1), random_ids(len(lengths), new, seed=2)):
+        if level is None:
+            found.append(model(part, cache=cache).logits)
+            continue
+        starts = torch.tensor(cache.lengths).unsqueeze(-1)
+        positions = starts + torch.arange(part.shape[1])
+        every = torch.arange(part.numel())
+        rotation = model.rope(positions)
+        _, logits = NativeStep(model, level)(part, positions, rotation, cache, every)
+        found.append(logits.view(*part.shape, -1))
+        cache.advance([part.shape[1]] * len(lengths))
+    return found
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
+def test_a_step_is_the_walk_of_the_modules(kind, level, plain, tmp_path):
+    model = model_of(kind, tmp_path)
+    with torch.inference_mode():
+        fast = steps(model, level)
+        plain()
+        # Activations stay float32 in the step, so half precision is compared with float32 modules.
+        exact = steps(model.float(), None)
+    atol = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.15}.get(kind, 2e-3)
+    for a, b in zip(fast, exact, strict=True):
+        assert torch.allclose(a, b, atol=atol), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embeddings": False, "attention_bias": True, "ffn_bias": True},
+        {"n_kv_heads": 1, "head_dim": 10},
+        {"n_kv_heads": 4, "dim": 40, "hidden_dim": 50, "head_dim": 6},
+        {"n_heads": 8, "n_kv_heads": 8, "vocab_size": 70, "rope_theta": 300.0},
+    ],
+)
+def test_a_step_knows_every_variant(changes, level, plain):
+    model = our_model(**{**SHAPE, **changes})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.normal_(mean=1.0, std=0.3)
+    with torch.inference_mode():
+        fast = steps(model, level)
+        plain()
+        for a, b in zip(fast, steps(model, None), strict=True):
+            assert torch.allclose(a, b, atol=2e-5), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_long_texts_are_attended_to_in_pieces(dtype, level, plain):
+    """More slots than one piece of attention holds, in every kind of cache."""
+    model = our_model(**SHAPE, max_seq_len=512).to(dtype)
+    with torch.inference_mode():
+        cache = KVCache(model.config, 1, 400, dtype=dtype)
+        ids = random_ids(1, 300)
+        plain()
+        model(ids, cache=cache, logits=None)
+        exact = KVCache(model.config, 1, 400)
+        for mine, theirs in zip(exact.keys + exact.values, cache.keys + cache.values, strict=True):
+            mine.copy_(theirs)
+        exact.lengths = [300]
+        new = random_ids(1, 2, seed=3)
+        positions = torch.tensor([[300, 301]])
+        step = NativeStep(model, level)
+        _, logits = step(new, positions, model.rope(positions), cache, torch.arange(2))
+        expected = model.float()(new, cache=exact).logits[0]
+    atol = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
+    assert torch.allclose(logits, expected, atol=atol), (logits - expected).abs().max()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads_gives_the_same_bits(threads, tmp_path):
+    model = model_of("int4", tmp_path)
+    before = torch.get_num_threads()
+    with torch.inference_mode():
+        torch.set_num_threads(1)
+        alone = steps(model, best_level())
+        torch.set_num_threads(threads)
+        together = steps(model, best_level())
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_logits_and_hidden_states_are_those_asked_for(plain):
+    model = our_model(**SHAPE)
+    ids, mask = random_ids(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    wanted = ("all", "last", None, torch.tensor([[0, 1], [1, 1]]))
+
+    def passes():
+        with torch.inference_mode():
+            outs = []
+            for logits in wanted:
+                cache = model.new_cache(2, 8)
+                outs.append(model(ids, attention_mask=mask, cache=cache, logits=logits))
+                assert cache.lengths == [4, 2]
+            return outs
+
+    fast = passes()
+    plain()
+    real = mask.bool()
+    for mine, theirs in zip(fast, passes(), strict=True):
+        assert torch.allclose(mine.hidden[real], theirs.hidden[real], atol=1e-5)
+        if theirs.logits is None:
+            assert mine.logits is None
+        else:
+            assert mine.logits.shape == theirs.logits.shape
+    for index in (1, 3):
+        assert torch.allclose(fast[index].logits, passes()[index].logits, atol=1e-5)
+
+
+def test_what_changes_a_model_is_seen_by_its_next_step(tmp_path):
+    model = our_model(**SHAPE)
+    ids, new = random_ids(1, 4), random_ids(1, 1, seed=5)
+    with torch.inference_mode():
+        cache = model.new_cache(1, 8)
+        model(ids, cache=cache, logits=None)
+        model(new, cache=cache)
+        assert cache.native.step is not None
+    add_lora_wrapper(model, "compute_query", r=2)
+    assert not can_run(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    with torch.inference_mode():
+        after = model(new, cache=cache).logits
+        assert cache.native.step is None
+        fresh = model.new_cache(1, 8)
+        fresh.keys, fresh.values, fresh.lengths = cache.keys, cache.values, [5]
+        assert torch.equal(after, model(new, cache=fresh).logits)
+
+
+def test_models_and_passes_that_it_does_not_know_are_left_to_the_modules():
+    model = our_model(**SHAPE)
+    assert can_run(model)
+    assert not can_run(our_model(**SHAPE, dropout=0.1).train())
+    assert not can_run(model.double())
+    hooked = our_model(**SHAPE)
+    hooked.layers[1].attention.register_forward_hook(lambda module, args, output: None)
+    assert not can_run(hooked)
+    model = our_model(**SHAPE, tie_embeddings=False)
+    model.output = nn.Sequential(model.output)
+    assert not can_run(model)
+    assert is_short(torch.zeros(1, 4), None)
+    assert not is_short(torch.zeros(1, 10**4), None)
+    assert not is_short(torch.zeros(1, 4), torch.zeros(1, 4, 4))
+
+
+def test_ids_out_of_the_vocabulary_are_refused():
+    model = our_model(**SHAPE)
+    with torch.inference_mode(), pytest.raises(MinllamaError, match="from 0 to 60"):
+        model(torch.tensor([[3, 61]]), cache=model.new_cache(1, 4))
+
+
+def test_a_library_that_is_missing_leaves_everything_to_torch(monkeypatch):
+    model, ids = our_model(**SHAPE), random_ids(1, 4)
+    with torch.inference_mode():
+        fast = model(ids, cache=model.new_cache(1, 4)).logits
+        monkeypatch.setattr(native_step, "library", lambda: None)
+        monkeypatch.setattr(operations, "library", lambda: None)
+        assert torch.allclose(model(ids, cache=model.new_cache(1, 4)).logits, fast, atol=1e-5)
+
+
+def gradients_of(compute, *tensors):
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    y = compute(*tensors)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
+    (y * weights).sum().backward()
+    return [y.detach(), *(tensor.grad for tensor in tensors)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", ["norm", "gate", "rotation"])
+def test_operations_and_their_gradients_are_those_of_the_equations(what, dtype, plain):
+    torch.manual_seed(0)
+    x, other = torch.randn(3, 7, 4, 26), torch.randn(3, 7, 4, 26)
+    norm, gate = RMSNorm(26, 1e-5), FeedForward.__new__(FeedForward)
+    nn.init.normal_(norm.weight)
+    rotation = torch.polar(torch.ones(1, 7, 1, 13), torch.randn(1, 7, 1, 13))
+    assert gate is not None
+
+    def of_equation(*tensors):
+        if what == "norm":
+            x, weight = tensors
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+        if what == "gate":
+            return nn.functional.silu(tensors[0]) * tensors[1]
+        return apply_rotary_embedding(tensors[0], rotation)
+
+    def of_library(*tensors):
+        if what == "norm":
+            return operations.rms_norm(*tensors, 1e-5)
+        return (
+            operations.swiglu(*tensors) if what == "gate" else operations.rotate(*tensors, rotation)
+        )
+
+    tensors = {"norm": (x, norm.weight), "gate": (x, other), "rotation": (x,)}[what]
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    mine = gradients_of(of_library, *tensors)
+    plain()
+    theirs = (
+        gradients_of(of_equation, *(tensor.double() for tensor in tensors))
+        if what != "rotation"
+        else gradients_of(of_equation, *(tensor.float() for tensor in tensors))
+    )
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == dtype
+        rtol = 1e-5 if dtype == torch.float32 else 2**-7
+        assert torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol), (a - b).abs().max()

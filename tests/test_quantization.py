@@ -1,0 +1,217 @@
+"""Weights in 8 and 4 bits: what is stored, what it means, and how it is multiplied."""
+
+import pytest
+import torch
+from torch import nn
+
+from minllama.checkpoints import open_checkpoint
+from minllama.checkpoints.base import LazyTensor
+from minllama.checkpoints.gguf_blocks import Q4_0, Q4_1, Q8_0, dequantize, quantize_q8_0
+from minllama.errors import CheckpointError, OptionError
+from minllama.llama import Llama, load_pretrained
+from minllama.native import operations
+from minllama.quantization import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+    packed,
+    project,
+    quantize,
+    quantized,
+    rows_of,
+)
+from tests.tiny import our_model, random_ids
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def blocks_of(stored, rows, columns, seed=0):
+    """Random blocks of a type, with scales and mins of a sensible size."""
+    generator = torch.Generator().manual_seed(seed)
+    n = rows * columns // 32
+    raw = torch.randint(0, 256, (n, stored.block_bytes), generator=generator, dtype=torch.uint8)
+    halves = raw[:, : 4 if stored == Q4_1 else 2]
+    numbers = torch.randn(n, halves.shape[1] // 2, generator=generator).half() * 0.1
+    halves.copy_(numbers.view(torch.uint8))
+    return raw.flatten()
+
+
+def from_file(raw, stored, shape):
+    return LazyTensor(shape, stored.name, raw.nbytes, lambda: None, lambda: (stored, raw))
+
+
+@pytest.mark.parametrize("stored", [Q4_0, Q4_1, Q8_0], ids=lambda stored: stored.name)
+@pytest.mark.parametrize("rows", [16, 40, 7])
+def test_blocks_of_a_file_keep_their_numbers_to_the_bit(stored, rows):
+    raw = blocks_of(stored, rows, 96)
+    parts = quantized("layers.0.x", from_file(raw, stored, (rows, 96)), "stored")
+    weight = QuantizedWeight(*parts)
+    expected = dequantize(raw, stored, (rows, 96))
+    assert torch.equal(weight.dequantize(), expected)
+    ids = torch.tensor([[rows - 1, 0], [3, 3]])
+    assert torch.equal(weight.rows(ids), expected[ids])
+
+
+def test_a_panel_lies_as_its_description_says():
+    quants = torch.arange(16 * 64).remainder(251).to(torch.uint8).view(16, 2, 32)
+    scales = torch.ones(16, 2, dtype=torch.float16)
+    eight = packed(quants, scales, None, 8).quants
+    assert eight.shape == (1, 2, 8, 16, 4)
+    assert eight[0, 1, 5, 3, 2] == quants[3, 1, 4 * 5 + 2]
+    four = packed(quants & 15, scales, None, 4).quants
+    assert four.shape == (1, 2, 4, 16, 4)
+    assert four[0, 1, 3, 7, 1] & 15 == quants[7, 1, 8 * 3 + 1] & 15
+    assert four[0, 1, 3, 7, 1] >> 4 == quants[7, 1, 8 * 3 + 4 + 1] & 15
+
+
+def test_eight_bits_are_ggmls_q8_0():
+    values = random(24, 64)
+    weight = QuantizedWeight(*quantize(values, 8))
+    expected = dequantize(quantize_q8_0(values).flatten(), Q8_0, (24, 64))
+    # The scale is rounded to float16 before the numbers are divided by it, not after.
+    assert (weight.dequantize() - expected).abs().max() <= expected.abs().max() / 127 * 1.01
+    assert (weight.dequantize() - values).abs().max() <= values.abs().max() / 127 * 0.51
+
+
+def test_four_bits_are_closer_than_the_extremes_alone_make_them():
+    values = random(32, 256)
+    blocks = values.view(32, 8, 32)
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    step = (high - low) / 15
+    plain = (((blocks - low) / step).round() * step + low).view(32, 256)
+    ours = QuantizedWeight(*quantize(values, 4)).dequantize()
+    assert (ours - values).square().mean() < 0.95 * (plain - values).square().mean()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_constant_and_zero_blocks_are_exact(bits):
+    values = torch.zeros(16, 64)
+    values[:, 32:] = 0.5
+    assert torch.equal(
+        QuantizedWeight(*quantize(values, bits)).dequantize()[:, :32], values[:, :32]
+    )
+    assert torch.allclose(QuantizedWeight(*quantize(values, bits)).dequantize(), values, atol=1e-3)
+
+
+def error_bound(x, weight):
+    """How far a product of activations in two digits may be off: half of their last digit's worth.
+
+    An activation has 127 * 128 steps between 0 and the largest of its block of 32.
+    """
+    largest = x.float().unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)
+    half_a_step = (largest / (127 * 128) / 2).expand(*largest.shape[:-1], 32).flatten(-2)
+    return half_a_step @ weight.abs().T + 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_the_dequantised_weight(bits, rows, dtype):
+    layer = QuantizedLinear(*quantize(random(40, 64), bits), bias=nn.Parameter(random(40)))
+    x = random(rows, 2, 64, seed=1).to(dtype)
+    with torch.inference_mode():
+        y = layer(x)
+        expected = x.float() @ layer.dequantize().T + layer.bias
+    assert y.dtype == dtype
+    assert y.shape == (rows, 2, 40)
+    bound = error_bound(x, layer.dequantize())
+    if dtype == torch.bfloat16:  # a weight and the result are rounded to 8 bits as well
+        bound += 2**-8 * (x.float().abs() @ layer.dequantize().abs().T) + 2**-8 * expected.abs()
+    assert ((y - expected).abs() <= bound).all()
+
+
+def test_products_without_compiled_code_are_the_same(monkeypatch):
+    layer = QuantizedLinear(*quantize(random(40, 64), 4))
+    x = random(5, 64, seed=1)
+    with torch.inference_mode():
+        fast = layer(x)
+        monkeypatch.setattr(operations, "serves", lambda x: False)
+        assert ((layer(x) - fast).abs() <= error_bound(x, layer.dequantize())).all()
+        assert torch.equal(layer(x), x @ layer.dequantize().T)
+
+
+def test_gradients_flow_through_to_the_input():
+    layer = QuantizedLinear(*quantize(random(24, 64), 4))
+    x, dense = random(40, 64, seed=1).requires_grad_(), layer.dequantize()
+    layer(x).square().sum().backward()
+    given = x.grad
+    other = x.detach().clone().requires_grad_()
+    (other @ dense.T).square().sum().backward()
+    assert torch.allclose(given, other.grad, rtol=1e-4, atol=1e-4)
+    assert not list(layer.parameters())
+
+
+def test_other_dtypes_leave_scales_as_they_are():
+    embedding = QuantizedEmbedding(*quantize(random(20, 32), 8))
+    before = embedding.dequantize()
+    embedding.bfloat16()
+    assert embedding.scales.dtype == torch.float16
+    assert torch.equal(embedding.dequantize(), before)
+    assert embedding(torch.tensor([3])).dtype == torch.bfloat16
+
+
+def test_a_head_and_its_rows_are_those_of_its_matrix():
+    embedding = QuantizedEmbedding(*quantize(random(20, 32), 8))
+    x, plain = random(3, 32), nn.Embedding(20, 32)
+    off = (project(embedding, x) - x @ embedding.dequantize().T).abs()
+    assert (off <= error_bound(x, embedding.dequantize())).all()
+    assert torch.equal(project(plain, x), x @ plain.weight.T)
+    ids = torch.tensor([4, 19])
+    assert torch.equal(rows_of(embedding, ids), embedding.dequantize()[ids])
+    assert torch.equal(rows_of(plain, ids), plain.weight[ids])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = our_model(dim=64, hidden_dim=96, vocab_size=61)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(("how", "far"), [("int8", 0.03), ("int4", 0.7)])
+def test_a_quantised_llama_is_near_the_one_it_was(folder, how, far):
+    exact, near = load_pretrained(folder), load_pretrained(folder, quantize=how, dtype="float32")
+    assert isinstance(near.layers[0].feed_forward.w2, QuantizedLinear)
+    assert near.layers[0].feed_forward.w2.bits == (4 if how == "int4" else 8)
+    assert near.tok_embeddings.bits == 8
+    ids = random_ids(2, 12)
+    with torch.inference_mode():
+        a, b = exact(ids).logits, near(ids).logits
+    assert 0 < (a - b).abs().mean() < far * a.abs().mean()
+
+
+def test_a_matrix_that_blocks_do_not_fit_stays_as_it_is(tmp_path):
+    our_model(dim=64, hidden_dim=48).save_pretrained(tmp_path / "model")
+    layer = load_pretrained(tmp_path / "model", quantize="int4").layers[0]
+    assert isinstance(layer.feed_forward.w1, QuantizedLinear)
+    assert isinstance(layer.feed_forward.w2, nn.Linear)
+
+
+def test_stored_changes_nothing_where_nothing_is_in_blocks(folder):
+    model = load_pretrained(folder, quantize="stored")
+    assert not any(isinstance(module, QuantizedWeight) for module in model.modules())
+
+
+def test_an_unknown_word_and_numbers_that_are_none_are_refused(folder):
+    with pytest.raises(OptionError, match="quantize must be one of stored, int8, int4"):
+        load_pretrained(folder, quantize="int3")
+    model = our_model(dim=64, hidden_dim=96)
+    model.layers[1].feed_forward.w1.weight.data[3, 4] = float("nan")
+    model.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match="NaN"):
+        load_pretrained(folder, quantize="int8")
+
+
+def test_the_default_model_runs_on_its_blocks(default_model):
+    checkpoint = open_checkpoint(default_model)
+    stored = Llama.from_checkpoint(checkpoint, quantize="stored", device="cpu").float()
+    exact = Llama.from_checkpoint(checkpoint, device="cpu")
+    assert torch.equal(
+        stored.layers[7].attention.compute_key.dequantize(),
+        exact.layers[7].attention.compute_key.weight,
+    )
+    ids = random_ids(1, 20, vocab_size=49152)
+    with torch.inference_mode():
+        assert torch.allclose(stored(ids).logits, exact(ids).logits, atol=0.05)
