@@ -11,6 +11,7 @@ from minllama.cli.common import (
     ended_by_interrupts,
     model_options,
     open_model,
+    quantize_option,
 )
 from minllama.cli.generate import summary
 from minllama.errors import ContextError, MinllamaError
@@ -22,6 +23,7 @@ HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops 
 @click.command("chat")
 @click.option("--system", metavar="TEXT", help="Instructions that stand before the conversation.")
 @model_options
+@quantize_option
 @dataclass_options(
     GenerationOptions,
     defaults={"max_new_tokens": 1024},
@@ -34,6 +36,7 @@ def command(
     tokenizer: str | None,
     dtype: str | None,
     device: str | None,
+    quantize: str,
     **options: Any,
 ) -> None:
     """Talk with a model: /reset forgets, /exit leaves, Ctrl-C stops an answer."""
@@ -42,7 +45,7 @@ def command(
     with ended_by_interrupts():
         from minllama.conversation import Conversation
 
-    model, words, checkpoint = open_model(source, tokenizer, dtype, device)
+    model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize)
     conversation = Conversation(model, words, checked, system=system)
     click.echo(f"{checkpoint.path.name}. {HELP}", err=True)
     if sys.stdin.isatty():

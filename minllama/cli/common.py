@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from minllama.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZE = ("auto", "none", "stored", "int8", "int4")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -74,6 +75,17 @@ def model_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def quantize_option(command: Command) -> Command:
+    """`--quantize`."""
+    return click.option(
+        "--quantize",
+        type=click.Choice(QUANTIZE),
+        default="auto",
+        help="Bits of the weights: auto for what is fastest with this file and machine, stored for "
+        "a GGUF file's blocks as they are, none for numbers in --dtype (default auto).",
+    )(command)
 
 
 def classifier_options(command: Command) -> Command:
@@ -158,7 +170,11 @@ def ended_by_interrupts() -> Iterator[None]:
 
 
 def open_model(
-    source: str | None, tokenizer: str | None, dtype: str | None, device: str | None
+    source: str | None,
+    tokenizer: str | None,
+    dtype: str | None,
+    device: str | None,
+    quantize: str = "none",
 ) -> "tuple[Llama, Tokenizer, Checkpoint]":
     """The model and tokenizer that the shared options name.
 
@@ -178,7 +194,8 @@ def open_model(
         )
     # The tokenizer first: it is quick, and a damaged one is found before gigabytes are read.
     words = Tokenizer(checkpoint.vocabulary)
-    model = Llama.from_checkpoint(checkpoint, dtype=torch_dtype(dtype), device=device)
+    how = None if quantize == "none" else quantize
+    model = Llama.from_checkpoint(checkpoint, dtype=torch_dtype(dtype), device=device, quantize=how)
     return model, words, checkpoint
 
 

@@ -13,6 +13,7 @@ from minllama.cli.common import (
     ended_by_interrupts,
     model_options,
     open_model,
+    quantize_option,
 )
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
@@ -32,6 +33,7 @@ MAX_INPUT_BYTES = 2**26  # the longest context that can be read holds less text
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record for each text.")
 @model_options
+@quantize_option
 @dataclass_options(GenerationOptions)
 @debug_option
 def command(
@@ -44,6 +46,7 @@ def command(
     tokenizer: str | None,
     dtype: str | None,
     device: str | None,
+    quantize: str,
     **options: Any,
 ) -> None:
     """Continue PROMPT (or - for standard input); the text streams as it is made."""
@@ -60,7 +63,7 @@ def command(
         from minllama.conversation import chat_template, encode_messages
         from minllama.generation import TextStream, encode_prompt
 
-    model, words, checkpoint = open_model(source, tokenizer, dtype, device)
+    model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": text})

@@ -51,11 +51,29 @@ def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         ("dtype", share),
         ("context", f"{config.context_len:,} tokens"),
         ("rope", _rope(config)),
+        ("runs as", _runs_as(checkpoint)),
         *_vocabulary(checkpoint.vocabulary),
     ]
     if checkpoint.ignored:
         lines.append(("not read", ", ".join(checkpoint.ignored)))
     return lines
+
+
+def _runs_as(checkpoint: "Checkpoint") -> str:
+    """What `generate` does with the file on this machine, unless it is told otherwise."""
+    from minllama.loading import best_form, default_device, default_dtype, fast_bfloat16
+    from minllama.native.library import LEVELS, best_level, library
+
+    device = default_device()
+    dtype, quantize = best_form(checkpoint, device)
+    if quantize is not None:
+        long_passes = "bfloat16" if fast_bfloat16(device) else "float32"
+        return f"the file's blocks ({LEVELS[best_level()]}); long passes in {long_passes}"
+    name = str(dtype or default_dtype(device)).removeprefix("torch.")
+    if device.type != "cpu":
+        return f"{name} on {device.type}"
+    compiled = LEVELS[best_level()] if library() is not None else "not compiled, so slow"
+    return f"{name} ({compiled})"
 
 
 def _percent(share: float) -> str:
