@@ -23,7 +23,7 @@ from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
 from minllama.errors import MinllamaError
 from minllama.loading import load_weights
-from minllama.native import operations
+from minllama.native import attention, operations
 from minllama.native_step import NativeStep, Runner, can_run, is_short
 from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
@@ -89,12 +89,16 @@ class Attention(nn.Module):
         Returns:
             (B, H, T, C), the values weighted by the attention.
         """
+        dropout = self.attention_dropout if self.training else 0.0
+        if is_causal and not dropout and attention.serves(query):
+            by_token = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H or K, C)
+            return attention.causal_attention(*by_token).transpose(1, 2)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
-            dropout_p=self.attention_dropout if self.training else 0.0,
+            dropout_p=dropout,
             is_causal=is_causal,
             enable_gqa=self.n_kv_heads != self.n_heads,
         )

@@ -9,7 +9,7 @@ from minllama.cache import KVCache
 from minllama.errors import MinllamaError
 from minllama.llama import FeedForward, RMSNorm, load_pretrained
 from minllama.lora import add_lora_wrapper
-from minllama.native import operations
+from minllama.native import attention, operations
 from minllama.native.library import best_level, library
 from minllama.native_step import NativeStep, can_run, is_short
 from minllama.rope import apply_rotary_embedding
@@ -260,3 +260,38 @@ def test_operations_and_their_gradients_are_those_of_the_equations(what, dtype, 
         assert a.dtype == dtype
         rtol = 1e-5 if dtype == torch.float32 else 2**-7
         assert torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 30, 4, 2, 16), (1, 150, 6, 1, 10), (3, 65, 4, 4, 80)])
+def test_causal_attention_and_its_gradients_are_torchs(shape, dtype):
+    batch, length, heads, kv_heads, width = shape
+    torch.manual_seed(0)
+    tensors = [torch.randn(batch, length, n, width).to(dtype) for n in (heads, kv_heads, kv_heads)]
+
+    def of_torch(*tensors):
+        swapped = (x.transpose(1, 2) for x in tensors)
+        sdpa = nn.functional.scaled_dot_product_attention
+        return sdpa(*swapped, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    mine = gradients_of(attention.causal_attention, *tensors)
+    theirs = gradients_of(of_torch, *(tensor.double() for tensor in tensors))
+    rtol = 2e-5 if dtype == torch.float32 else 2**-7
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a.double(), b, rtol=rtol, atol=rtol * b.abs().max())
+
+
+def test_training_gives_the_gradients_of_the_plain_equations(plain):
+    model, ids = our_model(**SHAPE), random_ids(2, 20)
+    mask = torch.arange(20) < torch.tensor([[20], [13]])
+
+    def gradients():
+        model.zero_grad()
+        logits = model(ids, attention_mask=mask).logits
+        nn.functional.cross_entropy(logits[mask], ids[mask]).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    fast = gradients()
+    plain()
+    for name, gradient in gradients().items():
+        assert torch.allclose(fast[name], gradient, rtol=1e-4, atol=1e-6), name

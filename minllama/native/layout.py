@@ -163,3 +163,32 @@ class AdamW(Structure):
         ("step_size", c_double),
         ("shrink", c_double),
     )
+
+
+class Heads(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("row_stride", c_int64),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+    )
+
+
+class Attention(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("length", c_int64),
+        ("n_heads", c_int64),
+        ("n_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("kind", c_int64),
+        ("query", Heads),
+        ("key", Heads),
+        ("value", Heads),
+        ("out", Heads),
+        ("log_sums", c_void_p),
+        ("out_gradient", Heads),
+        ("query_gradient", Heads),
+        ("key_gradient", Heads),
+        ("value_gradient", Heads),
+    )

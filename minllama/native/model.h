@@ -116,3 +116,17 @@ struct AdamW {
     double step_size;  // of the update
     double shrink;     // factor on what it leaves: 1 - lr * weight_decay
 };
+
+// Heads of texts: number (row, token, head, i) lies at row * row_stride + token * token_stride +
+// head * head_stride + i.
+struct Heads {
+    void* data;
+    int64_t row_stride, token_stride, head_stride;
+};
+
+struct Attention {
+    int64_t rows, length, n_heads, n_kv_heads, head_dim, kind;
+    Heads query, key, value, out;
+    float* log_sums;  // (rows, H, T): of e^score over the keys that a query sees
+    Heads out_gradient, query_gradient, key_gradient, value_gradient;  // of the backward pass only
+};

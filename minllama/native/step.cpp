@@ -33,6 +33,7 @@ namespace avx512 {
 #include "kernels.inc"
 #include "walk.inc"
 #include "pointwise.inc"
+#include "attention.inc"
 }
 #undef VECTORS
 #if defined(__clang__)
@@ -48,6 +49,7 @@ namespace avx2 {
 #include "kernels.inc"
 #include "walk.inc"
 #include "pointwise.inc"
+#include "attention.inc"
 }
 #undef VECTORS
 #if defined(__clang__)
@@ -62,6 +64,7 @@ namespace plain {
 #include "kernels.inc"
 #include "walk.inc"
 #include "pointwise.inc"
+#include "attention.inc"
 }
 #undef VECTORS
 
@@ -278,6 +281,17 @@ EXPORT int minllama_turn(const Turn* a, int64_t threads, int level) {
 
 EXPORT int minllama_take_apart(const Apart* a, int64_t threads, int level) {
     return operate(AT_LEVEL(take_apart), *a, (a->weight->out_dim + 15) / 16, 0, threads);
+}
+
+EXPORT int minllama_attention(const Attention* a, int64_t threads, int level) {
+    const int64_t blocks = (a->length + plain::QUERIES - 1) / plain::QUERIES;
+    const int64_t total = a->rows * a->n_kv_heads * blocks;
+    return operate(AT_LEVEL(attention_items), *a, total, plain::attention_buffer(*a), threads);
+}
+
+EXPORT int minllama_attention_gradient(const Attention* a, int64_t threads, int level) {
+    const int64_t total = a->rows * a->n_kv_heads;
+    return operate(AT_LEVEL(attention_gradient_items), *a, total, plain::attention_buffer(*a), threads);
 }
 
 EXPORT int minllama_adamw(const AdamW* a, int64_t threads, int level) {

@@ -1,0 +1,452 @@
+"""One measurement of one contender in a process of its own: `python benchmarks/contenders.py TASK WHO`.
+
+Prints one JSON object: the measured number, larger is better unless its name says seconds, and the
+process's peak memory in bytes. `benchmarks/speed.py` runs these in turns. All contenders of a task do
+the same work on the same weights; transformers and PEFT read the folder that `minllama convert` made.
+"""
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+THREADS = 2
+STORY = "The old lighthouse keeper climbed the stairs once more, and"
+LABELS = (" terrible", " bad", " okay", " good", " incredible")
+LONG_LABELS = (" really quite terrible", " rather bad", " just okay", " pretty good", " wonderful!")
+PROMPT = "{text}\nIn one word, this movie is"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+FOLDER = Path(os.environ.get("MINLLAMA_BENCH_FOLDER", "/tmp/minllama-bench"))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def median(work: Callable[[], float], n: int = 5) -> float:
+    work()  # what is compiled, mapped or allocated once is no part of it
+    return statistics.median(work() for _ in range(n))
+
+
+def sentences(n: int) -> tuple[list[str], list[int]]:
+    """The first lines of SST-5's training file."""
+    lines = (DATA / "sst-train.txt").read_text(encoding="utf-8").splitlines()[:n]
+    labels, texts = zip(*(line.split(" ||| ", 1) for line in lines), strict=True)
+    return list(texts), [int(label) for label in labels]
+
+
+# ---------------------------------------------------------------- generation
+
+
+def open_ours(**options: Any) -> tuple[Any, Any]:
+    from minllama import Tokenizer, load_pretrained
+
+    options.setdefault("quantize", "auto")
+    return load_pretrained(**options), Tokenizer.from_pretrained()
+
+
+def open_theirs(dtype: str) -> tuple[Any, Any]:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = FOLDER / "bfloat16"
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def open_llama_cpp(**options: Any) -> Any:
+    from llama_cpp import Llama
+
+    from minllama.checkpoints.source import resolve_source
+
+    settings = {"n_threads": THREADS, "n_threads_batch": THREADS, "verbose": False, **options}
+    return Llama(str(resolve_source(None)), **settings)
+
+
+def decode_ours(batch: int = 1, context: int = 0, new: int = 64) -> float:
+    from minllama import GenerationOptions
+    from minllama.decoding import Decoder
+
+    model, tokenizer = open_ours()
+    ids = tokenizer.encode(STORY)
+    prompt = (ids * (context // len(ids) + 1))[: context or len(ids)]
+    options = GenerationOptions(max_new_tokens=new, ignore_eos=True)
+
+    def rate() -> float:
+        decoder = Decoder(model, [prompt] * batch, options)
+        for _ in decoder:
+            pass
+        return decoder.timings.decode_rate
+
+    return median(rate)
+
+
+def decode_theirs(dtype: str, batch: int = 1, new: int = 64) -> float:
+    import torch
+
+    model, tokenizer = open_theirs(dtype)
+    ids = tokenizer([STORY] * batch, return_tensors="pt")
+
+    def generate(n: int) -> float:
+        settings = {"do_sample": False, "max_new_tokens": n, "min_new_tokens": n}
+        return seconds(lambda: model.generate(**ids, **settings, pad_token_id=0))
+
+    with torch.inference_mode():
+        return median(lambda: batch * (new - 1) / (generate(new) - generate(1)))
+
+
+def decode_llama_cpp(batch: int = 1, new: int = 64) -> float:
+    if batch == 1:
+        model = open_llama_cpp(n_ctx=2048)
+        ids = model.tokenize(STORY.encode())
+
+        def rate() -> float:
+            model.reset()
+            model.eval(ids)
+            # Any token will do: what it is does not change what reading it costs.
+            return new / seconds(lambda: [model.eval([100]) for _ in range(new)])
+
+        return median(rate)
+    return _decode_llama_cpp_batch(batch, new)
+
+
+def _decode_llama_cpp_batch(batch: int, new: int) -> float:
+    """Rows as sequences of one llama_batch, as llama.cpp's own batched benchmark has them."""
+    import llama_cpp
+
+    model = open_llama_cpp(n_ctx=2048, n_batch=512)
+    context, ids = model.ctx, model.tokenize(STORY.encode())
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_seq_max = 4096, batch
+    settings.n_threads = settings.n_threads_batch = THREADS
+    context = llama_cpp.llama_init_from_model(model.model, settings)
+    part = llama_cpp.llama_batch_init(512, 0, 1)
+
+    def read(tokens: list[tuple[int, int, int]]) -> None:
+        part.n_tokens = len(tokens)
+        for i, (token, position, row) in enumerate(tokens):
+            part.token[i], part.pos[i] = token, position
+            part.n_seq_id[i], part.seq_id[i][0], part.logits[i] = 1, row, True
+        assert llama_cpp.llama_decode(context, part) == 0
+
+    def rate() -> float:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        for row in range(batch):
+            read([(token, position, row) for position, token in enumerate(ids)])
+
+        def decode() -> None:
+            for step in range(new):
+                read([(100, len(ids) + step, row) for row in range(batch)])
+
+        return batch * new / seconds(decode)
+
+    return median(rate, 3)
+
+
+def prefill_ours(length: int = 512) -> float:
+    import torch
+
+    model, tokenizer = open_ours()
+    ids = torch.tensor([(tokenizer.encode(STORY) * length)[:length]])
+
+    def read() -> None:
+        with torch.inference_mode():
+            model(ids, cache=model.new_cache(1, length), logits="last")
+
+    return median(lambda: length / seconds(read))
+
+
+def prefill_theirs(dtype: str, length: int = 512) -> float:
+    import torch
+
+    model, tokenizer = open_theirs(dtype)
+    ids = torch.tensor([(tokenizer(STORY)["input_ids"] * length)[:length]])
+    with torch.inference_mode():
+        return median(lambda: length / seconds(lambda: model(ids, logits_to_keep=1)))
+
+
+def prefill_llama_cpp(length: int = 512) -> float:
+    model = open_llama_cpp(n_ctx=2048)
+    ids = (model.tokenize(STORY.encode()) * length)[:length]
+
+    def rate() -> float:
+        model.reset()
+        return length / seconds(lambda: model.eval(ids))
+
+    return median(rate)
+
+
+def open_gguf_ours() -> float:
+    import torch  # noqa: F401  (imports are another row's)
+
+    import minllama.llama  # noqa: F401
+
+    return seconds(lambda: open_ours())
+
+
+def open_gguf_theirs() -> float:
+    import torch
+    import transformers
+
+    from minllama.checkpoints.source import resolve_source
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    path = resolve_source(None)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return seconds(lambda: load(path.parent, gguf_file=path.name, dtype=torch.float32))
+
+
+def open_gguf_llama_cpp() -> float:
+    import llama_cpp  # noqa: F401
+
+    return seconds(lambda: open_llama_cpp(n_ctx=512))
+
+
+def whole_ours() -> float:
+    from minllama.cli import main
+
+    sys.argv = ["minllama", "generate", STORY, "--model", str(FOLDER / "bfloat16")]
+    sys.argv += ["--max-new-tokens", "1"]
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    main(sys.argv[1:])
+    return 0.0
+
+
+def whole_theirs() -> float:
+    model, tokenizer = open_theirs("bfloat16")
+    ids = tokenizer(STORY, return_tensors="pt")
+    tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0])
+    return 0.0
+
+
+# ---------------------------------------------------------------- scoring labels
+
+
+def zero_shot_ours(labels: tuple[str, ...], n: int = 256) -> float:
+    import torch
+
+    from minllama import LlamaZeroShotClassifier
+
+    model, tokenizer = open_ours(dtype=torch.bfloat16, quantize=None)
+    names = [label.strip() for label in labels]
+    classifier = LlamaZeroShotClassifier(model, tokenizer, names, prompt=PROMPT)
+    texts, _ = sentences(n)
+    return median(lambda: n / seconds(lambda: classifier.predict_proba(texts)), 3)
+
+
+def zero_shot_harness(labels: tuple[str, ...], n: int = 48, size: int = 16) -> float:
+    """Every label a full sequence, in batches of padded rows, as evaluation harnesses do."""
+    import torch
+
+    model, tokenizer = open_theirs("bfloat16")
+    tokenizer.pad_token_id = tokenizer.pad_token_id or 0
+    texts, _ = sentences(n)
+    rows = [(PROMPT.format(text=text), label) for text in texts for label in labels]
+
+    def score() -> None:
+        for start in range(0, len(rows), size):
+            batch = [prompt + label for prompt, label in rows[start : start + size]]
+            encoded = tokenizer(batch, return_tensors="pt", padding=True, padding_side="right")
+            logits = model(**encoded).logits.float().log_softmax(-1)
+            logits[:, :-1].gather(-1, encoded["input_ids"][:, 1:, None])
+
+    with torch.inference_mode():
+        return median(lambda: n / seconds(score), 3)
+
+
+def zero_shot_by_hand(n: int = 256, size: int = 16) -> float:
+    """One-token labels: one forward a text, sorted by length, logits of the last token only."""
+    import torch
+
+    model, tokenizer = open_theirs("bfloat16")
+    texts, _ = sentences(n)
+    prompts = sorted((PROMPT.format(text=text) for text in texts), key=len)
+    ids = [tokenizer(label)["input_ids"][0] for label in LABELS]
+
+    def score() -> None:
+        for start in range(0, n, size):
+            batch = prompts[start : start + size]
+            encoded = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left")
+            model(**encoded, logits_to_keep=1).logits[:, -1, ids].float().log_softmax(-1)
+
+    with torch.inference_mode():
+        return median(lambda: n / seconds(score), 3)
+
+
+# ---------------------------------------------------------------- training
+
+BATCH, STEPS = 16, 12
+
+
+def train_ours(method: str, dtype: str) -> float:
+    """Examples per second of the training loop that `minllama train` runs."""
+    import torch
+
+    from minllama import LlamaEmbeddingClassifier, Tokenizer, add_lora_wrapper, load_pretrained
+    from minllama.data import Dataset
+    from minllama.options import TrainingOptions
+    from minllama.training import fit
+
+    torch.manual_seed(0)
+    weights = "float32" if method == "full" else dtype
+    llama = load_pretrained(dtype=weights)
+    names = [str(i) for i in range(5)]
+    classifier = LlamaEmbeddingClassifier(llama, Tokenizer.from_pretrained(), names)
+    if method == "lora":
+        add_lora_wrapper(classifier, ["compute_query", "compute_value"], r=8, lora_alpha=16)
+    texts, labels = sentences(BATCH * STEPS)
+    options = TrainingOptions(
+        epochs=1, batch_size=BATCH, lr=1e-4, autocast="off" if dtype == "float32" else "auto"
+    )
+    result = fit(classifier, Dataset(texts, labels, names, source="SST-5"), None, options)
+    took = [BATCH / row["examples_per_second"] for row in result.history[2:]]
+    return BATCH * len(took) / sum(took)
+
+
+def train_theirs(method: str, dtype: str) -> float:
+    """The same with transformers (and PEFT): shuffled batches, padded to their longest text."""
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    _, tokenizer = open_theirs("float32")
+    model = transformers.LlamaForSequenceClassification.from_pretrained(
+        FOLDER / "bfloat16", num_labels=5, pad_token_id=0, dtype=getattr(torch, dtype)
+    )
+    if method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
+            ),
+        )
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    texts, labels = sentences(BATCH * STEPS)
+    order = torch.randperm(len(texts)).tolist()
+    took = []
+    for start in range(0, len(texts), BATCH):
+        began = time.perf_counter()
+        chosen = order[start : start + BATCH]
+        encoded = tokenizer([texts[i] for i in chosen], return_tensors="pt", padding=True)
+        loss = model(**encoded, labels=torch.tensor([labels[i] for i in chosen])).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        took.append(time.perf_counter() - began)
+    return BATCH * len(took[2:]) / sum(took[2:])
+
+
+def frozen_ours(n: int = 512, epochs: int = 10) -> float:
+    """Ten epochs of a head: texts an epoch and second, the one pass over the body included."""
+    import torch
+
+    from minllama import LlamaEmbeddingClassifier
+    from minllama.classifier.features import features_of
+
+    model, tokenizer = open_ours(dtype=torch.bfloat16, quantize=None)
+    texts, labels = sentences(n)
+    classifier = LlamaEmbeddingClassifier(model, tokenizer, [str(i) for i in range(5)])
+    raise SystemExit(f"{features_of, classifier, texts, labels, epochs}")
+
+
+def adamw(which: str) -> float:
+    """Steps per second over 135 million parameters."""
+    import torch
+
+    from minllama.optimizer import AdamW
+
+    torch.manual_seed(0)
+    shapes = [(49152, 576), *[(576, 576), (192, 576), (192, 576), (576, 576)] * 30]
+    shapes += [(1536, 576), (1536, 576), (576, 1536)] * 30
+    parameters = [torch.nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter) * 1e-3
+    make: dict[str, Callable[[], Any]] = {
+        "minllama": lambda: AdamW(parameters, lr=1e-4),
+        "torch-fused": lambda: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
+        "torch-foreach": lambda: torch.optim.AdamW(parameters, lr=1e-4, foreach=True),
+    }
+    optimizer = make[which]()
+    return median(lambda: 1 / seconds(optimizer.step), 7)
+
+
+TASKS: dict[str, dict[str, Callable[[], float]]] = {
+    "decode": {
+        "minllama": decode_ours,
+        "llama.cpp": decode_llama_cpp,
+        "transformers-bfloat16": lambda: decode_theirs("bfloat16"),
+        "transformers-float32": lambda: decode_theirs("float32"),
+    },
+    "decode-16": {
+        "minllama": lambda: decode_ours(16),
+        "llama.cpp": lambda: decode_llama_cpp(16),
+        "transformers-bfloat16": lambda: decode_theirs("bfloat16", 16),
+    },
+    "prefill": {
+        "minllama": prefill_ours,
+        "llama.cpp": prefill_llama_cpp,
+        "transformers-bfloat16": lambda: prefill_theirs("bfloat16"),
+        "transformers-float32": lambda: prefill_theirs("float32"),
+    },
+    "open": {
+        "minllama": open_gguf_ours,
+        "llama.cpp": open_gguf_llama_cpp,
+        "transformers": open_gguf_theirs,
+    },
+    "process": {"minllama": whole_ours, "transformers-bfloat16": whole_theirs},
+    "zero-shot": {
+        "minllama": lambda: zero_shot_ours(LABELS),
+        "minllama-long-labels": lambda: zero_shot_ours(LONG_LABELS),
+        "transformers-full-sequences": lambda: zero_shot_harness(LABELS),
+        "transformers-by-hand": zero_shot_by_hand,
+    },
+    "lora-bfloat16": {
+        "minllama": lambda: train_ours("lora", "bfloat16"),
+        "peft": lambda: train_theirs("lora", "bfloat16"),
+    },
+    "lora-float32": {
+        "minllama": lambda: train_ours("lora", "float32"),
+        "peft": lambda: train_theirs("lora", "float32"),
+    },
+    "full": {
+        "minllama": lambda: train_ours("full", "float32"),
+        "minllama-autocast": lambda: train_ours("full", "bfloat16"),
+        "transformers": lambda: train_theirs("full", "float32"),
+    },
+    "adamw": {
+        "minllama": lambda: adamw("minllama"),
+        "torch-fused": lambda: adamw("torch-fused"),
+        "torch-foreach": lambda: adamw("torch-foreach"),
+    },
+}
+
+
+def main() -> None:
+    task, who = sys.argv[1:3]
+    if who != "llama.cpp":
+        os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+    shown = sys.stdout
+    value = TASKS[task][who]()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"value": value, "peak": peak}), file=shown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Causal attention of whole texts on a CPU, with gradients, by compiled code."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minllama.native import operations
+from minllama.native.layout import KINDS, Attention, Heads
+from minllama.native.library import call
+
+
+# Tokens of a text up to which the gradients here take less time than torch's.
+LONGEST = 512
+
+
+def serves(query: Tensor) -> bool:
+    """Whether this is faster than torch's for a query (B, H, T, C): where gradients are wanted."""
+    wants_gradients = torch.is_grad_enabled() and query.requires_grad
+    return wants_gradients and query.shape[2] <= LONGEST and operations.serves(query)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(C)) V, each query seeing the keys up to its own.
+
+    In float32 within, whatever the dtype. torch's own takes a third of a training step on short
+    texts, nearly all of it in the backward pass.
+
+    Args:
+        query: (B, T, H, C).
+        key, value: (B, T, K, C); each of the K heads serves H / K query heads.
+
+    Returns:
+        (B, T, H, C).
+    """
+    y: Tensor = _CausalAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key, value = map(_with_whole_heads, (query, key, value))
+        out = torch.empty(query.shape, dtype=query.dtype)
+        batch, length, n_heads, _ = query.shape
+        log_sums = torch.empty(batch, n_heads, length)
+        call("attention", _described(query, key, value, out, log_sums))
+        ctx.save_for_backward(query, key, value, out, log_sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, out, log_sums = ctx.saved_tensors
+        gradient = _with_whole_heads(gradient)
+        results = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+        arguments = _described(query, key, value, out, log_sums)
+        arguments.out_gradient = _heads(gradient)
+        arguments.query_gradient, arguments.key_gradient, arguments.value_gradient = map(
+            _heads, results
+        )
+        call("attention_gradient", arguments)
+        return results[0], results[1], results[2]
+
+
+def _with_whole_heads(x: Tensor) -> Tensor:
+    """The same numbers, those of a head side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _described(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor
+) -> Attention:
+    rows, length, n_heads, head_dim = query.shape
+    return Attention(
+        rows=rows,
+        length=length,
+        n_heads=n_heads,
+        n_kv_heads=key.shape[2],
+        head_dim=head_dim,
+        kind=KINDS[query.dtype],
+        query=_heads(query),
+        key=_heads(key),
+        value=_heads(value),
+        out=_heads(out),
+        log_sums=log_sums.data_ptr(),
+    )
+
+
+def _heads(x: Tensor) -> Heads:
+    return Heads(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2))
