@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -213,13 +214,14 @@ CONTRADICTIONS = {
     "resume labelled": (("--labels", "a,b", "-i", "r", "-o", "x.txt", "--resume"), "of JSON lines"),
     "both": (("--labels", "a,b", "-i", "r", "-o", "x", "--resume", "--force"), "give one of them"),
     "a folder": (("--labels", "a,b", "-i", "rows.txt", "-o", "."), ". is a folder"),
-    "there already": (("--labels", "a,b", "-i", "rows.txt", "-o", "rows.txt"), "rows.txt exists"),
+    "there already": (("--labels", "a,b", "-i", "rows.txt", "-o", "old"), "old exists"),
 }
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_classify_refuses_what_contradicts_itself(run, base, rows, monkeypatch, case):
     monkeypatch.chdir(rows.parent)
+    (rows.parent / "old").touch()
     options, message = CONTRADICTIONS[case]
     assert refused(run("classify", "-m", base, *options), message)
     assert rows.read_text().count("\n") == 9
@@ -252,6 +254,36 @@ def test_bad_rows_are_refused_before_the_output_is_touched(run, trained, tmp_pat
     assert [json.loads(line)["index"] for line in output.read_text().splitlines()] == [0, 2]
     assert "bad rows left out: 2 (line 2: the text is empty; line 4: " in result.err
     assert result.err.endswith("classified 2 texts\n")
+
+
+@pytest.mark.parametrize("name", ["itself", "symbolic link", "hard link"])
+@pytest.mark.parametrize("option", ["--force", "--resume"])
+def test_the_input_is_not_written_over(run, base, rows, monkeypatch, name, option):
+    monkeypatch.chdir(rows.parent)
+    before, output = rows.read_bytes(), rows.parent / name
+    if name == "itself":
+        output = "./rows.txt"
+    elif name == "symbolic link":
+        output.symlink_to(rows)
+    else:
+        output.hardlink_to(rows)
+    to = ("-o", output, option, "--output-format", "jsonl")
+    result = run("classify", "-m", base, "--labels", "a,b", "-i", "rows.txt", *to)
+    assert refused(result, f"{output} is the file that --input reads; name another for --output")
+    assert rows.read_bytes() == before
+
+
+def test_the_file_behind_a_standard_stream_is_not_written_over(base, rows):
+    before = rows.read_bytes()
+    start = [sys.executable, "-m", "minllama", "classify", "-m", str(base), "--labels", "a,b"]
+    for arguments in (["-i", "-", "-o", str(rows), "--force"], ["-i", str(rows)]):
+        with rows.open("rb") as read, rows.open("ab") as appended:
+            done = subprocess.run(
+                [*start, *arguments], stdin=read, stdout=appended, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 2
+        assert "is the file that --input reads" in done.stderr
+    assert rows.read_bytes() == before
 
 
 @pytest.mark.parametrize("source", ["file", "-"])

@@ -135,8 +135,19 @@ def _check_input(
         raise OptionError("--resume goes on with FILE and --force replaces it; give one of them")
     if output != "-" and Path(output).is_dir():
         raise OptionError(f"{output} is a folder; name a file")
+    if rows is not None:
+        _check_distinct(rows, output)
     if output != "-" and Path(output).is_file() and not (resume or force):
         raise OptionError(f"{output} exists; --resume goes on with it, --force replaces it")
+
+
+def _check_distinct(rows: str, output: str) -> None:
+    """Refuse to write over what is read, by whatever name or link it is called."""
+    from minllama.data import is_source
+
+    if is_source(output, rows):
+        what = "standard output" if output == "-" else output
+        raise OptionError(f"{what} is the file that --input reads; name another for --output")
 
 
 def _changed(*options: Any) -> list[str]:

@@ -14,7 +14,7 @@ from minllama.data.dataset import (
 )
 from minllama.data.labels import read_label_names
 from minllama.data.records import BadRow, BadRows
-from minllama.data.source import Source
+from minllama.data.source import Source, is_source
 from minllama.data.splits import (
     check_splits,
     sample_balanced,
@@ -32,6 +32,7 @@ __all__ = [
     "Source",
     "check_splits",
     "count_rows",
+    "is_source",
     "load_dataset",
     "read_label_names",
     "sample_balanced",
