@@ -52,8 +52,10 @@ def atomic_folder(
     `replaces` claims: those are the old content, such as shards of an earlier save.
 
     Raises:
-        MinllamaError: the target cannot be written (no permission, no such folder, disk full).
+        MinllamaError: the target cannot be written (no permission, no such folder, disk full), or
+            the process stands in it.
     """
+    check_replaceable(target)
     with _one_line_errors(target):
         target = _resolved(target)
         if not target.name:
@@ -73,6 +75,27 @@ def atomic_folder(
             _fsync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that this process stands in: another would take its place and its name.
+
+    What was started there, a shell above all, would be left in a folder that is no more. Commands
+    that write at their end ask at their beginning.
+
+    Raises:
+        MinllamaError: it is the current folder, or holds it.
+    """
+    target = _resolved(folder)
+    try:
+        here = Path.cwd()
+    except OSError:  # it is gone already
+        return
+    if target.name and target in (here, *here.parents):
+        raise MinllamaError(
+            f"cannot write the folder {folder}: it would be replaced, and you are in it; name a "
+            "new folder in it, or start from elsewhere"
+        )
 
 
 def _resolved(target: str | os.PathLike[str]) -> Path:

@@ -120,15 +120,22 @@ def test_a_linked_target_is_written_where_the_link_points(tmp_path: Path, swap: 
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_the_current_folder_can_be_a_target(
-    tmp_path: Path, swap: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("target", [".", "..", "../../tree", "link"])
+def test_a_folder_that_one_stands_in_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with atomic_folder(".") as folder:
+    here = tmp_path / "tree" / "here"
+    here.mkdir(parents=True)
+    (here / "mine").write_text("old")
+    (here / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    with pytest.raises(MinllamaError, match="you are in it") as caught, atomic_folder(target):
+        pytest.fail("nothing may be written")
+    assert f"cannot write the folder {target}: " in str(caught.value)
+    assert content(tmp_path)["tree/here/mine"] == "old"
+    with atomic_folder("new") as folder:
         (folder / "config").write_text("new")
-    assert content(tmp_path) == {"here/config": "new"}
-    os.chdir(tmp_path)
+    assert Path("new/config").read_text() == "new"
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,24 @@ def test_evaluate_prints_and_writes_a_report(run, trained, labelled_files, tmp_p
     assert run("evaluate", trained / "words", "--data", dev, "-o", folder, "--force").status == 0
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "merge"])
+def test_the_folder_that_one_stands_in_is_refused_before_the_work(
+    run, tmp_path, monkeypatch, command
+):
+    here = tmp_path / "here" / "below"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    arguments = {
+        "train": ("--train", "is never read", "--output"),
+        "evaluate": ("is never read", "--data", "is never read", "--output"),
+        "merge": ("is never read",),
+    }[command]
+    for folder in (".", "..", here):
+        result = run(command, *arguments, folder, "--force")
+        assert refused(result, f"cannot write the folder {folder}: ", "you are in it")
+    assert Path.cwd() == here
+
+
 def test_evaluate_reads_numbers_and_names_those_that_it_cannot(run, trained, tmp_path, monkeypatch):
     def tables(result):
         assert result.status == 0, result.err

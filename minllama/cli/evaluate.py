@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from minllama.atomic import check_replaceable
 from minllama.cli.common import (
     classifier_options,
     dataclass_options,
@@ -58,6 +59,8 @@ def command(
     data = pick(DataOptions, values)
     if output == "":
         raise MinllamaError("the name of --output is empty; name a folder")
+    if output is not None:
+        check_replaceable(output)
     if output is not None and (Path(output) / "metrics.json").exists() and not force:
         raise MinllamaError(f"{output}: an earlier report is there; --force replaces it")
     with ended_by_interrupts():

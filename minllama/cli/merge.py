@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from minllama.atomic import check_replaceable
 from minllama.cli.common import classifier_options, debug_option, ended_by_interrupts
 from minllama.errors import MinllamaError
 
@@ -25,6 +26,7 @@ def command(
     """Write CLASSIFIER to DST as a model of its own, which needs no base model any more."""
     if not dst:
         raise MinllamaError("the name of DST is empty; name a folder to write")
+    check_replaceable(dst)
     if Path(dst).exists() and not force:
         raise MinllamaError(f"{dst} exists; --force replaces it")
     with ended_by_interrupts():

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from minllama.atomic import atomic_folder
+from minllama.atomic import atomic_folder, check_replaceable
 from minllama.classifier.head_file import CLASSIFIER_FILE
 from minllama.errors import MinllamaError, OptionError
 from minllama.experiment.fitting import LAYER_FILE, TRAINED
@@ -22,6 +22,7 @@ def check_output(output: Path, method: str, *, resume: bool, force: bool) -> Non
     Raises:
         MinllamaError: says what is there, or what is not.
     """
+    check_replaceable(output)
     has_checkpoint = (output / CHECKPOINT).exists()
     if resume and force:
         raise OptionError("--resume goes on with a run and --force replaces it; give one of them")
