@@ -153,6 +153,11 @@ def test_numbers_get_names_from_a_file_and_a_dev_split_is_said_aloud(make_experi
         say=heard,
     )
     assert outcome.classifier.labels == ("bad", "good")
+    for file in ("classifier.json", "metrics.json"):
+        content = json.loads((tmp_path / "run" / file).read_text())
+        settings = content["training" if file == "classifier.json" else "settings"]
+        assert settings["data"]["label_names"] == str(tmp_path / "names.json")
+        assert settings["data"]["skip_bad_rows"] is False
     assert "no --dev: 2 of 24 rows of" in heard.lines[0]
     assert (len(outcome.splits.train), len(outcome.splits.dev)) == (22, 2)
 

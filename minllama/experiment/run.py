@@ -276,7 +276,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         "dev": experiment.dev or "set aside from train",
         "test": experiment.test,
     }
-    return {"files": files, **_settings_of_run(experiment)}
+    return {"files": files, **settings_of(data=experiment.data), **_settings_of_run(experiment)}
 
 
 def _settings_of_run(experiment: Experiment) -> dict[str, Any]:
