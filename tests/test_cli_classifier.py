@@ -367,12 +367,24 @@ def test_merge_writes_a_folder_that_needs_no_base(run, trained, rows, tmp_path):
     assert content["base"]["model"] is None
     assert content["training"]["merged from"] == str(trained / "lora")
     assert content["training"]["classifier"]["method"] == "lora"
+    assert content["training"]["largest drift of a logit"] == float(drift[1])
+    for name in ("metrics.json", "report.html", "predictions.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "merged" / name).read_bytes() == (trained / "lora" / name).read_bytes()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    measured = (trained / "lora" / "README.md").read_text().partition("## How it fared")[2]
+    assert measured.partition("##")[0] in card
     texts = rows.read_text().splitlines()
     one, other = (load_classifier(f, device="cpu") for f in (trained / "lora", tmp_path / "merged"))
     assert one.predict(texts) == other.predict(texts)
     np.testing.assert_allclose(one.predict_proba(texts), other.predict_proba(texts), atol=1e-4)
     assert refused(run("merge", trained / "lora", tmp_path / "merged"), "--force replaces it")
     assert run("merge", trained / "lora", tmp_path / "merged", "--force").status == 0
+    unmeasured = tmp_path / "unmeasured"
+    load_classifier(trained / "lora", device="cpu").save_pretrained(unmeasured)
+    assert run("merge", unmeasured, tmp_path / "merged", "--force").status == 0
+    assert not names_in(tmp_path / "merged") & {"metrics.json", "report.html", "metrics.jsonl"}
+    (unmeasured / "metrics.json").write_text('{"splits": 1}')
+    assert refused(run("merge", unmeasured, tmp_path / "x"), "metrics.json: damaged")
     assert refused(run("merge", trained / "words", tmp_path / "x"), "no adapter to merge")
     assert refused(run("merge", trained / "lora", ""), "the name of DST is empty")
     assert not (tmp_path / "x").exists()

@@ -4,6 +4,7 @@ Knows nothing of how a classifier comes about.
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from minllama.atomic import atomic_folder, check_replaceable
 from minllama.classifier.head_file import CLASSIFIER_FILE
 from minllama.errors import MinllamaError, OptionError
 from minllama.experiment.fitting import LAYER_FILE, TRAINED
+from minllama.report.files import METRICS_FILE, REPORT_FILES
 from minllama.training_state import CHECKPOINT, METRICS, remove_checkpoint
 
-REPORT_FILE = "metrics.json"
+# What tells of a classifier's training and measurement, and goes where it goes.
+RECORDS = (*REPORT_FILES, METRICS)
 
 
 def check_output(output: Path, method: str, *, resume: bool, force: bool) -> None:
@@ -36,7 +39,7 @@ def check_output(output: Path, method: str, *, resume: bool, force: bool) -> Non
                 f"{output}: there is no checkpoint to go on from; leave --resume away"
             )
         return
-    old = (CHECKPOINT, METRICS, CLASSIFIER_FILE, REPORT_FILE)
+    old = (CHECKPOINT, METRICS, CLASSIFIER_FILE, METRICS_FILE)
     if not force and any((output / name).exists() for name in old):
         what = "--resume goes on with it, " if has_checkpoint else ""
         raise MinllamaError(f"{output}: an earlier run is there; {what}--force replaces it")
@@ -68,3 +71,10 @@ def remove_earlier_run(output: Path) -> None:
     for name in (LAYER_FILE, METRICS):
         (output / name).unlink(missing_ok=True)
     remove_checkpoint(output)
+
+
+def copy_records(source: Path, target: Path) -> None:
+    """Take the records along to where a classifier is written anew, those that are there."""
+    for name in RECORDS:
+        if (source / name).is_file():
+            shutil.copy2(source / name, target / name)

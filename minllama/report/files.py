@@ -19,6 +19,8 @@ from minllama.atomic import atomic_folder
 from minllama.report.content import Report, ReportedSplit
 from minllama.report.page import render_page
 
+PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE = "report.html", "metrics.json", "predictions.jsonl"
+REPORT_FILES = (PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE)
 DIGITS = 6  # significant ones of a probability: about what float32 holds
 
 
@@ -37,16 +39,16 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
     with atomic_folder(folder) as temporary:
         # Half a character cannot be encoded: HTML has a reference for it that shows as �, and
         # JSON's own escape is what `backslashreplace` writes.
-        (temporary / "report.html").write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-        (temporary / "metrics.json").write_text(
+        (temporary / PAGE_FILE).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        (temporary / METRICS_FILE).write_text(
             metrics_json(report), encoding="utf-8", errors="backslashreplace"
         )
-        with (temporary / "predictions.jsonl").open(
+        with (temporary / PREDICTIONS_FILE).open(
             "w", encoding="utf-8", errors="backslashreplace"
         ) as file:
             for split in report.splits:
                 file.writelines(prediction_lines(report, split))
-    return Path(folder) / "report.html"
+    return Path(folder) / PAGE_FILE
 
 
 def metrics_json(report: Report) -> str:
