@@ -55,13 +55,14 @@ def predict_stream(
     """
     check_format(classifier, output_format)
     rows = stream_rows(source, data, start=first_row(last), bad_rows=bad_rows)
-    for _, group in groupby(rows, key=lambda row: row.index // CHUNK):
-        chunk = list(group)
-        p = classifier.predict_proba([row.text for row in chunk], progress=progress)
-        done = 0
-        if last is not None:
-            done, last = _rows_done(classifier, last, chunk, p, source), None
-        yield list(prediction_lines(classifier, chunk[done:], p[done:], output_format))
+    with classifier.steady():
+        for _, group in groupby(rows, key=lambda row: row.index // CHUNK):
+            chunk = list(group)
+            p = classifier.predict_proba([row.text for row in chunk], progress=progress)
+            done = 0
+            if last is not None:
+                done, last = _rows_done(classifier, last, chunk, p, source), None
+            yield list(prediction_lines(classifier, chunk[done:], p[done:], output_format))
     if last is not None:
         raise _other_input(last, source)
 
