@@ -175,6 +175,12 @@ def test_evaluate_reads_numbers_and_names_those_that_it_cannot(run, trained, tmp
     ones = write_labelled(Path("ones.txt"), [(number + 1, text) for number, text in numbers])
     result = run("evaluate", trained / "lora", "--data", ones)
     assert refused(result, "label '2' is not one of 'bad', 'good'", "--label-names FILE")
+    (tmp_path / "other.json").write_text('["bad", "good"]')
+    result = run(
+        "evaluate", trained / "lora", "--data", ones, "--label-names", tmp_path / "other.json"
+    )
+    assert refused(result, "label '2' is not one of 'bad', 'good'")
+    assert "--label-names" not in result.err  # it is given
     (tmp_path / "names.json").write_text('{"bad": 1, "good": 2}')
     third = run(
         "evaluate", trained / "lora", "--data", ones, "--label-names", tmp_path / "names.json"
@@ -183,6 +189,18 @@ def test_evaluate_reads_numbers_and_names_those_that_it_cannot(run, trained, tmp
     assert refused(run("evaluate", trained / "lora", "--data", tmp_path / "no"), "no such file")
     seed = run("evaluate", trained / "lora", "--data", named, "--seed", "-1")
     assert refused(seed, "--seed")
+
+
+def test_evaluate_says_that_labels_may_be_placeholders(run, trained, tmp_path):
+    data = write_labelled(tmp_path / "data.txt", [("bad", text) for _, text in examples(4, seed=3)])
+    result = run("evaluate", trained / "lora", "--data", data, "-o", tmp_path / "report")
+    assert result.status == 0, result.err
+    notice = f"{data}: every row has the label 'bad'; is it a placeholder? an accuracy on it"
+    assert notice in result.err
+    (note,) = json.loads((tmp_path / "report" / "metrics.json").read_text())["notes"]
+    assert note.startswith(notice)
+    write_labelled(data, [(-1, text) for _, text in examples(4, seed=3)])
+    assert refused(run("evaluate", trained / "lora", "--data", data), "label -1 stands for none")
 
 
 def test_classify_prints_labels_of_texts(run, trained):

@@ -66,7 +66,7 @@ def command(
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
         from minllama.cli.waiting import ConsoleSay
-        from minllama.data import load_dataset
+        from minllama.data import load_dataset, one_class
         from minllama.experiment import evaluate_classifier
         from minllama.experiment.measuring import settings_of, versions
         from minllama.experiment.predicting import described
@@ -80,10 +80,10 @@ def command(
         raise MinllamaError(
             f"{split.source}: its rows have several labels, and {classifier} gives one to each text"
         )
+    notes = [str(notice) for notice in (*split.notices, *one_class(split))]
     say = ConsoleSay()
-    say.say(described(loaded))
-    for notice in split.notices:
-        say.say(str(notice))
+    for line in (described(loaded), *notes):
+        say.say(line)
     progress = say.advance("evaluating", len(split))
     try:
         reported = evaluate_classifier(loaded, split, "data", seed=seed, progress=progress)
@@ -106,7 +106,7 @@ def command(
                 data=data,
             ),
             versions=versions(),
-            notes=[str(notice) for notice in split.notices],
+            notes=notes,
             created=began,
         )
         write_report(output, report)
