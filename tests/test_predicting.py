@@ -12,7 +12,7 @@ from minllama.data import BadRows, count_rows
 from minllama.errors import DataError, OptionError
 from minllama.experiment import predicting
 from minllama.experiment.predicting import described, first_row, last_record, predict_stream
-from minllama.options import DataOptions
+from minllama.options import DataOptions, PromptOptions
 from tests.classifier_cases import embedding, tiny_llama, zero_shot
 
 DATA = DataOptions()
@@ -76,6 +76,13 @@ def test_the_score_of_label_words_is_named(rows, score):
     classifier = zero_shot(score=score)
     assert {json.loads(line)["score"] for line in lines_of(classifier, rows)} == {score}
     assert f"score {score}" in described(classifier)
+
+
+def test_a_chat_is_said_to_be_one():
+    classifier = zero_shot()
+    assert described(classifier).endswith(r', prompt "Text: {text}\nis"]')
+    classifier.prompt = PromptOptions(prompt="{text}?", chat=True)
+    assert described(classifier).endswith(', asked in a chat "{text}?"]')
 
 
 def test_a_head_says_its_layer_and_temperature():

@@ -69,7 +69,7 @@ def command(
         from minllama.data import load_dataset, one_class
         from minllama.experiment import evaluate_classifier
         from minllama.experiment.measuring import settings_of, versions
-        from minllama.experiment.predicting import described
+        from minllama.experiment.predicting import described, score_of
         from minllama.report import Report, print_summary, write_report
 
     began = datetime.now(UTC).astimezone()
@@ -108,6 +108,7 @@ def command(
             versions=versions(),
             notes=notes,
             created=began,
+            score=score_of(loaded),
         )
         write_report(output, report)
     print_summary(split.source, reported.evaluation)

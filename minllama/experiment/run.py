@@ -39,7 +39,7 @@ from minllama.experiment.measuring import (
     settings_of,
     versions,
 )
-from minllama.experiment.predicting import described
+from minllama.experiment.predicting import described, score_of
 from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
 from minllama.llama import Llama
@@ -346,6 +346,7 @@ def _measured(
         settings=_settings(experiment),
         versions=versions(),
         notes=notes,
+        score=score_of(classifier),
     )
 
 

@@ -95,7 +95,7 @@ def plain(value: Any) -> Any:
 def prediction_lines(report: Report, split: ReportedSplit) -> Iterator[str]:
     """For each text a line of JSON; with several labels a text, `label` and `predicted` are lists.
 
-    `label` is null for a text without a gold label.
+    `label` is null for a text without a gold label, and `score` says how label words were scored.
     """
     names = report.label_names
 
@@ -114,6 +114,8 @@ def prediction_lines(report: Report, split: ReportedSplit) -> Iterator[str]:
             "predicted": named(np.flatnonzero(predicted[i])),
             "probabilities": dict(zip(names, probabilities[i].tolist(), strict=True)),
         }
+        if report.score is not None:
+            row["score"] = report.score
         yield json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
