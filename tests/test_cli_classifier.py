@@ -134,6 +134,10 @@ def test_evaluate_prints_and_writes_a_report(run, trained, labelled_files, tmp_p
     assert names_in(folder) == {"report.html", "metrics.json", "predictions.jsonl"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert "score pmi" in metrics["settings"]["run"]["computed by"]
+    for written in (folder, trained / "words"):
+        lines = (written / "predictions.jsonl").read_text().splitlines()
+        assert {json.loads(line)["score"] for line in lines} == {"pmi"}
+    assert '"score"' not in (trained / "lora" / "predictions.jsonl").read_text()
     again = json.loads((trained / "words" / "metrics.json").read_text())["splits"]["dev"]
     assert metrics["splits"]["data"]["evaluation"] == again["evaluation"]
     assert refused(
@@ -231,6 +235,8 @@ def test_classify_by_words_alone_names_its_score(run, base, rows, tmp_path):
     assert len(records) == 9
     assert {record["score"] for record in records} == {"batch"}
     assert list(records[0]["probabilities"]) == ["bad", "so so", "good"]
+    result = run("classify", *words, *options, "--output-format", "labelled")
+    assert result.err.endswith("classified 9 texts, score batch\n")
 
 
 CONTRADICTIONS = {
@@ -246,6 +252,9 @@ CONTRADICTIONS = {
         "learns from the texts of a file",
     ),
     "output": (("--labels", "a,b", "--text", "a", "-o", "x"), "--output is for --input"),
+    "blank": (("--labels", "a,b", "--text", " "), "--text: the text is empty"),
+    "one of them blank": (("--labels", "a,b", "--text", "a", "--text", ""), "--text number 2: the"),
+    "half a character": (("--labels", "a,b", "--text", "a\udce9"), "a lone surrogate"),
     "resume to a terminal": (("--labels", "a,b", "-i", "rows.txt", "--resume"), "--output of JSON"),
     "resume labelled": (("--labels", "a,b", "-i", "r", "-o", "x.txt", "--resume"), "of JSON lines"),
     "both": (("--labels", "a,b", "-i", "r", "-o", "x", "--resume", "--force"), "give one of them"),
