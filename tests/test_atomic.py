@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from minllama import atomic
-from minllama.atomic import atomic_file, atomic_folder
+from minllama.atomic import atomic_file, atomic_folder, check_file_writable
 from minllama.errors import MinllamaError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,6 +163,17 @@ def test_an_unwritable_target_is_one_line(
     assert str(tmp_path / target) in str(caught.value)
     assert reason in str(caught.value)
     assert str(caught.value).isprintable()
+    assert content(tmp_path) == {"file": "old"}
+    if write is atomic_file:
+        with pytest.raises(MinllamaError) as early:
+            check_file_writable(tmp_path / target)
+        assert str(early.value) == str(caught.value)
+
+
+def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    for name in ("file", "deep/er/new"):
+        check_file_writable(tmp_path / name)
     assert content(tmp_path) == {"file": "old"}
 
 
