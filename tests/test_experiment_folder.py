@@ -85,6 +85,38 @@ def test_resume_needs_a_checkpoint_and_a_method_that_is_trained(make_experiment)
         run_experiment(make_experiment(), resume=True, force=True)
 
 
+@pytest.mark.parametrize(
+    "left", [{"metrics.jsonl"}, {"layer.json"}, {"metrics.jsonl", "layer.json"}]
+)
+def test_a_run_that_was_cut_before_its_first_checkpoint_is_begun_anew(
+    make_experiment, tmp_path, left
+):
+    run_experiment(make_experiment(output="uncut"))
+    (tmp_path / "run").mkdir()
+    for name in left:  # a choice of layer whose head was not kept would start with a random one
+        (tmp_path / "run" / name).write_text('{"layer": 1, "pooling": "mean"}\n')
+    if "metrics.jsonl" in left:
+        with pytest.raises(MinllamaError, match="left no checkpoint is there; --force starts anew"):
+            run_experiment(make_experiment())
+    heard = Heard()
+    outcome = run_experiment(make_experiment(), resume=True, say=heard)
+    assert heard.lines[0].endswith("was cut before its first checkpoint; it begins anew")
+    assert outcome.training.resumed_from == 0
+    (state, *rest), (expected, *others) = map(results, (tmp_path / "run", tmp_path / "uncut"))
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert rest == others
+
+
+def test_a_run_that_has_ended_is_not_gone_on_with(make_experiment, tmp_path):
+    run_experiment(make_experiment())
+    before = contents(tmp_path / "run")
+    with pytest.raises(MinllamaError, match="no checkpoint to go on from; --force replaces it"):
+        run_experiment(make_experiment(), resume=True)
+    with pytest.raises(MinllamaError, match="an earlier run is there; --force replaces it"):
+        run_experiment(make_experiment())
+    assert contents(tmp_path / "run") == before
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 

@@ -112,7 +112,8 @@ def run_experiment(
 
     Args:
         experiment: what to do.
-        resume: go on with the run that was cut in the output folder.
+        resume: go on with the run that was cut in the output folder, from its checkpoint; from the
+            beginning if it was cut before the first.
         force: replace what an earlier run left there.
         say: what the person hears.
 
@@ -124,7 +125,10 @@ def run_experiment(
     say = say or Say()
     began, started = datetime.now(UTC).astimezone(), time.perf_counter()
     training = experiment.training
-    check_output(experiment.output, experiment.classifier.method, resume=resume, force=force)
+    method, is_asked = experiment.classifier.method, resume
+    resume = check_output(experiment.output, method, resume=resume, force=force)
+    if is_asked and not resume:
+        say.say(f"{experiment.output}: the run was cut before its first checkpoint; it begins anew")
     _check_libraries()
     splits = load_splits(
         experiment.train,
