@@ -51,9 +51,9 @@ def trained(base, labelled_files, tmp_path_factory):
     """A classifier with an adapter, and one of label words."""
     folder = tmp_path_factory.mktemp("classifiers")
     sources = ("--train", labelled_files / "train.txt", "--dev", labelled_files / "dev.txt")
-    common = (*sources, "-m", base, "--device", "cpu", "--dtype", "float32", "--epochs", 1)
+    common = (*sources, "-m", base, "--device", "cpu", "--dtype", "float32")
     for name, options in {
-        "lora": ("--method", "lora"),
+        "lora": ("--method", "lora", "--epochs", 1),
         "words": ("--method", "zero-shot", "--score", "pmi"),
     }.items():
         with pytest.raises(SystemExit) as ended:
@@ -101,6 +101,10 @@ WRONG = {
     "output": (("--method", "frozen", "-o", ""), "the name of --output is empty"),
     "resume": (("--resume",), "there is no checkpoint to go on from"),
     "both": (("--resume", "--force"), "give one of them"),
+    "idle": (
+        ("--train", "is never read", "--method", "frozen", "--label-words", "a,b", "--r", "8"),
+        "--method frozen has no use for --label-words (for --method zero-shot or",
+    ),
     "one class": (
         ("--train", "one.txt", "--dev", "one.txt"),
         "a classifier needs examples of two classes",

@@ -133,7 +133,7 @@ def test_label_words_and_several_labels_exclude_each_other(make_experiment, tmp_
 @pytest.mark.parametrize("option", ["ordinal", "self_distillation"])
 def test_targets_in_parts_are_for_what_is_trained_by_steps(make_experiment, method, option):
     experiment = make_experiment(method, training={option: 0.5})
-    with pytest.raises(MinllamaError, match=f"--method {method} takes no steps.*lora or full"):
+    with pytest.raises(MinllamaError, match=f"--method {method} has no use for .*lora or full"):
         run_experiment(experiment)
     assert not experiment.output.exists()
 

@@ -42,6 +42,7 @@ from minllama.experiment.measuring import (
 from minllama.experiment.predicting import described, score_of
 from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
+from minllama.experiment.uses import check_uses
 from minllama.llama import Llama
 from minllama.loading import usable_device
 from minllama.options import (
@@ -125,6 +126,7 @@ def run_experiment(
     say = say or Say()
     began, started = datetime.now(UTC).astimezone(), time.perf_counter()
     training = experiment.training
+    check_uses(experiment)
     method, is_asked = experiment.classifier.method, resume
     resume = check_output(experiment.output, method, resume=resume, force=force)
     if is_asked and not resume:
@@ -203,11 +205,6 @@ def _train(
     training = experiment.training
     beside: dict[str, Evaluation] = {}
     classifier: Classifier
-    if options.method not in TRAINED and (training.ordinal or training.self_distillation):
-        raise MinllamaError(
-            f"--method {options.method} takes no steps that --ordinal or --self-distillation "
-            f"could change; use --method {' or '.join(TRAINED)}"
-        )
     if options.method == "zero-shot" or options.objective == "label-words":
         if splits.train.multi_label:
             raise MinllamaError(
