@@ -1,5 +1,6 @@
 """The folder of an experiment: cut and gone on with, kept, replaced, never half of one."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from minllama.classifier import load_classifier
 from minllama.errors import CheckpointError, DataError, MinllamaError, OptionError
 from minllama.experiment import run as run_module
 from minllama.experiment import run_experiment
+from minllama.options import LoRAOptions
 from tests.experiment_cases import REPORT, Heard, examples, names_in, write_labelled
 
 
@@ -191,3 +193,46 @@ def test_a_missing_library_is_found_before_the_work(make_experiment, tmp_path, m
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MinllamaError, match=r"pip install 'minllama\[train\]'"):
         run_experiment(make_experiment("frozen", train=tmp_path / "is never read"))
+
+
+def test_tensorboard_without_its_library_is_found_before_the_work(make_experiment, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    experiment = make_experiment(training={"tensorboard": True}, train="is never read")
+    with pytest.raises(MinllamaError, match=r"pip install 'minllama\[tensorboard\]'"):
+        run_experiment(experiment)
+
+
+@pytest.mark.parametrize("objective", ["head", "label-words"])
+def test_names_of_layers_that_are_not_there_are_found_before_texts_are_computed(
+    make_experiment, objective
+):
+    experiment = make_experiment(objective=objective)
+    experiment = dataclasses.replace(experiment, lora=LoRAOptions(target_modules=("nosuch",)))
+    heard = Heard()
+    with pytest.raises(OptionError, match="no linear layer is called 'nosuch'; there are"):
+        run_experiment(experiment, say=heard)
+    assert heard.titles == []
+    assert not experiment.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"training": {"ordinal": 0.5}}, "no order of classes; leave out --ordinal"),
+        ({"objective": "label-words"}, "for texts with several use --objective head"),
+        ({"method": "zero-shot"}, "for texts with several use --objective head"),
+    ],
+)
+def test_what_needs_one_label_is_refused_before_texts_with_several_are_read(
+    make_experiment, tmp_path, options, message
+):
+    asked = make_experiment(**options, train="is never read", data={"multi_label": True})
+    with pytest.raises(MinllamaError, match=message):
+        run_experiment(asked)
+    (tmp_path / "lists.jsonl").write_text('{"text": "a", "labels": ["x", "y"]}\n' * 3)
+    lists = tmp_path / "lists.jsonl"
+    heard = Heard()
+    with pytest.raises(MinllamaError, match=message):
+        run_experiment(make_experiment(**options, train=lists, dev=lists), say=heard)
+    assert heard.titles == []
+    assert not (tmp_path / "run").exists()

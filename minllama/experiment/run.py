@@ -45,6 +45,8 @@ from minllama.experiment.splits import Splits, load_splits
 from minllama.experiment.uses import check_uses
 from minllama.llama import Llama
 from minllama.loading import usable_device
+from minllama.lora.targets import matching_modules
+from minllama.losses import check_ordinal
 from minllama.options import (
     ClassifierOptions,
     DataOptions,
@@ -54,7 +56,7 @@ from minllama.options import (
 )
 from minllama.report import Report, write_report
 from minllama.tokenizer import Tokenizer
-from minllama.training import TrainingResult, fit
+from minllama.training import TrainingResult, fit, summary_writer
 from minllama.training_state import CHECKPOINT
 
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
@@ -131,7 +133,8 @@ def run_experiment(
     resume = check_output(experiment.output, method, resume=resume, force=force)
     if is_asked and not resume:
         say.say(f"{experiment.output}: the run was cut before its first checkpoint; it begins anew")
-    _check_libraries()
+    _check_libraries(training)
+    _check_labels(experiment, multi_label=experiment.data.multi_label)
     splits = load_splits(
         experiment.train,
         experiment.dev,
@@ -143,6 +146,7 @@ def run_experiment(
     )
     for notice in splits.notices:
         say.say(notice)
+    _check_labels(experiment, multi_label=splits.train.multi_label)
     llama, tokenizer = _open(experiment)
     with writable(experiment.output):
         if not resume:
@@ -157,7 +161,7 @@ def run_experiment(
     return Outcome(classifier, splits, report, result)
 
 
-def _check_libraries() -> None:
+def _check_libraries(training: TrainingOptions) -> None:
     """Find out before hours of work what is missing after them."""
     for module, name in LIBRARIES.items():
         try:
@@ -167,6 +171,18 @@ def _check_libraries() -> None:
                 f"training and its report need the library {name}; "
                 "install it with: python -m pip install 'minllama[train]'"
             ) from error
+    if training.tensorboard:
+        summary_writer()
+
+
+def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
+    """Refuse what needs one label a text: asked as soon as it is known how many there may be."""
+    options = experiment.classifier
+    if multi_label and (options.method == "zero-shot" or options.objective == "label-words"):
+        raise MinllamaError(
+            "label words choose one label; for texts with several use --objective head"
+        )
+    check_ordinal(experiment.training.ordinal, multi_label=multi_label)
 
 
 def _gpus() -> range:
@@ -189,6 +205,8 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
         device=device,
         **{**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})},
     )
+    if options.method == "lora":  # names that are not there are found before texts are read
+        matching_modules(llama, experiment.lora.target_modules, None)
     return llama.requires_grad_(False), tokenizer
 
 
@@ -206,10 +224,6 @@ def _train(
     beside: dict[str, Evaluation] = {}
     classifier: Classifier
     if options.method == "zero-shot" or options.objective == "label-words":
-        if splits.train.multi_label:
-            raise MinllamaError(
-                "label words choose one label; for texts with several use --objective head"
-            )
         classifier = make_zero_shot(
             llama,
             tokenizer,
