@@ -18,8 +18,8 @@ from minllama.errors import MinllamaError
 
 if TYPE_CHECKING:
     from minllama.cli.waiting import ConsoleSay
-    from minllama.data import Dataset
     from minllama.llama import Llama
+    from minllama.options import DataOptions
     from minllama.report import ReportedSplit
     from minllama.tokenizer import Tokenizer
 
@@ -40,6 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--dev", help="as --train; evaluated, and predicted to --dev_out")
     add("--test", help="as --train, or without labels (-1); predicted to --test_out")
     add("--label-names", help="JSON file {name: number}; the names are what prompt asks for")
+    add("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used")
     add("--pretrained-model-path", help="any checkpoint; without it the embedded default model")
     add("--tokenizer", help="where none lies beside the model, as for llama2.c's .pt")
     add("--max_sentence_len", type=int, help="shorten texts to so many tokens")
@@ -75,6 +76,7 @@ def generate(args: argparse.Namespace) -> None:
     """The same prompt at temperature 0 and at 1, each into its file."""
     from minllama.generation import generate as generate_texts
 
+    check_outputs(args, "generated_sentence_low_temp_out", "generated_sentence_high_temp_out")
     model, tokenizer = open_model(args)
     for temperature, path in (
         (0.0, args.generated_sentence_low_temp_out),
@@ -95,12 +97,16 @@ def generate(args: argparse.Namespace) -> None:
 def prompt(args: argparse.Namespace) -> None:
     """Zero-shot: which label's name is likeliest after each sentence and a question?"""
     from minllama.data import load_dataset, read_label_names
+    from minllama.experiment import evaluate_classifier
     from minllama.experiment.fitting import make_zero_shot
-    from minllama.options import DataOptions, PromptOptions, ZeroShotOptions
+    from minllama.experiment.predicting import described
+    from minllama.experiment.splits import without_placeholders
+    from minllama.options import PromptOptions, ZeroShotOptions
 
     need(args, "label_names", "dev")
+    check_outputs(args, *prediction_files(args))
     names = read_label_names(args.label_names)
-    options = DataOptions(label_names=args.label_names)
+    options = data_options(args)
     splits = {
         name: load_dataset(path, options, label_names=list(names.values()), needs_labels=False)
         for name, path in (("dev", args.dev), ("test", args.test))
@@ -114,11 +120,12 @@ def prompt(args: argparse.Namespace) -> None:
         PromptOptions(prompt=QUESTION, max_len=args.max_sentence_len),
         ZeroShotOptions(),
     )
-    from minllama.experiment import evaluate_classifier
-
     say = console()
+    say.say(described(classifier))
     for name, split in splits.items():
         measured = without_placeholders(split)
+        for notice in measured.notices:
+            say.say(str(notice))
         progress = say.advance(f"reading {name}", len(split))
         reported = evaluate_classifier(classifier, measured, name, progress=progress)
         say.close()
@@ -127,11 +134,13 @@ def prompt(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train a head on the last token, with all weights or with adapters; then predict."""
+    from minllama.data import read_label_names
     from minllama.experiment import Experiment, run_experiment
     from minllama.options import ClassifierOptions, PromptOptions, TrainingOptions
 
     need(args, "train", "dev")
-    lr = args.lr or LEARNING_RATES[args.option]
+    check_outputs(args, *prediction_files(args))
+    lr = LEARNING_RATES[args.option] if args.lr is None else args.lr
     output = args.output or f"runs/{args.option}-{args.epochs}-{lr:g}"
     say = console()
     try:
@@ -144,6 +153,7 @@ def train(args: argparse.Namespace) -> None:
                 model=args.pretrained_model_path,
                 tokenizer=args.tokenizer,
                 device=device(args),
+                data=data_options(args),
                 prompt=PromptOptions(max_len=args.max_sentence_len),
                 classifier=ClassifierOptions(
                     method=METHODS[args.option],
@@ -161,8 +171,12 @@ def train(args: argparse.Namespace) -> None:
         )
     finally:
         say.close()
+    # Files of the course have numbers, and so have the predictions, whatever the classes' names.
+    written = list(outcome.report.label_names)
+    if args.label_names is not None:
+        written = [str(number) for number in read_label_names(args.label_names)]
     for reported in outcome.report.splits:
-        tell(args, reported, list(outcome.report.label_names))
+        tell(args, reported, written)
     print(f"classifier and report: {output}")
 
 
@@ -176,15 +190,6 @@ def tell(args: argparse.Namespace, split: "ReportedSplit", labels: list[str]) ->
     if split.evaluation is not None:
         said = f"accuracy {split.evaluation.accuracy:.3f}"
     print(f"{split.name}: {said}; predictions in {path}")
-
-
-def without_placeholders(split: "Dataset") -> "Dataset":
-    """The split without its labels where all rows have the same: they say nothing."""
-    from dataclasses import replace
-
-    if split.labels is None or len(set(split.labels)) > 1 or len(split) < 2:
-        return split
-    return replace(split, labels=None)
 
 
 def open_model(args: argparse.Namespace) -> "tuple[Llama, Tokenizer]":
@@ -221,6 +226,32 @@ def need(args: argparse.Namespace, *names: str) -> None:
         if getattr(args, name) is None:
             flag = "--" + name.replace("_", "-")
             raise MinllamaError(f"--option {args.option} needs {flag} FILE; --help says more")
+
+
+def data_options(args: argparse.Namespace) -> "DataOptions":
+    """How the files of examples are read."""
+    from minllama.options import DataOptions
+
+    return DataOptions(label_names=args.label_names, skip_bad_rows=args.skip_bad_rows)
+
+
+def prediction_files(args: argparse.Namespace) -> list[str]:
+    """The arguments that name the files of predictions which will be written."""
+    return ["dev_out"] if args.test is None else ["dev_out", "test_out"]
+
+
+def check_outputs(args: argparse.Namespace, *names: str) -> None:
+    """Refuse before the work what cannot be written after it, or would replace what is read."""
+    from minllama.atomic import check_file_writable
+    from minllama.data import is_source
+
+    for name in names:
+        path = getattr(args, name)
+        for read in ("train", "dev", "test"):
+            source = getattr(args, read)
+            if source is not None and is_source(path, source):
+                raise MinllamaError(f"--{name} {path} is the file of --{read}; name another")
+        check_file_writable(path)
 
 
 def write_lines(path: str, lines: list[str]) -> None:

@@ -1,9 +1,9 @@
 """Classifiers of the default model on SST-5 and CFIMDB: `make bench-classification`.
 
 Each row is one or several runs of `minllama train`, as a person would type it, measured on the dev
-file. Nothing is chosen on that file: it is given as `--dev` with `--keep last --no-calibration`, so
-that it is only measured. Settings were chosen on training lines. Needs the data beside the
-repository, in ../shared/data, and the extra `train`.
+file. Nothing is chosen on that file: it is given as `--dev` with `--no-calibration`, and `--keep
+last` where there is training, so that it is only measured. Settings were chosen on training lines.
+Needs the data beside the repository, in ../shared/data, and the extra `train`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-MEASURED_ONLY = ("--no-calibration", "--keep", "last", "--undo-treebank")
+MEASURED_ONLY = ("--no-calibration", "--undo-treebank")
 SENTIMENT = ("--prompt", "Review: {text}\nSentiment:")
 # Chosen on training lines: the wording and words for no examples at all, and those for a few.
 IN_ONE_WORD = (
@@ -55,7 +55,10 @@ class Row:
 
 ZERO_SHOT = ("--method", "zero-shot")
 CORRECTED = ("--score", "batch", "--prior-strength", "0.5")
-LORA = ("--method", "lora", "--r", "16", "--lora-alpha", "32", "--lora-dropout", "0.05")
+LORA = (
+    *("--method", "lora", "--r", "16", "--lora-alpha", "32", "--lora-dropout", "0.05"),
+    *("--keep", "last"),
+)
 ROWS = {
     "zero-shot": Row("SST-5, zero-shot", "sst", (*ZERO_SHOT, *IN_ONE_WORD), "0.398", ">= 0.40"),
     "five-shot": Row(

@@ -27,10 +27,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         MinllamaError: the target cannot be written (no permission, no such folder, disk full).
     """
     with _one_line_errors(target):
-        target = _resolved(target)
-        if target.is_dir():
-            raise MinllamaError(f"cannot write {target}: it is a folder; name a file")
-        temporary = _beside(target)
+        target, temporary = _file_and_temporary(target)
         try:
             yield temporary
             if target.exists():
@@ -40,6 +37,18 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
             _fsync(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_file_writable(target: str | os.PathLike[str]) -> None:
+    """Find out now what `atomic_file` would find out later; the target is left as it is.
+
+    Raises:
+        MinllamaError: the target cannot be written.
+    """
+    with _one_line_errors(target):
+        _, temporary = _file_and_temporary(target)
+        temporary.touch()
+        temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -52,8 +61,10 @@ def atomic_folder(
     `replaces` claims: those are the old content, such as shards of an earlier save.
 
     Raises:
-        MinllamaError: the target cannot be written (no permission, no such folder, disk full).
+        MinllamaError: the target cannot be written (no permission, no such folder, disk full), or
+            the process stands in it.
     """
+    check_replaceable(target)
     with _one_line_errors(target):
         target = _resolved(target)
         if not target.name:
@@ -75,6 +86,27 @@ def atomic_folder(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_replaceable(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that this process stands in: another would take its place and its name.
+
+    What was started there, a shell above all, would be left in a folder that is no more. Commands
+    that write at their end ask at their beginning.
+
+    Raises:
+        MinllamaError: it is the current folder, or holds it.
+    """
+    target = _resolved(folder)
+    try:
+        here = Path.cwd()
+    except OSError:  # it is gone already
+        return
+    if target.name and target in (here, *here.parents):
+        raise MinllamaError(
+            f"cannot write the folder {folder}: it would be replaced, and you are in it; name a "
+            "new folder in it, or start from elsewhere"
+        )
+
+
 def _resolved(target: str | os.PathLike[str]) -> Path:
     """Where `target` leads: a link to another disk stays, and `.` gets a name to write beside."""
     if not os.fspath(target):
@@ -83,6 +115,14 @@ def _resolved(target: str | os.PathLike[str]) -> Path:
         return Path(os.path.realpath(target))
     except ValueError as error:  # a null character, a lone surrogate
         raise MinllamaError(f"cannot write {os.fspath(target)!r}: it is no path") from error
+
+
+def _file_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Where a file is to be, and the path beside it that is written first."""
+    target = _resolved(target)
+    if target.is_dir():
+        raise MinllamaError(f"cannot write {target}: it is a folder; name a file")
+    return target, _beside(target)
 
 
 def _beside(target: Path) -> Path:

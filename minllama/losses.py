@@ -59,6 +59,7 @@ class Loss:
             self._targets = targets.to(device)  # (N, C)
         else:
             self._targets = torch.tensor(dataset.labels, device=device)  # (N,)
+        check_ordinal(ordinal, multi_label=self.multi_label)
         self._soft = self._soften(n_classes, ordinal, prior, prior_share)
         self.weights: Tensor | None = None
         if balanced:
@@ -78,10 +79,6 @@ class Loss:
         if not ordinal and prior is None:
             return None
         if self.multi_label:
-            if ordinal:
-                raise MinllamaError(
-                    "texts with several labels have no order of classes; leave out --ordinal"
-                )
             soft = self._targets
         elif ordinal:
             classes = torch.arange(n_classes, device=self._targets.device)
@@ -118,3 +115,15 @@ class Loss:
             # By the text's own class, as `normaliser` has it, wherever parts of it fall.
             return losses.sum() if weights is None else (weights[targets] * losses).sum()
         return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
+
+
+def check_ordinal(ordinal: float, *, multi_label: bool) -> None:
+    """Whether classes can be taken to stand in order.
+
+    Raises:
+        MinllamaError: `ordinal` where a text has several labels.
+    """
+    if ordinal and multi_label:
+        raise MinllamaError(
+            "texts with several labels have no order of classes; leave out --ordinal"
+        )

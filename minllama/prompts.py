@@ -69,7 +69,10 @@ class PromptTemplate:
             raise MinllamaError("a system message needs a chat")
         self.template, self.tokenizer, self.labels = template, tokenizer, tuple(labels)
         self.max_len, self.keep_end, self.chat = max_len, keep_end, chat
-        before, after = template.replace("{labels}", ", ".join(labels)).split("{text}")
+        # Split first: a label may hold {text} itself, and is not a place for one.
+        before, after = (
+            part.replace("{labels}", ", ".join(labels)) for part in template.split("{text}")
+        )
         # A space parts a prompt from its label, unless the prompt ends with one of its own.
         self.separator = "" if chat or after[-1:].isspace() else " "
         self._masked: dict[str, str] = {}

@@ -18,6 +18,7 @@ from torch import nn
 from minllama.data import Dataset
 from minllama.errors import MinllamaError, OptionError
 from minllama.llama import Llama
+from minllama.losses import check_ordinal
 from minllama.options import TrainingOptions
 from minllama.progress import Progress
 from minllama.prompts import EncodedPrompt
@@ -155,6 +156,9 @@ def _check(
     if folder is None and (resume or options.tensorboard):
         what = "resume" if resume else "tensorboard"
         raise OptionError(f"{what} needs the folder of a run")
+    if options.tensorboard:
+        summary_writer()
+    check_ordinal(options.ordinal, multi_label=classifier.multi_label)
     for name, dataset in (("training", train), ("dev", dev)):
         if dataset is None:
             continue
@@ -212,7 +216,12 @@ def _open_folder(run: TrainingRun, folder: Path, fingerprint: Fingerprint, resum
     run.metrics = MetricsFile(folder, run.history)
 
 
-def _open_board(folder: Path, step: int) -> Any:
+def summary_writer() -> Any:
+    """TensorBoard's writer, a class.
+
+    Raises:
+        MinllamaError: the library is missing.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -220,8 +229,12 @@ def _open_board(folder: Path, step: int) -> Any:
             "tensorboard needs the library tensorboard; "
             "install it with: python -m pip install 'minllama[tensorboard]'"
         ) from error
+    return SummaryWriter
+
+
+def _open_board(folder: Path, step: int) -> Any:
     # What was written of later steps by a run that was cut is hidden.
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+    return summary_writer()(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def _fingerprint(

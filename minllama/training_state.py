@@ -303,6 +303,13 @@ def remove_checkpoint(folder: str | os.PathLike[str]) -> None:
     CheckpointFolder(Path(folder)).remove()
 
 
+def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is a checkpoint in `folder`, which no run is writing to at this time."""
+    checkpoint = CheckpointFolder(Path(folder))
+    checkpoint.recover()
+    return checkpoint.path.exists()
+
+
 def saved_step(folder: str | os.PathLike[str]) -> int | None:
     """How many steps the checkpoint in `folder` has done; None where there is none.
 

@@ -70,7 +70,9 @@ def make_experiment(base: Path, labelled_files: Path, tmp_path: Path) -> Callabl
     def make(method: str = "lora", *, output: str = "run", **options: Any) -> Experiment:
         train = str(options.pop("train", labelled_files / "train.txt"))
         dev, test = options.pop("dev", labelled_files / "dev.txt"), options.pop("test", None)
-        training = {"epochs": 2, "batch_size": 8, **options.pop("training", {})}
+        training = options.pop("training", {})
+        if method in ("lora", "full"):
+            training = {"epochs": 2, "batch_size": 8, **training}
         return Experiment(
             train=train,
             dev=str(dev) or None,
@@ -81,7 +83,7 @@ def make_experiment(base: Path, labelled_files: Path, tmp_path: Path) -> Callabl
             dtype="float32",
             data=DataOptions(**options.pop("data", {})),
             classifier=ClassifierOptions(method=method, **options),
-            lora=LoRAOptions(r=2),
+            lora=LoRAOptions(**({"r": 2} if method == "lora" else {})),
             training=TrainingOptions(**training),
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from minllama import atomic
-from minllama.atomic import atomic_file, atomic_folder
+from minllama.atomic import atomic_file, atomic_folder, check_file_writable
 from minllama.errors import MinllamaError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,15 +120,22 @@ def test_a_linked_target_is_written_where_the_link_points(tmp_path: Path, swap: 
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_the_current_folder_can_be_a_target(
-    tmp_path: Path, swap: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("target", [".", "..", "../../tree", "link"])
+def test_a_folder_that_one_stands_in_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with atomic_folder(".") as folder:
+    here = tmp_path / "tree" / "here"
+    here.mkdir(parents=True)
+    (here / "mine").write_text("old")
+    (here / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    with pytest.raises(MinllamaError, match="you are in it") as caught, atomic_folder(target):
+        pytest.fail("nothing may be written")
+    assert f"cannot write the folder {target}: " in str(caught.value)
+    assert content(tmp_path)["tree/here/mine"] == "old"
+    with atomic_folder("new") as folder:
         (folder / "config").write_text("new")
-    assert content(tmp_path) == {"here/config": "new"}
-    os.chdir(tmp_path)
+    assert Path("new/config").read_text() == "new"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +163,17 @@ def test_an_unwritable_target_is_one_line(
     assert str(tmp_path / target) in str(caught.value)
     assert reason in str(caught.value)
     assert str(caught.value).isprintable()
+    assert content(tmp_path) == {"file": "old"}
+    if write is atomic_file:
+        with pytest.raises(MinllamaError) as early:
+            check_file_writable(tmp_path / target)
+        assert str(early.value) == str(caught.value)
+
+
+def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    for name in ("file", "deep/er/new"):
+        check_file_writable(tmp_path / name)
     assert content(tmp_path) == {"file": "old"}
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -50,9 +51,9 @@ def trained(base, labelled_files, tmp_path_factory):
     """A classifier with an adapter, and one of label words."""
     folder = tmp_path_factory.mktemp("classifiers")
     sources = ("--train", labelled_files / "train.txt", "--dev", labelled_files / "dev.txt")
-    common = (*sources, "-m", base, "--device", "cpu", "--dtype", "float32", "--epochs", 1)
+    common = (*sources, "-m", base, "--device", "cpu", "--dtype", "float32")
     for name, options in {
-        "lora": ("--method", "lora"),
+        "lora": ("--method", "lora", "--epochs", 1),
         "words": ("--method", "zero-shot", "--score", "pmi"),
     }.items():
         with pytest.raises(SystemExit) as ended:
@@ -100,6 +101,10 @@ WRONG = {
     "output": (("--method", "frozen", "-o", ""), "the name of --output is empty"),
     "resume": (("--resume",), "there is no checkpoint to go on from"),
     "both": (("--resume", "--force"), "give one of them"),
+    "idle": (
+        ("--train", "is never read", "--method", "frozen", "--label-words", "a,b", "--r", "8"),
+        "--method frozen has no use for --label-words (for --method zero-shot or",
+    ),
     "one class": (
         ("--train", "one.txt", "--dev", "one.txt"),
         "a classifier needs examples of two classes",
@@ -133,12 +138,34 @@ def test_evaluate_prints_and_writes_a_report(run, trained, labelled_files, tmp_p
     assert names_in(folder) == {"report.html", "metrics.json", "predictions.jsonl"}
     metrics = json.loads((folder / "metrics.json").read_text())
     assert "score pmi" in metrics["settings"]["run"]["computed by"]
+    for written in (folder, trained / "words"):
+        lines = (written / "predictions.jsonl").read_text().splitlines()
+        assert {json.loads(line)["score"] for line in lines} == {"pmi"}
+    assert '"score"' not in (trained / "lora" / "predictions.jsonl").read_text()
     again = json.loads((trained / "words" / "metrics.json").read_text())["splits"]["dev"]
     assert metrics["splits"]["data"]["evaluation"] == again["evaluation"]
     assert refused(
         run("evaluate", trained / "words", "--data", dev, "-o", folder), "--force replaces it"
     )
     assert run("evaluate", trained / "words", "--data", dev, "-o", folder, "--force").status == 0
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "merge"])
+def test_the_folder_that_one_stands_in_is_refused_before_the_work(
+    run, tmp_path, monkeypatch, command
+):
+    here = tmp_path / "here" / "below"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    arguments = {
+        "train": ("--train", "is never read", "--output"),
+        "evaluate": ("is never read", "--data", "is never read", "--output"),
+        "merge": ("is never read",),
+    }[command]
+    for folder in (".", "..", here):
+        result = run(command, *arguments, folder, "--force")
+        assert refused(result, f"cannot write the folder {folder}: ", "you are in it")
+    assert Path.cwd() == here
 
 
 def test_evaluate_reads_numbers_and_names_those_that_it_cannot(run, trained, tmp_path, monkeypatch):
@@ -156,6 +183,12 @@ def test_evaluate_reads_numbers_and_names_those_that_it_cannot(run, trained, tmp
     ones = write_labelled(Path("ones.txt"), [(number + 1, text) for number, text in numbers])
     result = run("evaluate", trained / "lora", "--data", ones)
     assert refused(result, "label '2' is not one of 'bad', 'good'", "--label-names FILE")
+    (tmp_path / "other.json").write_text('["bad", "good"]')
+    result = run(
+        "evaluate", trained / "lora", "--data", ones, "--label-names", tmp_path / "other.json"
+    )
+    assert refused(result, "label '2' is not one of 'bad', 'good'")
+    assert "--label-names" not in result.err  # it is given
     (tmp_path / "names.json").write_text('{"bad": 1, "good": 2}')
     third = run(
         "evaluate", trained / "lora", "--data", ones, "--label-names", tmp_path / "names.json"
@@ -164,6 +197,18 @@ def test_evaluate_reads_numbers_and_names_those_that_it_cannot(run, trained, tmp
     assert refused(run("evaluate", trained / "lora", "--data", tmp_path / "no"), "no such file")
     seed = run("evaluate", trained / "lora", "--data", named, "--seed", "-1")
     assert refused(seed, "--seed")
+
+
+def test_evaluate_says_that_labels_may_be_placeholders(run, trained, tmp_path):
+    data = write_labelled(tmp_path / "data.txt", [("bad", text) for _, text in examples(4, seed=3)])
+    result = run("evaluate", trained / "lora", "--data", data, "-o", tmp_path / "report")
+    assert result.status == 0, result.err
+    notice = f"{data}: every row has the label 'bad'; is it a placeholder? an accuracy on it"
+    assert notice in result.err
+    (note,) = json.loads((tmp_path / "report" / "metrics.json").read_text())["notes"]
+    assert note.startswith(notice)
+    write_labelled(data, [(-1, text) for _, text in examples(4, seed=3)])
+    assert refused(run("evaluate", trained / "lora", "--data", data), "label -1 stands for none")
 
 
 def test_classify_prints_labels_of_texts(run, trained):
@@ -194,6 +239,8 @@ def test_classify_by_words_alone_names_its_score(run, base, rows, tmp_path):
     assert len(records) == 9
     assert {record["score"] for record in records} == {"batch"}
     assert list(records[0]["probabilities"]) == ["bad", "so so", "good"]
+    result = run("classify", *words, *options, "--output-format", "labelled")
+    assert result.err.endswith("classified 9 texts, score batch\n")
 
 
 CONTRADICTIONS = {
@@ -209,17 +256,21 @@ CONTRADICTIONS = {
         "learns from the texts of a file",
     ),
     "output": (("--labels", "a,b", "--text", "a", "-o", "x"), "--output is for --input"),
+    "blank": (("--labels", "a,b", "--text", " "), "--text: the text is empty"),
+    "one of them blank": (("--labels", "a,b", "--text", "a", "--text", ""), "--text number 2: the"),
+    "half a character": (("--labels", "a,b", "--text", "a\udce9"), "a lone surrogate"),
     "resume to a terminal": (("--labels", "a,b", "-i", "rows.txt", "--resume"), "--output of JSON"),
     "resume labelled": (("--labels", "a,b", "-i", "r", "-o", "x.txt", "--resume"), "of JSON lines"),
     "both": (("--labels", "a,b", "-i", "r", "-o", "x", "--resume", "--force"), "give one of them"),
     "a folder": (("--labels", "a,b", "-i", "rows.txt", "-o", "."), ". is a folder"),
-    "there already": (("--labels", "a,b", "-i", "rows.txt", "-o", "rows.txt"), "rows.txt exists"),
+    "there already": (("--labels", "a,b", "-i", "rows.txt", "-o", "old"), "old exists"),
 }
 
 
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_classify_refuses_what_contradicts_itself(run, base, rows, monkeypatch, case):
     monkeypatch.chdir(rows.parent)
+    (rows.parent / "old").touch()
     options, message = CONTRADICTIONS[case]
     assert refused(run("classify", "-m", base, *options), message)
     assert rows.read_text().count("\n") == 9
@@ -252,6 +303,36 @@ def test_bad_rows_are_refused_before_the_output_is_touched(run, trained, tmp_pat
     assert [json.loads(line)["index"] for line in output.read_text().splitlines()] == [0, 2]
     assert "bad rows left out: 2 (line 2: the text is empty; line 4: " in result.err
     assert result.err.endswith("classified 2 texts\n")
+
+
+@pytest.mark.parametrize("name", ["itself", "symbolic link", "hard link"])
+@pytest.mark.parametrize("option", ["--force", "--resume"])
+def test_the_input_is_not_written_over(run, base, rows, monkeypatch, name, option):
+    monkeypatch.chdir(rows.parent)
+    before, output = rows.read_bytes(), rows.parent / name
+    if name == "itself":
+        output = "./rows.txt"
+    elif name == "symbolic link":
+        output.symlink_to(rows)
+    else:
+        output.hardlink_to(rows)
+    to = ("-o", output, option, "--output-format", "jsonl")
+    result = run("classify", "-m", base, "--labels", "a,b", "-i", "rows.txt", *to)
+    assert refused(result, f"{output} is the file that --input reads; name another for --output")
+    assert rows.read_bytes() == before
+
+
+def test_the_file_behind_a_standard_stream_is_not_written_over(base, rows):
+    before = rows.read_bytes()
+    start = [sys.executable, "-m", "minllama", "classify", "-m", str(base), "--labels", "a,b"]
+    for arguments in (["-i", "-", "-o", str(rows), "--force"], ["-i", str(rows)]):
+        with rows.open("rb") as read, rows.open("ab") as appended:
+            done = subprocess.run(
+                [*start, *arguments], stdin=read, stdout=appended, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 2
+        assert "is the file that --input reads" in done.stderr
+    assert rows.read_bytes() == before
 
 
 @pytest.mark.parametrize("source", ["file", "-"])
@@ -317,12 +398,24 @@ def test_merge_writes_a_folder_that_needs_no_base(run, trained, rows, tmp_path):
     assert content["base"]["model"] is None
     assert content["training"]["merged from"] == str(trained / "lora")
     assert content["training"]["classifier"]["method"] == "lora"
+    assert content["training"]["largest drift of a logit"] == float(drift[1])
+    for name in ("metrics.json", "report.html", "predictions.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "merged" / name).read_bytes() == (trained / "lora" / name).read_bytes()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    measured = (trained / "lora" / "README.md").read_text().partition("## How it fared")[2]
+    assert measured.partition("##")[0] in card
     texts = rows.read_text().splitlines()
     one, other = (load_classifier(f, device="cpu") for f in (trained / "lora", tmp_path / "merged"))
     assert one.predict(texts) == other.predict(texts)
     np.testing.assert_allclose(one.predict_proba(texts), other.predict_proba(texts), atol=1e-4)
     assert refused(run("merge", trained / "lora", tmp_path / "merged"), "--force replaces it")
     assert run("merge", trained / "lora", tmp_path / "merged", "--force").status == 0
+    unmeasured = tmp_path / "unmeasured"
+    load_classifier(trained / "lora", device="cpu").save_pretrained(unmeasured)
+    assert run("merge", unmeasured, tmp_path / "merged", "--force").status == 0
+    assert not names_in(tmp_path / "merged") & {"metrics.json", "report.html", "metrics.jsonl"}
+    (unmeasured / "metrics.json").write_text('{"splits": 1}')
+    assert refused(run("merge", unmeasured, tmp_path / "x"), "metrics.json: damaged")
     assert refused(run("merge", trained / "words", tmp_path / "x"), "no adapter to merge")
     assert refused(run("merge", trained / "lora", ""), "the name of DST is empty")
     assert not (tmp_path / "x").exists()

@@ -27,6 +27,23 @@ def names_file(path: Path, content: Any) -> str:
     return str(file)
 
 
+@pytest.mark.parametrize(("cells", "known"), [(["a", "x", "b"], "only 2"), (["x"], "none")])
+def test_a_label_for_whose_sake_none_is_used_is_named(
+    tmp_path: Path, cells: list[str], known: str
+) -> None:
+    rows = [json.dumps({"text": f"text {i}", "label": cell}) for i, cell in enumerate(cells)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(rows))
+    dataset = load_dataset(path, label_names=["a", "b"], needs_labels=False)
+    assert dataset.labels is None
+    (notice,) = dataset.notices
+    line = cells.index("x") + 1
+    assert str(notice) == (
+        f"{path}: {known} of {len(cells)} rows have a known label (line {line}: label 'x' is not "
+        "one of 'a', 'b'); none of these labels is used"
+    )
+
+
 @pytest.mark.parametrize(
     ("cells", "labels", "names"),
     [

@@ -133,7 +133,7 @@ def test_label_words_and_several_labels_exclude_each_other(make_experiment, tmp_
 @pytest.mark.parametrize("option", ["ordinal", "self_distillation"])
 def test_targets_in_parts_are_for_what_is_trained_by_steps(make_experiment, method, option):
     experiment = make_experiment(method, training={option: 0.5})
-    with pytest.raises(MinllamaError, match=f"--method {method} takes no steps.*lora or full"):
+    with pytest.raises(MinllamaError, match=f"--method {method} has no use for .*lora or full"):
         run_experiment(experiment)
     assert not experiment.output.exists()
 
@@ -153,6 +153,11 @@ def test_numbers_get_names_from_a_file_and_a_dev_split_is_said_aloud(make_experi
         say=heard,
     )
     assert outcome.classifier.labels == ("bad", "good")
+    for file in ("classifier.json", "metrics.json"):
+        content = json.loads((tmp_path / "run" / file).read_text())
+        settings = content["training" if file == "classifier.json" else "settings"]
+        assert settings["data"]["label_names"] == str(tmp_path / "names.json")
+        assert settings["data"]["skip_bad_rows"] is False
     assert "no --dev: 2 of 24 rows of" in heard.lines[0]
     assert (len(outcome.splits.train), len(outcome.splits.dev)) == (22, 2)
 

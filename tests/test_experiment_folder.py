@@ -1,5 +1,6 @@
 """The folder of an experiment: cut and gone on with, kept, replaced, never half of one."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from minllama.classifier import load_classifier
 from minllama.errors import CheckpointError, DataError, MinllamaError, OptionError
 from minllama.experiment import run as run_module
 from minllama.experiment import run_experiment
+from minllama.options import LoRAOptions
 from tests.experiment_cases import REPORT, Heard, examples, names_in, write_labelled
 
 
@@ -85,6 +87,38 @@ def test_resume_needs_a_checkpoint_and_a_method_that_is_trained(make_experiment)
         run_experiment(make_experiment(), resume=True, force=True)
 
 
+@pytest.mark.parametrize(
+    "left", [{"metrics.jsonl"}, {"layer.json"}, {"metrics.jsonl", "layer.json"}]
+)
+def test_a_run_that_was_cut_before_its_first_checkpoint_is_begun_anew(
+    make_experiment, tmp_path, left
+):
+    run_experiment(make_experiment(output="uncut"))
+    (tmp_path / "run").mkdir()
+    for name in left:  # a choice of layer whose head was not kept would start with a random one
+        (tmp_path / "run" / name).write_text('{"layer": 1, "pooling": "mean"}\n')
+    if "metrics.jsonl" in left:
+        with pytest.raises(MinllamaError, match="left no checkpoint is there; --force starts anew"):
+            run_experiment(make_experiment())
+    heard = Heard()
+    outcome = run_experiment(make_experiment(), resume=True, say=heard)
+    assert heard.lines[0].endswith("was cut before its first checkpoint; it begins anew")
+    assert outcome.training.resumed_from == 0
+    (state, *rest), (expected, *others) = map(results, (tmp_path / "run", tmp_path / "uncut"))
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert rest == others
+
+
+def test_a_run_that_has_ended_is_not_gone_on_with(make_experiment, tmp_path):
+    run_experiment(make_experiment())
+    before = contents(tmp_path / "run")
+    with pytest.raises(MinllamaError, match="no checkpoint to go on from; --force replaces it"):
+        run_experiment(make_experiment(), resume=True)
+    with pytest.raises(MinllamaError, match="an earlier run is there; --force replaces it"):
+        run_experiment(make_experiment())
+    assert contents(tmp_path / "run") == before
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -159,3 +193,46 @@ def test_a_missing_library_is_found_before_the_work(make_experiment, tmp_path, m
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MinllamaError, match=r"pip install 'minllama\[train\]'"):
         run_experiment(make_experiment("frozen", train=tmp_path / "is never read"))
+
+
+def test_tensorboard_without_its_library_is_found_before_the_work(make_experiment, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    experiment = make_experiment(training={"tensorboard": True}, train="is never read")
+    with pytest.raises(MinllamaError, match=r"pip install 'minllama\[tensorboard\]'"):
+        run_experiment(experiment)
+
+
+@pytest.mark.parametrize("objective", ["head", "label-words"])
+def test_names_of_layers_that_are_not_there_are_found_before_texts_are_computed(
+    make_experiment, objective
+):
+    experiment = make_experiment(objective=objective)
+    experiment = dataclasses.replace(experiment, lora=LoRAOptions(target_modules=("nosuch",)))
+    heard = Heard()
+    with pytest.raises(OptionError, match="no linear layer is called 'nosuch'; there are"):
+        run_experiment(experiment, say=heard)
+    assert heard.titles == []
+    assert not experiment.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"training": {"ordinal": 0.5}}, "no order of classes; leave out --ordinal"),
+        ({"objective": "label-words"}, "for texts with several use --objective head"),
+        ({"method": "zero-shot"}, "for texts with several use --objective head"),
+    ],
+)
+def test_what_needs_one_label_is_refused_before_texts_with_several_are_read(
+    make_experiment, tmp_path, options, message
+):
+    asked = make_experiment(**options, train="is never read", data={"multi_label": True})
+    with pytest.raises(MinllamaError, match=message):
+        run_experiment(asked)
+    (tmp_path / "lists.jsonl").write_text('{"text": "a", "labels": ["x", "y"]}\n' * 3)
+    lists = tmp_path / "lists.jsonl"
+    heard = Heard()
+    with pytest.raises(MinllamaError, match=message):
+        run_experiment(make_experiment(**options, train=lists, dev=lists), say=heard)
+    assert heard.titles == []
+    assert not (tmp_path / "run").exists()

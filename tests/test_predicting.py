@@ -6,11 +6,13 @@ import json
 import numpy as np
 import pytest
 
+from minllama.classifier import zero_shot as zero_shot_module
+from minllama.classifier.label_scores import SharedPrefix
 from minllama.data import BadRows, count_rows
 from minllama.errors import DataError, OptionError
 from minllama.experiment import predicting
 from minllama.experiment.predicting import described, first_row, last_record, predict_stream
-from minllama.options import DataOptions
+from minllama.options import DataOptions, PromptOptions
 from tests.classifier_cases import embedding, tiny_llama, zero_shot
 
 DATA = DataOptions()
@@ -47,11 +49,40 @@ def test_lines_are_in_order_and_say_what_predict_proba_says(rows):
     assert all("score" not in record for record in records)
 
 
+@pytest.mark.parametrize("score", ["sum", "pmi"])
+def test_what_all_prompts_share_is_read_once_for_the_whole_file(rows, monkeypatch, score):
+    made = []
+
+    class Counted(SharedPrefix):
+        def __init__(self, llama, ids):
+            super().__init__(llama, ids)
+            made.append(self.ids)
+
+    monkeypatch.setattr(zero_shot_module, "SharedPrefix", Counted)
+    classifier = zero_shot(prompt="A long instruction that stands before: {text}", score=score)
+    records = [json.loads(line) for line in lines_of(classifier, rows)]
+    assert len(made) == 1
+    assert len(made[0]) > 20
+    texts = rows.read_text().splitlines()
+    by_chunk = [classifier.predict_proba(texts[i : i + 4]) for i in range(0, 11, 4)]
+    assert len(made) == 4  # the weights might have changed in between
+    found = [[record["probabilities"][label] for label in classifier.labels] for record in records]
+    expected = np.concatenate(by_chunk).tolist()
+    assert found == [[float(f"{value:.6g}") for value in row] for row in expected]
+
+
 @pytest.mark.parametrize("score", ["sum", "byte-mean", "contextual"])
 def test_the_score_of_label_words_is_named(rows, score):
     classifier = zero_shot(score=score)
     assert {json.loads(line)["score"] for line in lines_of(classifier, rows)} == {score}
     assert f"score {score}" in described(classifier)
+
+
+def test_a_chat_is_said_to_be_one():
+    classifier = zero_shot()
+    assert described(classifier).endswith(r', prompt "Text: {text}\nis"]')
+    classifier.prompt = PromptOptions(prompt="{text}?", chat=True)
+    assert described(classifier).endswith(', asked in a chat "{text}?"]')
 
 
 def test_a_head_says_its_layer_and_temperature():

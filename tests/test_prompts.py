@@ -49,6 +49,12 @@ def test_the_labels_and_other_braces_are_shown(words):
     assert words.decode(template.encode("T").ids) == "a, b? {x} T:"
 
 
+def test_a_label_that_holds_braces_is_shown_as_it_is(words):
+    labels = ("a{text}", "b{labels}")
+    template = prompt(words, "{labels}: {text} {labels}", labels=labels)
+    assert words.decode(template.encode("T").ids) == "a{text}, b{labels}: T a{text}, b{labels}"
+
+
 @pytest.mark.parametrize("keep_end", [False, True])
 def test_the_text_is_shortened_and_never_the_frame(words, keep_end):
     text = " ".join(str(number) for number in range(500))

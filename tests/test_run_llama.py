@@ -94,6 +94,7 @@ def test_training_predicts_with_what_it_has_learned(files, base, capsys, option)
     saved = json.loads((files / "run" / "classifier.json").read_text())
     assert saved["weights"] == {"finetune": "full", "lora": "adapter"}[option]
     assert (saved["layer"], saved["pooling"], saved["dropout"]) == (2, "last", 0.1)
+    assert saved["labels"] == ["bad", "good"]  # the files have numbers: --label-names was read
     first = (files / "dev.out").read_text()
     assert run(files, option, *learning, model=base) == 2  # the run is there
     assert "--force replaces it" in capsys.readouterr().err
@@ -142,9 +143,44 @@ def test_the_same_label_on_every_row_is_a_placeholder(files, base, capsys):
     assert "test: no labels to compare with" in capsys.readouterr().out
 
 
+def test_what_is_left_out_is_said(files, base, capsys):
+    lines = (files / "dev.txt").read_text()
+    (files / "dev.txt").write_text("unknown ||| a label\n" + lines)
+    assert run(files, "prompt", model=base) == 0
+    captured = capsys.readouterr()
+    assert "line 1: label 'unknown' is not one of 'bad', 'good'" in captured.err
+    assert '[label words, score sum, temperature 1, prompt "{text} Is this movie' in captured.err
+    assert "dev: no labels to compare with" in captured.out
+    (files / "dev.txt").write_text(lines + "no separator\n")
+    for option in ("prompt", "lora"):
+        assert run(files, option, model=base) == 2
+        assert "leave it out with --skip-bad-rows" in capsys.readouterr().err
+        assert run(files, option, "--label-names", "none.json", model=base) == 2
+        assert "none.json: No such file" in capsys.readouterr().err
+    assert run(files, "prompt", "--skip-bad-rows", model=base) == 0
+    assert "bad rows left out: 1" in capsys.readouterr().err
+    assert len(rows_of(files / "dev.out")) == 8
+
+
+@pytest.mark.parametrize("option", ["generate", "prompt", "finetune", "lora"])
+@pytest.mark.parametrize("place", ["/proc/none/x", ".", "dev.txt"])
+def test_what_cannot_be_written_is_found_before_the_work(files, capsys, monkeypatch, option, place):
+    monkeypatch.chdir(files)
+    before = (files / "dev.txt").read_bytes()
+    name = "--generated_sentence_high_temp_out" if option == "generate" else "--test_out"
+    assert run(files, option, name, place, model="is never read") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{name} dev.txt is the file of --dev" in error or "cannot write" in error
+    assert (files / "dev.txt").read_bytes() == before
+    assert not (files / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--option", "lora", "--train", "a", "--dev", "b", "--lr", "0"], "lr must be > 0"),
+        (["--option", "prompt", "--dev", "b", "--label-names", "none.json"], "none.json: No such"),
         (["--option", "finetune"], "--option finetune needs --train FILE"),
         (["--option", "prompt"], "--option prompt needs --label-names FILE"),
         (["--pretrained-model-path", "nowhere/at/all.pt"], "nowhere/at/all.pt"),

@@ -3,6 +3,7 @@
 Knows nothing of how a text's logits come about, of training or of files.
 """
 
+import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,7 @@ class Classifier(nn.Module, ABC):
             MinllamaError: a text cannot be encoded, or has no tokens.
         """
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
-        with evaluating(self), torch.inference_mode():
+        with evaluating(self), torch.inference_mode(), self.steady():
             encoded = [self.encode(text) for text in texts]
             self._begin(len(texts))
             for indices in self.batches([_padded_len(prompt) for prompt in encoded]):
@@ -115,7 +116,6 @@ class Classifier(nn.Module, ABC):
                 logits[indices] = batch.cpu().numpy()
                 if progress is not None:
                     progress(len(indices))
-            self._end()
         return logits
 
     def predict_proba(
@@ -151,11 +151,13 @@ class Classifier(nn.Module, ABC):
             yield order[start : start + n]
             start += n
 
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """A promise that the weights stay as they are: what all prompts share is read once."""
+        yield
+
     def _begin(self, n_texts: int) -> None:
         """Called before the batches of one prediction."""
-
-    def _end(self) -> None:
-        """Called after them."""
 
 
 class evaluating:

@@ -59,6 +59,10 @@ class SharedPrefix:
         self._rows.grow(n + new_len)
         return self._rows
 
+    def forget_rows(self) -> None:
+        """Keep the prefix and no batch: the next one is as if none had been before."""
+        self._rows = None
+
 
 def compute_label_scores(
     llama: Llama, prompts: Sequence[EncodedPrompt], prefix: SharedPrefix | None = None

@@ -4,7 +4,8 @@ Untrained it is a zero-shot classifier; its scores are logits, so it is also wha
 fine-tuning trains (Schick & Schuetze 2021; Gao et al. 2021). Knows nothing of training or files.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -90,6 +91,7 @@ class LlamaZeroShotClassifier(Classifier):
         self.shots = tuple(shots)
         self.prior: Tensor | None = None
         self._prefix: SharedPrefix | None = None
+        self._steady = 0  # how many promises of steady weights hold
 
     @property
     def n_layers(self) -> int:
@@ -148,10 +150,20 @@ class LlamaZeroShotClassifier(Classifier):
         else:
             self.prior = scores.log_softmax(-1).exp().mean(0).log()
 
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """See `Classifier.steady`; these may stand within each other."""
+        self._steady += 1
+        try:
+            yield
+        finally:
+            self._steady -= 1
+            if not self._steady:
+                self._prefix = None
+
     def _begin(self, n_texts: int) -> None:
-        if n_texts > 1 and self._prefix is None:
+        if self._prefix is not None:
+            self._prefix.forget_rows()
+        elif n_texts > 1:
             # The last id may depend on how the text begins.
             self._prefix = SharedPrefix(self.llama, self.template.encode_constant()[:-1])
-
-    def _end(self) -> None:
-        self._prefix = None

@@ -18,7 +18,7 @@ from minllama.cli.common import (
     open_model,
     pick,
 )
-from minllama.errors import MinllamaError, OptionError
+from minllama.errors import DataError, MinllamaError, OptionError
 from minllama.options import DataOptions, PromptOptions, ZeroShotOptions
 
 if TYPE_CHECKING:
@@ -135,8 +135,32 @@ def _check_input(
         raise OptionError("--resume goes on with FILE and --force replaces it; give one of them")
     if output != "-" and Path(output).is_dir():
         raise OptionError(f"{output} is a folder; name a file")
+    if rows is not None:
+        _check_distinct(rows, output)
+    _check_texts(texts)
     if output != "-" and Path(output).is_file() and not (resume or force):
         raise OptionError(f"{output} exists; --resume goes on with it, --force replaces it")
+
+
+def _check_texts(texts: tuple[str, ...]) -> None:
+    """Refuse what would be a bad row in a file."""
+    from minllama.data import check_text
+
+    for number, text in enumerate(texts, start=1):
+        try:
+            check_text(text)
+        except ValueError as error:
+            where = "--text" if len(texts) == 1 else f"--text number {number}"
+            raise DataError(f"{where}: {error}; give one that can be read, or none") from error
+
+
+def _check_distinct(rows: str, output: str) -> None:
+    """Refuse to write over what is read, by whatever name or link it is called."""
+    from minllama.data import is_source
+
+    if is_source(output, rows):
+        what = "standard output" if output == "-" else output
+        raise OptionError(f"{what} is the file that --input reads; name another for --output")
 
 
 def _changed(*options: Any) -> list[str]:
@@ -233,7 +257,13 @@ def _classify_rows(
 ) -> None:
     from minllama.cli.waiting import ConsoleSay
     from minllama.data import BadRows, count_rows
-    from minllama.experiment.predicting import described, first_row, last_record, predict_stream
+    from minllama.experiment.predicting import (
+        described,
+        first_row,
+        last_record,
+        predict_stream,
+        score_of,
+    )
 
     bad_rows, say = BadRows(), ConsoleSay()
     last, end = last_record(Path(output)) if resume else (None, 0)
@@ -270,7 +300,8 @@ def _classify_rows(
         say.close()
     if bad_rows.count:
         say.say(f"bad rows left out: {bad_rows.count} ({bad_rows.summary()})")
-    say.say(f"classified {count:,} texts")
+    score = score_of(classifier)
+    say.say(f"classified {count:,} texts" + (f", score {score}" if score else ""))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from minllama.atomic import check_replaceable
 from minllama.cli.common import DTYPES, debug_option, ended_by_interrupts, torch_dtype
 from minllama.errors import MinllamaError
 
@@ -45,6 +46,8 @@ def command(
     """Write the checkpoint SRC (a file, a folder, a Hugging Face id, or `default`) to DST."""
     if not dst:
         raise MinllamaError("the name of DST is empty; name a file or folder to write")
+    if target == "hf":
+        check_replaceable(dst)
     if Path(dst).exists() and not force:
         raise MinllamaError(f"{dst} exists; --force replaces it")
     if dtype == "q8_0" and target != "gguf":

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from minllama.atomic import check_replaceable
 from minllama.cli.common import (
     classifier_options,
     dataclass_options,
@@ -58,15 +59,17 @@ def command(
     data = pick(DataOptions, values)
     if output == "":
         raise MinllamaError("the name of --output is empty; name a folder")
+    if output is not None:
+        check_replaceable(output)
     if output is not None and (Path(output) / "metrics.json").exists() and not force:
         raise MinllamaError(f"{output}: an earlier report is there; --force replaces it")
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
         from minllama.cli.waiting import ConsoleSay
-        from minllama.data import load_dataset
+        from minllama.data import load_dataset, one_class
         from minllama.experiment import evaluate_classifier
         from minllama.experiment.measuring import settings_of, versions
-        from minllama.experiment.predicting import described
+        from minllama.experiment.predicting import described, score_of
         from minllama.report import Report, print_summary, write_report
 
     began = datetime.now(UTC).astimezone()
@@ -77,10 +80,10 @@ def command(
         raise MinllamaError(
             f"{split.source}: its rows have several labels, and {classifier} gives one to each text"
         )
+    notes = [str(notice) for notice in (*split.notices, *one_class(split))]
     say = ConsoleSay()
-    say.say(described(loaded))
-    for notice in split.notices:
-        say.say(str(notice))
+    for line in (described(loaded), *notes):
+        say.say(line)
     progress = say.advance("evaluating", len(split))
     try:
         reported = evaluate_classifier(loaded, split, "data", seed=seed, progress=progress)
@@ -103,8 +106,9 @@ def command(
                 data=data,
             ),
             versions=versions(),
-            notes=[str(notice) for notice in split.notices],
+            notes=notes,
             created=began,
+            score=score_of(loaded),
         )
         write_report(output, report)
     print_summary(split.source, reported.evaluation)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from minllama.atomic import check_replaceable
 from minllama.cli.common import classifier_options, debug_option, ended_by_interrupts
 from minllama.errors import MinllamaError
 
@@ -25,14 +26,26 @@ def command(
     """Write CLASSIFIER to DST as a model of its own, which needs no base model any more."""
     if not dst:
         raise MinllamaError("the name of DST is empty; name a folder to write")
+    check_replaceable(dst)
     if Path(dst).exists() and not force:
         raise MinllamaError(f"{dst} exists; --force replaces it")
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
         from minllama.classifier.files import classifier_settings, merge_classifier, save_classifier
+        from minllama.experiment.folder import RECORDS, copy_records
+        from minllama.experiment.measuring import saved_headlines
 
-    loaded = load_classifier(classifier, model=base, dtype=dtype, device=device)
+    source = Path(classifier)
+    loaded = load_classifier(source, model=base, dtype=dtype, device=device)
+    metrics = saved_headlines(source)
     drift = merge_classifier(loaded)
-    training = classifier_settings(classifier)
-    save_classifier(loaded, dst, training={**training, "merged from": classifier})
+    merged = {"merged from": classifier, "largest drift of a logit": float(f"{drift:.2g}")}
+    save_classifier(
+        loaded,
+        dst,
+        training={**classifier_settings(source), **merged},
+        metrics=metrics,
+        also=lambda folder: copy_records(source, folder),
+        removes=RECORDS,  # those of what was there before
+    )
     click.echo(f"wrote {dst}; the largest drift of a logit is {drift:.2g}", err=True)

@@ -3,11 +3,12 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from minllama.cli.common import (
     dataclass_options,
@@ -69,6 +70,7 @@ def command(
     **values: Any,
 ) -> None:
     """Train a classifier, calibrate it, evaluate it beside baselines, and write a report."""
+    given = _given(values)
     groups = {
         "classifier": pick(ClassifierOptions, values),
         "prompt": pick(PromptOptions, values),
@@ -80,7 +82,7 @@ def command(
         raise MinllamaError("the name of --output is empty; name a folder")
     with ended_by_interrupts():
         from minllama.cli.waiting import ConsoleSay
-        from minllama.experiment import Experiment, run_experiment
+        from minllama.experiment import Experiment, check_uses, run_experiment
         from minllama.report import print_summary
     experiment = Experiment(
         train=train,
@@ -93,6 +95,7 @@ def command(
         device=device,
         **groups,
     )
+    check_uses(experiment, given)
     say = ConsoleSay()
     try:
         with _terminated_as_interrupted():
@@ -112,6 +115,12 @@ def command(
     click.echo(
         f"wrote {output}: the classifier, report.html, metrics.json, predictions.jsonl", err=True
     )
+
+
+def _given(names: Iterable[str]) -> set[str]:
+    """Those of the options that were typed, be it with their defaults."""
+    source = click.get_current_context().get_parameter_source
+    return {name for name in names if source(name) is ParameterSource.COMMANDLINE}
 
 
 class _Terminated(SystemExit):

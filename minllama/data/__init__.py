@@ -8,15 +8,17 @@ from minllama.data.dataset import (
     Labels,
     Notice,
     Row,
+    check_text,
     count_rows,
     load_dataset,
     stream_rows,
 )
 from minllama.data.labels import read_label_names
 from minllama.data.records import BadRow, BadRows
-from minllama.data.source import Source
+from minllama.data.source import Source, is_source
 from minllama.data.splits import (
     check_splits,
+    one_class,
     sample_balanced,
     sample_per_class,
     stratified_split,
@@ -31,8 +33,11 @@ __all__ = [
     "Row",
     "Source",
     "check_splits",
+    "check_text",
     "count_rows",
+    "is_source",
     "load_dataset",
+    "one_class",
     "read_label_names",
     "sample_balanced",
     "sample_per_class",

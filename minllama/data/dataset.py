@@ -126,6 +126,7 @@ class _Examples:
         self._reader = reader
         self._needs_labels = needs_labels
         self._bad_rows = BadRows()
+        self._unread = BadRows()  # labels that nobody needs, and that are none
         self._texts: list[str] = []
         self._cells: list[list[Cell] | None] = []
         self._has_lists = False
@@ -136,7 +137,7 @@ class _Examples:
             value = None
             if isinstance(row, Record) and self._label_column is not None:
                 value = row.values.get(self._label_column)
-            cells = self._read_label(value)
+            cells = self._read_label(row, value)
         except ValueError as error:
             self._bad_rows.add(BadRow(row.index, row.place, str(error)))
             return
@@ -144,12 +145,13 @@ class _Examples:
         self._cells.append(cells)
         self._has_lists = self._has_lists or isinstance(value, list)
 
-    def _read_label(self, value: Any) -> list[Cell] | None:
+    def _read_label(self, row: Record | BadRow, value: Any) -> list[Cell] | None:
         try:
             cells = self._reader.read(value)
-        except ValueError:
+        except ValueError as error:
             if self._needs_labels:
                 raise
+            self._unread.add(BadRow(row.index, row.place, str(error)))
             return None
         if cells is None and self._needs_labels:
             if str(value) == str(UNLABELLED):
@@ -175,15 +177,22 @@ class _Examples:
             message = f"{name}: bad rows left out: {bad_rows.count} ({bad_rows.summary()})"
             notices.append(Notice("skipped", message, bad_rows.count))
         given = [cells for cells in self._cells if cells is not None]
-        if 0 < len(given) < len(self._cells):
-            message = (
-                f"{name}: only {len(given)} of {len(self._cells)} rows have a known label; "
-                "none of these labels is used"
-            )
-            notices.append(Notice("unlabelled", message, len(self._cells) - len(given)))
+        if self._unread.count or 0 < len(given) < len(self._cells):
+            notices.append(self._unlabelled(name, len(given)))
         multi_label = options.multi_label or self._has_lists
         labels, names = self._numbered(given, multi_label)
         return Dataset(self._texts, labels, names, name, multi_label, tuple(notices))
+
+    def _unlabelled(self, name: str, n_given: int) -> Notice:
+        known = f"only {n_given}" if n_given else "none"
+        why = ""
+        if self._unread.count:
+            why = "; ".join(filter(None, (self._unread.summary(), self._reader.hint)))
+        message = (
+            f"{name}: {known} of {len(self._cells)} rows have a known label"
+            f"{why and f' ({why})'}; none of these labels is used"
+        )
+        return Notice("unlabelled", message, len(self._cells) - n_given)
 
     def _numbered(
         self, given: list[list[Cell]], multi_label: bool
@@ -347,6 +356,16 @@ def _text_of(row: Record | BadRow, column: str) -> str:
         raise ValueError(
             f"no {column!r}" if missing else f"{column!r} holds {type(text).__name__}, no text"
         )
+    check_text(text)
+    return text
+
+
+def check_text(text: str) -> None:
+    """Whether a text can be classified: what a row of a file must have, and any other text.
+
+    Raises:
+        ValueError: it cannot; says why.
+    """
     if not text.strip():
         raise ValueError("the text is empty")
     if "\0" in text:
@@ -355,4 +374,3 @@ def _text_of(row: Record | BadRow, column: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError("the text holds half a character (a lone surrogate)") from error
-    return text

@@ -42,6 +42,7 @@ class LabelReader:
         *,
         separator: str | None = None,
     ) -> None:
+        self._names_are_given = numbers is not None
         if known is None and numbers is not None:
             known = [numbers[number] for number in sorted(numbers)]
         elif known is not None and numbers is None and not any(map(_is_integer, known)):
@@ -94,7 +95,8 @@ class LabelReader:
             same = name if name in self.index_of else str(number)
             name = self._numbers.get(number, same)
         if name not in self.index_of:
-            if _is_integer(cell) and not any(map(_is_integer, self.known)):
+            no_number_is_a_name = not any(map(_is_integer, self.known))
+            if _is_integer(cell) and no_number_is_a_name and not self._names_are_given:
                 self.hint = "--label-names FILE says which names the numbers have"
             meant = "" if name == str(cell) else f" ({shown(name)})"
             raise ValueError(f"label {shown(cell)}{meant} is not one of {listed(self.known)}")

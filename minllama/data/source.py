@@ -9,10 +9,11 @@ import contextlib
 import gzip
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TextIO, cast
 
 from minllama.data.arrow import EXAMPLE_ID, HubDataset, hub_table, parquet_table, parse_hub_id
 from minllama.data.lines import (
@@ -84,6 +85,27 @@ def open_table(
         raise DataError(f"{name}: {error.strerror}; name a file that you may read") from error
     with file:
         yield _stream_table(file, name, kind, labelled)
+
+
+def is_source(path: str | os.PathLike[str], source: Source) -> bool:
+    """Whether `path` is the file that `source` is read from, by whatever name or link.
+
+    What is written there would be lost to the reader, or read as input in turn.
+
+    Args:
+        path: a file that is to be written, or `-` for standard output.
+        source: as for `open_table`.
+    """
+    try:
+        written = _stat_of(os.fspath(path), sys.stdout)
+        read = _stat_of(os.path.expanduser(source), sys.stdin)
+    except (OSError, ValueError, AttributeError):  # no such file, a NUL in a name, a closed stream
+        return False
+    return stat.S_ISREG(read.st_mode) and os.path.samestat(written, read)
+
+
+def _stat_of(name: str, stream: TextIO) -> os.stat_result:
+    return os.fstat(stream.fileno()) if name == STANDARD_INPUT else os.stat(name)
 
 
 def _on_the_hub(source: Source) -> HubDataset | None:

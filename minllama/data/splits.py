@@ -129,7 +129,7 @@ def check_splits(
         _check_classes(train, counts, split)
         for other in earlier:
             notices += _duplicates(other, split)
-        notices += _one_class(split)
+        notices += one_class(split)
         earlier.append(split)
     return notices
 
@@ -188,7 +188,8 @@ def _duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
     return [Notice("duplicates", message, count)]
 
 
-def _one_class(split: Dataset) -> list[Notice]:
+def one_class(split: Dataset) -> list[Notice]:
+    """A word of caution where all rows have one label, as in files whose answers are kept back."""
     used = [name for name, n in zip(split.label_names, split.class_counts(), strict=True) if n]
     if split.multi_label or len(used) != 1 or len(split) < 2:
         return []

@@ -1,19 +1,22 @@
 """From files of labelled texts to an evaluated classifier in a folder: what the doors call.
 
 `splits` reads and checks the data, `fitting` makes and trains the classifier, `measuring`
-evaluates it beside its baselines, `run` does all of it. Nothing here parses arguments or prints.
+evaluates it beside its baselines, `uses` tells which options take effect, `run` does all of it.
+Nothing here parses arguments or prints.
 """
 
 from minllama.experiment.measuring import evaluate_classifier
 from minllama.experiment.run import Experiment, Outcome, run_experiment
 from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
+from minllama.experiment.uses import check_uses
 
 __all__ = [
     "Experiment",
     "Outcome",
     "Say",
     "Splits",
+    "check_uses",
     "evaluate_classifier",
     "load_splits",
     "run_experiment",

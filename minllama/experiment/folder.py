@@ -4,41 +4,65 @@ Knows nothing of how a classifier comes about.
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from minllama.atomic import atomic_folder
+from minllama.atomic import atomic_folder, check_replaceable
 from minllama.classifier.head_file import CLASSIFIER_FILE
 from minllama.errors import MinllamaError, OptionError
 from minllama.experiment.fitting import LAYER_FILE, TRAINED
-from minllama.training_state import CHECKPOINT, METRICS, remove_checkpoint
+from minllama.report.files import METRICS_FILE, REPORT_FILES
+from minllama.training_state import CHECKPOINT, METRICS, has_checkpoint, remove_checkpoint
 
-REPORT_FILE = "metrics.json"
+# What tells of a classifier's training and measurement, and goes where it goes.
+RECORDS = (*REPORT_FILES, METRICS)
+RESULTS = (CLASSIFIER_FILE, METRICS_FILE)  # of a run that has come to its end
 
 
-def check_output(output: Path, method: str, *, resume: bool, force: bool) -> None:
+def check_output(output: Path, method: str, *, resume: bool, force: bool) -> bool:
     """Refuse to lose an earlier run, or to go on with none.
+
+    Returns:
+        Whether there is a checkpoint to go on from, as is wanted with `resume`. False also where a
+        run was cut before its first: it then begins again, and nothing is lost.
 
     Raises:
         MinllamaError: says what is there, or what is not.
     """
-    has_checkpoint = (output / CHECKPOINT).exists()
+    check_replaceable(output)
     if resume and force:
         raise OptionError("--resume goes on with a run and --force replaces it; give one of them")
     if resume:
-        if method not in TRAINED:
-            raise OptionError(
-                f"--resume goes on with a training, and {method} has none; leave it away"
-            )
-        if not has_checkpoint:
-            raise MinllamaError(
-                f"{output}: there is no checkpoint to go on from; leave --resume away"
-            )
-        return
-    old = (CHECKPOINT, METRICS, CLASSIFIER_FILE, REPORT_FILE)
-    if not force and any((output / name).exists() for name in old):
-        what = "--resume goes on with it, " if has_checkpoint else ""
-        raise MinllamaError(f"{output}: an earlier run is there; {what}--force replaces it")
+        return _is_resumable(output, method)
+    if force:
+        return False
+    if (output / CHECKPOINT).exists():
+        raise MinllamaError(
+            f"{output}: an earlier run is there; --resume goes on with it, --force replaces it"
+        )
+    if any((output / name).exists() for name in RESULTS):
+        raise MinllamaError(f"{output}: an earlier run is there; --force replaces it")
+    if (output / METRICS).exists():
+        raise MinllamaError(
+            f"{output}: a run that left no checkpoint is there; --force starts anew"
+        )
+    return False
+
+
+def _is_resumable(output: Path, method: str) -> bool:
+    if method not in TRAINED:
+        raise OptionError(f"--resume goes on with a training, and {method} has none; leave it away")
+    if has_checkpoint(output):
+        return True
+    if any((output / name).exists() for name in RESULTS):
+        raise MinllamaError(
+            f"{output}: an earlier run is there, and no checkpoint to go on from; --force replaces "
+            "it"
+        )
+    if not any((output / name).exists() for name in (METRICS, LAYER_FILE)):
+        raise MinllamaError(f"{output}: there is no checkpoint to go on from; leave --resume away")
+    return False
 
 
 @contextlib.contextmanager
@@ -67,3 +91,10 @@ def remove_earlier_run(output: Path) -> None:
     for name in (LAYER_FILE, METRICS):
         (output / name).unlink(missing_ok=True)
     remove_checkpoint(output)
+
+
+def copy_records(source: Path, target: Path) -> None:
+    """Take the records along to where a classifier is written anew, those that are there."""
+    for name in RECORDS:
+        if (source / name).is_file():
+            shutil.copy2(source / name, target / name)

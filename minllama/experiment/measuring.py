@@ -4,8 +4,10 @@ Knows nothing of training.
 """
 
 import dataclasses
+import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,10 @@ import minllama
 from minllama.baselines import Baseline
 from minllama.classifier.base import Classifier, probabilities
 from minllama.data import Dataset
+from minllama.errors import CheckpointError
 from minllama.evaluation import Evaluation, evaluate
 from minllama.report import ReportedSplit
+from minllama.report.files import METRICS_FILE
 
 HEADLINES = ("accuracy", "macro_f1", "log_loss", "calibration_error")
 
@@ -64,6 +68,26 @@ def headlines(split: ReportedSplit) -> dict[str, float]:
     if split.evaluation is None:
         return {}
     return {name: float(getattr(split.evaluation, name)) for name in HEADLINES}
+
+
+def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
+    """The headlines of each split in the report that lies in `folder`; empty where none does.
+
+    Raises:
+        CheckpointError: its metrics.json is damaged.
+    """
+    path = folder / METRICS_FILE
+    try:
+        splits = json.loads(path.read_bytes())["splits"]
+        measured = {n: s["evaluation"] for n, s in splits.items() if s["evaluation"] is not None}
+        return {
+            name: {metric: float(values[metric]) for metric in HEADLINES}
+            for name, values in measured.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it, or bring it back") from error
 
 
 def versions() -> dict[str, str]:

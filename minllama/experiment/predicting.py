@@ -55,13 +55,14 @@ def predict_stream(
     """
     check_format(classifier, output_format)
     rows = stream_rows(source, data, start=first_row(last), bad_rows=bad_rows)
-    for _, group in groupby(rows, key=lambda row: row.index // CHUNK):
-        chunk = list(group)
-        p = classifier.predict_proba([row.text for row in chunk], progress=progress)
-        done = 0
-        if last is not None:
-            done, last = _rows_done(classifier, last, chunk, p, source), None
-        yield list(prediction_lines(classifier, chunk[done:], p[done:], output_format))
+    with classifier.steady():
+        for _, group in groupby(rows, key=lambda row: row.index // CHUNK):
+            chunk = list(group)
+            p = classifier.predict_proba([row.text for row in chunk], progress=progress)
+            done = 0
+            if last is not None:
+                done, last = _rows_done(classifier, last, chunk, p, source), None
+            yield list(prediction_lines(classifier, chunk[done:], p[done:], output_format))
     if last is not None:
         raise _other_input(last, source)
 
@@ -114,12 +115,13 @@ def record(
             for name, value in zip(classifier.labels, probabilities.tolist(), strict=True)
         },
     }
-    if score := _score_of(classifier):
+    if score := score_of(classifier):
         said["score"] = score
     return said
 
 
-def _score_of(classifier: Classifier) -> str | None:
+def score_of(classifier: Classifier) -> str | None:
+    """How label words are scored; None for a head."""
     return classifier.score if isinstance(classifier, LlamaZeroShotClassifier) else None
 
 
@@ -128,7 +130,8 @@ def described(classifier: Classifier) -> str:
     temperature = f"temperature {classifier.temperature:.3g}"
     if isinstance(classifier, LlamaZeroShotClassifier):
         prompt = json.dumps(classifier.prompt.prompt, ensure_ascii=False)
-        return f"[label words, score {classifier.score}, {temperature}, prompt {prompt}]"
+        asked = "asked in a chat" if classifier.prompt.chat else "prompt"
+        return f"[label words, score {classifier.score}, {temperature}, {asked} {prompt}]"
     n_layers = classifier.llama.config.n_layers
     return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
 
@@ -181,7 +184,7 @@ def _rows_done(
         last["probabilities"],
         dict(zip(classifier.labels, probabilities[place], strict=True)),
     )
-    is_alike = was.keys() == now.keys() and last.get("score") == _score_of(classifier)
+    is_alike = was.keys() == now.keys() and last.get("score") == score_of(classifier)
     if not is_alike or any(
         not isinstance(p, int | float) or abs(p - now[name]) > SAME_PROBABILITY
         for name, p in was.items()

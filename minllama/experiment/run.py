@@ -39,11 +39,14 @@ from minllama.experiment.measuring import (
     settings_of,
     versions,
 )
-from minllama.experiment.predicting import described
+from minllama.experiment.predicting import described, score_of
 from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
+from minllama.experiment.uses import check_uses
 from minllama.llama import Llama
 from minllama.loading import usable_device
+from minllama.lora.targets import matching_modules
+from minllama.losses import check_ordinal
 from minllama.options import (
     ClassifierOptions,
     DataOptions,
@@ -53,7 +56,7 @@ from minllama.options import (
 )
 from minllama.report import Report, write_report
 from minllama.tokenizer import Tokenizer
-from minllama.training import TrainingResult, fit
+from minllama.training import TrainingResult, fit, summary_writer
 from minllama.training_state import CHECKPOINT
 
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
@@ -112,7 +115,8 @@ def run_experiment(
 
     Args:
         experiment: what to do.
-        resume: go on with the run that was cut in the output folder.
+        resume: go on with the run that was cut in the output folder, from its checkpoint; from the
+            beginning if it was cut before the first.
         force: replace what an earlier run left there.
         say: what the person hears.
 
@@ -124,8 +128,13 @@ def run_experiment(
     say = say or Say()
     began, started = datetime.now(UTC).astimezone(), time.perf_counter()
     training = experiment.training
-    check_output(experiment.output, experiment.classifier.method, resume=resume, force=force)
-    _check_libraries()
+    check_uses(experiment)
+    method, is_asked = experiment.classifier.method, resume
+    resume = check_output(experiment.output, method, resume=resume, force=force)
+    if is_asked and not resume:
+        say.say(f"{experiment.output}: the run was cut before its first checkpoint; it begins anew")
+    _check_libraries(training)
+    _check_labels(experiment, multi_label=experiment.data.multi_label)
     splits = load_splits(
         experiment.train,
         experiment.dev,
@@ -137,6 +146,7 @@ def run_experiment(
     )
     for notice in splits.notices:
         say.say(notice)
+    _check_labels(experiment, multi_label=splits.train.multi_label)
     llama, tokenizer = _open(experiment)
     with writable(experiment.output):
         if not resume:
@@ -151,7 +161,7 @@ def run_experiment(
     return Outcome(classifier, splits, report, result)
 
 
-def _check_libraries() -> None:
+def _check_libraries(training: TrainingOptions) -> None:
     """Find out before hours of work what is missing after them."""
     for module, name in LIBRARIES.items():
         try:
@@ -161,6 +171,18 @@ def _check_libraries() -> None:
                 f"training and its report need the library {name}; "
                 "install it with: python -m pip install 'minllama[train]'"
             ) from error
+    if training.tensorboard:
+        summary_writer()
+
+
+def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
+    """Refuse what needs one label a text: asked as soon as it is known how many there may be."""
+    options = experiment.classifier
+    if multi_label and (options.method == "zero-shot" or options.objective == "label-words"):
+        raise MinllamaError(
+            "label words choose one label; for texts with several use --objective head"
+        )
+    check_ordinal(experiment.training.ordinal, multi_label=multi_label)
 
 
 def _gpus() -> range:
@@ -183,6 +205,8 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
         device=device,
         **{**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})},
     )
+    if options.method == "lora":  # names that are not there are found before texts are read
+        matching_modules(llama, experiment.lora.target_modules, None)
     return llama.requires_grad_(False), tokenizer
 
 
@@ -199,16 +223,7 @@ def _train(
     training = experiment.training
     beside: dict[str, Evaluation] = {}
     classifier: Classifier
-    if options.method not in TRAINED and (training.ordinal or training.self_distillation):
-        raise MinllamaError(
-            f"--method {options.method} takes no steps that --ordinal or --self-distillation "
-            f"could change; use --method {' or '.join(TRAINED)}"
-        )
     if options.method == "zero-shot" or options.objective == "label-words":
-        if splits.train.multi_label:
-            raise MinllamaError(
-                "label words choose one label; for texts with several use --objective head"
-            )
         classifier = make_zero_shot(
             llama,
             tokenizer,
@@ -276,7 +291,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         "dev": experiment.dev or "set aside from train",
         "test": experiment.test,
     }
-    return {"files": files, **_settings_of_run(experiment)}
+    return {"files": files, **settings_of(data=experiment.data), **_settings_of_run(experiment)}
 
 
 def _settings_of_run(experiment: Experiment) -> dict[str, Any]:
@@ -346,6 +361,7 @@ def _measured(
         settings=_settings(experiment),
         versions=versions(),
         notes=notes,
+        score=score_of(classifier),
     )
 
 

@@ -10,6 +10,7 @@ from minllama.data import (
     Notice,
     check_splits,
     load_dataset,
+    one_class,
     sample_per_class,
     stratified_split,
 )
@@ -78,13 +79,20 @@ def load_splits(
         tested = load_dataset(test, options, label_names=learned.label_names, needs_labels=False)
         spoken += tested.notices
     spoken += check_splits(learned, held, tested)
-    if tested is not None and _is_placeholder(tested):
-        # An accuracy on labels that say nothing would be a number that means nothing.
-        spoken.append(f"{tested.source}: its labels are left out of account")
-        tested = replace(tested, labels=None)
+    if tested is not None:
+        tested = without_placeholders(tested)
+        spoken += tested.notices
     return Splits(learned, held, tested, tuple(dict.fromkeys(map(str, spoken))))
 
 
-def _is_placeholder(split: Dataset) -> bool:
-    """Whether all labels are the same one, as in test files whose answers are kept back."""
-    return split.labels is not None and len(split) > 1 and len(set(split.labels)) == 1
+def without_placeholders(split: Dataset) -> Dataset:
+    """The split, without its labels where all are the same one, and with a notice that says so.
+
+    So it is in test files whose answers are kept back; an accuracy would be a number that means
+    nothing.
+    """
+    if split.labels is None or len(split) < 2 or len(set(split.labels)) > 1:
+        return split
+    message = f"{split.source}: its labels are left out of account"
+    notices = (*split.notices, *one_class(split), Notice("one-class", message, len(split)))
+    return replace(split, labels=None, notices=notices)

@@ -63,6 +63,7 @@ class Report:
         notes: what a reader must know about the data, such as duplicates; a line each.
         created: when the run ended.
         seconds: how long it took.
+        score: how label words are scored; None where there are none.
     """
 
     title: str
@@ -75,6 +76,7 @@ class Report:
     notes: Sequence[str] = ()
     created: datetime | None = None
     seconds: float | None = None
+    score: str | None = None
 
     def predicted(self, split: ReportedSplit) -> NDArray[np.bool_]:
         """(N, C), true where the class is predicted."""

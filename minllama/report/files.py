@@ -19,6 +19,8 @@ from minllama.atomic import atomic_folder
 from minllama.report.content import Report, ReportedSplit
 from minllama.report.page import render_page
 
+PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE = "report.html", "metrics.json", "predictions.jsonl"
+REPORT_FILES = (PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE)
 DIGITS = 6  # significant ones of a probability: about what float32 holds
 
 
@@ -37,16 +39,16 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
     with atomic_folder(folder) as temporary:
         # Half a character cannot be encoded: HTML has a reference for it that shows as �, and
         # JSON's own escape is what `backslashreplace` writes.
-        (temporary / "report.html").write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-        (temporary / "metrics.json").write_text(
+        (temporary / PAGE_FILE).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
+        (temporary / METRICS_FILE).write_text(
             metrics_json(report), encoding="utf-8", errors="backslashreplace"
         )
-        with (temporary / "predictions.jsonl").open(
+        with (temporary / PREDICTIONS_FILE).open(
             "w", encoding="utf-8", errors="backslashreplace"
         ) as file:
             for split in report.splits:
                 file.writelines(prediction_lines(report, split))
-    return Path(folder) / "report.html"
+    return Path(folder) / PAGE_FILE
 
 
 def metrics_json(report: Report) -> str:
@@ -93,7 +95,7 @@ def plain(value: Any) -> Any:
 def prediction_lines(report: Report, split: ReportedSplit) -> Iterator[str]:
     """For each text a line of JSON; with several labels a text, `label` and `predicted` are lists.
 
-    `label` is null for a text without a gold label.
+    `label` is null for a text without a gold label, and `score` says how label words were scored.
     """
     names = report.label_names
 
@@ -112,6 +114,8 @@ def prediction_lines(report: Report, split: ReportedSplit) -> Iterator[str]:
             "predicted": named(np.flatnonzero(predicted[i])),
             "probabilities": dict(zip(names, probabilities[i].tolist(), strict=True)),
         }
+        if report.score is not None:
+            row["score"] = report.score
         yield json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -1,0 +1,131 @@
+"""Which options take effect with which method and objective; what would be ignored is refused.
+
+Knows nothing of command lines, but for the flags that people call the options by.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from minllama.errors import OptionError
+from minllama.experiment.fitting import TRAINED
+from minllama.options import LoRAOptions, TrainingOptions, ZeroShotOptions
+
+if TYPE_CHECKING:
+    from minllama.experiment.run import Experiment
+
+CORRECTED = ("pmi", "contextual", "batch")  # the scores of which something is taken off
+
+
+class Use(NamedTuple):
+    """What some options are for.
+
+    Attributes:
+        names: of the options.
+        purpose: that, in the words of the command line.
+        takes_place: whether an experiment comes to it.
+    """
+
+    names: tuple[str, ...]
+    purpose: str
+    takes_place: "Callable[[Experiment], bool]"
+
+
+def check_uses(experiment: "Experiment", given: Collection[str] | None = None) -> None:
+    """Refuse options that would change nothing, all of them in one line.
+
+    Args:
+        experiment: with all its options.
+        given: the names of those that somebody has chosen; None for those that differ from their
+            defaults.
+
+    Raises:
+        OptionError: names each, and what it is for.
+    """
+    chosen = set(_changed(experiment) if given is None else given)
+    unused: dict[str, list[str]] = {}
+    for use in USES:
+        idle = [name for name in use.names if name in chosen]
+        if idle and not use.takes_place(experiment):
+            unused.setdefault(use.purpose, []).extend("--" + n.replace("_", "-") for n in idle)
+            chosen -= set(idle)  # the first reason is enough
+    if not unused:
+        return
+    options = experiment.classifier
+    objective = f" --objective {options.objective}" if options.method in TRAINED else ""
+    reasons = (f"{', '.join(flags)} (for {purpose})" for purpose, flags in unused.items())
+    raise OptionError(
+        f"--method {options.method}{objective} has no use for {', '.join(reasons)}; leave away "
+        "what it does not use, or choose what does"
+    )
+
+
+def _changed(experiment: "Experiment") -> Iterator[str]:
+    for group in (experiment.classifier, experiment.lora, experiment.training):
+        for field in dataclasses.fields(group):
+            if getattr(group, field.name) != field.default:
+                yield field.name
+
+
+def _is_trained(experiment: "Experiment") -> bool:
+    return experiment.classifier.method in TRAINED
+
+
+def _has_words(experiment: "Experiment") -> bool:
+    options = experiment.classifier
+    return options.method == "zero-shot" or options.objective == "label-words"
+
+
+def _trains_head(experiment: "Experiment") -> bool:
+    return _is_trained(experiment) and not _has_words(experiment)
+
+
+def _names(options: type, *, but: Collection[str] = ()) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(options) if field.name not in but)
+
+
+OF_HEADS = ("layer", "pooling")
+USED_WITHOUT_STEPS = ("class_weights", "seed")  # by the fit of a head, and by all draws
+
+USES = (
+    Use(_names(ZeroShotOptions), "--method zero-shot or --objective label-words", _has_words),
+    Use(
+        ("prior_strength",),
+        f"--score {', '.join(CORRECTED[:-1])} or {CORRECTED[-1]}",
+        lambda experiment: experiment.classifier.score in CORRECTED,
+    ),
+    Use(
+        ("objective",),
+        "--method lora or full",
+        lambda experiment: (
+            experiment.classifier.method != "zero-shot"
+            or experiment.classifier.objective == "label-words"  # which it is, in a way
+        ),
+    ),
+    Use(
+        OF_HEADS,
+        "heads: --method frozen, or lora or full with --objective head",
+        lambda experiment: not _has_words(experiment),
+    ),
+    Use(
+        ("dropout", "head_lr"),
+        "--method lora or full with --objective head",
+        _trains_head,
+    ),
+    Use(
+        ("dev_fraction",),
+        "a run without --dev",
+        lambda experiment: experiment.dev is None,
+    ),
+    Use(
+        ("class_weights",),
+        "--method frozen, lora or full",
+        lambda experiment: experiment.classifier.method != "zero-shot",
+    ),
+    Use(_names(TrainingOptions, but=USED_WITHOUT_STEPS), "--method lora or full", _is_trained),
+    Use(
+        _names(LoRAOptions),
+        "--method lora",
+        lambda experiment: experiment.classifier.method == "lora",
+    ),
+)
