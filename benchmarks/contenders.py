@@ -1,8 +1,8 @@
-"""One measurement of one contender in a process of its own: `python benchmarks/contenders.py TASK WHO`.
+"""One measurement of one contender in a process of its own: `contenders.py TASK WHO`.
 
-Prints one JSON object: the measured number, larger is better unless its name says seconds, and the
-process's peak memory in bytes. `benchmarks/speed.py` runs these in turns. All contenders of a task do
-the same work on the same weights; transformers and PEFT read the folder that `minllama convert` made.
+Prints one JSON object: the measured number and the process's peak memory in bytes.
+`benchmarks/speed.py` runs these in turns. All contenders of a task do the same work on the same
+weights; transformers and PEFT read the folder that `minllama convert` made.
 """
 
 import json

@@ -33,7 +33,7 @@ from minllama.checkpoints.layout import differences, listed, naming
 from minllama.config import LlamaConfig
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
-from minllama.lora.layer import LoRALayer
+from minllama.lora.layer import AnyLinear, LoRALayer
 from minllama.lora.model import adapter_names, attach_adapter, llama_of, lora_layers
 from minllama.lora.targets import linear_names, their_module_name
 from minllama.options import LoRAOptions
@@ -215,7 +215,7 @@ def _expected(
     shapes: dict[str, tuple[int, ...]] = {}
     for ours, of_module in options.items():
         module = llama.get_submodule(ours)
-        assert isinstance(module, nn.Linear | LoRALayer)
+        assert isinstance(module, AnyLinear | LoRALayer)
         key = f"{_PREFIX}{their_module_name(ours)}"
         shapes[f"{key}.{_KEYS['lora_A']}"] = (of_module.r, module.in_features)
         shapes[f"{key}.{_KEYS['lora_B']}"] = (module.out_features, of_module.r)

@@ -11,6 +11,7 @@ from minllama.llama import FeedForward, RMSNorm, load_pretrained
 from minllama.lora import add_lora_wrapper
 from minllama.native import attention, operations
 from minllama.native.library import best_level, library
+from minllama.native.low_rank import low_rank_product
 from minllama.native_step import NativeStep, can_run, is_short
 from minllama.rope import apply_rotary_embedding
 from tests.tiny import our_model, random_ids
@@ -295,3 +296,23 @@ def test_training_gives_the_gradients_of_the_plain_equations(plain):
     plain()
     for name, gradient in gradients().items():
         assert torch.allclose(fast[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 8, 21])
+def test_low_rank_products_and_their_gradients_are_those_of_two_products(rank, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 40).to(dtype)
+    a, b = torch.randn(rank, 40), torch.randn(27, rank)
+    mine = gradients_of(lambda x, a, b: low_rank_product(x, a, b, 0.5), x, a, b)
+    doubles = (x.double(), a.double(), b.double())
+    theirs = gradients_of(lambda x, a, b: 0.5 * (x @ a.T) @ b.T, *doubles)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    for ours, exact in zip(mine, theirs, strict=True):
+        assert torch.allclose(ours.double(), exact, rtol=rtol, atol=rtol * exact.abs().max())
+
+
+def test_low_rank_products_take_matrices_of_half_precision():
+    x, a, b = torch.randn(5, 16), torch.randn(4, 16).bfloat16(), torch.randn(8, 4).bfloat16()
+    exact = 2 * x @ a.float().T @ b.float().T
+    assert torch.allclose(low_rank_product(x, a, b, 2.0), exact, atol=1e-4)

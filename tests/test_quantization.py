@@ -7,8 +7,9 @@ from torch import nn
 from minllama.checkpoints import open_checkpoint
 from minllama.checkpoints.base import LazyTensor
 from minllama.checkpoints.gguf_blocks import Q4_0, Q4_1, Q8_0, dequantize, quantize_q8_0
-from minllama.errors import CheckpointError, OptionError
+from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.llama import Llama, load_pretrained
+from minllama.lora import add_lora_wrapper, merge_lora
 from minllama.native import operations
 from minllama.quantization import (
     QuantizedEmbedding,
@@ -215,3 +216,44 @@ def test_the_default_model_runs_on_its_blocks(default_model):
     ids = random_ids(1, 20, vocab_size=49152)
     with torch.inference_mode():
         assert torch.allclose(stored(ids).logits, exact(ids).logits, atol=0.05)
+
+
+def test_adapters_learn_beside_quantised_weights(folder):
+    model = load_pretrained(folder, quantize="int4", dtype="float32")
+    before = model.layers[1].feed_forward.w2.quants.clone()
+    names = add_lora_wrapper(model, "all-linear", r=4)
+    assert len(names) == 14
+    ids = random_ids(4, 10)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(30):
+        logits = model(ids).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert torch.equal(model.layers[1].feed_forward.w2.base.quants, before)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_on_quantised_weights_is_that_on_their_numbers(folder, use_dora):
+    quantised, dense = (
+        load_pretrained(folder, quantize="int8", dtype="float32"),
+        our_model(dim=64, hidden_dim=96, vocab_size=61),
+    )
+    for name, module in quantised.named_modules():
+        if isinstance(module, QuantizedWeight):
+            dense.get_submodule(name).weight.data = module.dequantize()
+    ids, logits = random_ids(2, 9), []
+    for model in (quantised, dense):
+        torch.manual_seed(3)
+        add_lora_wrapper(model, "all-linear", r=4, use_dora=use_dora)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                nn.init.normal_(parameter, std=0.1)
+        logits.append(model(ids).logits)
+    assert torch.allclose(*logits, atol=2e-3)
+    with pytest.raises(MinllamaError, match="without quantize"):
+        merge_lora(quantised)

@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minllama.errors import MinllamaError, OptionError
+from minllama.native import operations
+from minllama.native.low_rank import low_rank_product
 from minllama.options import LoRAOptions
+from minllama.quantization import QuantizedLinear
+
+AnyLinear = nn.Linear | QuantizedLinear
 
 
 class LoRAAdapter(nn.Module):
@@ -26,14 +31,14 @@ class LoRAAdapter(nn.Module):
     adapted weight: W' = m * (W + delta W) / ||W + delta W|| (Liu et al. 2024, eq. 5).
     """
 
-    def __init__(self, base: nn.Linear, options: LoRAOptions) -> None:
+    def __init__(self, base: AnyLinear, options: LoRAOptions) -> None:
         super().__init__()
         self.options = options
         r = options.r
         self.scaling = options.lora_alpha / (math.sqrt(r) if options.use_rslora else r)
         # Drawn on the CPU, so that a seed means the same adapter on every device.
         a = nn.init.kaiming_uniform_(torch.empty(r, base.in_features), a=math.sqrt(5))
-        device = base.weight.device
+        device = _stored(base).device
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
         self.dropout = nn.Dropout(options.lora_dropout)
@@ -41,7 +46,7 @@ class LoRAAdapter(nn.Module):
         magnitude = nn.Parameter(_row_norms(dense_weight(base))) if options.use_dora else None
         self.lora_magnitude_vector = magnitude
 
-    def delta_weight(self, base: nn.Linear) -> Tensor:
+    def delta_weight(self, base: AnyLinear) -> Tensor:
         """What the adapter adds to the weight of `base`: (out, in), float32."""
         delta = self.scaling * (self.lora_B @ self.lora_A)
         if self.lora_magnitude_vector is None:
@@ -49,10 +54,11 @@ class LoRAAdapter(nn.Module):
         weight = dense_weight(base)
         return self._row_scale(base).unsqueeze(-1) * (weight + delta) - weight
 
-    def forward(self, x: Tensor, base: nn.Linear, base_output: Tensor, share: float) -> Tensor:
+    def forward(self, x: Tensor, base: AnyLinear, base_output: Tensor, share: float) -> Tensor:
         """What the adapter adds to W x: (..., in) -> (..., out), without forming its weight.
 
-        The small matrices are cast to x's dtype, not x to theirs. Dropout is on what the low-rank
+        Where it is compiled it is computed in float32; elsewhere the small matrices are cast to x's
+        dtype, not x to theirs. Dropout is on what the low-rank
         product reads; with DoRA, the base's part of the product stays whole.
 
         Args:
@@ -60,15 +66,20 @@ class LoRAAdapter(nn.Module):
             base, base_output: the layer, and what it made of x.
             share: factor on all of it.
         """
-        low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., R)
-        delta = F.linear(low, (share * self.scaling * self.lora_B).to(x.dtype))  # (..., out)
+        scale = share * self.scaling
+        if operations.serves(x):
+            delta = low_rank_product(self.dropout(x), self.lora_A, self.lora_B, scale)
+            delta = delta.to(base_output.dtype)  # which autocast chooses
+        else:
+            low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., R)
+            delta = F.linear(low, (scale * self.lora_B).to(x.dtype))  # (..., out)
         if self.lora_magnitude_vector is None:
             return delta
-        scale = self._row_scale(base)  # (out,)
+        lengths = self._row_scale(base)  # (out,)
         linear = base_output if base.bias is None else base_output - base.bias
-        return (share * (scale - 1)).to(x.dtype) * linear + scale.to(x.dtype) * delta
+        return (share * (lengths - 1)).to(x.dtype) * linear + lengths.to(x.dtype) * delta
 
-    def _row_scale(self, base: nn.Linear) -> Tensor:
+    def _row_scale(self, base: AnyLinear) -> Tensor:
         """The factor m / ||W + delta W|| on each row, (out,); the norm has no gradient.
 
         Liu et al. 2024, sec. 4.3, take it for a constant, which saves memory.
@@ -106,7 +117,7 @@ class LoRALayer(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: AnyLinear,
         r: int = 8,
         lora_alpha: float = 16.0,
         lora_dropout: float = 0.0,
@@ -158,7 +169,9 @@ class LoRALayer(nn.Module):
     @property
     def unmerged_weight(self) -> Tensor:
         """The base's own weight, (out, in), whether adapters are merged into it or not."""
-        return self.base.weight if self._unmerged_weight is None else self._unmerged_weight
+        if self._unmerged_weight is not None:
+            return self._unmerged_weight
+        return self.base.weight if isinstance(self.base, nn.Linear) else dense_weight(self.base)
 
     def adapter(self, name: str) -> LoRAAdapter:
         adapter = self.adapters[name]
@@ -185,8 +198,13 @@ class LoRALayer(nn.Module):
         """W + sum_i share_i * delta W_i, computed in float32 and rounded once to W's dtype.
 
         Raises:
-            MinllamaError: it holds NaN or infinity.
+            MinllamaError: it holds NaN or infinity, or the base is quantised.
         """
+        if isinstance(self.base, QuantizedLinear):
+            raise MinllamaError(
+                "quantised weights cannot take an adapter in without being rounded anew; load the "
+                "model without quantize, and the adapter on it, and merge there"
+            )
         weight = dense_weight(self.base)
         for name, share in self.active.items():
             weight = weight + share * self.delta_weight(name)
@@ -204,6 +222,7 @@ class LoRALayer(nn.Module):
 
         It could not be computed back: a rounded sum cannot be undone by subtraction.
         """
+        assert isinstance(self.base, nn.Linear)
         merged, weight = self.merged_weight(), self.base.weight
         self._unmerged_weight = weight.data
         weight.data = merged  # the old one is not written to: it may be a file, mapped into memory
@@ -211,6 +230,7 @@ class LoRALayer(nn.Module):
     def unmerge(self) -> None:
         """Put the weight back as it was before `merge`, to the bit."""
         assert self._unmerged_weight is not None
+        assert isinstance(self.base, nn.Linear)
         weight = self.base.weight
         # The model may have moved in between.
         weight.data = self._unmerged_weight.to(weight.device, weight.dtype)
@@ -220,9 +240,16 @@ class LoRALayer(nn.Module):
         return f"active={self.active}, merged={self.is_merged}"
 
 
-def dense_weight(base: nn.Linear) -> Tensor:
+def dense_weight(base: AnyLinear) -> Tensor:
     """The weight of a linear layer, in numbers to compute with: (out, in), float32, detached."""
+    if isinstance(base, QuantizedLinear):
+        return base.dequantize()
     return base.weight.detach().float()
+
+
+def _stored(base: AnyLinear) -> Tensor:
+    """What holds the numbers of its weight, in whatever form."""
+    return base.quants if isinstance(base, QuantizedLinear) else base.weight
 
 
 def _row_norms(weight: Tensor) -> Tensor:

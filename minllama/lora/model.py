@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minllama.errors import MinllamaError
 from minllama.llama import Llama
-from minllama.lora.layer import LoRAAdapter, LoRALayer, check_adapter_name
+from minllama.lora.layer import AnyLinear, LoRAAdapter, LoRALayer, check_adapter_name
 from minllama.lora.targets import ALL_LINEAR, matching_modules
 from minllama.options import LoRAOptions
 
@@ -92,7 +92,7 @@ def attach_adapter(
         if isinstance(module, LoRALayer):
             module.add_adapter(adapter_name, of_layer)
         else:
-            assert isinstance(module, nn.Linear)
+            assert isinstance(module, AnyLinear)
             layer = LoRALayer(
                 module,
                 of_layer.r,

@@ -6,12 +6,10 @@ Knows nothing of what is put there.
 import re
 from collections.abc import Collection, Sequence
 
-from torch import nn
-
 from minllama.checkpoints.huggingface import their_name
 from minllama.errors import OptionError
 from minllama.llama import Llama
-from minllama.lora.layer import LoRALayer
+from minllama.lora.layer import AnyLinear, LoRALayer
 
 ALL_LINEAR = "all-linear"
 
@@ -21,7 +19,7 @@ def linear_names(llama: Llama) -> list[str]:
     names: list[str] = []
     for name, module in llama.layers.named_modules(prefix="layers"):
         inside = name.rpartition(".")[0] in names
-        if isinstance(module, nn.Linear | LoRALayer) and not inside:
+        if isinstance(module, AnyLinear | LoRALayer) and not inside:
             names.append(name)
     return names
 

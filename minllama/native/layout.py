@@ -192,3 +192,22 @@ class Attention(Structure):
         ("key_gradient", Heads),
         ("value_gradient", Heads),
     )
+
+
+class LowRank(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("in_dim", c_int64),
+        ("out_dim", c_int64),
+        ("rank", c_int64),
+        ("kind", c_int64),
+        ("scale", c_double),
+        ("x", c_void_p),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("y", c_void_p),
+        ("low", c_void_p),
+        ("x_gradient", c_void_p),
+        ("a_parts", c_void_p),
+        ("b_parts", c_void_p),
+    )

@@ -130,3 +130,16 @@ struct Attention {
     float* log_sums;  // (rows, H, T): of e^score over the keys that a query sees
     Heads out_gradient, query_gradient, key_gradient, value_gradient;  // of the backward pass only
 };
+
+struct LowRank {
+    int64_t rows, in, out, rank, kind;
+    double scale;
+    const void* x;    // (rows, in)
+    const float* a;   // (rank, in)
+    const float* b;   // (out, rank)
+    void* y;          // (rows, out): the result, or its gradient
+    float* low;       // (rows, rank): A x
+    void* x_gradient; // (rows, in), or null; this and the next of the backward pass only
+    float *a_parts;   // (threads, rank, in), to be summed
+    float *b_parts;   // (threads, rank, out): of B^T, to be summed
+};

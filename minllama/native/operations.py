@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(u: Tensor, v: Tensor) -> Tensor:
     """SiLU(u) * v: (..., F) -> (..., F)."""
-    y: Tensor = _SwiGLU.apply(u, v)  # type: ignore[no-untyped-call]
+    y: Tensor = _SwiGLU.apply(u, v.to(u.dtype))  # type: ignore[no-untyped-call]
     return y
 
 

@@ -34,6 +34,7 @@ namespace avx512 {
 #include "walk.inc"
 #include "pointwise.inc"
 #include "attention.inc"
+#include "low_rank.inc"
 }
 #undef VECTORS
 #if defined(__clang__)
@@ -50,6 +51,7 @@ namespace avx2 {
 #include "walk.inc"
 #include "pointwise.inc"
 #include "attention.inc"
+#include "low_rank.inc"
 }
 #undef VECTORS
 #if defined(__clang__)
@@ -65,6 +67,7 @@ namespace plain {
 #include "walk.inc"
 #include "pointwise.inc"
 #include "attention.inc"
+#include "low_rank.inc"
 }
 #undef VECTORS
 
@@ -292,6 +295,14 @@ EXPORT int minllama_attention(const Attention* a, int64_t threads, int level) {
 EXPORT int minllama_attention_gradient(const Attention* a, int64_t threads, int level) {
     const int64_t total = a->rows * a->n_kv_heads;
     return operate(AT_LEVEL(attention_gradient_items), *a, total, plain::attention_buffer(*a), threads);
+}
+
+EXPORT int minllama_low_rank(const LowRank* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, plain::low_rank_buffer(*a), threads);
+}
+
+EXPORT int minllama_low_rank_gradient(const LowRank* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, plain::low_rank_buffer(*a), threads);
 }
 
 EXPORT int minllama_adamw(const AdamW* a, int64_t threads, int level) {
