@@ -1,0 +1,168 @@
+"""minllama beside its peers: `make bench`, or `make bench-quick` for the main rows.
+
+Each measurement is a process of its own (`contenders.py`), the contenders of a task in turns
+(A B A B); the table gives medians, ratios and what is aimed at. Needs the extra `bench`, the data
+beside the repository for the tasks that read texts, and a machine without other work.
+
+    python benchmarks/speed.py [--rounds 5] [--quick] [TASK ...]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import contenders
+
+ROOT = Path(__file__).resolve().parent
+
+
+class Aim(NamedTuple):
+    """One row: what of a task is compared with what, and what for.
+
+    Attributes:
+        task: in `contenders.TASKS`.
+        ours, theirs: who are compared.
+        field: `value` or `peak`.
+        aim: the ratio that is aimed at.
+        less: whether less is better; the ratio is then theirs / ours.
+        words: of the row.
+    """
+
+    task: str
+    ours: str
+    theirs: str
+    field: str
+    aim: float
+    less: bool
+    words: str
+
+
+B16, F32, CPP = "transformers-bfloat16", "transformers-float32", "llama.cpp"
+AIMS = (
+    Aim("decode", "minllama", CPP, "value", 1.5, False, "decode, batch 1, tokens/s"),
+    Aim("decode", "minllama", B16, "value", 1.0, False, "decode, batch 1, tokens/s"),
+    Aim("decode", "minllama", F32, "value", 1.0, False, "decode, batch 1, tokens/s"),
+    Aim("decode-16", "minllama", CPP, "value", 1.0, False, "decode, batch 16, tokens/s in all"),
+    Aim("decode-16", "minllama", B16, "value", 1.0, False, "decode, batch 16, tokens/s in all"),
+    Aim("prefill", "minllama", B16, "value", 1.5, False, "prefill, 512 tokens, tokens/s"),
+    Aim("prefill", "minllama", CPP, "value", 1.0, False, "prefill, 512 tokens, tokens/s"),
+    Aim("open", "minllama", "transformers", "value", 1.0, True, "open the GGUF, seconds"),
+    Aim("open", "minllama", CPP, "value", 0.0, True, "open the GGUF, seconds"),
+    Aim("process", "minllama", B16, "seconds", 2.0, True, "whole process, one token, seconds"),
+    Aim("process", "minllama", B16, "peak", 1.0, True, "its peak memory, bytes"),
+    Aim(
+        "zero-shot",
+        "minllama",
+        "transformers-full-sequences",
+        "value",
+        7.0,
+        False,
+        "zero-shot, five labels, against full sequences, examples/s",
+    ),
+    Aim(
+        "zero-shot",
+        "minllama",
+        "transformers-by-hand",
+        "value",
+        1.2,
+        False,
+        "zero-shot, against one forward by hand, examples/s",
+    ),
+    Aim(
+        "zero-shot",
+        "minllama-long-labels",
+        "transformers-by-hand",
+        "value",
+        0.8,
+        False,
+        "the same, labels of several tokens, examples/s",
+    ),
+    Aim("lora-bfloat16", "minllama", "peft", "value", 2.0, False, "LoRA, bfloat16, examples/s"),
+    Aim("lora-bfloat16", "minllama", "peft", "peak", 2.0, True, "its peak memory, bytes"),
+    Aim("lora-float32", "minllama", "peft", "value", 2.0, False, "LoRA, float32, examples/s"),
+    Aim("lora-float32", "minllama", "peft", "peak", 2.0, True, "its peak memory, bytes"),
+    Aim("full", "minllama", "transformers", "value", 1.5, False, "full, float32, examples/s"),
+    Aim("full", "minllama-autocast", "transformers", "value", 1.5, False, "full, autocast"),
+    Aim("frozen", "minllama", "transformers", "value", 8.0, False, "frozen head, 10 epochs"),
+    Aim("adamw", "minllama", "torch-fused", "value", 0.9, False, "AdamW, 135M, steps/s"),
+)
+QUICK = ("decode", "prefill", "lora-bfloat16", "adamw")
+
+
+def measure(task: str, who: str) -> dict[str, Any]:
+    """One process; its JSON, and how long all of it took."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "contenders.py"), task, who],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"signal {-done.returncode}"])[-1]
+        print(f"  {task}, {who}: {last}", file=sys.stderr)
+        return {}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**result, "seconds": time.perf_counter() - start}
+
+
+def measure_all(tasks: list[str], rounds: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """What each contender of each task measured, in turns."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for task in tasks:
+        for _ in range(rounds):
+            for who in contenders.TASKS[task]:
+                if result := measure(task, who):
+                    found.setdefault((task, who), []).append(result)
+                    print(f"  {task}, {who}: {result['value']:.4g}", file=sys.stderr)
+    return found
+
+
+def cpu_name() -> str:
+    """As the system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("tasks", nargs="*", choices=[[], *contenders.TASKS])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="the main rows, once each")
+    arguments = parser.parse_args()
+    tasks = arguments.tasks or list(QUICK if arguments.quick else contenders.TASKS)
+    rounds = 1 if arguments.quick else arguments.rounds
+    if not (contenders.FOLDER / "bfloat16").exists():
+        contenders.FOLDER.mkdir(parents=True, exist_ok=True)
+        converted = ["convert", "default", str(contenders.FOLDER / "bfloat16")]
+        command = [sys.executable, "-m", "minllama", *converted, "--dtype", "bfloat16"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    found = measure_all(tasks, rounds)
+
+    import torch
+
+    print(f"{cpu_name()}, {contenders.THREADS} threads, torch {torch.__version__}; ", end="")
+    print(f"medians of {rounds}\n")
+    print("| task | beside | minllama | peer | ratio | aim |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for row in AIMS:
+        ours, theirs = found.get((row.task, row.ours)), found.get((row.task, row.theirs))
+        if row.task not in tasks or not ours or not theirs:
+            continue
+        a, b = (statistics.median(one[row.field] for one in side) for side in (ours, theirs))
+        ratio = b / a if row.less else a / b
+        aim = f">= {row.aim:g}" if row.aim else ""
+        print(f"| {row.words} | {row.theirs} | {a:.4g} | {b:.4g} | {ratio:.2f} | {aim} |")
+
+
+if __name__ == "__main__":
+    main()
