@@ -197,16 +197,16 @@ class CheckpointFolder:
     def _content(self, raw: Mapping[str, Any]) -> tuple[RunState, RunTensors]:
         with self._damage():
             state = _run_state(raw)
-            names = [WEIGHTS, MOMENTS]
-            if state.best_step is not None:
-                names.append(f"best-{int(state.best_step)}.safetensors")
+            best_name = f"best-{int(state.best_step or 0)}.safetensors"
+            # There are no best weights before the first evaluation, nor where the last are kept.
+            lasting = [name for name in (best_name,) if name in raw["files"]]
             read = {}
-            for name in names:
+            for name in (WEIGHTS, MOMENTS, *lasting):
                 if _description(self.path / name) != raw["files"][name]:
                     raise ValueError(f"{name} is not what was written")
                 read[name] = _read_tensors(self.path / name)
             updates = {str(name): int(count) for name, count in raw["updates"].items()}
-            best = read.get(names[2], {}) if len(names) > 2 else {}
+            best = read.get(best_name, {})
             return state, RunTensors(read[WEIGHTS], read[MOMENTS], updates, best)
 
     @contextmanager
