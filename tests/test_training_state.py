@@ -220,7 +220,7 @@ def test_an_interrupt_within_an_update_waits_for_its_end(update, tmp_path, monke
     assert same(trained(classifier), trained(expected))
 
 
-@pytest.mark.parametrize("changes", [{"keep": "last"}])
+@pytest.mark.parametrize("changes", [{"keep": "last"}, {"self_distillation": 0.5}])
 @pytest.mark.parametrize("step", [1, 4, 8])
 def test_a_cut_run_goes_on_exactly_whatever_it_keeps(changes, step, tmp_path):
     expected, _ = run(tmp_path / "whole", options=changes)
