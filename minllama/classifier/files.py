@@ -10,8 +10,6 @@
 Nothing in it is run, and nothing is filled in: what is missing or changed is an error.
 """
 
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -19,7 +17,6 @@ from typing import Any
 
 import torch
 
-import minllama
 from minllama.adapter_files import FILES as ADAPTER_FILES
 from minllama.adapter_files import load_adapter, write_adapter
 from minllama.atomic import atomic_folder
@@ -27,9 +24,16 @@ from minllama.checkpoints import open_checkpoint, write_huggingface
 from minllama.checkpoints.huggingface import WEIGHT_FILES
 from minllama.classifier.base import Classifier
 from minllama.classifier.card import model_card
+from minllama.classifier.description import (
+    CLASSIFIER_FILE,
+    build,
+    describe,
+    described_by,
+    read_description,
+    write_description,
+)
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
 from minllama.classifier.head_file import (
-    CLASSIFIER_FILE,
     HEAD_FILE,
     check_digest,
     read_head,
@@ -37,7 +41,6 @@ from minllama.classifier.head_file import (
     write_head,
 )
 from minllama.classifier.identity import fingerprint
-from minllama.classifier.zero_shot import LlamaZeroShotClassifier
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
 from minllama.lora import adapter_names, merge_lora, remove_lora_wrapper
@@ -46,7 +49,6 @@ from minllama.tokenizer import Tokenizer
 from minllama.vocabulary.huggingface import FILES as TOKENIZER_FILES
 
 CARD_FILE = "README.md"
-VERSION = 1
 OWN_FILES = (CLASSIFIER_FILE, HEAD_FILE, CARD_FILE, *ADAPTER_FILES)
 
 
@@ -112,7 +114,7 @@ def save_classifier(
             source = None if llama.source == "default" else llama.source
             write_adapter(staging, llama, adapter_name=names[0], base_model_name=source, head=head)
             content["adaptersha256_of"] = sha256_of(staging / "adapter_model.safetensors")
-        _write_json(staging / CLASSIFIER_FILE, content)
+        write_description(staging / CLASSIFIER_FILE, content)
         card = model_card(classifier, content, metrics or {}, name=Path(folder).resolve().name)
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         if also is not None:
@@ -122,7 +124,7 @@ def save_classifier(
 def _holds_model(folder: Path, llama: Llama) -> bool:
     """Whether an earlier classifier left a model of its own, and it is not this one's base."""
     try:
-        weights = _read_json(folder / CLASSIFIER_FILE).get("weights")
+        weights = read_description(folder / CLASSIFIER_FILE).get("weights")
     except CheckpointError:
         return False
     is_base = llama.source is not None and os.path.realpath(llama.source) == os.path.realpath(
@@ -154,49 +156,6 @@ def _is_in_its_source(llama: Llama) -> bool:
     return fingerprint(stored) == fingerprint(llama)
 
 
-def describe(
-    classifier: Classifier,
-    *,
-    weights: str,
-    tokenizer: str | None,
-    training: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What `classifier.json` holds, but for the digests of other files."""
-    llama = classifier.llama
-    content: dict[str, Any] = {
-        "format": "minllama classifier",
-        "version": VERSION,
-        "minllama": minllama.__version__,
-        "labels": list(classifier.labels),
-        "multi_label": classifier.multi_label,
-        "temperature": classifier.temperature,
-        "prompt": dataclasses.asdict(classifier.prompt),
-        "causal": llama.config.causal,
-        "base": {
-            "model": llama.source if weights != "full" else None,
-            "tokenizer": tokenizer if weights != "full" else None,
-            "dtype": str(llama.dtype).removeprefix("torch."),
-            "fingerprint": fingerprint(llama),
-        },
-        "weights": weights,
-    }
-    if isinstance(classifier, LlamaZeroShotClassifier):
-        content["kind"] = "zero-shot"
-        content["label_words"] = list(classifier.label_words)
-        content["score"] = classifier.score
-        content["prior_strength"] = classifier.prior_strength
-        content["shots"] = [list(shot) for shot in classifier.shots]
-        content["prior"] = None if classifier.prior is None else classifier.prior.tolist()
-    else:
-        assert isinstance(classifier, LlamaEmbeddingClassifier)
-        content["kind"] = "embedding"
-        content["pooling"] = classifier.pooling
-        content["layer"] = classifier.layer
-        content["dropout"] = classifier.dropout.p
-    content["training"] = dict(training)
-    return content
-
-
 def load_classifier(
     folder: str | os.PathLike[str],
     *,
@@ -216,8 +175,8 @@ def load_classifier(
         MinllamaError: a file is missing, damaged or changed, or the base model is another one.
     """
     path = Path(folder) / CLASSIFIER_FILE
-    content = _read_json(path)
-    with _described_by(path):
+    content = read_description(path)
+    with described_by(path):
         base, weights, kind = content["base"], content["weights"], content["kind"]
         labels, prompt = content["labels"], PromptOptions(**content["prompt"])
         source = path.parent if weights == "full" else (model or base["model"])
@@ -231,9 +190,8 @@ def load_classifier(
         check_digest(path.parent / "adapter_model.safetensors", content.get("adaptersha256_of"))
         load_adapter(llama, path.parent)
     llama.requires_grad_(False)
-    with _described_by(path):
-        classifier = _built(content, llama, words, labels, prompt)
-        classifier.temperature = _positive(content["temperature"])
+    with described_by(path):
+        classifier = build(content, llama, words, labels, prompt)
     if isinstance(classifier, LlamaEmbeddingClassifier):
         read_head(path.parent, classifier, content.get("headsha256_of"))
     return classifier.eval()
@@ -245,7 +203,7 @@ def classifier_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no classifier.
     """
-    return dict(_read_json(Path(folder) / CLASSIFIER_FILE).get("training") or {})
+    return dict(read_description(Path(folder) / CLASSIFIER_FILE).get("training") or {})
 
 
 SAMPLE = (
@@ -305,94 +263,8 @@ def _open_base(
     return llama, words
 
 
-def _built(
-    content: Mapping[str, Any],
-    llama: Llama,
-    words: Tokenizer,
-    labels: list[str],
-    prompt: PromptOptions,
-) -> Classifier:
-    if content["kind"] == "zero-shot":
-        classifier = LlamaZeroShotClassifier(
-            llama,
-            words,
-            labels,
-            prompt,
-            label_words=content["label_words"],
-            score=content["score"],
-            prior_strength=float(content["prior_strength"]),
-            shots=[(str(text), str(label)) for text, label in content["shots"]],
-        )
-        if content["prior"] is not None:
-            prior = torch.tensor(content["prior"], dtype=torch.float32)
-            if prior.shape != (len(labels),) or not prior.isfinite().all():
-                raise ValueError(f"prior must be {len(labels)} numbers")
-            classifier.prior = prior
-        return classifier
-    with torch.random.fork_rng(devices=[]):  # the head's first numbers are overwritten
-        return LlamaEmbeddingClassifier(
-            llama,
-            words,
-            labels,
-            content["pooling"],
-            layer=content["layer"],
-            dropout=content["dropout"],
-            multi_label=bool(content["multi_label"]),
-            bias=True,
-            prompt=prompt,
-        )
-
-
 def _peft_computes(classifier: LlamaEmbeddingClassifier) -> bool:
     """Whether transformers' sequence classifier makes the same logits of the same ids."""
     is_plain = classifier.score.bias is None or not classifier.score.bias.any()
     is_last = classifier.pooling == "last" and classifier.layer == classifier.llama.config.n_layers
     return is_plain and is_last and classifier.llama.config.causal
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False, default=str)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.parent}: there is no {CLASSIFIER_FILE}; name the folder of a classifier that "
-            "`minllama train` or save_pretrained() wrote"
-        )
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: not a classifier of version {VERSION}; use the minllama that wrote it"
-        )
-    return content
-
-
-class _described_by:
-    """Turns what is wrong with a description into one line that names its file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, KeyError):
-            raise CheckpointError(f"{self._path}: {error} is missing; bring it back") from error
-        if isinstance(error, MinllamaError):
-            raise CheckpointError(f"{self._path}: {error}") from error
-        if isinstance(error, TypeError | ValueError | AttributeError):
-            line = str(error).splitlines()[0]
-            raise CheckpointError(f"{self._path}: {line}; bring it back as it was") from error
-
-
-def _positive(value: Any) -> float:
-    number = float(value)
-    if not 0 < number < float("inf"):
-        raise ValueError(f"temperature must be above 0, not {value!r}")
-    return number

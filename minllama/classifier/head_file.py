@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from minllama.checkpoints.huggingface import read_safetensors
+from minllama.classifier.description import CLASSIFIER_FILE
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
 from minllama.errors import CheckpointError
 
-CLASSIFIER_FILE = "classifier.json"
 HEAD_FILE = "head.safetensors"
 
 
