@@ -195,6 +195,11 @@ def swapped_head(folder):
     save_file(state, folder / "head.safetensors")
 
 
+def edited_adapter(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 99}))
+
+
 DAMAGE = {
     "no file": (lambda f: (f / "classifier.json").unlink(), "no classifier.json"),
     "not JSON": (lambda f: (f / "classifier.json").write_text("{"), "not JSON"),
@@ -202,6 +207,9 @@ DAMAGE = {
     "no head": (lambda f: (f / "head.safetensors").unlink(), "is missing"),
     "another head": (swapped_head, "SHA-256 differs"),
     "no adapter": (lambda f: (f / "adapter_model.safetensors").unlink(), "is missing"),
+    "another scale": (edited_adapter, "adapter_config.json: is not the file .*SHA-256 differs"),
+    "no digests": (lambda f: edited(f, sha256=KeyError), "'sha256' is missing"),
+    "digests of no kind": (lambda f: edited(f, sha256=7), "classifier.json"),
     "changed label": (lambda f: edited(f, labels=["bad", "so so", "great"]), "stand for"),
     "fewer labels": (lambda f: edited(f, labels=["bad", "good"]), "stand for"),
     "no labels": (lambda f: edited(f, labels=KeyError), "'labels' is missing"),

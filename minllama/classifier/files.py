@@ -1,8 +1,8 @@
 """A classifier in a folder: written whole, and read back as it was or refused.
 
 - `classifier.json`: what it is: labels, prompt, pooling, calibration, the base model and its
-  fingerprint, the settings of its training.
-- `head.safetensors`: the head, with the labels that its rows stand for, and their digest.
+  fingerprint, the digests of the next three, the settings of its training.
+- `head.safetensors`: the head, with the labels that its rows stand for.
 - `adapter_config.json`, `adapter_model.safetensors`: LoRA, in PEFT's files.
 - or `config.json`, `model.safetensors` and the tokenizer: a whole model of its own.
 - `README.md`: a model card.
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from minllama.adapter_config import CONFIG_FILE
 from minllama.adapter_files import FILES as ADAPTER_FILES
-from minllama.adapter_files import load_adapter, write_adapter
+from minllama.adapter_files import WEIGHTS_FILE, load_adapter, write_adapter
 from minllama.atomic import atomic_folder
 from minllama.checkpoints import open_checkpoint, write_huggingface
 from minllama.checkpoints.huggingface import WEIGHT_FILES
@@ -109,11 +110,12 @@ def save_classifier(
         head = None
         if isinstance(classifier, LlamaEmbeddingClassifier):
             head = classifier.score.weight if _peft_computes(classifier) else None
-            content["headsha256_of"] = write_head(staging, classifier)
+            write_head(staging, classifier)
         if names:
             source = None if llama.source == "default" else llama.source
             write_adapter(staging, llama, adapter_name=names[0], base_model_name=source, head=head)
-            content["adaptersha256_of"] = sha256_of(staging / "adapter_model.safetensors")
+        digested = (staging / name for name in (HEAD_FILE, CONFIG_FILE, WEIGHTS_FILE))
+        content["sha256"] = {path.name: sha256_of(path) for path in digested if path.is_file()}
         write_description(staging / CLASSIFIER_FILE, content)
         card = model_card(classifier, content, metrics or {}, name=Path(folder).resolve().name)
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
@@ -185,15 +187,17 @@ def load_classifier(
             raise ValueError(f"weights {weights!r} and kind {kind!r} are not of this version")
         if not isinstance(labels, list) or not isinstance(base["fingerprint"], str):
             raise TypeError("labels or base are not what they should be")
+        digests = dict(content["sha256"])
     llama, words = _open_base(path, source, base["tokenizer"], loaded_dtype, device, content)
     if weights == "adapter":
-        check_digest(path.parent / "adapter_model.safetensors", content.get("adaptersha256_of"))
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            check_digest(path.parent / name, digests.get(name))
         load_adapter(llama, path.parent)
     llama.requires_grad_(False)
     with described_by(path):
         classifier = build(content, llama, words, labels, prompt)
     if isinstance(classifier, LlamaEmbeddingClassifier):
-        read_head(path.parent, classifier, content.get("headsha256_of"))
+        read_head(path.parent, classifier, digests.get(HEAD_FILE))
     return classifier.eval()
 
 
