@@ -209,7 +209,7 @@ DAMAGE = {
     "no adapter": (lambda f: (f / "adapter_model.safetensors").unlink(), "is missing"),
     "another scale": (edited_adapter, "adapter_config.json: is not the file .*SHA-256 differs"),
     "no digests": (lambda f: edited(f, sha256=KeyError), "'sha256' is missing"),
-    "digests of no kind": (lambda f: edited(f, sha256=7), "classifier.json"),
+    "digests of no kind": (lambda f: edited(f, sha256=[]), "sha256 is not"),
     "changed label": (lambda f: edited(f, labels=["bad", "so so", "great"]), "stand for"),
     "fewer labels": (lambda f: edited(f, labels=["bad", "good"]), "stand for"),
     "no labels": (lambda f: edited(f, labels=KeyError), "'labels' is missing"),
@@ -231,6 +231,34 @@ def test_what_is_missing_or_changed_is_an_error_of_one_line(base, tmp_path, dama
     with pytest.raises(CheckpointError, match=message) as caught:
         load_classifier(tmp_path, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+CHANGES = {
+    "labels": (lambda c: c["labels"].reverse(), False),
+    "label words": (lambda c: c["label_words"].reverse(), False),
+    "prompt": (lambda c: c["prompt"].update(prompt="{text} So"), False),
+    "shots": (lambda c: c["shots"].pop(), False),
+    "score": (lambda c: c.update(score="token-mean"), False),
+    "temperature": (lambda c: c.update(temperature=2.0), False),
+    "where the base is": (lambda c: c["base"].update(model=f"{c['base']['model']}/"), True),
+    "a note": (lambda c: c["training"].update(note="my first"), True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_description_is_refused_unless_it_changes_no_number(base, tmp_path, change):
+    shots = [("Fine.", "very good"), ("No.", "awful")]
+    zero_shot(base, label_words=["awful", "very good"], shots=shots).save_pretrained(tmp_path)
+    path = tmp_path / "classifier.json"
+    content = json.loads(path.read_text())
+    act, is_allowed = CHANGES[change]
+    act(content)
+    path.write_text(json.dumps(content))
+    if is_allowed:
+        load_classifier(tmp_path, device="cpu")
+        return
+    with pytest.raises(CheckpointError, match=r"^[^\n]*classifier.json: it was changed[^\n]*$"):
+        load_classifier(tmp_path, device="cpu")
 
 
 def test_another_base_is_refused_and_a_moved_one_can_be_named(base, tmp_path):

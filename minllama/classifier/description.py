@@ -4,6 +4,7 @@ Knows nothing of the files beside it: weights, adapters and heads are others' to
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from minllama.tokenizer import Tokenizer
 
 CLASSIFIER_FILE = "classifier.json"
 VERSION = 1
+WHERE = ("model", "tokenizer")  # keys of `base`
+FOR_PEOPLE = ("minllama", "training")
 
 
 def describe(
@@ -116,7 +119,9 @@ def build(
 
 
 def write_description(path: Path, content: Mapping[str, Any]) -> None:
-    """Write classifier.json."""
+    """Write classifier.json, with a digest of itself among those of the other files."""
+    own = {CLASSIFIER_FILE: _digest(content)}
+    content = {**content, "sha256": {**content["sha256"], **own}}
     text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False, default=str)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -141,6 +146,28 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{path}: not a classifier of version {VERSION}; use the minllama that wrote it"
         )
     return content
+
+
+def check_unchanged(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError where classifier.json is not as it was written."""
+    if content["sha256"].get(CLASSIFIER_FILE) != _digest(content):
+        raise CheckpointError(
+            f"{path}: it was changed after it was saved (its SHA-256 differs); bring it back as it "
+            "was, or train the classifier again"
+        )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what is said of a classifier, however the JSON is laid out.
+
+    Left out is what changes no number: where its base lies, which may move, and what is noted for
+    people.
+    """
+    base = {key: content["base"][key] for key in content["base"] if key not in WHERE}
+    others = {name: sha for name, sha in content["sha256"].items() if name != CLASSIFIER_FILE}
+    said = {key: content[key] for key in content if key not in FOR_PEOPLE}
+    text = json.dumps({**said, "base": base, "sha256": others}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class described_by:

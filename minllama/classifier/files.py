@@ -1,7 +1,7 @@
 """A classifier in a folder: written whole, and read back as it was or refused.
 
 - `classifier.json`: what it is: labels, prompt, pooling, calibration, the base model and its
-  fingerprint, the digests of the next three, the settings of its training.
+  fingerprint, the digests of the next three and of itself, the settings of its training.
 - `head.safetensors`: the head, with the labels that its rows stand for.
 - `adapter_config.json`, `adapter_model.safetensors`: LoRA, in PEFT's files.
 - or `config.json`, `model.safetensors` and the tokenizer: a whole model of its own.
@@ -28,6 +28,7 @@ from minllama.classifier.card import model_card
 from minllama.classifier.description import (
     CLASSIFIER_FILE,
     build,
+    check_unchanged,
     describe,
     described_by,
     read_description,
@@ -185,9 +186,11 @@ def load_classifier(
         loaded_dtype = dtype or base["dtype"]
         if weights not in ("base", "adapter", "full") or kind not in ("zero-shot", "embedding"):
             raise ValueError(f"weights {weights!r} and kind {kind!r} are not of this version")
+        digests = content["sha256"]
         if not isinstance(labels, list) or not isinstance(base["fingerprint"], str):
             raise TypeError("labels or base are not what they should be")
-        digests = dict(content["sha256"])
+        if not isinstance(digests, dict):
+            raise TypeError("sha256 is not what it should be")
     llama, words = _open_base(path, source, base["tokenizer"], loaded_dtype, device, content)
     if weights == "adapter":
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -198,6 +201,7 @@ def load_classifier(
         classifier = build(content, llama, words, labels, prompt)
     if isinstance(classifier, LlamaEmbeddingClassifier):
         read_head(path.parent, classifier, digests.get(HEAD_FILE))
+    check_unchanged(path, content)  # last, for the others say what it is that differs
     return classifier.eval()
 
 
