@@ -14,8 +14,8 @@ import torch
 
 import minllama
 from minllama.classifier.base import Classifier
+from minllama.classifier.base_model import Identity
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
-from minllama.classifier.identity import fingerprint
 from minllama.classifier.zero_shot import LlamaZeroShotClassifier
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
@@ -30,6 +30,7 @@ FOR_PEOPLE = ("minllama", "training")
 
 def describe(
     classifier: Classifier,
+    identity: Identity,
     *,
     weights: str,
     tokenizer: str | None,
@@ -50,7 +51,7 @@ def describe(
             "model": llama.source if weights != "full" else None,
             "tokenizer": tokenizer if weights != "full" else None,
             "dtype": str(llama.dtype).removeprefix("torch."),
-            "fingerprint": fingerprint(llama),
+            "identity": dataclasses.asdict(identity),
         },
         "weights": weights,
     }

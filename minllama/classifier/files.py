@@ -1,7 +1,7 @@
 """A classifier in a folder: written whole, and read back as it was or refused.
 
 - `classifier.json`: what it is: labels, prompt, pooling, calibration, the base model and its
-  fingerprint, the digests of the next three and of itself, the settings of its training.
+  identity, the digests of the next three and of itself, the settings of its training.
 - `head.safetensors`: the head, with the labels that its rows stand for.
 - `adapter_config.json`, `adapter_model.safetensors`: LoRA, in PEFT's files.
 - or `config.json`, `model.safetensors` and the tokenizer: a whole model of its own.
@@ -23,7 +23,14 @@ from minllama.adapter_files import WEIGHTS_FILE, load_adapter, write_adapter
 from minllama.atomic import atomic_folder
 from minllama.checkpoints import open_checkpoint, write_huggingface
 from minllama.checkpoints.huggingface import WEIGHT_FILES
+from minllama.checkpoints.layout import naming
 from minllama.classifier.base import Classifier
+from minllama.classifier.base_model import (
+    Identity,
+    identity_of,
+    identity_of_source,
+    load_same,
+)
 from minllama.classifier.card import model_card
 from minllama.classifier.description import (
     CLASSIFIER_FILE,
@@ -42,7 +49,6 @@ from minllama.classifier.head_file import (
     sha256_of,
     write_head,
 )
-from minllama.classifier.identity import fingerprint
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
 from minllama.lora import adapter_names, merge_lora, remove_lora_wrapper
@@ -66,7 +72,7 @@ def save_classifier(
 ) -> None:
     """Write a classifier; the folder appears whole or not at all, other files in it are kept.
 
-    A Llama that is frozen and came from a checkpoint is named, not copied, with its adapter beside
+    A Llama whose weights are those of a checkpoint is named, not copied, with its adapter beside
     it. One that was trained as a whole, or made in memory, is written too.
 
     Args:
@@ -88,14 +94,16 @@ def save_classifier(
             f"the model has several adapters ({', '.join(names)}); save one of them: merge the "
             "others, or load the base again with the one"
         )
-    is_own = not _is_in_its_source(llama)
-    if is_own and names:
-        raise MinllamaError(
-            "the model below the adapter is in no file that could be named; save it with "
-            "save_pretrained() and load it from there, or merge the adapter"
-        )
-    weights = "full" if is_own else "adapter" if names else "base"
-    content = describe(classifier, weights=weights, tokenizer=tokenizer, training=training or {})
+    try:
+        identity = identity_of_source(llama, classifier.tokenizer, tokenizer)
+    except MinllamaError as error:
+        if names:
+            raise MinllamaError(
+                f"the model below the adapter is in no file that could be named: {error}; save it "
+                "with save_pretrained() and load it from there, or merge the adapter"
+            ) from error
+        identity = None
+    is_own = identity is None
     has_model = is_own or _holds_model(Path(folder), llama)
     replaced = {*OWN_FILES, *removes}
 
@@ -108,6 +116,15 @@ def save_classifier(
             # Their files have no word for looking ahead; classifier.json says it.
             config = llama.config.replace(causal=True)
             write_huggingface(staging, config, llama.state_dict(), vocabulary=vocabulary)
+            identity = identity_of(open_checkpoint(staging))
+        assert identity is not None
+        content = describe(
+            classifier,
+            identity,
+            weights="full" if is_own else "adapter" if names else "base",
+            tokenizer=tokenizer,
+            training=training or {},
+        )
         head = None
         if isinstance(classifier, LlamaEmbeddingClassifier):
             head = classifier.score.weight if _peft_computes(classifier) else None
@@ -140,25 +157,6 @@ def _is_model_file(name: str) -> bool:
     return bool(WEIGHT_FILES.fullmatch(name)) or name in ("config.json", *TOKENIZER_FILES)
 
 
-def _is_in_its_source(llama: Llama) -> bool:
-    """Whether the base weights are those of the checkpoint that the model came from."""
-    if llama.source is None:
-        return False
-    is_frozen = not any(
-        parameter.requires_grad
-        for name, parameter in llama.named_parameters()
-        if ".adapters." not in name
-    )
-    if is_frozen:
-        return True
-    try:
-        checkpoint = open_checkpoint(llama.source)
-        stored = Llama.from_checkpoint(checkpoint, dtype=llama.dtype, device="cpu")
-    except MinllamaError:
-        return False
-    return fingerprint(stored) == fingerprint(llama)
-
-
 def load_classifier(
     folder: str | os.PathLike[str],
     *,
@@ -187,11 +185,10 @@ def load_classifier(
         if weights not in ("base", "adapter", "full") or kind not in ("zero-shot", "embedding"):
             raise ValueError(f"weights {weights!r} and kind {kind!r} are not of this version")
         digests = content["sha256"]
-        if not isinstance(labels, list) or not isinstance(base["fingerprint"], str):
-            raise TypeError("labels or base are not what they should be")
-        if not isinstance(digests, dict):
-            raise TypeError("sha256 is not what it should be")
-    llama, words = _open_base(path, source, base["tokenizer"], loaded_dtype, device, content)
+        if not isinstance(labels, list) or not isinstance(digests, dict):
+            raise TypeError("labels or sha256 are not what they should be")
+        identity = Identity(**base["identity"])
+    llama, words = _open_base(path, source, content, identity, loaded_dtype, device)
     if weights == "adapter":
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             check_digest(path.parent / name, digests.get(name))
@@ -245,14 +242,13 @@ def merge_classifier(classifier: Classifier) -> float:
 def _open_base(
     path: Path,
     source: Any,
-    tokenizer: str | None,
-    dtype: Any,
-    device: Any,
     content: Mapping[str, Any],
+    identity: Identity,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
 ) -> tuple[Llama, Tokenizer]:
-    expected = content["base"]["fingerprint"]
     try:
-        checkpoint = open_checkpoint(source, tokenizer=tokenizer)
+        checkpoint = open_checkpoint(source, tokenizer=content["base"]["tokenizer"])
     except CheckpointError as error:
         remedy = "; name where it is now with --base" if content["weights"] != "full" else ""
         raise CheckpointError(
@@ -260,15 +256,10 @@ def _open_base(
         ) from error
     if checkpoint.vocabulary is None:
         raise CheckpointError(f"{checkpoint.path}: there is no tokenizer, and {path} needs one")
-    words = Tokenizer(checkpoint.vocabulary)
     causal = bool(content["causal"])
-    llama = Llama.from_checkpoint(checkpoint, dtype=dtype, device=device, causal=causal)
-    if llama.dtype != torch.float16 and fingerprint(llama) != expected:
-        raise CheckpointError(
-            f"{path}: {checkpoint.path} is not the model that it was made with: its weights "
-            "differ; bring that one back, or train the classifier again"
-        )
-    return llama, words
+    with naming(path):
+        llama = load_same(checkpoint, identity, dtype=dtype, device=device, causal=causal)
+    return llama, Tokenizer(checkpoint.vocabulary)
 
 
 def _peft_computes(classifier: LlamaEmbeddingClassifier) -> bool:
