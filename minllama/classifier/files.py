@@ -127,7 +127,8 @@ def save_classifier(
         )
         head = None
         if isinstance(classifier, LlamaEmbeddingClassifier):
-            head = classifier.score.weight if _peft_computes(classifier) else None
+            if classifier.unlike_transformers is None:
+                head = classifier.score.weight
             write_head(staging, classifier)
         if names:
             source = None if llama.source == "default" else llama.source
@@ -260,10 +261,3 @@ def _open_base(
     with naming(path):
         llama = load_same(checkpoint, identity, dtype=dtype, device=device, causal=causal)
     return llama, Tokenizer(checkpoint.vocabulary)
-
-
-def _peft_computes(classifier: LlamaEmbeddingClassifier) -> bool:
-    """Whether transformers' sequence classifier makes the same logits of the same ids."""
-    is_plain = classifier.score.bias is None or not classifier.score.bias.any()
-    is_last = classifier.pooling == "last" and classifier.layer == classifier.llama.config.n_layers
-    return is_plain and is_last and classifier.llama.config.causal
