@@ -25,7 +25,7 @@ from minllama.classifier.files import merge_classifier
 from minllama.classifier.identity import tokenizer_digest, weights_digest, weights_digest_of_source
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama, load_pretrained
-from minllama.lora import add_lora_wrapper, lora_parameters
+from minllama.lora import add_lora_wrapper, lora_layers, lora_parameters, set_adapters
 from minllama.tokenizer import Tokenizer
 
 TEXTS = ["A fine film.", "no", "It drags on, and on.", "What a mess!"]
@@ -168,6 +168,57 @@ def test_a_merged_classifier_stands_alone(base, tmp_path):
     np.testing.assert_allclose(after.predict_proba(TEXTS), before, atol=1e-5)
     with pytest.raises(MinllamaError, match="no adapter to merge"):
         merge_classifier(after)
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_without_an_active_adapter_the_base_is_saved(base, tmp_path, is_own):
+    classifier = embedding(base, adapter=True)
+    if is_own:
+        classifier.llama.norm.weight.data += 0.1
+    with_it = classifier.predict_proba(TEXTS)
+    set_adapters(classifier, [])
+    before = classifier.predict_proba(TEXTS)
+    classifier.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    assert (tmp_path / "model.safetensors").exists() == is_own
+    after = load_classifier(tmp_path, device="cpu").predict_proba(TEXTS)
+    np.testing.assert_array_equal(after, before)
+    assert not np.allclose(after, with_it)
+
+
+def test_of_several_adapters_the_active_one_is_saved(base, tmp_path):
+    classifier = embedding(base, adapter=True)
+    add_lora_wrapper(classifier, "q_proj", r=3, adapter_name="other")
+    for parameter in lora_parameters(classifier, "other"):
+        torch.nn.init.normal_(parameter, std=0.4)
+    for name in ("other", "default"):
+        set_adapters(classifier, name)
+        classifier.save_pretrained(tmp_path / name)
+        after = load_classifier(tmp_path / name, device="cpu")
+        np.testing.assert_array_equal(after.predict_proba(TEXTS), classifier.predict_proba(TEXTS))
+    set_adapters(classifier, ["default", "other"])
+    with pytest.raises(MinllamaError, match=r"several adapters take part \(default, other\)"):
+        classifier.save_pretrained(tmp_path / "both")
+
+
+def in_all_but_one_layer(classifier):
+    next(iter(lora_layers(classifier).values())).active = {}
+
+
+@pytest.mark.parametrize(
+    "act", [lambda classifier: set_adapters(classifier, {"default": 0.3}), in_all_but_one_layer]
+)
+def test_an_adapter_that_takes_part_in_part_is_refused_and_can_be_merged(base, tmp_path, act):
+    classifier = embedding(base, adapter=True)
+    act(classifier)
+    before = classifier.predict_proba(TEXTS)
+    with pytest.raises(MinllamaError, match=r"^the adapter 'default' takes part [^\n]*$"):
+        classifier.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    merge_classifier(classifier)
+    classifier.save_pretrained(tmp_path / "saved")
+    after = load_classifier(tmp_path / "saved", device="cpu")
+    np.testing.assert_allclose(after.predict_proba(TEXTS), before, atol=1e-5)
 
 
 def test_a_new_kind_of_classifier_leaves_nothing_of_the_old_one(base, tmp_path):

@@ -49,9 +49,10 @@ from minllama.classifier.head_file import (
     sha256_of,
     write_head,
 )
+from minllama.classifier.identity import base_tensors
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
-from minllama.lora import adapter_names, merge_lora, remove_lora_wrapper
+from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper
 from minllama.options import PromptOptions
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary.huggingface import FILES as TOKENIZER_FILES
@@ -85,24 +86,11 @@ def save_classifier(
         removes: names of what goes from the folder in this step.
 
     Raises:
-        MinllamaError: the folder cannot be written, or several adapters take part.
+        MinllamaError: the folder cannot be written, several adapters take part or one in part, or
+            an adapter stands on a model that is in no file.
     """
-    llama = classifier.llama
-    names = adapter_names(llama)
-    if len(names) > 1:
-        raise MinllamaError(
-            f"the model has several adapters ({', '.join(names)}); save one of them: merge the "
-            "others, or load the base again with the one"
-        )
-    try:
-        identity = identity_of_source(llama, classifier.tokenizer, tokenizer)
-    except MinllamaError as error:
-        if names:
-            raise MinllamaError(
-                f"the model below the adapter is in no file that could be named: {error}; save it "
-                "with save_pretrained() and load it from there, or merge the adapter"
-            ) from error
-        identity = None
+    llama, adapter = classifier.llama, _adapter_to_save(classifier.llama)
+    identity = _identity_to_name(classifier, tokenizer, adapter)
     is_own = identity is None
     has_model = is_own or _holds_model(Path(folder), llama)
     replaced = {*OWN_FILES, *removes}
@@ -111,28 +99,16 @@ def save_classifier(
         return name in replaced or (has_model and _is_model_file(name))
 
     with atomic_folder(folder, replaces=replaces) as staging:
-        if is_own:
-            vocabulary = getattr(classifier.tokenizer, "vocabulary", None)
-            # Their files have no word for looking ahead; classifier.json says it.
-            config = llama.config.replace(causal=True)
-            write_huggingface(staging, config, llama.state_dict(), vocabulary=vocabulary)
-            identity = identity_of(open_checkpoint(staging))
-        assert identity is not None
+        if identity is None:
+            identity = _write_model(staging, classifier)
+        _write_parts(staging, classifier, adapter)
         content = describe(
             classifier,
             identity,
-            weights="full" if is_own else "adapter" if names else "base",
+            weights="full" if is_own else "base" if adapter is None else "adapter",
             tokenizer=tokenizer,
             training=training or {},
         )
-        head = None
-        if isinstance(classifier, LlamaEmbeddingClassifier):
-            if classifier.unlike_transformers is None:
-                head = classifier.score.weight
-            write_head(staging, classifier)
-        if names:
-            source = None if llama.source == "default" else llama.source
-            write_adapter(staging, llama, adapter_name=names[0], base_model_name=source, head=head)
         digested = (staging / name for name in (HEAD_FILE, CONFIG_FILE, WEIGHTS_FILE))
         content["sha256"] = {path.name: sha256_of(path) for path in digested if path.is_file()}
         write_description(staging / CLASSIFIER_FILE, content)
@@ -140,6 +116,72 @@ def save_classifier(
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         if also is not None:
             also(staging)
+
+
+def _adapter_to_save(llama: Llama) -> str | None:
+    """The one adapter that takes part; None where none does.
+
+    Raises:
+        MinllamaError: several do, or one in part, which PEFT's files have no words for.
+    """
+    layers = lora_layers(llama).values()
+    active = sorted({name for layer in layers for name in layer.active})
+    if not active:
+        return None
+    if len(active) > 1:
+        raise MinllamaError(
+            f"several adapters take part ({', '.join(active)}), and one can be saved; switch to it "
+            "with set_adapters(), or merge them with merge_classifier()"
+        )
+    (name,) = active
+    if any(layer.active != {name: 1.0} for layer in layers if name in layer.adapters):
+        raise MinllamaError(
+            f"the adapter {name!r} takes part with a share other than 1, or in some layers only, "
+            f"and its files cannot say so; set_adapters(model, {name!r}) gives it its whole share, "
+            "merge_classifier() keeps what it is now"
+        )
+    return name
+
+
+def _identity_to_name(
+    classifier: Classifier, tokenizer: str | None, adapter: str | None
+) -> Identity | None:
+    """The identity of the checkpoint that the classifier stands on; None where it is in none.
+
+    Raises:
+        MinllamaError: it is in none, and an adapter's files do not hold it either.
+    """
+    try:
+        return identity_of_source(classifier.llama, classifier.tokenizer, tokenizer)
+    except MinllamaError as error:
+        if adapter is None:
+            return None
+        raise MinllamaError(
+            f"the model below the adapter is in no file that could be named: {error}; save it "
+            "with save_pretrained() and load it from there, or merge the adapter"
+        ) from error
+
+
+def _write_model(staging: Path, classifier: Classifier) -> Identity:
+    """Write the whole model, without adapters, and say what was written."""
+    vocabulary = getattr(classifier.tokenizer, "vocabulary", None)
+    # Their files have no word for looking ahead; classifier.json says it.
+    config = classifier.llama.config.replace(causal=True)
+    write_huggingface(staging, config, base_tensors(classifier.llama), vocabulary=vocabulary)
+    return identity_of(open_checkpoint(staging))
+
+
+def _write_parts(staging: Path, classifier: Classifier, adapter: str | None) -> None:
+    """Write head and adapter, where there are such."""
+    head = None
+    if isinstance(classifier, LlamaEmbeddingClassifier):
+        if classifier.unlike_transformers is None:
+            head = classifier.score.weight
+        write_head(staging, classifier)
+    if adapter is not None:
+        llama = classifier.llama
+        source = None if llama.source == "default" else llama.source
+        write_adapter(staging, llama, adapter_name=adapter, base_model_name=source, head=head)
 
 
 def _holds_model(folder: Path, llama: Llama) -> bool:

@@ -74,7 +74,7 @@ def weights_digest_of_source(llama: Llama, checkpoint: Checkpoint) -> str | None
     Adapters are left out, merged ones as well.
     """
     digest = WeightsDigest(checkpoint)
-    stored, base = digest.checkpoint.tensors, _base_tensors(llama)
+    stored, base = digest.checkpoint.tensors, base_tensors(llama)
     if stored.keys() != base.keys():
         return None
     for name, tensor in base.items():
@@ -124,7 +124,7 @@ def _digest(name: str, tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-def _base_tensors(llama: Llama) -> dict[str, Tensor]:
+def base_tensors(llama: Llama) -> dict[str, Tensor]:
     """The weights of a Llama without its adapters, by the names that a checkpoint has for them."""
     layers = lora_layers(llama)
     tensors = {}
