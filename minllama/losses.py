@@ -28,9 +28,6 @@ class Loss:
             its class's neighbours: exp(-d^2 / (2 ordinal^2)) for one d classes away, made to sum
             to 1 (Diaz & Marathe 2019, "Soft Labels for Ordinal Regression", section 3, with the
             squared distance). 0: all of it to the class.
-        prior: (N, C) probabilities of another classifier, which has its share of each target
-            (Li & Hoiem 2016, "Learning without Forgetting", equation 2, at temperature 1).
-        prior_share: that share, from 0 to less than 1.
 
     Raises:
         MinllamaError: `ordinal` where a text has several labels.
@@ -46,8 +43,6 @@ class Loss:
         balanced: bool,
         device: torch.device,
         ordinal: float = 0.0,
-        prior: Tensor | None = None,
-        prior_share: float = 0.0,
     ) -> None:
         assert dataset.labels is not None
         self.multi_label = dataset.multi_label
@@ -60,7 +55,9 @@ class Loss:
         else:
             self._targets = torch.tensor(dataset.labels, device=device)  # (N,)
         check_ordinal(ordinal, multi_label=self.multi_label)
-        self._soft = self._soften(n_classes, ordinal, prior, prior_share)
+        self._ordinal, self._n_classes = ordinal, n_classes
+        # (N, C) targets, each in parts; None where each is one class, or yes and no.
+        self._soft = self._in_parts() if ordinal else None
         self.weights: Tensor | None = None
         if balanced:
             counts = torch.tensor(dataset.class_counts(), dtype=torch.float32)  # (C,)
@@ -72,21 +69,27 @@ class Loss:
                 weights = n_texts / (usable.sum() * counts.clamp(min=1))
             self.weights = torch.where(usable, weights, 1.0).to(device)
 
-    def _soften(
-        self, n_classes: int, ordinal: float, prior: Tensor | None, prior_share: float
-    ) -> Tensor | None:
-        """(N, C) float32 targets, each in parts; None where each is one class, or yes and no."""
-        if not ordinal and prior is None:
-            return None
+    def share_with(self, prior: Tensor, share: float) -> None:
+        """Give another classifier's probabilities, (N, C), their share of each target.
+
+        (Li & Hoiem 2016, "Learning without Forgetting", equation 2, at temperature 1.)
+
+        Args:
+            prior: of the N texts.
+            share: from 0 to less than 1.
+        """
+        soft = self._in_parts()
+        self._soft = torch.lerp(soft, prior.to(soft), share)
+
+    def _in_parts(self) -> Tensor:
+        """The data set's own targets as (N, C) float32."""
         if self.multi_label:
-            soft = self._targets
-        elif ordinal:
-            classes = torch.arange(n_classes, device=self._targets.device)
-            distance = (classes - self._targets[:, None]).to(torch.float32)  # (N, C)
-            soft = torch.softmax(-distance.square() / (2 * ordinal**2), dim=-1)
-        else:
-            soft = F.one_hot(self._targets, n_classes).to(torch.float32)
-        return soft if prior is None else torch.lerp(soft, prior.to(soft), prior_share)
+            return self._targets
+        if not self._ordinal:
+            return F.one_hot(self._targets, self._n_classes).to(torch.float32)
+        classes = torch.arange(self._n_classes, device=self._targets.device)
+        distance = (classes - self._targets[:, None]).to(torch.float32)  # (N, C)
+        return torch.softmax(-distance.square() / (2 * self._ordinal**2), dim=-1)
 
     def normaliser(self, texts: list[int]) -> float:
         """What the summed losses of a step's texts are divided by to give its mean."""

@@ -105,21 +105,13 @@ class TrainingRun:
         max_tokens = MAX_TOKENS.get(self._device.type, math.inf)
         self.schedule = Schedule([len(prompt) for prompt in self.prompts], options, max_tokens)
         balanced = options.class_weights == "balanced"
-        # Before a checkpoint is loaded: also a run that goes on learns from where it once began.
-        share = options.self_distillation
-        prior = torch.from_numpy(classifier.predict_proba(train.texts)) if share else None
-        self._loss = Loss(
-            train,
-            balanced=balanced,
-            device=self._device,
-            ordinal=options.ordinal,
-            prior=prior,
-            prior_share=share,
-        )
+        self._loss = Loss(train, balanced=balanced, device=self._device, ordinal=options.ordinal)
+        self._texts = train.texts
         self._optimizer = AdamW(_groups(self.parameters, options, head_parameters))
         self._autocast = _wants_autocast(classifier, options, self._device)
         self.state, self.history = RunState(), list[Row]()
         self._best: dict[str, Tensor] = {}
+        self._prior: Tensor | None = None  # (N, C), what the classifier said at the beginning
         self.checkpoint: CheckpointFolder | None = None
         self.fingerprint: Fingerprint = {}
         self.metrics: MetricsFile | None = None
@@ -129,6 +121,7 @@ class TrainingRun:
         """Take the steps that are left; see `fit` for what it raises."""
         self._started = time.perf_counter() - self.state.seconds
         state = self.state
+        self._remember_beginning()
         try:
             while not self._is_done():
                 if state.row is None:
@@ -147,7 +140,7 @@ class TrainingRun:
 
     def load(self, state: RunState, tensors: RunTensors) -> None:
         """Be where a checkpoint says."""
-        self.state, self._best = state, tensors.best
+        self.state, self._best, self._prior = state, tensors.best, tensors.prior
         self._copy(tensors.weights)
         for name, parameter in self.parameters.items():
             if name in tensors.updates:
@@ -169,6 +162,20 @@ class TrainingRun:
             self.metrics.close()
         if self.board is not None:
             self.board.close()
+
+    def _remember_beginning(self) -> None:
+        """Let targets keep their share of what the classifier said before its first step.
+
+        A run that goes on has it from its checkpoint: the classifier that it is given need not be
+        the one that it began with.
+        """
+        share = self._options.self_distillation
+        if not share:
+            return
+        if self._prior is None:
+            assert self.state.step == 0
+            self._prior = torch.from_numpy(self._classifier.predict_proba(self._texts))
+        self._loss.share_with(self._prior, share)
 
     def _is_done(self) -> bool:
         state = self.state
@@ -301,7 +308,7 @@ class TrainingRun:
                 tensors.updates[name] = of_optimizer["step"]
                 for moment in MOMENT_NAMES:
                     tensors.moments[f"{moment}.{name}"] = of_optimizer[moment]
-        tensors.best = self._best
+        tensors.best, tensors.prior = self._best, self._prior
         self.metrics.sync()
         self.checkpoint.save(self.state, tensors, self.fingerprint)
 

@@ -24,6 +24,7 @@ from minllama.errors import CheckpointError, MinllamaError
 
 CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
 STATE, WEIGHTS, MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"
+PRIOR = "prior.safetensors"
 FORMAT = 1
 TEMPORARY = re.compile(rf"\.({re.escape(CHECKPOINT)}|{re.escape(METRICS)})\.[0-9a-f]{{8}}\.tmp")
 NEUTRAL_OPTIONS = ("save_every", "tensorboard")  # a run may go on with others: no number changes
@@ -72,19 +73,22 @@ class RunTensors:
         moments: of the optimizer: `exp_avg.` or `exp_avg_sq.` and the parameter's name.
         updates: how often the optimizer has updated each.
         best: the weights of the best evaluation; empty before the first.
+        prior: (N, C) probabilities of the training texts before the first step; None where no
+            target has a share of them.
     """
 
     weights: dict[str, Tensor]
     moments: dict[str, Tensor] = field(default_factory=dict)
     updates: dict[str, int] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
+    prior: Tensor | None = None
 
 
 class CheckpointFolder:
     """The checkpoint of the run in `folder`.
 
-    A SIGKILL at any instant of a save leaves the previous checkpoint or the new one. Weights that
-    are still the best are not written again, but linked into the new checkpoint.
+    A SIGKILL at any instant of a save leaves the previous checkpoint or the new one. What has
+    not changed, the best weights so far, is not written again, but linked into the new checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -97,12 +101,14 @@ class CheckpointFolder:
         Raises:
             MinllamaError: it cannot be written; the previous one is untouched.
         """
-        best_name = f"best-{state.best_step}.safetensors"
-        kept = {best_name} if tensors.best and best_name in self._written else set()
-        kept = {name for name in kept if (self.path / name).is_file()}
+        lasting: dict[str, dict[str, Tensor]] = {}
+        if tensors.best:
+            lasting[f"best-{state.best_step}.safetensors"] = tensors.best
+        if tensors.prior is not None:
+            lasting[PRIOR] = {"prior": tensors.prior}
+        kept = {n for n in lasting if n in self._written and (self.path / n).is_file()}
         contents = {WEIGHTS: tensors.weights, MOMENTS: tensors.moments}
-        if tensors.best and not kept:
-            contents[best_name] = tensors.best
+        contents |= {name: lasting[name] for name in lasting if name not in kept}
         with atomic_folder(self.path, replaces=lambda name: name not in kept) as staging:
             files = {name: self._written[name] for name in kept}
             for name, content in contents.items():
@@ -197,17 +203,17 @@ class CheckpointFolder:
     def _content(self, raw: Mapping[str, Any]) -> tuple[RunState, RunTensors]:
         with self._damage():
             state = _run_state(raw)
-            names = [WEIGHTS, MOMENTS]
-            if state.best_step is not None:
-                names.append(f"best-{int(state.best_step)}.safetensors")
+            best_name = f"best-{int(state.best_step or 0)}.safetensors"
+            # There are no best weights before the first evaluation, nor where the last are kept.
+            lasting = [name for name in (best_name, PRIOR) if name in raw["files"]]
             read = {}
-            for name in names:
+            for name in (WEIGHTS, MOMENTS, *lasting):
                 if _description(self.path / name) != raw["files"][name]:
                     raise ValueError(f"{name} is not what was written")
                 read[name] = _read_tensors(self.path / name)
             updates = {str(name): int(count) for name, count in raw["updates"].items()}
-            best = read.get(names[2], {}) if len(names) > 2 else {}
-            return state, RunTensors(read[WEIGHTS], read[MOMENTS], updates, best)
+            best, prior = read.get(best_name, {}), read.get(PRIOR, {}).get("prior")
+            return state, RunTensors(read[WEIGHTS], read[MOMENTS], updates, best, prior)
 
     @contextmanager
     def _damage(self) -> Iterator[None]:

@@ -1,7 +1,9 @@
 """Classifiers in folders: read back as they were, in another process too, or refused."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minllama.checkpoints import write_huggingface
+from minllama.checkpoints import open_checkpoint, write_gguf, write_huggingface
+from minllama.checkpoints.base import lazy
 from minllama.classifier import (
     LlamaEmbeddingClassifier,
     LlamaZeroShotClassifier,
@@ -19,10 +22,10 @@ from minllama.classifier import (
     save_classifier,
 )
 from minllama.classifier.files import merge_classifier
-from minllama.classifier.identity import fingerprint
+from minllama.classifier.identity import tokenizer_digest, weights_digest, weights_digest_of_source
 from minllama.errors import CheckpointError, MinllamaError
-from minllama.llama import load_pretrained
-from minllama.lora import add_lora_wrapper, lora_parameters
+from minllama.llama import Llama, load_pretrained
+from minllama.lora import add_lora_wrapper, lora_layers, lora_parameters, set_adapters
 from minllama.tokenizer import Tokenizer
 
 TEXTS = ["A fine film.", "no", "It drags on, and on.", "What a mess!"]
@@ -167,6 +170,57 @@ def test_a_merged_classifier_stands_alone(base, tmp_path):
         merge_classifier(after)
 
 
+@pytest.mark.parametrize("is_own", [False, True])
+def test_without_an_active_adapter_the_base_is_saved(base, tmp_path, is_own):
+    classifier = embedding(base, adapter=True)
+    if is_own:
+        classifier.llama.norm.weight.data += 0.1
+    with_it = classifier.predict_proba(TEXTS)
+    set_adapters(classifier, [])
+    before = classifier.predict_proba(TEXTS)
+    classifier.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    assert (tmp_path / "model.safetensors").exists() == is_own
+    after = load_classifier(tmp_path, device="cpu").predict_proba(TEXTS)
+    np.testing.assert_array_equal(after, before)
+    assert not np.allclose(after, with_it)
+
+
+def test_of_several_adapters_the_active_one_is_saved(base, tmp_path):
+    classifier = embedding(base, adapter=True)
+    add_lora_wrapper(classifier, "q_proj", r=3, adapter_name="other")
+    for parameter in lora_parameters(classifier, "other"):
+        torch.nn.init.normal_(parameter, std=0.4)
+    for name in ("other", "default"):
+        set_adapters(classifier, name)
+        classifier.save_pretrained(tmp_path / name)
+        after = load_classifier(tmp_path / name, device="cpu")
+        np.testing.assert_array_equal(after.predict_proba(TEXTS), classifier.predict_proba(TEXTS))
+    set_adapters(classifier, ["default", "other"])
+    with pytest.raises(MinllamaError, match=r"several adapters take part \(default, other\)"):
+        classifier.save_pretrained(tmp_path / "both")
+
+
+def in_all_but_one_layer(classifier):
+    next(iter(lora_layers(classifier).values())).active = {}
+
+
+@pytest.mark.parametrize(
+    "act", [lambda classifier: set_adapters(classifier, {"default": 0.3}), in_all_but_one_layer]
+)
+def test_an_adapter_that_takes_part_in_part_is_refused_and_can_be_merged(base, tmp_path, act):
+    classifier = embedding(base, adapter=True)
+    act(classifier)
+    before = classifier.predict_proba(TEXTS)
+    with pytest.raises(MinllamaError, match=r"^the adapter 'default' takes part [^\n]*$"):
+        classifier.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    merge_classifier(classifier)
+    classifier.save_pretrained(tmp_path / "saved")
+    after = load_classifier(tmp_path / "saved", device="cpu")
+    np.testing.assert_allclose(after.predict_proba(TEXTS), before, atol=1e-5)
+
+
 def test_a_new_kind_of_classifier_leaves_nothing_of_the_old_one(base, tmp_path):
     embedding(base, adapter=True).save_pretrained(tmp_path)
     (tmp_path / "report.html").write_text("kept")
@@ -195,6 +249,11 @@ def swapped_head(folder):
     save_file(state, folder / "head.safetensors")
 
 
+def edited_adapter(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 99}))
+
+
 DAMAGE = {
     "no file": (lambda f: (f / "classifier.json").unlink(), "no classifier.json"),
     "not JSON": (lambda f: (f / "classifier.json").write_text("{"), "not JSON"),
@@ -202,6 +261,9 @@ DAMAGE = {
     "no head": (lambda f: (f / "head.safetensors").unlink(), "is missing"),
     "another head": (swapped_head, "SHA-256 differs"),
     "no adapter": (lambda f: (f / "adapter_model.safetensors").unlink(), "is missing"),
+    "another scale": (edited_adapter, "adapter_config.json: is not the file .*SHA-256 differs"),
+    "no digests": (lambda f: edited(f, sha256=KeyError), "'sha256' is missing"),
+    "digests of no kind": (lambda f: edited(f, sha256=[]), "sha256 are not"),
     "changed label": (lambda f: edited(f, labels=["bad", "so so", "great"]), "stand for"),
     "fewer labels": (lambda f: edited(f, labels=["bad", "good"]), "stand for"),
     "no labels": (lambda f: edited(f, labels=KeyError), "'labels' is missing"),
@@ -225,6 +287,34 @@ def test_what_is_missing_or_changed_is_an_error_of_one_line(base, tmp_path, dama
     assert "\n" not in str(caught.value)
 
 
+CHANGES = {
+    "labels": (lambda c: c["labels"].reverse(), False),
+    "label words": (lambda c: c["label_words"].reverse(), False),
+    "prompt": (lambda c: c["prompt"].update(prompt="{text} So"), False),
+    "shots": (lambda c: c["shots"].pop(), False),
+    "score": (lambda c: c.update(score="token-mean"), False),
+    "temperature": (lambda c: c.update(temperature=2.0), False),
+    "where the base is": (lambda c: c["base"].update(model=f"{c['base']['model']}/"), True),
+    "a note": (lambda c: c["training"].update(note="my first"), True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_description_is_refused_unless_it_changes_no_number(base, tmp_path, change):
+    shots = [("Fine.", "very good"), ("No.", "awful")]
+    zero_shot(base, label_words=["awful", "very good"], shots=shots).save_pretrained(tmp_path)
+    path = tmp_path / "classifier.json"
+    content = json.loads(path.read_text())
+    act, is_allowed = CHANGES[change]
+    act(content)
+    path.write_text(json.dumps(content))
+    if is_allowed:
+        load_classifier(tmp_path, device="cpu")
+        return
+    with pytest.raises(CheckpointError, match=r"^[^\n]*classifier.json: it was changed[^\n]*$"):
+        load_classifier(tmp_path, device="cpu")
+
+
 def test_another_base_is_refused_and_a_moved_one_can_be_named(base, tmp_path):
     llama, words = opened(base)
     vocabulary = words.vocabulary
@@ -244,13 +334,126 @@ def test_another_base_is_refused_and_a_moved_one_can_be_named(base, tmp_path):
         load_classifier(tmp_path / "saved", model=tmp_path / "other", device="cpu")
 
 
-def test_the_fingerprint_is_of_the_numbers_and_not_of_their_dtype_or_adapters(base):
-    exact = load_pretrained(base, device="cpu")
-    expected = fingerprint(exact)
-    assert fingerprint(load_pretrained(base, device="cpu", dtype="bfloat16")) == expected
-    assert fingerprint(with_adapter(exact)) == expected
-    exact.layers[1].ffn_norm.weight.data *= 1.02
-    assert fingerprint(exact) != expected
+def one_number(folder):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["model.layers.0.mlp.down_proj.weight"].view(-1)[5] += 0.01
+    save_file(state, path, metadata={"format": "pt"})
+
+
+def json_edited(name, act):
+    def edit(folder):
+        content = json.loads((folder / name).read_text())
+        act(content)
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+BASE_CHANGES = {
+    "one number": (one_number, "its weights differ"),
+    "rope_theta": (
+        json_edited("config.json", lambda c: c.update(rope_theta=500.0)),
+        r"its rope_theta is 500\.0 and was 10000\.0",
+    ),
+    "norm_eps": (
+        json_edited("config.json", lambda c: c.update(rms_norm_eps=0.1)),
+        r"its norm_eps is 0\.1 and was 1e-05",
+    ),
+    "tokenizer": (
+        json_edited("tokenizer.json", lambda c: c["model"]["merges"].pop()),
+        "its tokenizer differs",
+    ),
+    "bos": (
+        json_edited("tokenizer_config.json", lambda c: c.update(add_bos_token=True)),
+        "its tokenizer differs",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+@pytest.mark.parametrize("change", BASE_CHANGES)
+def test_a_changed_base_is_refused_in_every_dtype(base, tmp_path, change, dtype):
+    shutil.copytree(base, tmp_path / "base")
+    embedding(tmp_path / "base", adapter=True).save_pretrained(tmp_path / "saved")
+    load_classifier(tmp_path / "saved", dtype=dtype, device="cpu")
+    act, message = BASE_CHANGES[change]
+    act(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*not the model.*: {message}; [^\n]*$"):
+        load_classifier(tmp_path / "saved", dtype=dtype, device="cpu")
+
+
+@pytest.mark.parametrize("change", BASE_CHANGES)
+def test_a_changed_model_of_its_own_is_refused(base, tmp_path, change):
+    llama, words = opened(base)
+    llama.layers[0].attention.compute_value.weight.data += 0.01
+    LlamaEmbeddingClassifier(llama, words, ["a", "b"]).save_pretrained(tmp_path)
+    load_classifier(tmp_path, device="cpu")
+    act, message = BASE_CHANGES[change]
+    act(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        load_classifier(tmp_path, device="cpu")
+
+
+def test_the_same_base_in_another_format_is_the_same_model(base, tmp_path):
+    classifier = embedding(base, adapter=True)
+    classifier.save_pretrained(tmp_path / "saved")
+    stored = open_checkpoint(base)
+    tensors = {name: tensor.load() for name, tensor in stored.tensors.items()}
+    write_gguf(tmp_path / "base.gguf", stored.config, tensors, stored.vocabulary, "f32")
+    after = load_classifier(tmp_path / "saved", model=tmp_path / "base.gguf", device="cpu")
+    np.testing.assert_array_equal(after.predict_proba(TEXTS), classifier.predict_proba(TEXTS))
+    # Numbers that were rounded are others.
+    write_gguf(tmp_path / "base.gguf", stored.config, tensors, stored.vocabulary, "f16")
+    with pytest.raises(CheckpointError, match="its weights differ"):
+        load_classifier(tmp_path / "saved", model=tmp_path / "base.gguf", device="cpu")
+
+
+def test_the_default_model_in_another_format_has_the_same_digest(default_model):
+    checkpoint = open_checkpoint(default_model)
+    digest = weights_digest(checkpoint)
+    wide = {name: lazy(tensor.load()) for name, tensor in checkpoint.tensors.items()}
+    assert weights_digest(dataclasses.replace(checkpoint, tensors=wide)) == digest
+    llama = Llama.from_checkpoint(checkpoint, dtype="bfloat16", device="cpu")
+    assert weights_digest_of_source(with_adapter(llama), checkpoint) == digest
+    llama.layers[7].feed_forward.w2.base.weight.data[3, 4] += 1
+    assert weights_digest_of_source(llama, checkpoint) is None
+
+
+def test_what_is_not_in_the_source_any_more_is_written_or_refused(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    llama, words = opened(tmp_path / "base")  # frozen, and changed all the same
+    llama.layers[0].attention.compute_value.weight.data[0, 0] += 1
+    changed = LlamaEmbeddingClassifier(llama, words, ["a", "b"])
+    before = changed.predict_proba(TEXTS)
+    changed.save_pretrained(tmp_path / "changed")
+    assert (tmp_path / "changed" / "model.safetensors").exists()
+    after = load_classifier(tmp_path / "changed", device="cpu")
+    np.testing.assert_array_equal(after.predict_proba(TEXTS), before)
+    adapted = embedding(tmp_path / "base", adapter=True)
+    one_number(tmp_path / "base")
+    with pytest.raises(MinllamaError, match=r"no file that could be named: its weights are not"):
+        adapted.save_pretrained(tmp_path / "adapted")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(MinllamaError, match=r"no file that could be named: .*no such file"):
+        adapted.save_pretrained(tmp_path / "adapted")
+    assert not (tmp_path / "adapted").exists()
+
+
+def test_a_tokenizer_of_another_place_goes_with_the_classifier(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    BASE_CHANGES["tokenizer"][0](tmp_path / "base")
+    llama, words = opened(base)
+    other = Tokenizer.from_pretrained(tmp_path / "base")
+    classifier = LlamaEmbeddingClassifier(llama, other, ["a", "b"])
+    path = str(tmp_path / "base")
+    save_classifier(classifier, tmp_path / "named", tokenizer=path)
+    assert not (tmp_path / "named" / "model.safetensors").exists()
+    load_classifier(tmp_path / "named", device="cpu")
+    save_classifier(classifier, tmp_path / "whole")
+    after = load_classifier(tmp_path / "whole", device="cpu")
+    digests = [tokenizer_digest(t.vocabulary) for t in (after.tokenizer, other, words)]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_the_model_card_says_what_it_is(base, tmp_path):

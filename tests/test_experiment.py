@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from transformers import LlamaForSequenceClassification
 
 from minllama.classifier import load_classifier
 from minllama.errors import MinllamaError, OptionError
@@ -20,6 +22,7 @@ from minllama.options import (
 )
 from minllama.tokenizer import Tokenizer
 from tests.experiment_cases import REPORT, Heard, examples, names_in, write_labelled
+from tests.peft_model import unwarned
 
 TEXTS = ["a fine film", "dull", "great music and a slow plot"]
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
@@ -88,6 +91,47 @@ def test_every_method_leaves_one_folder_that_gives_the_same_probabilities(
     others = metrics["splits"]["dev"]["others"]
     assert {"majority class", "TF-IDF + logistic regression"} <= set(others)
     assert ("zero-shot (before training)" in others) == (options.get("objective") is not None)
+
+
+def test_a_head_on_the_last_token_after_all_layers_is_in_peft_s_file(make_experiment, base):
+    experiment = make_experiment("lora", layer="all", pooling="last")
+    classifier = run_experiment(experiment).classifier
+    folder = experiment.output
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS"
+    assert "score" in config["modules_to_save"]
+    assert "in PEFT's file as well" in (folder / "README.md").read_text()
+    with unwarned(), torch.no_grad():
+        plain = LlamaForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
+        theirs = PeftModel.from_pretrained(plain, folder).eval()
+        ids = [torch.tensor([classifier.encode(text).ids]) for text in TEXTS]
+        logits = torch.cat([theirs(row).logits for row in ids])
+    loaded = load_classifier(folder, device="cpu")
+    for ours in (classifier, loaded):
+        np.testing.assert_allclose(ours.predict_logits(TEXTS), logits, atol=1e-4)
+    loaded.save_pretrained(folder.parent / "again")
+    again = folder.parent / "again" / "adapter_model.safetensors"
+    assert again.read_bytes() == (folder / "adapter_model.safetensors").read_bytes()
+
+
+OTHER_HEADS = {
+    "pooling": ({"layer": "all", "pooling": "mean"}, "its pooling is mean"),
+    "layer": ({"layer": "1", "pooling": "last"}, "it runs 1 of 2 layers"),
+    "looking ahead": (
+        {"layer": "all", "pooling": "last", "bidirectional": True},
+        "its tokens look ahead",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_HEADS)
+def test_the_card_says_why_a_head_is_in_no_file_of_peft(make_experiment, case):
+    options, reason = OTHER_HEADS[case]
+    experiment = make_experiment("lora", **options)
+    assert run_experiment(experiment).classifier.score.bias.any()
+    config = json.loads((experiment.output / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+    assert f"alone, for {reason}, and" in (experiment.output / "README.md").read_text()
 
 
 def test_dev_is_read_once_after_training(make_experiment, monkeypatch):

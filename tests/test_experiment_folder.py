@@ -22,20 +22,22 @@ def results(folder):
 
 
 @pytest.mark.parametrize(
-    ("objective", "cut"),
+    ("objective", "cut", "training"),
     [
-        ("head", 4),
-        ("label-words", 4),
-        pytest.param("head", 1, marks=pytest.mark.slow),
-        pytest.param("head", "reading dev", marks=pytest.mark.slow),
-        pytest.param("label-words", "reading dev", marks=pytest.mark.slow),
+        ("head", 4, {}),
+        ("label-words", 4, {}),
+        ("head", 4, {"self_distillation": 0.5, "keep": "last"}),
+        pytest.param("head", 1, {}, marks=pytest.mark.slow),
+        pytest.param("head", "reading dev", {}, marks=pytest.mark.slow),
+        pytest.param("label-words", "reading dev", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_cut_and_resumed_equals_the_uncut_one(
-    make_experiment, tmp_path, objective, cut
+    make_experiment, tmp_path, objective, cut, training
 ):
     uncut, cut_run = (
-        make_experiment(objective=objective, output=name) for name in ("uncut", "cut")
+        make_experiment(objective=objective, training=training, output=name)
+        for name in ("uncut", "cut")
     )
     run_experiment(uncut)
     with pytest.raises(KeyboardInterrupt):

@@ -77,6 +77,26 @@ def test_a_class_without_examples_is_never_said():
     assert set((points @ weight.T + bias).argmax(1)) == {0, 1}
 
 
+@pytest.mark.parametrize("sets", [False, True])
+def test_a_head_without_a_bias_says_the_same(sets):
+    points, labels = blobs(classes=3, spread=2.0)
+    points = np.concatenate([points + 3, np.full((len(points), 1), 20, dtype=np.float32)], axis=1)
+    points[:, -1] += np.random.default_rng(0).normal(size=len(points))
+    if sets:  # 4 has every text, 3 has none
+        labels = [(label, 4) if label else (4,) for label in labels]
+    kind = {"multi_label": sets}
+    weight, bias = fit_head(points, labels, 5, **kind)
+    alone, none = fit_head(points, labels, 5, bias=False, **kind)
+    assert bias.any()
+    assert not none.any()
+    expected, found = points @ weight.T + bias, points @ alone.T
+    if sets:
+        assert ((found >= 0) == (expected >= 0)).all(1).mean() > 0.98
+    else:
+        assert (found.argmax(1) == expected.argmax(1)).mean() > 0.98
+    assert (found[:, 3] < -10).all()  # of which there are no examples
+
+
 def test_several_labels_have_a_regression_each():
     points, labels = blobs(classes=3)
     sets = [(label, 3) if label else () for label in labels]  # 0 never, 3 with 1 and with 2

@@ -76,7 +76,8 @@ def test_a_prior_has_its_share_of_the_target(multi_label):
         of_prior = -(prior[texts] * log_p + (1 - prior[texts]) * log_not).sum()
     else:
         of_prior = -(prior[texts] * log_p).sum()
-    soft = Loss(data, balanced=False, device=CPU, prior=prior, prior_share=0.25)
+    soft = Loss(data, balanced=False, device=CPU)
+    soft.share_with(prior, 0.25)
     torch.testing.assert_close(soft.summed(logits, texts), 0.75 * hard + 0.25 * of_prior)
 
 

@@ -91,14 +91,18 @@ def uncut(tmp_path_factory, one_thread):
     return outcome(folder), trained(classifier)
 
 
+def with_other_weights():
+    classifier = TinyClassifier()
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(7.0)
+    return classifier
+
+
 def check_resumes(folder, uncut, resumed_from):
     """Go on with a classifier whose trained weights are others, and compare with the uncut run."""
-    classifier = TinyClassifier()
-    if resumed_from:
-        with torch.no_grad():
-            for parameter in classifier.parameters():
-                if parameter.requires_grad:
-                    parameter.fill_(7.0)
+    classifier = with_other_weights() if resumed_from else TinyClassifier()
     torch.manual_seed(99)
     classifier, result = run(folder, classifier, resume=True)
     assert result.resumed_from == resumed_from
@@ -214,6 +218,17 @@ def test_an_interrupt_within_an_update_waits_for_its_end(update, tmp_path, monke
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     classifier, _ = run(tmp_path / "cut", resume=True, options=grouped)
     assert same(trained(classifier), trained(expected))
+
+
+@pytest.mark.parametrize("changes", [{"keep": "last"}, {"self_distillation": 0.5}])
+@pytest.mark.parametrize("step", [1, 4, 8])
+def test_a_cut_run_goes_on_exactly_whatever_it_keeps(changes, step, tmp_path):
+    expected, _ = run(tmp_path / "whole", options=changes)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", progress=CutProgress(step), options=changes)
+    classifier, _ = run(tmp_path / "cut", with_other_weights(), resume=True, options=changes)
+    assert same(trained(classifier), trained(expected))
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 def test_resuming_what_is_finished_only_gives_its_result(tmp_path, uncut):

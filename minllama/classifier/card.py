@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minllama.classifier.base import Classifier
+from minllama.classifier.embedding import LlamaEmbeddingClassifier
 
 KINDS = {
     "base": "the base model as it is",
@@ -77,7 +78,23 @@ def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
         n_layers = classifier.llama.config.n_layers
         facts["layers that run"] = f"{content['layer']} of {n_layers}"
         facts["pooling"] = f"`{content['pooling']}`"
+        if content["weights"] == "adapter":
+            facts["head"] = _where_head_is(classifier)
     return [f"- {name}: {value}" for name, value in facts.items()]
+
+
+def _where_head_is(classifier: Classifier) -> str:
+    assert isinstance(classifier, LlamaEmbeddingClassifier)
+    if reason := classifier.unlike_transformers:
+        return (
+            f"in `head.safetensors` alone, for {reason}, and PEFT's files have no words for that: "
+            "PEFT loads the adapter as one of a language model"
+        )
+    return (
+        "in PEFT's file as well (`score`, task SEQ_CLS): on transformers' "
+        "LlamaForSequenceClassification PEFT makes the same logits of the prompt's token ids, "
+        "before the temperature"
+    )
 
 
 def _table(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:

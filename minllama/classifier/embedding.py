@@ -85,6 +85,16 @@ class LlamaEmbeddingClassifier(Classifier):
         return self.layer
 
     @property
+    def unlike_transformers(self) -> str | None:
+        """Why transformers' LlamaForSequenceClassification makes other logits of the same ids.
+
+        None where it makes the same, before the temperature.
+        """
+        has_bias = self.score.bias is not None and bool(self.score.bias.any())
+        reason = unlike_transformers(self.llama, self.layer, self.pooling)
+        return reason or ("its head has a bias" if has_bias else None)
+
+    @property
     def id2label(self) -> dict[int, str]:
         return dict(enumerate(self.labels))
 
@@ -160,6 +170,18 @@ def _last(h: Tensor, mask: Tensor | None) -> Tensor:
         return h[:, -1]
     columns = torch.arange(mask.shape[1], device=h.device)
     return h[torch.arange(len(h), device=h.device), (columns * mask).argmax(-1)]
+
+
+def unlike_transformers(llama: Llama, layer: int, pooling: Pooling) -> str | None:
+    """Why transformers' LlamaForSequenceClassification reads another vector; None if it does not.
+
+    Its head is on the last token after all layers, and has no bias.
+    """
+    if pooling != "last":
+        return f"its pooling is {pooling}"
+    if layer != llama.config.n_layers:
+        return f"it runs {layer} of {llama.config.n_layers} layers"
+    return None if llama.config.causal else "its tokens look ahead"
 
 
 def check_layer(llama: Llama, layer: int | None) -> int:

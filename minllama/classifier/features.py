@@ -155,6 +155,7 @@ def fit_head(
     penalty: float = FIRST_PENALTY,
     multi_label: bool = False,
     balanced: bool = False,
+    bias: bool = True,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logistic regression on standardised features, as a head for features as they come.
 
@@ -163,21 +164,34 @@ def fit_head(
         labels: N classes, or N collections of them where `multi_label`.
         n_classes: C; one without an example gets a low constant.
         penalty: weight of |W|^2 / 2 beside the mean loss.
+        bias: the head has one; without, features keep their mean, along which a small weight is as
+            good.
 
     Returns:
-        Weight (C, D) and bias (C,): the standardisation is folded into them.
+        Weight (C, D) and bias (C,), zero where there is none: the standardisation is folded into
+        them.
 
     Raises:
         MinllamaError: scikit-learn is missing.
     """
     target = _target(labels, n_classes, multi_label=multi_label)
     mean, scale = features.mean(0), np.maximum(features.std(0), 1e-6)
-    weight, bias = _regression(
-        (features - mean) / scale, target, penalty, multi_label=multi_label, balanced=balanced
+    shift = mean if bias else np.zeros_like(mean)
+    weight, constant = _regression(
+        (features - shift) / scale,
+        target,
+        penalty,
+        multi_label=multi_label,
+        balanced=balanced,
+        intercept=bias,
     )
     weight = weight / scale
-    bias = bias - weight @ mean
-    return weight.astype(np.float32), bias.astype(np.float32)
+    if not bias:  # those of classes without examples: what they are at the mean, along it
+        standing = mean / scale**2
+        weight = weight + np.outer(constant, standing / (standing @ mean))
+        constant = np.zeros_like(constant)
+    constant = constant - weight @ shift
+    return weight.astype(np.float32), constant.astype(np.float32)
 
 
 UNSEEN = -20.0  # the logit of a class that no example has
@@ -190,8 +204,12 @@ def _regression(
     *,
     multi_label: bool,
     balanced: bool,
+    intercept: bool = True,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weight (C, D) and bias (C,) for (N, D) standardised features and an (N, C) 0-1 target."""
+    """Weight (C, D) and bias (C,) for (N, D) standardised features and an (N, C) 0-1 target.
+
+    Without `intercept` only classes without examples, or with all of them, have a bias.
+    """
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
@@ -209,6 +227,7 @@ def _regression(
             max_iter=300,
             tol=1e-3,
             class_weight="balanced" if balanced else None,
+            fit_intercept=intercept,
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)

@@ -1,8 +1,8 @@
 """A classifier in a folder: written whole, and read back as it was or refused.
 
 - `classifier.json`: what it is: labels, prompt, pooling, calibration, the base model and its
-  fingerprint, the settings of its training.
-- `head.safetensors`: the head, with the labels that its rows stand for, and their digest.
+  identity, the digests of the next three and of itself, the settings of its training.
+- `head.safetensors`: the head, with the labels that its rows stand for.
 - `adapter_config.json`, `adapter_model.safetensors`: LoRA, in PEFT's files.
 - or `config.json`, `model.safetensors` and the tokenizer: a whole model of its own.
 - `README.md`: a model card.
@@ -10,8 +10,6 @@
 Nothing in it is run, and nothing is filled in: what is missing or changed is an error.
 """
 
-import dataclasses
-import json
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -19,34 +17,47 @@ from typing import Any
 
 import torch
 
-import minllama
+from minllama.adapter_config import CONFIG_FILE
 from minllama.adapter_files import FILES as ADAPTER_FILES
-from minllama.adapter_files import load_adapter, write_adapter
+from minllama.adapter_files import WEIGHTS_FILE, load_adapter, write_adapter
 from minllama.atomic import atomic_folder
 from minllama.checkpoints import open_checkpoint, write_huggingface
 from minllama.checkpoints.huggingface import WEIGHT_FILES
+from minllama.checkpoints.layout import naming
 from minllama.classifier.base import Classifier
+from minllama.classifier.base_model import (
+    Identity,
+    identity_of,
+    identity_of_source,
+    load_same,
+)
 from minllama.classifier.card import model_card
+from minllama.classifier.description import (
+    CLASSIFIER_FILE,
+    build,
+    check_unchanged,
+    describe,
+    described_by,
+    read_description,
+    write_description,
+)
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
 from minllama.classifier.head_file import (
-    CLASSIFIER_FILE,
     HEAD_FILE,
     check_digest,
     read_head,
     sha256_of,
     write_head,
 )
-from minllama.classifier.identity import fingerprint
-from minllama.classifier.zero_shot import LlamaZeroShotClassifier
+from minllama.classifier.identity import base_tensors
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
-from minllama.lora import adapter_names, merge_lora, remove_lora_wrapper
+from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper
 from minllama.options import PromptOptions
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary.huggingface import FILES as TOKENIZER_FILES
 
 CARD_FILE = "README.md"
-VERSION = 1
 OWN_FILES = (CLASSIFIER_FILE, HEAD_FILE, CARD_FILE, *ADAPTER_FILES)
 
 
@@ -62,7 +73,7 @@ def save_classifier(
 ) -> None:
     """Write a classifier; the folder appears whole or not at all, other files in it are kept.
 
-    A Llama that is frozen and came from a checkpoint is named, not copied, with its adapter beside
+    A Llama whose weights are those of a checkpoint is named, not copied, with its adapter beside
     it. One that was trained as a whole, or made in memory, is written too.
 
     Args:
@@ -75,23 +86,12 @@ def save_classifier(
         removes: names of what goes from the folder in this step.
 
     Raises:
-        MinllamaError: the folder cannot be written, or several adapters take part.
+        MinllamaError: the folder cannot be written, several adapters take part or one in part, or
+            an adapter stands on a model that is in no file.
     """
-    llama = classifier.llama
-    names = adapter_names(llama)
-    if len(names) > 1:
-        raise MinllamaError(
-            f"the model has several adapters ({', '.join(names)}); save one of them: merge the "
-            "others, or load the base again with the one"
-        )
-    is_own = not _is_in_its_source(llama)
-    if is_own and names:
-        raise MinllamaError(
-            "the model below the adapter is in no file that could be named; save it with "
-            "save_pretrained() and load it from there, or merge the adapter"
-        )
-    weights = "full" if is_own else "adapter" if names else "base"
-    content = describe(classifier, weights=weights, tokenizer=tokenizer, training=training or {})
+    llama, adapter = classifier.llama, _adapter_to_save(classifier.llama)
+    identity = _identity_to_name(classifier, tokenizer, adapter)
+    is_own = identity is None
     has_model = is_own or _holds_model(Path(folder), llama)
     replaced = {*OWN_FILES, *removes}
 
@@ -99,30 +99,95 @@ def save_classifier(
         return name in replaced or (has_model and _is_model_file(name))
 
     with atomic_folder(folder, replaces=replaces) as staging:
-        if is_own:
-            vocabulary = getattr(classifier.tokenizer, "vocabulary", None)
-            # Their files have no word for looking ahead; classifier.json says it.
-            config = llama.config.replace(causal=True)
-            write_huggingface(staging, config, llama.state_dict(), vocabulary=vocabulary)
-        head = None
-        if isinstance(classifier, LlamaEmbeddingClassifier):
-            head = classifier.score.weight if _peft_computes(classifier) else None
-            content["headsha256_of"] = write_head(staging, classifier)
-        if names:
-            source = None if llama.source == "default" else llama.source
-            write_adapter(staging, llama, adapter_name=names[0], base_model_name=source, head=head)
-            content["adaptersha256_of"] = sha256_of(staging / "adapter_model.safetensors")
-        _write_json(staging / CLASSIFIER_FILE, content)
+        if identity is None:
+            identity = _write_model(staging, classifier)
+        _write_parts(staging, classifier, adapter)
+        content = describe(
+            classifier,
+            identity,
+            weights="full" if is_own else "base" if adapter is None else "adapter",
+            tokenizer=tokenizer,
+            training=training or {},
+        )
+        digested = (staging / name for name in (HEAD_FILE, CONFIG_FILE, WEIGHTS_FILE))
+        content["sha256"] = {path.name: sha256_of(path) for path in digested if path.is_file()}
+        write_description(staging / CLASSIFIER_FILE, content)
         card = model_card(classifier, content, metrics or {}, name=Path(folder).resolve().name)
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         if also is not None:
             also(staging)
 
 
+def _adapter_to_save(llama: Llama) -> str | None:
+    """The one adapter that takes part; None where none does.
+
+    Raises:
+        MinllamaError: several do, or one in part, which PEFT's files have no words for.
+    """
+    layers = lora_layers(llama).values()
+    active = sorted({name for layer in layers for name in layer.active})
+    if not active:
+        return None
+    if len(active) > 1:
+        raise MinllamaError(
+            f"several adapters take part ({', '.join(active)}), and one can be saved; switch to it "
+            "with set_adapters(), or merge them with merge_classifier()"
+        )
+    (name,) = active
+    if any(layer.active != {name: 1.0} for layer in layers if name in layer.adapters):
+        raise MinllamaError(
+            f"the adapter {name!r} takes part with a share other than 1, or in some layers only, "
+            f"and its files cannot say so; set_adapters(model, {name!r}) gives it its whole share, "
+            "merge_classifier() keeps what it is now"
+        )
+    return name
+
+
+def _identity_to_name(
+    classifier: Classifier, tokenizer: str | None, adapter: str | None
+) -> Identity | None:
+    """The identity of the checkpoint that the classifier stands on; None where it is in none.
+
+    Raises:
+        MinllamaError: it is in none, and an adapter's files do not hold it either.
+    """
+    try:
+        return identity_of_source(classifier.llama, classifier.tokenizer, tokenizer)
+    except MinllamaError as error:
+        if adapter is None:
+            return None
+        raise MinllamaError(
+            f"the model below the adapter is in no file that could be named: {error}; save it "
+            "with save_pretrained() and load it from there, or merge the adapter"
+        ) from error
+
+
+def _write_model(staging: Path, classifier: Classifier) -> Identity:
+    """Write the whole model, without adapters, and say what was written."""
+    vocabulary = getattr(classifier.tokenizer, "vocabulary", None)
+    # Their files have no word for looking ahead; classifier.json says it.
+    config = classifier.llama.config.replace(causal=True)
+    write_huggingface(staging, config, base_tensors(classifier.llama), vocabulary=vocabulary)
+    return identity_of(open_checkpoint(staging))
+
+
+def _write_parts(staging: Path, classifier: Classifier, adapter: str | None) -> None:
+    """Write head and adapter, where there are such."""
+    head = None
+    if isinstance(classifier, LlamaEmbeddingClassifier):
+        if classifier.unlike_transformers is None:
+            head = classifier.score.weight
+        write_head(staging, classifier)
+    if adapter is not None:
+        llama = classifier.llama
+        source = None if llama.source == "default" else llama.source
+        write_adapter(staging, llama, adapter_name=adapter, base_model_name=source, head=head)
+
+
 def _holds_model(folder: Path, llama: Llama) -> bool:
     """Whether an earlier classifier left a model of its own, and it is not this one's base."""
     try:
-        weights = _read_json(folder / CLASSIFIER_FILE).get("weights")
+        weights = read_description(folder / CLASSIFIER_FILE).get("weights")
     except CheckpointError:
         return False
     is_base = llama.source is not None and os.path.realpath(llama.source) == os.path.realpath(
@@ -133,68 +198,6 @@ def _holds_model(folder: Path, llama: Llama) -> bool:
 
 def _is_model_file(name: str) -> bool:
     return bool(WEIGHT_FILES.fullmatch(name)) or name in ("config.json", *TOKENIZER_FILES)
-
-
-def _is_in_its_source(llama: Llama) -> bool:
-    """Whether the base weights are those of the checkpoint that the model came from."""
-    if llama.source is None:
-        return False
-    is_frozen = not any(
-        parameter.requires_grad
-        for name, parameter in llama.named_parameters()
-        if ".adapters." not in name
-    )
-    if is_frozen:
-        return True
-    try:
-        checkpoint = open_checkpoint(llama.source)
-        stored = Llama.from_checkpoint(checkpoint, dtype=llama.dtype, device="cpu")
-    except MinllamaError:
-        return False
-    return fingerprint(stored) == fingerprint(llama)
-
-
-def describe(
-    classifier: Classifier,
-    *,
-    weights: str,
-    tokenizer: str | None,
-    training: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What `classifier.json` holds, but for the digests of other files."""
-    llama = classifier.llama
-    content: dict[str, Any] = {
-        "format": "minllama classifier",
-        "version": VERSION,
-        "minllama": minllama.__version__,
-        "labels": list(classifier.labels),
-        "multi_label": classifier.multi_label,
-        "temperature": classifier.temperature,
-        "prompt": dataclasses.asdict(classifier.prompt),
-        "causal": llama.config.causal,
-        "base": {
-            "model": llama.source if weights != "full" else None,
-            "tokenizer": tokenizer if weights != "full" else None,
-            "dtype": str(llama.dtype).removeprefix("torch."),
-            "fingerprint": fingerprint(llama),
-        },
-        "weights": weights,
-    }
-    if isinstance(classifier, LlamaZeroShotClassifier):
-        content["kind"] = "zero-shot"
-        content["label_words"] = list(classifier.label_words)
-        content["score"] = classifier.score
-        content["prior_strength"] = classifier.prior_strength
-        content["shots"] = [list(shot) for shot in classifier.shots]
-        content["prior"] = None if classifier.prior is None else classifier.prior.tolist()
-    else:
-        assert isinstance(classifier, LlamaEmbeddingClassifier)
-        content["kind"] = "embedding"
-        content["pooling"] = classifier.pooling
-        content["layer"] = classifier.layer
-        content["dropout"] = classifier.dropout.p
-    content["training"] = dict(training)
-    return content
 
 
 def load_classifier(
@@ -216,26 +219,29 @@ def load_classifier(
         MinllamaError: a file is missing, damaged or changed, or the base model is another one.
     """
     path = Path(folder) / CLASSIFIER_FILE
-    content = _read_json(path)
-    with _described_by(path):
+    content = read_description(path)
+    with described_by(path):
         base, weights, kind = content["base"], content["weights"], content["kind"]
         labels, prompt = content["labels"], PromptOptions(**content["prompt"])
         source = path.parent if weights == "full" else (model or base["model"])
         loaded_dtype = dtype or base["dtype"]
         if weights not in ("base", "adapter", "full") or kind not in ("zero-shot", "embedding"):
             raise ValueError(f"weights {weights!r} and kind {kind!r} are not of this version")
-        if not isinstance(labels, list) or not isinstance(base["fingerprint"], str):
-            raise TypeError("labels or base are not what they should be")
-    llama, words = _open_base(path, source, base["tokenizer"], loaded_dtype, device, content)
+        digests = content["sha256"]
+        if not isinstance(labels, list) or not isinstance(digests, dict):
+            raise TypeError("labels or sha256 are not what they should be")
+        identity = Identity(**base["identity"])
+    llama, words = _open_base(path, source, content, identity, loaded_dtype, device)
     if weights == "adapter":
-        check_digest(path.parent / "adapter_model.safetensors", content.get("adaptersha256_of"))
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            check_digest(path.parent / name, digests.get(name))
         load_adapter(llama, path.parent)
     llama.requires_grad_(False)
-    with _described_by(path):
-        classifier = _built(content, llama, words, labels, prompt)
-        classifier.temperature = _positive(content["temperature"])
+    with described_by(path):
+        classifier = build(content, llama, words, labels, prompt)
     if isinstance(classifier, LlamaEmbeddingClassifier):
-        read_head(path.parent, classifier, content.get("headsha256_of"))
+        read_head(path.parent, classifier, digests.get(HEAD_FILE))
+    check_unchanged(path, content)  # last, for the others say what it is that differs
     return classifier.eval()
 
 
@@ -245,7 +251,7 @@ def classifier_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no classifier.
     """
-    return dict(_read_json(Path(folder) / CLASSIFIER_FILE).get("training") or {})
+    return dict(read_description(Path(folder) / CLASSIFIER_FILE).get("training") or {})
 
 
 SAMPLE = (
@@ -279,14 +285,13 @@ def merge_classifier(classifier: Classifier) -> float:
 def _open_base(
     path: Path,
     source: Any,
-    tokenizer: str | None,
-    dtype: Any,
-    device: Any,
     content: Mapping[str, Any],
+    identity: Identity,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
 ) -> tuple[Llama, Tokenizer]:
-    expected = content["base"]["fingerprint"]
     try:
-        checkpoint = open_checkpoint(source, tokenizer=tokenizer)
+        checkpoint = open_checkpoint(source, tokenizer=content["base"]["tokenizer"])
     except CheckpointError as error:
         remedy = "; name where it is now with --base" if content["weights"] != "full" else ""
         raise CheckpointError(
@@ -294,105 +299,7 @@ def _open_base(
         ) from error
     if checkpoint.vocabulary is None:
         raise CheckpointError(f"{checkpoint.path}: there is no tokenizer, and {path} needs one")
-    words = Tokenizer(checkpoint.vocabulary)
     causal = bool(content["causal"])
-    llama = Llama.from_checkpoint(checkpoint, dtype=dtype, device=device, causal=causal)
-    if llama.dtype != torch.float16 and fingerprint(llama) != expected:
-        raise CheckpointError(
-            f"{path}: {checkpoint.path} is not the model that it was made with: its weights "
-            "differ; bring that one back, or train the classifier again"
-        )
-    return llama, words
-
-
-def _built(
-    content: Mapping[str, Any],
-    llama: Llama,
-    words: Tokenizer,
-    labels: list[str],
-    prompt: PromptOptions,
-) -> Classifier:
-    if content["kind"] == "zero-shot":
-        classifier = LlamaZeroShotClassifier(
-            llama,
-            words,
-            labels,
-            prompt,
-            label_words=content["label_words"],
-            score=content["score"],
-            prior_strength=float(content["prior_strength"]),
-            shots=[(str(text), str(label)) for text, label in content["shots"]],
-        )
-        if content["prior"] is not None:
-            prior = torch.tensor(content["prior"], dtype=torch.float32)
-            if prior.shape != (len(labels),) or not prior.isfinite().all():
-                raise ValueError(f"prior must be {len(labels)} numbers")
-            classifier.prior = prior
-        return classifier
-    with torch.random.fork_rng(devices=[]):  # the head's first numbers are overwritten
-        return LlamaEmbeddingClassifier(
-            llama,
-            words,
-            labels,
-            content["pooling"],
-            layer=content["layer"],
-            dropout=content["dropout"],
-            multi_label=bool(content["multi_label"]),
-            bias=True,
-            prompt=prompt,
-        )
-
-
-def _peft_computes(classifier: LlamaEmbeddingClassifier) -> bool:
-    """Whether transformers' sequence classifier makes the same logits of the same ids."""
-    is_plain = classifier.score.bias is None or not classifier.score.bias.any()
-    is_last = classifier.pooling == "last" and classifier.layer == classifier.llama.config.n_layers
-    return is_plain and is_last and classifier.llama.config.causal
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False, default=str)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path.parent}: there is no {CLASSIFIER_FILE}; name the folder of a classifier that "
-            "`minllama train` or save_pretrained() wrote"
-        )
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise CheckpointError(
-            f"{path}: not a classifier of version {VERSION}; use the minllama that wrote it"
-        )
-    return content
-
-
-class _described_by:
-    """Turns what is wrong with a description into one line that names its file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, KeyError):
-            raise CheckpointError(f"{self._path}: {error} is missing; bring it back") from error
-        if isinstance(error, MinllamaError):
-            raise CheckpointError(f"{self._path}: {error}") from error
-        if isinstance(error, TypeError | ValueError | AttributeError):
-            line = str(error).splitlines()[0]
-            raise CheckpointError(f"{self._path}: {line}; bring it back as it was") from error
-
-
-def _positive(value: Any) -> float:
-    number = float(value)
-    if not 0 < number < float("inf"):
-        raise ValueError(f"temperature must be above 0, not {value!r}")
-    return number
+    with naming(path):
+        llama = load_same(checkpoint, identity, dtype=dtype, device=device, causal=causal)
+    return llama, Tokenizer(checkpoint.vocabulary)

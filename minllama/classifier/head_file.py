@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from minllama.checkpoints.huggingface import read_safetensors
+from minllama.classifier.description import CLASSIFIER_FILE
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
 from minllama.errors import CheckpointError
 
-CLASSIFIER_FILE = "classifier.json"
 HEAD_FILE = "head.safetensors"
 
 
-def write_head(folder: Path, classifier: LlamaEmbeddingClassifier) -> str:
-    """Write the head, and give the file's SHA-256."""
+def write_head(folder: Path, classifier: LlamaEmbeddingClassifier) -> None:
+    """Write the head."""
     from safetensors.torch import save_file
 
     score = classifier.score
@@ -30,7 +30,6 @@ def write_head(folder: Path, classifier: LlamaEmbeddingClassifier) -> str:
     path = folder / HEAD_FILE
     save_file(tensors, path, metadata={"labels": json.dumps(list(classifier.labels))})
     path.chmod(0o666 & ~_umask())
-    return sha256_of(path)
 
 
 def read_head(folder: Path, classifier: LlamaEmbeddingClassifier, digest: Any) -> None:

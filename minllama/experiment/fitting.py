@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minllama.atomic import atomic_file
 from minllama.classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.classifier.base import Classifier
-from minllama.classifier.embedding import Pooling, check_layer
+from minllama.classifier.embedding import Pooling, check_layer, unlike_transformers
 from minllama.classifier.features import (
     MAX_ROWS,
     Choice,
@@ -149,7 +151,7 @@ def make_head(
             layer=layer,
             dropout=options.dropout,
             multi_label=train.multi_label,
-            bias=True,
+            bias=_has_bias(choice, llama, options.method),
             prompt=prompt,
         )
 
@@ -180,14 +182,33 @@ def make_head(
         report = say.advance("reading all of them", len(train))
         some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
     assert some.labels is not None
-    weight, bias = fit_head(
-        features[choice], some.labels, len(train.label_names), penalty=penalty, **kind
-    )
-    classifier.score.weight.data.copy_(torch.from_numpy(weight))
-    classifier.score.bias.data.copy_(torch.from_numpy(bias))
+    _fit_score(classifier, features[choice], some.labels, penalty=penalty, **kind)
     if folder is not None:
         _write_choice(folder, choice)
     return classifier
+
+
+def _fit_score(
+    classifier: LlamaEmbeddingClassifier,
+    features: NDArray[np.float32],
+    labels: Sequence[Any],
+    **options: Any,
+) -> None:
+    """Give the classifier the head that fits these features, (N, D), of its own kind."""
+    score = classifier.score
+    has_bias = score.bias is not None
+    weight, bias = fit_head(features, labels, score.out_features, bias=has_bias, **options)
+    score.weight.data.copy_(torch.from_numpy(weight))
+    if has_bias:
+        score.bias.data.copy_(torch.from_numpy(bias))
+
+
+def _has_bias(choice: Choice, llama: Llama, method: str) -> bool:
+    """Whether the head has one: not where PEFT's file can then carry it, as transformers' has none.
+
+    Elsewhere it costs nothing, and is fitted sooner.
+    """
+    return method != "lora" or unlike_transformers(llama, *choice) is not None
 
 
 def _with_more_layers(choice: Choice, llama: Llama) -> Choice:

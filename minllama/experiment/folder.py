@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minllama.atomic import atomic_folder, check_replaceable
-from minllama.classifier.head_file import CLASSIFIER_FILE
+from minllama.classifier.description import CLASSIFIER_FILE
 from minllama.errors import MinllamaError, OptionError
 from minllama.experiment.fitting import LAYER_FILE, TRAINED
 from minllama.report.files import METRICS_FILE, REPORT_FILES

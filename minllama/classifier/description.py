@@ -1,0 +1,197 @@
+"""`classifier.json`: what a classifier is, as JSON, and the classifier that such a file describes.
+
+Knows nothing of the files beside it: weights, adapters and heads are others' to read.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minllama
+from minllama.classifier.base import Classifier
+from minllama.classifier.base_model import Identity
+from minllama.classifier.embedding import LlamaEmbeddingClassifier
+from minllama.classifier.zero_shot import LlamaZeroShotClassifier
+from minllama.errors import CheckpointError, MinllamaError
+from minllama.llama import Llama
+from minllama.options import PromptOptions
+from minllama.tokenizer import Tokenizer
+
+CLASSIFIER_FILE = "classifier.json"
+VERSION = 1
+WHERE = ("model", "tokenizer")  # keys of `base`
+FOR_PEOPLE = ("minllama", "training")
+
+
+def describe(
+    classifier: Classifier,
+    identity: Identity,
+    *,
+    weights: str,
+    tokenizer: str | None,
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `classifier.json` holds, but for the digests of other files."""
+    llama = classifier.llama
+    content: dict[str, Any] = {
+        "format": "minllama classifier",
+        "version": VERSION,
+        "minllama": minllama.__version__,
+        "labels": list(classifier.labels),
+        "multi_label": classifier.multi_label,
+        "temperature": classifier.temperature,
+        "prompt": dataclasses.asdict(classifier.prompt),
+        "causal": llama.config.causal,
+        "base": {
+            "model": llama.source if weights != "full" else None,
+            "tokenizer": tokenizer if weights != "full" else None,
+            "dtype": str(llama.dtype).removeprefix("torch."),
+            "identity": dataclasses.asdict(identity),
+        },
+        "weights": weights,
+    }
+    if isinstance(classifier, LlamaZeroShotClassifier):
+        content["kind"] = "zero-shot"
+        content["label_words"] = list(classifier.label_words)
+        content["score"] = classifier.score
+        content["prior_strength"] = classifier.prior_strength
+        content["shots"] = [list(shot) for shot in classifier.shots]
+        content["prior"] = None if classifier.prior is None else classifier.prior.tolist()
+    else:
+        assert isinstance(classifier, LlamaEmbeddingClassifier)
+        content["kind"] = "embedding"
+        content["pooling"] = classifier.pooling
+        content["layer"] = classifier.layer
+        content["dropout"] = classifier.dropout.p
+    content["training"] = dict(training)
+    return content
+
+
+def build(
+    content: Mapping[str, Any],
+    llama: Llama,
+    words: Tokenizer,
+    labels: list[str],
+    prompt: PromptOptions,
+) -> Classifier:
+    """The classifier that is described; a head has numbers that are still to be overwritten.
+
+    Raises:
+        KeyError, TypeError, ValueError, MinllamaError: the description is damaged; see
+            `described_by`.
+    """
+    classifier: Classifier
+    if content["kind"] == "zero-shot":
+        classifier = LlamaZeroShotClassifier(
+            llama,
+            words,
+            labels,
+            prompt,
+            label_words=content["label_words"],
+            score=content["score"],
+            prior_strength=float(content["prior_strength"]),
+            shots=[(str(text), str(label)) for text, label in content["shots"]],
+        )
+        if content["prior"] is not None:
+            prior = torch.tensor(content["prior"], dtype=torch.float32)
+            if prior.shape != (len(labels),) or not prior.isfinite().all():
+                raise ValueError(f"prior must be {len(labels)} numbers")
+            classifier.prior = prior
+    else:
+        with torch.random.fork_rng(devices=[]):  # the caller's seed must not notice
+            classifier = LlamaEmbeddingClassifier(
+                llama,
+                words,
+                labels,
+                content["pooling"],
+                layer=content["layer"],
+                dropout=content["dropout"],
+                multi_label=bool(content["multi_label"]),
+                bias=True,
+                prompt=prompt,
+            )
+    classifier.temperature = _positive(content["temperature"])
+    return classifier
+
+
+def write_description(path: Path, content: Mapping[str, Any]) -> None:
+    """Write classifier.json, with a digest of itself among those of the other files."""
+    own = {CLASSIFIER_FILE: _digest(content)}
+    content = {**content, "sha256": {**content["sha256"], **own}}
+    text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What classifier.json holds.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another version.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent}: there is no {CLASSIFIER_FILE}; name the folder of a classifier that "
+            "`minllama train` or save_pretrained() wrote"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: not a classifier of version {VERSION}; use the minllama that wrote it"
+        )
+    return content
+
+
+def check_unchanged(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError where classifier.json is not as it was written."""
+    if content["sha256"].get(CLASSIFIER_FILE) != _digest(content):
+        raise CheckpointError(
+            f"{path}: it was changed after it was saved (its SHA-256 differs); bring it back as it "
+            "was, or train the classifier again"
+        )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what is said of a classifier, however the JSON is laid out.
+
+    Left out is what changes no number: where its base lies, which may move, and what is noted for
+    people.
+    """
+    base = {key: content["base"][key] for key in content["base"] if key not in WHERE}
+    others = {name: sha for name, sha in content["sha256"].items() if name != CLASSIFIER_FILE}
+    said = {key: content[key] for key in content if key not in FOR_PEOPLE}
+    text = json.dumps({**said, "base": base, "sha256": others}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class described_by:
+    """Turns what is wrong with a description into one line that names its file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, KeyError):
+            raise CheckpointError(f"{self._path}: {error} is missing; bring it back") from error
+        if isinstance(error, MinllamaError):
+            raise CheckpointError(f"{self._path}: {error}") from error
+        if isinstance(error, TypeError | ValueError | AttributeError):
+            line = str(error).splitlines()[0]
+            raise CheckpointError(f"{self._path}: {line}; bring it back as it was") from error
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"temperature must be above 0, not {value!r}")
+    return number
