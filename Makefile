@@ -12,6 +12,7 @@ ASK := A customer writes: "{text}" This is a
 MADE := $(VENV)/.made
 RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
+BENCH := $(VENV)/.bench
 NATIVE := $(wildcard minllama/native/*.cpp minllama/native/*.h minllama/native/*.inc)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -21,7 +22,7 @@ export PIP_NO_INPUT := 1
 pip_install = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 	$(BIN)/python -m pip install $$quiet
 
-.PHONY: help demo test test-quick lint format docs bench-generation bench-classification clean
+.PHONY: help demo test test-quick lint format docs native bench bench-quick bench-classification clean
 .DELETE_ON_ERROR:
 
 help: ## list what can be made
@@ -60,8 +61,13 @@ format: $(TESTS) ## put the code into its style
 docs: $(RUNS) ## write docs/cli.md from the parser
 	$(BIN)/python -m minllama.cli.reference > docs/cli.md
 
-bench-generation: $(TESTS) ## opening, prefill and decode of the default model beside transformers
-	$(BIN)/python benchmarks/generation.py
+native: $(RUNS) ## compile the C++ part anew, if it has changed
+
+bench: $(BENCH) ## every task beside its peers, which takes half an hour
+	$(BIN)/python benchmarks/speed.py
+
+bench-quick: $(BENCH) ## the main rows, in two minutes
+	$(BIN)/python benchmarks/speed.py --quick
 
 bench-classification: $(TESTS) ## the classifiers of the default model on SST-5 and CFIMDB
 	$(BIN)/python benchmarks/classification.py
@@ -88,4 +94,9 @@ $(RUNS): $(MADE) pyproject.toml constraints.txt setup.py $(NATIVE)
 $(TESTS): $(RUNS) pyproject.toml constraints.txt
 	@echo "Installing what the tests need"
 	@$(pip_install) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(BENCH): $(TESTS)
+	@echo "Installing the peers (llama-cpp-python compiles for some minutes)"
+	@$(pip_install) --constraint constraints.txt --editable '.[bench]'
 	@touch $@

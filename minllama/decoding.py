@@ -18,6 +18,7 @@ from torch import Tensor
 from minllama.cache import KVCache
 from minllama.config import LlamaConfig
 from minllama.errors import ContextError, MinllamaError
+from minllama.lookup import PromptLookup
 from minllama.options import GenerationOptions
 from minllama.sampling import choose_tokens
 
@@ -43,7 +44,7 @@ class CausalModel(Protocol):
         *,
         attention_mask: Tensor | None = ...,
         cache: KVCache | None = ...,
-        logits: Literal["last"] = ...,
+        logits: Literal["all", "last"] = ...,
     ) -> Any: ...
 
 
@@ -156,6 +157,8 @@ class Decoder:
         self._cache = cache
         self._finished: set[int] = set()
         self._n_tokens = n_tokens
+        self._lookup = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
+        self._drafts: list[int] = []
         _check_prompts(self.prompts, model.config)
         if cache is not None:
             _check_cache(cache, self.prompts, options.n)
@@ -236,19 +239,34 @@ class Decoder:
         return min(most, 2 * filled + _ROOM)
 
     def _step(self) -> Tensor:
-        """Read each row's newest token; (rows, V) logits of what follows."""
+        """Read each row's newest token; (rows, V) logits of what follows.
+
+        An only row's drafts are read behind it: (1 + drafts, V).
+        """
         assert self._cache is not None
-        filled = self._cache.max_len
-        if filled == self._cache.capacity:
+        self._drafts = self._drafted()
+        filled, new_len = self._cache.max_len, 1 + len(self._drafts)
+        if filled + new_len > self._cache.capacity:
             self._cache.grow(self._capacity(filled))
-        newest = torch.tensor([[row.ids[-1]] for row in self._active], device=self.model.device)
-        logits: Tensor = self.model(newest, cache=self._cache, logits="last").logits
-        return logits
+        newest = [[row.ids[-1], *self._drafts] for row in self._active]
+        ids = torch.tensor(newest, device=self.model.device)
+        which: Literal["all", "last"] = "all" if self._drafts else "last"
+        logits: Tensor = self.model(ids, cache=self._cache, logits=which).logits
+        return logits.squeeze(0) if self._drafts else logits
+
+    def _drafted(self) -> list[int]:
+        """What an only row may go on with, by its own text; nothing is read that has no room."""
+        if self._lookup is None or len(self._active) != 1 or len(self.prompts) != 1:
+            return []
+        (row,) = self._active
+        return self._lookup.draft(row.ids, row.room - 1)
 
     def _choose(self, logits: Tensor) -> list[Token]:
         rows, options = self._active, self.options
         if self._n_tokens is not None:
             logits = logits[:, : self._n_tokens]
+        if self._drafts:
+            return self._choose_drafted(logits)
         logprobs = None if options.logprobs is None else logits.float().log_softmax(-1)
         if any(row.constraint for row in rows):
             logits = logits.clone()
@@ -262,6 +280,19 @@ class Decoder:
             self._accept(row, token_id, None if logprobs is None else logprobs[slot])
             for slot, (row, token_id) in enumerate(zip(rows, ids, strict=True))
         ]
+
+    def _choose_drafted(self, logits: Tensor) -> list[Token]:
+        """The likeliest tokens of the only row: as many as its drafts foretold, and one more."""
+        assert self._cache is not None
+        (row,) = self._active
+        tokens: list[Token] = []
+        for place, token_id in enumerate(logits.argmax(-1).tolist()):
+            tokens.append(self._accept(row, token_id, None))
+            if tokens[-1].finish_reason or self._drafts[place : place + 1] != [token_id]:
+                break
+        # What was read of wrong drafts is forgotten; as always, the last token is not read yet.
+        self._cache.truncate(len(row.ids) - 1)
+        return tokens
 
     def _accept(self, row: _Row, token_id: int, logprobs: Tensor | None) -> Token:
         row.ids.append(token_id)

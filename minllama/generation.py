@@ -122,7 +122,9 @@ class TextStream:
     def __iter__(self) -> Iterator[Piece]:
         for step in self._decoder:
             for token in step:
-                yield self._piece(token)
+                # A step may give a row several tokens, and a stop string end it before the last.
+                if not self._texts[token.row].stopped:
+                    yield self._piece(token)
 
     def _piece(self, token: Token) -> Piece:
         result, text = self.results[token.row], self._texts[token.row]

@@ -147,11 +147,32 @@ class GenerationOptions(SamplingOptions):
     )
     json_schema: str | None = option(None, "generate JSON that this JSON schema describes")
     regex: str | None = option(None, "generate text that this regular expression matches in full")
+    prompt_lookup: int = option(
+        0,
+        "guess this many tokens from what the text has said before, and check them in one pass; "
+        "the tokens stay the same, and come faster where a text repeats itself; at temperature 0",
+        within=Range(0, 31),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.prompt_lookup:
+            self._check_prompt_lookup()
         if self.json_schema is not None and self.regex is not None:
             raise OptionError("json_schema and regex cannot both constrain one text; give one")
+
+    def _check_prompt_lookup(self) -> None:
+        alone = {
+            "temperature": self.temperature != 0,
+            "repetition_penalty": self.repetition_penalty != 1,
+            "logprobs": self.logprobs is not None,
+            "json_schema": self.json_schema is not None,
+            "regex": self.regex is not None,
+        }
+        if clashes := [name for name, given in alone.items() if given]:
+            raise OptionError(
+                f"prompt_lookup is for the likeliest tokens alone; leave out {', '.join(clashes)}"
+            )
 
 
 DATA_FORMATS = ("labelled", "text", "csv", "tsv", "jsonl", "json", "parquet")

@@ -16,7 +16,7 @@ ORDER = (
     ("options", "config", "atomic", "treebank", "native"),
     ("vocabulary", "data"),
     ("checkpoints",),
-    ("tokenizer", "chat", "template_worker", "rope", "cache", "sampling", "quantization"),
+    ("tokenizer", "chat", "template_worker", "rope", "cache", "lookup", "sampling", "quantization"),
     ("decoding", "view", "loading", "native_step"),
     ("llama", "constraint"),
     ("generation",),

@@ -1,0 +1,44 @@
+"""Drafts from the text itself: what followed the last time that its newest tokens stood there.
+
+Prompt lookup decoding (Saxena 2023), a drafting model that costs nothing (Leviathan et al. 2023 on why
+drafts that are checked in one pass change no token). Knows nothing of models: it knows token ids.
+"""
+
+from collections.abc import Sequence
+
+LONGEST, SHORTEST = 3, 2  # tokens that must agree; one alone foretells too little
+
+
+class PromptLookup:
+    """The places of all short runs of tokens of one text that grows.
+
+    Args:
+        most: tokens of a draft.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._seen = 0  # tokens whose runs are in the index
+        self._next: dict[tuple[int, ...], int] = {}  # a run -> where the text went on after it
+
+    def draft(self, ids: Sequence[int], most: int) -> list[int]:
+        """What may come next, by the latest place where the text's end stood before.
+
+        Args:
+            ids: the text so far, of which earlier calls had the beginning.
+            most: no more than so many tokens.
+
+        Returns:
+            Token ids; none where the end is new.
+        """
+        # The run at the very end has nothing after it yet, so it is left for the next call.
+        for end in range(self._seen + 1, len(ids)):
+            for n in range(SHORTEST, LONGEST + 1):
+                if end >= n:
+                    self._next[tuple(ids[end - n : end])] = end
+        self._seen = max(self._seen, len(ids) - 1)
+        for n in range(LONGEST, SHORTEST - 1, -1):
+            place = self._next.get(tuple(ids[-n:]))
+            if place is not None and len(ids) > n:
+                return list(ids[place : place + min(self._most, most)])
+        return []
