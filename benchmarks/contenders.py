@@ -229,6 +229,34 @@ def whole_theirs() -> float:
     return 0.0
 
 
+SUMMARY = """The ferry from Kilmore to Tarsk runs three times a day in winter, at seven in the
+morning, at noon and at six in the evening. The crossing takes fifty minutes in calm weather. Cars must
+be at the pier half an hour before departure, passengers on foot ten minutes. Tickets cost four pounds
+for adults and two pounds for children, and bicycles travel free of charge. In storms the noon ferry is
+the first to be cancelled, and notices are posted at the pier and read on the radio at half past six."""
+
+
+def lookup(drafts: int, new: int = 120) -> float:
+    """Tokens per second of a summary, which takes many of its words from what it sums up."""
+    from minllama import GenerationOptions
+    from minllama.conversation import chat_template, encode_messages
+    from minllama.decoding import Decoder
+
+    model, tokenizer = open_ours()
+    asked = f"Summarize the following notice, keeping its numbers:\n\n{SUMMARY}"
+    messages = [{"role": "user", "content": asked}]
+    prompt = encode_messages(chat_template(tokenizer), tokenizer, messages, 2048)
+    options = GenerationOptions(max_new_tokens=new, prompt_lookup=drafts)
+
+    def rate() -> float:
+        decoder = Decoder(model, [prompt], options, stop_ids=tokenizer.stop_ids)
+        for _ in decoder:
+            pass
+        return decoder.timings.decode_rate
+
+    return median(rate)
+
+
 # ---------------------------------------------------------------- scoring labels
 
 
@@ -439,6 +467,7 @@ TASKS: dict[str, dict[str, Callable[[], float]]] = {
         "transformers-bfloat16": lambda: prefill_theirs("bfloat16"),
         "transformers-float32": lambda: prefill_theirs("float32"),
     },
+    "lookup": {"minllama": lambda: lookup(8), "minllama-without": lambda: lookup(0)},
     "open": {
         "minllama": open_gguf_ours,
         "llama.cpp": open_gguf_llama_cpp,
