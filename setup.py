@@ -1,18 +1,20 @@
 """The C++ part of minllama, built where there is a compiler; pyproject.toml has all else."""
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
+NATIVE = Path("minllama/native")
+
 step = Extension(
     "minllama.native._step",
-    sources=["minllama/native/step.cpp"],
-    depends=[
-        f"minllama/native/{name}" for name in ("kernels.inc", "walk.inc", "model.h", "threads.h")
-    ],
+    sources=[str(NATIVE / "step.cpp")],
+    depends=[str(path) for kind in ("h", "inc") for path in NATIVE.glob(f"*.{kind}")],
     extra_compile_args=[
         "-std=c++17",
         "-O3",
+        "-g0",
         "-fvisibility=hidden",
         "-fopenmp-simd",
         "-fno-math-errno",

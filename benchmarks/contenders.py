@@ -230,10 +230,11 @@ def whole_theirs() -> float:
 
 
 SUMMARY = """The ferry from Kilmore to Tarsk runs three times a day in winter, at seven in the
-morning, at noon and at six in the evening. The crossing takes fifty minutes in calm weather. Cars must
-be at the pier half an hour before departure, passengers on foot ten minutes. Tickets cost four pounds
-for adults and two pounds for children, and bicycles travel free of charge. In storms the noon ferry is
-the first to be cancelled, and notices are posted at the pier and read on the radio at half past six."""
+morning, at noon and at six in the evening. The crossing takes fifty minutes in calm weather.
+Cars must be at the pier half an hour before departure, passengers on foot ten minutes. Tickets
+cost four pounds for adults and two pounds for children, and bicycles travel free of charge. In
+storms the noon ferry is the first to be cancelled, and notices are posted at the pier and read
+on the radio at half past six."""
 
 
 def lookup(drafts: int, new: int = 120) -> float:

@@ -30,6 +30,7 @@
 #endif
 #define VECTORS 512
 namespace avx512 {
+#include "numbers.inc"
 #include "kernels.inc"
 #include "walk.inc"
 #include "pointwise.inc"
@@ -45,8 +46,9 @@ namespace avx512 {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#define VECTORS 0
+#define VECTORS 256
 namespace avx2 {
+#include "numbers.inc"
 #include "kernels.inc"
 #include "walk.inc"
 #include "pointwise.inc"
@@ -63,6 +65,7 @@ namespace avx2 {
 
 #define VECTORS 0
 namespace plain {
+#include "numbers.inc"
 #include "kernels.inc"
 #include "walk.inc"
 #include "pointwise.inc"
@@ -229,7 +232,7 @@ EXPORT int minllama_best_level() {
         __builtin_cpu_supports("avx512vnni")) {
         return 2;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
 #endif
     return 0;
 }
