@@ -101,7 +101,8 @@ AIMS = (
     Aim("frozen", "minllama", "transformers", "value", 8.0, False, "frozen head, 10 epochs"),
     Aim("adamw", "minllama", "torch-fused", "value", 0.9, False, "AdamW, 135M, steps/s"),
 )
-QUICK = ("decode", "prefill", "lora-bfloat16", "adamw")
+QUICK = ("decode", "prefill", "lora-bfloat16")
+QUICK_PEERS = ("minllama", CPP, B16, "peft")
 
 
 def measure(task: str, who: str) -> dict[str, Any]:
@@ -121,12 +122,15 @@ def measure(task: str, who: str) -> dict[str, Any]:
     return {**result, "seconds": time.perf_counter() - start}
 
 
-def measure_all(tasks: list[str], rounds: int) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """What each contender of each task measured, in turns."""
+def measure_all(
+    tasks: list[str], rounds: int, peers: tuple[str, ...] = ()
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """What each contender of each task (or only those of `peers`) measured, in turns."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for task in tasks:
+        chosen = [who for who in contenders.TASKS[task] if not peers or who in peers]
         for _ in range(rounds):
-            for who in contenders.TASKS[task]:
+            for who in chosen:
                 if result := measure(task, who):
                     found.setdefault((task, who), []).append(result)
                     print(f"  {task}, {who}: {result['value']:.4g}", file=sys.stderr)
@@ -155,7 +159,7 @@ def main() -> None:
         converted = ["convert", "default", str(contenders.FOLDER / "bfloat16")]
         command = [sys.executable, "-m", "minllama", *converted, "--dtype", "bfloat16"]
         subprocess.run(command, check=True, stdout=sys.stderr)
-    found = measure_all(tasks, rounds)
+    found = measure_all(tasks, rounds, QUICK_PEERS if arguments.quick else ())
 
     import torch
 

@@ -194,7 +194,9 @@ int run(void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, f
     return 0;
 }
 
-// One operation of pointwise.inc over 0 .. total, shared among threads.
+constexpr int64_t WORTH_A_THREAD = 1 << 14;  // numbers to compute; to wake a thread takes as long
+
+// One operation over 0 .. total, shared among threads: fewer of them where there is little work.
 template <class Arguments>
 struct Operation {
     void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t);
@@ -211,13 +213,18 @@ struct Operation {
 
 template <class Arguments>
 int operate(void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t), const Arguments& arguments,
-            int64_t total, int64_t buffer_len, int64_t threads) {
+            int64_t total, int64_t buffer_len, int64_t work, int64_t threads) {
+    threads = std::max<int64_t>(std::min(threads, work / WORTH_A_THREAD), 1);
     buffer_len = (buffer_len + 15) / 16 * 16;
     char* memory = kept_memory(threads * buffer_len * int64_t(sizeof(float)));
     if (!memory) return 1;
     Operation<Arguments> operation = {part, &arguments, total, buffer_len, reinterpret_cast<float*>(memory)};
     in_parallel(&Operation<Arguments>::run, &operation, threads);
     return 0;
+}
+
+int64_t attention_work(const Attention& a) {
+    return a.rows * a.n_heads * a.length * (a.head_dim + a.length / 2);
 }
 
 }  // namespace
@@ -266,59 +273,63 @@ EXPORT int minllama_step(const Model* model, const Step* step, int64_t threads, 
 
 // As minllama_step, these give 0, or 1 where there is no memory left.
 EXPORT int minllama_norm(const Norm* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(norm_rows), *a, a->rows, 3 * a->dim, threads);
+    return operate(AT_LEVEL(norm_rows), *a, a->rows, 3 * a->dim, a->rows * a->dim, threads);
 }
 
 EXPORT int minllama_norm_gradient(const Norm* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(norm_gradient_rows), *a, a->rows, 5 * a->dim, threads);
+    return operate(AT_LEVEL(norm_gradient_rows), *a, a->rows, 5 * a->dim, a->rows * a->dim, threads);
 }
 
 EXPORT int minllama_gate(const Gate* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(gate_part), *a, a->n, 5 * plain::PART, threads);
+    return operate(AT_LEVEL(gate_part), *a, a->n, 5 * plain::PART, a->n, threads);
 }
 
 EXPORT int minllama_gate_gradient(const Gate* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(gate_gradient_part), *a, a->n, 5 * plain::PART, threads);
+    return operate(AT_LEVEL(gate_gradient_part), *a, a->n, 5 * plain::PART, a->n, threads);
 }
 
 EXPORT int minllama_turn(const Turn* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(turn_tokens), *a, a->tokens, 2 * a->heads * a->head_dim, threads);
+    const int64_t width = a->heads * a->head_dim;
+    return operate(AT_LEVEL(turn_tokens), *a, a->tokens, 2 * width, a->tokens * width, threads);
 }
 
 EXPORT int minllama_take_apart(const Apart* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(take_apart), *a, (a->weight->out_dim + 15) / 16, 0, threads);
+    const Linear& w = *a->weight;
+    return operate(AT_LEVEL(take_apart), *a, (w.out_dim + 15) / 16, 0, w.in_dim * w.out_dim, threads);
 }
 
 EXPORT int minllama_attention(const Attention* a, int64_t threads, int level) {
     const int64_t blocks = (a->length + plain::QUERIES - 1) / plain::QUERIES;
     const int64_t total = a->rows * a->n_kv_heads * blocks;
-    return operate(AT_LEVEL(attention_items), *a, total, plain::attention_buffer(*a), threads);
+    return operate(AT_LEVEL(attention_items), *a, total, plain::attention_buffer(*a), attention_work(*a), threads);
 }
 
 EXPORT int minllama_attention_gradient(const Attention* a, int64_t threads, int level) {
     const int64_t total = a->rows * a->n_kv_heads;
-    return operate(AT_LEVEL(attention_gradient_items), *a, total, plain::attention_buffer(*a), threads);
+    return operate(AT_LEVEL(attention_gradient_items), *a, total, plain::attention_buffer(*a), attention_work(*a), threads);
 }
 
 EXPORT int minllama_low_rank(const LowRank* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, plain::low_rank_buffer(*a), threads);
+    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, plain::low_rank_buffer(*a), a->rows * (a->in + a->out), threads);
 }
 
 EXPORT int minllama_low_rank_gradient(const LowRank* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, plain::low_rank_buffer(*a), threads);
+    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, plain::low_rank_buffer(*a), a->rows * (a->in + a->out),
+                   threads);
 }
 
 EXPORT int minllama_adamw(const AdamW* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(adamw_part), *a, a->starts[a->n_tensors], 0, threads);
+    return operate(AT_LEVEL(adamw_part), *a, a->starts[a->n_tensors], 0, a->starts[a->n_tensors], threads);
 }
 
 // Two calls: the second reads what the first has written.
 EXPORT int minllama_product_digits(const Product* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(product_digits), *a, a->rows, 0, threads);
+    return operate(AT_LEVEL(product_digits), *a, a->rows, 0, a->rows * a->weight->in_dim, threads);
 }
 
 EXPORT int minllama_product(const Product* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(product_panels), *a, (a->weight->out_dim + 15) / 16, 0, threads);
+    const Linear& w = *a->weight;
+    return operate(AT_LEVEL(product_panels), *a, (w.out_dim + 15) / 16, 0, w.in_dim * w.out_dim, threads);
 }
 
 }  // extern "C"
