@@ -22,7 +22,7 @@ from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
 from minllama.errors import MinllamaError
-from minllama.loading import load_weights
+from minllama.loading import load_weights, without_initial_values
 from minllama.native import attention, operations
 from minllama.native_step import NativeStep, Runner, can_run, is_short
 from minllama.quantization import project, rows_of
@@ -262,7 +262,8 @@ class LlamaPreTrainedModel(nn.Module):
         **config_changes: Any,
     ) -> Self:
         """Load a model from a checkpoint that is open; see `from_pretrained`."""
-        with torch.device("meta"):  # no memory, no random numbers: the weights are assigned
+        # No memory and no random numbers: the weights are assigned.
+        with torch.device("meta"), without_initial_values():
             model = cls(checkpoint.config.replace(**config_changes))
         load_weights(model, checkpoint, dtype=dtype, device=device, quantize=quantize)
         model.source = checkpoint.source

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minllama.checkpoints.base import Checkpoint
 from minllama.checkpoints.layout import differences, listed
@@ -47,6 +48,22 @@ def fast_bfloat16(device: torch.device | str) -> bool:
         return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+class without_initial_values(TorchFunctionMode):
+    """Modules that are built within are not filled with initial values: theirs are to be assigned.
+
+    On the meta device there is nothing to fill, and trying to would import torch's reference
+    operators, which takes 0.7 seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def best_form(
