@@ -156,7 +156,7 @@ def main() -> None:
     rounds = 1 if arguments.quick else arguments.rounds
     if not (contenders.FOLDER / "bfloat16").exists():
         contenders.FOLDER.mkdir(parents=True, exist_ok=True)
-        converted = ["convert", "default", str(contenders.FOLDER / "bfloat16")]
+        converted = ["convert", "default", str(contenders.FOLDER / "bfloat16"), "--to", "hf"]
         command = [sys.executable, "-m", "minllama", *converted, "--dtype", "bfloat16"]
         subprocess.run(command, check=True, stdout=sys.stderr)
     found = measure_all(tasks, rounds, QUICK_PEERS if arguments.quick else ())
