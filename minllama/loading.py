@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from minllama.checkpoints.base import Checkpoint
 from minllama.checkpoints.layout import differences, listed
 from minllama.errors import CheckpointError, MinllamaError
-from minllama.native.library import library
+from minllama.native.library import cpu_can, library
 from minllama.quantization import BITS, check_quantize, quantized, replace_by_quantized
 
 
@@ -42,12 +42,7 @@ def fast_bfloat16(device: torch.device | str) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    # What torch knows of a CPU has moved between its versions.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if capabilities:
-        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in checks)
+    return cpu_can("avx512_bf16", "amx_bf16")
 
 
 class without_initial_values(TorchFunctionMode):

@@ -21,8 +21,6 @@ from minllama.native import operations
 
 BLOCK = 32  # columns that share a scale
 PANEL = 16  # rows that lie together, as vector instructions read them
-# Up to so many rows, multiplying the quants as they are beats taking the weight apart first.
-FEW_ROWS = 32
 ZERO_POINT = {4: 8, 8: 128}
 QUANTIZE = ("stored", "int8", "int4")
 BITS = {Q4_0: 4, Q4_1: 4, Q8_0: 8}
@@ -77,14 +75,6 @@ class QuantizedWeight(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype; gradients flow to x."""
-        rows = x.numel() // self.in_features
-        if (
-            rows <= FEW_ROWS
-            and operations.serves(x)
-            and not (torch.is_grad_enabled() and x.requires_grad)
-        ):
-            few = operations.product(self, x.reshape(rows, -1)).to(x.dtype)
-            return few.view(*x.shape[:-1], -1)
         y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
@@ -124,6 +114,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
         ctx.weight = weight
+        rows = x.numel() // weight.in_features
+        if operations.serves(x) and rows <= operations.most_rows():
+            y = operations.product(weight, x.reshape(rows, -1))
+            return y.to(x.dtype).view(*x.shape[:-1], -1)
         return x @ weight.transposed(x.dtype)
 
     @staticmethod

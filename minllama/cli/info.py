@@ -1,5 +1,6 @@
 """`minllama info`: what a checkpoint is."""
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -63,12 +64,15 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
     """What `generate` does with the file on this machine, unless it is told otherwise."""
     from minllama.loading import best_form, default_device, default_dtype, fast_bfloat16
     from minllama.native.library import LEVELS, best_level, library
+    from minllama.native.operations import most_rows
 
     device = default_device()
     dtype, quantize = best_form(checkpoint, device)
     if quantize is not None:
-        long_passes = "bfloat16" if fast_bfloat16(device) else "float32"
-        return f"the file's blocks ({LEVELS[best_level()]}); long passes in {long_passes}"
+        text = f"the file's blocks ({LEVELS[best_level()]})"
+        if most_rows() == math.inf:
+            return text
+        return f"{text}; long passes in {'bfloat16' if fast_bfloat16(device) else 'float32'}"
     name = str(dtype or default_dtype(device)).removeprefix("torch.")
     if device.type != "cpu":
         return f"{name} on {device.type}"

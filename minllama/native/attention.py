@@ -7,18 +7,18 @@ from torch import Tensor
 
 from minllama.native import operations
 from minllama.native.layout import KINDS, Attention, Heads
-from minllama.native.library import call
+from minllama.native.library import best_level, call
 
 # Tokens of a text up to which the gradients here take less time than torch's, and up to which the
-# result alone takes no longer.
+# result alone takes no longer: with AVX-512, for which torch has more of its own, and without.
 LONGEST_TRAINED = 512
-LONGEST = 64
+LONGEST = {2: 64, 1: 512, 0: 64}
 
 
 def serves(query: Tensor) -> bool:
     """Whether this is faster than torch's for a query (B, H, T, C)."""
     wants_gradients = torch.is_grad_enabled() and query.requires_grad
-    longest = LONGEST_TRAINED if wants_gradients else LONGEST
+    longest = LONGEST_TRAINED if wants_gradients else LONGEST[best_level()]
     return query.shape[2] <= longest and operations.serves(query)
 
 

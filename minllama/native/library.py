@@ -4,6 +4,7 @@ import ctypes
 import functools
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +33,21 @@ def best_level() -> int:
     """Index into LEVELS of the best instructions that this CPU and the library share."""
     found = library()
     return 0 if found is None else int(found.minllama_best_level())
+
+
+def cpu_can(*names: str) -> bool:
+    """Whether this CPU has any of these instructions, as torch names them, and torch uses them."""
+    # What torch knows of a CPU has moved between its versions.
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if known:
+        return any(known.get(name, False) for name in names)
+    checks = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+    return any(getattr(torch.cpu, checks[name], bool)() for name in names)
+
+
+def has_matrix_instructions() -> bool:
+    """Whether torch multiplies matrices of bfloat16 with AMX here."""
+    return cpu_can("amx_bf16")
 
 
 def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> None:

@@ -7,7 +7,9 @@ and `minllama.rope` are computed.
 """
 
 import ctypes
+import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 
 from minllama.native.layout import KINDS, AdamW, Apart, Gate, Norm, Product, Turn, quantized_linear
-from minllama.native.library import call, library
+from minllama.native.library import best_level, call, has_matrix_instructions, library
 
 DTYPES = frozenset(KINDS)
+FEW_ROWS = 32
 
 
 def serves(x: Tensor) -> bool:
@@ -52,8 +55,18 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
     return y
 
 
+@functools.cache
+def most_rows() -> float:
+    """Rows up to which `product` beats taking a weight apart and torch's product.
+
+    Always with vector instructions, which multiply whole numbers faster than floating-point ones,
+    unless the CPU has bfloat16 matrix instructions (AMX), which torch uses.
+    """
+    return FEW_ROWS if best_level() == 0 or has_matrix_instructions() else math.inf
+
+
 def product(weight: Any, x: Tensor) -> Tensor:
-    """Give x W^T of a few rows with a quantised W as it is: (N, in) -> (N, out), float32."""
+    """Give x W^T with a quantised W as it is: (N, in) -> (N, out), float32."""
     x = x.float().contiguous()
     rows, blocks = len(x), weight.in_features // 32
     digits = torch.empty(rows, blocks, 64, dtype=torch.int8)
