@@ -7,6 +7,7 @@ Shape letters, here and everywhere: B batch, T query positions, S cached positio
 H heads, K key/value heads, C head width, F hidden width, V vocabulary, R rank.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -27,7 +28,13 @@ from minllama.native import attention, operations
 from minllama.native_step import NativeStep, Runner, can_run, is_short
 from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
-from minllama.view import View, view_of_continuation, view_of_whole
+from minllama.view import (
+    Packing,
+    View,
+    view_of_continuation,
+    view_of_packed,
+    view_of_whole,
+)
 
 
 class RMSNorm(nn.Module):
@@ -77,6 +84,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         *,
         is_causal: bool = False,
+        texts: attention.Texts | None = None,
     ) -> Tensor:
         """softmax(Q K^T / sqrt(C)) V (Vaswani et al. 2017, eq. 1), all heads at once.
 
@@ -85,14 +93,15 @@ class Attention(nn.Module):
             key, value: (B, K, S, C).
             mask: bool, broadcast to (B, H, T, S); True where a query may look.
             is_causal: query t sees keys 0..t; stands for a lower-triangular mask.
+            texts: B = 1, and each text in the row sees itself alone; with `is_causal`.
 
         Returns:
             (B, H, T, C), the values weighted by the attention.
         """
         dropout = self.attention_dropout if self.training else 0.0
-        if is_causal and not dropout and attention.serves(query):
+        if is_causal and not dropout and (texts is not None or attention.serves(query)):
             by_token = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H or K, C)
-            return attention.causal_attention(*by_token).transpose(1, 2)
+            return attention.causal_attention(*by_token, texts=texts).transpose(1, 2)
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -121,7 +130,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.update(self.layer, key, value, view.positions)  # (B, K, S, C)
         attended = self.compute_query_key_value_scores(
-            query, key, value, view.mask, is_causal=view.is_causal
+            query, key, value, view.mask, is_causal=view.is_causal, texts=view.texts
         )
         attended = attended.transpose(1, 2).flatten(-2)  # (B, T, H * C)
         output: Tensor = self.resid_dropout(self.compute_output(attended))
@@ -345,12 +354,7 @@ class Llama(LlamaPreTrainedModel):
             self._check_cache(cache)
             if (step := self._native(cache)) is not None:
                 return self._forward_natively(step, ids, attention_mask, cache, logits)
-        states = self.layer_states(
-            ids, attention_mask=attention_mask, positions=positions, cache=cache
-        )
-        for h in states:  # noqa: B007  (the last is wanted)
-            pass
-        h = self.norm(h)
+        h = self.norm(self.state_after(len(self.layers), ids, attention_mask, positions, cache))
         if cache is not None:
             cache.advance(_row_lens(ids, attention_mask))
         return LlamaOutput(h, self._logits(h, attention_mask, logits))
@@ -376,14 +380,57 @@ class Llama(LlamaPreTrainedModel):
         Raises:
             MinllamaError: as `forward` does.
         """
+        packing, states = self._layer_states(ids, attention_mask, positions, cache)
+        for h in states:
+            yield h if packing is None else packing.padded(h)
+
+    def state_after(
+        self,
+        n_layers: int,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The residual stream after some layers, (B, T, D); those above never run.
+
+        As `layer_states`, of which it is number `n_layers`.
+        """
+        packing, states = self._layer_states(ids, attention_mask, positions, cache)
+        h = next(itertools.islice(states, n_layers, None))
+        return h if packing is None else packing.padded(h)
+
+    def _layer_states(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Packing | None, Iterator[Tensor]]:
+        """What `layer_states` gives, of the real tokens alone where there is a packing."""
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
         _check_inputs(ids, attention_mask)
         if cache is None:
+            if attention_mask is not None and positions is None and self._packs(attention_mask):
+                packing, view = view_of_packed(attention_mask, self.config)
+                return packing, self._run(packing.packed(ids), view, None)
             view = view_of_whole(ids, attention_mask, positions, self.config)
         else:
             self._check_cache(cache)
             view = view_of_continuation(ids, attention_mask, positions, cache, self.config)
+        return None, self._run(ids, view, cache)
+
+    def _packs(self, mask: Tensor) -> bool:
+        """Whether texts are computed without their padding: where attention knows how."""
+        if mask.dim() == 3 or not self.config.causal or mask.all():
+            return False
+        if self.training and self.config.dropout:
+            return False
+        weight = self.norm.weight
+        return attention.serves_packed(weight, int(mask.sum(-1).max()))
+
+    def _run(self, ids: Tensor, view: View, cache: KVCache | None) -> Iterator[Tensor]:
         rotation = self.rope(view.positions, view.text_len)
         h = self.dropout(self.tok_embeddings(ids))
         yield h

@@ -6,11 +6,13 @@ Knows nothing of weights: a `View` follows from masks, positions and what a cach
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minllama.cache import KVCache
 from minllama.config import LlamaConfig
 from minllama.errors import ContextError, MinllamaError
+from minllama.native.attention import Texts
 
 
 class View(NamedTuple):
@@ -21,12 +23,55 @@ class View(NamedTuple):
         text_len: a number above all positions.
         mask: bool, broadcast to (B, H, T, S), True where a query may look; None for everywhere.
         is_causal: query t sees keys 0..t of S = T; takes the place of a mask.
+        texts: the only row holds several, each of which sees itself alone; with `is_causal`.
     """
 
     positions: Tensor
     text_len: int
     mask: Tensor | None = None
     is_causal: bool = False
+    texts: Texts | None = None
+
+
+class Packing(NamedTuple):
+    """Where the real tokens of padded rows are, which are computed with in one row of their own.
+
+    Attributes:
+        tokens: (N,), their numbers b * T + t.
+        shape: (B, T) of the padded rows.
+    """
+
+    tokens: Tensor
+    shape: tuple[int, int]
+
+    def packed(self, x: Tensor) -> Tensor:
+        """(B, T) -> (1, N)."""
+        return x.flatten()[self.tokens].unsqueeze(0)
+
+    def padded(self, h: Tensor) -> Tensor:
+        """(1, N, D) -> (B, T, D), zeros at padding."""
+        batch, length = self.shape
+        rows = h.new_zeros(batch * length, h.shape[-1])
+        return rows.index_copy(0, self.tokens, h[0]).view(batch, length, -1)
+
+
+def view_of_packed(mask: Tensor, config: LlamaConfig) -> tuple[Packing, View]:
+    """The real tokens of padded texts, and their view: none of a batch's padding is computed.
+
+    Args:
+        mask: bool (B, T), true at real tokens, padding on either side.
+
+    Raises:
+        ContextError: a row is longer than the context.
+    """
+    length = mask.shape[1]
+    check_context(length, config)
+    lengths = mask.sum(-1)  # (B,)
+    starts = F.pad(lengths.cumsum(0), (1, 0))
+    packing = Packing(mask.flatten().nonzero().squeeze(-1), (len(mask), length))
+    positions = packing.packed(mask.long().cumsum(-1) - 1)
+    texts = Texts(starts, int(lengths.max()))
+    return packing, View(positions, length, is_causal=True, texts=texts)
 
 
 def view_of_whole(

@@ -3,7 +3,6 @@
 Knows nothing of training or files.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -128,8 +127,7 @@ class LlamaEmbeddingClassifier(Classifier):
             attention_mask = attention_mask.bool()
             if not attention_mask.any(-1).all():
                 raise MinllamaError("a row of attention_mask has no real token to classify")
-        states = self.llama.layer_states(ids, attention_mask=attention_mask)
-        h = next(itertools.islice(states, self.layer, None))  # the layers above never run
+        h = self.llama.state_after(self.layer, ids, attention_mask)
         if self.pooling == "last":  # before the norm, which is then of one token a row
             h = _last(h, attention_mask)
             return normalised(self.llama, h, self.layer)

@@ -1,6 +1,6 @@
 """Causal attention of whole texts on a CPU, with gradients, by compiled code."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +15,37 @@ LONGEST_TRAINED = 512
 LONGEST = {2: 64, 1: 512, 0: 64}
 
 
+class Texts(NamedTuple):
+    """Texts one after the other in one row, without padding.
+
+    Attributes:
+        starts: (n + 1,) int64, where each begins, and where the last one ends.
+        longest: tokens of the longest.
+    """
+
+    starts: Tensor
+    longest: int
+
+
 def serves(query: Tensor) -> bool:
     """Whether this is faster than torch's for a query (B, H, T, C)."""
     wants_gradients = torch.is_grad_enabled() and query.requires_grad
-    longest = LONGEST_TRAINED if wants_gradients else LONGEST[best_level()]
-    return query.shape[2] <= longest and operations.serves(query)
+    return operations.serves(query) and query.shape[2] <= _longest(wants_gradients)
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(C)) V, each query seeing the keys up to its own.
+def serves_packed(x: Tensor, longest: int) -> bool:
+    """Whether texts of up to `longest` tokens that lie in one row, x (1, N, D), are for this."""
+    return operations.serves(x) and longest <= _longest(torch.is_grad_enabled())
+
+
+def _longest(wants_gradients: bool) -> int:
+    return LONGEST_TRAINED if wants_gradients else LONGEST[best_level()]
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, texts: Texts | None = None
+) -> Tensor:
+    """softmax(Q K^T / sqrt(C)) V, each query seeing the keys of its text up to its own.
 
     In float32 within, whatever the dtype. torch's own takes a third of a training step on short
     texts, nearly all of it in the backward pass.
@@ -31,37 +53,39 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Args:
         query: (B, T, H, C).
         key, value: (B, T, K, C); each of the K heads serves H / K query heads.
+        texts: where the texts lie in the only row; None: each row is one.
 
     Returns:
         (B, T, H, C).
     """
-    y: Tensor = _CausalAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
+    y: Tensor = _CausalAttention.apply(query, key, value, texts)  # type: ignore[no-untyped-call]
     return y
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, texts: Texts | None) -> Tensor:
         query, key, value = (_with_whole_heads(x.to(query.dtype)) for x in (query, key, value))
         out = torch.empty(query.shape, dtype=query.dtype)
         batch, length, n_heads, _ = query.shape
         log_sums = torch.empty(batch, n_heads, length)
-        call("attention", _described(query, key, value, out, log_sums))
+        call("attention", _described(query, key, value, out, log_sums, texts))
         ctx.save_for_backward(query, key, value, out, log_sums)
+        ctx.texts = texts
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, log_sums = ctx.saved_tensors
         gradient = _with_whole_heads(gradient)
         results = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
-        arguments = _described(query, key, value, out, log_sums)
+        arguments = _described(query, key, value, out, log_sums, ctx.texts)
         arguments.out_gradient = _heads(gradient)
         arguments.query_gradient, arguments.key_gradient, arguments.value_gradient = map(
             _heads, results
         )
         call("attention_gradient", arguments)
-        return results[0], results[1], results[2]
+        return results[0], results[1], results[2], None
 
 
 def _with_whole_heads(x: Tensor) -> Tensor:
@@ -70,16 +94,17 @@ def _with_whole_heads(x: Tensor) -> Tensor:
 
 
 def _described(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, texts: Texts | None
 ) -> Attention:
     rows, length, n_heads, head_dim = query.shape
     return Attention(
-        rows=rows,
-        length=length,
+        rows=rows if texts is None else len(texts.starts) - 1,
+        length=length if texts is None else texts.longest,
         n_heads=n_heads,
         n_kv_heads=key.shape[2],
         head_dim=head_dim,
         kind=KINDS[query.dtype],
+        starts=None if texts is None else texts.starts.data_ptr(),
         query=_heads(query),
         key=_heads(key),
         value=_heads(value),

@@ -182,6 +182,7 @@ class Attention(Structure):
         ("n_kv_heads", c_int64),
         ("head_dim", c_int64),
         ("kind", c_int64),
+        ("starts", c_void_p),
         ("query", Heads),
         ("key", Heads),
         ("value", Heads),

@@ -126,6 +126,8 @@ struct Heads {
 
 struct Attention {
     int64_t rows, length, n_heads, n_kv_heads, head_dim, kind;
+    const int64_t* starts;  // (rows + 1,): where texts of at most `length` tokens begin among those of
+                            // one row; or null, and there are as many rows of just that length
     Heads query, key, value, out;
     float* log_sums;  // (rows, H, T): of e^score over the keys that a query sees
     Heads out_gradient, query_gradient, key_gradient, value_gradient;  // of the backward pass only
