@@ -91,24 +91,27 @@ def decode_ours(batch: int = 1, context: int = 0, new: int = 64) -> float:
     return median(rate)
 
 
-def decode_theirs(dtype: str, batch: int = 1, new: int = 64) -> float:
+def decode_theirs(dtype: str, batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
     import torch
 
     model, tokenizer = open_theirs(dtype)
-    ids = tokenizer([STORY] * batch, return_tensors="pt")
+    row = tokenizer(STORY)["input_ids"]
+    ids = torch.tensor([(row * (context // len(row) + 1))[: context or len(row)]] * batch)
 
     def generate(n: int) -> float:
         settings = {"do_sample": False, "max_new_tokens": n, "min_new_tokens": n}
-        return seconds(lambda: model.generate(**ids, **settings, pad_token_id=0))
+        mask = torch.ones_like(ids)
+        return seconds(lambda: model.generate(ids, attention_mask=mask, **settings, pad_token_id=0))
 
     with torch.inference_mode():
-        return median(lambda: batch * (new - 1) / (generate(new) - generate(1)))
+        return median(lambda: batch * (new - 1) / (generate(new) - generate(1)), n)
 
 
-def decode_llama_cpp(batch: int = 1, new: int = 64) -> float:
+def decode_llama_cpp(batch: int = 1, context: int = 0, new: int = 64) -> float:
     if batch == 1:
-        model = open_llama_cpp(n_ctx=2048)
+        model = open_llama_cpp(n_ctx=max(2048, context + new))
         ids = model.tokenize(STORY.encode())
+        ids = (ids * (context // len(ids) + 1))[: context or len(ids)]
 
         def rate() -> float:
             model.reset()
@@ -463,6 +466,7 @@ TASKS: dict[str, dict[str, Callable[[], float]]] = {
         "minllama": lambda: decode_ours(16),
         "llama.cpp": lambda: decode_llama_cpp(16),
         "transformers-bfloat16": lambda: decode_theirs("bfloat16", 16),
+        "transformers-float32": lambda: decode_theirs("float32", 16),
     },
     "prefill": {
         "minllama": prefill_ours,
@@ -505,12 +509,83 @@ TASKS: dict[str, dict[str, Callable[[], float]]] = {
 }
 
 
+# ---------------------------------------------------------------- growth
+
+
+def lora_on_a_text(who: str, length: int, checkpointing: bool = False, batch: int = 4) -> float:
+    """Tokens per second of forward and backward passes of texts of one length, in float32.
+
+    The attention's memory, and all else that grows with a text, shows in the process's peak.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    ids = torch.randint(0, 49152, (batch, length))
+    labels = torch.zeros(batch, dtype=torch.long)
+    if who == "minllama":
+        from minllama import LlamaEmbeddingClassifier, Tokenizer, add_lora_wrapper, load_pretrained
+
+        llama = load_pretrained(dtype="float32")
+        ours = LlamaEmbeddingClassifier(llama, Tokenizer.from_pretrained(), ["a", "b"])
+        add_lora_wrapper(ours, ["compute_query", "compute_value"], r=8, lora_alpha=16)
+        llama.gradient_checkpointing = checkpointing
+        ours.train()
+
+        def step() -> None:
+            torch.nn.functional.nll_loss(ours(ids), labels).backward()
+
+    else:
+        import transformers
+        from peft import LoraConfig, get_peft_model
+
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        base = transformers.LlamaForSequenceClassification.from_pretrained(
+            FOLDER / "bfloat16", num_labels=2, pad_token_id=0, dtype=torch.float32
+        )
+        modules = ["q_proj", "v_proj"]
+        lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=modules)
+        theirs = get_peft_model(base, lora).train()
+
+        def step() -> None:
+            theirs(input_ids=ids, labels=labels).loss.backward()
+
+    return median(lambda: batch * length / seconds(step), 1)
+
+
+CONTEXTS = (64, 512, 1024, 2048, 4096, 8000)
+BATCHES = (1, 2, 4, 8, 16, 32)
+LENGTHS = (64, 128, 256, 512, 1024)
+GROWTH: dict[str, dict[str, Callable[[], float]]] = {}
+for _n in CONTEXTS:
+    GROWTH[f"decode-at-{_n}"] = {
+        "minllama": lambda n=_n: decode_ours(context=n, new=32),
+        "llama.cpp": lambda n=_n: decode_llama_cpp(context=n, new=32),
+    }
+    if _n <= 2048:
+        GROWTH[f"decode-at-{_n}"]["transformers-float32"] = lambda n=_n: decode_theirs(
+            "float32", context=n, new=16, n=1
+        )
+for _n in BATCHES:
+    GROWTH[f"decode-of-{_n}"] = {
+        "minllama": lambda n=_n: decode_ours(n),
+        "llama.cpp": lambda n=_n: decode_llama_cpp(n),
+        "transformers-float32": lambda n=_n: decode_theirs("float32", n, new=16, n=1),
+    }
+for _n in LENGTHS:
+    GROWTH[f"lora-of-{_n}"] = {
+        "minllama": lambda n=_n: lora_on_a_text("minllama", n),
+        "minllama-checkpointing": lambda n=_n: lora_on_a_text("minllama", n, checkpointing=True),
+        "peft": lambda n=_n: lora_on_a_text("peft", n),
+    }
+
+
 def main() -> None:
     task, who = sys.argv[1:3]
     if who != "llama.cpp":
         os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
     shown = sys.stdout
-    value = TASKS[task][who]()
+    value = {**TASKS, **GROWTH}[task][who]()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"value": value, "peak": peak}), file=shown)
 

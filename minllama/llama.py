@@ -100,8 +100,8 @@ class Attention(nn.Module):
         """
         dropout = self.attention_dropout if self.training else 0.0
         if is_causal and not dropout and (texts is not None or attention.serves(query)):
-            by_token = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H or K, C)
-            return attention.causal_attention(*by_token, texts=texts).transpose(1, 2)
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H, C)
+            return attention.causal_attention(query, key, value, texts).transpose(1, 2)
         return F.scaled_dot_product_attention(
             query,
             key,

@@ -18,6 +18,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from tiny_classifier import LABELS, TinyClassifier, make_dataset, same, trained
 
 from minllama import loading, training_run
+from minllama.cli.common import warn_of_slow_dtype
 from minllama.data import Dataset
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.evaluation import evaluate
@@ -483,6 +484,28 @@ def test_fast_bfloat16_asks_the_gpu(monkeypatch, capability, fast):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert loading.fast_bfloat16("cuda") is fast
     assert not loading.fast_bfloat16("mps")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "can", "says"),
+    [
+        ("bfloat16", {"avx2": True}, "this CPU emulates bfloat16, slowly; float32 is faster"),
+        ("bfloat16", {"avx512_bf16": True}, None),
+        ("float16", {"avx512_bf16": True}, "this CPU emulates float16, slowly"),
+        ("float16", {"amx_fp16": True}, None),
+        ("float32", {"avx2": True}, None),
+        (None, {"avx2": True}, None),
+    ],
+)
+def test_a_slow_half_precision_is_said_to_be_slow(monkeypatch, capsys, dtype, can, says):
+    cpu = types.SimpleNamespace(get_capabilities=lambda: can)
+    monkeypatch.setattr(loading.torch, "cpu", cpu)
+    warn_of_slow_dtype(dtype, "cpu")
+    printed = capsys.readouterr().err
+    if says is None:
+        assert not printed
+    else:
+        assert printed.startswith(f"--dtype {dtype}: {says}")
 
 
 # What cannot work.

@@ -12,6 +12,7 @@ from minllama.cli.common import (
     model_options,
     open_model,
     quantize_option,
+    warn_of_slow_dtype,
 )
 from minllama.cli.generate import summary
 from minllama.errors import ContextError, MinllamaError
@@ -45,6 +46,7 @@ def command(
     with ended_by_interrupts():
         from minllama.conversation import Conversation
 
+    warn_of_slow_dtype(dtype, device)
     model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize)
     conversation = Conversation(model, words, checked, system=system)
     click.echo(f"{checkpoint.path.name}. {HELP}", err=True)

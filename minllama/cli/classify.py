@@ -17,6 +17,7 @@ from minllama.cli.common import (
     model_options,
     open_model,
     pick,
+    warn_of_slow_dtype,
 )
 from minllama.errors import DataError, MinllamaError, OptionError
 from minllama.options import DataOptions, PromptOptions, ZeroShotOptions
@@ -177,6 +178,7 @@ def _load(folder: str, base: str | None, dtype: str | None, device: str | None) 
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
 
+    warn_of_slow_dtype(dtype, device)
     return load_classifier(folder, model=base, dtype=dtype, device=device)
 
 
@@ -196,6 +198,7 @@ def _zero_shot(
     names = [label.strip() for label in labels.split(",")]
     if len(names) < 2:
         raise OptionError(f"--labels {labels!r} is one label; give at least two, parted by commas")
+    warn_of_slow_dtype(dtype, device)
     dtype = dtype or weights_dtype("zero-shot", usable_device(device))
     model, words, _ = open_model(source, tokenizer, dtype, device)
     return make_zero_shot(model, words, names, prompt, options)

@@ -199,6 +199,16 @@ def open_model(
     return model, words, checkpoint
 
 
+def warn_of_slow_dtype(dtype: str | None, device: str | None) -> None:
+    """Say it where somebody asks for a half precision that this machine only emulates."""
+    if dtype is None:
+        return
+    from minllama.loading import slow_dtype
+
+    if (warning := slow_dtype(dtype, device)) is not None:
+        click.echo(f"--dtype {dtype}: {warning}", err=True)
+
+
 def torch_dtype(name: str | None) -> "torch.dtype | None":
     """Torch's dtype of that name."""
     if name is None:

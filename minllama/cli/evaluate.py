@@ -14,6 +14,7 @@ from minllama.cli.common import (
     debug_option,
     ended_by_interrupts,
     pick,
+    warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
 from minllama.options import DataOptions
@@ -73,6 +74,7 @@ def command(
         from minllama.report import Report, print_summary, write_report
 
     began = datetime.now(UTC).astimezone()
+    warn_of_slow_dtype(dtype, device)
     loaded = load_classifier(classifier, model=base, dtype=dtype, device=device)
     data = dataclasses.replace(data, multi_label=data.multi_label or loaded.multi_label)
     split = load_dataset(source, data, label_names=loaded.labels)

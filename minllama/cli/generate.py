@@ -14,6 +14,7 @@ from minllama.cli.common import (
     model_options,
     open_model,
     quantize_option,
+    warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
@@ -63,6 +64,7 @@ def command(
         from minllama.conversation import chat_template, encode_messages
         from minllama.generation import TextStream, encode_prompt
 
+    warn_of_slow_dtype(dtype, device)
     model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize)
     if chat:
         messages = [{"role": "system", "content": system}] if system is not None else []

@@ -16,6 +16,7 @@ from minllama.cli.common import (
     ended_by_interrupts,
     model_options,
     pick,
+    warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
 from minllama.options import (
@@ -96,6 +97,7 @@ def command(
         **groups,
     )
     check_uses(experiment, given)
+    warn_of_slow_dtype(dtype, device)
     say = ConsoleSay()
     try:
         with _terminated_as_interrupted():

@@ -41,8 +41,12 @@ def cpu_can(*names: str) -> bool:
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if known:
         return any(known.get(name, False) for name in names)
-    checks = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
-    return any(getattr(torch.cpu, checks[name], bool)() for name in names)
+    checks = {
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "amx_bf16": "_is_amx_tile_supported",
+        "amx_fp16": "_is_amx_fp16_supported",
+    }
+    return any(getattr(torch.cpu, checks.get(name, ""), bool)() for name in names)
 
 
 def has_matrix_instructions() -> bool:

@@ -1,0 +1,136 @@
+"""Texts of a batch without their padding, against the padded rows that they stand for."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from minllama.config import RopeScaling
+from minllama.errors import ContextError
+from minllama.native import attention
+from minllama.native.attention import Texts, causal_attention
+from minllama.native.library import library
+from minllama.view import view_of_packed
+from tests.tiny import our_model, random_ids
+
+pytestmark = pytest.mark.skipif(
+    library() is None, reason="minllama was installed without a C++ compiler"
+)
+
+LENGTHS = (7, 20, 1, 13)
+
+
+def mask_of(side, lengths=LENGTHS, length=20):
+    columns = torch.arange(length)
+    mask = columns < torch.tensor(lengths).unsqueeze(-1)
+    return mask.flip(-1) if side == "left" else mask
+
+
+@pytest.fixture
+def padded(monkeypatch):
+    """From its call on, padding is computed."""
+
+    def on():
+        monkeypatch.setattr(attention, "serves_packed", lambda x, longest: False)
+
+    return on
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [(70, 3, 1, 130, 64, 65), (5, 0, 9)])
+def test_texts_in_one_row_attend_as_if_each_were_alone(lengths, dtype):
+    torch.manual_seed(0)
+    starts = torch.tensor((0, *lengths)).cumsum(0)
+    n, texts = int(starts[-1]), Texts(starts, max(lengths))
+    tensors = [torch.randn(1, n, heads, 12).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    of_out = torch.randn(1, n, 4, 12).to(dtype)
+    together = causal_attention(*tensors, texts=texts)
+    gradients = torch.autograd.grad(together, tensors, of_out)
+    for first, end in itertools.pairwise(starts):
+        own = [x[:, first:end].detach().clone().requires_grad_() for x in tensors]
+        alone = causal_attention(*own)
+        assert torch.equal(together[:, first:end], alone)
+        for a, b in zip(
+            gradients, torch.autograd.grad(alone, own, of_out[:, first:end]), strict=True
+        ):
+            assert torch.equal(a[:, first:end], b)
+
+
+def test_the_view_counts_each_text_from_zero():
+    packing, view = view_of_packed(mask_of("left", (2, 3), 4), our_model().config)
+    assert packing.tokens.tolist() == [2, 3, 5, 6, 7]
+    assert view.positions.tolist() == [[0, 1, 0, 1, 2]]
+    assert view.texts.starts.tolist() == [0, 2, 5]
+    assert view.texts.longest == 3
+    assert packing.packed(torch.arange(8).view(2, 4)).tolist() == [[2, 3, 5, 6, 7]]
+    back = packing.padded(torch.ones(1, 5, 2))
+    assert back.shape == (2, 4, 2)
+    assert back[..., 0].tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 1, "head_dim": 10},
+        {"rope_scaling": RopeScaling("dynamic", factor=4.0), "max_seq_len": 16},
+        {"attention_bias": True, "ffn_bias": True},
+    ],
+    ids=["plain", "multi-query", "dynamic", "biases"],
+)
+def test_packed_rows_give_what_padded_ones_do(changes, side, padded):
+    model, ids, mask = our_model(**changes), random_ids(4, 20), mask_of(side)
+
+    def results():
+        model.zero_grad()
+        states = torch.stack(list(model.layer_states(ids, attention_mask=mask)))[:, mask]
+        logits = model(ids, attention_mask=mask).logits[mask]
+        nn.functional.cross_entropy(logits, ids[mask]).backward()
+        return states, logits, [p.grad.clone() for p in model.parameters()]
+
+    states, logits, gradients = results()
+    padded()
+    padded_states, padded_logits, padded_gradients = results()
+    assert torch.allclose(states, padded_states, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(logits, padded_logits, rtol=1e-4, atol=1e-4)
+    for a, b in zip(gradients, padded_gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_not_computed(monkeypatch):
+    model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
+    seen = []
+    feed_forward = model.layers[0].feed_forward
+    feed_forward.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    h = model.state_after(2, ids, mask)
+    assert seen == [(1, sum(LENGTHS), 32)]
+    assert h.shape == (4, 20, 32)
+    assert not h[~mask].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "training", "mask"),
+    [
+        ({"causal": False}, False, mask_of("right")),
+        ({"dropout": 0.1}, True, mask_of("right")),
+        ({}, False, torch.ones(4, 20, dtype=torch.bool)),
+        ({}, False, torch.ones(4, 20, 20, dtype=torch.bool).tril()),
+    ],
+    ids=["encoder", "dropout", "no padding", "tree"],
+)
+def test_what_cannot_be_packed_is_computed_as_it_stands(changes, training, mask, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("packed")
+
+    monkeypatch.setattr("minllama.llama.view_of_packed", refuse)
+    model = our_model(**changes).train(training)
+    positions = torch.arange(20).unsqueeze(0) if mask.dim() == 3 else None
+    h = model.state_after(2, random_ids(4, 20), mask, positions)
+    assert h.shape == (4, 20, 32)
+
+
+def test_texts_beyond_the_context_are_refused():
+    with pytest.raises(ContextError, match="65 tokens"):
+        our_model().state_after(2, random_ids(2, 65), mask_of("right", (65, 3), 65))
