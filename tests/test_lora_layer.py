@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from minllama.errors import MinllamaError, OptionError
 from minllama.lora import LoRALayer
+from minllama.native import operations
+from minllama.native.library import library
+from minllama.native.low_rank import low_rank_product
 from minllama.options import LoRAOptions
 
 
@@ -205,6 +208,7 @@ def test_a_float32_base_works_under_autocast() -> None:
     assert all(p.grad is not None for p in layer.adapters.parameters())
 
 
+@pytest.mark.skipif(library() is None, reason="minllama was installed without a C++ compiler")
 def test_dropout_is_on_the_adapters_input_and_in_training_only() -> None:
     layer = random_layer(lora_dropout=0.5)
     adapter = layer.adapter("default")
@@ -213,10 +217,43 @@ def test_dropout_is_on_the_adapters_input_and_in_training_only() -> None:
     layer.train()
     torch.manual_seed(7)
     y = layer(x)
+    assert not torch.allclose(y, layer(x))
+    torch.manual_seed(7)
+    assert torch.equal(y, layer(x))
+    torch.manual_seed(7)
+    dropped = low_rank_product(x, torch.eye(12), torch.eye(12), 1.0, dropout=0.5)
+    is_zero = dropped == 0
+    assert torch.equal(dropped[~is_zero], 2 * x[~is_zero])
+    assert 0.4 < is_zero.float().mean() < 0.6
+    expected = layer.base(x) + adapter.scaling * dropped @ adapter.lora_A.T @ adapter.lora_B.T
+    torch.testing.assert_close(y, expected)
+
+
+def test_dropout_without_compiled_code_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "serves", lambda x: False)
+    layer = random_layer(lora_dropout=0.5).train()
+    adapter = layer.adapter("default")
+    x = torch.randn(50, 12)
+    torch.manual_seed(7)
+    y = layer(x)
     torch.manual_seed(7)
     low_rank = F.dropout(x, 0.5) @ adapter.lora_A.T @ adapter.lora_B.T
     torch.testing.assert_close(y, layer.base(x) + adapter.scaling * low_rank)
-    assert not torch.allclose(y, layer(x))
+
+
+def test_what_the_base_gave_stays_for_who_reads_it_again() -> None:
+    layer = random_layer()
+    seen: list[Tensor] = []
+    layer.base.register_forward_hook(lambda module, args, y: seen.append(y))
+    x = torch.randn(5, 12)
+    y = layer(x)
+    assert torch.equal(seen[0], F.linear(x, layer.base.weight, layer.base.bias))
+    assert not torch.allclose(y, seen[0])
+    layer.add_adapter("dora", LoRAOptions(r=3, use_dora=True))
+    layer.active = {"default": 1.0, "dora": 1.0}
+    together = layer(x)
+    layer.active = {"dora": 1.0, "default": 1.0}
+    torch.testing.assert_close(layer(x), together)
 
 
 def test_with_dora_dropout_spares_the_base() -> None:

@@ -312,6 +312,48 @@ def test_low_rank_products_and_their_gradients_are_those_of_two_products(rank, d
         assert torch.allclose(ours.double(), exact, rtol=rtol, atol=rtol * exact.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_of_low_rank_products_takes_the_same_numbers_back(dtype):
+    torch.manual_seed(0)
+    x, a, b = torch.randn(70, 40).to(dtype), torch.randn(5, 40), torch.randn(27, 5)
+    torch.manual_seed(3)
+    identity = torch.eye(40)
+    kept = low_rank_product(torch.ones(70, 40), identity, identity, 1.0, dropout=0.25)
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert abs((kept == 0).float().mean() - 0.25) < 0.03
+    assert ((kept == 0).float().mean(0) < 0.5).all()  # no column is always hit, nor a row
+    assert ((kept == 0).float().mean(1) < 0.6).all()
+
+    def dropped(x, a, b):
+        torch.manual_seed(3)
+        return low_rank_product(x, a, b, 0.5, dropout=0.25)
+
+    doubles = (x.double(), a.double(), b.double())
+    theirs = gradients_of(lambda x, a, b: 0.5 * (kept.double() * x @ a.T) @ b.T, *doubles)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    for ours, exact in zip(gradients_of(dropped, x, a, b), theirs, strict=True):
+        assert torch.allclose(ours.double(), exact, rtol=rtol, atol=rtol * exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_products_can_be_added_in_place(dtype):
+    torch.manual_seed(0)
+    x, y, a, b = (torch.randn(*shape) for shape in ((9, 16), (9, 8), (4, 16), (8, 4)))
+    x, y = x.to(dtype), y.to(dtype)
+
+    def added(x, y, a, b):
+        onto = y * 1  # a leaf cannot be written to
+        result = low_rank_product(x, a, b, 0.5, onto=onto)
+        assert result.data_ptr() == onto.data_ptr()
+        return result
+
+    doubles = (t.double() for t in (x, y, a, b))
+    theirs = gradients_of(lambda x, y, a, b: y + 0.5 * (x @ a.T) @ b.T, *doubles)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    for ours, exact in zip(gradients_of(added, x, y, a, b), theirs, strict=True):
+        assert torch.allclose(ours.double(), exact, rtol=rtol, atol=rtol * exact.abs().max())
+
+
 def test_low_rank_products_take_matrices_of_half_precision():
     x, a, b = torch.randn(5, 16), torch.randn(4, 16).bfloat16(), torch.randn(8, 4).bfloat16()
     exact = 2 * x @ a.float().T @ b.float().T

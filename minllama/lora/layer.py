@@ -54,30 +54,39 @@ class LoRAAdapter(nn.Module):
         weight = dense_weight(base)
         return self._row_scale(base).unsqueeze(-1) * (weight + delta) - weight
 
-    def forward(self, x: Tensor, base: AnyLinear, base_output: Tensor, share: float) -> Tensor:
-        """What the adapter adds to W x: (..., in) -> (..., out), without forming its weight.
+    def forward(
+        self, x: Tensor, y: Tensor, base: AnyLinear, base_output: Tensor, share: float
+    ) -> Tensor:
+        """Give y and what the adapter adds to it, without forming its weight.
 
-        Where it is compiled it is computed in float32; elsewhere the small matrices are cast to x's
-        dtype, not x to theirs. Dropout is on what the low-rank
-        product reads; with DoRA, the base's part of the product stays whole.
+        Where it is compiled it is computed in float32, and y is written to; elsewhere the small
+        matrices are cast to x's dtype, not x to theirs. Dropout is on what the low-rank product
+        reads; with DoRA, the base's part of the product stays whole.
 
         Args:
-            x: what the layer reads.
-            base, base_output: the layer, and what it made of x.
+            x: what the layer reads, (..., in).
+            y: what it gives so far, (..., out).
+            base, base_output: the layer, and what it made of x alone.
             share: factor on all of it.
         """
         scale = share * self.scaling
+        if self.lora_magnitude_vector is None and operations.serves(x) and y.dtype == x.dtype:
+            return self._low_rank(x, scale, onto=y.contiguous())
         if operations.serves(x):
-            delta = low_rank_product(self.dropout(x), self.lora_A, self.lora_B, scale)
-            delta = delta.to(base_output.dtype)  # which autocast chooses
+            delta = self._low_rank(x, scale).to(y.dtype)  # which autocast chooses
         else:
             low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., R)
             delta = F.linear(low, (scale * self.lora_B).to(x.dtype))  # (..., out)
         if self.lora_magnitude_vector is None:
-            return delta
+            return y + delta
         lengths = self._row_scale(base)  # (out,)
         linear = base_output if base.bias is None else base_output - base.bias
-        return (share * (lengths - 1)).to(x.dtype) * linear + lengths.to(x.dtype) * delta
+        return y + (share * (lengths - 1)).to(x.dtype) * linear + lengths.to(x.dtype) * delta
+
+    def _low_rank(self, x: Tensor, scale: float, onto: Tensor | None = None) -> Tensor:
+        dropout = self.dropout.p if self.dropout.training else 0.0
+        a, b = self.lora_A, self.lora_B
+        return low_rank_product(x, a, b, scale, dropout=dropout, onto=onto)
 
     def _row_scale(self, base: AnyLinear) -> Tensor:
         """The factor m / ||W + delta W|| on each row, (out,); the norm has no gradient.
@@ -188,10 +197,15 @@ class LoRALayer(nn.Module):
         base_output: Tensor = self.base(x)
         if self.is_merged:
             return base_output
-        y = base_output
+        y = base_output.clone() if self._reads_again() else base_output
         for name, share in self.active.items():
-            y = y + self.adapters[name](x, self.base, base_output, share)
+            y = self.adapters[name](x, y, self.base, base_output, share)
         return y
+
+    def _reads_again(self) -> bool:
+        """Whether somebody looks at what the base gave after adapters have written to it."""
+        hooks = self.base._forward_hooks or nn.modules.module._global_forward_hooks
+        return bool(hooks) or any(self.adapter(name).options.use_dora for name in self.active)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

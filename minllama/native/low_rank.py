@@ -9,37 +9,62 @@ from minllama.native.layout import KINDS, LowRank
 from minllama.native.library import call
 
 
-def low_rank_product(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Give scale * B (A x), computed in float32, in x's dtype.
+def low_rank_product(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """Give scale * B (A dropout(x)), computed in float32, in x's dtype.
 
     Args:
         x: (..., in).
         a: lora_A (R, in).
         b: lora_B (out, R).
         scale: factor on all of it.
+        dropout: probability with which each number of x is taken for zero; the others grow by
+            1 / (1 - dropout). Which ones depends on torch's random numbers.
+        onto: (..., out), contiguous and of x's dtype, to which the result is added, in place.
 
     Returns:
         (..., out).
     """
-    y: Tensor = _LowRank.apply(x, a.float(), b.float(), scale)  # type: ignore[no-untyped-call]
+    seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+    settings = (scale, dropout, seed)
+    y: Tensor = _LowRank.apply(x, a.float(), b.float(), onto, settings)  # type: ignore[no-untyped-call]
     return y
+
+
+Settings = tuple[float, float, int]  # scale, dropout, seed
 
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, onto: Tensor | None, settings: Settings
+    ) -> Tensor:
         x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
-        y = torch.empty(*x.shape[:-1], len(b), dtype=x.dtype)
+        y = torch.empty(*x.shape[:-1], len(b), dtype=x.dtype) if onto is None else onto
+        if onto is not None:
+            ctx.mark_dirty(onto)
         low = torch.empty(*x.shape[:-1], len(a))
-        call("low_rank", _described(x, a, b, y, low, scale))
+        arguments = _described(x, a, b, y, low, settings)
+        arguments.onto = onto is not None
+        call("low_rank", arguments)
         ctx.save_for_backward(x, a, b, low)
-        ctx.scale = scale
+        ctx.settings = settings
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, None]:
         x, a, b, low = ctx.saved_tensors
-        arguments = _described(x, a, b, gradient.contiguous(), low, ctx.scale)
+        gradient = gradient.contiguous()
+        arguments = _described(x, a, b, gradient, low, ctx.settings)
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         threads = torch.get_num_threads()
         a_parts = torch.zeros(threads, *a.shape)
@@ -47,10 +72,14 @@ class _LowRank(torch.autograd.Function):
         arguments.x_gradient = None if of_x is None else of_x.data_ptr()
         arguments.a_parts, arguments.b_parts = a_parts.data_ptr(), b_parts.data_ptr()
         call("low_rank_gradient", arguments)
-        return of_x, a_parts.sum(0), b_parts.sum(0).t(), None
+        of_onto = gradient if ctx.needs_input_grad[3] else None
+        return of_x, a_parts.sum(0), b_parts.sum(0).t(), of_onto, None
 
 
-def _described(x: Tensor, a: Tensor, b: Tensor, y: Tensor, low: Tensor, scale: float) -> LowRank:
+def _described(
+    x: Tensor, a: Tensor, b: Tensor, y: Tensor, low: Tensor, settings: Settings
+) -> LowRank:
+    scale, dropout, seed = settings
     return LowRank(
         rows=x.numel() // x.shape[-1],
         in_dim=x.shape[-1],
@@ -58,6 +87,8 @@ def _described(x: Tensor, a: Tensor, b: Tensor, y: Tensor, low: Tensor, scale: f
         rank=len(a),
         kind=KINDS[x.dtype],
         scale=scale,
+        dropout=dropout,
+        seed=seed,
         x=x.data_ptr(),
         a=a.data_ptr(),
         b=b.data_ptr(),

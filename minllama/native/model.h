@@ -135,7 +135,10 @@ struct Attention {
 
 struct LowRank {
     int64_t rows, in, out, rank, kind;
+    int64_t onto;     // whether the result is added to what y holds
     double scale;
+    double dropout;   // probability with which each number of x is taken for zero
+    int64_t seed;     // of which ones
     const void* x;    // (rows, in)
     const float* a;   // (rank, in)
     const float* b;   // (out, rank)

@@ -66,12 +66,12 @@ def most_rows() -> float:
 
 
 def product(weight: Any, x: Tensor) -> Tensor:
-    """Give x W^T with a quantised W as it is: (N, in) -> (N, out), float32."""
+    """Give x W^T with a quantised W as it is: (..., in) -> (..., out), float32."""
     x = x.float().contiguous()
-    rows, blocks = len(x), weight.in_features // 32
+    rows, blocks = x.numel() // weight.in_features, weight.in_features // 32
     digits = torch.empty(rows, blocks, 64, dtype=torch.int8)
     scales, sums = torch.empty(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32)
-    y = torch.empty(rows, weight.out_features)
+    y = torch.empty(*x.shape[:-1], weight.out_features)
     described = quantized_linear(weight)
     tensors = (x, digits, scales, sums, y)
     arguments = Product(ctypes.pointer(described), rows, *(tensor.data_ptr() for tensor in tensors))
