@@ -36,6 +36,13 @@ def median(work: Callable[[], float], n: int = 5) -> float:
     return statistics.median(work() for _ in range(n))
 
 
+def fast_dtype() -> str:
+    """The dtype in which this machine multiplies large matrices fastest."""
+    from minllama.loading import fast_bfloat16
+
+    return "bfloat16" if fast_bfloat16("cpu") else "float32"
+
+
 def sentences(n: int) -> tuple[list[str], list[int]]:
     """The first lines of SST-5's training file."""
     lines = (DATA / "sst-train.txt").read_text(encoding="utf-8").splitlines()[:n]
@@ -73,7 +80,7 @@ def open_llama_cpp(**options: Any) -> Any:
     return Llama(str(resolve_source(None)), **settings)
 
 
-def decode_ours(batch: int = 1, context: int = 0, new: int = 64) -> float:
+def decode_ours(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
     from minllama import GenerationOptions
     from minllama.decoding import Decoder
 
@@ -88,7 +95,7 @@ def decode_ours(batch: int = 1, context: int = 0, new: int = 64) -> float:
             pass
         return decoder.timings.decode_rate
 
-    return median(rate)
+    return median(rate, n)
 
 
 def decode_theirs(dtype: str, batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
@@ -107,7 +114,7 @@ def decode_theirs(dtype: str, batch: int = 1, context: int = 0, new: int = 64, n
         return median(lambda: batch * (new - 1) / (generate(new) - generate(1)), n)
 
 
-def decode_llama_cpp(batch: int = 1, context: int = 0, new: int = 64) -> float:
+def decode_llama_cpp(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
     if batch == 1:
         model = open_llama_cpp(n_ctx=max(2048, context + new))
         ids = model.tokenize(STORY.encode())
@@ -119,7 +126,7 @@ def decode_llama_cpp(batch: int = 1, context: int = 0, new: int = 64) -> float:
             # Any token will do: what it is does not change what reading it costs.
             return new / seconds(lambda: [model.eval([100]) for _ in range(new)])
 
-        return median(rate)
+        return median(rate, n)
     return _decode_llama_cpp_batch(batch, new)
 
 
@@ -267,11 +274,9 @@ def lookup(drafts: int, new: int = 120) -> float:
 
 
 def zero_shot_ours(labels: tuple[str, ...], n: int = 256) -> float:
-    import torch
-
     from minllama import LlamaZeroShotClassifier
 
-    model, tokenizer = open_ours(dtype=torch.bfloat16, quantize=None)
+    model, tokenizer = open_ours(dtype=fast_dtype(), quantize=None)
     names = [label.strip() for label in labels]
     classifier = LlamaZeroShotClassifier(model, tokenizer, names, prompt=PROMPT)
     texts, _ = sentences(n)
@@ -282,7 +287,7 @@ def zero_shot_harness(labels: tuple[str, ...], n: int = 48, size: int = 16) -> f
     """Every label a full sequence, in batches of padded rows, as evaluation harnesses do."""
     import torch
 
-    model, tokenizer = open_theirs("bfloat16")
+    model, tokenizer = open_theirs(fast_dtype())
     tokenizer.pad_token_id = tokenizer.pad_token_id or 0
     texts, _ = sentences(n)
     rows = [(PROMPT.format(text=text), label) for text in texts for label in labels]
@@ -302,7 +307,7 @@ def zero_shot_by_hand(n: int = 256, size: int = 16) -> float:
     """One-token labels: one forward a text, sorted by length, logits of the last token only."""
     import torch
 
-    model, tokenizer = open_theirs("bfloat16")
+    model, tokenizer = open_theirs(fast_dtype())
     texts, _ = sentences(n)
     prompts = sorted((PROMPT.format(text=text) for text in texts), key=len)
     ids = [tokenizer(label)["input_ids"][0] for label in LABELS]
@@ -402,10 +407,10 @@ def frozen(features_once: bool, n: int = 256, epochs: int = 10) -> float:
         from minllama import LlamaEmbeddingClassifier
         from minllama.classifier.features import extract_features
 
-        llama, words = open_ours(dtype=torch.bfloat16, quantize=None)
+        llama, words = open_ours(dtype=fast_dtype(), quantize=None)
         classifier = LlamaEmbeddingClassifier(llama, words, [str(i) for i in range(5)])
     else:
-        model, tokenizer = open_theirs("bfloat16")
+        model, tokenizer = open_theirs(fast_dtype())
     head = torch.nn.Linear(576, 5)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
 
@@ -474,7 +479,7 @@ TASKS: dict[str, dict[str, Callable[[], float]]] = {
         "transformers-bfloat16": lambda: prefill_theirs("bfloat16"),
         "transformers-float32": lambda: prefill_theirs("float32"),
     },
-    "lookup": {"minllama": lambda: lookup(8), "minllama-without": lambda: lookup(0)},
+    "lookup": {"minllama": lambda: lookup(3), "minllama-without": lambda: lookup(0)},
     "open": {
         "minllama": open_gguf_ours,
         "llama.cpp": open_gguf_llama_cpp,
@@ -559,8 +564,8 @@ LENGTHS = (64, 128, 256, 512, 1024)
 GROWTH: dict[str, dict[str, Callable[[], float]]] = {}
 for _n in CONTEXTS:
     GROWTH[f"decode-at-{_n}"] = {
-        "minllama": lambda n=_n: decode_ours(context=n, new=32),
-        "llama.cpp": lambda n=_n: decode_llama_cpp(context=n, new=32),
+        "minllama": lambda n=_n: decode_ours(context=n, new=32, n=1),
+        "llama.cpp": lambda n=_n: decode_llama_cpp(context=n, new=32, n=1),
     }
     if _n <= 2048:
         GROWTH[f"decode-at-{_n}"]["transformers-float32"] = lambda n=_n: decode_theirs(

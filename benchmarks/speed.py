@@ -4,7 +4,8 @@ Each measurement is a process of its own (`contenders.py`), the contenders of a 
 (A B A B); the table gives medians, ratios and what is aimed at. Needs the extra `bench`, the data
 beside the repository for the tasks that read texts, and a machine without other work.
 
-    python benchmarks/speed.py [--rounds 5] [--quick] [TASK ...]
+    python benchmarks/speed.py [--rounds 5] [--quick] [--results FILE] [--plot FILE]
+        [TASK ...] [--beside PEER ...]
 """
 
 import argparse
@@ -73,7 +74,7 @@ AIMS = (
         "value",
         0.0,
         False,
-        "a summary with --prompt-lookup 8, tokens/s",
+        "a summary with --prompt-lookup 3, tokens/s",
     ),
     Aim("open", "minllama", "transformers", "value", 1.0, True, "open the GGUF, seconds"),
     Aim("open", "minllama", CPP, "value", 0.0, True, "open the GGUF, seconds"),
@@ -115,8 +116,6 @@ AIMS = (
     Aim("frozen", "minllama", "transformers", "value", 8.0, False, "frozen head, 10 epochs"),
     Aim("adamw", "minllama", "torch-fused", "value", 0.9, False, "AdamW, 135M, steps/s"),
 )
-QUICK = ("decode", "prefill", "lora-bfloat16")
-QUICK_PEERS = ("minllama", CPP, B16, "peft")
 
 
 def make_weights() -> None:
@@ -148,15 +147,15 @@ def measure(task: str, who: str) -> dict[str, Any]:
 
 def measure_all(
     tasks: list[str], rounds: int, peers: tuple[str, ...] = ()
-) -> dict[tuple[str, str], list[dict[str, Any]]]:
+) -> dict[str, list[dict[str, Any]]]:
     """What each contender of each task (or only those of `peers`) measured, in turns."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for task in tasks:
         chosen = [who for who in contenders.TASKS[task] if not peers or who in peers]
         for _ in range(rounds):
             for who in chosen:
                 if result := measure(task, who):
-                    found.setdefault((task, who), []).append(result)
+                    found.setdefault(f"{task} {who}", []).append(result)
                     print(f"  {task}, {who}: {result['value']:.4g}", file=sys.stderr)
     return found
 
@@ -170,16 +169,82 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
+def chosen_tasks(quick: bool) -> tuple[list[str], tuple[str, ...]]:
+    """What is measured where no tasks are named, and of whom; nobody for all.
+
+    Training in a precision that the machine only emulates takes a quarter of an hour a process.
+    """
+    dtype = contenders.fast_dtype()
+    if quick:
+        return ["decode", "prefill", f"lora-{dtype}"], (
+            "minllama",
+            CPP,
+            f"transformers-{dtype}",
+            "peft",
+        )
+    slow = {"float32": "lora-bfloat16"}.get(dtype)
+    return [task for task in contenders.TASKS if task != slow], ()
+
+
+def rows_of(found: dict[str, Any]) -> list[tuple[Aim, float, float, float]]:
+    """Aims of what was measured, both medians, and their ratio."""
+    rows = []
+    for aim in AIMS:
+        ours = found.get(f"{aim.task} {aim.ours}")
+        theirs = found.get(f"{aim.their_task or aim.task} {aim.theirs}")
+        if ours and theirs:
+            a, b = (statistics.median(one[aim.field] for one in side) for side in (ours, theirs))
+            rows.append((aim, a, b, b / a if aim.less else a / b))
+    return rows
+
+
+def draw(rows: list[tuple[Aim, float, float, float]], path: Path) -> None:
+    """Ratios as bars, from 1 on a logarithmic axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = rows[::-1]
+    figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 1), layout="constrained")
+    ratios = [ratio for *_, ratio in rows]
+    colors = ["#c2410c" if ratio >= (aim.aim or 1) else "#94a3b8" for aim, *_, ratio in rows]
+    axes.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colors, height=0.6)
+    names = [f"{aim.words.split(', tokens/s')[0]} / {aim.theirs}" for aim, *_ in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    for i, ratio in enumerate(ratios):
+        axes.text(max(ratio, 1) * 1.04, i, f"{ratio:.2f}", va="center", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlim(0.5, max(ratios) * 2)
+    axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.minorticks_off()
+    axes.axvline(1, color="#334155", linewidth=0.8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(
+        "minllama beside its peers, times as good; grey: less than the aim", loc="left", fontsize=10
+    )
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", choices=[[], *contenders.TASKS])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="the main rows, once each")
+    parser.add_argument("--beside", nargs="+", metavar="PEER", help="measure these alone")
+    parser.add_argument("--results", type=Path, help="JSON file that what is measured is added to")
+    parser.add_argument("--plot", type=Path, help="PNG file of the ratios")
     arguments = parser.parse_args()
-    tasks = arguments.tasks or list(QUICK if arguments.quick else contenders.TASKS)
-    rounds = 1 if arguments.quick else arguments.rounds
+    tasks, peers = chosen_tasks(arguments.quick)
+    tasks, rounds = arguments.tasks or tasks, 1 if arguments.quick else arguments.rounds
     make_weights()
-    found = measure_all(tasks, rounds, QUICK_PEERS if arguments.quick else ())
+    found: dict[str, Any] = {}
+    if arguments.results and arguments.results.exists():
+        found = json.loads(arguments.results.read_text())
+    found |= measure_all(tasks, rounds, tuple(arguments.beside or peers))
+    if arguments.results:
+        arguments.results.write_text(json.dumps(found, indent=1) + "\n")
 
     import torch
 
@@ -187,15 +252,12 @@ def main() -> None:
     print(f"medians of {rounds}\n")
     print("| task | beside | minllama | peer | ratio | aim |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for row in AIMS:
-        ours = found.get((row.task, row.ours))
-        theirs = found.get((row.their_task or row.task, row.theirs))
-        if row.task not in tasks or not ours or not theirs:
-            continue
-        a, b = (statistics.median(one[row.field] for one in side) for side in (ours, theirs))
-        ratio = b / a if row.less else a / b
-        aim = f">= {row.aim:g}" if row.aim else ""
-        print(f"| {row.words} | {row.theirs} | {a:.4g} | {b:.4g} | {ratio:.2f} | {aim} |")
+    rows = rows_of(found)
+    for aim, a, b, ratio in rows:
+        least = f">= {aim.aim:g}" if aim.aim else ""
+        print(f"| {aim.words} | {aim.theirs} | {a:.4g} | {b:.4g} | {ratio:.2f} | {least} |")
+    if arguments.plot:
+        draw(rows, arguments.plot)
 
 
 if __name__ == "__main__":
