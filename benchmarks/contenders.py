@@ -57,7 +57,7 @@ def open_ours(**options: Any) -> tuple[Any, Any]:
     from minllama import Tokenizer, load_pretrained
 
     options.setdefault("quantize", "auto")
-    return load_pretrained(**options), Tokenizer.from_pretrained()
+    return load_pretrained(device="cpu", **options), Tokenizer.from_pretrained()
 
 
 def open_theirs(dtype: str) -> tuple[Any, Any]:
@@ -338,7 +338,7 @@ def train_ours(method: str, dtype: str) -> float:
 
     torch.manual_seed(0)
     weights = "float32" if method == "full" else dtype
-    llama = load_pretrained(dtype=weights)
+    llama = load_pretrained(dtype=weights, device="cpu")
     names = [str(i) for i in range(5)]
     classifier = LlamaEmbeddingClassifier(llama, Tokenizer.from_pretrained(), names)
     if method == "lora":
@@ -530,7 +530,7 @@ def lora_on_a_text(who: str, length: int, checkpointing: bool = False, batch: in
     if who == "minllama":
         from minllama import LlamaEmbeddingClassifier, Tokenizer, add_lora_wrapper, load_pretrained
 
-        llama = load_pretrained(dtype="float32")
+        llama = load_pretrained(dtype="float32", device="cpu")
         ours = LlamaEmbeddingClassifier(llama, Tokenizer.from_pretrained(), ["a", "b"])
         add_lora_wrapper(ours, ["compute_query", "compute_value"], r=8, lora_alpha=16)
         llama.gradient_checkpointing = checkpointing

@@ -100,7 +100,7 @@ def main() -> None:
     reference = None
     for form in dict.fromkeys(["float32", *(arguments.forms or FORMS)]):
         start = time.perf_counter()
-        model = load_pretrained(**FORMS[form])
+        model = load_pretrained(device="cpu", **FORMS[form])
         size = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) / 1e6
         tokens = continuations(model, texts)
         reference = reference or tokens

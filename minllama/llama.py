@@ -25,7 +25,7 @@ from minllama.decoding import generate_ids
 from minllama.errors import MinllamaError
 from minllama.loading import load_weights, without_initial_values
 from minllama.native import attention, operations
-from minllama.native_step import NativeStep, Runner, can_run, is_short
+from minllama.native_step import NativeStep, Runner, can_run, has_hooks, is_short
 from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
 from minllama.view import (
@@ -102,6 +102,7 @@ class Attention(nn.Module):
         if is_causal and not dropout and (texts is not None or attention.serves(query)):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H, C)
             return attention.causal_attention(query, key, value, texts).transpose(1, 2)
+        assert texts is None, "texts of one row would see one another"
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -423,12 +424,14 @@ class Llama(LlamaPreTrainedModel):
 
     def _packs(self, mask: Tensor) -> bool:
         """Whether texts are computed without their padding: where attention knows how."""
-        if mask.dim() == 3 or not self.config.causal or mask.all():
+        if mask.dim() == 3 or not self.config.causal or not operations.serves(self.norm.weight):
             return False
-        if self.training and self.config.dropout:
+        if has_hooks(self) or mask.all():  # hooks are told of (B, T, D)
             return False
-        weight = self.norm.weight
-        return attention.serves_packed(weight, int(mask.sum(-1).max()))
+        parts = (layer.attention for layer in self.layers)
+        if any(part.training and part.attention_dropout for part in parts):
+            return False
+        return attention.serves_packed(int(mask.sum(-1).max()))
 
     def _run(self, ids: Tensor, view: View, cache: KVCache | None) -> Iterator[Tensor]:
         rotation = self.rope(view.positions, view.text_len)

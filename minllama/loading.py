@@ -34,17 +34,17 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | None:
     """What to say of a half precision that this machine only emulates; None where it is no such.
 
-    Weights take half the memory in it all the same, so it is not refused.
+    It is not refused: weights take half the memory, and decoding reads them in half the time.
     """
     where = usable_device(device)
     if dtype == "bfloat16" and where.type == "cuda" and not fast_bfloat16(where):
-        return "this GPU emulates bfloat16, slowly; float16 is faster"
+        return "this GPU only emulates bfloat16; float16 is faster"
     if where.type != "cpu":
         return None
     is_fast = {"bfloat16": fast_bfloat16(where), "float16": cpu_can("avx512_fp16", "amx_fp16")}
     if dtype is None or is_fast.get(dtype, True):
         return None
-    return f"this CPU emulates {dtype}, slowly; float32 is faster, in twice the memory"
+    return f"this CPU only emulates {dtype}; float32 is faster for long passes and training"
 
 
 def fast_bfloat16(device: torch.device | str) -> bool:

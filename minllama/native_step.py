@@ -32,11 +32,16 @@ def can_run(llama: Any) -> bool:
         return False
     if llama.training and llama.config.dropout:
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules()):
+    if has_hooks(llama):
         return False
     of_vocabulary = [llama.tok_embeddings, *([] if llama.output is None else [llama.output])]
     linear = [module for layer in llama.layers for module in _linear_modules(layer)]
     return all(type(module) in KNOWN for module in linear + of_vocabulary)
+
+
+def has_hooks(llama: Any) -> bool:
+    """Whether somebody listens to the modules of this Llama."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
 
 
 def is_short(ids: Tensor, attention_mask: Tensor | None) -> bool:

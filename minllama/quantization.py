@@ -115,7 +115,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
         ctx.weight = weight
         rows = x.numel() // weight.in_features
-        if operations.serves(x) and rows <= operations.most_rows():
+        if operations.serves(x) and rows <= operations.most_rows(x.dtype):
             return operations.product(weight, x).to(x.dtype)
         return x @ weight.transposed(x.dtype)
 

@@ -149,10 +149,15 @@ def test_a_layer_computes_with_the_adapted_weight(bias: bool, use_dora: bool) ->
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_gradients_are_those_of_the_adapted_weight(use_dora: bool) -> None:
-    layer = random_layer(use_dora=use_dora)
-    x = torch.randn(4, 12, requires_grad=True)
-    upstream = torch.randn(4, 10)
+@pytest.mark.parametrize("shape", [(4, 12), (2, 5, 12)])
+@pytest.mark.parametrize("out_features", [10, 12])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_are_those_of_the_adapted_weight(
+    use_dora: bool, shape: tuple[int, ...], out_features: int, bias: bool
+) -> None:
+    layer = random_layer(out_features=out_features, bias=bias, use_dora=use_dora)
+    x = torch.randn(*shape, requires_grad=True)
+    upstream = torch.randn(*shape[:-1], out_features)
     parameters = [x, *layer.adapters.parameters()]
     expected = torch.autograd.grad(
         F.linear(x, adapted_weight(layer), layer.base.bias), parameters, upstream
@@ -239,6 +244,15 @@ def test_dropout_without_compiled_code_is_torchs(monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(7)
     low_rank = F.dropout(x, 0.5) @ adapter.lora_A.T @ adapter.lora_B.T
     torch.testing.assert_close(y, layer.base(x) + adapter.scaling * low_rank)
+
+
+def test_who_hooks_into_the_gradient_of_the_base_is_told_of_it() -> None:
+    layer, seen = random_layer(), []
+    layer.base.register_full_backward_hook(lambda module, of_x, of_y: seen.append(of_y[0]))
+    x, upstream = torch.randn(5, 12, requires_grad=True), torch.randn(5, 10)
+    (given,) = torch.autograd.grad(layer(x), x, upstream)
+    torch.testing.assert_close(given, upstream @ adapted_weight(layer))
+    assert torch.equal(seen[0], upstream)
 
 
 def test_what_the_base_gave_stays_for_who_reads_it_again() -> None:

@@ -13,6 +13,7 @@ from minllama.native import attention, operations
 from minllama.native.library import best_level, library
 from minllama.native.low_rank import low_rank_product
 from minllama.native_step import NativeStep, can_run, is_short
+from minllama.quantization import QuantizedWeight, quantize
 from minllama.rope import apply_rotary_embedding
 from tests.tiny import our_model, random_ids
 
@@ -21,6 +22,13 @@ pytestmark = pytest.mark.skipif(
 )
 LEVELS = range(best_level() + 1)
 SHAPE = {"dim": 64, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61}
+
+
+@pytest.fixture(params=LEVELS)
+def at_level(request, monkeypatch):
+    """Operations use the instructions of this level."""
+    monkeypatch.setattr("minllama.native.library.best_level", lambda: request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -225,7 +233,7 @@ def gradients_of(compute, *tensors):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("what", ["norm", "gate", "rotation"])
-def test_operations_and_their_gradients_are_those_of_the_equations(what, dtype, plain):
+def test_operations_and_their_gradients_are_those_of_the_equations(what, dtype, plain, at_level):
     torch.manual_seed(0)
     x, other = torch.randn(3, 7, 4, 26), torch.randn(3, 7, 4, 26)
     norm, gate = RMSNorm(26, 1e-5), FeedForward.__new__(FeedForward)
@@ -265,7 +273,7 @@ def test_operations_and_their_gradients_are_those_of_the_equations(what, dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 30, 4, 2, 16), (1, 150, 6, 1, 10), (3, 65, 4, 4, 80)])
-def test_causal_attention_and_its_gradients_are_torchs(shape, dtype):
+def test_causal_attention_and_its_gradients_are_torchs(shape, dtype, at_level):
     batch, length, heads, kv_heads, width = shape
     torch.manual_seed(0)
     tensors = [torch.randn(batch, length, n, width).to(dtype) for n in (heads, kv_heads, kv_heads)]
@@ -300,7 +308,7 @@ def test_training_gives_the_gradients_of_the_plain_equations(plain):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 8, 21])
-def test_low_rank_products_and_their_gradients_are_those_of_two_products(rank, dtype):
+def test_low_rank_products_and_their_gradients_are_those_of_two_products(rank, dtype, at_level):
     torch.manual_seed(0)
     x = torch.randn(3, 50, 40).to(dtype)
     a, b = torch.randn(rank, 40), torch.randn(27, rank)
@@ -313,7 +321,7 @@ def test_low_rank_products_and_their_gradients_are_those_of_two_products(rank, d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_of_low_rank_products_takes_the_same_numbers_back(dtype):
+def test_dropout_of_low_rank_products_takes_the_same_numbers_back(dtype, at_level):
     torch.manual_seed(0)
     x, a, b = torch.randn(70, 40).to(dtype), torch.randn(5, 40), torch.randn(27, 5)
     torch.manual_seed(3)
@@ -335,8 +343,33 @@ def test_dropout_of_low_rank_products_takes_the_same_numbers_back(dtype):
         assert torch.allclose(ours.double(), exact, rtol=rtol, atol=rtol * exact.abs().max())
 
 
+def test_all_of_it_can_be_dropped():
+    x, a, b = torch.randn(5, 16), torch.randn(4, 16), torch.randn(8, 4)
+    assert not low_rank_product(x, a, b, 1.0, dropout=1.0).any()
+
+
+@pytest.mark.parametrize("kind", ["int4", "int4 without mins", "int8"])
+def test_quantised_products_of_many_rows_and_blocks(kind, at_level):
+    torch.manual_seed(0)
+    parts = quantize(torch.randn(40, 13 * 32), 8 if kind == "int8" else 4)
+    if kind == "int4 without mins":
+        parts = parts._replace(mins=None)
+    weight = QuantizedWeight(*parts)
+    x = torch.randn(133, 13 * 32)
+    y = operations.product(weight, x)
+    exact = x.double() @ weight.dequantize(torch.float64).T
+    # An activation is off by half of 1 / (127 * 128) of its block's largest number.
+    largest = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
+    bound = largest @ weight.dequantize().abs().T / (127 * 128 * 2) + 1e-4
+    assert ((y - exact).abs() <= bound).all()
+    # A row gets the same bits whoever stands beside it, but where loops are left to the compiler.
+    for n in (1, 2, 3, 4, 5, 7):
+        few = operations.product(weight, x[:n])
+        assert torch.equal(few, y[:n]) if at_level else torch.allclose(few, y[:n], atol=1e-3), n
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_rank_products_can_be_added_in_place(dtype):
+def test_low_rank_products_can_be_added_in_place(dtype, at_level):
     torch.manual_seed(0)
     x, y, a, b = (torch.randn(*shape) for shape in ((9, 16), (9, 8), (4, 16), (8, 4)))
     x, y = x.to(dtype), y.to(dtype)

@@ -11,6 +11,7 @@ from minllama.errors import ContextError
 from minllama.native import attention
 from minllama.native.attention import Texts, causal_attention
 from minllama.native.library import library
+from minllama.rope import apply_rotary_embedding
 from minllama.view import view_of_packed
 from tests.tiny import our_model, random_ids
 
@@ -32,7 +33,7 @@ def padded(monkeypatch):
     """From its call on, padding is computed."""
 
     def on():
-        monkeypatch.setattr(attention, "serves_packed", lambda x, longest: False)
+        monkeypatch.setattr(attention, "serves_packed", lambda longest: False)
 
     return on
 
@@ -102,12 +103,35 @@ def test_packed_rows_give_what_padded_ones_do(changes, side, padded):
 def test_padding_is_not_computed(monkeypatch):
     model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
     seen = []
-    feed_forward = model.layers[0].feed_forward
-    feed_forward.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+
+    def rotate(x, rotation):
+        seen.append(x.shape)
+        return apply_rotary_embedding(x, rotation)
+
+    monkeypatch.setattr("minllama.llama.apply_rotary_embedding", rotate)
     h = model.state_after(2, ids, mask)
-    assert seen == [(1, sum(LENGTHS), 32)]
+    assert set(seen) == {(1, sum(LENGTHS), heads, 8) for heads in (4, 2)}
     assert h.shape == (4, 20, 32)
     assert not h[~mask].any()
+
+
+def test_hooks_are_told_of_padded_rows():
+    model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
+    seen = []
+    hook = lambda module, args, out: seen.append(out.shape)  # noqa: E731
+    model.layers[0].feed_forward.register_forward_hook(hook)
+    model.state_after(2, ids, mask)
+    assert seen == [(4, 20, 32)]
+
+
+def test_a_part_that_alone_is_in_training_keeps_texts_apart():
+    model, ids, mask = our_model(dropout=0.5), random_ids(4, 20), mask_of("right")
+    model.layers[0].attention.train()
+    torch.manual_seed(0)
+    h = model.state_after(1, ids, mask)
+    ids[0] = 0
+    torch.manual_seed(0)
+    assert torch.equal(model.state_after(1, ids, mask)[1:], h[1:])
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_constant_and_zero_blocks_are_exact(bits):
 
 
 def error_bound(x, weight):
-    """How far a product of activations in two digits may be off: half of their last digit's worth.
+    """How far a product of activations in 15 bits may be off: half of their last digit's worth.
 
     An activation has 127 * 128 steps between 0 and the largest of its block of 32.
     """

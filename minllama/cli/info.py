@@ -62,6 +62,8 @@ def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
 
 def _runs_as(checkpoint: "Checkpoint") -> str:
     """What `generate` does with the file on this machine, unless it is told otherwise."""
+    import torch
+
     from minllama.loading import best_form, default_device, default_dtype, fast_bfloat16
     from minllama.native.library import LEVELS, best_level, library
     from minllama.native.operations import most_rows
@@ -70,9 +72,10 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
     dtype, quantize = best_form(checkpoint, device)
     if quantize is not None:
         text = f"the file's blocks ({LEVELS[best_level()]})"
-        if most_rows() == math.inf:
+        dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
+        if most_rows(dtype) == math.inf:
             return text
-        return f"{text}; long passes in {'bfloat16' if fast_bfloat16(device) else 'float32'}"
+        return f"{text}; long passes in {str(dtype).removeprefix('torch.')}"
     name = str(dtype or default_dtype(device)).removeprefix("torch.")
     if device.type != "cpu":
         return f"{name} on {device.type}"

@@ -59,7 +59,7 @@ class LoRAAdapter(nn.Module):
     ) -> Tensor:
         """Give y and what the adapter adds to it, without forming its weight.
 
-        Where it is compiled it is computed in float32, and y is written to; elsewhere the small
+        Where it is compiled it is computed in float32, and y may be written to; elsewhere the small
         matrices are cast to x's dtype, not x to theirs. Dropout is on what the low-rank product
         reads; with DoRA, the base's part of the product stays whole.
 
@@ -70,8 +70,10 @@ class LoRAAdapter(nn.Module):
             share: factor on all of it.
         """
         scale = share * self.scaling
-        if self.lora_magnitude_vector is None and operations.serves(x) and y.dtype == x.dtype:
-            return self._low_rank(x, scale, onto=y.contiguous())
+        # A view (as a layer with a bias gives) belongs to what it was made by: none is written to.
+        writable = y.dtype == x.dtype and not y._is_view() and y.is_contiguous()
+        if self.lora_magnitude_vector is None and operations.serves(x) and writable:
+            return self._low_rank(x, scale, onto=y)
         if operations.serves(x):
             delta = self._low_rank(x, scale).to(y.dtype)  # which autocast chooses
         else:

@@ -49,11 +49,6 @@ def cpu_can(*names: str) -> bool:
     return any(getattr(torch.cpu, checks.get(name, ""), bool)() for name in names)
 
 
-def has_matrix_instructions() -> bool:
-    """Whether torch multiplies matrices of bfloat16 with AMX here."""
-    return cpu_can("amx_bf16")
-
-
 def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> None:
     """Call a function of the library on as many threads as torch uses.
 

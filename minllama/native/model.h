@@ -129,7 +129,7 @@ struct Attention {
     const int64_t* starts;  // (rows + 1,): where texts of at most `length` tokens begin among those of
                             // one row; or null, and there are as many rows of just that length
     Heads query, key, value, out;
-    float* log_sums;  // (rows, H, T): of e^score over the keys that a query sees
+    float* log_sums;  // of each text (H, its length): of e^score over the keys that a query sees
     Heads out_gradient, query_gradient, key_gradient, value_gradient;  // of the backward pass only
 };
 

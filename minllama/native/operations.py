@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minllama.native.layout import KINDS, AdamW, Apart, Gate, Norm, Product, Turn, quantized_linear
-from minllama.native.library import best_level, call, has_matrix_instructions, library
+from minllama.native.library import best_level, call, cpu_can, library
 
 DTYPES = frozenset(KINDS)
 FEW_ROWS = 32
@@ -56,13 +56,15 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def most_rows() -> float:
-    """Rows up to which `product` beats taking a weight apart and torch's product.
+def most_rows(dtype: torch.dtype) -> float:
+    """Rows of a dtype up to which `product` beats taking a weight apart and torch's product.
 
     Always with vector instructions, which multiply whole numbers faster than floating-point ones,
-    unless the CPU has bfloat16 matrix instructions (AMX), which torch uses.
+    unless the CPU has matrix instructions (AMX) for the dtype, which torch uses.
     """
-    return FEW_ROWS if best_level() == 0 or has_matrix_instructions() else math.inf
+    amx = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
+    has_amx = dtype in amx and cpu_can(amx[dtype])
+    return FEW_ROWS if best_level() == 0 or has_amx else math.inf
 
 
 def product(weight: Any, x: Tensor) -> Tensor:
