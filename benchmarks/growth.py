@@ -1,9 +1,9 @@
 """How decoding grows with context and batch, and training's memory with the text: three plots.
 
-    python benchmarks/growth.py [--output docs/plots] [--from growth.json]
+    python benchmarks/growth.py [--output docs/plots] [--only decode-at decode-of lora-of]
 
-Each point is a process of its own (`contenders.py`), once. Writes growth.json and the plots; with
-`--from` it draws again what was measured. Needs the extra `bench` and a machine at rest.
+Each point is a process of its own (`contenders.py`), once. Adds to growth.json and draws what is
+in it. Needs the extra `bench` and a machine at rest.
 """
 
 import argparse
@@ -63,6 +63,9 @@ def draw(points: Points, folder: Path) -> None:
          "LoRA in float32, 4 texts a step: peak memory, GB", "tokens of each text"),
     )  # fmt: skip
     for prefix, sizes, field, scale, name, title, below in plots:
+        sizes = tuple(n for n in sizes if f"{prefix}-{n}" in points)
+        if not sizes:
+            continue
         figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
         line_plot(points, prefix, sizes, field, scale, axes)
         axes.set_title(title, loc="left", fontsize=11)
@@ -74,22 +77,21 @@ def draw(points: Points, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("docs/plots"))
-    parser.add_argument("--from", dest="measured", type=Path)
+    kinds = ("decode-at", "decode-of", "lora-of")
+    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    if arguments.measured:
-        points = json.loads(arguments.measured.read_text())["points"]
-    else:
-        make_weights()
-        points = {}
-        for task, contenders_of in contenders.GROWTH.items():
-            points[task] = {who: found for who in contenders_of if (found := measure(task, who))}
-            shown = {
-                who: (round(one["value"], 1), one["peak"]) for who, one in points[task].items()
-            }
-            print(task, shown, file=sys.stderr, flush=True)
+    make_weights()
+    results = arguments.output / "growth.json"
+    points = json.loads(results.read_text())["points"] if results.exists() else {}
+    for task, contenders_of in contenders.GROWTH.items():
+        if not task.startswith(tuple(arguments.only)):
+            continue
+        points[task] = {who: found for who in contenders_of if (found := measure(task, who))}
+        for who, one in points[task].items():
+            print(f"  {task}, {who}: {one['value']:.4g}", file=sys.stderr, flush=True)
         written = {"machine": cpu_name(), "threads": contenders.THREADS, "points": points}
-        (arguments.output / "growth.json").write_text(json.dumps(written, indent=1) + "\n")
+        results.write_text(json.dumps(written, indent=1) + "\n")
     draw(points, arguments.output)
 
 

@@ -11,6 +11,7 @@ beside the repository for the tasks that read texts, and a machine without other
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -79,7 +80,7 @@ AIMS = (
     Aim("open", "minllama", "transformers", "value", 1.0, True, "open the GGUF, seconds"),
     Aim("open", "minllama", CPP, "value", 0.0, True, "open the GGUF, seconds"),
     Aim("process", "minllama", B16, "seconds", 2.0, True, "whole process, one token, seconds"),
-    Aim("process", "minllama", B16, "peak", 1.0, True, "its peak memory, bytes"),
+    Aim("process", "minllama", B16, "peak", 1.0, True, "its peak memory, GB"),
     Aim(
         "zero-shot",
         "minllama",
@@ -108,9 +109,9 @@ AIMS = (
         "the same, labels of several tokens, examples/s",
     ),
     Aim("lora-bfloat16", "minllama", "peft", "value", 2.0, False, "LoRA, bfloat16, examples/s"),
-    Aim("lora-bfloat16", "minllama", "peft", "peak", 2.0, True, "its peak memory, bytes"),
+    Aim("lora-bfloat16", "minllama", "peft", "peak", 2.0, True, "its peak memory, GB"),
     Aim("lora-float32", "minllama", "peft", "value", 2.0, False, "LoRA, float32, examples/s"),
-    Aim("lora-float32", "minllama", "peft", "peak", 2.0, True, "its peak memory, bytes"),
+    Aim("lora-float32", "minllama", "peft", "peak", 2.0, True, "its peak memory, GB"),
     Aim("full", "minllama", "transformers", "value", 1.5, False, "full, float32, examples/s"),
     Aim("full", "minllama-autocast", "transformers", "value", 1.5, False, "full, autocast"),
     Aim("frozen", "minllama", "transformers", "value", 8.0, False, "frozen head, 10 epochs"),
@@ -143,6 +144,9 @@ def measure(task: str, who: str) -> dict[str, Any]:
         return {}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return {**result, "seconds": time.perf_counter() - start}
+
+
+UNIT = re.compile(r", (tokens/s.*|examples/s|steps/s|seconds|GB)$")
 
 
 def measure_all(
@@ -210,7 +214,7 @@ def draw(rows: list[tuple[Aim, float, float, float]], path: Path) -> None:
     ratios = [ratio for *_, ratio in rows]
     colors = ["#c2410c" if ratio >= (aim.aim or 1) else "#94a3b8" for aim, *_, ratio in rows]
     axes.barh(range(len(rows)), [ratio - 1 for ratio in ratios], left=1, color=colors, height=0.6)
-    names = [f"{aim.words.split(', tokens/s')[0]} / {aim.theirs}" for aim, *_ in rows]
+    names = [f"{UNIT.sub('', aim.words)} / {aim.theirs}" for aim, *_ in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8)
     for i, ratio in enumerate(ratios):
         axes.text(max(ratio, 1) * 1.04, i, f"{ratio:.2f}", va="center", fontsize=8)
@@ -221,9 +225,8 @@ def draw(rows: list[tuple[Aim, float, float, float]], path: Path) -> None:
     axes.axvline(1, color="#334155", linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set_title(
-        "minllama beside its peers, times as good; grey: less than the aim", loc="left", fontsize=10
-    )
+    title = "minllama beside its peers, times as good (grey: less than the aim)"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -255,7 +258,9 @@ def main() -> None:
     rows = rows_of(found)
     for aim, a, b, ratio in rows:
         least = f">= {aim.aim:g}" if aim.aim else ""
-        print(f"| {aim.words} | {aim.theirs} | {a:.4g} | {b:.4g} | {ratio:.2f} | {least} |")
+        unit = 1e9 if aim.field == "peak" else 1.0
+        measured = f"{a / unit:.4g} | {b / unit:.4g} | {ratio:.2f}"
+        print(f"| {aim.words} | {aim.theirs} | {measured} | {least} |")
     if arguments.plot:
         draw(rows, arguments.plot)
 
