@@ -428,7 +428,7 @@ class Llama(LlamaPreTrainedModel):
             return False
         if has_hooks(self) or mask.all():  # hooks are told of (B, T, D)
             return False
-        parts = (layer.attention for layer in self.layers)
+        parts = (module for module in self.modules() if isinstance(module, Attention))
         if any(part.training and part.attention_dropout for part in parts):
             return False
         return attention.serves_packed(int(mask.sum(-1).max()))
