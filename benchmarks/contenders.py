@@ -352,28 +352,33 @@ def train_ours(method: str, dtype: str) -> float:
     return BATCH * len(took) / sum(took)
 
 
-def train_theirs(method: str, dtype: str) -> float:
-    """The same with transformers (and PEFT): shuffled batches, padded to their longest text."""
+def their_classifier(method: str, dtype: str) -> Any:
+    """A model of transformers with a head of five classes, in training, as it is or with PEFT."""
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    _, tokenizer = open_theirs("float32")
     model = transformers.LlamaForSequenceClassification.from_pretrained(
         FOLDER / "bfloat16", num_labels=5, pad_token_id=0, dtype=getattr(torch, dtype)
     )
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]
-            ),
-        )
-    model.train()
+        modules = ["q_proj", "v_proj"]
+        lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=modules)
+        model = get_peft_model(model, lora)
+    return model.train()
+
+
+def train_theirs(method: str, dtype: str) -> float:
+    """The same with transformers (and PEFT): shuffled batches, padded to their longest text."""
+    import torch
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "bfloat16")
+    model = their_classifier(method, dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     texts, labels = sentences(BATCH * STEPS)
@@ -540,17 +545,7 @@ def lora_on_a_text(who: str, length: int, checkpointing: bool = False, batch: in
             torch.nn.functional.nll_loss(ours(ids), labels).backward()
 
     else:
-        import transformers
-        from peft import LoraConfig, get_peft_model
-
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        base = transformers.LlamaForSequenceClassification.from_pretrained(
-            FOLDER / "bfloat16", num_labels=2, pad_token_id=0, dtype=torch.float32
-        )
-        modules = ["q_proj", "v_proj"]
-        lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, target_modules=modules)
-        theirs = get_peft_model(base, lora).train()
+        theirs = their_classifier("lora", "float32")
 
         def step() -> None:
             theirs(input_ids=ids, labels=labels).loss.backward()

@@ -426,7 +426,7 @@ class Llama(LlamaPreTrainedModel):
         """Whether texts are computed without their padding: where attention knows how."""
         if mask.dim() == 3 or not self.config.causal or not operations.serves(self.norm.weight):
             return False
-        if has_hooks(self) or mask.all():  # hooks are told of (B, T, D)
+        if mask.all() or has_hooks(self):  # hooks are told of (B, T, D)
             return False
         parts = (module for module in self.modules() if isinstance(module, Attention))
         if any(part.training and part.attention_dropout for part in parts):
