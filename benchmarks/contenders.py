@@ -32,6 +32,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def median(work: Callable[[], float], n: int = 5) -> float:
+    n = min(n, int(os.environ.get("MINLLAMA_BENCH_RUNS", n)))
     work()  # what is compiled, mapped or allocated once is no part of it
     return statistics.median(work() for _ in range(n))
 

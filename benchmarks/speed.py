@@ -10,6 +10,7 @@ beside the repository for the tasks that read texts, and a machine without other
 
 import argparse
 import json
+import os
 import platform
 import re
 import statistics
@@ -234,13 +235,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", choices=[[], *contenders.TASKS])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="the main rows, once each")
+    parser.add_argument("--quick", action="store_true", help="the main rows, two runs of each")
     parser.add_argument("--beside", nargs="+", metavar="PEER", help="measure these alone")
     parser.add_argument("--results", type=Path, help="JSON file that what is measured is added to")
     parser.add_argument("--plot", type=Path, help="PNG file of the ratios")
     arguments = parser.parse_args()
     tasks, peers = chosen_tasks(arguments.quick)
     tasks, rounds = arguments.tasks or tasks, 1 if arguments.quick else arguments.rounds
+    if arguments.quick:
+        os.environ["MINLLAMA_BENCH_RUNS"] = "2"
     make_weights()
     found: dict[str, Any] = {}
     if arguments.results and arguments.results.exists():
