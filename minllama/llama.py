@@ -181,6 +181,8 @@ class LlamaPreTrainedModel(nn.Module):
         self.config = config
         # What the weights were loaded from, as `Checkpoint.source` names it; None for none.
         self.source: str | None = None
+        # The word of `minllama.quantization.QUANTIZE` by which it was then quantised.
+        self.quantize: str | None = None
         # Counts what may have put other modules or tensors into the place of those there were.
         self._version = 0
 
@@ -275,7 +277,9 @@ class LlamaPreTrainedModel(nn.Module):
         # No memory and no random numbers: the weights are assigned.
         with torch.device("meta"), without_initial_values():
             model = cls(checkpoint.config.replace(**config_changes))
-        load_weights(model, checkpoint, dtype=dtype, device=device, quantize=quantize)
+        model.quantize = load_weights(
+            model, checkpoint, dtype=dtype, device=device, quantize=quantize
+        )
         model.source = checkpoint.source
         return model.eval()
 

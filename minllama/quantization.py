@@ -78,6 +78,17 @@ class QuantizedWeight(nn.Module):
         y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
+    def is_made_of(self, parts: "Parts | None") -> bool:
+        """Whether it holds these parts, to the bit."""
+        if parts is None or (parts.mins is None) != (self.mins is None):
+            return False
+        own = Parts(self.quants, self.scales, self.mins, self.out_features)
+        pairs = zip(own, parts.to(self.quants.device), strict=True)
+        return all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+            for a, b in pairs
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `model.to(bfloat16)` is about numbers that are computed with; what is stored stays.
         kept = self.scales, self.mins

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minllama.data import Dataset
 from minllama.errors import MinllamaError, OptionError
@@ -247,7 +247,8 @@ def _fingerprint(
 ) -> Fingerprint:
     """What must be the same for a run to go on, by names that an error can say."""
     shapes = {name: [list(p.shape), str(p.dtype)] for name, p in run.parameters.items()}
-    frozen = [p for p in classifier.parameters() if not p.requires_grad]
+    numbers = [p for p in classifier.parameters() if not p.requires_grad]
+    frozen = [*numbers, *classifier.buffers()]  # those hold quantised weights
     parts: dict[str, Any] = {
         "options": dataclasses.asdict(options),
         # Whatever JSON does not know is compared as the text that names it.
@@ -268,7 +269,7 @@ def _examples_digest(texts: Sequence[str] | Sequence[EncodedPrompt], dataset: Da
     )
 
 
-def _sample(parameter: nn.Parameter) -> bytes:
+def _sample(parameter: Tensor) -> bytes:
     """Some of its numbers: enough to tell another model, and read in no time."""
     flat = parameter.detach().flatten()
     chosen = flat[:: max(1, len(flat) // 16)].float().cpu()

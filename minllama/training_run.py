@@ -68,6 +68,9 @@ class Trainable(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As of `nn.Module`."""
 
+    def buffers(self) -> Iterator[Tensor]:
+        """As of `nn.Module`."""
+
     def modules(self) -> Iterator[nn.Module]:
         """As of `nn.Module`."""
 

@@ -71,6 +71,8 @@ def make_experiment(base: Path, labelled_files: Path, tmp_path: Path) -> Callabl
         train = str(options.pop("train", labelled_files / "train.txt"))
         dev, test = options.pop("dev", labelled_files / "dev.txt"), options.pop("test", None)
         training = options.pop("training", {})
+        form = {name: options.pop(name) for name in ("quantize",) if name in options}
+        model, dtype = options.pop("model", str(base)), options.pop("dtype", "float32")
         if method in ("lora", "full"):
             training = {"epochs": 2, "batch_size": 8, **training}
         return Experiment(
@@ -78,9 +80,10 @@ def make_experiment(base: Path, labelled_files: Path, tmp_path: Path) -> Callabl
             dev=str(dev) or None,
             test=test and str(test),
             output=tmp_path / output,
-            model=str(base),
+            model=model,
             device="cpu",
-            dtype="float32",
+            dtype=dtype,
+            **form,
             data=DataOptions(**options.pop("data", {})),
             classifier=ClassifierOptions(method=method, **options),
             lora=LoRAOptions(**({"r": 2} if method == "lora" else {})),

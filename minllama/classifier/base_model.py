@@ -86,11 +86,12 @@ def load_same(
     *,
     dtype: torch.dtype | str,
     device: torch.device | str | None,
+    quantize: str | None,
     causal: bool,
 ) -> Llama:
     """The model of a checkpoint, which must be of that identity.
 
-    Whatever dtype it is to have, what is stored is compared, so each dtype is checked alike.
+    Whatever form it is to have, what is stored is compared, so each is checked alike.
 
     Raises:
         CheckpointError: it is another model; all that differs is told.
@@ -100,7 +101,9 @@ def load_same(
         changes.append("its tokenizer differs")
     if not changes:
         digest = WeightsDigest(checkpoint)
-        llama = Llama.from_checkpoint(digest.checkpoint, dtype=dtype, device=device, causal=causal)
+        llama = Llama.from_checkpoint(
+            digest.checkpoint, dtype=dtype, device=device, quantize=quantize, causal=causal
+        )
         if digest.hexdigest() == expected.weights:
             return llama
         changes.append("its weights differ")

@@ -66,7 +66,7 @@ def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
         "labels": ", ".join(f"`{_one_line(label)}`" for label in classifier.labels),
         "base model": f"`{content['base']['model'] or 'in this folder'}`",
         "prompt": f"`{_one_line(str(content['prompt']['prompt']))}`",
-        "weights in": f"`{content['base']['dtype']}`",
+        "weights in": f"`{content['base']['quantize'] or content['base']['dtype']}`",
         "temperature": f"{classifier.temperature:.4g}",
     }
     if content["kind"] == "zero-shot":

@@ -51,6 +51,8 @@ def describe(
             "model": llama.source if weights != "full" else None,
             "tokenizer": tokenizer if weights != "full" else None,
             "dtype": str(llama.dtype).removeprefix("torch."),
+            # A model of its own is written in numbers, which are what it computed with.
+            "quantize": llama.quantize if weights != "full" else None,
             "identity": dataclasses.asdict(identity),
         },
         "weights": weights,

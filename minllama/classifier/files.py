@@ -13,7 +13,7 @@ Nothing in it is run, and nothing is filled in: what is missing or changed is an
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,7 @@ from minllama.adapter_config import CONFIG_FILE
 from minllama.adapter_files import FILES as ADAPTER_FILES
 from minllama.adapter_files import WEIGHTS_FILE, load_adapter, write_adapter
 from minllama.atomic import atomic_folder
-from minllama.checkpoints import open_checkpoint, write_huggingface
+from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.checkpoints.huggingface import WEIGHT_FILES
 from minllama.checkpoints.layout import naming
 from minllama.classifier.base import Classifier
@@ -52,6 +52,7 @@ from minllama.classifier.head_file import (
 from minllama.classifier.identity import base_tensors
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
+from minllama.loading import reading_form, slow_dtype, usable_device
 from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper
 from minllama.options import PromptOptions
 from minllama.tokenizer import Tokenizer
@@ -206,14 +207,18 @@ def load_classifier(
     model: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    quantize: str | None = None,
 ) -> Classifier:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
 
     Args:
         folder: that of classifier.json.
         model: where the base model is now, if it is not where the classifier says.
-        dtype: of the base's weights; None for that of the training, which gives the same numbers.
+        dtype: of the base's weights; None for that of the training, which gives the same numbers,
+            unless this machine only emulates it.
         device: None for the GPU where there is one.
+        quantize: "int8", "int4" or "stored" for a base in so many bits, "none" for numbers in the
+            dtype, "auto" for what reads texts fastest here; None for what it was in training.
 
     Raises:
         MinllamaError: a file is missing, damaged or changed, or the base model is another one.
@@ -224,14 +229,14 @@ def load_classifier(
         base, weights, kind = content["base"], content["weights"], content["kind"]
         labels, prompt = content["labels"], PromptOptions(**content["prompt"])
         source = path.parent if weights == "full" else (model or base["model"])
-        loaded_dtype = dtype or base["dtype"]
         if weights not in ("base", "adapter", "full") or kind not in ("zero-shot", "embedding"):
             raise ValueError(f"weights {weights!r} and kind {kind!r} are not of this version")
         digests = content["sha256"]
         if not isinstance(labels, list) or not isinstance(digests, dict):
             raise TypeError("labels or sha256 are not what they should be")
         identity = Identity(**base["identity"])
-    llama, words = _open_base(path, source, content, identity, loaded_dtype, device)
+    form = Form(dtype, quantize, usable_device(device))
+    llama, words = _open_base(path, source, content, identity, form)
     if weights == "adapter":
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             check_digest(path.parent / name, digests.get(name))
@@ -282,13 +287,30 @@ def merge_classifier(classifier: Classifier) -> float:
     return drift
 
 
+class Form(NamedTuple):
+    """How somebody wants the base's weights; see `load_classifier`."""
+
+    dtype: torch.dtype | str | None
+    quantize: str | None
+    device: torch.device
+
+    def resolved(
+        self, checkpoint: Checkpoint, base: Mapping[str, Any]
+    ) -> tuple[torch.dtype | str, str | None]:
+        """Dtype and word of `QUANTIZE` that are meant, by what was in training and this machine."""
+        fastest = reading_form(checkpoint, self.device)
+        if self.quantize == "auto":
+            return fastest if self.dtype is None else (self.dtype, None)
+        is_slow = slow_dtype(base["dtype"], self.device) is not None
+        if self.dtype is None and self.quantize is None and is_slow:
+            return fastest
+        of_training = torch.float32 if is_slow else base["dtype"]
+        quantize = base.get("quantize") if self.quantize is None else self.quantize
+        return self.dtype or of_training, None if quantize == "none" else quantize
+
+
 def _open_base(
-    path: Path,
-    source: Any,
-    content: Mapping[str, Any],
-    identity: Identity,
-    dtype: torch.dtype | str,
-    device: torch.device | str | None,
+    path: Path, source: Any, content: Mapping[str, Any], identity: Identity, form: Form
 ) -> tuple[Llama, Tokenizer]:
     try:
         checkpoint = open_checkpoint(source, tokenizer=content["base"]["tokenizer"])
@@ -299,7 +321,15 @@ def _open_base(
         ) from error
     if checkpoint.vocabulary is None:
         raise CheckpointError(f"{checkpoint.path}: there is no tokenizer, and {path} needs one")
-    causal = bool(content["causal"])
+    with described_by(path):
+        dtype, quantize = form.resolved(checkpoint, content["base"])
     with naming(path):
-        llama = load_same(checkpoint, identity, dtype=dtype, device=device, causal=causal)
+        llama = load_same(
+            checkpoint,
+            identity,
+            dtype=dtype,
+            device=form.device,
+            quantize=quantize,
+            causal=bool(content["causal"]),
+        )
     return llama, Tokenizer(checkpoint.vocabulary)

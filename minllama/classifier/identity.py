@@ -20,6 +20,7 @@ from minllama.checkpoints import Checkpoint
 from minllama.config import LlamaConfig
 from minllama.llama import Llama
 from minllama.lora import lora_layers
+from minllama.quantization import QuantizedWeight, quantized
 from minllama.vocabulary import Vocabulary
 
 # The first is said in classifier.json, for a checkpoint does not; the second is training's.
@@ -45,8 +46,11 @@ class WeightsDigest:
         self.checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
 
     def hexdigest(self) -> str:
-        """SHA-256 once all tensors have been loaded: 64 hexadecimal digits."""
+        """SHA-256: 64 hexadecimal digits; of tensors that were not loaded, too, which are now."""
         total = hashlib.sha256()
+        for name, tensor in self.checkpoint.tensors.items():
+            if name not in self._digests:  # its blocks were taken as they are
+                tensor.load()
         for name in sorted(self.checkpoint.tensors):
             total.update(self._digests[name].result())
         self._thread.shutdown()
@@ -62,10 +66,7 @@ class WeightsDigest:
 
 def weights_digest(checkpoint: Checkpoint) -> str:
     """The digest of all numbers of a checkpoint, of which nothing else is wanted."""
-    digest = WeightsDigest(checkpoint)
-    for tensor in digest.checkpoint.tensors.values():
-        tensor.load()
-    return digest.hexdigest()
+    return WeightsDigest(checkpoint).hexdigest()
 
 
 def weights_digest_of_source(llama: Llama, checkpoint: Checkpoint) -> str | None:
@@ -74,12 +75,17 @@ def weights_digest_of_source(llama: Llama, checkpoint: Checkpoint) -> str | None
     Adapters are left out, merged ones as well.
     """
     digest = WeightsDigest(checkpoint)
-    stored, base = digest.checkpoint.tensors, base_tensors(llama)
-    if stored.keys() != base.keys():
+    stored, dense, weights = digest.checkpoint.tensors, _dense_tensors(llama), _quantised(llama)
+    if stored.keys() != dense.keys() | weights.keys():
         return None
-    for name, tensor in base.items():
+    for name, tensor in dense.items():
         loaded = stored[name].load().to(device=tensor.device, dtype=tensor.dtype)
         if not torch.equal(loaded, tensor):  # shapes are compared as well
+            return None
+    for name, weight in weights.items():
+        if llama.quantize is None or not weight.is_made_of(
+            quantized(name, stored[name], llama.quantize)
+        ):
             return None
     return digest.hexdigest()
 
@@ -125,14 +131,34 @@ def _digest(name: str, tensor: Tensor) -> bytes:
 
 
 def base_tensors(llama: Llama) -> dict[str, Tensor]:
-    """The weights of a Llama without its adapters, by the names that a checkpoint has for them."""
-    layers = lora_layers(llama)
+    """The weights of a Llama without its adapters, by the names that a checkpoint has for them.
+
+    Those of quantised modules are what these compute with, in float32.
+    """
+    numbers = {name: weight.dequantize() for name, weight in _quantised(llama).items()}
+    return {**_dense_tensors(llama), **numbers}
+
+
+def _quantised(llama: Llama) -> dict[str, QuantizedWeight]:
+    """The quantised matrices of a Llama, by the names of what they stand for."""
+    return {
+        f"{name}.weight".replace(".base.", "."): module
+        for name, module in llama.named_modules()
+        if isinstance(module, QuantizedWeight)
+    }
+
+
+def _dense_tensors(llama: Llama) -> dict[str, Tensor]:
+    """The weights that are in numbers, without adapters."""
+    layers, weights = lora_layers(llama), _quantised(llama)
     tensors = {}
     for name, tensor in llama.state_dict().items():
         if ".adapters." in name:
             continue
         ours = name.replace(".base.", ".")
         owner, _, kind = ours.rpartition(".")
+        if f"{owner}.weight" in weights and kind != "bias":
+            continue
         is_adapted = owner in layers and kind == "weight"
         tensors[ours] = layers[owner].unmerged_weight if is_adapted else tensor
     return tensors

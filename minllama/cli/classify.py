@@ -15,8 +15,9 @@ from minllama.cli.common import (
     debug_option,
     ended_by_interrupts,
     model_options,
-    open_model,
+    open_words,
     pick,
+    quantize_option_of_classifier,
     warn_of_slow_dtype,
 )
 from minllama.errors import DataError, MinllamaError, OptionError
@@ -68,6 +69,7 @@ JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for --text, too.")
 @click.option("--base", metavar="PATH|ID", help="Where the classifier's base model is now.")
 @model_options
+@quantize_option_of_classifier
 @dataclass_options(ZeroShotOptions, skip=("shots",))
 @dataclass_options(PromptOptions)
 @dataclass_options(DataOptions)
@@ -87,6 +89,7 @@ def command(
     tokenizer: str | None,
     dtype: str | None,
     device: str | None,
+    quantize: str | None,
     **values: Any,
 ) -> None:
     """Say the labels of texts, by CLASSIFIER (a folder that `minllama train` wrote) or --labels."""
@@ -101,12 +104,12 @@ def command(
         if changed or source or tokenizer:
             what = ", ".join(changed) or "--model and --tokenizer"
             raise OptionError(f"{what}: a CLASSIFIER has its own; leave them away")
-        made = _load(classifier, base, dtype, device)
+        made = _load(classifier, base, dtype, device, quantize)
     else:
         assert labels is not None
         if base is not None:
             raise OptionError("--base is that of a CLASSIFIER; with --labels name it with --model")
-        made = _zero_shot(labels, options, prompt, source, tokenizer, dtype, device)
+        made = _zero_shot(labels, options, prompt, source, tokenizer, dtype, device, quantize)
         _learn_prior(made, options, rows, data)
     if texts:
         _classify_texts(made, texts, as_json=as_json)
@@ -174,12 +177,14 @@ def _changed(*options: Any) -> list[str]:
     ]
 
 
-def _load(folder: str, base: str | None, dtype: str | None, device: str | None) -> "Classifier":
+def _load(
+    folder: str, base: str | None, dtype: str | None, device: str | None, quantize: str | None
+) -> "Classifier":
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
 
     warn_of_slow_dtype(dtype, device)
-    return load_classifier(folder, model=base, dtype=dtype, device=device)
+    return load_classifier(folder, model=base, dtype=dtype, device=device, quantize=quantize)
 
 
 def _zero_shot(
@@ -190,17 +195,21 @@ def _zero_shot(
     tokenizer: str | None,
     dtype: str | None,
     device: str | None,
+    quantize: str | None,
 ) -> "Classifier":
     with ended_by_interrupts():
-        from minllama.experiment.fitting import make_zero_shot, weights_dtype
+        from minllama.experiment.fitting import make_zero_shot, weights_form
+        from minllama.llama import Llama
         from minllama.loading import usable_device
 
     names = [label.strip() for label in labels.split(",")]
     if len(names) < 2:
         raise OptionError(f"--labels {labels!r} is one label; give at least two, parted by commas")
     warn_of_slow_dtype(dtype, device)
-    dtype = dtype or weights_dtype("zero-shot", usable_device(device))
-    model, words, _ = open_model(source, tokenizer, dtype, device)
+    checkpoint, words = open_words(source, tokenizer)
+    where, wanted = usable_device(device), None if quantize == "none" else quantize or "auto"
+    weights, how = weights_form("zero-shot", checkpoint, where, dtype, wanted)
+    model = Llama.from_checkpoint(checkpoint, dtype=weights, device=where, quantize=how)
     return make_zero_shot(model, words, names, prompt, options)
 
 

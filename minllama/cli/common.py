@@ -88,6 +88,15 @@ def quantize_option(command: Command) -> Command:
     )(command)
 
 
+def quantize_option_of_classifier(command: Command) -> Command:
+    """`--quantize`, where a classifier has its own."""
+    return click.option(
+        "--quantize",
+        type=click.Choice(QUANTIZE),
+        help="Bits of the weights, as for train; without it as in training.",
+    )(command)
+
+
 def classifier_options(command: Command) -> Command:
     """`--base`, `--dtype`, `--device`: of a classifier that is in a folder."""
     options = (
@@ -182,8 +191,23 @@ def open_model(
         MinllamaError: they cannot be opened, or there is no tokenizer.
     """
     with ended_by_interrupts():
-        from minllama.checkpoints import open_checkpoint
         from minllama.llama import Llama
+
+    # The tokenizer first: it is quick, and a damaged one is found before gigabytes are read.
+    checkpoint, words = open_words(source, tokenizer)
+    how = None if quantize == "none" else quantize
+    model = Llama.from_checkpoint(checkpoint, dtype=torch_dtype(dtype), device=device, quantize=how)
+    return model, words, checkpoint
+
+
+def open_words(source: str | None, tokenizer: str | None) -> "tuple[Checkpoint, Tokenizer]":
+    """The checkpoint that the shared options name, of which only the tokenizer is read.
+
+    Raises:
+        MinllamaError: it cannot be opened, or there is no tokenizer.
+    """
+    with ended_by_interrupts():
+        from minllama.checkpoints import open_checkpoint
         from minllama.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(source, tokenizer=tokenizer)
@@ -192,11 +216,7 @@ def open_model(
             f"{checkpoint.path}: no tokenizer in or beside the model; "
             "name its file or folder with --tokenizer"
         )
-    # The tokenizer first: it is quick, and a damaged one is found before gigabytes are read.
-    words = Tokenizer(checkpoint.vocabulary)
-    how = None if quantize == "none" else quantize
-    model = Llama.from_checkpoint(checkpoint, dtype=torch_dtype(dtype), device=device, quantize=how)
-    return model, words, checkpoint
+    return checkpoint, Tokenizer(checkpoint.vocabulary)
 
 
 def warn_of_slow_dtype(dtype: str | None, device: str | None) -> None:

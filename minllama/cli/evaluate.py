@@ -14,6 +14,7 @@ from minllama.cli.common import (
     debug_option,
     ended_by_interrupts,
     pick,
+    quantize_option_of_classifier,
     warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
@@ -43,6 +44,7 @@ from minllama.options import DataOptions
     help="Of the draws for the intervals (default 0).",
 )
 @classifier_options
+@quantize_option_of_classifier
 @dataclass_options(DataOptions)
 @debug_option
 def command(
@@ -54,6 +56,7 @@ def command(
     base: str | None,
     dtype: str | None,
     device: str | None,
+    quantize: str | None,
     **values: Any,
 ) -> None:
     """Measure CLASSIFIER, a folder that `minllama train` wrote, on labelled texts."""
@@ -75,7 +78,7 @@ def command(
 
     began = datetime.now(UTC).astimezone()
     warn_of_slow_dtype(dtype, device)
-    loaded = load_classifier(classifier, model=base, dtype=dtype, device=device)
+    loaded = load_classifier(classifier, model=base, dtype=dtype, device=device, quantize=quantize)
     data = dataclasses.replace(data, multi_label=data.multi_label or loaded.multi_label)
     split = load_dataset(source, data, label_names=loaded.labels)
     if split.multi_label != loaded.multi_label:

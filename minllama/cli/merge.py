@@ -36,7 +36,7 @@ def command(
         from minllama.experiment.measuring import saved_headlines
 
     source = Path(classifier)
-    loaded = load_classifier(source, model=base, dtype=dtype, device=device)
+    loaded = load_classifier(source, model=base, dtype=dtype, device=device, quantize="none")
     metrics = saved_headlines(source)
     drift = merge_classifier(loaded)
     merged = {"merged from": classifier, "largest drift of a logit": float(f"{drift:.2g}")}

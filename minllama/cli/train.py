@@ -16,6 +16,7 @@ from minllama.cli.common import (
     ended_by_interrupts,
     model_options,
     pick,
+    quantize_option,
     warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
@@ -51,6 +52,7 @@ from minllama.options import (
 @click.option("--resume", is_flag=True, help="Go on with the run that was cut in DIR.")
 @click.option("--force", is_flag=True, help="Replace an earlier run in DIR.")
 @model_options
+@quantize_option
 @dataclass_options(ClassifierOptions)
 @dataclass_options(PromptOptions)
 @dataclass_options(TrainingOptions)
@@ -68,6 +70,7 @@ def command(
     tokenizer: str | None,
     dtype: str | None,
     device: str | None,
+    quantize: str,
     **values: Any,
 ) -> None:
     """Train a classifier, calibrate it, evaluate it beside baselines, and write a report."""
@@ -94,6 +97,7 @@ def command(
         tokenizer=tokenizer,
         dtype=dtype,
         device=device,
+        quantize=None if quantize == "none" else quantize,
         **groups,
     )
     check_uses(experiment, given)

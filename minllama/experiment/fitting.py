@@ -7,13 +7,14 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from minllama.atomic import atomic_file
+from minllama.checkpoints import Checkpoint
 from minllama.classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.classifier.base import Classifier
 from minllama.classifier.embedding import Pooling, check_layer, unlike_transformers
@@ -30,7 +31,7 @@ from minllama.data import Dataset, sample_balanced
 from minllama.errors import CheckpointError, OptionError
 from minllama.experiment.say import Say
 from minllama.llama import Llama
-from minllama.loading import fast_bfloat16
+from minllama.loading import fast_bfloat16, reading_form
 from minllama.lora import add_lora_wrapper
 from minllama.options import (
     ClassifierOptions,
@@ -302,13 +303,20 @@ def training_options(options: TrainingOptions, method: str) -> TrainingOptions:
     return dataclasses.replace(options, **changes)
 
 
-Weights = Literal["float32", "bfloat16"]
+def weights_form(
+    method: str,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | str | None = None,
+    quantize: str | None = "auto",
+) -> tuple[torch.dtype | str, str | None]:
+    """The dtype and the word of `QUANTIZE` of a method's weights, where not all is said.
 
-
-def weights_dtype(method: str, device: torch.device) -> Weights:
-    """What a method's weights should be where nothing is said.
-
-    Frozen weights are only multiplied with, and bfloat16 is as good where the hardware knows it;
-    weights that are trained take steps that bfloat16 would round away.
+    Frozen weights are only multiplied with, in what is fastest; weights that are trained take steps
+    that bfloat16 would round away.
     """
-    return "bfloat16" if method != "full" and fast_bfloat16(device) else "float32"
+    if method == "full":
+        return dtype or torch.float32, None
+    if quantize == "auto":
+        return reading_form(checkpoint, device) if dtype is None else (dtype, None)
+    return dtype or (torch.bfloat16 if fast_bfloat16(device) else torch.float32), quantize

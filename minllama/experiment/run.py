@@ -21,7 +21,7 @@ from minllama.checkpoints import open_checkpoint
 from minllama.classifier import LlamaEmbeddingClassifier, save_classifier
 from minllama.classifier.base import Classifier
 from minllama.classifier.calibration import fit_temperature
-from minllama.errors import MinllamaError
+from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation import Evaluation
 from minllama.experiment.fitting import (
     LAYER_FILE,
@@ -30,7 +30,7 @@ from minllama.experiment.fitting import (
     make_trainable,
     make_zero_shot,
     training_options,
-    weights_dtype,
+    weights_form,
 )
 from minllama.experiment.folder import check_output, remove_earlier_run, writable
 from minllama.experiment.measuring import (
@@ -54,6 +54,7 @@ from minllama.options import (
     PromptOptions,
     TrainingOptions,
 )
+from minllama.quantization import check_quantize
 from minllama.report import Report, write_report
 from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, summary_writer
@@ -71,6 +72,8 @@ class Experiment:
         output: the folder of the classifier and its report.
         model, tokenizer: sources of the base model; None for the default.
         dtype, device: None for what suits the method and the machine.
+        quantize: a word of `QUANTIZE` for weights that are not trained, None for numbers in the
+            dtype, "auto" for what is fastest with this file and machine.
         data, prompt, classifier, lora, training: options.
         llama_changes: fields of LlamaConfig, such as `dropout`.
     """
@@ -83,12 +86,23 @@ class Experiment:
     tokenizer: str | None = None
     dtype: str | None = None
     device: str | None = None
+    quantize: str | None = "auto"
     data: DataOptions = field(default_factory=DataOptions)
     prompt: PromptOptions = field(default_factory=PromptOptions)
     classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     llama_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.quantize == "auto":
+            return
+        check_quantize(self.quantize)
+        if self.quantize is not None and self.classifier.method == "full":
+            raise OptionError(
+                f"full training changes all weights, which {self.quantize} cannot follow; leave "
+                "--quantize away, or use --method lora"
+            )
 
 
 @dataclass(frozen=True)
@@ -199,10 +213,14 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
     tokenizer = Tokenizer(checkpoint.vocabulary)
     options = experiment.classifier
     device = usable_device(experiment.device)
+    dtype, quantize = weights_form(
+        options.method, checkpoint, device, experiment.dtype, experiment.quantize
+    )
     llama = Llama.from_checkpoint(
         checkpoint,
-        dtype=experiment.dtype or weights_dtype(options.method, device),
+        dtype=dtype,
         device=device,
+        quantize=quantize,
         **{**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})},
     )
     if options.method == "lora":  # names that are not there are found before texts are read
@@ -302,6 +320,7 @@ def _settings_of_run(experiment: Experiment) -> dict[str, Any]:
             "model": experiment.model or "default",
             "tokenizer": experiment.tokenizer,
             "dtype": experiment.dtype or "by method and machine",
+            "quantize": experiment.quantize or "none",
             **experiment.llama_changes,
         },
         "classifier": options,
