@@ -61,6 +61,20 @@ def open_ours(**options: Any) -> tuple[Any, Any]:
     return load_pretrained(device="cpu", **options), Tokenizer.from_pretrained()
 
 
+def form_to_read(dtype: str | None = None) -> dict[str, Any]:
+    """How `minllama train` and `classify` open the default model on this machine.
+
+    In another dtype than it would be of its own accord, all weights are in numbers of that.
+    """
+    from minllama.checkpoints import open_checkpoint
+    from minllama.loading import reading_form
+
+    found, quantize = reading_form(open_checkpoint(None), "cpu")
+    own = str(found).removeprefix("torch.")
+    same = dtype is None or dtype == own
+    return {"dtype": dtype or own, "quantize": quantize if same else None}
+
+
 def open_theirs(dtype: str) -> tuple[Any, Any]:
     import torch
     import transformers
@@ -277,7 +291,7 @@ def lookup(drafts: int, new: int = 120) -> float:
 def zero_shot_ours(labels: tuple[str, ...], n: int = 256) -> float:
     from minllama import LlamaZeroShotClassifier
 
-    model, tokenizer = open_ours(dtype=fast_dtype(), quantize=None)
+    model, tokenizer = open_ours(**form_to_read())
     names = [label.strip() for label in labels]
     classifier = LlamaZeroShotClassifier(model, tokenizer, names, prompt=PROMPT)
     texts, _ = sentences(n)
@@ -332,16 +346,16 @@ def train_ours(method: str, dtype: str) -> float:
     """Examples per second of the training loop that `minllama train` runs."""
     import torch
 
-    from minllama import LlamaEmbeddingClassifier, Tokenizer, add_lora_wrapper, load_pretrained
+    from minllama import LlamaEmbeddingClassifier, add_lora_wrapper
     from minllama.data import Dataset
     from minllama.options import TrainingOptions
     from minllama.training import fit
 
     torch.manual_seed(0)
-    weights = "float32" if method == "full" else dtype
-    llama = load_pretrained(dtype=weights, device="cpu")
+    form = {"dtype": "float32", "quantize": None} if method == "full" else form_to_read(dtype)
+    llama, tokenizer = open_ours(**form)
     names = [str(i) for i in range(5)]
-    classifier = LlamaEmbeddingClassifier(llama, Tokenizer.from_pretrained(), names)
+    classifier = LlamaEmbeddingClassifier(llama, tokenizer, names)
     if method == "lora":
         add_lora_wrapper(classifier, ["compute_query", "compute_value"], r=8, lora_alpha=16)
     texts, labels = sentences(BATCH * STEPS)
@@ -413,7 +427,7 @@ def frozen(features_once: bool, n: int = 256, epochs: int = 10) -> float:
         from minllama import LlamaEmbeddingClassifier
         from minllama.classifier.features import extract_features
 
-        llama, words = open_ours(dtype=fast_dtype(), quantize=None)
+        llama, words = open_ours(**form_to_read())
         classifier = LlamaEmbeddingClassifier(llama, words, [str(i) for i in range(5)])
     else:
         model, tokenizer = open_theirs(fast_dtype())
@@ -534,10 +548,10 @@ def lora_on_a_text(who: str, length: int, checkpointing: bool = False, batch: in
     ids = torch.randint(0, 49152, (batch, length))
     labels = torch.zeros(batch, dtype=torch.long)
     if who == "minllama":
-        from minllama import LlamaEmbeddingClassifier, Tokenizer, add_lora_wrapper, load_pretrained
+        from minllama import LlamaEmbeddingClassifier, add_lora_wrapper
 
-        llama = load_pretrained(dtype="float32", device="cpu")
-        ours = LlamaEmbeddingClassifier(llama, Tokenizer.from_pretrained(), ["a", "b"])
+        llama, tokenizer = open_ours(**form_to_read("float32"))
+        ours = LlamaEmbeddingClassifier(llama, tokenizer, ["a", "b"])
         add_lora_wrapper(ours, ["compute_query", "compute_value"], r=8, lora_alpha=16)
         llama.gradient_checkpointing = checkpointing
         ours.train()

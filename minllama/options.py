@@ -175,6 +175,11 @@ class GenerationOptions(SamplingOptions):
             )
 
 
+def names_of(options: type[CheckedOptions]) -> tuple[str, ...]:
+    """The names of its fields."""
+    return tuple(field.name for field in dataclasses.fields(options))  # type: ignore[arg-type]
+
+
 DATA_FORMATS = ("labelled", "text", "csv", "tsv", "jsonl", "json", "parquet")
 
 
@@ -228,6 +233,7 @@ class PromptOptions(CheckedOptions):
 METHODS = ("zero-shot", "frozen", "lora", "full")
 OBJECTIVES = ("head", "label-words")
 SCORES = ("sum", "token-mean", "byte-mean", "pmi", "contextual", "batch")
+CORRECTED = ("pmi", "contextual", "batch")  # the scores of which something is taken off
 POOLINGS = ("last", "mean", "weighted-mean")
 
 

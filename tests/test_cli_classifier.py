@@ -263,6 +263,16 @@ CONTRADICTIONS = {
     "resume labelled": (("--labels", "a,b", "-i", "r", "-o", "x.txt", "--resume"), "of JSON lines"),
     "both": (("--labels", "a,b", "-i", "r", "-o", "x", "--resume", "--force"), "give one of them"),
     "a folder": (("--labels", "a,b", "-i", "rows.txt", "-o", "."), ". is a folder"),
+    "rows without a file": (
+        ("--labels", "a,b", "--text", "a", "--text-column", "b", "--force"),
+        "--force, --text-column: for the rows of --input",
+    ),
+    "resume of a text": (("--labels", "a,b", "--text", "a", "--resume"), "--resume: for the rows"),
+    "json of rows": (("--labels", "a,b", "-i", "rows.txt", "--json"), "--json: for --text"),
+    "a correction of nothing": (
+        ("--labels", "a,b", "--text", "a", "--prior-strength", "0.5"),
+        "--prior-strength: for --score pmi, contextual, batch",
+    ),
     "there already": (("--labels", "a,b", "-i", "rows.txt", "-o", "old"), "old exists"),
 }
 

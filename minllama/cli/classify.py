@@ -14,6 +14,8 @@ from minllama.cli.common import (
     dataclass_options,
     debug_option,
     ended_by_interrupts,
+    flags_of,
+    given_options,
     model_options,
     open_words,
     pick,
@@ -21,12 +23,15 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.errors import DataError, MinllamaError, OptionError
-from minllama.options import DataOptions, PromptOptions, ZeroShotOptions
+from minllama.options import CORRECTED, DataOptions, PromptOptions, ZeroShotOptions, names_of
 
 if TYPE_CHECKING:
     from minllama.classifier import Classifier
 
 FORMATS = ("jsonl", "labelled")
+# Options by what they are for: the rows of a file, and what a saved classifier says itself.
+OF_ROWS = ("output_format", "resume", "force", *names_of(DataOptions))
+OF_A_CLASSIFIER = ("source", "tokenizer", *names_of(ZeroShotOptions), *names_of(PromptOptions))
 JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 
 
@@ -93,6 +98,7 @@ def command(
     **values: Any,
 ) -> None:
     """Say the labels of texts, by CLASSIFIER (a folder that `minllama train` wrote) or --labels."""
+    _check_idle(bool(texts), options_score=values["score"])
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
     output_format = output_format or ("labelled" if output.endswith(".txt") else "jsonl")
@@ -100,10 +106,10 @@ def command(
     if (classifier is None) == (labels is None):
         raise OptionError("name a CLASSIFIER, or give --labels such as good,bad; one of them")
     if classifier is not None:
-        changed = _changed(options, prompt)
-        if changed or source or tokenizer:
-            what = ", ".join(changed) or "--model and --tokenizer"
-            raise OptionError(f"{what}: a CLASSIFIER has its own; leave them away")
+        if own := given_options(OF_A_CLASSIFIER):
+            flags = flags_of(name for name in OF_A_CLASSIFIER if name in own)
+            flags = flags.replace("--source", "--model")
+            raise OptionError(f"{flags}: a CLASSIFIER has its own; leave them away")
         made = _load(classifier, base, dtype, device, quantize)
     else:
         assert labels is not None
@@ -116,6 +122,20 @@ def command(
     else:
         assert rows is not None
         _classify_rows(made, rows, output, output_format, data, resume=resume)
+
+
+def _check_idle(has_texts: bool, *, options_score: str) -> None:
+    """Refuse options that would change nothing."""
+    uses = (
+        (OF_ROWS, not has_texts, "for the rows of --input"),
+        (("as_json",), has_texts, "for --text; --output-format is for --input"),
+        (("prior_strength",), options_score in CORRECTED, f"for --score {', '.join(CORRECTED)}"),
+    )
+    for names, has_use, purpose in uses:
+        given = given_options(names)
+        if given and not has_use:
+            flags = flags_of(name for name in names if name in given).replace("--as-json", "--json")
+            raise OptionError(f"{flags}: {purpose}; leave away what has no use")
 
 
 def _check_input(
@@ -165,16 +185,6 @@ def _check_distinct(rows: str, output: str) -> None:
     if is_source(output, rows):
         what = "standard output" if output == "-" else output
         raise OptionError(f"{what} is the file that --input reads; name another for --output")
-
-
-def _changed(*options: Any) -> list[str]:
-    """The flags of those options that are not as they are by default."""
-    return [
-        "--" + name.replace("_", "-")
-        for group in options
-        for name, value in vars(group).items()
-        if value != getattr(type(group)(), name)
-    ]
 
 
 def _load(

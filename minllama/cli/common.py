@@ -11,10 +11,11 @@ import signal
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from minllama.errors import MinllamaError
 
@@ -113,6 +114,17 @@ def classifier_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def given_options(names: Iterable[str]) -> set[str]:
+    """Those of the options that were typed, be it with their defaults."""
+    source = click.get_current_context().get_parameter_source
+    return {name for name in names if source(name) is ParameterSource.COMMANDLINE}
+
+
+def flags_of(names: Iterable[str]) -> str:
+    """Options as they are typed: `--data-format, --force`."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def pick(options: type, values: dict[str, Any]) -> Any:

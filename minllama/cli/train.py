@@ -3,17 +3,17 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from minllama.cli.common import (
     dataclass_options,
     debug_option,
     ended_by_interrupts,
+    given_options,
     model_options,
     pick,
     quantize_option,
@@ -74,7 +74,7 @@ def command(
     **values: Any,
 ) -> None:
     """Train a classifier, calibrate it, evaluate it beside baselines, and write a report."""
-    given = _given(values)
+    given = given_options(values)
     groups = {
         "classifier": pick(ClassifierOptions, values),
         "prompt": pick(PromptOptions, values),
@@ -121,12 +121,6 @@ def command(
     click.echo(
         f"wrote {output}: the classifier, report.html, metrics.json, predictions.jsonl", err=True
     )
-
-
-def _given(names: Iterable[str]) -> set[str]:
-    """Those of the options that were typed, be it with their defaults."""
-    source = click.get_current_context().get_parameter_source
-    return {name for name in names if source(name) is ParameterSource.COMMANDLINE}
 
 
 class _Terminated(SystemExit):

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from minllama.errors import OptionError
 from minllama.experiment.fitting import TRAINED
-from minllama.options import LoRAOptions, TrainingOptions, ZeroShotOptions
+from minllama.options import CORRECTED, LoRAOptions, TrainingOptions, ZeroShotOptions, names_of
 
 if TYPE_CHECKING:
     from minllama.experiment.run import Experiment
-
-CORRECTED = ("pmi", "contextual", "batch")  # the scores of which something is taken off
 
 
 class Use(NamedTuple):
@@ -80,15 +78,11 @@ def _trains_head(experiment: "Experiment") -> bool:
     return _is_trained(experiment) and not _has_words(experiment)
 
 
-def _names(options: type, *, but: Collection[str] = ()) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(options) if field.name not in but)
-
-
 OF_HEADS = ("layer", "pooling")
 USED_WITHOUT_STEPS = ("class_weights", "seed")  # by the fit of a head, and by all draws
 
 USES = (
-    Use(_names(ZeroShotOptions), "--method zero-shot or --objective label-words", _has_words),
+    Use(names_of(ZeroShotOptions), "--method zero-shot or --objective label-words", _has_words),
     Use(
         ("prior_strength",),
         f"--score {', '.join(CORRECTED[:-1])} or {CORRECTED[-1]}",
@@ -122,9 +116,13 @@ USES = (
         "--method frozen, lora or full",
         lambda experiment: experiment.classifier.method != "zero-shot",
     ),
-    Use(_names(TrainingOptions, but=USED_WITHOUT_STEPS), "--method lora or full", _is_trained),
     Use(
-        _names(LoRAOptions),
+        tuple(name for name in names_of(TrainingOptions) if name not in USED_WITHOUT_STEPS),
+        "--method lora or full",
+        _is_trained,
+    ),
+    Use(
+        names_of(LoRAOptions),
         "--method lora",
         lambda experiment: experiment.classifier.method == "lora",
     ),
