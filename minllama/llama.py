@@ -192,7 +192,9 @@ class LlamaPreTrainedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        """What is computed in: the norms' dtype, for matrices may be kept in other forms."""
+        norms = (p for name, p in self.named_parameters() if name.endswith("norm.weight"))
+        return next(norms).dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._version += 1

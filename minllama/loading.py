@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minllama.checkpoints.base import Checkpoint
+from minllama.checkpoints.base import Checkpoint, LazyTensor
 from minllama.checkpoints.layout import differences, listed
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.native import operations
 from minllama.native.library import cpu_can, library
 from minllama.quantization import BITS, check_quantize, quantized, replace_by_quantized
+from minllama.widening import HALVES, replace_by_widened
 
+HALF_NAMES = {"bfloat16", "float16", "BF16", "F16"}
 BLOCKS = {ggml_type.name for ggml_type in BITS}  # of a file, that can be computed with as they are
 
 
@@ -86,17 +88,18 @@ def best_form(
 ) -> tuple[torch.dtype | None, str | None]:
     """The dtype and the word of `QUANTIZE` that generate fastest here, at no loss that counts.
 
-    On a CPU for which the package was compiled, weights run as they are stored: GGUF's blocks, and
-    bfloat16 where the machine is good at it. Decoding computes in float32 on either.
+    On a CPU for which the package was compiled, weights run as they are stored: GGUF's blocks,
+    bfloat16 where the machine is good at it, and else halves that are widened for float32
+    arithmetic (`minllama.widening`). Decoding computes in float32 on each.
     """
     if torch.device(device).type != "cpu" or library() is None:
         return None, None
-    stored = _forms_of_matrices(checkpoint)
-    if stored & BLOCKS:
+    if has_blocks(checkpoint):
         return None, "stored"
+    stored = _forms_of_matrices(checkpoint)
     if stored == {"bfloat16"} and fast_bfloat16(device):
         return torch.bfloat16, None
-    return None, None
+    return (torch.float32, "stored") if stored & HALF_NAMES else (None, None)
 
 
 def reading_form(
@@ -111,8 +114,13 @@ def reading_form(
         return torch.bfloat16, None
     is_cpu = torch.device(device).type == "cpu" and library() is not None
     if is_cpu and operations.most_rows(torch.float32) == math.inf:
-        return torch.float32, "stored" if _forms_of_matrices(checkpoint) & BLOCKS else None
+        return torch.float32, "stored" if has_blocks(checkpoint) else None
     return torch.float32, None
+
+
+def has_blocks(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has matrices in blocks that can be computed with as they are."""
+    return bool(_forms_of_matrices(checkpoint) & BLOCKS)
 
 
 def _forms_of_matrices(checkpoint: Checkpoint) -> set[str]:
@@ -158,7 +166,7 @@ def load_weights(
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_shapes(checkpoint, expected)
     check_quantize(quantize)
-    state, parts = {}, {}
+    state, parts, halves = {}, {}, []
     for name in expected:
         tensor = checkpoint.tensors[name]
         made = None if quantize is None else quantized(name, tensor, quantize)
@@ -169,6 +177,11 @@ def load_weights(
             parts[name.removesuffix(".weight")] = made
             continue
         stored = tensor.load()
+        if quantize == "stored" and _stays_half(stored, tensor, dtype, device):
+            state[name] = stored
+            halves.append(name.removesuffix(".weight"))
+            _check_finite(name, stored, stored, checkpoint)
+            continue
         # A conversion makes a tensor of our own; otherwise it may still be the file itself.
         state[name] = stored.to(device=device, dtype=dtype)
         _check_finite(name, stored, state[name], checkpoint)
@@ -176,7 +189,17 @@ def load_weights(
     module.load_state_dict(state, assign=True, strict=quantize is None)
     for name, made in parts.items():
         replace_by_quantized(module, name, made.to(device), dtype)
-    return quantize if parts else None
+    for name in halves:
+        replace_by_widened(module, name)
+    return quantize if parts or halves else None
+
+
+def _stays_half(
+    stored: Tensor, tensor: LazyTensor, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a matrix is kept in the half precision that it has, to be widened as it is used."""
+    is_half = stored.dtype in HALVES and len(tensor.shape) == 2
+    return is_half and dtype == torch.float32 and device.type == "cpu" and library() is not None
 
 
 def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -> None:

@@ -13,13 +13,27 @@ from torch import Tensor, nn
 
 from minllama.cache import KVCache
 from minllama.errors import MinllamaError
-from minllama.native.layout import KINDS, Layer, Linear, Model, Numbers, Step, quantized_linear
+from minllama.native.layout import (
+    KINDS,
+    Layer,
+    Linear,
+    Model,
+    Numbers,
+    Step,
+    dense_linear,
+    quantized_linear,
+)
 from minllama.native.library import call, library
 from minllama.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from minllama.widening import WidenedEmbedding, WidenedLinear
 
 # Tokens up to which a step is faster here than torch's products of large matrices are.
 MOST_TOKENS = 32
-KNOWN = (nn.Linear, nn.Embedding, QuantizedLinear, QuantizedEmbedding)
+KNOWN = (
+    *(nn.Linear, nn.Embedding),
+    *(QuantizedLinear, QuantizedEmbedding),
+    *(WidenedLinear, WidenedEmbedding),
+)
 
 
 def can_run(llama: Any) -> bool:
@@ -170,24 +184,18 @@ class NativeStep:
             described.bias = bias
             return described
         assert isinstance(module, nn.Linear | nn.Embedding)
-        rows, columns = module.weight.shape
-        return Linear(
-            weight=self._pointer(module.weight),
-            bias=bias,
-            kind=KINDS[module.weight.dtype],
-            in_dim=columns,
-            out_dim=rows,
-        )
+        weight = module.weight.detach().contiguous()
+        self._kept.append(weight)
+        described = dense_linear(weight)
+        described.bias = bias
+        return described
 
     def _numbers(self, tensor: Tensor | None) -> Numbers:
         if tensor is None:
             return Numbers()
-        return Numbers(self._pointer(tensor), KINDS[tensor.dtype])
-
-    def _pointer(self, tensor: Tensor) -> int:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
-        return tensor.data_ptr()
+        return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
 
 
 def _linear_modules(layer: Any) -> tuple[nn.Module, ...]:

@@ -18,6 +18,7 @@ from minllama.checkpoints.base import LazyTensor
 from minllama.checkpoints.gguf_blocks import Q4_0, Q4_1, Q8_0, GGMLType, decode_blocks
 from minllama.errors import OptionError
 from minllama.native import operations
+from minllama.widening import WidenedEmbedding, WidenedLinear, widened_product
 
 BLOCK = 32  # columns that share a scale
 PANEL = 16  # rows that lie together, as vector instructions read them
@@ -187,6 +188,8 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, QuantizedWeight):
         return module.product(x)
     assert isinstance(module.weight, Tensor)
+    if isinstance(module, WidenedLinear | WidenedEmbedding):
+        return widened_product(x, module.weight)
     return F.linear(x, module.weight)
 
 

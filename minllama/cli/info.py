@@ -64,12 +64,20 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
     """What `generate` does with the file on this machine, unless it is told otherwise."""
     import torch
 
-    from minllama.loading import best_form, default_device, default_dtype, fast_bfloat16
+    from minllama.loading import (
+        best_form,
+        default_device,
+        default_dtype,
+        fast_bfloat16,
+        has_blocks,
+    )
     from minllama.native.library import LEVELS, best_level, library
     from minllama.native.operations import most_rows
 
     device = default_device()
     dtype, quantize = best_form(checkpoint, device)
+    if quantize is not None and not has_blocks(checkpoint):
+        return f"the file's numbers, widened to float32 ({LEVELS[best_level()]})"
     if quantize is not None:
         text = f"the file's blocks ({LEVELS[best_level()]})"
         dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32

@@ -4,6 +4,7 @@ from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
+from torch import Tensor
 
 KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 INT4, INT8 = 0, 1
@@ -35,6 +36,12 @@ def quantized_linear(weight: Any) -> Linear:
         in_dim=weight.in_features,
         out_dim=weight.out_features,
     )
+
+
+def dense_linear(weight: Tensor) -> Linear:
+    """How a matrix (out, in) of numbers lies in memory."""
+    rows, columns = weight.shape
+    return Linear(weight=weight.data_ptr(), kind=KINDS[weight.dtype], in_dim=columns, out_dim=rows)
 
 
 class Layer(Structure):

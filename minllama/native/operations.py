@@ -16,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minllama.native.layout import KINDS, AdamW, Apart, Gate, Norm, Product, Turn, quantized_linear
+from minllama.native.layout import (
+    KINDS,
+    AdamW,
+    Apart,
+    Gate,
+    Norm,
+    Product,
+    Turn,
+    dense_linear,
+    quantized_linear,
+)
 from minllama.native.library import best_level, call, cpu_can, library
 
 DTYPES = frozenset(KINDS)
@@ -79,6 +89,16 @@ def product(weight: Any, x: Tensor) -> Tensor:
     arguments = Product(ctypes.pointer(described), rows, *(tensor.data_ptr() for tensor in tensors))
     call("product_digits", arguments)
     call("product", arguments)
+    return y
+
+
+def dense_product(weight: Tensor, x: Tensor) -> Tensor:
+    """Give x W^T of a few rows, with a W (out, in) in numbers: (..., in) -> (..., out), float32."""
+    x, weight = x.float().contiguous(), weight.contiguous()
+    y = torch.empty(*x.shape[:-1], weight.shape[0])
+    described = dense_linear(weight)
+    rows = x.numel() // weight.shape[1]
+    call("product", Product(ctypes.pointer(described), rows, x=x.data_ptr(), y=y.data_ptr()))
     return y
 
 
