@@ -5,6 +5,7 @@ those of the same weights in float32, in half the memory, which a decoding step 
 time. A pass over many tokens widens one matrix after the other. Knows nothing of Llamas or files.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from minllama.native import operations
 
 HALVES = (torch.bfloat16, torch.float16)
+MOST_KEPT = 2**24  # numbers of a widened matrix that memory is kept for: 64 MiB
 FEW_ROWS = 16  # up to which compiled code widens a row of a weight on its way, and keeps none
 
 
@@ -49,16 +51,32 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         if x.numel() <= FEW_ROWS * weight.shape[1] and operations.serves(weight):
             return operations.dense_product(weight, x)
-        return F.linear(x, weight.float())
+        return F.linear(x, _widened(weight))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x = gradient @ weight.float() if ctx.needs_input_grad[0] else None
+        of_x = gradient @ _widened(weight) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return of_x, None
         of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
         return of_x, of_weight.to(weight.dtype)
+
+
+_kept = threading.local()
+
+
+def _widened(weight: Tensor) -> Tensor:
+    """The weight in float32, until the next one: memory that is new each time takes longer."""
+    n = weight.numel()
+    if n > MOST_KEPT or weight.device.type != "cpu":
+        return weight.float()
+    buffer = getattr(_kept, "buffer", None)
+    if buffer is None or buffer.numel() < n:
+        with torch.inference_mode(False):
+            buffer = _kept.buffer = torch.empty(n)
+    widened: Tensor = buffer[:n].view(weight.shape).copy_(weight.detach())
+    return widened
 
 
 def replace_by_widened(model: nn.Module, name: str) -> None:
