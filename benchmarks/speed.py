@@ -151,18 +151,27 @@ UNIT = re.compile(r", (tokens/s.*|examples/s|steps/s|seconds|GB)$")
 
 
 def measure_all(
-    tasks: list[str], rounds: int, peers: tuple[str, ...] = ()
-) -> dict[str, list[dict[str, Any]]]:
-    """What each contender of each task (or only those of `peers`) measured, in turns."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]],
+    tasks: list[str],
+    rounds: int,
+    peers: tuple[str, ...],
+    results: Path | None,
+) -> None:
+    """Put what each contender of each task (or only those of `peers`) measures in its place.
+
+    Results are written after each of them, so that a run that is cut keeps what it has.
+    """
     for task in tasks:
         chosen = [who for who in contenders.TASKS[task] if not peers or who in peers]
+        for who in chosen:
+            found.pop(f"{task} {who}", None)
         for _ in range(rounds):
             for who in chosen:
                 if result := measure(task, who):
                     found.setdefault(f"{task} {who}", []).append(result)
+                    if results:
+                        results.write_text(json.dumps(found, indent=1) + "\n")
                     print(f"  {task}, {who}: {result['value']:.4g}", file=sys.stderr)
-    return found
 
 
 def cpu_name() -> str:
@@ -248,9 +257,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     if arguments.results and arguments.results.exists():
         found = json.loads(arguments.results.read_text())
-    found |= measure_all(tasks, rounds, tuple(arguments.beside or peers))
-    if arguments.results:
-        arguments.results.write_text(json.dumps(found, indent=1) + "\n")
+    measure_all(found, tasks, rounds, tuple(arguments.beside or peers), arguments.results)
 
     import torch
 
