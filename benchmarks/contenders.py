@@ -115,18 +115,31 @@ def decode_ours(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> 
 
 def decode_theirs(dtype: str, batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
     import torch
+    import transformers
 
     model, tokenizer = open_theirs(dtype)
     row = tokenizer(STORY)["input_ids"]
     ids = torch.tensor([(row * (context // len(row) + 1))[: context or len(row)]] * batch)
 
-    def generate(n: int) -> float:
-        settings = {"do_sample": False, "max_new_tokens": n, "min_new_tokens": n}
+    times: list[float] = []
+
+    def look(*_: Any, **__: Any) -> torch.Tensor:
+        """Called by transformers after each token: note the time, and go on."""
+        times.append(time.perf_counter())
+        return torch.zeros(batch, dtype=torch.bool)
+
+    def rate() -> float:
+        times.clear()
+        settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
         mask = torch.ones_like(ids)
-        return seconds(lambda: model.generate(ids, attention_mask=mask, **settings, pad_token_id=0))
+        stops = transformers.StoppingCriteriaList([look])
+        model.generate(
+            ids, attention_mask=mask, **settings, pad_token_id=0, stopping_criteria=stops
+        )
+        return batch * (len(times) - 1) / (times[-1] - times[0])
 
     with torch.inference_mode():
-        return median(lambda: batch * (new - 1) / (generate(new) - generate(1)), n)
+        return median(rate, n)
 
 
 def decode_llama_cpp(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:

@@ -1,6 +1,6 @@
 """How decoding grows with context and batch, and training's memory with the text: three plots.
 
-    python benchmarks/growth.py [--output docs/plots] [--only decode-at decode-of lora-of]
+    python benchmarks/growth.py [--output docs/plots] [--only decode-at decode-of-16 lora-of]
 
 Each point is a process of its own (`contenders.py`), once. Adds to growth.json and draws what is
 in it. Needs the extra `bench` and a machine at rest.
@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("docs/plots"))
     kinds = ("decode-at", "decode-of", "lora-of")
-    parser.add_argument("--only", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--only", nargs="+", default=kinds, help="how tasks begin: decode-at-1024")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     make_weights()

@@ -450,6 +450,13 @@ def test_a_tokenizer_of_another_place_goes_with_the_classifier(base, tmp_path):
     save_classifier(classifier, tmp_path / "named", tokenizer=path)
     assert not (tmp_path / "named" / "model.safetensors").exists()
     load_classifier(tmp_path / "named", device="cpu")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="with --base, its tokenizer with --tokenizer"):
+        load_classifier(tmp_path / "named", device="cpu")
+    moved = load_classifier(tmp_path / "named", tokenizer=tmp_path / "moved", device="cpu")
+    np.testing.assert_array_equal(moved.predict_proba(TEXTS), classifier.predict_proba(TEXTS))
+    with pytest.raises(CheckpointError, match="its tokenizer differs"):
+        load_classifier(tmp_path / "named", tokenizer=base, device="cpu")
     save_classifier(classifier, tmp_path / "whole")
     after = load_classifier(tmp_path / "whole", device="cpu")
     digests = [tokenizer_digest(t.vocabulary) for t in (after.tokenizer, other, words)]

@@ -205,6 +205,7 @@ def load_classifier(
     folder: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     quantize: str | None = None,
@@ -214,6 +215,7 @@ def load_classifier(
     Args:
         folder: that of classifier.json.
         model: where the base model is now, if it is not where the classifier says.
+        tokenizer: the same of its tokenizer, if that is not the model's own.
         dtype: of the base's weights; None for that of the training, which gives the same numbers,
             unless this machine only emulates it.
         device: None for the GPU where there is one.
@@ -236,7 +238,8 @@ def load_classifier(
             raise TypeError("labels or sha256 are not what they should be")
         identity = Identity(**base["identity"])
     form = Form(dtype, quantize, usable_device(device))
-    llama, words = _open_base(path, source, content, identity, form)
+    source_of_words = tokenizer or base["tokenizer"]
+    llama, words = _open_base(path, source, source_of_words, content, identity, form)
     if weights == "adapter":
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             check_digest(path.parent / name, digests.get(name))
@@ -310,12 +313,18 @@ class Form(NamedTuple):
 
 
 def _open_base(
-    path: Path, source: Any, content: Mapping[str, Any], identity: Identity, form: Form
+    path: Path,
+    source: Any,
+    tokenizer: Any,
+    content: Mapping[str, Any],
+    identity: Identity,
+    form: Form,
 ) -> tuple[Llama, Tokenizer]:
     try:
-        checkpoint = open_checkpoint(source, tokenizer=content["base"]["tokenizer"])
+        checkpoint = open_checkpoint(source, tokenizer=tokenizer)
     except CheckpointError as error:
         remedy = "; name where it is now with --base" if content["weights"] != "full" else ""
+        remedy += ", its tokenizer with --tokenizer" if remedy and tokenizer else ""
         raise CheckpointError(
             f"{path}: its base model cannot be opened: {error}{remedy}"
         ) from error

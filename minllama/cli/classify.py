@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FORMATS = ("jsonl", "labelled")
 # Options by what they are for: the rows of a file, and what a saved classifier says itself.
 OF_ROWS = ("output_format", "resume", "force", *names_of(DataOptions))
-OF_A_CLASSIFIER = ("source", "tokenizer", *names_of(ZeroShotOptions), *names_of(PromptOptions))
+OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions))
 JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 
 
@@ -110,7 +110,7 @@ def command(
             flags = flags_of(name for name in OF_A_CLASSIFIER if name in own)
             flags = flags.replace("--source", "--model")
             raise OptionError(f"{flags}: a CLASSIFIER has its own; leave them away")
-        made = _load(classifier, base, dtype, device, quantize)
+        made = _load(classifier, base, tokenizer, dtype, device, quantize)
     else:
         assert labels is not None
         if base is not None:
@@ -188,13 +188,20 @@ def _check_distinct(rows: str, output: str) -> None:
 
 
 def _load(
-    folder: str, base: str | None, dtype: str | None, device: str | None, quantize: str | None
+    folder: str,
+    base: str | None,
+    tokenizer: str | None,
+    dtype: str | None,
+    device: str | None,
+    quantize: str | None,
 ) -> "Classifier":
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
 
     warn_of_slow_dtype(dtype, device)
-    return load_classifier(folder, model=base, dtype=dtype, device=device, quantize=quantize)
+    return load_classifier(
+        folder, model=base, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize
+    )
 
 
 def _zero_shot(

@@ -99,9 +99,14 @@ def quantize_option_of_classifier(command: Command) -> Command:
 
 
 def classifier_options(command: Command) -> Command:
-    """`--base`, `--dtype`, `--device`: of a classifier that is in a folder."""
+    """`--base`, `--tokenizer`, `--dtype`, `--device`: of a classifier that is in a folder."""
     options = (
         click.option("--base", metavar="PATH|ID", help="Where the classifier's base model is now."),
+        click.option(
+            "--tokenizer",
+            metavar="PATH",
+            help="Where its tokenizer is now, where that is not the base model's own.",
+        ),
         click.option(
             "--dtype",
             type=click.Choice(DTYPES),

@@ -54,6 +54,7 @@ def command(
     force: bool,
     seed: int,
     base: str | None,
+    tokenizer: str | None,
     dtype: str | None,
     device: str | None,
     quantize: str | None,
@@ -78,7 +79,14 @@ def command(
 
     began = datetime.now(UTC).astimezone()
     warn_of_slow_dtype(dtype, device)
-    loaded = load_classifier(classifier, model=base, dtype=dtype, device=device, quantize=quantize)
+    loaded = load_classifier(
+        classifier,
+        model=base,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+    )
     data = dataclasses.replace(data, multi_label=data.multi_label or loaded.multi_label)
     split = load_dataset(source, data, label_names=loaded.labels)
     if split.multi_label != loaded.multi_label:

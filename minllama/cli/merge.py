@@ -20,6 +20,7 @@ def command(
     dst: str,
     force: bool,
     base: str | None,
+    tokenizer: str | None,
     dtype: str | None,
     device: str | None,
 ) -> None:
@@ -36,7 +37,9 @@ def command(
         from minllama.experiment.measuring import saved_headlines
 
     source = Path(classifier)
-    loaded = load_classifier(source, model=base, dtype=dtype, device=device, quantize="none")
+    loaded = load_classifier(
+        source, model=base, tokenizer=tokenizer, dtype=dtype, device=device, quantize="none"
+    )
     metrics = saved_headlines(source)
     drift = merge_classifier(loaded)
     merged = {"merged from": classifier, "largest drift of a logit": float(f"{drift:.2g}")}
