@@ -63,7 +63,7 @@ docs: $(RUNS) ## write docs/cli.md from the parser
 
 native: $(RUNS) ## compile the C++ part anew, if it has changed
 
-bench: $(BENCH) ## every task beside its peers, which takes half an hour
+bench: $(BENCH) ## every task beside its peers, which takes more than an hour
 	$(BIN)/python benchmarks/speed.py
 
 bench-quick: $(BENCH) ## the main rows, in two minutes
