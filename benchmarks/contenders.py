@@ -562,11 +562,14 @@ def lora_on_a_text(who: str, length: int, checkpointing: bool = False, batch: in
     labels = torch.zeros(batch, dtype=torch.long)
     if who == "minllama":
         from minllama import LlamaEmbeddingClassifier, add_lora_wrapper
+        from minllama.heap import give_back_freed_memory
 
         llama, tokenizer = open_ours(**form_to_read("float32"))
         ours = LlamaEmbeddingClassifier(llama, tokenizer, ["a", "b"])
         add_lora_wrapper(ours, ["compute_query", "compute_value"], r=8, lora_alpha=16)
         llama.gradient_checkpointing = checkpointing
+        if checkpointing:
+            give_back_freed_memory()  # as `minllama.training` does
         ours.train()
 
         def step() -> None:

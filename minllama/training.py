@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minllama.data import Dataset
 from minllama.errors import MinllamaError, OptionError
+from minllama.heap import give_back_freed_memory
 from minllama.llama import Llama
 from minllama.losses import check_ordinal
 from minllama.options import TrainingOptions
@@ -190,6 +191,8 @@ def _prepared(classifier: Trainable, options: TrainingOptions) -> Iterator[None]
         try:
             for llama in llamas:
                 llama.gradient_checkpointing |= options.gradient_checkpointing
+                if llama.gradient_checkpointing:
+                    give_back_freed_memory()
             yield
         finally:
             for llama, flag in zip(llamas, flags, strict=True):

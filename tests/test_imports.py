@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
     ("errors",),
-    ("options", "config", "atomic", "treebank", "native"),
+    ("options", "config", "atomic", "treebank", "heap", "native"),
     ("vocabulary", "data"),
     ("checkpoints",),
     ("tokenizer", "chat", "template_worker", "rope", "cache", "lookup", "sampling"),
