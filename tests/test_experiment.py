@@ -266,7 +266,7 @@ def test_a_head_is_fitted_on_all_rows_though_chosen_on_some(base, labelled_files
         seed=0,
     )
     options = ClassifierOptions(method="frozen", layer="1", pooling="mean")
-    monkeypatch.setattr("minllama.classifier.features.PENALTIES", (0.1,))
+    monkeypatch.setattr("minllama.classifier.features.PENALTIES", (0.3,))
     kind = {"balanced": False, "seed": 0}
     whole = make_head(llama, words, splits.train, PromptOptions(), options, say=Heard(), **kind)
     monkeypatch.setattr("minllama.experiment.fitting.MAX_ROWS", 12)

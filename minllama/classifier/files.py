@@ -322,7 +322,7 @@ def _open_base(
 ) -> tuple[Llama, Tokenizer]:
     try:
         checkpoint = open_checkpoint(source, tokenizer=tokenizer)
-    except CheckpointError as error:
+    except MinllamaError as error:
         remedy = "; name where it is now with --base" if content["weights"] != "full" else ""
         remedy += ", its tokenizer with --tokenizer" if remedy and tokenizer else ""
         raise CheckpointError(

@@ -98,7 +98,7 @@ def command(
     **values: Any,
 ) -> None:
     """Say the labels of texts, by CLASSIFIER (a folder that `minllama train` wrote) or --labels."""
-    _check_idle(bool(texts), options_score=values["score"])
+    _check_idle(bool(texts), score=values["score"])
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
     output_format = output_format or ("labelled" if output.endswith(".txt") else "jsonl")
@@ -124,12 +124,12 @@ def command(
         _classify_rows(made, rows, output, output_format, data, resume=resume)
 
 
-def _check_idle(has_texts: bool, *, options_score: str) -> None:
+def _check_idle(has_texts: bool, *, score: str) -> None:
     """Refuse options that would change nothing."""
     uses = (
         (OF_ROWS, not has_texts, "for the rows of --input"),
         (("as_json",), has_texts, "for --text; --output-format is for --input"),
-        (("prior_strength",), options_score in CORRECTED, f"for --score {', '.join(CORRECTED)}"),
+        (("prior_strength",), score in CORRECTED, f"for --score {', '.join(CORRECTED)}"),
     )
     for names, has_use, purpose in uses:
         given = given_options(names)
