@@ -373,7 +373,8 @@ class TrainingOptions(CheckedOptions):
         choices=("auto", "on", "off"),
     )
     gradient_checkpointing: bool = option(
-        False, "keep fewer activations and compute them twice: a third slower, in far less memory"
+        False,
+        "keep fewer activations and compute them twice: a third to a half slower, in far less memory",
     )
     class_weights: str = option(
         "none",
