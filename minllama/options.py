@@ -374,7 +374,8 @@ class TrainingOptions(CheckedOptions):
     )
     gradient_checkpointing: bool = option(
         False,
-        "keep fewer activations and compute them twice: a third to a half slower, in far less memory",
+        "keep fewer activations and compute them twice: a third to a half slower, in far less "
+        "memory",
     )
     class_weights: str = option(
         "none",
