@@ -10,13 +10,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from minllama.atomic import atomic_folder
 from minllama.errors import CheckpointError, TokenizerError
 from minllama.vocabulary import Vocabulary, find_vocabulary, load_vocabulary, to_files
 from minllama.vocabulary.codecs import Codec, open_codec
 from minllama.vocabulary.huggingface import FILES
+
+if TYPE_CHECKING:
+    from minllama.checkpoints import Checkpoint
 
 
 class Tokenizer:
@@ -87,6 +90,20 @@ class Tokenizer:
             if source is None:
                 raise
             raise TokenizerError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: "Checkpoint") -> Self:
+        """The tokenizer that an opened checkpoint has.
+
+        Raises:
+            TokenizerError: it has none, or a damaged one.
+        """
+        if checkpoint.vocabulary is None:
+            raise TokenizerError(
+                f"{checkpoint.path}: no tokenizer in or beside the model; "
+                "name its file or folder with --tokenizer"
+            )
+        return cls(checkpoint.vocabulary)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files of a Hugging Face folder, all of them or none.

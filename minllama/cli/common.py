@@ -228,12 +228,7 @@ def open_words(source: str | None, tokenizer: str | None) -> "tuple[Checkpoint, 
         from minllama.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(source, tokenizer=tokenizer)
-    if checkpoint.vocabulary is None:
-        raise MinllamaError(
-            f"{checkpoint.path}: no tokenizer in or beside the model; "
-            "name its file or folder with --tokenizer"
-        )
-    return checkpoint, Tokenizer(checkpoint.vocabulary)
+    return checkpoint, Tokenizer.from_checkpoint(checkpoint)
 
 
 def warn_of_slow_dtype(dtype: str | None, device: str | None) -> None:

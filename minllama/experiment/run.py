@@ -205,12 +205,7 @@ def _gpus() -> range:
 
 def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
     checkpoint = open_checkpoint(experiment.model, tokenizer=experiment.tokenizer)
-    if checkpoint.vocabulary is None:
-        raise MinllamaError(
-            f"{checkpoint.path}: no tokenizer in or beside the model; "
-            "name its file or folder with --tokenizer"
-        )
-    tokenizer = Tokenizer(checkpoint.vocabulary)
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
     options = experiment.classifier
     device = usable_device(experiment.device)
     dtype, quantize = weights_form(
