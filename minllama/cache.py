@@ -52,6 +52,10 @@ class KVCache:
         self.lengths = [0] * batch_size
         self.native: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, in memory or pickled, is for any model; what runs this one points to its own.
+        return {**self.__dict__, "native": None}
+
     @property
     def batch_size(self) -> int:
         return len(self.lengths)

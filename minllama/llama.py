@@ -10,6 +10,7 @@ H heads, K key/value heads, C head width, F hidden width, V vocabulary, R rank.
 import itertools
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Self
 
@@ -181,7 +182,7 @@ class LlamaPreTrainedModel(nn.Module):
         self.config = config
         # What the weights were loaded from, as `Checkpoint.source` names it; None for none.
         self.source: str | None = None
-        # The word of `minllama.quantization.QUANTIZE` by which it was then quantised.
+        # The word of `minllama.options.QUANTIZE` by which it was then quantised.
         self.quantize: str | None = None
         # Counts what may have put other modules or tensors into the place of those there were.
         self._version = 0
@@ -301,7 +302,8 @@ class LlamaOutput(NamedTuple):
 
     Attributes:
         hidden: (B, T, D) after the last norm, before the vocabulary.
-        logits: (B, T, V), (B, V) or (B, N, V) by what was asked for, unnormalised; None for none.
+        logits: (B, T, V), (B, V) or (B, N, V) by what was asked for, unnormalised, in the model's
+            dtype or float32; None for none.
     """
 
     hidden: Tensor
@@ -502,11 +504,22 @@ class Llama(LlamaPreTrainedModel):
         if torch.is_grad_enabled():
             return None
         known = cache.native
-        if isinstance(known, Runner) and known.version == self._version and cache.max_len:
+        if isinstance(known, Runner) and known.serves(self, self._version) and cache.max_len:
             return known.step
-        step = NativeStep(self) if can_run(self) else None
-        cache.native = Runner(self._version, step)
+        step = NativeStep(self) if self._has_own_layers() and can_run(self) else None
+        cache.native = Runner(weakref.ref(self), self._version, step)
         return step
+
+    def _has_own_layers(self) -> bool:
+        """Whether it is made of the layers of this file, and of no others that look like them."""
+        return type(self.norm) is RMSNorm and all(
+            type(layer) is LlamaLayer
+            and type(layer.attention) is Attention
+            and type(layer.feed_forward) is FeedForward
+            and type(layer.attention_norm) is RMSNorm
+            and type(layer.ffn_norm) is RMSNorm
+            for layer in self.layers
+        )
 
     def _forward_natively(
         self,
@@ -523,7 +536,7 @@ class Llama(LlamaPreTrainedModel):
         if logits is None:
             wanted = every[:0]
         elif isinstance(logits, Tensor):
-            wanted = every.gather(1, logits)  # (B, N)
+            wanted = every[torch.arange(batch).unsqueeze(-1), logits]  # (B, N)
         elif logits == "all":
             wanted = every
         else:
@@ -534,10 +547,18 @@ class Llama(LlamaPreTrainedModel):
         return LlamaOutput(hidden, None if logits is None else found.view(*wanted.shape, -1))
 
     def _check_cache(self, cache: KVCache) -> None:
-        if (cache.keys[0].dtype, cache.keys[0].device) != (self.dtype, self.device):
+        keys, config = cache.keys[0], self.config
+        if (keys.dtype, keys.device) != (self.dtype, self.device):
             raise MinllamaError(
-                f"the cache is {cache.keys[0].dtype} on {cache.keys[0].device} and the model "
+                f"the cache is {keys.dtype} on {keys.device} and the model "
                 f"{self.dtype} on {self.device}; make it with model.new_cache()"
+            )
+        found = len(cache.keys), keys.shape[1], keys.shape[3]
+        wanted = config.n_layers, config.n_kv_heads, config.head_dim
+        if found != wanted:
+            raise MinllamaError(
+                "the cache is of another model: it has {} layers of {} heads of width {}, and this "
+                "model {} of {} of {}; make it with model.new_cache()".format(*found, *wanted)
             )
 
     def _logits(

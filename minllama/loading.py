@@ -33,8 +33,15 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """float32 on a CPU, where bfloat16 is often emulated; bfloat16 on a GPU."""
-    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    """float32 on a CPU, where bfloat16 is often emulated; bfloat16 on a GPU.
+
+    But float16 on older NVIDIA GPUs, which only emulate bfloat16.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return torch.float32
+    is_old = device.type == "cuda" and not fast_bfloat16(device)
+    return torch.float16 if is_old else torch.bfloat16
 
 
 def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | None:
@@ -47,7 +54,10 @@ def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | No
         return "this GPU only emulates bfloat16; float16 is faster"
     if where.type != "cpu":
         return None
-    is_fast = {"bfloat16": fast_bfloat16(where), "float16": cpu_can("avx512_fp16", "amx_fp16")}
+    is_fast = {
+        "bfloat16": fast_bfloat16(where),
+        "float16": cpu_can("avx512_fp16", "amx_fp16", "fp16_arith"),  # the last is ARM's
+    }
     if dtype is None or is_fast.get(dtype, True):
         return None
     return f"this CPU only emulates {dtype}; float32 is faster for long passes and training"
@@ -56,15 +66,15 @@ def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | No
 def fast_bfloat16(device: torch.device | str) -> bool:
     """Whether this machine multiplies bfloat16 matrices faster than float32 ones.
 
-    A CPU does with AVX512-BF16 or AMX; without, torch emulates it at a fraction of the speed. An
-    NVIDIA GPU does from compute capability 8.0 (Ampere) on.
+    A CPU does with AVX512-BF16, AMX or ARM's BF16; without, torch emulates it at a fraction of the
+    speed. An NVIDIA GPU does from compute capability 8.0 (Ampere) on.
     """
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return False
-    return cpu_can("avx512_bf16", "amx_bf16")
+    return cpu_can("avx512_bf16", "amx_bf16", "bf16")
 
 
 class without_initial_values(TorchFunctionMode):

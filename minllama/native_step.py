@@ -6,6 +6,7 @@ models and passes it is for. Knows nothing of what the tokens are for.
 """
 
 import ctypes
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,8 @@ def can_run(llama: Any) -> bool:
     """Whether the native step computes what this Llama's modules do.
 
     Plain and quantised layers on a CPU, in evaluation mode: no adapters, no dropout, and no hooks,
-    which only modules call.
+    which only modules call. As many and of just the shapes that the config says, for compiled code
+    reads them by their address.
     """
     if library() is None or llama.device.type != "cpu" or llama.dtype not in KINDS:
         return False
@@ -48,14 +50,45 @@ def can_run(llama: Any) -> bool:
         return False
     if has_hooks(llama):
         return False
+    config = llama.config
+    if len(llama.layers) != config.n_layers:
+        return False
     of_vocabulary = [llama.tok_embeddings, *([] if llama.output is None else [llama.output])]
-    linear = [module for layer in llama.layers for module in _linear_modules(layer)]
-    return all(type(module) in KNOWN for module in linear + of_vocabulary)
+    norms = [llama.norm]
+    norms += [norm for layer in llama.layers for norm in (layer.attention_norm, layer.ffn_norm)]
+    return (
+        all(_is_as_described(m, (config.vocab_size, config.dim)) for m in of_vocabulary)
+        and all(
+            _is_as_described(module, shape)
+            for layer in llama.layers
+            for module, shape in zip(_linear_modules(layer), _linear_shapes(config), strict=True)
+        )
+        and all(_is_numbers(norm.weight, (config.dim,)) for norm in norms)
+    )
+
+
+def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:
+    """Whether it is a module that can be described, with a matrix of this shape."""
+    if type(module) not in KNOWN:
+        return False
+    bias = getattr(module, "bias", None)
+    if bias is not None and not _is_numbers(bias, shape[:1]):
+        return False
+    if isinstance(module, QuantizedWeight):
+        return (module.out_features, module.in_features) == shape
+    return _is_numbers(module.weight, shape)
+
+
+def _is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
+    return isinstance(x, Tensor) and x.dtype in KINDS and x.is_cpu and tuple(x.shape) == shape
 
 
 def has_hooks(llama: Any) -> bool:
     """Whether somebody listens to the modules of this Llama."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+    everywhere = nn.modules.module
+    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or any(
+        module._forward_hooks or module._forward_pre_hooks for module in llama.modules()
+    )
 
 
 def is_short(ids: Tensor, attention_mask: Tensor | None) -> bool:
@@ -67,12 +100,18 @@ class Runner(NamedTuple):
     """What runs short passes over a cache: kept with it (`KVCache.native`).
 
     Attributes:
+        llama: the model that it is of.
         version: of the model when it was asked; see `LlamaPreTrainedModel`.
         step: None where the model's modules do it.
     """
 
+    llama: "weakref.ref[Any]"
     version: int
     step: "NativeStep | None"
+
+    def serves(self, llama: Any, version: int) -> bool:
+        """Whether it is of this model as it now is."""
+        return self.llama() is llama and self.version == version
 
 
 class NativeStep:
@@ -92,7 +131,7 @@ class NativeStep:
         self._model = self._describe(llama)
         self._cache_of: list[Tensor] | None = None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         ids: Tensor,
@@ -111,7 +150,8 @@ class NativeStep:
             logits_of: (M,), numbers b * T + t of the tokens whose logits are wanted.
 
         Returns:
-            Hidden states after the last norm, (B, T, D), and logits (M, V), in the model's dtype.
+            Hidden states after the last norm, (B, T, D), in the model's dtype, and logits (M, V),
+            float32.
         """
         batch, length = ids.shape
         if ids.min() < 0 or ids.max() >= self._vocab_size:
@@ -196,6 +236,16 @@ class NativeStep:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
+
+
+def _linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:
+    """(out, in) of `_linear_modules`."""
+    query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    dim, hidden = config.dim, config.hidden_dim
+    return (
+        *((query, dim), (key, dim), (key, dim), (dim, query)),
+        *((hidden, dim), (dim, hidden), (hidden, dim)),
+    )
 
 
 def _linear_modules(layer: Any) -> tuple[nn.Module, ...]:

@@ -118,7 +118,7 @@ class AdamW(Optimizer):
         if group["correct_bias"]:
             step_size *= (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         shrink = 1 - lr * group["weight_decay"]
-        if operations.adamw_serves([*parameters, *gradients, *exp_avgs, *exp_avg_sqs]):
+        if operations.adamw_serves(parameters, gradients, exp_avgs, exp_avg_sqs):
             operations.adamw(
                 parameters,
                 gradients,

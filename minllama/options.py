@@ -14,6 +14,9 @@ from typing import Any
 
 from minllama.errors import OptionError
 
+# Forms that weights may be kept in instead of numbers: see `minllama.quantization.quantized`.
+QUANTIZE = ("stored", "int8", "int4")
+
 
 @dataclass(frozen=True)
 class Range:

@@ -18,12 +18,12 @@ from minllama.checkpoints.base import LazyTensor
 from minllama.checkpoints.gguf_blocks import Q4_0, Q4_1, Q8_0, GGMLType, decode_blocks
 from minllama.errors import OptionError
 from minllama.native import operations
+from minllama.options import QUANTIZE
 from minllama.widening import WidenedEmbedding, WidenedLinear, widened_product
 
 BLOCK = 32  # columns that share a scale
 PANEL = 16  # rows that lie together, as vector instructions read them
 ZERO_POINT = {4: 8, 8: 128}
-QUANTIZE = ("stored", "int8", "int4")
 BITS = {Q4_0: 4, Q4_1: 4, Q8_0: 8}
 
 

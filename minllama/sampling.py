@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minllama.errors import MinllamaError
 from minllama.options import SamplingOptions
+
+SMALLEST = torch.finfo(torch.float32).tiny  # what a temperature below would be rounded to is 0
 
 
 def choose_tokens(
@@ -30,27 +33,45 @@ def choose_tokens(
 
     Returns:
         (B,) token ids.
+
+    Raises:
+        MinllamaError: a row has NaN or infinity among its logits.
     """
     logits = logits.float()
     if options.repetition_penalty != 1.0:
         logits = apply_repetition_penalty(logits, histories, options.repetition_penalty)
     if options.temperature == 0.0:
-        return logits.argmax(-1)
+        largest, chosen = logits.max(-1)  # NaN is larger than all numbers
+        _check_numbers(largest)
+        return chosen
     ids = None
     if options.top_k:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
     elif options.top_p < 1:  # needs the likeliest tokens first; nothing else is worth a sort
         logits, ids = logits.sort(-1, descending=True)
+    largest = logits.amax(-1, keepdim=True)
+    _check_numbers(largest)
     # Shifted before it is divided, so that a tiny temperature gives infinity only downwards.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / options.temperature
+    scaled = (logits - largest) / max(options.temperature, SMALLEST)
     probabilities = apply_min_p(apply_top_p(scaled.softmax(-1), options.top_p), options.min_p)
     # Inverse transform sampling: the first token whose cumulative probability exceeds the draw.
     # In float64, since float32 sums over a vocabulary are off by more than a rare token's share.
-    total = probabilities.cpu().double().cumsum(-1)  # (B, V)
-    draws = torch.tensor(uniforms, dtype=torch.float64).unsqueeze(-1) * total[:, -1:]
-    chosen = torch.searchsorted(total, draws, right=True).clamp(max=total.shape[-1] - 1)
-    chosen = chosen.to(logits.device)
+    if probabilities.device.type == "mps":  # which has no float64
+        probabilities = probabilities.cpu()
+    total = probabilities.double().cumsum(-1)  # (B, V)
+    draws = torch.tensor(uniforms, dtype=total.dtype, device=total.device).unsqueeze(-1)
+    chosen = torch.searchsorted(total, draws * total[:, -1:], right=True)
+    chosen = chosen.clamp(max=total.shape[-1] - 1).to(logits.device)
     return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
+
+
+def _check_numbers(largest: Tensor) -> None:
+    """Refuse logits whose largest is NaN or infinity."""
+    if (largest.isnan() | largest.isposinf()).any():
+        raise MinllamaError(
+            "the model's logits are NaN or infinite: its weights are damaged, or its numbers do "
+            "not fit into their dtype; try --dtype bfloat16 or float32"
+        )
 
 
 def apply_repetition_penalty(
@@ -60,7 +81,7 @@ def apply_repetition_penalty(
 
     Args:
         logits: (B, V).
-        histories: each row's tokens so far.
+        histories: each row's tokens so far; those of which there is no logit count for nothing.
         penalty: divides positive logits and multiplies negative ones; 1 changes nothing.
 
     Returns:
@@ -68,7 +89,8 @@ def apply_repetition_penalty(
     """
     logits = logits.clone()
     for row, history in enumerate(histories):
-        seen = torch.tensor(sorted(set(history)), device=logits.device, dtype=torch.long)
+        known = sorted({token_id for token_id in history if token_id < logits.shape[-1]})
+        seen = torch.tensor(known, device=logits.device, dtype=torch.long)
         old = logits[row, seen]
         logits[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
     return logits

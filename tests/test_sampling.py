@@ -1,5 +1,7 @@
 """Each way of choosing a token, with literal numbers and against transformers' filters."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -9,6 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from minllama.errors import MinllamaError
 from minllama.options import SamplingOptions
 from minllama.sampling import apply_min_p, apply_repetition_penalty, apply_top_p, choose_tokens
 
@@ -94,6 +97,21 @@ def test_a_forbidden_token_is_never_drawn(draw):
     assert chosen.item() in (1, 3)
 
 
-def test_a_tiny_temperature_is_nearly_greedy_not_nan():
-    options = SamplingOptions(temperature=1e-30)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused(bad, temperature):
+    logits = torch.randn(2, 9)
+    logits[1, 3] = bad
+    with pytest.raises(MinllamaError, match="NaN or infinite"):
+        choose_tokens(logits, SamplingOptions(temperature=temperature), [0.5, 0.5])
+
+
+def test_ids_without_a_logit_are_no_part_of_the_penalty():
+    logits = torch.tensor([[1.0, 2.0]])
+    assert apply_repetition_penalty(logits, [[1, 2, 7]], 4.0).tolist() == [[1.0, 0.5]]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-46])  # the latter is 0 in float32
+def test_a_tiny_temperature_is_nearly_greedy_not_nan(temperature):
+    options = SamplingOptions(temperature=temperature)
     assert choose_tokens(torch.tensor([[80.0, 90.0, -90.0]]), options, [0.999]).item() == 1

@@ -483,6 +483,7 @@ def test_fast_bfloat16_asks_the_cpu_in_each_versions_way(monkeypatch, known, fas
 def test_fast_bfloat16_asks_the_gpu(monkeypatch, capability, fast):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert loading.fast_bfloat16("cuda") is fast
+    assert loading.default_dtype("cuda") is (torch.bfloat16 if fast else torch.float16)
     assert not loading.fast_bfloat16("mps")
 
 

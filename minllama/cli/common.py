@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from minllama.errors import MinllamaError
+from minllama.options import QUANTIZE
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from minllama.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZE = ("auto", "none", "stored", "int8", "int4")
+FORMS = ("auto", "none", *QUANTIZE)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -82,7 +82,7 @@ def quantize_option(command: Command) -> Command:
     """`--quantize`."""
     return click.option(
         "--quantize",
-        type=click.Choice(QUANTIZE),
+        type=click.Choice(FORMS),
         default="auto",
         help="Bits of the weights: auto for what is fastest with this file and machine, stored for "
         "a GGUF file's blocks as they are, none for numbers in --dtype (default auto).",
@@ -93,7 +93,7 @@ def quantize_option_of_classifier(command: Command) -> Command:
     """`--quantize`, where a classifier has its own."""
     return click.option(
         "--quantize",
-        type=click.Choice(QUANTIZE),
+        type=click.Choice(FORMS),
         help="Bits of the weights, as for train; without it as in training.",
     )(command)
 

@@ -135,7 +135,7 @@ def remove_lora_wrapper(model: nn.Module, *, merge: bool = True) -> None:
 def merge_lora(
     model: nn.Module, sample: Tensor | Callable[[], Tensor] | None = None
 ) -> float | None:
-    """Add the active adapters to the weights, which then cost nothing, until `unmerge_lora`.
+    """Add the active adapters to the weights, until `unmerge_lora`: they need no products then.
 
     Computed in float32 and rounded once to the weights' dtype: that rounding is the drift. The
     weights as they were are kept beside, for an exact way back; `remove_lora_wrapper` lets them go.

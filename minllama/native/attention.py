@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minllama.native import operations
 from minllama.native.layout import KINDS, Attention, Heads
@@ -58,6 +59,13 @@ def causal_attention(
     Returns:
         (B, T, H, C).
     """
+    if (
+        key.shape != value.shape
+        or key.shape[:2] != query.shape[:2]
+        or key.shape[3] != query.shape[3]
+        or query.shape[2] % key.shape[2]
+    ):
+        raise operations.unfit("causal_attention", query, key, value)
     y: Tensor = _CausalAttention.apply(query, key, value, texts)  # type: ignore[no-untyped-call]
     return y
 
@@ -75,6 +83,7 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, log_sums = ctx.saved_tensors
         gradient = _with_whole_heads(gradient)

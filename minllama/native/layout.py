@@ -222,3 +222,10 @@ class LowRank(Structure):
         ("a_parts", c_void_p),
         ("b_parts", c_void_p),
     )
+
+
+# In the order of `minllama_sizes`.
+STRUCTS = (
+    *(Numbers, Linear, Layer, Model, Step, Norm, Gate),
+    *(Turn, Apart, Product, AdamW, Heads, Attention, LowRank),
+)

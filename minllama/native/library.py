@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from minllama.errors import MinllamaError
+from minllama.native.layout import STRUCTS
 
 LEVELS = ("portable", "AVX2", "AVX-512 VNNI")
 
@@ -22,6 +24,14 @@ def library() -> ctypes.CDLL | None:
             try:
                 found = ctypes.CDLL(str(path))
             except OSError:  # built for another system
+                return None
+            if not _is_of_this_version(found):
+                warnings.warn(
+                    f"{path.name} was compiled from another version of minllama and is not used, "
+                    "which is slower; install the package again (here: make native)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
                 return None
             _use_torchs_threads(found)
             return found
@@ -66,6 +76,17 @@ def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> N
     level = best_level() if level is None else level
     if getattr(found, f"minllama_{name}")(*map(ctypes.byref, arguments), threads, level):
         raise MinllamaError("no memory is left; give fewer or shorter texts at a time")
+
+
+def _is_of_this_version(found: ctypes.CDLL) -> bool:
+    """Whether its structs are those of `minllama.native.layout`."""
+    try:
+        sizes = found.minllama_sizes
+    except AttributeError:
+        return False
+    sizes.restype = ctypes.POINTER(ctypes.c_int64)
+    found_sizes: list[int] = sizes()[: len(STRUCTS)]
+    return found_sizes == [ctypes.sizeof(struct) for struct in STRUCTS]
 
 
 def _use_torchs_threads(found: ctypes.CDLL) -> None:

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minllama.native.layout import KINDS, LowRank
 from minllama.native.library import call
+from minllama.native.operations import unfit
 
 
 def low_rank_product(
@@ -32,6 +34,9 @@ def low_rank_product(
     Returns:
         (..., out).
     """
+    fits_onto = onto is None or onto.shape == (*x.shape[:-1], len(b))
+    if x.shape[-1] != a.shape[1] or len(a) != b.shape[1] or not fits_onto:
+        raise unfit("low_rank_product", x, a, b, *([] if onto is None else [onto]))
     seed = int(torch.randint(2**62, ()).item()) if dropout else 0
     settings = (scale, dropout, seed)
     y: Tensor = _LowRank.apply(x, a.float(), b.float(), onto, settings)  # type: ignore[no-untyped-call]
@@ -59,6 +64,7 @@ class _LowRank(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, gradient: Tensor
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, None]:

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from minllama.errors import MinllamaError
 from minllama.native.layout import (
     KINDS,
     AdamW,
@@ -38,21 +40,35 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in KINDS and library() is not None
 
 
+def unfit(operation: str, *tensors: Tensor) -> MinllamaError:
+    """What to raise for shapes that compiled code would read or write beyond."""
+    shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
+    return MinllamaError(f"{operation}: tensors of shapes {shapes} do not fit one another")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Give x / RMS(x) * weight over the last dimension, in x's dtype: (..., D) -> (..., D)."""
+    if x.shape[-1:] != weight.shape:
+        raise unfit("rms_norm", x, weight)
     y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
 
 def swiglu(u: Tensor, v: Tensor) -> Tensor:
     """SiLU(u) * v: (..., F) -> (..., F)."""
+    if u.shape != v.shape:
+        raise unfit("swiglu", u, v)
     y: Tensor = _SwiGLU.apply(u, v.to(u.dtype))  # type: ignore[no-untyped-call]
     return y
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Pairs of channels turned: (B, T, H, C), complex64 (B or 1, T, 1, C / 2) -> (B, T, H, C)."""
+    """Pairs of channels turned: (B, T, H, C), complex64 ([B or 1,] T, 1, C / 2) -> (B, T, H, C)."""
+    batch, length, _, head_dim = x.shape
     turns = torch.view_as_real(rotation).contiguous()
+    rows = turns.numel() // (length * head_dim)
+    if rows not in (1, batch) or turns.numel() != rows * length * head_dim:
+        raise unfit("rotate", x, rotation)
     y: Tensor = _Rotation.apply(x, turns)  # type: ignore[no-untyped-call]
     return y
 
@@ -79,6 +95,8 @@ def most_rows(dtype: torch.dtype) -> float:
 
 def product(weight: Any, x: Tensor) -> Tensor:
     """Give x W^T with a quantised W as it is: (..., in) -> (..., out), float32."""
+    if x.shape[-1] != weight.in_features:
+        raise MinllamaError(f"a weight of {weight.in_features} columns times {tuple(x.shape)}")
     x = x.float().contiguous()
     rows, blocks = x.numel() // weight.in_features, weight.in_features // 32
     digits = torch.empty(rows, blocks, 64, dtype=torch.int8)
@@ -94,6 +112,8 @@ def product(weight: Any, x: Tensor) -> Tensor:
 
 def dense_product(weight: Tensor, x: Tensor) -> Tensor:
     """Give x W^T of a few rows, with a W (out, in) in numbers: (..., in) -> (..., out), float32."""
+    if x.shape[-1] != weight.shape[1]:
+        raise unfit("dense_product", weight, x)
     x, weight = x.float().contiguous(), weight.contiguous()
     y = torch.empty(*x.shape[:-1], weight.shape[0])
     described = dense_linear(weight)
@@ -102,10 +122,15 @@ def dense_product(weight: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-def adamw_serves(tensors: Sequence[Tensor]) -> bool:
+def adamw_serves(*lists: Sequence[Tensor]) -> bool:
     """Whether `adamw` takes these parameters, gradients and moments."""
     return library() is not None and all(
-        t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors
+        t.device.type == "cpu"
+        and t.dtype == torch.float32
+        and t.is_contiguous()
+        and t.shape == of_one[0].shape
+        for of_one in zip(*lists, strict=True)
+        for t in of_one
     )
 
 
@@ -150,6 +175,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         arguments = _norm(x, weight, gradient.contiguous(), inverse, ctx.eps)
@@ -188,6 +214,7 @@ class _SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         u, v = ctx.saved_tensors
         gradient = gradient.contiguous()
@@ -209,6 +236,7 @@ class _Rotation(torch.autograd.Function):
         return _turned(x, rotation, back=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (rotation,) = ctx.saved_tensors
         return _turned(gradient, rotation, back=True), None
@@ -223,7 +251,7 @@ def _turned(x: Tensor, rotation: Tensor, *, back: bool) -> Tensor:
         heads=heads,
         head_dim=head_dim,
         kind=KINDS[x.dtype],
-        n_rotations=rotation.shape[0] * length,
+        n_rotations=rotation.numel() // head_dim,
         back=back,
         x=x.data_ptr(),
         y=y.data_ptr(),

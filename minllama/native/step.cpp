@@ -196,7 +196,8 @@ int run(void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, f
 
 constexpr int64_t WORTH_A_THREAD = 1 << 14;  // numbers to compute; to wake a thread takes as long
 
-// One operation over 0 .. total, shared among threads: fewer of them where there is little work.
+// One operation over 0 .. total, shared among all threads or, where there is little work, by none: GNU
+// OpenMP ends and starts threads where the size of its team changes.
 template <class Arguments>
 struct Operation {
     void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t);
@@ -214,7 +215,7 @@ struct Operation {
 template <class Arguments>
 int operate(void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t), const Arguments& arguments,
             int64_t total, int64_t buffer_len, int64_t work, int64_t threads) {
-    threads = std::max<int64_t>(std::min(threads, work / WORTH_A_THREAD), 1);
+    if (work < 2 * WORTH_A_THREAD) threads = 1;
     buffer_len = (buffer_len + 15) / 16 * 16;
     char* memory = kept_memory(threads * buffer_len * int64_t(sizeof(float)));
     if (!memory) return 1;
@@ -230,6 +231,16 @@ int64_t attention_work(const Attention& a) {
 }  // namespace
 
 extern "C" {
+
+// Bytes of the structs that calls are made with, in the order of layout.py, which compares them: a
+// library of another version would read its arguments wrongly.
+EXPORT const int64_t* minllama_sizes() {
+    static const int64_t sizes[] = {
+        sizeof(Numbers), sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(Step),  sizeof(Norm),      sizeof(Gate),
+        sizeof(Turn),    sizeof(Apart),  sizeof(Product), sizeof(AdamW), sizeof(Heads), sizeof(Attention), sizeof(LowRank),
+    };
+    return sizes;
+}
 
 // 2 for AVX-512 with VNNI, 1 for AVX2, 0 for plain C++: the best that this CPU has.
 EXPORT int minllama_best_level() {
