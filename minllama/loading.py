@@ -16,11 +16,10 @@ from minllama.checkpoints.layout import differences, listed
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.native import operations
 from minllama.native.library import cpu_can, library
-from minllama.quantization import BITS, check_quantize, quantized, replace_by_quantized
+from minllama.quantization import check_quantize, quantized, replace_by_quantized
 from minllama.widening import HALVES, replace_by_widened
 
 HALF_NAMES = {"bfloat16", "float16", "BF16", "F16"}
-BLOCKS = {ggml_type.name for ggml_type in BITS}  # of a file, that can be computed with as they are
 
 
 def default_device() -> torch.device:
@@ -129,8 +128,9 @@ def reading_form(
 
 
 def has_blocks(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has matrices in blocks that can be computed with as they are."""
-    return bool(_forms_of_matrices(checkpoint) & BLOCKS)
+    """Whether a checkpoint has matrices in blocks, which can be computed with."""
+    tensors = checkpoint.tensors.values()
+    return any(tensor.blocks is not None for tensor in tensors if len(tensor.shape) == 2)
 
 
 def _forms_of_matrices(checkpoint: Checkpoint) -> set[str]:

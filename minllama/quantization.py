@@ -1,7 +1,8 @@
 """Weights in 8 and 4 bits: stored as whole numbers, a scale for each 32 of a row.
 
-Made from any weight, or straight from GGUF's Q4_0, Q4_1 and Q8_0 blocks, whose numbers they keep to
-the bit. Knows nothing of Llamas, files or of how a CPU multiplies them fastest (`minllama.native`).
+Made from any weight, or straight from GGUF's blocks: Q4_0, Q4_1 and Q8_0 keep their numbers to the
+bit, Q4_K and Q5_K but for the last bits of their scales. Knows nothing of Llamas, files or of how a
+CPU multiplies them fastest (`minllama.native`).
 
 value = scale * quant + min, where quant is unsigned (Dettmers et al. 2022 and ggml call it
 block-wise or group-wise quantisation). Without mins, min = -8 * scale in 4 bits and -128 * scale in
@@ -15,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minllama.checkpoints.base import LazyTensor
-from minllama.checkpoints.gguf_blocks import Q4_0, Q4_1, Q8_0, GGMLType, decode_blocks
+from minllama.checkpoints.gguf_blocks import (
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_K,
+    Q8_0,
+    GGMLType,
+    decode_blocks,
+    decode_super_blocks,
+)
 from minllama.errors import OptionError
 from minllama.native import operations
 from minllama.options import QUANTIZE
@@ -24,7 +34,10 @@ from minllama.widening import WidenedEmbedding, WidenedLinear, widened_product
 BLOCK = 32  # columns that share a scale
 PANEL = 16  # rows that lie together, as vector instructions read them
 ZERO_POINT = {4: 8, 8: 128}
-BITS = {Q4_0: 4, Q4_1: 4, Q8_0: 8}
+BITS = {Q4_0: 4, Q4_1: 4, Q4_K: 4, Q5_K: 8, Q8_0: 8}  # that blocks of a file are kept in
+SLICE = (
+    4096  # rows that are quantised at a time: what lies between the steps is five times as large
+)
 
 
 class QuantizedWeight(nn.Module):
@@ -235,14 +248,15 @@ def check_quantize(how: str | None) -> None:
 def quantized(name: str, tensor: LazyTensor, how: str) -> Parts | None:
     """A checkpoint's matrix in 8 or 4 bits; None where it cannot be, or is not to be.
 
-    Blocks of a GGUF file that take no more bits than are asked for stay as they are. The
+    Blocks of a GGUF file that take no more bits than are asked for stay as they are. With `stored`
+    those of other types (Q6_K, for one) get 8 bits, which lose little of what they hold. The
     vocabulary's matrices get 8 bits where others get 4: rare tokens have nothing else to be told
     apart by, and a row is read by itself.
 
     Args:
         name: its name in our model.
         tensor: (out, in).
-        how: `int8`, `int4`, or `stored` for GGUF's blocks as they are and nothing else.
+        how: `int8`, `int4`, or `stored` for GGUF's blocks and nothing else.
     """
     if len(tensor.shape) != 2 or tensor.shape[1] % BLOCK:
         return None
@@ -251,11 +265,14 @@ def quantized(name: str, tensor: LazyTensor, how: str) -> Parts | None:
         stored, raw = tensor.blocks()
         if BITS.get(stored, 99) <= bits:
             return _from_blocks(raw, stored, tensor.shape)
-    return None if how == "stored" else quantize(tensor.load(), bits)
+    elif how == "stored":
+        return None
+    return quantize(tensor.load(), bits)
 
 
 def _from_blocks(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Parts:
-    blocks = decode_blocks(raw.view(-1, stored.block_bytes), stored)
+    decode = decode_super_blocks if stored in (Q4_K, Q5_K) else decode_blocks
+    blocks = decode(raw.view(-1, stored.block_bytes), stored)
     quants = blocks.quants.view(torch.uint8)
     if blocks.mins is None:  # signed: to be unsigned they move up, and wrap around as they should
         quants = quants + ZERO_POINT[BITS[stored]]
@@ -270,8 +287,19 @@ def quantize(values: Tensor, bits: int) -> Parts:
     In 4 bits the scale and the min that fit the rounded numbers best (least squares) take the place
     of the largest and smallest number's where that brings them closer.
     """
+    slices = [_quantized_slice(part, bits) for part in values.detach().split(SLICE)]
+    quants, scales, mins, _ = zip(*slices, strict=True)
+    return Parts(
+        torch.cat(quants),
+        torch.cat(scales),
+        None if mins[0] is None else torch.cat(mins),
+        values.shape[0],
+    )
+
+
+def _quantized_slice(values: Tensor, bits: int) -> Parts:
     out, n = values.shape[0], values.shape[1] // BLOCK
-    blocks = values.detach().reshape(out, n, BLOCK).float()
+    blocks = values.reshape(out, n, BLOCK).float()
     if bits == 8:
         scales = (blocks.abs().amax(-1) / 127).half()
         quants = _rounded(blocks, scales, -128 * scales.float(), 255)

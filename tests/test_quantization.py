@@ -1,16 +1,28 @@
 """Weights in 8 and 4 bits: what is stored, what it means, and how it is multiplied."""
 
+import gguf
 import pytest
 import torch
 from torch import nn
 
+from minllama import cli
 from minllama.checkpoints import open_checkpoint
 from minllama.checkpoints.base import LazyTensor
-from minllama.checkpoints.gguf_blocks import Q4_0, Q4_1, Q8_0, dequantize, quantize_q8_0
+from minllama.checkpoints.gguf_blocks import (
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_K,
+    Q8_0,
+    dequantize,
+    ggml_type,
+    quantize_q8_0,
+)
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.llama import Llama, load_pretrained
 from minllama.lora import add_lora_wrapper, merge_lora
 from minllama.native import operations
+from minllama.native.library import library
 from minllama.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -21,6 +33,7 @@ from minllama.quantization import (
     quantized,
     rows_of,
 )
+from tests.gguf_file import FIELDS, SHAPES, write_file
 from tests.tiny import our_model, random_ids
 
 
@@ -53,6 +66,99 @@ def test_blocks_of_a_file_keep_their_numbers_to_the_bit(stored, rows):
     assert torch.equal(weight.dequantize(), expected)
     ids = torch.tensor([[rows - 1, 0], [3, 3]])
     assert torch.equal(weight.rows(ids), expected[ids])
+
+
+def super_blocks(stored, rows, columns, seed=0):
+    """Random super-blocks of Q4_K or Q5_K, of weights' size and about zero: (n, block_bytes)."""
+    generator = torch.Generator().manual_seed(seed)
+    n = rows * columns // 256
+    raw = torch.randint(0, 256, (n, stored.block_bytes), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(n, 1, generator=generator) * 5e-4
+    middle = {Q4_K: 7.5, Q5_K: 15.5}[stored]
+    raw[:, :4] = torch.cat([scales, middle * scales], dim=1).half().view(torch.uint8)
+    return raw
+
+
+@pytest.mark.parametrize("stored", [Q4_K, Q5_K], ids=lambda stored: stored.name)
+def test_super_blocks_keep_their_numbers_but_for_the_rounding_of_scales(stored):
+    shape = (24, 512)
+    raw = super_blocks(stored, *shape)
+    factors = raw[:, :4].contiguous().view(torch.float16).float()
+    exact = torch.from_numpy(
+        gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType(stored.id))
+    ).view(shape)
+    parts = quantized("layers.0.x", from_file(raw.flatten(), stored, shape), "stored")
+    weight = QuantizedWeight(*parts)
+    assert weight.bits == (4 if stored == Q4_K else 8)
+    # Half a last place of the scale and of the min, times what they are multiplied by.
+    largest = {Q4_K: 15, Q5_K: 31}[stored] * 63 * factors[:, 0] + 63 * factors[:, 1]
+    bound = (largest * 2**-11).repeat_interleave(256).view(shape)
+    assert ((weight.dequantize() - exact).abs() <= bound).all()
+    assert (weight.dequantize() - exact).abs().mean() < 2e-3 * exact.abs().mean()
+
+
+def q6_k_blocks(rows, columns, seed=0):
+    """Random Q6_K super-blocks and their numbers, of weights' size."""
+    generator = torch.Generator().manual_seed(seed)
+    n = rows * columns // 256
+    raw = torch.randint(0, 256, (n, 210), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(20, 40, (n, 16), generator=generator, dtype=torch.int8)
+    raw[:, 192:208] = scales.view(torch.uint8)
+    raw[:, 208:] = torch.full((n, 1), 1e-4).half().view(torch.uint8)
+    numbers = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType.Q6_K)
+    return raw, torch.from_numpy(numbers).view(rows, columns)
+
+
+def test_blocks_of_other_types_get_eight_bits():
+    raw, exact = q6_k_blocks(24, 256)
+    tensor = LazyTensor(
+        (24, 256), "Q6_K", raw.nbytes, lambda: exact, lambda: (ggml_type(14), raw.flatten())
+    )
+    weight = QuantizedWeight(*quantized("layers.0.x", tensor, "stored"))
+    assert weight.bits == 8
+    step = exact.view(24, 8, 32).abs().amax(-1, keepdim=True) / 127
+    off = (weight.dequantize() - exact).view(24, 8, 32).abs()
+    assert (off <= 0.51 * step).all()
+
+
+def test_a_file_of_k_quants_is_computed_with_in_its_blocks(tmp_path, capfd):
+    """As llama.cpp writes Q4_K_M: most matrices in Q4_K, the vocabulary's and others in Q6_K."""
+    wide = {"llama.embedding_length": 256, "llama.feed_forward_length": 512}
+    fields = [(key, kind, wide.get(key, content)) for key, kind, content in FIELDS]
+    tensors = []
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        shape = tuple(size if size == 40 else 8 * size for size in shape)
+        if len(shape) == 1:
+            tensors.append((name, shape, 0, random(*shape, seed=seed).numpy().tobytes()))
+        elif "attn_v" in name or "blk" not in name:
+            raw, _ = q6_k_blocks(*shape, seed)
+            tensors.append((name, shape, 14, raw.numpy().tobytes()))
+        else:
+            raw = super_blocks(Q4_K, *shape, seed=seed)
+            tensors.append((name, shape, 12, raw.numpy().tobytes()))
+    path = write_file(tmp_path / "k.gguf", fields, tensors)
+    near, exact = load_pretrained(path, quantize="auto"), load_pretrained(path)
+    assert near.quantize == "stored"
+    bits = {module.bits for module in near.modules() if isinstance(module, QuantizedWeight)}
+    assert bits == {4, 8}
+    assert not any(isinstance(module, nn.Linear) for module in near.modules())
+    ids = random_ids(2, 12, vocab_size=40)
+    with torch.inference_mode():
+        a, b = exact(ids).logits, near(ids).logits
+    # Eight bits are off by 0.4% of a number of random weights; five such matrices are passed.
+    assert (a - b).abs().mean() < 5 * 0.004 * a.abs().mean()
+    if library() is not None:
+        with pytest.raises(SystemExit):
+            cli.main(["info", str(path)])
+        assert "the file's blocks, Q6_K in 8 bits (" in capfd.readouterr().out
+
+
+def test_large_matrices_are_quantised_in_slices(monkeypatch):
+    values = random(40, 64)
+    whole = {bits: quantize(values, bits) for bits in (4, 8)}
+    monkeypatch.setattr("minllama.quantization.SLICE", 16)
+    for bits, expected in whole.items():
+        assert QuantizedWeight(*expected).is_made_of(quantize(values, bits))
 
 
 def test_a_panel_lies_as_its_description_says():

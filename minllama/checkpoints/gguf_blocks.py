@@ -47,6 +47,8 @@ F16 = GGMLType(1, "F16", 1, 2)
 Q4_0 = GGMLType(2, "Q4_0", 32, 2 + 16)
 Q4_1 = GGMLType(3, "Q4_1", 32, 2 + 2 + 16)
 Q8_0 = GGMLType(8, "Q8_0", 32, 2 + 32)
+Q4_K = GGMLType(12, "Q4_K", 256, 2 + 2 + 12 + 128)
+Q5_K = GGMLType(13, "Q5_K", 256, 2 + 2 + 12 + 32 + 128)
 BF16 = GGMLType(30, "BF16", 1, 2)
 
 # Kept as they are: views of the file, in their own dtype.
@@ -112,6 +114,40 @@ def decode_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
     if stored == Q4_1:
         return Blocks(quants, scales, _halves(raw[:, 2:4]))
     return Blocks(quants.view(torch.int8) - 8, scales, None)
+
+
+def decode_super_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
+    """Take super-blocks apart into the eight blocks of each.
+
+    A block's scale and min are whole numbers of 6 bits times factors of the super-block. Here they
+    are those products, rounded to float16: values are not `dequantize`'s to the bit, but off by up
+    to a 2048th of their block's scale times quant, and of its min.
+
+    Args:
+        raw: (n, block_bytes) uint8, super-blocks as they lie in the file.
+        stored: Q4_K or Q5_K.
+
+    Returns:
+        8 n blocks of 32 values.
+    """
+    assert stored in (Q4_K, Q5_K)
+    factors = raw[:, :4].contiguous().view(torch.float16).float()  # (n, 2)
+    # Six bits of the first four scales, of the first four mins, and four of the others: scales low,
+    # mins high. The two bits that those lack are on top of the first ones.
+    scales, mins, others = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
+    scales = torch.cat([scales & 63, (others & 15) | (scales >> 6 << 4)], dim=1)  # (n, 8)
+    mins = torch.cat([mins & 63, (others >> 4) | (mins >> 6 << 4)], dim=1)
+    # A byte has a value of one block in its low half, and one of the next in its high half.
+    halves = raw[:, -128:].unflatten(1, (4, 1, 32))
+    quants = torch.cat([halves & 15, halves >> 4], dim=2)  # (n, 4, 2, 32)
+    if stored == Q5_K:  # bit b of byte i is the fifth one of value i of block b
+        of_block = torch.arange(8, dtype=torch.uint8).view(1, 4, 2, 1)
+        quants = quants | (raw[:, 16:48].unflatten(1, (1, 1, 32)) >> of_block & 1) << 4
+    return Blocks(
+        quants.reshape(-1, 32),
+        (factors[:, :1] * scales).half().view(-1, 1),
+        (-factors[:, 1:] * mins).half().view(-1, 1),
+    )
 
 
 def dequantize(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Tensor:

@@ -79,7 +79,9 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
     if quantize is not None and not has_blocks(checkpoint):
         return f"the file's numbers, widened to float32 ({LEVELS[best_level()]})"
     if quantize is not None:
-        text = f"the file's blocks ({LEVELS[best_level()]})"
+        others = _rounded_again(checkpoint)
+        blocks = f"the file's blocks, {others} in 8 bits" if others else "the file's blocks"
+        text = f"{blocks} ({LEVELS[best_level()]})"
         dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
         if most_rows(dtype) == math.inf:
             return text
@@ -89,6 +91,15 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         return f"{name} on {device.type}"
     compiled = LEVELS[best_level()] if library() is not None else "not compiled, so slow"
     return f"{name} ({compiled})"
+
+
+def _rounded_again(checkpoint: "Checkpoint") -> str:
+    """The types of a file's blocks that are computed with in another form; "" for none."""
+    from minllama.quantization import BITS
+
+    kept = {stored.name for stored in BITS}
+    matrices = [t for t in checkpoint.tensors.values() if len(t.shape) == 2 and t.blocks]
+    return ", ".join(sorted({tensor.stored_as for tensor in matrices} - kept))
 
 
 def _percent(share: float) -> str:
