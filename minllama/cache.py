@@ -26,7 +26,8 @@ class KVCache:
         config: gives the number of layers and the heads' shape.
         batch_size: B, rows.
         capacity: S, the longest text in tokens that fits.
-        dtype, device: of the model's activations.
+        dtype: what they are kept in: that of the model's activations, or one of fewer bits.
+        device: of the model.
 
     Attributes:
         lengths: filled slots of each row, on the host: decisions on shapes need no device sync.
@@ -94,7 +95,8 @@ class KVCache:
                 behind its end, where the next tokens overwrite them.
 
         Returns:
-            Keys and values, (B, K, S', C) views with S' the longest row after this pass.
+            Keys and values, (B, K, S', C) with S' the longest row after this pass, in the dtype of
+            those given: views, unless the cache has another.
 
         Raises:
             MinllamaError: gradients are being recorded. Keys are written in place, which their
@@ -115,9 +117,12 @@ class KVCache:
         else:
             rows = torch.arange(batch, device=positions.device).unsqueeze(-1)  # (B, 1)
             # Two index tensors around a slice put the indexed axes first: (B, T, K, C).
-            stored_keys[rows, :, positions] = keys.transpose(1, 2)
-            stored_values[rows, :, positions] = values.transpose(1, 2)
-        return stored_keys[:batch, :, :end], stored_values[:batch, :, :end]
+            stored_keys[rows, :, positions] = keys.transpose(1, 2).to(stored_keys.dtype)
+            stored_values[rows, :, positions] = values.transpose(1, 2).to(stored_keys.dtype)
+        return (
+            stored_keys[:batch, :, :end].to(keys.dtype),
+            stored_values[:batch, :, :end].to(keys.dtype),
+        )
 
     def advance(self, new_lens: Sequence[int]) -> None:
         """Count `new_lens[b]` more tokens in each row b; the model does this once a pass."""

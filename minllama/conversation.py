@@ -85,7 +85,7 @@ class Conversation:
         """A cache that holds what the prompt shares with the last text."""
         if self._cache is None:
             room = min(len(prompt_ids), self.model.config.context_len)
-            self._cache = self.model.new_cache(1, room)
+            self._cache = self.model.new_cache(1, room, dtype=self.model.cache_dtype)
         # The last token of the prompt is always read: its logits begin the answer.
         self._cache.truncate(min(_common_len(self._read_ids, prompt_ids), len(prompt_ids) - 1))
         return self._cache

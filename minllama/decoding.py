@@ -36,7 +36,7 @@ class CausalModel(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def cache_dtype(self) -> torch.dtype: ...
 
     def __call__(
         self,
@@ -217,9 +217,8 @@ class Decoder:
         longest = max(map(len, prompts))
         if cache is None:
             capacity = self._capacity(longest) if n == 1 else longest
-            cache = KVCache(
-                model.config, len(prompts), capacity, dtype=model.dtype, device=model.device
-            )
+            form: Any = {"dtype": model.cache_dtype, "device": model.device}
+            cache = KVCache(model.config, len(prompts), capacity, **form)
         elif cache.capacity < longest:
             cache.grow(self._capacity(longest))
         new = [ids[known:] for ids, known in zip(prompts, cache.lengths, strict=True)]

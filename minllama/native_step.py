@@ -6,6 +6,7 @@ models and passes it is for. Knows nothing of what the tokens are for.
 """
 
 import ctypes
+import math
 import weakref
 from typing import Any, NamedTuple
 
@@ -25,11 +26,13 @@ from minllama.native.layout import (
     quantized_linear,
 )
 from minllama.native.library import call, library
+from minllama.native.operations import most_rows
 from minllama.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from minllama.widening import WidenedEmbedding, WidenedLinear
 
-# Tokens up to which a step is faster here than torch's products of large matrices are.
-MOST_TOKENS = 32
+# Tokens of a pass up to which a step is faster here than torch's products of large matrices are,
+# rows of one token each, and either on CPUs with matrix instructions (AMX), which torch uses.
+MOST_TOKENS, MOST_ROWS, FEW = 64, 128, 32
 KNOWN = (
     *(nn.Linear, nn.Embedding),
     *(QuantizedLinear, QuantizedEmbedding),
@@ -91,9 +94,20 @@ def has_hooks(llama: Any) -> bool:
     )
 
 
-def is_short(ids: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether a pass is one for the native step: few tokens, each of which sees all before it."""
-    return ids.numel() <= MOST_TOKENS and (attention_mask is None or attention_mask.dim() == 2)
+def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a pass is one for the native step: few tokens, each of which sees all before it.
+
+    Args:
+        ids: (B, T).
+        attention_mask: None, (B, T) or (B, T, T).
+        dtype: of the model.
+    """
+    if attention_mask is not None and attention_mask.dim() == 3:
+        return False
+    most = MOST_ROWS if ids.shape[1] == 1 else MOST_TOKENS
+    if most_rows(dtype) < math.inf:
+        most = FEW
+    return ids.numel() <= most
 
 
 class Runner(NamedTuple):

@@ -48,6 +48,18 @@ def test_rows_of_different_lengths_are_written_each_behind_its_own_end():
     assert keys[1, 1, :, 2].tolist() == [111, 8, 0, 0]
 
 
+@pytest.mark.parametrize("lengths", [[2, 2], [2, 1]])
+def test_a_cache_in_halves_takes_and_gives_the_models_numbers(lengths):
+    cache = KVCache(CONFIG, 2, 6, dtype=torch.float16)
+    cache.lengths = lengths
+    new = torch.full((2, 2, 1, 4), 1 / 3)
+    positions = torch.tensor(lengths).unsqueeze(-1)
+    keys, values = cache.update(1, new, -new, positions)
+    assert keys.dtype == values.dtype == torch.float32
+    assert keys[1, 0, lengths[1], 0] == torch.tensor(1 / 3).half().float()
+    assert cache.keys[1].dtype == torch.float16
+
+
 def test_a_dropped_row_is_replaced_by_the_last():
     cache = filled([2, 3, 1])
     cache.drop_row(0)

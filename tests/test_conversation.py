@@ -75,7 +75,7 @@ def test_megabytes_are_refused_before_anything_is_made_for_them(model, tokenizer
     made = []
     new_cache = type(model).new_cache
     monkeypatch.setattr(
-        type(model), "new_cache", lambda *args: made.append(args[1:]) or new_cache(*args)
+        type(model), "new_cache", lambda *args, **form: made.append(args[1:]) or new_cache(*args)
     )
     with pytest.raises(ContextError, match="the prompt has 1004 tokens"):
         say(conversation, "x" * 1000)

@@ -52,7 +52,8 @@ class Scripted:
     """A model that says what it is told to, whatever it reads."""
 
     def __init__(self, model, tokenizer, texts):
-        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.config, self.device = model.config, model.device
+        self.cache_dtype = model.dtype
         self.scripts = [tokenizer.encode(text, special=True) for text in texts]
         self.rows = list(range(len(texts)))
 

@@ -37,7 +37,7 @@ def plain(monkeypatch):
 
     def off():
         monkeypatch.setattr(operations, "serves", lambda x: False)
-        monkeypatch.setattr("minllama.llama.is_short", lambda ids, mask: False)
+        monkeypatch.setattr("minllama.llama.is_short", lambda *pass_: False)
 
     return off
 
@@ -131,6 +131,24 @@ def test_long_texts_are_attended_to_in_pieces(dtype, level, plain):
     assert torch.allclose(logits, expected, atol=atol), (logits - expected).abs().max()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"),
+    [(1, 1, 64), (4, 2, 16), (3, 1, 40), (8, 2, 8), (5, 1, 32), (8, 1, 24), (6, 2, 12), (2, 2, 20)],
+)
+def test_heads_of_any_number_and_width_are_attended_to(heads, kv_heads, width, level, plain):
+    shape = {**SHAPE, "n_heads": heads, "n_kv_heads": kv_heads, "head_dim": width}
+    model = our_model(**shape)
+    with torch.inference_mode():
+        fast = steps(model, level)
+        halves = steps(model, level, cache_dtype=torch.float16)
+        plain()
+        for a, b, half in zip(fast, steps(model, None), halves, strict=True):
+            assert torch.allclose(a, b, atol=2e-5), (a - b).abs().max()
+            assert torch.allclose(half, b, atol=0.02)
+            assert not torch.equal(half, a)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_any_number_of_threads_gives_the_same_bits(threads, tmp_path):
     model = model_of("int4", tmp_path)
@@ -203,9 +221,9 @@ def test_models_and_passes_that_it_does_not_know_are_left_to_the_modules():
     model = our_model(**SHAPE, tie_embeddings=False)
     model.output = nn.Sequential(model.output)
     assert not can_run(model)
-    assert is_short(torch.zeros(1, 4), None)
-    assert not is_short(torch.zeros(1, 10**4), None)
-    assert not is_short(torch.zeros(1, 4), torch.zeros(1, 4, 4))
+    assert is_short(torch.zeros(1, 4), None, torch.float32)
+    assert not is_short(torch.zeros(1, 10**4), None, torch.float32)
+    assert not is_short(torch.zeros(1, 4), torch.zeros(1, 4, 4), torch.float32)
 
 
 def test_ids_out_of_the_vocabulary_are_refused():

@@ -18,11 +18,13 @@ from minllama.checkpoints.gguf_blocks import (
     ggml_type,
     quantize_q8_0,
 )
+from minllama.decoding import Decoder
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.llama import Llama, load_pretrained
 from minllama.lora import add_lora_wrapper, merge_lora
 from minllama.native import operations
 from minllama.native.library import library
+from minllama.options import GenerationOptions
 from minllama.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -360,3 +362,21 @@ def test_an_adapter_on_quantised_weights_is_that_on_their_numbers(folder, use_do
     assert torch.allclose(*logits, atol=2e-3)
     with pytest.raises(MinllamaError, match="without quantize"):
         merge_lora(quantised)
+
+
+def test_generation_keeps_halves_beside_weights_in_few_bits_and_nowhere_else(folder):
+    near, exact = load_pretrained(folder, quantize="int8", dtype="float32"), load_pretrained(folder)
+    assert (near.cache_dtype, exact.cache_dtype) == (torch.float16, torch.float32)
+    ids, new = random_ids(2, 5), random_ids(2, 1, seed=1)
+    found = []
+    with torch.inference_mode():
+        for dtype in (None, near.cache_dtype):
+            cache = near.new_cache(2, 8, dtype=dtype)
+            assert cache.keys[0].dtype == (dtype or torch.float32)
+            near(ids, cache=cache)
+            found.append(near(new, cache=cache).logits)
+        assert torch.allclose(*found, atol=0.02)
+        assert not torch.equal(*found)
+    decoder = Decoder(near, [[1, 2, 3]], GenerationOptions(max_new_tokens=2))
+    list(decoder)
+    assert decoder._cache.keys[0].dtype == torch.float16
