@@ -7,6 +7,7 @@ import json
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -397,3 +398,32 @@ def test_streams_take_constant_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert n_rows == 30_000
     assert peak < 2**20 < path.stat().st_size / 10
+
+
+def test_the_text_of_a_stream_of_objects_is_found_by_its_name(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "a1"}\n{"id": "a2", "text": "great"}\n')
+    options = DataOptions(skip_bad_rows=True)
+    for chosen in (options, replace(options, text_column="text")):
+        assert [row.text for row in stream_rows(path, chosen)] == ["great"]
+    with pytest.raises(DataError, match="line 1: no 'text'"):
+        list(stream_rows(path))
+
+
+def test_labels_that_nobody_asks_for_may_be_any_column(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,topic,rating\nfine,a,5\n")
+    assert [row.text for row in stream_rows(path)] == ["fine"]
+    with pytest.raises(DataError, match="which column holds the label"):
+        load_dataset(path)
+
+
+def test_objects_are_not_taken_for_lines_of_text(tmp_path):
+    path = tmp_path / "rows.txt"
+    path.write_text('{"text": "fine"}\n')
+    with pytest.raises(DataError, match="JSON objects; read them with --data-format jsonl"):
+        list(stream_rows(path))
+    assert [row.text for row in stream_rows(path, DataOptions(data_format="jsonl"))] == ["fine"]
+    assert len(list(stream_rows(path, DataOptions(data_format="text")))) == 1
+    path.write_text("{text}\n")
+    assert [row.text for row in stream_rows(path)] == ["{text}"]

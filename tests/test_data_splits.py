@@ -221,3 +221,22 @@ def test_what_is_doubtful_is_told_and_counted() -> None:
             "says little",
         ),
     ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_training_keeps_every_label_of_texts_with_several(seed: int) -> None:
+    whole = several((0, 2), (1, 2), (0,), (1,), (0, 2))
+    train, dev = stratified_split(whole, 0.5, seed)
+    assert all(train.class_counts())
+    assert len(train) + len(dev) == len(whole)
+    assert len(dev) > 0
+
+
+def test_a_sample_of_several_labels_has_texts_without_any() -> None:
+    whole = several(*[()] * 10, (0,), (0, 1), (2,))
+    assert sum(not labels for labels in sample_per_class(whole, 3, seed=0).labels or ()) == 3
+
+
+def test_one_label_beside_several_is_told_as_what_it_is() -> None:
+    with pytest.raises(DataError, match="gives one label to each text and"):
+        check_splits(several((0,), (1, 2)), replace(dataset(1, 1, 1), label_names=["a", "b", "c"]))

@@ -4,7 +4,7 @@ A guess is made only where there is one; otherwise the error lists the columns. 
 what is in them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from minllama.data.records import listed
 from minllama.errors import DataError
@@ -64,14 +64,16 @@ def find_columns(
     # The index that pandas writes has no name.
     left = [column for column in columns if column and column not in (text, label)]
     if label is None:
-        label = _guessed(left, LABEL_NAMES, f"{name}: which column holds the label?", "label")
+        label, rivals = _guessed(left, LABEL_NAMES)
+        if rivals and needs_label:
+            raise _unclear(f"{name}: which column holds the label?", rivals, "label")
         left = [column for column in left if column != label]
     if text is None:
-        text = _guessed(left, TEXT_NAMES, f"{name}: which column holds the text?", "text")
-        if text is None and len(left) == 1:
+        text, rivals = _guessed(left, TEXT_NAMES)
+        if text is None and not rivals and len(left) == 1:
             text = left[0]
         if text is None:
-            raise _unclear(f"{name}: which column holds the text?", columns, "text")
+            raise _unclear(f"{name}: which column holds the text?", rivals or columns, "text")
         left.remove(text)
     if label is None and needs_label:
         if len(left) != 1:
@@ -86,14 +88,20 @@ def _asked(columns: Sequence[str], name: str, asked: str | None, flag: str) -> s
     return asked
 
 
-def _guessed(left: list[str], guesses: tuple[str, ...], question: str, what: str) -> str | None:
+def tells_text(columns: Collection[str], text_column: str | None) -> bool:
+    """Whether the column of the text is among these by its name, and not only by elimination."""
+    if text_column is not None:
+        return text_column in columns
+    return any(column.lower() in TEXT_NAMES for column in columns)
+
+
+def _guessed(left: list[str], guesses: tuple[str, ...]) -> tuple[str | None, list[str]]:
+    """The column that is meant, or None and those that may be."""
     found = [column for column in left if column.lower() in guesses]
     first = [column for column in found if column.lower() == guesses[0]]
     if len(first) == 1 or len(found) == 1:
-        return (first or found)[0]
-    if found:
-        raise _unclear(question, found, what)
-    return None
+        return (first or found)[0], []
+    return None, found
 
 
 def _unclear(question: str, columns: Sequence[str], what: str) -> DataError:

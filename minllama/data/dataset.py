@@ -5,15 +5,15 @@ models or batches.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-from minllama.data.columns import find_columns
+from minllama.data.columns import find_columns, tells_text
 from minllama.data.labels import UNLABELLED, Cell, LabelReader, class_names, read_label_names
 from minllama.data.records import BadRow, BadRows, Record, Table
 from minllama.data.source import Source, open_table
-from minllama.errors import DataError
+from minllama.errors import DataError, OptionError
 from minllama.options import DataOptions
 
 COLUMNS_FROM = 100  # rows that tell which columns a file has, where each row has its own
@@ -106,7 +106,7 @@ def load_dataset(
     """
     options = options or DataOptions()
     with open_table(source, options.data_format, labelled=needs_labels) as table:
-        rows, columns = _columns_of(table, COLUMNS_FROM)
+        rows, columns = _columns_of(table)
         text_column, label_column = _text_and_label(table.name, columns, options, needs_labels)
         reader = _label_reader(table, label_column, options, label_names)
         examples = _Examples(text_column, label_column, reader, needs_labels)
@@ -246,7 +246,7 @@ def stream_rows(
     options = options or DataOptions()
     bad_rows = BadRows() if bad_rows is None else bad_rows
     with open_table(source, options.data_format) as table:
-        rows, columns = _columns_of(table, 1)
+        rows, columns = _columns_of(table, lambda found: tells_text(found, options.text_column))
         text_column, _ = _text_and_label(table.name, columns, options, needs_labels=False)
         for row in rows:
             if row.index < start:
@@ -296,10 +296,13 @@ def _no_rows(name: str, bad_rows: BadRows) -> str:
     return f"{name}: all {bad_rows.count} rows are bad: {bad_rows.summary()}"
 
 
-def _columns_of(table: Table, n_rows: int) -> tuple[Iterator[Record | BadRow], list[str] | None]:
+def _columns_of(
+    table: Table, enough: Callable[[Collection[str]], bool] | None = None
+) -> tuple[Iterator[Record | BadRow], list[str] | None]:
     """All rows of a table, and its columns; None where no row tells them.
 
-    JSON objects need not all have the same keys: the first `n_rows` tell which there are.
+    JSON objects need not all have the same keys: the first COLUMNS_FROM tell which there are, or
+    fewer where their columns are `enough`, so that a stream's first text does not wait for others.
     """
     if table.columns is not None:
         return table.rows, table.columns
@@ -309,7 +312,7 @@ def _columns_of(table: Table, n_rows: int) -> tuple[Iterator[Record | BadRow], l
         ahead.append(row)
         if isinstance(row, Record):
             columns |= dict.fromkeys(row.values)
-        if columns and len(ahead) >= n_rows:
+        if columns and (len(ahead) >= COLUMNS_FROM or (enough is not None and enough(columns))):
             break
     return itertools.chain(ahead, table.rows), list(columns) or None
 
@@ -338,6 +341,8 @@ def _label_reader(
         numbers = read_label_names(options.label_names)
     elif column in table.class_names:
         numbers = dict(enumerate(table.class_names[column]))
+    if options.label_separator != DataOptions.label_separator and not options.multi_label:
+        raise OptionError("label_separator is for texts with several labels; add --multi-label")
     separator = options.label_separator if options.multi_label else None
     return LabelReader(known, numbers, separator=separator)
 

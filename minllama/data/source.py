@@ -8,6 +8,7 @@ columns mean.
 import contextlib
 import gzip
 import io
+import json
 import os
 import stat
 import sys
@@ -164,6 +165,11 @@ def _stream_table(stream: BinaryIO, name: str, kind: str, labelled: bool) -> Tab
         return json_table(buffered, name)
     lines = Lines(buffered, name)
     if kind == "lines":
+        if _is_json_object(lines.peek()):
+            raise DataError(
+                f"{name}: its lines are JSON objects; read them with --data-format jsonl, or as "
+                "texts with --data-format text"
+            )
         kind = "labelled" if labelled or SEPARATOR in lines.peek() else "text"
     tables = {
         "labelled": labelled_table,
@@ -173,6 +179,15 @@ def _stream_table(stream: BinaryIO, name: str, kind: str, labelled: bool) -> Tab
         "jsonl": jsonl_table,
     }
     return tables[kind](lines)
+
+
+def _is_json_object(line: str) -> bool:
+    if not line.startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _buffered(stream: BinaryIO | gzip.GzipFile) -> io.BufferedReader:

@@ -49,23 +49,40 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
             f"{dataset.source}: no class has two different texts, so none can be set aside for "
             "evaluation; give a --dev file"
         )
+    _keep_one_of_each(dataset, aside)
+    if not aside:
+        raise DataError(
+            f"{dataset.source}: each text is the only one of a label, so none can be set aside for "
+            "evaluation; give a --dev file"
+        )
     rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
     dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
     return replace(rest, notices=dataset.notices), dev
+
+
+def _keep_one_of_each(dataset: Dataset, aside: set[str]) -> None:
+    """Take texts back out of `aside` until each label has one that is not in it."""
+    rows = range(len(dataset))
+    kept = {c for i in rows if dataset.texts[i] not in aside for c in dataset.classes_of(i)}
+    for i in rows:
+        if not kept.issuperset(dataset.classes_of(i)):
+            text = dataset.texts[i]
+            aside.discard(text)
+            kept |= {c for j in rows if dataset.texts[j] == text for c in dataset.classes_of(j)}
 
 
 def sample_per_class(dataset: Dataset, k: int, seed: int) -> Dataset:
     """`k` examples of each class, in random order; all of them where a class has fewer.
 
     With several labels, examples are drawn until each class has `k`, one text counting for all
-    its classes.
+    its classes; and `k` of those that have none.
     """
     assert dataset.labels is not None
     draw = random.Random(seed)
     order = draw.sample(range(len(dataset)), len(dataset))
-    taken, counts = [], [0] * len(dataset.label_names)
+    taken, counts = [], Counter[int]()
     for index in order:
-        classes = dataset.classes_of(index)
+        classes = dataset.classes_of(index) or (-1,)
         if any(counts[label] < k for label in classes):
             taken.append(index)
             for label in classes:
@@ -158,7 +175,13 @@ def _notices_on_training(train: Dataset, counts: list[int]) -> list[Notice]:
 def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
     if split.labels is None:
         return
-    if split.label_names != train.label_names or split.multi_label != train.multi_label:
+    if split.multi_label != train.multi_label:
+        one, several = "one label to each text", "lists of labels"
+        of_train, of_split = (several, one) if train.multi_label else (one, several)
+        raise DataError(
+            f"{split.source}: gives {of_split} and {train.source} {of_train}; write both alike"
+        )
+    if split.label_names != train.label_names:
         raise DataError(
             f"{split.source}: its labels ({listed(split.label_names)}) are not those of "
             f"{train.source} ({listed(train.label_names)})"

@@ -71,8 +71,8 @@ def load_splits(
         whole = len(learned)
         learned = sample_per_class(learned, per_class, seed)
         spoken.append(
-            f"{learned.source}: {per_class} examples of each class are drawn with seed {seed}: "
-            f"{len(learned)} of {whole}"
+            f"{learned.source}: up to {per_class} examples of each class are drawn with seed "
+            f"{seed}: {len(learned)} of {whole}"
         )
     tested = None
     if test is not None:
