@@ -440,15 +440,16 @@ def test_what_is_not_in_the_source_any_more_is_written_or_refused(base, tmp_path
     assert not (tmp_path / "adapted").exists()
 
 
-def test_a_tokenizer_of_another_place_goes_with_the_classifier(base, tmp_path):
+def test_a_tokenizer_of_another_place_goes_with_the_classifier(base, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "base")
     BASE_CHANGES["tokenizer"][0](tmp_path / "base")
     llama, words = opened(base)
     other = Tokenizer.from_pretrained(tmp_path / "base")
     classifier = LlamaEmbeddingClassifier(llama, other, ["a", "b"])
-    path = str(tmp_path / "base")
-    save_classifier(classifier, tmp_path / "named", tokenizer=path)
+    monkeypatch.chdir(tmp_path)
+    save_classifier(classifier, tmp_path / "named", tokenizer="base")
     assert not (tmp_path / "named" / "model.safetensors").exists()
+    monkeypatch.chdir(tmp_path / "named")  # what was told relative to another place is found
     load_classifier(tmp_path / "named", device="cpu")
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match="with --base, its tokenizer with --tokenizer"):

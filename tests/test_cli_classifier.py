@@ -145,7 +145,7 @@ def test_evaluate_prints_and_writes_a_report(run, trained, labelled_files, tmp_p
     again = json.loads((trained / "words" / "metrics.json").read_text())["splits"]["dev"]
     assert metrics["splits"]["data"]["evaluation"] == again["evaluation"]
     assert refused(
-        run("evaluate", trained / "words", "--data", dev, "-o", folder), "--force replaces it"
+        run("evaluate", trained / "words", "--data", dev, "-o", folder), "--force replaces them"
     )
     assert run("evaluate", trained / "words", "--data", dev, "-o", folder, "--force").status == 0
 
@@ -419,6 +419,8 @@ def test_merge_writes_a_folder_that_needs_no_base(run, trained, rows, tmp_path):
     assert one.predict(texts) == other.predict(texts)
     np.testing.assert_allclose(one.predict_proba(texts), other.predict_proba(texts), atol=1e-4)
     assert refused(run("merge", trained / "lora", tmp_path / "merged"), "--force replaces it")
+    measured = run("evaluate", tmp_path / "merged", "--data", rows, "--base", "nowhere")
+    assert refused(measured, "needs no base; leave --base nowhere away")
     assert run("merge", trained / "lora", tmp_path / "merged", "--force").status == 0
     unmeasured = tmp_path / "unmeasured"
     load_classifier(trained / "lora", device="cpu").save_pretrained(unmeasured)

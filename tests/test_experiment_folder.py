@@ -1,6 +1,7 @@
 """The folder of an experiment: cut and gone on with, kept, replaced, never half of one."""
 
 import dataclasses
+import shutil
 import sys
 
 import pytest
@@ -238,3 +239,42 @@ def test_what_needs_one_label_is_refused_before_texts_with_several_are_read(
         run_experiment(make_experiment(**options, train=lists, dev=lists), say=heard)
     assert heard.titles == []
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("frozen", "README.md"), ("lora", "predictions.jsonl"), ("full", "model.safetensors")],
+)
+def test_files_of_no_run_are_not_replaced(make_experiment, tmp_path, method, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    (tmp_path / "run" / "notes.txt").write_text("are in nobody's way")
+    with pytest.raises(MinllamaError, match=f"{name} would be replaced, and are of no run"):
+        run_experiment(make_experiment(method))
+    assert (tmp_path / "run" / name).read_text() == "mine"
+    assert names_in(tmp_path / "run") == {name, "notes.txt"}
+
+
+def test_a_run_is_not_written_over_its_base(make_experiment, base, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(base, folder)
+    before = names_in(folder)
+    for model in (folder, folder / "model.safetensors"):
+        with pytest.raises(MinllamaError, match="the base model lies there"):
+            run_experiment(make_experiment("full", model=str(model)), force=True)
+    assert names_in(folder) == before
+
+
+def test_what_prompts_show_is_not_learned_from(make_experiment, monkeypatch):
+    seen, fit = [], run_module.fit
+
+    def heard(model, train, *others, **options):
+        seen.append(train)
+        return fit(model, train, *others, **options)
+
+    monkeypatch.setattr(run_module, "fit", heard)
+    outcome = run_experiment(make_experiment(objective="label-words", shots=4))
+    shown = {text for text, _ in outcome.classifier.shots}
+    assert len(shown) == 4
+    assert len(seen[0]) == 20
+    assert shown.isdisjoint(seen[0].texts)

@@ -50,7 +50,7 @@ from minllama.classifier.head_file import (
     write_head,
 )
 from minllama.classifier.identity import base_tensors
-from minllama.errors import CheckpointError, MinllamaError
+from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.llama import Llama
 from minllama.loading import reading_form, slow_dtype, usable_device
 from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper
@@ -80,7 +80,8 @@ def save_classifier(
     Args:
         classifier: of either kind.
         folder: where to.
-        tokenizer: the path that the tokenizer was read from, where it is not the checkpoint's own.
+        tokenizer: the path or id that the tokenizer was read from, where it is not the
+            checkpoint's own.
         training: settings that it came about with, for people.
         metrics: split -> metric -> value, for the model card.
         also: writes what else belongs into the folder, in the same step.
@@ -90,6 +91,8 @@ def save_classifier(
         MinllamaError: the folder cannot be written, several adapters take part or one in part, or
             an adapter stands on a model that is in no file.
     """
+    if tokenizer is not None and Path(tokenizer).expanduser().exists():
+        tokenizer = str(Path(tokenizer).expanduser().resolve())  # it is opened from elsewhere too
     llama, adapter = classifier.llama, _adapter_to_save(classifier.llama)
     identity = _identity_to_name(classifier, tokenizer, adapter)
     is_own = identity is None
@@ -197,6 +200,19 @@ def _holds_model(folder: Path, llama: Llama) -> bool:
     return weights == "full" and not is_base
 
 
+def files_to_replace(folder: Path, *, is_own: bool) -> list[str]:
+    """What lies in a folder that a classifier of ours would take the place of, by name.
+
+    Args:
+        folder: need not be there.
+        is_own: its weights are written too.
+    """
+    if not folder.is_dir():
+        return []
+    names = sorted(path.name for path in folder.iterdir())
+    return [name for name in names if name in OWN_FILES or (is_own and _is_model_file(name))]
+
+
 def _is_model_file(name: str) -> bool:
     return bool(WEIGHT_FILES.fullmatch(name)) or name in ("config.json", *TOKENIZER_FILES)
 
@@ -230,6 +246,10 @@ def load_classifier(
     with described_by(path):
         base, weights, kind = content["base"], content["weights"], content["kind"]
         labels, prompt = content["labels"], PromptOptions(**content["prompt"])
+        if weights == "full" and model is not None:
+            raise OptionError(
+                f"{folder}: holds all of its weights and needs no base; leave --base {model} away"
+            )
         source = path.parent if weights == "full" else (model or base["model"])
         if weights not in ("base", "adapter", "full") or kind not in ("zero-shot", "embedding"):
             raise ValueError(f"weights {weights!r} and kind {kind!r} are not of this version")

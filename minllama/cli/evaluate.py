@@ -66,8 +66,12 @@ def command(
         raise MinllamaError("the name of --output is empty; name a folder")
     if output is not None:
         check_replaceable(output)
-    if output is not None and (Path(output) / "metrics.json").exists() and not force:
-        raise MinllamaError(f"{output}: an earlier report is there; --force replaces it")
+    with ended_by_interrupts():
+        from minllama.report.files import REPORT_FILES
+
+    there = [name for name in REPORT_FILES if output is not None and (Path(output) / name).exists()]
+    if there and not force:
+        raise MinllamaError(f"{output}: {', '.join(there)} are there; --force replaces them")
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
         from minllama.cli.waiting import ConsoleSay

@@ -3,9 +3,9 @@
 Knows nothing of files but for the folder that a run is kept in.
 """
 
-import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,7 +92,7 @@ def make_zero_shot(
     if options.shots:
         if train is None:
             raise OptionError("shots come from a training file, and there is none")
-        drawn = sample_balanced(train, options.shots, seed)
+        drawn = draw_shots(train, options, seed)
         shots = [
             (text, words[label])
             for text, label in zip(drawn.texts, cast(list[int], drawn.labels), strict=True)
@@ -108,8 +108,33 @@ def make_zero_shot(
         shots=shots,
     )
     if train is not None:
-        classifier.fit_prior(sample_texts(train, PRIOR_TEXTS, seed))
+        shown = {text for text, _ in shots}  # whose prompts would hold their own answer
+        texts = sample_texts(train, PRIOR_TEXTS, seed)
+        classifier.fit_prior([text for text in texts if text not in shown] or texts)
     return classifier
+
+
+def draw_shots(train: Dataset, options: ZeroShotOptions, seed: int) -> Dataset:
+    """The training examples that prompts show."""
+    return sample_balanced(train, options.shots, seed)
+
+
+def without_shots(train: Dataset, options: ZeroShotOptions, seed: int) -> Dataset:
+    """What is left to learn from: not what prompts show with its answer, which would be copied.
+
+    Raises:
+        OptionError: nothing is.
+    """
+    if not options.shots:
+        return train
+    shown = set(draw_shots(train, options, seed).texts)
+    rows = [i for i, text in enumerate(train.texts) if text not in shown]
+    if not rows:
+        raise OptionError(
+            f"{train.source}: prompts show all of its texts, and none is left to learn from; give "
+            "fewer shots"
+        )
+    return replace(train.select(rows), notices=train.notices)
 
 
 def sample_texts(dataset: Dataset, n: int, seed: int) -> list[str]:
@@ -298,9 +323,9 @@ def training_options(options: TrainingOptions, method: str) -> TrainingOptions:
     changes: dict[str, Any] = {}
     if options.lr is None:
         changes["lr"] = LEARNING_RATES[method]
-        if options.head_lr is None:
-            changes["head_lr"] = HEAD_LEARNING_RATE
-    return dataclasses.replace(options, **changes)
+    if options.head_lr is None:
+        changes["head_lr"] = HEAD_LEARNING_RATE
+    return replace(options, **changes)
 
 
 def weights_form(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minllama.atomic import atomic_folder, check_replaceable
 from minllama.classifier.description import CLASSIFIER_FILE
+from minllama.classifier.files import files_to_replace
 from minllama.errors import MinllamaError, OptionError
 from minllama.experiment.fitting import LAYER_FILE, TRAINED
 from minllama.report.files import METRICS_FILE, REPORT_FILES
@@ -47,7 +48,28 @@ def check_output(output: Path, method: str, *, resume: bool, force: bool) -> boo
         raise MinllamaError(
             f"{output}: a run that left no checkpoint is there; --force starts anew"
         )
+    strangers = files_to_replace(output, is_own=method == "full")
+    strangers += [name for name in REPORT_FILES if (output / name).exists()]
+    if strangers:
+        raise MinllamaError(
+            f"{output}: {', '.join(strangers)} would be replaced, and are of no run; name another "
+            "folder, or give --force"
+        )
     return False
+
+
+def check_not_base(output: Path, model: str | None) -> None:
+    """Refuse to write where the base model lies: its files would be taken for the run's own.
+
+    Raises:
+        MinllamaError: it lies there.
+    """
+    if model is None:
+        return
+    path = Path(model).expanduser()
+    folder = path.parent if path.is_file() else path
+    if folder.is_dir() and folder.resolve() == output.resolve():
+        raise MinllamaError(f"{output}: the base model lies there; name another folder for the run")
 
 
 def _is_resumable(output: Path, method: str) -> bool:

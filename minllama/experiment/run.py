@@ -31,8 +31,14 @@ from minllama.experiment.fitting import (
     make_zero_shot,
     training_options,
     weights_form,
+    without_shots,
 )
-from minllama.experiment.folder import check_output, remove_earlier_run, writable
+from minllama.experiment.folder import (
+    check_not_base,
+    check_output,
+    remove_earlier_run,
+    writable,
+)
 from minllama.experiment.measuring import (
     evaluate_classifier,
     headlines,
@@ -144,6 +150,7 @@ def run_experiment(
     training = experiment.training
     check_uses(experiment)
     method, is_asked = experiment.classifier.method, resume
+    check_not_base(experiment.output, experiment.model)
     resume = check_output(experiment.output, method, resume=resume, force=force)
     if is_asked and not resume:
         say.say(f"{experiment.output}: the run was cut before its first checkpoint; it begins anew")
@@ -233,7 +240,7 @@ def _train(
 ) -> tuple[Classifier, dict[str, Evaluation], TrainingResult | None]:
     """The classifier, what it was before its training, and how that went."""
     options = experiment.classifier
-    training = experiment.training
+    training, train = experiment.training, splits.train
     beside: dict[str, Evaluation] = {}
     classifier: Classifier
     if options.method == "zero-shot" or options.objective == "label-words":
@@ -252,6 +259,7 @@ def _train(
         before = evaluate_classifier(classifier, splits.dev, "dev", progress=progress)
         assert before.evaluation is not None
         beside["zero-shot (before training)"] = before.evaluation
+        train = without_shots(splits.train, options, training.seed)
         say.say(f"zero-shot, before training: dev accuracy {before.evaluation.accuracy:.3f}")
     else:
         classifier = make_head(
@@ -271,7 +279,7 @@ def _train(
     head = classifier.score if isinstance(classifier, LlamaEmbeddingClassifier) else None
     result = fit(
         classifier,
-        splits.train,
+        train,
         splits.dev,
         training_options(training, options.method),
         folder=experiment.output,
