@@ -56,6 +56,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--generated_sentence_high_temp_out", default="generated-sentence-temp-1.txt")
     add("--output", help="folder of the trained classifier (default runs/OPTION-EPOCHS-LR)")
     add("--force", action="store_true", help="replace an earlier run in that folder")
+    add("--resume", action="store_true", help="go on with a run in that folder that was cut")
     return parser
 
 
@@ -162,13 +163,21 @@ def train(args: argparse.Namespace) -> None:
                     dropout=args.hidden_dropout_prob,
                 ),
                 training=TrainingOptions(
-                    epochs=args.epochs, batch_size=args.batch_size, lr=lr, seed=args.seed
+                    epochs=args.epochs,
+                    batch_size=args.batch_size,
+                    lr=lr,
+                    head_lr=lr,  # the classic script has one
+                    seed=args.seed,
                 ),
                 llama_changes={"dropout": args.hidden_dropout_prob},
             ),
             force=args.force,
+            resume=args.resume,
             say=say,
         )
+    except KeyboardInterrupt:
+        print(f"interrupted; {output} keeps what was trained: --resume goes on", file=sys.stderr)
+        raise
     finally:
         say.close()
     # Files of the course have numbers, and so have the predictions, whatever the classes' names.
@@ -176,16 +185,28 @@ def train(args: argparse.Namespace) -> None:
     if args.label_names is not None:
         written = [str(number) for number in read_label_names(args.label_names)]
     for reported in outcome.report.splits:
-        tell(args, reported, written)
+        tell(args, reported, written, multi_label=outcome.report.multi_label)
     print(f"classifier and report: {output}")
 
 
-def tell(args: argparse.Namespace, split: "ReportedSplit", labels: list[str]) -> None:
+def tell(
+    args: argparse.Namespace,
+    split: "ReportedSplit",
+    labels: list[str],
+    *,
+    multi_label: bool = False,
+) -> None:
     """Print a split's accuracy, if it has labels, and write its predictions."""
+    from minllama.evaluation import predictions
+
     path = {"dev": args.dev_out, "test": args.test_out}[split.name]
-    predicted = split.probabilities.argmax(1)
-    rows = zip(predicted, split.texts, strict=True)
-    write_lines(path, [f"{labels[i]} ||| {' '.join(text.split())}" for i, text in rows])
+    chosen = predictions(split.probabilities, multi_label=multi_label)
+    rows = zip(chosen, split.texts, strict=True)
+    lines = [
+        f"{','.join(labels[i] for i in row.nonzero()[0])} ||| {' '.join(text.split())}"
+        for row, text in rows
+    ]
+    write_lines(path, lines)
     said = "no labels to compare with"
     if split.evaluation is not None:
         said = f"accuracy {split.evaluation.accuracy:.3f}"
@@ -245,12 +266,16 @@ def check_outputs(args: argparse.Namespace, *names: str) -> None:
     from minllama.atomic import check_file_writable
     from minllama.data import is_source
 
-    for name in names:
+    for i, name in enumerate(names):
         path = getattr(args, name)
-        for read in ("train", "dev", "test"):
+        for other in names[:i]:
+            if Path(path).resolve() == Path(getattr(args, other)).resolve():
+                raise MinllamaError(f"--{name} and --{other} are both {path}; name another")
+        for read in ("train", "dev", "test", "label_names"):
             source = getattr(args, read)
             if source is not None and is_source(path, source):
-                raise MinllamaError(f"--{name} {path} is the file of --{read}; name another")
+                flag = read.replace("_", "-")
+                raise MinllamaError(f"--{name} {path} is the file of --{flag}; name another")
         check_file_writable(path)
 
 

@@ -3,6 +3,7 @@
 Knows nothing of models, schedules or losses.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,16 +86,18 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Before anything is updated: a step is taken whole or not at all.
+        every = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        if any(p.grad is not None and p.grad.is_sparse for p in every):
+            raise OptionError(
+                "AdamW takes no sparse gradients: its moments would be dense all the same; "
+                "make the embedding with sparse=False"
+            )
         for group in self.param_groups:
             batches: dict[tuple[Any, ...], list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                if parameter.grad.is_sparse:
-                    raise OptionError(
-                        "AdamW takes no sparse gradients: its moments would be dense all the same; "
-                        "make the embedding with sparse=False"
-                    )
                 state = self.state[parameter]
                 if not state:
                     state["step"] = 0

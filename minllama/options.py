@@ -351,10 +351,12 @@ class TrainingOptions(CheckedOptions):
         within=Range(1),
     )
     lr: float | None = option(
-        None, "highest learning rate; by the method where not given", within=Range(0, low_open=True)
+        None,
+        "highest learning rate (where not given 3e-4 for lora and 2e-5 for full)",
+        within=Range(0, low_open=True),
     )
     head_lr: float | None = option(
-        None, "that of the head, where it is another", within=Range(0, low_open=True)
+        None, "that of the head (where not given 1e-3)", within=Range(0, low_open=True)
     )
     weight_decay: float = option(
         0.0, "shrink matrices by this share times the learning rate, each step", within=Range(0)
@@ -412,7 +414,11 @@ class TrainingOptions(CheckedOptions):
     evals_per_epoch: int = option(
         1, "how often to evaluate on the dev split in each epoch", within=Range(1)
     )
-    seed: int = option(0, "of order and dropout: the same gives the same weights", within=Range(0))
+    seed: int = option(
+        0,
+        "of order and dropout: the same gives the same weights",
+        within=Range(0, 2**32 - 1),  # what scikit-learn takes
+    )
     save_every: int = option(
         100, "steps between two checkpoints, from which a cut run goes on", within=Range(1)
     )

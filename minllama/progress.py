@@ -69,9 +69,11 @@ class TrainingProgress:
             self._bar.update(self._task, completed=step, figures=figures)
         elif self._clock() - self._spoke >= self._every_seconds:
             self._spoke = self._clock()
-            seconds = (self._spoke - self._began) / (step - self._first)
-            left = _duration(seconds * (self._total_steps - step))
-            self._say(f"step {step}/{self._total_steps}  {figures}  {left} left")
+            left = ""
+            if step > self._first:  # else it goes on with the end of a step that was cut
+                seconds = (self._spoke - self._began) / (step - self._first)
+                left = f"  {_duration(seconds * (self._total_steps - step))} left"
+            self._say(f"step {step}/{self._total_steps}  {figures}{left}")
         if "dev_loss" in row:
             values = {"loss": "dev_loss", "accuracy": "dev_accuracy", "macro F1": "dev_macro_f1"}
             texts = [f"{name} {row[key]:.3f}" for name, key in values.items()]

@@ -274,3 +274,8 @@ def test_what_cannot_be_a_head_is_said():
 def test_names_by_number_come_in_order():
     assert embedding(labels={1: "b", 0: "a"}).labels == ("a", "b")
     assert embedding(labels=["x", "y"]).id2label == {0: "x", 1: "y"}
+
+
+def test_one_string_is_not_taken_for_a_list_of_letters():
+    with pytest.raises(MinllamaError, match="texts must be a list of strings, not the string 'a"):
+        embedding().predict("a text")

@@ -140,3 +140,9 @@ def test_a_handful_of_right_rows_is_no_certainty():
     found = fit_temperature(logits, [0, 1, 2, 3])
     assert 0.4 < found < 0.95
     assert fit_temperature(np.tile(logits, (250, 1)), [0, 1, 2, 3] * 250) < found / 1.5
+
+
+def test_an_only_row_is_compared_with_nothing():
+    features = {(1, "mean"): np.ones((1, 4), dtype=np.float32)}
+    selection = select_features(features, [(0,)], 2, multi_label=True)
+    assert selection.choice == (1, "mean")

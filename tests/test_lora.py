@@ -178,7 +178,7 @@ def test_the_defaults_are_those_of_the_options() -> None:
         ({"layers_to_transform": [0, -1]}, "must be from 0 to 1, not -1"),
         (
             {"target_modules": "layers.0.feed_forward.w1", "layers_to_transform": 1},
-            "target_modules names nothing in the layers of layers_to_transform",
+            "names nothing in the layers that take part",
         ),
         ({"layers_to_transform": []}, "names nothing in the layers"),
         ({"r": 0}, "r must be >= 1"),

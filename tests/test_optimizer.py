@@ -189,3 +189,13 @@ def test_options_out_of_range_are_refused(options, message):
         AdamW([parameter], **options)
     with pytest.raises(OptionError, match=message):
         AdamW([{"params": [parameter], **options}])
+
+
+def test_a_sparse_gradient_is_refused_before_anything_is_updated():
+    dense, sparse = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    dense.grad, sparse.grad = torch.ones(3), torch.ones(3).to_sparse()
+    optimizer = AdamW([{"params": [dense]}, {"params": [sparse]}])
+    with pytest.raises(OptionError, match="sparse"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones(3))
+    assert not optimizer.state

@@ -209,3 +209,29 @@ def test_help_is_quick_and_names_every_argument():
     assert done.returncode == 0, done.stderr
     for name in CLASSIC.split():
         assert name in done.stdout
+
+
+def test_an_interrupted_training_says_how_it_goes_on(files, base, capsys, monkeypatch):
+    from minllama import training_run
+
+    take = training_run.TrainingRun._take_step
+
+    def interrupted(self):
+        if self.state.step == 2:
+            raise KeyboardInterrupt
+        take(self)
+
+    monkeypatch.setattr(training_run.TrainingRun, "_take_step", interrupted)
+    assert run(files, "lora", "--epochs", 1, "--batch_size", 8, model=base) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(files, "lora", "--epochs", 1, "--batch_size", 8, "--resume", model=base) == 0
+    check_predictions(files)
+
+
+def test_files_that_would_replace_one_another_are_refused(files, base, capsys):
+    same = ("--dev_out", files / "x", "--test_out", files / "x")
+    assert run(files, "lora", *same, model=base) == 2
+    assert "--test_out and --dev_out are both" in capsys.readouterr().err
+    assert run(files, "lora", "--dev_out", files / "names.json", model=base) == 2
+    assert "is the file of --label-names" in capsys.readouterr().err

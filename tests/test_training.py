@@ -636,6 +636,15 @@ def test_without_a_terminal_progress_is_a_line_now_and_then():
     ]
 
 
+def test_a_run_that_was_cut_in_an_evaluation_goes_on_with_its_step():
+    stream, clock = io.StringIO(), Clock()
+    progress = TrainingProgress(stream, every_seconds=10, clock=clock)
+    progress.begin(5, 9)
+    clock.now += 60
+    progress.advance({"step": 5, "loss": 1.0, "examples_per_second": 2.0})
+    assert stream.getvalue() == "step 5/9  loss 1.000  2 texts/s\n"
+
+
 def test_on_a_terminal_progress_is_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
 

@@ -105,8 +105,10 @@ class Classifier(nn.Module, ABC):
             progress: is told how many more texts are done.
 
         Raises:
-            MinllamaError: a text cannot be encoded, or has no tokens.
+            MinllamaError: a text cannot be encoded, or has no tokens; or it is one string.
         """
+        if isinstance(texts, str):
+            raise MinllamaError(f"texts must be a list of strings, not the string {texts[:40]!r}")
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
         with evaluating(self), torch.inference_mode(), self.steady():
             encoded = [self.encode(text) for text in texts]

@@ -322,7 +322,9 @@ def _folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:
     order = random.permutation(len(target))
     kinds = [row.tobytes() for row in target]
     dealt = sorted(order, key=lambda i: kinds[i])
-    return [np.sort(np.asarray(dealt[start::n_folds])) for start in range(n_folds)]
+    # Of an only row there is a fold without one.
+    folds = (np.asarray(dealt[start::n_folds], dtype=np.int64) for start in range(n_folds))
+    return [np.sort(fold) for fold in folds]
 
 
 def _target(labels: Sequence[Any], n_classes: int, *, multi_label: bool) -> NDArray[np.bool_]:

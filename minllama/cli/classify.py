@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from minllama.cli.common import (
+    INTERRUPTED,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
@@ -77,7 +78,7 @@ JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 @quantize_option_of_classifier
 @dataclass_options(ZeroShotOptions, skip=("shots",))
 @dataclass_options(PromptOptions)
-@dataclass_options(DataOptions)
+@dataclass_options(DataOptions, skip=("label_names", "multi_label", "label_separator"))
 @debug_option
 def command(
     classifier: str | None,
@@ -316,6 +317,8 @@ def _classify_rows(
     try:
         # What cannot be done, or gone on with, is found in the first chunk: the file is untouched.
         first = next(chunks, [])
+        if rows == "-" and last is None and not first and not bad_rows.count:
+            raise MinllamaError("standard input: holds no rows; pipe in a text on each line")
         with _opened(output, end) as stream:
             for lines in itertools.chain([first], chunks):
                 stream.writelines(lines)
@@ -323,7 +326,7 @@ def _classify_rows(
                 count += len(lines)
     except KeyboardInterrupt:
         if output != "-" and output_format == "jsonl":
-            say.say(f"interrupted; the same command with --resume goes on with {output}")
+            say.say(INTERRUPTED.format(output))
         raise
     finally:
         say.close()

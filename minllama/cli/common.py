@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from minllama.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+INTERRUPTED = "interrupted; with --resume, and without --force, the same command goes on with {}"
 FORMS = ("auto", "none", *QUANTIZE)
 
 Command = TypeVar("Command", bound=Callable[..., Any])

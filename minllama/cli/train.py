@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from minllama.cli.common import (
+    INTERRUPTED,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
@@ -110,7 +111,8 @@ def command(
         say.close()
         if (Path(output) / "checkpoint").exists():
             click.echo(
-                f"interrupted; the same command with --resume goes on with {output}", err=True
+                INTERRUPTED.format(output),
+                err=True,
             )
         raise
     finally:

@@ -117,6 +117,11 @@ USES = (
         lambda experiment: experiment.classifier.method != "zero-shot",
     ),
     Use(
+        ("metric",),
+        "--keep best or --patience",
+        lambda e: not _is_trained(e) or e.training.keep == "best" or e.training.patience > 0,
+    ),
+    Use(
         tuple(name for name in names_of(TrainingOptions) if name not in USED_WITHOUT_STEPS),
         "--method lora or full",
         _is_trained,

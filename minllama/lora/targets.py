@@ -42,7 +42,8 @@ def matching_modules(
 ) -> list[str]:
     """The linear layers that `targets` name; see `add_lora_wrapper`."""
     names = linear_names(llama)
-    chosen = {name for target in targets for name in _matches(target, names)}
+    by_target = {target: set(_matches(target, names)) for target in targets}
+    chosen = set().union(*by_target.values())
     if layers_to_transform is not None:
         if isinstance(layers_to_transform, int):
             layers_to_transform = [layers_to_transform]
@@ -51,8 +52,12 @@ def matching_modules(
             if not 0 <= layer <= last:
                 raise OptionError(f"layers_to_transform must be from 0 to {last}, not {layer}")
         chosen = {name for name in chosen if int(name.split(".")[1]) in layers_to_transform}
-        if not chosen:
-            raise OptionError("target_modules names nothing in the layers of layers_to_transform")
+        if idle := [target for target, found in by_target.items() if not found & chosen]:
+            layers = ", ".join(map(str, layers_to_transform)) or "none"
+            raise OptionError(
+                f"target_modules: {', '.join(idle)} names nothing in the layers that take part "
+                f"({layers}); leave it away, or let more of them take part"
+            )
     return [name for name in names if name in chosen]
 
 
