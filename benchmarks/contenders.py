@@ -166,7 +166,7 @@ def _decode_llama_cpp_batch(batch: int, new: int) -> float:
     model = open_llama_cpp(n_ctx=2048, n_batch=512)
     ids = model.tokenize(STORY.encode())
     settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx, settings.n_seq_max = 4096, batch
+    settings.n_ctx, settings.n_seq_max = max(4096, batch * (len(ids) + new)), batch
     settings.n_threads = settings.n_threads_batch = THREADS
     context = llama_cpp.llama_init_from_model(model.model, settings)
     part = llama_cpp.llama_batch_init(512, 0, 1)
@@ -597,7 +597,7 @@ def lora_on_a_text(who: str, length: int, checkpointing: bool = False, batch: in
 
 
 CONTEXTS = (64, 512, 1024, 2048, 4096, 8000)
-BATCHES = (1, 2, 4, 8, 16, 32)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (64, 128, 256, 512, 1024)
 GROWTH: dict[str, dict[str, Callable[[], float]]] = {}
 for _n in CONTEXTS:

@@ -1,0 +1,74 @@
+"""The benchmarks' own code: what they print of what they measured, and the GPU's on a CPU."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A benchmark by its name, as a script sees the others."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module
+    for name in ("contenders", "speed", "gpu"):
+        sys.modules.pop(name, None)
+
+
+def test_the_gpus_rows_are_measured_where_there_is_a_device(module, monkeypatch, capsys):
+    gpu = module("gpu")
+    small = {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 48}
+    monkeypatch.setattr(gpu, "SHAPE", {**gpu.SHAPE, **small, "vocab_size": 97, "max_seq_len": 64})
+    monkeypatch.setattr(gpu, "BATCHES", (1, 3))
+    monkeypatch.setattr(gpu, "PROMPT", 12)
+    monkeypatch.setattr(gpu, "NEW", 5)
+    monkeypatch.setattr(gpu, "bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(
+        sys, "argv", ["gpu.py", "--device", "cpu", "--layers", "1", "--rounds", "1"]
+    )
+    gpu.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    names = [row[0] for row in rows]
+    assert names == [
+        f"| {task}, batch {batch}, tokens/s" for batch in (1, 3) for task in ("decode", "prefill")
+    ]
+    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows)
+    # The table is rounded to four and two places.
+    assert all(
+        float(row[3]) == pytest.approx(float(row[1]) / float(row[2]), rel=0.01, abs=0.006)
+        for row in rows
+    )
+
+
+def test_without_a_gpu_it_is_said(module, monkeypatch, capsys):
+    gpu = module("gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    gpu.main()
+    assert capsys.readouterr().out.count("not measured: no GPU") == 4
+
+
+def test_a_ratio_is_of_medians_and_less_may_be_better(module):
+    speed = module("speed")
+    found = {
+        "decode minllama": [{"value": v, "peak": 1} for v in (200, 10, 300)],
+        "decode llama.cpp": [{"value": v, "peak": 1} for v in (100, 90, 110)],
+        "process minllama": [{"value": 0, "peak": 2e9, "seconds": 2.0}],
+        "process transformers-bfloat16": [{"value": 0, "peak": 3e9, "seconds": 5.0}],
+    }
+    rows = {(aim.task, aim.field): (a, b, ratio) for aim, a, b, ratio in speed.rows_of(found)}
+    assert rows == {
+        ("decode", "value"): (200, 100, 2.0),
+        ("process", "seconds"): (2.0, 5.0, 2.5),
+        ("process", "peak"): (2e9, 3e9, 1.5),
+    }
+
+
+def test_every_row_is_of_tasks_and_contenders_that_there_are(module):
+    contenders, speed = module("contenders"), module("speed")
+    for aim in speed.AIMS:
+        assert aim.ours in contenders.TASKS[aim.task], aim
+        assert aim.theirs in contenders.TASKS[aim.their_task or aim.task], aim
