@@ -22,7 +22,11 @@ export PIP_NO_INPUT := 1
 pip_install = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 	$(BIN)/python -m pip install $$quiet
 
-.PHONY: help demo test test-quick lint format docs native bench bench-quick bench-classification clean
+# A file of tests stays with one process, which so makes its fixtures once.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+.PHONY: help demo test test-all lint format docs native bench bench-quick bench-classification clean
 .DELETE_ON_ERROR:
 
 help: ## list what can be made
@@ -43,11 +47,11 @@ demo: $(RUNS) ## set up, then a story, labels without training, a trained classi
 	@echo '$$ $(BIN)/minllama classify runs/demo-lora --text "Where is my parcel?"'
 	@$(BIN)/minllama classify runs/demo-lora --text "Where is my parcel?"
 
-test: $(TESTS) ## set up, then run all tests
-	$(BIN)/python -m pytest
+test: $(TESTS) ## set up, then run the tests, but for the slow ones
+	$(PYTEST) -m "not slow"
 
-test-quick: $(TESTS) ## the tests without the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+test-all: $(TESTS) ## all tests
+	$(PYTEST)
 
 lint: $(TESTS) ## check style and types
 	$(BIN)/ruff check .
