@@ -298,13 +298,8 @@ def _confusion(
     gold: NDArray[np.bool_], predicted: NDArray[np.bool_], *, multi_label: bool
 ) -> NDArray[np.int64]:
     """(C, C) rows by gold and predicted class; multi-label: (C, 2, 2), a table for each label."""
-    try:
-        from sklearn.metrics import confusion_matrix
-    except ImportError as error:
-        raise MinllamaError(
-            "evaluation needs the library scikit-learn; "
-            "install it with: python -m pip install 'minllama[train]'"
-        ) from error
+    from sklearn.metrics import confusion_matrix
+
     if multi_label:  # not multilabel_confusion_matrix, which takes a lone column for two classes
         pairs = zip(gold.T, predicted.T, strict=True)
         return np.array([confusion_matrix(*pair, labels=[False, True]) for pair in pairs])
@@ -318,10 +313,20 @@ def _confusion(
 def _per_class(
     gold: NDArray[np.bool_], predicted: NDArray[np.bool_], names: Sequence[str]
 ) -> tuple[ClassMetrics, ...]:
-    hits, support, guesses = (gold & predicted).sum(0), gold.sum(0), predicted.sum(0)  # (C,) each
-    precision = hits / np.maximum(guesses, 1)
-    recall = hits / np.maximum(support, 1)
-    f1 = 2 * hits / np.maximum(support + guesses, 1)
+    """Through scikit-learn, label by label: a matrix with one column would be two classes to it."""
+    try:
+        from sklearn.metrics import precision_recall_fscore_support
+    except ImportError as error:
+        raise MinllamaError(
+            "evaluation needs the library scikit-learn; "
+            "install it with: python -m pip install 'minllama[train]'"
+        ) from error
+    of_label = [
+        precision_recall_fscore_support(*pair, labels=[True], average=None, zero_division=0)
+        for pair in zip(gold.T, predicted.T, strict=True)
+    ]
+    precision, recall, f1, support = np.array(of_label)[:, :, 0].T  # (C,) each
+    guesses = predicted.sum(0)
     return tuple(
         ClassMetrics(
             name=name,

@@ -47,8 +47,8 @@ class TrainingResult:
             `dev_macro_f1` (and `dev_micro_f1` where a text has several labels).
         steps: done in all.
         metric: the name of what the best weights are best by.
-        best_step, best_metric: of the weights that the classifier has now; None without a dev
-            split, when it has the last ones.
+        best_step, best_metric: of the best evaluation, whose weights the classifier has now unless
+            the last ones were to be kept; None without a dev split.
         stopped_early: evaluations brought no gain any more.
         resumed_from: steps that were done before this call; 0 for a new run.
         seconds: of the whole run, evaluations included.

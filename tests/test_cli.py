@@ -171,6 +171,9 @@ def test_a_constraint_may_be_a_file_or_in_place(run, folder, tmp_path):
         (["generate", "a", "--temperature", "warm"], ["'warm' is not a valid float"]),
         (["generate", "a", "--top-p", "0"], ["top_p must be in (0, 1], not 0.0"]),
         (["generate", "a", "--top-p", "1.5"], ["top_p must be in (0, 1], not 1.5"]),
+        (["generate", "a", "--top-p", ".5", "--top-k", "3"], ["--top-k, --top-p filter"]),
+        (["chat", "--min-p", "0.1"], ["--min-p filter", "give --temperature too"]),
+        (["generate", "a", "--logprobs", "2"], ["--logprobs are part of a record; give --json"]),
         (["generate", "a", "--top-k", "-1"], ["top_k must be >= 0, not -1"]),
         (["generate", "a", "--min-p", "2"], ["min_p must be in [0, 1], not 2.0"]),
         (["generate", "a", "--repetition-penalty", "0"], ["repetition_penalty must be > 0"]),
@@ -207,6 +210,12 @@ def test_mistakes_are_one_line_and_status_2(args, parts, run, folder):
     if args[0] == "generate":
         args = [args[0], "-m", str(folder), *args[1:]]
     assert refused(run(*args), *parts)
+
+
+def test_what_is_said_and_is_not_utf_8_is_refused(run, folder):
+    result = run("chat", "--model", folder, stdin=b"\xff\n")
+    assert result.status == 2
+    assert "standard input: is not UTF-8" in result.err
 
 
 def test_a_prompt_that_is_not_utf_8_is_refused(run, folder, tmp_path):

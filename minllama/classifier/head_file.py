@@ -5,7 +5,6 @@ Also the digests by which `classifier.json` knows the files beside it. Knows not
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,13 @@ HEAD_FILE = "head.safetensors"
 
 def write_head(folder: Path, classifier: LlamaEmbeddingClassifier) -> None:
     """Write the head."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     score = classifier.score
     bias = torch.zeros(len(classifier.labels)) if score.bias is None else score.bias
     tensors = {"score.weight": _on_disk(score.weight), "score.bias": _on_disk(bias)}
-    path = folder / HEAD_FILE
-    save_file(tensors, path, metadata={"labels": json.dumps(list(classifier.labels))})
-    path.chmod(0o666 & ~_umask())
+    metadata = {"labels": json.dumps(list(classifier.labels))}
+    (folder / HEAD_FILE).write_bytes(save(tensors, metadata))
 
 
 def read_head(folder: Path, classifier: LlamaEmbeddingClassifier, digest: Any) -> None:
@@ -79,9 +77,3 @@ def sha256_of(path: Path) -> str:
 
 def _on_disk(tensor: Tensor) -> Tensor:
     return tensor.detach().float().cpu().contiguous()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -27,7 +27,8 @@ CONTENT_FREE = ("N/A", "[MASK]", "")  # the three of Zhao et al. 2021, sec. 5
 class LlamaZeroShotClassifier(Classifier):
     """log p(label | prompt), summed over all tokens of each label, and corrected as `score` says.
 
-    - `sum`: as it is. Labels of more tokens tend to be less likely.
+    - `sum`: as it is. Labels of more tokens tend to be less likely, and one that begins with
+      another's tokens always is: `good enough` never wins against `good`.
     - `token-mean`, `byte-mean`: divided by the label's tokens, or by its bytes in UTF-8.
     - `pmi`: less log p(label | the prompt without a text), the domain-conditional pointwise mutual
       information (Holtzman et al. 2021, eq. 3).
@@ -38,6 +39,8 @@ class LlamaZeroShotClassifier(Classifier):
 
     The last three take off `prior_strength` times that much (the gamma of Zhou et al. 2023, sec.
     3.3): 1 makes all labels equally likely on the whole, 0 leaves the score as it is.
+
+    What prompts begin with is kept from call to call, so one thread at a time may predict.
 
     Args:
         llama: the language model.

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from minllama.cli.common import (
+    check_sampling,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
@@ -42,6 +43,7 @@ def command(
 ) -> None:
     """Talk with a model: /reset forgets, /exit leaves, Ctrl-C stops an answer."""
     checked = GenerationOptions(**options)
+    check_sampling(checked.temperature)
 
     with ended_by_interrupts():
         from minllama.conversation import Conversation
@@ -61,6 +63,8 @@ def command(
         except EOFError:
             click.echo()
             return
+        except UnicodeDecodeError as error:
+            raise MinllamaError(f"standard input: is not UTF-8 ({error.reason})") from error
         if text == "/exit":
             return
         if text == "/reset":

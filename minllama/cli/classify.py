@@ -33,7 +33,6 @@ FORMATS = ("jsonl", "labelled")
 # Options by what they are for: the rows of a file, and what a saved classifier says itself.
 OF_ROWS = ("output_format", "resume", "force", *names_of(DataOptions))
 OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions))
-JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 
 
 @click.command("classify")
@@ -251,6 +250,7 @@ def _learn_prior(
 
 def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json: bool) -> None:
     from minllama.data import Row
+    from minllama.data.records import printable
     from minllama.experiment.predicting import described, prediction_lines
 
     probabilities = classifier.predict_proba(texts)
@@ -259,21 +259,14 @@ def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json
         for line in prediction_lines(classifier, given, probabilities, "jsonl"):
             click.echo(line, nl=False)
         return
-    names = [_printable(label) for label in classifier.labels]
+    names = [printable(label) for label in classifier.labels]
     width = max(map(len, names))
     for text, p in zip(texts, probabilities, strict=True):
         if len(texts) > 1:
-            click.secho(_printable(text), dim=True)
+            click.secho(printable(text), dim=True)
         for i in (-p).argsort(kind="stable"):
             click.echo(f"{names[i]:<{width}}  {p[i]:.3f}")
     click.echo(described(classifier), err=True)
-
-
-def _printable(text: str) -> str:
-    """The text on one line, without what would steer the terminal."""
-    return "".join(
-        c if c.isprintable() or c in JOINERS else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
 
 
 def _classify_rows(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from minllama.errors import OptionError
 from minllama.options import QUANTIZE
 
 if TYPE_CHECKING:
@@ -131,6 +132,20 @@ def given_options(names: Iterable[str]) -> set[str]:
 def flags_of(names: Iterable[str]) -> str:
     """Options as they are typed: `--data-format, --force`."""
     return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
+def check_sampling(temperature: float) -> None:
+    """Refuse filters of a sample, typed where none is drawn: they would change nothing.
+
+    Raises:
+        OptionError: names them.
+    """
+    idle = given_options(("top_k", "top_p", "min_p"))
+    if idle and temperature == 0:
+        raise OptionError(
+            f"{flags_of(sorted(idle))} filter what is drawn at a temperature above 0, and it is 0; "
+            "give --temperature too, or leave them away"
+        )
 
 
 def pick(options: type, values: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minllama.cli.common import (
+    check_sampling,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
@@ -56,6 +57,9 @@ def command(
     if as_json and options["logprobs"] is None:
         options["logprobs"] = 0
     checked = GenerationOptions(**options)
+    check_sampling(checked.temperature)
+    if checked.logprobs is not None and not as_json:
+        raise MinllamaError("--logprobs are part of a record; give --json too")
     text = _read_prompt(prompt, prompt_file)
     if system is not None and not chat:
         raise MinllamaError("--system needs --chat: without it the prompt stands alone")

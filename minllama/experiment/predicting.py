@@ -15,6 +15,7 @@ import numpy as np
 from minllama.classifier import LlamaZeroShotClassifier
 from minllama.classifier.base import Classifier
 from minllama.data import BadRows, Row, stream_rows
+from minllama.data.lines import SEPARATOR
 from minllama.data.source import Source
 from minllama.errors import DataError, OptionError
 from minllama.evaluation import predictions
@@ -22,8 +23,6 @@ from minllama.options import DataOptions
 
 CHUNK = 512  # rows that are sorted by length and computed together
 SAME_PROBABILITY = 0.05  # what rounding in bfloat16 may change when a chunk is computed again
-FORMATS = ("jsonl", "labelled")
-SEPARATOR = "|||"
 
 
 def predict_stream(

@@ -61,7 +61,7 @@ class Report:
         settings: of the run; values may be mappings.
         versions: of what was used, by name.
         notes: what a reader must know about the data, such as duplicates; a line each.
-        created: when the run ended.
+        created: when the run began.
         seconds: how long it took.
         score: how label words are scored; None where there are none.
     """

@@ -6,6 +6,7 @@ Knows nothing of pages or files.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from minllama.data.records import printable
 from minllama.evaluation import ClassMetrics, Evaluation
 from minllama.report.comparison import METRICS, compared, interval, systems, verdict
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 MAX_CLASSES = 24  # rows; of more classes, those with the lowest F1
-JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 
 
 def print_summary(
@@ -94,7 +94,4 @@ def _text(words: str) -> "Text":
     """A name from a file: neither rich's markup nor what would steer the terminal."""
     from rich.text import Text
 
-    shown = "".join(
-        c if c.isprintable() or c in JOINERS else "\N{REPLACEMENT CHARACTER}" for c in words
-    )
-    return Text(shown, no_wrap=True, overflow="ellipsis")
+    return Text(printable(words), no_wrap=True, overflow="ellipsis")
