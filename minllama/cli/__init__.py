@@ -16,6 +16,7 @@ from typing import TextIO
 import click
 
 from minllama import __version__
+from minllama.cli.limits import keep_to_granted_cpus
 from minllama.errors import MinllamaError
 
 COMMANDS = {
@@ -74,6 +75,7 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
     state = State()
+    keep_to_granted_cpus()
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal cannot show is no reason to stop.
