@@ -203,10 +203,10 @@ class LlamaPreTrainedModel(nn.Module):
 
         The model's dtype; but float16 instead of float32 beside weights in fewer bits, as llama.cpp
         has it: half the memory, and half of what decoding a long text reads, for a rounding that is
-        small beside theirs.
+        small beside theirs. Only where compiled code widens them on their way.
         """
-        halved = self.quantize is not None and self.dtype == torch.float32
-        return torch.float16 if halved else self.dtype
+        is_float32 = self.dtype == torch.float32 and operations.serves(self.norm.weight)
+        return torch.float16 if is_float32 and self.quantize is not None else self.dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._version += 1

@@ -32,6 +32,7 @@
 namespace avx512 {
 #include "numbers.inc"
 #include "kernels.inc"
+#include "cached.inc"
 #include "walk.inc"
 #include "pointwise.inc"
 #include "attention.inc"
@@ -50,6 +51,7 @@ namespace avx512 {
 namespace avx2 {
 #include "numbers.inc"
 #include "kernels.inc"
+#include "cached.inc"
 #include "walk.inc"
 #include "pointwise.inc"
 #include "attention.inc"
@@ -67,6 +69,7 @@ namespace avx2 {
 namespace plain {
 #include "numbers.inc"
 #include "kernels.inc"
+#include "cached.inc"
 #include "walk.inc"
 #include "pointwise.inc"
 #include "attention.inc"
