@@ -197,17 +197,6 @@ class LlamaPreTrainedModel(nn.Module):
         norms = (p for name, p in self.named_parameters() if name.endswith("norm.weight"))
         return next(norms).dtype
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """What generation keeps keys and values in.
-
-        The model's dtype; but float16 instead of float32 beside weights in fewer bits, as llama.cpp
-        has it: half the memory, and half of what decoding a long text reads, for a rounding that is
-        small beside theirs. Only where compiled code widens them on their way.
-        """
-        is_float32 = self.dtype == torch.float32 and operations.serves(self.norm.weight)
-        return torch.float16 if is_float32 and self.quantize is not None else self.dtype
-
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._version += 1
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -478,6 +467,17 @@ class Llama(LlamaPreTrainedModel):
         """
         head = self.tok_embeddings if self.output is None else self.output
         return (hidden.float() * rows_of(head, ids).float()).sum(-1)
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """What generation keeps keys and values in.
+
+        The model's dtype; but float16 instead of float32 beside weights in fewer bits, as llama.cpp
+        has it: half the memory, and half of what decoding a long text reads, for a rounding that is
+        small beside theirs. Only where compiled code widens them on their way.
+        """
+        is_float32 = self.dtype == torch.float32 and operations.serves(self.norm.weight)
+        return torch.float16 if is_float32 and self.quantize is not None else self.dtype
 
     def new_cache(
         self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None
