@@ -115,31 +115,33 @@ def decode_ours(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> 
 
 def decode_theirs(dtype: str, batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
     import torch
-    import transformers
 
     model, tokenizer = open_theirs(dtype)
     row = tokenizer(STORY)["input_ids"]
     ids = torch.tensor([(row * (context // len(row) + 1))[: context or len(row)]] * batch)
+    with torch.inference_mode():
+        return median(lambda: their_decode_rate(model, ids, new), n)
+
+
+def their_decode_rate(model: Any, ids: Any, new: int) -> float:
+    """Tokens per second after the first, all rows (B, T) of transformers' model together."""
+    import torch
+    import transformers
 
     times: list[float] = []
 
     def look(*_: Any, **__: Any) -> torch.Tensor:
         """Called by transformers after each token: note the time, and go on."""
+        if ids.is_cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter())
-        return torch.zeros(batch, dtype=torch.bool)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    def rate() -> float:
-        times.clear()
-        settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
-        mask = torch.ones_like(ids)
-        stops = transformers.StoppingCriteriaList([look])
-        model.generate(
-            ids, attention_mask=mask, **settings, pad_token_id=0, stopping_criteria=stops
-        )
-        return batch * (len(times) - 1) / (times[-1] - times[0])
-
-    with torch.inference_mode():
-        return median(rate, n)
+    settings = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new}
+    stops = transformers.StoppingCriteriaList([look])
+    mask = torch.ones_like(ids)
+    model.generate(ids, attention_mask=mask, **settings, pad_token_id=0, stopping_criteria=stops)
+    return len(ids) * (len(times) - 1) / (times[-1] - times[0])
 
 
 def decode_llama_cpp(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:

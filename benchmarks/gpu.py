@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from contenders import their_decode_rate
 
 from minllama import GenerationOptions, Llama, LlamaConfig
 from minllama.decoding import Decoder
@@ -75,22 +76,7 @@ def decode(model: Any, ids: torch.Tensor, device: torch.device) -> float:
             pass
         return decoder.timings.decode_rate
 
-    import transformers
-
-    times: list[float] = []
-
-    def look(*_: Any, **__: Any) -> torch.Tensor:
-        """Called by transformers after each token, which it has then read back from the card."""
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter())
-        return torch.zeros(len(ids), dtype=torch.bool, device=device)
-
-    settings = {"do_sample": False, "max_new_tokens": NEW, "min_new_tokens": NEW}
-    stops = transformers.StoppingCriteriaList([look])
-    mask = torch.ones_like(ids)
-    model.generate(ids, attention_mask=mask, **settings, pad_token_id=0, stopping_criteria=stops)
-    return ids.shape[0] * (len(times) - 1) / (times[-1] - times[0])
+    return their_decode_rate(model, ids, NEW)
 
 
 def prefill(model: Any, ids: torch.Tensor, device: torch.device) -> float:

@@ -217,8 +217,9 @@ class Decoder:
         longest = max(map(len, prompts))
         if cache is None:
             capacity = self._capacity(longest) if n == 1 else longest
-            form: Any = {"dtype": model.cache_dtype, "device": model.device}
-            cache = KVCache(model.config, len(prompts), capacity, **form)
+            cache = KVCache(
+                model.config, len(prompts), capacity, dtype=model.cache_dtype, device=model.device
+            )
         elif cache.capacity < longest:
             cache.grow(self._capacity(longest))
         new = [ids[known:] for ids, known in zip(prompts, cache.lengths, strict=True)]

@@ -97,10 +97,9 @@ def save_classifier(
     identity = _identity_to_name(classifier, tokenizer, adapter)
     is_own = identity is None
     has_model = is_own or _holds_model(Path(folder), llama)
-    replaced = {*OWN_FILES, *removes}
 
     def replaces(name: str) -> bool:
-        return name in replaced or (has_model and _is_model_file(name))
+        return name in removes or _is_ours(name, with_model=has_model)
 
     with atomic_folder(folder, replaces=replaces) as staging:
         if identity is None:
@@ -210,7 +209,12 @@ def files_to_replace(folder: Path, *, is_own: bool) -> list[str]:
     if not folder.is_dir():
         return []
     names = sorted(path.name for path in folder.iterdir())
-    return [name for name in names if name in OWN_FILES or (is_own and _is_model_file(name))]
+    return [name for name in names if _is_ours(name, with_model=is_own)]
+
+
+def _is_ours(name: str, *, with_model: bool) -> bool:
+    """Whether a file of a classifier's folder is one that a save writes, or an older one wrote."""
+    return name in OWN_FILES or (with_model and _is_model_file(name))
 
 
 def _is_model_file(name: str) -> bool:

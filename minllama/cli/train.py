@@ -110,10 +110,7 @@ def command(
     except (KeyboardInterrupt, _Terminated):
         say.close()
         if (Path(output) / "checkpoint").exists():
-            click.echo(
-                INTERRUPTED.format(output),
-                err=True,
-            )
+            click.echo(INTERRUPTED.format(output), err=True)
         raise
     finally:
         say.close()

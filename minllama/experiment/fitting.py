@@ -92,7 +92,7 @@ def make_zero_shot(
     if options.shots:
         if train is None:
             raise OptionError("shots come from a training file, and there is none")
-        drawn = draw_shots(train, options, seed)
+        drawn = sample_balanced(train, options.shots, seed)
         shots = [
             (text, words[label])
             for text, label in zip(drawn.texts, cast(list[int], drawn.labels), strict=True)
@@ -114,20 +114,15 @@ def make_zero_shot(
     return classifier
 
 
-def draw_shots(train: Dataset, options: ZeroShotOptions, seed: int) -> Dataset:
-    """The training examples that prompts show."""
-    return sample_balanced(train, options.shots, seed)
-
-
-def without_shots(train: Dataset, options: ZeroShotOptions, seed: int) -> Dataset:
+def without_shots(train: Dataset, shots: Sequence[tuple[str, str]]) -> Dataset:
     """What is left to learn from: not what prompts show with its answer, which would be copied.
 
     Raises:
         OptionError: nothing is.
     """
-    if not options.shots:
+    if not shots:
         return train
-    shown = set(draw_shots(train, options, seed).texts)
+    shown = {text for text, _ in shots}
     rows = [i for i, text in enumerate(train.texts) if text not in shown]
     if not rows:
         raise OptionError(

@@ -259,7 +259,7 @@ def _train(
         before = evaluate_classifier(classifier, splits.dev, "dev", progress=progress)
         assert before.evaluation is not None
         beside["zero-shot (before training)"] = before.evaluation
-        train = without_shots(splits.train, options, training.seed)
+        train = without_shots(splits.train, classifier.shots)
         say.say(f"zero-shot, before training: dev accuracy {before.evaluation.accuracy:.3f}")
     else:
         classifier = make_head(
