@@ -114,14 +114,22 @@ class Attention(nn.Module):
             enable_gqa=self.n_kv_heads != self.n_heads,
         )
 
-    def forward(self, x: Tensor, rotation: Tensor, view: View, cache: KVCache | None) -> Tensor:
-        """(B, T, D) -> (B, T, D).
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        view: View,
+        cache: KVCache | None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D), or (1, M, D) at the tokens that are wanted.
 
         Args:
             x: normalised hidden states.
             rotation: what `RotaryEmbedding` gives for the positions of x.
             view: where x stands in its text, and which keys each query may see.
             cache: keeps the new keys and values and gives all of them; None: x is the whole text.
+            at: (M,), numbers b * T + t of the tokens that are wanted; None for all.
         """
         query = self.compute_query(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, C)
         key = self.compute_key(x).unflatten(-1, (self.n_kv_heads, -1))  # (B, T, K, C)
@@ -135,6 +143,7 @@ class Attention(nn.Module):
             query, key, value, view.mask, is_causal=view.is_causal, texts=view.texts
         )
         attended = attended.transpose(1, 2).flatten(-2)  # (B, T, H * C)
+        attended = _tokens(attended, at)
         output: Tensor = self.resid_dropout(self.compute_output(attended))
         return output
 
@@ -167,9 +176,17 @@ class LlamaLayer(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, rotation: Tensor, view: View, cache: KVCache | None) -> Tensor:
-        """(B, T, D) -> (B, T, D); the arguments are those of `Attention.forward`."""
-        h: Tensor = x + self.attention(self.attention_norm(x), rotation, view, cache)
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        view: View,
+        cache: KVCache | None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D) or (1, M, D); the arguments are those of `Attention.forward`."""
+        attended = self.attention(self.attention_norm(x), rotation, view, cache, at)
+        h: Tensor = _tokens(x, at) + attended
         output: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return output
 
@@ -301,7 +318,8 @@ class LlamaOutput(NamedTuple):
     """What a forward pass gives.
 
     Attributes:
-        hidden: (B, T, D) after the last norm, before the vocabulary.
+        hidden: after the last norm, before the vocabulary: of the tokens that logits were asked
+            for, (B, D) or (B, N, D), and of all, (B, T, D), for all logits and for none.
         logits: (B, T, V), (B, V) or (B, N, V) by what was asked for, unnormalised, in the model's
             dtype or float32; None for none.
     """
@@ -363,10 +381,19 @@ class Llama(LlamaPreTrainedModel):
             self._check_cache(cache)
             if (step := self._native(cache)) is not None:
                 return self._forward_natively(step, ids, attention_mask, cache, logits)
-        h = self.norm(self.state_after(len(self.layers), ids, attention_mask, positions, cache))
+        at = _wanted(ids, attention_mask, logits)
+        h = self.state_after(
+            len(self.layers),
+            ids,
+            attention_mask,
+            positions,
+            cache,
+            at=None if at is None else at.flatten(),
+        )
+        h = self.norm(h if at is None else h.view(*at.shape, -1))
         if cache is not None:
             cache.advance(_row_lens(ids, attention_mask))
-        return LlamaOutput(h, self._logits(h, attention_mask, logits))
+        return LlamaOutput(h, None if logits is None else self.compute_logits(h))
 
     def layer_states(
         self,
@@ -389,8 +416,8 @@ class Llama(LlamaPreTrainedModel):
         Raises:
             MinllamaError: as `forward` does.
         """
-        packing, states = self._layer_states(ids, attention_mask, positions, cache)
-        for h in states:
+        packing, view = self._view(ids, attention_mask, positions, cache)
+        for h in self._run(ids if packing is None else packing.packed(ids), view, cache):
             yield h if packing is None else packing.padded(h)
 
     def state_after(
@@ -400,35 +427,52 @@ class Llama(LlamaPreTrainedModel):
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        at: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream after some layers, (B, T, D); those above never run.
+        """The residual stream after some layers; those above never run.
 
-        As `layer_states`, of which it is number `n_layers`.
+        Args:
+            n_layers: how many.
+            ids, attention_mask, positions, cache: as for `layer_states`.
+            at: (M,), numbers b * T + t of the real tokens that are wanted; None for all. What the
+                last of these layers does token by token is computed for them alone.
+
+        Returns:
+            (B, T, D), or (M, D) at those tokens.
+
+        Raises:
+            MinllamaError: as `forward` does.
         """
-        packing, states = self._layer_states(ids, attention_mask, positions, cache)
-        h = next(itertools.islice(states, n_layers, None))
+        packing, view = self._view(ids, attention_mask, positions, cache)
+        tokens = ids
+        if packing is not None:
+            tokens, at = packing.packed(ids), None if at is None else packing.places(at)
+        in_layer = None if has_hooks(self) else at  # hooks are told of (B, T, D)
+        h = next(
+            itertools.islice(self._run(tokens, view, cache, n_layers, in_layer), n_layers, None)
+        )
+        if at is not None:
+            return (h if in_layer is not None and n_layers else _tokens(h, at)).squeeze(0)
         return h if packing is None else packing.padded(h)
 
-    def _layer_states(
+    def _view(
         self,
         ids: Tensor,
         attention_mask: Tensor | None,
         positions: Tensor | None,
         cache: KVCache | None,
-    ) -> tuple[Packing | None, Iterator[Tensor]]:
-        """What `layer_states` gives, of the real tokens alone where there is a packing."""
+    ) -> tuple[Packing | None, View]:
+        """How tokens are laid out for the layers: with a packing, as one row of the real ones."""
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
         _check_inputs(ids, attention_mask)
-        if cache is None:
-            if attention_mask is not None and positions is None and self._packs(attention_mask):
-                packing, view = view_of_packed(attention_mask, self.config)
-                return packing, self._run(packing.packed(ids), view, None)
-            view = view_of_whole(ids, attention_mask, positions, self.config)
-        else:
+        if cache is not None:
             self._check_cache(cache)
-            view = view_of_continuation(ids, attention_mask, positions, cache, self.config)
-        return None, self._run(ids, view, cache)
+            return None, view_of_continuation(ids, attention_mask, positions, cache, self.config)
+        if attention_mask is not None and positions is None and self._packs(attention_mask):
+            return view_of_packed(attention_mask, self.config)
+        return None, view_of_whole(ids, attention_mask, positions, self.config)
 
     def _packs(self, mask: Tensor) -> bool:
         """Whether texts are computed without their padding: where attention knows how."""
@@ -441,15 +485,24 @@ class Llama(LlamaPreTrainedModel):
             return False
         return attention.serves_packed(int(mask.sum(-1).max()))
 
-    def _run(self, ids: Tensor, view: View, cache: KVCache | None) -> Iterator[Tensor]:
+    def _run(
+        self,
+        ids: Tensor,
+        view: View,
+        cache: KVCache | None,
+        n_layers: int | None = None,
+        at: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """The states of `layer_states`; layer number `n_layers` gives the tokens `at` alone."""
         rotation = self.rope(view.positions, view.text_len)
         h = self.dropout(self.tok_embeddings(ids))
         yield h
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, 1):
+            wanted = at if number == n_layers else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, rotation, view, cache, use_reentrant=False)
+                h = checkpoint(layer, h, rotation, view, cache, wanted, use_reentrant=False)
             else:
-                h = layer(h, rotation, view, cache)
+                h = layer(h, rotation, view, cache, wanted)
             yield h
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -549,20 +602,15 @@ class Llama(LlamaPreTrainedModel):
     ) -> LlamaOutput:
         """What `forward` gives for a few tokens that continue a cache."""
         view = view_of_continuation(ids, attention_mask, None, cache, self.config)
-        batch, length = ids.shape
-        every = torch.arange(batch * length).view(batch, length)
-        if logits is None:
-            wanted = every[:0]
-        elif isinstance(logits, Tensor):
-            wanted = every[torch.arange(batch).unsqueeze(-1), logits]  # (B, N)
-        elif logits == "all":
-            wanted = every
-        else:
-            wanted = every.gather(1, _last_columns(ids, attention_mask)).squeeze(1)  # (B,)
+        at = _wanted(ids, attention_mask, logits)
+        every = torch.arange(0 if logits is None else ids.numel())
         rotation = self.rope(view.positions, view.text_len)
-        hidden, found = step(ids, view.positions, rotation, cache, wanted.flatten())
+        logits_of = every if at is None else at.flatten()
+        hidden, found = step(ids, view.positions, rotation, cache, logits_of)
         cache.advance(_row_lens(ids, attention_mask))
-        return LlamaOutput(hidden, None if logits is None else found.view(*wanted.shape, -1))
+        if at is not None:
+            hidden = hidden.flatten(0, 1)[at]
+        return LlamaOutput(hidden, None if logits is None else found.view(*hidden.shape[:-1], -1))
 
     def _check_cache(self, cache: KVCache) -> None:
         keys, config = cache.keys[0], self.config
@@ -579,19 +627,6 @@ class Llama(LlamaPreTrainedModel):
                 "the cache is of another model: it has {} layers of {} heads of width {}, and this "
                 "model {} of {} of {}; make it with model.new_cache()".format(*found, *wanted)
             )
-
-    def _logits(
-        self, h: Tensor, mask: Tensor | None, which: Literal["all", "last"] | Tensor | None
-    ) -> Tensor | None:
-        if which is None:
-            return None
-        if isinstance(which, Tensor):
-            rows = torch.arange(len(h), device=h.device).unsqueeze(-1)
-            return self.compute_logits(h[rows, which])  # (B, N, V)
-        if which == "all":
-            return self.compute_logits(h)  # (B, T, V)
-        last = _last_columns(h, mask).squeeze(1)
-        return self.compute_logits(h[torch.arange(len(h), device=h.device), last])  # (B, V)
 
 
 def load_pretrained(
@@ -627,12 +662,38 @@ def _check_logits(logits: str | Tensor | None, mask: Tensor | None) -> None:
         raise MinllamaError("a row of attention_mask has no real token, so no last one either")
 
 
-def _last_columns(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, 1), the column of the last real token of each row of x, (B, T) or (B, T, D)."""
+def _tokens(x: Tensor, at: Tensor | None) -> Tensor:
+    """Those of (B, T, D) with the numbers b * T + t in (M,), as (1, M, D); all of them for None."""
+    return x if at is None else x.flatten(0, 1).index_select(0, at).unsqueeze(0)
+
+
+def _wanted(ids: Tensor, mask: Tensor | None, which: str | Tensor | None) -> Tensor | None:
+    """Numbers b * T + t of the tokens whose logits are asked for, (B,) or (B, N).
+
+    None where the states of all are: for all logits, and for none.
+    """
+    if which is None or (isinstance(which, str) and which == "all"):
+        return None
+    if not isinstance(which, Tensor):
+        return last_tokens(ids, mask)
+    batch, length = ids.shape
+    if which.dim() != 2 or len(which) != batch or which.numel() == 0:
+        raise MinllamaError(
+            f"logits asks for columns of shape {tuple(which.shape)}; give (B, N), here ({batch}, N)"
+        )
+    if which.min() < -length or which.max() >= length:
+        raise MinllamaError(f"logits asks for columns that {length} tokens do not have")
+    starts = torch.arange(batch, device=ids.device) * length
+    return starts.unsqueeze(-1) + which % length  # some count from the end
+
+
+def last_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B,), numbers b * T + t of the last real token of each row of x, (B, T) or (B, T, D)."""
+    batch, length = x.shape[:2]
+    starts = torch.arange(batch, device=x.device) * length
     if mask is None:
-        return torch.full((len(x), 1), x.shape[1] - 1, device=x.device)
-    columns = torch.arange(mask.shape[1], device=x.device)
-    return (columns * mask.bool()).argmax(-1, keepdim=True)
+        return starts + (length - 1)
+    return starts + (torch.arange(length, device=x.device) * mask.bool()).argmax(-1)
 
 
 def _row_lens(ids: Tensor, mask: Tensor | None) -> list[int]:

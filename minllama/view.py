@@ -48,6 +48,10 @@ class Packing(NamedTuple):
         """(B, T) -> (1, N)."""
         return x.flatten()[self.tokens].unsqueeze(0)
 
+    def places(self, at: Tensor) -> Tensor:
+        """Where real tokens are in that row, by their numbers b * T + t; padding is anywhere."""
+        return torch.searchsorted(self.tokens, at).clamp(max=len(self.tokens) - 1)
+
     def padded(self, h: Tensor) -> Tensor:
         """(1, N, D) -> (B, T, D), zeros at padding."""
         batch, length = self.shape

@@ -113,11 +113,29 @@ def test_only_the_logits_asked_for_are_computed(monkeypatch):
         monkeypatch.setattr(model, "compute_logits", lambda h: sizes.append(h.shape) or plain(h))
         some = model(ids, logits=chosen).logits
         none = model(ids, logits=None)
-        model(ids, logits="last")
+        last = model(ids, logits="last")
+        from_the_end = model(ids, logits=chosen - 8).logits
     torch.testing.assert_close(some, torch.stack([every[0, chosen[0]], every[1, chosen[1]]]))
     assert none.logits is None
     assert none.hidden.shape == (2, 8, 32)
-    assert sizes == [(2, 3, 32), (2, 32)]
+    torch.testing.assert_close(last.hidden, none.hidden[:, -1])
+    torch.testing.assert_close(from_the_end, some)
+    assert sizes == [(2, 3, 32), (2, 32), (2, 3, 32)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (torch.tensor([[8], [0]]), "columns that 8 tokens do not have"),
+        (torch.tensor([[0], [-9]]), "columns that 8 tokens do not have"),
+        (torch.tensor([0, 1]), r"shape \(2,\); give \(B, N\), here \(2, N\)"),
+        (torch.tensor([[0, 1]]), r"shape \(1, 2\); give \(B, N\), here \(2, N\)"),
+        (torch.zeros(2, 0, dtype=torch.long), r"shape \(2, 0\)"),
+    ],
+)
+def test_logits_of_columns_that_are_not_there_are_refused(columns, message):
+    with pytest.raises(MinllamaError, match=message):
+        our_model()(random_ids(2, 8), logits=columns)
 
 
 @pytest.mark.parametrize("kind", [None, "llama3", "yarn", "linear"])

@@ -8,6 +8,7 @@ from torch import nn
 
 from minllama.config import RopeScaling
 from minllama.errors import ContextError
+from minllama.llama import FeedForward, Llama
 from minllama.native import attention
 from minllama.native.attention import Texts, causal_attention
 from minllama.native.library import library
@@ -158,3 +159,50 @@ def test_what_cannot_be_packed_is_computed_as_it_stands(changes, training, mask,
 def test_texts_beyond_the_context_are_refused():
     with pytest.raises(ContextError, match="65 tokens"):
         our_model().state_after(2, random_ids(2, 65), mask_of("right", (65, 3), 65))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("packed", [True, False])
+def test_states_at_some_tokens_are_those_of_all(side, packed, monkeypatch):
+    model, ids, mask = our_model(), random_ids(4, 20), mask_of(side)
+    if not packed:
+        monkeypatch.setattr(Llama, "_packs", lambda *_: False)
+    at = mask.flatten().nonzero().squeeze(-1)[[1, 7, 0, 29, 7]]  # in any order, and again
+    gradients = []
+    for n_layers in (1, 2):
+        model.zero_grad()
+        some = model.state_after(n_layers, ids, mask, at=at)
+        some.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        every = model.state_after(n_layers, ids, mask).flatten(0, 1)[at]
+        every.square().sum().backward()
+        torch.testing.assert_close(some, every, rtol=1e-4, atol=1e-5)
+        expected = [p.grad for p in model.parameters() if p.grad is not None]
+        for a, b in zip(gradients[-1], expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_tokens_that_are_wanted_go_through_the_last_feed_forward(monkeypatch):
+    model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
+    seen = []
+
+    def feed_forward(self, x):
+        seen.append(x.shape)
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+    monkeypatch.setattr(FeedForward, "forward", feed_forward)
+    model(ids, attention_mask=mask, logits="last")
+    assert seen == [(1, sum(LENGTHS), 32), (1, 4, 32)]
+
+
+def test_hooks_are_told_of_all_tokens_whichever_are_wanted():
+    model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
+    expected = model(ids, attention_mask=mask, logits="last").hidden
+    seen = []
+    hook = lambda module, args, out: seen.append(out.shape)  # noqa: E731
+    model.layers[-1].register_forward_hook(hook)
+    torch.testing.assert_close(
+        model(ids, attention_mask=mask, logits="last").hidden, expected, rtol=1e-4, atol=1e-5
+    )
+    assert seen == [(4, 20, 32)]

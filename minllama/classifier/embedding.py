@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minllama.classifier.base import Classifier, as_prompt, make_template
 from minllama.classifier.label_scores import padded
 from minllama.errors import MinllamaError
-from minllama.llama import Llama
+from minllama.llama import Llama, last_tokens
 from minllama.options import POOLINGS, PromptOptions
 from minllama.prompts import EncodedPrompt
 from minllama.tokenizer import Tokenizer
@@ -127,12 +127,11 @@ class LlamaEmbeddingClassifier(Classifier):
             attention_mask = attention_mask.bool()
             if not attention_mask.any(-1).all():
                 raise MinllamaError("a row of attention_mask has no real token to classify")
-        h = self.llama.state_after(self.layer, ids, attention_mask)
-        if self.pooling == "last":  # before the norm, which is then of one token a row
-            h = _last(h, attention_mask)
-            return normalised(self.llama, h, self.layer)
+        # No other token need then go through all of the last layer.
+        at = last_tokens(ids, attention_mask) if self.pooling == "last" else None
+        h = self.llama.state_after(self.layer, ids, attention_mask, at=at)
         h = normalised(self.llama, h, self.layer)
-        return pool(h, attention_mask, self.pooling)
+        return h if at is not None else pool(h, attention_mask, self.pooling)
 
     def _head(self, embeddings: Tensor) -> Tensor:
         logits: Tensor = self.score(self.dropout(embeddings))
@@ -153,21 +152,13 @@ def normalised(llama: Llama, h: Tensor, layer: int) -> Tensor:
 def pool(h: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
     """One vector for each row: (B, T, D) -> (B, D), of the real tokens alone."""
     if pooling == "last":
-        return _last(h, mask)
+        return h.flatten(0, 1)[last_tokens(h, mask)]
     if mask is None:
         mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
     weights = mask.to(h.dtype)
     if pooling == "weighted-mean":
         weights = weights * weights.cumsum(-1)  # 1, 2, 3 at the real tokens
     return torch.einsum("bt,btd->bd", weights / weights.sum(-1, keepdim=True), h)
-
-
-def _last(h: Tensor, mask: Tensor | None) -> Tensor:
-    """The state of each row's last real token: (B, T, D) -> (B, D)."""
-    if mask is None:
-        return h[:, -1]
-    columns = torch.arange(mask.shape[1], device=h.device)
-    return h[torch.arange(len(h), device=h.device), (columns * mask).argmax(-1)]
 
 
 def unlike_transformers(llama: Llama, layer: int, pooling: Pooling) -> str | None:

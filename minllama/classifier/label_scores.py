@@ -84,15 +84,15 @@ def compute_label_scores(
     if cached_len:
         assert prefix is not None
         cache = prefix.cache(len(prompts), layout.ids.shape[1])
-    hidden = llama(
+    h = llama.state_after(
+        llama.config.n_layers,
         layout.ids.to(device),
         attention_mask=None if layout.mask is None else layout.mask.to(device),
         positions=None if layout.positions is None else layout.positions.to(device),
         cache=cache,
-        logits=None,
-    ).hidden
-    queries = layout.queries.to(device)
-    hidden = hidden[queries[:, 0], queries[:, 1]]  # (M, D): where a token of a label is predicted
+        at=layout.queries.to(device),
+    )
+    hidden = llama.norm(h)  # (M, D): where a token of a label is predicted
     parts = [llama.compute_logits(h).float().logsumexp(-1) for h in hidden.split(MAX_LOGITS)]
     normalisers = torch.cat(parts)  # (M,)
     tokens = layout.tokens.to(device)  # (K, 3)
@@ -149,7 +149,7 @@ class _Layout:
         ids: (B, T).
         mask: (B, T), or (B, T, T) where there are nodes; None where nothing is padded.
         positions: (B, T) beside a (B, T, T) mask; else None.
-        queries: (M, 2), row and slot of the hidden states that predict a label's token.
+        queries: (M,), numbers b * T + t of the tokens that predict one of a label.
         tokens: (K, 3): of each token of each label its query, its id, and row * C + label.
     """
 
@@ -167,12 +167,13 @@ class _Layout:
         starts = [len(prompt) - cached_len for prompt in prompts]  # slot of each row's first node
         if any(trie.ids for trie in of_row):
             self.mask, self.positions = _tree_view(of_row, starts, self.ids.shape[1], cached_len)
-        queries: list[tuple[int, int]] = []
+        queries: list[int] = []
         tokens: list[tuple[int, int, int]] = []
         n_labels = len(prompts[0].continuations)
         for row, (prompt, trie) in enumerate(zip(prompts, of_row, strict=True)):
             first = len(queries)
-            queries += [(row, starts[row] + node) for node in range(-1, len(trie.ids))]
+            last = row * self.ids.shape[1] + starts[row] - 1  # of the prompt's tokens
+            queries += range(last, last + 1 + len(trie.ids))
             for label, (ids, nodes) in enumerate(
                 zip(prompt.continuations, trie.queries, strict=True)
             ):
