@@ -61,16 +61,28 @@ class Schedule:
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._steps_of(epoch)
-        batches: list[list[int]] = []
-        for start, text in enumerate(self._steps[place]):
-            if start % self._options.batch_size == 0 or self._is_full(batches[-1]):
-                batches.append([])
-            batches[-1].append(text)
-        return batches
+        texts, size = self._steps[place], self._options.batch_size
+        batches = (texts[start : start + size] for start in range(0, len(texts), size))
+        return [part for batch in batches for part in self._parts(batch)]
 
-    def _is_full(self, batch: list[int]) -> bool:
-        # The longest text comes first, and the others are padded to it.
-        return (len(batch) + 1) * self._lengths[batch[0]] > self._max_tokens
+    def _parts(self, texts: list[int]) -> list[list[int]]:
+        """As few as there can be, and these of about as many tokens each: small ones are slow."""
+        parts = self._filled(texts, self._max_tokens)
+        for tenths in range(9, 0, -1) if len(parts) > 1 else ():
+            evener = self._filled(texts, self._max_tokens * tenths / 10)
+            if len(evener) > len(parts):
+                break
+            parts = evener
+        return parts
+
+    def _filled(self, texts: list[int], max_tokens: float) -> list[list[int]]:
+        """Texts, the longest first, in parts of up to so many tokens, padded to their longest."""
+        parts: list[list[int]] = []
+        for text in texts:
+            if not parts or (len(parts[-1]) + 1) * self._lengths[parts[-1][0]] > max_tokens:
+                parts.append([])
+            parts[-1].append(text)
+        return parts
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the dev split is due after this step."""

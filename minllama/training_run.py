@@ -37,8 +37,10 @@ from minllama.training_state import (
 )
 
 # Padded tokens that are computed at once. More are slower on a CPU, whose caches they leave, and
-# take memory in proportion; the gradients of a step are the same.
-MAX_TOKENS = {"cpu": 2048}
+# take memory in proportion; the gradients of a step are the same. Where most of the weights are
+# trained, each pass adds to gradients of their size, and fewer passes take less time.
+MAX_TOKENS = {"cpu": 512}
+MAX_TOKENS_IF_MOST_IS_TRAINED = {"cpu": 2048}
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 
@@ -105,7 +107,7 @@ class TrainingRun:
         self.parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
         self._device = next(iter(self.parameters.values())).device
         self.prompts = [classifier.encode(text) for text in train.texts]
-        max_tokens = MAX_TOKENS.get(self._device.type, math.inf)
+        max_tokens = _max_tokens(classifier, self._device)
         self.schedule = Schedule([len(prompt) for prompt in self.prompts], options, max_tokens)
         balanced = options.class_weights == "balanced"
         self._loss = Loss(train, balanced=balanced, device=self._device, ordinal=options.ordinal)
@@ -331,6 +333,15 @@ def interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if came:
         raise KeyboardInterrupt
+
+
+def _max_tokens(classifier: Trainable, device: torch.device) -> float:
+    """How many padded tokens a pass of this classifier's training has at most."""
+    sizes = [(p.requires_grad, p.numel()) for p in classifier.parameters()]
+    sizes += [(False, buffer.numel()) for buffer in classifier.buffers()]  # quantised weights
+    trained, frozen = (sum(n for grad, n in sizes if grad == wanted) for wanted in (True, False))
+    limits = MAX_TOKENS_IF_MOST_IS_TRAINED if trained > frozen else MAX_TOKENS
+    return limits.get(device.type, math.inf)
 
 
 def _groups(

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from tiny_classifier import LABELS, TinyClassifier, make_dataset, same, trained
+from torch import nn
 
 from minllama import loading, training_run
 from minllama.cli.common import warn_of_slow_dtype
@@ -255,6 +256,58 @@ def test_a_small_set_does_not_always_meet_in_the_same_batches():
     longest = [lengths[schedule.batches(step)[0][0]] for step in range(1, 17)]
     # Nor are the steps of a window (four here) in the order of their lengths.
     assert any(longest[i] < longest[i + 1] for i in range(15) if i % 4 != 3)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [
+        ([10] * 16, [8, 8]),  # 160 tokens of 100 at most: not ten texts and six
+        ([10] * 10, [10]),
+        ([90, 20, 20, 10], [1, 3]),
+        ([200, 150, 20, 20, 10], [1, 1, 3]),  # a text is never cut
+        ([50, 50, 50, 50, 50], [2, 2, 1]),
+    ],
+)
+def test_a_batch_of_many_tokens_is_computed_in_parts_of_alike_sizes(lengths, sizes):
+    schedule = Schedule(lengths, options(batch_size=16), max_tokens=100)
+    parts = schedule.batches(1)
+    assert [len(part) for part in parts] == sizes
+    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    assert [i for part in parts for i in part] == schedule._steps[0]
+
+
+def test_parts_of_a_batch_give_its_gradients(monkeypatch):
+    """Loss and weights are the batch's, in however many passes it is computed."""
+    results = []
+    for most in (1_000_000, 20):
+        for limits in ("MAX_TOKENS", "MAX_TOKENS_IF_MOST_IS_TRAINED"):
+            monkeypatch.setattr(training_run, limits, {"cpu": most})
+        classifier, passes = TinyClassifier(dropout=0.0).double(), []
+        plain = classifier.compute_logits
+        classifier.compute_logits = lambda prompts, f=plain, p=passes: (
+            p.append(prompts) or f(prompts)
+        )
+        result = fit(classifier, make_dataset(), None, options())
+        results.append((len(passes), [row["loss"] for row in result.history], trained(classifier)))
+    (few, losses, weights), (many, in_parts, of_parts) = results
+    assert (few, many > 20) == (6, True)
+    assert in_parts == pytest.approx(losses, rel=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(of_parts[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_passes_are_small_where_gradients_are():
+    classifier = TinyClassifier()
+    assert training_run._max_tokens(classifier, CPU) == 512
+    classifier.llama.requires_grad_(True)
+    assert training_run._max_tokens(classifier, CPU) == 2048
+    assert training_run._max_tokens(classifier, torch.device("cuda")) == math.inf
+    # Quantised weights are no parameters.
+    classifier.requires_grad_(False)
+    classifier.score.requires_grad_(True)
+    classifier.llama = nn.Module()
+    classifier.llama.register_buffer("quants", torch.zeros(10_000, dtype=torch.uint8))
+    assert training_run._max_tokens(classifier, CPU) == 512
 
 
 def test_any_step_can_be_asked_for_first():
