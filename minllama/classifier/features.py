@@ -127,37 +127,84 @@ def select_features(
         balanced: classes weigh alike, however many examples they have.
         seed: of the folds.
     """
+    tried: dict[tuple[int, Pooling, float], float] = {}
+    kind: Any = {"multi_label": multi_label, "balanced": balanced, "seed": seed}
+    with _comparison(features, labels, n_classes, **kind) as right:
+
+        def accuracy_of(choice: Choice, penalty: float) -> float:
+            return float(right(choice, penalty, FOLDS)().mean())
+
+        waiting = {choice: right(choice, FIRST_PENALTY, FIRST_FOLDS) for choice in features}
+        first = {choice: rows().mean() for choice, rows in waiting.items()}
+        middle = PENALTIES.index(FIRST_PENALTY)
+        for choice in sorted(features, key=lambda choice: -first[choice])[:FINALISTS]:
+            begin = tried[(*choice, FIRST_PENALTY)] = accuracy_of(choice, FIRST_PENALTY)
+            for side in (PENALTIES[:middle][::-1], PENALTIES[middle + 1 :]):
+                best = begin
+                for penalty in side:
+                    accuracy = tried[(*choice, penalty)] = accuracy_of(choice, penalty)
+                    if accuracy < best:
+                        break
+                    best = accuracy
+    (layer, pooling, penalty), accuracy = max(tried.items(), key=lambda item: item[1])
+    return Selection((layer, pooling), penalty, accuracy, tried)
+
+
+def right_in_cross_validation(
+    features: Features,
+    labels: Sequence[Any],
+    n_classes: int,
+    *,
+    multi_label: bool = False,
+    balanced: bool = False,
+    seed: int = 0,
+) -> dict[Choice, NDArray[np.bool_]]:
+    """Which texts each choice is right about, under one penalty, when its head has not seen them.
+
+    Args:
+        features, labels, n_classes, multi_label, balanced, seed: as for `select_features`.
+
+    Returns:
+        For each choice the same texts in the same order: all of FIRST_FOLDS of FOLDS.
+    """
+    kind: Any = {"multi_label": multi_label, "balanced": balanced, "seed": seed}
+    with _comparison(features, labels, n_classes, **kind) as right:
+        waiting = {choice: right(choice, FIRST_PENALTY, FIRST_FOLDS) for choice in features}
+        return {choice: rows() for choice, rows in waiting.items()}
+
+
+@contextlib.contextmanager
+def _comparison(
+    features: Features,
+    labels: Sequence[Any],
+    n_classes: int,
+    *,
+    multi_label: bool,
+    balanced: bool,
+    seed: int,
+) -> Iterator[Callable[[Choice, float, int], Callable[[], NDArray[np.bool_]]]]:
+    """A cross-validation of choices, whose fits run side by side.
+
+    Yields:
+        What begins one, of a choice under a penalty on the first few folds, and gives what waits
+        for it: which of these folds' rows are right.
+    """
     target = _target(labels, n_classes, multi_label=multi_label)
     rows = np.random.default_rng(seed).permutation(len(target))[:MAX_ROWS]
     folds = _folds(target[rows], seed)
-    tried: dict[tuple[int, Pooling, float], float] = {}
 
-    def right(choice: Choice, penalty: float, fold: NDArray[np.int64]) -> int:
+    def right(choice: Choice, penalty: float, fold: NDArray[np.int64]) -> NDArray[np.bool_]:
         x = features[choice][rows]
         kind = {"multi_label": multi_label, "balanced": balanced}
         return _right_in_fold(x, target[rows], fold, penalty, **kind)
 
     with _fits_side_by_side() as pool:
 
-        def compared(choice: Choice, penalty: float, n_folds: int) -> Callable[[], float]:
+        def begin(choice: Choice, penalty: float, n_folds: int) -> Callable[[], NDArray[np.bool_]]:
             parts = [pool.submit(right, choice, penalty, fold) for fold in folds[:n_folds]]
-            n = sum(map(len, folds[:n_folds]))
-            return lambda: sum(part.result() for part in parts) / n
+            return lambda: np.concatenate([part.result() for part in parts])
 
-        waiting = {choice: compared(choice, FIRST_PENALTY, FIRST_FOLDS) for choice in features}
-        first = {choice: accuracy() for choice, accuracy in waiting.items()}
-        middle = PENALTIES.index(FIRST_PENALTY)
-        for choice in sorted(features, key=lambda choice: -first[choice])[:FINALISTS]:
-            begin = tried[(*choice, FIRST_PENALTY)] = compared(choice, FIRST_PENALTY, FOLDS)()
-            for side in (PENALTIES[:middle][::-1], PENALTIES[middle + 1 :]):
-                best = begin
-                for penalty in side:
-                    accuracy = tried[(*choice, penalty)] = compared(choice, penalty, FOLDS)()
-                    if accuracy < best:
-                        break
-                    best = accuracy
-    (layer, pooling, penalty), accuracy = max(tried.items(), key=lambda item: item[1])
-    return Selection((layer, pooling), penalty, accuracy, tried)
+        yield begin
 
 
 def fit_head(
@@ -301,8 +348,8 @@ def _right_in_fold(
     *,
     multi_label: bool,
     balanced: bool,
-) -> int:
-    """Rows of a fold whose class (all of whose classes) a head says that was not fitted on them."""
+) -> NDArray[np.bool_]:
+    """Which rows of a fold a head is right about, in all classes, that was not fitted on them."""
     mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
     x = (x - mean) / scale  # without the labels, so no fold learns of another's
     train = np.setdiff1d(np.arange(len(x)), fold)
@@ -311,8 +358,8 @@ def _right_in_fold(
     )
     scores = x[fold] @ weight.T + bias
     if multi_label:
-        return int(((scores >= 0) == target[fold]).all(1).sum())
-    return int((scores.argmax(1) == target[fold].argmax(1)).sum())
+        return np.asarray(((scores >= 0) == target[fold]).all(1))
+    return np.asarray(scores.argmax(1) == target[fold].argmax(1))
 
 
 def _folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:

@@ -26,6 +26,7 @@ from minllama.classifier.features import (
     fit_head,
     select_features,
 )
+from minllama.classifier.race import raced_features
 from minllama.classifier.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
 from minllama.errors import CheckpointError, OptionError
@@ -186,9 +187,15 @@ def make_head(
     assert some.labels is not None
     report = say.advance("reading the training texts", len(some))
     reader = built(choices[0])
-    features = extract_features(reader, some.texts, {*choices, *later}, progress=report)
     kind: Any = {"multi_label": train.multi_label, "balanced": balanced}
-    compared = {choice: features[choice] for choice in choices}
+    if is_whole:
+        shown: Any = {"progress": report, "say": say.say}
+        features = raced_features(
+            reader, some.texts, some.labels, choices, seed=seed, **kind, **shown
+        )
+    else:  # not for so few texts
+        features = extract_features(reader, some.texts, {*choices, *later}, progress=report)
+    compared = {choice: features[choice] for choice in choices if choice in features}
     selection = select_features(compared, some.labels, len(train.label_names), seed=seed, **kind)
     (layer, pooling), penalty = selection.choice, selection.penalty
     say.say(

@@ -1,0 +1,86 @@
+"""The race between layers: who stays in it, and that it changes no feature."""
+
+import numpy as np
+import pytest
+
+from minllama.classifier import race
+from minllama.classifier.features import extract_features, right_in_cross_validation
+from minllama.classifier.race import raced_features, worthwhile_layers
+from tests.classifier_cases import TEXTS, embedding
+from tests.test_features import blobs
+
+
+def layers_with(*spreads):
+    """Features of layers 2, 4, 6 and so on, which tell the classes the worse the wider they are."""
+    features = {}
+    for place, spread in enumerate(spreads):
+        points, labels = blobs(400, spread=spread)
+        features[2 * place + 2, "mean"] = points
+        features[2 * place + 2, "last"] = np.random.default_rng(place).normal(size=points.shape)
+    return features, labels
+
+
+@pytest.mark.parametrize(
+    ("spreads", "good", "deepest"),
+    [
+        ((9.0, 1.0, 1.0, 1.0, 1.0, 1.0), 4, 8),  # as good from the second on
+        ((9.0, 9.0, 1.0, 9.0, 9.0, 9.0), 6, 10),
+        ((9.0, 9.0, 9.0, 9.0, 9.0, 1.0), 12, 12),
+        ((1.0, 1.0), 2, 4),
+    ],
+)
+def test_the_shallowest_of_the_good_layers_and_two_above_it_stay(spreads, good, deepest):
+    features, labels = layers_with(*spreads)
+    assert worthwhile_layers(features, labels, 3) == (good, deepest)
+
+
+def test_a_layer_is_as_good_up_to_one_standard_error_of_the_difference(monkeypatch):
+    def found(n_less):
+        # Of 400 texts the best is right about 200, and the other about so many of these less.
+        best = np.arange(400) < 200
+        other = np.arange(400) < 200 - n_less
+        rights = {(2, "mean"): other, (4, "mean"): best}
+        monkeypatch.setattr(race, "right_in_cross_validation", lambda *args, **kind: rights)
+        return worthwhile_layers({}, [], 2)[0]
+
+    # n texts of difference are n/400 with a standard error of sqrt(n/400 (1 - n/400) / 400):
+    # at 1, 0.0025 and 0.002497; no difference at all is within it.
+    assert (found(0), found(1), found(2)) == (2, 4, 4)
+
+
+def test_right_answers_are_those_of_texts_that_the_head_has_not_seen():
+    random = np.random.default_rng(0)
+    noise = random.normal(size=(200, 150)).astype(np.float32)
+    labels = random.integers(2, size=200).tolist()
+    (right,) = right_in_cross_validation({(1, "mean"): noise}, labels, 2).values()
+    assert right.shape == (120,)  # three of five folds
+    assert 0.35 < right.mean() < 0.65
+
+
+def test_raced_features_are_those_of_the_layers_that_are_left(monkeypatch):
+    monkeypatch.setattr(race, "RACE_ROWS", 3)
+    monkeypatch.setattr(race, "worthwhile_layers", lambda *args, **kind: (1, 1))
+    choices = [(1, "last"), (1, "mean"), (2, "mean")]
+    texts, labels = [*TEXTS, *(text[::-1] for text in TEXTS)], [0, 1] * len(TEXTS)
+    said, done = [], []
+    features = raced_features(
+        embedding(), texts, labels, choices, progress=done.append, say=said.append
+    )
+    expected = extract_features(embedding(), texts, choices)
+    assert set(features) == {(1, "last"), (1, "mean")}
+    for choice, rows in features.items():
+        np.testing.assert_allclose(rows, expected[choice], atol=1e-5)
+    assert sum(done) == len(texts)
+    assert said == [
+        "after 3 texts no layer is clearly better than layer 1: the others are read up to layer 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "choices"), [(1000, [(1, "mean"), (2, "mean")]), (1, [(2, "mean")])]
+)
+def test_few_texts_or_one_layer_are_no_race(rows, choices, monkeypatch):
+    monkeypatch.setattr(race, "RACE_ROWS", rows)
+    monkeypatch.setattr(race, "worthwhile_layers", None)
+    features = raced_features(embedding(), TEXTS, [0] * len(TEXTS), choices)
+    assert set(features) == set(choices)
