@@ -39,7 +39,7 @@ from minllama.training_state import (
 # Padded tokens that are computed at once. More are slower on a CPU, whose caches they leave, and
 # take memory in proportion; the gradients of a step are the same. Where most of the weights are
 # trained, each pass adds to gradients of their size, and fewer passes take less time.
-MAX_TOKENS = {"cpu": 512}
+MAX_TOKENS = {"cpu": 768}
 MAX_TOKENS_IF_MOST_IS_TRAINED = {"cpu": 2048}
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 

@@ -298,7 +298,7 @@ def test_parts_of_a_batch_give_its_gradients(monkeypatch):
 
 def test_passes_are_small_where_gradients_are():
     classifier = TinyClassifier()
-    assert training_run._max_tokens(classifier, CPU) == 512
+    assert training_run._max_tokens(classifier, CPU) == 768
     classifier.llama.requires_grad_(True)
     assert training_run._max_tokens(classifier, CPU) == 2048
     assert training_run._max_tokens(classifier, torch.device("cuda")) == math.inf
@@ -307,7 +307,7 @@ def test_passes_are_small_where_gradients_are():
     classifier.score.requires_grad_(True)
     classifier.llama = nn.Module()
     classifier.llama.register_buffer("quants", torch.zeros(10_000, dtype=torch.uint8))
-    assert training_run._max_tokens(classifier, CPU) == 512
+    assert training_run._max_tokens(classifier, CPU) == 768
 
 
 def test_any_step_can_be_asked_for_first():
