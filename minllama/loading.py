@@ -147,8 +147,8 @@ def load_weights(
 ) -> str | None:
     """Give `module`, built on the meta device, the weights of `checkpoint`.
 
-    Tensors of the right dtype stay as they were read, memory-mapped where the format allows; others
-    are converted one at a time.
+    Matrices of the right dtype stay as they were read, memory-mapped where the format allows;
+    others are converted one at a time, and where all are the file is let go of.
 
     Args:
         module: whose parameters they become.
@@ -187,6 +187,8 @@ def load_weights(
             parts[name.removesuffix(".weight")] = made
             continue
         stored = tensor.load()
+        if stored.dim() == 1:  # a few norms would keep the whole file mapped, all else converted
+            stored = stored.clone()
         if quantize == "stored" and _stays_half(stored, tensor, dtype, device):
             state[name] = stored
             halves.append(name.removesuffix(".weight"))

@@ -1,5 +1,6 @@
 """Reading GGUF files: against bytes written by hand and the gguf package."""
 
+import gc
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -76,6 +77,26 @@ def test_the_model_of_a_file_computes_what_the_model_of_its_tensors_does(
     ids = torch.arange(30).view(1, 30)
     read = Llama.from_checkpoint(read_gguf(write()), device="cpu")
     assert torch.equal(read(ids).logits, model(ids).logits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
+@pytest.mark.parametrize("quantize", [None, "stored"])
+def test_a_file_of_which_all_is_converted_is_let_go_of(
+    write: Callable[..., Path], quantize: str | None
+) -> None:
+    kept, stored = random_tensors(), []
+    for name, tensor in kept.items():
+        kind = Type.F32 if tensor.dim() == 1 else Type.Q8_0
+        content = gguf.quantize(tensor.numpy(), kind).tobytes()
+        stored.append((name, tuple(tensor.shape), int(kind), content))
+    path = write(tensors=stored)
+    checkpoint = read_gguf(path)
+    model = Llama.from_checkpoint(checkpoint, device="cpu", quantize=quantize)
+    assert str(path) in Path("/proc/self/maps").read_text()
+    del checkpoint
+    gc.collect()
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(model.norm.weight, kept["output_norm.weight"])
 
 
 def test_half_precision_tensors_are_views_of_the_file_in_their_own_dtype(
