@@ -21,7 +21,7 @@ from minllama.classifier.features import (
 )
 
 RACE_ROWS = 2500  # texts that go through all layers; on fewer, single folds decide
-MARGIN = 2  # candidate layers above the shallowest good one that stay: all rows will tell
+MARGIN = 1  # candidate layers above the shallowest good one that stay: all rows will tell
 
 
 def raced_features(
@@ -36,7 +36,7 @@ def raced_features(
     progress: Callable[[int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Features:
-    """Features of texts, for the choices whose layers are worth reaching.
+    """Features of texts, for the choices whose layers may be the best and are worth reaching.
 
     Where there are less than twice RACE_ROWS texts, or one layer, those of all choices.
 
@@ -64,7 +64,7 @@ def raced_features(
             f"after {RACE_ROWS:,} texts no layer is clearly better than layer {good}: the others "
             f"are read up to layer {deepest}"
         )
-    kept = [choice for choice in choices if choice[0] <= deepest]
+    kept = [choice for choice in choices if good <= choice[0] <= deepest]
     late = extract_features(classifier, [texts[i] for i in others], kept, progress=progress)
     features: Features = {}
     for choice in kept:
