@@ -21,17 +21,17 @@ def layers_with(*spreads):
 
 
 @pytest.mark.parametrize(
-    ("spreads", "good", "deepest"),
+    ("spreads", "good", "stay"),
     [
-        ((9.0, 1.0, 1.0, 1.0, 1.0, 1.0), 4, 6),  # as good from the second on
-        ((9.0, 9.0, 1.0, 9.0, 9.0, 9.0), 6, 8),
-        ((9.0, 9.0, 9.0, 9.0, 9.0, 1.0), 12, 12),
-        ((1.0, 1.0), 2, 4),
+        ((9.0, 1.0, 1.0, 1.0, 1.0, 1.0), 4, [2, 4, 6]),  # as good from the second on
+        ((9.0, 9.0, 1.0, 9.0, 9.0, 9.0), 6, [4, 6, 8]),
+        ((9.0, 9.0, 9.0, 9.0, 9.0, 1.0), 12, [10, 12]),
+        ((1.0, 1.0, 1.0), 2, [2, 4]),
     ],
 )
-def test_the_shallowest_of_the_good_layers_and_one_above_it_stay(spreads, good, deepest):
+def test_the_shallowest_of_the_good_layers_and_its_neighbours_stay(spreads, good, stay):
     features, labels = layers_with(*spreads)
-    assert worthwhile_layers(features, labels, 3) == (good, deepest)
+    assert worthwhile_layers(features, labels, 3) == (good, stay)
 
 
 def test_a_layer_is_as_good_up_to_one_standard_error_of_the_difference(monkeypatch):
@@ -59,7 +59,7 @@ def test_right_answers_are_those_of_texts_that_the_head_has_not_seen():
 
 def test_raced_features_are_those_of_the_layers_that_are_left(monkeypatch):
     monkeypatch.setattr(race, "RACE_ROWS", 3)
-    monkeypatch.setattr(race, "worthwhile_layers", lambda *args, **kind: (1, 1))
+    monkeypatch.setattr(race, "worthwhile_layers", lambda *args, **kind: (1, [1]))
     choices = [(0, "mean"), (1, "last"), (1, "mean"), (2, "mean")]
     texts, labels = [*TEXTS, *(text[::-1] for text in TEXTS)], [0, 1] * len(TEXTS)
     said, done = [], []

@@ -21,7 +21,7 @@ from minllama.classifier.features import (
 )
 
 RACE_ROWS = 2500  # texts that go through all layers; on fewer, single folds decide
-MARGIN = 1  # candidate layers above the shallowest good one that stay: all rows will tell
+MARGIN = 1  # candidate layers beside the shallowest good one that stay: all rows will tell
 
 
 def raced_features(
@@ -51,7 +51,7 @@ def raced_features(
     order = np.random.default_rng(seed).permutation(n_texts)
     first, others = np.sort(order[:RACE_ROWS]), np.sort(order[RACE_ROWS:])
     early = extract_features(classifier, [texts[i] for i in first], choices, progress=progress)
-    good, deepest = worthwhile_layers(
+    good, stay = worthwhile_layers(
         early,
         [labels[i] for i in first],
         len(classifier.labels),
@@ -59,12 +59,12 @@ def raced_features(
         balanced=balanced,
         seed=seed,
     )
-    if deepest < max(layers):
+    if max(stay) < max(layers):
         say(
             f"after {RACE_ROWS:,} texts no layer is clearly better than layer {good}: the others "
-            f"are read up to layer {deepest}"
+            f"are read up to layer {max(stay)}"
         )
-    kept = [choice for choice in choices if good <= choice[0] <= deepest]
+    kept = [choice for choice in choices if choice[0] in stay]
     late = extract_features(classifier, [texts[i] for i in others], kept, progress=progress)
     features: Features = {}
     for choice in kept:
@@ -82,8 +82,8 @@ def worthwhile_layers(
     multi_label: bool = False,
     balanced: bool = False,
     seed: int = 0,
-) -> tuple[int, int]:
-    """The shallowest layer that is not clearly worse than the best, and the deepest to go on with.
+) -> tuple[int, list[int]]:
+    """The shallowest layer that is not clearly worse than the best, and those to go on with.
 
     A layer is clearly worse if the best is right more often on texts that neither was fitted to, by
     more than one standard error of that difference; its best pooling counts.
@@ -102,5 +102,5 @@ def worthwhile_layers(
     for place, layer in enumerate(layers):
         less = best - right[best_of[layer]]
         if less.mean() <= less.std() / math.sqrt(len(less)):
-            return layer, layers[min(place + MARGIN, len(layers) - 1)]
+            return layer, layers[max(0, place - MARGIN) : place + MARGIN + 1]
     raise AssertionError("the best layer is as good as the best")
