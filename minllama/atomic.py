@@ -1,15 +1,18 @@
 """Files and folders that are written whole or not at all.
 
 The new content is written beside the target, fsynced, and renamed over it, so that a kill or a full
-disk at any instant leaves the old content or the new, never half. Knows nothing of what is written.
+disk at any instant leaves the old content or the new, never half. What a killed process left beside
+a target is removed by the next one that writes there. Knows nothing of what is written.
 """
 
 import contextlib
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from minllama.errors import MinllamaError
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # Linux's renameat2(2): swap two names in one step
+LEFTOVER_SECONDS = 60  # a younger one may be of a process that has not locked it yet
 
 
 @contextlib.contextmanager
@@ -28,13 +32,16 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     with _one_line_errors(target):
         target, temporary = _file_and_temporary(target)
+        _remove_leftovers(target)
         try:
-            yield temporary
-            if target.exists():
-                shutil.copymode(target, temporary)
-            _fsync(temporary)
-            os.replace(temporary, target)
-            _fsync(target.parent)
+            temporary.touch()
+            with _locked(temporary):
+                yield temporary
+                if target.exists():
+                    shutil.copymode(target, temporary)
+                _fsync(temporary)
+                os.replace(temporary, target)
+                _fsync(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -71,17 +78,19 @@ def atomic_folder(
             raise MinllamaError(f"cannot write the folder {target}: name a folder in it")
         if target.exists() and not target.is_dir():
             raise MinllamaError(f"cannot write the folder {target}: a file of that name is there")
+        _remove_leftovers(target)
         temporary = _beside(target)
         temporary.mkdir()
         try:
-            yield temporary
-            if target.exists():
-                _keep_others(target, temporary, replaces)
-                shutil.copymode(target, temporary)
-            for path in [*temporary.rglob("*"), temporary]:
-                _fsync(path)
-            _put_in_place(temporary, target)
-            _fsync(target.parent)
+            with _locked(temporary):
+                yield temporary
+                if target.exists():
+                    _keep_others(target, temporary, replaces)
+                    shutil.copymode(target, temporary)
+                for path in [*temporary.rglob("*"), temporary]:
+                    _fsync(path)
+                _put_in_place(temporary, target)
+                _fsync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -125,11 +134,64 @@ def _file_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
     return target, _beside(target)
 
 
-def _beside(target: Path) -> Path:
+def _beside(target: Path, suffix: str = "tmp") -> Path:
     if target.parent.exists() and not target.parent.is_dir():
         raise MinllamaError(f"cannot write {target}: {target.parent} is not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
+
+
+@contextlib.contextmanager
+def _locked(temporary: Path) -> Iterator[None]:
+    """Show that somebody writes there, for as long as the process lives; where locks are to be had.
+
+    (Windows has none of this kind, and some network drives: leftovers stay there.)
+    """
+    descriptor = _lock(temporary)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock on a file or folder; None where it cannot be had."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what processes that are no more were writing for this target."""
+    if not target.parent.is_dir():
+        return
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    for path in target.parent.iterdir():
+        if not name.fullmatch(path.name):
+            continue
+        with contextlib.suppress(OSError):  # another process may be at the same
+            if time.time() - path.lstat().st_mtime < LEFTOVER_SECONDS:
+                continue
+            descriptor = _lock(path)
+            if descriptor is None:
+                continue
+            os.close(descriptor)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def _keep_others(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:
@@ -155,8 +217,8 @@ def _put_in_place(new: Path, target: Path) -> None:
         os.rename(new, target)
     elif not _exchange(new, target):
         # Without an atomic swap the old folder steps aside first: for that instant its content is
-        # under a second name, whole, rather than gone.
-        aside = _beside(target)
+        # under a second name, whole, rather than gone, and nobody takes it for a leftover.
+        aside = _beside(target, "old")
         os.rename(target, aside)
         os.rename(new, target)
         shutil.rmtree(aside, ignore_errors=True)

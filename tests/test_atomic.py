@@ -219,7 +219,7 @@ from pathlib import Path
 from minllama import atomic
 
 def old(folder):
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # with what the last child has left there
     (folder / "model").mkdir(parents=True)
     for name in ("a", "b", "mine"):
         (folder / "model" / name).write_text("old " * 1000)
@@ -281,6 +281,53 @@ def test_a_kill_at_any_instant_leaves_the_old_content_or_the_new(
     assert set(seen) == {old, file_new, new}, finished.stderr
     assert seen == sorted(seen, key=[old, file_new, new].index)
     assert len(seen) > 500 // stride
+
+
+DIE_WITHIN = """
+import os, signal, sys
+from minllama import atomic
+
+with atomic.atomic_file("file") as file, atomic.atomic_folder("model") as folder:
+    file.write_text("of another")
+    (folder / "a").write_text("of another")
+    if sys.argv[1] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(path.name.split(".")[1] for path in folder.glob(".*.tmp"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs locks on files and folders")
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: Any = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}}
+    start = [sys.executable, "-c", DIE_WITHIN]
+    subprocess.run([*start, "die"], **settings)
+    assert hidden(tmp_path) == ["file", "model"]
+    (tmp_path / ".other.12345678.tmp").touch()
+
+    def write() -> list[str]:
+        with atomic_file(tmp_path / "file") as file, atomic_folder(tmp_path / "model"):
+            file.write_text("ours")
+        return hidden(tmp_path)
+
+    assert write() == ["file", "model", "other"]  # too young to be judged
+    monkeypatch.setattr("minllama.atomic.LEFTOVER_SECONDS", 0)
+    assert write() == ["other"]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*start, "live"], **settings, **pipes) as living:
+        assert living.stdout is not None
+        assert living.stdout.readline() == "writing\n"
+        assert write() == ["file", "model", "other"]
+        living.communicate()
+    assert living.returncode == 0
+    assert (tmp_path / "file").read_text() == "of another"
+    assert hidden(tmp_path) == ["other"]
 
 
 def test_what_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
