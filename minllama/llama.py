@@ -185,7 +185,7 @@ class LlamaLayer(nn.Module):
         at: Tensor | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D) or (1, M, D); the arguments are those of `Attention.forward`."""
-        attended = self.attention(self.attention_norm(x), rotation, view, cache, at)
+        attended = self.attention(self.attention_norm(x), rotation, view, cache, *_given(at))
         h: Tensor = _tokens(x, at) + attended
         output: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return output
@@ -369,15 +369,15 @@ class Llama(LlamaPreTrainedModel):
                 With a cache only beside a (B, T, T) mask: its rows know how long they are.
             cache: holds the texts so far, of which `ids` are the continuation, and is advanced.
             logits: "all" positions, (B, T, V); "last" real one of each row, (B, V); those chosen
-                by a tensor of column indices (B, N), (B, N, V); or None.
+                by a tensor of column indices, (B, N) or (1, N) for all rows, (B, N, V); or None.
 
         Raises:
             MinllamaError: the text is longer than the context or the cache, or the arguments
                 contradict one another.
         """
+        check_inputs(ids, attention_mask)
         _check_logits(logits, attention_mask)
         if cache is not None and positions is None and is_short(ids, attention_mask, self.dtype):
-            _check_inputs(ids, attention_mask)
             self._check_cache(cache)
             if (step := self._native(cache)) is not None:
                 return self._forward_natively(step, ids, attention_mask, cache, logits)
@@ -435,8 +435,8 @@ class Llama(LlamaPreTrainedModel):
         Args:
             n_layers: how many.
             ids, attention_mask, positions, cache: as for `layer_states`.
-            at: (M,), numbers b * T + t of the real tokens that are wanted; None for all. What the
-                last of these layers does token by token is computed for them alone.
+            at: (M,), numbers b * T + t of the tokens that are wanted; None for all. What the last
+                of these layers does token by token is computed for them alone.
 
         Returns:
             (B, T, D), or (M, D) at those tokens.
@@ -445,16 +445,24 @@ class Llama(LlamaPreTrainedModel):
             MinllamaError: as `forward` does.
         """
         packing, view = self._view(ids, attention_mask, positions, cache)
-        tokens = ids
-        if packing is not None:
-            tokens, at = packing.packed(ids), None if at is None else packing.places(at)
-        in_layer = None if has_hooks(self) else at  # hooks are told of (B, T, D)
+        tokens = ids if packing is None else packing.packed(ids)
+        place = at if packing is None or at is None else packing.places(at)
+        in_layer = place if self._gathers(n_layers, place, tokens) else None
         h = next(
             itertools.islice(self._run(tokens, view, cache, n_layers, in_layer), n_layers, None)
         )
-        if at is not None:
-            return (h if in_layer is not None and n_layers else _tokens(h, at)).squeeze(0)
-        return h if packing is None else packing.padded(h)
+        if at is None:
+            return h if packing is None else packing.padded(h)
+        h = (_tokens(h, place) if in_layer is None else h).squeeze(0)  # (M, D)
+        return h if packing is None else h.masked_fill(packing.is_padding(at).unsqueeze(-1), 0.0)
+
+    def _gathers(self, n_layers: int, at: Tensor | None, tokens: Tensor) -> bool:
+        """Whether the last of so many layers can be asked for some tokens alone."""
+        if at is None or n_layers == 0 or at.numel() >= tokens.numel():
+            return False
+        layer = self.layers[n_layers - 1]
+        is_own = type(layer) is LlamaLayer and type(layer.attention) is Attention
+        return is_own and not has_hooks(self)  # hooks are told of (B, T, D)
 
     def _view(
         self,
@@ -466,7 +474,7 @@ class Llama(LlamaPreTrainedModel):
         """How tokens are laid out for the layers: with a packing, as one row of the real ones."""
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-        _check_inputs(ids, attention_mask)
+        check_inputs(ids, attention_mask)
         if cache is not None:
             self._check_cache(cache)
             return None, view_of_continuation(ids, attention_mask, positions, cache, self.config)
@@ -478,7 +486,7 @@ class Llama(LlamaPreTrainedModel):
         """Whether texts are computed without their padding: where attention knows how."""
         if mask.dim() == 3 or not self.config.causal or not operations.serves(self.norm.weight):
             return False
-        if mask.all() or has_hooks(self):  # hooks are told of (B, T, D)
+        if mask.all() or not mask.any() or has_hooks(self):  # hooks are told of (B, T, D)
             return False
         parts = (module for module in self.modules() if isinstance(module, Attention))
         if any(part.training and part.attention_dropout for part in parts):
@@ -498,11 +506,11 @@ class Llama(LlamaPreTrainedModel):
         h = self.dropout(self.tok_embeddings(ids))
         yield h
         for number, layer in enumerate(self.layers, 1):
-            wanted = at if number == n_layers else None
+            arguments = (h, rotation, view, cache, *_given(at if number == n_layers else None))
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, rotation, view, cache, wanted, use_reentrant=False)
+                h = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                h = layer(h, rotation, view, cache, wanted)
+                h = layer(*arguments)
             yield h
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -643,7 +651,7 @@ def load_pretrained(
     )
 
 
-def _check_inputs(ids: Tensor, mask: Tensor | None) -> None:
+def check_inputs(ids: Tensor, mask: Tensor | None) -> None:
     if ids.dim() != 2 or 0 in ids.shape:
         raise MinllamaError(f"ids must be of shape (B, T), neither 0, not {tuple(ids.shape)}")
     if mask is not None and mask.shape not in (ids.shape, (*ids.shape, ids.shape[1])):
@@ -667,6 +675,11 @@ def _tokens(x: Tensor, at: Tensor | None) -> Tensor:
     return x if at is None else x.flatten(0, 1).index_select(0, at).unsqueeze(0)
 
 
+def _given(at: Tensor | None) -> tuple[Tensor, ...]:
+    """An argument that only who is asked for some tokens gets: others may not know of it."""
+    return () if at is None else (at,)
+
+
 def _wanted(ids: Tensor, mask: Tensor | None, which: str | Tensor | None) -> Tensor | None:
     """Numbers b * T + t of the tokens whose logits are asked for, (B,) or (B, N).
 
@@ -677,13 +690,16 @@ def _wanted(ids: Tensor, mask: Tensor | None, which: str | Tensor | None) -> Ten
     if not isinstance(which, Tensor):
         return last_tokens(ids, mask)
     batch, length = ids.shape
-    if which.dim() != 2 or len(which) != batch or which.numel() == 0:
+    if which.dim() != 2 or len(which) not in (1, batch) or which.numel() == 0:
         raise MinllamaError(
             f"logits asks for columns of shape {tuple(which.shape)}; give (B, N), here ({batch}, N)"
         )
-    if which.min() < -length or which.max() >= length:
-        raise MinllamaError(f"logits asks for columns that {length} tokens do not have")
+    if which.is_floating_point() or which.dtype == torch.bool:
+        raise MinllamaError(f"logits asks for columns by whole numbers, not {which.dtype}")
     starts = torch.arange(batch, device=ids.device) * length
+    which = which.to(starts)
+    if ((which < -length) | (which >= length)).any():
+        raise MinllamaError(f"logits asks for columns that {length} tokens do not have")
     return starts.unsqueeze(-1) + which % length  # some count from the end
 
 

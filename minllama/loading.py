@@ -148,7 +148,7 @@ def load_weights(
     """Give `module`, built on the meta device, the weights of `checkpoint`.
 
     Matrices of the right dtype stay as they were read, memory-mapped where the format allows;
-    others are converted one at a time, and where all are the file is let go of.
+    others are converted one at a time. A file of which none stays is let go of.
 
     Args:
         module: whose parameters they become.

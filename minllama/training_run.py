@@ -37,10 +37,10 @@ from minllama.training_state import (
 )
 
 # Padded tokens that are computed at once. More are slower on a CPU, whose caches they leave, and
-# take memory in proportion; the gradients of a step are the same. Where most of the weights are
-# trained, each pass adds to gradients of their size, and fewer passes take less time.
+# take memory in proportion; the gradients of a step are the same. Where many weights are trained,
+# each pass adds to gradients of their size, and fewer passes take less time.
 MAX_TOKENS = {"cpu": 768}
-MAX_TOKENS_IF_MOST_IS_TRAINED = {"cpu": 2048}
+MAX_TOKENS_IF_MUCH_IS_TRAINED = {"cpu": 2048}
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 
 
@@ -340,7 +340,7 @@ def _max_tokens(classifier: Trainable, device: torch.device) -> float:
     sizes = [(p.requires_grad, p.numel()) for p in classifier.parameters()]
     sizes += [(False, buffer.numel()) for buffer in classifier.buffers()]  # quantised weights
     trained, frozen = (sum(n for grad, n in sizes if grad == wanted) for wanted in (True, False))
-    limits = MAX_TOKENS_IF_MOST_IS_TRAINED if trained > frozen else MAX_TOKENS
+    limits = MAX_TOKENS_IF_MUCH_IS_TRAINED if 5 * trained > frozen else MAX_TOKENS
     return limits.get(device.type, math.inf)
 
 

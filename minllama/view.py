@@ -49,8 +49,12 @@ class Packing(NamedTuple):
         return x.flatten()[self.tokens].unsqueeze(0)
 
     def places(self, at: Tensor) -> Tensor:
-        """Where real tokens are in that row, by their numbers b * T + t; padding is anywhere."""
+        """Where tokens are in that row, by their numbers b * T + t; padding is anywhere."""
         return torch.searchsorted(self.tokens, at).clamp(max=len(self.tokens) - 1)
+
+    def is_padding(self, at: Tensor) -> Tensor:
+        """Which of these numbers are of padding."""
+        return self.tokens[self.places(at)] != at
 
     def padded(self, h: Tensor) -> Tensor:
         """(1, N, D) -> (B, T, D), zeros at padding."""

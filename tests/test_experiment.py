@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import LlamaForSequenceClassification
 
 from minllama.classifier import load_classifier
+from minllama.data import load_dataset
 from minllama.errors import MinllamaError, OptionError
 from minllama.experiment import load_splits, run_experiment
 from minllama.experiment import run as run_module
@@ -275,6 +276,23 @@ def test_a_head_is_fitted_on_all_rows_though_chosen_on_some(base, labelled_files
     assert heard.titles == ["reading the training texts", "reading all of them"]
     assert "on 12 training texts" in heard.lines[0]
     torch.testing.assert_close(chosen.score.weight, whole.score.weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_layers_race_for_a_frozen_head(balanced, base, labelled_files, monkeypatch):
+    llama, words = opened(base)
+    both = [(1, "mean"), (2, "mean")]
+    monkeypatch.setattr("minllama.experiment.fitting.candidate_choices", lambda *_: both)
+    monkeypatch.setattr("minllama.classifier.race.RACE_ROWS", 4)
+    monkeypatch.setattr("minllama.classifier.race.MARGIN", 0)
+    train, heard = load_dataset(labelled_files / "train.txt"), Heard()
+    options = ClassifierOptions(method="frozen")
+    kind = {"balanced": balanced, "seed": 0, "say": heard}
+    chosen = make_head(llama, words, train, PromptOptions(), options, **kind)
+    raced = [line for line in heard.lines if line.startswith("after 4 texts")]
+    assert len(raced) == (0 if balanced else 1)
+    if raced:
+        assert f"layers {chosen.layer} were read of the others" in raced[0]
 
 
 def test_the_rows_that_a_head_starts_from_have_all_classes(monkeypatch):

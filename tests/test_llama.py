@@ -128,8 +128,10 @@ def test_only_the_logits_asked_for_are_computed(monkeypatch):
     [
         (torch.tensor([[8], [0]]), "columns that 8 tokens do not have"),
         (torch.tensor([[0], [-9]]), "columns that 8 tokens do not have"),
+        (torch.tensor([[0.5], [1.0]]), "whole numbers, not torch.float32"),
+        (torch.tensor([[True], [False]]), "whole numbers, not torch.bool"),
         (torch.tensor([0, 1]), r"shape \(2,\); give \(B, N\), here \(2, N\)"),
-        (torch.tensor([[0, 1]]), r"shape \(1, 2\); give \(B, N\), here \(2, N\)"),
+        (torch.tensor([[0], [1], [2]]), r"shape \(3, 1\); give \(B, N\), here \(2, N\)"),
         (torch.zeros(2, 0, dtype=torch.long), r"shape \(2, 0\)"),
     ],
 )
@@ -337,6 +339,11 @@ def cache_of(model, batch_size=1, capacity=4):
         (
             lambda m: m(random_ids(1, 2), attention_mask=torch.tensor([[0, 1]]), cache=cache_of(m)),
             "padding must be on the right",
+        ),
+        (lambda m: m(random_ids(1, 2)[0], logits="last"), r"of shape \(B, T\), neither 0"),
+        (
+            lambda m: m(random_ids(2, 7), attention_mask=torch.ones(2, 6), logits="last"),
+            r"attention_mask is of shape \(2, 6\) and ids \(2, 7\)",
         ),
         (lambda m: m(random_ids(1, 2)[:, :0]), "neither 0, not"),
         (lambda m: m(random_ids(1, 2)[:0]), "neither 0, not"),

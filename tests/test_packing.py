@@ -196,6 +196,28 @@ def test_only_the_tokens_that_are_wanted_go_through_the_last_feed_forward(monkey
     assert seen == [(1, sum(LENGTHS), 32), (1, 4, 32)]
 
 
+def test_states_at_padding_are_zero():
+    model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
+    h = model.state_after(2, ids, mask, at=torch.tensor([6, 7, 79]))  # rows have 7, 20, 1, 13
+    assert h[0].any()
+    assert not h[1:].any()
+    nothing = torch.zeros(4, 20, dtype=torch.bool)
+    assert model.state_after(2, ids, nothing, at=torch.tensor([6])).isfinite().all()
+
+
+def test_a_last_layer_of_somebody_else_is_asked_for_all():
+    class Doubled(nn.Module):
+        def forward(self, x, rotation, view, cache):
+            return 2 * x
+
+    model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
+    before = model.state_after(1, ids, mask)
+    model.layers[1] = Doubled()
+    at = mask.flatten().nonzero().squeeze(-1)[[3, 0, 20]]
+    found = model.state_after(2, ids, mask, at=at)
+    torch.testing.assert_close(found, 2 * before.flatten(0, 1)[at], rtol=1e-4, atol=1e-5)
+
+
 def test_hooks_are_told_of_all_tokens_whichever_are_wanted():
     model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
     expected = model(ids, attention_mask=mask, logits="last").hidden

@@ -34,18 +34,25 @@ def test_the_shallowest_of_the_good_layers_and_its_neighbours_stay(spreads, good
     assert worthwhile_layers(features, labels, 3) == (good, stay)
 
 
-def test_a_layer_is_as_good_up_to_one_standard_error_of_the_difference(monkeypatch):
-    def found(n_less):
-        # Of 400 texts the best is right about 200, and the other about so many of these less.
-        best = np.arange(400) < 200
-        other = np.arange(400) < 200 - n_less
-        rights = {(2, "mean"): other, (4, "mean"): best}
-        monkeypatch.setattr(race, "right_in_cross_validation", lambda *args, **kind: rights)
-        return worthwhile_layers({}, [], 2)[0]
-
-    # n texts of difference are n/400 with a standard error of sqrt(n/400 (1 - n/400) / 400):
-    # at 1, 0.0025 and 0.002497; no difference at all is within it.
-    assert (found(0), found(1), found(2)) == (2, 4, 4)
+@pytest.mark.parametrize(
+    ("lost", "won", "good"),
+    [
+        (0, 0, 2),
+        # Of 400 texts, a mean of 1/400 with a standard error of sqrt(3/400 - (1/400)^2) / 20: 0.58
+        (2, 1, 2),
+        (4, 1, 4),  # 3/400 and sqrt(5/400 - (3/400)^2) / 20: 1.35 of them
+        (1, 2, 2),  # the shallow one is the best itself
+    ],
+)
+def test_a_layer_is_as_good_up_to_one_standard_error_of_the_difference(
+    lost, won, good, monkeypatch
+):
+    best, shallow = np.arange(400) < 200, np.arange(400) < 200
+    shallow[:lost] = False
+    shallow[300 : 300 + won] = True
+    rights = {(2, "mean"): shallow, (4, "mean"): best}
+    monkeypatch.setattr(race, "right_in_cross_validation", lambda *args, **kind: rights)
+    assert worthwhile_layers({}, [], 2)[0] == good
 
 
 def test_right_answers_are_those_of_texts_that_the_head_has_not_seen():
@@ -72,15 +79,22 @@ def test_raced_features_are_those_of_the_layers_that_are_left(monkeypatch):
         np.testing.assert_allclose(rows, expected[choice], atol=1e-5)
     assert sum(done) == len(texts)
     assert said == [
-        "after 3 texts no layer is clearly better than layer 1: the others are read up to layer 1"
+        "after 3 texts no layer was clearly better than layer 1: layers 1 were read of the others"
     ]
 
 
 @pytest.mark.parametrize(
-    ("rows", "choices"), [(1000, [(1, "mean"), (2, "mean")]), (1, [(2, "mean")])]
+    ("rows", "choices", "kind"),
+    [
+        (1000, [(1, "mean"), (2, "mean")], {}),
+        (1, [(2, "mean")], {}),
+        (1, [(1, "mean"), (2, "mean")], {"multi_label": True}),
+        (1, [(1, "mean"), (2, "mean")], {"balanced": True}),
+    ],
+    ids=["few texts", "one layer", "several labels", "balanced"],
 )
-def test_few_texts_or_one_layer_are_no_race(rows, choices, monkeypatch):
+def test_what_is_no_race(rows, choices, kind, monkeypatch):
     monkeypatch.setattr(race, "RACE_ROWS", rows)
     monkeypatch.setattr(race, "worthwhile_layers", None)
-    features = raced_features(embedding(), TEXTS, [0] * len(TEXTS), choices)
+    features = raced_features(embedding(), TEXTS, [0] * len(TEXTS), choices, **kind)
     assert set(features) == set(choices)

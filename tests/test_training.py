@@ -280,7 +280,7 @@ def test_parts_of_a_batch_give_its_gradients(monkeypatch):
     """Loss and weights are the batch's, in however many passes it is computed."""
     results = []
     for most in (1_000_000, 20):
-        for limits in ("MAX_TOKENS", "MAX_TOKENS_IF_MOST_IS_TRAINED"):
+        for limits in ("MAX_TOKENS", "MAX_TOKENS_IF_MUCH_IS_TRAINED"):
             monkeypatch.setattr(training_run, limits, {"cpu": most})
         classifier, passes = TinyClassifier(dropout=0.0).double(), []
         plain = classifier.compute_logits
@@ -298,9 +298,10 @@ def test_parts_of_a_batch_give_its_gradients(monkeypatch):
 
 def test_passes_are_small_where_gradients_are():
     classifier = TinyClassifier()
+    assert training_run._max_tokens(classifier, CPU) == 2048  # a half of it
+    classifier.llama.requires_grad_(False)
     assert training_run._max_tokens(classifier, CPU) == 768
     classifier.llama.requires_grad_(True)
-    assert training_run._max_tokens(classifier, CPU) == 2048
     assert training_run._max_tokens(classifier, torch.device("cuda")) == math.inf
     # Quantised weights are no parameters.
     classifier.requires_grad_(False)

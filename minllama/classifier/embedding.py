@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minllama.classifier.base import Classifier, as_prompt, make_template
 from minllama.classifier.label_scores import padded
 from minllama.errors import MinllamaError
-from minllama.llama import Llama, last_tokens
+from minllama.llama import Llama, check_inputs, last_tokens
 from minllama.options import POOLINGS, PromptOptions
 from minllama.prompts import EncodedPrompt
 from minllama.tokenizer import Tokenizer
@@ -123,7 +123,10 @@ class LlamaEmbeddingClassifier(Classifier):
         Raises:
             MinllamaError: a row has no real token.
         """
+        check_inputs(ids, attention_mask)
         if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise MinllamaError("a head reads texts with an attention_mask of shape (B, T)")
             attention_mask = attention_mask.bool()
             if not attention_mask.any(-1).all():
                 raise MinllamaError("a row of attention_mask has no real token to classify")

@@ -2,7 +2,8 @@
 
 The middle of the stack often knows more than its end (as measured in docs/benchmarks.md), so one
 pass over the texts keeps what several layers and poolings say, and the best is chosen on training
-data alone. Heads are L2-regularised logistic regressions (scikit-learn) on standardised features.
+data alone; `minllama.classifier.race` spares most texts the layers that lose. Heads are
+L2-regularised logistic regressions (scikit-learn) on standardised features.
 """
 
 import contextlib
@@ -151,23 +152,17 @@ def select_features(
 
 
 def right_in_cross_validation(
-    features: Features,
-    labels: Sequence[Any],
-    n_classes: int,
-    *,
-    multi_label: bool = False,
-    balanced: bool = False,
-    seed: int = 0,
+    features: Features, labels: Sequence[int], n_classes: int, *, seed: int = 0
 ) -> dict[Choice, NDArray[np.bool_]]:
     """Which texts each choice is right about, under one penalty, when its head has not seen them.
 
     Args:
-        features, labels, n_classes, multi_label, balanced, seed: as for `select_features`.
+        features, labels, n_classes, seed: as for `select_features`, with one label a text.
 
     Returns:
-        For each choice the same texts in the same order: all of FIRST_FOLDS of FOLDS.
+        For each choice the same texts in the same order: those of FIRST_FOLDS of the FOLDS.
     """
-    kind: Any = {"multi_label": multi_label, "balanced": balanced, "seed": seed}
+    kind: Any = {"multi_label": False, "balanced": False, "seed": seed}
     with _comparison(features, labels, n_classes, **kind) as right:
         waiting = {choice: right(choice, FIRST_PENALTY, FIRST_FOLDS) for choice in features}
         return {choice: rows() for choice, rows in waiting.items()}

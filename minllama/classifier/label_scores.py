@@ -85,7 +85,7 @@ def compute_label_scores(
         assert prefix is not None
         cache = prefix.cache(len(prompts), layout.ids.shape[1])
     h = llama.state_after(
-        llama.config.n_layers,
+        len(llama.layers),
         layout.ids.to(device),
         attention_mask=None if layout.mask is None else layout.mask.to(device),
         positions=None if layout.positions is None else layout.positions.to(device),

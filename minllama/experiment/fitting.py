@@ -193,7 +193,7 @@ def make_head(
         features = raced_features(
             reader, some.texts, some.labels, choices, seed=seed, **kind, **shown
         )
-    else:  # not for so few texts
+    else:  # STARTING_TEXTS are too few for a race
         features = extract_features(reader, some.texts, {*choices, *later}, progress=report)
     compared = {choice: features[choice] for choice in choices if choice in features}
     selection = select_features(compared, some.labels, len(train.label_names), seed=seed, **kind)
