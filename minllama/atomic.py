@@ -2,7 +2,7 @@
 
 The new content is written beside the target, fsynced, and renamed over it, so that a kill or a full
 disk at any instant leaves the old content or the new, never half. What a killed process left beside
-a target is removed by the next one that writes there. Knows nothing of what is written.
+a target is removed by the next one that has written there. Knows nothing of what is written.
 """
 
 import contextlib
@@ -32,7 +32,6 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     with _one_line_errors(target):
         target, temporary = _file_and_temporary(target)
-        _remove_leftovers(target)
         try:
             temporary.touch()
             with _locked(temporary):
@@ -42,6 +41,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
                 _fsync(temporary)
                 os.replace(temporary, target)
                 _fsync(target.parent)
+            _remove_leftovers(target)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -78,7 +78,6 @@ def atomic_folder(
             raise MinllamaError(f"cannot write the folder {target}: name a folder in it")
         if target.exists() and not target.is_dir():
             raise MinllamaError(f"cannot write the folder {target}: a file of that name is there")
-        _remove_leftovers(target)
         temporary = _beside(target)
         temporary.mkdir()
         try:
@@ -91,6 +90,7 @@ def atomic_folder(
                     _fsync(path)
                 _put_in_place(temporary, target)
                 _fsync(target.parent)
+            _remove_leftovers(target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -134,11 +134,11 @@ def _file_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
     return target, _beside(target)
 
 
-def _beside(target: Path, suffix: str = "tmp") -> Path:
+def _beside(target: Path) -> Path:
     if target.parent.exists() and not target.parent.is_dir():
         raise MinllamaError(f"cannot write {target}: {target.parent} is not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.{suffix}")
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
@@ -174,13 +174,12 @@ def _lock(path: Path) -> int | None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what processes that are no more were writing for this target."""
-    if not target.parent.is_dir():
-        return
+    """Remove what processes that are no more were writing for a target that is now written."""
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
-    for path in target.parent.iterdir():
-        if not name.fullmatch(path.name):
-            continue
+    found: list[Path] = []
+    with contextlib.suppress(OSError):  # a folder may be one to write to and not to read
+        found = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+    for path in found:
         with contextlib.suppress(OSError):  # another process may be at the same
             if time.time() - path.lstat().st_mtime < LEFTOVER_SECONDS:
                 continue
@@ -217,8 +216,8 @@ def _put_in_place(new: Path, target: Path) -> None:
         os.rename(new, target)
     elif not _exchange(new, target):
         # Without an atomic swap the old folder steps aside first: for that instant its content is
-        # under a second name, whole, rather than gone, and nobody takes it for a leftover.
-        aside = _beside(target, "old")
+        # under a second name, whole, rather than gone.
+        aside = _beside(target)
         os.rename(target, aside)
         os.rename(new, target)
         shutil.rmtree(aside, ignore_errors=True)
