@@ -173,12 +173,29 @@ def _lock(path: Path) -> int | None:
     return descriptor
 
 
+def temporaries(target: Path) -> list[Path]:
+    """What any process, living or not, has begun to write beside a target and in its place.
+
+    Raises:
+        OSError: the folder that it is in cannot be read.
+    """
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
+    return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _remove_leftovers(target: Path) -> None:
     """Remove what processes that are no more were writing for a target that is now written."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
     found: list[Path] = []
     with contextlib.suppress(OSError):  # a folder may be one to write to and not to read
-        found = [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
+        found = temporaries(target)
     for path in found:
         with contextlib.suppress(OSError):  # another process may be at the same
             if time.time() - path.lstat().st_mtime < LEFTOVER_SECONDS:
@@ -187,10 +204,7 @@ def _remove_leftovers(target: Path) -> None:
             if descriptor is None:
                 continue
             os.close(descriptor)
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+            remove(path)
 
 
 def _keep_others(old: Path, new: Path, replaces: Callable[[str], bool]) -> None:

@@ -454,7 +454,10 @@ class Llama(LlamaPreTrainedModel):
         if at is None:
             return h if packing is None else packing.padded(h)
         h = (_tokens(h, place) if in_layer is None else h).squeeze(0)  # (M, D)
-        return h if packing is None else h.masked_fill(packing.is_padding(at).unsqueeze(-1), 0.0)
+        if packing is None:
+            return h
+        is_padding = packing.tokens[place] != at
+        return h.masked_fill(is_padding.unsqueeze(-1), 0.0)
 
     def _gathers(self, n_layers: int, at: Tensor | None, tokens: Tensor) -> bool:
         """Whether the last of so many layers can be asked for some tokens alone."""

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,14 +18,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from minllama.atomic import atomic_file, atomic_folder
+from minllama.atomic import atomic_file, atomic_folder, remove, temporaries
 from minllama.errors import CheckpointError, MinllamaError
 
 CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
 STATE, WEIGHTS, MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"
 PRIOR = "prior.safetensors"
 FORMAT = 1
-TEMPORARY = re.compile(rf"\.({re.escape(CHECKPOINT)}|{re.escape(METRICS)})\.[0-9a-f]{{8}}\.tmp")
 NEUTRAL_OPTIONS = ("save_every", "tensorboard")  # a run may go on with others: no number changes
 
 Fingerprint: TypeAlias = Mapping[str, Any]
@@ -169,7 +167,7 @@ class CheckpointFolder:
         beside = Path(os.path.realpath(self.path)).parent
         if not beside.is_dir():
             return
-        stale = [path for path in beside.iterdir() if TEMPORARY.fullmatch(path.name)]
+        stale = [*temporaries(beside / CHECKPOINT), *temporaries(beside / METRICS)]
         if not self.path.exists():
             whole = [(step, path) for path in stale if (step := _whole_step(path)) is not None]
             if whole:
@@ -177,10 +175,7 @@ class CheckpointFolder:
                 newest.rename(self.path)
                 stale.remove(newest)
         for path in stale:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            remove(path)
 
     def remove(self) -> None:
         """Delete the checkpoint, if there is one."""

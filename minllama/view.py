@@ -52,10 +52,6 @@ class Packing(NamedTuple):
         """Where tokens are in that row, by their numbers b * T + t; padding is anywhere."""
         return torch.searchsorted(self.tokens, at).clamp(max=len(self.tokens) - 1)
 
-    def is_padding(self, at: Tensor) -> Tensor:
-        """Which of these numbers are of padding."""
-        return self.tokens[self.places(at)] != at
-
     def padded(self, h: Tensor) -> Tensor:
         """(1, N, D) -> (B, T, D), zeros at padding."""
         batch, length = self.shape

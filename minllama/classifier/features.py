@@ -135,8 +135,7 @@ def select_features(
         def accuracy_of(choice: Choice, penalty: float) -> float:
             return float(right(choice, penalty, FOLDS)().mean())
 
-        waiting = {choice: right(choice, FIRST_PENALTY, FIRST_FOLDS) for choice in features}
-        first = {choice: rows().mean() for choice, rows in waiting.items()}
+        first = {choice: rows.mean() for choice, rows in _first_look(right, features).items()}
         middle = PENALTIES.index(FIRST_PENALTY)
         for choice in sorted(features, key=lambda choice: -first[choice])[:FINALISTS]:
             begin = tried[(*choice, FIRST_PENALTY)] = accuracy_of(choice, FIRST_PENALTY)
@@ -164,8 +163,17 @@ def right_in_cross_validation(
     """
     kind: Any = {"multi_label": False, "balanced": False, "seed": seed}
     with _comparison(features, labels, n_classes, **kind) as right:
-        waiting = {choice: right(choice, FIRST_PENALTY, FIRST_FOLDS) for choice in features}
-        return {choice: rows() for choice, rows in waiting.items()}
+        return _first_look(right, features)
+
+
+# Begins to compare a choice under a penalty on the first few folds, and gives what waits for it.
+Begin = Callable[[Choice, float, int], Callable[[], NDArray[np.bool_]]]
+
+
+def _first_look(right: Begin, features: Features) -> dict[Choice, NDArray[np.bool_]]:
+    """All choices under one penalty on FIRST_FOLDS, side by side."""
+    waiting = {choice: right(choice, FIRST_PENALTY, FIRST_FOLDS) for choice in features}
+    return {choice: rows() for choice, rows in waiting.items()}
 
 
 @contextlib.contextmanager
@@ -177,7 +185,7 @@ def _comparison(
     multi_label: bool,
     balanced: bool,
     seed: int,
-) -> Iterator[Callable[[Choice, float, int], Callable[[], NDArray[np.bool_]]]]:
+) -> Iterator[Begin]:
     """A cross-validation of choices, whose fits run side by side.
 
     Yields:
