@@ -8,11 +8,10 @@ H heads, K key/value heads, C head width, F hidden width, V vocabulary, R rank.
 """
 
 import itertools
-import math
 import os
 import weakref
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +19,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minllama.cache import KVCache
-from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
 from minllama.errors import MinllamaError
-from minllama.loading import load_weights, without_initial_values
 from minllama.native import attention, operations
 from minllama.native_step import NativeStep, Runner, can_run, has_hooks, is_short
+from minllama.pretrained import LlamaPreTrainedModel
 from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
 from minllama.view import (
@@ -36,6 +34,18 @@ from minllama.view import (
     view_of_packed,
     view_of_whole,
 )
+from minllama.wanted import check_inputs, check_logits, row_lens, tokens_at, wanted_tokens
+
+__all__ = [
+    "Attention",
+    "FeedForward",
+    "Llama",
+    "LlamaLayer",
+    "LlamaOutput",
+    "LlamaPreTrainedModel",
+    "RMSNorm",
+    "load_pretrained",
+]
 
 
 class RMSNorm(nn.Module):
@@ -143,7 +153,7 @@ class Attention(nn.Module):
             query, key, value, view.mask, is_causal=view.is_causal, texts=view.texts
         )
         attended = attended.transpose(1, 2).flatten(-2)  # (B, T, H * C)
-        attended = _tokens(attended, at)
+        attended = tokens_at(attended, at)
         output: Tensor = self.resid_dropout(self.compute_output(attended))
         return output
 
@@ -186,132 +196,9 @@ class LlamaLayer(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D) or (1, M, D); the arguments are those of `Attention.forward`."""
         attended = self.attention(self.attention_norm(x), rotation, view, cache, *_given(at))
-        h: Tensor = _tokens(x, at) + attended
+        h: Tensor = tokens_at(x, at) + attended
         output: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return output
-
-
-class LlamaPreTrainedModel(nn.Module):
-    """What a model has whose weights come from files: a config, initial weights, load and save."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.config = config
-        # What the weights were loaded from, as `Checkpoint.source` names it; None for none.
-        self.source: str | None = None
-        # The word of `minllama.options.QUANTIZE` by which it was then quantised.
-        self.quantize: str | None = None
-        # Counts what may have put other modules or tensors into the place of those there were.
-        self._version = 0
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in: the norms' dtype, for matrices may be kept in other forms."""
-        norms = (p for name, p in self.named_parameters() if name.endswith("norm.weight"))
-        return next(norms).dtype
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._version += 1
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._version += 1
-        return super().load_state_dict(*args, **kwargs)
-
-    def set_submodule(self, *args: Any, **kwargs: Any) -> None:
-        self._version += 1
-        super().set_submodule(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Self:
-        self._version += 1
-        return super().train(mode)
-
-    def init_weights(self) -> None:
-        """Normal(0, 0.02) for matrices, zero for biases, one for norms.
-
-        The two projections of each layer that write to the residual stream are scaled by
-        1 / sqrt(2 n_layers), so that its variance does not grow with depth (Radford et al. 2019,
-        sec. 2.3).
-        """
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            elif name.endswith(".bias"):
-                nn.init.zeros_(parameter)
-            elif name.endswith(("compute_output.weight", "w2.weight")):
-                nn.init.normal_(parameter, std=residual_std)
-            else:
-                nn.init.normal_(parameter, std=0.02)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str] | None = None,
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        quantize: str | None = None,
-        **config_changes: Any,
-    ) -> Self:
-        """Load a model from a file, a folder or a Hugging Face id, in evaluation mode.
-
-        Args:
-            source: path or id; None for the embedded default model.
-            dtype: of the weights, torch's or its name; None for float32 on a CPU and bfloat16 on a
-                GPU.
-            device: None for the GPU where there is one.
-            quantize: "int8" or "int4" for weights in so many bits, "stored" for a GGUF file's
-                blocks as they are, "auto" for what generates fastest from this file on this
-                machine (`minllama.quantization`). Quantised weights cannot be trained, only
-                adapters beside them. None for a dense model.
-            config_changes: fields of LlamaConfig to set, such as `dropout=0.1, causal=False`.
-
-        Raises:
-            MinllamaError: the checkpoint is missing, damaged, or not a Llama.
-        """
-        return cls.from_checkpoint(
-            open_checkpoint(source),
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-            **config_changes,
-        )
-
-    @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: Checkpoint,
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-        quantize: str | None = None,
-        **config_changes: Any,
-    ) -> Self:
-        """Load a model from a checkpoint that is open; see `from_pretrained`."""
-        # No memory and no random numbers: the weights are assigned.
-        with torch.device("meta"), without_initial_values():
-            model = cls(checkpoint.config.replace(**config_changes))
-        model.quantize = load_weights(
-            model, checkpoint, dtype=dtype, device=device, quantize=quantize
-        )
-        model.source = checkpoint.source
-        return model.eval()
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face folder (config.json, model.safetensors) that transformers loads.
-
-        The folder appears whole or not at all; other files in an existing one are kept.
-
-        Raises:
-            MinllamaError: it cannot be written; what was there is untouched.
-        """
-        write_huggingface(folder, self.config, self.state_dict())
 
 
 class LlamaOutput(NamedTuple):
@@ -376,12 +263,12 @@ class Llama(LlamaPreTrainedModel):
                 contradict one another.
         """
         check_inputs(ids, attention_mask)
-        _check_logits(logits, attention_mask)
+        check_logits(logits, attention_mask)
         if cache is not None and positions is None and is_short(ids, attention_mask, self.dtype):
             self._check_cache(cache)
             if (step := self._native(cache)) is not None:
                 return self._forward_natively(step, ids, attention_mask, cache, logits)
-        at = _wanted(ids, attention_mask, logits)
+        at = wanted_tokens(ids, attention_mask, logits)
         h = self.state_after(
             len(self.layers),
             ids,
@@ -392,7 +279,7 @@ class Llama(LlamaPreTrainedModel):
         )
         h = self.norm(h if at is None else h.view(*at.shape, -1))
         if cache is not None:
-            cache.advance(_row_lens(ids, attention_mask))
+            cache.advance(row_lens(ids, attention_mask))
         return LlamaOutput(h, None if logits is None else self.compute_logits(h))
 
     def layer_states(
@@ -453,7 +340,7 @@ class Llama(LlamaPreTrainedModel):
         )
         if at is None:
             return h if packing is None else packing.padded(h)
-        h = (_tokens(h, place) if in_layer is None else h).squeeze(0)  # (M, D)
+        h = (tokens_at(h, place) if in_layer is None else h).squeeze(0)  # (M, D)
         if packing is None:
             return h
         is_padding = packing.tokens[place] != at
@@ -613,12 +500,12 @@ class Llama(LlamaPreTrainedModel):
     ) -> LlamaOutput:
         """What `forward` gives for a few tokens that continue a cache."""
         view = view_of_continuation(ids, attention_mask, None, cache, self.config)
-        at = _wanted(ids, attention_mask, logits)
+        at = wanted_tokens(ids, attention_mask, logits)
         every = torch.arange(0 if logits is None else ids.numel())
         rotation = self.rope(view.positions, view.text_len)
         logits_of = every if at is None else at.flatten()
         hidden, found = step(ids, view.positions, rotation, cache, logits_of)
-        cache.advance(_row_lens(ids, attention_mask))
+        cache.advance(row_lens(ids, attention_mask))
         if at is not None:
             hidden = hidden.flatten(0, 1)[at]
         return LlamaOutput(hidden, None if logits is None else found.view(*hidden.shape[:-1], -1))
@@ -654,69 +541,6 @@ def load_pretrained(
     )
 
 
-def check_inputs(ids: Tensor, mask: Tensor | None) -> None:
-    if ids.dim() != 2 or 0 in ids.shape:
-        raise MinllamaError(f"ids must be of shape (B, T), neither 0, not {tuple(ids.shape)}")
-    if mask is not None and mask.shape not in (ids.shape, (*ids.shape, ids.shape[1])):
-        raise MinllamaError(
-            f"attention_mask is of shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
-            "be alike, or the mask (B, T, T) (with a cache, both cover the new tokens only)"
-        )
-
-
-def _check_logits(logits: str | Tensor | None, mask: Tensor | None) -> None:
-    if not isinstance(logits, str):
-        return
-    if logits not in ("all", "last"):
-        raise MinllamaError(f"logits must be 'all', 'last', a tensor or None, not {logits!r}")
-    if logits == "last" and mask is not None and (mask.dim() == 3 or not mask.any(-1).all()):
-        raise MinllamaError("a row of attention_mask has no real token, so no last one either")
-
-
-def _tokens(x: Tensor, at: Tensor | None) -> Tensor:
-    """Those of (B, T, D) with the numbers b * T + t in (M,), as (1, M, D); all of them for None."""
-    return x if at is None else x.flatten(0, 1).index_select(0, at).unsqueeze(0)
-
-
 def _given(at: Tensor | None) -> tuple[Tensor, ...]:
     """An argument that only who is asked for some tokens gets: others may not know of it."""
     return () if at is None else (at,)
-
-
-def _wanted(ids: Tensor, mask: Tensor | None, which: str | Tensor | None) -> Tensor | None:
-    """Numbers b * T + t of the tokens whose logits are asked for, (B,) or (B, N).
-
-    None where the states of all are: for all logits, and for none.
-    """
-    if which is None or (isinstance(which, str) and which == "all"):
-        return None
-    if not isinstance(which, Tensor):
-        return last_tokens(ids, mask)
-    batch, length = ids.shape
-    if which.dim() != 2 or len(which) not in (1, batch) or which.numel() == 0:
-        raise MinllamaError(
-            f"logits asks for columns of shape {tuple(which.shape)}; give (B, N), here ({batch}, N)"
-        )
-    if which.is_floating_point() or which.dtype == torch.bool:
-        raise MinllamaError(f"logits asks for columns by whole numbers, not {which.dtype}")
-    starts = torch.arange(batch, device=ids.device) * length
-    which = which.to(starts)
-    if ((which < -length) | (which >= length)).any():
-        raise MinllamaError(f"logits asks for columns that {length} tokens do not have")
-    return starts.unsqueeze(-1) + which % length  # some count from the end
-
-
-def last_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B,), numbers b * T + t of the last real token of each row of x, (B, T) or (B, T, D)."""
-    batch, length = x.shape[:2]
-    starts = torch.arange(batch, device=x.device) * length
-    if mask is None:
-        return starts + (length - 1)
-    return starts + (torch.arange(length, device=x.device) * mask.bool()).argmax(-1)
-
-
-def _row_lens(ids: Tensor, mask: Tensor | None) -> list[int]:
-    if mask is None or mask.dim() == 3:
-        return [ids.shape[1]] * ids.shape[0]
-    lens: list[int] = mask.bool().sum(-1).tolist()
-    return lens

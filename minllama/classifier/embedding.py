@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from minllama.classifier.base import Classifier, as_prompt, make_template
 from minllama.classifier.label_scores import padded
 from minllama.errors import MinllamaError
-from minllama.llama import Llama, check_inputs, last_tokens
+from minllama.llama import Llama
 from minllama.options import POOLINGS, PromptOptions
 from minllama.prompts import EncodedPrompt
 from minllama.tokenizer import Tokenizer
+from minllama.wanted import check_inputs, last_tokens
 
 Pooling = Literal["last", "mean", "weighted-mean"]
 

@@ -1,0 +1,138 @@
+"""What a model has whose weights come from files: a config, initial weights, load and save.
+
+Knows nothing of what the model computes.
+"""
+
+import math
+import os
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
+from minllama.config import LlamaConfig
+from minllama.loading import load_weights, without_initial_values
+
+
+class LlamaPreTrainedModel(nn.Module):
+    """What a model has whose weights come from files: a config, initial weights, load and save."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        # What the weights were loaded from, as `Checkpoint.source` names it; None for none.
+        self.source: str | None = None
+        # The word of `minllama.options.QUANTIZE` by which it was then quantised.
+        self.quantize: str | None = None
+        # Counts what may have put other modules or tensors into the place of those there were.
+        self._version = 0
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: the norms' dtype, for matrices may be kept in other forms."""
+        norms = (p for name, p in self.named_parameters() if name.endswith("norm.weight"))
+        return next(norms).dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._version += 1
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._version += 1
+        return super().load_state_dict(*args, **kwargs)
+
+    def set_submodule(self, *args: Any, **kwargs: Any) -> None:
+        self._version += 1
+        super().set_submodule(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        self._version += 1
+        return super().train(mode)
+
+    def init_weights(self) -> None:
+        """Normal(0, 0.02) for matrices, zero for biases, one for norms.
+
+        The two projections of each layer that write to the residual stream are scaled by
+        1 / sqrt(2 n_layers), so that its variance does not grow with depth (Radford et al. 2019,
+        sec. 2.3).
+        """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+            elif name.endswith(("compute_output.weight", "w2.weight")):
+                nn.init.normal_(parameter, std=residual_std)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        quantize: str | None = None,
+        **config_changes: Any,
+    ) -> Self:
+        """Load a model from a file, a folder or a Hugging Face id, in evaluation mode.
+
+        Args:
+            source: path or id; None for the embedded default model.
+            dtype: of the weights, torch's or its name; None for float32 on a CPU and bfloat16 on a
+                GPU.
+            device: None for the GPU where there is one.
+            quantize: "int8" or "int4" for weights in so many bits, "stored" for a GGUF file's
+                blocks as they are, "auto" for what generates fastest from this file on this
+                machine (`minllama.quantization`). Quantised weights cannot be trained, only
+                adapters beside them. None for a dense model.
+            config_changes: fields of LlamaConfig to set, such as `dropout=0.1, causal=False`.
+
+        Raises:
+            MinllamaError: the checkpoint is missing, damaged, or not a Llama.
+        """
+        return cls.from_checkpoint(
+            open_checkpoint(source),
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            **config_changes,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        quantize: str | None = None,
+        **config_changes: Any,
+    ) -> Self:
+        """Load a model from a checkpoint that is open; see `from_pretrained`."""
+        # No memory and no random numbers: the weights are assigned.
+        with torch.device("meta"), without_initial_values():
+            model = cls(checkpoint.config.replace(**config_changes))
+        model.quantize = load_weights(
+            model, checkpoint, dtype=dtype, device=device, quantize=quantize
+        )
+        model.source = checkpoint.source
+        return model.eval()
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face folder (config.json, model.safetensors) that transformers loads.
+
+        The folder appears whole or not at all; other files in an existing one are kept.
+
+        Raises:
+            MinllamaError: it cannot be written; what was there is untouched.
+        """
+        write_huggingface(folder, self.config, self.state_dict())
