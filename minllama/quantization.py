@@ -26,7 +26,7 @@ from minllama.checkpoints.gguf_blocks import (
     decode_blocks,
     decode_super_blocks,
 )
-from minllama.errors import OptionError
+from minllama.errors import MinllamaError, OptionError
 from minllama.native import operations
 from minllama.options import QUANTIZE
 from minllama.widening import WidenedEmbedding, WidenedLinear, widened_product
@@ -189,6 +189,10 @@ class QuantizedEmbedding(QuantizedWeight):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., in)."""
+        # Rows lie in panels, whose numbers would wrap around and reach into padding. Elsewhere
+        # than on a CPU to look at ids is to wait for them.
+        if ids.is_cpu and ids.numel() and (ids.min() < 0 or ids.max() >= self.out_features):
+            raise MinllamaError(f"token ids must be from 0 to {self.out_features - 1}")
         return self.rows(ids, self.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

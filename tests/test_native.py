@@ -376,12 +376,14 @@ def test_all_of_it_can_be_dropped():
     assert not low_rank_product(x, a, b, 1.0, dropout=1.0).any()
 
 
-@pytest.mark.parametrize("kind", ["int4", "int4 without mins", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "int4 without mins", "int8", "int8 with mins"])
 def test_quantised_products_of_many_rows_and_blocks(kind, at_level):
     torch.manual_seed(0)
-    parts = quantize(torch.randn(40, 13 * 32), 8 if kind == "int8" else 4)
+    parts = quantize(torch.randn(40, 13 * 32), 8 if kind.startswith("int8") else 4)
     if kind == "int4 without mins":
         parts = parts._replace(mins=None)
+    elif kind == "int8 with mins":  # as Q5_K has them
+        parts = parts._replace(mins=-100 * parts.scales)
     weight = QuantizedWeight(*parts)
     x = torch.randn(133, 13 * 32)
     y = operations.product(weight, x)
@@ -394,6 +396,21 @@ def test_quantised_products_of_many_rows_and_blocks(kind, at_level):
     for n in (1, 2, 3, 4, 5, 7):
         few = operations.product(weight, x[:n])
         assert torch.equal(few, y[:n]) if at_level else torch.allclose(few, y[:n], atol=1e-3), n
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_none_in_quantised_products(bits, rows, value, at_level):
+    weight = QuantizedWeight(*quantize(torch.randn(40, 96), bits))
+    for place in (0, 13, 31, 64, 95):
+        x = torch.randn(rows, 96)
+        x[rows // 2, place] = value
+        y = operations.product(weight, x)
+        finite = torch.arange(rows) != rows // 2
+        assert y[finite].isfinite().all()
+        assert not y[rows // 2].isfinite().any()
+    assert operations.product(weight, torch.full((1, 96), float("nan"))).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
