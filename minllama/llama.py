@@ -23,7 +23,7 @@ from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
 from minllama.errors import MinllamaError
 from minllama.native import attention, operations
-from minllama.native_step import NativeStep, Runner, can_run, has_hooks, is_short
+from minllama.native_step import NativeStep, Runner, can_run, has_hooks, hooks_of, is_short
 from minllama.pretrained import LlamaPreTrainedModel
 from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
@@ -230,7 +230,7 @@ class Llama(LlamaPreTrainedModel):
         )
         self.rope = RotaryEmbedding(config)
         # Keep only what layers pass on, and compute their insides again in the backward pass
-        # (Chen et al. 2016): a third more time, and memory for one layer instead of all.
+        # (Chen et al. 2016): one more forward pass, and memory for one layer instead of all.
         self.gradient_checkpointing = False
         self.init_weights()
 
@@ -427,8 +427,8 @@ class Llama(LlamaPreTrainedModel):
         has it: half the memory, and half of what decoding a long text reads, for a rounding that is
         small beside theirs. Only where compiled code widens them on their way.
         """
-        is_float32 = self.dtype == torch.float32 and operations.serves(self.norm.weight)
-        return torch.float16 if is_float32 and self.quantize is not None else self.dtype
+        is_quantized = self.dtype == torch.float32 and self.quantize is not None
+        return torch.float16 if is_quantized and self._runs_natively() else self.dtype
 
     def new_cache(
         self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None
@@ -474,13 +474,19 @@ class Llama(LlamaPreTrainedModel):
             return None
         known = cache.native
         if isinstance(known, Runner) and known.serves(self, self._version) and cache.max_len:
-            return known.step
-        step = NativeStep(self) if self._has_own_layers() and can_run(self) else None
-        cache.native = Runner(weakref.ref(self), self._version, step)
+            return known.step_unless_heard()
+        step = NativeStep(self) if self._runs_natively() else None
+        cache.native = Runner(weakref.ref(self), self._version, step, hooks_of(self))
         return step
 
+    def _runs_natively(self) -> bool:
+        return self._has_own_layers() and can_run(self)
+
     def _has_own_layers(self) -> bool:
-        """Whether it is made of the layers of this file, and of no others that look like them."""
+        """Whether it is made of what is in this file, and of nothing that only looks like it."""
+        for name in ("compute_logits", "state_after"):
+            if name in vars(self) or getattr(type(self), name) is not getattr(Llama, name):
+                return False
         return type(self.norm) is RMSNorm and all(
             type(layer) is LlamaLayer
             and type(layer.attention) is Attention
@@ -501,7 +507,7 @@ class Llama(LlamaPreTrainedModel):
         """What `forward` gives for a few tokens that continue a cache."""
         view = view_of_continuation(ids, attention_mask, None, cache, self.config)
         at = wanted_tokens(ids, attention_mask, logits)
-        every = torch.arange(0 if logits is None else ids.numel())
+        every = torch.arange(0 if logits is None else ids.numel(), device=ids.device)
         rotation = self.rope(view.positions, view.text_len)
         logits_of = every if at is None else at.flatten()
         hidden, found = step(ids, view.positions, rotation, cache, logits_of)

@@ -8,6 +8,7 @@ models and passes it is for. Knows nothing of what the tokens are for.
 import ctypes
 import math
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from minllama.native.layout import (
     quantized_linear,
 )
 from minllama.native.library import call, library
-from minllama.native.operations import most_rows
+from minllama.native.operations import floats, most_rows
 from minllama.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from minllama.widening import WidenedEmbedding, WidenedLinear
 
@@ -88,10 +89,16 @@ def _is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
 
 def has_hooks(llama: Any) -> bool:
     """Whether somebody listens to the modules of this Llama."""
+    return any(hooks_of(llama))
+
+
+def hooks_of(llama: Any) -> tuple[Mapping[Any, Any], ...]:
+    """Where torch keeps the hooks of all modules and of each of this Llama's."""
     everywhere = nn.modules.module
-    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or any(
-        module._forward_hooks or module._forward_pre_hooks for module in llama.modules()
-    )
+    found = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
+    for module in llama.modules():
+        found += [module._forward_hooks, module._forward_pre_hooks]
+    return tuple(found)
 
 
 def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> bool:
@@ -117,15 +124,21 @@ class Runner(NamedTuple):
         llama: the model that it is of.
         version: of the model when it was asked; see `LlamaPreTrainedModel`.
         step: None where the model's modules do it.
+        hooks: where those of each module are kept, which may be hung up at any time.
     """
 
     llama: "weakref.ref[Any]"
     version: int
     step: "NativeStep | None"
+    hooks: tuple[Mapping[Any, Any], ...]
 
     def serves(self, llama: Any, version: int) -> bool:
         """Whether it is of this model as it now is."""
         return self.llama() is llama and self.version == version
+
+    def step_unless_heard(self) -> "NativeStep | None":
+        """The step, unless somebody listens to the modules by now."""
+        return None if any(self.hooks) else self.step
 
 
 class NativeStep:
@@ -172,11 +185,11 @@ class NativeStep:
             raise MinllamaError(f"token ids must be from 0 to {self._vocab_size - 1}")
         ids = ids.long().contiguous()
         slots = positions.expand(batch, -1).contiguous()
-        rows = torch.arange(batch).repeat_interleave(length)
+        rows = torch.arange(batch, device="cpu").repeat_interleave(length)
         turns = torch.view_as_real(rotation.expand(batch, -1, -1, -1)).contiguous()
-        hidden = torch.empty(batch, length, self._model.dim)
+        hidden = floats(batch, length, self._model.dim)
         logits_of = logits_of.long().contiguous()
-        logits = torch.empty(len(logits_of), self._vocab_size)
+        logits = floats(len(logits_of), self._vocab_size)
         self._point_to(cache)
         step = Step(
             n_tokens=batch * length,

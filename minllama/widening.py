@@ -74,7 +74,7 @@ def _widened(weight: Tensor) -> Tensor:
     buffer = getattr(_kept, "buffer", None)
     if buffer is None or buffer.numel() < n:
         with torch.inference_mode(False):
-            buffer = _kept.buffer = torch.empty(n)
+            buffer = _kept.buffer = operations.floats(n)
     widened: Tensor = buffer[:n].view(weight.shape).copy_(weight.detach())
     return widened
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from minllama.errors import MinllamaError
-from minllama.llama import Attention, RMSNorm
+from minllama.llama import Attention, Llama, RMSNorm
+from minllama.lora import add_lora_wrapper, lora_parameters
 from minllama.native import attention, library, operations
 from minllama.native.low_rank import low_rank_product
 from minllama.optimizer import AdamW
@@ -150,6 +151,80 @@ def test_hooks_of_all_modules_are_heard():
     finally:
         handle.remove()
     assert heard
+
+
+def test_a_hook_that_is_registered_between_two_steps_is_heard():
+    model, heard = our_model(), []
+    cache = model.new_cache(1, 8)
+    with torch.inference_mode():
+        model(random_ids(1, 3), cache=cache)
+        handle = model.layers[1].register_forward_hook(lambda *args: heard.append(1))
+        model(random_ids(1, 1), cache=cache)
+        assert heard == [1]
+        handle.remove()
+        model(random_ids(1, 1), cache=cache)
+    assert heard == [1]
+
+
+@pytest.mark.parametrize("way", ["subclass", "instance"])
+def test_logits_that_somebody_computes_otherwise_are_computed_so(way):
+    class Doubled(Llama):
+        def compute_logits(self, hidden):
+            return 2 * super().compute_logits(hidden)
+
+    plain = our_model()
+    model = (Doubled if way == "subclass" else Llama)(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    if way == "instance":
+        model.compute_logits = lambda hidden: 2 * Llama.compute_logits(model, hidden)
+    ids = random_ids(1, 3)
+    with torch.inference_mode():
+        found = model(ids, cache=model.new_cache(1, 4)).logits
+        expected = plain(ids, cache=plain.new_cache(1, 4)).logits
+    assert torch.allclose(found, 2 * expected, atol=1e-5)
+
+
+@pytest.fixture
+def with_default():
+    """Sets torch's default dtype for the test."""
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+def everything(model, weight):
+    """Numbers from every operation that is compiled."""
+    ids, model = random_ids(2, 6), copy.deepcopy(model)
+    cache = model.new_cache(2, 8, dtype=torch.float32)
+    with torch.inference_mode():
+        found = [model(ids, cache=cache).logits, model(ids[:, :1], cache=cache).hidden]
+        found.append(weight(found[0][..., :32]))
+    add_lora_wrapper(model, r=2)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in lora_parameters(model):
+        nn.init.normal_(parameter, std=0.2, generator=generator)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+    model.train().requires_grad_()
+    model(ids, attention_mask=mask).logits.square().sum().backward()
+    return [*found, *(parameter.grad for parameter in model.parameters())]
+
+
+def test_torchs_default_dtype_is_not_that_of_compiled_code(with_default):
+    model, weight = our_model(), QuantizedLinear(*quantize(torch.randn(16, 32), 8))
+    plain = everything(model, weight)
+    assert all(x.any() for x in plain)
+    with_default(torch.float64)
+    for a, b in zip(plain, everything(model, weight), strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_is_seen_by_who_saved_the_weights_for_a_backward_pass():
+    weight = nn.Parameter(torch.ones(3))
+    square = (weight * weight).sum()
+    weight.grad = torch.ones(3)
+    AdamW([weight]).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.backward()
 
 
 @pytest.mark.parametrize("changes", [{"n_layers": 1}, {"n_kv_heads": 1}, {"head_dim": 4}])

@@ -26,6 +26,7 @@ from minllama.native import operations
 from minllama.native.library import library
 from minllama.options import GenerationOptions
 from minllama.quantization import (
+    BITS,
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedWeight,
@@ -75,8 +76,8 @@ def super_blocks(stored, rows, columns, seed=0):
     generator = torch.Generator().manual_seed(seed)
     n = rows * columns // 256
     raw = torch.randint(0, 256, (n, stored.block_bytes), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(n, 1, generator=generator) * 5e-4
     middle = {Q4_K: 7.5, Q5_K: 15.5}[stored]
+    scales = torch.rand(n, 1, generator=generator) * 3.75e-3 / middle
     raw[:, :4] = torch.cat([scales, middle * scales], dim=1).half().view(torch.uint8)
     return raw
 
@@ -123,8 +124,9 @@ def test_blocks_of_other_types_get_eight_bits():
     assert (off <= 0.51 * step).all()
 
 
-def test_a_file_of_k_quants_is_computed_with_in_its_blocks(tmp_path, capfd):
-    """As llama.cpp writes Q4_K_M: most matrices in Q4_K, the vocabulary's and others in Q6_K."""
+@pytest.mark.parametrize("most", [Q4_K, Q5_K], ids=lambda stored: stored.name)
+def test_a_file_of_k_quants_is_computed_with_in_its_blocks(tmp_path, capfd, most):
+    """As llama.cpp writes Q4_K_M and Q5_K_M: the vocabulary's matrix and some others in Q6_K."""
     wide = {"llama.embedding_length": 256, "llama.feed_forward_length": 512}
     fields = [(key, kind, wide.get(key, content)) for key, kind, content in FIELDS]
     tensors = []
@@ -136,17 +138,22 @@ def test_a_file_of_k_quants_is_computed_with_in_its_blocks(tmp_path, capfd):
             raw, _ = q6_k_blocks(*shape, seed)
             tensors.append((name, shape, 14, raw.numpy().tobytes()))
         else:
-            raw = super_blocks(Q4_K, *shape, seed=seed)
-            tensors.append((name, shape, 12, raw.numpy().tobytes()))
+            raw = super_blocks(most, *shape, seed=seed)
+            tensors.append((name, shape, most.id, raw.numpy().tobytes()))
     path = write_file(tmp_path / "k.gguf", fields, tensors)
     near, exact = load_pretrained(path, quantize="auto"), load_pretrained(path)
     assert near.quantize == "stored"
     bits = {module.bits for module in near.modules() if isinstance(module, QuantizedWeight)}
-    assert bits == {4, 8}
+    assert bits == {BITS[most], 8}
     assert not any(isinstance(module, nn.Linear) for module in near.modules())
+    same = load_pretrained(path)
+    for name, module in near.named_modules():
+        if isinstance(module, QuantizedWeight):
+            same.get_submodule(name).weight.data.copy_(module.dequantize())
     ids = random_ids(2, 12, vocab_size=40)
     with torch.inference_mode():
-        a, b = exact(ids).logits, near(ids).logits
+        a, b, c = exact(ids).logits, near(ids).logits, same(ids).logits
+    assert (c - b).abs().mean() < 0.001 * a.abs().mean()
     # Eight bits are off by 0.4% of a number of random weights; five such matrices are passed.
     assert (a - b).abs().mean() < 5 * 0.004 * a.abs().mean()
     if library() is not None:
@@ -258,6 +265,14 @@ def test_other_dtypes_leave_scales_as_they_are():
     assert embedding(torch.tensor([3])).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("id", [-1, -100, 20, 31, 32])
+def test_an_id_that_is_none_is_refused(id):
+    embedding = QuantizedEmbedding(*quantize(random(20, 32), 8))
+    with pytest.raises(MinllamaError, match="token ids must be from 0 to 19"):
+        embedding(torch.tensor([[3, id]]))
+    assert embedding(torch.zeros(1, 0, dtype=torch.long)).shape == (1, 0, 32)
+
+
 def test_a_head_and_its_rows_are_those_of_its_matrix():
     embedding = QuantizedEmbedding(*quantize(random(20, 32), 8))
     x, plain = random(3, 32), nn.Embedding(20, 32)
@@ -321,6 +336,13 @@ def test_the_default_model_runs_on_its_blocks(default_model):
     ids = random_ids(1, 20, vocab_size=49152)
     with torch.inference_mode():
         assert torch.allclose(stored(ids).logits, exact(ids).logits, atol=0.05)
+
+
+def test_keys_are_rounded_only_where_compiled_code_reads_them(folder):
+    model = load_pretrained(folder, quantize="int4", dtype="float32")
+    assert model.cache_dtype == (torch.float32 if library() is None else torch.float16)
+    add_lora_wrapper(model, r=2)
+    assert model.cache_dtype == torch.float32
 
 
 def test_adapters_learn_beside_quantised_weights(folder):

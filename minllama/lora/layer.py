@@ -37,10 +37,11 @@ class LoRAAdapter(nn.Module):
         r = options.r
         self.scaling = options.lora_alpha / (math.sqrt(r) if options.use_rslora else r)
         # Drawn on the CPU, so that a seed means the same adapter on every device.
-        a = nn.init.kaiming_uniform_(torch.empty(r, base.in_features), a=math.sqrt(5))
+        a = torch.empty(r, base.in_features, dtype=torch.float32, device="cpu")
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b = a.new_zeros(base.out_features, r)
         device = _stored(base).device
-        self.lora_A = nn.Parameter(a.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
+        self.lora_A, self.lora_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
         self.dropout = nn.Dropout(options.lora_dropout)
         # B is zero, so the rows of W + delta W are as long as those of W.
         magnitude = nn.Parameter(_row_norms(dense_weight(base))) if options.use_dora else None

@@ -74,9 +74,9 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, texts: Texts | None) -> Tensor:
         query, key, value = (_with_whole_heads(x.to(query.dtype)) for x in (query, key, value))
-        out = torch.empty(query.shape, dtype=query.dtype)
+        out = query.new_empty(query.shape)
         batch, length, n_heads, _ = query.shape
-        log_sums = torch.empty(batch, n_heads, length)
+        log_sums = operations.floats(batch, n_heads, length)
         call("attention", _described(query, key, value, out, log_sums, texts))
         ctx.save_for_backward(query, key, value, out, log_sums)
         ctx.texts = texts
@@ -87,7 +87,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, log_sums = ctx.saved_tensors
         gradient = _with_whole_heads(gradient)
-        results = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+        results = [x.new_empty(x.shape) for x in (query, key, value)]
         arguments = _described(query, key, value, out, log_sums, ctx.texts)
         arguments.out_gradient = _heads(gradient)
         arguments.query_gradient, arguments.key_gradient, arguments.value_gradient = map(

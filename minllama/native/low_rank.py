@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from minllama.native.layout import KINDS, LowRank
 from minllama.native.library import call
-from minllama.native.operations import unfit
+from minllama.native.operations import floats, unfit
 
 
 def low_rank_product(
@@ -52,10 +52,10 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, onto: Tensor | None, settings: Settings
     ) -> Tensor:
         x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
-        y = torch.empty(*x.shape[:-1], len(b), dtype=x.dtype) if onto is None else onto
+        y = x.new_empty(*x.shape[:-1], len(b)) if onto is None else onto
         if onto is not None:
             ctx.mark_dirty(onto)
-        low = torch.empty(*x.shape[:-1], len(a))
+        low = floats(*x.shape[:-1], len(a))
         arguments = _described(x, a, b, y, low, settings)
         arguments.onto = onto is not None
         call("low_rank", arguments)
@@ -73,8 +73,8 @@ class _LowRank(torch.autograd.Function):
         arguments = _described(x, a, b, gradient, low, ctx.settings)
         of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         threads = torch.get_num_threads()
-        a_parts = torch.zeros(threads, *a.shape)
-        b_parts = torch.zeros(threads, *b.t().shape)
+        a_parts = floats(threads, *a.shape).zero_()
+        b_parts = floats(threads, *b.t().shape).zero_()
         arguments.x_gradient = None if of_x is None else of_x.data_ptr()
         arguments.a_parts, arguments.b_parts = a_parts.data_ptr(), b_parts.data_ptr()
         call("low_rank_gradient", arguments)

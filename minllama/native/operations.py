@@ -40,6 +40,11 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in KINDS and library() is not None
 
 
+def floats(*shape: int) -> Tensor:
+    """Room for what compiled code writes: float32 on the CPU, whatever torch's own default is."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def unfit(operation: str, *tensors: Tensor) -> MinllamaError:
     """What to raise for shapes that compiled code would read or write beyond."""
     shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
@@ -75,7 +80,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
     """The matrix (in, out) of a `minllama.quantization.QuantizedWeight` (out, in), on the CPU."""
-    y = torch.empty(weight.in_features, weight.out_features, dtype=dtype)
+    y = torch.empty(weight.in_features, weight.out_features, dtype=dtype, device="cpu")
     described = quantized_linear(weight)
     call("take_apart", Apart(ctypes.pointer(described), y.data_ptr(), KINDS[dtype]))
     return y
@@ -99,9 +104,9 @@ def product(weight: Any, x: Tensor) -> Tensor:
         raise MinllamaError(f"a weight of {weight.in_features} columns times {tuple(x.shape)}")
     x = x.float().contiguous()
     rows, blocks = x.numel() // weight.in_features, weight.in_features // 32
-    digits = torch.empty(rows, blocks, 64, dtype=torch.int8)
-    scales, sums = torch.empty(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32)
-    y = torch.empty(*x.shape[:-1], weight.out_features)
+    digits = torch.empty(rows, blocks, 64, dtype=torch.int8, device="cpu")
+    scales, sums = floats(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32, device="cpu")
+    y = floats(*x.shape[:-1], weight.out_features)
     described = quantized_linear(weight)
     tensors = (x, digits, scales, sums, y)
     arguments = Product(ctypes.pointer(described), rows, *(tensor.data_ptr() for tensor in tensors))
@@ -115,7 +120,7 @@ def dense_product(weight: Tensor, x: Tensor) -> Tensor:
     if x.shape[-1] != weight.shape[1]:
         raise unfit("dense_product", weight, x)
     x, weight = x.float().contiguous(), weight.contiguous()
-    y = torch.empty(*x.shape[:-1], weight.shape[0])
+    y = floats(*x.shape[:-1], weight.shape[0])
     described = dense_linear(weight)
     rows = x.numel() // weight.shape[1]
     call("product", Product(ctypes.pointer(described), rows, x=x.data_ptr(), y=y.data_ptr()))
@@ -162,13 +167,15 @@ def adamw(
     addresses = map(ctypes.addressof, pointers)
     arguments = AdamW(n, ctypes.addressof(starts), *addresses, *betas, eps, step_size, shrink)
     call("adamw", arguments)
+    # Written by address, which autograd does not see: who saved them for a backward pass is told.
+    torch.autograd.graph.increment_version((*parameters, *exp_avgs, *exp_avg_sqs))
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1])
+        y, inverse = torch.empty_like(x), floats(*x.shape[:-1])
         call("norm", _norm(x, weight, y, inverse, eps))
         ctx.save_for_backward(x, weight, inverse)
         ctx.eps = eps
@@ -183,7 +190,7 @@ class _RMSNorm(torch.autograd.Function):
         arguments.gradient = of_x.data_ptr()
         parts = None
         if ctx.needs_input_grad[1]:
-            parts = torch.zeros(torch.get_num_threads(), x.shape[-1])
+            parts = floats(torch.get_num_threads(), x.shape[-1]).zero_()
             arguments.of_weight = parts.data_ptr()
         call("norm_gradient", arguments)
         return of_x, None if parts is None else parts.sum(0).to(weight.dtype), None

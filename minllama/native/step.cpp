@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 
@@ -139,9 +140,20 @@ void in_parallel(void (*work)(int64_t, int64_t, void*), void* of, int64_t thread
     } else if (openmp.parallel) {
         openmp.parallel(&Call::run, &call, unsigned(threads), 0);
     } else {
+        // Workers are told how many they are when all have been started that can be.
+        std::atomic<int64_t> count{0};
         std::vector<std::thread> others;
-        for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, i, threads, of);
-        work(0, threads, of);
+        const auto start = [&](int64_t i) {
+            while (!count.load(std::memory_order_acquire)) std::this_thread::yield();
+            work(i, count.load(std::memory_order_relaxed), of);
+        };
+        try {
+            for (int64_t i = 1; i < threads; ++i) others.emplace_back(start, i);
+        } catch (const std::exception&) {  // no more threads, or no memory for one: fewer will do
+        }
+        const int64_t all = int64_t(others.size()) + 1;
+        count.store(all, std::memory_order_release);
+        work(0, all, of);
         for (std::thread& other : others) other.join();
     }
 }
