@@ -38,11 +38,14 @@ class Tokenizer:
         add_eos: `encode` puts EOS behind unless told otherwise.
         chat_template: Jinja source that renders messages; `None` where there is none.
         special_tokens: text -> id of the tokens that plain text never becomes.
+        source: what it was loaded from by itself, as `canonical_name` has it; None for a
+            checkpoint's own, and for one that was made in memory.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         """Build it; a TokenizerError where the vocabulary is damaged or contradicts itself."""
         self.vocabulary = vocabulary
+        self.source: str | None = None
         self._codec = open_codec(vocabulary)
         self.vocab_size = len(self._codec.tokens)
         self.special_tokens = dict(self._codec.special)
@@ -73,6 +76,7 @@ class Tokenizer:
             TokenizerError: it has no tokenizer, or a damaged one.
         """
         from minllama.checkpoints import open_checkpoint
+        from minllama.checkpoints.source import canonical_name
 
         try:
             vocabulary = open_checkpoint(source).vocabulary
@@ -85,11 +89,13 @@ class Tokenizer:
                 f"{source}: no tokenizer in or beside this checkpoint; name its own file or folder"
             )
         try:
-            return cls(vocabulary)
+            tokenizer = cls(vocabulary)
         except TokenizerError as error:
             if source is None:
                 raise
             raise TokenizerError(f"{source}: {error}") from error
+        tokenizer.source = canonical_name(source)
+        return tokenizer
 
     @classmethod
     def from_checkpoint(cls, checkpoint: "Checkpoint") -> Self:

@@ -77,6 +77,19 @@ def test_batch_calibration_evens_out_what_it_has_seen():
     )
 
 
+def test_a_label_that_is_very_unlikely_everywhere_has_a_prior_too():
+    words = ("a", "a fine film, no" * 6)
+    classifier = zero_shot(labels=("usual", "never"), label_words=words, score="batch")
+    gap = np.subtract(*sums(classifier, TEXTS[0]))
+    assert gap > 110  # e^-104 is the smallest number of float32
+    classifier.fit_prior(TEXTS)
+    p = torch.tensor([sums(classifier, text) for text in TEXTS]).double().softmax(-1)
+    q = p / p.mean(0)
+    np.testing.assert_allclose(
+        classifier.predict_proba(TEXTS), q / q.sum(-1, keepdim=True), atol=1e-3
+    )
+
+
 def test_a_correction_can_be_made_in_part():
     whole, half, none = (
         zero_shot(score="pmi", prior_strength=strength).predict_logits(TEXTS)
@@ -87,8 +100,15 @@ def test_a_correction_can_be_made_in_part():
     assert not np.allclose(whole, none, atol=0.1)
 
 
+@pytest.fixture(params=["one batch", "several"])
+def in_batches(request, monkeypatch):
+    """All texts fit into one batch, or only a few of them, which are not neighbours in the list."""
+    limit = {"one batch": 1024, "several": 90}[request.param]
+    monkeypatch.setattr("minllama.classifier.base.BATCH_TOKENS", {"cpu": limit})
+
+
 @pytest.mark.parametrize("score", SCORES)
-def test_zero_shot_numbers_do_not_depend_on_the_batch(score):
+def test_zero_shot_numbers_do_not_depend_on_the_batch(score, in_batches):
     classifier = zero_shot(score=score, prompt="Which of {labels}? A long preamble.\n{text}\nis")
     classifier.fit_prior(TEXTS)
     together = classifier.predict_proba(TEXTS)
@@ -193,13 +213,14 @@ def test_layers_above_the_chosen_one_never_run():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("multi_label", [True, False])
-def test_head_numbers_do_not_depend_on_the_batch(causal, multi_label):
+def test_head_numbers_do_not_depend_on_the_batch(causal, multi_label, in_batches):
     classifier = embedding(
         llama=tiny_llama(causal=causal), multi_label=multi_label, pooling="mean", bias=True
     )
     classifier.score.weight.data *= 50
     together = classifier.predict_proba(TEXTS)
     alone = np.concatenate([classifier.predict_proba([text]) for text in TEXTS])
+    assert np.abs(np.diff(together, axis=0)).max(1).min() > 1e-3  # rows are told apart
     np.testing.assert_allclose(together, alone, atol=1e-5)
     if multi_label:
         assert classifier.predict(TEXTS)[0] == tuple(

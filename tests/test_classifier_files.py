@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minllama import atomic
 from minllama.checkpoints import open_checkpoint, write_gguf, write_huggingface
 from minllama.checkpoints.base import lazy
 from minllama.classifier import (
@@ -462,6 +463,43 @@ def test_a_tokenizer_of_another_place_goes_with_the_classifier(base, tmp_path, m
     after = load_classifier(tmp_path / "whole", device="cpu")
     digests = [tokenizer_digest(t.vocabulary) for t in (after.tokenizer, other, words)]
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_classifier_that_was_read_is_saved_with_its_tokenizer_named(base, tmp_path):
+    shutil.copytree(base, tmp_path / "words")
+    BASE_CHANGES["tokenizer"][0](tmp_path / "words")
+    for weights in (*tmp_path.glob("words/*.safetensors"), tmp_path / "words" / "config.json"):
+        weights.unlink()  # a tokenizer and nothing else
+    llama, _ = opened(base)
+    words = Tokenizer.from_pretrained(tmp_path / "words")
+    classifier = LlamaEmbeddingClassifier(with_adapter(llama), words, ["a", "b"]).eval()
+    for folder in ("first", "second", "third"):
+        classifier.save_pretrained(tmp_path / folder)
+        assert not (tmp_path / folder / "model.safetensors").exists()
+        again = load_classifier(tmp_path / folder, device="cpu")
+        np.testing.assert_array_equal(again.predict_proba(TEXTS), classifier.predict_proba(TEXTS))
+        classifier = again
+
+
+def test_a_whole_model_is_written_once_beside_its_place(base, tmp_path, monkeypatch):
+    """A kill must leave nothing that the next save would not know for its own."""
+    classifier, beside, begun = embedding(base), atomic._beside, []
+    monkeypatch.setattr(atomic, "_beside", lambda path: begun.append(path.name) or beside(path))
+    classifier.llama.source = None
+    save_classifier(classifier, tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").exists()
+    assert begun == ["whole"]
+
+
+def test_the_default_model_is_not_a_file_of_that_name(default_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llama, words = load_pretrained(device="cpu"), Tokenizer.from_pretrained()
+    classifier = LlamaEmbeddingClassifier(llama, words, ["a", "b"], layer=1).eval()
+    (tmp_path / "default").mkdir()
+    classifier.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    again = load_classifier(tmp_path / "saved", device="cpu")
+    np.testing.assert_array_equal(again.predict_proba(["x"]), classifier.predict_proba(["x"]))
 
 
 def test_the_model_card_says_what_it_is(base, tmp_path):

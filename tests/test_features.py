@@ -24,7 +24,9 @@ def blobs(n=300, classes=3, dim=8, spread=1.0, seed=0):
     return points.astype(np.float32), labels.tolist()
 
 
-def test_one_pass_gives_what_the_classifier_computes_for_every_choice():
+@pytest.mark.parametrize("limit", [1024, 60])
+def test_one_pass_gives_what_the_classifier_computes_for_every_choice(limit, monkeypatch):
+    monkeypatch.setattr("minllama.classifier.base.BATCH_TOKENS", {"cpu": limit})
     choices = [(1, "last"), (1, "mean"), (2, "mean"), (2, "weighted-mean")]
     features = extract_features(embedding(), TEXTS, choices)
     for layer, pooling in choices:

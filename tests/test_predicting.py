@@ -78,6 +78,14 @@ def test_the_score_of_label_words_is_named(rows, score):
     assert f"score {score}" in described(classifier)
 
 
+def test_the_strength_of_a_correction_is_named_with_the_score(rows):
+    classifier = zero_shot(score="pmi", prior_strength=0.5)
+    lines = lines_of(classifier, rows)
+    assert {json.loads(line)["score"] for line in lines} == {"pmi (strength 0.5)"}
+    assert "score pmi (strength 0.5), " in described(classifier)
+    assert zero_shot(score="sum", prior_strength=0.5).score_name == "sum"
+
+
 def test_a_chat_is_said_to_be_one():
     classifier = zero_shot()
     assert described(classifier).endswith(r', prompt "Text: {text}\nis"]')

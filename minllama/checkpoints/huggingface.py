@@ -26,7 +26,7 @@ from minllama.checkpoints.huggingface_config import (
 )
 from minllama.checkpoints.layout import check_extent, check_writable, naming, translate
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, MinllamaError, OptionError
+from minllama.errors import CheckpointError, OptionError
 from minllama.vocabulary import Vocabulary
 
 NAMES = {
@@ -115,6 +115,24 @@ def write_huggingface(
         MinllamaError: the format has no words for this config, the tensors disagree with it, or
             the folder cannot be written.
     """
+    with atomic_folder(folder, replaces=lambda name: bool(WEIGHT_FILES.fullmatch(name))) as staging:
+        write_files(staging, config, tensors, vocabulary=vocabulary, dtype=dtype)
+
+
+def write_files(
+    folder: Path,
+    config: LlamaConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    vocabulary: Vocabulary | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the files of `write_huggingface` into a folder that is there.
+
+    Raises:
+        MinllamaError: as there.
+        OSError: the folder cannot be written.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -132,25 +150,24 @@ def write_huggingface(
         max_shard_size=MAX_SHARD_SIZE,
         filename_pattern="model{suffix}.safetensors",
     )
-    with atomic_folder(folder, replaces=lambda name: bool(WEIGHT_FILES.fullmatch(name))) as staging:
-        _write_json(staging / "config.json", raw_config)
-        for file, names in plan.filename_to_tensors.items():
-            shard = {
-                their_name(name): for_huggingface(name, tensors[name], config).to(dtype=dtype)
-                for name in names
-            }
-            try:
-                save_file(_apart(shard), staging / file, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise MinllamaError(f"cannot write {folder}: {error}") from error
-            # The library makes files that only their owner can read.
-            shutil.copymode(staging / "config.json", staging / file)
-        if plan.is_sharded:
-            where = {their_name(name): file for name, file in plan.tensor_to_filename.items()}
-            index = {"metadata": plan.metadata, "weight_map": dict(sorted(where.items()))}
-            _write_json(staging / "model.safetensors.index.json", index)
-        if vocabulary is not None:
-            _write_vocabulary(staging, vocabulary)
+    _write_json(folder / "config.json", raw_config)
+    for file, names in plan.filename_to_tensors.items():
+        shard = {
+            their_name(name): for_huggingface(name, tensors[name], config).to(dtype=dtype)
+            for name in names
+        }
+        try:
+            save_file(_apart(shard), folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # of a full disk
+            raise OSError(str(error)) from error
+        # The library makes files that only their owner can read.
+        shutil.copymode(folder / "config.json", folder / file)
+    if plan.is_sharded:
+        where = {their_name(name): file for name, file in plan.tensor_to_filename.items()}
+        index = {"metadata": plan.metadata, "weight_map": dict(sorted(where.items()))}
+        _write_json(folder / "model.safetensors.index.json", index)
+    if vocabulary is not None:
+        _write_vocabulary(folder, vocabulary)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -98,8 +98,16 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
         raise CheckpointError(f"{name}: {_reason(hub_model, error)}") from error
 
 
+def source_of(name: str) -> str | None:
+    """What to open for a `canonical_name`: the default model even beside a file of that name."""
+    return None if name == DEFAULT_NAME else name
+
+
 def canonical_name(source: str | os.PathLike[str] | None) -> str:
-    """A name for what `resolve_source` found that means the same in another folder."""
+    """A name for what `resolve_source` found that means the same in another folder.
+
+    The default model's is no path: those that are there are made whole.
+    """
     if source is None:
         return DEFAULT_NAME
     name = os.fspath(source)

@@ -11,6 +11,7 @@ import torch
 
 from minllama.checkpoints import Checkpoint, open_checkpoint
 from minllama.checkpoints.layout import listed
+from minllama.checkpoints.source import source_of
 from minllama.classifier.identity import (
     WeightsDigest,
     comparable_config,
@@ -66,7 +67,7 @@ def identity_of_source(llama: Llama, words: Tokenizer, tokenizer: str | None) ->
     """
     if llama.source is None:
         raise MinllamaError("it was made or merged in memory")
-    checkpoint = open_checkpoint(llama.source, tokenizer=tokenizer)
+    checkpoint = open_checkpoint(source_of(llama.source), tokenizer=tokenizer)
     path, vocabulary = checkpoint.path, getattr(words, "vocabulary", None)
     stored = comparable_config(checkpoint.config)
     if changes := config_changes(stored, comparable_config(llama.config)):

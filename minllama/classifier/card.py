@@ -10,6 +10,7 @@ from typing import Any
 
 from minllama.classifier.base import Classifier
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
+from minllama.classifier.zero_shot import LlamaZeroShotClassifier
 
 KINDS = {
     "base": "the base model as it is",
@@ -69,10 +70,10 @@ def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
         "weights in": f"`{content['base']['quantize'] or content['base']['dtype']}`",
         "temperature": f"{classifier.temperature:.4g}",
     }
-    if content["kind"] == "zero-shot":
+    if isinstance(classifier, LlamaZeroShotClassifier):
         words = ", ".join(f"`{_one_line(word)}`" for word in content["label_words"])
         facts["label words"] = words
-        facts["score"] = f"`{content['score']}`"
+        facts["score"] = f"`{classifier.score_name}`"
         facts["examples in the prompt"] = str(len(content["shots"]))
     else:
         n_layers = classifier.llama.config.n_layers

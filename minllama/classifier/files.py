@@ -21,9 +21,10 @@ from minllama.adapter_config import CONFIG_FILE
 from minllama.adapter_files import FILES as ADAPTER_FILES
 from minllama.adapter_files import WEIGHTS_FILE, load_adapter, write_adapter
 from minllama.atomic import atomic_folder
-from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
-from minllama.checkpoints.huggingface import WEIGHT_FILES
+from minllama.checkpoints import Checkpoint, open_checkpoint
+from minllama.checkpoints.huggingface import WEIGHT_FILES, write_files
 from minllama.checkpoints.layout import naming
+from minllama.checkpoints.source import canonical_name, source_of
 from minllama.classifier.base import Classifier
 from minllama.classifier.base_model import (
     Identity,
@@ -56,6 +57,7 @@ from minllama.loading import reading_form, slow_dtype, usable_device
 from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper
 from minllama.options import PromptOptions
 from minllama.tokenizer import Tokenizer
+from minllama.vocabulary import load_vocabulary
 from minllama.vocabulary.huggingface import FILES as TOKENIZER_FILES
 
 CARD_FILE = "README.md"
@@ -80,19 +82,20 @@ def save_classifier(
     Args:
         classifier: of either kind.
         folder: where to.
-        tokenizer: the path or id that the tokenizer was read from, where it is not the
-            checkpoint's own.
+        tokenizer: the file or folder that the tokenizer was read from, where it is not the
+            checkpoint's own; None for what it says of itself.
         training: settings that it came about with, for people.
         metrics: split -> metric -> value, for the model card.
-        also: writes what else belongs into the folder, in the same step.
+        also: writes what else belongs into the folder that it is given, in the same step.
         removes: names of what goes from the folder in this step.
 
     Raises:
         MinllamaError: the folder cannot be written, several adapters take part or one in part, or
             an adapter stands on a model that is in no file.
     """
-    if tokenizer is not None and Path(tokenizer).expanduser().exists():
-        tokenizer = str(Path(tokenizer).expanduser().resolve())  # it is opened from elsewhere too
+    tokenizer = tokenizer or _tokenizer_elsewhere(classifier)
+    if tokenizer is not None:
+        tokenizer = canonical_name(tokenizer)  # it is opened from elsewhere too
     llama, adapter = classifier.llama, _adapter_to_save(classifier.llama)
     identity = _identity_to_name(classifier, tokenizer, adapter)
     is_own = identity is None
@@ -119,6 +122,18 @@ def save_classifier(
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         if also is not None:
             also(staging)
+
+
+def _tokenizer_elsewhere(classifier: Classifier) -> str | None:
+    """Where its tokenizer lies, if that is a place of its own."""
+    source: str | None = getattr(classifier.tokenizer, "source", None)
+    if source is None or source == classifier.llama.source:
+        return None
+    try:
+        load_vocabulary(Path(source))
+    except MinllamaError:  # a whole checkpoint, or gone since
+        return None
+    return source
 
 
 def _adapter_to_save(llama: Llama) -> str | None:
@@ -170,7 +185,7 @@ def _write_model(staging: Path, classifier: Classifier) -> Identity:
     vocabulary = getattr(classifier.tokenizer, "vocabulary", None)
     # Their files have no word for looking ahead; classifier.json says it.
     config = classifier.llama.config.replace(causal=True)
-    write_huggingface(staging, config, base_tensors(classifier.llama), vocabulary=vocabulary)
+    write_files(staging, config, base_tensors(classifier.llama), vocabulary=vocabulary)
     return identity_of(open_checkpoint(staging))
 
 
@@ -183,7 +198,7 @@ def _write_parts(staging: Path, classifier: Classifier, adapter: str | None) -> 
         write_head(staging, classifier)
     if adapter is not None:
         llama = classifier.llama
-        source = None if llama.source == "default" else llama.source
+        source = None if llama.source is None else source_of(llama.source)
         write_adapter(staging, llama, adapter_name=adapter, base_model_name=source, head=head)
 
 
@@ -254,7 +269,7 @@ def load_classifier(
             raise OptionError(
                 f"{folder}: holds all of its weights and needs no base; leave --base {model} away"
             )
-        source = path.parent if weights == "full" else (model or base["model"])
+        source = path.parent if weights == "full" else (model or source_of(base["model"]))
         if weights not in ("base", "adapter", "full") or kind not in ("zero-shot", "embedding"):
             raise ValueError(f"weights {weights!r} and kind {kind!r} are not of this version")
         digests = content["sha256"]
@@ -365,4 +380,6 @@ def _open_base(
             quantize=quantize,
             causal=bool(content["causal"]),
         )
-    return llama, Tokenizer(checkpoint.vocabulary)
+    words = Tokenizer(checkpoint.vocabulary)
+    words.source = None if tokenizer is None else canonical_name(tokenizer)
+    return llama, words

@@ -5,6 +5,7 @@ fine-tuning trains (Schick & Schuetze 2021; Gao et al. 2021). Knows nothing of t
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -15,7 +16,7 @@ from minllama.classifier.base import Classifier, as_prompt, checked_labels, make
 from minllama.classifier.label_scores import SharedPrefix, compute_label_scores
 from minllama.errors import MinllamaError
 from minllama.llama import Llama
-from minllama.options import SCORES, PromptOptions
+from minllama.options import CORRECTED, SCORES, PromptOptions
 from minllama.prompts import EncodedPrompt
 from minllama.tokenizer import Tokenizer
 
@@ -118,12 +119,18 @@ class LlamaZeroShotClassifier(Classifier):
             MinllamaError: the score is `batch` and `fit_prior` has not been called.
         """
         scores = self.compute_scores(prompts)
-        if self.score not in ("pmi", "contextual", "batch"):
+        if self.score not in CORRECTED:
             return scores
         if self.prior is None:
             self.fit_prior()
             assert self.prior is not None
         return scores - self.prior_strength * self.prior.to(scores.device)
+
+    @property
+    def score_name(self) -> str:
+        """The score, with the strength of its correction where that is not 1."""
+        is_partial = self.score in CORRECTED and self.prior_strength != 1
+        return f"{self.score} (strength {self.prior_strength:g})" if is_partial else self.score
 
     def fit_prior(self, texts: Sequence[str] = ()) -> None:
         """Find what the score takes off; done at need, but for `batch`, which needs texts.
@@ -139,7 +146,7 @@ class LlamaZeroShotClassifier(Classifier):
                 "the score 'batch' needs some texts of the task to learn how likely the labels are "
                 "by themselves; give some with fit_prior(texts), or choose another score"
             )
-        if self.score not in ("pmi", "contextual", "batch"):
+        if self.score not in CORRECTED:
             return
         standing = {"pmi": ("",), "contextual": CONTENT_FREE, "batch": tuple(texts)}[self.score]
         prior, self.prior = self.prior, torch.zeros(len(self.labels))
@@ -151,7 +158,9 @@ class LlamaZeroShotClassifier(Classifier):
         if self.score == "pmi":
             self.prior = scores[0]
         else:
-            self.prior = scores.log_softmax(-1).exp().mean(0).log()
+            # The log of the mean probability: float32 has none below e^-104, and its log no end.
+            log_probabilities = scores.log_softmax(-1)
+            self.prior = log_probabilities.logsumexp(0) - math.log(len(log_probabilities))
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:

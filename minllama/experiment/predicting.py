@@ -121,7 +121,7 @@ def record(
 
 def score_of(classifier: Classifier) -> str | None:
     """How label words are scored; None for a head."""
-    return classifier.score if isinstance(classifier, LlamaZeroShotClassifier) else None
+    return classifier.score_name if isinstance(classifier, LlamaZeroShotClassifier) else None
 
 
 def described(classifier: Classifier) -> str:
@@ -130,7 +130,7 @@ def described(classifier: Classifier) -> str:
     if isinstance(classifier, LlamaZeroShotClassifier):
         prompt = json.dumps(classifier.prompt.prompt, ensure_ascii=False)
         asked = "asked in a chat" if classifier.prompt.chat else "prompt"
-        return f"[label words, score {classifier.score}, {temperature}, {asked} {prompt}]"
+        return f"[label words, score {score_of(classifier)}, {temperature}, {asked} {prompt}]"
     n_layers = classifier.llama.config.n_layers
     return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
 
