@@ -233,6 +233,15 @@ def test_numbers_in_lists_get_their_names(tmp_path: Path) -> None:
     assert load(tmp_path, "2, 0", "broken", **options) == expected
 
 
+@pytest.mark.parametrize("none", ["-1", "-1.0", -1, -1.0])
+def test_a_minus_1_in_any_spelling_stands_for_none(tmp_path: Path, none: Any) -> None:
+    path = tmp_path / "x.jsonl"
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(["0", "1.0", none])]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    dataset = load_dataset(path, needs_labels=False)
+    assert (dataset.labels, dataset.label_names) == (None, ["0", "1"])
+
+
 def test_the_minus_1_of_several_labels_stands_for_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 2: no label"):
         load(tmp_path, ["a"], [-1])

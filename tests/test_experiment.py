@@ -148,6 +148,17 @@ def test_dev_is_read_once_after_training(make_experiment, monkeypatch):
     assert seen == [8]
 
 
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_probabilities_are_calibrated_unless_they_are_to_stay(make_experiment, is_wanted):
+    heard = Heard()
+    experiment = make_experiment("frozen", no_calibration=not is_wanted)
+    temperature = run_experiment(experiment, say=heard).classifier.temperature
+    assert (temperature != 1) == is_wanted
+    content = json.loads((experiment.output / "classifier.json").read_text())
+    assert content["temperature"] == temperature
+    assert any("fitted on" in line for line in heard.lines) == is_wanted
+
+
 @pytest.mark.parametrize("method", ["frozen", "lora", "full"])
 def test_several_labels_a_text_some_with_none(make_experiment, tmp_path, method):
     labels = ("late", "broken", "kind")
@@ -235,6 +246,22 @@ def test_the_labels_of_a_real_test_file_without_gold_are_left_out(shared_data, t
     assert splits.test.labels is None
     assert len(splits.test) == 488
     assert any("placeholder" in notice for notice in splits.notices)
+
+
+def test_labels_of_test_are_found_where_those_of_train_are(tmp_path):
+    rows = (("b", "fine"), ("a", "dull"), ("b", "x"), ("a", "y"))
+    for name, lines in {
+        "train": ["gold,text", *(f"{label},{text}" for label, text in rows)],
+        "more": ["id,gold,text,topic", *(f"7,{label},{text},z" for label, text in rows)],
+        "bare": ["text", *(text for _, text in rows)],
+    }.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    train = tmp_path / "train.csv"
+    for name, labels in (("train", [1, 0, 1, 0]), ("more", [1, 0, 1, 0]), ("bare", None)):
+        test = tmp_path / f"{name}.csv"
+        splits = load_splits(train, train, test, DataOptions(), dev_fraction=0.1, seed=0)
+        assert splits.test.texts == [text for _, text in rows]
+        assert splits.test.labels == labels
 
 
 def test_one_labelled_test_row_is_no_placeholder(labelled_files, tmp_path):

@@ -6,7 +6,7 @@ models or batches.
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 from minllama.data.columns import find_columns, tells_text
@@ -50,6 +50,7 @@ class Dataset:
         source: what it was read from.
         multi_label: whether a text has any number of labels, as a tuple, rather than one.
         notices: what was left out, and the like.
+        label_column: where the labels stand in the source; None where no column holds them.
     """
 
     texts: list[str]
@@ -58,6 +59,7 @@ class Dataset:
     source: str
     multi_label: bool = False
     notices: tuple[Notice, ...] = ()
+    label_column: str | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -181,7 +183,9 @@ class _Examples:
             notices.append(self._unlabelled(name, len(given)))
         multi_label = options.multi_label or self._has_lists
         labels, names = self._numbered(given, multi_label)
-        return Dataset(self._texts, labels, names, name, multi_label, tuple(notices))
+        return Dataset(
+            *(self._texts, labels, names, name, multi_label, tuple(notices)), self._label_column
+        )
 
     def _unlabelled(self, name: str, n_given: int) -> Notice:
         known = f"only {n_given}" if n_given else "none"

@@ -80,7 +80,9 @@ class LabelReader:
 
     def _is_unlabelled(self, cell: Cell | None) -> bool:
         return (
-            str(cell) == str(UNLABELLED)
+            cell is not None
+            and _is_integer(cell)
+            and _integer(cell) == UNLABELLED
             and UNLABELLED not in self._numbers
             and str(cell) not in self.index_of
         )

@@ -76,7 +76,10 @@ def load_splits(
         )
     tested = None
     if test is not None:
-        tested = load_dataset(test, options, label_names=learned.label_names, needs_labels=False)
+        # Its labels are not needed, so no column is taken for them that does not say so by name;
+        # but they are to be expected where the training file has them.
+        known = replace(options, label_column=options.label_column or learned.label_column)
+        tested = load_dataset(test, known, label_names=learned.label_names, needs_labels=False)
         spoken += tested.notices
     spoken += check_splits(learned, held, tested)
     if tested is not None:
