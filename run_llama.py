@@ -10,6 +10,7 @@ common. `minllama train | evaluate | classify` do more; `--help` of both says wh
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +64,9 @@ def arguments() -> argparse.ArgumentParser:
 def main(given: list[str] | None = None) -> int:
     """Run one option; 0 done, 2 the user's mistake, in one line."""
     args = arguments().parse_args(given)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that it lacks is no reason to end
+            stream.reconfigure(errors="replace")
     try:
         {"generate": generate, "prompt": prompt}.get(args.option, train)(args)
     except (MinllamaError, OSError) as error:
@@ -176,7 +180,9 @@ def train(args: argparse.Namespace) -> None:
             say=say,
         )
     except KeyboardInterrupt:
-        print(f"interrupted; {output} keeps what was trained: --resume goes on", file=sys.stderr)
+        if (Path(output) / "checkpoint").exists():
+            said = f"interrupted; {output} keeps what was trained: --resume goes on"
+            print(said, file=sys.stderr)
         raise
     finally:
         say.close()

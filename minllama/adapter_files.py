@@ -6,7 +6,6 @@ adapter was trained for; whether the base is the right one is for the caller to 
 """
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +103,7 @@ def write_adapter(
     head: Tensor | None = None,
 ) -> None:
     """Write an adapter's two files into a folder that is there; see `save_adapter`."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     llama = llama_of(model)
     adapters = {
@@ -130,9 +129,8 @@ def write_adapter(
         has_head=head is not None,
     )
     write_adapter_config(folder, config)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    # The library makes files that only their owner can read.
-    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+    # Not by the library's save_file, whose errors of a full disk are of its own kind.
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
 
 
 def load_adapter(

@@ -58,6 +58,19 @@ def check_file_writable(target: str | os.PathLike[str]) -> None:
         temporary.unlink()
 
 
+def check_folder_writable(target: str | os.PathLike[str]) -> None:
+    """Find out now what `atomic_folder` would find out later; the target is left as it is.
+
+    Raises:
+        MinllamaError: the target cannot be written.
+    """
+    check_replaceable(target)
+    with _one_line_errors(target):
+        _, temporary = _folder_and_temporary(target)
+        temporary.mkdir()
+        temporary.rmdir()
+
+
 @contextlib.contextmanager
 def atomic_folder(
     target: str | os.PathLike[str], *, replaces: Callable[[str], bool] = lambda name: False
@@ -73,12 +86,7 @@ def atomic_folder(
     """
     check_replaceable(target)
     with _one_line_errors(target):
-        target = _resolved(target)
-        if not target.name:
-            raise MinllamaError(f"cannot write the folder {target}: name a folder in it")
-        if target.exists() and not target.is_dir():
-            raise MinllamaError(f"cannot write the folder {target}: a file of that name is there")
-        temporary = _beside(target)
+        target, temporary = _folder_and_temporary(target)
         temporary.mkdir()
         try:
             with _locked(temporary):
@@ -131,6 +139,16 @@ def _file_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
     target = _resolved(target)
     if target.is_dir():
         raise MinllamaError(f"cannot write {target}: it is a folder; name a file")
+    return target, _beside(target)
+
+
+def _folder_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Where a folder is to be, and the path beside it that is written first."""
+    target = _resolved(target)
+    if not target.name:
+        raise MinllamaError(f"cannot write the folder {target}: name a folder in it")
+    if target.exists() and not target.is_dir():
+        raise MinllamaError(f"cannot write the folder {target}: a file of that name is there")
     return target, _beside(target)
 
 

@@ -387,8 +387,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(on_cpu, path)
-    except SafetensorError as error:
-        raise MinllamaError(f"cannot write {path.parent}: {error}") from error
+    except SafetensorError as error:  # of a full disk
+        raise OSError(str(error)) from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

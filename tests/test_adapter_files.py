@@ -1,6 +1,8 @@
 """Claims about adapters on disk: PEFT reads ours, we read PEFT's, with the same numbers."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +310,19 @@ def test_saving_keeps_other_files_and_replaces_an_older_adapter(tmp_path: Path) 
     ]
     modes = {path.stat().st_mode for path in tmp_path.iterdir() if "adapter" in path.name}
     assert len(modes) == 1  # whoever may read one may read the other
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = our_model()
+    add_lora_wrapper(model, r=2)
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(MinllamaError, match="adapter: No space left on device"):
+        save_adapter(tmp_path / "adapter", model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_that_is_not_there_is_not_saved(tmp_path: Path) -> None:

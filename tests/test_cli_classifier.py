@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,25 @@ def test_evaluate_prints_and_writes_a_report(run, trained, labelled_files, tmp_p
         run("evaluate", trained / "words", "--data", dev, "-o", folder), "--force replaces them"
     )
     assert run("evaluate", trained / "words", "--data", dev, "-o", folder, "--force").status == 0
+
+
+def test_evaluate_finds_out_before_the_work_what_it_could_not_write(run, labelled_files, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        result = run("evaluate", "is never read", "--data", "nor this", "-o", tmp_path / place)
+        assert refused(result, "cannot write")
+    assert names_in(tmp_path) == {"file"}
+
+
+def test_merge_leaves_the_base_alone(run, base, trained, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    before = names_in(tmp_path / "base")
+    result = run(
+        *("merge", trained / "lora", tmp_path / "base"),
+        *("--base", tmp_path / "base", "--force"),
+    )
+    assert refused(result, "the base model lies there")
+    assert names_in(tmp_path / "base") == before
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "merge"])

@@ -1,6 +1,7 @@
 """The classic script, every option from its files to its files."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 
 import run_llama
 from minllama.checkpoints import open_checkpoint
+from minllama.generation import generate
 from minllama.llama import load_pretrained
 from minllama.tokenizer import Tokenizer
 from tests.experiment_cases import examples, write_labelled
@@ -72,6 +74,15 @@ def test_generate_writes_both_temperatures_and_repeats_with_a_seed(files, base, 
     ids = torch.tensor([words.encode(run_llama.STORY)])
     greedy = model.generate(ids, 5, temperature=0.0)[0].tolist()
     assert low.startswith(words.decode(greedy)[: len(run_llama.STORY) + 5])
+
+
+def test_without_a_path_it_is_the_default_model(default_model, tmp_path, capsys):
+    outputs = ("--generated_sentence_low_temp_out", str(tmp_path / "low"))
+    outputs += ("--generated_sentence_high_temp_out", str(tmp_path / "high"))
+    assert run_llama.main(["--option", "generate", *outputs]) == 0
+    model, words = load_pretrained(quantize="auto"), Tokenizer.from_pretrained()
+    expected = generate(model, words, [run_llama.STORY], max_new_tokens=75, temperature=0)
+    assert (tmp_path / "low").read_text() == f"{run_llama.STORY}{expected[0].text}\n"
 
 
 def test_prompt_says_the_likeliest_name_by_its_number(files, base, capsys):
@@ -227,6 +238,28 @@ def test_an_interrupted_training_says_how_it_goes_on(files, base, capsys, monkey
     monkeypatch.undo()
     assert run(files, "lora", "--epochs", 1, "--batch_size", 8, "--resume", model=base) == 0
     check_predictions(files)
+
+
+def test_an_interrupt_before_anything_is_kept_promises_nothing(files, base, capsys, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minllama.experiment.run.load_splits", interrupted)
+    assert run(files, "lora", model=base) == 130
+    assert "--resume" not in capsys.readouterr().err
+
+
+def test_characters_that_the_terminal_lacks_do_not_end_it(files, base):
+    given = ("--option", "generate", "--pretrained-model-path", str(base))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_llama.py"), *given],
+        capture_output=True,
+        cwd=files,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    written = [files / f"generated-sentence-temp-{t}.txt" for t in (0, 1)]
+    assert any(not path.read_text("utf-8").isascii() for path in written)
 
 
 def test_files_that_would_replace_one_another_are_refused(files, base, capsys):

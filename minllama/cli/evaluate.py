@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from minllama.atomic import check_replaceable
+from minllama.atomic import check_folder_writable
 from minllama.cli.common import (
     classifier_options,
     dataclass_options,
@@ -65,7 +65,7 @@ def command(
     if output == "":
         raise MinllamaError("the name of --output is empty; name a folder")
     if output is not None:
-        check_replaceable(output)
+        check_folder_writable(output)
     with ended_by_interrupts():
         from minllama.report.files import REPORT_FILES
 
@@ -76,11 +76,12 @@ def command(
         from minllama.classifier import load_classifier
         from minllama.cli.waiting import ConsoleSay
         from minllama.data import load_dataset, one_class
-        from minllama.experiment import evaluate_classifier
+        from minllama.experiment import check_libraries, evaluate_classifier
         from minllama.experiment.measuring import settings_of, versions
         from minllama.experiment.predicting import described, score_of
         from minllama.report import Report, print_summary, write_report
 
+    check_libraries()
     began = datetime.now(UTC).astimezone()
     warn_of_slow_dtype(dtype, device)
     loaded = load_classifier(
@@ -107,6 +108,7 @@ def command(
     finally:
         say.close()
     assert reported.evaluation is not None
+    print_summary(split.source, reported.evaluation)
     if output is not None:
         report = Report(
             title=f"{classifier} on {split.source}",
@@ -128,6 +130,4 @@ def command(
             score=score_of(loaded),
         )
         write_report(output, report)
-    print_summary(split.source, reported.evaluation)
-    if output is not None:
         click.echo(f"wrote {output}: report.html, metrics.json, predictions.jsonl", err=True)

@@ -33,13 +33,14 @@ def command(
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
         from minllama.classifier.files import classifier_settings, merge_classifier, save_classifier
-        from minllama.experiment.folder import RECORDS, copy_records
+        from minllama.experiment.folder import RECORDS, check_not_base, copy_records
         from minllama.experiment.measuring import saved_headlines
 
     source = Path(classifier)
     loaded = load_classifier(
         source, model=base, tokenizer=tokenizer, dtype=dtype, device=device, quantize="none"
     )
+    check_not_base(Path(dst), loaded.llama.source)
     metrics = saved_headlines(source)
     drift = merge_classifier(loaded)
     merged = {"merged from": classifier, "largest drift of a logit": float(f"{drift:.2g}")}

@@ -6,7 +6,7 @@ Nothing here parses arguments or prints.
 """
 
 from minllama.experiment.measuring import evaluate_classifier
-from minllama.experiment.run import Experiment, Outcome, run_experiment
+from minllama.experiment.run import Experiment, Outcome, check_libraries, run_experiment
 from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
 from minllama.experiment.uses import check_uses
@@ -16,6 +16,7 @@ __all__ = [
     "Outcome",
     "Say",
     "Splits",
+    "check_libraries",
     "check_uses",
     "evaluate_classifier",
     "load_splits",

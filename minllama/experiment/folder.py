@@ -69,7 +69,7 @@ def check_not_base(output: Path, model: str | None) -> None:
     path = Path(model).expanduser()
     folder = path.parent if path.is_file() else path
     if folder.is_dir() and folder.resolve() == output.resolve():
-        raise MinllamaError(f"{output}: the base model lies there; name another folder for the run")
+        raise MinllamaError(f"{output}: the base model lies there; name another folder")
 
 
 def _is_resumable(output: Path, method: str) -> bool:

@@ -61,7 +61,8 @@ from minllama.options import (
     TrainingOptions,
 )
 from minllama.quantization import check_quantize
-from minllama.report import Report, write_report
+from minllama.report import Report
+from minllama.report.files import write_files
 from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, summary_writer
 from minllama.training_state import CHECKPOINT
@@ -154,7 +155,9 @@ def run_experiment(
     resume = check_output(experiment.output, method, resume=resume, force=force)
     if is_asked and not resume:
         say.say(f"{experiment.output}: the run was cut before its first checkpoint; it begins anew")
-    _check_libraries(training)
+    check_libraries()
+    if training.tensorboard:
+        summary_writer()
     _check_labels(experiment, multi_label=experiment.data.multi_label)
     splits = load_splits(
         experiment.train,
@@ -182,18 +185,20 @@ def run_experiment(
     return Outcome(classifier, splits, report, result)
 
 
-def _check_libraries(training: TrainingOptions) -> None:
-    """Find out before hours of work what is missing after them."""
+def check_libraries() -> None:
+    """Find out before hours of work what a report will miss after them.
+
+    Raises:
+        MinllamaError: a library is not installed.
+    """
     for module, name in LIBRARIES.items():
         try:
             import_module(module)
         except ImportError as error:
             raise MinllamaError(
-                f"training and its report need the library {name}; "
+                f"training and reports need the library {name}; "
                 "install it with: python -m pip install 'minllama[train]'"
             ) from error
-    if training.tensorboard:
-        summary_writer()
 
 
 def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
@@ -395,6 +400,6 @@ def _write(experiment: Experiment, classifier: Classifier, report: Report) -> No
         tokenizer=experiment.tokenizer,
         training=_settings(experiment),
         metrics={split.name: headlines(split) for split in report.splits if split.evaluation},
-        also=lambda folder: write_report(folder, report),
+        also=lambda folder: write_files(folder, report),
         removes=(CHECKPOINT, LAYER_FILE),
     )

@@ -35,20 +35,24 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
     Raises:
         MinllamaError: the folder cannot be written, or matplotlib is missing.
     """
-    page = render_page(report)
     with atomic_folder(folder) as temporary:
-        # Half a character cannot be encoded: HTML has a reference for it that shows as �, and
-        # JSON's own escape is what `backslashreplace` writes.
-        (temporary / PAGE_FILE).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-        (temporary / METRICS_FILE).write_text(
-            metrics_json(report), encoding="utf-8", errors="backslashreplace"
-        )
-        with (temporary / PREDICTIONS_FILE).open(
-            "w", encoding="utf-8", errors="backslashreplace"
-        ) as file:
-            for split in report.splits:
-                file.writelines(prediction_lines(report, split))
+        write_files(temporary, report)
     return Path(folder) / PAGE_FILE
+
+
+def write_files(folder: Path, report: Report) -> None:
+    """Write the files of `write_report` into a folder that is there."""
+    # Half a character cannot be encoded: HTML has a reference for it that shows as �, and
+    # JSON's own escape is what `backslashreplace` writes.
+    (folder / PAGE_FILE).write_text(
+        render_page(report), encoding="utf-8", errors="xmlcharrefreplace"
+    )
+    (folder / METRICS_FILE).write_text(
+        metrics_json(report), encoding="utf-8", errors="backslashreplace"
+    )
+    with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for split in report.splits:
+            file.writelines(prediction_lines(report, split))
 
 
 def metrics_json(report: Report) -> str:
