@@ -175,7 +175,7 @@ def _click_option(
 ) -> Callable[[Command], Command]:
     flag = "--" + field.name.replace("_", "-")
     within = field.metadata["within"]
-    notes = [f"default {default}"] if default not in (None, (), False) else []
+    notes = [] if default in (None, ()) or isinstance(default, bool) else [_shown(default)]
     meaning = field.metadata["meaning"]
     text = meaning[0].upper() + meaning[1:] + (f" ({'; '.join(notes)})" if notes else "") + "."
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -190,6 +190,13 @@ def _click_option(
     if within is not None:
         metavar = f"{metavar} {within}"
     return click.option(flag, type=kind, default=default, help=text, metavar=f"[{metavar}]")
+
+
+def _shown(default: Any) -> str:
+    """A default in the words of the command line."""
+    if isinstance(default, tuple):
+        default = ", ".join(default)
+    return f"default {default:g}" if isinstance(default, float) else f"default {default}"
 
 
 @contextlib.contextmanager
