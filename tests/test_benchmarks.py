@@ -67,6 +67,38 @@ def test_a_ratio_is_of_medians_and_less_may_be_better(module):
     }
 
 
+def test_an_aim_may_be_a_limit_of_its_own(module):
+    aims = {(aim.task, aim.field, aim.theirs): aim for aim in module("speed").AIMS}
+    opened = aims["open", "value", "transformers"]
+    assert str(opened) == "<= 1"
+    assert opened.is_met(0.9, 0.5)
+    assert not opened.is_met(15.0, 1.08)
+    peak = aims["process", "peak", "transformers-bfloat16"]
+    assert peak.is_met(0.58e9, 1.2)
+    assert not peak.is_met(0.65e9, 1.2)
+    assert not aims["decode", "value", "llama.cpp"].is_met(300.0, 1.4)
+
+
+def test_a_contender_of_ours_that_fails_is_no_fast_one(module, monkeypatch, capsys, tmp_path):
+    contenders, speed = module("contenders"), module("speed")
+    shown = sys.stdout
+    monkeypatch.setattr(contenders, "FOLDER", Path("/nonexistent"))
+    with pytest.raises(SystemExit) as ended:
+        contenders.whole_ours()
+    sys.stdout.close()  # the null device, which it writes to
+    sys.stdout = shown
+    assert ended.value.code == 2
+    results = {"minllama": {}, "peft": {"value": 1.0, "peak": 1.0}}
+    monkeypatch.setattr(speed, "measure", lambda task, who: results.get(who, {}))
+    monkeypatch.setattr(speed, "make_weights", lambda: None)
+    for who, status in (("minllama", 1), ("minllama-blocks", 1), ("peft", 0)):
+        monkeypatch.setattr(sys, "argv", ["speed.py", "lora-float32", "--beside", who])
+        monkeypatch.setattr(contenders, "DATA", tmp_path)
+        assert speed.main() == status
+        said = f"failed, so not in the table: lora-float32 {who}" in capsys.readouterr().out
+        assert said == bool(status)
+
+
 def test_every_row_is_of_tasks_and_contenders_that_there_are(module):
     contenders, speed = module("contenders"), module("speed")
     for aim in speed.AIMS:
