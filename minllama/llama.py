@@ -9,7 +9,6 @@ H heads, K key/value heads, C head width, F hidden width, V vocabulary, R rank.
 
 import itertools
 import os
-import weakref
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +22,7 @@ from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
 from minllama.errors import MinllamaError
 from minllama.native import attention, operations
-from minllama.native_step import NativeStep, Runner, can_run, has_hooks, hooks_of, is_short
+from minllama.native_step import NativeStep, Runner, can_run, has_hooks, is_short
 from minllama.pretrained import LlamaPreTrainedModel
 from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
@@ -475,8 +474,10 @@ class Llama(LlamaPreTrainedModel):
         known = cache.native
         if isinstance(known, Runner) and known.serves(self, self._version) and cache.max_len:
             return known.step_unless_heard()
+        if has_hooks(self):  # it may be for a while only
+            return None
         step = NativeStep(self) if self._runs_natively() else None
-        cache.native = Runner(weakref.ref(self), self._version, step, hooks_of(self))
+        cache.native = Runner.of(self, self._version, step)
         return step
 
     def _runs_natively(self) -> bool:

@@ -88,11 +88,11 @@ def _is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
 
 
 def has_hooks(llama: Any) -> bool:
-    """Whether somebody listens to the modules of this Llama."""
-    return any(hooks_of(llama))
+    """Whether somebody listens to the modules of this Llama, or put a `forward` on one of them."""
+    return any(_hooks(llama)) or any("forward" in vars(module) for module in llama.modules())
 
 
-def hooks_of(llama: Any) -> tuple[Mapping[Any, Any], ...]:
+def _hooks(llama: Any) -> tuple[Mapping[Any, Any], ...]:
     """Where torch keeps the hooks of all modules and of each of this Llama's."""
     everywhere = nn.modules.module
     found = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
@@ -125,20 +125,28 @@ class Runner(NamedTuple):
         version: of the model when it was asked; see `LlamaPreTrainedModel`.
         step: None where the model's modules do it.
         hooks: where those of each module are kept, which may be hung up at any time.
+        modules: what each module has of its own, among which may be a `forward`.
     """
 
     llama: "weakref.ref[Any]"
     version: int
     step: "NativeStep | None"
     hooks: tuple[Mapping[Any, Any], ...]
+    modules: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, llama: Any, version: int, step: "NativeStep | None") -> "Runner":
+        modules = tuple(map(vars, llama.modules()))
+        return cls(weakref.ref(llama), version, step, _hooks(llama), modules)
 
     def serves(self, llama: Any, version: int) -> bool:
         """Whether it is of this model as it now is."""
         return self.llama() is llama and self.version == version
 
     def step_unless_heard(self) -> "NativeStep | None":
-        """The step, unless somebody listens to the modules by now."""
-        return None if any(self.hooks) else self.step
+        """The step, unless somebody listens to the modules by now, or speaks for them."""
+        is_heard = any(self.hooks) or any("forward" in own for own in self.modules)
+        return None if is_heard else self.step
 
 
 class NativeStep:

@@ -105,7 +105,7 @@ def frequencies(config: LlamaConfig, text_len: int | None = None) -> tuple[Tenso
             return plain / llama3_factors(plain, scaling), 1.0
         case "factors":
             assert scaling is not None
-            return plain / torch.tensor(scaling.factors), 1.0
+            return plain / torch.tensor(scaling.factors, dtype=torch.float32), 1.0
         case "yarn":
             assert scaling is not None
             return _yarn(plain, theta, scaling), _yarn_attention_factor(scaling)

@@ -166,6 +166,29 @@ def test_a_hook_that_is_registered_between_two_steps_is_heard():
     assert heard == [1]
 
 
+def test_a_forward_that_is_put_on_a_module_is_run():
+    """As accelerate's hooks are."""
+    model, called = our_model(), []
+    cache, layer = model.new_cache(1, 8), model.layers[1]
+    forward = layer.forward
+
+    def wrapped(*args):
+        called.append(1)
+        return forward(*args)
+
+    with torch.inference_mode():
+        expected = [model(random_ids(1, n), cache=cache).logits for n in (3, 1, 1)]
+        cache.truncate(0)
+        found = [model(random_ids(1, 3), cache=cache).logits]
+        layer.forward = wrapped
+        found.append(model(random_ids(1, 1), cache=cache).logits)
+        del layer.forward
+        found.append(model(random_ids(1, 1), cache=cache).logits)
+    assert called == [1]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 @pytest.mark.parametrize("way", ["subclass", "instance"])
 def test_logits_that_somebody_computes_otherwise_are_computed_so(way):
     class Doubled(Llama):

@@ -165,7 +165,7 @@ def dequantize(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Tensor:
     raw = raw.view(-1, stored.block_bytes)
     if stored.id not in _COMMON:
         return _dequantize_with_gguf(raw, stored).view(shape)
-    values = torch.empty(len(raw), stored.block_len)
+    values = torch.empty(len(raw), stored.block_len, dtype=torch.float32)
     for start in range(0, len(raw), CHUNK_BLOCKS):
         blocks = decode_blocks(raw[start : start + CHUNK_BLOCKS], stored)
         chunk = values[start : start + CHUNK_BLOCKS]

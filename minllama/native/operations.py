@@ -72,7 +72,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     batch, length, _, head_dim = x.shape
     turns = torch.view_as_real(rotation).contiguous()
     rows = turns.numel() // (length * head_dim)
-    if rows not in (1, batch) or turns.numel() != rows * length * head_dim:
+    fits = rows in (1, batch) and turns.numel() == rows * length * head_dim
+    if not fits or turns.dtype != torch.float32:
         raise unfit("rotate", x, rotation)
     y: Tensor = _Rotation.apply(x, turns)  # type: ignore[no-untyped-call]
     return y
