@@ -109,7 +109,9 @@ class Tokenizer:
                 f"{checkpoint.path}: no tokenizer in or beside the model; "
                 "name its file or folder with --tokenizer"
             )
-        return cls(checkpoint.vocabulary)
+        tokenizer = cls(checkpoint.vocabulary)
+        tokenizer.source = checkpoint.tokenizer
+        return tokenizer
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files of a Hugging Face folder, all of them or none.

@@ -481,6 +481,19 @@ def test_a_classifier_that_was_read_is_saved_with_its_tokenizer_named(base, tmp_
         classifier = again
 
 
+def test_a_tokenizer_that_is_the_models_own_is_not_named(base, tmp_path):
+    llama, _ = opened(base)
+    words = Tokenizer.from_pretrained(base / "tokenizer.json")
+    LlamaEmbeddingClassifier(llama, words, ["a", "b"]).save_pretrained(tmp_path / "saved")
+    content = json.loads((tmp_path / "saved" / "classifier.json").read_text())
+    assert content["base"]["tokenizer"] is None
+    shutil.copytree(base, tmp_path / "moved")
+    load_classifier(tmp_path / "saved", model=tmp_path / "moved", device="cpu")
+    apart = open_checkpoint(base, tokenizer=tmp_path / "moved" / "tokenizer.json")
+    found = Tokenizer.from_checkpoint(apart).source
+    assert found == str((tmp_path / "moved" / "tokenizer.json").resolve())
+
+
 def test_a_whole_model_is_written_once_beside_its_place(base, tmp_path, monkeypatch):
     """A kill must leave nothing that the next save would not know for its own."""
     classifier, beside, begun = embedding(base), atomic._beside, []

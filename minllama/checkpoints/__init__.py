@@ -65,7 +65,11 @@ def open_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if tokenizer is not None:
-        checkpoint = dataclasses.replace(checkpoint, vocabulary=load_vocabulary(Path(tokenizer)))
+        checkpoint = dataclasses.replace(
+            checkpoint,
+            vocabulary=load_vocabulary(Path(tokenizer)),
+            tokenizer=canonical_name(tokenizer),
+        )
     return dataclasses.replace(checkpoint, source=canonical_name(source))
 
 

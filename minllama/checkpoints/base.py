@@ -53,6 +53,7 @@ class Checkpoint:
         ignored: keys and tensors of the file that were not read, for people.
         source: how to name it again, here or elsewhere: `default`, a Hugging Face id, or the
             absolute path.
+        tokenizer: the same of its tokenizer, where that was named apart; None for its own.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Checkpoint:
     vocabulary: Vocabulary | None = field(repr=False)
     ignored: tuple[str, ...] = ()
     source: str = ""
+    tokenizer: str | None = None
 
 
 def lazy(tensor: Tensor) -> LazyTensor:

@@ -50,7 +50,7 @@ from minllama.classifier.head_file import (
     sha256_of,
     write_head,
 )
-from minllama.classifier.identity import base_tensors
+from minllama.classifier.identity import base_tensors, tokenizer_digest
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.llama import Llama
 from minllama.loading import reading_form, slow_dtype, usable_device
@@ -127,13 +127,16 @@ def save_classifier(
 def _tokenizer_elsewhere(classifier: Classifier) -> str | None:
     """Where its tokenizer lies, if that is a place of its own."""
     source: str | None = getattr(classifier.tokenizer, "source", None)
-    if source is None or source == classifier.llama.source:
+    model = classifier.llama.source
+    if source is None or source_of(source) is None or model is None:
         return None
     try:
+        own = open_checkpoint(source_of(model)).vocabulary
         load_vocabulary(Path(source))
-    except MinllamaError:  # a whole checkpoint, or gone since
+    except MinllamaError:  # a whole checkpoint's, or gone since
         return None
-    return source
+    words = classifier.tokenizer.vocabulary
+    return None if own is not None and tokenizer_digest(own) == tokenizer_digest(words) else source
 
 
 def _adapter_to_save(llama: Llama) -> str | None:
@@ -380,6 +383,4 @@ def _open_base(
             quantize=quantize,
             causal=bool(content["causal"]),
         )
-    words = Tokenizer(checkpoint.vocabulary)
-    words.source = None if tokenizer is None else canonical_name(tokenizer)
-    return llama, words
+    return llama, Tokenizer.from_checkpoint(checkpoint)
