@@ -240,10 +240,14 @@ def test_a_minus_1_in_any_spelling_stands_for_none(tmp_path: Path, none: Any) ->
     path.write_text("\n".join(map(json.dumps, rows)))
     dataset = load_dataset(path, needs_labels=False)
     assert (dataset.labels, dataset.label_names) == (None, ["0", "1"])
+    with pytest.raises(DataError, match="line 3: label -1 stands for none"):
+        load_dataset(path)
+    known = load_dataset(path, needs_labels=False, label_names=["0", "1", "-1"])
+    assert known.labels == [0, 1, 2]
 
 
 def test_the_minus_1_of_several_labels_stands_for_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 2: no label"):
+    with pytest.raises(DataError, match="line 2: label -1 stands for none"):
         load(tmp_path, ["a"], [-1])
     with pytest.raises(DataError, match="line 2: label -1 stands for none"):
         load(tmp_path, "a", "-1", multi_label=True)

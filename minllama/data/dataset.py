@@ -156,7 +156,7 @@ class _Examples:
             self._unread.add(BadRow(row.index, row.place, str(error)))
             return None
         if cells is None and self._needs_labels:
-            if str(value) == str(UNLABELLED):
+            if self._reader.is_placeholder(value):
                 raise ValueError(
                     f"label {UNLABELLED} stands for none (where it is a class, name it in a file "
                     "for --label-names)"

@@ -78,13 +78,18 @@ class LabelReader:
             raise ValueError(f"{shown(value)} holds a label twice; give each name or number once")
         return labels
 
+    def is_placeholder(self, value: Any) -> bool:
+        """Whether a cell is the number that stands for no label."""
+        cells = value if isinstance(value, list) else [value]
+        return len(cells) == 1 and self._is_unlabelled(_cell(cells[0]))
+
     def _is_unlabelled(self, cell: Cell | None) -> bool:
         return (
             cell is not None
             and _is_integer(cell)
             and _integer(cell) == UNLABELLED
             and UNLABELLED not in self._numbers
-            and str(cell) not in self.index_of
+            and str(UNLABELLED) not in self.index_of
         )
 
     def _named(self, cell: Cell) -> Cell:
