@@ -64,11 +64,15 @@ def check_folder_writable(target: str | os.PathLike[str]) -> None:
     Raises:
         MinllamaError: the target cannot be written.
     """
-    check_replaceable(target)
-    with _one_line_errors(target):
-        _, temporary = _folder_and_temporary(target)
-        temporary.mkdir()
-        temporary.rmdir()
+    place = _resolved(target)
+    made = [path for path in (place, *place.parents) if not path.exists()]
+    try:
+        with atomic_folder(target):  # a mount point can be written to, and not be replaced
+            pass
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 @contextlib.contextmanager

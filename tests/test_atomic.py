@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 
 from minllama import atomic
-from minllama.atomic import atomic_file, atomic_folder, check_file_writable
+from minllama.atomic import (
+    atomic_file,
+    atomic_folder,
+    check_file_writable,
+    check_folder_writable,
+)
 from minllama.errors import MinllamaError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,6 +173,19 @@ def test_an_unwritable_target_is_one_line(
         with pytest.raises(MinllamaError) as early:
             check_file_writable(tmp_path / target)
         assert str(early.value) == str(caught.value)
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "mine").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for place in ("old", "new", "deep/er/new"):
+        check_folder_writable(tmp_path / place)
+    for place in ("file", "file/below"):
+        with pytest.raises(MinllamaError, match="cannot write"):
+            check_folder_writable(tmp_path / place)
+    assert content(tmp_path) == {"old/mine": "x", "file": "x"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "old"]
 
 
 def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:

@@ -81,7 +81,9 @@ def command(
         from minllama.experiment.predicting import described, score_of
         from minllama.report import Report, print_summary, write_report
 
-    check_libraries()
+        if output is not None:
+            check_libraries()
+
     began = datetime.now(UTC).astimezone()
     warn_of_slow_dtype(dtype, device)
     loaded = load_classifier(

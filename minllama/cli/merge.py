@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from minllama.atomic import check_replaceable
+from minllama.atomic import check_folder_writable, check_replaceable
 from minllama.cli.common import classifier_options, debug_option, ended_by_interrupts
 from minllama.errors import MinllamaError
 
@@ -30,7 +30,9 @@ def command(
     check_replaceable(dst)
     if Path(dst).exists() and not force:
         raise MinllamaError(f"{dst} exists; --force replaces it")
+    check_folder_writable(dst)
     with ended_by_interrupts():
+        from minllama.checkpoints.source import source_of
         from minllama.classifier import load_classifier
         from minllama.classifier.files import classifier_settings, merge_classifier, save_classifier
         from minllama.experiment.folder import RECORDS, check_not_base, copy_records
@@ -40,7 +42,7 @@ def command(
     loaded = load_classifier(
         source, model=base, tokenizer=tokenizer, dtype=dtype, device=device, quantize="none"
     )
-    check_not_base(Path(dst), loaded.llama.source)
+    check_not_base(Path(dst), loaded.llama.source and source_of(loaded.llama.source))
     metrics = saved_headlines(source)
     drift = merge_classifier(loaded)
     merged = {"merged from": classifier, "largest drift of a logit": float(f"{drift:.2g}")}
