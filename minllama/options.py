@@ -36,7 +36,7 @@ class Range:
         if self.high == math.inf:
             return f"{'>' if self.low_open else '>='} {self.low:g}"
         left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
-        # Nine digits: those of 2^32 - 1 are ten, of which none may be left out.
+        # 2^32 - 1 has ten digits, of which none may be left out.
         low, high = (f"{end:.10g}" for end in (self.low, self.high))
         return f"in {left}{low}, {high}{right}"
 
