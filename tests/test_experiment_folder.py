@@ -138,7 +138,7 @@ def test_an_old_classifier_is_kept_unless_it_is_replaced_as_a_whole(
         raise MinllamaError("disk full")
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_module, "write_report", fails)
+        patched.setattr(run_module, "write_files", fails)
         with pytest.raises(MinllamaError, match="disk full"):
             run_experiment(make_experiment("full"), force=True)
     after = contents(tmp_path / "run")
