@@ -21,6 +21,7 @@ from minllama.checkpoints.llama2c import (
 from minllama.config import LlamaConfig, RopeScaling
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
+from minllama.tokenizer import Tokenizer
 
 CONFIG = LlamaConfig(
     dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=40, max_seq_len=16
@@ -430,6 +431,22 @@ def test_a_model_that_run_c_would_compute_otherwise_is_refused(
         write_llama2c_bin(path, TIED.replace(**changes), state_of(TIED))
     assert "\n" not in str(caught.value)
     assert not path.exists()
+
+
+def test_a_width_that_looks_like_a_pickle_is_none(path: Path) -> None:
+    """640 is 80 02 00 00, as protocol 2 begins."""
+    config = CONFIG.replace(dim=640, n_layers=1, n_heads=10, n_kv_heads=10, head_dim=64)
+    state = state_of(config)
+    write_llama2c_bin(path, config, state)
+    assert path.read_bytes()[:4] == b"\x80\x02\0\0"
+    assert_read(open_checkpoint(path), state)
+
+
+def test_a_text_ends_where_the_next_begins(path: Path, shared_data: Path) -> None:
+    config = CONFIG.replace(vocab_size=32000)
+    write_llama2c_bin(path, config, state_of(config))
+    checkpoint = open_checkpoint(path, tokenizer=shared_data / "tokenizer.model")
+    assert Tokenizer.from_checkpoint(checkpoint).stop_ids == {1, 2}
 
 
 def test_a_failed_write_leaves_the_old_file(path: Path) -> None:

@@ -70,7 +70,11 @@ def open_checkpoint(
             vocabulary=load_vocabulary(Path(tokenizer)),
             tokenizer=canonical_name(tokenizer),
         )
-    return dataclasses.replace(checkpoint, source=canonical_name(source))
+    vocabulary = checkpoint.vocabulary
+    if checkpoint.ends_at_bos and vocabulary is not None and vocabulary.bos_id is not None:
+        stop_ids = tuple(dict.fromkeys((*vocabulary.stop_ids, vocabulary.bos_id)))
+        vocabulary = dataclasses.replace(vocabulary, stop_ids=stop_ids)
+    return dataclasses.replace(checkpoint, vocabulary=vocabulary, source=canonical_name(source))
 
 
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:

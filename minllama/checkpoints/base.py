@@ -54,6 +54,8 @@ class Checkpoint:
         source: how to name it again, here or elsewhere: `default`, a Hugging Face id, or the
             absolute path.
         tokenizer: the same of its tokenizer, where that was named apart; None for its own.
+        ends_at_bos: the model learned from texts one behind the other, of which each ends where the
+            next begins, and from no end of a text.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class Checkpoint:
     ignored: tuple[str, ...] = ()
     source: str = ""
     tokenizer: str | None = None
+    ends_at_bos: bool = False
 
 
 def lazy(tensor: Tensor) -> LazyTensor:

@@ -120,7 +120,9 @@ def read_torch_checkpoint(path: Path) -> Checkpoint:
         config = config_from_args(args, tensors)
         check_extent(config, lazy_tensors)
     vocabulary = find_vocabulary(path.parent)
-    return Checkpoint(path, "llama2.c .pt", config, lazy_tensors, vocabulary, tuple(ignored))
+    return Checkpoint(
+        *(path, "llama2.c .pt", config, lazy_tensors, vocabulary, tuple(ignored)), ends_at_bos=True
+    )
 
 
 def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LlamaConfig:
@@ -288,7 +290,8 @@ def read_llama2c_bin(path: Path) -> Checkpoint:
         check_extent(layout.config, tensors)
     kind = f"version {layout.version}" if layout.version else "legacy"
     vocabulary = find_vocabulary(path.parent)
-    return Checkpoint(path, f"llama2.c .bin ({kind})", layout.config, tensors, vocabulary)
+    name = f"llama2.c .bin ({kind})"
+    return Checkpoint(path, name, layout.config, tensors, vocabulary, ends_at_bos=True)
 
 
 def write_llama2c_bin(

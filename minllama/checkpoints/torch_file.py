@@ -27,7 +27,15 @@ PICKLE_MAGICS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
 def is_torch_file(path: Path) -> bool:
     """Whether the file begins as torch.save's do; reading it may still show that it is damaged."""
     with path.open("rb") as file:
-        return file.read(4).startswith((ZIP_MAGIC, *PICKLE_MAGICS))
+        return _is_magic(file.read(4))
+
+
+def _is_magic(start: bytes) -> bool:
+    """Whether four bytes are the first of such a file.
+
+    No opcode is NUL: 80 02 00 00 is the width 640 in a file of llama2.c's.
+    """
+    return start == ZIP_MAGIC or (start[:2] in PICKLE_MAGICS and start[2:3] != b"\0")
 
 
 def load_torch_file(path: Path) -> dict[str, Any]:
@@ -49,7 +57,7 @@ def load_torch_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if not magic:
         raise CheckpointError(f"{path} is empty; fetch it again")
-    if not magic.startswith((ZIP_MAGIC, *PICKLE_MAGICS)):
+    if not _is_magic(magic):
         raise CheckpointError(f"{path} is not a file that torch.save wrote")
     is_zip = magic == ZIP_MAGIC
     if is_zip:
