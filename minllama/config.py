@@ -14,6 +14,9 @@ from minllama.errors import MinllamaError
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3", "factors")
 
 
+LARGEST = 1e6  # of a number that stretches positions: no model has a thousandth of it
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary angles are stretched to reach beyond the context of the pre-training.
@@ -68,6 +71,8 @@ class RopeScaling:
         for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
             if (value := getattr(self, name)) is not None:
                 _require_positive(f"rope scaling: {name}", value)
+                if value > LARGEST:
+                    raise MinllamaError(f"rope scaling: {name} ({value:g}) is above {LARGEST:g}")
         _require_flag("rope scaling: truncate", self.truncate)
         for factor in self.factors:
             _require_positive("rope scaling: each of factors", factor)
@@ -153,8 +158,13 @@ class LlamaConfig:
             )
         if scaling and scaling.kind == "yarn" and self.rope_theta <= 1:
             raise MinllamaError(f"yarn needs rope_theta above 1, not {self.rope_theta!r}")
-        if scaling and scaling.kind == "dynamic" and self.head_dim <= 2:
-            raise MinllamaError(f"dynamic scaling needs head_dim above 2, not {self.head_dim}")
+        if scaling and scaling.kind == "dynamic":
+            if self.head_dim <= 2:
+                raise MinllamaError(f"dynamic scaling needs head_dim above 2, not {self.head_dim}")
+            if not 1 <= scaling.factor <= LARGEST:
+                raise MinllamaError(
+                    f"dynamic scaling needs a factor from 1 to {LARGEST:g}, not {scaling.factor:g}"
+                )
 
     def _settle(self, name: str, default: int) -> None:
         if getattr(self, name) is None:

@@ -84,6 +84,13 @@ def test_head_dim_need_not_be_dim_over_heads() -> None:
         ({"dropout": 1}, "dropout must be in [0, 1), not 1"),
         ({"dropout": -0.1}, "dropout must be in [0, 1), not -0.1"),
         ({"dropout": math.nan}, "dropout must be in [0, 1), not nan"),
+        *(
+            (
+                {"rope_scaling": RopeScaling("dynamic", factor=factor)},
+                f"dynamic scaling needs a factor from 1 to 1e+06, not {factor:g}",
+            )
+            for factor in (0.001, 1e308)
+        ),
         (
             {"rope_scaling": RopeScaling("factors", factors=(1.0, 2.0))},
             "rope scaling: 2 factors for 4 frequencies (head_dim / 2)",
@@ -126,6 +133,10 @@ def test_a_contradiction_is_named_with_its_numbers(changes: dict[str, Any], mess
                 "high_freq_factor": 4,
             },
             "rope scaling: low_freq_factor (4) must be above 0 and below high_freq_factor (4)",
+        ),
+        (
+            {"kind": "yarn", "original_max_seq_len": 64, "beta_fast": 1e308},
+            "rope scaling: beta_fast (1e+308) is above 1e+06",
         ),
         (
             {"kind": "factors", "factors": (1.0, 0.0)},

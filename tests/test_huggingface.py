@@ -362,6 +362,33 @@ def test_an_index_cannot_reach_out_of_its_folder(tmp_path):
         load_pretrained(tmp_path / "m")
 
 
+def test_an_index_that_an_earlier_save_left_is_not_followed(tmp_path):
+    model = our_model()
+    model.save_pretrained(tmp_path)
+    stale = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(stale))
+    again = load_pretrained(tmp_path)
+    assert torch.equal(again.output.weight, model.output.weight)
+
+
+@pytest.mark.parametrize("weight_map", [{"a": ["x"]}, {"a": 5, "b": "x"}, {"a": None}])
+def test_a_damaged_index_is_one_line(weight_map, tmp_path):
+    our_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"missing|not a file"):
+        load_pretrained(tmp_path)
+
+
+def test_a_matrix_without_a_shape_is_listed(tmp_path):
+    our_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, name: torch.tensor(1.0)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="compute_query"):
+        load_pretrained(tmp_path)
+
+
 def test_a_missing_shard_and_missing_weights_are_named(tmp_path):
     both(tmp_path)
     (tmp_path / "model.safetensors").unlink()

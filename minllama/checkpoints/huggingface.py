@@ -225,7 +225,7 @@ def for_huggingface(ours: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
 def _permuted(ours: str, stored: LazyTensor, config: LlamaConfig) -> LazyTensor:
     n_heads = rotated_heads(ours, config)
     # A misshapen one is left alone, so that the loader can report it beside all the others.
-    if n_heads is None or stored.shape[0] != n_heads * config.head_dim:
+    if n_heads is None or stored.shape[:1] != (n_heads * config.head_dim,):
         return stored
 
     def load() -> Tensor:
@@ -246,19 +246,20 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
         ),
     }
     for file, read in readers.items():
+        # A single file comes first: an index beside it may be left of an earlier save.
+        if (folder / file).is_file():
+            yield from read(folder / file)
+            return
         if (index := folder / f"{file}.index.json").is_file():
             weight_map = _read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{index}: it has no weight_map; download it again")
-            for shard in sorted(set(weight_map.values())):
-                if Path(str(shard)).name != shard:  # a downloaded index must not leave its folder
+            for shard in sorted(dict.fromkeys(map(str, weight_map.values()))):
+                if Path(shard).name != shard:  # a downloaded index must not leave its folder
                     raise CheckpointError(f"{index}: {shard!r} is not a file of this folder")
                 if not (folder / shard).is_file():
                     raise CheckpointError(f"{folder / shard} is missing; download it again")
                 yield from read(folder / shard)
-            return
-        if (folder / file).is_file():
-            yield from read(folder / file)
             return
     raise CheckpointError(
         f"{folder}: no weights beside config.json; "

@@ -123,7 +123,9 @@ def _scaling_from_huggingface(
         original = raw.get("original_max_position_embeddings") or max_seq_len
         fields.setdefault("original_max_seq_len", original)
     if kind == "yarn" and "factor" not in fields:
-        fields["factor"] = max_seq_len / fields["original_max_seq_len"]
+        original = fields["original_max_seq_len"]
+        # RopeScaling refuses what is no length.
+        fields["factor"] = max_seq_len / original if original else 1.0
     if "factor" not in fields:
         raise MinllamaError(f"rope scaling {kind!r} has no factor")
     return RopeScaling(kind, **fields)

@@ -31,6 +31,7 @@ SMALL_FILES = (
     "params.json",
     "tokenizer.json",
     "tokenizer.model",
+    "added_tokens.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
@@ -195,7 +196,9 @@ def _cached(hub_model: HubModel, hub_error: Exception) -> Path:
 def _has_all_shards(folder: Path) -> bool:
     """Whether every file that the index of the weights names is in `folder`."""
     for index in folder.glob("*.index.json"):
-        with contextlib.suppress(ValueError, AttributeError):  # a damaged one is its reader's error
+        with contextlib.suppress(
+            ValueError, AttributeError, KeyError, TypeError
+        ):  # a damaged one is its reader's error
             shards = set(json.loads(index.read_bytes())["weight_map"].values())
             return all((folder / str(shard)).is_file() for shard in shards)
     return True
