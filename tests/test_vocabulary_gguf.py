@@ -158,6 +158,27 @@ def test_end_of_turn_and_message_are_further_stops(bytes_fields: dict[str, Any])
     assert (written[GGML + "eot_token_id"], written[GGML + "eom_token_id"]) == (5, 6)
 
 
+def test_control_tokens_that_end_a_turn_by_their_text_are_stops_too(
+    bytes_fields: dict[str, Any],
+) -> None:
+    tokens, types = bytes_fields[GGML + "tokens"], bytes_fields[GGML + "token_type"]
+    tokens[5], types[5] = "<|im_end|>", 3
+    tokens[6], types[6] = "<|eot_id|>", 1  # an ordinary one
+    vocabulary = from_gguf(bytes_fields, "x")
+    assert vocabulary.stop_ids == (5,)
+    assert GGML + "eot_token_id" not in to_gguf(vocabulary, 259)  # it goes without saying
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-v3", "falcon3"])
+def test_a_pre_tokenizer_may_have_another_name(bytes_fields: dict[str, Any], name: str) -> None:
+    bytes_fields |= {GGML + "bos_token_id": 0, GGML + "pre": name}
+    other, usual = (
+        from_gguf(fields, "x")
+        for fields in (bytes_fields, bytes_fields | {GGML + "pre": "llama-bpe"})
+    )
+    assert (other.data, other.add_bos) == (usual.data, True)
+
+
 def test_llama_3s_stops_go_to_the_fields_of_their_names() -> None:
     fields = to_gguf(from_ranks(tiny_ranks(), "tiny"), 856)
     assert fields[GGML + "eos_token_id"] == 601

@@ -85,6 +85,9 @@ PRE_TOKENIZERS = {
     ),
 }
 
+# Other names that files have for them, in llama.cpp as well.
+ALIASES = dict.fromkeys(("llama3", "llama-v3", "falcon3"), "llama-bpe")
+
 
 def spell(token: bytes) -> str:
     """The bytes of a token, as the vocabulary spells them: b" the" is `Ġthe`."""
@@ -109,12 +112,13 @@ def build(
             as they are.
         types: a TokenType for each.
         merges: pairs of tokens with a space between, best first.
-        pre: one of PRE_TOKENIZERS.
+        pre: one of PRE_TOKENIZERS, or of ALIASES.
         where: the source, for error messages.
 
     Raises:
         TokenizerError: two tokens are the same, or the pre-tokenizer is unknown.
     """
+    pre = ALIASES.get(pre, pre)
     if pre not in PRE_TOKENIZERS:
         raise TokenizerError(
             f"{where}: unknown pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}"

@@ -15,6 +15,7 @@ from minllama.vocabulary import byte_level, sentencepiece_form, tokenizers_form
 from minllama.vocabulary.base import MAX_VOCAB_SIZE, TokenType, Vocabulary
 from minllama.vocabulary.gguf_export import (
     BYTE_LEVEL,
+    ENDS,
     MODEL,
     PIECES,
     PREFIX,
@@ -51,7 +52,7 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
     types = reader.types(len(tokens))
     pre = reader.string("pre", "default") if model == BYTE_LEVEL else ""
     # Where a file says nothing, llama.cpp puts BOS in front for these two.
-    begins = model == PIECES or pre == "llama-bpe"
+    begins = model == PIECES or byte_level.ALIASES.get(str(pre), pre) == "llama-bpe"
     vocabulary = Vocabulary(
         form="tokenizers",
         data=b"",
@@ -64,7 +65,8 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
         chat_template=reader.string(TEMPLATE, None),
     )
     bos_id, eos_id = vocabulary.bos_id, vocabulary.eos_id
-    further = dict.fromkeys((reader.token("eot"), reader.token("eom")))
+    known = (i for i, text in enumerate(tokens) if text in ENDS and types[i] == TokenType.CONTROL)
+    further = dict.fromkeys((reader.token("eot"), reader.token("eom"), *known))
     stop_ids = tuple(i for i in further if i is not None and i != eos_id)
     for token_id in (bos_id, eos_id, *stop_ids):
         # Some converters leave them ordinary; text must not become them all the same.

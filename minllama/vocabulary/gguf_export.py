@@ -17,6 +17,11 @@ PREFIX = "tokenizer.ggml."
 MODEL = PREFIX + "model"
 TEMPLATE = "tokenizer.chat_template"
 PIECES, BYTE_LEVEL = "llama", "gpt2"  # values of MODEL
+# Control tokens with these texts end a generation in llama.cpp, whatever a file's fields say.
+ENDS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"),
+    *("<|endoftext|>", "<EOT>"),
+)
 
 
 def to_gguf(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def _settings(vocabulary: Vocabulary, tokens: Sequence[str]) -> dict[str, Any]:
     # Llama 3 has both; where one has another name, it ends a turn.
     eom_id = next((i for i in stops if "eom" in tokens[i]), None)
     eot_id = next((i for i in stops if "eot" in tokens[i]), None)
-    others = [i for i in stops if i not in (eom_id, eot_id)]
+    others = [i for i in stops if i not in (eom_id, eot_id) and tokens[i] not in ENDS]
     if eot_id is None and others:
         eot_id = others.pop(0)
     if eom_id is None and others:
