@@ -137,9 +137,10 @@ class KVCache:
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens a row; what is stored stays."""
         if capacity > self.capacity:
-            self.keys = [self._repeat(stored, 1, capacity) for stored in self.keys]
-            self.values = [self._repeat(stored, 1, capacity) for stored in self.values]
-            self.capacity = capacity
+            keys = [self._repeat(stored, 1, capacity) for stored in self.keys]
+            values = [self._repeat(stored, 1, capacity) for stored in self.values]
+            # Both or none: memory may run out between them.
+            self.keys, self.values, self.capacity = keys, values, capacity
 
     def drop_row(self, row: int) -> None:
         """Give up a row: the last row moves into its place, and the batch is one smaller."""

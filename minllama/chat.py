@@ -40,8 +40,8 @@ class ChatTemplate:
     """A checkpoint's chat template.
 
     Renders as `apply_chat_template` of transformers does: the same Jinja settings, filters and
-    functions, and `tools` and `documents` are there, as None, when not given. Safe to use from
-    several threads, which take turns.
+    functions, and `tools` and `documents` are there, as None, when not given. Of the special tokens
+    it knows `bos_token` and `eos_token`. Safe to use from several threads, which take turns.
 
     Args:
         source: the template, in Jinja.

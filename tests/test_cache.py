@@ -98,6 +98,22 @@ def test_a_cache_grows_and_keeps_what_it_holds():
     assert cache.capacity == 7
 
 
+def test_a_growth_that_fails_changes_nothing(monkeypatch):
+    cache = KVCache(CONFIG, 1, 4)
+    repeat, calls = KVCache._repeat, []
+
+    def fails(self, *args):
+        calls.append(1)
+        if len(calls) > CONFIG.n_layers:  # the keys are there, the values are not
+            raise MemoryError
+        return repeat(self, *args)
+
+    monkeypatch.setattr(KVCache, "_repeat", fails)
+    with pytest.raises(MemoryError):
+        cache.grow(8)
+    assert {stored.shape[2] for stored in (*cache.keys, *cache.values)} == {cache.capacity} == {4}
+
+
 def test_more_than_the_capacity_is_refused():
     with pytest.raises(MinllamaError, match="holds 6 tokens a row: 4 are filled and 3 more"):
         filled([4, 2]).reserve(3)

@@ -13,11 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from minllama import cli
-from minllama.checkpoints import open_checkpoint
+from minllama.checkpoints import open_checkpoint, write_huggingface
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import Vocabulary
 from tests.tiny import our_model
@@ -117,6 +118,17 @@ def test_json_is_one_record_a_text(run, folder):
         assert record["timings"]["decode_tokens"] == 10
         assert record["timings"]["decode_seconds"] > 0
     assert records[0]["tokens"] != records[1]["tokens"]
+
+
+def test_json_with_prompt_lookup_has_no_logprobs(run, folder):
+    result = run(
+        *("generate", "Hello", "-m", folder, "--json", "--max-new-tokens", 3),
+        *("--prompt-lookup", 3, "--temperature", 0),
+    )
+    assert result.status == 0, result.err
+    record = json.loads(result.out)
+    assert record["logprobs"] is None
+    assert len(record["tokens"]) == 3
 
 
 def test_json_has_logprobs_without_asking(run, folder):
@@ -282,6 +294,20 @@ def test_convert_keeps_what_the_model_says(target, dtype, run, folder, tmp_path)
     common = ("generate", "Hello", "--max-new-tokens", 30, "--dtype", dtype or "float32")
     assert run(*common, "-m", converted).out == run(*common, "-m", folder).out
     assert (dtype or "float32") in run("info", converted).out
+
+
+def test_convert_to_gguf_keeps_norms_exact(run, folder, tmp_path):
+    tensors = {name: lazy.load() for name, lazy in open_checkpoint(folder).tensors.items()}
+    tensors["norm.weight"] = torch.linspace(1, 1.001, len(tensors["norm.weight"]))
+    checkpoint = open_checkpoint(folder)
+    write_huggingface(tmp_path / "hf", checkpoint.config, tensors, vocabulary=checkpoint.vocabulary)
+    given = ("convert", tmp_path / "hf", tmp_path / "x.gguf", "--to", "gguf", "--dtype", "bfloat16")
+    done = run(*given)
+    assert done.status == 0, done.err
+    again = open_checkpoint(tmp_path / "x.gguf").tensors
+    for name, tensor in tensors.items():
+        exact = tensor if tensor.dim() == 1 else tensor.bfloat16()
+        assert torch.equal(again[name].load(), exact), name
 
 
 def test_convert_to_llama2c(run, folder, tmp_path):

@@ -80,7 +80,7 @@ def _answer(conversation: Any, text: str) -> None:
     pieces = conversation.answer(text)
     try:
         for piece in pieces:
-            click.echo(piece.text, nl=False)
+            click.echo(piece.text, nl=False, color=True)
             sys.stdout.flush()
         click.echo()
         click.echo(summary(conversation.stream.timings, conversation.stream.results), err=True)

@@ -67,7 +67,8 @@ def command(
     checkpoint = open_checkpoint(src, tokenizer=tokenizer)
     dtype = dtype or ("float32" if target == "llama2c" else _stored_dtype(checkpoint))
     # Through the model: names, shapes and numbers are checked before anything is written.
-    loaded_dtype = torch_dtype("float32" if dtype == "q8_0" else dtype)
+    # A GGUF file has norms and biases in float32 whatever its matrices are in.
+    loaded_dtype = torch_dtype("float32" if target == "gguf" else dtype)
     model = Llama.from_checkpoint(checkpoint, dtype=loaded_dtype, device="cpu")
     tensors, vocabulary = model.state_dict(), checkpoint.vocabulary
     if target == "hf":

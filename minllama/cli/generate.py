@@ -54,7 +54,7 @@ def command(
     """Continue PROMPT (or - for standard input); the text streams as it is made."""
     # Whatever can be refused is refused before torch is imported.
     options["json_schema"] = _schema(options["json_schema"])
-    if as_json and options["logprobs"] is None:
+    if as_json and options["logprobs"] is None and not options["prompt_lookup"]:
         options["logprobs"] = 0
     checked = GenerationOptions(**options)
     check_sampling(checked.temperature)
@@ -92,7 +92,7 @@ def command(
             pass
         for number, result in enumerate(stream.results):
             click.secho(f"--- {number + 1} of {checked.n} ({result.finish_reason})", dim=True)
-            click.echo(result.text)
+            click.echo(result.text, color=True)
     click.echo(summary(stream.timings, stream.results), err=True)
 
 
@@ -100,7 +100,7 @@ def _print_streaming(stream: "TextStream", prompt: str) -> None:
     if sys.stdout.isatty():  # a person reads on from the prompt; a program wants the new text only
         click.secho(prompt, dim=True, nl=False)
     for piece in stream:
-        click.echo(piece.text, nl=False)
+        click.echo(piece.text, nl=False, color=True)  # as it is, into files too
         sys.stdout.flush()
     click.echo()
 
@@ -116,7 +116,6 @@ def summary(timings: "Timings", results: "list[Generation]") -> str:
 
 
 def _record(model: str, prompt: str, result: "Generation", timings: "Timings") -> dict[str, Any]:
-    assert result.logprobs is not None
     return {
         "model": model,
         "prompt": prompt,
@@ -124,7 +123,8 @@ def _record(model: str, prompt: str, result: "Generation", timings: "Timings") -
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_ids,
         "tokens": result.token_ids,
-        "logprobs": [
+        "logprobs": result.logprobs
+        and [
             {
                 "token": token.text,
                 "logprob": token.logprob,
