@@ -211,7 +211,8 @@ def test_a_vocabulary_without_special_tokens_has_no_padding() -> None:
 
 def test_attributes_say_what_the_vocabulary_says(smollm: Tokenizer, ranks: Tokenizer) -> None:
     assert (smollm.vocab_size, smollm.bos_id, smollm.eos_id, smollm.pad_id) == (49152, 1, 2, 2)
-    assert (smollm.add_bos, smollm.add_eos, smollm.stop_ids) == (False, False, {2})
+    assert (smollm.add_bos, smollm.add_eos) == (False, False)
+    assert smollm.stop_ids == {0, 2}  # <|endoftext|> by its text, as in llama.cpp
     assert smollm.special_tokens["<|im_start|>"] == 1
     assert len(smollm.special_tokens) == 17
     assert smollm.chat_template is not None
