@@ -8,14 +8,13 @@ models and passes it is for. Knows nothing of what the tokens are for.
 import ctypes
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minllama.cache import KVCache
-from minllama.errors import MinllamaError
 from minllama.native.layout import (
     KINDS,
     Layer,
@@ -28,7 +27,12 @@ from minllama.native.layout import (
 )
 from minllama.native.library import call, library
 from minllama.native.operations import floats, most_rows
-from minllama.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from minllama.quantization import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+    check_ids,
+)
 from minllama.widening import WidenedEmbedding, WidenedLinear
 
 # Tokens of a pass up to which a step is faster here than torch's products of large matrices are,
@@ -89,7 +93,11 @@ def _is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
 
 def has_hooks(llama: Any) -> bool:
     """Whether somebody listens to the modules of this Llama, or put a `forward` on one of them."""
-    return any(_hooks(llama)) or any("forward" in vars(module) for module in llama.modules())
+    return _is_heard(_hooks(llama), map(vars, llama.modules()))
+
+
+def _is_heard(hooks: Iterable[Mapping[Any, Any]], modules: Iterable[Mapping[str, Any]]) -> bool:
+    return any(hooks) or any("forward" in own for own in modules)
 
 
 def _hooks(llama: Any) -> tuple[Mapping[Any, Any], ...]:
@@ -145,8 +153,7 @@ class Runner(NamedTuple):
 
     def step_unless_heard(self) -> "NativeStep | None":
         """The step, unless somebody listens to the modules by now, or speaks for them."""
-        is_heard = any(self.hooks) or any("forward" in own for own in self.modules)
-        return None if is_heard else self.step
+        return None if _is_heard(self.hooks, self.modules) else self.step
 
 
 class NativeStep:
@@ -189,8 +196,7 @@ class NativeStep:
             float32.
         """
         batch, length = ids.shape
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
-            raise MinllamaError(f"token ids must be from 0 to {self._vocab_size - 1}")
+        check_ids(ids, self._vocab_size)
         ids = ids.long().contiguous()
         slots = positions.expand(batch, -1).contiguous()
         rows = torch.arange(batch, device="cpu").repeat_interleave(length)

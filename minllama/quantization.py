@@ -191,13 +191,19 @@ class QuantizedEmbedding(QuantizedWeight):
         """(...) -> (..., in)."""
         # Rows lie in panels, whose numbers would wrap around and reach into padding. Elsewhere
         # than on a CPU to look at ids is to wait for them.
-        if ids.is_cpu and ids.numel() and (ids.min() < 0 or ids.max() >= self.out_features):
-            raise MinllamaError(f"token ids must be from 0 to {self.out_features - 1}")
+        if ids.is_cpu and ids.numel():
+            check_ids(ids, self.out_features)
         return self.rows(ids, self.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.quants.device)).dtype
         return super()._apply(fn, recurse)
+
+
+def check_ids(ids: Tensor, n: int) -> None:
+    """Refuse ids, of which there are some, that are not from 0 to n - 1."""
+    if ids.min() < 0 or ids.max() >= n:
+        raise MinllamaError(f"token ids must be from 0 to {n - 1}")
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:

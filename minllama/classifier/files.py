@@ -128,7 +128,7 @@ def _tokenizer_elsewhere(classifier: Classifier) -> str | None:
     """Where its tokenizer lies, if that is a place of its own."""
     source: str | None = getattr(classifier.tokenizer, "source", None)
     model = classifier.llama.source
-    if source is None or source_of(source) is None or model is None:
+    if source is None or source == model or source_of(source) is None or model is None:
         return None
     try:
         own = open_checkpoint(source_of(model)).vocabulary

@@ -183,9 +183,8 @@ class _Examples:
             notices.append(self._unlabelled(name, len(given)))
         multi_label = options.multi_label or self._has_lists
         labels, names = self._numbered(given, multi_label)
-        return Dataset(
-            *(self._texts, labels, names, name, multi_label, tuple(notices)), self._label_column
-        )
+        said, column = tuple(notices), self._label_column
+        return Dataset(self._texts, labels, names, name, multi_label, said, label_column=column)
 
     def _unlabelled(self, name: str, n_given: int) -> Notice:
         known = f"only {n_given}" if n_given else "none"
