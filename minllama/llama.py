@@ -22,10 +22,11 @@ from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
 from minllama.errors import MinllamaError
 from minllama.native import attention, operations
-from minllama.native_step import NativeStep, Runner, can_run, has_hooks, is_short
+from minllama.native_step import NativeStep, can_run, is_short
 from minllama.pretrained import LlamaPreTrainedModel
 from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
+from minllama.runner import Runner, has_hooks
 from minllama.view import (
     Packing,
     View,

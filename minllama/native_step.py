@@ -7,9 +7,7 @@ models and passes it is for. Knows nothing of what the tokens are for.
 
 import ctypes
 import math
-import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +31,7 @@ from minllama.quantization import (
     QuantizedWeight,
     check_ids,
 )
+from minllama.runner import is_walkable, linear_modules
 from minllama.widening import WidenedEmbedding, WidenedLinear
 
 # Tokens of a pass up to which a step is faster here than torch's products of large matrices are,
@@ -48,31 +47,11 @@ KNOWN = (
 def can_run(llama: Any) -> bool:
     """Whether the native step computes what this Llama's modules do.
 
-    Plain and quantised layers on a CPU, in evaluation mode: no adapters, no dropout, and no hooks,
-    which only modules call. As many and of just the shapes that the config says, for compiled code
-    reads them by their address.
+    Plain and quantised layers on a CPU: no adapters; and what `is_walkable` asks besides.
     """
     if library() is None or llama.device.type != "cpu" or llama.dtype not in KINDS:
         return False
-    if llama.training and llama.config.dropout:
-        return False
-    if has_hooks(llama):
-        return False
-    config = llama.config
-    if len(llama.layers) != config.n_layers:
-        return False
-    of_vocabulary = [llama.tok_embeddings, *([] if llama.output is None else [llama.output])]
-    norms = [llama.norm]
-    norms += [norm for layer in llama.layers for norm in (layer.attention_norm, layer.ffn_norm)]
-    return (
-        all(_is_as_described(m, (config.vocab_size, config.dim)) for m in of_vocabulary)
-        and all(
-            _is_as_described(module, shape)
-            for layer in llama.layers
-            for module, shape in zip(_linear_modules(layer), _linear_shapes(config), strict=True)
-        )
-        and all(_is_numbers(norm.weight, (config.dim,)) for norm in norms)
-    )
+    return is_walkable(llama, _is_as_described, _is_numbers)
 
 
 def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:
@@ -91,24 +70,6 @@ def _is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
     return isinstance(x, Tensor) and x.dtype in KINDS and x.is_cpu and tuple(x.shape) == shape
 
 
-def has_hooks(llama: Any) -> bool:
-    """Whether somebody listens to the modules of this Llama, or put a `forward` on one of them."""
-    return _is_heard(_hooks(llama), map(vars, llama.modules()))
-
-
-def _is_heard(hooks: Iterable[Mapping[Any, Any]], modules: Iterable[Mapping[str, Any]]) -> bool:
-    return any(hooks) or any("forward" in own for own in modules)
-
-
-def _hooks(llama: Any) -> tuple[Mapping[Any, Any], ...]:
-    """Where torch keeps the hooks of all modules and of each of this Llama's."""
-    everywhere = nn.modules.module
-    found = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
-    for module in llama.modules():
-        found += [module._forward_hooks, module._forward_pre_hooks]
-    return tuple(found)
-
-
 def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether a pass is one for the native step: few tokens, each of which sees all before it.
 
@@ -123,37 +84,6 @@ def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> 
     if most_rows(dtype) < math.inf:
         most = FEW
     return ids.numel() <= most
-
-
-class Runner(NamedTuple):
-    """What runs short passes over a cache: kept with it (`KVCache.native`).
-
-    Attributes:
-        llama: the model that it is of.
-        version: of the model when it was asked; see `LlamaPreTrainedModel`.
-        step: None where the model's modules do it.
-        hooks: where those of each module are kept, which may be hung up at any time.
-        modules: what each module has of its own, among which may be a `forward`.
-    """
-
-    llama: "weakref.ref[Any]"
-    version: int
-    step: "NativeStep | None"
-    hooks: tuple[Mapping[Any, Any], ...]
-    modules: tuple[Mapping[str, Any], ...]
-
-    @classmethod
-    def of(cls, llama: Any, version: int, step: "NativeStep | None") -> "Runner":
-        modules = tuple(map(vars, llama.modules()))
-        return cls(weakref.ref(llama), version, step, _hooks(llama), modules)
-
-    def serves(self, llama: Any, version: int) -> bool:
-        """Whether it is of this model as it now is."""
-        return self.llama() is llama and self.version == version
-
-    def step_unless_heard(self) -> "NativeStep | None":
-        """The step, unless somebody listens to the modules by now, or speaks for them."""
-        return None if _is_heard(self.hooks, self.modules) else self.step
 
 
 class NativeStep:
@@ -251,7 +181,7 @@ class NativeStep:
         )
 
     def _layer(self, layer: Any) -> Layer:
-        query, key, value, output, w1, w2, w3 = map(self._linear, _linear_modules(layer))
+        query, key, value, output, w1, w2, w3 = map(self._linear, linear_modules(layer))
         attention_norm = self._numbers(layer.attention_norm.weight)
         ffn_norm = self._numbers(layer.ffn_norm.weight)
         return Layer(attention_norm, query, key, value, output, ffn_norm, w1, w2, w3)
@@ -277,27 +207,3 @@ class NativeStep:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
-
-
-def _linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:
-    """(out, in) of `_linear_modules`."""
-    query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    dim, hidden = config.dim, config.hidden_dim
-    return (
-        *((query, dim), (key, dim), (key, dim), (dim, query)),
-        *((hidden, dim), (dim, hidden), (hidden, dim)),
-    )
-
-
-def _linear_modules(layer: Any) -> tuple[nn.Module, ...]:
-    """Those of a layer, in the order of the struct."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    return (
-        attention.compute_query,
-        attention.compute_key,
-        attention.compute_value,
-        attention.compute_output,
-        feed_forward.w1,
-        feed_forward.w2,
-        feed_forward.w3,
-    )
