@@ -20,7 +20,7 @@ from minllama.config import LlamaConfig
 from minllama.errors import ContextError, MinllamaError
 from minllama.lookup import PromptLookup
 from minllama.options import GenerationOptions
-from minllama.sampling import choose_tokens
+from minllama.sampling import check_chosen, choose_tokens
 
 _ROOM = 512
 
@@ -159,6 +159,7 @@ class Decoder:
         self._n_tokens = n_tokens
         self._lookup = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
         self._drafts: list[int] = []
+        self._runs_ahead = _pays_to_run_ahead(model.device)
         _check_prompts(self.prompts, model.config)
         if cache is not None:
             _check_cache(cache, self.prompts, options.n)
@@ -176,6 +177,7 @@ class Decoder:
             for prompt, ids in enumerate(self.prompts)
             for sample in range(options.n)
         ]
+        self._only = None if cache is None else self._active[0]
 
     def finish(self, row: int) -> None:
         """Take a row out of the batch before its next token: it has all that it needs."""
@@ -192,10 +194,18 @@ class Decoder:
             yield full
         if not self._active:
             return
+        try:
+            yield from self._steps()
+        finally:
+            if self._only is not None and self._cache is not None:
+                # For the cache's owner: as always, the last token is not read yet.
+                self._cache.truncate(len(self._only.ids) - 1)
+
+    def _steps(self) -> Iterator[list[Token]]:
         start = time.perf_counter()
         logits = self._prefill()
         while self._active:
-            tokens = self._choose(logits)
+            tokens, ahead = self._next(logits)
             now = time.perf_counter()
             if self.timings.prefill_seconds == 0.0:
                 self.timings.prefill_seconds = now - start
@@ -204,10 +214,38 @@ class Decoder:
                 self.timings.decode_tokens += len(tokens)
             self._finished.update(token.row for token in tokens if token.finish_reason)
             yield tokens
-            self._drop_finished()
+            kept = self._drop_finished()
             if self._active:
                 start = time.perf_counter()
-                logits = self._step()
+                if ahead is None:
+                    logits = self._step()
+                else:
+                    logits = ahead if len(kept) == len(ahead) else ahead[kept]
+
+    def _next(self, logits: Tensor) -> tuple[list[Token], Tensor | None]:
+        """The tokens that follow, and the logits after them where they were read meanwhile.
+
+        A GPU reads what it has chosen while the choice is on its way here, where waiting for it and
+        asking again would leave the GPU idle.
+        """
+        if not self._may_run_ahead():
+            return self._choose(logits), None
+        chosen = self._chosen(logits)
+        arriving = _Arriving(chosen)
+        ahead = self._step(chosen)
+        return self._accept_all(arriving.ids()), ahead
+
+    def _may_run_ahead(self) -> bool:
+        """Whether the next tokens can be read before anybody here has seen them."""
+        options, rows = self.options, self._active
+        return (
+            self._runs_ahead
+            and self.timings.prefill_seconds > 0  # the first token waits for nothing else
+            and all(row.room > 1 and row.constraint is None for row in rows)
+            and self._lookup is None
+            and options.logprobs is None
+            and options.repetition_penalty == 1.0
+        )
 
     def _prefill(self) -> Tensor:
         """Read the prompts; (rows, V) logits of what follows them."""
@@ -238,18 +276,24 @@ class Decoder:
         most = max(len(row.ids) + row.room - 1 for row in self._active)
         return min(most, 2 * filled + _ROOM)
 
-    def _step(self) -> Tensor:
+    def _step(self, chosen: Tensor | None = None) -> Tensor:
         """Read each row's newest token; (rows, V) logits of what follows.
 
         An only row's drafts are read behind it: (1 + drafts, V).
+
+        Args:
+            chosen: (rows,), the newest tokens where they are on the device only.
         """
         assert self._cache is not None
-        self._drafts = self._drafted()
+        self._drafts = self._drafted() if chosen is None else []
         filled, new_len = self._cache.max_len, 1 + len(self._drafts)
         if filled + new_len > self._cache.capacity:
             self._cache.grow(self._capacity(filled))
-        newest = [[row.ids[-1], *self._drafts] for row in self._active]
-        ids = torch.tensor(newest, device=self.model.device)
+        if chosen is None:
+            newest = [[row.ids[-1], *self._drafts] for row in self._active]
+            ids = torch.tensor(newest, device=self.model.device)
+        else:
+            ids = chosen.clamp(min=0).unsqueeze(-1)  # -1 is refused when it arrives
         which: Literal["all", "last"] = "all" if self._drafts else "last"
         logits: Tensor = self.model(ids, cache=self._cache, logits=which).logits
         return logits.squeeze(0) if self._drafts else logits
@@ -263,22 +307,32 @@ class Decoder:
 
     def _choose(self, logits: Tensor) -> list[Token]:
         rows, options = self._active, self.options
-        if self._n_tokens is not None:
-            logits = logits[:, : self._n_tokens]
         if self._drafts:
-            return self._choose_drafted(logits)
-        logprobs = None if options.logprobs is None else logits.float().log_softmax(-1)
+            return self._choose_drafted(self._known(logits))
         if any(row.constraint for row in rows):
             logits = logits.clone()
-            for row, row_logits in zip(rows, logits, strict=True):
-                if row.constraint is not None:
-                    row.constraint.forbid(row_logits)
+        logprobs = None if options.logprobs is None else self._known(logits).float().log_softmax(-1)
+        for row, row_logits in zip(rows, self._known(logits), strict=True):
+            if row.constraint is not None:
+                row.constraint.forbid(row_logits)
+        return self._accept_all(self._chosen(logits).tolist(), logprobs)
+
+    def _known(self, logits: Tensor) -> Tensor:
+        """Without the padding of the model's vocabulary."""
+        return logits if self._n_tokens is None else logits[:, : self._n_tokens]
+
+    def _chosen(self, logits: Tensor) -> Tensor:
+        """(rows,) tokens, on the device."""
+        rows, options = self._active, self.options
         draws = [row.draws.random() for row in rows] if options.temperature else []
         histories = [row.ids for row in rows] if options.repetition_penalty != 1.0 else []
-        ids = choose_tokens(logits, options, draws, histories).tolist()
+        return choose_tokens(self._known(logits), options, draws, histories)
+
+    def _accept_all(self, ids: list[int], logprobs: Tensor | None = None) -> list[Token]:
+        check_chosen(ids)
         return [
             self._accept(row, token_id, None if logprobs is None else logprobs[slot])
-            for slot, (row, token_id) in enumerate(zip(rows, ids, strict=True))
+            for slot, (row, token_id) in enumerate(zip(self._active, ids, strict=True))
         ]
 
     def _choose_drafted(self, logits: Tensor) -> list[Token]:
@@ -312,15 +366,37 @@ class Decoder:
         alternatives = tuple(zip(ids.tolist(), values.tolist(), strict=True))
         return Token(row.index, token_id, logprobs[token_id].item(), alternatives, reason)
 
-    def _drop_finished(self) -> None:
+    def _drop_finished(self) -> list[int]:
+        """Take rows that have ended out of the batch; which slots the rows that stay had."""
+        kept = list(range(len(self._active)))
         for slot in reversed(range(len(self._active))):
             if self._active[slot].index in self._finished:
                 # As the cache does it: the last row moves into the gap.
-                last = self._active.pop()
+                last, moved = self._active.pop(), kept.pop()
                 if slot < len(self._active):
-                    self._active[slot] = last
+                    self._active[slot], kept[slot] = last, moved
                 if self._active and self._cache is not None:  # an only row stays, for its owner
                     self._cache.drop_row(slot)
+        return kept
+
+
+class _Arriving:
+    """Whole numbers on their way from the device, for which only who wants them waits."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self._event = None
+        self._numbers = numbers
+        if numbers.is_cuda:
+            self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def ids(self) -> list[int]:
+        if self._event is not None:
+            self._event.synchronize()
+        found: list[int] = self._numbers.tolist()
+        return found
 
 
 def generate_ids(
@@ -340,6 +416,11 @@ def generate_ids(
     # Nothing ends a row early, so every step has all rows, in order.
     new = torch.tensor([[token.id for token in step] for step in steps], device=ids.device)
     return torch.cat([ids, new.t().to(ids.dtype)], dim=1)
+
+
+def _pays_to_run_ahead(device: torch.device) -> bool:
+    """Whether it computes by itself, so that it may go on while its choice is on its way here."""
+    return device.type == "cuda"
 
 
 def token_ids(prompt: Iterable[int]) -> list[int]:

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minllama import gpu, graph_step
 from minllama.cache import KVCache
 from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
 from minllama.errors import MinllamaError
+from minllama.graph_step import GraphStep
 from minllama.native import attention, operations
 from minllama.native_step import NativeStep, can_run, is_short
 from minllama.pretrained import LlamaPreTrainedModel
@@ -30,6 +32,7 @@ from minllama.runner import Runner, has_hooks
 from minllama.view import (
     Packing,
     View,
+    check_continuation,
     view_of_continuation,
     view_of_packed,
     view_of_whole,
@@ -63,6 +66,8 @@ class RMSNorm(nn.Module):
         """(..., D) -> (..., D)."""
         if operations.serves(x):
             return operations.rms_norm(x, self.weight, self.eps)
+        if x.is_cuda and x.dtype == self.weight.dtype:  # the same, in one kernel
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return (h * self.weight).type_as(x)
@@ -171,9 +176,17 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D), through (B, T, F)."""
         u, v = self.w1(x), self.w3(x)
-        gated = operations.swiglu(u, v) if operations.serves(u) else F.silu(u) * v
-        output: Tensor = self.dropout(self.w2(gated))
+        output: Tensor = self.dropout(self.w2(swiglu(u, v)))
         return output
+
+
+def swiglu(u: Tensor, v: Tensor) -> Tensor:
+    """SiLU(u) * v: (..., F) -> (..., F)."""
+    if operations.serves(u):
+        return operations.swiglu(u, v)
+    if gpu.serves(u):
+        return gpu.swiglu(u, v)
+    return F.silu(u) * v
 
 
 class LlamaLayer(nn.Module):
@@ -264,10 +277,13 @@ class Llama(LlamaPreTrainedModel):
         """
         check_inputs(ids, attention_mask)
         check_logits(logits, attention_mask)
-        if cache is not None and positions is None and is_short(ids, attention_mask, self.dtype):
+        if cache is not None and positions is None and self._is_short(ids, attention_mask):
             self._check_cache(cache)
-            if (step := self._native(cache)) is not None:
+            step = self._native(cache)
+            if isinstance(step, NativeStep):
                 return self._forward_natively(step, ids, attention_mask, cache, logits)
+            if isinstance(step, GraphStep) and not isinstance(logits, Tensor):
+                return self._forward_in_graph(step, ids, cache, logits)
         at = wanted_tokens(ids, attention_mask, logits)
         h = self.state_after(
             len(self.layers),
@@ -468,16 +484,31 @@ class Llama(LlamaPreTrainedModel):
         """
         return generate_ids(self, ids, max_new_tokens, temperature, seed)
 
-    def _native(self, cache: KVCache) -> NativeStep | None:
+    def _is_short(self, ids: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether a pass is one that may be run in compiled code."""
+        if ids.is_cuda:
+            return graph_step.is_step(ids, attention_mask)
+        return is_short(ids, attention_mask, self.dtype)
+
+    def _native(self, cache: KVCache) -> NativeStep | GraphStep | None:
         """What runs short passes over this cache in compiled code; None for the modules here."""
         if torch.is_grad_enabled():
             return None
+        if self.device.type == "cuda" and (
+            cache.keys[0].dtype != self.dtype or torch.is_autocast_enabled("cuda")
+        ):
+            return None
         known = cache.native
         if isinstance(known, Runner) and known.serves(self, self._version) and cache.max_len:
-            return known.step_unless_heard()
+            step: NativeStep | GraphStep | None = known.step_unless_heard()
+            return step
         if has_hooks(self):  # it may be for a while only
             return None
-        step = NativeStep(self) if self._runs_natively() else None
+        step = None
+        if self._runs_natively():
+            step = NativeStep(self)
+        elif self._has_own_layers() and graph_step.can_run(self):
+            step = graph_step.step_of(self)
         cache.native = Runner.of(self, self._version, step)
         return step
 
@@ -517,6 +548,21 @@ class Llama(LlamaPreTrainedModel):
         if at is not None:
             hidden = hidden.flatten(0, 1)[at]
         return LlamaOutput(hidden, None if logits is None else found.view(*hidden.shape[:-1], -1))
+
+    def _forward_in_graph(
+        self,
+        step: GraphStep,
+        ids: Tensor,
+        cache: KVCache,
+        logits: Literal["all", "last"] | None,
+    ) -> LlamaOutput:
+        """What `forward` gives for one token of each row."""
+        check_continuation(ids, cache, self.config)
+        hidden, every = step(ids, cache)
+        cache.advance([1] * len(ids))
+        if logits == "last":
+            return LlamaOutput(hidden.squeeze(1), every.squeeze(1))
+        return LlamaOutput(hidden, None if logits is None else every)
 
     def _check_cache(self, cache: KVCache) -> None:
         keys, config = cache.keys[0], self.config

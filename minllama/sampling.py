@@ -3,14 +3,17 @@
 Knows nothing of models, texts or loops: each function takes and returns tensors.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minllama.errors import MinllamaError
 from minllama.options import SamplingOptions
 
+BLOCK = 512  # weights whose sum is looked at before they are
 SMALLEST = torch.finfo(torch.float32).tiny  # what a temperature below would be rounded to is 0
 
 
@@ -32,42 +35,79 @@ def choose_tokens(
         histories: each row's tokens so far, for the repetition penalty.
 
     Returns:
-        (B,) token ids.
-
-    Raises:
-        MinllamaError: a row has NaN or infinity among its logits.
+        (B,) token ids; -1 where a row has NaN or infinity among its logits, which `check_chosen`
+        refuses: to look at a number is to wait for a GPU.
     """
     logits = logits.float()
     if options.repetition_penalty != 1.0:
         logits = apply_repetition_penalty(logits, histories, options.repetition_penalty)
     if options.temperature == 0.0:
         largest, chosen = logits.max(-1)  # NaN is larger than all numbers
-        _check_numbers(largest)
-        return chosen
+        return _only_of_numbers(chosen, largest)
     ids = None
     if options.top_k:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
     elif options.top_p < 1:  # needs the likeliest tokens first; nothing else is worth a sort
         logits, ids = logits.sort(-1, descending=True)
     largest = logits.amax(-1, keepdim=True)
-    _check_numbers(largest)
     # Shifted before it is divided, so that a tiny temperature gives infinity only downwards.
     scaled = (logits - largest) / max(options.temperature, SMALLEST)
-    probabilities = apply_min_p(apply_top_p(scaled.softmax(-1), options.top_p), options.min_p)
-    # Inverse transform sampling: the first token whose cumulative probability exceeds the draw.
-    # In float64, since float32 sums over a vocabulary are off by more than a rare token's share.
-    if probabilities.device.type == "mps":  # which has no float64
-        probabilities = probabilities.cpu()
-    total = probabilities.double().cumsum(-1)  # (B, V)
-    draws = torch.tensor(uniforms, dtype=total.dtype, device=total.device).unsqueeze(-1)
-    chosen = torch.searchsorted(total, draws * total[:, -1:], right=True)
-    chosen = chosen.clamp(max=total.shape[-1] - 1).to(logits.device)
-    return (chosen if ids is None else ids.gather(-1, chosen)).squeeze(-1)
+    if options.top_p == 1 and options.min_p == 0:
+        weights = scaled.exp()  # a softmax would divide all by one number, which draws do not see
+    else:
+        weights = apply_min_p(apply_top_p(scaled.softmax(-1), options.top_p), options.min_p)
+    chosen = draw(weights, uniforms)
+    chosen = chosen if ids is None else ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    return _only_of_numbers(chosen, largest.squeeze(-1))
 
 
-def _check_numbers(largest: Tensor) -> None:
-    """Refuse logits whose largest is NaN or infinity."""
-    if (largest.isnan() | largest.isposinf()).any():
+def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """Inverse transform sampling: the first of each row at which the sum of weights exceeds a draw.
+
+    In float64, since float32 sums over a vocabulary are off by more than a rare token's share; and
+    among blocks before it is within one, for a sum along one long row is slow on a GPU.
+
+    Args:
+        weights: (B, V), none negative, some positive.
+        uniforms: B numbers in [0, 1), shares of each row's whole sum.
+
+    Returns:
+        (B,) indices of positive weights.
+    """
+    device = weights.device
+    if device.type == "mps":  # which has no float64
+        weights = weights.cpu()
+    draws = torch.tensor(uniforms, dtype=torch.float64, pin_memory=weights.is_cuda)
+    draws = draws.to(weights.device, non_blocking=True).unsqueeze(-1)
+    blocks = F.pad(weights.double(), (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    ends = blocks.sum(-1).cumsum(-1)  # (B, V / BLOCK)
+    aims = draws * ends[:, -1:]
+    block = _first_above(ends, aims)
+    within = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)  # (B, BLOCK)
+    starts = F.pad(ends, (1, 0)).gather(-1, block)
+    place = _first_above(within.cumsum(-1), aims - starts)
+    return (block * BLOCK + place).squeeze(-1).to(device)
+
+
+def _first_above(sums: Tensor, aims: Tensor) -> Tensor:
+    """(B, 1), the first of each row's growing sums above an aim; by rounding, the last step."""
+    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
+    found = torch.minimum(torch.searchsorted(sums, aims, right=True), last)
+    return found.clamp(max=sums.shape[-1] - 1)  # among NaN nothing is found
+
+
+def _only_of_numbers(chosen: Tensor, largest: Tensor) -> Tensor:
+    """-1 in the place of what was chosen where the largest logit is NaN or infinity."""
+    return torch.where(largest < math.inf, chosen, -1)
+
+
+def check_chosen(ids: Sequence[int]) -> None:
+    """Refuse the -1 of `choose_tokens`.
+
+    Raises:
+        MinllamaError: there is one.
+    """
+    if any(token_id < 0 for token_id in ids):
         raise MinllamaError(
             "the model's logits are NaN or infinite: its weights are damaged, or its numbers do "
             "not fit into their dtype; try --dtype bfloat16 or float32"

@@ -25,6 +25,12 @@ def decode(model, prompts, *, stop_ids=(), cache=None, **options):
     return ids, reasons
 
 
+@pytest.fixture(params=[False, True], ids=["", "ahead"])
+def ahead(request, monkeypatch):
+    """Also with the next step computed before a token is seen, as on a GPU."""
+    monkeypatch.setattr("minllama.decoding._pays_to_run_ahead", lambda device: request.param)
+
+
 def greedy_without_cache(model, prompt, n):
     ids = torch.tensor([prompt])
     with torch.no_grad():
@@ -33,7 +39,7 @@ def greedy_without_cache(model, prompt, n):
     return ids[0, len(prompt) :].tolist()
 
 
-def test_cached_equals_uncached():
+def test_cached_equals_uncached(ahead):
     model = our_model()
     ids, reasons = decode(model, [PROMPTS[1]], max_new_tokens=20)
     assert ids[0] == greedy_without_cache(model, PROMPTS[1], 20)
@@ -43,14 +49,14 @@ def test_cached_equals_uncached():
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.9, "seed": 5}, {"repetition_penalty": 1.5}]
 )
-def test_a_batch_of_different_lengths_equals_each_prompt_alone(options):
+def test_a_batch_of_different_lengths_equals_each_prompt_alone(options, ahead):
     model = our_model()
     batch, _ = decode(model, PROMPTS, max_new_tokens=20, **options)
     for row, prompt in enumerate(PROMPTS):
         assert batch[row] == decode(model, [prompt], max_new_tokens=20, **options)[0][0]
 
 
-def test_rows_that_end_early_leave_the_others_as_they_are():
+def test_rows_that_end_early_leave_the_others_as_they_are(ahead):
     model = our_model()
     free, _ = decode(model, PROMPTS, max_new_tokens=20)
     stop_ids = {free[1][4], free[3][2], free[0][9]}
@@ -73,7 +79,7 @@ def test_ignore_eos_goes_on():
     assert reasons == {0: "length"}
 
 
-def test_samples_of_a_prompt_share_its_prefill_and_differ():
+def test_samples_of_a_prompt_share_its_prefill_and_differ(ahead):
     model = our_model()
     shapes = []
     model.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
@@ -207,3 +213,55 @@ def test_bad_prompts_are_refused_before_any_work(prompts, message, monkeypatch):
     monkeypatch.setattr(model, "forward", None)
     with pytest.raises(MinllamaError, match=message):
         Decoder(model, prompts, GenerationOptions())
+
+
+@pytest.mark.parametrize("stops_at", [2, 4, None])
+def test_who_owns_a_cache_finds_all_but_the_last_token_in_it(stops_at, ahead):
+    """However the text ended: by a token, by who read it, or by its limit."""
+    model = our_model()
+    free, _ = decode(model, [PROMPTS[1]], max_new_tokens=6)
+    cache = model.new_cache(1, 40)
+    stop_ids = [free[0][stops_at]] if stops_at == 2 else []
+    options = GenerationOptions(max_new_tokens=6)
+    decoder = Decoder(model, [PROMPTS[1]], options, stop_ids=stop_ids, cache=cache)
+    for number, _ in enumerate(decoder):
+        if stops_at == 4 and number == stops_at:
+            decoder.finish(0)
+    n_tokens = {2: free[0].index(free[0][2]) + 1, 4: 5, None: 6}[stops_at]
+    assert cache.lengths == [len(PROMPTS[1]) + n_tokens - 1]
+    again, _ = decode(
+        model, [PROMPTS[1] + free[0][:n_tokens]], max_new_tokens=6 - n_tokens + 2, cache=cache
+    )
+    assert again[0][: 6 - n_tokens] == free[0][n_tokens:]
+
+
+def test_a_generation_that_is_left_leaves_its_cache_in_order(ahead):
+    model = our_model()
+    cache = model.new_cache(1, 40)
+    steps = iter(Decoder(model, [PROMPTS[1]], GenerationOptions(max_new_tokens=9), cache=cache))
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    assert cache.lengths == [len(PROMPTS[1]) + 2]
+
+
+def test_the_next_step_begins_before_a_token_is_seen(monkeypatch):
+    monkeypatch.setattr("minllama.decoding._pays_to_run_ahead", lambda device: True)
+    model = our_model()
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    seen = []
+    for _ in Decoder(model, [PROMPTS[0]], GenerationOptions(max_new_tokens=5)):
+        seen.append(len(passes))
+    # The first token waits for nothing else; the last has nothing after it.
+    assert seen == [1, 3, 4, 5, 5]
+
+
+def test_numbers_that_are_none_are_refused_when_they_arrive(ahead):
+    model = our_model()
+    steps = iter(Decoder(model, [PROMPTS[0]], GenerationOptions(max_new_tokens=9)))
+    next(steps), next(steps)
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(MinllamaError, match="NaN or infinite"):
+        list(steps)

@@ -13,7 +13,15 @@ from transformers import (
 
 from minllama.errors import MinllamaError
 from minllama.options import SamplingOptions
-from minllama.sampling import apply_min_p, apply_repetition_penalty, apply_top_p, choose_tokens
+from minllama.sampling import (
+    BLOCK,
+    apply_min_p,
+    apply_repetition_penalty,
+    apply_top_p,
+    check_chosen,
+    choose_tokens,
+    draw,
+)
 
 LOGITS = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 2
 
@@ -90,11 +98,28 @@ def test_repetition_penalty_reaches_greedy_choices():
     assert choose_tokens(torch.tensor([[3.0, 2.0]]), options, [], [[0]]).tolist() == [1]
 
 
-@pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-53])
-def test_a_forbidden_token_is_never_drawn(draw):
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_a_forbidden_token_is_never_drawn(uniform):
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    chosen = choose_tokens(logits, SamplingOptions(temperature=1.0), [draw])
+    chosen = choose_tokens(logits, SamplingOptions(temperature=1.0), [uniform])
     assert chosen.item() in (1, 3)
+
+
+@pytest.mark.parametrize("size", [3, BLOCK, BLOCK + 1, 5 * BLOCK - 7])
+def test_a_draw_is_where_the_sum_of_weights_exceeds_it(size):
+    """Beside one sum along the whole row, with stretches that weigh nothing."""
+    random = torch.Generator().manual_seed(size)
+    weights = torch.rand(40, size, generator=random) * (torch.arange(size) % 7 > 3)
+    weights[:, min(1, size - 1) : size // 3] = 0
+    weights[:, -1] = 0.01
+    uniforms = torch.rand(40, dtype=torch.float64, generator=random).tolist()
+    uniforms[:3] = [0.0, 1 - 2**-53, 0.5]
+    sums = weights.double().cumsum(-1)
+    aims = torch.tensor(uniforms).double().unsqueeze(-1) * sums[:, -1:]
+    wanted = (sums <= aims).sum(-1).clamp(max=size - 1)
+    found = draw(weights, uniforms)
+    assert torch.equal(found, wanted)
+    assert (weights.gather(-1, found.unsqueeze(-1)) > 0).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -103,7 +128,9 @@ def test_logits_that_are_no_numbers_are_refused(bad, temperature):
     logits = torch.randn(2, 9)
     logits[1, 3] = bad
     with pytest.raises(MinllamaError, match="NaN or infinite"):
-        choose_tokens(logits, SamplingOptions(temperature=temperature), [0.5, 0.5])
+        check_chosen(
+            choose_tokens(logits, SamplingOptions(temperature=temperature), [0.5, 0.5]).tolist()
+        )
 
 
 def test_ids_without_a_logit_are_no_part_of_the_penalty():
