@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from minllama import graph_step
 from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.config import LlamaConfig
 from minllama.loading import load_weights, without_initial_values
@@ -38,17 +39,22 @@ class LlamaPreTrainedModel(nn.Module):
         norms = (p for name, p in self.named_parameters() if name.endswith("norm.weight"))
         return next(norms).dtype
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _replaced(self) -> None:
+        """Note that modules or tensors may be others from now on."""
         self._version += 1
+        graph_step.forget(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self._replaced()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._version += 1
+        self._replaced()
         return super().load_state_dict(*args, **kwargs)
 
     def set_submodule(self, *args: Any, **kwargs: Any) -> None:
-        self._version += 1
+        self._replaced()
         super().set_submodule(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minllama import gpu
 from minllama.checkpoints.base import LazyTensor
 from minllama.checkpoints.gguf_blocks import (
     Q4_0,
@@ -77,6 +78,8 @@ class QuantizedWeight(nn.Module):
         """The matrix as a product of many rows wants it: (in, out)."""
         if operations.serves(self.scales) and dtype in operations.DTYPES:
             return operations.take_apart(self, dtype)
+        if gpu.works(self.scales.device):
+            return gpu.take_apart(self, dtype).t()
         return self.dequantize(dtype).t()
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,6 +145,8 @@ class _Product(torch.autograd.Function):
         rows = x.numel() // weight.in_features
         if operations.serves(x) and rows <= operations.most_rows(x.dtype):
             return operations.product(weight, x).to(x.dtype)
+        if gpu.serves(x):
+            return gpu.product(weight, x)
         return x @ weight.transposed(x.dtype)
 
     @staticmethod

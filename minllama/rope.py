@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minllama import gpu
 from minllama.config import LlamaConfig, RopeScaling
 from minllama.native import operations
 
@@ -52,15 +53,31 @@ class RotaryEmbedding(nn.Module):
         if scaling is not None and scaling.kind == "dynamic" and text_len > max_seq_len:
             # The base depends on how long the text has become, so it is not a fixed table.
             return _unit_vectors(positions, *frequencies(self.config, text_len)).unsqueeze(-2)
-        table = self._tables.get(positions.device)
+        return self.table(text_len, positions.device)[positions].unsqueeze(-2)
+
+    def table(self, text_len: int, device: torch.device) -> Tensor:
+        """The unit vectors of at least the first positions, where they do not depend on the text.
+
+        Args:
+            text_len: how many positions at least.
+            device: where.
+
+        Returns:
+            Complex64 (L, C / 2), L >= text_len; the same tensor until texts outgrow it.
+        """
+        table = self._tables.get(device)
         if table is None or len(table) < text_len:
             # Doubling, not all of the context at once: a million positions are a gigabyte.
             length = max(
-                text_len, min(max_seq_len, _FIRST_TABLE_LEN if table is None else 2 * len(table))
+                text_len,
+                min(
+                    self.config.max_seq_len,
+                    _FIRST_TABLE_LEN if table is None else 2 * len(table),
+                ),
             )
-            every = torch.arange(length, device=positions.device)
-            table = self._tables[positions.device] = _unit_vectors(every, *frequencies(self.config))
-        return table[positions].unsqueeze(-2)
+            every = torch.arange(length, device=device)
+            table = self._tables[device] = _unit_vectors(every, *frequencies(self.config))
+        return table
 
 
 def apply_rotary_embedding(x: Tensor, rotation: Tensor) -> Tensor:
@@ -75,6 +92,8 @@ def apply_rotary_embedding(x: Tensor, rotation: Tensor) -> Tensor:
     """
     if operations.serves(x):
         return operations.rotate(x, rotation)
+    if gpu.serves(x):
+        return gpu.rotate(x, rotation)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, C / 2)
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)  # (B, T, H, C)
 

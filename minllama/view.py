@@ -135,10 +135,7 @@ def view_of_continuation(
             another.
     """
     batch, new_len = ids.shape
-    if not config.causal:
-        raise MinllamaError("a cache needs causal attention: an encoder's past sees its future")
-    if batch != cache.batch_size:
-        raise MinllamaError(f"{batch} rows of ids for a cache of {cache.batch_size} rows")
+    _check_rows(ids, cache, config)
     is_free = mask is not None and mask.dim() == 3
     if is_free != (positions is not None):
         raise MinllamaError(
@@ -169,6 +166,20 @@ def view_of_continuation(
     # shorter rows, and their padding.
     slots = torch.arange(text_len, device=ids.device)
     return View(positions, text_len, mask=(slots <= positions.unsqueeze(-1)).unsqueeze(1))
+
+
+def check_continuation(ids: Tensor, cache: KVCache, config: LlamaConfig) -> None:
+    """Refuse tokens (B, T), all real, that cannot continue what a cache holds."""
+    _check_rows(ids, cache, config)
+    cache.reserve(ids.shape[1])
+    check_context(cache.max_len + ids.shape[1], config)
+
+
+def _check_rows(ids: Tensor, cache: KVCache, config: LlamaConfig) -> None:
+    if not config.causal:
+        raise MinllamaError("a cache needs causal attention: an encoder's past sees its future")
+    if len(ids) != cache.batch_size:
+        raise MinllamaError(f"{len(ids)} rows of ids for a cache of {cache.batch_size} rows")
 
 
 def check_context(text_len: int, config: LlamaConfig) -> None:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 # Read when huggingface_hub is imported: no test, nor a library that it calls, asks the real hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when Triton is imported: kernels run in its interpreter where there is no GPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # Nobody has this at home: with it no output is buffered, and none fails only when it is flushed.
 os.environ.pop("PYTHONUNBUFFERED", None)
 

@@ -13,13 +13,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
     ("errors",),
-    ("options", "config", "atomic", "treebank", "heap", "native"),
+    ("options", "config", "atomic", "treebank", "heap", "native", "gpu"),
     ("vocabulary", "data"),
     ("checkpoints",),
     ("tokenizer", "chat", "template_worker", "rope", "cache", "lookup", "sampling"),
     ("widening",),
     ("quantization",),
-    ("decoding", "view", "wanted", "loading", "native_step"),
+    ("decoding", "view", "wanted", "loading", "runner"),
+    ("native_step", "graph_step"),
     ("pretrained",),
     ("llama", "constraint"),
     ("generation",),
@@ -51,6 +52,7 @@ HEAVY = (
     "tokenizers",
     "torch",
     "transformers",
+    "triton",
 )
 
 

@@ -64,6 +64,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
     """What `generate` does with the file on this machine, unless it is told otherwise."""
     import torch
 
+    from minllama import gpu
     from minllama.loading import (
         best_form,
         default_device,
@@ -88,7 +89,8 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         return f"{text}; long passes in {str(dtype).removeprefix('torch.')}"
     name = str(dtype or default_dtype(device)).removeprefix("torch.")
     if device.type != "cpu":
-        return f"{name} on {device.type}"
+        steps = "; steps in captured graphs" if gpu.works(device) else ""
+        return f"{name} on {device.type}{steps}"
     compiled = LEVELS[best_level()] if library() is not None else "not compiled, so slow"
     return f"{name} ({compiled})"
 
