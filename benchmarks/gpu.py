@@ -2,9 +2,10 @@
 
     python benchmarks/gpu.py [--device cuda] [--layers 16] [--rounds 5]
 
-Random weights, the same for both; the two take turns, and medians are compared. The share of the
-card's memory bandwidth is that of reading each weight once per step, beside a sum over a gigabyte
-that is measured here. Without a GPU it says so; `--device cpu --layers 1` tries the code.
+Random weights, the same for both; the two take turns, and medians are compared. Ours also with the
+weights in 8 and 4 bits, beside the same bfloat16 model of theirs. The share of the card's memory
+bandwidth is that of reading each weight once per step, beside a sum over a gigabyte that is
+measured here. Without a GPU it says so; `--device cpu --layers 1` tries the code.
 """
 
 import argparse
@@ -31,25 +32,30 @@ SHAPE = {
     "tie_embeddings": True,
 }
 BATCHES, PROMPT, NEW = (1, 32), 512, 64
+KEPT = {"bfloat16": None, "8 bits": "int8", "4 bits": "int4"}
 
 
-def models(layers: int, device: torch.device) -> tuple[Llama, Any]:
-    """Ours and theirs, with the same weights."""
+def models(layers: int, device: torch.device) -> tuple[dict[str, Llama], Any]:
+    """Ours by how their weights are kept, and theirs, all with the same weights."""
     import tempfile
 
     import transformers
 
     transformers.logging.set_verbosity_error()
     with torch.device("meta"):
-        ours = Llama(LlamaConfig(n_layers=layers, **SHAPE))
-    ours = ours.to_empty(device="cpu").to(torch.bfloat16)
+        first = Llama(LlamaConfig(n_layers=layers, **SHAPE))
+    first = first.to_empty(device="cpu").to(torch.bfloat16)
     torch.manual_seed(0)
-    ours.init_weights()
+    first.init_weights()
     with tempfile.TemporaryDirectory() as folder:
-        ours.save_pretrained(folder)
+        first.save_pretrained(folder)
         load = transformers.LlamaForCausalLM.from_pretrained
         theirs = load(folder, dtype=torch.bfloat16).to(device).eval()
-    return ours.to(device).eval(), theirs
+        ours = {
+            name: Llama.from_pretrained(folder, dtype="bfloat16", device=device, quantize=how)
+            for name, how in KEPT.items()
+        }
+    return ours, theirs
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -97,28 +103,32 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    print("| task | minllama | transformers | ratio | of the memory bandwidth |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| task | weights | minllama | transformers | ratio | of the memory bandwidth |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    tasks = [
+        (f"{name}, batch {batch}, tokens/s", measure, batch)
+        for batch in BATCHES
+        for name, measure in (("decode", decode), ("prefill", prefill))
+    ]
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        for batch in BATCHES:
-            for task in ("decode", "prefill"):
-                print(f"| {task}, batch {batch} | not measured: no GPU | | | |")
+        for name, _, _ in tasks:
+            print(f"| {name} | bfloat16 | not measured: no GPU | | | |")
         return
     device = torch.device(arguments.device)
     ours, theirs = models(arguments.layers, device)
-    read = sum(parameter.nbytes for parameter in ours.parameters()) / bandwidth(device)
-    for batch in BATCHES:
-        ids = torch.randint(0, SHAPE["vocab_size"], (batch, PROMPT), device=device)
-        for name, measure in (("decode", decode), ("prefill", prefill)):
+    speed = bandwidth(device)
+    for kept, model in ours.items():
+        read = sum(x.nbytes for x in (*model.parameters(), *model.buffers())) / speed
+        for name, measure, batch in tasks:
+            ids = torch.randint(0, SHAPE["vocab_size"], (batch, PROMPT), device=device)
             rates: list[list[float]] = [[], []]
             for turn in range(arguments.rounds + 1):  # the first warms up
-                for found, model in zip(rates, (ours, theirs), strict=True):
-                    rate = measure(model, ids, device)
+                for found, contender in zip(rates, (model, theirs), strict=True):
+                    rate = measure(contender, ids, device)
                     found += [rate] if turn else []
             a, b = map(statistics.median, rates)
-            share = f"{a / batch * read:.0%}" if name == "decode" else ""
-            row = f"{name}, batch {batch}, tokens/s"
-            print(f"| {row} | {a:.4g} | {b:.4g} | {a / b:.2f} | {share} |", flush=True)
+            share = f"{a / batch * read:.0%}" if measure is decode else ""
+            print(f"| {name} | {kept} | {a:.4g} | {b:.4g} | {a / b:.2f} | {share} |", flush=True)
 
 
 if __name__ == "__main__":

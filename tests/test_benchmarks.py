@@ -20,7 +20,7 @@ def module(monkeypatch):
 
 def test_the_gpus_rows_are_measured_where_there_is_a_device(module, monkeypatch, capsys):
     gpu = module("gpu")
-    small = {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 48}
+    small = {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden_dim": 64}
     monkeypatch.setattr(gpu, "SHAPE", {**gpu.SHAPE, **small, "vocab_size": 97, "max_seq_len": 64})
     monkeypatch.setattr(gpu, "BATCHES", (1, 3))
     monkeypatch.setattr(gpu, "PROMPT", 12)
@@ -31,14 +31,16 @@ def test_the_gpus_rows_are_measured_where_there_is_a_device(module, monkeypatch,
     )
     gpu.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    names = [row[0] for row in rows]
-    assert names == [
-        f"| {task}, batch {batch}, tokens/s" for batch in (1, 3) for task in ("decode", "prefill")
+    assert [(row[0], row[1]) for row in rows] == [
+        (f"| {task}, batch {batch}, tokens/s", kept)
+        for kept in ("bfloat16", "8 bits", "4 bits")
+        for batch in (1, 3)
+        for task in ("decode", "prefill")
     ]
-    assert all(float(row[1]) > 0 and float(row[2]) > 0 for row in rows)
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 for row in rows)
     # The table is rounded to four and two places.
     assert all(
-        float(row[3]) == pytest.approx(float(row[1]) / float(row[2]), rel=0.01, abs=0.006)
+        float(row[4]) == pytest.approx(float(row[2]) / float(row[3]), rel=0.01, abs=0.006)
         for row in rows
     )
 
