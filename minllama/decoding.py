@@ -177,7 +177,7 @@ class Decoder:
             for prompt, ids in enumerate(self.prompts)
             for sample in range(options.n)
         ]
-        self._only = None if cache is None else self._active[0]
+        self._owned = cache  # by who gave it, and may look at it between two tokens
 
     def finish(self, row: int) -> None:
         """Take a row out of the batch before its next token: it has all that it needs."""
@@ -194,14 +194,6 @@ class Decoder:
             yield full
         if not self._active:
             return
-        try:
-            yield from self._steps()
-        finally:
-            if self._only is not None and self._cache is not None:
-                # For the cache's owner: as always, the last token is not read yet.
-                self._cache.truncate(len(self._only.ids) - 1)
-
-    def _steps(self) -> Iterator[list[Token]]:
         start = time.perf_counter()
         logits = self._prefill()
         while self._active:
@@ -213,6 +205,9 @@ class Decoder:
                 self.timings.decode_seconds += now - start
                 self.timings.decode_tokens += len(tokens)
             self._finished.update(token.row for token in tokens if token.finish_reason)
+            owned = self._owned if ahead is not None else None
+            if owned is not None:  # as always, who owns it finds its last token not read yet
+                owned.truncate(len(self._active[0].ids) - 1)
             yield tokens
             kept = self._drop_finished()
             if self._active:
@@ -221,6 +216,8 @@ class Decoder:
                     logits = self._step()
                 else:
                     logits = ahead if len(kept) == len(ahead) else ahead[kept]
+                if owned is not None:
+                    owned.advance([1])
 
     def _next(self, logits: Tensor) -> tuple[list[Token], Tensor | None]:
         """The tokens that follow, and the logits after them where they were read meanwhile.
@@ -390,7 +387,7 @@ class _Arriving:
             self._numbers = torch.empty_like(numbers, device="cpu", pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(numbers.device))
 
     def ids(self) -> list[int]:
         if self._event is not None:

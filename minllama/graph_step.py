@@ -47,7 +47,8 @@ def computes(llama: Any) -> bool:
 
     def is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
         is_ours = isinstance(x, Tensor) and x.dtype == dtype and x.device == device
-        return is_ours and tuple(x.shape) == shape and x.is_contiguous()
+        is_aligned = is_ours and x.is_contiguous() and x.data_ptr() % 16 == 0
+        return is_aligned and tuple(x.shape) == shape
 
     def is_matrix(module: nn.Module, shape: tuple[int, int]) -> bool:
         bias = getattr(module, "bias", None)
@@ -84,7 +85,7 @@ def step_of(llama: Any) -> "GraphStep":
 
     Of its tensors as they are: where one was replaced, it is another step.
     """
-    stream = torch.cuda.current_stream(llama.device).cuda_stream
+    stream = _stream_of(llama.device)
     addresses = tuple(x.data_ptr() for x in (*llama.parameters(), *llama.buffers()))
     with _lock:
         known, steps = _steps.get(llama, (addresses, {}))
@@ -134,13 +135,24 @@ class GraphStep:
         with torch.inference_mode(False):
             n_places = 2 * llama.config.n_layers + 3
             self._places = torch.zeros(n_places, dtype=torch.int64, device=llama.device)
-        self._kept: tuple[Any, ...] = ()  # what they are the addresses of
-        self._walk = Walk(self._model, self._places, early=early)
+        # What they are the addresses of; a cache is its owner's to keep.
+        self._keys: Callable[[], Tensor | None] = lambda: None
+        self._table: Tensor | None = None
+        # Whose addresses graphs know, whatever becomes of the modules.
+        self._kept = [x.detach() for x in (*llama.parameters(), *llama.buffers())]
+        self._walk, self._early = Walk(self._model, self._places, early=early), early
+        self._works = True
+        self._pool: Any = None  # of memory, for all graphs: their replays follow one another
+        self._stream = _stream_of(llama.device)
         self._states: dict[int, _State] = {}
         self._busy = threading.Lock()
 
+    def is_of_this_stream(self) -> bool:
+        """Whether it was made for the stream that is current: steps of one follow one another."""
+        return _stream_of(self._model.device) == self._stream
+
     @torch.no_grad()
-    def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor]:
+    def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor] | None:
         """Read a token of each row, which continue what the cache holds; it is not advanced.
 
         Args:
@@ -148,10 +160,13 @@ class GraphStep:
             cache: in the model's dtype, with room for them.
 
         Returns:
-            Hidden states after the last norm, (B, 1, D), and logits, (B, 1, V).
+            Hidden states after the last norm, (B, 1, D), and logits, (B, 1, V); None where the
+            kernels cannot be compiled for this model, of which a warning has told.
         """
         batch = len(ids)
         with self._busy, gpu.on(self._model.device):
+            if not self._works:
+                return None
             state = self._state_of(batch)
             rows = state.rows
             rows.ids[:batch].copy_(ids.flatten())
@@ -160,19 +175,64 @@ class GraphStep:
                 rows.lengths.copy_(torch.tensor(lengths))
             self._point_to(cache)
             state.expected = []  # unless all goes well
-            self._run(state)
+            if not self._run(state):
+                return None
             state.runs += 1
             state.expected = [length + (length != NO_ROW) for length in lengths]
             return rows.hidden[:batch, None].clone(), rows.logits[:batch, None].clone()
 
-    def _run(self, state: _State) -> None:
-        """Launch the walk, or replay it: what a graph records must have been compiled before."""
+    def _run(self, state: _State) -> bool:
+        """Launch the walk, or replay it; whether that could be done.
+
+        What a graph records must have been compiled before, so the first run is launched.
+        """
         if state.graph is None and state.runs and self._captures:
-            state.graph = _captured(lambda: self._walk(state.rows), self._model.device)
-        if state.graph is None:
+            try:
+                state.graph = self._captured(state.rows)
+            except Exception as error:
+                self._captures = False
+                gpu.warn("steps on this GPU are not captured", error)
+        if state.graph is not None:
+            state.graph.replay()
+        elif state.runs:
             self._walk(state.rows)
         else:
-            state.graph.replay()
+            self._works = self._first_run(state.rows)
+        return self._works
+
+    def _first_run(self, rows: Rows) -> bool:
+        """Compile and launch; what counts a step is the last kernel, so it may be tried again."""
+        for early in (True, False) if self._early else (False,):
+            try:
+                if early != self._early:
+                    self._walk, self._early = Walk(self._model, self._places, early=early), early
+                self._walk(rows)
+                return True
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of a compiler or a driver
+                problem = error
+        gpu.warn("steps on this GPU are the modules'", problem)
+        return False
+
+    def _captured(self, rows: Rows) -> Any:
+        """A CUDA graph of the walk."""
+        device, graph = self._model.device, torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        pool, stream = self._pool
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            torch.cuda.current_blas_handle()  # which cannot be made within a capture
+            # What other threads ask of the GPU meanwhile is no business of this capture.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self._walk(rows)
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+        return graph
 
     def _state_of(self, batch: int) -> _State:
         n = 1 << (batch - 1).bit_length()
@@ -182,29 +242,17 @@ class GraphStep:
 
     def _point_to(self, cache: KVCache) -> None:
         """Tell the kernels where the cache and the rotations are."""
-        table = self._rope.table(cache.max_len + 1, self._model.device)
-        if self._kept and self._kept[0] is cache.keys and self._kept[1] is table:
+        table, keys = self._rope.table(cache.max_len + 1, self._model.device), cache.keys[0]
+        if self._keys() is keys and self._table is table:
             return
-        keys = cache.keys[0]
         places = [*(x.data_ptr() for x in (*cache.keys, *cache.values)), table.data_ptr()]
         self._places.copy_(torch.tensor([*places, keys.stride(0), keys.stride(1)]))
-        self._kept = (cache.keys, table, cache.values)
+        self._keys, self._table = weakref.ref(keys), table
 
 
-def _captured(work: Callable[[], None], device: torch.device) -> Any:
-    """A CUDA graph of what `work` launches."""
-    graph = torch.cuda.CUDAGraph()
-    current, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        # What other threads ask of the GPU meanwhile is no business of this capture.
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            work()
-        finally:
-            graph.capture_end()
-    current.wait_stream(stream)
-    return graph
+def _stream_of(device: torch.device) -> int:
+    """The stream that is current, by its number."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _described(llama: Any) -> Model:

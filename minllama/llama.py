@@ -67,7 +67,8 @@ class RMSNorm(nn.Module):
         if operations.serves(x):
             return operations.rms_norm(x, self.weight, self.eps)
         if x.is_cuda and x.dtype == self.weight.dtype:  # the same, in one kernel
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            # Autocast would leave it in float32.
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps).type_as(x)
         h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return (h * self.weight).type_as(x)
@@ -184,7 +185,7 @@ def swiglu(u: Tensor, v: Tensor) -> Tensor:
     """SiLU(u) * v: (..., F) -> (..., F)."""
     if operations.serves(u):
         return operations.swiglu(u, v)
-    if gpu.serves(u):
+    if gpu.serves(u) and gpu.serves(v):
         return gpu.swiglu(u, v)
     return F.silu(u) * v
 
@@ -283,7 +284,9 @@ class Llama(LlamaPreTrainedModel):
             if isinstance(step, NativeStep):
                 return self._forward_natively(step, ids, attention_mask, cache, logits)
             if isinstance(step, GraphStep) and not isinstance(logits, Tensor):
-                return self._forward_in_graph(step, ids, cache, logits)
+                found = self._forward_in_graph(step, ids, cache, logits)
+                if found is not None:
+                    return found
         at = wanted_tokens(ids, attention_mask, logits)
         h = self.state_after(
             len(self.layers),
@@ -486,8 +489,8 @@ class Llama(LlamaPreTrainedModel):
 
     def _is_short(self, ids: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether a pass is one that may be run in compiled code."""
-        if ids.is_cuda:
-            return graph_step.is_step(ids, attention_mask)
+        if self.device.type == "cuda":
+            return ids.is_cuda and graph_step.is_step(ids, attention_mask)
         return is_short(ids, attention_mask, self.dtype)
 
     def _native(self, cache: KVCache) -> NativeStep | GraphStep | None:
@@ -501,7 +504,8 @@ class Llama(LlamaPreTrainedModel):
         known = cache.native
         if isinstance(known, Runner) and known.serves(self, self._version) and cache.max_len:
             step: NativeStep | GraphStep | None = known.step_unless_heard()
-            return step
+            if not isinstance(step, GraphStep) or step.is_of_this_stream():
+                return step
         if has_hooks(self):  # it may be for a while only
             return None
         step = None
@@ -555,10 +559,13 @@ class Llama(LlamaPreTrainedModel):
         ids: Tensor,
         cache: KVCache,
         logits: Literal["all", "last"] | None,
-    ) -> LlamaOutput:
-        """What `forward` gives for one token of each row."""
+    ) -> LlamaOutput | None:
+        """What `forward` gives for one token of each row; None where the modules must."""
         check_continuation(ids, cache, self.config)
-        hidden, every = step(ids, cache)
+        found = step(ids, cache)
+        if found is None:
+            return None
+        hidden, every = found
         cache.advance([1] * len(ids))
         if logits == "last":
             return LlamaOutput(hidden.squeeze(1), every.squeeze(1))

@@ -96,7 +96,7 @@ class Runner(NamedTuple):
 
 
 def _linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:
-    """(out, in) of `_linear_modules`."""
+    """(out, in) of `linear_modules`."""
     query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     dim, hidden = config.dim, config.hidden_dim
     return (

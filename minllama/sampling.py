@@ -86,7 +86,8 @@ def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     within = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)  # (B, BLOCK)
     starts = F.pad(ends, (1, 0)).gather(-1, block)
     place = _first_above(within.cumsum(-1), aims - starts)
-    return (block * BLOCK + place).squeeze(-1).to(device)
+    chosen = (block * BLOCK + place).clamp(max=weights.shape[-1] - 1)  # of NaN anything
+    return chosen.squeeze(-1).to(device)
 
 
 def _first_above(sums: Tensor, aims: Tensor) -> Tensor:

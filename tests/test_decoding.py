@@ -245,6 +245,31 @@ def test_a_generation_that_is_left_leaves_its_cache_in_order(ahead):
     assert cache.lengths == [len(PROMPTS[1]) + 2]
 
 
+def test_between_two_tokens_a_cache_is_as_its_owner_expects(ahead):
+    model = our_model()
+    cache = model.new_cache(1, 40)
+    for number, _ in enumerate(
+        Decoder(model, [PROMPTS[1]], GenerationOptions(max_new_tokens=5), cache=cache)
+    ):
+        assert cache.lengths == [len(PROMPTS[1]) + number]
+
+
+def test_a_generation_that_nobody_reads_any_more_leaves_the_cache_to_the_next(ahead):
+    model = our_model()
+    free, _ = decode(model, [PROMPTS[1]], max_new_tokens=9)
+    cache = model.new_cache(1, 40)
+    first = iter(Decoder(model, [PROMPTS[1]], GenerationOptions(max_new_tokens=9), cache=cache))
+    for _ in range(3):
+        next(first)
+    second = iter(
+        Decoder(model, [PROMPTS[1] + free[0][:3]], GenerationOptions(max_new_tokens=6), cache=cache)
+    )
+    found = [next(second)[0].id for _ in range(4)]
+    first.close()
+    found += [step[0].id for step in second]
+    assert found == free[0][3:]
+
+
 def test_the_next_step_begins_before_a_token_is_seen(monkeypatch):
     monkeypatch.setattr("minllama.decoding._pays_to_run_ahead", lambda device: True)
     model = our_model()

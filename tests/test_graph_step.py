@@ -15,6 +15,7 @@ from minllama import GenerationOptions, gpu, graph_step
 from minllama.cache import KVCache
 from minllama.config import RopeScaling
 from minllama.decoding import Decoder
+from minllama.errors import MinllamaError
 from minllama.gpu import walk
 from minllama.graph_step import GraphStep, computes
 from minllama.llama import load_pretrained
@@ -243,6 +244,62 @@ def test_kernels_that_cannot_be_compiled_are_said_once_and_done_without(monkeypa
         assert not gpu.works(device)
 
 
+@torch.inference_mode()
+def test_a_model_whose_kernels_cannot_be_compiled_goes_on_in_its_modules(monkeypatch):
+    model = model_of(n_layers=1)
+    step, cache = step_of(model), filled(model, (4,))
+    ids = random_ids(1, 1).to(DEVICE)
+
+    def too_large(rows):
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    monkeypatch.setattr(step, "_walk", too_large)
+    monkeypatch.setattr(graph_step, "Walk", lambda *_, **__: too_large)
+    with pytest.warns(RuntimeWarning, match="the modules', which is slower: out of resource: sha"):
+        assert step(ids, cache) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert step(ids, cache) is None
+
+
+@torch.inference_mode()
+def test_steps_that_cannot_be_captured_are_launched(monkeypatch):
+    model = model_of(n_layers=1)
+    step = step_of(model)
+    monkeypatch.setattr(step, "_captures", True)
+
+    def no_capture(rows):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(step, "_captured", no_capture)
+    with pytest.warns(RuntimeWarning, match="are not captured, which is slower: operation not"):
+        compare(model, step, (5,), n_steps=3)
+
+
+@torch.inference_mode()
+def test_a_step_does_not_keep_a_cache_that_is_gone():
+    model = model_of(n_layers=1)
+    step, cache = step_of(model), filled(model, (4,))
+    step(random_ids(1, 1).to(DEVICE), cache)
+    keys = weakref.ref(cache.keys[0])
+    del cache
+    gc.collect()
+    assert keys() is None
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    weight = QuantizedWeight(*quantize(torch.randn(16, 64), 4)).to(DEVICE)
+    u = torch.randn(2, 32, device=DEVICE)
+    with pytest.raises(MinllamaError, match="product: tensors of shapes"):
+        gpu.product(weight, u)
+    with pytest.raises(MinllamaError, match=r"swiglu: .* \(2, 32\) and \(2, 31\)"):
+        gpu.swiglu(u, u[:, :31])
+    turns = torch.polar(torch.ones(1, 3, 1, 3), torch.zeros(1, 3, 1, 3)).to(DEVICE)
+    for shape in ((2, 4, 5, 6), (1, 3, 5, 8)):
+        with pytest.raises(MinllamaError, match="rotate: tensors of shapes"):
+            gpu.rotate(torch.randn(shape, device=DEVICE), turns)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2])
 def test_what_stands_between_products(dtype, rows):
@@ -355,13 +412,20 @@ def test_a_whole_text_on_a_gpu_is_the_same_with_the_kernels(monkeypatch):
 
 
 @needs_gpu
-def test_training_on_a_gpu_has_gradients():
+@pytest.mark.parametrize("trained", ["", "w1", "w3", "compute_key"])
+def test_training_on_a_gpu_has_gradients(trained):
+    """Of all parameters, and of one kind alone, which some inputs of an operation depend on."""
     model, ids = model_of(), random_ids(2, 10).to(DEVICE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
     model(ids).logits.logsumexp(-1).sum().backward()
     exact = our_model(**SHAPE, max_seq_len=512)
     exact.load_state_dict({name: x.cpu() for name, x in model.state_dict().items()})
     exact(ids.cpu()).logits.logsumexp(-1).sum().backward()
     for ours, theirs in zip(model.parameters(), exact.parameters(), strict=True):
+        if not ours.requires_grad:
+            assert ours.grad is None
+            continue
         assert torch.allclose(ours.grad.cpu(), theirs.grad, rtol=1e-3, atol=1e-3)
 
 

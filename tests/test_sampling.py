@@ -122,15 +122,22 @@ def test_a_draw_is_where_the_sum_of_weights_exceeds_it(size):
     assert (weights.gather(-1, found.unsqueeze(-1)) > 0).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.7},
+        {"temperature": 0.7, "top_k": 5},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 0.7, "min_p": 0.1, "top_k": 3},
+    ],
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_are_refused(bad, temperature):
+def test_logits_that_are_no_numbers_are_refused(bad, options):
     logits = torch.randn(2, 9)
     logits[1, 3] = bad
     with pytest.raises(MinllamaError, match="NaN or infinite"):
-        check_chosen(
-            choose_tokens(logits, SamplingOptions(temperature=temperature), [0.5, 0.5]).tolist()
-        )
+        check_chosen(choose_tokens(logits, SamplingOptions(**options), [0.5, 0.5]).tolist())
 
 
 def test_ids_without_a_logit_are_no_part_of_the_penalty():

@@ -89,7 +89,9 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         return f"{text}; long passes in {str(dtype).removeprefix('torch.')}"
     name = str(dtype or default_dtype(device)).removeprefix("torch.")
     if device.type != "cpu":
-        steps = "; steps in captured graphs" if gpu.works(device) else ""
+        scaling = checkpoint.config.rope_scaling
+        has_steps = (scaling is None or scaling.kind != "dynamic") and gpu.works(device)
+        steps = "; steps in captured graphs" if has_steps else ""
         return f"{name} on {device.type}{steps}"
     compiled = LEVELS[best_level()] if library() is not None else "not compiled, so slow"
     return f"{name} ({compiled})"

@@ -30,15 +30,18 @@ def works(device: torch.device) -> bool:
     try:
         one = torch.ones(1, device=device)
         swiglu(one, one)
+    except torch.OutOfMemoryError:
+        raise  # which may pass
     except Exception as error:  # of a compiler, a driver or a library, each with its own classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        warnings.warn(
-            f"this GPU computes without kernels of its own, which is slower: {reason}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        warn("this GPU computes without kernels of its own", error)
         return False
     return True
+
+
+def warn(what: str, error: Exception) -> None:
+    """Say once what is slower from now on, and why."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    warnings.warn(f"{what}, which is slower: {reason}", RuntimeWarning, stacklevel=3)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minllama.errors import MinllamaError
 from minllama.gpu import block_kernels, kernels
 
 _BLOCK = 1024
@@ -18,6 +19,7 @@ _BLOCKS_AT_ONCE = 64  # of a panel's 16 rows, that a program of a product reads
 
 def swiglu(u: Tensor, v: Tensor) -> Tensor:
     """SiLU(u) * v, in u's dtype: (..., F) -> (..., F)."""
+    _check(u.shape == v.shape, "swiglu", u, v)
     u, v = u.contiguous(), v.contiguous()
     gated = torch.empty_like(u)
     n = u.numel()
@@ -31,11 +33,14 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     turned = torch.empty_like(x)
     heads, head_dim = x.shape[2:]
     turns = torch.view_as_real(rotation).contiguous()
+    n_turns = turns.numel() // head_dim
+    fits = n_turns in (x.shape[1], x.shape[0] * x.shape[1]) and turns.dtype == torch.float32
+    _check(fits and turns.numel() == n_turns * head_dim, "rotate", x, rotation)
     kernels.turn[(x.shape[0] * x.shape[1],)](
         x,
         turned,
         turns,
-        turns.numel() // head_dim,
+        n_turns,
         H=heads,
         C=head_dim,
         HEADS=_power(heads),
@@ -46,6 +51,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 def product(weight: Any, x: Tensor) -> Tensor:
     """Give x W^T with a weight in blocks: (..., in) -> (..., out), in x's dtype."""
+    _check(x.shape[-1] == weight.in_features, "product", weight.scales, x)
     rows = x.numel() // weight.in_features
     if rows > FEW_ROWS:
         return x @ take_apart(weight, x.dtype).t()
@@ -85,8 +91,15 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
     return y
 
 
+def _check(fits: bool, operation: str, *tensors: Tensor) -> None:
+    """Refuse shapes that a kernel would read or write beyond."""
+    if not fits:
+        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise MinllamaError(f"{operation}: tensors of shapes {shapes} do not fit one another")
+
+
 def _described(weight: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Four columns of a row in each whole number, scales, and mins or what stands in for them."""
+    """Four or eight columns of a row in each word, scales, and mins or what stands in for them."""
     mins = weight.scales if weight.mins is None else weight.mins
     return weight.quants.view(torch.int32), weight.scales, mins
 

@@ -21,7 +21,8 @@ from minllama.config import LlamaConfig
 TILE, MOST_COLUMNS, WIDE = 8192, 8192, 8192
 # What begins while the kernel before it ends: products, which have weights to fetch.
 STREAMING = ("project_query_key_value", "add_product", "gate", "project_vocabulary")
-SLOTS = 64  # of the cache that attention reads at once
+# Of the cache, what attention reads at once: slots, and bytes of their keys.
+SLOTS, MOST_BYTES = 64, 16384
 PROGRAMS = 512  # of attention, about: rows x key heads x parts of the slots
 MOST_PARTS = 32
 
@@ -149,6 +150,7 @@ class Walk:
 
     def _attend(self, rows: Rows, layer: int, query: Tensor) -> None:
         config, n, parts = self._config, len(rows.ids), rows.peak.shape[-1]
+        width = max(16, _power(config.head_dim))
         self._launch.attend[(n, config.n_kv_heads, parts)](
             query,
             rows.attended if parts == 1 else rows.partial,
@@ -160,9 +162,9 @@ class Walk:
             config.head_dim**-0.5,
             **self._heads(),
             SPLITS=parts,
-            SLOTS=SLOTS,
+            SLOTS=max(16, min(SLOTS, MOST_BYTES // (width * query.element_size()))),
             GROUP=max(16, _power(config.n_heads // config.n_kv_heads)),
-            BLOCK=max(16, _power(config.head_dim)),
+            BLOCK=width,
             PRECISION="ieee" if self._model.dtype == torch.float32 else "tf32",
         )
         if parts > 1:
@@ -207,10 +209,11 @@ class Walk:
                 **self._heads(),
                 ROWS=n_rows,
                 BIAS=b_query is not None,
+                num_warps=_warps(dim),
             )
             self._attend(rows, number, rows.query)
             self._add_product(rows.attended, output, b_output, h)
-            n_rows = _rows(len(w1), 2 * dim)
+            n_rows = max(1, _rows(len(w1), dim) // 2)  # of each of two matrices
             launch.gate[(len(w1) // n_rows,)](
                 h,
                 layer.ffn_norm,
@@ -221,6 +224,7 @@ class Walk:
                 **of_dim,
                 ROWS=n_rows,
                 BIAS=b1 is not None,
+                num_warps=_warps(dim),
             )
             self._add_product(rows.gated, w2, b2, h)
         launch.add_and_normalise[(1,)](
@@ -228,7 +232,10 @@ class Walk:
         )
         n_rows = _rows(config.vocab_size, dim)
         launch.project_vocabulary[(config.vocab_size // n_rows,)](
-            h, self._model.norm, self._model.head, rows.logits, eps, **of_dim, ROWS=n_rows
+            *(h, self._model.norm, self._model.head, rows.logits, eps),
+            **of_dim,
+            ROWS=n_rows,
+            num_warps=_warps(dim),
         )
 
     def _add_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> None:
