@@ -33,6 +33,7 @@ from minllama.view import (
     Packing,
     View,
     check_continuation,
+    shared_columns,
     view_of_continuation,
     view_of_packed,
     view_of_whole,
@@ -362,7 +363,7 @@ class Llama(LlamaPreTrainedModel):
         h = (tokens_at(h, place) if in_layer is None else h).squeeze(0)  # (M, D)
         if packing is None:
             return h
-        is_padding = packing.tokens[place] != at
+        is_padding = packing.tokens[place] != packing.own(at)
         return h.masked_fill(is_padding.unsqueeze(-1), 0.0)
 
     def _gathers(self, n_layers: int, at: Tensor | None, tokens: Tensor) -> bool:
@@ -387,20 +388,28 @@ class Llama(LlamaPreTrainedModel):
         if cache is not None:
             self._check_cache(cache)
             return None, view_of_continuation(ids, attention_mask, positions, cache, self.config)
-        if attention_mask is not None and positions is None and self._packs(attention_mask):
-            return view_of_packed(attention_mask, self.config)
+        if positions is None and self._can_pack(ids, attention_mask):
+            shared = 0
+            if not torch.is_grad_enabled():  # dropout of adapters is another for each token
+                shared = shared_columns(ids, attention_mask)
+            if shared or (attention_mask is not None and not attention_mask.all()):
+                mask = torch.ones_like(ids).bool() if attention_mask is None else attention_mask
+                return view_of_packed(mask, self.config, shared)
         return None, view_of_whole(ids, attention_mask, positions, self.config)
 
-    def _packs(self, mask: Tensor) -> bool:
-        """Whether texts are computed without their padding: where attention knows how."""
-        if mask.dim() == 3 or not self.config.causal or not operations.serves(self.norm.weight):
+    def _can_pack(self, ids: Tensor, mask: Tensor | None) -> bool:
+        """Whether texts can be computed in one row: where attention knows how."""
+        if not self.config.causal or not operations.serves(self.norm.weight):
             return False
-        if mask.all() or not mask.any() or has_hooks(self):  # hooks are told of (B, T, D)
+        if mask is not None and (mask.dim() == 3 or not mask.any()):
+            return False
+        if has_hooks(self):  # which are told of (B, T, D)
             return False
         parts = (module for module in self.modules() if isinstance(module, Attention))
         if any(part.training and part.attention_dropout for part in parts):
             return False
-        return attention.serves_packed(int(mask.sum(-1).max()))
+        longest = ids.shape[1] if mask is None else int(mask.sum(-1).max())
+        return attention.serves_packed(longest)
 
     def _run(
         self,

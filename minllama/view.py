@@ -14,6 +14,10 @@ from minllama.config import LlamaConfig
 from minllama.errors import ContextError, MinllamaError
 from minllama.native.attention import Texts
 
+# Share of a batch's tokens that need not be computed, above which they are not: each layer takes
+# queries, keys and values apart for it.
+SHARING_PAYS = 0.03
+
 
 class View(NamedTuple):
     """Where the tokens of one forward pass stand, and which keys each of them may see.
@@ -39,10 +43,12 @@ class Packing(NamedTuple):
     Attributes:
         tokens: (N,), their numbers b * T + t.
         shape: (B, T) of the padded rows.
+        shared: columns that all rows have alike, of which only the first row's are computed.
     """
 
     tokens: Tensor
     shape: tuple[int, int]
+    shared: int = 0
 
     def packed(self, x: Tensor) -> Tensor:
         """(B, T) -> (1, N)."""
@@ -50,32 +56,69 @@ class Packing(NamedTuple):
 
     def places(self, at: Tensor) -> Tensor:
         """Where tokens are in that row, by their numbers b * T + t; padding is anywhere."""
-        return torch.searchsorted(self.tokens, at).clamp(max=len(self.tokens) - 1)
+        return torch.searchsorted(self.tokens, self.own(at)).clamp(max=len(self.tokens) - 1)
+
+    def own(self, at: Tensor) -> Tensor:
+        """The numbers of the tokens that are computed for those with these numbers."""
+        if not self.shared:
+            return at
+        columns = at % self.shape[1]
+        return torch.where(columns < self.shared, columns, at)
 
     def padded(self, h: Tensor) -> Tensor:
         """(1, N, D) -> (B, T, D), zeros at padding."""
         batch, length = self.shape
         rows = h.new_zeros(batch * length, h.shape[-1])
-        return rows.index_copy(0, self.tokens, h[0]).view(batch, length, -1)
+        rows = rows.index_copy(0, self.tokens, h[0]).view(batch, length, -1)
+        if self.shared:
+            rows[1:, : self.shared] = rows[:1, : self.shared]
+        return rows
 
 
-def view_of_packed(mask: Tensor, config: LlamaConfig) -> tuple[Packing, View]:
+def view_of_packed(mask: Tensor, config: LlamaConfig, shared: int = 0) -> tuple[Packing, View]:
     """The real tokens of padded texts, and their view: none of a batch's padding is computed.
 
     Args:
         mask: bool (B, T), true at real tokens, padding on either side.
+        shared: columns that all rows have alike, as `shared_columns` finds them.
 
     Raises:
         ContextError: a row is longer than the context.
     """
-    length = mask.shape[1]
+    batch, length = mask.shape
     check_context(length, config)
     lengths = mask.sum(-1)  # (B,)
     starts = F.pad(lengths.cumsum(0), (1, 0))
-    packing = Packing(mask.flatten().nonzero().squeeze(-1), (len(mask), length))
-    positions = packing.packed(mask.long().cumsum(-1) - 1)
+    tokens = mask.flatten().nonzero().squeeze(-1)
+    positions = (mask.long().cumsum(-1) - 1).flatten()[tokens]
     texts = Texts(starts, int(lengths.max()))
-    return packing, View(positions, length, is_causal=True, texts=texts)
+    if shared:
+        is_kept = positions >= shared
+        is_kept[:shared] = True  # the first row's
+        # Of each whole text's tokens, how many of those that are kept come before it.
+        spread = torch.where(positions < shared, positions, is_kept.cumsum(0) - 1)
+        kept = is_kept.nonzero().squeeze(-1)
+        texts = texts._replace(spread=spread, kept=kept)
+        tokens, positions = tokens[kept], positions[kept]
+    view = View(positions.unsqueeze(0), length, is_causal=True, texts=texts)
+    return Packing(tokens, (batch, length), shared), view
+
+
+def shared_columns(ids: Tensor, mask: Tensor | None) -> int:
+    """How many columns all rows begin with alike, where it pays to compute them once.
+
+    Args:
+        ids: (B, T).
+        mask: bool (B, T), true at real tokens; None where all are.
+    """
+    alike = (ids == ids[:1]).all(0)
+    if mask is not None:
+        if not is_right_padded(mask):
+            return 0
+        alike &= mask.all(0)
+    shared = int(alike.cumprod(0).sum())
+    n_tokens = ids.numel() if mask is None else int(mask.sum())
+    return shared if shared * (len(ids) - 1) > SHARING_PAYS * n_tokens else 0
 
 
 def view_of_whole(

@@ -13,7 +13,7 @@ from minllama.native import attention
 from minllama.native.attention import Texts, causal_attention
 from minllama.native.library import library
 from minllama.rope import apply_rotary_embedding
-from minllama.view import view_of_packed
+from minllama.view import shared_columns, view_of_packed
 from tests.tiny import our_model, random_ids
 
 pytestmark = pytest.mark.skipif(
@@ -166,7 +166,7 @@ def test_texts_beyond_the_context_are_refused():
 def test_states_at_some_tokens_are_those_of_all(side, packed, monkeypatch):
     model, ids, mask = our_model(), random_ids(4, 20), mask_of(side)
     if not packed:
-        monkeypatch.setattr(Llama, "_packs", lambda *_: False)
+        monkeypatch.setattr(Llama, "_can_pack", lambda *_: False)
     at = mask.flatten().nonzero().squeeze(-1)[[1, 7, 0, 29, 7]]  # in any order, and again
     gradients = []
     for n_layers in (1, 2):
@@ -228,3 +228,86 @@ def test_hooks_are_told_of_all_tokens_whichever_are_wanted():
         model(ids, attention_mask=mask, logits="last").hidden, expected, rtol=1e-4, atol=1e-5
     )
     assert seen == [(4, 20, 32)]
+
+
+def rows_that_begin_alike(shared=5, lengths=(9, 20, 6, 5, 13)):
+    ids = random_ids(len(lengths), max(lengths))
+    ids[:, :shared] = ids[0, :shared]
+    return ids, mask_of("right", lengths, max(lengths))
+
+
+@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 1, "head_dim": 10}, {"causal": False}])
+@torch.no_grad()
+def test_what_all_texts_begin_with_is_computed_once(changes, is_padded, padded, monkeypatch):
+    """All tokens, some of each row (of the common beginning too), each layer, and with fewer."""
+    model, (ids, mask) = our_model(**changes), rows_that_begin_alike()
+    mask = mask if is_padded else None
+    at = torch.tensor([[0, 4, 5, -1]])
+    n_seen = []
+    forward = FeedForward.forward
+
+    def seen(self, x):
+        n_seen.append(x.shape[1])
+        return forward(self, x)
+
+    def found():
+        if not is_padded:
+            some = model(ids, logits=at).logits
+        else:  # padding is nobody's: of each row its last real token, and some of all
+            some = torch.cat(
+                (
+                    model(ids, attention_mask=mask, logits=at[:, :2]).logits,
+                    model(ids, attention_mask=mask, logits="last").logits.unsqueeze(1),
+                ),
+                dim=1,
+            )
+        whole = model(ids, attention_mask=mask).logits
+        states = torch.stack(list(model.layer_states(ids, attention_mask=mask)))
+        real = torch.ones_like(ids).bool() if mask is None else mask
+        return some, whole[real], states[:, real]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeedForward, "forward", seen)
+        together = found()
+    if model.config.causal:
+        n_tokens = ids.numel() if mask is None else int(mask.sum())
+        assert max(n_seen) == n_tokens - 5 * (len(ids) - 1)
+    padded()
+    for a, b in zip(together, found(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), (a - b).abs().max()
+
+
+def test_a_beginning_is_shared_where_it_pays_and_no_gradient_is_asked_for():
+    ids, mask = rows_that_begin_alike()
+    assert shared_columns(ids, mask) == 5
+    assert shared_columns(ids, None) == 5
+    assert shared_columns(ids, mask.flip(-1)) == 0  # padding before it: not the same columns
+    assert shared_columns(ids[:1], None) == 0
+    assert shared_columns(ids[:, 5:], mask[:, 5:]) == 0
+    long = torch.cat((ids[:2, :1], random_ids(2, 60)), dim=1)
+    long[1, 0] = long[0, 0]
+    assert shared_columns(long, None) == 0  # two tokens of 122
+    same = ids[:1].expand(4, -1)
+    assert shared_columns(same, None) == 20
+    model = our_model()
+    assert torch.equal(model(same).logits[0], model(same[:1]).logits[0])
+    packing, _ = model._view(ids, mask, None, None)
+    assert packing.shared == 0
+    with torch.no_grad():
+        assert model._view(ids, mask, None, None)[0].shared == 5
+        equal = model(same).logits
+    assert torch.equal(equal[3], equal[0])
+
+
+def test_the_view_of_rows_that_begin_alike():
+    mask = mask_of("right", (3, 2, 4), 4)
+    packing, view = view_of_packed(mask, our_model().config, shared=2)
+    assert packing.tokens.tolist() == [0, 1, 2, 10, 11]
+    assert view.positions.tolist() == [[0, 1, 2, 2, 3]]
+    assert view.texts.starts.tolist() == [0, 3, 5, 9]
+    assert view.texts.spread.tolist() == [0, 1, 2, 0, 1, 0, 1, 3, 4]
+    assert view.texts.kept.tolist() == [0, 1, 2, 7, 8]
+    assert packing.places(torch.tensor([5, 8, 11, 1])).tolist() == [1, 0, 4, 1]
+    back = packing.padded(torch.arange(1.0, 6.0).view(1, 5, 1)).squeeze(-1)
+    assert back.tolist() == [[1, 2, 3, 0], [1, 2, 0, 0], [1, 2, 4, 5]]

@@ -19,13 +19,20 @@ LONGEST = {2: 64, 1: 512, 0: 64}
 class Texts(NamedTuple):
     """Texts one after the other in one row, without padding.
 
+    Where all begin alike, the row holds their beginning once, in the first of them.
+
     Attributes:
-        starts: (n + 1,) int64, where each begins, and where the last one ends.
+        starts: (n + 1,) int64, where each begins, and where the last one ends, beginnings and all.
         longest: tokens of the longest.
+        spread: (starts[-1],), which token of the row each token of the whole texts is; None: they
+            share nothing.
+        kept: which tokens of the whole texts those of the row are.
     """
 
     starts: Tensor
     longest: int
+    spread: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def serves(query: Tensor) -> bool:
@@ -66,8 +73,10 @@ def causal_attention(
         or query.shape[2] % key.shape[2]
     ):
         raise operations.unfit("causal_attention", query, key, value)
+    if texts is not None and texts.spread is not None:
+        query, key, value = (x[:, texts.spread] for x in (query, key, value))
     y: Tensor = _CausalAttention.apply(query, key, value, texts)  # type: ignore[no-untyped-call]
-    return y
+    return y if texts is None or texts.kept is None else y[:, texts.kept]
 
 
 class _CausalAttention(torch.autograd.Function):
