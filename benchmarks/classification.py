@@ -23,6 +23,9 @@ import torch
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MEASURED_ONLY = ("--no-calibration", "--undo-treebank")
 SENTIMENT = ("--prompt", "Review: {text}\nSentiment:")
+# For a frozen head: of six wordings on 4,000 training lines as good as the best, and the second
+# shortest.
+REVIEW = ("--prompt", "Review: {text}")
 # Chosen on training lines: the wording and words for no examples at all, and those for a few.
 IN_ONE_WORD = (
     "--prompt",
@@ -69,7 +72,7 @@ ROWS = {
         ">= 0.42",
         seeds=(0, 1, 2, 3, 4),
     ),
-    "frozen": Row("SST-5, frozen", "sst", ("--method", "frozen", *SENTIMENT), "0.478", ">= 0.48"),
+    "frozen": Row("SST-5, frozen", "sst", ("--method", "frozen", *REVIEW), "0.478", ">= 0.48"),
     "few": Row(
         "SST-5, 16 examples a class, label-words LoRA, mean of 3 seeds",
         "sst",
