@@ -1,6 +1,7 @@
 """Reading GGUF files: against bytes written by hand and the gguf package."""
 
 import gc
+import os
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -243,6 +244,39 @@ def test_a_format_is_sniffed_from_content(write: Callable[..., Path], tmp_path: 
     (tmp_path / "model.gguf").write_bytes(b"GGML and no more")
     assert not is_gguf(tmp_path / "model.gguf")
     assert not is_gguf(tmp_path)
+
+
+def test_a_file_that_is_opened_again_is_not_parsed_again(
+    default_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = read_gguf(default_model)
+    monkeypatch.setattr("minllama.checkpoints.gguf.read_header", None)
+    again = read_gguf(default_model)
+    assert again.vocabulary == first.vocabulary
+    assert again.vocabulary is not None
+    assert (again.config, again.ignored) == (first.config, first.ignored)
+    assert again.tensors.keys() == first.tensors.keys()
+    name = "layers.3.attention.compute_key.weight"
+    assert torch.equal(again.tensors[name].load(), first.tensors[name].load())
+
+
+def test_another_file_in_its_place_is_parsed_even_where_size_and_time_are_the_same(
+    write: Callable[..., Path],
+) -> None:
+    key = "llama.rope.freq_base"
+    others = [field for field in FIELDS if field[0] != key]
+    path = write([*others, (key, F32, 500000.0)])
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    assert read_gguf(path).config.rope_theta == 500000.0
+    assert write([*others, (key, F32, 300000.0)]) == path
+    os.utime(path, ns=times)
+    assert read_gguf(path).config.rope_theta == 300000.0
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=r"cut off|beyond the end|past"):
+        read_gguf(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot read"):
+        read_gguf(path)
 
 
 @pytest.mark.slow
