@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minllama import gpu
 from minllama.cache import KVCache
+from minllama.config import LlamaConfig
 from minllama.gpu.walk import Layer, Model, Rows, Walk
 from minllama.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from minllama.runner import is_walkable, linear_modules
@@ -38,11 +39,8 @@ def can_run(llama: Any) -> bool:
 
 def computes(llama: Any) -> bool:
     """Whether it is a Llama that the kernels know, wherever it is."""
-    dtype, device, config = llama.dtype, llama.device, llama.config
-    scaling = config.rope_scaling
-    if dtype not in KINDS or not config.causal:
-        return False
-    if scaling is not None and scaling.kind == "dynamic":  # its table is another for each text
+    dtype, device = llama.dtype, llama.device
+    if dtype not in KINDS or not knows(llama.config):
         return False
 
     def is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
@@ -66,6 +64,13 @@ def computes(llama: Any) -> bool:
         return query == key == value and w1 == w3
 
     return is_walkable(llama, is_matrix, is_numbers) and all(map(has_like_biases, llama.layers))
+
+
+def knows(config: LlamaConfig) -> bool:
+    """Whether the kernels compute what a config says."""
+    scaling = config.rope_scaling
+    # With dynamic scaling the table of rotations is another for each text.
+    return config.causal and (scaling is None or scaling.kind != "dynamic")
 
 
 def is_step(ids: Tensor, attention_mask: Tensor | None) -> bool:
@@ -235,7 +240,7 @@ class GraphStep:
         return graph
 
     def _state_of(self, batch: int) -> _State:
-        n = 1 << (batch - 1).bit_length()
+        n = gpu.power_of_two(batch)
         if n not in self._states:
             self._states[n] = _State(Rows.of(self._model, n))
         return self._states[n]

@@ -388,28 +388,28 @@ class Llama(LlamaPreTrainedModel):
         if cache is not None:
             self._check_cache(cache)
             return None, view_of_continuation(ids, attention_mask, positions, cache, self.config)
-        if positions is None and self._can_pack(ids, attention_mask):
-            shared = 0
-            if not torch.is_grad_enabled():  # dropout of adapters is another for each token
-                shared = shared_columns(ids, attention_mask)
-            if shared or (attention_mask is not None and not attention_mask.all()):
-                mask = torch.ones_like(ids).bool() if attention_mask is None else attention_mask
-                return view_of_packed(mask, self.config, shared)
-        return None, view_of_whole(ids, attention_mask, positions, self.config)
+        packed = None if positions is not None else self._packed(ids, attention_mask)
+        return packed or (None, view_of_whole(ids, attention_mask, positions, self.config))
 
-    def _can_pack(self, ids: Tensor, mask: Tensor | None) -> bool:
-        """Whether texts can be computed in one row: where attention knows how."""
+    def _packed(self, ids: Tensor, mask: Tensor | None) -> tuple[Packing, View] | None:
+        """Texts in one row, where that spares padding or a common beginning, and attention can."""
         if not self.config.causal or not operations.serves(self.norm.weight):
-            return False
+            return None
         if mask is not None and (mask.dim() == 3 or not mask.any()):
-            return False
+            return None
+        # Not in training: dropout of adapters is another for each token.
+        shared = 0 if torch.is_grad_enabled() else shared_columns(ids, mask)
+        if not shared and (mask is None or mask.all()):
+            return None
         if has_hooks(self):  # which are told of (B, T, D)
-            return False
+            return None
         parts = (module for module in self.modules() if isinstance(module, Attention))
         if any(part.training and part.attention_dropout for part in parts):
-            return False
-        longest = ids.shape[1] if mask is None else int(mask.sum(-1).max())
-        return attention.serves_packed(longest)
+            return None
+        mask = torch.ones_like(ids).bool() if mask is None else mask
+        if not attention.serves_packed(int(mask.sum(-1).max())):
+            return None
+        return view_of_packed(mask, self.config, shared)
 
     def _run(
         self,

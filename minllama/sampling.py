@@ -79,7 +79,10 @@ def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
         weights = weights.cpu()
     draws = torch.tensor(uniforms, dtype=torch.float64, pin_memory=weights.is_cuda)
     draws = draws.to(weights.device, non_blocking=True).unsqueeze(-1)
-    blocks = F.pad(weights.double(), (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    blocks = weights.double()
+    if missing := -blocks.shape[-1] % BLOCK:
+        blocks = F.pad(blocks, (0, missing))
+    blocks = blocks.unflatten(-1, (-1, BLOCK))
     ends = blocks.sum(-1).cumsum(-1)  # (B, V / BLOCK)
     aims = draws * ends[:, -1:]
     block = _first_above(ends, aims)

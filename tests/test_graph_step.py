@@ -21,7 +21,7 @@ from minllama.graph_step import GraphStep, computes
 from minllama.llama import load_pretrained
 from minllama.lora import add_lora_wrapper
 from minllama.quantization import QuantizedWeight, quantize
-from tests.tiny import our_model, random_ids
+from tests.tiny import VARIANTS, our_model, random_ids
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux")
 
@@ -104,13 +104,7 @@ def test_a_step_is_the_walk_of_the_modules(dtype, lengths):
 @pytest.mark.parametrize("lengths", [(7,), (4, 2)])
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"tie_embeddings": False, "attention_bias": True, "ffn_bias": True},
-        {"n_kv_heads": 1, "head_dim": 10},
-        {"n_kv_heads": 4, "dim": 40, "hidden_dim": 50, "head_dim": 6},
-        {"n_heads": 8, "n_kv_heads": 8, "vocab_size": 70, "rope_theta": 300.0},
-        {"rope_scaling": RopeScaling(kind="linear", factor=4.0)},
-    ],
+    [*VARIANTS, {"rope_scaling": RopeScaling(kind="linear", factor=4.0)}],
 )
 @torch.inference_mode()
 def test_a_step_knows_every_variant(changes, lengths):

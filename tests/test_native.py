@@ -15,7 +15,7 @@ from minllama.native.low_rank import low_rank_product
 from minllama.native_step import NativeStep, can_run, is_short
 from minllama.quantization import QuantizedWeight, quantize
 from minllama.rope import apply_rotary_embedding
-from tests.tiny import our_model, random_ids
+from tests.tiny import VARIANTS, our_model, random_ids
 
 pytestmark = pytest.mark.skipif(
     library() is None, reason="minllama was installed without a C++ compiler"
@@ -88,12 +88,7 @@ def test_a_step_is_the_walk_of_the_modules(kind, level, plain, tmp_path):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"tie_embeddings": False, "attention_bias": True, "ffn_bias": True},
-        {"n_kv_heads": 1, "head_dim": 10},
-        {"n_kv_heads": 4, "dim": 40, "hidden_dim": 50, "head_dim": 6},
-        {"n_heads": 8, "n_kv_heads": 8, "vocab_size": 70, "rope_theta": 300.0},
-    ],
+    VARIANTS,
 )
 def test_a_step_knows_every_variant(changes, level, plain):
     model = our_model(**{**SHAPE, **changes})

@@ -166,7 +166,7 @@ def test_texts_beyond_the_context_are_refused():
 def test_states_at_some_tokens_are_those_of_all(side, packed, monkeypatch):
     model, ids, mask = our_model(), random_ids(4, 20), mask_of(side)
     if not packed:
-        monkeypatch.setattr(Llama, "_can_pack", lambda *_: False)
+        monkeypatch.setattr(Llama, "_packed", lambda *_: None)
     at = mask.flatten().nonzero().squeeze(-1)[[1, 7, 0, 29, 7]]  # in any order, and again
     gradients = []
     for n_layers in (1, 2):

@@ -25,6 +25,16 @@ SHAPE = {
 }
 
 
+# Of a model of dim 64, hidden_dim 96, four heads, two of keys, and 61 tokens: what steps that read
+# tensors by their address may get wrong.
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {"tie_embeddings": False, "attention_bias": True, "ffn_bias": True},
+    {"n_kv_heads": 1, "head_dim": 10},
+    {"n_kv_heads": 4, "dim": 40, "hidden_dim": 50, "head_dim": 6},
+    {"n_heads": 8, "n_kv_heads": 8, "vocab_size": 70, "rope_theta": 300.0},
+)
+
+
 def their_model(**changes: Any) -> LlamaForCausalLM:
     """A transformers Llama whose every number matters: norms and biases are random too."""
     torch.manual_seed(1)

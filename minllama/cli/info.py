@@ -64,7 +64,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
     """What `generate` does with the file on this machine, unless it is told otherwise."""
     import torch
 
-    from minllama import gpu
+    from minllama import gpu, graph_step
     from minllama.loading import (
         best_form,
         default_device,
@@ -89,8 +89,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         return f"{text}; long passes in {str(dtype).removeprefix('torch.')}"
     name = str(dtype or default_dtype(device)).removeprefix("torch.")
     if device.type != "cpu":
-        scaling = checkpoint.config.rope_scaling
-        has_steps = (scaling is None or scaling.kind != "dynamic") and gpu.works(device)
+        has_steps = graph_step.knows(checkpoint.config) and gpu.works(device)
         steps = "; steps in captured graphs" if has_steps else ""
         return f"{name} on {device.type}{steps}"
     compiled = LEVELS[best_level()] if library() is not None else "not compiled, so slow"

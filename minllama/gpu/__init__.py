@@ -44,6 +44,11 @@ def warn(what: str, error: Exception) -> None:
     warnings.warn(f"{what}, which is slower: {reason}", RuntimeWarning, stacklevel=3)
 
 
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not less: what Triton's blocks are."""
+    return 1 << (n - 1).bit_length()
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Where kernels are launched on this device: Triton takes the current one."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):

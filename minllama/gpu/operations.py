@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minllama.errors import MinllamaError
-from minllama.gpu import block_kernels, kernels
+from minllama.gpu import block_kernels, kernels, power_of_two
+from minllama.native.operations import unfit
 
 _BLOCK = 1024
 FEW_ROWS = 4  # up to which a weight in blocks is read once for each row, not taken apart
@@ -19,7 +19,8 @@ _BLOCKS_AT_ONCE = 64  # of a panel's 16 rows, that a program of a product reads
 
 def swiglu(u: Tensor, v: Tensor) -> Tensor:
     """SiLU(u) * v, in u's dtype: (..., F) -> (..., F)."""
-    _check(u.shape == v.shape, "swiglu", u, v)
+    if u.shape != v.shape:
+        raise unfit("swiglu", u, v)
     u, v = u.contiguous(), v.contiguous()
     gated = torch.empty_like(u)
     n = u.numel()
@@ -35,7 +36,8 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     turns = torch.view_as_real(rotation).contiguous()
     n_turns = turns.numel() // head_dim
     fits = n_turns in (x.shape[1], x.shape[0] * x.shape[1]) and turns.dtype == torch.float32
-    _check(fits and turns.numel() == n_turns * head_dim, "rotate", x, rotation)
+    if not fits or turns.numel() != n_turns * head_dim:
+        raise unfit("rotate", x, rotation)
     kernels.turn[(x.shape[0] * x.shape[1],)](
         x,
         turned,
@@ -43,15 +45,16 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         n_turns,
         H=heads,
         C=head_dim,
-        HEADS=_power(heads),
-        BLOCK=_power(head_dim),
+        HEADS=power_of_two(heads),
+        BLOCK=power_of_two(head_dim),
     )
     return turned
 
 
 def product(weight: Any, x: Tensor) -> Tensor:
     """Give x W^T with a weight in blocks: (..., in) -> (..., out), in x's dtype."""
-    _check(x.shape[-1] == weight.in_features, "product", weight.scales, x)
+    if x.shape[-1] != weight.in_features:
+        raise unfit("product", weight.scales, x)
     rows = x.numel() // weight.in_features
     if rows > FEW_ROWS:
         return x @ take_apart(weight, x.dtype).t()
@@ -64,7 +67,7 @@ def product(weight: Any, x: Tensor) -> Tensor:
         y,
         weight.out_features,
         BLOCKS=blocks,
-        AT_ONCE=min(_BLOCKS_AT_ONCE, _power(blocks)),
+        AT_ONCE=min(_BLOCKS_AT_ONCE, power_of_two(blocks)),
         BITS=weight.bits,
         MINS=weight.mins is not None,
         num_warps=8,
@@ -78,7 +81,7 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
         weight.out_features, weight.in_features, dtype=dtype, device=weight.scales.device
     )
     panels, blocks = weight.scales.shape[:2]
-    at_once = min(8, _power(blocks))
+    at_once = min(8, power_of_two(blocks))
     block_kernels.take_apart[(panels, -(-blocks // at_once))](
         *_described(weight),
         y,
@@ -91,19 +94,7 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def _check(fits: bool, operation: str, *tensors: Tensor) -> None:
-    """Refuse shapes that a kernel would read or write beyond."""
-    if not fits:
-        shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        raise MinllamaError(f"{operation}: tensors of shapes {shapes} do not fit one another")
-
-
 def _described(weight: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Four or eight columns of a row in each word, scales, and mins or what stands in for them."""
     mins = weight.scales if weight.mins is None else weight.mins
     return weight.quants.view(torch.int32), weight.scales, mins
-
-
-def _power(n: int) -> int:
-    """The smallest power of two that is not less."""
-    return 1 << (n - 1).bit_length()

@@ -6,7 +6,7 @@ and writes lies where it lay at the step before, so that it can be captured in a
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -54,11 +54,10 @@ class Model(NamedTuple):
     head: Any
     norm: Tensor
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether no weight is in blocks."""
+    def takes_one_row(self, n: int) -> bool:
+        """Whether products do in passing what is between them: of one row, with no blocks."""
         weights = [self.embedding, self.head, *(w for layer in self.layers for w in layer.weights)]
-        return all(isinstance(weight, Tensor) for weight in weights)
+        return n == 1 and all(isinstance(weight, Tensor) for weight in weights)
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,10 @@ class Rows:
     @classmethod
     def of(cls, model: Model, n: int) -> "Rows":
         config, wide = model.config, torch.float32
-        parts = _power(max(1, PROGRAMS // (n * config.n_kv_heads)))
+        parts = gpu.power_of_two(max(1, PROGRAMS // (n * config.n_kv_heads)))
         parts, query_dim = min(MOST_PARTS, parts), config.n_heads * config.head_dim
         # In a step of one row kernels hand on what they have as they have it.
-        between = wide if n == 1 and model.is_dense else model.dtype
+        between = wide if model.takes_one_row(n) else model.dtype
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(n, *shape, dtype=dtype, device=model.device)
@@ -129,29 +128,39 @@ class Walk:
         from minllama.gpu import kernels
 
         self._model, self._config, self._places = model, model.config, places
-        self._is_dense = model.is_dense
-        self._launch = _Launcher(kernels, early=early)
+        self._kernels, self._early = kernels, early
 
     def __call__(self, rows: Rows) -> None:
         config, n = self._config, len(rows.ids)
         if isinstance(self._model.embedding, Tensor):
-            self._launch.embed[(n,)](
+            self._launch(
+                "embed",
+                (n,),
                 *(rows.ids, self._model.embedding, rows.h, config.vocab_size),
                 D=config.dim,
-                BLOCK=_power(config.dim),
+                BLOCK=gpu.power_of_two(config.dim),
             )
         else:
             rows.h.copy_(self._model.embedding.rows(rows.ids))
-        if n == 1 and self._is_dense:
+        if self._model.takes_one_row(n):
             self._one_row(rows)
         else:
             self._several_rows(rows)
         rows.lengths.add_(1)
 
+    def _launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """One of the kernels, by its name."""
+        if self._early and name in STREAMING:
+            # An option of NVIDIA's compiler, which others and the interpreter do not know.
+            constants["launch_pdl"] = True
+        getattr(self._kernels, name)[grid](*arguments, **constants, EARLY=self._early)
+
     def _attend(self, rows: Rows, layer: int, query: Tensor) -> None:
         config, n, parts = self._config, len(rows.ids), rows.peak.shape[-1]
-        width = max(16, _power(config.head_dim))
-        self._launch.attend[(n, config.n_kv_heads, parts)](
+        width = max(16, gpu.power_of_two(config.head_dim))
+        self._launch(
+            "attend",
+            (n, config.n_kv_heads, parts),
             query,
             rows.attended if parts == 1 else rows.partial,
             rows.peak,
@@ -163,19 +172,21 @@ class Walk:
             **self._heads(),
             SPLITS=parts,
             SLOTS=max(16, min(SLOTS, MOST_BYTES // (width * query.element_size()))),
-            GROUP=max(16, _power(config.n_heads // config.n_kv_heads)),
+            GROUP=max(16, gpu.power_of_two(config.n_heads // config.n_kv_heads)),
             BLOCK=width,
             PRECISION="ieee" if self._model.dtype == torch.float32 else "tf32",
         )
         if parts > 1:
-            self._launch.combine[(n * config.n_heads,)](
+            self._launch(
+                "combine",
+                (n * config.n_heads,),
                 rows.partial,
                 rows.peak,
                 rows.total,
                 rows.attended,
                 C=config.head_dim,
                 SPLITS=parts,
-                BLOCK=_power(config.head_dim),
+                BLOCK=gpu.power_of_two(config.head_dim),
             )
 
     def _heads(self) -> dict[str, int]:
@@ -188,14 +199,16 @@ class Walk:
         }
 
     def _one_row(self, rows: Rows) -> None:
-        config, launch, h = self._config, self._launch, rows.h
+        config, h = self._config, rows.h
         eps, dim = config.norm_eps, config.dim
         of_dim = {"D": dim, "BLOCK": _columns(dim)}
         for number, layer in enumerate(self._model.layers):
             query, key, value, output, w1, w2, w3 = layer.weights
             b_query, b_key, b_value, b_output, b1, b2, b3 = layer.biases
             n_rows = _rows(config.head_dim, dim)
-            launch.project_query_key_value[((len(query) + 2 * len(key)) // n_rows,)](
+            self._launch(
+                "project_query_key_value",
+                ((len(query) + 2 * len(key)) // n_rows,),
                 h,
                 layer.attention_norm,
                 *(query, key, value),
@@ -214,7 +227,9 @@ class Walk:
             self._attend(rows, number, rows.query)
             self._add_product(rows.attended, output, b_output, h)
             n_rows = max(1, _rows(len(w1), dim) // 2)  # of each of two matrices
-            launch.gate[(len(w1) // n_rows,)](
+            self._launch(
+                "gate",
+                (len(w1) // n_rows,),
                 h,
                 layer.ffn_norm,
                 *(w1, w3),
@@ -227,11 +242,22 @@ class Walk:
                 num_warps=_warps(dim),
             )
             self._add_product(rows.gated, w2, b2, h)
-        launch.add_and_normalise[(1,)](
-            h, h, self._model.norm, rows.hidden, eps, D=dim, BLOCK=_power(dim), ADD=False
+        self._launch(
+            "add_and_normalise",
+            (1,),
+            h,
+            h,
+            self._model.norm,
+            rows.hidden,
+            eps,
+            D=dim,
+            BLOCK=gpu.power_of_two(dim),
+            ADD=False,
         )
         n_rows = _rows(config.vocab_size, dim)
-        launch.project_vocabulary[(config.vocab_size // n_rows,)](
+        self._launch(
+            "project_vocabulary",
+            (config.vocab_size // n_rows,),
             *(h, self._model.norm, self._model.head, rows.logits, eps),
             **of_dim,
             ROWS=n_rows,
@@ -241,7 +267,9 @@ class Walk:
     def _add_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> None:
         out, n = weight.shape
         n_rows = _rows(out, n)
-        self._launch.add_product[(out // n_rows,)](
+        self._launch(
+            "add_product",
+            (out // n_rows,),
             x,
             weight,
             *_biases(weight, bias),
@@ -254,19 +282,21 @@ class Walk:
         )
 
     def _several_rows(self, rows: Rows) -> None:
-        config, launch, n = self._config, self._launch, len(rows.ids)
+        config, n = self._config, len(rows.ids)
         h, eps = rows.h, config.norm_eps
         heads = config.n_heads + 2 * config.n_kv_heads
 
         def normalise(gain: Tensor, x: Tensor | None) -> Tensor:
-            launch.add_and_normalise[(n,)](
+            self._launch(
+                "add_and_normalise",
+                (n,),
                 h,
                 h if x is None else x,
                 gain,
                 rows.hidden,
                 eps,
                 D=config.dim,
-                BLOCK=_power(config.dim),
+                BLOCK=gpu.power_of_two(config.dim),
                 ADD=x is not None,
             )
             return rows.hidden
@@ -279,7 +309,9 @@ class Walk:
             ]
             normal = normalise(layer.attention_norm, x)
             query = product[0](normal)
-            launch.turn_and_keep[(n, heads)](
+            self._launch(
+                "turn_and_keep",
+                (n, heads),
                 query,
                 product[1](normal),
                 product[2](normal),
@@ -287,42 +319,22 @@ class Walk:
                 rows.lengths,
                 number,
                 **self._heads(),
-                BLOCK=_power(config.head_dim),
+                BLOCK=gpu.power_of_two(config.head_dim),
             )
             self._attend(rows, number, query)
             normal = normalise(layer.ffn_norm, product[3](rows.attended))
             total = n * config.hidden_dim
-            launch.swiglu[(-(-total // 1024),)](
-                product[4](normal), product[6](normal), rows.gated, total, BLOCK=1024
+            self._launch(
+                "swiglu",
+                (-(-total // 1024),),
+                product[4](normal),
+                product[6](normal),
+                rows.gated,
+                total,
+                BLOCK=1024,
             )
             x = product[5](rows.gated)
         rows.logits.copy_(_product(self._model.head, None, normalise(self._model.norm, x)))
-
-
-class _Launcher:
-    """The kernels by their names, each launched as this step launches them all."""
-
-    def __init__(self, kernels: Any, *, early: bool) -> None:
-        self._kernels = kernels
-        self._early = early
-
-    def __getattr__(self, name: str) -> Any:
-        options: dict[str, Any] = {"EARLY": self._early}
-        if self._early and name in STREAMING:
-            # An option of NVIDIA's compiler, which others and the interpreter do not know.
-            options["launch_pdl"] = True
-        return _Launch(getattr(self._kernels, name), options)
-
-
-class _Launch:
-    def __init__(self, kernel: Any, options: dict[str, Any]) -> None:
-        self._kernel, self._options = kernel, options
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        def launched(*arguments: Any, **constants: Any) -> None:
-            self._kernel[grid](*arguments, **constants, **self._options)
-
-        return launched
 
 
 def _product(weight: Any, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -338,14 +350,9 @@ def _biases(stand_in: Tensor, *biases: Tensor | None) -> Sequence[Tensor]:
     return [stand_in if bias is None else bias for bias in biases]
 
 
-def _power(n: int) -> int:
-    """The smallest power of two that is not less."""
-    return 1 << (n - 1).bit_length()
-
-
 def _columns(n: int) -> int:
     """Columns of a weight that a program reads at once."""
-    return min(MOST_COLUMNS, _power(n))
+    return min(MOST_COLUMNS, gpu.power_of_two(n))
 
 
 def _rows(height: int, width: int) -> int:
