@@ -104,12 +104,16 @@ class Tokenizer:
         Raises:
             TokenizerError: it has none, or a damaged one.
         """
-        if checkpoint.vocabulary is None:
+        try:
+            vocabulary = checkpoint.vocabulary
+        except TokenizerError as error:
+            raise TokenizerError(f"{error}; or name another one with --tokenizer") from error
+        if vocabulary is None:
             raise TokenizerError(
                 f"{checkpoint.path}: no tokenizer in or beside the model; "
                 "name its file or folder with --tokenizer"
             )
-        tokenizer = cls(checkpoint.vocabulary)
+        tokenizer = cls(vocabulary)
         tokenizer.source = checkpoint.tokenizer
         return tokenizer
 

@@ -1,7 +1,6 @@
 """Reading GGUF files: against bytes written by hand and the gguf package."""
 
 import gc
-import os
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +13,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from minllama.checkpoints import open_checkpoint
 from minllama.checkpoints.gguf import is_gguf, open_gguf, read_gguf
 from minllama.checkpoints.gguf_blocks import decode_blocks, ggml_type
 from minllama.checkpoints.gguf_header import read_header
 from minllama.config import RopeScaling
-from minllama.errors import CheckpointError
+from minllama.errors import CheckpointError, TokenizerError
 from minllama.llama import Llama
+from minllama.tokenizer import Tokenizer
 from tests.gguf_file import (
     ARRAY,
     BOOL,
@@ -246,37 +247,23 @@ def test_a_format_is_sniffed_from_content(write: Callable[..., Path], tmp_path: 
     assert not is_gguf(tmp_path)
 
 
-def test_a_file_that_is_opened_again_is_not_parsed_again(
-    default_model: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_model_opens_without_its_vocabulary_and_another_one_can_stand_in(
+    write: Callable[..., Path], default_model: Path, tmp_path: Path
 ) -> None:
-    first = read_gguf(default_model)
-    monkeypatch.setattr("minllama.checkpoints.gguf.read_header", None)
-    again = read_gguf(default_model)
-    assert again.vocabulary == first.vocabulary
-    assert again.vocabulary is not None
-    assert (again.config, again.ignored) == (first.config, first.ignored)
-    assert again.tensors.keys() == first.tensors.keys()
-    name = "layers.3.attention.compute_key.weight"
-    assert torch.equal(again.tensors[name].load(), first.tensors[name].load())
-
-
-def test_another_file_in_its_place_is_parsed_even_where_size_and_time_are_the_same(
-    write: Callable[..., Path],
-) -> None:
-    key = "llama.rope.freq_base"
-    others = [field for field in FIELDS if field[0] != key]
-    path = write([*others, (key, F32, 500000.0)])
-    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
-    assert read_gguf(path).config.rope_theta == 500000.0
-    assert write([*others, (key, F32, 300000.0)]) == path
-    os.utime(path, ns=times)
-    assert read_gguf(path).config.rope_theta == 300000.0
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(CheckpointError, match=r"cut off|beyond the end|past"):
-        read_gguf(path)
-    path.unlink()
-    with pytest.raises(CheckpointError, match="cannot read"):
-        read_gguf(path)
+    path = write([*FIELDS, ("tokenizer.ggml.model", STRING, "unheard-of")])
+    checkpoint = open_checkpoint(path)
+    assert Llama.from_checkpoint(checkpoint).config == checkpoint.config
+    with pytest.raises(TokenizerError, match="unknown tokenizer 'unheard-of'"):
+        _ = checkpoint.vocabulary
+    with pytest.raises(TokenizerError, match=r"'unheard-of'.*; or name another one with --token"):
+        Tokenizer.from_checkpoint(checkpoint)
+    words = Tokenizer.from_pretrained(default_model)
+    words.save_pretrained(tmp_path / "words")
+    checkpoint = open_checkpoint(path, tokenizer=tmp_path / "words")
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    assert tokenizer.encode("A good film.") == words.encode("A good film.")
+    with pytest.raises(TokenizerError, match="nowhere"):
+        open_checkpoint(path, tokenizer=tmp_path / "nowhere")
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def test_a_checkpoint_without_a_tokenizer_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = LlamaConfig(dim=8, n_layers=1, n_heads=1, vocab_size=8)
-    bare = Checkpoint(tmp_path, "test", config, {}, vocabulary=None)
+    bare = Checkpoint(tmp_path, "test", config, {}, read_vocabulary=lambda: None)
     monkeypatch.setattr("minllama.checkpoints.open_checkpoint", lambda source: bare)
     with pytest.raises(TokenizerError, match="no tokenizer in or beside this checkpoint"):
         Tokenizer.from_pretrained(tmp_path)

@@ -48,7 +48,7 @@ def open_checkpoint(
     *,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint; headers are read, weights are not.
+    """Open a checkpoint; headers are read, weights are not, nor is its own vocabulary.
 
     Args:
         source: a file, a folder or a Hugging Face id; None for the embedded default model.
@@ -57,7 +57,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: it is missing, damaged, of an unknown format, or not a Llama.
-        TokenizerError: the tokenizer is damaged.
+        TokenizerError: the tokenizer that was named apart is damaged.
     """
     path = resolve_source(source)
     try:
@@ -65,16 +65,11 @@ def open_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if tokenizer is not None:
+        vocabulary = load_vocabulary(Path(tokenizer))
         checkpoint = dataclasses.replace(
-            checkpoint,
-            vocabulary=load_vocabulary(Path(tokenizer)),
-            tokenizer=canonical_name(tokenizer),
+            checkpoint, read_vocabulary=lambda: vocabulary, tokenizer=canonical_name(tokenizer)
         )
-    vocabulary = checkpoint.vocabulary
-    if checkpoint.ends_at_bos and vocabulary is not None and vocabulary.bos_id is not None:
-        stop_ids = tuple(dict.fromkeys((*vocabulary.stop_ids, vocabulary.bos_id)))
-        vocabulary = dataclasses.replace(vocabulary, stop_ids=stop_ids)
-    return dataclasses.replace(checkpoint, vocabulary=vocabulary, source=canonical_name(source))
+    return dataclasses.replace(checkpoint, source=canonical_name(source))
 
 
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:

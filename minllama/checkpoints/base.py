@@ -4,8 +4,10 @@ Knows nothing of any one format. A `Checkpoint` is cheap: it holds shapes and wh
 the numbers are read, tensor by tensor, when a model asks for them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +43,7 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One Llama on disk: its config, its tensors under our names, its vocabulary.
+    """One Llama on disk: its config, its tensors under our names, and where its vocabulary is.
 
     Attributes:
         path: the file or folder that was opened.
@@ -49,7 +51,7 @@ class Checkpoint:
         config: what the Llama is.
         tensors: name in our model (`layers.0.attention.compute_query.weight`) -> where its
             numbers are. q and k are laid out for interleaved rotation, as the model has them.
-        vocabulary: its tokenizer; `None` where none lies in or beside it.
+        read_vocabulary: reads its tokenizer, from what was opened; see `vocabulary`.
         ignored: keys and tensors of the file that were not read, for people.
         source: how to name it again, here or elsewhere: `default`, a Hugging Face id, or the
             absolute path.
@@ -62,11 +64,24 @@ class Checkpoint:
     format: str
     config: LlamaConfig
     tensors: dict[str, LazyTensor] = field(repr=False)
-    vocabulary: Vocabulary | None = field(repr=False)
+    read_vocabulary: Callable[[], Vocabulary | None] = field(repr=False)
     ignored: tuple[str, ...] = ()
     source: str = ""
     tokenizer: str | None = None
     ends_at_bos: bool = False
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """Its tokenizer, read when it is first asked for; None where none lies in or beside it.
+
+        Raises:
+            TokenizerError: it is damaged, or of a kind that is not known.
+        """
+        vocabulary = self.read_vocabulary()
+        if not self.ends_at_bos or vocabulary is None or vocabulary.bos_id is None:
+            return vocabulary
+        stop_ids = tuple(dict.fromkeys((*vocabulary.stop_ids, vocabulary.bos_id)))
+        return dataclasses.replace(vocabulary, stop_ids=stop_ids)
 
 
 def lazy(tensor: Tensor) -> LazyTensor:

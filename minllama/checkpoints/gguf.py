@@ -5,15 +5,13 @@ interleaved there as they are here. Writing goes tensor by tensor. Knows nothing
 work: `minllama.vocabulary.gguf` does.
 """
 
-import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,7 +80,6 @@ MAX_F16 = torch.finfo(torch.float16).max
 NO_VOCABULARY = "none"
 # Longest rope_freqs.weight that is read: twice the widest head that anyone has made.
 MAX_ROPE_FREQS = 1024
-SHORT_LIST = 1000  # of a header's lists, which longer ones are a vocabulary's
 
 
 @dataclass(frozen=True)
@@ -120,69 +117,10 @@ def open_gguf(path: Path) -> GGUFFile:
     Raises:
         CheckpointError: the file cannot be read, is cut off or damaged.
     """
-    return _mapped(path, read_header(path))
-
-
-def _mapped(path: Path, header: GGUFHeader) -> GGUFFile:
+    header = read_header(path)
     # A private mapping: torch has tensors writable, and writing to these would not reach the file.
     data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     return GGUFFile(path, header, data)
-
-
-class _Head(NamedTuple):
-    """What the file said that was opened last: its tokenizer is often opened after its model.
-
-    To parse a vocabulary of 49,152 tokens twice takes as long as to load the default model.
-
-    Attributes:
-        path: of the file.
-        size: in bytes.
-        digest: of the `n_bytes` before the first tensor.
-        header: without the lists that the vocabulary is made of.
-        vocabulary: as it was read.
-    """
-
-    path: Path
-    size: int
-    n_bytes: int
-    digest: bytes
-    header: GGUFHeader
-    vocabulary: Vocabulary | None
-
-
-_latest: _Head | None = None
-
-
-def _known_head(path: Path) -> _Head | None:
-    """The head that was read last, where it is that of this file, to the byte."""
-    head = _latest
-    if head is None or head.path != path:
-        return None
-    try:
-        is_same = path.stat().st_size == head.size and _digest(path, head.n_bytes) == head.digest
-    except OSError:
-        return None
-    return head if is_same else None
-
-
-def _remember_head(file: GGUFFile, vocabulary: Vocabulary | None) -> None:
-    global _latest
-    n_bytes = min(tensor.offset for tensor in file.header.tensors.values())
-    fields = {
-        key: [] if isinstance(value, list) and len(value) > SHORT_LIST else value
-        for key, value in file.header.fields.items()
-    }
-    header = dataclasses.replace(file.header, fields=fields)
-    try:
-        digest = _digest(file.path, n_bytes)
-    except OSError:  # it is gone meanwhile
-        return
-    _latest = _Head(file.path, len(file.data), n_bytes, digest, header, vocabulary)
-
-
-def _digest(path: Path, n_bytes: int) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.blake2b(file.read(n_bytes), digest_size=16).digest()
 
 
 def read_gguf(path: Path) -> Checkpoint:
@@ -193,12 +131,10 @@ def read_gguf(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: the file is cut off or damaged, or its model is not a Llama.
-        TokenizerError: its vocabulary is of a kind that is not known.
     """
     from minllama.vocabulary.gguf import from_gguf
 
-    known = _known_head(path)
-    file = open_gguf(path) if known is None else _mapped(path, known.header)
+    file = open_gguf(path)
     fields = file.header.fields
     with naming(path):
         check_architecture(fields)
@@ -233,11 +169,7 @@ def read_gguf(path: Path) -> Checkpoint:
         if name.endswith(".bias") and name not in tensors:
             tensors[name] = LazyTensor(shape, "zero", 0, partial(torch.zeros, shape))
     ignored += keys.unread()
-    if known is not None:
-        vocabulary = known.vocabulary
-    else:
-        vocabulary = from_gguf(fields, path)
-        _remember_head(file, vocabulary)
+    vocabulary = partial(from_gguf, fields, path)
     return Checkpoint(path, "GGUF", config, tensors, vocabulary, tuple(ignored))
 
 

@@ -87,9 +87,8 @@ def read_huggingface(path: Path) -> Checkpoint:
             tensors[ours] = _permuted(ours, tensor, config)
     with naming(path):
         check_extent(config, tensors)
-    return Checkpoint(
-        path, "Hugging Face", config, tensors, find_vocabulary(path), ignored=tuple(ignored)
-    )
+    vocabulary = partial(find_vocabulary, path)
+    return Checkpoint(path, "Hugging Face", config, tensors, vocabulary, tuple(ignored))
 
 
 def write_huggingface(

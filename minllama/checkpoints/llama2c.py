@@ -119,7 +119,7 @@ def read_torch_checkpoint(path: Path) -> Checkpoint:
     with naming(path):
         config = config_from_args(args, tensors)
         check_extent(config, lazy_tensors)
-    vocabulary = find_vocabulary(path.parent)
+    vocabulary = partial(find_vocabulary, path.parent)
     return Checkpoint(
         *(path, "llama2.c .pt", config, lazy_tensors, vocabulary, tuple(ignored)), ends_at_bos=True
     )
@@ -289,7 +289,7 @@ def read_llama2c_bin(path: Path) -> Checkpoint:
     with naming(path):
         check_extent(layout.config, tensors)
     kind = f"version {layout.version}" if layout.version else "legacy"
-    vocabulary = find_vocabulary(path.parent)
+    vocabulary = partial(find_vocabulary, path.parent)
     name = f"llama2.c .bin ({kind})"
     return Checkpoint(path, name, layout.config, tensors, vocabulary, ends_at_bos=True)
 

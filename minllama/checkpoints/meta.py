@@ -75,7 +75,8 @@ def read_meta(path: Path) -> Checkpoint:
         _check_shard_count(config, shards)
         check_extent(config, tensors)
     ignored += sorted(UNUSED & set(params))
-    return Checkpoint(path, "Meta", config, tensors, find_vocabulary(path), tuple(ignored))
+    vocabulary = partial(find_vocabulary, path)
+    return Checkpoint(path, "Meta", config, tensors, vocabulary, tuple(ignored))
 
 
 def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> LlamaConfig:

@@ -364,13 +364,14 @@ def _open_base(
 ) -> tuple[Llama, Tokenizer]:
     try:
         checkpoint = open_checkpoint(source, tokenizer=tokenizer)
+        has_words = checkpoint.vocabulary is not None
     except MinllamaError as error:
         remedy = "; name where it is now with --base" if content["weights"] != "full" else ""
         remedy += ", its tokenizer with --tokenizer" if remedy and tokenizer else ""
         raise CheckpointError(
             f"{path}: its base model cannot be opened: {error}{remedy}"
         ) from error
-    if checkpoint.vocabulary is None:
+    if not has_words:
         raise CheckpointError(f"{checkpoint.path}: there is no tokenizer, and {path} needs one")
     with described_by(path):
         dtype, quantize = form.resolved(checkpoint, content["base"])

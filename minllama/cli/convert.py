@@ -65,12 +65,13 @@ def command(
         from minllama.llama import Llama
 
     checkpoint = open_checkpoint(src, tokenizer=tokenizer)
+    vocabulary = checkpoint.vocabulary
     dtype = dtype or ("float32" if target == "llama2c" else _stored_dtype(checkpoint))
     # Through the model: names, shapes and numbers are checked before anything is written.
     # A GGUF file has norms and biases in float32 whatever its matrices are in.
     loaded_dtype = torch_dtype("float32" if target == "gguf" else dtype)
     model = Llama.from_checkpoint(checkpoint, dtype=loaded_dtype, device="cpu")
-    tensors, vocabulary = model.state_dict(), checkpoint.vocabulary
+    tensors = model.state_dict()
     if target == "hf":
         write_huggingface(dst, model.config, tensors, vocabulary=vocabulary)
     elif target == "gguf":
