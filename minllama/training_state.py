@@ -25,7 +25,8 @@ CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
 STATE, WEIGHTS, MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"
 PRIOR = "prior.safetensors"
 FORMAT = 1
-NEUTRAL_OPTIONS = ("save_every", "tensorboard")  # a run may go on with others: no number changes
+# A run may go on with others: they change none of its numbers.
+NEUTRAL_OPTIONS = ("no_calibration", "save_every", "tensorboard")
 
 Fingerprint: TypeAlias = Mapping[str, Any]
 Row: TypeAlias = dict[str, Any]

@@ -72,6 +72,14 @@ def test_a_run_may_be_resumed_with_the_data_under_another_name_but_not_with_othe
     )
 
 
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_whether_to_calibrate_can_be_chosen_anew_when_a_run_goes_on(make_experiment, is_wanted):
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(make_experiment(no_calibration=is_wanted), say=Heard(interrupt_after=2))
+    outcome = run_experiment(make_experiment(no_calibration=not is_wanted), resume=True)
+    assert (outcome.classifier.temperature != 1) == is_wanted
+
+
 @pytest.mark.parametrize("content", ["{", '{"layer": 2}', '{"layer": 9, "pooling": "mean"}', "[]"])
 def test_a_damaged_choice_of_layer_is_refused(make_experiment, tmp_path, content):
     with pytest.raises(KeyboardInterrupt):
@@ -216,6 +224,19 @@ def test_names_of_layers_that_are_not_there_are_found_before_texts_are_computed(
         run_experiment(experiment, say=heard)
     assert heard.titles == []
     assert not experiment.output.exists()
+
+
+@pytest.mark.parametrize("layer", ["1", "2", "auto"])
+def test_names_in_layers_that_cannot_come_to_run_are_found_before_texts_are_computed(
+    make_experiment, layer
+):
+    experiment = make_experiment(layer=layer)
+    only_last = LoRAOptions(target_modules=("layers.1.feed_forward.w1",))
+    heard = Heard(interrupt_after=1)
+    refused = OptionError if layer == "1" else KeyboardInterrupt
+    with pytest.raises(refused, match="names nothing" if layer == "1" else None):
+        run_experiment(dataclasses.replace(experiment, lora=only_last), say=heard)
+    assert (heard.titles == []) == (layer == "1")
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,14 @@ def _choices(llama: Llama, options: ClassifierOptions) -> list[Choice]:
     return sorted({(layer, pooling) for _, pooling in choices})
 
 
+def most_layers(llama: Llama, options: ClassifierOptions) -> int:
+    """How many layers a classifier may come to run, before it is known how many it does."""
+    if options.objective == "label-words":
+        return llama.config.n_layers
+    deepest = max(_choices(llama, options))
+    return (_with_more_layers(deepest, llama) if options.layer == "auto" else deepest)[0]
+
+
 def _some_rows(train: Dataset, n: int, seed: int) -> Dataset:
     """About `n` rows, drawn at random, but some of each class: a head must have seen them all."""
     if len(train) <= n:

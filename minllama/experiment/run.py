@@ -29,6 +29,7 @@ from minllama.experiment.fitting import (
     make_head,
     make_trainable,
     make_zero_shot,
+    most_layers,
     training_options,
     weights_form,
     without_shots,
@@ -231,7 +232,7 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
         **{**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})},
     )
     if options.method == "lora":  # names that are not there are found before texts are read
-        matching_modules(llama, experiment.lora.target_modules, None)
+        matching_modules(llama, experiment.lora.target_modules, range(most_layers(llama, options)))
     return llama.requires_grad_(False), tokenizer
 
 
