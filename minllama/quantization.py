@@ -254,6 +254,33 @@ def replace_by_quantized(model: nn.Module, name: str, parts: Parts, dtype: torch
     model.set_submodule(name, new)
 
 
+def replace_by_numbers(model: nn.Module) -> bool:
+    """Put a plain linear layer or embedding in float32 in the place of each quantised module.
+
+    So too where the numbers are kept in half precision and computed with in float32. What is
+    computed stays the same but for the rounding of activations.
+
+    Returns:
+        Whether there were any.
+    """
+    compact = QuantizedWeight, WidenedLinear, WidenedEmbedding
+    found = {name: module for name, module in model.named_modules() if isinstance(module, compact)}
+    for name, old in found.items():
+        weight = (
+            old.dequantize() if isinstance(old, QuantizedWeight) else old.weight.detach().float()
+        )
+        new: nn.Linear | nn.Embedding
+        if isinstance(old, QuantizedEmbedding | WidenedEmbedding):
+            new = nn.Embedding(*weight.shape, _weight=weight)
+        else:
+            new = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            new.weight = nn.Parameter(weight)
+            bias: Any = old.bias
+            new.bias = None if bias is None else nn.Parameter(bias.detach().float())
+        model.set_submodule(name, new.requires_grad_(False).train(old.training))
+    return bool(found)
+
+
 def check_quantize(how: str | None) -> None:
     """Refuse a word that is none of `QUANTIZE` with an OptionError."""
     if how is not None and how not in QUANTIZE:

@@ -9,14 +9,14 @@ import torch
 
 from minllama.checkpoints import open_checkpoint, write_gguf
 from minllama.classifier import LlamaEmbeddingClassifier, load_classifier
-from minllama.classifier.files import merge_classifier
+from minllama.classifier.files import SAMPLE, merge_classifier
 from minllama.classifier.identity import base_tensors, weights_digest, weights_digest_of_source
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.experiment import run_experiment
 from minllama.experiment.fitting import weights_form
 from minllama.llama import load_pretrained
 from minllama.loading import reading_form
-from minllama.lora import add_lora_wrapper, lora_parameters
+from minllama.lora import add_lora_wrapper, lora_parameters, merge_lora
 from minllama.native import library, operations
 from minllama.quantization import QuantizedWeight
 from minllama.tokenizer import Tokenizer
@@ -86,8 +86,26 @@ def test_stored_blocks_and_their_numbers_classify_alike(blocks, tmp_path):
     np.testing.assert_allclose(dense.predict_logits(TEXTS), stored.predict_logits(TEXTS), atol=2e-3)
     merge_classifier(dense)
     np.testing.assert_allclose(dense.predict_logits(TEXTS), stored.predict_logits(TEXTS), atol=2e-3)
+
+
+@pytest.mark.parametrize("how", ["stored", "int8", "int4"])
+def test_merging_keeps_what_the_adapter_was_trained_beside(blocks, tmp_path, how):
+    classifier = classifier_on(blocks, how, adapter=True)
+    before = classifier.predict_logits(TEXTS)
     with pytest.raises(MinllamaError, match="without quantize"):
-        merge_classifier(stored)
+        merge_lora(classifier.llama)
+    prompts = [classifier.encode(text) for text in SAMPLE]
+    with torch.no_grad():
+        sample = classifier.compute_logits(prompts)
+        drift = merge_classifier(classifier)
+        assert drift == float((classifier.compute_logits(prompts) - sample).abs().max())
+    assert not quantised(classifier)
+    classifier.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "classifier.json").read_text())
+    assert (content["weights"], content["base"]["quantize"]) == ("full", None)
+    after = load_classifier(tmp_path, device="cpu")
+    np.testing.assert_allclose(after.predict_logits(TEXTS), before, atol=2e-3)
+    assert drift < 2e-3
 
 
 def test_another_base_in_blocks_is_refused(blocks, tmp_path):

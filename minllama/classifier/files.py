@@ -25,7 +25,7 @@ from minllama.checkpoints import Checkpoint, open_checkpoint
 from minllama.checkpoints.huggingface import WEIGHT_FILES, write_files
 from minllama.checkpoints.layout import naming
 from minllama.checkpoints.source import canonical_name, source_of
-from minllama.classifier.base import Classifier
+from minllama.classifier.base import Classifier, evaluating
 from minllama.classifier.base_model import (
     Identity,
     identity_of,
@@ -56,6 +56,7 @@ from minllama.llama import Llama
 from minllama.loading import reading_form, slow_dtype, usable_device
 from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper
 from minllama.options import PromptOptions
+from minllama.quantization import replace_by_numbers
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import load_vocabulary
 from minllama.vocabulary.huggingface import FILES as TOKENIZER_FILES
@@ -311,11 +312,19 @@ SAMPLE = (
 )
 
 
-def merge_classifier(classifier: Classifier) -> float:
+def merge_classifier(classifier: Classifier, *, dtype: torch.dtype | None = None) -> float:
     """Make the adapter of a classifier part of its weights; it can then stand alone.
 
+    A base in fewer bits becomes the float32 numbers that these stand for: the adapter was trained
+    beside them, not beside what they were rounded from.
+
+    Args:
+        classifier: changed in place.
+        dtype: of the merged model; None for what it is, and float32 for a base in fewer bits.
+
     Returns:
-        The largest change of a logit on a few sample texts: the rounding of the merged weights.
+        The largest change of a logit on a few sample texts: of merged weights that are rounded, and
+        of activations that were, beside a base in fewer bits.
 
     Raises:
         MinllamaError: it has no adapter, or the merged weights are not finite.
@@ -324,12 +333,19 @@ def merge_classifier(classifier: Classifier) -> float:
         raise MinllamaError(
             "the classifier has no adapter to merge; copy its folder, or use it as it is"
         )
+    llama = classifier.llama
     prompts = [classifier.encode(text) for text in SAMPLE]
-    drift = merge_lora(classifier, sample=lambda: classifier.compute_logits(prompts))
-    remove_lora_wrapper(classifier.llama)
-    classifier.llama.source = None  # these weights are in no file yet
-    assert drift is not None
-    return drift
+    with evaluating(classifier), torch.no_grad():
+        before = classifier.compute_logits(prompts)
+        if replace_by_numbers(llama):
+            llama.float()
+            llama.quantize = None
+        merge_lora(classifier)
+        remove_lora_wrapper(llama)
+        if dtype is not None:
+            llama.to(dtype)
+        llama.source = None  # these weights are in no file yet
+        return float((classifier.compute_logits(prompts) - before).abs().max())
 
 
 class Form(NamedTuple):

@@ -5,7 +5,12 @@ from pathlib import Path
 import click
 
 from minllama.atomic import check_folder_writable, check_replaceable
-from minllama.cli.common import classifier_options, debug_option, ended_by_interrupts
+from minllama.cli.common import (
+    classifier_options,
+    debug_option,
+    ended_by_interrupts,
+    torch_dtype,
+)
 from minllama.errors import MinllamaError
 
 
@@ -39,12 +44,10 @@ def command(
         from minllama.experiment.measuring import saved_headlines
 
     source = Path(classifier)
-    loaded = load_classifier(
-        source, model=base, tokenizer=tokenizer, dtype=dtype, device=device, quantize="none"
-    )
+    loaded = load_classifier(source, model=base, tokenizer=tokenizer, dtype=dtype, device=device)
     check_not_base(Path(dst), loaded.llama.source and source_of(loaded.llama.source))
     metrics = saved_headlines(source)
-    drift = merge_classifier(loaded)
+    drift = merge_classifier(loaded, dtype=torch_dtype(dtype))
     merged = {"merged from": classifier, "largest drift of a logit": float(f"{drift:.2g}")}
     save_classifier(
         loaded,
