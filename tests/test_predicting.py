@@ -11,7 +11,7 @@ from minllama.classifier.label_scores import SharedPrefix
 from minllama.data import BadRows, count_rows
 from minllama.errors import DataError, OptionError
 from minllama.experiment import predicting
-from minllama.experiment.predicting import described, first_row, last_record, predict_stream
+from minllama.experiment.predicting import Done, described, predict_stream, read_done
 from minllama.options import DataOptions, PromptOptions
 from tests.classifier_cases import embedding, tiny_llama, zero_shot
 
@@ -140,8 +140,8 @@ def test_a_chunk_is_written_before_later_rows_are_read(monkeypatch):
 
     read = []
 
-    def endless(source, data, *, start, bad_rows):
-        for i in itertools.count(start):
+    def endless(source, data, *, bad_rows):
+        for i in itertools.count():
             read.append(i)
             yield Row(i, f"line {i + 1}", f"text {i}", {})
 
@@ -167,9 +167,9 @@ def test_bad_rows_end_the_stream_or_are_counted(tmp_path):
 
 
 def gone_on_with(output, classifier, source, data=DATA):
-    last, end = last_record(output)
-    rest = lines_of(classifier, source, last=last, data=data)
-    return output.read_bytes()[:end] + "".join(rest).encode()
+    done = read_done(output)
+    rest = lines_of(classifier, source, done=done, data=data)
+    return output.read_bytes()[: done.end] + "".join(rest).encode()
 
 
 @pytest.mark.parametrize("kind", [embedding, zero_shot])
@@ -198,24 +198,38 @@ def test_skipped_rows_do_not_shift_what_is_gone_on_with(tmp_path):
 def test_another_input_or_classifier_is_refused(rows, tmp_path):
     classifier, output = embedding(), tmp_path / "out.jsonl"
     output.write_text("".join(lines_of(classifier, rows)[:6]))
-    last, _ = last_record(output)
-    assert first_row(last) == 4
-    changed = tmp_path / "changed.txt"
-    changed.write_text(rows.read_text().replace(last["text"], "new 5"))
-    shorter = tmp_path / "shorter.txt"
-    shorter.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]))
-    for other in (changed, shorter):
-        with pytest.raises(DataError, match="no such row with that text"):
-            lines_of(classifier, other, last=last)
-    for another in (
-        embedding(labels=("good", "bad", "other")),
-        embedding(llama=tiny_llama(seed=3)),
-        zero_shot(),
-    ):
-        if hasattr(another, "pooling"):
+    done = read_done(output)
+    assert (done.start, done.n_before, len(done.records)) == (4, 4, 2)
+    lines, changed = rows.read_text().splitlines(keepends=True), tmp_path / "changed.txt"
+    for i in (4, 5):
+        changed.write_text("".join([*lines[:i], "new\n", *lines[i + 1 :]]))
+        with pytest.raises(DataError, match=f"row {i} where .* no such row with that text"):
+            lines_of(classifier, changed, done=done)
+    for kept, message in ((3, "4 records of the rows before number 4, and .* has 3"), (4, "row 5")):
+        changed.write_text("".join(lines[:kept]))
+        with pytest.raises(DataError, match=message):
+            lines_of(classifier, changed, done=done)
+    nearly = embedding()
+    nearly.score.weight.data *= 1.2
+    others = embedding(labels=("good", "bad", "other")), embedding(llama=tiny_llama(seed=3))
+    for another in (nearly, *others, zero_shot()):
+        if another in others:
             another.score.weight.data.normal_(std=2.0)
         with pytest.raises(DataError, match="this classifier says something else"):
-            lines_of(another, rows, last=last)
+            lines_of(another, rows, done=done)
+
+
+def test_records_that_are_missing_or_out_of_order_are_found(rows, tmp_path):
+    classifier, output = embedding(), tmp_path / "out.jsonl"
+    lines = lines_of(classifier, rows)
+    for missing in range(6):
+        output.write_text("".join([*lines[:missing], *lines[missing + 1 : 7]]))
+        with pytest.raises(DataError, match=r"3 records of the rows before|no such row"):
+            lines_of(classifier, rows, done=read_done(output))
+    for order in ((0, 2, 1), (0, 1, 1), (1, 0)):
+        output.write_text("".join(lines[i] for i in order))
+        with pytest.raises(DataError, match=r"line \d: not a prediction .*row \d behind row \d"):
+            read_done(output)
 
 
 NO_RECORDS = {
@@ -226,6 +240,8 @@ NO_RECORDS = {
     "a flag as index": b'{"index": true, "text": "a", "probabilities": {}}\n',
     "no UTF-8": b'{"index": 0, "text": "\xff"}\n',
     "nested": b"[" * 100_000 + b"\n",
+    "notes without an end of line": b"my only notes",
+    "one character": b"[",
 }
 
 
@@ -234,13 +250,13 @@ def test_a_file_of_something_else_is_refused_and_kept(tmp_path, case):
     output = tmp_path / "out.jsonl"
     output.write_bytes(NO_RECORDS[case])
     with pytest.raises(DataError, match="line 1: not a prediction") as caught:
-        last_record(output)
+        read_done(output)
     assert "\n" not in str(caught.value)
     assert output.read_bytes() == NO_RECORDS[case]
 
 
 def test_no_file_and_no_whole_line_are_a_start(tmp_path):
-    assert last_record(tmp_path / "none.jsonl") == (None, 0)
+    assert read_done(tmp_path / "none.jsonl") == Done()
     assert not (tmp_path / "none.jsonl").exists()
     (tmp_path / "half.jsonl").write_bytes(b'{"index": 0, "te')
-    assert last_record(tmp_path / "half.jsonl") == (None, 0)
+    assert read_done(tmp_path / "half.jsonl") == Done()

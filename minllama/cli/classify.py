@@ -281,19 +281,18 @@ def _classify_rows(
     from minllama.cli.waiting import ConsoleSay
     from minllama.data import BadRows, count_rows
     from minllama.experiment.predicting import (
+        Done,
         described,
-        first_row,
-        last_record,
         predict_stream,
+        read_done,
         score_of,
     )
 
     bad_rows, say = BadRows(), ConsoleSay()
-    last, end = last_record(Path(output)) if resume else (None, 0)
-    start = first_row(last)
-    total = 0 if rows == "-" else count_rows(rows, data, start=start)[0]
-    if last is not None:
-        say.say(f"going on behind row {last['index']} of {rows}")
+    done = read_done(Path(output)) if resume else Done()
+    total = 0 if rows == "-" else count_rows(rows, data, start=done.start)[0]
+    if done.records:
+        say.say(f"going on behind row {done.records[-1]['index']} of {rows}")
     say.say(described(classifier))
     # On one terminal lines and bar would be in each other's way.
     has_bar = total > 0 and not (output == "-" and sys.stdout.isatty())
@@ -302,7 +301,7 @@ def _classify_rows(
         rows,
         data,
         output_format=output_format,
-        last=last,
+        done=done,
         bad_rows=bad_rows,
         progress=say.advance("classifying", total) if has_bar else None,
     )
@@ -310,9 +309,9 @@ def _classify_rows(
     try:
         # What cannot be done, or gone on with, is found in the first chunk: the file is untouched.
         first = next(chunks, [])
-        if rows == "-" and last is None and not first and not bad_rows.count:
+        if rows == "-" and not done.records and not first and not bad_rows.count:
             raise MinllamaError("standard input: holds no rows; pipe in a text on each line")
-        with _opened(output, end) as stream:
+        with _opened(output, done.end) as stream:
             for lines in itertools.chain([first], chunks):
                 stream.writelines(lines)
                 stream.flush()

@@ -6,11 +6,13 @@ output is then that of one that was not. Knows nothing of evaluation.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from minllama.classifier import LlamaZeroShotClassifier
 from minllama.classifier.base import Classifier
@@ -22,7 +24,30 @@ from minllama.evaluation import predictions
 from minllama.options import DataOptions
 
 CHUNK = 512  # rows that are sorted by length and computed together
-SAME_PROBABILITY = 0.05  # what rounding in bfloat16 may change when a chunk is computed again
+# What rounding may change when a chunk is computed again, perhaps on another machine: in float32,
+# and in halves.
+SAME_PROBABILITY, SAME_IN_HALVES = 0.002, 0.05
+RECORD_BEGINS = b'{"index": '
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an output holds already, of a run that was cut.
+
+    Attributes:
+        records: those of its last chunk, in order; empty where it holds none.
+        n_before: how many come before them.
+        end: where the last whole record ends, in bytes.
+    """
+
+    records: tuple[Mapping[str, Any], ...] = ()
+    n_before: int = 0
+    end: int = 0
+
+    @property
+    def start(self) -> int:
+        """The index of the row at which a run that goes on begins to compute."""
+        return _chunk_of(self.records[-1]["index"]) * CHUNK if self.records else 0
 
 
 def predict_stream(
@@ -31,7 +56,7 @@ def predict_stream(
     data: DataOptions,
     *,
     output_format: str = "jsonl",
-    last: Mapping[str, Any] | None = None,
+    done: Done | None = None,
     bad_rows: BadRows | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[list[str]]:
@@ -42,33 +67,55 @@ def predict_stream(
         source: as for `stream_rows`.
         data: format, columns, what to do with bad rows.
         output_format: `jsonl` or `labelled`.
-        last: the last record of an output to go on with. Its chunk is computed again, since
+        done: what the output holds that is gone on with. Its last chunk is computed again, since
             rounding depends on the company that a text is in; only what is behind it is given.
         bad_rows: counts those that are left out.
         progress: is told how many more texts are done.
 
     Raises:
-        DataError: the source cannot be read, a bad row that is not to be skipped, or `last` is not
+        DataError: the source cannot be read, a bad row that is not to be skipped, or `done` is not
             what this classifier says of this source.
         OptionError: labels cannot be told from the text in lines of `label ||| text`.
     """
     check_format(classifier, output_format)
-    rows = stream_rows(source, data, start=first_row(last), bad_rows=bad_rows)
+    done = done or Done()
+    rows = _rows_from(stream_rows(source, data, bad_rows=bad_rows), done, source)
+    records = done.records
     with classifier.steady():
-        for _, group in groupby(rows, key=lambda row: row.index // CHUNK):
+        for _, group in groupby(rows, key=lambda row: _chunk_of(row.index)):
             chunk = list(group)
             p = classifier.predict_proba([row.text for row in chunk], progress=progress)
-            done = 0
-            if last is not None:
-                done, last = _rows_done(classifier, last, chunk, p, source), None
-            yield list(prediction_lines(classifier, chunk[done:], p[done:], output_format))
-    if last is not None:
-        raise _other_input(last, source)
+            if records:
+                _check_same(classifier, records, chunk, p, source)
+            n, records = len(records), ()
+            yield list(prediction_lines(classifier, chunk[n:], p[n:], output_format))
+    if records:
+        raise _other_input(records[-1], source)
 
 
-def first_row(last: Mapping[str, Any] | None) -> int:
-    """The index of the row at which a run that goes on behind `last` begins to read."""
-    return 0 if last is None else int(last["index"]) // CHUNK * CHUNK
+def _chunk_of(index: int) -> int:
+    return index // CHUNK
+
+
+def _rows_from(rows: Iterator[Row], done: Done, source: Source) -> Iterator[Row]:
+    """The rows that are still to be computed, once those before them are found to be done.
+
+    Raises:
+        DataError: the output has not as many records of these.
+    """
+    n_before = 0
+    for row in rows:
+        if row.index >= done.start:
+            rows = chain([row], rows)
+            break
+        n_before += 1
+    if n_before != done.n_before:
+        raise DataError(
+            f"the output has {done.n_before:,} records of the rows before number {done.start:,}, "
+            f"and {source} has {n_before:,} there; give the input and options that the run began "
+            "with, or another --output"
+        )
+    return rows
 
 
 def check_format(classifier: Classifier, output_format: str) -> None:
@@ -135,26 +182,30 @@ def described(classifier: Classifier) -> str:
     return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
 
 
-def last_record(output: Path) -> tuple[Mapping[str, Any] | None, int]:
-    """The last whole record of a file of JSON lines, and where it ends, in bytes.
-
-    None and 0 where the file is not there, or holds no whole line.
+def read_done(output: Path) -> Done:
+    """What a file of JSON lines holds of a run that is to go on: nothing if it is not there.
 
     Raises:
-        DataError: it cannot be read, or holds something else.
+        DataError: it cannot be read, or holds something else, or records out of order.
     """
-    last, end, number = None, 0, 0
+    records: list[Mapping[str, Any]] = []
+    n_before, end, number = 0, 0, 0
     try:
         with output.open("rb") as file:
             for line in file:
                 number += 1
                 if not line.endswith(b"\n"):
+                    if line[: len(RECORD_BEGINS)] != RECORD_BEGINS[: len(line)]:
+                        raise ValueError("nor the beginning of one")
                     break
-                found = json.loads(line)
-                is_whole = isinstance(found["probabilities"], dict) and type(found["text"]) is str
-                if type(found["index"]) is not int or not is_whole:
-                    raise ValueError("index, text or probabilities are of another type")
-                last, end = found, end + len(line)
+                found = _record_of(line)
+                if records and found["index"] <= records[-1]["index"]:
+                    raise ValueError(f"row {found['index']} behind row {records[-1]['index']}")
+                if records and _chunk_of(found["index"]) != _chunk_of(records[-1]["index"]):
+                    n_before += len(records)
+                    records.clear()
+                records.append(found)
+                end += len(line)
     except FileNotFoundError:
         pass
     except OSError as error:
@@ -165,38 +216,47 @@ def last_record(output: Path) -> tuple[Mapping[str, Any] | None, int]:
             f"{output}, line {number}: not a prediction of `minllama classify` ({what}); "
             "name another file"
         ) from error
-    return last, end
+    return Done(tuple(records), n_before, end)
 
 
-def _rows_done(
+def _record_of(line: bytes) -> Mapping[str, Any]:
+    found = json.loads(line)
+    is_whole = isinstance(found["probabilities"], dict) and type(found["text"]) is str
+    if type(found["index"]) is not int or not is_whole:
+        raise ValueError("index, text or probabilities are of another type")
+    record: Mapping[str, Any] = found
+    return record
+
+
+def _check_same(
     classifier: Classifier,
-    last: Mapping[str, Any],
+    records: Iterable[Mapping[str, Any]],
     chunk: list[Row],
     probabilities: Any,
     source: Source,
-) -> int:
-    """How many rows of a chunk are in an output that ends with the record `last`."""
-    place = next((i for i, row in enumerate(chunk) if row.index == last["index"]), None)
-    if place is None or chunk[place].text != last["text"]:
-        raise _other_input(last, source)
-    was, now = (
-        last["probabilities"],
-        dict(zip(classifier.labels, probabilities[place], strict=True)),
-    )
-    is_alike = was.keys() == now.keys() and last.get("score") == score_of(classifier)
-    if not is_alike or any(
-        not isinstance(p, int | float) or abs(p - now[name]) > SAME_PROBABILITY
-        for name, p in was.items()
-    ):
-        raise DataError(
-            f"the output ends with row {last['index']}, and of that row this classifier says "
-            "something else; give the one that the run began with, or another --output"
-        )
-    return place + 1
+) -> None:
+    """Refuse records that are not what this classifier says of the first rows of their chunk."""
+    in_halves = classifier.llama.dtype != torch.float32
+    most = SAME_IN_HALVES if in_halves else SAME_PROBABILITY
+    for number, record in enumerate(records):
+        row = chunk[number] if number < len(chunk) else None
+        if row is None or (row.index, row.text) != (record["index"], record["text"]):
+            raise _other_input(record, source)
+        was = record["probabilities"]
+        now = dict(zip(classifier.labels, probabilities[number], strict=True))
+        is_alike = was.keys() == now.keys() and record.get("score") == score_of(classifier)
+        if not is_alike or any(
+            not isinstance(p, int | float) or not abs(p - now[name]) <= most
+            for name, p in was.items()
+        ):
+            raise DataError(
+                f"the output holds row {record['index']}, and of that row this classifier says "
+                "something else; give the one that the run began with, or another --output"
+            )
 
 
-def _other_input(last: Mapping[str, Any], source: Source) -> DataError:
+def _other_input(record: Mapping[str, Any], source: Source) -> DataError:
     return DataError(
-        f"the output ends with row {last['index']}, and {source} has no such row with that text; "
+        f"the output holds row {record['index']} where {source} has no such row with that text; "
         "give the input that the run began with, or another --output"
     )

@@ -220,8 +220,7 @@ class LoRALayer(nn.Module):
         if isinstance(self.base, QuantizedLinear):
             raise MinllamaError(
                 "quantised weights cannot take an adapter in without being rounded anew; load the "
-                "model without quantize, and the adapter on it, and merge there; merge_classifier() takes "
-                "them as the numbers that they stand for"
+                "model without quantize, and the adapter on it, and merge there"
             )
         weight = dense_weight(self.base)
         for name, share in self.active.items():
