@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 STORY = "The old lighthouse keeper had not spoken to anyone for weeks. One evening, however,"
 QUESTION = "{text} Is this movie {labels}? This movie is"
 METHODS = {"finetune": "full", "lora": "lora"}
+FLAGS = {"max_len": "--max_sentence_len", "dropout": "--hidden_dropout_prob"}  # of our options
 LEARNING_RATES = {"finetune": 2e-5, "lora": 3e-4}
 
 
@@ -70,7 +71,9 @@ def main(given: list[str] | None = None) -> int:
     try:
         {"generate": generate, "prompt": prompt}.get(args.option, train)(args)
     except (MinllamaError, OSError) as error:
-        print(f"run_llama.py: {' '.join(str(error).split())}", file=sys.stderr)
+        said = " ".join(str(error).split())
+        name, _, rest = said.partition(" ")
+        print(f"run_llama.py: {FLAGS.get(name, name)} {rest}".rstrip(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -145,6 +148,8 @@ def train(args: argparse.Namespace) -> None:
 
     need(args, "train", "dev")
     check_outputs(args, *prediction_files(args))
+    if args.output == "":
+        raise MinllamaError("the name of --output is empty; name a folder, or leave it away")
     lr = LEARNING_RATES[args.option] if args.lr is None else args.lr
     output = args.output or f"runs/{args.option}-{args.epochs}-{lr:g}"
     say = console()
@@ -277,12 +282,18 @@ def check_outputs(args: argparse.Namespace, *names: str) -> None:
         for other in names[:i]:
             if Path(path).resolve() == Path(getattr(args, other)).resolve():
                 raise MinllamaError(f"--{name} and --{other} are both {path}; name another")
-        for read in ("train", "dev", "test", "label_names"):
+        for read in ("train", "dev", "test", "label_names", "pretrained_model_path", "tokenizer"):
             source = getattr(args, read)
-            if source is not None and is_source(path, source):
+            if source is not None and any(is_source(path, file) for file in files_of(source)):
                 flag = read.replace("_", "-")
-                raise MinllamaError(f"--{name} {path} is the file of --{flag}; name another")
+                raise MinllamaError(f"--{name} {path} is a file of --{flag}; name another")
         check_file_writable(path)
+
+
+def files_of(source: str) -> list[str]:
+    """What is read of a source: itself, or the files of a folder."""
+    folder = Path(source).expanduser()
+    return [str(path) for path in folder.iterdir()] if folder.is_dir() else [source]
 
 
 def write_lines(path: str, lines: list[str]) -> None:

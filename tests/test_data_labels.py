@@ -41,6 +41,7 @@ def test_a_label_for_whose_sake_none_is_used_is_named(
     assert str(notice) == (
         f"{path}: {known} of {len(cells)} rows have a known label (line {line}: label 'x' is not "
         "one of 'a', 'b'); none of these labels is used"
+        + ("; --skip-bad-rows leaves the other rows out" if known != "none" else "")
     )
 
 
@@ -200,6 +201,55 @@ def test_lists_make_a_data_set_of_several_labels_a_row(tmp_path: Path) -> None:
     )
     assert dataset.class_counts() == [1, 1, 2]
     assert dataset.classes_of(0) == (0, 2)
+
+
+def test_a_list_behind_single_labels_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [
+        {"text": text, "label": label} for text, label in zip("abc", ("x", ["y"], "y"), strict=True)
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="line 2: a list of labels, where rows before it have one"):
+        load_dataset(path)
+    kept = load_dataset(path, DataOptions(skip_bad_rows=True))
+    assert (kept.texts, kept.labels, kept.multi_label) == (["a", "c"], [0, 1], False)
+    whole = load_dataset(path, DataOptions(multi_label=True))
+    assert whole.labels == [(0,), (1,), (1,)]
+
+
+def test_numbers_that_are_taken_for_names_by_position_are_said(tmp_path: Path) -> None:
+    path, names = tmp_path / "x.txt", tmp_path / "names.json"
+    path.write_text("1 ||| a\n0 ||| b\nbad ||| c\n")
+    dataset = load_dataset(path, label_names=["bad", "good"])
+    assert dataset.labels == [1, 0, 0]
+    (notice,) = dataset.notices
+    assert (notice.kind, notice.count) == ("numbers", 2)
+    assert "in their order: 0 = bad, 1 = good; --label-names FILE" in notice.message
+    path.write_text("good ||| a\nbad ||| c\n")
+    assert not load_dataset(path, label_names=["bad", "good"]).notices
+    path.write_text("1 ||| a\n0 ||| b\n")
+    names.write_text('{"good": 0, "bad": 1}')
+    dataset = load_dataset(path, DataOptions(label_names=str(names)), label_names=["bad", "good"])
+    assert (dataset.labels, dataset.notices) == ([0, 1], ())
+    assert not load_dataset(path, label_names=["0", "1"]).notices
+
+
+def test_rows_without_a_known_label_can_be_left_out_of_what_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,label\na,good\nb,odd\nc,\nd,bad\n")
+    known = {"label_names": ["bad", "good"], "needs_labels": False}
+    dataset = load_dataset(path, **known)
+    assert (dataset.labels, len(dataset)) == (None, 4)
+    assert "none of these labels is used; --skip-bad-rows leaves the other" in str(*dataset.notices)
+    dataset = load_dataset(path, DataOptions(skip_bad_rows=True), **known)
+    assert (dataset.texts, dataset.labels) == (["a", "d"], [1, 0])
+    (notice,) = dataset.notices
+    assert (notice.kind, notice.count) == ("skipped", 2)
+    assert "left out: 2 (" in notice.message
+    assert "'odd' is not one of 'bad', 'good'" in notice.message
+    path.write_text("text,label\na,-1\nb,-1\n")
+    dataset = load_dataset(path, DataOptions(skip_bad_rows=True), **known)
+    assert (len(dataset), dataset.labels) == (2, None)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,7 +183,7 @@ def test_what_cannot_be_written_is_found_before_the_work(files, capsys, monkeypa
     assert run(files, option, name, place, model="is never read") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"{name} dev.txt is the file of --dev" in error or "cannot write" in error
+    assert f"{name} dev.txt is a file of --dev" in error or "cannot write" in error
     assert (files / "dev.txt").read_bytes() == before
     assert not (files / "run").exists()
 
@@ -192,6 +193,18 @@ def test_what_cannot_be_written_is_found_before_the_work(files, capsys, monkeypa
     [
         (["--option", "lora", "--train", "a", "--dev", "b", "--lr", "0"], "lr must be > 0"),
         (["--option", "prompt", "--dev", "b", "--label-names", "none.json"], "none.json: No such"),
+        (
+            ["--option", "lora", "--train", "a", "--dev", "b", "--max_sentence_len", "2"],
+            "--max_sentence_len must be >= 4",
+        ),
+        (
+            ["--option", "lora", "--train", "a", "--dev", "b", "--hidden_dropout_prob", "1.5"],
+            "--hidden_dropout_prob must be in",
+        ),
+        (
+            ["--option", "lora", "--train", "a", "--dev", "b", "--output", ""],
+            "the name of --output is empty",
+        ),
         (["--option", "finetune"], "--option finetune needs --train FILE"),
         (["--option", "prompt"], "--option prompt needs --label-names FILE"),
         (["--pretrained-model-path", "nowhere/at/all.pt"], "nowhere/at/all.pt"),
@@ -267,4 +280,15 @@ def test_files_that_would_replace_one_another_are_refused(files, base, capsys):
     assert run(files, "lora", *same, model=base) == 2
     assert "--test_out and --dev_out are both" in capsys.readouterr().err
     assert run(files, "lora", "--dev_out", files / "names.json", model=base) == 2
-    assert "is the file of --label-names" in capsys.readouterr().err
+    assert "is a file of --label-names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--pretrained-model-path", "--tokenizer"])
+@pytest.mark.parametrize("name", ["", "model.safetensors"])
+def test_the_model_is_not_written_over(files, base, capsys, flag, name):
+    copy = shutil.copytree(base, files / "model") / "model.safetensors"
+    before = copy.read_bytes()
+    given = ("--dev_out", copy, flag, copy.parent / name)
+    assert run(files, "prompt", *given, model=base) == 2
+    assert f"model.safetensors is a file of {flag}" in capsys.readouterr().err
+    assert copy.read_bytes() == before

@@ -5,7 +5,7 @@ models or batches.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
@@ -16,6 +16,7 @@ from minllama.data.source import Source, open_table
 from minllama.errors import DataError, OptionError
 from minllama.options import DataOptions
 
+MOST_SHOWN = 10  # names of classes in a notice
 COLUMNS_FROM = 100  # rows that tell which columns a file has, where each row has its own
 
 Labels = list[int] | list[tuple[int, ...]]
@@ -31,7 +32,10 @@ class Notice:
         count: of the rows, texts or classes that it is about.
     """
 
-    kind: Literal["skipped", "unlabelled", "case", "conflicts", "absent", "duplicates", "one-class"]
+    kind: Literal[
+        *("skipped", "unlabelled", "numbers", "case", "conflicts", "absent", "duplicates"),
+        "one-class",
+    ]
     message: str
     count: int
 
@@ -111,7 +115,11 @@ def load_dataset(
         rows, columns = _columns_of(table)
         text_column, label_column = _text_and_label(table.name, columns, options, needs_labels)
         reader = _label_reader(table, label_column, options, label_names)
-        examples = _Examples(text_column, label_column, reader, needs_labels)
+        examples = _Examples(
+            *(text_column, label_column, reader),
+            needs_labels=needs_labels,
+            many=options.multi_label,
+        )
         for row in rows:
             examples.add(row)
         return examples.dataset(table.name, options)
@@ -121,17 +129,24 @@ class _Examples:
     """Collects the examples of one source, and its bad rows."""
 
     def __init__(
-        self, text_column: str, label_column: str | None, reader: LabelReader, needs_labels: bool
+        self,
+        text_column: str,
+        label_column: str | None,
+        reader: LabelReader,
+        *,
+        needs_labels: bool,
+        many: bool,
     ) -> None:
         self._text_column = text_column
         self._label_column = label_column
         self._reader = reader
         self._needs_labels = needs_labels
+        self._many = many
         self._bad_rows = BadRows()
         self._unread = BadRows()  # labels that nobody needs, and that are none
         self._texts: list[str] = []
         self._cells: list[list[Cell] | None] = []
-        self._has_lists = False
+        self._has_lists: bool | None = None  # as the first label is
 
     def add(self, row: Record | BadRow) -> None:
         try:
@@ -145,11 +160,12 @@ class _Examples:
             return
         self._texts.append(text)
         self._cells.append(cells)
-        self._has_lists = self._has_lists or isinstance(value, list)
 
     def _read_label(self, row: Record | BadRow, value: Any) -> list[Cell] | None:
         try:
             cells = self._reader.read(value)
+            if cells is not None:
+                self._check_kind(value)
         except ValueError as error:
             if self._needs_labels:
                 raise
@@ -163,6 +179,16 @@ class _Examples:
                 )
             raise ValueError("no label")
         return cells
+
+    def _check_kind(self, value: Any) -> None:
+        """Refuse a list behind single labels: it would make a text of each class a set of them."""
+        if self._has_lists is None:
+            self._has_lists = isinstance(value, list)
+        if isinstance(value, list) and not self._has_lists and not self._many:
+            raise ValueError(
+                "a list of labels, where rows before it have one label each; --multi-label takes "
+                "several for every row"
+            )
 
     def dataset(self, name: str, options: DataOptions) -> Dataset:
         """What was collected.
@@ -179,21 +205,37 @@ class _Examples:
             message = f"{name}: bad rows left out: {bad_rows.count} ({bad_rows.summary()})"
             notices.append(Notice("skipped", message, bad_rows.count))
         given = [cells for cells in self._cells if cells is not None]
-        if self._unread.count or 0 < len(given) < len(self._cells):
+        if options.skip_bad_rows and 0 < len(given) < len(self._cells):
+            notices.append(self._leave_out_unlabelled(name))
+        elif self._unread.count or 0 < len(given) < len(self._cells):
             notices.append(self._unlabelled(name, len(given)))
-        multi_label = options.multi_label or self._has_lists
+        if positions := self._reader.by_position:
+            notices.append(_numbers_as_names(name, positions))
+        multi_label = options.multi_label or bool(self._has_lists)
         labels, names = self._numbered(given, multi_label)
         said, column = tuple(notices), self._label_column
         return Dataset(self._texts, labels, names, name, multi_label, said, label_column=column)
 
+    def _leave_out_unlabelled(self, name: str) -> Notice:
+        """Keep the rows that can be measured, where some can."""
+        pairs = zip(self._texts, self._cells, strict=True)
+        kept = [(text, cells) for text, cells in pairs if cells is not None]
+        n = len(self._texts) - len(kept)
+        self._texts, self._cells = [text for text, _ in kept], [cells for _, cells in kept]
+        message = f"{name}: rows without a known label left out: {n}{self._why_unread()}"
+        return Notice("skipped", message, n)
+
+    def _why_unread(self) -> str:
+        if not self._unread.count:
+            return ""
+        return f" ({'; '.join(filter(None, (self._unread.summary(), self._reader.hint)))})"
+
     def _unlabelled(self, name: str, n_given: int) -> Notice:
         known = f"only {n_given}" if n_given else "none"
-        why = ""
-        if self._unread.count:
-            why = "; ".join(filter(None, (self._unread.summary(), self._reader.hint)))
+        remedy = "; --skip-bad-rows leaves the other rows out" if n_given else ""
         message = (
             f"{name}: {known} of {len(self._cells)} rows have a known label"
-            f"{why and f' ({why})'}; none of these labels is used"
+            f"{self._why_unread()}; none of these labels is used{remedy}"
         )
         return Notice("unlabelled", message, len(self._cells) - n_given)
 
@@ -208,6 +250,16 @@ class _Examples:
             return None, names
         rows = [tuple(sorted({index_of[cell] for cell in cells})) for cells in given]
         return rows if multi_label else [label for (label,) in rows], names
+
+
+def _numbers_as_names(name: str, positions: Mapping[int, str]) -> Notice:
+    shown = [f"{number} = {positions[number]}" for number in sorted(positions)]
+    more = f" and {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
+    message = (
+        f"{name}: its numbers are taken for classes in their order: "
+        f"{', '.join(shown[:MOST_SHOWN])}{more}; --label-names FILE says otherwise"
+    )
+    return Notice("numbers", message, len(shown))
 
 
 @dataclass(frozen=True, slots=True)

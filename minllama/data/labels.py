@@ -33,6 +33,7 @@ class LabelReader:
         known: as given, or the names of `numbers`.
         index_of: the class of each of them.
         hint: what else may help with labels that were refused; empty where nothing does.
+        by_position: numbers that were taken for names by their places among `known`, and the names.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class LabelReader:
         separator: str | None = None,
     ) -> None:
         self._names_are_given = numbers is not None
+        self.by_position: dict[int, str] = {}
         if known is None and numbers is not None:
             known = [numbers[number] for number in sorted(numbers)]
         elif known is not None and numbers is None and not any(map(_is_integer, known)):
@@ -101,6 +103,8 @@ class LabelReader:
             number = _integer(cell)
             same = name if name in self.index_of else str(number)
             name = self._numbers.get(number, same)
+            if number in self._numbers and not self._names_are_given:
+                self.by_position[number] = name
         if name not in self.index_of:
             no_number_is_a_name = not any(map(_is_integer, self.known))
             if _is_integer(cell) and no_number_is_a_name and not self._names_are_given:
