@@ -46,9 +46,12 @@ class KVCache:
     ) -> None:
         shape = (batch_size, config.n_kv_heads, capacity, config.head_dim)  # (B, K, S, C)
         # Zeros, not whatever memory holds: a masked slot still enters attention with weight 0, and
-        # 0 x NaN is NaN.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        # 0 x NaN is NaN. Ordinary tensors, which may be written to in any mode.
+        with torch.inference_mode(False):
+            self.keys = [
+                torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)
+            ]
+            self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.capacity = capacity
         self.lengths = [0] * batch_size
         self.native: Any = None
@@ -129,9 +132,18 @@ class KVCache:
         self.lengths = [old + new for old, new in zip(self.lengths, new_lens, strict=True)]
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
-        """Forget what lies beyond the first so many tokens, of every row or of each its own."""
+        """Forget what lies beyond the first so many tokens, of every row or of each its own.
+
+        Raises:
+            MinllamaError: a number is negative, or there are not as many as rows.
+        """
         if isinstance(lengths, int):
             lengths = [lengths] * self.batch_size
+        if len(lengths) != self.batch_size or min(lengths, default=0) < 0:
+            raise MinllamaError(
+                f"a cache of {self.batch_size} rows is cut to as many lengths of 0 or more, not to "
+                f"{lengths}"
+            )
         self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths, strict=True)]
 
     def grow(self, capacity: int) -> None:
@@ -165,6 +177,7 @@ class KVCache:
     def _repeat(self, stored: Tensor, n: int, capacity: int) -> Tensor:
         batch, heads, _, width = stored.shape
         filled = min(self.max_len, capacity)
-        grown = stored.new_zeros(batch * n, heads, capacity, width)
+        with torch.inference_mode(False):
+            grown = stored.new_zeros(batch * n, heads, capacity, width)
         grown[:, :, :filled] = stored[:, :, :filled].repeat_interleave(n, dim=0)
         return grown

@@ -9,7 +9,6 @@ kernels read. Knows nothing of what the tokens are for.
 
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,9 +139,8 @@ class GraphStep:
         with torch.inference_mode(False):
             n_places = 2 * llama.config.n_layers + 3
             self._places = torch.zeros(n_places, dtype=torch.int64, device=llama.device)
-        # What they are the addresses of; a cache is its owner's to keep.
-        self._keys: Callable[[], Tensor | None] = lambda: None
-        self._table: Tensor | None = None
+        self._known: list[int] = []  # what `places` holds
+        self._table: Tensor | None = None  # whose address is among them; a cache is its owner's
         # Whose addresses graphs know, whatever becomes of the modules.
         self._kept = [x.detach() for x in (*llama.parameters(), *llama.buffers())]
         self._walk, self._early = Walk(self._model, self._places, early=early), early
@@ -248,11 +246,11 @@ class GraphStep:
     def _point_to(self, cache: KVCache) -> None:
         """Tell the kernels where the cache and the rotations are."""
         table, keys = self._rope.table(cache.max_len + 1, self._model.device), cache.keys[0]
-        if self._keys() is keys and self._table is table:
-            return
         places = [*(x.data_ptr() for x in (*cache.keys, *cache.values)), table.data_ptr()]
-        self._places.copy_(torch.tensor([*places, keys.stride(0), keys.stride(1)]))
-        self._keys, self._table = weakref.ref(keys), table
+        places += [keys.stride(0), keys.stride(1)]
+        if places != self._known:
+            self._places.copy_(torch.tensor(places))
+            self._known, self._table = places, table
 
 
 def _stream_of(device: torch.device) -> int:

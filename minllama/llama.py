@@ -270,6 +270,8 @@ class Llama(LlamaPreTrainedModel):
             positions: (B, T), positions in the text; None counts each row's real tokens from 0.
                 With a cache only beside a (B, T, T) mask: its rows know how long they are.
             cache: holds the texts so far, of which `ids` are the continuation, and is advanced.
+                Weights may be written to meanwhile; another tensor in the place of one is sure to
+                be seen by a text that begins anew.
             logits: "all" positions, (B, T, V); "last" real one of each row, (B, V); those chosen
                 by a tensor of column indices, (B, N) or (1, N) for all rows, (B, N, V); or None.
 
@@ -506,9 +508,9 @@ class Llama(LlamaPreTrainedModel):
         """What runs short passes over this cache in compiled code; None for the modules here."""
         if torch.is_grad_enabled():
             return None
-        if self.device.type == "cuda" and (
-            cache.keys[0].dtype != self.dtype or torch.is_autocast_enabled("cuda")
-        ):
+        if self.device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(self.device.type):
+            return None
+        if self.device.type == "cuda" and cache.keys[0].dtype != self.dtype:
             return None
         known = cache.native
         if isinstance(known, Runner) and known.serves(self, self._version) and cache.max_len:

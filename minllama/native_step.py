@@ -24,7 +24,7 @@ from minllama.native.layout import (
     quantized_linear,
 )
 from minllama.native.library import call, library
-from minllama.native.operations import floats, most_rows
+from minllama.native.operations import floats, is_plain, most_rows
 from minllama.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -67,7 +67,7 @@ def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:
 
 
 def _is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
-    return isinstance(x, Tensor) and x.dtype in KINDS and x.is_cpu and tuple(x.shape) == shape
+    return is_plain(x) and x.dtype in KINDS and x.is_cpu and tuple(x.shape) == shape
 
 
 def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> bool:
@@ -91,7 +91,7 @@ class NativeStep:
 
     Args:
         llama: a `minllama.Llama` that `can_run`. Its tensors are read where they lie: an optimizer
-            may write to them, but a tensor that is replaced is not seen.
+            may write to them, but a tensor that is replaced is not seen (see `Llama.forward`).
         level: index into LEVELS; None for the best that there is.
     """
 
@@ -101,7 +101,6 @@ class NativeStep:
         self._vocab_size = llama.config.vocab_size
         self._dtype = llama.dtype
         self._model = self._describe(llama)
-        self._cache_of: list[Tensor] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -134,15 +133,16 @@ class NativeStep:
         hidden = floats(batch, length, self._model.dim)
         logits_of = logits_of.long().contiguous()
         logits = floats(len(logits_of), self._vocab_size)
-        self._point_to(cache)
+        # Looked up anew: several caches share a step, in several threads perhaps.
+        keys, values = _addresses(cache.keys), _addresses(cache.values)
         step = Step(
             n_tokens=batch * length,
             ids=ids.data_ptr(),
             rows=rows.data_ptr(),
             slots=slots.data_ptr(),
             rotation=turns.data_ptr(),
-            keys=ctypes.addressof(self._keys),
-            values=ctypes.addressof(self._values),
+            keys=ctypes.addressof(keys),
+            values=ctypes.addressof(values),
             cache_kind=KINDS[cache.keys[0].dtype],
             row_stride=cache.keys[0].stride(0),
             head_stride=cache.keys[0].stride(1),
@@ -153,14 +153,6 @@ class NativeStep:
         )
         call("step", self._model, step, level=self._level)
         return hidden.to(self._dtype), logits
-
-    def _point_to(self, cache: KVCache) -> None:
-        if self._cache_of is cache.keys:
-            return
-        pointers = ctypes.c_void_p * len(cache.keys)
-        self._keys = pointers(*(keys.data_ptr() for keys in cache.keys))
-        self._values = pointers(*(values.data_ptr() for values in cache.values))
-        self._cache_of = cache.keys
 
     def _describe(self, llama: Any) -> Model:
         config = llama.config
@@ -207,3 +199,7 @@ class NativeStep:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
+
+
+def _addresses(tensors: list[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

@@ -14,6 +14,7 @@ from minllama import graph_step
 from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.config import LlamaConfig
 from minllama.loading import load_weights, without_initial_values
+from minllama.quantization import state_in_numbers
 
 
 class LlamaPreTrainedModel(nn.Module):
@@ -136,9 +137,10 @@ class LlamaPreTrainedModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder (config.json, model.safetensors) that transformers loads.
 
-        The folder appears whole or not at all; other files in an existing one are kept.
+        The folder appears whole or not at all; other files in an existing one are kept. Weights in
+        fewer bits are written as the numbers that they stand for, in float32.
 
         Raises:
             MinllamaError: it cannot be written; what was there is untouched.
         """
-        write_huggingface(folder, self.config, self.state_dict())
+        write_huggingface(folder, self.config, state_in_numbers(self))

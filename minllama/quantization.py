@@ -281,6 +281,17 @@ def replace_by_numbers(model: nn.Module) -> bool:
     return bool(found)
 
 
+def state_in_numbers(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state as it was before it was quantised: each matrix in float32."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedWeight):
+            for part in ("quants", "scales", "mins"):
+                state.pop(f"{name}.{part}", None)
+            state[f"{name}.weight"] = module.dequantize()
+    return state
+
+
 def check_quantize(how: str | None) -> None:
     """Refuse a word that is none of `QUANTIZE` with an OptionError."""
     if how is not None and how not in QUANTIZE:

@@ -76,7 +76,9 @@ class RotaryEmbedding(nn.Module):
                 ),
             )
             every = torch.arange(length, device=device)
-            table = self._tables[device] = _unit_vectors(every, *frequencies(self.config))
+            table = _unit_vectors(every, *frequencies(self.config))
+            if operations.is_plain(table):  # what only describes one is not to be kept
+                self._tables[device] = table
         return table
 
 

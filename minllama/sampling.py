@@ -114,7 +114,8 @@ def check_chosen(ids: Sequence[int]) -> None:
     if any(token_id < 0 for token_id in ids):
         raise MinllamaError(
             "the model's logits are NaN or infinite: its weights are damaged, or its numbers do "
-            "not fit into their dtype; try --dtype bfloat16 or float32"
+            "not fit into their dtype; try --dtype bfloat16 or float32, and --quantize none where "
+            "weights are in fewer bits"
         )
 
 

@@ -10,7 +10,9 @@ from minllama.errors import MinllamaError
 
 
 def check_inputs(ids: Tensor, mask: Tensor | None) -> None:
-    """Refuse ids that are not (B, T), and a mask that is neither that nor (B, T, T)."""
+    """Refuse ids that are not whole numbers (B, T), and a mask that is not that nor (B, T, T)."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise MinllamaError(f"ids must be int64 or int32, not {ids.dtype}")
     if ids.dim() != 2 or 0 in ids.shape:
         raise MinllamaError(f"ids must be of shape (B, T), neither 0, not {tuple(ids.shape)}")
     if mask is not None and mask.shape not in (ids.shape, (*ids.shape, ids.shape[1])):

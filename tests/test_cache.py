@@ -89,6 +89,23 @@ def test_truncate_takes_a_length_for_each_row():
     assert cache.lengths == [1, 2]
 
 
+@pytest.mark.parametrize("lengths", [-1, [-1, 0], [1], [1, 1, 1]])
+def test_lengths_that_no_cache_has_are_refused(lengths):
+    cache = filled([4, 2])
+    with pytest.raises(MinllamaError, match="of 2 rows is cut to as many lengths of 0 or more"):
+        cache.truncate(lengths)
+    assert cache.lengths == [4, 2]
+
+
+def test_what_grew_in_inference_can_be_written_to_outside_of_it():
+    with torch.inference_mode():
+        cache = filled([2, 1], capacity=2)
+        cache.grow(7)
+        copy = cache.repeated(2, 8)
+    for tensor in (*cache.keys, *cache.values, *copy.keys, *copy.values):
+        assert not tensor.is_inference()
+
+
 def test_a_cache_grows_and_keeps_what_it_holds():
     cache = filled([2, 1], capacity=2)
     cache.grow(7)

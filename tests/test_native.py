@@ -1,8 +1,11 @@
 """Compiled code computes what the plain modules compute, at every level of instructions."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minllama import native_step
 from minllama.cache import KVCache
@@ -225,8 +228,81 @@ def test_models_and_passes_that_it_does_not_know_are_left_to_the_modules():
 
 def test_ids_out_of_the_vocabulary_are_refused():
     model = our_model(**SHAPE)
+    for cache in (None, model.new_cache(1, 4)):
+        with pytest.raises(MinllamaError, match=r"must be int64 or int32, not torch\.float32"):
+            model(torch.tensor([[3.0, 4.0]]), cache=cache)
     with torch.inference_mode(), pytest.raises(MinllamaError, match="from 0 to 60"):
         model(torch.tensor([[3, 61]]), cache=model.new_cache(1, 4))
+
+
+def test_copies_of_a_cache_are_continued_in_several_threads():
+    model = our_model(**SHAPE, max_seq_len=400)
+    prompt, others = random_ids(1, 20), [random_ids(1, 300, seed=i)[0] for i in (1, 2)]
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        beginning = model.new_cache(1, 400)
+        model(prompt, cache=beginning)
+        model(prompt[:, :1], cache=beginning)
+
+    def logits_of(ids, cache):
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return torch.cat([model(i.view(1, 1), cache=cache, logits="last").logits for i in ids])
+
+    try:
+        expected = [logits_of(ids, beginning.repeated(1, 400)) for ids in others]
+        copies = [beginning.repeated(1, 400) for _ in others]
+        assert copies[0].native.step is copies[1].native.step is not None
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(logits_of, others, copies))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_another_tensor_in_a_cache_is_read():
+    model, ids, new = our_model(**SHAPE), random_ids(1, 4), random_ids(1, 1, seed=5)
+    with torch.no_grad():
+        cache, other = model.new_cache(1, 8), model.new_cache(1, 8)
+        for each in (cache, other):
+            model(ids, cache=each)
+            model(new, cache=each)
+        assert cache.native.step is not None
+        for kept in (cache.keys, cache.values, other.keys, other.values):
+            kept[1] = kept[1] * 0.5
+        other.native = None
+        found, expected = (model(new, cache=each).logits for each in (cache, other))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("is_short_pass", [False, True])
+def test_autocast_is_for_the_modules(is_short_pass):
+    model = our_model(**SHAPE, max_seq_len=128)
+    new = random_ids(1, 1 if is_short_pass else 70, seed=5)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = model.new_cache(1, 80)
+        model(random_ids(1, 4), cache=cache, logits=None)
+        assert model(new, cache=cache).logits.dtype == torch.bfloat16
+
+
+def test_tensors_without_memory_go_the_plain_way():
+    model, ids = our_model(**SHAPE), random_ids(2, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(ids).logits.shape == (2, 5, 61)
+    with torch.no_grad():
+        model(ids)
+    exported = torch.export.export(model, (ids,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (ids,)).logits.square().mean()
+
+    parameters = dict(model.named_parameters())
+    gradients = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_a_library_that_is_missing_leaves_everything_to_torch(monkeypatch):

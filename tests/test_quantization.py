@@ -364,6 +364,28 @@ def test_adapters_learn_beside_quantised_weights(folder):
     assert torch.equal(model.layers[1].feed_forward.w2.base.quants, before)
 
 
+def test_no_matrix_in_numbers_is_kept_for_the_gradients_of_adapters(folder):
+    model = load_pretrained(folder, quantize="int8", dtype="float32")
+    add_lora_wrapper(model, "all-linear", r=4)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model(random_ids(1, 10)).logits.sum().backward()
+    wide = {(64, 64), (96, 64), (64, 96), (61, 64), (64, 61)}
+    assert kept
+    assert not [x for x in kept if x.is_floating_point() and tuple(x.shape) in wide]
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+def test_a_quantised_model_is_saved_in_the_numbers_that_it_computes_with(folder, tmp_path, how):
+    model = load_pretrained(folder, quantize=how, dtype="float32")
+    model.save_pretrained(tmp_path)
+    saved, ids = load_pretrained(tmp_path, dtype="float32"), random_ids(2, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(saved(ids).logits, model(ids).logits, atol=2e-3, rtol=0)
+    name = "layers.1.feed_forward.w2"
+    assert torch.equal(saved.get_submodule(name).weight, model.get_submodule(name).dequantize())
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_an_adapter_on_quantised_weights_is_that_on_their_numbers(folder, use_dora):
     quantised, dense = (

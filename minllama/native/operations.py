@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.function import once_differentiable
 
 from minllama.errors import MinllamaError
@@ -37,7 +38,16 @@ FEW_ROWS = 32
 
 def serves(x: Tensor) -> bool:
     """Whether the operations here take this tensor."""
-    return x.device.type == "cpu" and x.dtype in KINDS and library() is not None
+    return is_plain(x) and x.device.type == "cpu" and x.dtype in KINDS and library() is not None
+
+
+def is_plain(x: Any) -> bool:
+    """Whether a tensor has memory of its own, as those that only describe one have not.
+
+    Such are a FakeTensor (`torch.export`), and what stands for many or for a derivative inside of
+    `torch.func`.
+    """
+    return type(x) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(x)
 
 
 def floats(*shape: int) -> Tensor:
