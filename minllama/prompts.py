@@ -4,7 +4,7 @@ Knows nothing of models; the classifiers read what is made here.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from minllama.conversation import chat_template
 from minllama.errors import ContextError, MinllamaError
@@ -21,10 +21,12 @@ class EncodedPrompt:
     Attributes:
         ids: the prompt's token ids, up to where the first label departs from it.
         continuations: for each label, the ids that follow; empty where no labels are scored.
+        is_shortened: whether the text was, to fit.
     """
 
     ids: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...] = ()
+    is_shortened: bool = field(default=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -38,7 +40,8 @@ class PromptTemplate:
     Args:
         template: holds `{text}` once, and perhaps `{labels}`.
         tokenizer: of the model that reads the prompt.
-        labels: the label strings, joined by commas where `{labels}` stands.
+        labels: the label strings that may follow, joined by commas where `{labels}` stands.
+        names: what stands there where no labels follow.
         shots: pairs of a text and its label string, which come first, an empty line behind each.
         chat: the frame is a user's message in the model's chat template, and the label its answer.
         system: the system message of that chat.
@@ -55,6 +58,7 @@ class PromptTemplate:
         tokenizer: Tokenizer,
         *,
         labels: Sequence[str] = (),
+        names: Sequence[str] = (),
         shots: Sequence[tuple[str, str]] = (),
         chat: bool = False,
         system: str | None = None,
@@ -63,7 +67,8 @@ class PromptTemplate:
     ) -> None:
         if template.count("{text}") != 1:
             raise MinllamaError(f"a prompt must hold {{text}} exactly once: {template!r}")
-        if "{labels}" in template and not labels:
+        listed = labels or names
+        if "{labels}" in template and not listed:
             raise MinllamaError(f"there are no labels to stand for {{labels}}: {template!r}")
         if system is not None and not chat:
             raise MinllamaError("a system message needs a chat")
@@ -71,7 +76,7 @@ class PromptTemplate:
         self.max_len, self.keep_end, self.chat = max_len, keep_end, chat
         # Split first: a label may hold {text} itself, and is not a place for one.
         before, after = (
-            part.replace("{labels}", ", ".join(labels)) for part in template.split("{text}")
+            part.replace("{labels}", ", ".join(listed)) for part in template.split("{text}")
         )
         # A space parts a prompt from its label, unless the prompt ends with one of its own.
         self.separator = "" if chat or after[-1:].isspace() else " "
@@ -114,7 +119,7 @@ class PromptTemplate:
                 fits, best = middle, tried
             else:
                 too_long = middle
-        return best
+        return replace(best, is_shortened=True)
 
     def encode_constant(self) -> tuple[int, ...]:
         """The ids before the text, which all prompts share but perhaps for the last."""

@@ -269,14 +269,16 @@ def replace_by_numbers(model: nn.Module) -> bool:
         weight = (
             old.dequantize() if isinstance(old, QuantizedWeight) else old.weight.detach().float()
         )
+        out_features, in_features = weight.shape
         new: nn.Linear | nn.Embedding
         if isinstance(old, QuantizedEmbedding | WidenedEmbedding):
-            new = nn.Embedding(*weight.shape, _weight=weight)
+            new = nn.Embedding(out_features, in_features, _weight=weight)
         else:
-            new = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
-            new.weight = nn.Parameter(weight)
             bias: Any = old.bias
-            new.bias = None if bias is None else nn.Parameter(bias.detach().float())
+            new = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+            new.weight = nn.Parameter(weight)
+            if bias is not None:
+                new.bias = nn.Parameter(bias.detach().float())
         model.set_submodule(name, new.requires_grad_(False).train(old.training))
     return bool(found)
 

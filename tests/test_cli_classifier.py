@@ -112,6 +112,14 @@ WRONG = {
     ),
     "no rows": (("--train", "empty.txt"), "holds no rows"),
     "no text": (("--train", "blank.txt"), "line 1: the text is empty"),
+    "two files": (
+        ("--train", "a.txt", "--train", "b.txt"),
+        "--train is there 2 times, and takes one source; put the rows into one file",
+    ),
+    "full in halves": (
+        ("--method", "full", "--dtype", "bfloat16"),
+        "full training takes steps that bfloat16 rounds away; leave --dtype away",
+    ),
     "numbers in dev": (("--dev", "numbers.txt"), "--label-names FILE says which names"),
 }
 
@@ -125,9 +133,9 @@ def test_train_refuses_what_cannot_work(run, base, labelled_files, tmp_path, mon
     (tmp_path / "empty.txt").touch()
     train, dev = labelled_files / "train.txt", labelled_files / "dev.txt"
     options, message = WRONG[case]
-    assert refused(
-        run("train", "--train", train, "--dev", dev, "-m", base, "-o", "run", *options), message
-    )
+    given = {"--train": train, "--dev": dev, "-m": base, "-o": "run"}
+    usual = [word for pair in given.items() if pair[0] not in options for word in pair]
+    assert refused(run("train", *usual, *options), message)
     assert not (tmp_path / "run").exists()
 
 
@@ -363,6 +371,86 @@ def test_the_file_behind_a_standard_stream_is_not_written_over(base, rows):
         assert done.returncode == 2
         assert "is the file that --input reads" in done.stderr
     assert rows.read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", ["all", "id", "id, when", "nosuch"])
+def test_columns_are_carried_along_where_they_are_wanted(run, trained, tmp_path, kept):
+    path = tmp_path / "rows.csv"
+    path.write_text("id,text,when\nA17,a fine film,2020\nB9,a dull one,\n")
+    given = ("classify", trained / "lora", "-i", path, "--keep-columns", kept)
+    result = run(*given)
+    if kept == "nosuch":
+        assert refused(
+            result, "line 2: there is no column 'nosuch' to keep; there are 'id', 'text'"
+        )
+        return
+    assert result.status == 0, result.err
+    found = [json.loads(line)["columns"] for line in result.out.splitlines()]
+    names = ("id", "when") if kept != "id" else ("id",)
+    assert [row["id"] for row in found] == ["A17", "B9"]
+    assert all(tuple(row) == names for row in found)
+    plain = run(*given[:-2])
+    assert all("columns" not in json.loads(line) for line in plain.out.splitlines())
+    assert refused(run(*given, "--output-format", "labelled"), "lines of JSON carry along")
+
+
+@pytest.mark.parametrize("method", ["frozen", "lora"])
+def test_texts_that_are_read_in_part_are_told_of(run, base, labelled_files, tmp_path, method):
+    rows = [
+        (label, text + " and so on" * (20 if number < 3 else 0))
+        for number, (label, text) in enumerate(examples(24, seed=0))
+    ]
+    train, folder = write_labelled(tmp_path / "train.txt", rows), tmp_path / "run"
+    sources = ("--train", train, "--dev", labelled_files / "dev.txt")
+    options = ("--method", method, "--max-len", 40, "--device", "cpu", "-o", folder)
+    result = run("train", *sources, "-m", base, *options)
+    assert result.status == 0, result.err
+    said = "3 different texts did not fit into 40 tokens with the prompt, and were read without"
+    assert f"{train}: {said} their end\n" in result.err
+    notes = json.loads((folder / "metrics.json").read_text())["notes"]
+    assert f"{train}: {said} their end" in notes
+    long = "it went on " * 30
+    for given in (("--text", long), ("-i", "-")):
+        result = run("classify", folder, *given, stdin=f"{long}\nshort\n".encode())
+        assert "1 different text did not fit into 40 tokens" in result.err
+    assert "did not fit" not in run("classify", folder, "--text", "short").err
+    assert said in run("evaluate", folder, "--data", train).err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--score", "pmi", "--prompt", "{text}", "--text", "x"), "nothing but the text: '{text}'"),
+        (("--score", "contextual", "--prompt", "{text}", "--text", "x"), "put words around it"),
+        (("--score", "batch", "-i", "empty.txt"), "empty.txt: holds no rows; give a file"),
+    ],
+)
+def test_scores_that_cannot_be_had_say_why(run, base, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    assert refused(run("classify", "-m", base, "--labels", "a,b", *options), message)
+
+
+def test_a_prompt_of_a_head_may_name_the_labels(run, base, labelled_files, tmp_path):
+    options = ("--method", "frozen", "--prompt", "{text} ({labels}?)", "--device", "cpu")
+    train = ("--train", labelled_files / "train.txt", "--dev", labelled_files / "dev.txt")
+    result = run("train", *train, "-m", base, *options, "-o", tmp_path / "run")
+    assert result.status == 0, result.err
+    loaded = load_classifier(tmp_path / "run", device="cpu")
+    assert loaded.tokenizer.decode(loaded.encode("x").ids).endswith("x (bad, good?)")
+
+
+def test_the_report_says_what_was_chosen(run, base, labelled_files, tmp_path):
+    train = ("--train", labelled_files / "train.txt", "--dev", labelled_files / "dev.txt")
+    options = ("--method", "frozen", "--class-weights", "balanced", "--device", "cpu")
+    result = run("train", *train, "-m", base, *options, "-o", tmp_path / "run")
+    assert result.status == 0, result.err
+    settings = json.loads((tmp_path / "run" / "metrics.json").read_text())["settings"]
+    loaded = load_classifier(tmp_path / "run", device="cpu")
+    chosen = settings["chosen"]
+    assert (chosen["layer"], chosen["pooling"]) == (loaded.layer, loaded.pooling)
+    assert chosen["temperature"] == pytest.approx(loaded.temperature, rel=1e-3)
+    assert settings["training"] == {"seed": 0, "class_weights": "balanced"}
 
 
 @pytest.mark.parametrize("source", ["file", "-"])

@@ -72,6 +72,14 @@ def test_a_run_may_be_resumed_with_the_data_under_another_name_but_not_with_othe
     )
 
 
+def test_a_run_goes_on_where_its_base_is_called_otherwise(make_experiment, base, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(make_experiment(), say=Heard(interrupt_after=2))
+    (tmp_path / "moved").symlink_to(base)
+    outcome = run_experiment(make_experiment(model=str(tmp_path / "moved")), resume=True)
+    assert (outcome.training.resumed_from, outcome.training.steps) == (2, 6)
+
+
 @pytest.mark.parametrize("is_wanted", [True, False])
 def test_whether_to_calibrate_can_be_chosen_anew_when_a_run_goes_on(make_experiment, is_wanted):
     with pytest.raises(KeyboardInterrupt):
@@ -243,8 +251,8 @@ def test_names_in_layers_that_cannot_come_to_run_are_found_before_texts_are_comp
     ("options", "message"),
     [
         ({"training": {"ordinal": 0.5}}, "no order of classes; leave out --ordinal"),
-        ({"objective": "label-words"}, "for texts with several use --objective head"),
-        ({"method": "zero-shot"}, "for texts with several use --objective head"),
+        ({"objective": "label-words"}, "for texts with several use --method frozen, or lora"),
+        ({"method": "zero-shot"}, "for texts with several use --method frozen, or lora"),
     ],
 )
 def test_what_needs_one_label_is_refused_before_texts_with_several_are_read(

@@ -26,6 +26,7 @@ from minllama.treebank import undo_treebank
 # Padded tokens of a batch. Larger batches are slower on a CPU: their activations leave its caches.
 BATCH_TOKENS = {"cpu": 1024}
 BATCH_TOKENS_ELSEWHERE = 16384
+MOST_NOTED = 100_000  # texts of which is kept that they were shortened
 
 
 class Classifier(nn.Module, ABC):
@@ -42,6 +43,8 @@ class Classifier(nn.Module, ABC):
     Attributes:
         temperature: logits are divided by it before they become probabilities (Guo et al. 2017,
             sec. 4.2); 1 until it is fitted.
+        shortened: the hash of each text that was too long and has been read in part, up to
+            MOST_NOTED of them.
 
     Raises:
         MinllamaError: the labels are none, or not different.
@@ -64,6 +67,7 @@ class Classifier(nn.Module, ABC):
         self.multi_label = multi_label
         self.template, self.prompt = template, prompt
         self.temperature = 1.0
+        self.shortened: set[int] = set()
 
     @property
     @abstractmethod
@@ -93,6 +97,8 @@ class Classifier(nn.Module, ABC):
             raise MinllamaError(
                 f"the text {text[:40]!r} has no tokens to read; leave it out, or give a prompt"
             )
+        if encoded.is_shortened and len(self.shortened) < MOST_NOTED:
+            self.shortened.add(hash(text))
         return encoded
 
     def predict_logits(
@@ -215,6 +221,7 @@ def make_template(
     tokenizer: Tokenizer,
     *,
     labels: Sequence[str] = (),
+    names: Sequence[str] = (),
     shots: Sequence[tuple[str, str]] = (),
 ) -> PromptTemplate:
     """The template that the options describe, within what the Llama can read."""
@@ -226,6 +233,7 @@ def make_template(
         prompt.prompt,
         tokenizer,
         labels=labels,
+        names=names,
         shots=shots,
         chat=prompt.chat,
         system=prompt.system,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minllama.classifier.base import Classifier, as_prompt, make_template
+from minllama.classifier.base import Classifier, as_prompt, checked_labels, make_template
 from minllama.classifier.label_scores import padded
 from minllama.errors import MinllamaError
 from minllama.llama import Llama
@@ -64,12 +64,13 @@ class LlamaEmbeddingClassifier(Classifier):
         if pooling not in POOLINGS:
             raise MinllamaError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
         options = as_prompt(prompt, "{text}")
+        labels = _names(id2label)
         super().__init__(
             llama,
             tokenizer,
-            _names(id2label),
+            labels,
             multi_label=multi_label,
-            template=make_template(options, llama, tokenizer),
+            template=make_template(options, llama, tokenizer, names=checked_labels(labels)),
             prompt=options,
         )
         self.layer = check_layer(llama, layer)

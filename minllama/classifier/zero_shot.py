@@ -148,6 +148,12 @@ class LlamaZeroShotClassifier(Classifier):
             )
         if self.score not in CORRECTED:
             return
+        if self.score in ("pmi", "contextual") and not self.template.encode("").ids:
+            raise MinllamaError(
+                f"the score {self.score!r} asks what a prompt without its text says, and this "
+                f"prompt is nothing but the text: {self.prompt.prompt!r}; put words around it, or "
+                "choose another score"
+            )
         standing = {"pmi": ("",), "contextual": CONTENT_FREE, "batch": tuple(texts)}[self.score]
         prior, self.prior = self.prior, torch.zeros(len(self.labels))
         try:

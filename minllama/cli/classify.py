@@ -21,6 +21,7 @@ from minllama.cli.common import (
     open_words,
     pick,
     quantize_option_of_classifier,
+    source_option,
     warn_of_slow_dtype,
 )
 from minllama.errors import DataError, MinllamaError, OptionError
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("jsonl", "labelled")
 # Options by what they are for: the rows of a file, and what a saved classifier says itself.
-OF_ROWS = ("output_format", "resume", "force", *names_of(DataOptions))
+OF_ROWS = ("output_format", "keep_columns", "resume", "force", *names_of(DataOptions))
 OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions))
 
 
@@ -49,11 +50,10 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
     metavar="TEXT",
     help="A text to classify; may be given several times.",
 )
-@click.option(
+@source_option(
     "-i",
     "--input",
     "rows",
-    metavar="SOURCE",
     help="Texts to classify: a file, - for standard input, or a data set on the Hugging Face hub.",
 )
 @click.option(
@@ -68,6 +68,11 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
     type=click.Choice(FORMATS),
     help="A line for each text: JSON, or "
     "'label ||| text' (default jsonl; labelled for a FILE that ends in .txt).",
+)
+@click.option(
+    "--keep-columns",
+    metavar="NAMES",
+    help="Columns of --input that each line of JSON carries along, parted by commas; or all.",
 )
 @click.option("--resume", is_flag=True, help="Go on where FILE ends.")
 @click.option("--force", is_flag=True, help="Replace FILE where it exists.")
@@ -86,6 +91,7 @@ def command(
     rows: str | None,
     output: str,
     output_format: str | None,
+    keep_columns: str | None,
     resume: bool,
     force: bool,
     as_json: bool,
@@ -103,6 +109,9 @@ def command(
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
     output_format = output_format or ("labelled" if output.endswith(".txt") else "jsonl")
     _check_input(texts, rows, output, output_format, resume=resume, force=force)
+    columns = [name.strip() for name in (keep_columns or "").split(",") if name.strip()]
+    if keep_columns is not None and not (columns and output_format == "jsonl"):
+        raise OptionError("--keep-columns names columns that lines of JSON carry along, or all")
     if (classifier is None) == (labels is None):
         raise OptionError("name a CLASSIFIER, or give --labels such as good,bad; one of them")
     if classifier is not None:
@@ -121,7 +130,7 @@ def command(
         _classify_texts(made, texts, as_json=as_json)
     else:
         assert rows is not None
-        _classify_rows(made, rows, output, output_format, data, resume=resume)
+        _classify_rows(made, rows, output, output_format, data, columns=columns, resume=resume)
 
 
 def _check_idle(has_texts: bool, *, score: str) -> None:
@@ -245,13 +254,17 @@ def _learn_prior(
     from minllama.experiment.fitting import PRIOR_TEXTS
 
     assert isinstance(classifier, LlamaZeroShotClassifier)
-    classifier.fit_prior([row.text for row in islice(stream_rows(rows, data), PRIOR_TEXTS)])
+    texts = [row.text for row in islice(stream_rows(rows, data), PRIOR_TEXTS)]
+    if not texts:
+        raise DataError(f"{rows}: holds no rows; give a file with an example on each line")
+    classifier.fit_prior(texts)
+    classifier.shortened.clear()
 
 
 def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json: bool) -> None:
     from minllama.data import Row
     from minllama.data.records import printable
-    from minllama.experiment.predicting import described, prediction_lines
+    from minllama.experiment.predicting import described, prediction_lines, shortened_texts
 
     probabilities = classifier.predict_proba(texts)
     if as_json:
@@ -267,6 +280,8 @@ def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json
         for i in (-p).argsort(kind="stable"):
             click.echo(f"{names[i]:<{width}}  {p[i]:.3f}")
     click.echo(described(classifier), err=True)
+    if said := shortened_texts(classifier):
+        click.echo(said, err=True)
 
 
 def _classify_rows(
@@ -276,6 +291,7 @@ def _classify_rows(
     output_format: str,
     data: DataOptions,
     *,
+    columns: list[str],
     resume: bool,
 ) -> None:
     from minllama.cli.waiting import ConsoleSay
@@ -286,6 +302,7 @@ def _classify_rows(
         predict_stream,
         read_done,
         score_of,
+        shortened_texts,
     )
 
     bad_rows, say = BadRows(), ConsoleSay()
@@ -301,6 +318,7 @@ def _classify_rows(
         rows,
         data,
         output_format=output_format,
+        columns=columns,
         done=done,
         bad_rows=bad_rows,
         progress=say.advance("classifying", total) if has_bar else None,
@@ -324,6 +342,8 @@ def _classify_rows(
         say.close()
     if bad_rows.count:
         say.say(f"bad rows left out: {bad_rows.count} ({bad_rows.summary()})")
+    if said := shortened_texts(classifier):
+        say.say(said)
     score = score_of(classifier)
     say.say(f"classified {count:,} texts" + (f", score {score}" if score else ""))
 

@@ -123,6 +123,23 @@ def classifier_options(command: Command) -> Command:
     return command
 
 
+def source_option(*names: str, **settings: Any) -> Callable[[Command], Command]:
+    """An option that names data: to be given once, for of two files one would be ignored."""
+
+    def the_one(
+        context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+    ) -> str | None:
+        if len(values) > 1:
+            raise click.UsageError(
+                f"{parameter.opts[-1]} is there {len(values)} times, and takes one source; put "
+                "the rows into one file",
+                context,
+            )
+        return values[0] if values else None
+
+    return click.option(*names, multiple=True, callback=the_one, metavar="SOURCE", **settings)
+
+
 def given_options(names: Iterable[str]) -> set[str]:
     """Those of the options that were typed, be it with their defaults."""
     source = click.get_current_context().get_parameter_source

@@ -15,6 +15,7 @@ from minllama.cli.common import (
     ended_by_interrupts,
     pick,
     quantize_option_of_classifier,
+    source_option,
     warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
@@ -23,11 +24,10 @@ from minllama.options import DataOptions
 
 @click.command("evaluate")
 @click.argument("classifier")
-@click.option(
+@source_option(
     "--data",
     "source",
     required=True,
-    metavar="SOURCE",
     help="Labelled texts: a file, - or a data set on the Hugging Face hub.",
 )
 @click.option(
@@ -78,7 +78,7 @@ def command(
         from minllama.data import load_dataset, one_class
         from minllama.experiment import check_libraries, evaluate_classifier
         from minllama.experiment.measuring import settings_of, versions
-        from minllama.experiment.predicting import described, score_of
+        from minllama.experiment.predicting import described, score_of, shortened_texts
         from minllama.report import Report, print_summary, write_report
 
         if output is not None:
@@ -109,6 +109,9 @@ def command(
         reported = evaluate_classifier(loaded, split, "data", seed=seed, progress=progress)
     finally:
         say.close()
+    if said := shortened_texts(loaded):
+        say.say(said)
+        notes.append(said)
     assert reported.evaluation is not None
     print_summary(split.source, reported.evaluation)
     if output is not None:

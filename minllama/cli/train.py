@@ -18,6 +18,7 @@ from minllama.cli.common import (
     model_options,
     pick,
     quantize_option,
+    source_option,
     warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
@@ -31,20 +32,17 @@ from minllama.options import (
 
 
 @click.command("train")
-@click.option(
+@source_option(
     "--train",
     required=True,
-    metavar="SOURCE",
     help="Labelled texts: a file, - or a data set on the Hugging Face hub.",
 )
-@click.option(
+@source_option(
     "--dev",
-    metavar="SOURCE",
     help="Labelled texts to choose and calibrate on; without it a part of the training file.",
 )
-@click.option(
+@source_option(
     "--test",
-    metavar="SOURCE",
     help="Texts that are only predicted at the end, and evaluated if they are labelled.",
 )
 @click.option(

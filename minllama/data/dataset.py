@@ -33,7 +33,13 @@ class Notice:
     """
 
     kind: Literal[
-        *("skipped", "unlabelled", "numbers", "case", "conflicts", "absent", "duplicates"),
+        "skipped",
+        "unlabelled",
+        "numbers",
+        "case",
+        "conflicts",
+        "absent",
+        "duplicates",
         "one-class",
     ]
     message: str

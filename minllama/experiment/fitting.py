@@ -211,6 +211,7 @@ def make_head(
         some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
     assert some.labels is not None
     _fit_score(classifier, features[choice], some.labels, penalty=penalty, **kind)
+    classifier.shortened |= reader.shortened
     if folder is not None:
         _write_choice(folder, choice)
     return classifier

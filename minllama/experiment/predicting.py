@@ -5,7 +5,7 @@ output is then that of one that was not. Knows nothing of evaluation.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from minllama.classifier import LlamaZeroShotClassifier
-from minllama.classifier.base import Classifier
+from minllama.classifier.base import MOST_NOTED, Classifier
 from minllama.data import BadRows, Row, stream_rows
 from minllama.data.lines import SEPARATOR
 from minllama.data.source import Source
@@ -27,6 +27,7 @@ CHUNK = 512  # rows that are sorted by length and computed together
 # What rounding may change when a chunk is computed again, perhaps on another machine: in float32,
 # and in halves.
 SAME_PROBABILITY, SAME_IN_HALVES = 0.002, 0.05
+ALL_COLUMNS = "all"
 RECORD_BEGINS = b'{"index": '
 
 
@@ -56,6 +57,7 @@ def predict_stream(
     data: DataOptions,
     *,
     output_format: str = "jsonl",
+    columns: Sequence[str] = (),
     done: Done | None = None,
     bad_rows: BadRows | None = None,
     progress: Callable[[int], None] | None = None,
@@ -67,14 +69,15 @@ def predict_stream(
         source: as for `stream_rows`.
         data: format, columns, what to do with bad rows.
         output_format: `jsonl` or `labelled`.
+        columns: those of the source that its records carry along; ALL_COLUMNS for all.
         done: what the output holds that is gone on with. Its last chunk is computed again, since
             rounding depends on the company that a text is in; only what is behind it is given.
         bad_rows: counts those that are left out.
         progress: is told how many more texts are done.
 
     Raises:
-        DataError: the source cannot be read, a bad row that is not to be skipped, or `done` is not
-            what this classifier says of this source.
+        DataError: the source cannot be read or has no such column, a bad row that is not to be
+            skipped, or `done` is not what this classifier says of this source.
         OptionError: labels cannot be told from the text in lines of `label ||| text`.
     """
     check_format(classifier, output_format)
@@ -88,7 +91,7 @@ def predict_stream(
             if records:
                 _check_same(classifier, records, chunk, p, source)
             n, records = len(records), ()
-            yield list(prediction_lines(classifier, chunk[n:], p[n:], output_format))
+            yield list(prediction_lines(classifier, chunk[n:], p[n:], output_format, columns))
     if records:
         raise _other_input(records[-1], source)
 
@@ -136,16 +139,40 @@ def check_format(classifier: Classifier, output_format: str) -> None:
 
 
 def prediction_lines(
-    classifier: Classifier, rows: Iterable[Row], probabilities: Any, output_format: str
+    classifier: Classifier,
+    rows: Iterable[Row],
+    probabilities: Any,
+    output_format: str,
+    columns: Sequence[str] = (),
 ) -> Iterator[str]:
-    """One line for each row of (N, C) probabilities."""
+    """One line for each row of (N, C) probabilities.
+
+    Raises:
+        DataError: a row has none of these columns.
+    """
     chosen = predictions(probabilities, multi_label=classifier.multi_label)
     for row, p, of_row in zip(rows, probabilities, chosen, strict=True):
         names = [classifier.labels[i] for i in np.flatnonzero(of_row)]
         if output_format == "labelled":
             yield f"{', '.join(names)} {SEPARATOR} {' '.join(row.text.split())}\n"
         else:
-            yield json.dumps(record(classifier, row, p, names), ensure_ascii=False) + "\n"
+            said = record(classifier, row, p, names)
+            if columns:
+                said["columns"] = _carried(row, columns)
+            yield json.dumps(said, ensure_ascii=False, default=str) + "\n"
+
+
+def _carried(row: Row, columns: Sequence[str]) -> dict[str, Any]:
+    """What a row says beside its text, by column."""
+    others = {name: value for name, value in row.record.items() if value is not row.text}
+    if ALL_COLUMNS in columns:
+        return others
+    if missing := [name for name in columns if name not in row.record]:
+        raise DataError(
+            f"{row.place}: there is no column {', '.join(map(repr, missing))} to keep; there are "
+            f"{', '.join(map(repr, row.record))}"
+        )
+    return {name: row.record[name] for name in columns}
 
 
 def record(
@@ -180,6 +207,30 @@ def described(classifier: Classifier) -> str:
         return f"[label words, score {score_of(classifier)}, {temperature}, {asked} {prompt}]"
     n_layers = classifier.llama.config.n_layers
     return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
+
+
+def shortened_texts(
+    classifier: Classifier, texts: Iterable[str] | None = None, source: Source | None = None
+) -> str | None:
+    """How many texts the classifier has read in part, for people; None where it read all of each.
+
+    Args:
+        classifier: has read them.
+        texts: of which to say it; None for all that it has read.
+        source: of the texts.
+    """
+    seen = classifier.shortened
+    n = len(seen) if texts is None else len({hash(text) for text in texts} & seen)
+    if not n:
+        return None
+    most, lost = classifier.template.max_len, "beginning" if classifier.prompt.keep_end else "end"
+    more = " or more" if n >= MOST_NOTED else ""
+    where = "" if source is None else f"{source}: "
+    return (
+        f"{where}{n:,}{more} different text{'s' * (n > 1)} did not fit into {most:,} tokens with "
+        f"the prompt, and {'were' if n > 1 else 'was'} read without {'their' if n > 1 else 'its'} "
+        f"{lost}"
+    )
 
 
 def read_done(output: Path) -> Done:

@@ -46,7 +46,7 @@ from minllama.experiment.measuring import (
     settings_of,
     versions,
 )
-from minllama.experiment.predicting import described, score_of
+from minllama.experiment.predicting import described, score_of, shortened_texts
 from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
 from minllama.experiment.uses import check_uses
@@ -68,6 +68,7 @@ from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, summary_writer
 from minllama.training_state import CHECKPOINT
 
+HALVES = ("bfloat16", "float16")
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
@@ -103,6 +104,12 @@ class Experiment:
     llama_changes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.classifier.method == "full" and self.dtype in HALVES:
+            raise OptionError(
+                f"full training takes steps that {self.dtype} rounds away; leave --dtype away: "
+                "weights are float32 then, and multiplied in bfloat16 where the hardware is good "
+                "at it"
+            )
         if self.quantize == "auto":
             return
         check_quantize(self.quantize)
@@ -207,7 +214,8 @@ def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
     options = experiment.classifier
     if multi_label and (options.method == "zero-shot" or options.objective == "label-words"):
         raise MinllamaError(
-            "label words choose one label; for texts with several use --objective head"
+            "label words choose one label; for texts with several use --method frozen, or lora or "
+            "full with --objective head"
         )
     check_ordinal(experiment.training.ordinal, multi_label=multi_label)
 
@@ -292,7 +300,7 @@ def _train(
         resume=resume,
         head_parameters=[] if head is None else list(head.parameters()),
         progress=say.progress(),
-        settings=_settings_of_run(experiment),
+        settings=_settings_to_go_on_with(experiment),
     )
     return classifier, beside, result
 
@@ -341,7 +349,25 @@ def _settings_of_run(experiment: Experiment) -> dict[str, Any]:
         groups["training"] = training_options(experiment.training, options.method)
     else:
         groups["training"] = {"seed": experiment.training.seed}
+        if options.method == "frozen":
+            groups["training"]["class_weights"] = experiment.training.class_weights
     return settings_of(**groups)
+
+
+def _settings_to_go_on_with(experiment: Experiment) -> dict[str, Any]:
+    """Those that must be the same, but for names: weights and tokens are compared themselves."""
+    settings = _settings_of_run(experiment)
+    for name in ("model", "tokenizer"):
+        del settings["model"][name]
+    return settings
+
+
+def _chosen(classifier: Classifier) -> dict[str, Any]:
+    """What the run found out that the classifier is now."""
+    chosen: dict[str, Any] = {"temperature": float(f"{classifier.temperature:.4g}")}
+    if isinstance(classifier, LlamaEmbeddingClassifier):
+        chosen |= {"layer": classifier.layer, "pooling": classifier.pooling}
+    return chosen
 
 
 def _measured(
@@ -374,6 +400,10 @@ def _measured(
             evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
         )
     notes = [*splits.notices]
+    for split in (train, dev, *([] if test is None else [test])):
+        if said := shortened_texts(classifier, split.texts, split.source):
+            say.say(said)
+            notes.append(said)
     if not experiment.classifier.no_calibration:
         notes.append("the temperature was fitted on dev, so dev's own calibration flatters it")
     if result is not None and experiment.training.keep == "best":
@@ -386,7 +416,7 @@ def _measured(
         splits=reported,
         multi_label=classifier.multi_label,
         history=() if result is None else result.history,
-        settings=_settings(experiment),
+        settings={"chosen": _chosen(classifier), **_settings(experiment)},
         versions=versions(),
         notes=notes,
         score=score_of(classifier),
