@@ -27,3 +27,7 @@ class OptionError(MinllamaError):
 
 class DataError(MinllamaError):
     """A file of examples that cannot be read, or rows in it that cannot be used."""
+
+
+class SlowDtypeWarning(UserWarning):
+    """A half precision that was asked for, and that the machine only emulates."""

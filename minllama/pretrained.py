@@ -5,6 +5,7 @@ Knows nothing of what the model computes.
 
 import math
 import os
+import warnings
 from typing import Any, Self
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from minllama import graph_step
 from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.config import LlamaConfig
-from minllama.loading import load_weights, without_initial_values
+from minllama.errors import SlowDtypeWarning
+from minllama.loading import load_weights, slow_dtype, without_initial_values
 from minllama.quantization import state_in_numbers
 
 
@@ -105,7 +107,13 @@ class LlamaPreTrainedModel(nn.Module):
 
         Raises:
             MinllamaError: the checkpoint is missing, damaged, or not a Llama.
+
+        Warns:
+            SlowDtypeWarning: this machine only emulates `dtype`.
         """
+        asked = None if dtype is None else str(dtype).removeprefix("torch.")
+        if (slow := slow_dtype(asked, device)) is not None:
+            warnings.warn(slow, SlowDtypeWarning, stacklevel=2)
         return cls.from_checkpoint(
             open_checkpoint(source),
             dtype=dtype,

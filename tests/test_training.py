@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -21,8 +22,9 @@ from torch import nn
 from minllama import loading, training_run
 from minllama.cli.common import warn_of_slow_dtype
 from minllama.data import Dataset
-from minllama.errors import CheckpointError, MinllamaError, OptionError
+from minllama.errors import CheckpointError, MinllamaError, OptionError, SlowDtypeWarning
 from minllama.evaluation import evaluate
+from minllama.llama import load_pretrained
 from minllama.losses import Loss
 from minllama.options import TrainingOptions
 from minllama.progress import TrainingProgress
@@ -561,6 +563,23 @@ def test_a_slow_half_precision_is_said_to_be_slow(monkeypatch, capsys, dtype, ca
         assert not printed
     else:
         assert printed.startswith(f"--dtype {dtype}: {says}")
+        warn_of_slow_dtype(dtype, "cpu", option="--autocast on")
+        assert capsys.readouterr().err.startswith(f"--autocast on: {says}")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "float32", None])
+def test_a_slow_half_precision_is_said_to_be_slow_in_python_too(base, monkeypatch, dtype):
+    cpu = types.SimpleNamespace(get_capabilities=lambda: {"avx2": True})
+    monkeypatch.setattr(loading.torch, "cpu", cpu)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_pretrained(base, dtype=dtype, device="cpu")
+    said = [str(warning.message) for warning in caught]
+    if dtype in ("bfloat16", torch.bfloat16):
+        assert [warning.category for warning in caught] == [SlowDtypeWarning]
+        assert said[0].startswith("this CPU only emulates bfloat16")
+    else:
+        assert not said
 
 
 # What cannot work.

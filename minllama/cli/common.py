@@ -271,14 +271,14 @@ def open_words(source: str | None, tokenizer: str | None) -> "tuple[Checkpoint, 
     return checkpoint, Tokenizer.from_checkpoint(checkpoint)
 
 
-def warn_of_slow_dtype(dtype: str | None, device: str | None) -> None:
+def warn_of_slow_dtype(dtype: str | None, device: str | None, *, option: str | None = None) -> None:
     """Say it where somebody asks for a half precision that this machine only emulates."""
     if dtype is None:
         return
     from minllama.loading import slow_dtype
 
     if (warning := slow_dtype(dtype, device)) is not None:
-        click.echo(f"--dtype {dtype}: {warning}", err=True)
+        click.echo(f"{option or f'--dtype {dtype}'}: {warning}", err=True)
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":

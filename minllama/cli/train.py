@@ -101,6 +101,8 @@ def command(
     )
     check_uses(experiment, given)
     warn_of_slow_dtype(dtype, device)
+    if experiment.training.autocast == "on":
+        warn_of_slow_dtype("bfloat16", device, option="--autocast on")
     say = ConsoleSay()
     try:
         with _terminated_as_interrupted():
