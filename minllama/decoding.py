@@ -114,8 +114,9 @@ class _Row:
 class Decoder:
     """Continues a batch of prompts; iterating gives each step's tokens.
 
-    Prompts of different lengths share the batch and get the tokens that they would get alone. The n
-    samples of a prompt share its prefill. A row that ends leaves the batch at once.
+    Prompts of different lengths share the batch and get the tokens that they would get alone (in
+    half precision but for near ties: there a product's rounding depends on how many rows it has).
+    The n samples of a prompt share its prefill. A row that ends leaves the batch at once.
 
     Args:
         model: gives the logits.

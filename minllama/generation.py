@@ -196,7 +196,7 @@ def generate(
         model: continues the prompts.
         tokenizer: of the same checkpoint.
         prompts: a text, token ids, or a sequence of either; they share one batch, and each gets the
-            tokens that it would get alone.
+            tokens that it would get alone (in half precision but for near ties).
         options: how to choose and when to end; None for the defaults.
         changes: single options by name, on top of `options`.
 

@@ -155,7 +155,8 @@ class GenerationOptions(SamplingOptions):
     prompt_lookup: int = option(
         0,
         "guess this many tokens from what the text has said before, and check them in one pass; "
-        "the tokens stay the same, and come faster where a text repeats itself; at temperature 0",
+        "the tokens stay the same (in half precision, but for near ties), and come faster where a "
+        "text repeats itself; at temperature 0",
         within=Range(0, 31),
     )
 

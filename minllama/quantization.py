@@ -35,6 +35,8 @@ from minllama.widening import WidenedEmbedding, WidenedLinear, widened_product
 BLOCK = 32  # columns that share a scale
 PANEL = 16  # rows that lie together, as vector instructions read them
 ZERO_POINT = {4: 8, 8: 128}
+# Below, scales are float16's subnormal numbers, which have no digits left to be exact with.
+SMALLEST = 2.0**-10
 BITS = {Q4_0: 4, Q4_1: 4, Q4_K: 4, Q5_K: 8, Q8_0: 8}  # that blocks of a file are kept in
 SLICE = (
     4096  # rows that are quantised at a time: what lies between the steps is five times as large
@@ -306,7 +308,7 @@ def quantized(name: str, tensor: LazyTensor, how: str) -> Parts | None:
     Blocks of a GGUF file that take no more bits than are asked for stay as they are. With `stored`
     those of other types (Q6_K, for one) get 8 bits, which lose little of what they hold. The
     vocabulary's matrices get 8 bits where others get 4: rare tokens have nothing else to be told
-    apart by, and a row is read by itself.
+    apart by, and a row is read by itself. A matrix of tiny numbers stays as it is.
 
     Args:
         name: its name in our model.
@@ -322,7 +324,11 @@ def quantized(name: str, tensor: LazyTensor, how: str) -> Parts | None:
             return _from_blocks(raw, stored, tensor.shape)
     elif how == "stored":
         return None
-    return quantize(tensor.load(), bits)
+    values = tensor.load()
+    low, high = (float(end) for end in values.aminmax())
+    if 0 < max(high, -low) < SMALLEST:
+        return None
+    return quantize(values, bits)
 
 
 def _from_blocks(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Parts:

@@ -7,7 +7,7 @@ from torch import nn
 
 from minllama import cli
 from minllama.checkpoints import open_checkpoint
-from minllama.checkpoints.base import LazyTensor
+from minllama.checkpoints.base import LazyTensor, lazy
 from minllama.checkpoints.gguf_blocks import (
     Q4_0,
     Q4_1,
@@ -373,6 +373,18 @@ def test_no_matrix_in_numbers_is_kept_for_the_gradients_of_adapters(folder):
     wide = {(64, 64), (96, 64), (64, 96), (61, 64), (64, 61)}
     assert kept
     assert not [x for x in kept if x.is_floating_point() and tuple(x.shape) in wide]
+
+
+@pytest.mark.parametrize("how", ["int8", "int4"])
+@pytest.mark.parametrize("largest", [1e-6, 5e-4, 2e-3])
+def test_a_matrix_too_small_for_scales_stays_in_numbers(how, largest):
+    values = torch.randn(32, 64)
+    values *= largest / values.abs().max()
+    made = quantized("layers.0.feed_forward.w1.weight", lazy(values), how)
+    assert (made is None) == (largest < 1e-3)
+    if made is not None:
+        error = (QuantizedLinear(*made).dequantize() - values).norm() / values.norm()
+        assert error < (0.02 if how == "int8" else 0.15)
 
 
 @pytest.mark.parametrize("how", ["int8", "int4"])
