@@ -270,8 +270,9 @@ class Llama(LlamaPreTrainedModel):
             positions: (B, T), positions in the text; None counts each row's real tokens from 0.
                 With a cache only beside a (B, T, T) mask: its rows know how long they are.
             cache: holds the texts so far, of which `ids` are the continuation, and is advanced.
-                Weights may be written to meanwhile; another tensor in the place of one is sure to
-                be seen by a text that begins anew.
+                Weights may be written to meanwhile, or others put in their place; but where a
+                parameter is given other memory (`parameter.data = ...`), only a text that begins
+                anew is sure to see it.
             logits: "all" positions, (B, T, V); "last" real one of each row, (B, V); those chosen
                 by a tensor of column indices, (B, N) or (1, N) for all rows, (B, N, V); or None.
 

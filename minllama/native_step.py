@@ -91,7 +91,7 @@ class NativeStep:
 
     Args:
         llama: a `minllama.Llama` that `can_run`. Its tensors are read where they lie: an optimizer
-            may write to them, but a tensor that is replaced is not seen (see `Llama.forward`).
+            may write to them, but a tensor that is replaced is not seen (`Runner` looks for that).
         level: index into LEVELS; None for the best that there is.
     """
 

@@ -4,8 +4,10 @@ Knows nothing of how a step computes what the modules do (`minllama.native_step`
 `minllama.graph_step` on GPUs), only which models it could compute, and whether they are still that.
 """
 
+import itertools
+import operator
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -73,6 +75,8 @@ class Runner(NamedTuple):
         step: None where the model's modules do it.
         hooks: where those of each module are kept, which may be hung up at any time.
         modules: what each module has of its own, among which may be a `forward`.
+        places: where modules keep other modules, parameters and buffers.
+        kept: what was there.
     """
 
     llama: "weakref.ref[Any]"
@@ -80,19 +84,32 @@ class Runner(NamedTuple):
     step: Any
     hooks: tuple[Mapping[Any, Any], ...]
     modules: tuple[Mapping[str, Any], ...]
+    places: tuple[dict[str, Any], ...]
+    kept: tuple[Any, ...]
 
     @classmethod
     def of(cls, llama: Any, version: int, step: Any) -> "Runner":
         modules = tuple(map(vars, llama.modules()))
-        return cls(weakref.ref(llama), version, step, _hooks(llama), modules)
+        found = (own[kind] for own in modules for kind in ("_modules", "_parameters", "_buffers"))
+        places = tuple(place for place in found if place)
+        kept = tuple(_in_places(places))
+        return cls(weakref.ref(llama), version, step, _hooks(llama), modules, places, kept)
 
     def serves(self, llama: Any, version: int) -> bool:
-        """Whether it is of this model as it now is."""
-        return self.llama() is llama and self.version == version
+        """Whether it is of this model as it now is, with the modules and tensors that it had."""
+        return (
+            self.llama() is llama
+            and self.version == version
+            and all(map(operator.is_, _in_places(self.places), self.kept))
+        )
 
     def step_unless_heard(self) -> Any:
         """The step, unless somebody listens to the modules by now, or speaks for them."""
         return None if _is_heard(self.hooks, self.modules) else self.step
+
+
+def _in_places(places: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(map(dict.values, places))
 
 
 def _linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:

@@ -210,6 +210,54 @@ def test_what_changes_a_model_is_seen_by_its_next_step(tmp_path):
         assert torch.equal(after, model(new, cache=fresh).logits)
 
 
+def put_in(model, weight):
+    model.layers[1].feed_forward.w1.weight = nn.Parameter(weight)
+
+
+def load_into_owner(model, weight):
+    name = "0.layers.1.feed_forward.w1.weight"
+    owner = nn.Sequential(model)
+    owner.load_state_dict({**owner.state_dict(), name: weight}, assign=True)
+
+
+def put_a_module_in(model, weight):
+    model.layers[1].feed_forward.w1 = nn.Linear(64, 96, bias=False)
+    put_in(model, weight)
+
+
+@pytest.mark.parametrize("replace", [put_in, put_a_module_in, load_into_owner])
+def test_weights_that_are_replaced_are_seen_in_the_midst_of_a_text(replace):
+    model, ids, new = our_model(**SHAPE), random_ids(1, 4), random_ids(1, 1, seed=5)
+    with torch.no_grad():
+        cache = model.new_cache(1, 8)
+        model(ids, cache=cache, logits=None)
+        before, copy = model(new, cache=cache).logits, cache.repeated(1, 8)
+        replace(model, torch.randn(96, 64))
+        after = model(new, cache=cache).logits
+        copy.native = None
+        assert torch.equal(after, model(new, cache=copy).logits)
+        assert cache.native.step is not None
+    assert not torch.allclose(after, before, atol=0.01)
+
+
+def test_weights_that_stand_in_for_a_call_are_seen_in_the_midst_of_a_text():
+    model, ids, new = our_model(**SHAPE), random_ids(1, 4), random_ids(1, 1, seed=5)
+    others = {name: weight * 1.5 for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        cache = model.new_cache(1, 8)
+        model(ids, cache=cache, logits=None)
+        copies = [cache.repeated(1, 8) for _ in range(3)]
+        before = model(new, cache=copies[0]).logits
+        copies[1].native = copies[0].native
+        seen, expected = (
+            torch.func.functional_call(model, others, (new,), {"cache": copy}).logits
+            for copy in copies[1:]
+        )
+        assert torch.equal(seen, expected)
+        assert torch.equal(model(new, cache=cache).logits, before)
+    assert not torch.allclose(seen, before, atol=0.01)
+
+
 def test_models_and_passes_that_it_does_not_know_are_left_to_the_modules():
     model = our_model(**SHAPE)
     assert can_run(model)
