@@ -5,6 +5,8 @@ module computes.
 """
 
 import math
+import sys
+import warnings
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from minllama.checkpoints.base import Checkpoint, LazyTensor
 from minllama.checkpoints.layout import differences, listed
-from minllama.errors import CheckpointError, MinllamaError
+from minllama.errors import CheckpointError, MinllamaError, SlowDtypeWarning
 from minllama.native import operations
 from minllama.native.library import cpu_can, library
 from minllama.quantization import check_quantize, quantized, replace_by_quantized
@@ -60,6 +62,17 @@ def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | No
     if dtype is None or is_fast.get(dtype, True):
         return None
     return f"this CPU only emulates {dtype}; float32 is faster for long passes and training"
+
+
+def warn_if_slow(dtype: torch.dtype | str | None, device: torch.device | str | None) -> None:
+    """Warn whoever calls minllama of a half precision that this machine only emulates."""
+    asked = None if dtype is None else str(dtype).removeprefix("torch.")
+    if (slow := slow_dtype(asked, device)) is None:
+        return
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minllama":
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(slow, SlowDtypeWarning, stacklevel=level)
 
 
 def fast_bfloat16(device: torch.device | str) -> bool:

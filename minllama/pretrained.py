@@ -5,7 +5,6 @@ Knows nothing of what the model computes.
 
 import math
 import os
-import warnings
 from typing import Any, Self
 
 import torch
@@ -14,8 +13,7 @@ from torch import nn
 from minllama import graph_step
 from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.config import LlamaConfig
-from minllama.errors import SlowDtypeWarning
-from minllama.loading import load_weights, slow_dtype, without_initial_values
+from minllama.loading import load_weights, warn_if_slow, without_initial_values
 from minllama.quantization import state_in_numbers
 
 
@@ -111,9 +109,7 @@ class LlamaPreTrainedModel(nn.Module):
         Warns:
             SlowDtypeWarning: this machine only emulates `dtype`.
         """
-        asked = None if dtype is None else str(dtype).removeprefix("torch.")
-        if (slow := slow_dtype(asked, device)) is not None:
-            warnings.warn(slow, SlowDtypeWarning, stacklevel=2)
+        warn_if_slow(dtype, device)
         return cls.from_checkpoint(
             open_checkpoint(source),
             dtype=dtype,

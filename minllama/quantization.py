@@ -286,14 +286,14 @@ def replace_by_numbers(model: nn.Module) -> bool:
 
 
 def state_in_numbers(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state as it was before it was quantised: each matrix in float32."""
+    """A model's state as it was before it was quantised, in float32; others' as it is."""
     state = dict(model.state_dict())
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedWeight):
-            for part in ("quants", "scales", "mins"):
-                state.pop(f"{name}.{part}", None)
-            state[f"{name}.weight"] = module.dequantize()
-    return state
+    quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
+    for name, module in quantised.items():
+        for part in ("quants", "scales", "mins"):
+            state.pop(f"{name}.{part}", None)
+        state[f"{name}.weight"] = module.dequantize()
+    return {name: x.float() for name, x in state.items()} if quantised else state
 
 
 def check_quantize(how: str | None) -> None:

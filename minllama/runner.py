@@ -90,8 +90,10 @@ class Runner(NamedTuple):
     @classmethod
     def of(cls, llama: Any, version: int, step: Any) -> "Runner":
         modules = tuple(map(vars, llama.modules()))
-        found = (own[kind] for own in modules for kind in ("_modules", "_parameters", "_buffers"))
-        places = tuple(place for place in found if place)
+        kinds = ("_modules", "_buffers", "_parameters")
+        found = ((kind, own[kind]) for own in modules for kind in kinds)
+        # A parameter may come to a module that had none.
+        places = tuple(place for kind, place in found if place or kind == "_parameters")
         kept = tuple(_in_places(places))
         return cls(weakref.ref(llama), version, step, _hooks(llama), modules, places, kept)
 
@@ -100,6 +102,7 @@ class Runner(NamedTuple):
         return (
             self.llama() is llama
             and self.version == version
+            and sum(map(len, self.places)) == len(self.kept)
             and all(map(operator.is_, _in_places(self.places), self.kept))
         )
 

@@ -260,7 +260,7 @@ def _fingerprint(
         "training texts, their tokens or labels": _examples_digest(run.prompts, train),
         "dev texts or labels": None if dev is None else _examples_digest(dev.texts, dev),
         "trained parameters": digest([json.dumps(shapes).encode()]),
-        "weights of the frozen base": digest(map(_sample, frozen)),
+        "weights of the frozen base": digest(map(sample_of, frozen)),
     }
     return parts
 
@@ -272,7 +272,7 @@ def _examples_digest(texts: Sequence[str] | Sequence[EncodedPrompt], dataset: Da
     )
 
 
-def _sample(parameter: Tensor) -> bytes:
+def sample_of(parameter: Tensor) -> bytes:
     """Some of its numbers: enough to tell another model, and read in no time."""
     flat = parameter.detach().flatten()
     chosen = flat[:: max(1, len(flat) // 16)].float().cpu()

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -334,10 +335,14 @@ def _differences(old: Fingerprint, new: Fingerprint, *, inside: bool = False) ->
             continue
         if isinstance(was, Mapping) and isinstance(is_, Mapping):
             yield from _differences(was, is_, inside=True)
-        elif inside:
+        elif inside and not _is_digest(was):
             yield f"{name} was {_shown(was)}, now {_shown(is_)}"
         else:
             yield f"{name} are not the same"
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def digest(parts: Iterable[bytes]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from minllama.checkpoints import open_checkpoint, write_gguf
 from minllama.classifier import LlamaEmbeddingClassifier, load_classifier
-from minllama.classifier.files import SAMPLE, merge_classifier
+from minllama.classifier.files import SAMPLE, form_in_training, merge_classifier
 from minllama.classifier.identity import base_tensors, weights_digest, weights_digest_of_source
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.experiment import run_experiment
@@ -106,6 +106,14 @@ def test_merging_keeps_what_the_adapter_was_trained_beside(blocks, tmp_path, how
     after = load_classifier(tmp_path, device="cpu")
     np.testing.assert_allclose(after.predict_logits(TEXTS), before, atol=2e-3)
     assert drift < 2e-3
+
+
+@pytest.mark.parametrize("how", [None, "int8"])
+def test_the_form_of_training_is_that_of_merging(blocks, tmp_path, how):
+    classifier_on(blocks, how, adapter=True).save_pretrained(tmp_path)
+    word = form_in_training(tmp_path)
+    assert word == (how or "none")
+    assert bool(quantised(load_classifier(tmp_path, device="cpu", quantize=word))) == bool(how)
 
 
 def test_another_base_in_blocks_is_refused(blocks, tmp_path):

@@ -381,7 +381,7 @@ def test_columns_are_carried_along_where_they_are_wanted(run, trained, tmp_path,
     result = run(*given)
     if kept == "nosuch":
         assert refused(
-            result, "line 2: there is no column 'nosuch' to keep; there are 'id', 'text'"
+            result, "rows.csv: there is no column 'nosuch' to keep; there are 'id', 'text'"
         )
         return
     assert result.status == 0, result.err

@@ -41,7 +41,7 @@ def test_a_label_for_whose_sake_none_is_used_is_named(
     assert str(notice) == (
         f"{path}: {known} of {len(cells)} rows have a known label (line {line}: label 'x' is not "
         "one of 'a', 'b'); none of these labels is used"
-        + ("; --skip-bad-rows leaves the other rows out" if known != "none" else "")
+        + ("; --skip-bad-rows leaves them out" if known != "none" else "")
     )
 
 
@@ -234,22 +234,26 @@ def test_numbers_that_are_taken_for_names_by_position_are_said(tmp_path: Path) -
     assert not load_dataset(path, label_names=["0", "1"]).notices
 
 
-def test_rows_without_a_known_label_can_be_left_out_of_what_is_measured(tmp_path: Path) -> None:
+def test_rows_with_unknown_labels_can_be_left_out_of_what_is_measured(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    path.write_text("text,label\na,good\nb,odd\nc,\nd,bad\n")
-    known = {"label_names": ["bad", "good"], "needs_labels": False}
+    path.write_text("text,label\na,good\nb,odd\nd,bad\n")
+    known: Any = {"label_names": ["bad", "good"], "needs_labels": False}
+    skipping = DataOptions(skip_bad_rows=True)
     dataset = load_dataset(path, **known)
-    assert (dataset.labels, len(dataset)) == (None, 4)
-    assert "none of these labels is used; --skip-bad-rows leaves the other" in str(*dataset.notices)
-    dataset = load_dataset(path, DataOptions(skip_bad_rows=True), **known)
+    assert (dataset.labels, len(dataset)) == (None, 3)
+    assert "none of these labels is used; --skip-bad-rows leaves them" in str(*dataset.notices)
+    dataset = load_dataset(path, skipping, **known)
     assert (dataset.texts, dataset.labels) == (["a", "d"], [1, 0])
     (notice,) = dataset.notices
-    assert (notice.kind, notice.count) == ("skipped", 2)
-    assert "left out: 2 (" in notice.message
-    assert "'odd' is not one of 'bad', 'good'" in notice.message
-    path.write_text("text,label\na,-1\nb,-1\n")
-    dataset = load_dataset(path, DataOptions(skip_bad_rows=True), **known)
-    assert (len(dataset), dataset.labels) == (2, None)
+    assert (notice.kind, notice.count) == ("skipped", 1)
+    assert "left out: 1 (line 3: label 'odd' is not one of 'bad', 'good')" in notice.message
+    # Rows without any label are no bad rows: they are predicted.
+    path.write_text("text,label\na,good\nb,odd\nc,\nd,bad\n")
+    dataset = load_dataset(path, skipping, **known)
+    assert (dataset.texts, dataset.labels) == (["a", "c", "d"], None)
+    assert [notice.kind for notice in dataset.notices] == ["skipped", "unlabelled"]
+    path.write_text("text,label\na,-1\nb,odd\n")
+    assert load_dataset(path, skipping, **known).texts == ["a", "b"]
 
 
 @pytest.mark.parametrize(

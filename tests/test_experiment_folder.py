@@ -7,10 +7,12 @@ import sys
 import pytest
 import torch
 
+from minllama.checkpoints import open_checkpoint, write_huggingface
 from minllama.classifier import load_classifier
 from minllama.errors import CheckpointError, DataError, MinllamaError, OptionError
 from minllama.experiment import run as run_module
 from minllama.experiment import run_experiment
+from minllama.llama import Llama
 from minllama.options import LoRAOptions
 from tests.experiment_cases import REPORT, Heard, examples, names_in, write_labelled
 
@@ -78,6 +80,25 @@ def test_a_run_goes_on_where_its_base_is_called_otherwise(make_experiment, base,
     (tmp_path / "moved").symlink_to(base)
     outcome = run_experiment(make_experiment(model=str(tmp_path / "moved")), resume=True)
     assert (outcome.training.resumed_from, outcome.training.steps) == (2, 6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("change", ["weights", "config"])
+def test_a_run_does_not_go_on_with_another_base(make_experiment, base, tmp_path, method, change):
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(make_experiment(method), say=Heard(interrupt_after=2))
+    checkpoint = open_checkpoint(base)
+    llama = Llama.from_checkpoint(checkpoint, device="cpu")
+    config = llama.config
+    if change == "weights":
+        llama.layers[0].attention.compute_value.weight.data *= 2
+    else:
+        config = config.replace(rope_theta=500.0)
+    other = tmp_path / "other"
+    write_huggingface(other, config, llama.state_dict(), vocabulary=checkpoint.vocabulary)
+    said = "its weights are not the same" if change == "weights" else "rope_theta was 10000.0, now"
+    with pytest.raises(CheckpointError, match=said):
+        run_experiment(make_experiment(method, model=str(other)), resume=True)
 
 
 @pytest.mark.parametrize("is_wanted", [True, False])

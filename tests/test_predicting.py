@@ -6,13 +6,16 @@ import json
 import numpy as np
 import pytest
 
+from minllama.classifier import LlamaEmbeddingClassifier, load_classifier
 from minllama.classifier import zero_shot as zero_shot_module
 from minllama.classifier.label_scores import SharedPrefix
 from minllama.data import BadRows, count_rows
 from minllama.errors import DataError, OptionError
 from minllama.experiment import predicting
 from minllama.experiment.predicting import Done, described, predict_stream, read_done
+from minllama.llama import load_pretrained
 from minllama.options import DataOptions, PromptOptions
+from minllama.tokenizer import Tokenizer
 from tests.classifier_cases import embedding, tiny_llama, zero_shot
 
 DATA = DataOptions()
@@ -217,6 +220,58 @@ def test_another_input_or_classifier_is_refused(rows, tmp_path):
             another.score.weight.data.normal_(std=2.0)
         with pytest.raises(DataError, match="this classifier says something else"):
             lines_of(another, rows, done=done)
+
+
+def test_a_run_goes_on_in_another_precision_and_not_with_another_classifier(rows, tmp_path):
+    output = tmp_path / "out.jsonl"
+    classifier = embedding()
+    output.write_text("".join(lines_of(classifier, rows)[:6]))
+    classifier.llama.bfloat16()
+    assert len(lines_of(classifier, rows, done=read_done(output))) == 5
+    nearly = embedding()
+    nearly.score.weight.data[0, 0] += 1e-6
+    with pytest.raises(DataError, match="this classifier says something else"):
+        lines_of(nearly, rows, done=read_done(output))
+
+
+def test_a_saved_classifier_is_told_by_what_was_saved(base, rows, tmp_path):
+    llama, words = load_pretrained(base, device="cpu"), Tokenizer.from_pretrained(base)
+    llama.requires_grad_(False)
+    LlamaEmbeddingClassifier(llama, words, ["a", "b"]).save_pretrained(tmp_path / "one")
+    first, again = (load_classifier(tmp_path / "one", device="cpu") for _ in range(2))
+    said = {json.loads(line)["classifier"] for line in lines_of(first, rows)}
+    assert said == {json.loads(line)["classifier"] for line in lines_of(again, rows)}
+    assert len(said) == 1
+    again.temperature = 2.0
+    again.save_pretrained(tmp_path / "two")
+    other = load_classifier(tmp_path / "two", device="cpu")
+    assert said.isdisjoint(json.loads(line)["classifier"] for line in lines_of(other, rows))
+
+
+def test_columns_are_those_of_the_row_and_of_the_whole_run(tmp_path):
+    path, output, classifier = tmp_path / "rows.jsonl", tmp_path / "out.jsonl", embedding()
+    rows = [
+        {"id": 1, "text": "y", "answer": "y"},
+        {"id": float("nan"), "text": "no", "answer": ["no", float("inf")]},
+        {"text": "7", "answer": {"x": "7"}},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = lines_of(classifier, path, columns=["all"])
+    assert [json.loads(line)["columns"] for line in lines] == [
+        {"id": 1, "answer": "y"},
+        {"id": None, "answer": ["no", None]},
+        {"answer": {"x": "7"}},
+    ]
+    assert "NaN" not in "".join(lines)
+    kept = lines_of(classifier, path, columns=["id"])
+    assert [json.loads(line)["columns"] for line in kept] == [{"id": 1}, {"id": None}, {"id": None}]
+    with pytest.raises(DataError, match="no column 'nosuch' to keep; there are 'id', 'text', 'ans"):
+        lines_of(classifier, path, columns=["nosuch"])
+    output.write_text(kept[0])
+    assert lines_of(classifier, path, columns=["id"], done=read_done(output)) == kept[1:]
+    for other in ([], ["answer"], ["all"]):
+        with pytest.raises(DataError, match="the --keep-columns that the run began with"):
+            lines_of(classifier, path, columns=other, done=read_done(output))
 
 
 def test_records_that_are_missing_or_out_of_order_are_found(rows, tmp_path):

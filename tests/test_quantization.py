@@ -1,5 +1,7 @@
 """Weights in 8 and 4 bits: what is stored, what it means, and how it is multiplied."""
 
+import json
+
 import gguf
 import pytest
 import torch
@@ -388,14 +390,21 @@ def test_a_matrix_too_small_for_scales_stays_in_numbers(how, largest):
 
 
 @pytest.mark.parametrize("how", ["int8", "int4"])
-def test_a_quantised_model_is_saved_in_the_numbers_that_it_computes_with(folder, tmp_path, how):
-    model = load_pretrained(folder, quantize=how, dtype="float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantised_model_is_saved_in_the_numbers_that_it_computes_with(
+    folder, tmp_path, how, dtype
+):
+    model = load_pretrained(folder, quantize=how, dtype=dtype)
     model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "float32"
+    assert {t.stored_as for t in open_checkpoint(tmp_path).tensors.values()} == {"float32"}
     saved, ids = load_pretrained(tmp_path, dtype="float32"), random_ids(2, 7)
-    with torch.no_grad():
-        torch.testing.assert_close(saved(ids).logits, model(ids).logits, atol=2e-3, rtol=0)
+    if dtype == "float32":
+        with torch.no_grad():
+            torch.testing.assert_close(saved(ids).logits, model(ids).logits, atol=2e-3, rtol=0)
     name = "layers.1.feed_forward.w2"
-    assert torch.equal(saved.get_submodule(name).weight, model.get_submodule(name).dequantize())
+    expected = model.get_submodule(name).dequantize()
+    assert torch.equal(saved.get_submodule(name).weight, expected)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -578,6 +578,7 @@ def test_a_slow_half_precision_is_said_to_be_slow_in_python_too(base, monkeypatc
     if dtype in ("bfloat16", torch.bfloat16):
         assert [warning.category for warning in caught] == [SlowDtypeWarning]
         assert said[0].startswith("this CPU only emulates bfloat16")
+        assert caught[0].filename == __file__
     else:
         assert not said
 

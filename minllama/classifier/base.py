@@ -26,7 +26,7 @@ from minllama.treebank import undo_treebank
 # Padded tokens of a batch. Larger batches are slower on a CPU: their activations leave its caches.
 BATCH_TOKENS = {"cpu": 1024}
 BATCH_TOKENS_ELSEWHERE = 16384
-MOST_NOTED = 100_000  # texts of which is kept that they were shortened
+MOST_NOTED = 1_000_000  # texts of which is kept that they were shortened
 
 
 class Classifier(nn.Module, ABC):
@@ -45,6 +45,7 @@ class Classifier(nn.Module, ABC):
             sec. 4.2); 1 until it is fitted.
         shortened: the hash of each text that was too long and has been read in part, up to
             MOST_NOTED of them.
+        digest: SHA-256 of the description that it was read from; None where it was made here.
 
     Raises:
         MinllamaError: the labels are none, or not different.
@@ -68,6 +69,7 @@ class Classifier(nn.Module, ABC):
         self.template, self.prompt = template, prompt
         self.temperature = 1.0
         self.shortened: set[int] = set()
+        self.digest: str | None = None
 
     @property
     @abstractmethod

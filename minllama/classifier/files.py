@@ -53,7 +53,7 @@ from minllama.classifier.head_file import (
 from minllama.classifier.identity import base_tensors, tokenizer_digest
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.llama import Llama
-from minllama.loading import reading_form, slow_dtype, usable_device
+from minllama.loading import reading_form, slow_dtype, usable_device, warn_if_slow
 from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper
 from minllama.options import PromptOptions
 from minllama.quantization import replace_by_numbers
@@ -281,6 +281,7 @@ def load_classifier(
             raise TypeError("labels or sha256 are not what they should be")
         identity = Identity(**base["identity"])
     form = Form(dtype, quantize, usable_device(device))
+    warn_if_slow(dtype, form.device)
     source_of_words = tokenizer or base["tokenizer"]
     llama, words = _open_base(path, source, source_of_words, content, identity, form)
     if weights == "adapter":
@@ -293,7 +294,19 @@ def load_classifier(
     if isinstance(classifier, LlamaEmbeddingClassifier):
         read_head(path.parent, classifier, digests.get(HEAD_FILE))
     check_unchanged(path, content)  # last, for the others say what it is that differs
+    classifier.digest = content["sha256"][CLASSIFIER_FILE]
     return classifier.eval()
+
+
+def form_in_training(folder: str | os.PathLike[str]) -> str:
+    """The word for `quantize` that gives a saved classifier's base the bits that it was trained in.
+
+    Raises:
+        CheckpointError: there is no classifier.
+    """
+    base = read_description(Path(folder) / CLASSIFIER_FILE).get("base")
+    found = base.get("quantize") if isinstance(base, Mapping) else None
+    return found if isinstance(found, str) else "none"
 
 
 def classifier_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -39,12 +39,24 @@ def command(
     with ended_by_interrupts():
         from minllama.checkpoints.source import source_of
         from minllama.classifier import load_classifier
-        from minllama.classifier.files import classifier_settings, merge_classifier, save_classifier
+        from minllama.classifier.files import (
+            classifier_settings,
+            form_in_training,
+            merge_classifier,
+            save_classifier,
+        )
         from minllama.experiment.folder import RECORDS, check_not_base, copy_records
         from minllama.experiment.measuring import saved_headlines
 
     source = Path(classifier)
-    loaded = load_classifier(source, model=base, tokenizer=tokenizer, dtype=dtype, device=device)
+    loaded = load_classifier(
+        source,
+        model=base,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+        quantize=form_in_training(source),
+    )
     check_not_base(Path(dst), loaded.llama.source and source_of(loaded.llama.source))
     metrics = saved_headlines(source)
     drift = merge_classifier(loaded, dtype=torch_dtype(dtype))

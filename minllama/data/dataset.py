@@ -111,7 +111,8 @@ def load_dataset(
         label_names: the classes that are known already, of the training file or of a classifier;
             a label that is none of them makes a bad row. None to take those of the file.
         needs_labels: whether a row without a label is a bad row. If not, the labels are None
-            unless every row has one.
+            unless every row has one; rows whose label is none of those that are known are left
+            out with `skip_bad_rows`, where others have one.
 
     Raises:
         DataError: the source cannot be read, holds no rows, or bad rows that are not to be skipped.
@@ -150,6 +151,7 @@ class _Examples:
         self._many = many
         self._bad_rows = BadRows()
         self._unread = BadRows()  # labels that nobody needs, and that are none
+        self._unread_rows: set[int] = set()  # their places among the texts
         self._texts: list[str] = []
         self._cells: list[list[Cell] | None] = []
         self._has_lists: bool | None = None  # as the first label is
@@ -176,6 +178,7 @@ class _Examples:
             if self._needs_labels:
                 raise
             self._unread.add(BadRow(row.index, row.place, str(error)))
+            self._unread_rows.add(len(self._texts))
             return None
         if cells is None and self._needs_labels:
             if self._reader.is_placeholder(value):
@@ -211,9 +214,9 @@ class _Examples:
             message = f"{name}: bad rows left out: {bad_rows.count} ({bad_rows.summary()})"
             notices.append(Notice("skipped", message, bad_rows.count))
         given = [cells for cells in self._cells if cells is not None]
-        if options.skip_bad_rows and 0 < len(given) < len(self._cells):
-            notices.append(self._leave_out_unlabelled(name))
-        elif self._unread.count or 0 < len(given) < len(self._cells):
+        if self._unread.count and given and options.skip_bad_rows:
+            notices.append(self._leave_out_unread(name))
+        if self._unread.count or 0 < len(given) < len(self._cells):
             notices.append(self._unlabelled(name, len(given)))
         if positions := self._reader.by_position:
             notices.append(_numbers_as_names(name, positions))
@@ -222,14 +225,14 @@ class _Examples:
         said, column = tuple(notices), self._label_column
         return Dataset(self._texts, labels, names, name, multi_label, said, label_column=column)
 
-    def _leave_out_unlabelled(self, name: str) -> Notice:
-        """Keep the rows that can be measured, where some can."""
-        pairs = zip(self._texts, self._cells, strict=True)
-        kept = [(text, cells) for text, cells in pairs if cells is not None]
-        n = len(self._texts) - len(kept)
-        self._texts, self._cells = [text for text, _ in kept], [cells for _, cells in kept]
-        message = f"{name}: rows without a known label left out: {n}{self._why_unread()}"
-        return Notice("skipped", message, n)
+    def _leave_out_unread(self, name: str) -> Notice:
+        """Leave out the rows whose labels are none; those without one stay, to be predicted."""
+        bad, self._unread = self._unread, BadRows()
+        kept = [row for row in range(len(self._texts)) if row not in self._unread_rows]
+        self._texts = [self._texts[row] for row in kept]
+        self._cells = [self._cells[row] for row in kept]
+        message = f"{name}: rows with unknown labels left out: {bad.count} ({bad.summary()})"
+        return Notice("skipped", message, bad.count)
 
     def _why_unread(self) -> str:
         if not self._unread.count:
@@ -238,7 +241,7 @@ class _Examples:
 
     def _unlabelled(self, name: str, n_given: int) -> Notice:
         known = f"only {n_given}" if n_given else "none"
-        remedy = "; --skip-bad-rows leaves the other rows out" if n_given else ""
+        remedy = "; --skip-bad-rows leaves them out" if n_given and self._unread.count else ""
         message = (
             f"{name}: {known} of {len(self._cells)} rows have a known label"
             f"{self._why_unread()}; none of these labels is used{remedy}"
@@ -277,12 +280,14 @@ class Row:
         place: where it stands, as people say it: `line 3`.
         text: what is to be classified.
         record: all of the row, by column.
+        column: the one of the text.
     """
 
     index: int
     place: str
     text: str
     record: dict[str, Any]
+    column: str = "text"
 
 
 def stream_rows(
@@ -320,7 +325,7 @@ def stream_rows(
                     raise bad_rows.error(table.name) from error
                 continue
             assert isinstance(row, Record)
-            yield Row(row.index, row.place, text, row.values)
+            yield Row(row.index, row.place, text, row.values, text_column)
 
 
 def count_rows(

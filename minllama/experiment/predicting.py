@@ -4,7 +4,10 @@ A line is JSON, or `label ||| text`. A run that was cut goes on where its output
 output is then that of one that was not. Knows nothing of evaluation.
 """
 
+import dataclasses
+import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -12,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from minllama.classifier import LlamaZeroShotClassifier
 from minllama.classifier.base import MOST_NOTED, Classifier
+from minllama.classifier.identity import comparable_config
 from minllama.data import BadRows, Row, stream_rows
 from minllama.data.lines import SEPARATOR
 from minllama.data.source import Source
@@ -24,9 +27,8 @@ from minllama.evaluation import predictions
 from minllama.options import DataOptions
 
 CHUNK = 512  # rows that are sorted by length and computed together
-# What rounding may change when a chunk is computed again, perhaps on another machine: in float32,
-# and in halves.
-SAME_PROBABILITY, SAME_IN_HALVES = 0.002, 0.05
+SAME_PROBABILITY = 0.05  # what rounding in halves may change, here or on another machine
+DIGITS = 16  # of a classifier's digest in each record
 ALL_COLUMNS = "all"
 RECORD_BEGINS = b'{"index": '
 
@@ -83,15 +85,18 @@ def predict_stream(
     check_format(classifier, output_format)
     done = done or Done()
     rows = _rows_from(stream_rows(source, data, bad_rows=bad_rows), done, source)
-    records = done.records
+    records, is_first = done.records, True
     with classifier.steady():
         for _, group in groupby(rows, key=lambda row: _chunk_of(row.index)):
             chunk = list(group)
+            if is_first:
+                _check_columns(columns, chunk, source)
             p = classifier.predict_proba([row.text for row in chunk], progress=progress)
+            lines = list(prediction_lines(classifier, chunk, p, output_format, columns))
             if records:
-                _check_same(classifier, records, chunk, p, source)
-            n, records = len(records), ()
-            yield list(prediction_lines(classifier, chunk[n:], p[n:], output_format, columns))
+                _check_same(classifier, records, lines, source)
+            yield lines[len(records) :]
+            records, is_first = (), False
     if records:
         raise _other_input(records[-1], source)
 
@@ -145,34 +150,68 @@ def prediction_lines(
     output_format: str,
     columns: Sequence[str] = (),
 ) -> Iterator[str]:
-    """One line for each row of (N, C) probabilities.
-
-    Raises:
-        DataError: a row has none of these columns.
-    """
+    """One line for each row of (N, C) probabilities."""
+    digest = digest_of(classifier)
     chosen = predictions(probabilities, multi_label=classifier.multi_label)
     for row, p, of_row in zip(rows, probabilities, chosen, strict=True):
         names = [classifier.labels[i] for i in np.flatnonzero(of_row)]
         if output_format == "labelled":
             yield f"{', '.join(names)} {SEPARATOR} {' '.join(row.text.split())}\n"
         else:
-            said = record(classifier, row, p, names)
+            said = record(classifier, row, p, names) | {"classifier": digest}
             if columns:
                 said["columns"] = _carried(row, columns)
-            yield json.dumps(said, ensure_ascii=False, default=str) + "\n"
+            yield json.dumps(said, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) -> None:
+    """Refuse, before anything is computed, names of columns that none of the first rows has."""
+    known = {name: None for row in rows for name in row.record}
+    if missing := [name for name in columns if name not in (*known, ALL_COLUMNS)]:
+        raise DataError(
+            f"{source}: there is no column {', '.join(map(repr, missing))} to keep; there are "
+            f"{', '.join(map(repr, known))}"
+        )
 
 
 def _carried(row: Row, columns: Sequence[str]) -> dict[str, Any]:
-    """What a row says beside its text, by column."""
-    others = {name: value for name, value in row.record.items() if value is not row.text}
+    """What a row says beside its text, by column; null where it lacks one."""
     if ALL_COLUMNS in columns:
-        return others
-    if missing := [name for name in columns if name not in row.record]:
-        raise DataError(
-            f"{row.place}: there is no column {', '.join(map(repr, missing))} to keep; there are "
-            f"{', '.join(map(repr, row.record))}"
-        )
-    return {name: row.record[name] for name in columns}
+        return {name: _plain(row.record[name]) for name in row.record if name != row.column}
+    return {name: _plain(row.record.get(name)) for name in columns}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a cell as JSON has it, which knows neither NaN nor infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(element) for name, element in value.items()}
+    return [_plain(element) for element in value] if isinstance(value, list | tuple) else value
+
+
+def digest_of(classifier: Classifier) -> str:
+    """What tells a classifier from others, but for its base's weights: the same on any machine."""
+    if classifier.digest is not None:
+        return classifier.digest[:DIGITS]
+    found = hashlib.sha256()
+    said = [
+        type(classifier).__name__,
+        classifier.labels,
+        dataclasses.asdict(classifier.prompt),
+        classifier.temperature,
+        classifier.n_layers,
+        comparable_config(classifier.llama.config),
+    ]
+    if isinstance(classifier, LlamaZeroShotClassifier):
+        said += [classifier.label_words, classifier.score_name, classifier.shots]
+    else:
+        said.append(getattr(classifier, "pooling", None))
+    found.update(json.dumps(said, default=str).encode("utf-8", "backslashreplace"))
+    for name, parameter in classifier.named_parameters():
+        if not name.startswith("llama.") or ".adapters." in name:
+            found.update(parameter.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()[:DIGITS]
 
 
 def record(
@@ -282,28 +321,38 @@ def _record_of(line: bytes) -> Mapping[str, Any]:
 def _check_same(
     classifier: Classifier,
     records: Iterable[Mapping[str, Any]],
-    chunk: list[Row],
-    probabilities: Any,
+    lines: Sequence[str],
     source: Source,
 ) -> None:
-    """Refuse records that are not what this classifier says of the first rows of their chunk."""
-    in_halves = classifier.llama.dtype != torch.float32
-    most = SAME_IN_HALVES if in_halves else SAME_PROBABILITY
+    """Refuse records that are not what is said now of the first rows of their chunk."""
     for number, record in enumerate(records):
-        row = chunk[number] if number < len(chunk) else None
-        if row is None or (row.index, row.text) != (record["index"], record["text"]):
+        now = json.loads(lines[number]) if number < len(lines) else {}
+        if (now.get("index"), now.get("text")) != (record["index"], record["text"]):
             raise _other_input(record, source)
-        was = record["probabilities"]
-        now = dict(zip(classifier.labels, probabilities[number], strict=True))
-        is_alike = was.keys() == now.keys() and record.get("score") == score_of(classifier)
-        if not is_alike or any(
-            not isinstance(p, int | float) or not abs(p - now[name]) <= most
-            for name, p in was.items()
-        ):
+        if not _is_alike(record, now):
             raise DataError(
                 f"the output holds row {record['index']}, and of that row this classifier says "
                 "something else; give the one that the run began with, or another --output"
             )
+        if record.get("columns") != now.get("columns"):
+            raise DataError(
+                f"the output holds row {record['index']} with other columns; give the "
+                "--keep-columns that the run began with, or another --output"
+            )
+
+
+def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two records of a row are by one classifier, but for rounding."""
+    was, is_now = record["probabilities"], now["probabilities"]
+    return (
+        record.get("classifier") == now["classifier"]
+        and record.get("score") == now.get("score")
+        and was.keys() == is_now.keys()
+        and all(
+            isinstance(p, int | float) and abs(p - is_now[name]) <= SAME_PROBABILITY
+            for name, p in was.items()
+        )
+    )
 
 
 def _other_input(record: Mapping[str, Any], source: Source) -> DataError:

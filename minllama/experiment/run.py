@@ -21,6 +21,7 @@ from minllama.checkpoints import open_checkpoint
 from minllama.classifier import LlamaEmbeddingClassifier, save_classifier
 from minllama.classifier.base import Classifier
 from minllama.classifier.calibration import fit_temperature
+from minllama.classifier.identity import comparable_config
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation import Evaluation
 from minllama.experiment.fitting import (
@@ -65,8 +66,8 @@ from minllama.quantization import check_quantize
 from minllama.report import Report
 from minllama.report.files import write_files
 from minllama.tokenizer import Tokenizer
-from minllama.training import TrainingResult, fit, summary_writer
-from minllama.training_state import CHECKPOINT
+from minllama.training import TrainingResult, fit, sample_of, summary_writer
+from minllama.training_state import CHECKPOINT, digest
 
 HALVES = ("bfloat16", "float16")
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
@@ -255,6 +256,7 @@ def _train(
     """The classifier, what it was before its training, and how that went."""
     options = experiment.classifier
     training, train = experiment.training, splits.train
+    settings = _settings_to_go_on_with(experiment, llama)
     beside: dict[str, Evaluation] = {}
     classifier: Classifier
     if options.method == "zero-shot" or options.objective == "label-words":
@@ -300,7 +302,7 @@ def _train(
         resume=resume,
         head_parameters=[] if head is None else list(head.parameters()),
         progress=say.progress(),
-        settings=_settings_to_go_on_with(experiment),
+        settings=settings,
     )
     return classifier, beside, result
 
@@ -354,12 +356,18 @@ def _settings_of_run(experiment: Experiment) -> dict[str, Any]:
     return settings_of(**groups)
 
 
-def _settings_to_go_on_with(experiment: Experiment) -> dict[str, Any]:
-    """Those that must be the same, but for names: weights and tokens are compared themselves."""
+def _settings_to_go_on_with(experiment: Experiment, llama: Llama) -> dict[str, Any]:
+    """Those that must be the same: of the base not how it is called, but what it is.
+
+    Args:
+        llama: the base, before anything is done to it. Of its tokenizer the tokens of the training
+            texts are compared.
+    """
     settings = _settings_of_run(experiment)
     for name in ("model", "tokenizer"):
         del settings["model"][name]
-    return settings
+    weights = digest(map(sample_of, (*llama.parameters(), *llama.buffers())))
+    return {**settings, "base": {"config": comparable_config(llama.config), "its weights": weights}}
 
 
 def _chosen(classifier: Classifier) -> dict[str, Any]:

@@ -38,7 +38,9 @@ FEW_ROWS = 32
 
 def serves(x: Tensor) -> bool:
     """Whether the operations here take this tensor."""
-    return is_plain(x) and x.device.type == "cpu" and x.dtype in KINDS and library() is not None
+    # Devices first: elsewhere torch.compile need not understand the rest.
+    is_known = x.device.type == "cpu" and x.dtype in KINDS
+    return is_known and library() is not None and is_plain(x)
 
 
 def is_plain(x: Any) -> bool:
