@@ -33,6 +33,8 @@ class KVCache:
         lengths: filled slots of each row, on the host: decisions on shapes need no device sync.
         native: what runs the model's short passes over this cache in compiled code, once one has;
             the model's to keep, and kept here since a cache lives as long as a text is continued.
+        is_steady: a promise that the model is as it was in the pass before: then it is not looked
+            through for what somebody may have replaced, which takes 2% of a short pass.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class KVCache:
         self.capacity = capacity
         self.lengths = [0] * batch_size
         self.native: Any = None
+        self.is_steady = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, in memory or pickled, is for any model; what runs this one points to its own.
@@ -168,7 +171,7 @@ class KVCache:
         """A new cache with every row `n` times in a row, and room for `capacity` tokens."""
         copy = object.__new__(KVCache)
         copy.capacity = capacity
-        copy.native = self.native
+        copy.native, copy.is_steady = self.native, False
         copy.lengths = [length for length in self.lengths for _ in range(n)]
         copy.keys = [self._repeat(stored, n, capacity) for stored in self.keys]
         copy.values = [self._repeat(stored, n, capacity) for stored in self.values]

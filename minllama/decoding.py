@@ -293,7 +293,11 @@ class Decoder:
         else:
             ids = chosen.clamp(min=0).unsqueeze(-1)  # -1 is refused when it arrives
         which: Literal["all", "last"] = "all" if self._drafts else "last"
-        logits: Tensor = self.model(ids, cache=self._cache, logits=which).logits
+        self._cache.is_steady = True  # between a decoder's steps nobody puts other weights in place
+        try:
+            logits: Tensor = self.model(ids, cache=self._cache, logits=which).logits
+        finally:
+            self._cache.is_steady = False
         return logits.squeeze(0) if self._drafts else logits
 
     def _drafted(self) -> list[int]:

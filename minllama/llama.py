@@ -514,7 +514,12 @@ class Llama(LlamaPreTrainedModel):
         if self.device.type == "cuda" and cache.keys[0].dtype != self.dtype:
             return None
         known = cache.native
-        if isinstance(known, Runner) and known.serves(self, self._version) and cache.max_len:
+        if (
+            isinstance(known, Runner)
+            and known.serves(self, self._version)
+            and cache.max_len
+            and (cache.is_steady or known.finds_all_in_place())
+        ):
             step: NativeStep | GraphStep | None = known.step_unless_heard()
             if not isinstance(step, GraphStep) or step.is_of_this_stream():
                 return step

@@ -98,12 +98,13 @@ class Runner(NamedTuple):
         return cls(weakref.ref(llama), version, step, _hooks(llama), modules, places, kept)
 
     def serves(self, llama: Any, version: int) -> bool:
-        """Whether it is of this model as it now is, with the modules and tensors that it had."""
-        return (
-            self.llama() is llama
-            and self.version == version
-            and sum(map(len, self.places)) == len(self.kept)
-            and all(map(operator.is_, _in_places(self.places), self.kept))
+        """Whether it is of this model, of which nothing is known to have been replaced."""
+        return self.llama() is llama and self.version == version
+
+    def finds_all_in_place(self) -> bool:
+        """Whether the model has the modules and tensors that it had, one by one."""
+        return sum(map(len, self.places)) == len(self.kept) and all(
+            map(operator.is_, _in_places(self.places), self.kept)
         )
 
     def step_unless_heard(self) -> Any:
