@@ -362,7 +362,7 @@ def zero_shot_by_hand(n: int = 256, size: int = 16) -> float:
 
 # ---------------------------------------------------------------- training
 
-BATCH, STEPS = 16, 12
+BATCH, STEPS = 16, int(os.environ.get("MINLLAMA_BENCH_STEPS", "12"))
 
 
 def train_ours(method: str, dtype: str, *, blocks: bool = True) -> float:

@@ -277,7 +277,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", choices=[[], *contenders.TASKS])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="the main rows, two runs of each")
+    parser.add_argument("--quick", action="store_true", help="the main rows, a process each")
     parser.add_argument("--beside", nargs="+", metavar="PEER", help="measure these alone")
     parser.add_argument("--results", type=Path, help="JSON file that what is measured is added to")
     parser.add_argument("--plot", type=Path, help="PNG file of the ratios")
@@ -285,7 +285,7 @@ def main() -> int:
     tasks, peers = chosen_tasks(arguments.quick)
     tasks, rounds = arguments.tasks or tasks, 1 if arguments.quick else arguments.rounds
     if arguments.quick:
-        os.environ["MINLLAMA_BENCH_RUNS"] = "2"
+        os.environ["MINLLAMA_BENCH_RUNS"], os.environ["MINLLAMA_BENCH_STEPS"] = "2", "8"
     if not contenders.DATA.is_dir():
         left_out = [task for task in tasks if task in contenders.OF_TEXTS]
         tasks = [task for task in tasks if task not in left_out]
