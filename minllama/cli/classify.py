@@ -250,13 +250,13 @@ def _learn_prior(
     from itertools import islice
 
     from minllama.classifier import LlamaZeroShotClassifier
-    from minllama.data import stream_rows
+    from minllama.data import count_rows, stream_rows
     from minllama.experiment.fitting import PRIOR_TEXTS
 
     assert isinstance(classifier, LlamaZeroShotClassifier)
     texts = [row.text for row in islice(stream_rows(rows, data), PRIOR_TEXTS)]
     if not texts:
-        raise DataError(f"{rows}: holds no rows; give a file with an example on each line")
+        count_rows(rows, data)  # which says why there are none
     classifier.fit_prior(texts)
     classifier.shortened.clear()
 

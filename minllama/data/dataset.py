@@ -11,12 +11,11 @@ from typing import Any, Literal, Self
 
 from minllama.data.columns import find_columns, tells_text
 from minllama.data.labels import UNLABELLED, Cell, LabelReader, class_names, read_label_names
-from minllama.data.records import BadRow, BadRows, Record, Table
+from minllama.data.records import BadRow, BadRows, Record, Table, first_few, printable
 from minllama.data.source import Source, open_table
 from minllama.errors import DataError, OptionError
 from minllama.options import DataOptions
 
-MOST_SHOWN = 10  # names of classes in a notice
 COLUMNS_FROM = 100  # rows that tell which columns a file has, where each row has its own
 
 Labels = list[int] | list[tuple[int, ...]]
@@ -262,13 +261,12 @@ class _Examples:
 
 
 def _numbers_as_names(name: str, positions: Mapping[int, str]) -> Notice:
-    shown = [f"{number} = {positions[number]}" for number in sorted(positions)]
-    more = f" and {len(shown) - MOST_SHOWN} more" if len(shown) > MOST_SHOWN else ""
+    pairs = (f"{number} = {printable(positions[number])}" for number in sorted(positions))
     message = (
-        f"{name}: its numbers are taken for classes in their order: "
-        f"{', '.join(shown[:MOST_SHOWN])}{more}; --label-names FILE says otherwise"
+        f"{name}: its numbers are taken for classes in their order: {first_few(pairs)}; "
+        "--label-names FILE says otherwise"
     )
-    return Notice("numbers", message, len(shown))
+    return Notice("numbers", message, len(positions))
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,9 +115,14 @@ def shown(value: object) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """The first few of `names`, quoted."""
-    names = iter(names)
-    few = [shown(name) for name in itertools.islice(names, MAX_SHOWN)]
-    more = sum(1 for _ in names)
+    return first_few(map(shown, names))
+
+
+def first_few(items: Iterable[str]) -> str:
+    """The first few of them, and how many more there are."""
+    items = iter(items)
+    few = list(itertools.islice(items, MAX_SHOWN))
+    more = sum(1 for _ in items)
     return ", ".join(few) + (f" and {more} more" if more else "")
 
 

@@ -21,6 +21,7 @@ from minllama.classifier.base import MOST_NOTED, Classifier
 from minllama.classifier.identity import comparable_config
 from minllama.data import BadRows, Row, stream_rows
 from minllama.data.lines import SEPARATOR
+from minllama.data.records import listed
 from minllama.data.source import Source
 from minllama.errors import DataError, OptionError
 from minllama.evaluation import predictions
@@ -169,8 +170,7 @@ def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) 
     known = {name: None for row in rows for name in row.record}
     if missing := [name for name in columns if name not in (*known, ALL_COLUMNS)]:
         raise DataError(
-            f"{source}: there is no column {', '.join(map(repr, missing))} to keep; there are "
-            f"{', '.join(map(repr, known))}"
+            f"{source}: there is no column {listed(missing)} to keep; there are {listed(known)}"
         )
 
 

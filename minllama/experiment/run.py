@@ -52,7 +52,7 @@ from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
 from minllama.experiment.uses import check_uses
 from minllama.llama import Llama
-from minllama.loading import usable_device
+from minllama.loading import HALF_NAMES, usable_device
 from minllama.lora.targets import matching_modules
 from minllama.losses import check_ordinal
 from minllama.options import (
@@ -69,7 +69,6 @@ from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, sample_of, summary_writer
 from minllama.training_state import CHECKPOINT, digest
 
-HALVES = ("bfloat16", "float16")
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
@@ -105,7 +104,7 @@ class Experiment:
     llama_changes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.classifier.method == "full" and self.dtype in HALVES:
+        if self.classifier.method == "full" and self.dtype in HALF_NAMES:
             raise OptionError(
                 f"full training takes steps that {self.dtype} rounds away; leave --dtype away: "
                 "weights are float32 then, and multiplied in bfloat16 where the hardware is good "
