@@ -285,14 +285,22 @@ def replace_by_numbers(model: nn.Module) -> bool:
     return bool(found)
 
 
+def quantised_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """A model's quantised matrices, by the names that these had as parameters."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedWeight)
+    }
+
+
 def state_in_numbers(model: nn.Module) -> dict[str, Tensor]:
     """A model's state as it was before it was quantised, in float32; others' as it is."""
-    state = dict(model.state_dict())
-    quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedWeight)}
-    for name, module in quantised.items():
+    state, quantised = dict(model.state_dict()), quantised_weights(model)
+    for name, weight in quantised.items():
         for part in ("quants", "scales", "mins"):
-            state.pop(f"{name}.{part}", None)
-        state[f"{name}.weight"] = module.dequantize()
+            state.pop(f"{name.removesuffix('weight')}{part}", None)
+        state[name] = weight.dequantize()
     return {name: x.float() for name, x in state.items()} if quantised else state
 
 

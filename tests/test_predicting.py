@@ -11,8 +11,9 @@ from minllama.classifier import zero_shot as zero_shot_module
 from minllama.classifier.label_scores import SharedPrefix
 from minllama.data import BadRows, count_rows
 from minllama.errors import DataError, OptionError
-from minllama.experiment import predicting
-from minllama.experiment.predicting import Done, described, predict_stream, read_done
+from minllama.experiment import predicting, resuming
+from minllama.experiment.predicting import described, predict_stream
+from minllama.experiment.resuming import Done, read_done
 from minllama.llama import load_pretrained
 from minllama.options import DataOptions, PromptOptions
 from minllama.tokenizer import Tokenizer
@@ -23,7 +24,7 @@ DATA = DataOptions()
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
-    monkeypatch.setattr(predicting, "CHUNK", 4)
+    monkeypatch.setattr(resuming, "CHUNK", 4)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from minllama.checkpoints import Checkpoint
 from minllama.config import LlamaConfig
 from minllama.llama import Llama
 from minllama.lora import lora_layers
-from minllama.quantization import QuantizedWeight, quantized
+from minllama.quantization import QuantizedWeight, quantised_weights, quantized
 from minllama.vocabulary import Vocabulary
 
 # The first is said in classifier.json, for a checkpoint does not; the second is training's.
@@ -142,9 +142,7 @@ def base_tensors(llama: Llama) -> dict[str, Tensor]:
 def _quantised(llama: Llama) -> dict[str, QuantizedWeight]:
     """The quantised matrices of a Llama, by the names of what they stand for."""
     return {
-        f"{name}.weight".replace(".base.", "."): module
-        for name, module in llama.named_modules()
-        if isinstance(module, QuantizedWeight)
+        name.replace(".base.", "."): weight for name, weight in quantised_weights(llama).items()
     }
 
 

@@ -264,12 +264,18 @@ def _learn_prior(
 def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json: bool) -> None:
     from minllama.data import Row
     from minllama.data.records import printable
-    from minllama.experiment.predicting import described, prediction_lines, shortened_texts
+    from minllama.experiment.predicting import (
+        described,
+        digest_of,
+        prediction_lines,
+        shortened_texts,
+    )
 
     probabilities = classifier.predict_proba(texts)
     if as_json:
         given = [Row(i, f"text {i + 1}", text, {}) for i, text in enumerate(texts)]
-        for line in prediction_lines(classifier, given, probabilities, "jsonl"):
+        digest = digest_of(classifier)
+        for line in prediction_lines(classifier, digest, given, probabilities, "jsonl"):
             click.echo(line, nl=False)
         return
     names = [printable(label) for label in classifier.labels]
@@ -297,13 +303,12 @@ def _classify_rows(
     from minllama.cli.waiting import ConsoleSay
     from minllama.data import BadRows, count_rows
     from minllama.experiment.predicting import (
-        Done,
         described,
         predict_stream,
-        read_done,
         score_of,
         shortened_texts,
     )
+    from minllama.experiment.resuming import Done, read_done
 
     bad_rows, say = BadRows(), ConsoleSay()
     done = read_done(Path(output)) if resume else Done()

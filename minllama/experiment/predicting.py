@@ -1,7 +1,6 @@
 """A stream of texts -> lines that say their labels, of any length in constant memory.
 
-A line is JSON, or `label ||| text`. A run that was cut goes on where its output ends, and its
-output is then that of one that was not. Knows nothing of evaluation.
+A line is JSON, or `label ||| text`. Knows nothing of evaluation.
 """
 
 import dataclasses
@@ -9,9 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, groupby
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -25,33 +22,17 @@ from minllama.data.records import listed
 from minllama.data.source import Source
 from minllama.errors import DataError, OptionError
 from minllama.evaluation import predictions
+from minllama.experiment.resuming import (
+    Done,
+    check_same,
+    chunk_of,
+    other_input,
+    rows_still_to_do,
+)
 from minllama.options import DataOptions
 
-CHUNK = 512  # rows that are sorted by length and computed together
-SAME_PROBABILITY = 0.05  # what rounding in halves may change, here or on another machine
 DIGITS = 16  # of a classifier's digest in each record
 ALL_COLUMNS = "all"
-RECORD_BEGINS = b'{"index": '
-
-
-@dataclass(frozen=True)
-class Done:
-    """What an output holds already, of a run that was cut.
-
-    Attributes:
-        records: those of its last chunk, in order; empty where it holds none.
-        n_before: how many come before them.
-        end: where the last whole record ends, in bytes.
-    """
-
-    records: tuple[Mapping[str, Any], ...] = ()
-    n_before: int = 0
-    end: int = 0
-
-    @property
-    def start(self) -> int:
-        """The index of the row at which a run that goes on begins to compute."""
-        return _chunk_of(self.records[-1]["index"]) * CHUNK if self.records else 0
 
 
 def predict_stream(
@@ -85,46 +66,21 @@ def predict_stream(
     """
     check_format(classifier, output_format)
     done = done or Done()
-    rows = _rows_from(stream_rows(source, data, bad_rows=bad_rows), done, source)
-    records, is_first = done.records, True
+    rows = rows_still_to_do(stream_rows(source, data, bad_rows=bad_rows), done, source)
+    records, is_first, digest = done.records, True, digest_of(classifier)
     with classifier.steady():
-        for _, group in groupby(rows, key=lambda row: _chunk_of(row.index)):
+        for _, group in groupby(rows, key=lambda row: chunk_of(row.index)):
             chunk = list(group)
             if is_first:
                 _check_columns(columns, chunk, source)
             p = classifier.predict_proba([row.text for row in chunk], progress=progress)
-            lines = list(prediction_lines(classifier, chunk, p, output_format, columns))
+            lines = list(prediction_lines(classifier, digest, chunk, p, output_format, columns))
             if records:
-                _check_same(classifier, records, lines, source)
+                check_same(records, lines, source)
             yield lines[len(records) :]
             records, is_first = (), False
     if records:
-        raise _other_input(records[-1], source)
-
-
-def _chunk_of(index: int) -> int:
-    return index // CHUNK
-
-
-def _rows_from(rows: Iterator[Row], done: Done, source: Source) -> Iterator[Row]:
-    """The rows that are still to be computed, once those before them are found to be done.
-
-    Raises:
-        DataError: the output has not as many records of these.
-    """
-    n_before = 0
-    for row in rows:
-        if row.index >= done.start:
-            rows = chain([row], rows)
-            break
-        n_before += 1
-    if n_before != done.n_before:
-        raise DataError(
-            f"the output has {done.n_before:,} records of the rows before number {done.start:,}, "
-            f"and {source} has {n_before:,} there; give the input and options that the run began "
-            "with, or another --output"
-        )
-    return rows
+        raise other_input(records[-1], source)
 
 
 def check_format(classifier: Classifier, output_format: str) -> None:
@@ -146,13 +102,13 @@ def check_format(classifier: Classifier, output_format: str) -> None:
 
 def prediction_lines(
     classifier: Classifier,
+    digest: str,
     rows: Iterable[Row],
     probabilities: Any,
     output_format: str,
     columns: Sequence[str] = (),
 ) -> Iterator[str]:
-    """One line for each row of (N, C) probabilities."""
-    digest = digest_of(classifier)
+    """One line for each row of (N, C) probabilities; `digest` is `digest_of` the classifier."""
     chosen = predictions(probabilities, multi_label=classifier.multi_label)
     for row, p, of_row in zip(rows, probabilities, chosen, strict=True):
         names = [classifier.labels[i] for i in np.flatnonzero(of_row)]
@@ -269,94 +225,4 @@ def shortened_texts(
         f"{where}{n:,}{more} different text{'s' * (n > 1)} did not fit into {most:,} tokens with "
         f"the prompt, and {'were' if n > 1 else 'was'} read without {'their' if n > 1 else 'its'} "
         f"{lost}"
-    )
-
-
-def read_done(output: Path) -> Done:
-    """What a file of JSON lines holds of a run that is to go on: nothing if it is not there.
-
-    Raises:
-        DataError: it cannot be read, or holds something else, or records out of order.
-    """
-    records: list[Mapping[str, Any]] = []
-    n_before, end, number = 0, 0, 0
-    try:
-        with output.open("rb") as file:
-            for line in file:
-                number += 1
-                if not line.endswith(b"\n"):
-                    if line[: len(RECORD_BEGINS)] != RECORD_BEGINS[: len(line)]:
-                        raise ValueError("nor the beginning of one")
-                    break
-                found = _record_of(line)
-                if records and found["index"] <= records[-1]["index"]:
-                    raise ValueError(f"row {found['index']} behind row {records[-1]['index']}")
-                if records and _chunk_of(found["index"]) != _chunk_of(records[-1]["index"]):
-                    n_before += len(records)
-                    records.clear()
-                records.append(found)
-                end += len(line)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise DataError(f"{output}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise DataError(
-            f"{output}, line {number}: not a prediction of `minllama classify` ({what}); "
-            "name another file"
-        ) from error
-    return Done(tuple(records), n_before, end)
-
-
-def _record_of(line: bytes) -> Mapping[str, Any]:
-    found = json.loads(line)
-    is_whole = isinstance(found["probabilities"], dict) and type(found["text"]) is str
-    if type(found["index"]) is not int or not is_whole:
-        raise ValueError("index, text or probabilities are of another type")
-    record: Mapping[str, Any] = found
-    return record
-
-
-def _check_same(
-    classifier: Classifier,
-    records: Iterable[Mapping[str, Any]],
-    lines: Sequence[str],
-    source: Source,
-) -> None:
-    """Refuse records that are not what is said now of the first rows of their chunk."""
-    for number, record in enumerate(records):
-        now = json.loads(lines[number]) if number < len(lines) else {}
-        if (now.get("index"), now.get("text")) != (record["index"], record["text"]):
-            raise _other_input(record, source)
-        if not _is_alike(record, now):
-            raise DataError(
-                f"the output holds row {record['index']}, and of that row this classifier says "
-                "something else; give the one that the run began with, or another --output"
-            )
-        if record.get("columns") != now.get("columns"):
-            raise DataError(
-                f"the output holds row {record['index']} with other columns; give the "
-                "--keep-columns that the run began with, or another --output"
-            )
-
-
-def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two records of a row are by one classifier, but for rounding."""
-    was, is_now = record["probabilities"], now["probabilities"]
-    return (
-        record.get("classifier") == now["classifier"]
-        and record.get("score") == now.get("score")
-        and was.keys() == is_now.keys()
-        and all(
-            isinstance(p, int | float) and abs(p - is_now[name]) <= SAME_PROBABILITY
-            for name, p in was.items()
-        )
-    )
-
-
-def _other_input(record: Mapping[str, Any], source: Source) -> DataError:
-    return DataError(
-        f"the output holds row {record['index']} where {source} has no such row with that text; "
-        "give the input that the run began with, or another --output"
     )
