@@ -89,6 +89,25 @@ class KVCache:
                 f"{new_len} more do not fit; make it with a larger capacity"
             )
 
+    def check_serves(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Refuse a model of another shape, dtype or device with a MinllamaError.
+
+        Keys and values may be kept in halves whatever the model's dtype is.
+        """
+        keys = self.keys[0]
+        if keys.dtype not in (dtype, torch.float16, torch.bfloat16) or keys.device != device:
+            raise MinllamaError(
+                f"the cache is {keys.dtype} on {keys.device} and the model {dtype} on {device}; "
+                "make it with model.new_cache()"
+            )
+        found = len(self.keys), keys.shape[1], keys.shape[3]
+        wanted = config.n_layers, config.n_kv_heads, config.head_dim
+        if found != wanted:
+            raise MinllamaError(
+                "the cache is of another model: it has {} layers of {} heads of width {}, and this "
+                "model {} of {} of {}; make it with model.new_cache()".format(*found, *wanted)
+            )
+
     def update(
         self, layer: int, keys: Tensor, values: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:

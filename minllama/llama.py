@@ -17,22 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minllama import gpu, graph_step
+from minllama import gpu
 from minllama.cache import KVCache
 from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
-from minllama.errors import MinllamaError
-from minllama.graph_step import GraphStep
 from minllama.native import attention, operations
-from minllama.native_step import NativeStep, can_run, is_short
 from minllama.pretrained import LlamaPreTrainedModel
 from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
-from minllama.runner import Runner, has_hooks
+from minllama.runner import has_hooks
+from minllama.short_pass import runs_natively, short_pass
 from minllama.view import (
     Packing,
     View,
-    check_continuation,
     shared_columns,
     view_of_continuation,
     view_of_packed,
@@ -282,15 +279,10 @@ class Llama(LlamaPreTrainedModel):
         """
         check_inputs(ids, attention_mask)
         check_logits(logits, attention_mask)
-        if cache is not None and positions is None and self._is_short(ids, attention_mask):
-            self._check_cache(cache)
-            step = self._native(cache)
-            if isinstance(step, NativeStep):
-                return self._forward_natively(step, ids, attention_mask, cache, logits)
-            if isinstance(step, GraphStep) and not isinstance(logits, Tensor):
-                found = self._forward_in_graph(step, ids, cache, logits)
-                if found is not None:
-                    return found
+        if cache is not None and positions is None:
+            found = short_pass(self, ids, attention_mask, cache, logits)
+            if found is not None:
+                return LlamaOutput(*found)
         at = wanted_tokens(ids, attention_mask, logits)
         h = self.state_after(
             len(self.layers),
@@ -389,7 +381,7 @@ class Llama(LlamaPreTrainedModel):
             attention_mask = attention_mask.bool()
         check_inputs(ids, attention_mask)
         if cache is not None:
-            self._check_cache(cache)
+            cache.check_serves(self.config, self.dtype, self.device)
             return None, view_of_continuation(ids, attention_mask, positions, cache, self.config)
         packed = None if positions is not None else self._packed(ids, attention_mask)
         return packed or (None, view_of_whole(ids, attention_mask, positions, self.config))
@@ -459,7 +451,7 @@ class Llama(LlamaPreTrainedModel):
         small beside theirs. Only where compiled code widens them on their way.
         """
         is_quantized = self.dtype == torch.float32 and self.quantize is not None
-        return torch.float16 if is_quantized and self._runs_natively() else self.dtype
+        return torch.float16 if is_quantized and runs_natively(self) else self.dtype
 
     def new_cache(
         self, batch_size: int, capacity: int, *, dtype: torch.dtype | None = None
@@ -499,44 +491,7 @@ class Llama(LlamaPreTrainedModel):
         """
         return generate_ids(self, ids, max_new_tokens, temperature, seed)
 
-    def _is_short(self, ids: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whether a pass is one that may be run in compiled code."""
-        if self.device.type == "cuda":
-            return ids.is_cuda and graph_step.is_step(ids, attention_mask)
-        return is_short(ids, attention_mask, self.dtype)
-
-    def _native(self, cache: KVCache) -> NativeStep | GraphStep | None:
-        """What runs short passes over this cache in compiled code; None for the modules here."""
-        if torch.is_grad_enabled():
-            return None
-        if self.device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(self.device.type):
-            return None
-        if self.device.type == "cuda" and cache.keys[0].dtype != self.dtype:
-            return None
-        known = cache.native
-        if (
-            isinstance(known, Runner)
-            and known.serves(self, self._version)
-            and cache.max_len
-            and (cache.is_steady or known.finds_all_in_place())
-        ):
-            step: NativeStep | GraphStep | None = known.step_unless_heard()
-            if not isinstance(step, GraphStep) or step.is_of_this_stream():
-                return step
-        if has_hooks(self):  # it may be for a while only
-            return None
-        step = None
-        if self._runs_natively():
-            step = NativeStep(self)
-        elif self._has_own_layers() and graph_step.can_run(self):
-            step = graph_step.step_of(self)
-        cache.native = Runner.of(self, self._version, step)
-        return step
-
-    def _runs_natively(self) -> bool:
-        return self._has_own_layers() and can_run(self)
-
-    def _has_own_layers(self) -> bool:
+    def has_own_layers(self) -> bool:
         """Whether it is made of what is in this file, and of nothing that only looks like it."""
         for name in ("compute_logits", "state_after"):
             if name in vars(self) or getattr(type(self), name) is not getattr(Llama, name):
@@ -549,60 +504,6 @@ class Llama(LlamaPreTrainedModel):
             and type(layer.ffn_norm) is RMSNorm
             for layer in self.layers
         )
-
-    def _forward_natively(
-        self,
-        step: NativeStep,
-        ids: Tensor,
-        attention_mask: Tensor | None,
-        cache: KVCache,
-        logits: Literal["all", "last"] | Tensor | None,
-    ) -> LlamaOutput:
-        """What `forward` gives for a few tokens that continue a cache."""
-        view = view_of_continuation(ids, attention_mask, None, cache, self.config)
-        at = wanted_tokens(ids, attention_mask, logits)
-        every = torch.arange(0 if logits is None else ids.numel(), device=ids.device)
-        rotation = self.rope(view.positions, view.text_len)
-        logits_of = every if at is None else at.flatten()
-        hidden, found = step(ids, view.positions, rotation, cache, logits_of)
-        cache.advance(row_lens(ids, attention_mask))
-        if at is not None:
-            hidden = hidden.flatten(0, 1)[at]
-        return LlamaOutput(hidden, None if logits is None else found.view(*hidden.shape[:-1], -1))
-
-    def _forward_in_graph(
-        self,
-        step: GraphStep,
-        ids: Tensor,
-        cache: KVCache,
-        logits: Literal["all", "last"] | None,
-    ) -> LlamaOutput | None:
-        """What `forward` gives for one token of each row; None where the modules must."""
-        check_continuation(ids, cache, self.config)
-        found = step(ids, cache)
-        if found is None:
-            return None
-        hidden, every = found
-        cache.advance([1] * len(ids))
-        if logits == "last":
-            return LlamaOutput(hidden.squeeze(1), every.squeeze(1))
-        return LlamaOutput(hidden, None if logits is None else every)
-
-    def _check_cache(self, cache: KVCache) -> None:
-        keys, config = cache.keys[0], self.config
-        kinds = (self.dtype, torch.float16, torch.bfloat16)
-        if keys.dtype not in kinds or keys.device != self.device:
-            raise MinllamaError(
-                f"the cache is {keys.dtype} on {keys.device} and the model "
-                f"{self.dtype} on {self.device}; make it with model.new_cache()"
-            )
-        found = len(cache.keys), keys.shape[1], keys.shape[3]
-        wanted = config.n_layers, config.n_kv_heads, config.head_dim
-        if found != wanted:
-            raise MinllamaError(
-                "the cache is of another model: it has {} layers of {} heads of width {}, and this "
-                "model {} of {} of {}; make it with model.new_cache()".format(*found, *wanted)
-            )
 
 
 def load_pretrained(

@@ -28,7 +28,7 @@ class LlamaPreTrainedModel(nn.Module):
         # The word of `minllama.options.QUANTIZE` by which it was then quantised.
         self.quantize: str | None = None
         # Counts what may have put other modules or tensors into the place of those there were.
-        self._version = 0
+        self.replacements = 0
 
     @property
     def device(self) -> torch.device:
@@ -42,7 +42,7 @@ class LlamaPreTrainedModel(nn.Module):
 
     def _replaced(self) -> None:
         """Note that modules or tensors may be others from now on."""
-        self._version += 1
+        self.replacements += 1
         graph_step.forget(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -59,7 +59,7 @@ class LlamaPreTrainedModel(nn.Module):
         super().set_submodule(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        self._version += 1
+        self.replacements += 1
         return super().train(mode)
 
     def init_weights(self) -> None:

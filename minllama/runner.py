@@ -71,7 +71,7 @@ class Runner(NamedTuple):
 
     Attributes:
         llama: the model that it is of.
-        version: of the model when it was asked; see `LlamaPreTrainedModel`.
+        replacements: of the model when it was asked; see `LlamaPreTrainedModel`.
         step: None where the model's modules do it.
         hooks: where those of each module are kept, which may be hung up at any time.
         modules: what each module has of its own, among which may be a `forward`.
@@ -80,7 +80,7 @@ class Runner(NamedTuple):
     """
 
     llama: "weakref.ref[Any]"
-    version: int
+    replacements: int
     step: Any
     hooks: tuple[Mapping[Any, Any], ...]
     modules: tuple[Mapping[str, Any], ...]
@@ -88,18 +88,20 @@ class Runner(NamedTuple):
     kept: tuple[Any, ...]
 
     @classmethod
-    def of(cls, llama: Any, version: int, step: Any) -> "Runner":
+    def of(cls, llama: Any, step: Any) -> "Runner":
         modules = tuple(map(vars, llama.modules()))
         kinds = ("_modules", "_buffers", "_parameters")
         found = ((kind, own[kind]) for own in modules for kind in kinds)
         # A parameter may come to a module that had none.
         places = tuple(place for kind, place in found if place or kind == "_parameters")
         kept = tuple(_in_places(places))
-        return cls(weakref.ref(llama), version, step, _hooks(llama), modules, places, kept)
+        return cls(
+            weakref.ref(llama), llama.replacements, step, _hooks(llama), modules, places, kept
+        )
 
-    def serves(self, llama: Any, version: int) -> bool:
+    def serves(self, llama: Any) -> bool:
         """Whether it is of this model, of which nothing is known to have been replaced."""
-        return self.llama() is llama and self.version == version
+        return self.replacements == llama.replacements and self.llama() is llama
 
     def finds_all_in_place(self) -> bool:
         """Whether the model has the modules and tensors that it had, one by one."""

@@ -21,7 +21,7 @@ ORDER = (
     ("quantization",),
     ("decoding", "view", "wanted", "loading", "runner"),
     ("native_step", "graph_step"),
-    ("pretrained",),
+    ("pretrained", "short_pass"),
     ("llama", "constraint"),
     ("generation",),
     ("conversation",),

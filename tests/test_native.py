@@ -40,7 +40,7 @@ def plain(monkeypatch):
 
     def off():
         monkeypatch.setattr(operations, "serves", lambda x: False)
-        monkeypatch.setattr("minllama.llama.is_short", lambda *pass_: False)
+        monkeypatch.setattr("minllama.native_step.is_short", lambda *pass_: False)
 
     return off
 
