@@ -160,7 +160,8 @@ class Decoder:
         self._n_tokens = n_tokens
         self._lookup = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
         self._drafts: list[int] = []
-        self._runs_ahead = _pays_to_run_ahead(model.device)
+        self._device = model.device  # which to ask for takes some time
+        self._runs_ahead = _pays_to_run_ahead(self._device)
         _check_prompts(self.prompts, model.config)
         if cache is not None:
             _check_cache(cache, self.prompts, options.n)
@@ -289,7 +290,7 @@ class Decoder:
             self._cache.grow(self._capacity(filled))
         if chosen is None:
             newest = [[row.ids[-1], *self._drafts] for row in self._active]
-            ids = torch.tensor(newest, device=self.model.device)
+            ids = torch.tensor(newest, device=self._device)
         else:
             ids = chosen.clamp(min=0).unsqueeze(-1)  # -1 is refused when it arrives
         which: Literal["all", "last"] = "all" if self._drafts else "last"
@@ -311,12 +312,14 @@ class Decoder:
         rows, options = self._active, self.options
         if self._drafts:
             return self._choose_drafted(self._known(logits))
-        if any(row.constraint for row in rows):
+        is_constrained = any(row.constraint for row in rows)
+        if is_constrained:
             logits = logits.clone()
         logprobs = None if options.logprobs is None else self._known(logits).float().log_softmax(-1)
-        for row, row_logits in zip(rows, self._known(logits), strict=True):
-            if row.constraint is not None:
-                row.constraint.forbid(row_logits)
+        if is_constrained:
+            for row, row_logits in zip(rows, self._known(logits), strict=True):
+                if row.constraint is not None:
+                    row.constraint.forbid(row_logits)
         return self._accept_all(self._chosen(logits).tolist(), logprobs)
 
     def _known(self, logits: Tensor) -> Tensor:

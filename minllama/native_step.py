@@ -7,6 +7,8 @@ models and passes it is for. Knows nothing of what the tokens are for.
 
 import ctypes
 import math
+import operator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -80,10 +82,11 @@ def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> 
     """
     if attention_mask is not None and attention_mask.dim() == 3:
         return False
-    most = MOST_ROWS if ids.shape[1] == 1 else MOST_TOKENS
-    if most_rows(dtype) < math.inf:
-        most = FEW
-    return ids.numel() <= most
+    return ids.numel() <= _most_tokens(dtype, MOST_ROWS if ids.shape[1] == 1 else MOST_TOKENS)
+
+
+def _most_tokens(dtype: torch.dtype, most: int) -> int:
+    return FEW if most_rows(dtype) < math.inf else most
 
 
 class NativeStep:
@@ -93,10 +96,14 @@ class NativeStep:
         llama: a `minllama.Llama` that `can_run`. Its tensors are read where they lie: an optimizer
             may write to them, but a tensor that is replaced is not seen (`Runner` looks for that).
         level: index into LEVELS; None for the best that there is.
+
+    Attributes:
+        most_rows: of one token each, that are a pass for it.
     """
 
     def __init__(self, llama: Any, level: int | None = None) -> None:
         self._level = level
+        self.most_rows = _most_tokens(llama.dtype, MOST_ROWS)
         self._kept: list[Tensor] = []  # what the structs point to
         self._vocab_size = llama.config.vocab_size
         self._dtype = llama.dtype
@@ -154,6 +161,52 @@ class NativeStep:
         call("step", self._model, step, level=self._level)
         return hidden.to(self._dtype), logits
 
+    def next_logits(self, ids: Tensor, cache: KVCache, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one more token of each row, which is written to the cache but not counted there.
+
+        Args:
+            ids: (B, 1) token ids.
+            cache: with room for them, and with the tensors that it had in the pass before, or new
+                ones.
+            table: complex64 (L, C / 2), the rotations of all positions up to theirs.
+
+        Returns:
+            Hidden states after the last norm, (B, D), in the model's dtype, and logits (B, V),
+            float32.
+
+        Raises:
+            MinllamaError: the vocabulary has no such id.
+        """
+        tokens: list[int] = ids.flatten().tolist()
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            check_ids(ids, self._vocab_size)
+        n = len(tokens)
+        numbers = ctypes.c_int64 * n
+        rows = ctypes.addressof(kept_rows := numbers(*range(n)))
+        slots, new = numbers(*cache.lengths), numbers(*tokens)
+        turns = table[cache.lengths] if n > 1 else table[cache.lengths[0]]
+        hidden, logits = floats(n, self._model.dim), floats(n, self._vocab_size)
+        keys, values, keys_like = _known_addresses(cache)
+        step = Step(
+            n_tokens=n,
+            ids=ctypes.addressof(new),
+            rows=rows,
+            slots=ctypes.addressof(slots),
+            rotation=turns.data_ptr(),
+            keys=ctypes.addressof(keys),
+            values=ctypes.addressof(values),
+            cache_kind=KINDS[keys_like.dtype],
+            row_stride=keys_like.stride(0),
+            head_stride=keys_like.stride(1),
+            hidden=hidden.data_ptr(),
+            n_logits=n,
+            logits_of=rows,
+            logits=logits.data_ptr(),
+        )
+        call("step", self._model, step, level=self._level)
+        del kept_rows  # until here
+        return hidden.to(self._dtype), logits
+
     def _describe(self, llama: Any) -> Model:
         config = llama.config
         self._layers = (Layer * config.n_layers)(*map(self._layer, llama.layers))
@@ -199,6 +252,18 @@ class NativeStep:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
+
+
+def _known_addresses(cache: KVCache) -> tuple[Any, Any, Tensor]:
+    """Those of a cache's keys and of its values, and the first of the keys.
+
+    Looked up again only where other tensors have come into their places.
+    """
+    known: tuple[tuple[Tensor, ...], tuple[Any, Any, Tensor]] | None = cache.addresses
+    if known is None or not all(map(operator.is_, known[0], chain(cache.keys, cache.values))):
+        found = _addresses(cache.keys), _addresses(cache.values), cache.keys[0]
+        known = cache.addresses = (*cache.keys, *cache.values), found
+    return known[1]
 
 
 def _addresses(tensors: list[Tensor]) -> Any:

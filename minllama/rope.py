@@ -49,11 +49,18 @@ class RotaryEmbedding(nn.Module):
         """
         if text_len is None:
             text_len = int(positions.max()) + 1
-        scaling, max_seq_len = self.config.rope_scaling, self.config.max_seq_len
-        if scaling is not None and scaling.kind == "dynamic" and text_len > max_seq_len:
-            # The base depends on how long the text has become, so it is not a fixed table.
+        table = self.fixed_table(text_len, positions.device)
+        if table is None:
             return _unit_vectors(positions, *frequencies(self.config, text_len)).unsqueeze(-2)
-        return self.table(text_len, positions.device)[positions].unsqueeze(-2)
+        return table[positions].unsqueeze(-2)
+
+    def fixed_table(self, text_len: int, device: torch.device) -> Tensor | None:
+        """What `table` gives; None where the base depends on how long the text has become."""
+        scaling = self.config.rope_scaling
+        is_dynamic = scaling is not None and scaling.kind == "dynamic"
+        if is_dynamic and text_len > self.config.max_seq_len:
+            return None
+        return self.table(text_len, device)
 
     def table(self, text_len: int, device: torch.device) -> Tensor:
         """The unit vectors of at least the first positions, where they do not depend on the text.

@@ -42,8 +42,7 @@ def choose_tokens(
     if options.repetition_penalty != 1.0:
         logits = apply_repetition_penalty(logits, histories, options.repetition_penalty)
     if options.temperature == 0.0:
-        largest, chosen = logits.max(-1)  # NaN is larger than all numbers
-        return _only_of_numbers(chosen, largest)
+        return _only_of_numbers(*_largest(logits))
     ids = None
     if options.top_k:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
@@ -59,6 +58,21 @@ def choose_tokens(
     chosen = draw(weights, uniforms)
     chosen = chosen if ids is None else ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
     return _only_of_numbers(chosen, largest.squeeze(-1))
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) where the largest of (B, V) are, the first of equal ones, and what they are.
+
+    NaN is larger than all numbers. On a CPU torch finds the largest number of a block in vectors,
+    and where it is one number at a time: 1 ms for 16 rows of 49,152, and 0.3 by blocks.
+    """
+    if len(logits) == 1 or logits.device.type != "cpu" or logits.shape[-1] % BLOCK:
+        largest, chosen = logits.max(-1)
+        return chosen, largest
+    blocks = logits.unflatten(-1, (-1, BLOCK))  # (B, V / BLOCK, BLOCK)
+    largest, block = blocks.amax(-1).max(-1)
+    within = blocks.take_along_dim(block[:, None, None], 1).squeeze(1).argmax(-1)
+    return block * BLOCK + within, largest
 
 
 def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
