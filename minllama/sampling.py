@@ -42,7 +42,10 @@ def choose_tokens(
     if options.repetition_penalty != 1.0:
         logits = apply_repetition_penalty(logits, histories, options.repetition_penalty)
     if options.temperature == 0.0:
-        return _only_of_numbers(*_largest(logits))
+        if logits.device.type == "cpu":
+            return _likeliest(logits)
+        largest, chosen = logits.max(-1)  # NaN is larger than all numbers
+        return _only_of_numbers(chosen, largest)
     ids = None
     if options.top_k:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
@@ -60,19 +63,16 @@ def choose_tokens(
     return _only_of_numbers(chosen, largest.squeeze(-1))
 
 
-def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) where the largest of (B, V) are, the first of equal ones, and what they are.
+def _likeliest(logits: Tensor) -> Tensor:
+    """(B,) where the largest of (B, V) are, the first of equal ones; -1 for NaN and infinity.
 
-    NaN is larger than all numbers. On a CPU torch finds the largest number of a block in vectors,
-    and where it is one number at a time: 1 ms for 16 rows of 49,152, and 0.3 by blocks.
+    By numpy, which compares numbers in vectors: torch takes 140 microseconds for a row of 49,152,
+    which is 2% of a step, and numpy 10.
     """
-    if len(logits) == 1 or logits.device.type != "cpu" or logits.shape[-1] % BLOCK:
-        largest, chosen = logits.max(-1)
-        return chosen, largest
-    blocks = logits.unflatten(-1, (-1, BLOCK))  # (B, V / BLOCK, BLOCK)
-    largest, block = blocks.amax(-1).max(-1)
-    within = blocks.take_along_dim(block[:, None, None], 1).squeeze(1).argmax(-1)
-    return block * BLOCK + within, largest
+    numbers = logits.detach().numpy()
+    chosen = numbers.argmax(-1)  # NaN is larger than all numbers
+    chosen[~(numbers.max(-1) < math.inf)] = -1
+    return torch.from_numpy(chosen)
 
 
 def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:

@@ -218,7 +218,7 @@ def test_weights_that_are_replaced_in_the_midst_of_a_text_are_seen():
         assert_same(continued(model, cache, is_steady=True), expected)
 
 
-def test_the_likeliest_of_many_rows_is_found_by_blocks():
+def test_the_likeliest_of_each_row_is_the_first_of_equal_ones_and_a_number():
     logits = torch.randn(9, 1024, generator=torch.Generator().manual_seed(0))
     logits[1, 700] = logits[1, 900] = logits[1, 3] = 9.0  # the first of equal ones
     logits[2, 511], logits[3, 512], logits[4, 0], logits[5, 1023] = 9.0, 9.0, 9.0, 9.0
