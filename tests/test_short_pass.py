@@ -218,6 +218,22 @@ def test_weights_that_are_replaced_in_the_midst_of_a_text_are_seen():
         assert_same(continued(model, cache, is_steady=True), expected)
 
 
+def test_weights_that_are_replaced_before_a_long_pass_are_seen_behind_it(monkeypatch):
+    """As between two turns of a conversation, of which the second begins with a long message."""
+    monkeypatch.setattr("minllama.native_step.MOST_TOKENS", 4)
+    model = our_model(**SHAPE)
+    with torch.inference_mode():
+        cache = begun(model)
+        continued(model, cache, is_steady=True)
+    w1 = model.layers[0].feed_forward.w1
+    w1.weight = torch.nn.Parameter(w1.weight.detach() * 2)
+    with torch.inference_mode():
+        model(random_ids(3, 2), cache=cache, logits=None)
+        again = copy.deepcopy(cache)
+        expected = continued(model, again, is_steady=False)
+        assert_same(continued(model, cache, is_steady=True), expected)
+
+
 def test_the_likeliest_of_each_row_is_the_first_of_equal_ones_and_a_number():
     logits = torch.randn(9, 1024, generator=torch.Generator().manual_seed(0))
     logits[1, 700] = logits[1, 900] = logits[1, 3] = 9.0  # the first of equal ones
