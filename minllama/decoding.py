@@ -312,14 +312,12 @@ class Decoder:
         rows, options = self._active, self.options
         if self._drafts:
             return self._choose_drafted(self._known(logits))
-        is_constrained = any(row.constraint for row in rows)
-        if is_constrained:
+        constraints = [(i, row.constraint) for i, row in enumerate(rows) if row.constraint]
+        if constraints:
             logits = logits.clone()
         logprobs = None if options.logprobs is None else self._known(logits).float().log_softmax(-1)
-        if is_constrained:
-            for row, row_logits in zip(rows, self._known(logits), strict=True):
-                if row.constraint is not None:
-                    row.constraint.forbid(row_logits)
+        for slot, constraint in constraints:
+            constraint.forbid(self._known(logits)[slot])
         return self._accept_all(self._chosen(logits).tolist(), logprobs)
 
     def _known(self, logits: Tensor) -> Tensor:

@@ -140,25 +140,19 @@ class NativeStep:
         hidden = floats(batch, length, self._model.dim)
         logits_of = logits_of.long().contiguous()
         logits = floats(len(logits_of), self._vocab_size)
-        # Looked up anew: several caches share a step, in several threads perhaps.
-        keys, values = _addresses(cache.keys), _addresses(cache.values)
         step = Step(
             n_tokens=batch * length,
             ids=ids.data_ptr(),
             rows=rows.data_ptr(),
             slots=slots.data_ptr(),
             rotation=turns.data_ptr(),
-            keys=ctypes.addressof(keys),
-            values=ctypes.addressof(values),
-            cache_kind=KINDS[cache.keys[0].dtype],
-            row_stride=cache.keys[0].stride(0),
-            head_stride=cache.keys[0].stride(1),
             hidden=hidden.data_ptr(),
             n_logits=len(logits_of),
             logits_of=logits_of.data_ptr(),
             logits=logits.data_ptr(),
         )
-        call("step", self._model, step, level=self._level)
+        # Looked up anew: several caches share a step, in several threads perhaps.
+        self._run(step, cache, _addresses(cache.keys), _addresses(cache.values))
         return hidden.to(self._dtype), logits
 
     def next_logits(self, ids: Tensor, cache: KVCache, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,30 +176,30 @@ class NativeStep:
             check_ids(ids, self._vocab_size)
         n = len(tokens)
         numbers = ctypes.c_int64 * n
-        rows = ctypes.addressof(kept_rows := numbers(*range(n)))
-        slots, new = numbers(*cache.lengths), numbers(*tokens)
+        new, rows, slots = numbers(*tokens), numbers(*range(n)), numbers(*cache.lengths)
         turns = table[cache.lengths] if n > 1 else table[cache.lengths[0]]
         hidden, logits = floats(n, self._model.dim), floats(n, self._vocab_size)
-        keys, values, keys_like = _known_addresses(cache)
         step = Step(
             n_tokens=n,
             ids=ctypes.addressof(new),
-            rows=rows,
+            rows=ctypes.addressof(rows),
             slots=ctypes.addressof(slots),
             rotation=turns.data_ptr(),
-            keys=ctypes.addressof(keys),
-            values=ctypes.addressof(values),
-            cache_kind=KINDS[keys_like.dtype],
-            row_stride=keys_like.stride(0),
-            head_stride=keys_like.stride(1),
             hidden=hidden.data_ptr(),
             n_logits=n,
-            logits_of=rows,
+            logits_of=ctypes.addressof(rows),
             logits=logits.data_ptr(),
         )
-        call("step", self._model, step, level=self._level)
-        del kept_rows  # until here
+        self._run(step, cache, *_known_addresses(cache))
         return hidden.to(self._dtype), logits
+
+    def _run(self, step: Step, cache: KVCache, keys: Any, values: Any) -> None:
+        """A step over what lies at these addresses, which are the cache's."""
+        like = cache.keys[0]
+        step.keys, step.values = ctypes.addressof(keys), ctypes.addressof(values)
+        step.cache_kind = KINDS[like.dtype]
+        step.row_stride, step.head_stride = like.stride(0), like.stride(1)
+        call("step", self._model, step, level=self._level)
 
     def _describe(self, llama: Any) -> Model:
         config = llama.config
@@ -254,14 +248,14 @@ class NativeStep:
         return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
 
 
-def _known_addresses(cache: KVCache) -> tuple[Any, Any, Tensor]:
-    """Those of a cache's keys and of its values, and the first of the keys.
+def _known_addresses(cache: KVCache) -> tuple[Any, Any]:
+    """Those of a cache's keys and of its values.
 
     Looked up again only where other tensors have come into their places.
     """
-    known: tuple[tuple[Tensor, ...], tuple[Any, Any, Tensor]] | None = cache.addresses
+    known: tuple[tuple[Tensor, ...], tuple[Any, Any]] | None = cache.addresses
     if known is None or not all(map(operator.is_, known[0], chain(cache.keys, cache.values))):
-        found = _addresses(cache.keys), _addresses(cache.values), cache.keys[0]
+        found = _addresses(cache.keys), _addresses(cache.values)
         known = cache.addresses = (*cache.keys, *cache.values), found
     return known[1]
 

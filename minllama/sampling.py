@@ -66,8 +66,8 @@ def choose_tokens(
 def _likeliest(logits: Tensor) -> Tensor:
     """(B,) where the largest of (B, V) are, the first of equal ones; -1 for NaN and infinity.
 
-    By numpy, which compares numbers in vectors: torch takes 140 microseconds for a row of 49,152,
-    which is 2% of a step, and numpy 10.
+    By numpy, which compares numbers in vectors: torch takes 134 microseconds for a row of 49,152,
+    and this 34.
     """
     numbers = logits.detach().numpy()
     chosen = numbers.argmax(-1)  # NaN is larger than all numbers
