@@ -160,6 +160,39 @@ def test_any_number_of_threads_gives_the_same_bits(threads, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize("what", ["product", "weight", "gate", "attention", "adamw"])
+def test_whoever_takes_which_part_of_an_operation_gives_the_same_bits(what):
+    """Threads take parts as they come, in another way each time."""
+    torch.manual_seed(0)
+    weight = QuantizedWeight(*quantize(torch.randn(400, 6 * 32), 4))
+    x, u, v = torch.randn(300, 6 * 32), torch.randn(3, 7001), torch.randn(3, 7001)
+    heads = [torch.randn(5, 70, n, 16) for n in (4, 2, 2)]
+
+    def optimize():
+        tensors = [tensor.clone() for tensor in (u, v, u * 0.1, v * v)]
+        settings = {"betas": (0.9, 0.99), "eps": 1e-8, "step_size": 0.01, "shrink": 0.999}
+        operations.adamw(*([tensor] for tensor in tensors), **settings)
+        return tensors
+
+    compute = {
+        "product": lambda: [operations.product(weight, x)],
+        "weight": lambda: [operations.take_apart(weight, torch.float32)],
+        "gate": lambda: gradients_of(operations.swiglu, u, v),
+        "attention": lambda: gradients_of(attention.causal_attention, *heads),
+        "adamw": optimize,
+    }[what]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = compute()
+        torch.set_num_threads(5)
+        for _ in range(30):
+            together = compute()
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_logits_and_hidden_states_are_those_asked_for(plain):
     model = our_model(**SHAPE)
     ids, mask = random_ids(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])

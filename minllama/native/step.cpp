@@ -211,30 +211,42 @@ int run(void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, f
 
 constexpr int64_t WORTH_A_THREAD = 1 << 14;  // numbers to compute; to wake a thread takes as long
 
+// What is shared one by one, and what in even parts, once for each thread: where it adds up what comes of
+// its part, so that sums are the same from run to run.
+constexpr int64_t EACH = 1, EVENLY = 0;
+
 // One operation over 0 .. total, shared among all threads or, where there is little work, by none: GNU
 // OpenMP ends and starts threads where the size of its team changes.
 template <class Arguments>
 struct Operation {
     void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t);
     const Arguments* arguments;
-    int64_t total, buffer_len;
+    int64_t total, grain, buffer_len;
     float* buffers;
+    Barrier barrier;
 
     static void run(int64_t index, int64_t count, void* of) {
-        const Operation& o = *static_cast<Operation*>(of);
-        const Worker worker = {index, count, nullptr};
-        o.part(*o.arguments, worker.begin(o.total), worker.end(o.total), o.buffers + index * o.buffer_len, index);
+        Operation& o = *static_cast<Operation*>(of);
+        const Worker worker = {index, count, &o.barrier};
+        const auto work = [&](int64_t begin, int64_t end) {
+            o.part(*o.arguments, begin, end, o.buffers + index * o.buffer_len, index);
+        };
+        if (o.grain == EVENLY) return work(worker.begin(o.total), worker.end(o.total));
+        worker.share((o.total + o.grain - 1) / o.grain, [&](int64_t begin, int64_t end) {
+            work(begin * o.grain, std::min(end * o.grain, o.total));
+        });
     }
 };
 
+// `grain`: EVENLY, or how many of `total` stay together.
 template <class Arguments>
 int operate(void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t), const Arguments& arguments,
-            int64_t total, int64_t buffer_len, int64_t work, int64_t threads) {
+            int64_t total, int64_t grain, int64_t buffer_len, int64_t work, int64_t threads) {
     if (work < 2 * WORTH_A_THREAD) threads = 1;
     buffer_len = (buffer_len + 15) / 16 * 16;
     char* memory = kept_memory(threads * buffer_len * int64_t(sizeof(float)));
     if (!memory) return 1;
-    Operation<Arguments> operation = {part, &arguments, total, buffer_len, reinterpret_cast<float*>(memory)};
+    Operation<Arguments> operation = {part, &arguments, total, grain, buffer_len, reinterpret_cast<float*>(memory), {}};
     in_parallel(&Operation<Arguments>::run, &operation, threads);
     return 0;
 }
@@ -299,63 +311,64 @@ EXPORT int minllama_step(const Model* model, const Step* step, int64_t threads, 
 
 // As minllama_step, these give 0, or 1 where there is no memory left.
 EXPORT int minllama_norm(const Norm* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(norm_rows), *a, a->rows, 3 * a->dim, a->rows * a->dim, threads);
+    return operate(AT_LEVEL(norm_rows), *a, a->rows, EACH, 3 * a->dim, a->rows * a->dim, threads);
 }
 
 EXPORT int minllama_norm_gradient(const Norm* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(norm_gradient_rows), *a, a->rows, 5 * a->dim, a->rows * a->dim, threads);
+    return operate(AT_LEVEL(norm_gradient_rows), *a, a->rows, EVENLY, 5 * a->dim, a->rows * a->dim, threads);
 }
 
 EXPORT int minllama_gate(const Gate* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(gate_part), *a, a->n, 5 * plain::PART, a->n, threads);
+    return operate(AT_LEVEL(gate_part), *a, a->n, plain::PART, 5 * plain::PART, a->n, threads);
 }
 
 EXPORT int minllama_gate_gradient(const Gate* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(gate_gradient_part), *a, a->n, 5 * plain::PART, a->n, threads);
+    return operate(AT_LEVEL(gate_gradient_part), *a, a->n, plain::PART, 5 * plain::PART, a->n, threads);
 }
 
 EXPORT int minllama_turn(const Turn* a, int64_t threads, int level) {
     const int64_t width = a->heads * a->head_dim;
-    return operate(AT_LEVEL(turn_tokens), *a, a->tokens, 2 * width, a->tokens * width, threads);
+    return operate(AT_LEVEL(turn_tokens), *a, a->tokens, EACH, 2 * width, a->tokens * width, threads);
 }
 
 EXPORT int minllama_take_apart(const Apart* a, int64_t threads, int level) {
     const Linear& w = *a->weight;
-    return operate(AT_LEVEL(take_apart), *a, (w.out_dim + 15) / 16, 0, w.in_dim * w.out_dim, threads);
+    return operate(AT_LEVEL(take_apart), *a, plain::panels(w), EACH, 0, w.in_dim * w.out_dim, threads);
 }
 
 EXPORT int minllama_attention(const Attention* a, int64_t threads, int level) {
     const int64_t blocks = (a->length + plain::QUERIES - 1) / plain::QUERIES;
     const int64_t total = a->rows * a->n_kv_heads * blocks;
-    return operate(AT_LEVEL(attention_items), *a, total, plain::attention_buffer(*a), attention_work(*a), threads);
+    return operate(AT_LEVEL(attention_items), *a, total, EACH, plain::attention_buffer(*a), attention_work(*a), threads);
 }
 
 EXPORT int minllama_attention_gradient(const Attention* a, int64_t threads, int level) {
     const int64_t total = a->rows * a->n_kv_heads;
-    return operate(AT_LEVEL(attention_gradient_items), *a, total, plain::attention_buffer(*a), attention_work(*a), threads);
+    return operate(AT_LEVEL(attention_gradient_items), *a, total, EACH, plain::attention_buffer(*a), attention_work(*a), threads);
 }
 
 EXPORT int minllama_low_rank(const LowRank* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, plain::low_rank_buffer(*a), a->rows * (a->in + a->out), threads);
+    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in + a->out), threads);
 }
 
 EXPORT int minllama_low_rank_gradient(const LowRank* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, plain::low_rank_buffer(*a), a->rows * (a->in + a->out),
+    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in + a->out),
                    threads);
 }
 
 EXPORT int minllama_adamw(const AdamW* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(adamw_part), *a, a->starts[a->n_tensors], 0, a->starts[a->n_tensors], threads);
+    return operate(AT_LEVEL(adamw_part), *a, a->starts[a->n_tensors], plain::PART, 0, a->starts[a->n_tensors], threads);
 }
 
 // Two calls: the second reads what the first has written.
 EXPORT int minllama_product_digits(const Product* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(product_digits), *a, a->rows, 0, a->rows * a->weight->in_dim, threads);
+    return operate(AT_LEVEL(product_digits), *a, a->rows, EACH, 0, a->rows * a->weight->in_dim, threads);
 }
 
 EXPORT int minllama_product(const Product* a, int64_t threads, int level) {
     const Linear& w = *a->weight;
-    return operate(AT_LEVEL(product_panels), *a, (w.out_dim + 15) / 16, 0, w.in_dim * w.out_dim, threads);
+    const int64_t total = plain::panels(w) * ((a->rows + plain::ROWS - 1) / plain::ROWS);
+    return operate(AT_LEVEL(product_panels), *a, total, EACH, 0, w.in_dim * w.out_dim, threads);
 }
 
 }  // extern "C"

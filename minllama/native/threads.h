@@ -22,6 +22,7 @@ struct OpenMP {
     int (*threads)() = nullptr;
 };
 
+// Where threads meet, and what they share between two meetings.
 class Barrier {
    public:
     void wait(int64_t count) {
@@ -29,6 +30,7 @@ class Barrier {
         const uint32_t turn = turn_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
             arrived_.store(0, std::memory_order_relaxed);
+            taken_.store(0, std::memory_order_relaxed);
             turn_.store(turn + 1, std::memory_order_release);
             return;
         }
@@ -40,8 +42,12 @@ class Barrier {
         }
     }
 
+    // Takes n parts more of what is shared; gives how many were taken before.
+    int64_t take(int64_t n) { return taken_.fetch_add(n, std::memory_order_relaxed); }
+
    private:
     alignas(64) std::atomic<int64_t> arrived_{0};
+    alignas(64) std::atomic<int64_t> taken_{0};
     alignas(64) std::atomic<uint32_t> turn_{0};
 };
 
@@ -52,7 +58,22 @@ struct Worker {
 
     void wait() const { barrier->wait(count); }
 
-    // This thread's part of 0 .. n: from begin to end.
+    // This thread's even part of 0 .. n: from begin to end.
     int64_t begin(int64_t n) const { return n * index / count; }
     int64_t end(int64_t n) const { return n * (index + 1) / count; }
+
+    // Calls part(begin, end) until all of 0 .. n is done, once between two meetings: three quarters of an
+    // even part at once, then, as threads are done with theirs, bits of the rest. Cores are not equally
+    // fast, of a laptop by design and elsewhere for what else they have to do; the slowest of even parts
+    // would hold up all others.
+    template <class Part>
+    void share(int64_t n, const Part& part) const {
+        if (count == 1) return part(0, n);  // who meets nobody counts nothing
+        const int64_t own = n / count * 3 / 4, rest = own * count;
+        if (own) part(own * index, own * (index + 1));
+        const int64_t bit = (n - rest) / (2 * count) + 1;
+        for (int64_t at = rest + barrier->take(bit); at < n; at = rest + barrier->take(bit)) {
+            part(at, at + bit < n ? at + bit : n);
+        }
+    }
 };
