@@ -62,12 +62,15 @@ def _is_short(llama: Any, ids: Tensor, attention_mask: Tensor | None) -> bool:
     return native_step.is_short(ids, attention_mask, llama.dtype)
 
 
+def _is_for_modules(device: str) -> bool:
+    """Whether a pass is to be one of torch's operations: for gradients, or in autocast's dtypes."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled(device)
+
+
 def _step_of(llama: Any, cache: KVCache) -> NativeStep | GraphStep | None:
     """What runs short passes over this cache in compiled code; None for the model's modules."""
-    if torch.is_grad_enabled():
-        return None
     device = llama.device.type
-    if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or _is_for_modules(device):
         return None
     if device == "cuda" and cache.keys[0].dtype != llama.dtype:
         return None
@@ -108,8 +111,7 @@ def _next_logits(llama: Any, ids: Tensor, cache: KVCache, logits: str) -> Found 
         or not known.serves(llama)
         or known.step_unless_heard(is_steady=True) is None
         or len(ids) > known.step.most_rows
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
+        or _is_for_modules("cpu")
     ):
         return None
     check_continuation(ids, cache, llama.config)
