@@ -340,8 +340,12 @@ def quantized(name: str, tensor: LazyTensor, how: str) -> Parts | None:
 
 
 def _from_blocks(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Parts:
-    decode = decode_super_blocks if stored in (Q4_K, Q5_K) else decode_blocks
-    blocks = decode(raw.view(-1, stored.block_bytes), stored)
+    raw = raw.view(-1, stored.block_bytes)
+    is_super = stored in (Q4_K, Q5_K)
+    if not is_super and operations.can_pack(raw):
+        parts = operations.pack(raw, shape[0], BITS[stored], has_mins=stored == Q4_1)
+        return Parts(*parts, shape[0])
+    blocks = (decode_super_blocks if is_super else decode_blocks)(raw, stored)
     quants = blocks.quants.view(torch.uint8)
     if blocks.mins is None:  # signed: to be unsigned they move up, and wrap around as they should
         quants = quants + ZERO_POINT[BITS[stored]]

@@ -37,6 +37,9 @@ WRONG = {
         of(2, 10, 4, 16), of(1, 10, 1, 4, dtype=torch.complex64)
     ),
     "blocks": lambda: QuantizedLinear(*quantize(of(16, 32), 8))(of(1, 64)),
+    "blocks of a file, longer ones": lambda: operations.pack(of(6, 18).byte(), 2, 8, False),
+    "blocks of a file, of fewer rows": lambda: operations.pack(of(6, 18).byte(), 4, 4, False),
+    "blocks of a file, no bytes": lambda: operations.pack(of(6, 18), 2, 4, False),
     "halves": lambda: widened_product(of(1, 64), of(16, 32, dtype=torch.bfloat16)),
     "attention, fewer values": lambda: attention.causal_attention(
         of(1, 4, 2, 16), of(1, 4, 2, 16), of(1, 3, 2, 16)

@@ -63,7 +63,12 @@ def from_file(raw, stored, shape):
 
 @pytest.mark.parametrize("stored", [Q4_0, Q4_1, Q8_0], ids=lambda stored: stored.name)
 @pytest.mark.parametrize("rows", [16, 40, 7])
-def test_blocks_of_a_file_keep_their_numbers_to_the_bit(stored, rows):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_blocks_of_a_file_keep_their_numbers_to_the_bit(stored, rows, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(operations, "can_pack", lambda raw: False)
+    elif library() is None:
+        pytest.skip("minllama was installed without a C++ compiler")
     raw = blocks_of(stored, rows, 96)
     parts = quantized("layers.0.x", from_file(raw, stored, (rows, 96)), "stored")
     weight = QuantizedWeight(*parts)
@@ -71,6 +76,21 @@ def test_blocks_of_a_file_keep_their_numbers_to_the_bit(stored, rows):
     assert torch.equal(weight.dequantize(), expected)
     ids = torch.tensor([[rows - 1, 0], [3, 3]])
     assert torch.equal(weight.rows(ids), expected[ids])
+
+
+@pytest.mark.parametrize("stored", [Q4_0, Q4_1, Q8_0], ids=lambda stored: stored.name)
+def test_compiled_code_packs_blocks_as_torch_does(stored, monkeypatch):
+    if library() is None:
+        pytest.skip("minllama was installed without a C++ compiler")
+    blocks = from_file(blocks_of(stored, 1000, 160), stored, (1000, 160))
+    compiled = quantized("layers.0.x", blocks, "stored")
+    monkeypatch.setattr(operations, "can_pack", lambda raw: False)
+    by_torch = quantized("layers.0.x", blocks, "stored")
+    assert torch.equal(compiled.quants, by_torch.quants)
+    assert torch.equal(compiled.scales, by_torch.scales)
+    assert (compiled.mins is None) == (by_torch.mins is None) == (stored != Q4_1)
+    assert compiled.mins is None or torch.equal(compiled.mins, by_torch.mins)
+    assert compiled.out_features == by_torch.out_features
 
 
 def super_blocks(stored, rows, columns, seed=0):

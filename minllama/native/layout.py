@@ -144,6 +144,19 @@ class Apart(Structure):
     )
 
 
+class Blocks(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("blocks", c_int64),
+        ("bytes", c_int64),
+        ("kind", c_int64),
+        ("data", c_void_p),
+        ("weight", c_void_p),
+        ("scales", c_void_p),
+        ("mins", c_void_p),
+    )
+
+
 class Product(Structure):
     _fields_ = (
         ("weight", POINTER(Linear)),
@@ -227,5 +240,5 @@ class LowRank(Structure):
 # In the order of `minllama_sizes`.
 STRUCTS = (
     *(Numbers, Linear, Layer, Model, Step, Norm, Gate),
-    *(Turn, Apart, Product, AdamW, Heads, Attention, LowRank),
+    *(Turn, Apart, Blocks, Product, AdamW, Heads, Attention, LowRank),
 )

@@ -95,6 +95,14 @@ struct Apart {
     int64_t kind;
 };
 
+// Blocks of a GGUF file, row after row, and the panels of a Linear that they become.
+struct Blocks {
+    int64_t rows, blocks, bytes, kind;  // blocks a row, bytes a block, INT4 or INT8
+    const uint8_t* data;                // (rows, blocks, bytes): scale, min where there are mins, numbers
+    void* weight;                       // all rows of the last panel, those too that are not there
+    uint16_t *scales, *mins;            // mins: or null
+};
+
 struct Product {
     const Linear* weight;
     int64_t rows;

@@ -20,9 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from minllama.errors import MinllamaError
 from minllama.native.layout import (
+    INT4,
+    INT8,
     KINDS,
     AdamW,
     Apart,
+    Blocks,
     Gate,
     Norm,
     Product,
@@ -97,6 +100,48 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
     described = quantized_linear(weight)
     call("take_apart", Apart(ctypes.pointer(described), y.data_ptr(), KINDS[dtype]))
     return y
+
+
+def can_pack(raw: Tensor) -> bool:
+    """Whether `pack` takes these bytes."""
+    return raw.device.type == "cpu" and library() is not None and is_plain(raw)
+
+
+def pack(raw: Tensor, rows: int, bits: int, has_mins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Blocks of 32 as GGUF files have them, in the panels of `minllama.quantization`.
+
+    Args:
+        raw: (n, block_bytes) uint8, row after row: a float16 scale, a min where there are mins, and
+            the numbers, in 4 bits with the low halves of the bytes before the high ones.
+        rows: of the matrix.
+        bits: 4, or 8, which are signed.
+        has_mins: whether there are mins.
+
+    Returns:
+        What `minllama.quantization.Parts` begins with.
+
+    Raises:
+        MinllamaError: these are no such bytes.
+    """
+    raw, block_bytes = raw.contiguous(), 2 + 2 * has_mins + 4 * bits
+    if raw.dtype != torch.uint8 or raw.shape[1:] != (block_bytes,) or len(raw) % rows:
+        raise MinllamaError(f"{rows} rows of blocks do not fit {tuple(raw.shape)} {raw.dtype}")
+    blocks, panels = len(raw) // rows, -(-rows // 16)
+    quants = torch.empty(panels, blocks, bits, 16, 4, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(panels, blocks, 16, dtype=torch.float16, device="cpu")
+    mins = torch.empty_like(scales) if has_mins else None
+    arguments = Blocks(
+        rows=rows,
+        blocks=blocks,
+        bytes=block_bytes,
+        kind=INT4 if bits == 4 else INT8,
+        data=raw.data_ptr(),
+        weight=quants.data_ptr(),
+        scales=scales.data_ptr(),
+        mins=None if mins is None else mins.data_ptr(),
+    )
+    call("pack", arguments)
+    return quants, scales, mins
 
 
 @functools.cache

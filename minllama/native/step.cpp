@@ -264,7 +264,7 @@ extern "C" {
 EXPORT const int64_t* minllama_sizes() {
     static const int64_t sizes[] = {
         sizeof(Numbers), sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(Step),  sizeof(Norm),      sizeof(Gate),
-        sizeof(Turn),    sizeof(Apart),  sizeof(Product), sizeof(AdamW), sizeof(Heads), sizeof(Attention), sizeof(LowRank),
+        sizeof(Turn),    sizeof(Apart),  sizeof(Blocks), sizeof(Product), sizeof(AdamW), sizeof(Heads), sizeof(Attention), sizeof(LowRank),
     };
     return sizes;
 }
@@ -334,6 +334,11 @@ EXPORT int minllama_turn(const Turn* a, int64_t threads, int level) {
 EXPORT int minllama_take_apart(const Apart* a, int64_t threads, int level) {
     const Linear& w = *a->weight;
     return operate(AT_LEVEL(take_apart), *a, plain::panels(w), EACH, 0, w.in_dim * w.out_dim, threads);
+}
+
+EXPORT int minllama_pack(const Blocks* a, int64_t threads, int level) {
+    const int64_t total = (a->rows + plain::PANEL - 1) / plain::PANEL;
+    return operate(AT_LEVEL(pack_panels), *a, total, EACH, 0, a->rows * a->blocks * plain::BLOCK, threads);
 }
 
 EXPORT int minllama_attention(const Attention* a, int64_t threads, int level) {
