@@ -285,7 +285,7 @@ def main() -> int:
     tasks, peers = chosen_tasks(arguments.quick)
     tasks, rounds = arguments.tasks or tasks, 1 if arguments.quick else arguments.rounds
     if arguments.quick:
-        os.environ["MINLLAMA_BENCH_RUNS"], os.environ["MINLLAMA_BENCH_STEPS"] = "2", "8"
+        os.environ["MINLLAMA_BENCH_RUNS"], os.environ["MINLLAMA_BENCH_STEPS"] = "1", "6"
     if not contenders.DATA.is_dir():
         left_out = [task for task in tasks if task in contenders.OF_TEXTS]
         tasks = [task for task in tasks if task not in left_out]
