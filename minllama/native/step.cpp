@@ -211,8 +211,8 @@ int run(void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, f
 
 constexpr int64_t WORTH_A_THREAD = 1 << 14;  // numbers to compute; to wake a thread takes as long
 
-// What is shared one by one, and what in even parts, once for each thread: where it adds up what comes of
-// its part, so that sums are the same from run to run.
+// What is shared one by one, and what in even parts, once for each thread: where a thread adds up what
+// comes of its part, so that sums are the same from run to run, or turns matrices before it begins.
 constexpr int64_t EACH = 1, EVENLY = 0;
 
 // One operation over 0 .. total, shared among all threads or, where there is little work, by none: GNU
