@@ -19,6 +19,7 @@ from minllama import gpu
 from minllama.cache import KVCache
 from minllama.config import LlamaConfig
 from minllama.gpu.walk import Layer, Model, Rows, Walk
+from minllama.linear import Linear
 from minllama.quantization import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from minllama.runner import is_walkable, linear_modules
 
@@ -55,7 +56,9 @@ def computes(llama: Any) -> bool:
             assert isinstance(module, QuantizedWeight)
             is_here = module.quants.device == device
             return is_here and (module.out_features, module.in_features) == shape
-        return type(module) in (nn.Linear, nn.Embedding) and is_numbers(module.weight, shape)
+        return type(module) in (nn.Linear, Linear, nn.Embedding) and is_numbers(
+            module.weight, shape
+        )
 
     def has_like_biases(layer: Any) -> bool:
         """Whether matrices that one kernel multiplies with have biases all, or none."""

@@ -21,6 +21,7 @@ from minllama import gpu
 from minllama.cache import KVCache
 from minllama.config import LlamaConfig
 from minllama.decoding import generate_ids
+from minllama.linear import Linear
 from minllama.native import attention, operations
 from minllama.pretrained import LlamaPreTrainedModel
 from minllama.quantization import project, rows_of
@@ -85,10 +86,10 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.attention_dropout = config.dropout
         query_dim, key_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.compute_query = nn.Linear(config.dim, query_dim, bias=config.attention_bias)
-        self.compute_key = nn.Linear(config.dim, key_dim, bias=config.attention_bias)
-        self.compute_value = nn.Linear(config.dim, key_dim, bias=config.attention_bias)
-        self.compute_output = nn.Linear(query_dim, config.dim, bias=config.attention_bias)
+        self.compute_query = Linear(config.dim, query_dim, bias=config.attention_bias)
+        self.compute_key = Linear(config.dim, key_dim, bias=config.attention_bias)
+        self.compute_value = Linear(config.dim, key_dim, bias=config.attention_bias)
+        self.compute_output = Linear(query_dim, config.dim, bias=config.attention_bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def compute_query_key_value_scores(
@@ -167,9 +168,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=config.ffn_bias)
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
+        self.w1 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
+        self.w2 = Linear(config.hidden_dim, config.dim, bias=config.ffn_bias)
+        self.w3 = Linear(config.dim, config.hidden_dim, bias=config.ffn_bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ class Llama(LlamaPreTrainedModel):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         # Tied: there is no second matrix, neither here nor in a state dict.
         self.output = (
-            None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+            None if config.tie_embeddings else Linear(config.dim, config.vocab_size, bias=False)
         )
         self.rope = RotaryEmbedding(config)
         # Keep only what layers pass on, and compute their insides again in the backward pass

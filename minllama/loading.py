@@ -16,10 +16,11 @@ from torch.overrides import TorchFunctionMode
 from minllama.checkpoints.base import Checkpoint, LazyTensor
 from minllama.checkpoints.layout import differences, listed
 from minllama.errors import CheckpointError, MinllamaError, SlowDtypeWarning
+from minllama.linear import HALVES
 from minllama.native import operations
 from minllama.native.library import cpu_can, library
 from minllama.quantization import check_quantize, quantized, replace_by_quantized
-from minllama.widening import HALVES, replace_by_widened
+from minllama.widening import replace_by_widened
 
 HALF_NAMES = {"bfloat16", "float16", "BF16", "F16"}
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minllama import linear
 from minllama.cache import KVCache
 from minllama.native.layout import (
     KINDS,
@@ -40,7 +41,7 @@ from minllama.widening import WidenedEmbedding, WidenedLinear
 # rows of one token each, and either on CPUs with matrix instructions (AMX), which torch uses.
 MOST_TOKENS, MOST_ROWS, FEW = 64, 128, 32
 KNOWN = (
-    *(nn.Linear, nn.Embedding),
+    *(nn.Linear, linear.Linear, nn.Embedding),
     *(QuantizedLinear, QuantizedEmbedding),
     *(WidenedLinear, WidenedEmbedding),
 )

@@ -28,6 +28,8 @@ from minllama.checkpoints.gguf_blocks import (
     decode_super_blocks,
 )
 from minllama.errors import MinllamaError, OptionError
+from minllama.linear import Linear, linear
+from minllama.linear import product as linear_product
 from minllama.native import operations
 from minllama.options import QUANTIZE
 from minllama.widening import WidenedEmbedding, WidenedLinear, widened_product
@@ -149,11 +151,11 @@ class _Product(torch.autograd.Function):
             return operations.product(weight, x).to(x.dtype)
         if gpu.serves(x):
             return gpu.product(weight, x)
-        return x @ weight.transposed(x.dtype)
+        return linear_product(x, weight.transposed(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.weight.transposed(gradient.dtype).t(), None
+        return linear_product(gradient, ctx.weight.transposed(gradient.dtype).t()), None
 
 
 class QuantizedLinear(QuantizedWeight):
@@ -220,7 +222,7 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(module.weight, Tensor)
     if isinstance(module, WidenedLinear | WidenedEmbedding):
         return widened_product(x, module.weight)
-    return F.linear(x, module.weight)
+    return linear(x, module.weight)
 
 
 def rows_of(module: nn.Module, ids: Tensor) -> Tensor:
@@ -277,7 +279,7 @@ def replace_by_numbers(model: nn.Module) -> bool:
             new = nn.Embedding(out_features, in_features, _weight=weight)
         else:
             bias: Any = old.bias
-            new = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+            new = Linear(in_features, out_features, bias=bias is not None, device="meta")
             new.weight = nn.Parameter(weight)
             if bias is not None:
                 new.bias = nn.Parameter(bias.detach().float())

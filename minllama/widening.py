@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from minllama.native import operations
 
-HALVES = (torch.bfloat16, torch.float16)
 MOST_KEPT = 2**24  # numbers of a widened matrix that memory is kept for: 64 MiB
 FEW_ROWS = 16  # up to which compiled code widens a row of a weight on its way, and keeps none
 

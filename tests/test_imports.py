@@ -17,6 +17,7 @@ ORDER = (
     ("vocabulary", "data"),
     ("checkpoints",),
     ("tokenizer", "chat", "template_worker", "rope", "cache", "lookup", "sampling"),
+    ("linear",),
     ("widening",),
     ("quantization",),
     ("decoding", "view", "wanted", "loading", "runner"),

@@ -13,7 +13,8 @@ from minllama.lora import add_lora_wrapper, lora_parameters
 from minllama.native import operations
 from minllama.native.library import best_level, library
 from minllama.native_step import NativeStep, can_run
-from minllama.widening import HALVES, WidenedEmbedding, WidenedLinear, widened_product
+from minllama.linear import HALVES
+from minllama.widening import WidenedEmbedding, WidenedLinear, widened_product
 from tests.tiny import our_model, random_ids
 
 needs_library = pytest.mark.skipif(library() is None, reason="needs the compiled code")
