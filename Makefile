@@ -26,7 +26,7 @@ pip_install = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-all lint format docs native bench bench-quick bench-classification clean
+.PHONY: help demo test test-all test-cpus lint format docs native bench bench-quick bench-classification clean
 .DELETE_ON_ERROR:
 
 help: ## list what can be made
@@ -52,6 +52,21 @@ test: $(TESTS) ## set up, then run the tests, but for the slow ones
 
 test-all: $(TESTS) ## all tests
 	$(PYTEST)
+
+# torch's and oneDNN's own choices follow the level that is stated, as far as their variables go.
+CPUS := portable avx2 avx512 avx512,bf16 avx512,amx
+test-cpus: $(TESTS) ## what depends on the processor, as if on each kind that this one can emulate
+	@set -e; for cpu in $(CPUS); do \
+		export MINLLAMA_CPU=$$cpu; unset ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA; \
+		case $$cpu in \
+			portable) export ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 ;; \
+			avx2) export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ;; \
+			avx512) export ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI ;; \
+		esac; \
+		if $(BIN)/python -c 'from minllama.native.library import best_level as f; f()' 2>/dev/null; \
+		then echo "MINLLAMA_CPU=$$cpu"; $(PYTEST) --quiet -m "cpu and not slow"; \
+		else echo "MINLLAMA_CPU=$$cpu: not on this processor, so left out"; fi; \
+	done
 
 lint: $(TESTS) ## check style and types
 	$(BIN)/ruff check .

@@ -321,6 +321,7 @@ class Llama(LlamaPreTrainedModel):
         """
         packing, view = self._view(ids, attention_mask, positions, cache)
         for h in self._run(ids if packing is None else packing.packed(ids), view, cache):
+            h = h.to(self.dtype)
             yield h if packing is None else packing.padded(h)
 
     def state_after(
@@ -353,7 +354,7 @@ class Llama(LlamaPreTrainedModel):
         in_layer = place if self._gathers(n_layers, place, tokens) else None
         h = next(
             itertools.islice(self._run(tokens, view, cache, n_layers, in_layer), n_layers, None)
-        )
+        ).to(self.dtype)
         if at is None:
             return h if packing is None else packing.padded(h)
         h = (tokens_at(h, place) if in_layer is None else h).squeeze(0)  # (M, D)
@@ -417,7 +418,7 @@ class Llama(LlamaPreTrainedModel):
     ) -> Iterator[Tensor]:
         """The states of `layer_states`; layer number `n_layers` gives the tokens `at` alone."""
         rotation = self.rope(view.positions, view.text_len)
-        h = self.dropout(self.tok_embeddings(ids))
+        h = self.dropout(self.tok_embeddings(ids)).to(self.dtype_of_pass(ids.numel()))
         yield h
         for number, layer in enumerate(self.layers, 1):
             arguments = (h, rotation, view, cache, *_given(at if number == n_layers else None))

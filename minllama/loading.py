@@ -18,32 +18,22 @@ from minllama.checkpoints.layout import differences, listed
 from minllama.errors import CheckpointError, MinllamaError, SlowDtypeWarning
 from minllama.linear import HALVES
 from minllama.native import operations
-from minllama.native.library import cpu_can, library
-from minllama.quantization import check_quantize, quantized, replace_by_quantized
+from minllama.native.hardware import (
+    default_device,
+    default_dtype,
+    fast_bfloat16,
+    fast_float16_on_cpu,
+)
+from minllama.native.library import library
+from minllama.quantization import (
+    QuantizedLinear,
+    check_quantize,
+    quantized,
+    replace_by_quantized,
+)
 from minllama.widening import replace_by_widened
 
 HALF_NAMES = {"bfloat16", "float16", "BF16", "F16"}
-
-
-def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def default_dtype(device: torch.device | str) -> torch.dtype:
-    """float32 on a CPU, where bfloat16 is often emulated; bfloat16 on a GPU.
-
-    But float16 on older NVIDIA GPUs, which only emulate bfloat16.
-    """
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.float32
-    is_old = device.type == "cuda" and not fast_bfloat16(device)
-    return torch.float16 if is_old else torch.bfloat16
 
 
 def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | None:
@@ -58,7 +48,7 @@ def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | No
         return None
     is_fast = {
         "bfloat16": fast_bfloat16(where),
-        "float16": cpu_can("avx512_fp16", "amx_fp16", "fp16_arith"),  # the last is ARM's
+        "float16": fast_float16_on_cpu(),
     }
     if dtype is None or is_fast.get(dtype, True):
         return None
@@ -74,20 +64,6 @@ def warn_if_slow(dtype: torch.dtype | str | None, device: torch.device | str | N
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minllama":
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     warnings.warn(slow, SlowDtypeWarning, stacklevel=level)
-
-
-def fast_bfloat16(device: torch.device | str) -> bool:
-    """Whether this machine multiplies bfloat16 matrices faster than float32 ones.
-
-    A CPU does with AVX512-BF16, AMX or ARM's BF16; without, torch emulates it at a fraction of the
-    speed. An NVIDIA GPU does from compute capability 8.0 (Ampere) on.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    return cpu_can("avx512_bf16", "amx_bf16", "bf16")
 
 
 class without_initial_values(TorchFunctionMode):
@@ -118,11 +94,27 @@ def best_form(
     if torch.device(device).type != "cpu" or library() is None:
         return None, None
     if has_blocks(checkpoint):
-        return None, "stored"
+        return torch.float32, "stored"
     stored = _forms_of_matrices(checkpoint)
     if stored == {"bfloat16"} and fast_bfloat16(device):
         return torch.bfloat16, None
     return (torch.float32, "stored") if stored & HALF_NAMES else (None, None)
+
+
+def long_dtype(model: nn.Module) -> torch.dtype | None:
+    """What long passes through a quantized model on this CPU are fastest in; None for its own.
+
+    bfloat16 where the hardware multiplies it: matrices are dequantized to it one by one. Decoding
+    and short passes stay in float32, with integers. On the default model that costs 0.1% of
+    perplexity and 0.1 points of zero-shot accuracy (docs/benchmarks.md), and bfloat16 everywhere
+    a third of the greedy continuations.
+    """
+    layers = getattr(model, "layers", ())
+    linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    has_quantized = any(isinstance(m, QuantizedLinear) for m in model.modules())
+    if linears or not has_quantized or library() is None or not fast_bfloat16("cpu"):
+        return None
+    return torch.bfloat16
 
 
 def reading_form(
@@ -184,7 +176,7 @@ def load_weights(
     if quantize == "auto":
         best_dtype, quantize = best_form(checkpoint, device) if dtype is None else (dtype, None)
         dtype = dtype or best_dtype
-    if dtype is None and quantize is not None:
+    if dtype is None and quantize is not None and device.type != "cpu":
         dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
     dtype = _usable_dtype(dtype, device)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}

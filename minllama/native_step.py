@@ -6,7 +6,6 @@ models and passes it is for. Knows nothing of what the tokens are for.
 """
 
 import ctypes
-import math
 import operator
 from itertools import chain
 from typing import Any
@@ -27,7 +26,7 @@ from minllama.native.layout import (
     quantized_linear,
 )
 from minllama.native.library import call, library
-from minllama.native.operations import floats, is_plain, most_rows
+from minllama.native.operations import FEW_ROWS, floats, is_plain, most_rows
 from minllama.quantization import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -87,7 +86,7 @@ def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> 
 
 
 def _most_tokens(dtype: torch.dtype, most: int) -> int:
-    return FEW if most_rows(dtype) < math.inf else most
+    return FEW if most_rows(dtype) <= FEW_ROWS else most
 
 
 class NativeStep:
@@ -96,7 +95,7 @@ class NativeStep:
     Args:
         llama: a `minllama.Llama` that `can_run`. Its tensors are read where they lie: an optimizer
             may write to them, but a tensor that is replaced is not seen (`Runner` looks for that).
-        level: index into LEVELS; None for the best that there is.
+        level: index into `hardware.LEVELS`; None for the best that there is.
 
     Attributes:
         most_rows: of one token each, that are a pass for it.
@@ -104,7 +103,7 @@ class NativeStep:
 
     def __init__(self, llama: Any, level: int | None = None) -> None:
         self._level = level
-        self.most_rows = _most_tokens(llama.dtype, MOST_ROWS)
+        self.most_rows = _most_tokens(llama.long_dtype or llama.dtype, MOST_ROWS)
         self._kept: list[Tensor] = []  # what the structs point to
         self._vocab_size = llama.config.vocab_size
         self._dtype = llama.dtype

@@ -13,7 +13,8 @@ from torch import nn
 from minllama import graph_step
 from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
 from minllama.config import LlamaConfig
-from minllama.loading import load_weights, warn_if_slow, without_initial_values
+from minllama.loading import load_weights, long_dtype, warn_if_slow, without_initial_values
+from minllama.native.operations import most_rows
 from minllama.quantization import state_in_numbers
 
 
@@ -27,6 +28,9 @@ class LlamaPreTrainedModel(nn.Module):
         self.source: str | None = None
         # The word of `minllama.options.QUANTIZE` by which it was then quantised.
         self.quantize: str | None = None
+        # What passes over many tokens are computed in where no gradients are asked for, beside
+        # quantized matrices on a CPU that multiplies it faster than integers; None for `dtype`.
+        self.long_dtype: torch.dtype | None = None
         # Counts what may have put other modules or tensors into the place of those there were.
         self.replacements = 0
 
@@ -39,6 +43,13 @@ class LlamaPreTrainedModel(nn.Module):
         """What is computed in: the norms' dtype, for matrices may be kept in other forms."""
         norms = (p for name, p in self.named_parameters() if name.endswith("norm.weight"))
         return next(norms).dtype
+
+    def dtype_of_pass(self, n_tokens: int) -> torch.dtype:
+        """What a forward pass over so many tokens is computed in between its matrices."""
+        long = self.long_dtype
+        if long is None or torch.is_grad_enabled() or n_tokens <= most_rows(long):
+            return self.dtype
+        return long if self.device.type == "cpu" else self.dtype
 
     def _replaced(self) -> None:
         """Note that modules or tensors may be others from now on."""
@@ -135,6 +146,8 @@ class LlamaPreTrainedModel(nn.Module):
         model.quantize = load_weights(
             model, checkpoint, dtype=dtype, device=device, quantize=quantize
         )
+        if quantize == "auto" and dtype is None:
+            model.long_dtype = long_dtype(model)
         model.source = checkpoint.source
         return model.eval()
 

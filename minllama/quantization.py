@@ -284,6 +284,8 @@ def replace_by_numbers(model: nn.Module) -> bool:
             if bias is not None:
                 new.bias = nn.Parameter(bias.detach().float())
         model.set_submodule(name, new.requires_grad_(False).train(old.training))
+    if found:
+        model.long_dtype = None  # type: ignore[assignment]  # a Llama's; dense matrices have no other
     return bool(found)
 
 

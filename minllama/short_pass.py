@@ -59,7 +59,7 @@ def runs_natively(llama: Any) -> bool:
 def _is_short(llama: Any, ids: Tensor, attention_mask: Tensor | None) -> bool:
     if llama.device.type == "cuda":
         return ids.is_cuda and graph_step.is_step(ids, attention_mask)
-    return native_step.is_short(ids, attention_mask, llama.dtype)
+    return native_step.is_short(ids, attention_mask, llama.long_dtype or llama.dtype)
 
 
 def _is_for_modules(device: str) -> bool:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from minllama.data import Dataset
 from minllama.errors import MinllamaError
 from minllama.evaluation import Evaluation, evaluate
-from minllama.loading import fast_bfloat16
 from minllama.losses import Loss
+from minllama.native.hardware import fast_bfloat16
 from minllama.optimizer import AdamW
 from minllama.options import TrainingOptions
 from minllama.progress import Progress

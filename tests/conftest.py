@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,31 @@ if not torch.cuda.is_available():
 os.environ.pop("PYTHONUNBUFFERED", None)
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of what these claim something is decided by the processor: `make test-cpus` runs them as if on
+# each kind that the one at hand can emulate.
+OF_THE_PROCESSOR = {
+    f"test_{name}.py"
+    for name in (
+        "classifier_quantized",
+        "gguf",
+        "hardware",
+        "layer_states",
+        "linear",
+        "lora_layer",
+        "native",
+        "native_refusals",
+        "packing",
+        "quantization",
+        "short_pass",
+        "widening",
+    )
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name in OF_THE_PROCESSOR:
+            item.add_marker(pytest.mark.cpu)
 
 
 @pytest.fixture(scope="session")
@@ -95,3 +120,30 @@ def make_experiment(base: Path, labelled_files: Path, tmp_path: Path) -> Callabl
         )
 
     return make
+
+
+@pytest.fixture
+def as_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Let the processor seem to be another one, as MINLLAMA_CPU states it.
+
+    Its arguments are features, beside the best instruction level that there is, or `level=` one.
+    """
+    from minllama.native import hardware, library, operations
+
+    def forget() -> None:
+        for decided in (hardware.stated, library.best_level, operations.most_rows):
+            decided.cache_clear()
+
+    def state(*features: str, level: str | None = None) -> None:
+        monkeypatch.delenv(hardware.VARIABLE, raising=False)
+        forget()
+        best = library.best_level()
+        if level is not None and hardware.LEVEL_WORDS.index(level) > best:
+            pytest.skip(f"needs a processor with {level}, and minllama compiled")
+        words = (level or hardware.LEVEL_WORDS[best], *features)
+        monkeypatch.setenv(hardware.VARIABLE, ",".join(words))
+        forget()
+
+    yield state
+    monkeypatch.undo()
+    forget()

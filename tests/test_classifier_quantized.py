@@ -17,7 +17,7 @@ from minllama.experiment.fitting import weights_form
 from minllama.llama import load_pretrained
 from minllama.loading import reading_form
 from minllama.lora import add_lora_wrapper, lora_parameters, merge_lora
-from minllama.native import library, operations
+from minllama.native import library
 from minllama.quantization import QuantizedWeight
 from minllama.tokenizer import Tokenizer
 from tests.experiment_cases import Heard
@@ -152,25 +152,21 @@ def test_a_quantised_model_that_is_in_no_file_is_written_in_numbers(blocks, tmp_
 # ------------------------------------------------------------------ what is chosen
 
 
-def machine(monkeypatch, *, bfloat16, whole_numbers):
-    """Let this machine seem to be one that is good at these."""
-    monkeypatch.setattr("minllama.loading.fast_bfloat16", lambda device: bfloat16)
-    monkeypatch.setattr("minllama.experiment.fitting.fast_bfloat16", lambda device: bfloat16)
-    rows = float("inf") if whole_numbers else 32
-    monkeypatch.setattr(operations, "most_rows", lambda dtype: rows)
-
-
 @pytest.mark.skipif(library.library() is None, reason="needs the compiled code")
 @pytest.mark.parametrize(
-    ("bfloat16", "whole_numbers", "expected"),
+    ("level", "features", "expected"),
     [
-        (True, True, (torch.bfloat16, None)),
-        (False, True, (torch.float32, "stored")),
-        (False, False, (torch.float32, None)),
+        ("avx512", ["bf16"], (torch.bfloat16, None)),
+        ("avx512", ["amx"], (torch.bfloat16, None)),
+        ("avx512", [], (torch.float32, "stored")),
+        ("avx2", ["bf16"], (torch.bfloat16, None)),
+        ("avx2", [], (torch.float32, "stored")),
+        ("portable", ["bf16"], (torch.bfloat16, None)),
+        ("portable", [], (torch.float32, None)),
     ],
 )
-def test_the_form_to_read_in_is_the_fastest(blocks, monkeypatch, bfloat16, whole_numbers, expected):
-    machine(monkeypatch, bfloat16=bfloat16, whole_numbers=whole_numbers)
+def test_the_form_to_read_in_is_the_fastest(blocks, as_cpu, level, features, expected):
+    as_cpu(*features, level=level)
     checkpoint = open_checkpoint(blocks)
     assert reading_form(checkpoint, CPU) == expected
     for method in ("zero-shot", "frozen", "lora"):
@@ -178,8 +174,8 @@ def test_the_form_to_read_in_is_the_fastest(blocks, monkeypatch, bfloat16, whole
     assert weights_form("full", checkpoint, CPU) == (torch.float32, None)
 
 
-def test_what_is_said_is_done(blocks, monkeypatch):
-    machine(monkeypatch, bfloat16=False, whole_numbers=True)
+def test_what_is_said_is_done(blocks, as_cpu):
+    as_cpu(level="avx2")
     checkpoint = open_checkpoint(blocks)
     assert weights_form("lora", checkpoint, CPU, "float32") == ("float32", None)
     assert weights_form("lora", checkpoint, CPU, None, None) == (torch.float32, None)
@@ -187,12 +183,12 @@ def test_what_is_said_is_done(blocks, monkeypatch):
     assert weights_form("lora", checkpoint, CPU, "bfloat16", "int8") == ("bfloat16", "int8")
 
 
-def test_a_half_precision_of_the_training_is_left_where_it_is_slow(base, tmp_path, monkeypatch):
+def test_a_half_precision_of_the_training_is_left_where_it_is_slow(base, tmp_path, as_cpu):
     llama = load_pretrained(base, dtype="bfloat16", device="cpu")
     words = Tokenizer.from_pretrained(base)
     LlamaEmbeddingClassifier(llama, words, ["a", "b"]).save_pretrained(tmp_path)
     for is_fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        machine(monkeypatch, bfloat16=is_fast, whole_numbers=True)
+        as_cpu(*(["bf16"] if is_fast else []), level="avx2")
         assert load_classifier(tmp_path, device="cpu").llama.dtype == dtype
         given = load_classifier(tmp_path, device="cpu", dtype="bfloat16")
         assert given.llama.dtype == torch.bfloat16

@@ -19,8 +19,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from tiny_classifier import LABELS, TinyClassifier, make_dataset, same, trained
 from torch import nn
 
-from minllama import loading, training_run
-from minllama.cli.common import warn_of_slow_dtype
+from minllama import training_run
 from minllama.data import Dataset
 from minllama.errors import CheckpointError, MinllamaError, OptionError, SlowDtypeWarning
 from minllama.evaluation import evaluate
@@ -501,8 +500,8 @@ def test_without_a_dev_split_the_last_weights_stay():
         ("auto", True, torch.float64, False),
     ],
 )
-def test_autocast_is_used_for_steps_where_it_pays(monkeypatch, asked, fast, dtype, used):
-    monkeypatch.setattr(training_run, "fast_bfloat16", lambda device: fast)
+def test_autocast_is_used_for_steps_where_it_pays(as_cpu, asked, fast, dtype, used):
+    as_cpu(*(["bf16"] if fast else []))
     seen = {"step": set(), "evaluation": set()}
 
     class Watched(TinyClassifier):
@@ -518,59 +517,9 @@ def test_autocast_is_used_for_steps_where_it_pays(monkeypatch, asked, fast, dtyp
     assert math.isfinite(result.history[-1]["loss"])
 
 
-@pytest.mark.parametrize(
-    ("known", "fast"),
-    [
-        ({"get_capabilities": lambda: {"avx512_bf16": True, "amx_bf16": False}}, True),
-        ({"get_capabilities": lambda: {"avx512_bf16": False, "amx_bf16": True}}, True),
-        ({"get_capabilities": lambda: {"avx512_bf16": False, "avx2": True}}, False),
-        ({"get_capabilities": dict}, False),
-        ({"_is_avx512_bf16_supported": lambda: True}, True),
-        ({"_is_avx512_bf16_supported": lambda: False, "_is_amx_tile_supported": bool}, False),
-        ({}, False),
-    ],
-)
-def test_fast_bfloat16_asks_the_cpu_in_each_versions_way(monkeypatch, known, fast):
-    monkeypatch.setattr(loading.torch, "cpu", types.SimpleNamespace(**known))
-    assert loading.fast_bfloat16("cpu") is fast
-
-
-@pytest.mark.parametrize(("capability", "fast"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
-def test_fast_bfloat16_asks_the_gpu(monkeypatch, capability, fast):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert loading.fast_bfloat16("cuda") is fast
-    assert loading.default_dtype("cuda") is (torch.bfloat16 if fast else torch.float16)
-    assert not loading.fast_bfloat16("mps")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "can", "says"),
-    [
-        ("bfloat16", {"avx2": True}, "this CPU only emulates bfloat16; float32 is faster"),
-        ("bfloat16", {"avx512_bf16": True}, None),
-        ("float16", {"avx512_bf16": True}, "this CPU only emulates float16"),
-        ("float16", {"amx_fp16": True}, None),
-        ("float32", {"avx2": True}, None),
-        (None, {"avx2": True}, None),
-    ],
-)
-def test_a_slow_half_precision_is_said_to_be_slow(monkeypatch, capsys, dtype, can, says):
-    cpu = types.SimpleNamespace(get_capabilities=lambda: can)
-    monkeypatch.setattr(loading.torch, "cpu", cpu)
-    warn_of_slow_dtype(dtype, "cpu")
-    printed = capsys.readouterr().err
-    if says is None:
-        assert not printed
-    else:
-        assert printed.startswith(f"--dtype {dtype}: {says}")
-        warn_of_slow_dtype(dtype, "cpu", option="--autocast on")
-        assert capsys.readouterr().err.startswith(f"--autocast on: {says}")
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "float32", None])
-def test_a_slow_half_precision_is_said_to_be_slow_in_python_too(base, monkeypatch, dtype):
-    cpu = types.SimpleNamespace(get_capabilities=lambda: {"avx2": True})
-    monkeypatch.setattr(loading.torch, "cpu", cpu)
+def test_a_slow_half_precision_is_said_to_be_slow_in_python_too(base, as_cpu, dtype):
+    as_cpu(level="portable")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_pretrained(base, dtype=dtype, device="cpu")

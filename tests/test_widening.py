@@ -7,13 +7,13 @@ from torch import nn
 from minllama import cli
 from minllama.cache import KVCache
 from minllama.checkpoints import open_checkpoint, write_gguf, write_huggingface
+from minllama.linear import HALVES
 from minllama.llama import load_pretrained
 from minllama.loading import best_form
 from minllama.lora import add_lora_wrapper, lora_parameters
 from minllama.native import operations
 from minllama.native.library import best_level, library
 from minllama.native_step import NativeStep, can_run
-from minllama.linear import HALVES
 from minllama.widening import WidenedEmbedding, WidenedLinear, widened_product
 from tests.tiny import our_model, random_ids
 
@@ -126,10 +126,8 @@ def test_only_matrices_in_halves_are_kept(tmp_path):
         ("float16", True, (torch.float32, "stored")),
     ],
 )
-def test_halves_are_kept_where_they_generate_fastest(
-    tmp_path, monkeypatch, stored, is_fast, expected
-):
-    monkeypatch.setattr("minllama.loading.fast_bfloat16", lambda device: is_fast)
+def test_halves_are_kept_where_they_generate_fastest(tmp_path, as_cpu, stored, is_fast, expected):
+    as_cpu(*(["bf16"] if is_fast else []))
     checkpoint = open_checkpoint(write(tmp_path / "model", getattr(torch, stored)))
     assert best_form(checkpoint, "cpu") == expected
 

@@ -1,6 +1,5 @@
 """`minllama info`: what a checkpoint is."""
 
-import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -62,18 +61,10 @@ def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
 
 def _runs_as(checkpoint: "Checkpoint") -> str:
     """What `generate` does with the file on this machine, unless it is told otherwise."""
-    import torch
-
     from minllama import gpu, graph_step
-    from minllama.loading import (
-        best_form,
-        default_device,
-        default_dtype,
-        fast_bfloat16,
-        has_blocks,
-    )
-    from minllama.native.library import LEVELS, best_level, library
-    from minllama.native.operations import most_rows
+    from minllama.loading import best_form, has_blocks
+    from minllama.native.hardware import LEVELS, default_device, default_dtype, fast_bfloat16
+    from minllama.native.library import best_level, library
 
     device = default_device()
     dtype, quantize = best_form(checkpoint, device)
@@ -83,10 +74,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         others = _rounded_again(checkpoint)
         blocks = f"the file's blocks, {others} in 8 bits" if others else "the file's blocks"
         text = f"{blocks} ({LEVELS[best_level()]})"
-        dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
-        if most_rows(dtype) == math.inf:
-            return text
-        return f"{text}; long passes in {str(dtype).removeprefix('torch.')}"
+        return f"{text}; long passes in bfloat16" if fast_bfloat16(device) else text
     name = str(dtype or default_dtype(device)).removeprefix("torch.")
     if device.type != "cpu":
         has_steps = graph_step.knows(checkpoint.config) and gpu.works(device)

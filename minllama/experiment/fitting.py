@@ -32,8 +32,9 @@ from minllama.data import Dataset, sample_balanced
 from minllama.errors import CheckpointError, OptionError
 from minllama.experiment.say import Say
 from minllama.llama import Llama
-from minllama.loading import fast_bfloat16, reading_form
+from minllama.loading import reading_form
 from minllama.lora import add_lora_wrapper
+from minllama.native.hardware import fast_bfloat16
 from minllama.options import (
     ClassifierOptions,
     LoRAOptions,

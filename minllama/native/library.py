@@ -5,14 +5,12 @@ import functools
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from minllama.errors import MinllamaError
+from minllama.native.hardware import level_of
 from minllama.native.layout import STRUCTS
-
-LEVELS = ("portable", "AVX2", "AVX-512 VNNI")
 
 
 @functools.cache
@@ -40,23 +38,13 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def best_level() -> int:
-    """Index into LEVELS of the best instructions that this CPU and the library share."""
+    """Index into `hardware.LEVELS` of the best instructions that this CPU and the library share.
+
+    Raises:
+        OptionError: MINLLAMA_CPU states a higher level.
+    """
     found = library()
-    return 0 if found is None else int(found.minllama_best_level())
-
-
-def cpu_can(*names: str) -> bool:
-    """Whether this CPU has any of these instructions, as torch names them, and torch uses them."""
-    # What torch knows of a CPU has moved between its versions.
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if known:
-        return any(known.get(name, False) for name in names)
-    checks = {
-        "avx512_bf16": "_is_avx512_bf16_supported",
-        "amx_bf16": "_is_amx_tile_supported",
-        "amx_fp16": "_is_amx_fp16_supported",
-    }
-    return any(getattr(torch.cpu, checks.get(name, ""), bool)() for name in names)
+    return level_of(0 if found is None else int(found.minllama_best_level()))
 
 
 def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> None:
@@ -65,7 +53,7 @@ def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> N
     Args:
         name: without its prefix.
         arguments: what it takes, by reference.
-        level: index into LEVELS; None for the best.
+        level: index into `hardware.LEVELS`; None for the best.
 
     Raises:
         MinllamaError: there is no memory left for it.
