@@ -79,7 +79,8 @@ class Conversation:
             assert self._cache is not None
             self._read_ids = (prompt_ids + result.token_ids)[: self._cache.max_len]
             self._cache.truncate(len(self._read_ids))
-            self.messages.append({"role": "assistant", "content": result.text})
+            # Special tokens that are shown are for the eye: a template would render them as text.
+            self.messages.append({"role": "assistant", "content": stream.plain_text(0)})
 
     def _cache_for(self, prompt_ids: list[int]) -> KVCache:
         """A cache that holds what the prompt shares with the last text."""

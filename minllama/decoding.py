@@ -8,7 +8,7 @@ import operator
 import random
 import reprlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from minllama.cache import KVCache
 from minllama.config import LlamaConfig
-from minllama.errors import ContextError, MinllamaError
+from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.lookup import PromptLookup
 from minllama.options import GenerationOptions
 from minllama.sampling import check_chosen, choose_tokens
 
 _ROOM = 512
+BYTES = (bytes, bytearray, memoryview)
+DECODE_BYTES = "; decode bytes first: prompt.decode()"
 
 FinishReason = Literal["stop", "length"]
 
@@ -122,7 +124,8 @@ class Decoder:
         model: gives the logits.
         prompts: token ids; none may be empty.
         options: how to choose and when to end.
-        stop_ids: tokens that end a row.
+        stop_ids: tokens that end a row, unless `options.ignore_eos`; those of
+            `options.stop_token_ids` do in any case, which must be ids here.
         cache: for one prompt whose beginning it already holds; it is continued in place, and grown
             where it is too small.
         n_tokens: only ids below this are chosen, where the model's vocabulary is padded beyond the
@@ -153,7 +156,8 @@ class Decoder:
     ) -> None:
         self.model, self.options = model, options
         self.prompts = [token_ids(prompt) for prompt in prompts]
-        self.stop_ids = frozenset() if options.ignore_eos else frozenset(stop_ids)
+        ends = () if options.ignore_eos else stop_ids
+        self.stop_ids = frozenset((*ends, *_further_stop_ids(options)))
         self.timings = Timings()
         self._cache = cache
         self._finished: set[int] = set()
@@ -407,7 +411,7 @@ def generate_ids(
 ) -> Tensor:
     """Continue each row of a tensor of ids by exactly `max_new_tokens`; see `Llama.generate`."""
     options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    if ids.dim() != 2 or ids.is_floating_point():
+    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise MinllamaError(f"ids must be whole numbers of shape (B, T), not {tuple(ids.shape)}")
     total, context_len = ids.shape[1] + max_new_tokens, model.config.context_len
     if total > context_len:
@@ -432,12 +436,40 @@ def token_ids(prompt: Iterable[int]) -> list[int]:
     Raises:
         MinllamaError: it is not a sequence of whole numbers.
     """
+    listed = plain_list(prompt)
     try:
-        return [int(operator.index(token_id)) for token_id in prompt]
+        if isinstance(listed, (*BYTES, str, Mapping, Set)):
+            raise TypeError
+        return [_token_id(token_id) for token_id in listed]
     except TypeError as error:
         raise MinllamaError(
             f"a prompt is a text or a list of token ids, not {reprlib.repr(prompt)}"
+            + (DECODE_BYTES if isinstance(listed, BYTES) else "")
         ) from error
+
+
+def plain_list(value: Any) -> Any:
+    """The Python numbers in an array or a tensor; anything else as it is."""
+    has_numbers = hasattr(value, "tolist") and not isinstance(value, BYTES)
+    return value.tolist() if has_numbers else value
+
+
+def _token_id(value: Any) -> int:
+    value = plain_list(value)
+    if isinstance(value, bool):  # whole numbers to Python, as bytes are, and not meant as ids
+        raise TypeError
+    return int(operator.index(value))
+
+
+def _further_stop_ids(options: GenerationOptions) -> list[int]:
+    """The ids in `stop_token_ids`.
+
+    Raises:
+        OptionError: it holds the text of a token, which needs a tokenizer.
+    """
+    if names := [token for token in options.stop_token_ids if isinstance(token, str)]:
+        raise OptionError(f"stop_token_ids: {names[0]!r} is a text; give its id here")
+    return [token for token in options.stop_token_ids if isinstance(token, int)]
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], config: LlamaConfig) -> None:

@@ -1,9 +1,10 @@
 """From prompts to texts: generation as people use it, whole or streamed.
 
-Knows nothing of how tokens are computed (`minllama.decoding`) or chosen (`minllama.sampling`); here
-they become text, and stop strings end it.
+Knows nothing of how tokens are computed (`minllama.decoding`) or chosen (`minllama.sampling`), nor
+how they become text that stop strings end (`minllama.stop_strings`).
 """
 
+import builtins
 import dataclasses
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from minllama.cache import KVCache
-from minllama.decoding import Constraint, Decoder, FinishReason, Token, token_ids
+from minllama.decoding import (
+    BYTES,
+    DECODE_BYTES,
+    Constraint,
+    Decoder,
+    FinishReason,
+    Token,
+    plain_list,
+    token_ids,
+)
 from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.llama import Llama
 from minllama.options import GenerationOptions
-from minllama.tokenizer import StreamDecoder, Tokenizer
+from minllama.stop_strings import RowText
+from minllama.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -37,12 +48,21 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One generated token's log-probability, and the likeliest alternatives'."""
+    """One generated token's log-probability, and the likeliest alternatives'.
+
+    Attributes:
+        id: the token.
+        text: it for people: U+FFFD stands where it holds a part of a character.
+        logprob: natural logarithm of its probability, before penalties, temperature and filters.
+        alternatives: ids of the likeliest tokens and their log-probabilities.
+        bytes: what the token stands for, as it is; those of neighbors, joined, are UTF-8.
+    """
 
     id: int
     text: str
     logprob: float
     alternatives: tuple[tuple[int, float], ...] = ()
+    bytes: builtins.bytes = b""
 
 
 @dataclass
@@ -52,8 +72,10 @@ class Generation:
     Attributes:
         prompt_ids: what was continued.
         text: the continuation, without the stop string or stop token that ended it.
-        token_ids: the tokens that were generated, without the stop token.
-        finish_reason: `stop` (an end token, a stop string) or `length` (max_new_tokens, or the end
+        token_ids: the tokens that were generated, without the stop token (an end token, one of
+            `stop_token_ids`, or a special token that is a stop string as a whole); those of any
+            other stop string are among them.
+        finish_reason: `stop` (a stop token, a stop string) or `length` (max_new_tokens, or the end
             of the context).
         logprobs: of each of `token_ids`; None unless asked for.
     """
@@ -95,10 +117,13 @@ class TextStream:
     ) -> None:
         context_len = model.config.context_len
         prompt_ids = [
-            encode_prompt(p, tokenizer, context_len) if isinstance(p, str) else token_ids(p)
+            encode_prompt(p, tokenizer, context_len, special=options.special)
+            if isinstance(p, str)
+            else token_ids(p)
             for p in prompts
         ]
         self._tokenizer = tokenizer
+        options = dataclasses.replace(options, stop_token_ids=_stop_ids(tokenizer, options))
         self._decoder = Decoder(
             model,
             prompt_ids,
@@ -115,9 +140,13 @@ class TextStream:
             for _ in range(options.n)
         ]
         self._texts = [
-            _RowText(tokenizer.stream_decoder(continuation=True), options.stop)
+            RowText(tokenizer, options.stop, skip_special=options.skip_special_tokens)
             for _ in self.results
         ]
+
+    def plain_text(self, row: int) -> str:
+        """The text of a row so far, without special tokens even where they are shown."""
+        return self._texts[row].plain
 
     def __iter__(self) -> Iterator[Piece]:
         for step in self._decoder:
@@ -129,16 +158,18 @@ class TextStream:
     def _piece(self, token: Token) -> Piece:
         result, text = self.results[token.row], self._texts[token.row]
         new, reason = "", token.finish_reason
-        if token.id is not None and token.id not in self._decoder.stop_ids:
+        ends = token.id in self._decoder.stop_ids
+        if token.id is not None and not ends:
             result.token_ids.append(token.id)
             if result.logprobs is not None and token.logprob is not None:
-                shown = self._tokenizer.token_text(token.id)
+                spelled = self._tokenizer.token_bytes(token.id)
+                shown = spelled.decode(errors="replace")
                 result.logprobs.append(
-                    TokenLogprob(token.id, shown, token.logprob, token.alternatives)
+                    TokenLogprob(token.id, shown, token.logprob, token.alternatives, spelled)
                 )
             new = text.push(token.id)
         if reason is not None and not text.stopped:
-            new += text.flush()
+            new += text.end(token.id if ends else None)
         if text.stopped:
             reason = "stop"
             self._decoder.finish(token.row)
@@ -146,41 +177,6 @@ class TextStream:
         if reason is not None:
             result.finish_reason = reason
         return Piece(token.row, new, reason)
-
-
-class _RowText:
-    """Tokens to text for one row, held back where it may be the beginning of a stop string."""
-
-    def __init__(self, decoder: StreamDecoder, stop: tuple[str, ...]) -> None:
-        self._decoder, self._stop = decoder, stop
-        self._held = ""
-        self.stopped = False
-
-    def push(self, token_id: int) -> str:
-        return self._scan(self._decoder.push(token_id))
-
-    def flush(self) -> str:
-        """What is left when the row has ended."""
-        text = self._scan(self._decoder.flush())
-        if not self.stopped:
-            text, self._held = text + self._held, ""
-        return text
-
-    def _scan(self, text: str) -> str:
-        text = self._held + text
-        ends = [found for stop in self._stop if (found := text.find(stop)) >= 0]
-        if ends:
-            self.stopped, self._held = True, ""
-            return text[: min(ends)]
-        held = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` are the beginning of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def generate(
@@ -242,15 +238,33 @@ def check_can_fit(text: str, tokenizer: Tokenizer, context_len: int) -> None:
         )
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, context_len: int) -> list[int]:
+def encode_prompt(
+    text: str, tokenizer: Tokenizer, context_len: int, *, special: bool = False
+) -> list[int]:
     """Ids of a prompt.
+
+    Args:
+        text: the prompt.
+        tokenizer: of the model that will read it.
+        context_len: of that model.
+        special: special tokens that the text spells are these tokens; one that begins a text is
+            then not put in front of itself.
 
     Raises:
         ContextError: it is far too long (see `check_can_fit`).
         TokenizerError: it cannot be encoded.
     """
     check_can_fit(text, tokenizer, context_len)
-    return tokenizer.encode(text)
+    if not special:
+        return tokenizer.encode(text)
+    begins = tokenizer.encode(text, bos=False, special=True)[:1] == [tokenizer.bos_id]
+    return tokenizer.encode(text, bos=False if begins else None, special=True)
+
+
+def spelled_special(text: str, tokenizer: Tokenizer) -> list[str]:
+    """The special tokens that a text spells, in the order in which they first stand there."""
+    found = {word: text.find(word) for word in tokenizer.special_tokens if word}
+    return sorted((word for word, place in found.items() if place >= 0), key=lambda w: found[w])
 
 
 def _options(options: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
@@ -265,15 +279,45 @@ def _options(options: GenerationOptions | None, changes: dict[str, Any]) -> Gene
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if hasattr(prompts, "tolist"):  # a tensor or an array of ids
-        prompts = prompts.tolist()
-    if not isinstance(prompts, Sequence):
+    listed = plain_list(prompts)
+    if isinstance(listed, BYTES) or not isinstance(listed, Sequence):
         raise MinllamaError(
             f"prompts are a text, token ids or a list of either, not {reprlib.repr(prompts)}"
+            + (DECODE_BYTES if isinstance(listed, BYTES) else "")
         )
-    if len(prompts) and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]  # one prompt as ids
-    return list(prompts)  # type: ignore[arg-type]
+    if not listed:
+        raise MinllamaError("there is no prompt; give a text, or at least one token id")
+    if all(isinstance(plain_list(part), int) for part in listed):
+        return [listed]  # one prompt as ids
+    return list(listed)
+
+
+def _stop_ids(tokenizer: Tokenizer, options: GenerationOptions) -> tuple[int, ...]:
+    """The ids of `stop_token_ids`, and of the special tokens that are stop strings as a whole."""
+    special = tokenizer.special_tokens
+    named = [_stop_id(tokenizer, token) for token in options.stop_token_ids]
+    return tuple(dict.fromkeys(named + [special[text] for text in options.stop if text in special]))
+
+
+def _stop_id(tokenizer: Tokenizer, token: int | str) -> int:
+    if isinstance(token, int):
+        if token >= tokenizer.vocab_size:
+            raise OptionError(
+                f"stop_token_ids holds {token}, and the tokenizer knows 0 to "
+                f"{tokenizer.vocab_size - 1}"
+            )
+        return token
+    token_id = tokenizer.special_tokens.get(token)
+    if token_id is None:
+        spelled = token.encode(errors="replace")
+        all_ids = range(tokenizer.vocab_size)
+        token_id = next((i for i in all_ids if tokenizer.token_bytes(i) == spelled), None)
+    if token_id is None:
+        raise OptionError(
+            f"stop_token_ids: {reprlib.repr(token)} is not one token of this vocabulary; `stop` "
+            "ends at any text"
+        )
+    return token_id
 
 
 def _constraints(

@@ -42,7 +42,12 @@ class Range:
 
 
 def option(
-    default: Any, meaning: str, *, within: Range | None = None, choices: tuple[str, ...] = ()
+    default: Any,
+    meaning: str,
+    *,
+    within: Range | None = None,
+    choices: tuple[str, ...] = (),
+    flag: str | None = None,
 ) -> Any:
     """Define one option: a dataclass field that carries its meaning and range.
 
@@ -51,8 +56,10 @@ def option(
         meaning: one sentence, as the command line's help prints it.
         within: the interval that a number must lie in; `None` for no limit.
         choices: the words that a string must be one of; empty for any string.
+        flag: its name on the command line, where that is not the field's; of a flag that is true
+            by default it says the opposite.
     """
-    metadata = {"meaning": meaning, "within": within, "choices": choices}
+    metadata = {"meaning": meaning, "within": within, "choices": choices, "flag": flag}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -79,6 +86,8 @@ def _checked(name: str, value: Any, hint: Any, within: Range | None) -> Any:
         return None
     kind = next(kind for kind in kinds if kind is not types.NoneType)
     if typing.get_origin(kind) is tuple:
+        if int in typing.get_args(typing.get_args(kind)[0]):
+            return _checked_tokens(name, value)
         if isinstance(value, str):  # one string where several may stand
             value = (value,)
         if not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
@@ -102,6 +111,26 @@ def _checked(name: str, value: Any, hint: Any, within: Range | None) -> Any:
     if within is not None and value not in within:
         raise OptionError(f"{name} must be {within}, not {value!r}")
     return value
+
+
+def _checked_tokens(name: str, value: Any) -> tuple[int | str, ...]:
+    """`value` as a tuple of token ids and texts of tokens; a string of digits is an id."""
+    if hasattr(value, "tolist"):  # an array or a tensor of ids
+        value = value.tolist()
+    if isinstance(value, str | numbers.Integral):  # one where several may stand
+        value = (value,)
+    listed = isinstance(value, tuple | list | set | frozenset)
+    if not listed or not all(isinstance(v, str | numbers.Integral) for v in value):
+        raise OptionError(f"{name} must be a list of token ids or of tokens' texts, not {value!r}")
+    tokens: list[int | str] = []
+    for token in value:
+        if isinstance(token, bool) or token == "":
+            raise OptionError(f"{name} holds {token!r}, which is no token")
+        is_id = not isinstance(token, str) or (token.isascii() and token.isdecimal())
+        tokens.append(int(token) if is_id else token)
+        if is_id and tokens[-1] < 0:  # type: ignore[operator]
+            raise OptionError(f"{name} holds {token}, and token ids are >= 0")
+    return tuple(tokens)
 
 
 _KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
@@ -145,8 +174,22 @@ class GenerationOptions(SamplingOptions):
 
     max_new_tokens: int = option(256, "stop after this many new tokens", within=Range(1))
     n: int = option(1, "how many samples of each prompt", within=Range(1, 4096))
-    stop: tuple[str, ...] = option((), "stop before this text; may be given several times")
+    stop: tuple[str, ...] = option(
+        (),
+        "stop before this text, in which special tokens may stand; may be given several times",
+    )
+    stop_token_ids: tuple[int | str, ...] = option(
+        (),
+        "stop before this token, by its id or its text; may be given several times",
+        flag="stop-token",
+    )
     ignore_eos: bool = option(False, "go on past the token that ends a text")
+    skip_special_tokens: bool = option(
+        True, "show special tokens that are generated as their text", flag="show-special"
+    )
+    special: bool = option(
+        False, "special tokens that the prompt spells, such as <|im_start|>, are these tokens"
+    )
     logprobs: int | None = option(
         None, "report log-probabilities, and this many alternatives per token", within=Range(0, 100)
     )

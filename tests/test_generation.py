@@ -1,13 +1,17 @@
 """Text in, text out: stop strings, streams, samples, ends; on a tiny model with real words."""
 
+import dataclasses
 import json
+import reprlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from minllama.decoding import Decoder
 from minllama.errors import ContextError, MinllamaError, OptionError
-from minllama.generation import TextStream, encode_prompt, generate, stream
+from minllama.generation import TextStream, encode_prompt, generate, spelled_special, stream
 from minllama.options import GenerationOptions
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import Vocabulary
@@ -115,6 +119,136 @@ def test_text_that_may_begin_a_stop_string_is_held_back(model, tokenizer):
     assert texts == ["a", "", "", "ENx", "", "", ""]
 
 
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("ab<pad>cd<eos>", ("<pad>",), ("ab", "ab")),  # as a whole it is a stop token
+        ("ab<pad>cd<eos>", ("b<pad>",), ("a", "ab<pad>")),
+        ("a\n<pad>b<eos>", ("\n<pad>",), ("a", "a\n<pad>")),
+        ("ab<pad>cd<eos>", ("<pad>c",), ("ab", "ab<pad>c")),
+        ("a<pad>b<pad>c<eos>", ("<pad>c",), ("ab", "a<pad>b<pad>c")),
+        ("<pad><pad>c<eos>", ("<pad><pad>",), ("", "<pad><pad>")),
+        ("ab<pad>cd<eos>", ("bc",), ("a", "ab<pad>c")),  # what is shown holds it
+        ("ab<pad>cd<eos>", ("<pad>x", "pad", "b<p", "ad>c"), ("abcd", "ab<pad>cd")),
+        ("a\n<eos>", ("\n<eos>",), ("a", "a\n")),
+        ("a\n<eos>", ("\n<pad>",), ("a\n", "a\n")),
+    ],
+)
+def test_a_stop_string_may_hold_special_tokens(text, stop, expected, model, tokenizer):
+    [result] = scripted(model, tokenizer, [text], stop=stop)
+    assert (result.text, result.finish_reason) == (expected[0], "stop")
+    assert result.token_ids == tokenizer.encode(expected[1], special=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("ab<pad>cd<eos>", (), "ab<pad>cd"),
+        ("ab<pad>cd<eos>", ("<pad>",), "ab"),
+        ("ab<pad>cd<eos>", ("d>c",), "ab<pa"),
+        ("ab<pad>cd<eos>", ("bc",), "ab<pad>cd"),
+        ("ab<pad>c\n<eos>", ("\n<eos>",), "ab<pad>c"),
+        ("ab<pad>c\n<eos>", ("\nx",), "ab<pad>c\n"),
+    ],
+)
+def test_special_tokens_are_shown_when_asked_for(text, stop, expected, model, tokenizer):
+    [result] = scripted(model, tokenizer, [text], stop=stop, skip_special_tokens=False)
+    assert (result.text, result.finish_reason) == (expected, "stop")
+
+
+def test_a_special_token_within_a_character_leaves_it_whole_unless_it_is_shown(model, tokenizer):
+    script = Scripted(model, tokenizer, ["é<eos>"])
+    script.scripts[0].insert(1, tokenizer.special_tokens["<pad>"])
+    for skip, expected in ((True, "é"), (False, "\ufffd<pad>\ufffd")):
+        options = GenerationOptions(max_new_tokens=9, skip_special_tokens=skip, stop=("x",))
+        text_stream = TextStream(script, tokenizer, [[0]], options)
+        assert "".join(piece.text for piece in text_stream) == expected
+        ids = text_stream.results[0].token_ids
+        assert expected == tokenizer.decode(ids, skip_special=skip, continuation=True)
+
+
+@pytest.mark.parametrize("token", [99, "99", "<pad>", "c", ["z", "c"], [257], (1, "<pad>")])
+def test_stop_tokens_by_id_or_text_end_whatever_else_does(token, model, tokenizer):
+    token_id = tokenizer.encode("c")[0]
+    token = token_id if token == 99 else str(token_id) if token == "99" else token
+    for options in ({}, {"ignore_eos": True}):
+        [result] = scripted(
+            model, tokenizer, ["ab" + ("<pad>c" if "pad" in str(token) or token == [257] else "c")],
+            stop_token_ids=token, logprobs=0, **options,
+        )  # fmt: skip
+        assert (result.text, result.finish_reason) == ("ab", "stop")
+        assert result.token_ids == tokenizer.encode("ab")
+        assert [token.bytes for token in result.logprobs] == [b"a", b"b"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([258], "holds 258, and the tokenizer knows 0 to 257"),
+        (["<none>"], "'<none>' is not one token of this vocabulary"),
+        (["ab"], "'ab' is not one token"),
+        ([-1], "holds -1, and token ids are >= 0"),
+        ([True], "holds True, which is no token"),
+        ([""], "holds '', which is no token"),
+        ([1.5], "must be a list of token ids or of tokens' texts"),
+        (b"a", "must be a list of token ids"),
+        ({"a": 1}, "must be a list of token ids"),
+    ],
+)
+def test_what_is_no_stop_token_is_refused_in_one_line(tokens, message, model, tokenizer):
+    with pytest.raises(OptionError, match=message) as caught:
+        generate(model, tokenizer, "a", stop_token_ids=tokens)
+    assert "\n" not in str(caught.value)
+
+
+def test_stops_hold_in_batches_samples_lookup_and_constraints(model, tokenizer):
+    texts = ["ab<pad>c<eos>", "a<eos>", "no pad", "<pad>"]
+    results = scripted(model, tokenizer, texts, stop=("<pad>", "o p"), n=1)
+    assert [r.text for r in results] == ["ab", "a", "n", ""]
+    script = Scripted(model, tokenizer, ["xy<pad>c<eos>"])
+    options = GenerationOptions(n=3, temperature=1e-3, seed=1, stop=("y<pad>",))
+    stream_ = TextStream(script, tokenizer, [[0]], options)
+    assert {piece.row for piece in stream_} == {0, 1, 2}
+    assert [(r.text, r.finish_reason) for r in stream_.results] == [("x", "stop")] * 3
+    pytest.importorskip("llguidance")
+    [result] = generate(model, tokenizer, "a", regex="[a-z]{200}", max_new_tokens=200)
+    stop = result.text[9:11]
+    [cut] = generate(model, tokenizer, "a", regex="[a-z]{200}", max_new_tokens=200, stop=stop)
+    assert (cut.text, cut.finish_reason) == (result.text.split(stop)[0], "stop")
+
+
+def cycling_model(tokenizer, text):
+    """A model that says the tokens of `text` again and again: each foretells the next alone."""
+    ids = tokenizer.encode(text, special=True)
+    assert len(set(ids)) == len(ids)
+    model = our_model(vocab_size=258, max_seq_len=256)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        for place, token_id in enumerate(ids):
+            model.tok_embeddings.weight[token_id, place] = 1.0
+            model.output.weight[ids[(place + 1) % len(ids)], place] = 1.0
+    return model
+
+
+@pytest.mark.parametrize("lookup", [0, 7])
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ({"stop": "<pad>"}, ("bc", "bc")),
+        ({"stop": "c<pad>"}, ("b", "bc<pad>")),
+        ({"stop_token_ids": "c"}, ("b", "b")),
+        ({}, ("bcabcabc", "bc<pad>abc<pad>abc")),
+    ],
+)
+def test_prompt_lookup_ends_where_decoding_without_it_does(lookup, stop, expected, tokenizer):
+    model = cycling_model(tokenizer, "abc<pad>")
+    prompt = tokenizer.encode("abc<pad>abc<pad>a", special=True)
+    [result] = generate(model, tokenizer, prompt, max_new_tokens=10, prompt_lookup=lookup, **stop)
+    assert (result.text, result.finish_reason) == (expected[0], "stop" if stop else "length")
+    assert result.token_ids == tokenizer.encode(expected[1], special=True)
+
+
 def test_half_a_character_at_the_end_becomes_one_replacement(model, tokenizer):
     [result] = scripted(model, tokenizer, ["a日<eos>"], max_new_tokens=3)
     assert result.text == "a�"
@@ -171,12 +305,71 @@ def test_what_cannot_work_is_refused_before_any_work(model, tokenizer, monkeypat
 
 
 @pytest.mark.parametrize(
-    "prompts", [5, None, {"a": 1}, [1.5], [float("nan")], ["a", 3], [3, "a"], [[["a"]]], [["1"]]]
+    "prompts",
+    [
+        *(5, None, {"a": 1}, {1, 2}, [1.5], [float("nan")], ["a", 3], [3, "a"], [[["a"]]], [["1"]]),
+        *(b"abc", bytearray(b"abc"), memoryview(b"abc"), [b"abc"], ["a", b"b"], [bytearray(b"a")]),
+        *([True, False], [[True]], [1, True], [[1, 2], [3, False]], [[[1, 2]]], [None], [[1.0]]),
+        *(np.array([1.0, 2.0]), np.array([True]), [np.float32(1)], [np.bool_(True)], np.array(3)),
+        *(torch.tensor([1.5]), torch.tensor([True]), torch.zeros(1, 1, 1, dtype=torch.long)),
+        *([{"role": "user", "content": "a"}], iter([1, 2]), Path("prompt.txt")),
+    ],
+    ids=reprlib.repr,
 )
 def test_what_is_no_prompt_is_refused_in_one_line(prompts, model, tokenizer):
     with pytest.raises(MinllamaError, match=r"a text(, token ids)? or a list of") as caught:
         generate(model, tokenizer, prompts)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "there is no prompt; give a text, or at least one token id"),
+        ((), "there is no prompt"),
+        (np.array([], dtype=int), "there is no prompt"),
+        ([[]], "the prompt is empty"),
+        (["a", ""], "prompt 2 of 2 is empty"),
+        ([3, 258], "holds the token id 258, and the model knows 0 to 257"),
+        ([[1], [-1]], "prompt 2 of 2 holds the token id -1"),
+        ([10**30], "holds the token id 1000"),
+        (b"a", r"decode bytes first: prompt.decode\(\)"),
+    ],
+)
+def test_empty_prompts_and_ids_of_no_token_are_refused(prompts, message, model, tokenizer):
+    with pytest.raises(MinllamaError, match=message):
+        generate(model, tokenizer, prompts)
+
+
+def test_bytes_of_logprobs_joined_are_the_text(model, tokenizer):
+    [result] = scripted(model, tokenizer, ["Grüße, 日本<eos>"], logprobs=1)
+    joined = b"".join(token.bytes for token in result.logprobs)
+    assert joined.decode() == result.text == "Grüße, 日本"
+    assert "\ufffd" in {token.text for token in result.logprobs}
+
+
+def test_special_tokens_in_a_prompt_are_tokens_on_request(model, tokenizer):
+    options = {"max_new_tokens": 1}
+    assert generate(model, tokenizer, "a<pad>b", special=True, **options)[0].prompt_ids == [
+        *tokenizer.encode("a"), 257, *tokenizer.encode("b"),
+    ]  # fmt: skip
+    [plain] = generate(model, tokenizer, "a<pad>b", **options)
+    assert len(plain.prompt_ids) == len("a<pad>b")
+    assert spelled_special("x<pad><eos><pad>", tokenizer) == ["<pad>", "<eos>"]
+    assert spelled_special("<p ad>", tokenizer) == []
+
+
+def test_a_prompt_that_spells_bos_has_one(tokenizer):
+    begun = Tokenizer(dataclasses.replace(tokenizer.vocabulary, bos_id=257, add_bos=True))
+    a = begun.encode("a", bos=False)
+    for special, text, expected in (
+        (True, "<pad>a", [257, *a]),
+        (True, "a", [257, *a]),
+        (False, "a", [257, *a]),
+        (False, "<pad>a", [257, *begun.encode("<pad>", bos=False), *a]),
+        (True, "<pad><pad>a", [257, 257, *a]),  # as it was written
+    ):
+        assert encode_prompt(text, begun, 256, special=special) == expected
 
 
 def test_megabytes_are_refused_before_they_are_taken_apart(model, tokenizer, monkeypatch):
@@ -244,7 +437,10 @@ def test_a_vocabulary_padded_beyond_the_tokenizer_and_a_constraint_go_together(t
 def test_ids_may_be_a_tensor_or_an_array(model, tokenizer):
     ids = tokenizer.encode("abc")
     expected = generate(model, tokenizer, ids, max_new_tokens=5)
-    assert generate(model, tokenizer, torch.tensor(ids), max_new_tokens=5) == expected
+    for form in (torch.tensor(ids), np.array(ids), list(np.array(ids)), list(torch.tensor(ids))):
+        assert generate(model, tokenizer, form, max_new_tokens=5) == expected
+    texts = np.array(["abc", "abc"])
+    assert generate(model, tokenizer, texts, max_new_tokens=5) == expected * 2
     assert generate(model, tokenizer, torch.tensor([ids, ids]), max_new_tokens=5) == expected * 2
 
 

@@ -19,7 +19,7 @@ ORDER = (
     ("tokenizer", "chat", "template_worker", "rope", "cache", "lookup", "sampling"),
     ("linear", "widening"),
     ("quantization",),
-    ("decoding", "view", "wanted", "loading", "runner"),
+    ("decoding", "stop_strings", "view", "wanted", "loading", "runner"),
     ("native_step", "graph_step"),
     ("pretrained", "short_pass"),
     ("llama", "constraint"),

@@ -190,7 +190,8 @@ def dataclass_options(
 def _click_option(
     field: "dataclasses.Field[Any]", hint: Any, default: Any
 ) -> Callable[[Command], Command]:
-    flag = "--" + field.name.replace("_", "-")
+    flag = "--" + (field.metadata["flag"] or field.name.replace("_", "-"))
+    names = (flag, field.name)
     within = field.metadata["within"]
     notes = [] if default in (None, ()) or isinstance(default, bool) else [_shown(default)]
     meaning = field.metadata["meaning"]
@@ -198,15 +199,18 @@ def _click_option(
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kind = next(kind for kind in kinds if kind is not types.NoneType)
     if kind is bool:
-        return click.option(flag, is_flag=True, default=default, help=text)
+        # One that is true by default is there to be turned off.
+        return click.option(
+            *names, is_flag=True, flag_value=not default, default=default, help=text
+        )
     if typing.get_origin(kind) is tuple:
-        return click.option(flag, multiple=True, default=default, help=text, metavar="TEXT")
+        return click.option(*names, multiple=True, default=default, help=text, metavar="TEXT")
     if choices := field.metadata["choices"]:
-        return click.option(flag, type=click.Choice(choices), default=default, help=text)
+        return click.option(*names, type=click.Choice(choices), default=default, help=text)
     metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
     if within is not None:
         metavar = f"{metavar} {within}"
-    return click.option(flag, type=kind, default=default, help=text, metavar=f"[{metavar}]")
+    return click.option(*names, type=kind, default=default, help=text, metavar=f"[{metavar}]")
 
 
 def _shown(default: Any) -> str:
