@@ -33,6 +33,9 @@ _WORKER_ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PA
 # Supplementary private-use area A: no character there has a meaning, nor counts as white space.
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
+# Names under which a message's reasoning comes, as in transformers: the first that is there counts.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
 Message = Mapping[str, Any]
 
 
@@ -40,19 +43,32 @@ class ChatTemplate:
     """A checkpoint's chat template.
 
     Renders as `apply_chat_template` of transformers does: the same Jinja settings, filters and
-    functions, and `tools` and `documents` are there, as None, when not given. Of the special tokens
-    it knows `bos_token` and `eos_token`. Safe to use from several threads, which take turns.
+    functions, and `tools` and `documents` are there, as None, when not given. What is None in a
+    message counts as not there; a template that needs a content all the same, to join it to other
+    text, gets an empty one. Safe to use from several threads, which take turns.
 
     Args:
         source: the template, in Jinja.
         bos_token: text of the token that begins a text; templates know it by this name.
         eos_token: text of the token that ends one.
+        special_tokens: further ones by the names that templates have for them (`unk_token`,
+            `pad_token`), each a text or a list of texts.
     """
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "") -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str = "",
+        eos_token: str = "",
+        special_tokens: Mapping[str, str | list[str]] | None = None,
+    ) -> None:
         self.source = source
-        self.bos_token = bos_token
-        self.eos_token = eos_token
+        self.special_tokens = {
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+            **_plain(special_tokens or {}, "the special tokens"),
+        }
         self._turn = threading.Lock()
         self._worker: _Worker | None = None
 
@@ -100,7 +116,7 @@ class ChatTemplate:
         """
         checked = _checked_messages(messages)
         plain = _plain(variables, "the variables")
-        shown = [self.source, self.bos_token, self.eos_token, *special_tokens, checked, plain]
+        shown = [self.source, self.special_tokens, *special_tokens, checked, plain]
         mask = _Mask(special_tokens, shown)
         checked, plain = mask.apply(checked), mask.apply(plain)
         mask.apply_across(_contents(checked))
@@ -112,8 +128,7 @@ class ChatTemplate:
         request = {
             "tools": None,
             "documents": None,
-            "bos_token": self.bos_token,
-            "eos_token": self.eos_token,
+            **self.special_tokens,
             "add_generation_prompt": add_generation_prompt,
             **variables,
             "messages": messages,
@@ -125,12 +140,19 @@ class ChatTemplate:
                 "shorten them"
             )
         with self._turn:
-            if self._worker is None or not self._worker.is_usable():
-                self._worker = _Worker(self.source)
-            reply = self._worker.ask(request)
+            reply = self._ask(request)
+            if "fault" in reply and any("content" not in message for message in messages):
+                filled = [{"content": "", **message} for message in messages]
+                again = self._ask({**request, "messages": filled})
+                reply = again if "text" in again else reply
         if "text" in reply:
             return str(reply["text"])
         raise MinllamaError(_fault_line(reply))
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._worker is None or not self._worker.is_usable():
+            self._worker = _Worker(self.source)
+        return self._worker.ask(request)
 
 
 class _Worker:
@@ -241,8 +263,20 @@ def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
         if not (content is None or isinstance(content, str) or parts):
             raise MinllamaError(f"{where}: content must be a string or a list of parts")
-        result.append(plain)
+        result.append(_without_nothing(plain))
     return result
+
+
+def _without_nothing(message: dict[str, Any]) -> dict[str, Any]:
+    """A message without what is None, and with its reasoning under the names that templates read.
+
+    As transformers has it (`apply_chat_template`): templates would write None as a word.
+    """
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in REASONING if key in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:

@@ -4,6 +4,7 @@ Each answer reads only what is new since the last one: the cache of keys and val
 back to where the new prompt departs from the old. Knows nothing of terminals or servers.
 """
 
+import reprlib
 from collections.abc import Iterator
 
 from minllama.cache import KVCache
@@ -14,6 +15,8 @@ from minllama.llama import Llama
 from minllama.options import GenerationOptions
 from minllama.tokenizer import Tokenizer
 
+MAX_LISTED = 20  # names of templates in a message
+
 
 class Conversation:
     """Messages and answers between a user and a model.
@@ -23,13 +26,15 @@ class Conversation:
         tokenizer: of the same checkpoint; it must have a chat template.
         options: how answers are generated.
         system: instructions that stand before everything; None for the template's own.
+        template: the name of one of the tokenizer's templates, or one of your own, in Jinja;
+            None for the tokenizer's default.
 
     Attributes:
         messages: {"role": ..., "content": ...} each, in order.
         stream: the latest answer's TextStream, for its timings; None before the first.
 
     Raises:
-        MinllamaError: the checkpoint has no chat template.
+        MinllamaError: the checkpoint has no chat template, or none of that name.
     """
 
     def __init__(
@@ -39,9 +44,10 @@ class Conversation:
         options: GenerationOptions,
         *,
         system: str | None = None,
+        template: str | None = None,
     ) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
-        self.template = chat_template(tokenizer)
+        self.template = chat_template(tokenizer, template)
         self._system = [{"role": "system", "content": system}] if system is not None else []
         self.stream: TextStream | None = None
         self._cache: KVCache | None = None
@@ -92,22 +98,52 @@ class Conversation:
         return self._cache
 
 
-def chat_template(tokenizer: Tokenizer) -> ChatTemplate:
-    """The chat template of a tokenizer.
+def chat_template(tokenizer: Tokenizer, choice: str | None = None) -> ChatTemplate:
+    """The chat template of a tokenizer, with the special tokens that it may write.
+
+    Args:
+        tokenizer: of the model.
+        choice: a template's name, where the tokenizer has several, or a template of your own, in
+            Jinja; None for the tokenizer's default.
 
     Raises:
-        MinllamaError: it has none.
+        MinllamaError: it has none, or none of that name.
     """
-    if tokenizer.chat_template is None:
-        raise MinllamaError(
-            "this model has no chat template; it continues text: use `minllama generate`, or a "
-            "model that was trained to chat"
+    vocabulary = tokenizer.vocabulary
+    named = dict(vocabulary.chat_templates)
+    if tokenizer.chat_template is not None:
+        named["default"] = tokenizer.chat_template
+    source = named.get("default" if choice is None else choice)
+    if source is None and choice is not None and "{" in choice:
+        source = choice
+    if source is None:
+        raise MinllamaError(_no_template(choice, sorted(named)))
+    texts = {token_id: text for text, token_id in tokenizer.special_tokens.items()}
+    tokens = {
+        name: texts[token_id]
+        for name in ("bos", "eos")
+        if (token_id := getattr(tokenizer, f"{name}_id")) in texts
+    }
+    tokens = {f"{name}_token": text for name, text in tokens.items()}
+    return ChatTemplate(source, special_tokens={**tokens, **vocabulary.named_tokens})
+
+
+def _no_template(choice: str | None, names: list[str]) -> str:
+    if not names:
+        return (
+            "this model has no chat template; it continues text: use `minllama generate`, name a "
+            "template with --chat-template, or take a model that was trained to chat"
         )
-    names = {token_id: text for text, token_id in tokenizer.special_tokens.items()}
-    return ChatTemplate(
-        tokenizer.chat_template,
-        bos_token=_text_of(names, tokenizer.bos_id),
-        eos_token=_text_of(names, tokenizer.eos_id),
+    listed = ", ".join(reprlib.repr(name) for name in names[:MAX_LISTED])
+    listed += f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    if choice is None:
+        return (
+            f"this model has chat templates called {listed}, and none is its default; choose one "
+            "by --chat-template NAME"
+        )
+    return (
+        f"no chat template is called {reprlib.repr(choice)}; this model has {listed}, and a "
+        "template's own text holds {{ }} or {% %}"
     )
 
 
@@ -127,10 +163,6 @@ def encode_messages(
     rendered, masked = template.render_masked(messages, tokenizer.special_tokens)
     check_can_fit(rendered, tokenizer, context_len)
     return tokenizer.encode_chat(rendered, masked)
-
-
-def _text_of(names: dict[int, str], token_id: int | None) -> str:
-    return "" if token_id is None else names.get(token_id, "")
 
 
 def _common_len(one: list[int], other: list[int]) -> int:

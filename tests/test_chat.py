@@ -198,6 +198,66 @@ def test_tools_and_other_variables_render_as_in_transformers(reference: Any) -> 
     assert '"description": "The weather in a <place> & \\"now\\""' in expected
 
 
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Köln"}}}
+CALL_TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "Rain?", "name": None},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": [{"type": "text", "text": "no"}]},
+    {"role": "assistant", "content": "No.", "tool_calls": None, "thinking": "hm"},
+    {"role": "assistant", "tool_calls": [CALL], "reasoning": "so", "reasoning_content": None},
+]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ m.content }}",
+        "{{ m['content'] }}",
+        "{{ m.content | trim }}",
+        "{% if m.content is none %}none{% else %}{{ m.content }}{% endif %}",
+        "{% if m.content is defined %}{{ m.content }}{% endif %}",
+        "{% if m.content is not none %}{{ m.content }}{% endif %}",
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+        "{{ part.text }}{% endfor %}{% endif %}",
+        "{% if 'content' in m %}{{ m.content }}{% endif %}",
+        "{{ m.content or '' }}{{ m.get('content', 'missing') }}",
+        "{{ m.content ~ '!' }}",
+        "{% if m.tool_calls is defined %}{{ m.tool_calls | tojson }}{% endif %}",
+        "{% if 'tool_calls' in m and m.tool_calls %}call{% endif %}",
+        "{% if m.name is defined %}named{% endif %}{{ m | tojson }}",
+        "{{ m.reasoning_content }}{{ m.thinking }}{{ m.reasoning }}",
+    ],
+)
+def test_what_is_none_in_a_message_renders_as_in_transformers(reference: Any, body: str) -> None:
+    source = "{% for m in messages %}[" + body + "]{% endfor %}"
+    expected = reference(source, CALL_TALK)
+    assert ChatTemplate(source, bos_token="<s>").render(CALL_TALK) == expected
+    assert "None" not in expected
+    text, literals = ChatTemplate(source).render_masked(CALL_TALK, ["Köln", "<s>"])
+    assert restored(text, literals) == expected
+
+
+def test_a_template_that_joins_contents_gets_an_empty_one_for_a_tool_call(reference: Any) -> None:
+    # transformers raises; what is meant is clear. llama.cpp renders so, too.
+    source = "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}"
+    talk = [CALL_TALK[0], CALL_TALK[1], {"role": "tool", "content": "no"}]
+    with pytest.raises(Exception, match="no attribute 'content'"):
+        reference(source, talk)
+    assert ChatTemplate(source).render(talk) == "<Rain?><><no>"
+    with pytest.raises(MinllamaError, match="fails at line 1: 'x' is undefined"):
+        ChatTemplate("{{ x + messages[0].content }}").render(talk)
+
+
+def test_special_tokens_have_their_names_in_templates() -> None:
+    template = ChatTemplate(
+        "{{ bos_token }}{{ unk_token }}{{ additional_special_tokens[1] }}{{ pad_token }}",
+        bos_token="<s>",
+        special_tokens={"unk_token": "<unk>", "additional_special_tokens": ["<a>", "<b>"]},
+    )
+    assert template.render(HELLO) == "<s><unk><b>"
+    assert template.render(HELLO, unk_token="?", pad_token="!") == "<s>?<b>!"
+
+
 def test_the_default_models_template_renders_as_in_transformers(
     reference: Any, default_model: Path
 ) -> None:

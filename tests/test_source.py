@@ -184,6 +184,7 @@ def test_only_files_that_are_read_are_downloaded_and_no_weights_twice(
             "tokenizer_config.json",
             "special_tokens_map.json",
             "chat_template.jinja",
+            "additional_chat_templates/tool_use.jinja",
         )
     }
     sharded = {
@@ -195,6 +196,7 @@ def test_only_files_that_are_read_are_downloaded_and_no_weights_twice(
     meta = {"params.json": b"{}", "consolidated.00.pth": b"0", "consolidated.01.pth": b"1"}
     others = {
         "README.md": b"#",
+        "templates/other.jinja": b"j",
         "original/consolidated.00.pth": b"o",
         "original/params.json": b"p",
         "onnx/model.safetensors": b"x",

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from minllama.errors import CheckpointError
@@ -36,6 +37,7 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+TEMPLATE_FILES = "additional_chat_templates/*.jinja"
 # A repository often has the same weights more than once: the first of these that is there is taken.
 WEIGHT_FILES = (
     re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"),
@@ -175,7 +177,9 @@ def _cached(hub_model: HubModel, hub_error: Exception) -> Path:
             huggingface_hub.snapshot_download(
                 hub_model.repo,
                 revision=hub_model.revision,
-                allow_patterns=list(SMALL_FILES) if hub_model.file is None else [hub_model.file],
+                allow_patterns=[*SMALL_FILES, TEMPLATE_FILES]
+                if hub_model.file is None
+                else [hub_model.file],
                 local_files_only=True,
             )
         )
@@ -208,7 +212,9 @@ def _folder_files(files: list[str]) -> list[str]:
     """Those of a repository's files that make up a checkpoint's folder; none where none does."""
     for pattern in WEIGHT_FILES:
         if weights := [file for file in files if pattern.fullmatch(file)]:
-            return weights + [file for file in files if file in SMALL_FILES]
+            return weights + [
+                file for file in files if file in SMALL_FILES or fnmatch(file, TEMPLATE_FILES)
+            ]
     return []
 
 

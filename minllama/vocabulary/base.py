@@ -5,7 +5,8 @@ Knows nothing of files, formats or libraries: the other modules of this package 
 """
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Form = Literal["sentencepiece", "tokenizers", "tiktoken"]
@@ -42,6 +43,9 @@ class Vocabulary:
         add_bos: texts are encoded with `bos_id` in front unless the caller says otherwise.
         add_eos: texts are encoded with `eos_id` behind unless the caller says otherwise.
         chat_template: Jinja source that renders messages; `None` where there is none.
+        chat_templates: name -> source of further templates, of which one is to be chosen.
+        named_tokens: name -> text of the tokens that templates may write (`unk_token`), or a list
+            of texts; an empty text where the checkpoint says that there is none.
     """
 
     form: Form
@@ -54,3 +58,5 @@ class Vocabulary:
     add_bos: bool = False
     add_eos: bool = False
     chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict, hash=False)
+    named_tokens: Mapping[str, str | list[str]] = field(default_factory=dict, hash=False)

@@ -20,6 +20,7 @@ from minllama.vocabulary.gguf_export import (
     PIECES,
     PREFIX,
     TEMPLATE,
+    TOKEN_FIELDS,
     to_gguf,
 )
 
@@ -63,6 +64,12 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
         add_bos=reader.flag("add_bos_token", begins),
         add_eos=reader.flag("add_eos_token", False),
         chat_template=reader.string(TEMPLATE, None),
+        chat_templates=reader.templates(),
+        named_tokens={
+            name: tokens[token_id]
+            for name, key in TOKEN_FIELDS.items()
+            if (token_id := reader.token(key)) is not None
+        },
     )
     bos_id, eos_id = vocabulary.bos_id, vocabulary.eos_id
     known = (i for i, text in enumerate(tokens) if text in ENDS and types[i] == TokenType.CONTROL)
@@ -138,6 +145,15 @@ class _Fields:
         if value is not None and not isinstance(value, str):
             raise self._wrong(key, "a string")
         return value
+
+    def templates(self) -> dict[str, str]:
+        """Name -> source of the chat templates that have one."""
+        begins = TEMPLATE + "."
+        named = {key: value for key, value in self._fields.items() if key.startswith(begins)}
+        for key, value in named.items():
+            if not isinstance(value, str):
+                raise self._wrong(key, "a string")
+        return {key.removeprefix(begins): value for key, value in named.items()}
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._fields.get(PREFIX + name, default)

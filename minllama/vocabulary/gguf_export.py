@@ -16,6 +16,14 @@ from minllama.vocabulary.tokenizers_form import Json
 PREFIX = "tokenizer.ggml."
 MODEL = PREFIX + "model"
 TEMPLATE = "tokenizer.chat_template"
+TEMPLATES = "tokenizer.chat_templates"  # the names of further ones, each in TEMPLATE.NAME
+# Tokens that have a name in a chat template, and none of our fields -> GGUF's word.
+TOKEN_FIELDS = {
+    "unk_token": "unknown",
+    "sep_token": "seperator",  # as GGUF spells it
+    "pad_token": "padding",
+    "mask_token": "mask",
+}
 PIECES, BYTE_LEVEL = "llama", "gpt2"  # values of MODEL
 # Control tokens with these texts end a generation in llama.cpp, whatever a file's fields say.
 ENDS = (
@@ -88,8 +96,15 @@ def _settings(vocabulary: Vocabulary, tokens: Sequence[str]) -> dict[str, Any]:
     }
     fields[PREFIX + "add_bos_token"] = vocabulary.add_bos
     fields[PREFIX + "add_eos_token"] = vocabulary.add_eos
+    for name, word in TOKEN_FIELDS.items():
+        text = vocabulary.named_tokens.get(name)
+        if text in tokens:
+            fields.setdefault(f"{PREFIX}{word}_token_id", tokens.index(text))
     if vocabulary.chat_template is not None:
         fields[TEMPLATE] = vocabulary.chat_template
+    if vocabulary.chat_templates:
+        fields[TEMPLATES] = list(vocabulary.chat_templates)
+        fields |= {f"{TEMPLATE}.{name}": text for name, text in vocabulary.chat_templates.items()}
     return fields
 
 

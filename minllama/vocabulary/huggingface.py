@@ -12,14 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from minllama.errors import TokenizerError
-from minllama.vocabulary import sentencepiece_form, tiktoken_form, tokenizers_form
+from minllama.vocabulary import (
+    chat_settings,
+    sentencepiece_form,
+    tiktoken_form,
+    tokenizers_form,
+)
 from minllama.vocabulary.base import Vocabulary
+from minllama.vocabulary.chat_settings import CHAT_TEMPLATE
+from minllama.vocabulary.chat_settings import token_text as _text
 from minllama.vocabulary.tokenizers_form import Json
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 _ADDED_TOKENS = "added_tokens.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
@@ -30,6 +36,7 @@ FILES = frozenset(
         TOKENIZER_MODEL,
         TOKENIZER_CONFIG,
         CHAT_TEMPLATE,
+        chat_settings.TEMPLATE_FOLDER,
         GENERATION_CONFIG,
         _ADDED_TOKENS,
         _SPECIAL_TOKENS,
@@ -61,6 +68,8 @@ def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
     ends = _ending_ids(folder, max(ids.values(), default=-1) + 1)
     if vocabulary.eos_id is None and ends:
         vocabulary = dataclasses.replace(vocabulary, eos_id=ends[0])
+    templates = chat_settings.chat_templates(folder, config, _read)
+    pieces = vocabulary.form == "sentencepiece" or _is_llama_class(config)
     add_bos = config.get("add_bos_token", vocabulary.add_bos)
     add_eos = config.get("add_eos_token", vocabulary.add_eos)
     return dataclasses.replace(
@@ -70,7 +79,14 @@ def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
         ),
         add_bos=bool(add_bos) and vocabulary.bos_id is not None,
         add_eos=bool(add_eos) and vocabulary.eos_id is not None,
-        chat_template=_chat_template(folder, config) or vocabulary.chat_template,
+        chat_template=templates.pop(chat_settings.DEFAULT, None) or vocabulary.chat_template,
+        chat_templates=templates or vocabulary.chat_templates,
+        named_tokens={
+            **vocabulary.named_tokens,
+            **chat_settings.named_tokens(
+                config, has_unknown=pieces and chat_settings.UNKNOWN in ids
+            ),
+        },
     )
 
 
@@ -114,7 +130,7 @@ def to_files(vocabulary: Vocabulary) -> dict[str, bytes]:
         )
     files[TOKENIZER_CONFIG] = _json_bytes(_config(vocabulary, raw))
     files[GENERATION_CONFIG] = _json_bytes(_generation_config(vocabulary))
-    if vocabulary.chat_template is not None:
+    if vocabulary.chat_template is not None and not vocabulary.chat_templates:
         files[CHAT_TEMPLATE] = vocabulary.chat_template.encode()
     return files
 
@@ -144,7 +160,16 @@ def _config(vocabulary: Vocabulary, raw: Json | None) -> Json:
         # transformers would make an ordinary token special if it were named for padding.
         if token_id is not None and (name != "pad" or special is None or token_id in special):
             config[f"{name}_token"] = texts[token_id]
-    return config
+    ids = {text: token_id for token_id, text in texts.items()}
+    named = chat_settings.written_tokens(
+        vocabulary.named_tokens,
+        lambda text: text in ids and (special is None or ids[text] in special),
+    )
+    if vocabulary.chat_templates:  # every version of transformers reads the list
+        config["chat_template"] = chat_settings.template_settings(
+            vocabulary.chat_template, vocabulary.chat_templates
+        )
+    return named | config
 
 
 def _generation_config(vocabulary: Vocabulary) -> Json:
@@ -207,24 +232,9 @@ def _ending_ids(folder: Path, n_tokens: int) -> list[int]:
     return []
 
 
-def _chat_template(folder: Path, config: Json) -> str | None:
-    """The file of its own before the one in the settings; of several, the one called `default`."""
-    path = folder / CHAT_TEMPLATE
-    if path.is_file():
-        return _read(path).decode(errors="replace")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict)]
-        default = (entry for entry in named if entry.get("name") == "default")
-        template = next(default, {}).get("template")
-    return template if isinstance(template, str) else None
-
-
-def _text(token: Any) -> str | None:
-    """Text of a token in the settings: a string, or an AddedToken as a dictionary."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) and token else None
+def _is_llama_class(config: Json) -> bool:
+    """Whether transformers opens it with a class whose unknown token is `<unk>` unless said."""
+    return str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
 
 
 def _read(path: Path) -> bytes:

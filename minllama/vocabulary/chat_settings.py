@@ -1,0 +1,105 @@
+"""What the files beside a tokenizer say for chat templates: the templates, and tokens by name.
+
+Follows transformers' PreTrainedTokenizerBase. Knows nothing of how a template is rendered.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+CHAT_TEMPLATE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"  # NAME.jinja for each further template
+DEFAULT = "default"
+ADDITIONAL = "additional_special_tokens"
+UNKNOWN = "<unk>"
+# The names under which transformers hands tokens to a template.
+TOKEN_NAMES = (
+    *("bos_token", "eos_token", "unk_token", "sep_token"),
+    *("pad_token", "cls_token", "mask_token"),
+)
+
+NamedTokens = dict[str, str | list[str]]
+
+
+def chat_templates(
+    folder: Path, config: Mapping[str, Any], read: Callable[[Path], bytes]
+) -> dict[str, str]:
+    """Name -> source of a folder's chat templates; a lone one is the `default`.
+
+    Files of their own, where there is any, stand for all that the settings say.
+
+    Args:
+        folder: where the tokenizer is.
+        config: the content of tokenizer_config.json.
+        read: gives a file's content.
+    """
+    paths = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (folder / CHAT_TEMPLATE).is_file():
+        paths[DEFAULT] = folder / CHAT_TEMPLATE
+    if paths:
+        sources = {name: read(path).decode(errors="replace") for name, path in paths.items()}
+        return {name: source.removeprefix("\ufeff") for name, source in sources.items()}
+    said = config.get("chat_template")
+    if isinstance(said, str):
+        return {DEFAULT: said}
+    if isinstance(said, list):
+        entries = [entry for entry in said if isinstance(entry, dict)]
+        said = {entry.get("name"): entry.get("template") for entry in entries}
+    if not isinstance(said, dict):
+        return {}
+    return {
+        name: source
+        for name, source in said.items()
+        if isinstance(name, str) and name and isinstance(source, str)
+    }
+
+
+def named_tokens(config: Mapping[str, Any], *, has_unknown: bool) -> NamedTokens:
+    """Name -> text of the tokens that templates may write; empty where the settings say none.
+
+    Args:
+        config: the content of tokenizer_config.json and special_tokens_map.json.
+        has_unknown: `<unk>` is a token of a vocabulary of pieces, which need not be said.
+    """
+    extra = config.get("extra_special_tokens")
+    named = {**config, **extra} if isinstance(extra, dict) else config
+    tokens: NamedTokens = {}
+    if has_unknown and "unk_token" not in named:
+        tokens["unk_token"] = UNKNOWN
+    for name, value in named.items():
+        is_named = name.endswith("_token") or (isinstance(extra, dict) and name in extra)
+        if is_named and (text := token_text(value)) is not None:
+            tokens[name] = text
+        elif value is None and name in TOKEN_NAMES:
+            tokens[name] = ""
+    listed = config.get(ADDITIONAL)
+    if isinstance(listed, list):
+        tokens[ADDITIONAL] = [text for v in listed if (text := token_text(v)) is not None]
+    return tokens
+
+
+def token_text(token: Any) -> str | None:
+    """Text of a token in the settings: a string, or an AddedToken as a dictionary."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def template_settings(default: str | None, named: Mapping[str, str]) -> list[dict[str, str]]:
+    """Several templates as tokenizer_config.json holds them."""
+    every = ({} if default is None else {DEFAULT: default}) | dict(named)
+    return [{"name": name, "template": source} for name, source in every.items()]
+
+
+def written_tokens(tokens: Mapping[str, Any], known: Callable[[str], bool]) -> dict[str, Any]:
+    """The named tokens for tokenizer_config.json: those that are special tokens of a vocabulary.
+
+    transformers would add any other to it.
+    """
+    written: dict[str, Any] = {}
+    for name, value in tokens.items():
+        if isinstance(value, str) and known(value):
+            written[name] = value
+        elif isinstance(value, list) and value and all(map(known, value)):
+            written[name] = list(value)
+    return written
