@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from minllama.evaluation import Evaluation, evaluate
     from minllama.generation import Generation, TextStream, generate, stream
+    from minllama.generation_config import load_generation_options
     from minllama.llama import Llama, LlamaPreTrainedModel, load_pretrained
     from minllama.lora import LoRALayer, add_lora_wrapper
     from minllama.optimizer import AdamW
@@ -60,6 +61,7 @@ _HOMES = {
     ),
     "evaluation": ("Evaluation", "evaluate"),
     "generation": ("Generation", "TextStream", "generate", "stream"),
+    "generation_config": ("load_generation_options",),
     "llama": ("Llama", "LlamaPreTrainedModel", "load_pretrained"),
     "lora": ("LoRALayer", "add_lora_wrapper"),
     "optimizer": ("AdamW",),
@@ -108,6 +110,7 @@ __all__ = [
     "generate",
     "load_classifier",
     "load_dataset",
+    "load_generation_options",
     "load_pretrained",
     "open_checkpoint",
     "stream",

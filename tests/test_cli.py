@@ -134,7 +134,7 @@ def test_json_with_prompt_lookup_has_no_logprobs(run, folder):
 def test_json_has_logprobs_without_asking(run, folder):
     record = json.loads(run("generate", "Hello", "-m", folder, "--json", "--max-new-tokens", 3).out)
     assert [set(token) for token in record["logprobs"]] == [
-        {"token", "logprob", "alternatives"}
+        {"id", "token", "bytes", "logprob", "alternatives"}
     ] * 3
 
 
@@ -523,6 +523,20 @@ def test_chat_remembers_resets_stops_and_exits(folder, terminal):
     chat.wait_for(">>> ")
     chat.type("/what\n")
     chat.wait_for("/what is no command")
+    chat.wait_for(">>> ")
+    chat.type("/help\n")
+    chat.wait_for("begin and end a text of several lines")
+    chat.wait_for(">>> ")
+    chat.type("/reset\n")
+    chat.wait_for("(forgotten)")
+    chat.wait_for(">>> ")
+    chat.type('"""\n')
+    chat.wait_for("... ")
+    chat.type("/ab\n")
+    chat.wait_for("... ")
+    chat.type('c"""\n')
+    # The text of two lines, <eos>, <|assistant|>; <|user|> has been read before.
+    assert f"prefill {2 + len('/ab') + 1 + len('c')} tokens" in chat.wait_for("ended by")
     chat.wait_for(">>> ")
     chat.type("/reset\n")
     chat.wait_for("(forgotten)")

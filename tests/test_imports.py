@@ -16,7 +16,10 @@ ORDER = (
     ("options", "config", "atomic", "treebank", "heap", "native", "gpu"),
     ("vocabulary", "data"),
     ("checkpoints",),
-    ("tokenizer", "chat", "template_worker", "rope", "cache", "lookup", "sampling"),
+    (
+        *("tokenizer", "chat", "template_worker", "generation_config"),
+        *("rope", "cache", "lookup", "sampling"),
+    ),
     ("linear", "widening"),
     ("quantization",),
     ("decoding", "stop_strings", "view", "wanted", "loading", "runner"),

@@ -5,75 +5,90 @@ from typing import Any
 
 import click
 
+from minllama.cli.chat_input import HELP, read_said
 from minllama.cli.common import (
     check_sampling,
+    chosen_template,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
+    generation_config_option,
     model_options,
     open_model,
     quantize_option,
+    recommended,
+    template_options,
     warn_of_slow_dtype,
 )
 from minllama.cli.generate import summary
+from minllama.cli.prompt_text import read_system
 from minllama.errors import ContextError, MinllamaError
 from minllama.options import GenerationOptions
 
-HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
-
 
 @click.command("chat")
-@click.option("--system", metavar="TEXT", help="Instructions that stand before the conversation.")
+@template_options
 @model_options
 @quantize_option
+@generation_config_option
 @dataclass_options(
     GenerationOptions,
     defaults={"max_new_tokens": 1024},
-    skip=("n", "logprobs", "ignore_eos", "json_schema", "regex"),
+    skip=("n", "logprobs", "ignore_eos", "json_schema", "regex", "special"),
 )
 @debug_option
 def command(
     system: str | None,
+    system_file: str | None,
+    chat_template: str | None,
     source: str | None,
     tokenizer: str | None,
     dtype: str | None,
     device: str | None,
     quantize: str,
+    generation_config: bool,
     **options: Any,
 ) -> None:
-    """Talk with a model: /reset forgets, /exit leaves, Ctrl-C stops an answer."""
+    """Talk with a model: /help shows what can be typed, Ctrl-C stops an answer."""
     checked = GenerationOptions(**options)
-    check_sampling(checked.temperature)
+    if not generation_config:
+        check_sampling(checked.temperature)
+    system = read_system(system, system_file)
 
     with ended_by_interrupts():
         from minllama.conversation import Conversation
 
     warn_of_slow_dtype(dtype, device)
     model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize)
-    conversation = Conversation(model, words, checked, system=system)
-    click.echo(f"{checkpoint.path.name}. {HELP}", err=True)
+    if generation_config:
+        checked = recommended(options, checkpoint)
+    template = chosen_template(chat_template, words)
+    conversation = Conversation(model, words, checked, system=system, template=template)
+    click.echo(f"{checkpoint.path.name}: /help shows commands, /exit or Ctrl-D leaves", err=True)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives input() a history and line editing)
     while True:
         try:
-            text = input(">>> " if sys.stdin.isatty() else "").strip()
+            said = read_said()
         except KeyboardInterrupt:
             click.echo("\n(/exit leaves)", err=True)
             continue
         except EOFError:
             click.echo()
             return
-        except UnicodeDecodeError as error:
-            raise MinllamaError(f"standard input: is not UTF-8 ({error.reason})") from error
-        if text == "/exit":
+        if said.command == "exit":
             return
-        if text == "/reset":
+        if said.command == "reset":
             conversation.reset()
             click.echo("(forgotten)", err=True)
-        elif text.startswith("/"):
-            click.echo(f"{text.split()[0]} is no command. {HELP}", err=True)
-        elif text:
-            _answer(conversation, text)
+        elif said.command == "help":
+            click.echo(HELP, err=True)
+        elif said.command is not None:
+            shown = "/" + said.command
+            shown = shown if shown.isprintable() else ascii(shown)
+            click.echo(f"{shown[:60]} is no command; //text says /text, /help shows all", err=True)
+        elif said.text:
+            _answer(conversation, said.text)
 
 
 def _answer(conversation: Any, text: str) -> None:

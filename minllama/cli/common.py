@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from minllama.checkpoints import Checkpoint
     from minllama.llama import Llama
+    from minllama.options import GenerationOptions
     from minllama.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -163,6 +164,79 @@ def check_sampling(temperature: float) -> None:
             f"{flags_of(sorted(idle))} filter what is drawn at a temperature above 0, and it is 0; "
             "give --temperature too, or leave them away"
         )
+
+
+def template_options(command: Command) -> Command:
+    """`--system`, `--system-file`, `--chat-template`."""
+    options = (
+        click.option("--system", metavar="TEXT", help="System message, before the conversation."),
+        click.option("--system-file", metavar="FILE", help="Read the system message from a file."),
+        click.option(
+            "--chat-template",
+            metavar="FILE|NAME",
+            help="Jinja file to use as chat template, or the name of one of the model's several.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def generation_config_option(command: Command) -> Command:
+    """`--generation-config`."""
+    return click.option(
+        "--generation-config",
+        is_flag=True,
+        help="Sample as the model's makers recommend (info shows how); what is typed comes first.",
+    )(command)
+
+
+def recommended(options: dict[str, Any], checkpoint: "Checkpoint") -> "GenerationOptions":
+    """Generation options as a checkpoint's makers recommend them, and as they were typed.
+
+    Raises:
+        MinllamaError: the checkpoint recommends nothing, or what it says is damaged.
+    """
+    from minllama.generation_config import sampling_defaults
+
+    defaults = sampling_defaults(checkpoint)
+    if defaults is None:
+        raise OptionError(
+            f"--generation-config: {checkpoint.path} says nothing about sampling; leave it out"
+        )
+    typed = given_options(options)
+    untyped = {name: value for name, value in options.items() if name not in typed}
+    changes = {name: options[name] for name in typed}
+    changes |= {name: value for name, value in untyped.items() if name not in defaults.options}
+    checked = defaults.generation_options(changes)
+    check_sampling(checked.temperature)
+    click.echo(f"sampling by {defaults.origin}: {defaults}", err=True)
+    return checked
+
+
+def chosen_template(choice: str | None, words: "Tokenizer") -> str | None:
+    """A template's name, where the tokenizer has one of that name, else the content of a file.
+
+    Raises:
+        MinllamaError: it is neither, or the file cannot be read.
+    """
+    from minllama.cli.prompt_text import read_text
+
+    named = {*words.vocabulary.chat_templates}
+    named |= set() if words.chat_template is None else {"default"}
+    if choice is None or choice in named:
+        return choice
+    shown = choice if choice.isprintable() else ascii(choice)[1:-1]
+    if not os.path.isfile(choice):
+        listed = ", ".join(sorted(named)) or "it has none"
+        listed = listed if listed.isprintable() else ascii(listed)[1:-1]
+        raise OptionError(
+            f"--chat-template {shown}: no such file, and no template of the model's ({listed:.200})"
+        )
+    source = read_text(choice)
+    if "{" not in source:
+        raise OptionError(f"--chat-template {shown}: holds no Jinja template; name another file")
+    return source
 
 
 def pick(options: type, values: dict[str, Any]) -> Any:

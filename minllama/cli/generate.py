@@ -2,40 +2,43 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from minllama.cli.common import (
     check_sampling,
+    chosen_template,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
+    generation_config_option,
     model_options,
     open_model,
     quantize_option,
+    recommended,
+    template_options,
     warn_of_slow_dtype,
 )
+from minllama.cli.prompt_text import read_prompt, read_system, read_text
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
 
 if TYPE_CHECKING:
     from minllama.decoding import Timings
-    from minllama.generation import Generation, TextStream
-
-
-MAX_INPUT_BYTES = 2**26  # the longest context that can be read holds less text
+    from minllama.generation import Generation, TextStream, TokenLogprob
+    from minllama.tokenizer import Tokenizer
 
 
 @click.command("generate")
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - for stdin.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@click.option("--system", metavar="TEXT", help="System message, with --chat.")
+@template_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record for each text.")
 @model_options
 @quantize_option
+@generation_config_option
 @dataclass_options(GenerationOptions)
 @debug_option
 def command(
@@ -43,48 +46,55 @@ def command(
     prompt_file: str | None,
     chat: bool,
     system: str | None,
+    system_file: str | None,
+    chat_template: str | None,
     as_json: bool,
     source: str | None,
     tokenizer: str | None,
     dtype: str | None,
     device: str | None,
     quantize: str,
+    generation_config: bool,
     **options: Any,
 ) -> None:
-    """Continue PROMPT (or - for standard input); the text streams as it is made."""
+    """Continue PROMPT (or - for standard input); the text streams as it is made.
+
+    What is piped in, or redirected from a file, stands before PROMPT.
+    """
     # Whatever can be refused is refused before torch is imported.
     options["json_schema"] = _schema(options["json_schema"])
     if as_json and options["logprobs"] is None and not options["prompt_lookup"]:
         options["logprobs"] = 0
     checked = GenerationOptions(**options)
-    check_sampling(checked.temperature)
+    if not generation_config:
+        check_sampling(checked.temperature)
     if checked.logprobs is not None and not as_json:
         raise MinllamaError("--logprobs are part of a record; give --json too")
-    text = _read_prompt(prompt, prompt_file)
-    if system is not None and not chat:
-        raise MinllamaError("--system needs --chat: without it the prompt stands alone")
+    system = read_system(system, system_file)
+    _check_chat(chat, system, chat_template, checked.special)
+    text = read_prompt(prompt, prompt_file)
 
     with ended_by_interrupts():
-        from minllama.conversation import chat_template, encode_messages
-        from minllama.generation import TextStream, encode_prompt
+        from minllama.generation import TextStream
 
     warn_of_slow_dtype(dtype, device)
     model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize)
+    if generation_config:
+        checked = recommended(options, checkpoint)
+    context_len = model.config.context_len
     if chat:
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        messages.append({"role": "user", "content": text})
-        context_len = model.config.context_len
-        prompt_ids = encode_messages(chat_template(words), words, messages, context_len)
+        prompt_ids = _chat_ids(
+            text, system, chosen_template(chat_template, words), words, context_len
+        )
     else:
-        prompt_ids = encode_prompt(text, words, model.config.context_len)
-        if not prompt_ids:
-            raise MinllamaError("the prompt is empty; give some text to continue")
+        prompt_ids = _prompt_ids(text, words, context_len, checked.special)
     stream = TextStream(model, words, [prompt_ids], checked)
     if as_json:
         for _ in stream:
             pass
         for result in stream.results:
-            click.echo(json.dumps(_record(str(checkpoint.path), text, result, stream.timings)))
+            record = _record(str(checkpoint.path), text, result, stream.timings, words)
+            click.echo(json.dumps(record))
     elif checked.n == 1:
         _print_streaming(stream, "" if chat else text)
     else:
@@ -94,6 +104,54 @@ def command(
             click.secho(f"--- {number + 1} of {checked.n} ({result.finish_reason})", dim=True)
             click.echo(result.text, color=True)
     click.echo(summary(stream.timings, stream.results), err=True)
+
+
+def _check_chat(chat: bool, system: str | None, template: str | None, special: bool) -> None:
+    if system is not None and not chat:
+        raise MinllamaError("--system needs --chat: without it the prompt stands alone")
+    if template is not None and not chat:
+        raise MinllamaError("--chat-template needs --chat: without it the prompt stands alone")
+    if special and chat:
+        raise MinllamaError(
+            "--special is for a prompt in the model's own format; --chat writes that format around "
+            "a text, so give one of them"
+        )
+
+
+def _chat_ids(
+    text: str, system: str | None, template: str | None, words: "Tokenizer", context_len: int
+) -> list[int]:
+    """Ids of a chat of one message."""
+    from minllama.conversation import chat_template, encode_messages
+
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": text})
+    ids = encode_messages(chat_template(words, template), words, messages, context_len)
+    _say_what_is_spelled(text, words, "--special without --chat makes tokens of it")
+    return ids
+
+
+def _prompt_ids(text: str, words: "Tokenizer", context_len: int, special: bool) -> list[int]:
+    """Ids of a prompt that stands alone."""
+    from minllama.generation import encode_prompt
+
+    ids = encode_prompt(text, words, context_len, special=special)
+    if not ids:
+        raise MinllamaError("the prompt is empty; give some text to continue")
+    if not special:
+        _say_what_is_spelled(text, words, "--special makes tokens of it")
+    return ids
+
+
+def _say_what_is_spelled(text: str, words: "Tokenizer", remedy: str) -> None:
+    """Say that a prompt's special tokens are plain text: most who spell them mean tokens."""
+    from minllama.generation import spelled_special
+
+    spelled = spelled_special(text, words)
+    if spelled:
+        listed = ", ".join(word if word.isprintable() else ascii(word) for word in spelled[:3])
+        listed += f" and {len(spelled) - 3} more" if len(spelled) > 3 else ""
+        click.echo(f"{listed} in the prompt is plain text; {remedy}", err=True)
 
 
 def _print_streaming(stream: "TextStream", prompt: str) -> None:
@@ -115,7 +173,28 @@ def summary(timings: "Timings", results: "list[Generation]") -> str:
     )
 
 
-def _record(model: str, prompt: str, result: "Generation", timings: "Timings") -> dict[str, Any]:
+def _logprob_record(token: "TokenLogprob", words: "Tokenizer") -> dict[str, Any]:
+    """One token's log-probability; `bytes` as in OpenAI's API, which holds parts of characters."""
+    return {
+        "id": token.id,
+        "token": token.text,
+        "bytes": list(token.bytes),
+        "logprob": token.logprob,
+        "alternatives": [
+            {
+                "id": token_id,
+                "token": words.token_text(token_id),
+                "bytes": list(words.token_bytes(token_id)),
+                "logprob": logprob,
+            }
+            for token_id, logprob in token.alternatives
+        ],
+    }
+
+
+def _record(
+    model: str, prompt: str, result: "Generation", timings: "Timings", words: "Tokenizer"
+) -> dict[str, Any]:
     return {
         "model": model,
         "prompt": prompt,
@@ -124,16 +203,7 @@ def _record(model: str, prompt: str, result: "Generation", timings: "Timings") -
         "prompt_tokens": result.prompt_ids,
         "tokens": result.token_ids,
         "logprobs": result.logprobs
-        and [
-            {
-                "token": token.text,
-                "logprob": token.logprob,
-                "alternatives": [
-                    {"id": token_id, "logprob": logprob} for token_id, logprob in token.alternatives
-                ],
-            }
-            for token in result.logprobs
-        ],
+        and [_logprob_record(token, words) for token in result.logprobs],
         "timings": {
             "prefill_tokens": timings.prefill_tokens,
             "prefill_seconds": round(timings.prefill_seconds, 6),
@@ -143,40 +213,11 @@ def _record(model: str, prompt: str, result: "Generation", timings: "Timings") -
     }
 
 
-def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    if (prompt is None) == (prompt_file is None):
-        raise MinllamaError(
-            "give one prompt: as an argument, with --prompt-file, or - for standard input"
-        )
-    source = prompt if prompt == "-" else prompt_file
-    if source is None:
-        assert prompt is not None
-        return prompt
-    return _read_text(None if source == "-" else source)
-
-
-def _read_text(source: str | None) -> str:
-    """The content of a file, or of standard input; what is endless is refused, not read."""
-    where = "standard input" if source is None else source or repr(source)
-    try:
-        with sys.stdin.buffer if source is None else Path(source).open("rb") as file:
-            content = file.read(MAX_INPUT_BYTES + 1)
-        if len(content) > MAX_INPUT_BYTES:
-            raise MinllamaError(f"{where}: more than {MAX_INPUT_BYTES // 2**20} MiB; shorten it")
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise MinllamaError(
-            f"{where}: not UTF-8 at byte {error.start}; convert it to UTF-8"
-        ) from error
-    except OSError as error:
-        raise MinllamaError(f"{where}: cannot be read ({error.strerror})") from error
-
-
 def _schema(value: str | None) -> str | None:
     """A JSON schema given in place, or the content of a file that holds one."""
     if value is None or value.lstrip().startswith("{"):
         return value
     try:
-        return _read_text(value)
+        return read_text(value)
     except MinllamaError as error:
         raise MinllamaError(f"--json-schema {error}; give a file, or a schema in {{}}") from error

@@ -53,6 +53,7 @@ def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         ("rope", _rope(config)),
         ("runs as", _runs_as(checkpoint)),
         *_vocabulary(checkpoint.vocabulary),
+        *_sampling(checkpoint),
     ]
     if checkpoint.ignored:
         lines.append(("not read", ", ".join(checkpoint.ignored)))
@@ -134,8 +135,28 @@ def _vocabulary(vocabulary: "Vocabulary | None") -> list[tuple[str, str]]:
         )
         if token_id is not None
     ]
-    template = vocabulary.chat_template
     return [
         ("tokenizer", ", ".join([vocabulary.origin, *ids])),
-        ("template", "none" if template is None else f"chat, {len(template):,} characters"),
+        ("template", _templates(vocabulary)),
     ]
+
+
+def _templates(vocabulary: "Vocabulary") -> str:
+    template, names = vocabulary.chat_template, sorted(vocabulary.chat_templates)
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names)
+    if template is None:
+        return f"none by default; by name: {shown}" if names else "none"
+    text = f"chat, {len(template):,} characters"
+    return f"{text}; by name: {shown}" if names else text
+
+
+def _sampling(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
+    """How its makers sample from it, where they say so."""
+    from minllama.errors import CheckpointError
+    from minllama.generation_config import sampling_defaults
+
+    try:
+        defaults = sampling_defaults(checkpoint)
+    except CheckpointError as error:  # of no use to what else is told here
+        return [("sampling", str(error))]
+    return [] if defaults is None else [("sampling", f"{defaults} (with --generation-config)")]

@@ -1,0 +1,144 @@
+"""What a prompt is made of: an argument or a file, and what is piped in before it."""
+
+import codecs
+import contextlib
+import os
+import select
+import stat
+import sys
+from pathlib import Path
+
+import click
+
+from minllama.errors import MinllamaError, OptionError
+
+MAX_INPUT_BYTES = 2**26  # the longest context that can be read holds less text
+# A program that was started with somebody's open pipe must not wait for ever.
+PIPE_SECONDS = 10.0
+MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"  # U+FEFF, the byte order mark
+# UTF-32's little-endian mark begins as UTF-16's does.
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig", "UTF-8"),
+    (codecs.BOM_UTF32_LE, "utf-32", "UTF-32"),
+    (codecs.BOM_UTF32_BE, "utf-32", "UTF-32"),
+    (codecs.BOM_UTF16_LE, "utf-16", "UTF-16"),
+    (codecs.BOM_UTF16_BE, "utf-16", "UTF-16"),
+)
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """The prompt that an argument or a file gives, behind what is piped in.
+
+    Where neither is given, what is piped in is all of it. `-` is standard input in either place.
+
+    Raises:
+        MinllamaError: there is no prompt, or it cannot be read.
+    """
+    if prompt is not None and prompt_file is not None:
+        raise _no_prompt()
+    if "-" in (prompt, prompt_file):
+        return read_text(None)
+    if prompt is None and prompt_file is None:
+        piped = _piped(alone=True)
+        if not piped:
+            raise _no_prompt()
+        return piped
+    text = read_text(prompt_file) if prompt is None else prompt.removeprefix(MARK)
+    piped = "" if _is_standard_input(prompt_file) else _piped()
+    if not piped:
+        return text
+    click.echo(
+        f"{len(piped):,} characters of standard input stand before the prompt "
+        "(none with </dev/null)",
+        err=True,
+    )
+    gap = "" if piped.endswith("\n\n") else "\n" if piped.endswith("\n") else "\n\n"
+    return piped + gap + text
+
+
+def read_system(system: str | None, system_file: str | None) -> str | None:
+    """The system message that an argument or a file gives.
+
+    Raises:
+        MinllamaError: both are given, or the file cannot be read.
+    """
+    if system is not None and system_file is not None:
+        raise OptionError("--system and --system-file are two system messages; give one")
+    return system if system_file is None else read_text(system_file)
+
+
+def read_text(source: str | None) -> str:
+    """The content of a file, or of standard input; what is endless is refused, not read."""
+    where = "standard input" if source is None else source or repr(source)
+    try:
+        with (
+            contextlib.nullcontext(sys.stdin.buffer)
+            if source is None
+            else Path(source).open("rb") as file
+        ):
+            content = file.read(MAX_INPUT_BYTES + 1)
+    except (OSError, ValueError) as error:  # a null character in a name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MinllamaError(f"{where}: cannot be read ({reason})") from error
+    if len(content) > MAX_INPUT_BYTES:
+        raise MinllamaError(f"{where}: more than {MAX_INPUT_BYTES // 2**20} MiB; shorten it")
+    return _decoded(content, where)
+
+
+def _decoded(content: bytes, where: str) -> str:
+    """Text of a file: UTF-8, or what its byte order mark says, which is no part of it."""
+    marked = (kind for kind in MARKS if content.startswith(kind[0]))
+    _, codec, name = next(marked, (b"", "utf-8", "UTF-8"))
+    try:
+        text = content.decode(codec)
+    except UnicodeDecodeError as error:
+        raise MinllamaError(
+            f"{where}: not {name} at byte {error.start}; convert it to UTF-8"
+        ) from error
+    if "\0" in text:
+        raise MinllamaError(
+            f"{where}: holds null characters, so it is no text in UTF-8; convert it to UTF-8"
+        )
+    return text
+
+
+def _is_standard_input(source: str | None) -> bool:
+    """Whether a file is what standard input is, as /dev/stdin."""
+    if source is None:
+        return False
+    try:
+        return os.path.samestat(Path(source).stat(), os.fstat(sys.stdin.fileno()))
+    except (OSError, ValueError):
+        return False
+
+
+def _piped(*, alone: bool = False) -> str:
+    """What is piped in or redirected from a file; nothing where that is white space alone.
+
+    A terminal and devices such as /dev/null give nothing, and so does a pipe through which nothing
+    comes for PIPE_SECONDS: who waits for longer says `-`.
+    """
+    try:
+        number = sys.stdin.fileno()
+        mode = os.fstat(number).st_mode
+    except (OSError, ValueError):  # no file: a program's own stream
+        text = read_text(None)
+        return text if text.strip() else ""
+    is_pipe = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+    if not is_pipe and not stat.S_ISREG(mode):
+        return ""
+    if is_pipe and not select.select([number], [], [], PIPE_SECONDS)[0]:
+        if not alone:
+            click.echo(
+                f"standard input is a pipe and gave nothing for {PIPE_SECONDS:g} s: left out",
+                err=True,
+            )
+        return ""
+    text = read_text(None)
+    return text if text.strip() else ""
+
+
+def _no_prompt() -> MinllamaError:
+    return MinllamaError(
+        "give one prompt: as an argument, with --prompt-file, or - for standard input"
+    )
