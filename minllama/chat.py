@@ -126,9 +126,9 @@ class ChatTemplate:
         self, messages: list[Any], add_generation_prompt: bool, variables: dict[str, Any]
     ) -> str:
         request = {
+            **self.special_tokens,
             "tools": None,
             "documents": None,
-            **self.special_tokens,
             "add_generation_prompt": add_generation_prompt,
             **variables,
             "messages": messages,
@@ -257,7 +257,7 @@ def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if not isinstance(plain.get("role"), str) or not plain["role"]:
             raise MinllamaError(f"{where} must have a role, such as 'user'")
         # An assistant's tool call comes without content.
-        if "content" not in plain and "tool_calls" not in plain:
+        if not {"content", "tool_calls", "function_call"} & set(plain):
             raise MinllamaError(f"{where} must have content")
         content = plain.get("content")
         parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)

@@ -185,7 +185,7 @@ class GenerationOptions(SamplingOptions):
     )
     ignore_eos: bool = option(False, "go on past the token that ends a text")
     skip_special_tokens: bool = option(
-        True, "show special tokens that are generated as their text", flag="show-special"
+        True, "show the special tokens that are generated", flag="show-special"
     )
     special: bool = option(
         False, "special tokens that the prompt spells, such as <|im_start|>, are these tokens"

@@ -91,6 +91,7 @@ LISTED = [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}
         (LISTED, {"chat_template": "file"}),
         (LISTED, {"additional_chat_templates__tool_use": "T"}),
         ("one", {"chat_template": "file", "additional_chat_templates__tool_use": "T"}),
+        ("one", {"chat_template": "file", "additional_chat_templates__default": "T"}),
         (None, {"additional_chat_templates__a": "A", "additional_chat_templates__b": "B"}),
     ],
 )

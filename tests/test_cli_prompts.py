@@ -134,6 +134,7 @@ def test_what_is_piped_in_stands_before_the_prompt(piped, whole, run, tmp_path):
 
 def test_what_is_piped_in_alone_is_the_prompt(run):
     assert run(*ONE, stdin=b"abc\n").record["prompt"] == "abc\n"
+    assert run("", *ONE, stdin=b"abc").record["prompt"] == "abc"
     refused(run(*ONE), "give one prompt")
     refused(run(*ONE, stdin=b" \n"), "give one prompt")
 
@@ -178,7 +179,7 @@ def test_an_open_pipe_that_nobody_writes_to_is_left_out_and_a_slow_one_is_not(fo
         out, err = silent.stdout.read(), silent.stderr.read()  # its standard input stays open
         assert silent.wait(timeout=60) == 0
     assert json.loads(out)["prompt"] == "?"
-    assert b"standard input is a pipe and gave nothing for 1 s: left out\n" in err
+    assert b"standard input is a pipe and gave nothing for 1 s: left out (- as" in err
     monkeypatch.setattr(prompt_text, "PIPE_SECONDS", 60)
     reader, writer = os.pipe()
     process = started(folder, "?", stdin=reader)

@@ -27,7 +27,7 @@ from minllama.options import GenerationOptions
 
 
 @click.command("chat")
-@template_options
+@template_options()
 @model_options
 @quantize_option
 @generation_config_option

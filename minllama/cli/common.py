@@ -166,20 +166,27 @@ def check_sampling(temperature: float) -> None:
         )
 
 
-def template_options(command: Command) -> Command:
-    """`--system`, `--system-file`, `--chat-template`."""
+def template_options(note: str = "") -> Callable[[Command], Command]:
+    """`--system`, `--system-file`, `--chat-template`; `note` ends their help."""
     options = (
-        click.option("--system", metavar="TEXT", help="System message, before the conversation."),
-        click.option("--system-file", metavar="FILE", help="Read the system message from a file."),
+        click.option("--system", metavar="TEXT", help=f"System message{note}."),
+        click.option(
+            "--system-file", metavar="FILE", help=f"Read the system message from a file{note}."
+        ),
         click.option(
             "--chat-template",
             metavar="FILE|NAME",
-            help="Jinja file to use as chat template, or the name of one of the model's several.",
+            help="Jinja file to use as chat template, or the name of one of the model's "
+            f"several{note}.",
         ),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def generation_config_option(command: Command) -> Command:
@@ -278,7 +285,8 @@ def _click_option(
             *names, is_flag=True, flag_value=not default, default=default, help=text
         )
     if typing.get_origin(kind) is tuple:
-        return click.option(*names, multiple=True, default=default, help=text, metavar="TEXT")
+        metavar = "TEXT" if typing.get_args(kind)[0] is str else "ID|TEXT"
+        return click.option(*names, multiple=True, default=default, help=text, metavar=metavar)
     if choices := field.metadata["choices"]:
         return click.option(*names, type=click.Choice(choices), default=default, help=text)
     metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]

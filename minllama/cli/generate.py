@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - for stdin.")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
-@template_options
+@template_options(", with --chat")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record for each text.")
 @model_options
 @quantize_option

@@ -45,8 +45,8 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
         return piped
     text = read_text(prompt_file) if prompt is None else prompt.removeprefix(MARK)
     piped = "" if _is_standard_input(prompt_file) else _piped()
-    if not piped:
-        return text
+    if not piped or not text:
+        return text or piped
     click.echo(
         f"{len(piped):,} characters of standard input stand before the prompt "
         "(none with </dev/null)",
@@ -130,7 +130,8 @@ def _piped(*, alone: bool = False) -> str:
     if is_pipe and not select.select([number], [], [], PIPE_SECONDS)[0]:
         if not alone:
             click.echo(
-                f"standard input is a pipe and gave nothing for {PIPE_SECONDS:g} s: left out",
+                f"standard input is a pipe and gave nothing for {PIPE_SECONDS:g} s: left out "
+                "(- as the prompt waits for it)",
                 err=True,
             )
         return ""

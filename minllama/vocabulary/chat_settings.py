@@ -33,9 +33,9 @@ def chat_templates(
         config: the content of tokenizer_config.json.
         read: gives a file's content.
     """
-    paths = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
-    if (folder / CHAT_TEMPLATE).is_file():
-        paths[DEFAULT] = folder / CHAT_TEMPLATE
+    own = folder / CHAT_TEMPLATE
+    paths = {DEFAULT: own} if own.is_file() else {}
+    paths |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if paths:
         sources = {name: read(path).decode(errors="replace") for name, path in paths.items()}
         return {name: source.removeprefix("\ufeff") for name, source in sources.items()}
