@@ -34,7 +34,7 @@ help: ## list what can be made
 
 demo: $(RUNS) ## set up, then a story, labels without training, a trained classifier, its report
 	@echo '$$ minllama generate "Once upon a time" $(STORY)'
-	@$(BIN)/minllama generate "Once upon a time" $(STORY)
+	@$(BIN)/minllama generate "Once upon a time" $(STORY) </dev/null
 	@echo; echo 'Messages to a shop (examples/): complaint, praise, question or request?'
 	@echo; echo 'Without any training, by how likely each word is:'
 	@echo '$$ minllama train --method zero-shot --score pmi --prompt ... $(SHOP) --output runs/demo-zero-shot'

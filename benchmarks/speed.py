@@ -160,6 +160,7 @@ def measure(task: str, who: str) -> dict[str, Any]:
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, str(ROOT / "contenders.py"), task, who],
+        stdin=subprocess.DEVNULL,  # what is piped in would be a part of prompts
         capture_output=True,
         text=True,
         check=False,

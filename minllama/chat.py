@@ -36,6 +36,8 @@ _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 # Names under which a message's reasoning comes, as in transformers: the first that is there counts.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
+ASKS_FOR_NONE = re.compile(r"\bis\s+(not\s+)?none\b", re.IGNORECASE)
+
 Message = Mapping[str, Any]
 
 
@@ -142,12 +144,22 @@ class ChatTemplate:
         with self._turn:
             reply = self._ask(request)
             if "fault" in reply and any("content" not in message for message in messages):
-                filled = [{"content": "", **message} for message in messages]
-                again = self._ask({**request, "messages": filled})
-                reply = again if "text" in again else reply
+                reply = self._ask_with_contents(request, reply)
         if "text" in reply:
             return str(reply["text"])
         raise MinllamaError(_fault_line(reply))
+
+    def _ask_with_contents(self, request: dict[str, Any], fault: dict[str, Any]) -> dict[str, Any]:
+        """The reply when messages without content get one; `fault`, the reply without, if none.
+
+        Some templates join contents to other text, and some ask first whether one is none.
+        """
+        for content in (None, "") if ASKS_FOR_NONE.search(self.source) else ("",):
+            filled = [{"content": content, **message} for message in request["messages"]]
+            reply = self._ask({**request, "messages": filled})
+            if "text" in reply:
+                return reply
+        return fault
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         if self._worker is None or not self._worker.is_usable():

@@ -139,7 +139,7 @@ def _no_template(choice: str | None, names: list[str]) -> str:
     if choice is None:
         return (
             f"this model has chat templates called {listed}, and none is its default; choose one "
-            "by --chat-template NAME"
+            "by --chat-template NAME (of generate and chat)"
         )
     return (
         f"no chat template is called {reprlib.repr(choice)}; this model has {listed}, and a "

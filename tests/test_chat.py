@@ -244,6 +244,12 @@ def test_a_template_that_joins_contents_gets_an_empty_one_for_a_tool_call(refere
     with pytest.raises(Exception, match="no attribute 'content'"):
         reference(source, talk)
     assert ChatTemplate(source).render(talk) == "<Rain?><><no>"
+    # DeepSeek's way: with an empty content the call would be lost.
+    asks = (
+        "{% for m in messages %}{% if m['content'] is none %}{{ m.tool_calls[0].function.name }}"
+        "{% else %}{{ '<' + m['content'] + '>' }}{% endif %}{% endfor %}"
+    )
+    assert ChatTemplate(asks).render(talk) == "<Rain?>weather<no>"
     with pytest.raises(MinllamaError, match="fails at line 1: 'x' is undefined"):
         ChatTemplate("{{ x + messages[0].content }}").render(talk)
 

@@ -71,18 +71,24 @@ def read_text(source: str | None) -> str:
     """The content of a file, or of standard input; what is endless is refused, not read."""
     where = "standard input" if source is None else source or repr(source)
     try:
-        with (
-            contextlib.nullcontext(sys.stdin.buffer)
-            if source is None
-            else Path(source).open("rb") as file
-        ):
-            content = file.read(MAX_INPUT_BYTES + 1)
+        if source is None:
+            content = _all_of_standard_input()
+        else:
+            with Path(source).open("rb") as file:
+                content = file.read(MAX_INPUT_BYTES + 1)
     except (OSError, ValueError) as error:  # a null character in a name
         reason = error.strerror if isinstance(error, OSError) else error
         raise MinllamaError(f"{where}: cannot be read ({reason})") from error
     if len(content) > MAX_INPUT_BYTES:
         raise MinllamaError(f"{where}: more than {MAX_INPUT_BYTES // 2**20} MiB; shorten it")
     return _decoded(content, where)
+
+
+def _all_of_standard_input() -> bytes:
+    with contextlib.suppress(OSError, ValueError):  # a program's own stream has no file
+        # Who started us may have made it non-blocking: then it would seem to end early.
+        os.set_blocking(sys.stdin.fileno(), True)
+    return sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
 
 
 def _decoded(content: bytes, where: str) -> str:
