@@ -64,8 +64,11 @@ class Conversation:
         An answer that is not iterated to its end is kept as far as it came.
 
         Raises:
-            MinllamaError: the conversation is longer than the context; it is as it was before.
+            MinllamaError: `text` is no string, or the conversation is longer than the context; it
+                is as it was before.
         """
+        if not isinstance(text, str):
+            raise MinllamaError(f"what is said is a text, not {reprlib.repr(text)}")
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt_ids = encode_messages(
             self.template, self.tokenizer, messages, self.model.config.context_len

@@ -23,6 +23,7 @@ from minllama.options import GenerationOptions
 from minllama.sampling import check_chosen, choose_tokens
 
 _ROOM = 512
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 BYTES = (bytes, bytearray, memoryview)
 DECODE_BYTES = "; decode bytes first: prompt.decode()"
 
@@ -411,8 +412,12 @@ def generate_ids(
 ) -> Tensor:
     """Continue each row of a tensor of ids by exactly `max_new_tokens`; see `Llama.generate`."""
     options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise MinllamaError(f"ids must be whole numbers of shape (B, T), not {tuple(ids.shape)}")
+    if not isinstance(ids, Tensor):
+        raise MinllamaError(f"ids must be a tensor of shape (B, T), not {reprlib.repr(ids)}")
+    if ids.dim() != 2 or ids.dtype not in ID_DTYPES:
+        raise MinllamaError(
+            f"ids must be whole numbers of shape (B, T), not {ids.dtype} of {tuple(ids.shape)}"
+        )
     total, context_len = ids.shape[1] + max_new_tokens, model.config.context_len
     if total > context_len:
         raise ContextError(

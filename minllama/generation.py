@@ -303,7 +303,7 @@ def _stop_id(tokenizer: Tokenizer, token: int | str) -> int:
     if isinstance(token, int):
         if token >= tokenizer.vocab_size:
             raise OptionError(
-                f"stop_token_ids holds {token}, and the tokenizer knows 0 to "
+                f"stop_token_ids (--stop-token) holds {token}, and the tokenizer knows 0 to "
                 f"{tokenizer.vocab_size - 1}"
             )
         return token
@@ -314,8 +314,8 @@ def _stop_id(tokenizer: Tokenizer, token: int | str) -> int:
         token_id = next((i for i in all_ids if tokenizer.token_bytes(i) == spelled), None)
     if token_id is None:
         raise OptionError(
-            f"stop_token_ids: {reprlib.repr(token)} is not one token of this vocabulary; `stop` "
-            "ends at any text"
+            f"stop_token_ids (--stop-token): {reprlib.repr(token)} is not one token of this "
+            "vocabulary; stop ends at any text"
         )
     return token_id
 

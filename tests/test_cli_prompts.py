@@ -197,7 +197,8 @@ def test_special_tokens_in_a_prompt_are_said_and_made_tokens_on_request(run, fol
     result = run(prompt, *ONE)
     assert result.record["prompt_tokens"] == tokenizer.encode(prompt)
     assert result.err.startswith(
-        "<|user|>, <eos>, <|assistant|> in the prompt is plain text; --special makes tokens of it\n"
+        "the prompt spells <|user|>, <eos>, <|assistant|> as plain text; --special makes tokens of "
+        "them\n"
     )
     for text in (prompt, "<bos>" + prompt):  # BOS is there once
         result = run(text, "--special", *ONE)
@@ -248,7 +249,7 @@ def test_stop_tokens_and_special_tokens_on_the_command_line(run, folder):
     place = next(i for i in range(4, 200) if free[i] not in free[:i])
     cut = run(*given, "--stop-token", "<eos>", "--stop-token", free[place]).record
     assert (cut["tokens"], cut["finish_reason"]) == (free[:place], "stop")
-    refused(run("a", "--stop-token", "<none>"), "'<none>' is not one token of this vocabulary")
+    refused(run("a", "--stop-token", "<none>"), "'<none>' is not one token of this")
     refused(run("a", "--stop-token", "261"), "holds 261, and the tokenizer knows 0 to 260")
     shown = run(*given, "--show-special").record
     tokenizer = Tokenizer.from_pretrained(folder)

@@ -188,3 +188,11 @@ def test_a_template_of_ones_own_or_by_name(model, tokenizer):
     assert prompt_of(conversation) == "one?"
     with pytest.raises(MinllamaError, match="no chat template is called 'rag'; this model has 'd"):
         Conversation(model, tokenizer, OPTIONS, template="rag")
+
+
+@pytest.mark.parametrize("text", [None, b"x", 3, ["a"]])
+def test_what_is_no_text_cannot_be_said(text, model, tokenizer):
+    conversation = Conversation(model, tokenizer, OPTIONS)
+    with pytest.raises(MinllamaError, match="what is said is a text, not"):
+        say(conversation, text)
+    assert conversation.messages == []

@@ -341,6 +341,14 @@ def test_empty_prompts_and_ids_of_no_token_are_refused(prompts, message, model, 
         generate(model, tokenizer, prompts)
 
 
+@pytest.mark.parametrize(
+    "ids", [b"abc", [[1, 2]], "abc", torch.tensor([1]), torch.tensor([[True]]), torch.ones(1, 1)]
+)
+def test_a_models_own_generate_takes_a_tensor_of_ids_and_nothing_else(ids, model):
+    with pytest.raises(MinllamaError, match="ids must be "):
+        model.generate(ids, max_new_tokens=1)
+
+
 def test_bytes_of_logprobs_joined_are_the_text(model, tokenizer):
     [result] = scripted(model, tokenizer, ["Grüße, 日本<eos>"], logprobs=1)
     joined = b"".join(token.bytes for token in result.logprobs)

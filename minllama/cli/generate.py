@@ -95,14 +95,8 @@ def command(
         for result in stream.results:
             record = _record(str(checkpoint.path), text, result, stream.timings, words)
             click.echo(json.dumps(record))
-    elif checked.n == 1:
-        _print_streaming(stream, "" if chat else text)
     else:
-        for _ in stream:
-            pass
-        for number, result in enumerate(stream.results):
-            click.secho(f"--- {number + 1} of {checked.n} ({result.finish_reason})", dim=True)
-            click.echo(result.text, color=True)
+        _print_texts(stream, "" if chat else text, checked.n)
     click.echo(summary(stream.timings, stream.results), err=True)
 
 
@@ -127,7 +121,7 @@ def _chat_ids(
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
     ids = encode_messages(chat_template(words, template), words, messages, context_len)
-    _say_what_is_spelled(text, words, "--special without --chat makes tokens of it")
+    _say_what_is_spelled(text, words, "--special without --chat makes tokens of them")
     return ids
 
 
@@ -139,7 +133,7 @@ def _prompt_ids(text: str, words: "Tokenizer", context_len: int, special: bool) 
     if not ids:
         raise MinllamaError("the prompt is empty; give some text to continue")
     if not special:
-        _say_what_is_spelled(text, words, "--special makes tokens of it")
+        _say_what_is_spelled(text, words, "--special makes tokens of them")
     return ids
 
 
@@ -151,7 +145,19 @@ def _say_what_is_spelled(text: str, words: "Tokenizer", remedy: str) -> None:
     if spelled:
         listed = ", ".join(word if word.isprintable() else ascii(word) for word in spelled[:3])
         listed += f" and {len(spelled) - 3} more" if len(spelled) > 3 else ""
-        click.echo(f"{listed} in the prompt is plain text; {remedy}", err=True)
+        click.echo(f"the prompt spells {listed} as plain text; {remedy}", err=True)
+
+
+def _print_texts(stream: "TextStream", prompt: str, n: int) -> None:
+    """One text as it comes, several when all have."""
+    if n == 1:
+        _print_streaming(stream, prompt)
+        return
+    for _ in stream:
+        pass
+    for number, result in enumerate(stream.results):
+        click.secho(f"--- {number + 1} of {n} ({result.finish_reason})", dim=True)
+        click.echo(result.text, color=True)
 
 
 def _print_streaming(stream: "TextStream", prompt: str) -> None:
