@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from minllama.config import LlamaConfig
     from minllama.vocabulary import Vocabulary
 
+MAX_TEMPLATES = 20  # that are shown by name
+
 
 @click.command("info")
 @click.argument("model", required=False)
@@ -143,7 +145,9 @@ def _vocabulary(vocabulary: "Vocabulary | None") -> list[tuple[str, str]]:
 
 def _templates(vocabulary: "Vocabulary") -> str:
     template, names = vocabulary.chat_template, sorted(vocabulary.chat_templates)
-    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names)
+    cut = [name if len(name) <= 40 else name[:37] + "..." for name in names[:MAX_TEMPLATES]]
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in cut)
+    shown += f" and {len(names) - len(cut)} more" if len(names) > len(cut) else ""
     if template is None:
         return f"none by default; by name: {shown}" if names else "none"
     text = f"chat, {len(template):,} characters"
