@@ -68,11 +68,13 @@ class SamplingDefaults:
         origin: where it says so, for people.
         options: fields of GenerationOptions.
         unsupported: what it says besides and cannot be followed here.
+        idle: names of what it says of samples, where `do_sample` lets none be drawn.
     """
 
     origin: str
     options: dict[str, Any]
     unsupported: dict[str, Any]
+    idle: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One line for people."""
@@ -82,6 +84,8 @@ class SamplingDefaults:
         else:
             said = {"the likeliest token": "", **said}
         text = ", ".join(f"{name} {_shown(value)}".rstrip() for name, value in said.items())
+        if self.idle:
+            text += f"; without effect, as do_sample is not true: {', '.join(self.idle)}"
         if self.unsupported:
             parts = (f"{name} {_shown(value)}" for name, value in self.unsupported.items())
             text += f"; not supported here: {', '.join(parts)}"
@@ -154,7 +158,8 @@ def _of_json(content: Mapping[str, Any], where: str) -> SamplingDefaults | None:
         for name, neutral in UNSUPPORTED.items()
         if name in said and said[name] not in neutral
     }
-    return SamplingDefaults(where, _given(options), unsupported)
+    idle = () if draws else tuple(name for name in OF_SAMPLES if name in said)
+    return SamplingDefaults(where, _given(options), unsupported, idle)
 
 
 def _of_gguf(fields: Mapping[str, Any], path: Path) -> SamplingDefaults | None:

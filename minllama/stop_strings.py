@@ -27,21 +27,29 @@ class RowText:
 
     Attributes:
         stopped: a stop string has ended the text.
-        plain: the text so far without any special token.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], *, skip_special: bool) -> None:
         self._decoder = tokenizer.stream_decoder(continuation=True, skip_special=skip_special)
         self._special = {i: text for text, i in tokenizer.special_tokens.items()}
         self._stop, self._hides = stop, skip_special
+        self._begin = tuple({string[0] for string in stop})
         self._spelled, self._marks = "", ""  # of what is held back
+        self._plain: list[str] = []
         self.stopped = False
-        self.plain = ""
+
+    @property
+    def plain(self) -> str:
+        """The text so far without any special token."""
+        return "".join(self._plain)
 
     def push(self, token_id: int) -> str:
         """What is shown for sure, now that this token has come; often nothing."""
         text = self._decoder.push(token_id)
         if token_id not in self._special:
+            if not self._spelled and not any(char in text for char in self._begin):
+                self._plain.append(text)  # no stop string is in sight
+                return text
             self._append(text)
         elif self._hides:
             self._append(self._special[token_id], special=True)
@@ -92,7 +100,7 @@ class RowText:
         plain = spelled
         if FIRST in marks:
             plain = "".join(c for c, mark in zip(spelled, marks, strict=True) if mark == PLAIN)
-        self.plain += plain
+        self._plain.append(plain)
         return plain if self._hides else spelled
 
     def _stops(self) -> Iterator[int]:

@@ -65,6 +65,14 @@ def test_defaults_are_those_that_transformers_generates_with(
     assert ours.max_new_tokens == (prepared.max_new_tokens or GenerationOptions().max_new_tokens)
 
 
+def test_settings_of_samples_that_none_is_drawn_by_are_named(folder: Path) -> None:
+    says(folder, temperature=0.7, top_p=0.5, repetition_penalty=1.2)
+    assert str(sampling_defaults(open_checkpoint(folder))) == (
+        "the likeliest token, repetition_penalty 1.2; without effect, as do_sample is not true: "
+        "temperature, top_p"
+    )
+
+
 def test_what_is_given_comes_before_what_the_checkpoint_says(folder: Path) -> None:
     says(folder, do_sample=True, temperature=0.6, top_p=0.9, stop_strings="END")
     options = minllama.load_generation_options(folder, top_p=0.5, seed=1)
