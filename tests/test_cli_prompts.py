@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -138,8 +139,8 @@ def test_what_is_piped_in_alone_is_the_prompt(run):
     refused(run(*ONE, stdin=b" \n"), "give one prompt")
 
 
-def started(folder, *args, **streams):
-    command = [sys.executable, "-m", "minllama", "generate", "-m", folder, *args, *map(str, ONE)]
+def started(folder, *args, ends=ONE, **streams):
+    command = [sys.executable, "-m", "minllama", "generate", "-m", folder, *args, *map(str, ends)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **streams)
 
 
@@ -189,6 +190,14 @@ def test_an_open_pipe_that_nobody_writes_to_is_left_out_and_a_slow_one_is_not(fo
             pipe.write(part)
             pipe.flush()
     assert prompt_of(process)[0] == "slowly\n\n?"
+
+
+def test_two_commands_in_a_row_read_one_from_the_other(folder):
+    pytest.importorskip("llguidance")
+    with started(folder, "a", ends=["--regex", "[a-z]{3}"], stdin=subprocess.DEVNULL) as first:
+        prompt, err = prompt_of(started(folder, "?", stdin=first.stdout))
+        assert first.wait() == 0, first.stderr.read()
+    assert re.fullmatch(r"[a-z]{3}\n\n\?", prompt), err
 
 
 def test_special_tokens_in_a_prompt_are_said_and_made_tokens_on_request(run, folder):

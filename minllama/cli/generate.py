@@ -20,7 +20,7 @@ from minllama.cli.common import (
     template_options,
     warn_of_slow_dtype,
 )
-from minllama.cli.prompt_text import read_prompt, read_system, read_text
+from minllama.cli.prompt_text import PromptText, read_system, read_text
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
 
@@ -72,7 +72,7 @@ def command(
         raise MinllamaError("--logprobs are part of a record; give --json too")
     system = read_system(system, system_file)
     _check_chat(chat, system, chat_template, checked.special)
-    text = read_prompt(prompt, prompt_file)
+    prompt_text = PromptText(prompt, prompt_file)
 
     with ended_by_interrupts():
         from minllama.generation import TextStream
@@ -81,6 +81,7 @@ def command(
     model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize)
     if generation_config:
         checked = recommended(options, checkpoint)
+    text = prompt_text.whole()
     context_len = model.config.context_len
     if chat:
         prompt_ids = _chat_ids(

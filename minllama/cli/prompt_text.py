@@ -14,7 +14,7 @@ from minllama.errors import MinllamaError, OptionError
 
 MAX_INPUT_BYTES = 2**26  # the longest context that can be read holds less text
 # A program that was started with somebody's open pipe must not wait for ever.
-PIPE_SECONDS = 10.0
+PIPE_SECONDS = 5.0
 MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"  # U+FEFF, the byte order mark
 # UTF-32's little-endian mark begins as UTF-16's does.
 MARKS = (
@@ -26,34 +26,50 @@ MARKS = (
 )
 
 
-def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+class PromptText:
     """The prompt that an argument or a file gives, behind what is piped in.
 
     Where neither is given, what is piped in is all of it. `-` is standard input in either place.
+    What can be had at once is read when this is made; for a pipe one waits in `whole`, which is to
+    be called when the model has been opened: who writes to it needs that time, too.
 
     Raises:
         MinllamaError: there is no prompt, or it cannot be read.
     """
-    if prompt is not None and prompt_file is not None:
-        raise _no_prompt()
-    if "-" in (prompt, prompt_file):
-        return read_text(None)
-    if prompt is None and prompt_file is None:
-        piped = _piped(alone=True)
-        if not piped:
+
+    def __init__(self, prompt: str | None, prompt_file: str | None) -> None:
+        if prompt is not None and prompt_file is not None:
             raise _no_prompt()
-        return piped
-    text = read_text(prompt_file) if prompt is None else prompt.removeprefix(MARK)
-    piped = "" if _is_standard_input(prompt_file) else _piped()
-    if not piped or not text:
-        return text or piped
-    click.echo(
-        f"{len(piped):,} characters of standard input stand before the prompt "
-        "(none with </dev/null)",
-        err=True,
-    )
-    gap = "" if piped.endswith("\n\n") else "\n" if piped.endswith("\n") else "\n\n"
-    return piped + gap + text
+        self._is_whole = "-" in (prompt, prompt_file) or _is_standard_input(prompt_file)
+        self._text = None if prompt is None else prompt.removeprefix(MARK)
+        if "-" in (prompt, prompt_file):
+            self._text = read_text(None)
+        elif prompt_file is not None:
+            self._text = read_text(prompt_file)
+        if self._text is None and not _is_pipe():
+            self._text = _piped()
+            self._is_whole = True
+            if not self._text:
+                raise _no_prompt()
+
+    def whole(self) -> str:
+        """The prompt with what is piped in; said where both are there.
+
+        Raises:
+            MinllamaError: it cannot be read, or nothing came and nothing else was given.
+        """
+        piped = "" if self._is_whole else _piped(alone=self._text is None)
+        if self._text is None and not piped:
+            raise _no_prompt()
+        if not self._text or not piped:
+            return self._text or piped
+        click.echo(
+            f"{len(piped):,} characters of standard input stand before the prompt "
+            "(none with </dev/null)",
+            err=True,
+        )
+        gap = "" if piped.endswith("\n\n") else "\n" if piped.endswith("\n") else "\n\n"
+        return piped + gap + self._text
 
 
 def read_system(system: str | None, system_file: str | None) -> str | None:
@@ -118,28 +134,36 @@ def _is_standard_input(source: str | None) -> bool:
         return False
 
 
+def _mode() -> int | None:
+    """What standard input is, by its `st_mode`; None where it is no file but a program's own."""
+    try:
+        return os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return None
+
+
+def _is_pipe() -> bool:
+    mode = _mode()
+    return mode is not None and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode))
+
+
 def _piped(*, alone: bool = False) -> str:
     """What is piped in or redirected from a file; nothing where that is white space alone.
 
     A terminal and devices such as /dev/null give nothing, and so does a pipe through which nothing
     comes for PIPE_SECONDS: who waits for longer says `-`.
     """
-    try:
-        number = sys.stdin.fileno()
-        mode = os.fstat(number).st_mode
-    except (OSError, ValueError):  # no file: a program's own stream
-        text = read_text(None)
-        return text if text.strip() else ""
-    is_pipe = stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-    if not is_pipe and not stat.S_ISREG(mode):
-        return ""
-    if is_pipe and not select.select([number], [], [], PIPE_SECONDS)[0]:
-        if not alone:
-            click.echo(
-                f"standard input is a pipe and gave nothing for {PIPE_SECONDS:g} s: left out "
-                "(- as the prompt waits for it)",
-                err=True,
-            )
+    mode = _mode()
+    if _is_pipe():
+        if not select.select([sys.stdin.fileno()], [], [], PIPE_SECONDS)[0]:
+            if not alone:
+                click.echo(
+                    f"standard input is a pipe and gave nothing for {PIPE_SECONDS:g} s: left out "
+                    "(- as the prompt waits for it)",
+                    err=True,
+                )
+            return ""
+    elif mode is not None and not stat.S_ISREG(mode):
         return ""
     text = read_text(None)
     return text if text.strip() else ""
