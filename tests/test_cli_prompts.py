@@ -179,7 +179,7 @@ def test_an_open_pipe_that_nobody_writes_to_is_left_out_and_a_slow_one_is_not(fo
         out, err = silent.stdout.read(), silent.stderr.read()  # its standard input stays open
         assert silent.wait(timeout=60) == 0
     assert json.loads(out)["prompt"] == "?"
-    assert b"standard input is a pipe and gave nothing for 1 s: left out (- as" in err
+    assert b"nothing came through standard input in 1 s: left out (- waits for it)\n" in err
     reader, writer = os.pipe()
     os.set_blocking(reader, False)  # as some programs hand it on
     process = started(folder, "?", stdin=reader)
@@ -206,8 +206,7 @@ def test_special_tokens_in_a_prompt_are_said_and_made_tokens_on_request(run, fol
     result = run(prompt, *ONE)
     assert result.record["prompt_tokens"] == tokenizer.encode(prompt)
     assert result.err.startswith(
-        "the prompt spells <|user|>, <eos>, <|assistant|> as plain text; --special makes tokens of "
-        "them\n"
+        "plain text in the prompt: <|user|>, <eos>, <|assistant|> (tokens with --special)\n"
     )
     for text in (prompt, "<bos>" + prompt):  # BOS is there once
         result = run(text, "--special", *ONE)
@@ -215,7 +214,7 @@ def test_special_tokens_in_a_prompt_are_said_and_made_tokens_on_request(run, fol
         assert tokenizer.decode(ids, skip_special=False) == f"<bos>{prompt}"
         assert "plain text" not in result.err
     assert "plain text" not in run("no markers < | >", *ONE).err
-    assert "--special without --chat makes tokens" in run(prompt, "--chat", *ONE).err
+    assert "(tokens with --special, without --chat)" in run(prompt, "--chat", *ONE).err
     refused(run(prompt, "--chat", "--special"), "--special is for a prompt in the model's own")
 
 

@@ -122,7 +122,7 @@ def _chat_ids(
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
     ids = encode_messages(chat_template(words, template), words, messages, context_len)
-    _say_what_is_spelled(text, words, "--special without --chat makes tokens of them")
+    _say_what_is_spelled(text, words, "--special, without --chat")
     return ids
 
 
@@ -134,11 +134,11 @@ def _prompt_ids(text: str, words: "Tokenizer", context_len: int, special: bool) 
     if not ids:
         raise MinllamaError("the prompt is empty; give some text to continue")
     if not special:
-        _say_what_is_spelled(text, words, "--special makes tokens of them")
+        _say_what_is_spelled(text, words, "--special")
     return ids
 
 
-def _say_what_is_spelled(text: str, words: "Tokenizer", remedy: str) -> None:
+def _say_what_is_spelled(text: str, words: "Tokenizer", options: str) -> None:
     """Say that a prompt's special tokens are plain text: most who spell them mean tokens."""
     from minllama.generation import spelled_special
 
@@ -146,7 +146,7 @@ def _say_what_is_spelled(text: str, words: "Tokenizer", remedy: str) -> None:
     if spelled:
         listed = ", ".join(word if word.isprintable() else ascii(word) for word in spelled[:3])
         listed += f" and {len(spelled) - 3} more" if len(spelled) > 3 else ""
-        click.echo(f"the prompt spells {listed} as plain text; {remedy}", err=True)
+        click.echo(f"plain text in the prompt: {listed} (tokens with {options})", err=True)
 
 
 def _print_texts(stream: "TextStream", prompt: str, n: int) -> None:

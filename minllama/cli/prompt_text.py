@@ -65,7 +65,7 @@ class PromptText:
             return self._text or piped
         click.echo(
             f"{len(piped):,} characters of standard input stand before the prompt "
-            "(none with </dev/null)",
+            "(</dev/null: none)",
             err=True,
         )
         gap = "" if piped.endswith("\n\n") else "\n" if piped.endswith("\n") else "\n\n"
@@ -158,8 +158,8 @@ def _piped(*, alone: bool = False) -> str:
         if not select.select([sys.stdin.fileno()], [], [], PIPE_SECONDS)[0]:
             if not alone:
                 click.echo(
-                    f"standard input is a pipe and gave nothing for {PIPE_SECONDS:g} s: left out "
-                    "(- as the prompt waits for it)",
+                    f"nothing came through standard input in {PIPE_SECONDS:g} s: left out "
+                    "(- waits for it)",
                     err=True,
                 )
             return ""
