@@ -10,7 +10,7 @@ from minllama.cli.chat_input import HELP, Said, read_said
 
 
 def everything_said(typed: str, monkeypatch: pytest.MonkeyPatch) -> list[Said]:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed, newline="\n"))
     said = []
     try:
         while True:
@@ -41,6 +41,8 @@ def everything_said(typed: str, monkeypatch: pytest.MonkeyPatch) -> list[Said]:
         ("C:\\\\\n", "C:\\\\"),
         ("one\\\\\\\ntwo\n", "one\\\\\ntwo"),
         ("one\\", "one"),
+        ("one\\\r\ntwo\r\n", "one\ntwo"),
+        ('"""one\r\ntwo"""\r\n', "one\ntwo"),
         ('say """x"""\n', 'say """x"""'),
         ("\n", ""),
     ],

@@ -72,6 +72,6 @@ def _quoted(line: str) -> str:
 
 def _line(prompt: str) -> str:
     try:
-        return input(prompt if sys.stdin.isatty() else "")
+        return input(prompt if sys.stdin.isatty() else "").rstrip("\r")  # of a Windows file
     except UnicodeDecodeError as error:
         raise MinllamaError(f"standard input: is not UTF-8 ({error.reason})") from error

@@ -20,7 +20,7 @@ from minllama.cli.common import (
     template_options,
     warn_of_slow_dtype,
 )
-from minllama.cli.prompt_text import PromptText, read_system, read_text
+from minllama.cli.prompt_text import MARK, PromptText, read_system, read_text
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
 
@@ -222,6 +222,7 @@ def _record(
 
 def _schema(value: str | None) -> str | None:
     """A JSON schema given in place, or the content of a file that holds one."""
+    value = value and value.removeprefix(MARK)
     if value is None or value.lstrip().startswith("{"):
         return value
     try:

@@ -80,7 +80,9 @@ def read_system(system: str | None, system_file: str | None) -> str | None:
     """
     if system is not None and system_file is not None:
         raise OptionError("--system and --system-file are two system messages; give one")
-    return system if system_file is None else read_text(system_file)
+    if system_file is not None:
+        return read_text(system_file)
+    return None if system is None else system.removeprefix(MARK)
 
 
 def read_text(source: str | None) -> str:
