@@ -1,6 +1,7 @@
 """Chat templates and the tokens they name, in a tokenizer's files: as transformers reads them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,14 @@ def test_templates_of_an_earlier_tokenizer_do_not_stay_in_its_folder(tmp_path: P
     Tokenizer(plain).save_pretrained(folder)
     vocabulary = load_vocabulary(folder)
     assert (vocabulary.chat_template, vocabulary.chat_templates) == ("new", {})
+
+
+def test_what_is_no_file_is_no_template(tmp_path: Path) -> None:
+    write(tmp_path, {**FAST, "chat_template": "one"})
+    (tmp_path / "additional_chat_templates" / "folder.jinja").mkdir(parents=True)
+    os.mkfifo(tmp_path / "additional_chat_templates" / "pipe.jinja")
+    vocabulary = load_vocabulary(tmp_path)
+    assert (vocabulary.chat_template, vocabulary.chat_templates) == ("one", {})
 
 
 def test_one_of_several_templates_is_chosen_by_name_or_given(tmp_path: Path) -> None:

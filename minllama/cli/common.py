@@ -234,7 +234,7 @@ def chosen_template(choice: str | None, words: "Tokenizer") -> str | None:
     if choice is None or choice in named:
         return choice
     shown = choice if choice.isprintable() else ascii(choice)[1:-1]
-    if not os.path.isfile(choice):
+    if not os.path.exists(choice) or os.path.isdir(choice):  # what is no file may be a pipe
         listed = ", ".join(sorted(named)) or "it has none"
         listed = listed if listed.isprintable() else ascii(listed)[1:-1]
         raise OptionError(

@@ -35,7 +35,8 @@ def chat_templates(
     """
     own = folder / CHAT_TEMPLATE
     paths = {DEFAULT: own} if own.is_file() else {}
-    paths |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    further = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    paths |= {path.stem: path for path in further if path.is_file()}
     if paths:
         sources = {name: read(path).decode(errors="replace") for name, path in paths.items()}
         return {name: source.removeprefix("\ufeff") for name, source in sources.items()}
