@@ -69,7 +69,6 @@ def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
     if vocabulary.eos_id is None and ends:
         vocabulary = dataclasses.replace(vocabulary, eos_id=ends[0])
     templates = chat_settings.chat_templates(folder, config, _read)
-    pieces = vocabulary.form == "sentencepiece" or _is_llama_class(config)
     add_bos = config.get("add_bos_token", vocabulary.add_bos)
     add_eos = config.get("add_eos_token", vocabulary.add_eos)
     return dataclasses.replace(
@@ -81,12 +80,7 @@ def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
         add_eos=bool(add_eos) and vocabulary.eos_id is not None,
         chat_template=templates.pop(chat_settings.DEFAULT, None) or vocabulary.chat_template,
         chat_templates=templates or vocabulary.chat_templates,
-        named_tokens={
-            **vocabulary.named_tokens,
-            **chat_settings.named_tokens(
-                config, has_unknown=pieces and chat_settings.UNKNOWN in ids
-            ),
-        },
+        named_tokens=_named_tokens(vocabulary, folder, ids),
     )
 
 
@@ -232,9 +226,20 @@ def _ending_ids(folder: Path, n_tokens: int) -> list[int]:
     return []
 
 
-def _is_llama_class(config: Json) -> bool:
-    """Whether transformers opens it with a class whose unknown token is `<unk>` unless said."""
-    return str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+def _named_tokens(
+    vocabulary: Vocabulary, folder: Path, ids: Mapping[str, int]
+) -> chat_settings.NamedTokens:
+    """The tokens that chat templates may write, by name; a null says that there is none."""
+    config = _read_json(folder / _SPECIAL_TOKENS) | _read_json(folder / TOKENIZER_CONFIG)
+    # transformers' class for Llamas has an unknown token unless told otherwise.
+    is_llama_class = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
+    has_unknown = vocabulary.form == "sentencepiece" or is_llama_class
+    return {
+        **vocabulary.named_tokens,
+        **chat_settings.named_tokens(
+            config, has_unknown=has_unknown and chat_settings.UNKNOWN in ids
+        ),
+    }
 
 
 def _read(path: Path) -> bytes:
