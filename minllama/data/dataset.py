@@ -17,6 +17,7 @@ from minllama.errors import DataError, OptionError
 from minllama.options import DataOptions
 
 COLUMNS_FROM = 100  # rows that tell which columns a file has, where each row has its own
+AT_MOST_FROM = 10_000  # where the first ones have none
 
 Labels = list[int] | list[tuple[int, ...]]
 
@@ -60,6 +61,7 @@ class Dataset:
         multi_label: whether a text has any number of labels, as a tuple, rather than one.
         notices: what was left out, and the like.
         label_column: where the labels stand in the source; None where no column holds them.
+        part: which of its rows these are, where they are not all.
     """
 
     texts: list[str]
@@ -69,9 +71,15 @@ class Dataset:
     multi_label: bool = False
     notices: tuple[Notice, ...] = ()
     label_column: str | None = field(default=None, compare=False)
+    part: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def called(self) -> str:
+        """What these rows are called in notices, which are not about others of the source."""
+        return f"{self.source} ({self.part})" if self.part else self.source
 
     def classes_of(self, index: int) -> tuple[int, ...]:
         """The classes of one text, whether it may have several or not."""
@@ -117,9 +125,9 @@ def load_dataset(
         DataError: the source cannot be read, holds no rows, or bad rows that are not to be skipped.
     """
     options = options or DataOptions()
-    with open_table(source, options.data_format, labelled=needs_labels) as table:
+    with open_table(source, options, labelled=needs_labels) as table:
         rows, columns = _columns_of(table)
-        text_column, label_column = _text_and_label(table.name, columns, options, needs_labels)
+        text_column, label_column = _text_and_label(table, columns, options, needs_labels)
         reader = _label_reader(table, label_column, options, label_names)
         examples = _Examples(
             *(text_column, label_column, reader),
@@ -128,7 +136,8 @@ def load_dataset(
         )
         for row in rows:
             examples.add(row)
-        return examples.dataset(table.name, options)
+            examples.bad_rows.check(table.name, len(examples))
+        return examples.dataset(table, options)
 
 
 class _Examples:
@@ -148,12 +157,15 @@ class _Examples:
         self._reader = reader
         self._needs_labels = needs_labels
         self._many = many
-        self._bad_rows = BadRows()
+        self.bad_rows = BadRows()
         self._unread = BadRows()  # labels that nobody needs, and that are none
         self._unread_rows: set[int] = set()  # their places among the texts
         self._texts: list[str] = []
         self._cells: list[list[Cell] | None] = []
         self._has_lists: bool | None = None  # as the first label is
+
+    def __len__(self) -> int:
+        return len(self._texts)
 
     def add(self, row: Record | BadRow) -> None:
         try:
@@ -163,7 +175,7 @@ class _Examples:
                 value = row.values.get(self._label_column)
             cells = self._read_label(row, value)
         except ValueError as error:
-            self._bad_rows.add(BadRow(row.index, row.place, str(error)))
+            self.bad_rows.add(BadRow(row.index, row.place, str(error)))
             return
         self._texts.append(text)
         self._cells.append(cells)
@@ -198,19 +210,21 @@ class _Examples:
                 "several for every row"
             )
 
-    def dataset(self, name: str, options: DataOptions) -> Dataset:
+    def dataset(self, table: Table, options: DataOptions) -> Dataset:
         """What was collected.
 
         Raises:
             DataError: bad rows that are not to be skipped, or no others.
         """
-        bad_rows, notices = self._bad_rows, []
+        name, bad_rows, notices = table.name, self.bad_rows, []
         if bad_rows.count and not options.skip_bad_rows:
-            raise bad_rows.error(name, self._reader.hint)
+            raise bad_rows.error(name, *table.remedies, self._reader.hint)
         if not self._texts:
-            raise DataError(_no_rows(name, bad_rows))
+            raise DataError(_no_rows(name, bad_rows, table.remedies))
         if bad_rows.count:
-            message = f"{name}: bad rows left out: {bad_rows.count} ({bad_rows.summary()})"
+            why = "; ".join([bad_rows.summary(), *table.remedies])
+            total = bad_rows.count + len(self)
+            message = f"{name}: bad rows left out: {bad_rows.count} of {total} ({why})"
             notices.append(Notice("skipped", message, bad_rows.count))
         given = [cells for cells in self._cells if cells is not None]
         if self._unread.count and given and options.skip_bad_rows:
@@ -309,9 +323,10 @@ def stream_rows(
     """
     options = options or DataOptions()
     bad_rows = BadRows() if bad_rows is None else bad_rows
-    with open_table(source, options.data_format) as table:
+    with open_table(source, options) as table:
         rows, columns = _columns_of(table, lambda found: tells_text(found, options.text_column))
-        text_column, _ = _text_and_label(table.name, columns, options, needs_labels=False)
+        text_column, _ = _text_and_label(table, columns, options, needs_labels=False)
+        n_good = 0
         for row in rows:
             if row.index < start:
                 continue
@@ -319,9 +334,12 @@ def stream_rows(
                 text = _text_of(row, text_column)
             except ValueError as error:
                 bad_rows.add(BadRow(row.index, row.place, str(error)))
+                bad_rows.remedies = table.remedies
                 if not options.skip_bad_rows:
-                    raise bad_rows.error(table.name) from error
+                    raise bad_rows.error(table.name, *table.remedies) from error
+                bad_rows.check(table.name, n_good)
                 continue
+            n_good += 1
             assert isinstance(row, Record)
             yield Row(row.index, row.place, text, row.values, text_column)
 
@@ -348,16 +366,17 @@ def count_rows(
         is_empty = False
         count += row.index >= start
     if bad_rows.count and not options.skip_bad_rows:
-        raise bad_rows.error(name)
+        raise bad_rows.error(name, *bad_rows.remedies)
     if is_empty:
-        raise DataError(_no_rows(name, bad_rows))
+        raise DataError(_no_rows(name, bad_rows, bad_rows.remedies))
     return count, bad_rows
 
 
-def _no_rows(name: str, bad_rows: BadRows) -> str:
+def _no_rows(name: str, bad_rows: BadRows, remedies: Sequence[str] = ()) -> str:
     if not bad_rows.count:
         return f"{name}: holds no rows; give a file with an example on each line"
-    return f"{name}: all {bad_rows.count} rows are bad: {bad_rows.summary()}"
+    said = "; ".join([bad_rows.summary(), *remedies])
+    return f"{name}: all {bad_rows.count} rows are bad: {said}"
 
 
 def _columns_of(
@@ -378,22 +397,27 @@ def _columns_of(
             columns |= dict.fromkeys(row.values)
         if columns and (len(ahead) >= COLUMNS_FROM or (enough is not None and enough(columns))):
             break
+        if len(ahead) >= AT_MOST_FROM:
+            break
     return itertools.chain(ahead, table.rows), list(columns) or None
 
 
 def _text_and_label(
-    name: str, columns: list[str] | None, options: DataOptions, needs_labels: bool
+    table: Table, columns: list[str] | None, options: DataOptions, needs_labels: bool
 ) -> tuple[str, str | None]:
     if columns is None:  # no row is good: each will say why, whatever its columns
         return options.text_column or "text", options.label_column
-    if not columns:
-        raise DataError(_no_rows(name, BadRows()))
+    if not columns and not table.no_label:
+        raise DataError(_no_rows(table.name, BadRows()))
     return find_columns(
         columns,
-        name,
+        table.name,
         text_column=options.text_column,
         label_column=options.label_column,
         needs_label=needs_labels,
+        no_text=table.no_text | table.no_label,
+        no_label=table.no_label,
+        header=table.header,
     )
 
 
