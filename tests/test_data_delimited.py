@@ -147,6 +147,12 @@ def test_a_line_of_names_among_the_rows_is_a_bad_row(tmp_path: Path, again: str,
     assert "bad rows left out: 1 of 3" in str(dataset.notices[0])
 
 
+def test_a_line_of_names_among_labelled_lines_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    message = refusal(path, "Label ||| Sentence\npos ||| a\nneg ||| text\n")
+    assert message.startswith("x.txt, line 1: a line of column names, no example; mend it")
+
+
 def test_names_of_another_order_are_refused_and_a_text_may_be_a_name(tmp_path: Path) -> None:
     message = refusal(tmp_path / "x.csv", "text,label\nx,a\nlabel,text\nb,y\n", skip_bad_rows=True)
     assert message.startswith("x.csv, line 3: names the columns in another order")

@@ -178,7 +178,7 @@ def _tsv_rows(lines: Lines, columns: str | None) -> Rows:
     for line in lines:
         start = lines.number
         line = line.removeprefix("\ufeff")
-        cells = reader.cells(line) if '"' in line else line.rstrip("\r\n").split("\t")
+        cells = reader.cells(line) if '"' in line else _without_end(line).split("\t")
         if problem := lines.take_problem():
             yield problem
         elif line.strip():
@@ -205,7 +205,7 @@ class _QuotedCells:
 
     def cells(self, line: str) -> list[str]:
         """Those of a row that begins with this line, up to the line that it ends with."""
-        plain = [_unquoted(cell) for cell in line.rstrip("\r\n").split("\t")]
+        plain = [_unquoted(cell) for cell in _without_end(line).split("\t")]
         cells, is_open, is_written = _cells_in(line)
         if is_open and (joined := self._over_lines(line, len(plain))):
             return joined
@@ -247,7 +247,7 @@ def _cells_in(text: str) -> tuple[list[str], bool, bool]:
     """The cells of a row; whether one begins with a quote that may yet be closed, and whether one
     holds what only a writer that quotes would write.
     """
-    text = text.removesuffix("\n").removesuffix("\r")
+    text = _without_end(text)
     cells, at, is_open, is_written = [], 0, False, False
     while True:
         end = _end_of_inside(text, at + 1) if text.startswith('"', at) else -1
@@ -263,6 +263,10 @@ def _cells_in(text: str) -> tuple[list[str], bool, bool]:
         if at >= len(text):
             return cells, is_open, is_written
         at += 1  # the tab
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
 
 
 def _end_of_inside(text: str, start: int) -> int:

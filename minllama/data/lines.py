@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from minllama.data.columns import LABEL_NAMES, TEXT_NAMES
 from minllama.data.encoding import BYTE_ORDER_MARK, CHUNK, UTF_8, advice_for, bad_bytes
 from minllama.data.records import RawRow, Table, numbered, shown
 from minllama.errors import DataError
@@ -152,6 +153,8 @@ def labelled_table(lines: Lines) -> Table:
         label, separator, text = line.partition(SEPARATOR)
         if not separator:
             return f"no {SEPARATOR} between label and sentence"
+        if label.strip().lower() in LABEL_NAMES and text.strip().lower() in TEXT_NAMES:
+            return "a line of column names, no example"
         return {"label": label.strip(), "text": text.lstrip(" \t")}
 
     return _table(lines, ["label", "text"], split)
