@@ -119,12 +119,16 @@ def test_utf_16_without_a_mark_is_told(tmp_path: Path, encoding: str) -> None:
     assert load_dataset(path, DataOptions(encoding="utf-16")).texts == WESTERN
 
 
-def test_utf_8_is_not_taken_for_another_encoding(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.csv", WESTERN, "utf-8")
-    with pytest.raises(DataError, match=r"x\.csv: is UTF-8 by its bytes, not cp1252; leave out"):
-        load_dataset(path, DataOptions(encoding="cp1252"))
-    path.write_text("text,label\nplain,a\n")  # ASCII is both
-    assert load_dataset(path, DataOptions(encoding="cp1252")).texts == ["plain"]
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.json"])
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "mac-roman", "gb18030", "big5hkscs"])
+def test_utf_8_is_not_taken_for_another_encoding(tmp_path: Path, name: str, encoding: str) -> None:
+    # Also where the beginning is ASCII, which both are.
+    for texts in (["café", "日本語" * 9], ["plain " * 20_000, "é日本語本語日本"]):
+        path = write(tmp_path / name, texts, "utf-8")
+        with pytest.raises(DataError, match=r"is UTF-8 by all of its bytes|is not (gb1803|big5hk)"):
+            load_dataset(path, DataOptions(encoding=encoding, skip_bad_rows=True))
+    path = write(tmp_path / name, ["plain", "text"], "utf-8")
+    assert load_dataset(path, DataOptions(encoding=encoding)).texts == ["plain", "text"]
 
 
 @pytest.mark.parametrize(

@@ -241,10 +241,12 @@ class _Examples:
     def _leave_out_unread(self, name: str) -> Notice:
         """Leave out the rows whose labels are none; those without one stay, to be predicted."""
         bad, self._unread = self._unread, BadRows()
-        kept = [row for row in range(len(self._texts)) if row not in self._unread_rows]
+        total = len(self._texts)
+        kept = [row for row in range(total) if row not in self._unread_rows]
         self._texts = [self._texts[row] for row in kept]
         self._cells = [self._cells[row] for row in kept]
-        message = f"{name}: rows with unknown labels left out: {bad.count} ({bad.summary()})"
+        left_out = f"{bad.count} of {total} ({bad.summary()})"
+        message = f"{name}: rows with unknown labels left out: {left_out}"
         return Notice("skipped", message, bad.count)
 
     def _why_unread(self) -> str:

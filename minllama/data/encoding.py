@@ -60,10 +60,6 @@ def encoding_of(head: bytes, asked: str | None, name: str) -> str:
         raise DataError(
             f"{name}: is {wide.upper()} without its mark; read it with --encoding {wide}"
         )
-    if asked is not None and _is_single_byte(asked) and _is_utf8_text(head):
-        raise DataError(
-            f"{name}: is UTF-8 by its bytes, not {asked}; leave out --encoding for this file"
-        )
     return asked or UTF_8
 
 
@@ -88,30 +84,24 @@ def _is_single_byte(encoding: str) -> bool:
         return False
 
 
-def _is_utf8_text(head: bytes) -> bool:
-    """Whether there are characters beyond ASCII in it, all of them UTF-8: no chance brings that."""
-    try:
-        text = codecs.getincrementaldecoder(UTF_8)().decode(head)
-    except UnicodeDecodeError:
-        return False
-    return not text.isascii()
-
-
-def as_utf8(stream: io.BufferedReader, encoding: str) -> io.BufferedReader:
+def as_utf8(stream: io.BufferedReader, encoding: str, name: str) -> io.BufferedReader:
     """The same text in UTF-8.
 
     Bytes that are no text in `encoding` come out as UTF-8 of lone surrogates, U+DC00 and the byte:
-    not UTF-8 either, so that the reader of the lines finds them there (`marked_byte`).
+    not UTF-8 either, so that the reader of the lines finds them there (`bad_bytes`). Where all of
+    the stream `name` turns out to be UTF-8 already, reading it ends with a DataError.
     """
     if encoding == UTF_8:
         return stream
-    return io.BufferedReader(cast(io.RawIOBase, _Transcoded(stream, encoding)), CHUNK)
+    raw = _Transcoded(stream, encoding, name)
+    return io.BufferedReader(cast(io.RawIOBase, raw), CHUNK)
 
 
 class _Transcoded(io.RawIOBase):
-    def __init__(self, stream: BinaryIO, encoding: str) -> None:
+    def __init__(self, stream: BinaryIO, encoding: str, name: str) -> None:
         self._stream = stream
         self._decoder = codecs.getincrementaldecoder(encoding)(_MARKED)
+        self._check = _Utf8Check(encoding, name)
         self._ready = memoryview(b"")
         self._ended = False
 
@@ -122,12 +112,44 @@ class _Transcoded(io.RawIOBase):
         while not self._ready and not self._ended:
             data = self._stream.read1(CHUNK)  # type: ignore[attr-defined]
             self._ended = not data
+            self._check.see(data)
             text = self._decoder.decode(data, self._ended)
             self._ready = memoryview(text.encode(UTF_8, "surrogatepass"))
         size = min(len(buffer), len(self._ready))
         buffer[:size] = self._ready[:size]
         self._ready = self._ready[size:]
         return size
+
+
+class _Utf8Check:
+    """Whether bytes of another encoding are UTF-8, which no chance brings where they are many."""
+
+    def __init__(self, encoding: str, name: str) -> None:
+        is_wide = encoding.startswith(("utf-16", "utf-32"))
+        self._decoder = None if is_wide else codecs.getincrementaldecoder(UTF_8)()
+        self._missing = 1 if _is_single_byte(encoding) else 8  # characters beyond ASCII
+        self._encoding, self._name = encoding, name
+
+    def see(self, data: bytes) -> None:
+        """Look at the next bytes, of which none are the end.
+
+        Raises:
+            DataError: it is the end, and all of them are UTF-8.
+        """
+        if self._decoder is None:
+            return
+        try:
+            text = self._decoder.decode(data, not data)
+        except UnicodeDecodeError:
+            self._decoder = None
+            return
+        if self._missing > 0 and not text.isascii():
+            self._missing -= sum(char > "\x7f" for char in text)
+        if not data and self._missing <= 0:
+            raise DataError(
+                f"{self._name}: is UTF-8 by all of its bytes, not {self._encoding}; leave out "
+                "--encoding, and convert other files of the command that need it"
+            )
 
 
 def _mark_bytes(error: UnicodeError) -> tuple[str, int]:

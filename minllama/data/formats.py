@@ -51,7 +51,7 @@ def table_of(
     name = beginning.name
     refuse_binary(beginning.head, name)
     encoding = encoding_of(beginning.head, options.encoding, name)
-    stream = as_utf8(beginning.stream, encoding)
+    stream = as_utf8(beginning.stream, encoding, name)
     text, advice = _shown_text(beginning.head, encoding, options)
     if kind != "json":
         _check_line_ends(text, name)

@@ -119,7 +119,7 @@ class _Text:
         n_lines = self.text.count("\n", self.at) + data.count(b"\n", 0, error.start)
         of_line = data[newline + 1 :]
         reason = bad_bytes(of_line, error.start - newline - 1, self._encoding, before=before)
-        advice = "is --encoding right?"
+        advice = "say with --encoding what it is, or leave that out for UTF-8"
         if self._encoding == UTF_8 and self._has_utf8:
             advice = "what comes before it is UTF-8, and not in one encoding with this"
         elif self._encoding == UTF_8:

@@ -76,7 +76,7 @@ def refuse_binary(head: bytes, name: str) -> None:
 def _zip(head: bytes, name: str) -> DataError:
     if b"opendocument.spreadsheet" in head[:200]:
         return DataError(f"{name}: is a spreadsheet (.ods); {_SPREADSHEET.format(quoted(name))}")
-    if any(part in head for part in (b"xl/", b"[Content_Types].xml", b"_rels/.rels")):
+    if any(part in head for part in (b"xl/", b"[Content_Types].xml", b"_rels/.rels", b"docProps/")):
         what = "Word document (.docx)" if b"word/" in head else "spreadsheet (.xlsx)"
         return DataError(f"{name}: is a {what}; {_SPREADSHEET.format(quoted(name))}")
     if b"data.pkl" in head[:200]:
