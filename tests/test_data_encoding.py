@@ -3,10 +3,12 @@
 import gzip
 import io
 import json
+import random
 import re
 import shutil
 import subprocess
 import sys
+from encodings.aliases import aliases
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,24 @@ def test_names_of_no_encoding_are_one_line_with_near_ones(name: str, words: str)
     assert words in str(caught.value)
     assert len(str(caught.value)) < 200
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("encoding", sorted(set(aliases.values()) - {"mbcs", "oem"}))
+def test_any_bytes_in_any_encoding_are_rows_or_one_line(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "x.csv"
+    draw = random.Random(encoding)
+    try:
+        options = DataOptions(encoding=encoding)
+    except OptionError:
+        return
+    messages = []
+    for size in (1, 7, 40, 200):
+        path.write_bytes(b"text,label\n\x1b$A" + draw.randbytes(size))
+        try:
+            load_dataset(path, options)
+        except DataError as error:
+            messages.append(str(error))
+    assert not any("\n" in message for message in messages)
 
 
 def test_encodings_are_for_text(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from minllama.data.columns import TEXT_NAMES
 from minllama.data.delimited import cells_of, delimited_table, excel_separator, is_known_name
 from minllama.data.encoding import advice_for, as_utf8, encoding_of, guessed_encoding
 from minllama.data.json_list import json_list_table
-from minllama.data.lines import SEPARATOR, Lines, jsonl_table, labelled_table, text_table
+from minllama.data.lines import SEPARATOR, Lines, jsonl_table, labelled_table, reading, text_table
 from minllama.data.other_forms import (
     LOOKED_AT,
     as_python_wrote,
@@ -52,7 +52,8 @@ def table_of(
     refuse_binary(beginning.head, name)
     encoding = encoding_of(beginning.head, options.encoding, name)
     stream = as_utf8(beginning.stream, encoding, name)
-    text, advice = _shown_text(beginning.head, encoding, options)
+    with reading(f"{name}, line 1"):  # not all errors of decoders are of the kind that is marked
+        text, advice = _shown_text(beginning.head, encoding, options)
     if kind != "json":
         _check_line_ends(text, name)
     kind = _kind_of(text, kind, options, name, labelled=labelled)
