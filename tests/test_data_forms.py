@@ -79,6 +79,14 @@ def test_labels_in_other_forms_are_converted_by_the_command_that_is_told(
     assert pairs(tmp_path / "new.txt") == expected
 
 
+@pytest.mark.parametrize("end", ["csv", "tsv", "jsonl", "json"])
+def test_fasttext_is_told_by_any_name(tmp_path: Path, end: str) -> None:
+    path = tmp_path / f"x.{end}"
+    path.write_text("__label__pos I like it, really\n__label__neg no\n")
+    run_command(refusal(path), tmp_path)
+    assert pairs(tmp_path / "new.txt") == [("pos", "I like it, really"), ("neg", "no")]
+
+
 def test_several_labels_of_fasttext_are_converted(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_text("__label__a __label__b __label__c some __label__ text\n__label__b more\n")
@@ -99,6 +107,9 @@ def test_several_labels_of_fasttext_are_converted(tmp_path: Path) -> None:
         ("{1}|{0}", "x.txt.gz"),
         ('{},"{}"', "x.txt"),
         ("{}\t{}", "x.tsv"),
+        ("{}\tyes, {}", "x.csv"),
+        ("{}|{}", "x.csv"),
+        ("{1}|{0}", "x.tsv"),
         ("{1}\t{0}", "x.tsv"),
         ('{},"{}"', "x.csv"),
         ('"{1}",{0}', "x.csv"),
@@ -112,7 +123,8 @@ def test_cells_without_names_are_read_with_the_options_that_are_told(
     message = refusal(tmp_path / name)
     told = dict(re.findall(r"--(data-format|separator|columns) ('.'|[\w,]+)", message))
     options = {key.replace("-", "_"): value.strip("'") for key, value in told.items()}
-    assert pairs(tmp_path / name, DataOptions(**options)) == ROWS
+    yes = "yes, " if "yes" in form else ""
+    assert pairs(tmp_path / name, DataOptions(**options)) == [(a, yes + b) for a, b in ROWS]
 
 
 def test_names_of_columns_in_text_files_are_told(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def find_columns(
             raise _of_type(name, typed, "text", no_text, columns)
         if text is None and not rivals and len(may_be) == 1:
             text = may_be[0]
-            if header and (len(text.split()) > 4 or text.endswith((".", "!", "?"))):
+            if header and (len(text.split()) > 4 or text.endswith((".", "!", "?")) or "|" in text):
                 raise _unclear(name, columns, "text", {}, header)
         if text is None:
             raise _unclear(name, rivals or columns, "text", no_text, header)

@@ -71,7 +71,8 @@ def separator_of(line: str, usual: str, asked: Collection[str] = ()) -> str:
     best = max(order, key=known)
     if known(best):
         return best if best in line else usual
-    return next((separator for separator in order[:-1] if separator in line), usual)
+    # No name has a tab in it; a bar, perhaps.
+    return next((separator for separator in ("\t", *order[:-1]) if separator in line), usual)
 
 
 def cells_of(line: str, separator: str) -> list[str]:
@@ -292,12 +293,16 @@ def _table_with_header(lines: Lines, rows: Rows) -> Table:
         raise DataError(f"{lines.name}: holds NUL characters; is it UTF-16, or no text?")
     records = _records(lines.name, rows, columns, "the first line")
     names = "text,label,... (a name for each column)"
-    if len(columns) == 1:
+    cells, option = columns, ""
+    if len(columns) == 1 and "|" in columns[0]:
+        cells, option = columns[0].split("|"), "--separator '|' "
+    if len(cells) == 1:
         names = "text"
-    elif len(columns) == 2:
-        text_first = len(columns[0].split()) > len(columns[1].split())
+    elif len(cells) == 2:
+        text_first = len(cells[0].split()) > len(cells[1].split())
         names = "text,label" if text_first else "label,text"
-    header = f"where the first line is an example and no header, add --no-header --columns {names}"
+    options = f"{option}--no-header --columns {names}"
+    header = f"where the first line is an example and no header, add {options}"
     return Table(lines.name, columns, numbered(records), header=header, remedies=lines.remedies)
 
 

@@ -57,6 +57,9 @@ def table_of(
     if kind != "json":
         _check_line_ends(text, name)
     kind = _kind_of(text, kind, options, name, labelled=labelled)
+    first = _first_lines(text)
+    if kind not in ("labelled", "text") and is_fasttext(first):
+        refuse_other_labels(first, name, advice, compressed=beginning.is_compressed)
     if kind in ("json", "jsonl"):
         return _json_table(stream, kind, text, beginning, encoding)
     lines = Lines(stream, name, encoding)
@@ -71,7 +74,6 @@ def table_of(
         )
     if kind == "text":
         return text_table(lines)
-    first = _first_lines(text)
     is_whole = "\n" in text or len(beginning.head) < HEAD_BYTES
     if first and is_whole and not any(SEPARATOR in line for line in first):
         refuse_other_labels(first, name, advice, compressed=beginning.is_compressed)
