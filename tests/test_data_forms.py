@@ -60,6 +60,8 @@ def lines(form: str, rows: list[tuple[str, str]] = ROWS, end: str = "\n") -> str
         ("a b-{}: {}", "end with a colon"),
         ("{}:sub {}", "colons in them"),
         ("{} {}", "first words"),
+        ("{} || {}", "|| stands after"),
+        ("{}::{}", ":: stands after"),
     ],
 )
 def test_labels_in_other_forms_are_converted_by_the_command_that_is_told(

@@ -152,6 +152,10 @@ def _remedy_for_labels(lines: Sequence[str], name: str, *, compressed: bool) -> 
         return (
             f"its cells have tabs between them: read it with --data-format tsv --columns {columns}"
         )
+    for mark in ("||", "::", "##"):
+        if all(re.match(rf"[^\s|:#]+\s*{re.escape(mark)}[^|:#]", line) for line in lines):
+            escaped = mark.replace("|", "\\|")
+            return f"{mark} stands after its labels: " + sed(rf"s/[ \t]*{escaped}[ \t]*/ ||| /")
     if _few_labels(re.match(r"[^\s:]+:[^\s:]+(?=\s)", line) for line in lines):
         return "its labels have colons in them: " + sed(r"s/^([^ \t]+)[ \t]+/\1 ||| /")
     if _few_labels(re.match(r"[^\s:][^:]{0,30}:(?=\s)", line) for line in lines):
