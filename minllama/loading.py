@@ -170,8 +170,9 @@ def load_weights(
 
     Raises:
         CheckpointError: tensors are missing, unexpected, misshapen (all are listed, with both
-            shapes) or hold NaN or infinity.
+            shapes) or hold NaN or infinity; or it is no language model.
     """
+    checkpoint.check_language_model()
     device = usable_device(device)
     if quantize == "auto":
         best_dtype, quantize = best_form(checkpoint, device) if dtype is None else (dtype, None)

@@ -47,6 +47,8 @@ class PromptTemplate:
         system: the system message of that chat.
         max_len: the most tokens of prompt and label together.
         keep_end: shorten texts at their beginning instead of their end.
+        eos: the token that ends a text stands behind a prompt that is no chat; None for the
+            tokenizer's own way.
 
     Raises:
         MinllamaError: the template lacks `{text}`, or chat is asked of a model that has none.
@@ -64,6 +66,7 @@ class PromptTemplate:
         system: str | None = None,
         max_len: int,
         keep_end: bool = False,
+        eos: bool | None = False,
     ) -> None:
         if template.count("{text}") != 1:
             raise MinllamaError(f"a prompt must hold {{text}} exactly once: {template!r}")
@@ -74,6 +77,7 @@ class PromptTemplate:
             raise MinllamaError("a system message needs a chat")
         self.template, self.tokenizer, self.labels = template, tokenizer, tuple(labels)
         self.max_len, self.keep_end, self.chat = max_len, keep_end, chat
+        self.eos = eos
         # Split first: a label may hold {text} itself, and is not a place for one.
         before, after = (
             part.replace("{labels}", ", ".join(listed)) for part in template.split("{text}")
@@ -151,7 +155,7 @@ class PromptTemplate:
             return tuple(self.tokenizer.encode_chat(rendered, masked))
         parts = {**self._masked, PLACEHOLDER: text}
         frame = "".join(parts.get(character, character) for character in self._frame)
-        return tuple(self.tokenizer.encode(frame + label, eos=False))
+        return tuple(self.tokenizer.encode(frame + label, eos=self.eos))
 
     def _rendered_chat(
         self, before: str, after: str, shots: Sequence[tuple[str, str]], system: str | None

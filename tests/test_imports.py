@@ -31,7 +31,7 @@ ORDER = (
     ("prompts",),
     ("lora", "optimizer"),
     ("adapter_config", "adapter_files"),
-    ("evaluation", "baselines"),
+    ("evaluation", "baselines", "regression"),
     ("classifier",),
     ("schedule", "losses", "progress", "training_state", "training_run", "training"),
     ("report",),

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from minllama.checkpoints.huggingface_head import SEQUENCE_CLASSIFIER, SequenceHead
 from minllama.config import LlamaConfig
+from minllama.errors import CheckpointError
 from minllama.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ class Checkpoint:
         tokenizer: the same of its tokenizer, where that was named apart; None for its own.
         ends_at_bos: the model learned from texts one behind the other, of which each ends where the
             next begins, and from no end of a text.
+        head: what it has in the place of a language model's head, whose tensors are among
+            `tensors` by their own names; None for a language model.
     """
 
     path: Path
@@ -69,6 +73,7 @@ class Checkpoint:
     source: str = ""
     tokenizer: str | None = None
     ends_at_bos: bool = False
+    head: SequenceHead | None = None
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
@@ -82,6 +87,33 @@ class Checkpoint:
             return vocabulary
         stop_ids = tuple(dict.fromkeys((*vocabulary.stop_ids, vocabulary.bos_id)))
         return dataclasses.replace(vocabulary, stop_ids=stop_ids)
+
+    def check_language_model(self) -> None:
+        """Refuse a checkpoint that has something else in the place of a language model's head.
+
+        Raises:
+            CheckpointError: says what it is, and what opens it.
+        """
+        if self.head is not None:
+            raise CheckpointError(
+                f"{self.path}: a sequence classifier ({SEQUENCE_CLASSIFIER}), whose head gives "
+                "labels and no next token; open it with `minllama classify`, `minllama evaluate` "
+                "or load_classifier()"
+            )
+
+    def without_head(self) -> "Checkpoint":
+        """The Llama below a sequence classifier's head; a language model's stays as it is.
+
+        Where the file has no output matrix the embeddings stand for it: a Llama has one, and of
+        this one nobody asks for logits.
+        """
+        if self.head is None:
+            return self
+        tensors = {n: tensor for n, tensor in self.tensors.items() if not n.startswith("score.")}
+        config = self.config
+        if "output.weight" not in tensors:
+            config = config.replace(tie_embeddings=True)
+        return dataclasses.replace(self, config=config, tensors=tensors, head=None)
 
 
 def lazy(tensor: Tensor) -> LazyTensor:

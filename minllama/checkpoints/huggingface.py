@@ -24,6 +24,11 @@ from minllama.checkpoints.huggingface_config import (
     eos_ids,
     ignored_keys,
 )
+from minllama.checkpoints.huggingface_head import (
+    SequenceHead,
+    head_from_huggingface,
+    said_of_head,
+)
 from minllama.checkpoints.layout import check_extent, check_writable, naming, translate
 from minllama.config import LlamaConfig
 from minllama.errors import CheckpointError, OptionError
@@ -75,6 +80,8 @@ def read_huggingface(path: Path) -> Checkpoint:
     tensors: dict[str, LazyTensor] = {}
     prefix = "model."
     stored = dict(_stored_tensors(path))
+    with naming(path):
+        head = head_from_huggingface(raw, stored)
     if stored and not any(name.startswith(prefix) for name in stored):
         stored = {prefix + name: tensor for name, tensor in stored.items()}  # a bare LlamaModel
     for name, tensor in stored.items():
@@ -88,7 +95,20 @@ def read_huggingface(path: Path) -> Checkpoint:
     with naming(path):
         check_extent(config, tensors)
     vocabulary = partial(find_vocabulary, path)
-    return Checkpoint(path, "Hugging Face", config, tensors, vocabulary, tuple(ignored))
+    return Checkpoint(path, "Hugging Face", config, tensors, vocabulary, tuple(ignored), head=head)
+
+
+def declared_head(path: Path) -> SequenceHead:
+    """What the config.json in a folder says of a head, whether the folder holds one or not.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    config = path / "config.json"
+    if not config.is_file():
+        return SequenceHead(None, None, None)
+    with naming(config):
+        return said_of_head(_read_json(config))
 
 
 def write_huggingface(
@@ -125,8 +145,15 @@ def write_files(
     *,
     vocabulary: Vocabulary | None = None,
     dtype: torch.dtype | None = None,
+    head: Mapping[str, Tensor] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of `write_huggingface` into a folder that is there.
+
+    Args:
+        folder, config, tensors, vocabulary, dtype: as there.
+        head: further tensors, by Hugging Face's names.
+        settings: what config.json says of that head, in the place of what it says otherwise.
 
     Raises:
         MinllamaError: as there.
@@ -142,7 +169,9 @@ def write_files(
         raise OptionError(f"dtype must be one of {known}, not {dtype}")
     first = next(iter(tensors.values()))
     stated_dtype = str(dtype or first.dtype).removeprefix("torch.")
-    raw_config = config_to_huggingface(config, stated_dtype, vocabulary)
+    raw_config = config_to_huggingface(config, stated_dtype, vocabulary) | dict(settings or {})
+    names = {name: their_name(name) for name in tensors} | {name: name for name in head or {}}
+    of_llama, tensors = tensors, {**tensors, **(head or {})}
     # Shards are planned on shapes alone: meta tensors have no numbers.
     plan = split_torch_state_dict_into_shards(
         {name: t.to("meta", dtype or t.dtype) for name, t in tensors.items()},
@@ -150,10 +179,12 @@ def write_files(
         filename_pattern="model{suffix}.safetensors",
     )
     _write_json(folder / "config.json", raw_config)
-    for file, names in plan.filename_to_tensors.items():
+    for file, of_file in plan.filename_to_tensors.items():
         shard = {
-            their_name(name): for_huggingface(name, tensors[name], config).to(dtype=dtype)
-            for name in names
+            names[name]: (
+                for_huggingface(name, tensors[name], config) if name in of_llama else tensors[name]
+            ).to(dtype=dtype)
+            for name in of_file
         }
         try:
             save_file(_apart(shard), folder / file, metadata={"format": "pt"})
@@ -162,7 +193,7 @@ def write_files(
         # The library makes files that only their owner can read.
         shutil.copymode(folder / "config.json", folder / file)
     if plan.is_sharded:
-        where = {their_name(name): file for name, file in plan.tensor_to_filename.items()}
+        where = {names[name]: file for name, file in plan.tensor_to_filename.items()}
         index = {"metadata": plan.metadata, "weight_map": dict(sorted(where.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
     if vocabulary is not None:

@@ -20,6 +20,7 @@ from minllama.evaluation import predictions
 from minllama.llama import Llama
 from minllama.options import PromptOptions
 from minllama.prompts import EncodedPrompt, PromptTemplate
+from minllama.regression import TargetScale
 from minllama.tokenizer import Tokenizer
 from minllama.treebank import undo_treebank
 
@@ -45,6 +46,7 @@ class Classifier(nn.Module, ABC):
             sec. 4.2); 1 until it is fitted.
         shortened: the hash of each text that was too long and has been read in part, up to
             MOST_NOTED of them.
+        scale: of the one output where that is a number and no class's; None for classes.
         digest: SHA-256 of the description that it was read from; None where it was made here.
 
     Raises:
@@ -70,6 +72,7 @@ class Classifier(nn.Module, ABC):
         self.temperature = 1.0
         self.shortened: set[int] = set()
         self.digest: str | None = None
+        self.scale: TargetScale | None = None
 
     @property
     @abstractmethod
@@ -131,12 +134,40 @@ class Classifier(nn.Module, ABC):
     def predict_proba(
         self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
-        """(N, C) probabilities, which sum to one in each row unless `multi_label`."""
+        """(N, C) probabilities, which sum to one in each row unless `multi_label`.
+
+        Raises:
+            MinllamaError: as `predict_logits`; or it gives numbers.
+        """
+        if self.scale is not None:
+            raise MinllamaError(
+                "this classifier gives numbers, which have no probabilities; call predict() or "
+                "predict_values()"
+            )
         logits = self.predict_logits(texts, progress=progress)
         return probabilities(logits, self.temperature, multi_label=self.multi_label)
 
+    def predict_values(
+        self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float64]:
+        """(N,) numbers, in the unit of the targets.
+
+        Raises:
+            MinllamaError: as `predict_logits`; or it gives classes.
+        """
+        if self.scale is None:
+            raise MinllamaError(
+                "this classifier gives classes and no numbers; call predict() or predict_proba()"
+            )
+        return self.scale.values(self.predict_logits(texts, progress=progress)[:, 0])
+
     def predict(self, texts: Sequence[str]) -> list[Any]:
-        """The likeliest class of each text; a tuple of all from 0.5 on where `multi_label`."""
+        """The likeliest class of each text; a tuple of all from 0.5 on where `multi_label`.
+
+        A float each where it gives numbers.
+        """
+        if self.scale is not None:
+            return [float(value) for value in self.predict_values(texts)]
         chosen = predictions(self.predict_proba(texts), multi_label=self.multi_label)
         rows = [tuple(self.labels[i] for i in np.flatnonzero(row)) for row in chosen]
         return rows if self.multi_label else [name for (name,) in rows]
@@ -225,6 +256,7 @@ def make_template(
     labels: Sequence[str] = (),
     names: Sequence[str] = (),
     shots: Sequence[tuple[str, str]] = (),
+    eos: bool | None = False,
 ) -> PromptTemplate:
     """The template that the options describe, within what the Llama can read."""
     assert prompt.prompt is not None
@@ -241,6 +273,7 @@ def make_template(
         system=prompt.system,
         max_len=min(prompt.max_len or context_len, context_len),
         keep_end=prompt.keep_end,
+        eos=eos,
     )
 
 

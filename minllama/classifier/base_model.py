@@ -67,7 +67,7 @@ def identity_of_source(llama: Llama, words: Tokenizer, tokenizer: str | None) ->
     """
     if llama.source is None:
         raise MinllamaError("it was made or merged in memory")
-    checkpoint = open_checkpoint(source_of(llama.source), tokenizer=tokenizer)
+    checkpoint = open_checkpoint(source_of(llama.source), tokenizer=tokenizer).without_head()
     path, vocabulary = checkpoint.path, getattr(words, "vocabulary", None)
     stored = comparable_config(checkpoint.config)
     if changes := config_changes(stored, comparable_config(llama.config)):
@@ -97,6 +97,7 @@ def load_same(
     Raises:
         CheckpointError: it is another model; all that differs is told.
     """
+    checkpoint = checkpoint.without_head()
     changes = config_changes(expected.config, comparable_config(checkpoint.config))
     if _tokenizer_of(checkpoint) != expected.tokenizer:
         changes.append("its tokenizer differs")

@@ -20,10 +20,12 @@ from minllama.classifier.zero_shot import LlamaZeroShotClassifier
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
 from minllama.options import PromptOptions
+from minllama.regression import TargetScale
 from minllama.tokenizer import Tokenizer
 
 CLASSIFIER_FILE = "classifier.json"
-VERSION = 1
+# The second may say `scale`, `pad_id` and `tokenizer_eos`, which readers of the first would ignore.
+VERSIONS = (1, 2)
 WHERE = ("model", "tokenizer")  # keys of `base`
 FOR_PEOPLE = ("minllama", "training")
 
@@ -40,7 +42,7 @@ def describe(
     llama = classifier.llama
     content: dict[str, Any] = {
         "format": "minllama classifier",
-        "version": VERSION,
+        "version": VERSIONS[0],
         "minllama": minllama.__version__,
         "labels": list(classifier.labels),
         "multi_label": classifier.multi_label,
@@ -70,6 +72,14 @@ def describe(
         content["pooling"] = classifier.pooling
         content["layer"] = classifier.layer
         content["dropout"] = classifier.dropout.p
+        scale = classifier.scale
+        further = {
+            "scale": None if scale is None else dataclasses.asdict(scale),
+            "pad_id": classifier.pad_id,
+            "tokenizer_eos": classifier.tokenizer_eos or None,
+        }
+        if said := {name: value for name, value in further.items() if value is not None}:
+            content |= {"version": VERSIONS[1], **said}
     content["training"] = dict(training)
     return content
 
@@ -105,6 +115,9 @@ def build(
                 raise ValueError(f"prior must be {len(labels)} numbers")
             classifier.prior = prior
     else:
+        scale, pad_id = content.get("scale"), content.get("pad_id")
+        if pad_id is not None and type(pad_id) is not int:
+            raise TypeError(f"pad_id must be a whole number, not {pad_id!r}")
         with torch.random.fork_rng(devices=[]):  # the caller's seed must not notice
             classifier = LlamaEmbeddingClassifier(
                 llama,
@@ -116,6 +129,9 @@ def build(
                 multi_label=bool(content["multi_label"]),
                 bias=True,
                 prompt=prompt,
+                scale=None if scale is None else TargetScale(**scale),
+                pad_id=pad_id,
+                tokenizer_eos=bool(content.get("tokenizer_eos")),
             )
     classifier.temperature = _positive(content["temperature"])
     return classifier
@@ -144,9 +160,10 @@ def read_description(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    if not isinstance(content, dict) or content.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"{path}: not a classifier of version {VERSION}; use the minllama that wrote it"
+            f"{path}: not a classifier of version {' or '.join(map(str, VERSIONS))}; use the "
+            "minllama that wrote it"
         )
     return content
 

@@ -1,4 +1,4 @@
-"""Classes by a linear head on what the Llama makes of a text.
+"""Classes, or a number, by a linear head on what the Llama makes of a text.
 
 Knows nothing of training or files.
 """
@@ -16,6 +16,7 @@ from minllama.errors import MinllamaError
 from minllama.llama import Llama
 from minllama.options import POOLINGS, PromptOptions
 from minllama.prompts import EncodedPrompt
+from minllama.regression import TargetScale
 from minllama.tokenizer import Tokenizer
 from minllama.wanted import check_inputs, last_tokens
 
@@ -40,6 +41,10 @@ class LlamaEmbeddingClassifier(Classifier):
         multi_label: a text may have any number of classes.
         bias: the head has one.
         prompt: a template with `{text}`, or all options of a prompt; None for the text alone.
+        scale: the head's one output is a number, in this scale; None where outputs are classes.
+        pad_id: tokens of this id at the end of a text are passed over by the pooling `last`, as
+            transformers does it by its `pad_token_id`; None for no such id.
+        tokenizer_eos: a text ends as the tokenizer ends texts by itself; otherwise without EOS.
 
     Attributes:
         score: the head, Linear(D, C) in float32; Normal(0, 0.02) and zero at first.
@@ -60,19 +65,30 @@ class LlamaEmbeddingClassifier(Classifier):
         multi_label: bool = False,
         bias: bool = False,
         prompt: str | PromptOptions | None = None,
+        scale: TargetScale | None = None,
+        pad_id: int | None = None,
+        tokenizer_eos: bool = False,
     ) -> None:
         if pooling not in POOLINGS:
             raise MinllamaError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
         options = as_prompt(prompt, "{text}")
         labels = _names(id2label)
+        if scale is not None and (multi_label or len(labels) != 1):
+            raise MinllamaError("a head that gives numbers has one output, with a name of its own")
+        frame = make_template(
+            *(options, llama, tokenizer),
+            names=checked_labels(labels),
+            eos=None if tokenizer_eos else False,
+        )
         super().__init__(
             llama,
             tokenizer,
             labels,
             multi_label=multi_label,
-            template=make_template(options, llama, tokenizer, names=checked_labels(labels)),
+            template=frame,
             prompt=options,
         )
+        self.scale, self.pad_id, self.tokenizer_eos = scale, pad_id, tokenizer_eos
         self.layer = check_layer(llama, layer)
         self.pooling: Pooling = pooling
         self.dropout = nn.Dropout(dropout)
@@ -91,9 +107,12 @@ class LlamaEmbeddingClassifier(Classifier):
 
         None where it makes the same, before the temperature.
         """
+        if reason := unlike_transformers(self.llama, self.layer, self.pooling):
+            return reason
+        if self.scale not in (None, TargetScale()):
+            return "its targets were standardized, and their mean is a bias"
         has_bias = self.score.bias is not None and bool(self.score.bias.any())
-        reason = unlike_transformers(self.llama, self.layer, self.pooling)
-        return reason or ("its head has a bias" if has_bias else None)
+        return "its head has a bias" if has_bias else None
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -107,9 +126,12 @@ class LlamaEmbeddingClassifier(Classifier):
             attention_mask: (B, T), true at real tokens, padding on either side; None: all are.
 
         Returns:
-            (B, C), float32: log-softmax, or log-sigmoid where `multi_label`.
+            (B, C), float32: log-softmax, or log-sigmoid where `multi_label`; (B, 1), values, where
+            the head gives numbers.
         """
         logits = self._head(self.compute_embeddings(ids, attention_mask))
+        if self.scale is not None:
+            return self.scale.mean + self.scale.std * logits
         return F.logsigmoid(logits) if self.multi_label else F.log_softmax(logits, dim=-1)
 
     def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
@@ -133,7 +155,9 @@ class LlamaEmbeddingClassifier(Classifier):
             if not attention_mask.any(-1).all():
                 raise MinllamaError("a row of attention_mask has no real token to classify")
         # No other token need then go through all of the last layer.
-        at = last_tokens(ids, attention_mask) if self.pooling == "last" else None
+        at = None
+        if self.pooling == "last":
+            at = last_tokens(ids, _read_by_head(ids, attention_mask, self.pad_id))
         h = self.llama.state_after(self.layer, ids, attention_mask, at=at)
         h = normalised(self.llama, h, self.layer)
         return h if at is not None else pool(h, attention_mask, self.pooling)
@@ -141,6 +165,19 @@ class LlamaEmbeddingClassifier(Classifier):
     def _head(self, embeddings: Tensor) -> Tensor:
         logits: Tensor = self.score(self.dropout(embeddings))
         return logits
+
+
+def _read_by_head(ids: Tensor, mask: Tensor | None, pad_id: int | None) -> Tensor | None:
+    """Which tokens the pooling `last` chooses among: real ones that are not `pad_id`.
+
+    In a text of nothing else the first one, as in transformers. None for all.
+    """
+    if pad_id is None:
+        return mask
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    chosen = real & (ids != pad_id)
+    first = real & (real.cumsum(-1) == 1)
+    return torch.where(chosen.any(-1, keepdim=True), chosen, first)
 
 
 def normalised(llama: Llama, h: Tensor, layer: int) -> Tensor:

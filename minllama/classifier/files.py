@@ -51,6 +51,11 @@ from minllama.classifier.head_file import (
     write_head,
 )
 from minllama.classifier.identity import base_tensors, tokenizer_digest
+from minllama.classifier.transformers_folder import (
+    Wanted,
+    is_sequence_classifier,
+    load_sequence_classifier,
+)
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.llama import Llama
 from minllama.loading import reading_form, slow_dtype, usable_device, warn_if_slow
@@ -231,6 +236,11 @@ def files_to_replace(folder: Path, *, is_own: bool) -> list[str]:
     return [name for name in names if _is_ours(name, with_model=is_own)]
 
 
+def is_classifier_file(name: str) -> bool:
+    """Whether a file of that name belongs to a classifier in a folder, ours or transformers'."""
+    return _is_ours(name, with_model=True)
+
+
 def _is_ours(name: str, *, with_model: bool) -> bool:
     """Whether a file of a classifier's folder is one that a save writes, or an older one wrote."""
     return name in OWN_FILES or (with_model and _is_model_file(name))
@@ -251,8 +261,11 @@ def load_classifier(
 ) -> Classifier:
     """Read a classifier that `save_classifier` wrote, in evaluation mode.
 
+    Or one of transformers (`LlamaForSequenceClassification`) or of PEFT (task SEQ_CLS), whose
+    base is in the dtype that suits the device where none is given.
+
     Args:
-        folder: that of classifier.json.
+        folder: that of classifier.json; or transformers' or PEFT's.
         model: where the base model is now, if it is not where the classifier says.
         tokenizer: the same of its tokenizer, if that is not the model's own.
         dtype: of the base's weights; None for that of the training, which gives the same numbers,
@@ -265,6 +278,9 @@ def load_classifier(
         MinllamaError: a file is missing, damaged or changed, or the base model is another one.
     """
     path = Path(folder) / CLASSIFIER_FILE
+    if _is_foreign(folder):
+        wanted = Wanted(model, tokenizer, dtype, device, quantize)
+        return load_sequence_classifier(path.parent, wanted)
     content = read_description(path)
     with described_by(path):
         base, weights, kind = content["base"], content["weights"], content["kind"]
@@ -304,6 +320,8 @@ def form_in_training(folder: str | os.PathLike[str]) -> str:
     Raises:
         CheckpointError: there is no classifier.
     """
+    if _is_foreign(folder):
+        return "none"
     base = read_description(Path(folder) / CLASSIFIER_FILE).get("base")
     found = base.get("quantize") if isinstance(base, Mapping) else None
     return found if isinstance(found, str) else "none"
@@ -315,7 +333,15 @@ def classifier_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no classifier.
     """
+    if _is_foreign(folder):
+        return {"made by": "transformers or PEFT"}
     return dict(read_description(Path(folder) / CLASSIFIER_FILE).get("training") or {})
+
+
+def _is_foreign(folder: str | os.PathLike[str]) -> bool:
+    """Whether a classifier is in transformers' files and not in ours."""
+    has_own = any((Path(folder) / name).is_file() for name in (CLASSIFIER_FILE, HEAD_FILE))
+    return not has_own and is_sequence_classifier(Path(folder))
 
 
 SAMPLE = (

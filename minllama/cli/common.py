@@ -354,6 +354,7 @@ def open_words(source: str | None, tokenizer: str | None) -> "tuple[Checkpoint, 
         from minllama.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(source, tokenizer=tokenizer)
+    checkpoint.check_language_model()  # before its tokenizer, which may be missing
     return checkpoint, Tokenizer.from_checkpoint(checkpoint)
 
 

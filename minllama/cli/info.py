@@ -53,13 +53,43 @@ def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         ("dtype", share),
         ("context", f"{config.context_len:,} tokens"),
         ("rope", _rope(config)),
-        ("runs as", _runs_as(checkpoint)),
+        *_use(checkpoint),
         *_vocabulary(checkpoint.vocabulary),
         *_sampling(checkpoint),
     ]
     if checkpoint.ignored:
         lines.append(("not read", ", ".join(checkpoint.ignored)))
     return lines
+
+
+def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
+    """How it runs; of a sequence classifier what it gives."""
+    head = checkpoint.head
+    if head is None:
+        return [("runs as", _runs_as(checkpoint))]
+    from minllama.checkpoints.huggingface_head import (
+        HEAD_WEIGHT,
+        REGRESSION,
+        SEQUENCE_CLASSIFIER,
+        SEVERAL_LABELS,
+    )
+    from minllama.checkpoints.layout import naming
+    from minllama.data.records import listed
+
+    with naming(checkpoint.path):
+        weight = checkpoint.tensors.get(HEAD_WEIGHT)
+        n_outputs = weight.shape[0] if weight is not None and weight.shape else 0
+        names = head.labels_of(n_outputs)
+        problem = head.problem_of(n_outputs)
+    labels = f"{len(names)} labels ({listed(names)})"
+    gives = {
+        REGRESSION: "a number for each text",
+        SEVERAL_LABELS: f"any number of {labels} for each text",
+    }.get(problem, f"one of {labels} for each text")
+    return [
+        ("head", f"{SEQUENCE_CLASSIFIER}: {gives}"),
+        ("opened by", "minllama classify, minllama evaluate, load_classifier()"),
+    ]
 
 
 def _runs_as(checkpoint: "Checkpoint") -> str:

@@ -1,6 +1,8 @@
 """`minllama merge`: a classifier's adapter becomes part of its weights."""
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,16 +15,28 @@ from minllama.cli.common import (
 )
 from minllama.errors import MinllamaError
 
+if TYPE_CHECKING:
+    import torch
+
+    from minllama.classifier import Classifier
+
 
 @click.command("merge")
 @click.argument("classifier")
 @click.argument("dst")
+@click.option(
+    "--to",
+    "target",
+    type=click.Choice(["hf"]),
+    help="Write transformers' LlamaForSequenceClassification, where it can compute CLASSIFIER.",
+)
 @click.option("--force", is_flag=True, help="Replace DST where it exists.")
 @classifier_options
 @debug_option
 def command(
     classifier: str,
     dst: str,
+    target: str | None,
     force: bool,
     base: str | None,
     tokenizer: str | None,
@@ -58,6 +72,9 @@ def command(
         quantize=form_in_training(source),
     )
     check_not_base(Path(dst), loaded.llama.source and source_of(loaded.llama.source))
+    if target == "hf":
+        _write_for_transformers(loaded, dst, torch_dtype(dtype), removes=RECORDS)
+        return
     metrics = saved_headlines(source)
     drift = merge_classifier(loaded, dtype=torch_dtype(dtype))
     merged = {"merged from": classifier, "largest drift of a logit": float(f"{drift:.2g}")}
@@ -70,3 +87,26 @@ def command(
         removes=RECORDS,  # those of what was there before
     )
     click.echo(f"wrote {dst}; the largest drift of a logit is {drift:.2g}", err=True)
+
+
+def _write_for_transformers(
+    classifier: "Classifier",
+    dst: str,
+    dtype: "torch.dtype | None",
+    *,
+    removes: Collection[str],
+) -> None:
+    """Write a folder of LlamaForSequenceClassification, with any adapter merged into it."""
+    from minllama.classifier.files import merge_classifier
+    from minllama.classifier.transformers_export import check_exportable, save_for_transformers
+    from minllama.lora import adapter_names
+
+    check_exportable(classifier)
+    drift = ""
+    if adapter_names(classifier.llama):
+        drift = f"; the largest drift of a logit is {merge_classifier(classifier, dtype=dtype):.2g}"
+    elif dtype is not None:
+        classifier.llama.to(dtype)
+    for note in save_for_transformers(classifier, dst, removes=removes):
+        click.echo(note, err=True)
+    click.echo(f"wrote {dst} for transformers (LlamaForSequenceClassification){drift}", err=True)

@@ -1,0 +1,159 @@
+"""What a Hugging Face folder has on its Llama in the place of a language model's head.
+
+Read is the head of a sequence classifier (`LlamaForSequenceClassification`), whose words in
+config.json appear here and nowhere else. Knows nothing of files or of how a head is computed.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minllama.errors import MinllamaError
+
+SEQUENCE_CLASSIFIER = "LlamaForSequenceClassification"
+HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"
+OTHER_HEADS = {
+    "LlamaForTokenClassification": "gives a class to each token",
+    "LlamaForQuestionAnswering": "finds where an answer begins and ends",
+}
+REGRESSION, ONE_LABEL, SEVERAL_LABELS = (
+    "regression",
+    "single_label_classification",
+    "multi_label_classification",
+)
+PROBLEM_TYPES = (REGRESSION, ONE_LABEL, SEVERAL_LABELS)
+
+
+@dataclass(frozen=True)
+class SequenceHead:
+    """What config.json says of a sequence classifier's head.
+
+    Attributes:
+        labels: names of its outputs, in order; None where it does not say (they are LABEL_0 ...).
+        problem_type: one of PROBLEM_TYPES; None where it does not say.
+        pad_id: the id whose last run in a row is padding; None for none.
+    """
+
+    labels: tuple[str, ...] | None
+    problem_type: str | None
+    pad_id: int | None
+
+    def labels_of(self, n_outputs: int) -> tuple[str, ...]:
+        """The names of a head's outputs.
+
+        Raises:
+            MinllamaError: there are not as many.
+        """
+        if self.labels is None:
+            return tuple(f"LABEL_{i}" for i in range(n_outputs))
+        if len(self.labels) != n_outputs:
+            raise MinllamaError(
+                f"id2label names {len(self.labels)} labels and {HEAD_WEIGHT} has {n_outputs} "
+                "rows; one of them is of another model: download both again"
+            )
+        return self.labels
+
+    def problem_of(self, n_outputs: int) -> str:
+        """The problem type, which follows from the outputs where it is not said.
+
+        One output is a number then, as transformers' loss has it.
+
+        Raises:
+            MinllamaError: a number of several outputs.
+        """
+        if self.problem_type is None:
+            return REGRESSION if n_outputs == 1 else ONE_LABEL
+        if self.problem_type == REGRESSION and n_outputs > 1:
+            raise MinllamaError(
+                f"problem_type is {REGRESSION!r} with {n_outputs} outputs, and a text gets one "
+                "number here; keep one row of score.weight"
+            )
+        return self.problem_type
+
+
+def head_from_huggingface(raw: Mapping[str, Any], tensors: Collection[str]) -> SequenceHead | None:
+    """The head that config.json and the names of the tensors tell of; None for a language model's.
+
+    Args:
+        raw: the content of config.json.
+        tensors: the names in the weight files.
+
+    Raises:
+        MinllamaError: it is of a kind that is not run, or what is said of it is damaged.
+    """
+    architecture = _architecture(raw)
+    if architecture in OTHER_HEADS:
+        raise MinllamaError(
+            f"a {architecture}, which {OTHER_HEADS[architecture]}; minllama runs language models "
+            f"(LlamaForCausalLM) and sequence classifiers ({SEQUENCE_CLASSIFIER})"
+        )
+    has_head = HEAD_WEIGHT in tensors
+    has_words = "lm_head.weight" in tensors
+    if architecture != SEQUENCE_CLASSIFIER and (not has_head or has_words):
+        return None  # a score beside a language model's head is the loader's to report
+    if architecture not in (SEQUENCE_CLASSIFIER, "LlamaForCausalLM", "LlamaModel", None):
+        raise MinllamaError(
+            f"a {architecture}, whose head is not known; minllama runs language models "
+            f"(LlamaForCausalLM) and sequence classifiers ({SEQUENCE_CLASSIFIER})"
+        )
+    if not has_head and has_words:
+        return None
+    return said_of_head(raw)
+
+
+def said_of_head(raw: Mapping[str, Any]) -> SequenceHead:
+    """What config.json says of a sequence classifier's head, whether there is one or not.
+
+    Raises:
+        MinllamaError: it is damaged.
+    """
+    return SequenceHead(_labels(raw), _problem_type(raw), _pad_id(raw))
+
+
+def head_to_huggingface(
+    labels: Collection[str], problem_type: str, pad_id: int | None
+) -> dict[str, Any]:
+    """What config.json says of a sequence classifier's head."""
+    return {
+        "architectures": [SEQUENCE_CLASSIFIER],
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": problem_type,
+        "pad_token_id": pad_id,
+    }
+
+
+def _architecture(raw: Mapping[str, Any]) -> str | None:
+    names = raw.get("architectures")
+    first = names[0] if isinstance(names, list) and names else names
+    return first if isinstance(first, str) else None
+
+
+def _labels(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names = raw.get("id2label")
+    if not names:
+        return None
+    if not isinstance(names, dict):
+        raise MinllamaError(f"id2label must be an object, not {names!r}"[:200])
+    by_number = {int(key): name for key, name in names.items() if str(key).isdecimal()}
+    if sorted(by_number) != list(range(len(names))):
+        raise MinllamaError(f"id2label must name the labels 0 to {len(names) - 1}; it does not")
+    if not all(isinstance(name, str | int | float) for name in by_number.values()):
+        raise MinllamaError("id2label must hold names, and holds something else")
+    return tuple(str(by_number[i]) for i in range(len(names)))
+
+
+def _problem_type(raw: Mapping[str, Any]) -> str | None:
+    found = raw.get("problem_type")
+    if found is not None and found not in PROBLEM_TYPES:
+        raise MinllamaError(
+            f"problem_type is {found!r}; known are {', '.join(PROBLEM_TYPES)}"[:200]
+        )
+    return found
+
+
+def _pad_id(raw: Mapping[str, Any]) -> int | None:
+    found = raw.get("pad_token_id")
+    if found is not None and type(found) is not int:
+        raise MinllamaError(f"pad_token_id must be a whole number, not {found!r}"[:200])
+    return found

@@ -1,0 +1,260 @@
+"""Numbers as targets: their scale, the metrics of predicted ones, and what is had without a Llama.
+
+Takes texts and numbers, gives numbers. Knows nothing of models or files.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.errors import MinllamaError
+from minllama.evaluation import INTERVAL
+
+Values = NDArray[np.float64]
+
+# Metric of RegressionEvaluation -> whether less of it is better.
+METRICS = {"mae": True, "rmse": True, "r2": False, "pearson": False, "spearman": False}
+RIDGE_PENALTY = 1.0  # of |w|^2 beside the summed squared errors, as scikit-learn's Ridge has it
+
+
+@dataclass(frozen=True)
+class TargetScale:
+    """What a head's output is measured in: value = mean + std * output.
+
+    Attributes:
+        mean, std: of the training targets; 0 and 1 for a head that gives values themselves.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ValueError(f"a scale of mean {self.mean} and std {self.std} is none")
+
+    @classmethod
+    def of(cls, targets: Sequence[float]) -> Self:
+        """The scale on which targets have mean 0 and standard deviation 1 (0 where all are one)."""
+        values = np.asarray(targets, dtype=np.float64)
+        largest = float(np.abs(values).max(initial=0.0)) or 1.0
+        # Divided first: squares of large numbers are beyond all floats.
+        std = float((values / largest).std()) * largest
+        return cls(float((values / largest).mean() * largest), std or 1.0)
+
+    def standardized(self, targets: Sequence[float] | Values) -> Values:
+        """Targets as a head is to give them."""
+        return (np.asarray(targets, dtype=np.float64) - self.mean) / self.std
+
+    def values(self, outputs: NDArray[np.floating[Any]]) -> Values:
+        """What a head gave, in the unit of the targets."""
+        return self.mean + self.std * np.asarray(outputs, dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionEvaluation:
+    """The metrics of one set of predicted numbers, in the unit of the targets.
+
+    Attributes:
+        count: of the rows.
+        mae: mean absolute error.
+        rmse: root of the mean squared error.
+        r2: 1 less the share of the targets' variance that is left over; None where all targets are
+            the same number.
+        pearson, spearman: correlation of values, and of their ranks; None where predictions or
+            targets are all the same.
+        target_mean, target_std: of the rows' targets.
+        intervals: metric -> 95% interval, or nothing.
+    """
+
+    count: int
+    mae: float
+    rmse: float
+    r2: float | None
+    pearson: float | None
+    spearman: float | None
+    target_mean: float
+    target_std: float
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values that JSON can hold."""
+        values = dataclasses.asdict(self)
+        values["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
+        return values
+
+
+def evaluate_regression(
+    predicted: NDArray[np.floating[Any]],
+    targets: Sequence[float] | Values,
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> RegressionEvaluation:
+    """Compare predicted numbers with targets.
+
+    Args:
+        predicted: (N,), in the unit of the targets.
+        targets: N finite numbers.
+        bootstrap: how often rows are drawn anew for the 95% intervals; 0 for none.
+        seed: of those draws.
+
+    Raises:
+        MinllamaError: there are no rows, not as many of each, or numbers that are not finite.
+    """
+    p, y = np.asarray(predicted, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    if p.shape != y.shape or p.ndim != 1:
+        raise MinllamaError(
+            f"cannot evaluate: predictions of shape {p.shape} do not fit {len(y)} targets; give "
+            "one number for each row"
+        )
+    if not len(y):
+        raise MinllamaError("cannot evaluate: there are no rows; give at least one with a target")
+    for what, values in (("a prediction", p), ("a target", y)):
+        if not np.isfinite(values).all():
+            row = int((~np.isfinite(values)).argmax()) + 1
+            raise MinllamaError(f"cannot evaluate: row {row} has {what} that is no finite number")
+    metrics = _metrics(p, y)
+    return RegressionEvaluation(
+        count=len(y),
+        target_mean=float(y.mean()),
+        target_std=float(y.std()),
+        intervals=_intervals(p, y, metrics, bootstrap, seed) if bootstrap else {},
+        mae=metrics["mae"] or 0.0,
+        rmse=metrics["rmse"] or 0.0,
+        r2=metrics["r2"],
+        pearson=metrics["pearson"],
+        spearman=metrics["spearman"],
+    )
+
+
+def _metrics(p: Values, y: Values) -> dict[str, float | None]:
+    errors = p - y
+    centered = y - y.mean()
+    scatter = float(centered @ centered)
+    return {
+        "mae": float(np.abs(errors).mean()),
+        "rmse": float(np.sqrt((errors**2).mean())),
+        "r2": None if _is_constant(y) else 1 - float(errors @ errors) / scatter,
+        "pearson": _correlation(p, y),
+        "spearman": _correlation(ranks(p), ranks(y)),
+    }
+
+
+def _is_constant(values: Values) -> bool:
+    return bool((values == values[0]).all())
+
+
+def _correlation(a: Values, b: Values) -> float | None:
+    """Pearson's; None where one of them is constant."""
+    if _is_constant(a) or _is_constant(b):
+        return None
+    a, b = a - a.mean(), b - b.mean()
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    return float(np.clip(a @ b, -1.0, 1.0))
+
+
+def ranks(values: Values) -> Values:
+    """(N,), 1 for the least; equal values share the mean of their ranks."""
+    found, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+    assert len(found) == len(counts)
+    last = np.cumsum(counts)
+    return np.asarray((last - (counts - 1) / 2)[where], dtype=np.float64)
+
+
+def _intervals(
+    p: Values, y: Values, metrics: Mapping[str, float | None], rounds: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap over rows (Efron & Tibshirani 1993, ch. 13).
+
+    A draw in which a metric is not defined counts for the others; a metric that is not defined for
+    all rows, or for half of the draws, has no interval.
+    """
+    random = np.random.default_rng(seed)
+    drawn: dict[str, list[float]] = {name: [] for name in metrics}
+    for _ in range(rounds):
+        rows = random.integers(len(y), size=len(y))
+        for name, value in _metrics(p[rows], y[rows]).items():
+            if value is not None:
+                drawn[name].append(value)
+    ends = {
+        name: np.quantile(values, INTERVAL)
+        for name, values in drawn.items()
+        if metrics[name] is not None and 2 * len(values) > rounds
+    }
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
+class ValueBaseline(Protocol):
+    """Something that gives numbers for texts, after it was fitted."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+
+    def predict_values(self, texts: Sequence[str]) -> Values:
+        """(N,), in the unit of the targets."""
+
+
+def fit_value_baselines(texts: Sequence[str], targets: Sequence[float]) -> list[ValueBaseline]:
+    """Fit every baseline.
+
+    Args:
+        texts: N training texts.
+        targets: N numbers.
+
+    Raises:
+        MinllamaError: there are no texts, or scikit-learn is missing.
+    """
+    if not texts:
+        raise MinllamaError("cannot fit baselines: there are no training texts; give at least one")
+    return [MeanBaseline(targets), RidgeBaseline(texts, targets)]
+
+
+class MeanBaseline:
+    """Gives every text the mean of the training targets."""
+
+    name = "mean of the training rows"
+
+    def __init__(self, targets: Sequence[float]) -> None:
+        self._mean = TargetScale.of(targets).mean
+
+    def predict_values(self, texts: Sequence[str]) -> Values:
+        return np.full(len(texts), self._mean)
+
+
+class RidgeBaseline:
+    """Ridge regression on sublinear TF-IDF of words and pairs of words."""
+
+    name = "TF-IDF + ridge"
+
+    def __init__(self, texts: Sequence[str], targets: Sequence[float]) -> None:
+        try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+            from sklearn.linear_model import Ridge
+        except ImportError as error:
+            raise MinllamaError(
+                "baselines need the library scikit-learn; "
+                "install it with: python -m pip install 'minllama[train]'"
+            ) from error
+        self._scale = TargetScale.of(targets)
+        self._vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        words_of = self._vectorizer.build_analyzer()
+        self._ridge: Any = None
+        if any(words_of(text) for text in texts):
+            features = self._vectorizer.fit_transform(texts)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a matrix that tells nothing
+                self._ridge = Ridge(alpha=RIDGE_PENALTY).fit(
+                    features, self._scale.standardized(targets)
+                )
+
+    def predict_values(self, texts: Sequence[str]) -> Values:
+        if self._ridge is None or not texts:
+            return self._scale.values(np.zeros(len(texts)))
+        return self._scale.values(self._ridge.predict(self._vectorizer.transform(texts)))
