@@ -165,6 +165,8 @@ def make_head(
     """
 
     def built(choice: Choice) -> LlamaEmbeddingClassifier:
+        # Without a bias where transformers' sequence classifiers, which have none, can then compute
+        # it. Elsewhere it costs nothing, and is fitted sooner.
         layer, pooling = choice
         return LlamaEmbeddingClassifier(
             llama,
@@ -174,7 +176,7 @@ def make_head(
             layer=layer,
             dropout=options.dropout,
             multi_label=train.multi_label,
-            bias=_has_bias(choice, llama, options.method),
+            bias=unlike_transformers(llama, *choice) is not None,
             prompt=prompt,
         )
 
@@ -231,14 +233,6 @@ def _fit_score(
     score.weight.data.copy_(torch.from_numpy(weight))
     if has_bias:
         score.bias.data.copy_(torch.from_numpy(bias))
-
-
-def _has_bias(choice: Choice, llama: Llama, method: str) -> bool:
-    """Whether the head has one: not where PEFT's file can then carry it, as transformers' has none.
-
-    Elsewhere it costs nothing, and is fitted sooner.
-    """
-    return method != "lora" or unlike_transformers(llama, *choice) is not None
 
 
 def _with_more_layers(choice: Choice, llama: Llama) -> Choice:
