@@ -145,6 +145,7 @@ def train(args: argparse.Namespace) -> None:
     from minllama.data import read_label_names
     from minllama.experiment import Experiment, run_experiment
     from minllama.options import ClassifierOptions, PromptOptions, TrainingOptions
+    from minllama.report import ReportedSplit
 
     need(args, "train", "dev")
     check_outputs(args, *prediction_files(args))
@@ -196,6 +197,7 @@ def train(args: argparse.Namespace) -> None:
     if args.label_names is not None:
         written = [str(number) for number in read_label_names(args.label_names)]
     for reported in outcome.report.splits:
+        assert isinstance(reported, ReportedSplit)  # and no numbers
         tell(args, reported, written, multi_label=outcome.report.multi_label)
     print(f"classifier and report: {output}")
 

@@ -1,8 +1,11 @@
-"""What training makes small: cross-entropy over the classes, or over each label's yes and no.
+"""What training makes small: cross-entropy over the classes, or over each label's yes and no; or
+the squared error of numbers.
 
 The loss of a step is a mean over all of its texts, in however many batches they are computed. Knows
 nothing of models or optimizers.
 """
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,20 @@ from torch import Tensor
 
 from minllama.data import Dataset
 from minllama.errors import MinllamaError
+from minllama.regression import TargetScale
+
+
+class StepLoss(Protocol):
+    """The loss of the texts of a step, in however many batches."""
+
+    def share_with(self, prior: Tensor, share: float) -> None:
+        """Give another classifier's answers, (N, C), their share of each target."""
+
+    def normaliser(self, texts: list[int]) -> float:
+        """What the summed losses of a step's texts are divided by to give its mean."""
+
+    def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
+        """The losses of a batch, added up: (B, C) logits of these B texts -> a scalar."""
 
 
 class Loss:
@@ -118,6 +135,33 @@ class Loss:
             # By the text's own class, as `normaliser` has it, wherever parts of it fall.
             return losses.sum() if weights is None else (weights[targets] * losses).sum()
         return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
+
+
+class SquaredError:
+    """The mean squared error of standardized targets.
+
+    Args:
+        dataset: N texts with numbers.
+        scale: in which the head gives them.
+        device: of its outputs.
+    """
+
+    def __init__(self, dataset: Dataset, scale: TargetScale, *, device: torch.device) -> None:
+        targets = scale.standardized(dataset.targets)
+        self._targets = torch.from_numpy(targets).to(device, torch.float32)  # (N,)
+
+    def share_with(self, prior: Tensor, share: float) -> None:
+        """As `Loss.share_with`, of outputs (N, 1)."""
+        self._targets = torch.lerp(self._targets, prior[:, 0].to(self._targets), share)
+
+    def normaliser(self, texts: list[int]) -> float:
+        """How many they are."""
+        return float(len(texts))
+
+    def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
+        """(B, 1) outputs of these B texts -> the sum of their squared errors, in float32."""
+        outputs = logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+        return F.mse_loss(outputs, self._targets[texts].to(outputs.dtype), reduction="sum")
 
 
 def check_ordinal(ordinal: float, *, multi_label: bool) -> None:

@@ -301,8 +301,10 @@ class PromptOptions(CheckedOptions):
     )
 
 
+CLASS_METRICS = ("accuracy", "macro_f1", "log_loss")
+VALUE_METRICS = ("rmse", "mae", "r2", "pearson", "spearman")  # of numbers
 METHODS = ("zero-shot", "frozen", "lora", "full")
-OBJECTIVES = ("head", "label-words")
+OBJECTIVES = ("head", "label-words", "regression")
 SCORES = ("sum", "token-mean", "byte-mean", "pmi", "contextual", "batch")
 CORRECTED = ("pmi", "contextual", "batch")  # the scores of which something is taken off
 POOLINGS = ("last", "mean", "weighted-mean")
@@ -345,7 +347,8 @@ class ClassifierOptions(ZeroShotOptions):
     )
     objective: str = option(
         "head",
-        "a new linear head, or the scores of label-words (best with few examples)",
+        "a new linear head, or the scores of label-words (best with few examples); or regression: "
+        "a head for labels that are numbers, by mean squared error",
         choices=OBJECTIVES,
     )
     layer: str = option(
@@ -376,6 +379,11 @@ class ClassifierOptions(ZeroShotOptions):
             raise OptionError(f"layer must be a number, all or auto, not {self.layer!r}")
         if self.method == "frozen" and self.objective == "label-words":
             raise OptionError("frozen fits a head; label-words are trained with lora or full")
+        if self.method == "zero-shot" and self.objective == "regression":
+            raise OptionError(
+                "zero-shot scores label words, and a number needs a head; use --method frozen, "
+                "lora or full"
+            )
         if self.bidirectional and (self.method == "zero-shot" or self.objective == "label-words"):
             raise OptionError("bidirectional needs a head: label words are continuations")
         if self.shots and not (self.method == "zero-shot" or self.objective == "label-words"):
@@ -471,8 +479,9 @@ class TrainingOptions(CheckedOptions):
     )
     metric: str = option(
         "accuracy",
-        "what is best on the dev split: accuracy, macro_f1, log_loss",
-        choices=("accuracy", "macro_f1", "log_loss"),
+        "what is best on the dev split: accuracy, macro_f1, log_loss; of numbers rmse (where not "
+        "given), mae, r2, pearson, spearman",
+        choices=(*CLASS_METRICS, *VALUE_METRICS),
     )
     keep: str = option(
         "best",

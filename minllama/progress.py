@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
+# What is said of an evaluation -> its key in the row.
+OF_CLASSES = {"loss": "dev_loss", "accuracy": "dev_accuracy", "macro F1": "dev_macro_f1"}
+OF_NUMBERS = {"loss": "dev_loss", "RMSE": "dev_rmse", "R2": "dev_r2"}
 SMOOTHED = 20  # steps whose mean loss and rate are shown
 
 
@@ -75,8 +78,9 @@ class TrainingProgress:
                 left = f"  {_duration(seconds * (self._total_steps - step))} left"
             self._say(f"step {step}/{self._total_steps}  {figures}{left}")
         if "dev_loss" in row:
-            values = {"loss": "dev_loss", "accuracy": "dev_accuracy", "macro F1": "dev_macro_f1"}
-            texts = [f"{name} {row[key]:.3f}" for name, key in values.items()]
+            texts = [f"{name} {row[key]:.4g}" for name, key in OF_NUMBERS.items() if key in row]
+            if "dev_accuracy" in row:
+                texts = [f"{name} {row[key]:.3f}" for name, key in OF_CLASSES.items()]
             self._say(f"step {step}/{self._total_steps}  dev: {'  '.join(texts)}")
 
     def end(self) -> None:

@@ -20,10 +20,11 @@ from minllama.errors import MinllamaError, OptionError
 from minllama.heap import give_back_freed_memory
 from minllama.llama import Llama
 from minllama.losses import check_ordinal
+from minllama.objective import Trainable, check_kind, check_metric
 from minllama.options import TrainingOptions
 from minllama.progress import Progress
 from minllama.prompts import EncodedPrompt
-from minllama.training_run import Trainable, TrainingRun
+from minllama.training_run import TrainingRun
 from minllama.training_state import (
     CheckpointFolder,
     Fingerprint,
@@ -44,7 +45,8 @@ class TrainingResult:
         history: a row for each step, as in `metrics.jsonl`: `step`, `epoch` (a fraction), `loss`,
             `lr`, `grad_norm` (before clipping), `examples_per_second`, `tokens_per_second`,
             `seconds` (since the start), and after an evaluation `dev_loss`, `dev_accuracy`,
-            `dev_macro_f1` (and `dev_micro_f1` where a text has several labels).
+            `dev_macro_f1` (and `dev_micro_f1` where a text has several labels); of numbers
+            `dev_rmse`, `dev_mae`, `dev_r2`, `dev_pearson`, `dev_spearman`.
         steps: done in all.
         metric: the name of what the best weights are best by.
         best_step, best_metric: of the best evaluation, whose weights the classifier has now unless
@@ -160,11 +162,15 @@ def _check(
     if options.tensorboard:
         summary_writer()
     check_ordinal(options.ordinal, multi_label=classifier.multi_label)
+    check_metric(options.metric, of_numbers=train.has_numbers)
     for name, dataset in (("training", train), ("dev", dev)):
         if dataset is None:
             continue
         if dataset.labels is None or not len(dataset):
             raise MinllamaError(f"{dataset.source}: the {name} texts must have labels")
+        check_kind(dataset, classifier)
+        if dataset.has_numbers:
+            continue
         if list(dataset.label_names) != list(classifier.labels):
             raise MinllamaError(
                 f"{dataset.source}: its labels ({', '.join(dataset.label_names)}) are not the "
@@ -267,8 +273,14 @@ def _fingerprint(
 
 def _examples_digest(texts: Sequence[str] | Sequence[EncodedPrompt], dataset: Dataset) -> str:
     return digest(
-        repr((text, dataset.classes_of(i))).encode("utf-8", "backslashreplace")
-        for i, text in enumerate(texts)
+        repr(example).encode("utf-8", "backslashreplace")
+        for example in zip(
+            texts,
+            dataset.targets
+            if dataset.has_numbers
+            else (dataset.classes_of(i) for i in range(len(dataset))),
+            strict=True,
+        )
     )
 
 

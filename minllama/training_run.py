@@ -10,22 +10,20 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minllama.data import Dataset
 from minllama.errors import MinllamaError
-from minllama.evaluation import Evaluation, evaluate
-from minllama.losses import Loss
+from minllama.evaluation import Evaluation
 from minllama.native.hardware import fast_bfloat16
+from minllama.objective import LESS_IS_BETTER, Trainable, objective_of
 from minllama.optimizer import AdamW
 from minllama.options import TrainingOptions
 from minllama.progress import Progress
-from minllama.prompts import EncodedPrompt
+from minllama.regression import RegressionEvaluation
 from minllama.schedule import Schedule, derived_seed
 from minllama.training_state import (
     CheckpointFolder,
@@ -42,42 +40,6 @@ from minllama.training_state import (
 MAX_TOKENS = {"cpu": 768}
 MAX_TOKENS_IF_MUCH_IS_TRAINED = {"cpu": 2048}
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
-
-
-class Trainable(Protocol):
-    """What can be trained: a classifier that is an `nn.Module`."""
-
-    @property
-    def multi_label(self) -> bool:
-        """Whether a text may have any number of labels."""
-
-    @property
-    def labels(self) -> Sequence[str]:
-        """The C names of the classes."""
-
-    def encode(self, text: str) -> EncodedPrompt:
-        """A text in its prompt, as token ids."""
-
-    def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        """(B, C), differentiable and not normalised."""
-
-    def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(N, C) probabilities."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """As of `nn.Module`."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of `nn.Module`."""
-
-    def buffers(self) -> Iterator[Tensor]:
-        """As of `nn.Module`."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """As of `nn.Module`."""
-
-    def train(self) -> Any:
-        """As of `nn.Module`."""
 
 
 class TrainingRun:
@@ -109,8 +71,8 @@ class TrainingRun:
         self.prompts = [classifier.encode(text) for text in train.texts]
         max_tokens = _max_tokens(classifier, self._device)
         self.schedule = Schedule([len(prompt) for prompt in self.prompts], options, max_tokens)
-        balanced = options.class_weights == "balanced"
-        self._loss = Loss(train, balanced=balanced, device=self._device, ordinal=options.ordinal)
+        self._objective = objective_of(train, classifier)
+        self._loss = self._objective.loss(train, options, self._device)
         self._texts = train.texts
         self._optimizer = AdamW(_groups(self.parameters, options, head_parameters))
         self._autocast = _wants_autocast(classifier, options, self._device)
@@ -179,7 +141,7 @@ class TrainingRun:
             return
         if self._prior is None:
             assert self.state.step == 0
-            self._prior = torch.from_numpy(self._classifier.predict_proba(self._texts))
+            self._prior = torch.from_numpy(self._objective.answers(self._texts))
         self._loss.share_with(self._prior, share)
 
     def _is_done(self) -> bool:
@@ -238,15 +200,8 @@ class TrainingRun:
         assert state.row is not None
         row, evaluation = state.row, None
         if self._dev is not None and self.schedule.evaluates_after(state.step):
-            assert self._dev.labels is not None
-            evaluation = evaluate(
-                self._classifier.predict_proba(self._dev.texts),
-                self._dev.labels,
-                self._dev.label_names,
-                multi_label=self._dev.multi_label,
-                bootstrap=0,
-            )
-            row = {**row, **_dev_metrics(evaluation)}
+            evaluation = self._objective.evaluate(self._dev)
+            row = {**row, **self._objective.dev_row(evaluation)}
         row = {**row, "seconds": time.perf_counter() - self._started}
         with interrupts_deferred():
             if evaluation is not None:
@@ -261,11 +216,11 @@ class TrainingRun:
                     self.board.add_scalar(name, value, state.step)
         return row
 
-    def _judge(self, evaluation: Evaluation) -> None:
+    def _judge(self, evaluation: Evaluation | RegressionEvaluation) -> None:
         """Keep the weights if they are the best so far, or count that they are not."""
         state, options = self.state, self._options
-        value = float(getattr(evaluation, options.metric))
-        sign = -1 if options.metric == "log_loss" else 1
+        value = self._objective.merit(evaluation, options.metric)
+        sign = -1 if options.metric in LESS_IS_BETTER else 1
         if state.best_metric is None or sign * value > sign * state.best_metric:
             state.best_step, state.best_metric, state.without_gain = state.step, value, 0
             if options.keep == "best":
@@ -368,14 +323,3 @@ def _wants_autocast(classifier: Trainable, options: TrainingOptions, device: tor
         return options.autocast == "on"
     weights = [p for p in classifier.parameters() if p.is_floating_point()]
     return all(p.dtype == torch.float32 for p in weights) and fast_bfloat16(device)
-
-
-def _dev_metrics(evaluation: Evaluation) -> dict[str, float]:
-    metrics = {
-        "dev_loss": evaluation.log_loss,
-        "dev_accuracy": evaluation.accuracy,
-        "dev_macro_f1": evaluation.macro_f1,
-    }
-    if evaluation.multi_label:
-        metrics["dev_micro_f1"] = evaluation.micro_f1
-    return metrics

@@ -33,7 +33,7 @@ ORDER = (
     ("adapter_config", "adapter_files"),
     ("evaluation", "baselines", "regression"),
     ("classifier",),
-    ("schedule", "losses", "progress", "training_state", "training_run", "training"),
+    ("schedule", "losses", "objective", "progress", "training_state", "training_run", "training"),
     ("report",),
     ("experiment",),
     ("cli", "__main__"),

@@ -321,5 +321,5 @@ def test_templates_and_styles_are_in_the_package():
         for path in (package / "report").iterdir()
         if path.suffix not in (".py", ".pyc") and path.is_file()
     ]
-    assert len(data) == 3
+    assert len(data) == 4
     assert [name for name in data if not any(fnmatch.fnmatch(name, p) for p in patterns)] == []

@@ -11,7 +11,7 @@ from minllama.experiment.uses import USES
 from minllama.options import ClassifierOptions, LoRAOptions, TrainingOptions
 
 GROUPS = {"classifier": ClassifierOptions, "lora": LoRAOptions, "training": TrainingOptions}
-ALWAYS = {"method", "bidirectional", "per_class", "no_calibration", "seed"}
+ALWAYS = {"method", "bidirectional", "seed"}
 
 
 def experiment(dev: str | None = None, **options: object) -> Experiment:
@@ -43,6 +43,8 @@ TAKEN = (
     {"method": "lora", "r": 3, "use_dora": True, "lr": 1e-3, "head_lr": 1e-2, "dropout": 0.2},
     {"method": "full", "epochs": 9, "layer": "3", "ordinal": 0.5, "tensorboard": True},
     {"method": "lora", "objective": "label-words", "label_words": "a,b", "epochs": 2, "shots": 1},
+    {"method": "frozen", "objective": "regression", "layer": "3", "dev_fraction": 0.3},
+    {"method": "lora", "objective": "regression", "metric": "mae", "patience": 2, "dropout": 0.2},
 )
 
 
@@ -65,6 +67,12 @@ IDLE = (
     ("full", {"r": 3, "use_rslora": True}, "--method lora"),
     ("lora", {"score": "pmi", "prior_strength": 0.5}, "zero-shot or --objective label-words"),
 )
+OF_CLASSES = ({"class_weights": "balanced"}, {"ordinal": 0.5}, {"per_class": 4})
+IDLE += tuple(
+    (method, {"objective": "regression", **options}, "classes: without --objective regression")
+    for method in ("frozen", "full")
+    for options in (*OF_CLASSES, {"no_calibration": True})
+)
 
 
 @pytest.mark.parametrize(("method", "options", "purpose"), IDLE)
@@ -76,7 +84,7 @@ def test_what_would_be_ignored_is_refused(
     line = str(caught.value)
     assert line.startswith(f"--method {method}")
     assert purpose in line
-    for name in options:
+    for name in options.keys() - {"objective"}:
         assert f"--{name.replace('_', '-')}" in line
 
 

@@ -42,7 +42,8 @@ def model_card(
     lines += ["## Use", "", "```bash"]
     lines += [f'minllama classify {name} --text "..."', "```", "", "```python"]
     lines += ["from minllama import load_classifier", ""]
-    lines += [f'load_classifier("{name}").predict_proba(["..."])', "```", ""]
+    method = "predict_proba" if classifier.scale is None else "predict"
+    lines += [f'load_classifier("{name}").{method}(["..."])', "```", ""]
     lines += ["## What it is", "", *_facts(classifier, content), ""]
     if metrics:
         lines += ["## How it fared", "", *_table(metrics), ""]
@@ -55,6 +56,8 @@ def model_card(
 
 
 def _sentence(classifier: Classifier, content: Mapping[str, Any]) -> str:
+    if classifier.scale is not None:
+        return f"Gives a text a number. It is {KINDS[content['weights']]}."
     how_many = "any number of" if classifier.multi_label else "one of"
     return (
         f"Gives a text {how_many} {len(classifier.labels)} labels. "
@@ -70,6 +73,10 @@ def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
         "weights in": f"`{content['base']['quantize'] or content['base']['dtype']}`",
         "temperature": f"{classifier.temperature:.4g}",
     }
+    if (scale := classifier.scale) is not None:
+        del facts["labels"], facts["temperature"]
+        name = f"`{_one_line(classifier.labels[0])}`"
+        facts["number"] = f"{name}, {scale.mean:.6g} on average in training, +- {scale.std:.4g}"
     if isinstance(classifier, LlamaZeroShotClassifier):
         words = ", ".join(f"`{_one_line(word)}`" for word in content["label_words"])
         facts["label words"] = words
@@ -109,6 +116,11 @@ def _table(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _limits(classifier: Classifier) -> str:
+    if classifier.scale is not None:
+        return (
+            "It gives every text a number, be it of another language, of another kind, or no text "
+            "at all, and outside the range of its training texts as well."
+        )
     return (
         "It knows the labels above and no others, and gives every text one of them or a "
         "probability for each, be it of another language, of another kind, or no text at all. "

@@ -265,13 +265,15 @@ def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json
     from minllama.data import Row
     from minllama.data.records import printable
     from minllama.experiment.predicting import (
+        answers,
         described,
         digest_of,
         prediction_lines,
         shortened_texts,
     )
+    from minllama.report.values import in_unit
 
-    probabilities = classifier.predict_proba(texts)
+    probabilities = answers(classifier, texts)
     if as_json:
         given = [Row(i, f"text {i + 1}", text, {}) for i, text in enumerate(texts)]
         digest = digest_of(classifier)
@@ -283,6 +285,9 @@ def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json
     for text, p in zip(texts, probabilities, strict=True):
         if len(texts) > 1:
             click.secho(printable(text), dim=True)
+        if classifier.scale is not None:
+            click.echo(in_unit(float(p)))
+            continue
         for i in (-p).argsort(kind="stable"):
             click.echo(f"{names[i]:<{width}}  {p[i]:.3f}")
     click.echo(described(classifier), err=True)

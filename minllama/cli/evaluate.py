@@ -75,9 +75,9 @@ def command(
     with ended_by_interrupts():
         from minllama.classifier import load_classifier
         from minllama.cli.waiting import ConsoleSay
-        from minllama.data import load_dataset, one_class
+        from minllama.data import load_dataset, one_class, one_number
         from minllama.experiment import check_libraries, evaluate_classifier
-        from minllama.experiment.measuring import settings_of, versions
+        from minllama.experiment.measuring import evaluate_values, settings_of, versions
         from minllama.experiment.predicting import described, score_of, shortened_texts
         from minllama.report import Report, print_summary, write_report
 
@@ -95,18 +95,24 @@ def command(
         quantize=quantize,
     )
     data = dataclasses.replace(data, multi_label=data.multi_label or loaded.multi_label)
-    split = load_dataset(source, data, label_names=loaded.labels)
+    has_numbers = loaded.scale is not None
+    split = load_dataset(
+        source, data, label_names=None if has_numbers else loaded.labels, numbers=has_numbers
+    )
     if split.multi_label != loaded.multi_label:
         raise MinllamaError(
             f"{split.source}: its rows have several labels, and {classifier} gives one to each text"
         )
-    notes = [str(notice) for notice in (*split.notices, *one_class(split))]
+    all_one = (one_number if has_numbers else one_class)(split)
+    notes = [str(notice) for notice in (*split.notices, *all_one)]
     say = ConsoleSay()
     for line in (described(loaded), *notes):
         say.say(line)
     progress = say.advance("evaluating", len(split))
     try:
-        reported = evaluate_classifier(loaded, split, "data", seed=seed, progress=progress)
+        reported: Any = (evaluate_values if has_numbers else evaluate_classifier)(
+            loaded, split, "data", seed=seed, progress=progress
+        )
     finally:
         say.close()
     if said := shortened_texts(loaded):

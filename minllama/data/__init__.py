@@ -14,6 +14,7 @@ from minllama.data.dataset import (
     stream_rows,
 )
 from minllama.data.labels import read_label_names
+from minllama.data.number_splits import check_number_splits, one_number, random_split
 from minllama.data.records import BadRow, BadRows
 from minllama.data.source import Source, is_source
 from minllama.data.splits import (
@@ -32,12 +33,15 @@ __all__ = [
     "Notice",
     "Row",
     "Source",
+    "check_number_splits",
     "check_splits",
     "check_text",
     "count_rows",
     "is_source",
     "load_dataset",
     "one_class",
+    "one_number",
+    "random_split",
     "read_label_names",
     "sample_balanced",
     "sample_per_class",

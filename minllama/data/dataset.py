@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from minllama.data.columns import find_columns, tells_text
 from minllama.data.labels import UNLABELLED, Cell, LabelReader, class_names, read_label_names
+from minllama.data.numbers import NumberReader
 from minllama.data.records import BadRow, BadRows, Record, Table, first_few, printable
 from minllama.data.source import Source, open_table
 from minllama.errors import DataError, OptionError
@@ -19,7 +20,7 @@ from minllama.options import DataOptions
 COLUMNS_FROM = 100  # rows that tell which columns a file has, where each row has its own
 AT_MOST_FROM = 10_000  # where the first ones have none
 
-Labels = list[int] | list[tuple[int, ...]]
+Labels = list[int] | list[tuple[int, ...]] | list[float]
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ class Dataset:
 
     Attributes:
         texts: N strings, none of them blank.
-        labels: N classes, 0..len(label_names)-1, or N tuples of them; None without labels.
+        labels: N classes, 0..len(label_names)-1, or N tuples of them, or N numbers; None without
+            labels.
         label_names: the names of the classes, in order.
         source: what it was read from.
         multi_label: whether a text has any number of labels, as a tuple, rather than one.
         notices: what was left out, and the like.
         label_column: where the labels stand in the source; None where no column holds them.
         part: which of its rows these are, where they are not all.
+        has_numbers: labels are numbers, the targets of a regression, and there are no classes.
     """
 
     texts: list[str]
@@ -72,6 +75,7 @@ class Dataset:
     notices: tuple[Notice, ...] = ()
     label_column: str | None = field(default=None, compare=False)
     part: str = field(default="", compare=False)
+    has_numbers: bool = False
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -81,10 +85,19 @@ class Dataset:
         """What these rows are called in notices, which are not about others of the source."""
         return f"{self.source} ({self.part})" if self.part else self.source
 
+    @property
+    def targets(self) -> list[float]:
+        """The labels where they are numbers."""
+        assert self.has_numbers
+        assert self.labels is not None
+        targets: Any = self.labels
+        return targets  # type: ignore[no-any-return]
+
     def classes_of(self, index: int) -> tuple[int, ...]:
         """The classes of one text, whether it may have several or not."""
         assert self.labels is not None
-        label = self.labels[index]
+        assert not self.has_numbers
+        label: Any = self.labels[index]
         return label if isinstance(label, tuple) else (label,)
 
     def class_counts(self) -> list[int]:
@@ -108,6 +121,7 @@ def load_dataset(
     *,
     label_names: Sequence[str] | None = None,
     needs_labels: bool = True,
+    numbers: bool = False,
 ) -> Dataset:
     """Read a whole file of examples.
 
@@ -120,6 +134,7 @@ def load_dataset(
         needs_labels: whether a row without a label is a bad row. If not, the labels are None
             unless every row has one; rows whose label is none of those that are known are left
             out with `skip_bad_rows`, where others have one.
+        numbers: labels are numbers, and no classes; one that is not finite makes a bad row.
 
     Raises:
         DataError: the source cannot be read, holds no rows, or bad rows that are not to be skipped.
@@ -128,7 +143,11 @@ def load_dataset(
     with open_table(source, options, labelled=needs_labels) as table:
         rows, columns = _columns_of(table)
         text_column, label_column = _text_and_label(table, columns, options, needs_labels)
-        reader = _label_reader(table, label_column, options, label_names)
+        reader: LabelReader | NumberReader = (
+            _number_reader(options)
+            if numbers
+            else _label_reader(table, label_column, options, label_names)
+        )
         examples = _Examples(
             *(text_column, label_column, reader),
             needs_labels=needs_labels,
@@ -147,7 +166,7 @@ class _Examples:
         self,
         text_column: str,
         label_column: str | None,
-        reader: LabelReader,
+        reader: LabelReader | NumberReader,
         *,
         needs_labels: bool,
         many: bool,
@@ -161,7 +180,7 @@ class _Examples:
         self._unread = BadRows()  # labels that nobody needs, and that are none
         self._unread_rows: set[int] = set()  # their places among the texts
         self._texts: list[str] = []
-        self._cells: list[list[Cell] | None] = []
+        self._cells: list[list[Any] | None] = []  # cells, or numbers
         self._has_lists: bool | None = None  # as the first label is
 
     def __len__(self) -> int:
@@ -180,9 +199,9 @@ class _Examples:
         self._texts.append(text)
         self._cells.append(cells)
 
-    def _read_label(self, row: Record | BadRow, value: Any) -> list[Cell] | None:
+    def _read_label(self, row: Record | BadRow, value: Any) -> list[Any] | None:
         try:
-            cells = self._reader.read(value)
+            cells: list[Any] | None = self._reader.read(value)
             if cells is not None:
                 self._check_kind(value)
         except ValueError as error:
@@ -231,6 +250,14 @@ class _Examples:
             notices.append(self._leave_out_unread(name))
         if self._unread.count or 0 < len(given) < len(self._cells):
             notices.append(self._unlabelled(name, len(given)))
+        if isinstance(self._reader, NumberReader):
+            targets: Any = [number for (number,) in given]
+            return Dataset(
+                *(self._texts, targets if len(given) == len(self._texts) else None, [], name),
+                notices=tuple(notices),
+                label_column=self._label_column,
+                has_numbers=True,
+            )
         if positions := self._reader.by_position:
             notices.append(_numbers_as_names(name, positions))
         multi_label = options.multi_label or bool(self._has_lists)
@@ -421,6 +448,13 @@ def _text_and_label(
         no_label=table.no_label,
         header=table.header,
     )
+
+
+def _number_reader(options: DataOptions) -> NumberReader:
+    if options.multi_label or options.label_names is not None:
+        flag = "--multi-label" if options.multi_label else "--label-names"
+        raise OptionError(f"{flag} is about classes, and here labels are numbers; leave it out")
+    return NumberReader()
 
 
 def _label_reader(

@@ -151,7 +151,7 @@ def check_splits(
             continue
         _check_classes(train, counts, split)
         for other in earlier:
-            notices += _duplicates(other, split)
+            notices += duplicates(other, split)
         notices += one_class(split)
         earlier.append(split)
     return notices
@@ -205,7 +205,8 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
         )
 
 
-def _duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
+def duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
+    """Rows of a split whose text an earlier one has, too."""
     known = set(earlier.texts)
     count = sum(text in known for text in split.texts)
     if not count:

@@ -9,33 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from minllama.atomic import atomic_file
 from minllama.checkpoints import Checkpoint
 from minllama.classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.classifier.base import Classifier
-from minllama.classifier.embedding import Pooling, check_layer, unlike_transformers
+from minllama.classifier.embedding import Pooling, check_layer
 from minllama.classifier.features import (
     MAX_ROWS,
     Choice,
     candidate_choices,
     extract_features,
-    fit_head,
-    select_features,
 )
-from minllama.classifier.race import raced_features
 from minllama.classifier.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
 from minllama.errors import CheckpointError, OptionError
+from minllama.experiment.heads import head_fitting, random_order
 from minllama.experiment.say import Say
 from minllama.llama import Llama
 from minllama.loading import reading_form
 from minllama.lora import add_lora_wrapper
 from minllama.native.hardware import fast_bfloat16
 from minllama.options import (
+    VALUE_METRICS,
     ClassifierOptions,
     LoRAOptions,
     PromptOptions,
@@ -51,7 +48,6 @@ HEAD_LEARNING_RATE = 1e-3
 PRIOR_TEXTS = 500  # unlabelled training texts from which the score `batch` learns
 # Texts on which a run that trains more than a head chooses its layer and where its head starts.
 STARTING_TEXTS = 3000
-STARTING_PER_CLASS = 5  # of them at least, where there are as many
 # A layer that is trained can be put to new use: some more than the features were best at.
 LAYERS_TO_LEARN = 7  # n_layers are divided by it: 4 of 30
 LAYER_FILE = "layer.json"
@@ -136,7 +132,7 @@ def without_shots(train: Dataset, shots: Sequence[tuple[str, str]]) -> Dataset:
 
 def sample_texts(dataset: Dataset, n: int, seed: int) -> list[str]:
     """Up to `n` texts, drawn without regard to their labels."""
-    return [dataset.texts[i] for i in sorted(_random_order(dataset, seed)[:n])]
+    return [dataset.texts[i] for i in sorted(random_order(dataset, seed)[:n])]
 
 
 def make_head(
@@ -163,21 +159,18 @@ def make_head(
         folder: of a run that can be gone on with: where the choice is written down, and read if
             it is there. The head is then not fitted again: the run's checkpoint holds it.
     """
+    fitting = head_fitting(train, balanced=balanced, seed=seed)
 
     def built(choice: Choice) -> LlamaEmbeddingClassifier:
-        # Without a bias where transformers' sequence classifiers, which have none, can then compute
-        # it. Elsewhere it costs nothing, and is fitted sooner.
         layer, pooling = choice
         return LlamaEmbeddingClassifier(
             llama,
             tokenizer,
-            train.label_names,
-            pooling,
+            pooling=pooling,
             layer=layer,
             dropout=options.dropout,
-            multi_label=train.multi_label,
-            bias=unlike_transformers(llama, *choice) is not None,
             prompt=prompt,
+            **fitting.head(llama, choice),
         )
 
     if folder is not None and (known := _read_choice(folder)):
@@ -186,53 +179,32 @@ def make_head(
     grows = options.layer == "auto" and not is_whole
     choices = _choices(llama, options)
     later = [_with_more_layers(choice, llama) for choice in choices] if grows else []
-    some = _some_rows(train, MAX_ROWS if is_whole else STARTING_TEXTS, seed)
-    assert some.labels is not None
+    some = fitting.some_rows(MAX_ROWS if is_whole else STARTING_TEXTS)
     report = say.advance("reading the training texts", len(some))
     reader = built(choices[0])
-    kind: Any = {"multi_label": train.multi_label, "balanced": balanced}
     if is_whole:
-        shown: Any = {"progress": report, "say": say.say}
-        features = raced_features(
-            reader, some.texts, some.labels, choices, seed=seed, **kind, **shown
-        )
+        features = fitting.read(reader, some, choices, progress=report, say=say.say)
     else:  # STARTING_TEXTS are too few for a race
         features = extract_features(reader, some.texts, {*choices, *later}, progress=report)
     compared = {choice: features[choice] for choice in choices if choice in features}
-    selection = select_features(compared, some.labels, len(train.label_names), seed=seed, **kind)
-    (layer, pooling), penalty = selection.choice, selection.penalty
+    selected = fitting.select(compared, some)
+    (layer, pooling), penalty = selected.choice, selected.penalty
     say.say(
         f"layer {layer} of {llama.config.n_layers}, {pooling}, penalty {penalty:g}: "
-        f"accuracy {selection.accuracy:.3f} in cross-validation on {len(some):,} training texts"
+        f"{selected.merit}"
     )
-    choice = _with_more_layers(selection.choice, llama) if grows else selection.choice
+    choice = _with_more_layers(selected.choice, llama) if grows else selected.choice
     if grows:
         say.say(f"training with {choice[0]} layers")
     classifier = built(choice)
     if is_whole and len(some) < len(train):
         report = say.advance("reading all of them", len(train))
         some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
-    assert some.labels is not None
-    _fit_score(classifier, features[choice], some.labels, penalty=penalty, **kind)
+    fitting.fit(classifier, features[choice], some, penalty)
     classifier.shortened |= reader.shortened
     if folder is not None:
         _write_choice(folder, choice)
     return classifier
-
-
-def _fit_score(
-    classifier: LlamaEmbeddingClassifier,
-    features: NDArray[np.float32],
-    labels: Sequence[Any],
-    **options: Any,
-) -> None:
-    """Give the classifier the head that fits these features, (N, D), of its own kind."""
-    score = classifier.score
-    has_bias = score.bias is not None
-    weight, bias = fit_head(features, labels, score.out_features, bias=has_bias, **options)
-    score.weight.data.copy_(torch.from_numpy(weight))
-    if has_bias:
-        score.bias.data.copy_(torch.from_numpy(bias))
 
 
 def _with_more_layers(choice: Choice, llama: Llama) -> Choice:
@@ -257,26 +229,6 @@ def most_layers(llama: Llama, options: ClassifierOptions) -> int:
         return llama.config.n_layers
     deepest = max(_choices(llama, options))
     return (_with_more_layers(deepest, llama) if options.layer == "auto" else deepest)[0]
-
-
-def _some_rows(train: Dataset, n: int, seed: int) -> Dataset:
-    """About `n` rows, drawn at random, but some of each class: a head must have seen them all."""
-    if len(train) <= n:
-        return train
-    order = _random_order(train, seed)
-    taken, counts = set(order[:n]), [0] * len(train.label_names)
-    for row in order:
-        if any(counts[label] < STARTING_PER_CLASS for label in train.classes_of(row)):
-            taken.add(row)
-        for label in train.classes_of(row):
-            counts[label] += 1
-    return train.select(sorted(taken))
-
-
-def _random_order(dataset: Dataset, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = torch.randperm(len(dataset), generator=generator).tolist()
-    return order
 
 
 def _read_choice(folder: Path) -> Choice | None:
@@ -324,9 +276,13 @@ def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> li
     )
 
 
-def training_options(options: TrainingOptions, method: str) -> TrainingOptions:
-    """The options with the learning rates that the method has by default."""
+def training_options(
+    options: TrainingOptions, method: str, *, of_numbers: bool = False
+) -> TrainingOptions:
+    """The options with the learning rates and the metric that method and objective have."""
     changes: dict[str, Any] = {}
+    if of_numbers and options.metric == TrainingOptions.metric:
+        changes["metric"] = VALUE_METRICS[0]
     if options.lr is None:
         changes["lr"] = LEARNING_RATES[method]
     if options.head_lr is None:

@@ -20,10 +20,12 @@ from minllama.classifier.base import Classifier, probabilities
 from minllama.data import Dataset
 from minllama.errors import CheckpointError
 from minllama.evaluation import Evaluation, evaluate
-from minllama.report import ReportedSplit
+from minllama.regression import ValueBaseline, evaluate_regression
+from minllama.report import ReportedSplit, ReportedValues
 from minllama.report.files import METRICS_FILE
 
 HEADLINES = ("accuracy", "macro_f1", "log_loss", "calibration_error")
+OF_NUMBERS = ("mae", "rmse", "r2", "spearman")
 
 
 def evaluate_classifier(
@@ -51,23 +53,63 @@ def evaluate_classifier(
     """
     if logits is None:
         logits = classifier.predict_logits(split.texts, progress=progress)
+    assert not split.has_numbers
     many, names = classifier.multi_label, split.label_names
     predicted = probabilities(logits, classifier.temperature, multi_label=many)
     if split.labels is None:
         return ReportedSplit(name, split.texts, predicted)
     beside = dict(others or {})
+    labels: Any = split.labels
     for baseline in baselines:
         p = baseline.predict_proba(split.texts)
-        beside[baseline.name] = evaluate(p, split.labels, names, multi_label=many, seed=seed)
-    evaluation = evaluate(predicted, split.labels, names, multi_label=many, seed=seed)
-    return ReportedSplit(name, split.texts, predicted, split.labels, evaluation, beside)
+        beside[baseline.name] = evaluate(p, labels, names, multi_label=many, seed=seed)
+    evaluation = evaluate(predicted, labels, names, multi_label=many, seed=seed)
+    return ReportedSplit(name, split.texts, predicted, labels, evaluation, beside)
 
 
-def headlines(split: ReportedSplit) -> dict[str, float]:
+def evaluate_values(
+    classifier: Classifier,
+    split: Dataset,
+    name: str,
+    *,
+    logits: NDArray[np.float32] | None = None,
+    baselines: Sequence[ValueBaseline] = (),
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ReportedValues:
+    """As `evaluate_classifier`, of a classifier that gives numbers.
+
+    Args:
+        classifier: what predicts.
+        split: its labels are numbers; or None.
+        name: of the split.
+        logits: (N, 1), where they were computed before; else they are.
+        baselines: predict the same rows.
+        seed: of the intervals' draws.
+        progress: is told how many more texts are done.
+    """
+    if logits is None:
+        logits = classifier.predict_logits(split.texts, progress=progress)
+    assert classifier.scale is not None
+    values = classifier.scale.values(logits[:, 0])
+    if split.labels is None:
+        return ReportedValues(name, split.texts, values)
+    targets = split.targets
+    beside = {
+        baseline.name: evaluate_regression(baseline.predict_values(split.texts), targets, seed=seed)
+        for baseline in baselines
+    }
+    evaluation = evaluate_regression(values, targets, seed=seed)
+    return ReportedValues(name, split.texts, values, targets, evaluation, beside)
+
+
+def headlines(split: ReportedSplit | ReportedValues) -> dict[str, float]:
     """The few numbers that a model card shows."""
     if split.evaluation is None:
         return {}
-    return {name: float(getattr(split.evaluation, name)) for name in HEADLINES}
+    names = OF_NUMBERS if isinstance(split, ReportedValues) else HEADLINES
+    found = {name: getattr(split.evaluation, name) for name in names}
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
@@ -81,7 +123,11 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
         splits = json.loads(path.read_bytes())["splits"]
         measured = {n: s["evaluation"] for n, s in splits.items() if s["evaluation"] is not None}
         return {
-            name: {metric: float(values[metric]) for metric in HEADLINES}
+            name: {
+                metric: float(values[metric])
+                for metric in (OF_NUMBERS if "mae" in values else HEADLINES)
+                if values[metric] is not None
+            }
             for name, values in measured.items()
         }
     except FileNotFoundError:

@@ -12,6 +12,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from minllama.classifier import LlamaZeroShotClassifier
 from minllama.classifier.base import MOST_NOTED, Classifier
@@ -30,6 +31,7 @@ from minllama.experiment.resuming import (
     rows_still_to_do,
 )
 from minllama.options import DataOptions
+from minllama.report.values import rounded
 
 DIGITS = 16  # of a classifier's digest in each record
 ALL_COLUMNS = "all"
@@ -73,14 +75,27 @@ def predict_stream(
             chunk = list(group)
             if is_first:
                 _check_columns(columns, chunk, source)
-            p = classifier.predict_proba([row.text for row in chunk], progress=progress)
+            p = answers(classifier, [row.text for row in chunk], progress=progress)
             lines = list(prediction_lines(classifier, digest, chunk, p, output_format, columns))
             if records:
-                check_same(records, lines, source)
+                scale = classifier.scale
+                check_same(records, lines, source, 1.0 if scale is None else scale.std)
             yield lines[len(records) :]
             records, is_first = (), False
     if records:
         raise other_input(records[-1], source)
+
+
+def answers(
+    classifier: Classifier,
+    texts: Sequence[str],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.floating[Any]]:
+    """What a classifier says of texts: (N, C) probabilities, or (N,) numbers."""
+    if classifier.scale is not None:
+        return classifier.predict_values(texts, progress=progress)
+    return classifier.predict_proba(texts, progress=progress)
 
 
 def check_format(classifier: Classifier, output_format: str) -> None:
@@ -89,7 +104,7 @@ def check_format(classifier: Classifier, output_format: str) -> None:
     Raises:
         OptionError: a label holds what would end it in a line of `label ||| text`.
     """
-    if output_format != "labelled":
+    if output_format != "labelled" or classifier.scale is not None:
         return
     for label in classifier.labels:
         is_listed = classifier.multi_label and "," in label
@@ -108,17 +123,29 @@ def prediction_lines(
     output_format: str,
     columns: Sequence[str] = (),
 ) -> Iterator[str]:
-    """One line for each row of (N, C) probabilities; `digest` is `digest_of` the classifier."""
+    """One line for each row of `answers`; `digest` is `digest_of` the classifier."""
+    if classifier.scale is not None:
+        for row, value in zip(rows, probabilities.tolist(), strict=True):
+            if output_format == "labelled":
+                yield f"{rounded(value)!r} {SEPARATOR} {' '.join(row.text.split())}\n"
+            else:
+                said = {"index": row.index, "text": row.text, "value": rounded(value)}
+                yield _json_line(said, digest, row, columns)
+        return
     chosen = predictions(probabilities, multi_label=classifier.multi_label)
     for row, p, of_row in zip(rows, probabilities, chosen, strict=True):
         names = [classifier.labels[i] for i in np.flatnonzero(of_row)]
         if output_format == "labelled":
             yield f"{', '.join(names)} {SEPARATOR} {' '.join(row.text.split())}\n"
         else:
-            said = record(classifier, row, p, names) | {"classifier": digest}
-            if columns:
-                said["columns"] = _carried(row, columns)
-            yield json.dumps(said, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+            yield _json_line(record(classifier, row, p, names), digest, row, columns)
+
+
+def _json_line(said: dict[str, Any], digest: str, row: Row, columns: Sequence[str]) -> str:
+    said = said | {"classifier": digest}
+    if columns:
+        said["columns"] = _carried(row, columns)
+    return json.dumps(said, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) -> None:
@@ -163,6 +190,8 @@ def digest_of(classifier: Classifier) -> str:
         said += [classifier.label_words, classifier.score_name, classifier.shots]
     else:
         said.append(getattr(classifier, "pooling", None))
+    if classifier.scale is not None:
+        said.append(dataclasses.asdict(classifier.scale))
     found.update(json.dumps(said, default=str).encode("utf-8", "backslashreplace"))
     for name, parameter in classifier.named_parameters():
         if not name.startswith("llama.") or ".adapters." in name:
@@ -201,6 +230,8 @@ def described(classifier: Classifier) -> str:
         asked = "asked in a chat" if classifier.prompt.chat else "prompt"
         return f"[label words, score {score_of(classifier)}, {temperature}, {asked} {prompt}]"
     n_layers = classifier.llama.config.n_layers
+    if classifier.scale is not None:
+        return f"[a number by a head on layer {classifier.n_layers} of {n_layers}]"
     return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
 
 

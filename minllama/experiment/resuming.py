@@ -104,7 +104,9 @@ def read_done(output: Path) -> Done:
 
 def _record_of(line: bytes) -> Mapping[str, Any]:
     found = json.loads(line)
-    is_whole = isinstance(found["probabilities"], dict) and type(found["text"]) is str
+    is_number = "value" in found and type(found["value"]) in (int, float)
+    is_whole = is_number or isinstance(found["probabilities"], dict)
+    is_whole = is_whole and type(found["text"]) is str
     if type(found["index"]) is not int or not is_whole:
         raise ValueError("index, text or probabilities are of another type")
     record: Mapping[str, Any] = found
@@ -115,13 +117,21 @@ def check_same(
     records: Iterable[Mapping[str, Any]],
     lines: Sequence[str],
     source: Source,
+    unit: float = 1.0,
 ) -> None:
-    """Refuse records that are not what is said now of the first rows of their chunk."""
+    """Refuse records that are not what is said now of the first rows of their chunk.
+
+    Args:
+        records: those that are there.
+        lines: what is said now.
+        source: of the rows.
+        unit: of numbers, as 1 is of probabilities: their standard deviation.
+    """
     for number, record in enumerate(records):
         now = json.loads(lines[number]) if number < len(lines) else {}
         if (now.get("index"), now.get("text")) != (record["index"], record["text"]):
             raise other_input(record, source)
-        if not _is_alike(record, now):
+        if not _is_alike(record, now, unit):
             raise DataError(
                 f"the output holds row {record['index']}, and of that row this classifier says "
                 "something else; give the one that the run began with, or another --output"
@@ -133,8 +143,13 @@ def check_same(
             )
 
 
-def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any], unit: float) -> bool:
     """Whether two records of a row are by one classifier, but for rounding."""
+    if "value" in record or "value" in now:
+        if record.get("classifier") != now["classifier"] or not {"value"} <= now.keys():
+            return False
+        allowed = SAME_PROBABILITY * max(unit, abs(now["value"]))
+        return "value" in record and bool(abs(record["value"] - now["value"]) <= allowed)
     was, is_now = record["probabilities"], now["probabilities"]
     return (
         record.get("classifier") == now["classifier"]

@@ -5,7 +5,7 @@ Knows nothing of arguments, and prints nothing: what a person should hear, `Say`
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
@@ -43,6 +43,7 @@ from minllama.experiment.folder import (
 )
 from minllama.experiment.measuring import (
     evaluate_classifier,
+    evaluate_values,
     headlines,
     settings_of,
     versions,
@@ -55,6 +56,7 @@ from minllama.llama import Llama
 from minllama.loading import HALF_NAMES, usable_device
 from minllama.lora.targets import matching_modules
 from minllama.losses import check_ordinal
+from minllama.objective import check_metric
 from minllama.options import (
     ClassifierOptions,
     DataOptions,
@@ -63,7 +65,8 @@ from minllama.options import (
     TrainingOptions,
 )
 from minllama.quantization import check_quantize
-from minllama.report import Report
+from minllama.regression import fit_value_baselines
+from minllama.report import Report, ReportedSplit, ReportedValues
 from minllama.report.files import write_files
 from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, sample_of, summary_writer
@@ -103,7 +106,15 @@ class Experiment:
     training: TrainingOptions = field(default_factory=TrainingOptions)
     llama_changes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def of_numbers(self) -> bool:
+        """Whether labels are numbers, and no classes."""
+        return self.classifier.objective == "regression"
+
     def __post_init__(self) -> None:
+        is_default = self.training.metric == TrainingOptions.metric
+        if not (self.of_numbers and is_default):  # which then stands for that of numbers
+            check_metric(self.training.metric, of_numbers=self.of_numbers)
         if self.classifier.method == "full" and self.dtype in HALF_NAMES:
             raise OptionError(
                 f"full training takes steps that {self.dtype} rounds away; leave --dtype away: "
@@ -174,6 +185,7 @@ def run_experiment(
         experiment.data,
         dev_fraction=experiment.classifier.dev_fraction,
         per_class=experiment.classifier.per_class,
+        numbers=experiment.of_numbers,
         seed=training.seed,
     )
     for notice in splits.notices:
@@ -296,7 +308,7 @@ def _train(
         classifier,
         train,
         splits.dev,
-        training_options(training, options.method),
+        training_options(training, options.method, of_numbers=experiment.of_numbers),
         folder=experiment.output,
         resume=resume,
         head_parameters=[] if head is None else list(head.parameters()),
@@ -313,8 +325,9 @@ def _calibrate(
     dev = splits.dev
     assert dev.labels is not None
     logits = classifier.predict_logits(dev.texts, progress=say.advance("reading dev", len(dev)))
-    if not options.no_calibration:
-        classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
+    if not options.no_calibration and classifier.scale is None:
+        labels: Any = dev.labels
+        classifier.temperature = fit_temperature(logits, labels, multi_label=dev.multi_label)
         say.say(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
     say.say(described(classifier))
     return logits
@@ -347,7 +360,9 @@ def _settings_of_run(experiment: Experiment) -> dict[str, Any]:
     if options.method == "lora":
         groups["lora"] = experiment.lora
     if options.method in TRAINED:
-        groups["training"] = training_options(experiment.training, options.method)
+        groups["training"] = training_options(
+            experiment.training, options.method, of_numbers=experiment.of_numbers
+        )
     else:
         groups["training"] = {"seed": experiment.training.seed}
         if options.method == "frozen":
@@ -372,6 +387,8 @@ def _settings_to_go_on_with(experiment: Experiment, llama: Llama) -> dict[str, A
 def _chosen(classifier: Classifier) -> dict[str, Any]:
     """What the run found out that the classifier is now."""
     chosen: dict[str, Any] = {"temperature": float(f"{classifier.temperature:.4g}")}
+    if (scale := classifier.scale) is not None:
+        chosen = {"mean of the targets": scale.mean, "their standard deviation": scale.std}
     if isinstance(classifier, LlamaEmbeddingClassifier):
         chosen |= {"layer": classifier.layer, "pooling": classifier.pooling}
     return chosen
@@ -386,32 +403,16 @@ def _measured(
     result: TrainingResult | None,
     say: Say,
 ) -> Report:
-    train = splits.train
-    assert train.labels is not None
-    baselines = fit_baselines(
-        train.texts,
-        train.labels,
-        len(train.label_names),
-        multi_label=train.multi_label,
-        seed=experiment.training.seed,
-    )
-    dev, test = splits.dev, splits.test
-    reported = [
-        evaluate_classifier(
-            classifier, dev, "dev", logits=dev_logits, others=beside, baselines=baselines
-        )
-    ]
-    if test is not None:
-        progress = say.advance("reading test", len(test))
-        reported.append(
-            evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
-        )
+    train, dev, test = splits.train, splits.dev, splits.test
+    progress = None if test is None else say.advance("reading test", len(test))
+    evaluated = _values_measured if train.has_numbers else _classes_measured
+    reported = evaluated(splits, classifier, dev_logits, beside, progress, experiment.training.seed)
     notes = [*splits.notices]
     for split in (train, dev, *([] if test is None else [test])):
         if said := shortened_texts(classifier, split.texts, split.source):
             say.say(said)
             notes.append(said)
-    if not experiment.classifier.no_calibration:
+    if not experiment.classifier.no_calibration and not train.has_numbers:
         notes.append("the temperature was fitted on dev, so dev's own calibration flatters it")
     if result is not None and experiment.training.keep == "best":
         notes.append(
@@ -428,6 +429,49 @@ def _measured(
         notes=notes,
         score=score_of(classifier),
     )
+
+
+def _classes_measured(
+    splits: Splits,
+    classifier: Classifier,
+    dev_logits: NDArray[np.float32],
+    beside: Mapping[str, Evaluation],
+    progress: Callable[[int], None] | None,
+    seed: int,
+) -> list[ReportedSplit]:
+    train, dev, test = splits.train, splits.dev, splits.test
+    labels: Any = train.labels
+    baselines = fit_baselines(
+        *(train.texts, labels, len(train.label_names)), multi_label=train.multi_label, seed=seed
+    )
+    reported = [
+        evaluate_classifier(
+            classifier, dev, "dev", logits=dev_logits, others=beside, baselines=baselines
+        )
+    ]
+    if test is not None:
+        reported.append(
+            evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
+        )
+    return reported
+
+
+def _values_measured(
+    splits: Splits,
+    classifier: Classifier,
+    dev_logits: NDArray[np.float32],
+    beside: Mapping[str, Evaluation],
+    progress: Callable[[int], None] | None,
+    seed: int,
+) -> list[ReportedValues]:
+    train, dev, test = splits.train, splits.dev, splits.test
+    baselines = fit_value_baselines(train.texts, train.targets)
+    reported = [evaluate_values(classifier, dev, "dev", logits=dev_logits, baselines=baselines)]
+    if test is not None:
+        reported.append(
+            evaluate_values(classifier, test, "test", baselines=baselines, progress=progress)
+        )
+    return reported
 
 
 def _write(experiment: Experiment, classifier: Classifier, report: Report) -> None:

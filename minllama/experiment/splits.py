@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from minllama.data import (
     Dataset,
     Notice,
+    check_number_splits,
     check_splits,
     load_dataset,
     one_class,
+    one_number,
+    random_split,
     sample_per_class,
     stratified_split,
 )
@@ -42,6 +45,7 @@ def load_splits(
     *,
     dev_fraction: float,
     per_class: int = 0,
+    numbers: bool = False,
     seed: int,
 ) -> Splits:
     """Read the files; without a dev file a part of every training class is set aside.
@@ -51,21 +55,24 @@ def load_splits(
         options: format, columns, label names.
         dev_fraction: the part that is set aside.
         per_class: how many training examples of each class to keep; 0 for all.
+        numbers: labels are numbers; what is set aside is then drawn from all texts.
         seed: of these draws.
 
     Raises:
         DataError: a file or its labels cannot be used.
     """
-    learned = load_dataset(train, options)
+    learned = load_dataset(train, options, numbers=numbers)
     spoken: list[Notice | str] = [*learned.notices]
+    names = None if numbers else learned.label_names
     if dev is None:
-        learned, held = stratified_split(learned, dev_fraction, seed)
+        learned, held = (random_split if numbers else stratified_split)(learned, dev_fraction, seed)
+        by_class = "" if numbers else "by class "
         spoken.append(
             f"no --dev: {len(held)} of {len(learned) + len(held)} rows of {learned.source} are "
-            f"set aside to evaluate on, drawn by class with seed {seed}"
+            f"set aside to evaluate on, drawn {by_class}with seed {seed}"
         )
     else:
-        held = load_dataset(dev, options, label_names=learned.label_names)
+        held = load_dataset(dev, options, label_names=names, numbers=numbers)
         spoken += held.notices
     if per_class:
         whole = len(learned)
@@ -79,9 +86,9 @@ def load_splits(
         # Its labels are not needed, so no column is taken for them that does not say so by name;
         # but they are to be expected where the training file has them.
         known = replace(options, label_column=options.label_column or learned.label_column)
-        tested = load_dataset(test, known, label_names=learned.label_names, needs_labels=False)
+        tested = load_dataset(test, known, label_names=names, needs_labels=False, numbers=numbers)
         spoken += tested.notices
-    spoken += check_splits(learned, held, tested)
+    spoken += (check_number_splits if numbers else check_splits)(learned, held, tested)
     if tested is not None:
         tested = without_placeholders(tested)
         spoken += tested.notices
@@ -97,5 +104,6 @@ def without_placeholders(split: Dataset) -> Dataset:
     if split.labels is None or len(split) < 2 or len(set(split.labels)) > 1:
         return split
     message = f"{split.source}: its labels are left out of account"
-    notices = (*split.notices, *one_class(split), Notice("one-class", message, len(split)))
+    all_one = (one_number if split.has_numbers else one_class)(split)
+    notices = (*split.notices, *all_one, Notice("one-class", message, len(split)))
     return replace(split, labels=None, notices=notices)

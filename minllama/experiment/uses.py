@@ -50,7 +50,8 @@ def check_uses(experiment: "Experiment", given: Collection[str] | None = None) -
     if not unused:
         return
     options = experiment.classifier
-    objective = f" --objective {options.objective}" if options.method in TRAINED else ""
+    said = options.method in TRAINED or options.objective == "regression"
+    objective = f" --objective {options.objective}" if said else ""
     reasons = (f"{', '.join(flags)} (for {purpose})" for purpose, flags in unused.items())
     raise OptionError(
         f"--method {options.method}{objective} has no use for {', '.join(reasons)}; leave away "
@@ -78,7 +79,12 @@ def _trains_head(experiment: "Experiment") -> bool:
     return _is_trained(experiment) and not _has_words(experiment)
 
 
+def _has_classes(experiment: "Experiment") -> bool:
+    return experiment.classifier.objective != "regression"
+
+
 OF_HEADS = ("layer", "pooling")
+OF_CLASSES = ("class_weights", "ordinal", "per_class", "no_calibration")
 USED_WITHOUT_STEPS = ("class_weights", "seed")  # by the fit of a head, and by all draws
 
 USES = (
@@ -96,6 +102,7 @@ USES = (
             or experiment.classifier.objective == "label-words"  # which it is, in a way
         ),
     ),
+    Use(OF_CLASSES, "classes: without --objective regression", _has_classes),
     Use(
         OF_HEADS,
         "heads: --method frozen, or lora or full with --objective head",

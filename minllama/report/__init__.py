@@ -3,8 +3,8 @@
 Takes plain values. Knows nothing of models, and nothing of how predictions are made.
 """
 
-from minllama.report.content import Report, ReportedSplit
+from minllama.report.content import Report, ReportedSplit, ReportedValues
 from minllama.report.files import write_report
 from minllama.report.terminal import print_summary
 
-__all__ = ["Report", "ReportedSplit", "print_summary", "write_report"]
+__all__ = ["Report", "ReportedSplit", "ReportedValues", "print_summary", "write_report"]

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minllama.evaluation import Evaluation, Label, is_labelled, predictions
+from minllama.regression import RegressionEvaluation
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,31 @@ class ReportedSplit:
 
 
 @dataclass(frozen=True, eq=False)
+class ReportedValues:
+    """The numbers that were predicted for one file of texts.
+
+    Attributes:
+        name: what it is called: dev, test.
+        texts: N.
+        values: (N,).
+        targets: N numbers; None without.
+        evaluation: None without targets.
+        others: evaluations of other systems on the same rows, by name.
+    """
+
+    name: str
+    texts: Sequence[str]
+    values: NDArray[np.float64]
+    targets: Sequence[float] | None = None
+    evaluation: RegressionEvaluation | None = None
+    others: Mapping[str, RegressionEvaluation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert len(self.texts) == len(self.values)
+        assert self.targets is None or len(self.targets) == len(self.texts)
+
+
+@dataclass(frozen=True, eq=False)
 class Report:
     """Everything that a report tells.
 
@@ -68,7 +94,7 @@ class Report:
 
     title: str
     label_names: Sequence[str]
-    splits: Sequence[ReportedSplit]
+    splits: Sequence[ReportedSplit] | Sequence[ReportedValues]
     multi_label: bool = False
     history: Sequence[Mapping[str, Any]] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -77,6 +103,11 @@ class Report:
     created: datetime | None = None
     seconds: float | None = None
     score: str | None = None
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether numbers were predicted, and no classes."""
+        return any(isinstance(split, ReportedValues) for split in self.splits)
 
     def predicted(self, split: ReportedSplit) -> NDArray[np.bool_]:
         """(N, C), true where the class is predicted."""

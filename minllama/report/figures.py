@@ -32,6 +32,9 @@ DEV_METRICS = {
     "dev_accuracy": "accuracy",
     "dev_macro_f1": "macro F1",
     "dev_micro_f1": "micro F1",
+    "dev_r2": "R²",
+    "dev_pearson": "Pearson",
+    "dev_spearman": "Spearman",
 }
 
 
@@ -99,6 +102,24 @@ def metric_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
         axes.margins(y=0.15)
         _finish_curve(axes, history)
         return _svg(figure)
+
+
+class Drawing:
+    """A plot that is being drawn, and what came of it."""
+
+    def __init__(self, axes: Any) -> None:
+        self.axes = axes
+        self.svg = ""
+
+
+@contextmanager
+def drawn() -> Iterator[Drawing]:
+    """A single plot, in the page's style: `axes` to draw on, and `svg` once it is done."""
+    with _figure() as figure:
+        (axes,) = figure.axes
+        drawing = Drawing(axes)
+        yield drawing
+        drawing.svg = _svg(figure)
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minllama.atomic import atomic_folder
-from minllama.report.content import Report, ReportedSplit
+from minllama.report.content import Report, ReportedSplit, ReportedValues
 from minllama.report.page import render_page
+from minllama.report.values import value_lines
 
 PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE = "report.html", "metrics.json", "predictions.jsonl"
 REPORT_FILES = (PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE)
@@ -52,7 +53,10 @@ def write_files(folder: Path, report: Report) -> None:
     )
     with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8", errors="backslashreplace") as file:
         for split in report.splits:
-            file.writelines(prediction_lines(report, split))
+            if isinstance(split, ReportedValues):
+                file.writelines(value_lines(split))
+            else:
+                file.writelines(prediction_lines(report, split))
 
 
 def metrics_json(report: Report) -> str:
@@ -61,6 +65,7 @@ def metrics_json(report: Report) -> str:
         "title": report.title,
         "created": None if report.created is None else report.created.isoformat(),
         "seconds": report.seconds,
+        "objective": "regression" if report.has_numbers else "classification",
         "multi_label": report.multi_label,
         "label_names": report.label_names,
         "splits": {

@@ -46,7 +46,7 @@ def worst_mistakes(report: Report, split: ReportedSplit) -> tuple[list[Mistake],
     names = report.label_names
     mistakes = []
     for i in order[:MAX_MISTAKES].tolist():
-        excerpt, text, omitted = _folded(split.texts[i])
+        excerpt, text, omitted = folded(split.texts[i])
         mistakes.append(
             Mistake(
                 row=i + 1,
@@ -81,7 +81,7 @@ def roughly(probability: float) -> str:
     return f"{probability:.0%}"
 
 
-def _folded(text: str) -> tuple[str, str, int]:
+def folded(text: str) -> tuple[str, str, int]:
     """The excerpt, the text if that is longer, and how much of it is left out."""
     if len(text) <= EXCERPT * 1.2:  # no use in folding away a few words
         return text, "", 0

@@ -13,8 +13,9 @@ from markupsafe import Markup, escape
 
 from minllama.evaluation import Evaluation
 from minllama.report import comparison, confusion, figures
-from minllama.report.content import Report, ReportedSplit
+from minllama.report.content import Report, ReportedSplit, ReportedValues
 from minllama.report.mistakes import worst_mistakes
+from minllama.report.values import shown_on_page
 
 FOLDER = Path(__file__).parent
 LONG_WORD = 12  # characters: shorter words go to the next line whole
@@ -104,6 +105,8 @@ def _in_words(value: Any) -> str:
 def _facts(report: Report) -> list[str]:
     classes = len(report.label_names)
     facts = [f"{classes} {'labels' if report.multi_label else 'classes'}"]
+    if report.has_numbers:
+        facts = ["a number for each text"]
     if report.created is not None:
         facts.append(f"{report.created.day} {report.created:%B %Y, %H:%M %Z}".strip())
     if report.seconds is not None:
@@ -111,10 +114,17 @@ def _facts(report: Report) -> list[str]:
     return facts
 
 
-def _split(report: Report, split: ReportedSplit) -> dict[str, Any]:
+def _split(report: Report, split: ReportedSplit | ReportedValues) -> dict[str, Any]:
     """What the template shows of one split."""
+    if isinstance(split, ReportedValues):
+        return shown_on_page(split)
     evaluation, names = split.evaluation, report.label_names
-    shown: dict[str, Any] = {"name": split.name, "rows": len(split.texts), "evaluation": evaluation}
+    shown: dict[str, Any] = {
+        "name": split.name,
+        "rows": len(split.texts),
+        "evaluation": evaluation,
+        "template": None,
+    }
     counts = report.predicted(split).sum(0).tolist()
     if evaluation is None:
         shown["counts"] = list(zip(names, counts, strict=True))

@@ -1,0 +1,90 @@
+"""Data sets of texts with numbers: a dev split, and whether they are sound.
+
+What `minllama.data.splits` does for classes. Knows nothing of files.
+"""
+
+import random
+from collections import defaultdict
+from dataclasses import replace
+
+from minllama.data.dataset import Dataset, Notice
+from minllama.data.splits import duplicates
+from minllama.errors import DataError
+
+
+def random_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Set a part of the examples aside; equal texts stay together.
+
+    Args:
+        dataset: with numbers.
+        fraction: of its different texts that is set aside, between 0 and 1; at least one.
+        seed: of the draw.
+
+    Returns:
+        The training side, which carries the data set's notices, and what is set aside.
+
+    Raises:
+        DataError: there are no two different texts.
+    """
+    assert 0 < fraction < 1, fraction
+    texts = list(dict.fromkeys(dataset.texts))
+    if len(texts) < 2:
+        raise DataError(
+            f"{dataset.source}: there are no two different texts, so none can be set aside for "
+            "evaluation; give a --dev file"
+        )
+    n_aside = min(max(1, round(fraction * len(texts))), len(texts) - 1)
+    aside = set(random.Random(seed).sample(texts, n_aside))
+    rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
+    dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
+    return replace(rest, notices=dataset.notices), dev
+
+
+def check_number_splits(
+    train: Dataset, dev: Dataset | None = None, test: Dataset | None = None
+) -> list[Notice]:
+    """Whether something can be learned from `train` and measured on the others.
+
+    Returns:
+        What a person should hear about: equal texts with different numbers, rows of `dev` and
+        `test` whose text is in `train` or in each other, and splits of one number.
+
+    Raises:
+        DataError: all rows of `train` have the same number.
+    """
+    if len(set(train.targets)) < 2:
+        raise DataError(
+            f"{train.source}: every row has the number {train.targets[0]:g}; a regression needs "
+            "examples of different numbers"
+        )
+    notices = _conflicts(train)
+    earlier = [train]
+    for split in (dev, test):
+        if split is None:
+            continue
+        for other in earlier:
+            notices += duplicates(other, split)
+        notices += one_number(split)
+        earlier.append(split)
+    return notices
+
+
+def one_number(split: Dataset) -> list[Notice]:
+    """A word of caution where all rows have one number, as in files whose answers are kept back."""
+    if split.labels is None or len(split) < 2 or len(set(split.targets)) > 1:
+        return []
+    message = (
+        f"{split.source}: every row has the number {split.targets[0]:g}; is it a placeholder? "
+        "there is no R2 and no correlation on it"
+    )
+    return [Notice("one-class", message, len(split))]
+
+
+def _conflicts(train: Dataset) -> list[Notice]:
+    targets_of: defaultdict[str, set[float]] = defaultdict(set)
+    for text, target in zip(train.texts, train.targets, strict=True):
+        targets_of[text].add(target)
+    if not (count := sum(len(targets) > 1 for targets in targets_of.values())):
+        return []
+    message = f"{train.source}: texts that occur with different numbers: {count}"
+    return [Notice("conflicts", message, count)]

@@ -1,0 +1,65 @@
+"""Cells of a label column -> numbers, where those are what is to be predicted.
+
+Stands in for `LabelReader`, which reads classes. Knows nothing of files of rows.
+"""
+
+import decimal
+import math
+import numbers
+import re
+from typing import Any
+
+from minllama.data.records import shown
+
+# As Python's float(), but for its underscores, and for words: "nan" and "inf" are no targets.
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
+
+
+class NumberReader:
+    """Reads the number cells of one source; see `minllama.data.labels.LabelReader`."""
+
+    hint = ""
+    known: None = None
+
+    def read(self, value: Any) -> list[float] | None:
+        """The number that a cell holds; None for an empty cell.
+
+        Raises:
+            ValueError: it holds no finite number; says why.
+        """
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        if isinstance(value, float) and math.isnan(value):  # how tables mark what is missing
+            return None
+        return [number_of(value)]
+
+    def is_placeholder(self, value: Any) -> bool:
+        """Every number is a target."""
+        return False
+
+
+def number_of(value: Any) -> float:
+    """A cell as a finite number.
+
+    Raises:
+        ValueError: it is none; says why.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if not _NUMBER.fullmatch(text):
+            remedy = " (write a point for the comma)" if _COMMA.fullmatch(text) else ""
+            raise ValueError(f"label {shown(value)} is no number{remedy}")
+        number = float(text)
+    elif isinstance(value, bool):
+        raise ValueError(f"label {shown(value)} is no number")
+    elif isinstance(value, numbers.Real | decimal.Decimal):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+    else:
+        raise ValueError(f"label {shown(value)} is no number")
+    if not math.isfinite(number):
+        raise ValueError(f"label {shown(value)} is no finite number")
+    return number

@@ -1,0 +1,220 @@
+"""How a head is fitted on features of a frozen Llama: for classes, or for numbers.
+
+`make_head` asks one of these what a classifier's head is, on which texts it is fitted, and which
+layer is best. Knows nothing of files or of gradients.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minllama.classifier.embedding import LlamaEmbeddingClassifier, unlike_transformers
+from minllama.classifier.features import (
+    Choice,
+    Features,
+    extract_features,
+    fit_head,
+    select_features,
+)
+from minllama.classifier.race import raced_features
+from minllama.classifier.ridge import fit_value_head, select_value_features
+from minllama.data import Dataset
+from minllama.llama import Llama
+from minllama.regression import TargetScale
+
+STARTING_PER_CLASS = 5  # texts of each class at least, where there are as many
+VALUE_NAME = "value"  # of a number whose column has no name
+
+
+class Selected(NamedTuple):
+    """The best layer and pooling, under the best penalty, and how good that is, in words."""
+
+    choice: Choice
+    penalty: float
+    merit: str
+
+
+class HeadFitting(Protocol):
+    """What is asked of the fit of a head on one training set."""
+
+    def head(self, llama: Llama, choice: Choice) -> dict[str, Any]:
+        """Arguments of `LlamaEmbeddingClassifier` that say what the head gives."""
+
+    def some_rows(self, n: int) -> Dataset:
+        """About `n` training texts, drawn at random."""
+
+    def read(
+        self,
+        reader: LlamaEmbeddingClassifier,
+        some: Dataset,
+        choices: Sequence[Choice],
+        *,
+        progress: Callable[[int], None],
+        say: Callable[[str], None],
+    ) -> Features:
+        """Features of texts, for the choices that are worth comparing."""
+
+    def select(self, features: Features, some: Dataset) -> Selected:
+        """The best of the choices."""
+
+    def fit(
+        self,
+        classifier: LlamaEmbeddingClassifier,
+        features: NDArray[np.float32],
+        some: Dataset,
+        penalty: float,
+    ) -> None:
+        """Give the classifier the head that fits these features, (N, D), of its own kind."""
+
+
+def head_fitting(train: Dataset, *, balanced: bool, seed: int) -> HeadFitting:
+    """The fit that suits the labels of a training set.
+
+    Args:
+        train: with labels.
+        balanced: classes weigh alike.
+        seed: of folds and draws.
+    """
+    if train.has_numbers:
+        return ValueHeads(train, seed=seed)
+    return ClassHeads(train, balanced=balanced, seed=seed)
+
+
+class ClassHeads:
+    """Logistic regressions, chosen by accuracy in cross-validation."""
+
+    def __init__(self, train: Dataset, *, balanced: bool, seed: int) -> None:
+        self._train, self._seed = train, seed
+        self._kind: Any = {"multi_label": train.multi_label, "balanced": balanced}
+
+    def head(self, llama: Llama, choice: Choice) -> dict[str, Any]:
+        # Without a bias where transformers' sequence classifiers, which have none, can then compute
+        # it. Elsewhere it costs nothing, and is fitted sooner.
+        return {
+            "id2label": self._train.label_names,
+            "multi_label": self._train.multi_label,
+            "bias": unlike_transformers(llama, *choice) is not None,
+        }
+
+    def some_rows(self, n: int) -> Dataset:
+        """But some of each class: a head must have seen them all."""
+        train = self._train
+        if len(train) <= n:
+            return train
+        order = random_order(train, self._seed)
+        taken, counts = set(order[:n]), [0] * len(train.label_names)
+        for row in order:
+            if any(counts[label] < STARTING_PER_CLASS for label in train.classes_of(row)):
+                taken.add(row)
+            for label in train.classes_of(row):
+                counts[label] += 1
+        return train.select(sorted(taken))
+
+    def read(
+        self,
+        reader: LlamaEmbeddingClassifier,
+        some: Dataset,
+        choices: Sequence[Choice],
+        *,
+        progress: Callable[[int], None],
+        say: Callable[[str], None],
+    ) -> Features:
+        assert some.labels is not None
+        return raced_features(
+            *(reader, some.texts, some.labels, choices),
+            seed=self._seed,
+            progress=progress,
+            say=say,
+            **self._kind,
+        )
+
+    def select(self, features: Features, some: Dataset) -> Selected:
+        assert some.labels is not None
+        n_classes = len(some.label_names)
+        found = select_features(features, some.labels, n_classes, seed=self._seed, **self._kind)
+        return Selected(
+            found.choice,
+            found.penalty,
+            f"accuracy {found.accuracy:.3f} in cross-validation on {len(some):,} training texts",
+        )
+
+    def fit(
+        self,
+        classifier: LlamaEmbeddingClassifier,
+        features: NDArray[np.float32],
+        some: Dataset,
+        penalty: float,
+    ) -> None:
+        assert some.labels is not None
+        score = classifier.score
+        has_bias = score.bias is not None
+        weight, bias = fit_head(
+            *(features, some.labels, score.out_features),
+            bias=has_bias,
+            penalty=penalty,
+            **self._kind,
+        )
+        score.weight.data.copy_(torch.from_numpy(weight))
+        if has_bias:
+            score.bias.data.copy_(torch.from_numpy(bias))
+
+
+class ValueHeads:
+    """Ridge regressions of standardized targets, chosen by leave-one-out errors."""
+
+    def __init__(self, train: Dataset, *, seed: int) -> None:
+        self._train, self._seed = train, seed
+        self._scale = TargetScale.of(train.targets)
+
+    def head(self, llama: Llama, choice: Choice) -> dict[str, Any]:
+        return {
+            "id2label": [(self._train.label_column or "").strip() or VALUE_NAME],
+            "scale": self._scale,
+            "bias": True,
+        }
+
+    def some_rows(self, n: int) -> Dataset:
+        if len(self._train) <= n:
+            return self._train
+        return self._train.select(sorted(random_order(self._train, self._seed)[:n]))
+
+    def read(
+        self,
+        reader: LlamaEmbeddingClassifier,
+        some: Dataset,
+        choices: Sequence[Choice],
+        *,
+        progress: Callable[[int], None],
+        say: Callable[[str], None],
+    ) -> Features:
+        return extract_features(reader, some.texts, choices, progress=progress)
+
+    def select(self, features: Features, some: Dataset) -> Selected:
+        found = select_value_features(features, self._scale.standardized(some.targets))
+        return Selected(
+            found.choice,
+            found.penalty,
+            f"R2 {found.r2:.3f} on {len(some):,} training texts, each left out in turn",
+        )
+
+    def fit(
+        self,
+        classifier: LlamaEmbeddingClassifier,
+        features: NDArray[np.float32],
+        some: Dataset,
+        penalty: float,
+    ) -> None:
+        targets = self._scale.standardized(some.targets)
+        weight, bias = fit_value_head(features, targets, penalty)
+        classifier.score.weight.data.copy_(torch.from_numpy(weight)[None])
+        classifier.score.bias.data.fill_(bias)
+
+
+def random_order(dataset: Dataset, seed: int) -> list[int]:
+    """The rows of a data set, shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = torch.randperm(len(dataset), generator=generator).tolist()
+    return order
