@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         PromptOptions,
         SamplingOptions,
     )
+    from minllama.regression import RegressionEvaluation, evaluate_regression
     from minllama.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ _HOMES = {
         "PromptOptions",
         "SamplingOptions",
     ),
+    "regression": ("RegressionEvaluation", "evaluate_regression"),
     "tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -100,6 +102,7 @@ __all__ = [
     "MinllamaError",
     "OptionError",
     "PromptOptions",
+    "RegressionEvaluation",
     "RopeScaling",
     "SamplingOptions",
     "TextStream",
@@ -107,6 +110,7 @@ __all__ = [
     "TokenizerError",
     "add_lora_wrapper",
     "evaluate",
+    "evaluate_regression",
     "generate",
     "load_classifier",
     "load_dataset",

@@ -6,7 +6,7 @@ Takes texts and numbers, gives numbers. Knows nothing of models or files.
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -20,6 +20,7 @@ Values = NDArray[np.float64]
 
 # Metric of RegressionEvaluation -> whether less of it is better.
 METRICS = {"mae": True, "rmse": True, "r2": False, "pearson": False, "spearman": False}
+LARGEST_TARGET = 1e100  # of which sums of squares are floats still
 RIDGE_PENALTY = 1.0  # of |w|^2 beside the summed squared errors, as scikit-learn's Ridge has it
 
 
@@ -35,8 +36,9 @@ class TargetScale:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
-            raise ValueError(f"a scale of mean {self.mean} and std {self.std} is none")
+        limit = LARGEST_TARGET
+        if not (abs(self.mean) <= limit and 0 < self.std <= limit):  # NaN is not, either
+            raise ValueError(f"a scale of mean {self.mean} and std {self.std} is none"[:200])
 
     @classmethod
     def of(cls, targets: Sequence[float]) -> Self:
@@ -70,6 +72,8 @@ class RegressionEvaluation:
             targets are all the same.
         target_mean, target_std: of the rows' targets.
         intervals: metric -> 95% interval, or nothing.
+        difference: of another system's: by how much the classifier's mean absolute error is less
+            than this one, and the 95% interval of that, paired by rows; None where not compared.
     """
 
     count: int
@@ -81,6 +85,7 @@ class RegressionEvaluation:
     target_mean: float
     target_std: float
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    difference: tuple[float, float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values that JSON can hold."""
@@ -93,6 +98,7 @@ def evaluate_regression(
     predicted: NDArray[np.floating[Any]],
     targets: Sequence[float] | Values,
     *,
+    own: NDArray[np.floating[Any]] | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> RegressionEvaluation:
@@ -101,6 +107,7 @@ def evaluate_regression(
     Args:
         predicted: (N,), in the unit of the targets.
         targets: N finite numbers.
+        own: (N,), predictions that those are compared with, row by row.
         bootstrap: how often rows are drawn anew for the 95% intervals; 0 for none.
         seed: of those draws.
 
@@ -119,12 +126,14 @@ def evaluate_regression(
         if not np.isfinite(values).all():
             row = int((~np.isfinite(values)).argmax()) + 1
             raise MinllamaError(f"cannot evaluate: row {row} has {what} that is no finite number")
-    metrics = _metrics(p, y)
+    rows = _Rows(p, y)
+    metrics = rows.metrics(np.ones(len(y)))
     return RegressionEvaluation(
         count=len(y),
         target_mean=float(y.mean()),
         target_std=float(y.std()),
-        intervals=_intervals(p, y, metrics, bootstrap, seed) if bootstrap else {},
+        intervals=_intervals(rows, metrics, bootstrap, seed) if bootstrap else {},
+        difference=None if own is None else _difference(own, p, y, bootstrap, seed),
         mae=metrics["mae"] or 0.0,
         rmse=metrics["rmse"] or 0.0,
         r2=metrics["r2"],
@@ -133,53 +142,74 @@ def evaluate_regression(
     )
 
 
-def _metrics(p: Values, y: Values) -> dict[str, float | None]:
-    errors = p - y
-    centered = y - y.mean()
-    scatter = float(centered @ centered)
-    return {
-        "mae": float(np.abs(errors).mean()),
-        "rmse": float(np.sqrt((errors**2).mean())),
-        "r2": None if _is_constant(y) else 1 - float(errors @ errors) / scatter,
-        "pearson": _correlation(p, y),
-        "spearman": _correlation(ranks(p), ranks(y)),
-    }
+class _Rows:
+    """Predictions and targets (N,), and their metrics where each row counts so and so often."""
+
+    def __init__(self, p: Values, y: Values) -> None:
+        self._p, self._y, self.n = p, y, len(y)
+        # The place of each value among the different ones, from which ranks follow in any draw.
+        self._places = [np.unique(values, return_inverse=True)[1] for values in (p, y)]
+
+    def metrics(self, counts: Values) -> dict[str, float | None]:
+        """All metrics; None for one that is not defined."""
+        p, y, n = self._p, self._y, counts.sum()
+        errors = p - y
+        squares = float(counts @ errors**2)
+        drawn = y[counts > 0]
+        centered = y - counts @ y / n
+        scatter = float(counts @ centered**2)
+        of_p, of_y = (_ranks(places, counts) for places in self._places)
+        return {
+            "mae": float(counts @ np.abs(errors)) / n,
+            "rmse": math.sqrt(squares / n),
+            "r2": None if (drawn == drawn[0]).all() or not scatter else 1 - squares / scatter,
+            "pearson": _correlation(p, y, counts),
+            "spearman": _correlation(of_p, of_y, counts),
+        }
 
 
-def _is_constant(values: Values) -> bool:
-    return bool((values == values[0]).all())
-
-
-def _correlation(a: Values, b: Values) -> float | None:
-    """Pearson's; None where one of them is constant."""
-    if _is_constant(a) or _is_constant(b):
-        return None
-    a, b = a - a.mean(), b - b.mean()
-    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
-    return float(np.clip(a @ b, -1.0, 1.0))
+def _ranks(places: NDArray[np.intp], counts: Values) -> Values:
+    """(N,), 1 for the least of counts.sum() values; equal ones share the mean of their ranks."""
+    of_place = np.bincount(places, weights=counts)
+    return np.asarray((np.cumsum(of_place) - (of_place - 1) / 2)[places], dtype=np.float64)
 
 
 def ranks(values: Values) -> Values:
     """(N,), 1 for the least; equal values share the mean of their ranks."""
-    found, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    assert len(found) == len(counts)
-    last = np.cumsum(counts)
-    return np.asarray((last - (counts - 1) / 2)[where], dtype=np.float64)
+    return _ranks(np.unique(values, return_inverse=True)[1], np.ones(len(values)))
+
+
+def _correlation(a: Values, b: Values, counts: Values) -> float | None:
+    """Pearson's, where each row counts so often; None where one of them is constant."""
+    drawn = counts > 0
+    if any((values[drawn] == values[drawn][0]).all() for values in (a, b)):
+        return None
+    n = counts.sum()
+    a, b = a - counts @ a / n, b - counts @ b / n
+    # Divided first: squares of small numbers are zero.
+    a, b = (values / np.abs(values[drawn]).max() for values in (a, b))
+    norm = math.sqrt(float(counts @ a**2)) * math.sqrt(float(counts @ b**2))
+    return float(np.clip((counts * a) @ b / norm, -1.0, 1.0))
+
+
+def _draws(n: int, rounds: int, seed: int) -> Iterator[Values]:
+    """How often each of n rows is in a draw of n, again and again."""
+    random = np.random.default_rng(seed)
+    for _ in range(rounds):
+        yield np.bincount(random.integers(n, size=n), minlength=n).astype(np.float64)
 
 
 def _intervals(
-    p: Values, y: Values, metrics: Mapping[str, float | None], rounds: int, seed: int
+    rows: _Rows, metrics: Mapping[str, float | None], rounds: int, seed: int
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap over rows (Efron & Tibshirani 1993, ch. 13).
 
     A draw in which a metric is not defined counts for the others; a metric that is not defined for
     all rows, or for half of the draws, has no interval.
     """
-    random = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {name: [] for name in metrics}
-    for _ in range(rounds):
-        rows = random.integers(len(y), size=len(y))
-        for name, value in _metrics(p[rows], y[rows]).items():
+    for counts in _draws(rows.n, rounds, seed):
+        for name, value in rows.metrics(counts).items():
             if value is not None:
                 drawn[name].append(value)
     ends = {
@@ -188,6 +218,19 @@ def _intervals(
         if metrics[name] is not None and 2 * len(values) > rounds
     }
     return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
+def _difference(
+    own: NDArray[np.floating[Any]], p: Values, y: Values, rounds: int, seed: int
+) -> tuple[float, float, float]:
+    """How much less `own` is off than p, on average, and the 95% interval of that.
+
+    Both read the same rows, so a draw is of rows: what is hard for both moves no difference.
+    """
+    gains = np.abs(p - y) - np.abs(np.asarray(own, dtype=np.float64) - y)
+    means = [float(counts @ gains) / len(y) for counts in _draws(len(y), rounds, seed)]
+    low, high = np.quantile(means, INTERVAL) if means else (gains.mean(), gains.mean())
+    return float(gains.mean()), float(low), float(high)
 
 
 class ValueBaseline(Protocol):

@@ -29,6 +29,7 @@ from minllama.regression import (
     ranks,
 )
 from minllama.report import ReportedValues
+from minllama.report.values import in_unit, verdict
 from minllama.training import fit
 from tests.classifier_cases import TEXTS, embedding
 from tests.experiment_cases import REPORT, WORDS, names_in
@@ -110,8 +111,31 @@ def test_what_cannot_be_evaluated_is_one_line(p, y, message):
         evaluate_regression(p, y)
 
 
+def test_two_systems_are_compared_row_by_row():
+    p, y = noisy(80)
+    own = y + (p - y) * 0.9 + 0.05
+    found = evaluate_regression(p, y, own=own, bootstrap=4000)
+    gains = np.abs(p - y) - np.abs(own - y)
+    theirs = scipy.stats.bootstrap(
+        (gains,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    less, low, high = found.difference
+    width = theirs.high - theirs.low
+    assert less == pytest.approx(gains.mean())
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.1 * width)
+    # The two intervals overlap by far, and the difference is sure all the same.
+    ours = evaluate_regression(own, y)
+    assert ours.intervals["mae"][1] > found.intervals["mae"][0]
+    assert low > 0
+    assert "less (95% interval, row by row:" in verdict(ours, {"the other": found})
+    same = evaluate_regression(y + (y - p), y, own=p)
+    assert "may be chance" in verdict(evaluate_regression(p, y), {"the other": same})
+    worse = evaluate_regression(own, y, own=p)
+    assert " more (95% interval" in verdict(evaluate_regression(p, y), {"the other": worse})
+
+
 def test_a_scale_of_large_and_small_numbers_keeps_them():
-    for targets in ([1.6e9, 1.6e9 + 10, 1.6e9 + 20], [1e-30, 3e-30], [-1e200, 1e200, 5e199]):
+    for targets in ([1.6e9, 1.6e9 + 10, 1.6e9 + 20], [1e-30, 3e-30], [-1e99, 1e99, 5e98]):
         scale = TargetScale.of(targets)
         z = scale.standardized(targets)
         assert z.mean() == pytest.approx(0, abs=1e-6)
@@ -130,6 +154,25 @@ def test_baselines_are_the_mean_and_scikit_learns_ridge():
     assert found[2] == pytest.approx(3.0, abs=0.5)
     assert RidgeBaseline(["!", "?"], [1.0, 3.0]).predict_values(["a"]).tolist() == [2.0]
     assert ridge.predict_values([]).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.00123456, "0.001235"), (3.14159, "3.142"), (123456.7, "123457"), (0.0, "0")],
+)
+def test_numbers_are_written_with_four_digits_that_count(value, text):
+    assert in_unit(value) == text
+    assert in_unit(-value) == (f"-{text}" if value else "-0")
+
+
+def test_labels_that_may_be_numbers_are_mentioned(make_experiment, tmp_path):
+    from tests.experiment_cases import Heard
+
+    heard, train = Heard(), tmp_path / "a.jsonl"
+    lines = [{"text": f"film {i}", "label": i % 12} for i in range(36)]
+    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_experiment(make_experiment("frozen", train=train, dev=""), say=heard)
+    assert any("--objective regression" in line for line in heard.lines)
 
 
 # A head in closed form.
@@ -183,6 +226,7 @@ def test_numbers_are_read_as_they_are_written(tmp_path):
         ("nan", "is no number"),
         ("inf", "is no number"),
         ("1e999", "is no finite number"),
+        ("-1e101", "is larger than 1e"),
         ('"3,5"', "write a point"),
         ('"1,000.5"', "is no number"),
         ("1_000", "is no number"),

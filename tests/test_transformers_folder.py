@@ -1,5 +1,6 @@
 """Sequence classifiers of transformers and PEFT: opened with equal logits, and written for them."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -18,6 +19,7 @@ from minllama import cli, load_classifier, load_pretrained
 from minllama.classifier import LlamaEmbeddingClassifier, save_classifier
 from minllama.classifier.files import merge_classifier
 from minllama.errors import MinllamaError
+from minllama.experiment import run_experiment
 from minllama.llama import Llama
 from minllama.regression import TargetScale
 from minllama.tokenizer import Tokenizer
@@ -155,7 +157,13 @@ def without_architectures(folder):
     edit_config(folder, architectures="GONE")
 
 
-@pytest.mark.parametrize("change", [as_shards, as_pickle, without_architectures])
+def without_prefix(folder):
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("change", [as_shards, as_pickle, without_architectures, without_prefix])
 def test_other_ways_to_store_it_are_the_same_classifier(tmp_path, change):
     theirs = their_classifier(tmp_path)
     expected = their_logits(theirs, tmp_path, TEXTS)
@@ -218,6 +226,8 @@ def without_words(folder):
         (lambda folder: edit_config(folder, id2label={"0": "a", "1": "a", "2": "c"}), "twice"),
         (lambda folder: edit_config(folder, id2label=["a", "b", "c"]), "id2label"),
         (lambda folder: edit_config(folder, problem_type="regression"), "3 outputs"),
+        (lambda folder: edit_config(folder, id2label={"9" * 5000: "a"}), "id2label"),
+        (lambda folder: edit_config(folder, pad_token_id=2**70), "pad_token_id"),
         (lambda folder: edit_config(folder, problem_type="ranking"), "problem_type"),
         (lambda folder: edit_config(folder, problem_type=["regression"]), "problem_type"),
         (lambda folder: edit_config(folder, pad_token_id="</s>"), "pad_token_id"),
@@ -317,6 +327,21 @@ def test_an_adapter_of_a_language_model_is_no_classifier(minllama, tmp_path):
         peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     with pytest.raises(MinllamaError, match="CAUSAL_LM"):
         load_classifier(tmp_path)
+
+
+def test_a_new_head_is_trained_on_the_llama_below(make_experiment, tmp_path):
+    their_classifier(tmp_path / "theirs")
+    experiment = make_experiment("frozen", pooling="last", layer="all")
+    experiment = dataclasses.replace(experiment, model=str(tmp_path / "theirs"))
+    made = run_experiment(experiment).classifier
+    assert made.labels == ("bad", "good")
+    read = load_classifier(tmp_path / "run")
+    np.testing.assert_allclose(read.predict_proba(TEXTS), made.predict_proba(TEXTS), atol=1e-5)
+    words = dataclasses.replace(
+        make_experiment("zero-shot", output="words"), model=str(tmp_path / "theirs")
+    )
+    with pytest.raises(MinllamaError, match="LlamaForSequenceClassification"):
+        run_experiment(words)
 
 
 # The other way.

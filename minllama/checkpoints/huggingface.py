@@ -25,6 +25,8 @@ from minllama.checkpoints.huggingface_config import (
     ignored_keys,
 )
 from minllama.checkpoints.huggingface_head import (
+    HEAD_BIAS,
+    HEAD_WEIGHT,
     SequenceHead,
     head_from_huggingface,
     said_of_head,
@@ -83,7 +85,10 @@ def read_huggingface(path: Path) -> Checkpoint:
     with naming(path):
         head = head_from_huggingface(raw, stored)
     if stored and not any(name.startswith(prefix) for name in stored):
-        stored = {prefix + name: tensor for name, tensor in stored.items()}  # a bare LlamaModel
+        stored = {  # a bare LlamaModel, perhaps with a head on it
+            name if name in (HEAD_WEIGHT, HEAD_BIAS) else prefix + name: tensor
+            for name, tensor in stored.items()
+        }
     for name, tensor in stored.items():
         ours = translate(name, OUR_NAMES) or name  # an unknown one is the loader's to report
         if name.endswith("rotary_emb.inv_freq") or (

@@ -53,7 +53,8 @@ HARMLESS_KEYS = {
     *("pretraining_tp", "_name_or_path", "is_llama_config", "rope_interleaved", "return_dict"),
     *("transformers.js_config", "_attn_implementation_autoset", "output_attentions"),
     *("output_hidden_states",),
-    *("id2label", "label2id", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward"),
+    *("id2label", "label2id", "num_labels", "problem_type"),
+    *("is_encoder_decoder", "chunk_size_feed_forward"),
 }
 READ_KEYS = {
     *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),

@@ -4,6 +4,7 @@ Read is the head of a sequence classifier (`LlamaForSequenceClassification`), wh
 config.json appear here and nowhere else. Knows nothing of files or of how a head is computed.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ def _labels(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
         return None
     if not isinstance(names, dict):
         raise MinllamaError(f"id2label must be an object, not {names!r}"[:200])
-    by_number = {int(key): name for key, name in names.items() if str(key).isdecimal()}
+    by_number = {int(key): name for key, name in names.items() if re.fullmatch("[0-9]{1,9}", key)}
     if sorted(by_number) != list(range(len(names))):
         raise MinllamaError(f"id2label must name the labels 0 to {len(names) - 1}; it does not")
     if not all(isinstance(name, str | int | float) for name in by_number.values()):
@@ -154,6 +155,6 @@ def _problem_type(raw: Mapping[str, Any]) -> str | None:
 
 def _pad_id(raw: Mapping[str, Any]) -> int | None:
     found = raw.get("pad_token_id")
-    if found is not None and type(found) is not int:
+    if found is not None and not (type(found) is int and abs(found) < 2**31):
         raise MinllamaError(f"pad_token_id must be a whole number, not {found!r}"[:200])
     return found

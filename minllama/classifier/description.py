@@ -116,8 +116,8 @@ def build(
             classifier.prior = prior
     else:
         scale, pad_id = content.get("scale"), content.get("pad_id")
-        if pad_id is not None and type(pad_id) is not int:
-            raise TypeError(f"pad_id must be a whole number, not {pad_id!r}")
+        if pad_id is not None and not (type(pad_id) is int and abs(pad_id) < 2**31):
+            raise TypeError(f"pad_id must be a whole number, not {pad_id!r}"[:200])
         with torch.random.fork_rng(devices=[]):  # the caller's seed must not notice
             classifier = LlamaEmbeddingClassifier(
                 llama,

@@ -12,6 +12,7 @@ from typing import Any
 from minllama.data.records import shown
 
 # As Python's float(), but for its underscores, and for words: "nan" and "inf" are no targets.
+LARGEST = 1e100  # sums of squares are to be floats still
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 
@@ -62,4 +63,15 @@ def number_of(value: Any) -> float:
         raise ValueError(f"label {shown(value)} is no number")
     if not math.isfinite(number):
         raise ValueError(f"label {shown(value)} is no finite number")
+    if abs(number) > LARGEST:
+        raise ValueError(f"label {shown(value)} is larger than {LARGEST:g}")
     return number
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a finite number."""
+    try:
+        number_of(text)
+    except ValueError:
+        return False
+    return True

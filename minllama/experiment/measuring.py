@@ -96,7 +96,9 @@ def evaluate_values(
         return ReportedValues(name, split.texts, values)
     targets = split.targets
     beside = {
-        baseline.name: evaluate_regression(baseline.predict_values(split.texts), targets, seed=seed)
+        baseline.name: evaluate_regression(
+            baseline.predict_values(split.texts), targets, own=values, seed=seed
+        )
         for baseline in baselines
     }
     evaluation = evaluate_regression(values, targets, seed=seed)

@@ -22,6 +22,8 @@ from minllama.classifier import LlamaEmbeddingClassifier, save_classifier
 from minllama.classifier.base import Classifier
 from minllama.classifier.calibration import fit_temperature
 from minllama.classifier.identity import comparable_config
+from minllama.data import Dataset
+from minllama.data.numbers import is_number
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation import Evaluation
 from minllama.experiment.fitting import (
@@ -72,6 +74,7 @@ from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, sample_of, summary_writer
 from minllama.training_state import CHECKPOINT, digest
 
+FEW_CLASSES = 10  # numbers up to here are usual names of classes
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
@@ -105,6 +108,11 @@ class Experiment:
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     llama_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether what is trained is a head, and no label words."""
+        return self.classifier.method != "zero-shot" and self.classifier.objective != "label-words"
 
     @property
     def of_numbers(self) -> bool:
@@ -191,6 +199,8 @@ def run_experiment(
     for notice in splits.notices:
         say.say(notice)
     _check_labels(experiment, multi_label=splits.train.multi_label)
+    if hint := _hint_of_numbers(splits.train):
+        say.say(hint)
     llama, tokenizer = _open(experiment)
     with writable(experiment.output):
         if not resume:
@@ -232,12 +242,26 @@ def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
     check_ordinal(experiment.training.ordinal, multi_label=multi_label)
 
 
+def _hint_of_numbers(train: Dataset) -> str | None:
+    """A word about labels that may be numbers, and are taken for classes."""
+    names = train.label_names
+    if len(names) <= FEW_CLASSES or not all(map(is_number, names)):
+        return None
+    return (
+        f"{train.source}: its {len(names)} labels are all numbers, and are taken for classes; "
+        "--objective regression predicts numbers"
+    )
+
+
 def _gpus() -> range:
     return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
 
 
 def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
     checkpoint = open_checkpoint(experiment.model, tokenizer=experiment.tokenizer)
+    if experiment.has_head:
+        checkpoint = checkpoint.without_head()  # a new one is trained in its place
+    checkpoint.check_language_model()
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     options = experiment.classifier
     device = usable_device(experiment.device)

@@ -91,15 +91,17 @@ def verdict(evaluation: RegressionEvaluation, others: Mapping[str, RegressionEva
     if not others:
         return sentence
     name, best = min(others.items(), key=lambda item: item[1].mae)
-    if in_unit(best.mae) == off:
-        return f"{sentence} The best of the others, {name}, is level with it."
-    side = "less" if evaluation.mae < best.mae else "more"
-    sentence += f" The best of the others, {name}, is off by {in_unit(best.mae)}: this is {side}"
-    low, high = evaluation.intervals.get("mae", (evaluation.mae,) * 2)
-    other_low, other_high = best.intervals.get("mae", (best.mae,) * 2)
-    if low <= other_high and other_low <= high:
-        return f"{sentence}, but the intervals overlap, so chance may have a part in it."
-    return f"{sentence}."
+    sentence += f" The best of the others, {name}, is off by {in_unit(best.mae)}"
+    if best.difference is None:
+        return f"{sentence}."
+    less, low, high = best.difference
+    between = f"(95% interval, row by row: {in_unit(low)} to {in_unit(high)})"
+    if low <= 0 <= high:
+        return f"{sentence}; a difference of {in_unit(less)} {between} may be chance."
+    side = "less" if less > 0 else "more"
+    low, high = sorted((abs(low), abs(high)))
+    between = f"(95% interval, row by row: {in_unit(low)} to {in_unit(high)})"
+    return f"{sentence}: this is {in_unit(abs(less))} {side} {between}."
 
 
 def shown_on_page(split: ReportedValues) -> dict[str, Any]:
