@@ -28,7 +28,7 @@ from minllama.regression import (
     evaluate_regression,
     ranks,
 )
-from minllama.report import ReportedValues
+from minllama.report import Report, ReportedValues
 from minllama.report.values import in_unit, verdict
 from minllama.training import fit
 from tests.classifier_cases import TEXTS, embedding
@@ -464,6 +464,26 @@ def test_texts_without_targets_are_only_predicted(make_experiment, tmp_path):
     assert "These texts have no targets" in (tmp_path / "run" / "report.html").read_text()
     last = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["label"] is None
+
+
+def test_the_page_is_whole_and_texts_are_data_in_it():
+    from minllama.report.page import render_page
+    from tests.test_report import Page
+
+    p, y = noisy(30)
+    texts = ["<script>alert(1)</script>", "word " * 2000, *(f"text {i}" for i in range(28))]
+    evaluation = evaluate_regression(p, y, bootstrap=20)
+    other = evaluate_regression(np.full(30, y.mean()), y, own=p, bootstrap=20)
+    splits = [
+        ReportedValues("dev", texts, p, y.tolist(), evaluation, {"<b>mean</b>": other}),
+        ReportedValues("test", texts, p),
+        ReportedValues("one", ["a"], p[:1], [2.0], evaluate_regression(p[:1], [2.0])),
+    ]
+    page = Page(render_page(Report(title="<i>", label_names=["stars"], splits=splits)))
+    assert "script" not in page.tags
+    assert "<b>mean</b>" in page.text
+    assert "a number for each text" in page.text
+    assert "Spearman" in page.text
 
 
 @pytest.mark.parametrize(

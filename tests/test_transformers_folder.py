@@ -329,6 +329,13 @@ def test_an_adapter_of_a_language_model_is_no_classifier(minllama, tmp_path):
         load_classifier(tmp_path)
 
 
+def test_a_tokenizer_of_another_model_is_said_to_be_one(tmp_path):
+    their_classifier(tmp_path, vocab_size=100)
+    classifier = load_classifier(tmp_path)
+    with pytest.raises(MinllamaError, match="the model has 100 tokens"):
+        classifier.predict(["日本"])
+
+
 def test_a_new_head_is_trained_on_the_llama_below(make_experiment, tmp_path):
     their_classifier(tmp_path / "theirs")
     experiment = make_experiment("frozen", pooling="last", layer="all")

@@ -95,16 +95,27 @@ class Classifier(nn.Module, ABC):
         """A text in its prompt, as token ids.
 
         Raises:
-            MinllamaError: it is empty and nothing stands around it, or it cannot be encoded.
+            MinllamaError: it is empty and nothing stands around it, or it cannot be encoded, or
+                the tokenizer is of another model.
         """
         encoded = self.template.encode(undo_treebank(text) if self.prompt.undo_treebank else text)
         if not encoded.ids:
             raise MinllamaError(
                 f"the text {text[:40]!r} has no tokens to read; leave it out, or give a prompt"
             )
+        self._check_ids(encoded)
         if encoded.is_shortened and len(self.shortened) < MOST_NOTED:
             self.shortened.add(hash(text))
         return encoded
+
+    def _check_ids(self, encoded: EncodedPrompt) -> None:
+        n_tokens = self.llama.config.vocab_size
+        largest = max(max(ids, default=0) for ids in (encoded.ids, *encoded.continuations))
+        if largest >= n_tokens:
+            raise MinllamaError(
+                f"the tokenizer gives the id {largest}, and the model has {n_tokens} tokens; it is "
+                "that of another model: name the right one"
+            )
 
     def predict_logits(
         self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None

@@ -26,6 +26,7 @@ from minllama.llama import Llama
 from minllama.regression import TargetScale
 
 STARTING_PER_CLASS = 5  # texts of each class at least, where there are as many
+MOST_VALUES = 2500  # texts that go through all layers; there is no race between those
 VALUE_NAME = "value"  # of a number whose column has no name
 
 
@@ -177,6 +178,7 @@ class ValueHeads:
         }
 
     def some_rows(self, n: int) -> Dataset:
+        n = min(n, MOST_VALUES)
         if len(self._train) <= n:
             return self._train
         return self._train.select(sorted(random_order(self._train, self._seed)[:n]))

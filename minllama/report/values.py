@@ -154,7 +154,7 @@ def scatter(split: ReportedValues) -> str:
     with drawn() as drawing:
         axes = drawing.axes
         axes.plot(ends, ends, color=MUTED, linewidth=0.8, dashes=(4, 3))
-        axes.plot(x, y, "o", color=ACCENT, markersize=2.6, alpha=0.5, markeredgewidth=0)
+        axes.plot(x, y, "o", color=ACCENT, markersize=3.2, alpha=0.6, markeredgewidth=0)
         axes.set(xlabel="target", ylabel="predicted")
     return drawing.svg
 
