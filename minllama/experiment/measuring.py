@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 import minllama
-from minllama.baselines import Baseline
+from minllama.baselines import Baseline, fit_baselines
 from minllama.classifier.base import Classifier, probabilities
 from minllama.data import Dataset
 from minllama.errors import CheckpointError
 from minllama.evaluation import Evaluation, evaluate
-from minllama.regression import ValueBaseline, evaluate_regression
+from minllama.experiment.splits import Splits
+from minllama.regression import ValueBaseline, evaluate_regression, fit_value_baselines
 from minllama.report import ReportedSplit, ReportedValues
 from minllama.report.files import METRICS_FILE
 
@@ -103,6 +104,50 @@ def evaluate_values(
     }
     evaluation = evaluate_regression(values, targets, seed=seed)
     return ReportedValues(name, split.texts, values, targets, evaluation, beside)
+
+
+def evaluate_splits(
+    classifier: Classifier,
+    splits: Splits,
+    *,
+    dev_logits: NDArray[np.float32],
+    others: Mapping[str, Evaluation],
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[ReportedSplit] | list[ReportedValues]:
+    """Evaluate dev, and test where there is one, beside baselines that are fitted on train.
+
+    Args:
+        classifier: what predicts.
+        splits: the data of an experiment.
+        dev_logits: (N, C), those of dev.
+        others: evaluations of other systems on dev.
+        seed: of the baselines.
+        progress: is told how many more texts of test are done.
+    """
+    train, dev, test = splits.train, splits.dev, splits.test
+    if train.has_numbers:
+        regressions = fit_value_baselines(train.texts, train.targets)
+        values = [evaluate_values(classifier, dev, "dev", logits=dev_logits, baselines=regressions)]
+        if test is not None:
+            values.append(
+                evaluate_values(classifier, test, "test", baselines=regressions, progress=progress)
+            )
+        return values
+    labels: Any = train.labels
+    baselines = fit_baselines(
+        *(train.texts, labels, len(train.label_names)), multi_label=train.multi_label, seed=seed
+    )
+    reported = [
+        evaluate_classifier(
+            classifier, dev, "dev", logits=dev_logits, others=others, baselines=baselines
+        )
+    ]
+    if test is not None:
+        reported.append(
+            evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
+        )
+    return reported
 
 
 def headlines(split: ReportedSplit | ReportedValues) -> dict[str, float]:

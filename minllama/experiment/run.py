@@ -5,7 +5,7 @@ Knows nothing of arguments, and prints nothing: what a person should hear, `Say`
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minllama.baselines import fit_baselines
 from minllama.checkpoints import open_checkpoint
 from minllama.classifier import LlamaEmbeddingClassifier, save_classifier
 from minllama.classifier.base import Classifier
@@ -45,7 +44,7 @@ from minllama.experiment.folder import (
 )
 from minllama.experiment.measuring import (
     evaluate_classifier,
-    evaluate_values,
+    evaluate_splits,
     headlines,
     settings_of,
     versions,
@@ -67,8 +66,7 @@ from minllama.options import (
     TrainingOptions,
 )
 from minllama.quantization import check_quantize
-from minllama.regression import fit_value_baselines
-from minllama.report import Report, ReportedSplit, ReportedValues
+from minllama.report import Report
 from minllama.report.files import write_files
 from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, sample_of, summary_writer
@@ -429,8 +427,14 @@ def _measured(
 ) -> Report:
     train, dev, test = splits.train, splits.dev, splits.test
     progress = None if test is None else say.advance("reading test", len(test))
-    evaluated = _values_measured if train.has_numbers else _classes_measured
-    reported = evaluated(splits, classifier, dev_logits, beside, progress, experiment.training.seed)
+    reported = evaluate_splits(
+        classifier,
+        splits,
+        dev_logits=dev_logits,
+        others=beside,
+        seed=experiment.training.seed,
+        progress=progress,
+    )
     notes = [*splits.notices]
     for split in (train, dev, *([] if test is None else [test])):
         if said := shortened_texts(classifier, split.texts, split.source):
@@ -453,49 +457,6 @@ def _measured(
         notes=notes,
         score=score_of(classifier),
     )
-
-
-def _classes_measured(
-    splits: Splits,
-    classifier: Classifier,
-    dev_logits: NDArray[np.float32],
-    beside: Mapping[str, Evaluation],
-    progress: Callable[[int], None] | None,
-    seed: int,
-) -> list[ReportedSplit]:
-    train, dev, test = splits.train, splits.dev, splits.test
-    labels: Any = train.labels
-    baselines = fit_baselines(
-        *(train.texts, labels, len(train.label_names)), multi_label=train.multi_label, seed=seed
-    )
-    reported = [
-        evaluate_classifier(
-            classifier, dev, "dev", logits=dev_logits, others=beside, baselines=baselines
-        )
-    ]
-    if test is not None:
-        reported.append(
-            evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
-        )
-    return reported
-
-
-def _values_measured(
-    splits: Splits,
-    classifier: Classifier,
-    dev_logits: NDArray[np.float32],
-    beside: Mapping[str, Evaluation],
-    progress: Callable[[int], None] | None,
-    seed: int,
-) -> list[ReportedValues]:
-    train, dev, test = splits.train, splits.dev, splits.test
-    baselines = fit_value_baselines(train.texts, train.targets)
-    reported = [evaluate_values(classifier, dev, "dev", logits=dev_logits, baselines=baselines)]
-    if test is not None:
-        reported.append(
-            evaluate_values(classifier, test, "test", baselines=baselines, progress=progress)
-        )
-    return reported
 
 
 def _write(experiment: Experiment, classifier: Classifier, report: Report) -> None:
