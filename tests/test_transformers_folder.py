@@ -458,6 +458,12 @@ def test_an_imported_adapter_is_merged_into_either_kind_of_folder(minllama, tmp_
         their_logits(theirs, tmp_path / "out", TEXTS), expected, atol=1e-4, rtol=1e-4
     )
     ours = load_classifier(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "again")  # as a classifier of ours, with its adapter
+    found = load_classifier(tmp_path / "again").predict_logits(TEXTS)
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+    minllama("merge", tmp_path / "ours", tmp_path / "merged")
+    found = load_classifier(tmp_path / "merged").predict_logits(TEXTS)
+    torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
     assert merge_classifier(ours) < 1e-4
     ours.save_pretrained(tmp_path / "whole")
     found = load_classifier(tmp_path / "whole").predict_logits(TEXTS)

@@ -40,9 +40,14 @@ def check_exportable(classifier: Classifier) -> LlamaEmbeddingClassifier:
         MinllamaError: it has what LlamaForSequenceClassification has no place for.
     """
     if reason := _why_not(classifier):
+        remedy = (
+            "train one with --pooling last --layer all and without --bidirectional"
+            if classifier.scale is None
+            else "use it with minllama"
+        )
         raise MinllamaError(
-            f"{SEQUENCE_CLASSIFIER} cannot compute this classifier: {reason}; train one with "
-            "--pooling last --layer all and without --bidirectional, or merge without --to"
+            f"{SEQUENCE_CLASSIFIER} cannot compute this classifier: {reason}; {remedy}, or merge "
+            "without --to"
         )
     assert isinstance(classifier, LlamaEmbeddingClassifier)
     return classifier
