@@ -146,50 +146,74 @@ class _Rows:
     """Predictions and targets (N,), and their metrics where each row counts so and so often."""
 
     def __init__(self, p: Values, y: Values) -> None:
-        self._p, self._y, self.n = p, y, len(y)
+        order = np.argsort(p, kind="stable")  # what is read in order is read faster
+        p, y = p[order], y[order]
+        self.n = len(y)
         # The place of each value among the different ones, from which ranks follow in any draw.
         self._places = [np.unique(values, return_inverse=True)[1] for values in (p, y)]
+        errors = p - y
+        self._unit_of_y = _unit(y)
+        p, y = (p - p.mean()) / _unit(p), (y - y.mean()) / self._unit_of_y
+        # Sums over a draw's rows are one product with how often each is in it.
+        columns = (np.abs(errors), errors**2, p, p**2, y, y**2, p * y)
+        self._columns = np.stack(columns, axis=1)
 
     def metrics(self, counts: Values) -> dict[str, float | None]:
-        """All metrics; None for one that is not defined."""
-        p, y, n = self._p, self._y, counts.sum()
-        errors = p - y
-        squares = float(counts @ errors**2)
-        drawn = y[counts > 0]
-        centered = y - counts @ y / n
-        scatter = float(counts @ centered**2)
-        of_p, of_y = (_ranks(places, counts) for places in self._places)
+        """All metrics of N rows; None for one that is not defined."""
+        n = self.n
+        absolute, squared, *moments = (counts @ self._columns).tolist()
+        of_places = [np.bincount(places, weights=counts) for places in self._places]
+        p_varies, y_varies = (np.count_nonzero(drawn) > 1 for drawn in of_places)
+        p_scatter, y_scatter, shared = _scatters(n, *moments)
+        varies = p_varies and y_varies
         return {
-            "mae": float(counts @ np.abs(errors)) / n,
-            "rmse": math.sqrt(squares / n),
-            "r2": None if (drawn == drawn[0]).all() or not scatter else 1 - squares / scatter,
-            "pearson": _correlation(p, y, counts),
-            "spearman": _correlation(of_p, of_y, counts),
+            "mae": absolute / n,
+            "rmse": math.sqrt(squared / n),
+            "r2": self._r2(squared, y_scatter) if y_varies else None,
+            "pearson": _share(shared, p_scatter, y_scatter) if varies else None,
+            "spearman": self._spearman(counts, of_places) if varies else None,
         }
 
+    def _r2(self, squared: float, scatter: float) -> float | None:
+        scatter *= self._unit_of_y**2
+        return 1 - squared / scatter if scatter else None
 
-def _ranks(places: NDArray[np.intp], counts: Values) -> Values:
-    """(N,), 1 for the least of counts.sum() values; equal ones share the mean of their ranks."""
-    of_place = np.bincount(places, weights=counts)
-    return np.asarray((np.cumsum(of_place) - (of_place - 1) / 2)[places], dtype=np.float64)
+    def _spearman(self, counts: Values, of_places: list[Values]) -> float:
+        """Pearson's correlation of ranks, whose mean is (N + 1) / 2 in any draw."""
+        middle = (self.n + 1) / 2
+        ranked = [_ranks_of_places(drawn) - middle for drawn in of_places]
+        rows = [ranks[places] for ranks, places in zip(ranked, self._places, strict=True)]
+        scatters = (float(drawn @ ranks**2) for drawn, ranks in zip(of_places, ranked, strict=True))
+        return _share(float((counts * rows[0]) @ rows[1]), *scatters)
+
+
+def _unit(values: Values) -> float:
+    """A number that makes the largest deviation from the mean 1; 1 where there is none."""
+    return float(np.abs(values - values.mean()).max()) or 1.0
+
+
+def _scatters(
+    n: int, p: float, pp: float, y: float, yy: float, py: float
+) -> tuple[float, float, float]:
+    """Sums of squared deviations of p and of y, and of their products, from sums over n rows."""
+    return max(pp - p * p / n, 0.0), max(yy - y * y / n, 0.0), py - p * y / n
+
+
+def _share(shared: float, a: float, b: float) -> float:
+    """A correlation, from sums of deviations' products."""
+    norm = math.sqrt(a) * math.sqrt(b)
+    return min(max(shared / norm, -1.0), 1.0) if norm else 0.0
+
+
+def _ranks_of_places(counts: Values) -> Values:
+    """The rank of each value, from the least, of which so many are there: the mean of its ranks."""
+    return np.asarray(np.cumsum(counts) - (counts - 1) / 2, dtype=np.float64)
 
 
 def ranks(values: Values) -> Values:
     """(N,), 1 for the least; equal values share the mean of their ranks."""
-    return _ranks(np.unique(values, return_inverse=True)[1], np.ones(len(values)))
-
-
-def _correlation(a: Values, b: Values, counts: Values) -> float | None:
-    """Pearson's, where each row counts so often; None where one of them is constant."""
-    drawn = counts > 0
-    if any((values[drawn] == values[drawn][0]).all() for values in (a, b)):
-        return None
-    n = counts.sum()
-    a, b = a - counts @ a / n, b - counts @ b / n
-    # Divided first: squares of small numbers are zero.
-    a, b = (values / np.abs(values[drawn]).max() for values in (a, b))
-    norm = math.sqrt(float(counts @ a**2)) * math.sqrt(float(counts @ b**2))
-    return float(np.clip((counts * a) @ b / norm, -1.0, 1.0))
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return _ranks_of_places(counts)[places]
 
 
 def _draws(n: int, rounds: int, seed: int) -> Iterator[Values]:
