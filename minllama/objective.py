@@ -144,7 +144,7 @@ class ClassObjective:
         assert dev.labels is not None
         return evaluate(
             self._classifier.predict_proba(dev.texts),
-            dev.labels,  # type: ignore[arg-type]  # no numbers
+            dev.labels,
             dev.label_names,
             multi_label=dev.multi_label,
             bootstrap=0,

@@ -178,7 +178,7 @@ class _Rows:
         scatter *= self._unit_of_y**2
         return 1 - squared / scatter if scatter else None
 
-    def _spearman(self, counts: Values, of_places: list[Values]) -> float:
+    def _spearman(self, counts: Values, of_places: list[NDArray[Any]]) -> float:
         """Pearson's correlation of ranks, whose mean is (N + 1) / 2 in any draw."""
         middle = (self.n + 1) / 2
         ranked = [_ranks_of_places(drawn) - middle for drawn in of_places]
@@ -205,7 +205,7 @@ def _share(shared: float, a: float, b: float) -> float:
     return min(max(shared / norm, -1.0), 1.0) if norm else 0.0
 
 
-def _ranks_of_places(counts: Values) -> Values:
+def _ranks_of_places(counts: NDArray[Any]) -> Values:
     """The rank of each value, from the least, of which so many are there: the mean of its ranks."""
     return np.asarray(np.cumsum(counts) - (counts - 1) / 2, dtype=np.float64)
 

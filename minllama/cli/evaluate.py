@@ -77,8 +77,9 @@ def command(
         from minllama.cli.waiting import ConsoleSay
         from minllama.data import load_dataset, one_class, one_number
         from minllama.experiment import check_libraries, evaluate_classifier
-        from minllama.experiment.measuring import evaluate_values, settings_of, versions
+        from minllama.experiment.measuring import settings_of, versions
         from minllama.experiment.predicting import described, score_of, shortened_texts
+        from minllama.experiment.value_measuring import evaluate_values
         from minllama.report import Report, print_summary, write_report
 
         if output is not None:

@@ -20,7 +20,7 @@ from minllama.options import DataOptions
 COLUMNS_FROM = 100  # rows that tell which columns a file has, where each row has its own
 AT_MOST_FROM = 10_000  # where the first ones have none
 
-Labels = list[int] | list[tuple[int, ...]] | list[float]
+Labels = list[int] | list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Dataset:
 
     Attributes:
         texts: N strings, none of them blank.
-        labels: N classes, 0..len(label_names)-1, or N tuples of them, or N numbers; None without
-            labels.
+        labels: N classes, 0..len(label_names)-1, or N tuples of them; None without labels. Where
+            there are numbers, these: see `targets`.
         label_names: the names of the classes, in order.
         source: what it was read from.
         multi_label: whether a text has any number of labels, as a tuple, rather than one.
@@ -97,7 +97,7 @@ class Dataset:
         """The classes of one text, whether it may have several or not."""
         assert self.labels is not None
         assert not self.has_numbers
-        label: Any = self.labels[index]
+        label = self.labels[index]
         return label if isinstance(label, tuple) else (label,)
 
     def class_counts(self) -> list[int]:

@@ -15,18 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 import minllama
-from minllama.baselines import Baseline, fit_baselines
+from minllama.baselines import Baseline
 from minllama.classifier.base import Classifier, probabilities
 from minllama.data import Dataset
 from minllama.errors import CheckpointError
 from minllama.evaluation import Evaluation, evaluate
-from minllama.experiment.splits import Splits
-from minllama.regression import ValueBaseline, evaluate_regression, fit_value_baselines
+from minllama.experiment.value_measuring import value_headlines
 from minllama.report import ReportedSplit, ReportedValues
 from minllama.report.files import METRICS_FILE
 
 HEADLINES = ("accuracy", "macro_f1", "log_loss", "calibration_error")
-OF_NUMBERS = ("mae", "rmse", "r2", "spearman")
 
 
 def evaluate_classifier(
@@ -54,109 +52,25 @@ def evaluate_classifier(
     """
     if logits is None:
         logits = classifier.predict_logits(split.texts, progress=progress)
-    assert not split.has_numbers
     many, names = classifier.multi_label, split.label_names
     predicted = probabilities(logits, classifier.temperature, multi_label=many)
     if split.labels is None:
         return ReportedSplit(name, split.texts, predicted)
     beside = dict(others or {})
-    labels: Any = split.labels
     for baseline in baselines:
         p = baseline.predict_proba(split.texts)
-        beside[baseline.name] = evaluate(p, labels, names, multi_label=many, seed=seed)
-    evaluation = evaluate(predicted, labels, names, multi_label=many, seed=seed)
-    return ReportedSplit(name, split.texts, predicted, labels, evaluation, beside)
-
-
-def evaluate_values(
-    classifier: Classifier,
-    split: Dataset,
-    name: str,
-    *,
-    logits: NDArray[np.float32] | None = None,
-    baselines: Sequence[ValueBaseline] = (),
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> ReportedValues:
-    """As `evaluate_classifier`, of a classifier that gives numbers.
-
-    Args:
-        classifier: what predicts.
-        split: its labels are numbers; or None.
-        name: of the split.
-        logits: (N, 1), where they were computed before; else they are.
-        baselines: predict the same rows.
-        seed: of the intervals' draws.
-        progress: is told how many more texts are done.
-    """
-    if logits is None:
-        logits = classifier.predict_logits(split.texts, progress=progress)
-    assert classifier.scale is not None
-    values = classifier.scale.values(logits[:, 0])
-    if split.labels is None:
-        return ReportedValues(name, split.texts, values)
-    targets = split.targets
-    beside = {
-        baseline.name: evaluate_regression(
-            baseline.predict_values(split.texts), targets, own=values, seed=seed
-        )
-        for baseline in baselines
-    }
-    evaluation = evaluate_regression(values, targets, seed=seed)
-    return ReportedValues(name, split.texts, values, targets, evaluation, beside)
-
-
-def evaluate_splits(
-    classifier: Classifier,
-    splits: Splits,
-    *,
-    dev_logits: NDArray[np.float32],
-    others: Mapping[str, Evaluation],
-    seed: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> list[ReportedSplit] | list[ReportedValues]:
-    """Evaluate dev, and test where there is one, beside baselines that are fitted on train.
-
-    Args:
-        classifier: what predicts.
-        splits: the data of an experiment.
-        dev_logits: (N, C), those of dev.
-        others: evaluations of other systems on dev.
-        seed: of the baselines.
-        progress: is told how many more texts of test are done.
-    """
-    train, dev, test = splits.train, splits.dev, splits.test
-    if train.has_numbers:
-        regressions = fit_value_baselines(train.texts, train.targets)
-        values = [evaluate_values(classifier, dev, "dev", logits=dev_logits, baselines=regressions)]
-        if test is not None:
-            values.append(
-                evaluate_values(classifier, test, "test", baselines=regressions, progress=progress)
-            )
-        return values
-    labels: Any = train.labels
-    baselines = fit_baselines(
-        *(train.texts, labels, len(train.label_names)), multi_label=train.multi_label, seed=seed
-    )
-    reported = [
-        evaluate_classifier(
-            classifier, dev, "dev", logits=dev_logits, others=others, baselines=baselines
-        )
-    ]
-    if test is not None:
-        reported.append(
-            evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
-        )
-    return reported
+        beside[baseline.name] = evaluate(p, split.labels, names, multi_label=many, seed=seed)
+    evaluation = evaluate(predicted, split.labels, names, multi_label=many, seed=seed)
+    return ReportedSplit(name, split.texts, predicted, split.labels, evaluation, beside)
 
 
 def headlines(split: ReportedSplit | ReportedValues) -> dict[str, float]:
     """The few numbers that a model card shows."""
     if split.evaluation is None:
         return {}
-    names = OF_NUMBERS if isinstance(split, ReportedValues) else HEADLINES
-    found = {name: getattr(split.evaluation, name) for name in names}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    if isinstance(split, ReportedValues):
+        return value_headlines(split.evaluation)
+    return {name: float(getattr(split.evaluation, name)) for name in HEADLINES}
 
 
 def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
@@ -169,12 +83,10 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
     try:
         splits = json.loads(path.read_bytes())["splits"]
         measured = {n: s["evaluation"] for n, s in splits.items() if s["evaluation"] is not None}
+        if any("mae" in values for values in measured.values()):
+            return {name: value_headlines(values) for name, values in measured.items()}
         return {
-            name: {
-                metric: float(values[metric])
-                for metric in (OF_NUMBERS if "mae" in values else HEADLINES)
-                if values[metric] is not None
-            }
+            name: {metric: float(values[metric]) for metric in HEADLINES}
             for name, values in measured.items()
         }
     except FileNotFoundError:

@@ -16,13 +16,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minllama.baselines import fit_baselines
 from minllama.checkpoints import open_checkpoint
 from minllama.classifier import LlamaEmbeddingClassifier, save_classifier
 from minllama.classifier.base import Classifier
 from minllama.classifier.calibration import fit_temperature
 from minllama.classifier.identity import comparable_config
-from minllama.data import Dataset
-from minllama.data.numbers import is_number
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation import Evaluation
 from minllama.experiment.fitting import (
@@ -44,7 +43,6 @@ from minllama.experiment.folder import (
 )
 from minllama.experiment.measuring import (
     evaluate_classifier,
-    evaluate_splits,
     headlines,
     settings_of,
     versions,
@@ -53,6 +51,7 @@ from minllama.experiment.predicting import described, score_of, shortened_texts
 from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
 from minllama.experiment.uses import check_uses
+from minllama.experiment.value_measuring import evaluate_value_splits
 from minllama.llama import Llama
 from minllama.loading import HALF_NAMES, usable_device
 from minllama.lora.targets import matching_modules
@@ -72,7 +71,6 @@ from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, sample_of, summary_writer
 from minllama.training_state import CHECKPOINT, digest
 
-FEW_CLASSES = 10  # numbers up to here are usual names of classes
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
@@ -197,8 +195,6 @@ def run_experiment(
     for notice in splits.notices:
         say.say(notice)
     _check_labels(experiment, multi_label=splits.train.multi_label)
-    if hint := _hint_of_numbers(splits.train):
-        say.say(hint)
     llama, tokenizer = _open(experiment)
     with writable(experiment.output):
         if not resume:
@@ -238,17 +234,6 @@ def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
             "full with --objective head"
         )
     check_ordinal(experiment.training.ordinal, multi_label=multi_label)
-
-
-def _hint_of_numbers(train: Dataset) -> str | None:
-    """A word about labels that may be numbers, and are taken for classes."""
-    names = train.label_names
-    if len(names) <= FEW_CLASSES or not all(map(is_number, names)):
-        return None
-    return (
-        f"{train.source}: its {len(names)} labels are all numbers, and are taken for classes; "
-        "--objective regression predicts numbers"
-    )
 
 
 def _gpus() -> range:
@@ -348,8 +333,7 @@ def _calibrate(
     assert dev.labels is not None
     logits = classifier.predict_logits(dev.texts, progress=say.advance("reading dev", len(dev)))
     if not options.no_calibration and classifier.scale is None:
-        labels: Any = dev.labels
-        classifier.temperature = fit_temperature(logits, labels, multi_label=dev.multi_label)
+        classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
         say.say(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
     say.say(described(classifier))
     return logits
@@ -425,22 +409,34 @@ def _measured(
     result: TrainingResult | None,
     say: Say,
 ) -> Report:
-    train, dev, test = splits.train, splits.dev, splits.test
-    progress = None if test is None else say.advance("reading test", len(test))
-    reported = evaluate_splits(
-        classifier,
-        splits,
-        dev_logits=dev_logits,
-        others=beside,
+    train = splits.train
+    assert train.labels is not None
+    if train.has_numbers:
+        return _values_measured(experiment, splits, classifier, dev_logits, result, say)
+    baselines = fit_baselines(
+        train.texts,
+        train.labels,
+        len(train.label_names),
+        multi_label=train.multi_label,
         seed=experiment.training.seed,
-        progress=progress,
     )
+    dev, test = splits.dev, splits.test
+    reported = [
+        evaluate_classifier(
+            classifier, dev, "dev", logits=dev_logits, others=beside, baselines=baselines
+        )
+    ]
+    if test is not None:
+        progress = say.advance("reading test", len(test))
+        reported.append(
+            evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
+        )
     notes = [*splits.notices]
     for split in (train, dev, *([] if test is None else [test])):
         if said := shortened_texts(classifier, split.texts, split.source):
             say.say(said)
             notes.append(said)
-    if not experiment.classifier.no_calibration and not train.has_numbers:
+    if not experiment.classifier.no_calibration:
         notes.append("the temperature was fitted on dev, so dev's own calibration flatters it")
     if result is not None and experiment.training.keep == "best":
         notes.append(
@@ -456,6 +452,35 @@ def _measured(
         versions=versions(),
         notes=notes,
         score=score_of(classifier),
+    )
+
+
+def _values_measured(
+    experiment: Experiment,
+    splits: Splits,
+    classifier: Classifier,
+    dev_logits: NDArray[np.float32],
+    result: TrainingResult | None,
+    say: Say,
+) -> Report:
+    """As `_measured`, of numbers."""
+    progress = None if splits.test is None else say.advance("reading test", len(splits.test))
+    reported = evaluate_value_splits(classifier, splits, dev_logits=dev_logits, progress=progress)
+    notes = [*splits.notices]
+    for split in filter(None, (splits.train, splits.dev, splits.test)):
+        if said := shortened_texts(classifier, split.texts, split.source):
+            say.say(said)
+            notes.append(said)
+    if result is not None and experiment.training.keep == "best":
+        notes.append("the best weights by dev were kept, so its numbers flatter them a little")
+    return Report(
+        title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
+        label_names=classifier.labels,
+        splits=reported,
+        history=() if result is None else result.history,
+        settings={"chosen": _chosen(classifier), **_settings(experiment)},
+        versions=versions(),
+        notes=notes,
     )
 
 

@@ -17,8 +17,11 @@ from minllama.data import (
     sample_per_class,
     stratified_split,
 )
+from minllama.data.numbers import is_number
 from minllama.data.source import Source
 from minllama.options import DataOptions
+
+FEW_CLASSES = 10  # numbers up to here are usual names of classes
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def load_splits(
         known = replace(options, label_column=options.label_column or learned.label_column)
         tested = load_dataset(test, known, label_names=names, needs_labels=False, numbers=numbers)
         spoken += tested.notices
+    spoken += _hint_of_numbers(learned)
     spoken += (check_number_splits if numbers else check_splits)(learned, held, tested)
     if tested is not None:
         tested = without_placeholders(tested)
@@ -107,3 +111,14 @@ def without_placeholders(split: Dataset) -> Dataset:
     all_one = (one_number if split.has_numbers else one_class)(split)
     notices = (*split.notices, *all_one, Notice("one-class", message, len(split)))
     return replace(split, labels=None, notices=notices)
+
+
+def _hint_of_numbers(train: Dataset) -> list[str]:
+    """A word about labels that may be numbers, and are taken for classes."""
+    names = train.label_names
+    if len(names) <= FEW_CLASSES or not all(map(is_number, names)):
+        return []
+    return [
+        f"{train.source}: its {len(names)} labels are all numbers, and are taken for classes; "
+        "--objective regression predicts numbers"
+    ]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from minllama.data.records import printable
 from minllama.evaluation import ClassMetrics, Evaluation
 from minllama.regression import RegressionEvaluation
-from minllama.report import values
 from minllama.report.comparison import METRICS, compared, interval, systems, verdict
+from minllama.report.values import print_values
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,42 +41,38 @@ def print_summary(
     console = console or Console(highlight=False)
     others = others or {}
     if isinstance(evaluation, RegressionEvaluation):
-        sentence, tables = values.verdict(evaluation, others), values.tables(evaluation, others)
-    else:
-        sentence = verdict(evaluation, others)
-        tables = [_systems(evaluation, others), _classes(evaluation)]
-    console.print(safe_text(f"{name}: {sentence}"))
-    for table in tables:
+        print_values(name, evaluation, others, console)
+        return
+    console.print(_text(f"{name}: {verdict(evaluation, others)}"))
+    for table in (_systems(evaluation, others), _classes(evaluation)):
         if console.is_terminal:
             table.box = box.SIMPLE_HEAD  # has an empty line above and below
         else:
             console.print()
         console.print(table)
-    if isinstance(evaluation, RegressionEvaluation):
-        return
     hidden = len(evaluation.per_class) - MAX_CLASSES
     if hidden > 0:
-        console.print(safe_text(f"and {hidden} more, none with a lower F1"), style="dim")
+        console.print(_text(f"and {hidden} more, none with a lower F1"), style="dim")
 
 
 def _systems(evaluation: Evaluation, others: Mapping[str, Evaluation]) -> "Table":
     names = compared(evaluation)
-    table = plain_table()
+    table = _table()
     table.add_column("")  # may be cut, as numbers may not
     for name in names:
         table.add_column(METRICS[name].title, justify="right", no_wrap=True)
     for system in systems(evaluation, others):
-        values = [safe_text(value.text) for value in system.values]
-        table.add_row(safe_text(system.name), *values, style="bold" if system.own else "")
+        values = [_text(value.text) for value in system.values]
+        table.add_row(_text(system.name), *values, style="bold" if system.own else "")
         if system.own and evaluation.intervals:
             ends = [interval(evaluation, name) or ("", "") for name in names]
-            table.add_row(safe_text("  95% interval from"), *(low for low, _ in ends), style="dim")
-            table.add_row(safe_text("  to"), *(high for _, high in ends), style="dim")
+            table.add_row(_text("  95% interval from"), *(low for low, _ in ends), style="dim")
+            table.add_row(_text("  to"), *(high for _, high in ends), style="dim")
     return table
 
 
 def _classes(evaluation: Evaluation) -> "Table":
-    table = plain_table()
+    table = _table()
     table.add_column("label" if evaluation.multi_label else "class")
     for title in ("F1", "precision", "recall", "gold", "predicted"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -85,7 +81,7 @@ def _classes(evaluation: Evaluation) -> "Table":
         rows = sorted(rows, key=_f1_or_last)[:MAX_CLASSES]
     for row in rows:
         scores = ["-" if v is None else f"{v:.3f}" for v in (row.f1, row.precision, row.recall)]
-        table.add_row(safe_text(row.name), *scores, f"{row.support:,}", f"{row.predicted:,}")
+        table.add_row(_text(row.name), *scores, f"{row.support:,}", f"{row.predicted:,}")
     return table
 
 
@@ -93,14 +89,13 @@ def _f1_or_last(metrics: ClassMetrics) -> float:
     return 2.0 if metrics.f1 is None else metrics.f1
 
 
-def plain_table() -> "Table":
-    """A table without lines."""
+def _table() -> "Table":
     from rich.table import Table
 
     return Table(box=None, pad_edge=False, header_style="dim")
 
 
-def safe_text(words: str) -> "Text":
+def _text(words: str) -> "Text":
     """A name from a file: neither rich's markup nor what would steer the terminal."""
     from rich.text import Text
 

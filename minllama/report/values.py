@@ -12,13 +12,14 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from minllama.data.records import printable
 from minllama.regression import METRICS, RegressionEvaluation
 from minllama.report.comparison import OWN
 from minllama.report.content import ReportedValues
 from minllama.report.mistakes import folded
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
 
 TITLES = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "pearson": "Pearson", "spearman": "Spearman"}
 IN_UNIT = ("mae", "rmse")  # the others are shares and correlations
@@ -190,23 +191,32 @@ def rounded(value: float) -> float:
     return float(f"{value:.8g}")
 
 
-def tables(
-    evaluation: RegressionEvaluation, others: Mapping[str, RegressionEvaluation]
-) -> "list[Table]":
-    """The tables of the summary in a terminal."""
-    from minllama.report.terminal import plain_table, safe_text
+def print_values(
+    name: str,
+    evaluation: RegressionEvaluation,
+    others: Mapping[str, RegressionEvaluation],
+    console: "Console",
+) -> None:
+    """Print the metrics beside those of other systems, as `print_summary` does for classes."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
 
-    table = plain_table()
-    table.add_column("")
-    for name in METRICS:
-        table.add_column(TITLES[name], justify="right", no_wrap=True)
+    console.print(Text(printable(f"{name}: {verdict(evaluation, others)}")))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")  # may be cut, as numbers may not
+    for metric in METRICS:
+        table.add_column(TITLES[metric], justify="right", no_wrap=True)
     for title, cells in systems(evaluation, others):
+        shown = Text(printable(title), no_wrap=True, overflow="ellipsis")
         own = title == OWN
-        table.add_row(
-            safe_text(title), *(safe_text(cell.text) for cell in cells), style="bold" if own else ""
-        )
+        table.add_row(shown, *(cell.text for cell in cells), style="bold" if own else "")
         if own and evaluation.intervals:
-            ends = [interval(evaluation, name) or ("", "") for name in METRICS]
-            table.add_row(safe_text("  95% interval from"), *(low for low, _ in ends), style="dim")
-            table.add_row(safe_text("  to"), *(high for _, high in ends), style="dim")
-    return [table]
+            ends = [interval(evaluation, metric) or ("", "") for metric in METRICS]
+            table.add_row("  95% interval from", *(low for low, _ in ends), style="dim")
+            table.add_row("  to", *(high for _, high in ends), style="dim")
+    if console.is_terminal:
+        table.box = box.SIMPLE_HEAD  # has an empty line above and below
+    else:
+        console.print()
+    console.print(table)
