@@ -28,7 +28,8 @@ from minllama.checkpoints.layout import naming
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.llama import Llama
-from minllama.loading import default_dtype, usable_device, warn_if_slow
+from minllama.loading import usable_device, warn_if_slow
+from minllama.native.hardware import default_dtype
 from minllama.regression import TargetScale
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import find_vocabulary
