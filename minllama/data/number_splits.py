@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from minllama.data.dataset import Dataset, Notice
-from minllama.data.splits import duplicates
+from minllama.data.splits import duplicates, share
 from minllama.errors import DataError
 
 
@@ -37,7 +37,8 @@ def random_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset,
     aside = set(random.Random(seed).sample(texts, n_aside))
     rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
     dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
-    return replace(rest, notices=dataset.notices), dev
+    rest = replace(rest, notices=dataset.notices, part=share(rest, dataset))
+    return rest, replace(dev, part=f"{share(dev, dataset)}, set aside")
 
 
 def check_number_splits(
@@ -74,7 +75,7 @@ def one_number(split: Dataset) -> list[Notice]:
     if split.labels is None or len(split) < 2 or len(set(split.targets)) > 1:
         return []
     message = (
-        f"{split.source}: every row has the number {split.targets[0]:g}; is it a placeholder? "
+        f"{split.called}: every row has the number {split.targets[0]:g}; is it a placeholder? "
         "there is no R2 and no correlation on it"
     )
     return [Notice("one-class", message, len(split))]
@@ -86,5 +87,5 @@ def _conflicts(train: Dataset) -> list[Notice]:
         targets_of[text].add(target)
     if not (count := sum(len(targets) > 1 for targets in targets_of.values())):
         return []
-    message = f"{train.source}: texts that occur with different numbers: {count}"
+    message = f"{train.called}: texts that occur with different numbers: {count}"
     return [Notice("conflicts", message, count)]

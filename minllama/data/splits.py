@@ -57,11 +57,12 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
         )
     rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
     dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
-    rest = replace(rest, notices=dataset.notices, part=_share(rest, dataset))
-    return rest, replace(dev, part=f"{_share(dev, dataset)}, set aside")
+    rest = replace(rest, notices=dataset.notices, part=share(rest, dataset))
+    return rest, replace(dev, part=f"{share(dev, dataset)}, set aside")
 
 
-def _share(part: Dataset, whole: Dataset) -> str:
+def share(part: Dataset, whole: Dataset) -> str:
+    """How many of a data set's rows are in a part of it, in words."""
     return f"{len(part)} of {len(whole)} rows"
 
 
@@ -93,7 +94,7 @@ def sample_per_class(dataset: Dataset, k: int, seed: int) -> Dataset:
             for label in classes:
                 counts[label] += 1
     drawn = dataset.select(taken)
-    return replace(drawn, part=f"{_share(drawn, dataset)}, drawn")
+    return replace(drawn, part=f"{share(drawn, dataset)}, drawn")
 
 
 def sample_balanced(dataset: Dataset, n: int, seed: int) -> Dataset:
