@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError
 from minllama.evaluation import predictions
 from minllama.llama import Llama
@@ -92,8 +93,10 @@ class Classifier(nn.Module, ABC):
         """A text in its prompt, as token ids.
 
         Raises:
-            MinllamaError: it is empty and nothing stands around it, or it cannot be encoded.
+            MinllamaError: it is empty and nothing stands around it, it cannot be encoded, or it is
+                no string.
         """
+        checked_texts([text])
         encoded = self.template.encode(undo_treebank(text) if self.prompt.undo_treebank else text)
         if not encoded.ids:
             raise MinllamaError(
@@ -113,10 +116,10 @@ class Classifier(nn.Module, ABC):
             progress: is told how many more texts are done.
 
         Raises:
-            MinllamaError: a text cannot be encoded, or has no tokens; or it is one string.
+            MinllamaError: a text cannot be encoded, has no tokens, or is no string (a DataError
+                that tells its place); or it is one string.
         """
-        if isinstance(texts, str):
-            raise MinllamaError(f"texts must be a list of strings, not the string {texts[:40]!r}")
+        texts = checked_texts(texts)
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
         with evaluating(self), torch.inference_mode(), self.steady():
             encoded = [self.encode(text) for text in texts]

@@ -94,7 +94,7 @@ def command(
         device=device,
         quantize=quantize,
     )
-    data = dataclasses.replace(data, multi_label=data.multi_label or loaded.multi_label)
+    data = dataclasses.replace(data, multi_label=data.has_several_labels or loaded.multi_label)
     split = load_dataset(source, data, label_names=loaded.labels)
     if split.multi_label != loaded.multi_label:
         raise MinllamaError(

@@ -166,7 +166,7 @@ def run_experiment(
     check_libraries()
     if training.tensorboard:
         summary_writer()
-    _check_labels(experiment, multi_label=experiment.data.multi_label)
+    _check_labels(experiment, multi_label=experiment.data.has_several_labels)
     splits = load_splits(
         experiment.train,
         experiment.dev,
