@@ -158,6 +158,7 @@ def _plain_columns(schema: Any) -> list[str]:
             types.is_boolean,
             types.is_integer,
             types.is_floating,
+            types.is_decimal,
             types.is_null,
         )
         return any(test(kind) for test in tests)
@@ -189,6 +190,7 @@ def _rows(batches: Iterator[Any]) -> Iterator[RawRow]:
 
 
 def _values(batch: Any) -> list[dict[str, Any] | str]:
+    batch = _with_short_numbers(batch)
     try:
         values: list[dict[str, Any] | str] = batch.to_pylist()
     except UnicodeDecodeError:  # somewhere in these rows
@@ -196,6 +198,17 @@ def _values(batch: Any) -> list[dict[str, Any] | str]:
             return ["text that is not UTF-8"]
         return [value for i in range(batch.num_rows) for value in _values(batch.slice(i, 1))]
     return values
+
+
+def _with_short_numbers(batch: Any) -> Any:
+    """Numbers of 32 bits as the shortest decimals that mean them, as other formats write them."""
+    import pyarrow as pa
+
+    for i, field in enumerate(batch.schema):
+        if pa.types.is_float32(field.type):
+            exact = batch.column(i).cast(pa.string()).cast(pa.float64())
+            batch = batch.set_column(i, pa.field(field.name, pa.float64()), exact)
+    return batch
 
 
 def _first_line(error: Exception) -> str:

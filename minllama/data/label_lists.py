@@ -54,7 +54,8 @@ def read_list(text: str, *, bare_words: bool) -> list[Any] | None:
     if opening == "(" and not is_quoted and "," not in inside and inside:
         return None  # (1) and (none) are no tuples
     items = _items(inside)
-    if items is None:
+    has_bare_words = any(isinstance(item, _Bare) for item in items or ())
+    if items is None or (opening == "{" and is_quoted and has_bare_words):
         is_nested = opening == "[" and first[:1] in _CLOSING
         if is_quoted or is_nested or "..." in re.split(r"[,\s]+", inside):
             raise ValueError(
@@ -62,9 +63,7 @@ def read_list(text: str, *, bare_words: bool) -> list[Any] | None:
                 "list within"
             )
         return None
-    if not bare_words and any(isinstance(item, _Bare) for item in items):
-        return None
-    if opening != "[" and any(isinstance(item, _Bare) for item in items):
+    if has_bare_words and not (bare_words and opening == "["):
         return None
     return [str(item) if isinstance(item, _Bare) else item for item in items]
 

@@ -96,8 +96,12 @@ class LabelReader:
         if not isinstance(value, str) or value.strip() in self.index_of:
             return value
         items = read_list(value, bare_words=self._separator is not None)
-        if items is None or self._separator is not None:
+        if self._separator is not None:
+            if items is None and len(parts := self._split(value)) > 1 and {*parts} <= {"0", "1"}:
+                return [int(part) for part in parts]  # which may be a vector
             return value if items is None else items
+        if items is None:
+            return value
         if not items:
             raise ValueError(f"no label but an empty list, {value.strip()}; --multi-label takes it")
         if len(items) > 1:
