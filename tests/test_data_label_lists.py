@@ -199,6 +199,9 @@ def test_a_list_of_another_kind_or_length_says_that_none_is_a_vector(tmp_path: P
     assert load_dataset(rows(path, [1, 0]), label_names=["a", "b", "c"]).labels == [(0, 1)]
     with pytest.raises(DataError, match=r"line 1: \[1, 0, 0\] holds a label twice; .* multi-hot"):
         load_dataset(rows(path, [1, 0, 0], [0, 2]))
+    empty = table(tmp_path / "x.csv", "", " ")
+    options = DataOptions(label_lists="multi-hot")
+    assert load_dataset(empty, options, needs_labels=False).labels is None
     with pytest.raises(DataError, match=r"line 2: \[0, 2\] is no multi-hot vector of 3 zeros"):
         load_dataset(rows(path, [1, 0, 0], [0, 2]), DataOptions(label_lists="multi-hot"))
 

@@ -196,8 +196,15 @@ def test_white_space_around_a_label_that_is_left_out_is_said(tmp_path: Path) -> 
     dataset = load_dataset(path)
     assert dataset.label_names == ["bad", "good"]
     (notice,) = dataset.notices
-    assert "'good' (2 rows), 'good\\xa0' (1 rows) are one label" in notice.message
+    assert "'good' (2 rows), 'good\\xa0' (1 row) are one label" in notice.message
     assert not load_dataset(rows(path, " good", " bad")).notices
+
+
+def test_labels_that_nobody_can_see_or_write_are_told(tmp_path: Path) -> None:
+    (notice,) = load_dataset(rows(tmp_path / "x.jsonl", "\u200b", "x")).notices
+    assert "the label '\\u200b' has no visible character" in notice.message
+    with pytest.raises(DataError, match=r"label 'x\\ud800' holds half a character"):
+        load_dataset(rows(tmp_path / "x.jsonl", "x\ud800", "y"))
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,12 @@ def class_text(value: Any) -> str | None:
         case None:
             return None
         case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"label {shown(value)} holds half a character (a lone surrogate)"
+                ) from error
             return value.strip() or None
         case bool():
             return str(value).lower()

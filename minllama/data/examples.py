@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from minllama.data.class_names import class_names
 from minllama.data.labels import UNLABELLED, LabelReader
-from minllama.data.look_alikes import alike_message, look_alikes, told_apart
+from minllama.data.look_alikes import alike_message, folded, look_alikes, told_apart
 from minllama.data.multi_hot import (
     column_vector,
     is_surely_a_vector,
@@ -174,7 +174,7 @@ class Examples:
 
     def _may_be_vectors(self, value: Any) -> bool:
         """Whether this row and all before it may be vectors, as far as that is not decided."""
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and not value.strip()):
             return bool(self._held)  # says nothing
         vector = vector_of(value)
         known = self._reader.known
@@ -215,7 +215,9 @@ class Examples:
         self._cells.append(None)
 
     def _read_label(self, value: Any) -> list[str] | None:
-        if self._has_vectors and value is not None and value != "":
+        if self._has_vectors:
+            if value is None or (isinstance(value, str) and not value.strip()):
+                return None
             if self._vector_names is None:
                 self._name_places(len(value) if isinstance(value, list) else 0)
             assert self._vector_names is not None
@@ -341,10 +343,13 @@ class Examples:
             if plain <= 0 and len(of_text) < 2:
                 continue
             spellings = {**({label: plain} if plain > 0 else {}), **of_text}
-            told = zip(told_apart(list(spellings)), spellings.values(), strict=True)
+            shown_names = told_apart(list(spellings))
+            told = [
+                f"{text} ({n:,} row{'s' * (n != 1)})"
+                for text, n in zip(shown_names, spellings.values(), strict=True)
+            ]
             message = (
-                f"{name}: {first_few(f'{text} ({n:,} rows)' for text, n in told)} are one label: "
-                "white space around labels is left out"
+                f"{name}: {first_few(told)} are one label: white space around labels is left out"
             )
             notices.append(Notice("white-space", message, sum(of_text.values())))
         return notices
@@ -400,6 +405,10 @@ def alike_names(dataset: Dataset) -> list[Notice]:
     """A word for class names that a person may not tell apart, with how many rows have each."""
     counts = dict(zip(dataset.label_names, dataset.class_counts(), strict=True))
     notices = []
+    if blank := [name for name in dataset.label_names if not folded(name)]:
+        said = ", ".join(told_apart([name])[0] for name in blank)
+        message = f"{dataset.source}: the label {said} has no visible character; is it meant?"
+        notices.append(Notice("look-alikes", message, len(blank)))
     for names in look_alikes(dataset.label_names):
         is_case = len({name.casefold() for name in names}) == 1
         message = f"{dataset.source}: {alike_message(names, counts)}"

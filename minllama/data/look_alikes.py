@@ -45,7 +45,7 @@ def difference(names: list[str]) -> str:
     if len({_visible(name) for name in names}) == 1:
         return "invisible characters"
     if len({unicodedata.normalize("NFKC", name) for name in names}) == 1:
-        return "white space or Unicode normalization"
+        return "Unicode normalization"
     if all(map(is_number_like, names)):
         return "how a number is written"
     return "case, white space, invisible characters or Unicode normalization"
