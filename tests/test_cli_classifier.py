@@ -459,9 +459,9 @@ def test_a_column_for_each_label_trains_and_measures(run, base, tmp_path):
     out = str(tmp_path / "out")
     columns = ("--label-columns", 'd,"b, B"')
     train = ("--train", str(data), "-o", out, "-m", base, "--device", "cpu", "--method", "frozen")
-    assert run("train", *train, *columns).code == 0
+    assert run("train", *train, *columns).status == 0
     assert json.loads((tmp_path / "out" / "classifier.json").read_text())["labels"] == ["d", "b, B"]
-    assert run("evaluate", out, "--data", str(data), *columns).code == 0
+    assert run("evaluate", out, "--data", str(data), *columns).status == 0
     assert refused(run("evaluate", out, "--data", str(data)), "with --label-columns")
 
 
