@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minllama.errors import OptionError
+from minllama.text_files import checked_encoding, checked_separator
 
 # Forms that weights may be kept in instead of numbers: see `minllama.quantization.quantized`.
 QUANTIZE = ("stored", "int8", "int4")
@@ -239,8 +240,20 @@ class DataOptions(CheckedOptions):
     data_format: str | None = option(
         None,
         "labelled (lines of 'label ||| sentence'), text (lines of text alone), csv, tsv, jsonl, "
-        "json or parquet; by the file's name where not given",
+        "json or parquet; where not given by the file's name, or by what is piped in",
         choices=DATA_FORMATS,
+    )
+    encoding: str | None = option(
+        None, "of text files: cp1252, latin-1, utf-16, shift_jis and so on; without it UTF-8"
+    )
+    separator: str | None = option(
+        None,
+        "stands between the cells of csv: a character, or comma, semicolon, tab, pipe, space; by "
+        "the first line where not given",
+    )
+    no_header: bool = option(False, "the first line of csv or tsv is an example, no column names")
+    columns: str | None = option(
+        None, "names of the columns of csv or tsv without such a line, in order: text,label"
     )
     text_column: str | None = option(None, "the column that holds the text, where it has columns")
     label_column: str | None = option(None, "the column that holds the label")
@@ -267,14 +280,23 @@ class DataOptions(CheckedOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = ("text_column", "label_column", "label_names", "label_separator", "label_columns")
-        for name in names:
+        texts = ("text_column", "label_column", "label_names", "label_separator", "columns")
+        for name in (*texts, "label_columns"):
             if getattr(self, name) == "":
                 raise OptionError(f"{name} must not be empty")
+        if self.encoding is not None:
+            object.__setattr__(self, "encoding", checked_encoding(self.encoding))
+        if self.separator is not None:
+            object.__setattr__(self, "separator", checked_separator(self.separator))
+        names = [name.strip() for name in (self.columns or "").split(",")]
+        if self.columns is not None and (len(set(names)) < len(names) or not all(names)):
+            raise OptionError(
+                f"columns must be names with commas between them, each once, not {self.columns!r}"
+            )
         others = ("label_column", "label_names", "label_lists")
         if self.label_columns is not None and (given := [n for n in others if getattr(self, n)]):
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise OptionError(f"--label-columns says what the labels are; leave {flags} away")
+            raise OptionError(f"--label-columns says what the labels are; omit {flags}")
 
     @property
     def has_several_labels(self) -> bool:

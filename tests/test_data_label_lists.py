@@ -262,7 +262,7 @@ def test_label_columns_that_cannot_be_are_refused(tmp_path: Path) -> None:
         load_dataset(path, DataOptions(label_columns="a,c"))
     with pytest.raises(OptionError, match="never closed"):
         load_dataset(path, DataOptions(label_columns='a,"b'))
-    with pytest.raises(OptionError, match="leave --label-column, --label-lists away"):
+    with pytest.raises(OptionError, match="omit --label-column, --label-lists"):
         DataOptions(label_columns="a,b", label_column="a", label_lists="labels")
     kept_back = columns(tmp_path / "y.csv", "text,id", "x,1")
     options = DataOptions(label_columns="a,b", text_column="text")

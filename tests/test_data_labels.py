@@ -246,7 +246,7 @@ def test_rows_with_unknown_labels_can_be_left_out_of_what_is_measured(tmp_path: 
     assert (dataset.texts, dataset.labels) == (["a", "d"], [1, 0])
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("skipped", 1)
-    assert "left out: 1 (line 3: label 'odd' is not one of 'bad', 'good')" in notice.message
+    assert "left out: 1 of 3 (line 3: label 'odd' is not one of 'bad', 'good')" in notice.message
     # Rows without any label are no bad rows: they are predicted.
     path.write_text("text,label\na,good\nb,odd\nc,\nd,bad\n")
     dataset = load_dataset(path, skipping, **known)

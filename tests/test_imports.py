@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
     ("errors",),
-    ("options", "config", "atomic", "treebank", "heap", "native", "gpu"),
+    ("options", "text_files", "config", "atomic", "treebank", "heap", "native", "gpu"),
     ("vocabulary", "data"),
     ("checkpoints",),
     (

@@ -375,7 +375,8 @@ def _classify_rows(
     finally:
         say.close()
     if bad_rows.count:
-        say.say(f"bad rows left out: {bad_rows.count} ({bad_rows.summary()})")
+        why = "; ".join([bad_rows.summary(), *bad_rows.remedies])
+        say.say(f"bad rows left out: {bad_rows.count} ({why})")
     if said := shortened_texts(classifier):
         say.say(said)
     score = score_of(classifier)

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 COLUMNS_FROM = 100  # rows that tell which columns a file has, where each row has its own
+AT_MOST_FROM = 10_000  # where the first ones have none
 
 
 def load_dataset(
@@ -57,10 +58,10 @@ def load_dataset(
         DataError: the source cannot be read, holds no rows, or bad rows that are not to be skipped.
     """
     options = options or DataOptions()
-    with open_table(source, options.data_format, labelled=needs_labels) as table:
+    with open_table(source, options, labelled=needs_labels) as table:
         rows, columns = _columns_of(table)
         text_column, label_columns = _text_and_labels(
-            table.name, columns, options, needs_labels, label_names
+            table, columns, options, needs_labels, label_names
         )
         reader = _label_reader(table, label_columns, options, label_names)
         examples = Examples(
@@ -70,7 +71,8 @@ def load_dataset(
         )
         for row in rows:
             examples.add(row)
-        return examples.dataset(table.name)
+            examples.bad_rows.check(table.name, len(examples))
+        return examples.dataset(table.name, table.remedies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +115,10 @@ def stream_rows(
     """
     options = options or DataOptions()
     bad_rows = BadRows() if bad_rows is None else bad_rows
-    with open_table(source, options.data_format) as table:
+    with open_table(source, options) as table:
         rows, columns = _columns_of(table, lambda found: tells_text(found, options.text_column))
-        text_column, _ = _text_and_labels(table.name, columns, options, needs_labels=False)
+        text_column, _ = _text_and_labels(table, columns, options, needs_labels=False)
+        n_good = 0
         for row in rows:
             if row.index < start:
                 continue
@@ -123,9 +126,12 @@ def stream_rows(
                 text = text_of(row, text_column)
             except ValueError as error:
                 bad_rows.add(BadRow(row.index, row.place, str(error)))
+                bad_rows.remedies = table.remedies
                 if not options.skip_bad_rows:
-                    raise bad_rows.error(table.name) from error
+                    raise bad_rows.error(table.name, *table.remedies) from error
+                bad_rows.check(table.name, n_good)
                 continue
+            n_good += 1
             assert isinstance(row, Record)
             yield Row(row.index, row.place, text, row.values, text_column)
 
@@ -152,9 +158,9 @@ def count_rows(
         is_empty = False
         count += row.index >= start
     if bad_rows.count and not options.skip_bad_rows:
-        raise bad_rows.error(name)
+        raise bad_rows.error(name, *bad_rows.remedies)
     if is_empty:
-        raise DataError(no_rows(name, bad_rows))
+        raise DataError(no_rows(name, bad_rows, bad_rows.remedies))
     return count, bad_rows
 
 
@@ -176,27 +182,35 @@ def _columns_of(
             columns |= dict.fromkeys(row.values)
         if columns and (len(ahead) >= COLUMNS_FROM or (enough is not None and enough(columns))):
             break
+        if len(ahead) >= AT_MOST_FROM:
+            break
     return itertools.chain(ahead, table.rows), list(columns) or None
 
 
 def _text_and_labels(
-    name: str,
+    table: Table,
     columns: list[str] | None,
     options: DataOptions,
     needs_labels: bool,
     known: Sequence[str] | None = None,
 ) -> tuple[str, list[str]]:
     """The column of the text, and those of the labels: none, one, or one for each label."""
+    name = table.name
     if columns is None:  # no row is good: each will say why, whatever its columns
         one = [] if options.label_column is None else [options.label_column]
         return options.text_column or "text", one
-    if not columns:
+    if not columns and not table.no_label:
         raise DataError(no_rows(name, BadRows()))
+    kinds: Any = {
+        "no_text": table.no_text | table.no_label,
+        "no_label": table.no_label,
+        "header": table.header,
+    }
     if options.label_columns is not None:
         several = _several_columns(name, columns, options.label_columns, needs_labels, known)
         left = [column for column in columns if column not in several]
         text_column = options.text_column
-        text, _ = find_columns(left, name, text_column=text_column, needs_label=False)
+        text, _ = find_columns(left, name, text_column=text_column, needs_label=False, **kinds)
         return text, several
     try:
         text, label = find_columns(
@@ -205,6 +219,7 @@ def _text_and_labels(
             text_column=options.text_column,
             label_column=options.label_column,
             needs_label=needs_labels,
+            **kinds,
         )
     except DataError as error:
         if known and options.label_column is None and set(known) <= set(columns):

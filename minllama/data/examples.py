@@ -66,6 +66,7 @@ class Dataset:
         multi_label: whether a text has any number of labels, as a tuple, rather than one.
         notices: what was left out, and the like.
         label_column: where the labels stand in the source; None where no column holds them.
+        part: which of its rows these are, where they are not all.
     """
 
     texts: list[str]
@@ -75,9 +76,15 @@ class Dataset:
     multi_label: bool = False
     notices: tuple[Notice, ...] = ()
     label_column: str | None = field(default=None, compare=False)
+    part: str = field(default="", compare=False)
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def called(self) -> str:
+        """What these rows are called in notices, which are not about others of the source."""
+        return f"{self.source} ({self.part})" if self.part else self.source
 
     def classes_of(self, index: int) -> tuple[int, ...]:
         """The classes of one text, whether it may have several or not."""
@@ -129,7 +136,7 @@ class Examples:
         self._options = options
         self._needs_labels = needs_labels
         self._many = options.has_several_labels
-        self._bad_rows = BadRows()
+        self.bad_rows = BadRows()
         self._unread = BadRows()  # labels that nobody needs, and that are none
         self._unread_rows: set[int] = set()  # their places among the texts
         self._texts: list[str] = []
@@ -144,13 +151,16 @@ class Examples:
         # Rows whose reading is not yet known: the row, its text and its list.
         self._held: list[tuple[BadRow, str, Any]] = []
 
+    def __len__(self) -> int:
+        return len(self._texts) + len(self._held)
+
     def add(self, row: Record | BadRow) -> None:
         place = BadRow(row.index, row.place, "")
         try:
             text = text_of(row, self._text_column)
             assert isinstance(row, Record)
         except ValueError as error:
-            self._bad_rows.add(replace(place, reason=str(error)))
+            self.bad_rows.add(replace(place, reason=str(error)))
             return
         try:
             value = self._value_of(row)
@@ -199,7 +209,7 @@ class Examples:
             self._refuse_label(place, text, error)
             return
         if cells is None and self._needs_labels:
-            self._bad_rows.add(replace(place, reason=self._why_none(value)))
+            self.bad_rows.add(replace(place, reason=self._why_none(value)))
             return
         self._texts.append(text)
         self._cells.append(cells)
@@ -207,7 +217,7 @@ class Examples:
     def _refuse_label(self, place: BadRow, text: str, error: ValueError) -> None:
         row = replace(place, reason=str(error))
         if self._needs_labels:
-            self._bad_rows.add(row)
+            self.bad_rows.add(row)
             return
         self._unread.add(row)
         self._unread_rows.add(len(self._texts))
@@ -257,22 +267,28 @@ class Examples:
                 "several for every row"
             )
 
-    def dataset(self, name: str) -> Dataset:
+    def dataset(self, name: str, remedies: Sequence[str] = ()) -> Dataset:
         """What was collected.
+
+        Args:
+            name: of the source.
+            remedies: what may help with its bad rows.
 
         Raises:
             DataError: bad rows that are not to be skipped, or no others; or lists that may be read
                 in two ways.
         """
         said = self._decide(name)
-        bad_rows, notices = self._bad_rows, []
+        bad_rows, notices = self.bad_rows, []
         skips = self._options.skip_bad_rows
         if bad_rows.count and not skips:
-            raise bad_rows.error(name, self._reader.hint)
+            raise bad_rows.error(name, *remedies, self._reader.hint)
         if not self._texts:
-            raise DataError(no_rows(name, bad_rows))
+            raise DataError(no_rows(name, bad_rows, remedies))
         if bad_rows.count:
-            message = f"{name}: bad rows left out: {bad_rows.count} ({bad_rows.summary()})"
+            why = "; ".join([bad_rows.summary(), *remedies])
+            total = bad_rows.count + len(self._texts)
+            message = f"{name}: bad rows left out: {bad_rows.count} of {total} ({why})"
             notices.append(Notice("skipped", message, bad_rows.count))
         given = [cells for cells in self._cells if cells is not None]
         if self._unread.count and given and skips:
@@ -357,10 +373,12 @@ class Examples:
     def _leave_out_unread(self, name: str) -> Notice:
         """Leave out the rows whose labels are none; those without one stay, to be predicted."""
         bad, self._unread = self._unread, BadRows()
-        kept = [row for row in range(len(self._texts)) if row not in self._unread_rows]
+        total = len(self._texts)
+        kept = [row for row in range(total) if row not in self._unread_rows]
         self._texts = [self._texts[row] for row in kept]
         self._cells = [self._cells[row] for row in kept]
-        message = f"{name}: rows with unknown labels left out: {bad.count} ({bad.summary()})"
+        left_out = f"{bad.count} of {total} ({bad.summary()})"
+        message = f"{name}: rows with unknown labels left out: {left_out}"
         return Notice("skipped", message, bad.count)
 
     def _why_unread(self) -> str:
@@ -407,20 +425,21 @@ def alike_names(dataset: Dataset) -> list[Notice]:
     notices = []
     if blank := [name for name in dataset.label_names if not folded(name)]:
         said = ", ".join(told_apart([name])[0] for name in blank)
-        message = f"{dataset.source}: the label {said} has no visible character; is it meant?"
+        message = f"{dataset.called}: the label {said} has no visible character; is it meant?"
         notices.append(Notice("look-alikes", message, len(blank)))
     for names in look_alikes(dataset.label_names):
         is_case = len({name.casefold() for name in names}) == 1
-        message = f"{dataset.source}: {alike_message(names, counts)}"
+        message = f"{dataset.called}: {alike_message(names, counts)}"
         notices.append(Notice("case" if is_case else "look-alikes", message, len(names)))
     return notices
 
 
-def no_rows(name: str, bad_rows: BadRows) -> str:
+def no_rows(name: str, bad_rows: BadRows, remedies: Sequence[str] = ()) -> str:
     """Why a source has no examples."""
     if not bad_rows.count:
         return f"{name}: holds no rows; give a file with an example on each line"
-    return f"{name}: all {bad_rows.count} rows are bad: {bad_rows.summary()}"
+    said = "; ".join([bad_rows.summary(), *remedies])
+    return f"{name}: all {bad_rows.count} rows are bad: {said}"
 
 
 def text_of(row: Record | BadRow, column: str) -> str:
