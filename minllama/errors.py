@@ -1,8 +1,12 @@
 """What a user did that cannot work, said in one line: what, where, remedy.
 
-Knows nothing of torch, files or models. A broken invariant of our own is an `assert`, not one of
+Knows nothing of torch, files or models. What works, and differs from what a user may expect, is a
+warning of this module's, raised at the caller's line by `warn_caller`. A broken invariant of our own is an `assert`, not one of
 these: the command line prints a `MinllamaError` as a single line and exits with status 2.
 """
+
+import sys
+import warnings
 
 
 class MinllamaError(Exception):
@@ -31,3 +35,15 @@ class DataError(MinllamaError):
 
 class SlowDtypeWarning(UserWarning):
     """A half precision that was asked for, and that the machine only emulates."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint that contradicts itself, and which of two readings is taken."""
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside minllama from which it was called."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minllama":
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(message, category, stacklevel=level)
