@@ -13,7 +13,7 @@ from minllama.errors import MinllamaError
 
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3", "factors")
 
-MAX_COUNT = 2**31 - 1  # products of two sizes still fit the 64 bits in which torch counts
+MAX_COUNT = 2**53  # up to which float64 has every integer, and so what reads JSON as floats
 LARGEST = 1e6  # of a number that stretches positions: no model has a thousandth of it
 
 

@@ -1,8 +1,9 @@
 """What a user did that cannot work, said in one line: what, where, remedy.
 
-Knows nothing of torch, files or models. What works, and differs from what a user may expect, is a
-warning of this module's, raised at the caller's line by `warn_caller`. A broken invariant of our own is an `assert`, not one of
-these: the command line prints a `MinllamaError` as a single line and exits with status 2.
+Knows nothing of torch, files or models. What works, and may differ from what a user expects, is a
+warning of this module's, raised at the caller's line by `warn_caller`. A broken invariant of our
+own is an `assert`, not one of these: the command line prints a `MinllamaError` as a single line and
+exits with status 2.
 """
 
 import sys

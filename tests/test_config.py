@@ -86,7 +86,10 @@ def test_head_dim_need_not_be_dim_over_heads() -> None:
             {"rope_theta": 10**400},
             f"rope_theta must be a finite number above 0, not 1{'0' * 39}... (401 characters)",
         ),
-        ({"dim": 2**31}, "dim (2147483648) is above 2147483647, the most there can be"),
+        (
+            {"dim": 2**63},
+            "dim (9223372036854775808) is above 9007199254740992, the most there can be",
+        ),
         ({"dropout": "0.1"}, "dropout must be in [0, 1), not '0.1'"),
         ({"dropout": 1}, "dropout must be in [0, 1), not 1"),
         ({"dropout": -0.1}, "dropout must be in [0, 1), not -0.1"),
@@ -133,7 +136,7 @@ def test_a_contradiction_is_named_with_its_numbers(changes: dict[str, Any], mess
         (
             {"kind": "llama3", "original_max_seq_len": 10**300},
             f"rope scaling: original_max_seq_len (1{'0' * 39}... (301 characters)) is above "
-            "2147483647, the most there can be",
+            "9007199254740992, the most there can be",
         ),
         (
             {"kind": "yarn", "original_max_seq_len": 64.5},

@@ -38,8 +38,10 @@ from minllama.checkpoints.gguf_config import (
 )
 from minllama.checkpoints.gguf_header import GGUFHeader, GGUFTensor, is_gguf, read_header
 from minllama.checkpoints.layout import (
+    add_zero_biases,
     check_extent,
     check_writable,
+    has_bias,
     naming,
     tensor_shapes,
     translate,
@@ -161,13 +163,11 @@ def read_gguf(path: Path) -> Checkpoint:
             vocab_size=tensors["tok_embeddings.weight"].shape[0],
             rope_freqs=rope_freqs,
             tie_embeddings="output.weight" not in tensors,
-            attention_bias=_has_bias(tensors, ".attention."),
-            ffn_bias=_has_bias(tensors, ".feed_forward."),
+            attention_bias=has_bias(tensors, ".attention."),
+            ffn_bias=has_bias(tensors, ".feed_forward."),
         )
         check_extent(config, tensors)
-    for name, shape in tensor_shapes(config).items():
-        if name.endswith(".bias") and name not in tensors:
-            tensors[name] = LazyTensor(shape, "zero", 0, partial(torch.zeros, shape))
+    add_zero_biases(config, tensors)
     ignored += keys.unread()
     vocabulary = partial(from_gguf, fields, path)
     return Checkpoint(path, "GGUF", config, tensors, vocabulary, tuple(ignored))
@@ -227,10 +227,6 @@ def write_gguf(
                 writer.write_tensor_data(_encoded(name, tensor, types[name]).numpy())
         finally:
             writer.close()
-
-
-def _has_bias(tensors: Mapping[str, LazyTensor], part: str) -> bool:
-    return any(name.endswith(".bias") and part in name for name in tensors)
 
 
 def _type_for(shape: tuple[int, ...], wanted: GGMLType) -> GGMLType:

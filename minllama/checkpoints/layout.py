@@ -6,9 +6,11 @@ no tensor bears out is refused here, before a billion layers are. Knows nothing 
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from minllama.checkpoints.base import LazyTensor
@@ -48,6 +50,23 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["output.weight"] = (config.vocab_size, dim)
     return shapes
+
+
+def has_bias(tensors: Iterable[str], part: str) -> bool:
+    """Whether there is a bias among the tensors of `.attention.` or of `.feed_forward.`."""
+    return any(name.endswith(".bias") and part in name for name in tensors)
+
+
+def add_zero_biases(config: LlamaConfig, tensors: dict[str, LazyTensor]) -> None:
+    """Give projections without a bias, beside others that have one, a bias of zeros.
+
+    Qwen's attention has biases on q, k and v alone. As in transformers and in llama.cpp.
+    """
+    present = [part for part in (".attention.", ".feed_forward.") if has_bias(tensors, part)]
+    for name, shape in tensor_shapes(config).items():
+        is_absent = name.endswith(".bias") and name not in tensors
+        if is_absent and any(part in name for part in present):
+            tensors[name] = LazyTensor(shape, "zero", 0, partial(torch.zeros, shape))
 
 
 def differences(

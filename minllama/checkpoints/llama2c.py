@@ -23,8 +23,10 @@ from minllama.checkpoints import meta
 from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
 from minllama.checkpoints.gguf_blocks import view_as
 from minllama.checkpoints.layout import (
+    add_zero_biases,
     check_extent,
     check_writable,
+    has_bias,
     naming,
     tensor_shapes,
     translate,
@@ -119,6 +121,7 @@ def read_torch_checkpoint(path: Path) -> Checkpoint:
     with naming(path):
         config = config_from_args(args, tensors)
         check_extent(config, lazy_tensors)
+    add_zero_biases(config, lazy_tensors)
     vocabulary = partial(find_vocabulary, path.parent)
     return Checkpoint(
         *(path, "llama2.c .pt", config, lazy_tensors, vocabulary, tuple(ignored)), ends_at_bos=True
@@ -155,6 +158,8 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         norm_eps=given.get("norm_eps", given.get("layer_norm_eps", 1e-5)),
         rope_theta=given.get("rope_theta", 10000.0),
         tie_embeddings="output.weight" not in tensors,
+        attention_bias=has_bias(tensors, ".attention."),
+        ffn_bias=has_bias(tensors, ".feed_forward."),
         dropout=dropout,
     )
     key_rows = rows("layers.0.attention.compute_key.weight") or config.dim

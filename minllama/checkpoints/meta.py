@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
-from minllama.checkpoints.layout import check_extent, naming, translate
+from minllama.checkpoints.layout import (
+    add_zero_biases,
+    check_extent,
+    has_bias,
+    naming,
+    translate,
+)
 from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
 from minllama.config import LlamaConfig, RopeScaling, meta_hidden_dim
 from minllama.errors import CheckpointError
@@ -74,6 +80,7 @@ def read_meta(path: Path) -> Checkpoint:
         config = config_from_params(params, tensors)
         _check_shard_count(config, shards)
         check_extent(config, tensors)
+    add_zero_biases(config, tensors)
     ignored += sorted(UNUSED & set(params))
     vocabulary = partial(find_vocabulary, path)
     return Checkpoint(path, "Meta", config, tensors, vocabulary, tuple(ignored))
@@ -106,6 +113,8 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
         **fields,
         hidden_dim=given.get("hidden_dim") or _hidden_dim(given),
         tie_embeddings="output.weight" not in tensors,
+        attention_bias=has_bias(tensors, ".attention."),
+        ffn_bias=has_bias(tensors, ".feed_forward."),
     )
     scaling = None
     if given.get("use_scaled_rope"):
@@ -185,6 +194,8 @@ def _joined(
 def _cut_dim(ours: str, part: Tensor, params: Mapping[str, Any]) -> int | None:
     """The dimension along which a tensor was cut; `None` where each shard has it whole."""
     module = ours.split(".")[-2] if "." in ours else ours
+    if ours.endswith(".bias") and part.dim() == 1:  # one for each row
+        return 0 if module in CUT_ROWS else None
     if part.dim() != 2:
         return None
     if module == "tok_embeddings":
