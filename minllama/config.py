@@ -62,8 +62,9 @@ class RopeScaling:
         if self.kind in ("yarn", "llama3"):
             if self.original_max_seq_len is None:
                 raise MinllamaError(f"rope scaling {self.kind!r} needs original_max_seq_len")
-            if type(original := self.original_max_seq_len) is float and original.is_integer():
-                object.__setattr__(self, "original_max_seq_len", int(original))  # JSON's 8192.0
+            original: Any = self.original_max_seq_len
+            if isinstance(original, float) and original.is_integer():  # JSON's 8192.0
+                object.__setattr__(self, "original_max_seq_len", int(original))
             _require_count("rope scaling: original_max_seq_len", self.original_max_seq_len)
         self._settle("low_freq_factor")
         self._settle("high_freq_factor")

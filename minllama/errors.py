@@ -6,8 +6,11 @@ own is an `assert`, not one of these: the command line prints a `MinllamaError` 
 exits with status 2.
 """
 
+import contextlib
 import sys
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class MinllamaError(Exception):
@@ -48,3 +51,17 @@ def warn_caller(message: str, category: type[Warning]) -> None:
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minllama":
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
     warnings.warn(message, category, stacklevel=level)
+
+
+@contextlib.contextmanager
+def naming(where: Path) -> Iterator[None]:
+    """Errors about the content of a file that do not name it yet, as errors that do.
+
+    Raises:
+        CheckpointError: in place of a MinllamaError inside, or of what arithmetic on values of the
+            wrong type or of absurd size raises.
+    """
+    try:
+        yield
+    except (TypeError, OverflowError, MinllamaError) as error:
+        raise CheckpointError(f"{where}: {error}") from error

@@ -42,12 +42,11 @@ from minllama.checkpoints.layout import (
     check_extent,
     check_writable,
     has_bias,
-    naming,
     tensor_shapes,
     translate,
 )
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, MinllamaError, OptionError
+from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
 from minllama.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -30,11 +30,10 @@ from minllama.checkpoints.layout import (
     check_extent,
     check_writable,
     has_bias,
-    naming,
     translate,
 )
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, CheckpointWarning, OptionError, warn_caller
+from minllama.errors import CheckpointError, CheckpointWarning, OptionError, naming, warn_caller
 from minllama.vocabulary import Vocabulary
 
 NAMES = {

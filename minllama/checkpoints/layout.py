@@ -4,11 +4,9 @@ A model is built from a config before its tensors are compared with it, so a con
 no tensor bears out is refused here, before a billion layers are. Knows nothing of any one format.
 """
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -117,20 +115,6 @@ def translate(name: str, table: Mapping[str, str]) -> str | None:
     if other is None or kind not in ("weight", "bias"):
         return None
     return f"{other.replace('{i}', number[1]) if number else other}.{kind}"
-
-
-@contextlib.contextmanager
-def naming(where: Path) -> Iterator[None]:
-    """Errors about the content of a file that do not name it yet, as errors that do.
-
-    Raises:
-        CheckpointError: in place of a MinllamaError inside, or of what arithmetic on values of the
-            wrong type or of absurd size raises.
-    """
-    try:
-        yield
-    except (TypeError, OverflowError, MinllamaError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
 
 
 def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:

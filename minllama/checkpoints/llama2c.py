@@ -27,13 +27,12 @@ from minllama.checkpoints.layout import (
     check_extent,
     check_writable,
     has_bias,
-    naming,
     tensor_shapes,
     translate,
 )
 from minllama.checkpoints.torch_file import ZIP_MAGIC, dense_tensors, is_torch_file, load_torch_file
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, MinllamaError
+from minllama.errors import CheckpointError, MinllamaError, naming
 
 # llama2.c kept Meta's names; the course has its own for the projections of the attention.
 OUR_NAMES = meta.OUR_NAMES | {

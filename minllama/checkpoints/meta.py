@@ -15,16 +15,10 @@ import torch
 from torch import Tensor
 
 from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
-from minllama.checkpoints.layout import (
-    add_zero_biases,
-    check_extent,
-    has_bias,
-    naming,
-    translate,
-)
+from minllama.checkpoints.layout import add_zero_biases, check_extent, has_bias, translate
 from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
 from minllama.config import LlamaConfig, RopeScaling, meta_hidden_dim
-from minllama.errors import CheckpointError
+from minllama.errors import CheckpointError, naming
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 
