@@ -68,15 +68,15 @@ def test_a_missing_key_is_named(write: Callable[..., Path], key: str) -> None:
         (("llama.attention.head_count_kv", U32, 3), r"divisible by n_kv_heads \(3\)"),
         (("llama.attention.value_length", U32, 16), "value_length is 16 where heads are 8 wide"),
         (("llama.rope.dimension_count", U32, 4), "dimension_count is 4 where heads are 8 wide"),
-        (("llama.embedding_length", U64, 2**62), "no tensor is wider than 64"),
-        (("llama.feed_forward_length", U64, 2**63), "no tensor is wider than 64"),
+        (("llama.embedding_length", U64, 2**62), "is above 9007199254740992"),
+        (("llama.feed_forward_length", U64, 2**63), "is above 9007199254740992"),
         (("llama.context_length", U64, 2**63), "above the limit"),
         (("llama.attention.layer_norm_rms_epsilon", F32, float("nan")), "norm_eps"),
         (("llama.rope.freq_base", F32, float("inf")), "rope_theta"),
         (("llama.rope.scaling.type", STRING, "longrope"), "'longrope'"),
         (("llama.rope.scaling.factor", F32, -1.0), "factor"),
         (("llama.rope.scaling.yarn_beta_fast", F32, 8.0), "yarn_beta_fast"),
-        (("split.count", U16, 4), "one of 4 parts"),
+        (("split.count", U16, 4), "one of 4 parts of a model; give them back their names"),
     ],
 )
 def test_a_key_that_cannot_be_is_refused(

@@ -12,8 +12,13 @@ from pathlib import Path
 from minllama.adapter_config import CONFIG_FILE, read_adapter_config
 from minllama.checkpoints.adapter import PICKLED_FILE, WEIGHTS_FILE, is_adapter, with_adapter
 from minllama.checkpoints.base import Checkpoint, LazyTensor
-from minllama.checkpoints.gguf import is_gguf, read_gguf, write_gguf
-from minllama.checkpoints.huggingface import is_huggingface, read_huggingface, write_huggingface
+from minllama.checkpoints.gguf import gguf_models, is_gguf, read_gguf, write_gguf
+from minllama.checkpoints.huggingface import (
+    has_weights,
+    is_huggingface,
+    read_huggingface,
+    write_huggingface,
+)
 from minllama.checkpoints.llama2c import (
     is_llama2c_bin,
     is_torch_checkpoint,
@@ -129,13 +134,7 @@ def _open_base(folder: Path, base: str | os.PathLike[str] | None) -> Checkpoint:
 
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:
     if path.is_dir():
-        for recognises, read in FOLDERS:
-            if recognises(path):
-                return read
-        raise CheckpointError(
-            f"{path}: neither config.json (Hugging Face) nor params.json (Meta) is in this folder; "
-            "name the file or the folder of a checkpoint"
-        )
+        return _reader_of_folder(path)
     if not path.is_file():  # a pipe or a device, which a program may have meant by /dev/stdin
         raise CheckpointError(
             f"{path}: neither a file nor a folder; save the checkpoint and name its path"
@@ -153,3 +152,21 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
         f"{path}: not a checkpoint in a format that minllama reads "
         "(Hugging Face, GGUF, Meta, llama2.c)"
     )
+
+
+def _reader_of_folder(path: Path) -> Callable[[Path], Checkpoint]:
+    models = gguf_models(path)
+    for recognises, read in FOLDERS:
+        # Beside GGUF files often lies the config.json of the model that they were made from.
+        if recognises(path) and not (models and read is read_huggingface and not has_weights(path)):
+            return read
+    if not models:
+        raise CheckpointError(
+            f"{path}: neither config.json (Hugging Face) nor params.json (Meta) nor a .gguf is in "
+            "this folder; name the file or the folder of a checkpoint"
+        )
+    if len(models) > 1:
+        names = ", ".join(model.name for model in models[:20])
+        more = f" and {len(models) - 20} more" if len(models) > 20 else ""
+        raise CheckpointError(f"{path}: holds several GGUF files; name one of {names}{more}")
+    return lambda folder: read_gguf(models[0])

@@ -68,6 +68,11 @@ def is_huggingface(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds weights in files of Hugging Face's names."""
+    return any(WEIGHT_FILES.fullmatch(file.name) for file in path.iterdir())
+
+
 def read_huggingface(path: Path) -> Checkpoint:
     """Open a Hugging Face folder; nothing but headers is read.
 
