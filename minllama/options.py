@@ -424,6 +424,11 @@ class LoRAOptions(CheckedOptions):
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead (rsLoRA)")
     use_dora: bool = option(False, "learn the magnitude of each row of a weight as well (DoRA)")
 
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by (Hu et al. 2021, sec. 4.1; Kalajdzievski 2023 for rsLoRA)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.target_modules:

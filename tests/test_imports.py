@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 ORDER = (
     ("errors",),
     ("options", "text_files", "config", "atomic", "treebank", "heap", "native", "gpu"),
-    ("vocabulary", "data"),
+    ("module_patterns",),
+    ("vocabulary", "data", "adapter_config"),
     ("checkpoints",),
     (
         *("tokenizer", "chat", "template_worker", "generation_config"),
@@ -30,7 +31,7 @@ ORDER = (
     ("conversation",),
     ("prompts",),
     ("lora", "optimizer"),
-    ("adapter_config", "adapter_files"),
+    ("adapter_files",),
     ("evaluation", "baselines"),
     ("classifier",),
     ("schedule", "losses", "progress", "training_state", "training_run", "training"),

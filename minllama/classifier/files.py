@@ -19,11 +19,11 @@ import torch
 
 from minllama.adapter_config import CONFIG_FILE
 from minllama.adapter_files import FILES as ADAPTER_FILES
-from minllama.adapter_files import WEIGHTS_FILE, load_adapter, write_adapter
+from minllama.adapter_files import load_adapter, write_adapter
 from minllama.atomic import atomic_folder
 from minllama.checkpoints import Checkpoint, open_checkpoint
+from minllama.checkpoints.adapter import WEIGHTS_FILE
 from minllama.checkpoints.huggingface import WEIGHT_FILES, write_files
-from minllama.checkpoints.layout import naming
 from minllama.checkpoints.source import canonical_name, source_of
 from minllama.classifier.base import Classifier, evaluating
 from minllama.classifier.base_model import (
@@ -51,7 +51,7 @@ from minllama.classifier.head_file import (
     write_head,
 )
 from minllama.classifier.identity import base_tensors, tokenizer_digest
-from minllama.errors import CheckpointError, MinllamaError, OptionError
+from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
 from minllama.llama import Llama
 from minllama.loading import reading_form, slow_dtype, usable_device, warn_if_slow
 from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper

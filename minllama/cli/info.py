@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from minllama.cli.common import debug_option, ended_by_interrupts
+from minllama.cli.common import base_option, debug_option, ended_by_interrupts
 
 if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint
@@ -18,13 +18,14 @@ MAX_TEMPLATES = 20  # that are shown by name
 @click.command("info")
 @click.argument("model", required=False)
 @click.option("--tokenizer", metavar="PATH", help="Tokenizer file or folder.")
+@base_option
 @debug_option
-def command(model: str | None, tokenizer: str | None) -> None:
+def command(model: str | None, tokenizer: str | None, base: str | None) -> None:
     """Say what MODEL is: a file, a folder, a Hugging Face id, or without it the default model."""
     with ended_by_interrupts():
         from minllama.checkpoints import open_checkpoint
 
-    checkpoint = open_checkpoint(model, tokenizer=tokenizer)
+    checkpoint = open_checkpoint(model, tokenizer=tokenizer, base=base)
     for name, value in describe(checkpoint):
         click.echo(f"{name:<12} {value}")
 

@@ -11,6 +11,7 @@ from minllama.cli.common import (
     ended_by_interrupts,
     torch_dtype,
 )
+from minllama.cli.convert import write
 from minllama.errors import MinllamaError
 
 
@@ -29,7 +30,10 @@ def command(
     dtype: str | None,
     device: str | None,
 ) -> None:
-    """Write CLASSIFIER to DST as a model of its own, which needs no base model any more."""
+    """Write CLASSIFIER to DST as a model of its own, which needs no base model any more.
+
+    A PEFT adapter's folder becomes a Hugging Face folder, as by minllama convert.
+    """
     if not dst:
         raise MinllamaError("the name of DST is empty; name a folder to write")
     check_replaceable(dst)
@@ -37,6 +41,8 @@ def command(
         raise MinllamaError(f"{dst} exists; --force replaces it")
     check_folder_writable(dst)
     with ended_by_interrupts():
+        from minllama.checkpoints import CLASSIFIER_FILE, open_checkpoint
+        from minllama.checkpoints.adapter import is_adapter
         from minllama.checkpoints.source import source_of
         from minllama.classifier import load_classifier
         from minllama.classifier.files import (
@@ -49,6 +55,9 @@ def command(
         from minllama.experiment.measuring import saved_headlines
 
     source = Path(classifier)
+    if not (source / CLASSIFIER_FILE).is_file() and is_adapter(source):
+        write(open_checkpoint(source, tokenizer=tokenizer, base=base), dst, "hf", dtype)
+        return
     loaded = load_classifier(
         source,
         model=base,
