@@ -38,7 +38,7 @@ def median(work: Callable[[], float], n: int = 5) -> float:
 
 def fast_dtype() -> str:
     """The dtype in which this machine multiplies large matrices fastest."""
-    from minllama.loading import fast_bfloat16
+    from minllama.native.hardware import fast_bfloat16
 
     return "bfloat16" if fast_bfloat16("cpu") else "float32"
 

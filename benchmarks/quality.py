@@ -6,10 +6,11 @@ Perplexity is that of this repository's own prose (docs/design.md, CONTRIBUTING.
 README.md, in that order) in pieces of 512 tokens. Accuracy is that of SST-5's dev lines (from the
 data beside the repository; left out where there are none), zero-shot, with the settings of
 `benchmarks/classification.py zero-shot`. Agreement is how many of 64 greedy tokens after each of 16
-beginnings are float32's, counted up to the first that differs.
+beginnings of 128 are float32's, counted up to the first that differs. `auto` is what `generate` runs
+by itself on the machine at hand.
 
 The default model comes as blocks of 4 and 8 bits, so `float32` here is those blocks' numbers. int8
-and int4 quantise them anew, from the bfloat16 folder that the other benchmarks make of them: of
+and int4 quantize them again, from the bfloat16 folder that the other benchmarks make of them: of
 blocks that take no more bits they would keep the numbers.
 """
 
@@ -37,11 +38,12 @@ PROMPT = "Review: {text}\nIn one word, this movie is"
 FORMS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": torch.float32},
     "bfloat16": {"dtype": torch.bfloat16},
+    "auto": {"quantize": "auto"},
     "stored": {"dtype": torch.float32, "quantize": "stored"},
     "int8": {"source": FOLDER / "bfloat16", "dtype": torch.float32, "quantize": "int8"},
     "int4": {"source": FOLDER / "bfloat16", "dtype": torch.float32, "quantize": "int4"},
 }
-PIECE, BEGINNINGS, NEW = 512, 16, 64
+PIECE, BEGINNINGS, READ, NEW = 512, 16, 128, 64
 
 
 def pieces(tokenizer: Tokenizer) -> list[Tensor]:
@@ -75,7 +77,7 @@ def continuations(model: Llama, texts: list[Tensor]) -> list[list[int]]:
     options = GenerationOptions(max_new_tokens=NEW, ignore_eos=True)
     found = []
     for ids in texts[:BEGINNINGS]:
-        decoder = Decoder(model, [ids[:64].tolist()], options)
+        decoder = Decoder(model, [ids[:READ].tolist()], options)
         found.append([token.id for tokens in decoder for token in tokens if token.id is not None])
     return found
 
