@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from minllama.atomic import atomic_folder
 from minllama.errors import CheckpointError, TokenizerError
 from minllama.vocabulary import Vocabulary, find_vocabulary, load_vocabulary, to_files
+from minllama.vocabulary.added_tokens import hidden
 from minllama.vocabulary.codecs import Codec, open_codec
 from minllama.vocabulary.huggingface import FILES
 
@@ -199,14 +200,11 @@ class Tokenizer:
         # The longest first: one placeholder may begin as another does.
         placeholders = sorted(masked, key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, placeholders)))
-        ids: list[int] = []
-        for i, (part, token_id) in enumerate(self._codec.split_special(rendered)):
-            if token_id is not None:
-                ids.append(token_id)
-            elif part:
-                plain = pattern.sub(lambda match: masked[match[0]], part)
-                ids += self._codec.encode(plain, first=i == 0)
-        return ids
+        # What users wrote is hidden while the template's special tokens are found: these, and all
+        # that is not beside what they wrote, become the same ids whatever it was.
+        text = pattern.sub(lambda match: masked[match[0]], rendered)
+        shown = pattern.sub(lambda match: hidden(masked[match[0]], self.special_tokens), rendered)
+        return self._codec.encode_masked(text, shown)
 
     def decode(
         self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False
