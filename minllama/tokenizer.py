@@ -263,6 +263,7 @@ class StreamDecoder:
         self._special_ids = frozenset(codec.special.values())
         self._skip_special = skip_special
         self._space_ids = codec.space_ids
+        self._spaces_stretches = codec.spaces_stretches
         self._at_start = not continuation
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -285,7 +286,10 @@ class StreamDecoder:
     def _bytes_of(self, token_id: int) -> bytes:
         token_id = _checked_id(token_id, len(self._tokens))
         if token_id in self._special_ids:
-            return b"" if self._skip_special else self._tokens[token_id]
+            if self._skip_special:
+                return b""
+            self._at_start &= self._spaces_stretches
+            return self._tokens[token_id]
         if self._at_start:
             self._at_start = False
             if token_id in self._space_ids:

@@ -41,6 +41,24 @@ class TokenFlags(NamedTuple):
     single_word: bool = False
 
 
+class ListedToken(NamedTuple):
+    """A token that a file lists beside a vocabulary.
+
+    Attributes:
+        token_id: its id.
+        text: its text.
+        special: plain text never becomes it.
+        flags: how it is found; None where the file does not say.
+        normalized: it is found in the normalized text; None where the file does not say.
+    """
+
+    token_id: int
+    text: str
+    special: bool = False
+    flags: TokenFlags | None = None
+    normalized: bool | None = None
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """One tokenizer, serialized, and what its checkpoint says about it.

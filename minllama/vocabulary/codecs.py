@@ -35,11 +35,14 @@ class Codec(abc.ABC):
         special: text -> id of the tokens that a text becomes only when asked.
         space_ids: ids whose first byte, a space, belongs to the tokenizer and not to the text
             where they come first; empty for vocabularies that put no space there.
+        spaces_stretches: that space stands behind special tokens as well, not only where a whole
+            text begins.
     """
 
     tokens: list[bytes]
     special: dict[str, int]
     space_ids: frozenset[int] = frozenset()
+    spaces_stretches: bool = True
 
     @abc.abstractmethod
     def encode(self, text: str, *, first: bool = True) -> list[int]:
@@ -91,6 +94,11 @@ class _SentencePieceCodec(Codec):
         self.tokens, self.special, space_ids, added = [], {}, [], []
         for i, piece in enumerate(model.pieces):
             if piece.type == TokenType.BYTE:
+                if not _BYTE.fullmatch(piece.piece):
+                    raise TokenizerError(
+                        f"{vocabulary.origin}: the byte token {piece.piece!r} names no byte; "
+                        "get the file again"
+                    )
                 self.tokens.append(_byte_of(piece.piece))
                 continue
             text = piece.piece.replace(SPACE, " ")
@@ -105,7 +113,7 @@ class _SentencePieceCodec(Codec):
             self.tokens.append(text.encode())
         special = [AddedToken(t, i, flags.get(i, TokenFlags())) for t, i in self.special.items()]
         self._added, self._all = AddedTokens(added), AddedTokens([*added, *special])
-        self._has_added, self._legacy = bool(added), vocabulary.legacy
+        self._has_added, self.spaces_stretches = bool(added), vocabulary.legacy
         self._processor = _processor(model, vocabulary)
         self._without_space = self._processor
         if model.normalizer_spec.add_dummy_prefix:
@@ -129,7 +137,7 @@ class _SentencePieceCodec(Codec):
         return ids
 
     def _encode_stretch(self, text: str, first: bool) -> list[int]:
-        spaced = self._legacy or (first and not text.startswith((" ", SPACE)))
+        spaced = self.spaces_stretches or (first and not text.startswith((" ", SPACE)))
         return list((self._processor if spaced else self._without_space).encode(text))
 
 
@@ -146,10 +154,9 @@ class _TokenizersCodec(Codec):
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._plain = self._open(special=False)
-        # A component's pickled state is its part of the tokenizer.json.
-        decoder = self._plain.decoder
-        state = None if decoder is None else json.loads(decoder.__getstate__())
-        kind = tokenizers_form.decoder_kind(state, vocabulary.origin)
+        kind = tokenizers_form.decoder_kind(_state(self._plain.decoder), vocabulary.origin)
+        pre_tokenizer = json.dumps(_state(self._plain.pre_tokenizer))
+        self.spaces_stretches = '"prepend_scheme": "first"' not in pre_tokenizer
         added = self._plain.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         ids = self._plain.get_vocab(with_added_tokens=True)
@@ -169,7 +176,7 @@ class _TokenizersCodec(Codec):
         self.space_ids = frozenset(space_ids)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
-        if first or not self._minds_first:
+        if first or self.spaces_stretches:
             return list(self._encoding(self._plain, text).ids)
         ids: list[int] = self._encoding(self._behind, self._front + text).ids
         return ids[1:]
@@ -215,11 +222,6 @@ class _TokenizersCodec(Codec):
         raw = self._raw | {"added_tokens": added, "pre_tokenizer": None}
         raw["model"] = {"type": "BPE", "vocab": {}, "merges": []}
         return self._open(special=True, data=tokenizers_form.dump(raw))
-
-    @cached_property
-    def _minds_first(self) -> bool:
-        """Whether the beginning of a whole text is treated in another way than other stretches."""
-        return '"prepend_scheme": "first"' in json.dumps(self._raw.get("pre_tokenizer"))
 
     @cached_property
     def _behind(self) -> Any:
@@ -285,6 +287,11 @@ def _tiktoken_chunks(text: str) -> Iterator[str]:
                     yield part[done:cut]
                     done = cut
         yield part[done:]
+
+
+def _state(component: Any) -> Any:
+    """A component of the library as its part of the tokenizer.json, which is its pickled state."""
+    return None if component is None else json.loads(component.__getstate__())
 
 
 def _unspell_piece(text: str) -> bytes:
