@@ -5,6 +5,7 @@ tokens become text again, as a whole or one by one. Knows nothing of models.
 """
 
 import codecs
+import contextlib
 import operator
 import os
 import re
@@ -14,10 +15,16 @@ from typing import TYPE_CHECKING, Self
 
 from minllama.atomic import atomic_folder
 from minllama.errors import CheckpointError, TokenizerError
-from minllama.vocabulary import Vocabulary, find_vocabulary, load_vocabulary, to_files
+from minllama.vocabulary import (
+    Vocabulary,
+    check_fits,
+    find_vocabulary,
+    load_vocabulary,
+    to_files,
+)
 from minllama.vocabulary.added_tokens import hidden
 from minllama.vocabulary.codecs import Codec, open_codec
-from minllama.vocabulary.huggingface import FILES
+from minllama.vocabulary.huggingface import FILES, stated_vocab_size
 
 if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint
@@ -124,9 +131,12 @@ class Tokenizer:
         They take the place of another tokenizer's there; what else lies in the folder stays.
 
         Raises:
-            MinllamaError: the folder cannot be written.
+            MinllamaError: the folder cannot be written, or holds a model with fewer tokens.
         """
         files = to_files(self.vocabulary)
+        vocab_size = stated_vocab_size(Path(folder))
+        if vocab_size is not None:
+            check_fits(self.vocab_size, vocab_size, str(folder))
         with atomic_folder(folder, replaces=FILES.__contains__) as path:
             for name, content in files.items():
                 (path / name).write_bytes(content)
@@ -299,12 +309,18 @@ class StreamDecoder:
 
 def _lone_vocabulary(path: Path) -> Vocabulary | None:
     """The vocabulary in a folder or file that is no checkpoint, `None` where there is none."""
+    from minllama.checkpoints.gguf import is_gguf, read_gguf_vocabulary
+
     if path.is_dir():
         return find_vocabulary(path)
-    try:
+    # Of a file that is neither, the checkpoint's error says more.
+    if is_gguf(path):
+        with contextlib.suppress(CheckpointError):
+            return read_gguf_vocabulary(path)
+        return None
+    with contextlib.suppress(TokenizerError):
         return load_vocabulary(path)
-    except TokenizerError:
-        return None  # the checkpoint's error says more of a file that is neither
+    return None
 
 
 def _checked_id(token_id: int, vocab_size: int) -> int:

@@ -367,7 +367,7 @@ def test_a_sentencepiece_model_is_kept_as_it_is() -> None:
         {"model_type": "unigram"},
         {"normalization_rule_name": "nfkc"},
         {"remove_extra_whitespaces": True},
-        {"user_defined_symbols": ["▁<tool>"]},
+        {"user_defined_symbols": "▁<tool>"},
     ):
         # No tokenizer.json can be exact, so there is none.
         files = to_files(from_model(tiny_sentencepiece(**_hashable(options)), "tiny"))

@@ -63,9 +63,13 @@ def command(
             write_llama2c_bin,
         )
         from minllama.llama import Llama
+        from minllama.vocabulary import check_fits, count_tokens
 
     checkpoint = open_checkpoint(src, tokenizer=tokenizer)
     vocabulary = checkpoint.vocabulary
+    if vocabulary is not None:  # before weights are read; and llama2c's file would not say it
+        where = tokenizer or str(checkpoint.path)
+        check_fits(count_tokens(vocabulary), checkpoint.config.vocab_size, where)
     dtype = dtype or ("float32" if target == "llama2c" else _stored_dtype(checkpoint))
     # Through the model: names, shapes and numbers are checked before anything is written.
     # A GGUF file has norms and biases in float32 whatever its matrices are in.

@@ -137,6 +137,15 @@ def to_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     return files
 
 
+def stated_vocab_size(folder: Path) -> int | None:
+    """How many tokens the model in `folder` has, by its config.json; None where none says so."""
+    try:
+        size = _read_json(folder / _MODEL_CONFIG).get("vocab_size")
+    except TokenizerError:
+        return None  # its damage is told to whoever opens it
+    return size if type(size) is int else None
+
+
 def _config(vocabulary: Vocabulary, raw: Json | None) -> Json:
     """The content of tokenizer_config.json; `raw` is that of the tokenizer.json, if there is."""
     if raw is None:
