@@ -240,8 +240,8 @@ def _listed_tokens(folder: Path, config: Json) -> list[ListedToken]:
     """The tokens that files beside the vocabulary list, each text once."""
     listed: dict[str, ListedToken] = {}
     path = folder / _ADDED_TOKENS
-    for text, token_id in _said(path).items():
-        listed[text] = ListedToken(_listed_id(token_id, text, str(path)), text)
+    for key, token_id in _said(path).items():
+        listed[key] = ListedToken(_listed_id(token_id, key, str(path)), key)
     decoder = config.get("added_tokens_decoder")
     for key, token in decoder.items() if isinstance(decoder, dict) else ():
         if (text := _text(token)) is not None:
