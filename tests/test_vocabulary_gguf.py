@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import sentencepiece
+from tiny import our_model
 from tokenizer_cases import (
     TEXTS,
     default_fields,
@@ -15,6 +17,8 @@ from tokenizer_cases import (
     tiny_sentencepiece,
 )
 
+from minllama.checkpoints import write_gguf
+from minllama.checkpoints.gguf_header import read_header
 from minllama.errors import TokenizerError
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import Vocabulary, from_gguf, load_vocabulary, to_files, to_gguf
@@ -261,6 +265,23 @@ def test_an_id_out_of_range_counts_as_not_given(bytes_fields: dict[str, Any]) ->
     bytes_fields |= {GGML + "padding_token_id": 2**32 - 1, GGML + "bos_token_id": 259}
     vocabulary = from_gguf(bytes_fields, "x")
     assert (vocabulary.pad_id, vocabulary.bos_id) == (None, None)
+
+
+def test_a_vocabulary_may_have_no_merges(bytes_fields: dict[str, Any], tmp_path: Path) -> None:
+    bytes_fields[GGML + "tokens"] = bytes_fields[GGML + "tokens"][:257]
+    bytes_fields[GGML + "token_type"] = bytes_fields[GGML + "token_type"][:257]
+    del bytes_fields[GGML + "merges"]  # as the gguf package leaves out an empty list
+    vocabulary = from_gguf(bytes_fields, "x")
+    tokenizer = Tokenizer(vocabulary)
+    model = our_model(vocab_size=257)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model.config, model.state_dict(), vocabulary)
+    header = read_header(path)
+    assert header.fields[GGML + "merges"] == []  # llama.cpp wants the key
+    assert GGML + "merges" in gguf.GGUFReader(path).fields
+    again = Tokenizer.from_pretrained(path)
+    for text in TEXTS:
+        assert again.encode(text) == tokenizer.encode(text)
 
 
 # What bad input gets
