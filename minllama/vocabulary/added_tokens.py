@@ -42,9 +42,13 @@ class AddedTokens:
 
     def __init__(self, tokens: Iterable[AddedToken]) -> None:
         self._tokens = {token.text: token for token in tokens}
-        # The longest first: of those that begin at one place, the pattern takes the first.
-        texts = sorted(self._tokens, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
+        lengths: dict[str, set[int]] = {}
+        for text in self._tokens:
+            lengths.setdefault(text[0], set()).add(len(text))
+        # First character -> lengths, the longest first. One pattern of all texts would take
+        # seconds to compile where there are tens of thousands.
+        self._lengths = {char: sorted(found, reverse=True) for char, found in lengths.items()}
+        self._first = re.compile(f"[{re.escape(''.join(lengths))}]" if lengths else "(?!)")
 
     def split(self, text: str) -> Iterator[Span]:
         """The parts of `text` in order, without empty ones between tokens.
@@ -52,9 +56,8 @@ class AddedTokens:
         White space that a token takes in belongs to its span.
         """
         done = 0
-        for match in self._pattern.finditer(text):
-            _, token_id, flags = self._tokens[match[0]]
-            begin, end = match.span()
+        for begin, (found, token_id, flags) in self._matches(text):
+            end = begin + len(found)
             if flags.single_word and _touches_a_word(text, begin, end):
                 continue
             if flags.lstrip:
@@ -68,6 +71,20 @@ class AddedTokens:
             done = end
         if done < len(text):
             yield Span(done, len(text), None)
+
+    def _matches(self, text: str) -> Iterator[tuple[int, AddedToken]]:
+        """Where tokens stand, whatever their flags say; none overlaps another."""
+        at = 0
+        while match := self._first.search(text, at):
+            at = match.start()
+            for length in self._lengths[text[at]]:
+                token = self._tokens.get(text[at : at + length])
+                if token is not None:
+                    yield at, token
+                    at += length
+                    break
+            else:
+                at += 1
 
 
 def hidden(text: str, special_tokens: Iterable[str]) -> str:

@@ -250,7 +250,7 @@ def _listed_tokens(folder: Path, config: Json) -> list[ListedToken]:
             listed[text] = ListedToken(
                 _listed_id(token_id, text, str(path)),
                 text,
-                special=isinstance(token, dict) and bool(token.get("special")),
+                special=isinstance(token, dict) and token.get("special") is True,
                 flags=_token_flags(token),
                 normalized=token.get("normalized") if isinstance(token, dict) else None,
             )
