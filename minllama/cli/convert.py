@@ -37,7 +37,7 @@ GGUF_DTYPES: dict[str, GgufDtype] = {
     type=click.Choice([*DTYPES, "q8_0"]),
     help="Of the weights; without it as stored, or float32 for quantised ones.",
 )
-@click.option("--tokenizer", metavar="PATH", help="Tokenizer of SRC: a file (GGUF as well) or folder.")
+@click.option("--tokenizer", metavar="PATH", help="Tokenizer of SRC: file (also GGUF) or folder.")
 @click.option("--force", is_flag=True, help="Replace DST where it exists.")
 @debug_option
 def command(
