@@ -3,6 +3,7 @@
 Every setting is in a folder that the test writes; ids are held against transformers' own.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -142,6 +143,10 @@ NULLS = (
 
 @pytest.mark.parametrize("name", [*NULLS, "all"])
 def test_null_says_nothing(tmp_path: Path, name: str) -> None:
+    # But for the names that chat templates read, which are as transformers has them.
+    def said(folder: Path) -> Vocabulary:
+        return dataclasses.replace(load_vocabulary(folder), named_tokens={})
+
     nulls = dict.fromkeys(NULLS if name == "all" else [name])
     raw = byte_json(post_processor=template("<s>", "A", "</s>"))
     mapped = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|turn|>"}
@@ -149,13 +154,13 @@ def test_null_says_nothing(tmp_path: Path, name: str) -> None:
     for folder, config in ((silent, {}), (null, nulls)):
         folder.mkdir()
         write_folder(folder, raw, tokenizer_config=config, special_tokens_map=mapped)
-    assert load_vocabulary(null) == load_vocabulary(silent)
+    assert said(null) == said(silent)
     assert Tokenizer(load_vocabulary(null)).encode("") == [BOS, EOS]
     for folder in (silent, null):
         (folder / "tokenizer.json").unlink()
         (folder / "tokenizer.model").write_bytes(tiny_sentencepiece())
         (folder / "added_tokens.json").write_text('{"<|turn|>": 600, "<|null|>": null}')
-    assert load_vocabulary(null) == load_vocabulary(silent)
+    assert said(null) == said(silent)
     assert load_vocabulary(null).add_bos
 
 
