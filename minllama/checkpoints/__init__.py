@@ -12,7 +12,13 @@ from pathlib import Path
 from minllama.adapter_config import CONFIG_FILE, read_adapter_config
 from minllama.checkpoints.adapter import PICKLED_FILE, WEIGHTS_FILE, is_adapter, with_adapter
 from minllama.checkpoints.base import Checkpoint, LazyTensor
-from minllama.checkpoints.gguf import gguf_models, is_gguf, read_gguf, write_gguf
+from minllama.checkpoints.gguf import (
+    gguf_models,
+    is_gguf,
+    read_gguf,
+    read_gguf_vocabulary,
+    write_gguf,
+)
 from minllama.checkpoints.huggingface import (
     has_weights,
     is_huggingface,
@@ -28,13 +34,14 @@ from minllama.checkpoints.llama2c import (
 )
 from minllama.checkpoints.meta import is_meta, read_meta
 from minllama.checkpoints.source import canonical_name, resolve_source, source_of
-from minllama.errors import CheckpointError
-from minllama.vocabulary import load_vocabulary
+from minllama.errors import CheckpointError, TokenizerError
+from minllama.vocabulary import Vocabulary, load_vocabulary
 
 __all__ = [
     "Checkpoint",
     "LazyTensor",
     "open_checkpoint",
+    "read_tokenizer",
     "write_gguf",
     "write_huggingface",
     "write_llama2c_bin",
@@ -63,8 +70,8 @@ def open_checkpoint(
     Args:
         source: a file, a folder or a Hugging Face id; None for the embedded default model. Of a
             PEFT adapter's folder, the model that it makes of its base.
-        tokenizer: file or folder of the tokenizer, where it does not lie in or beside the
-            checkpoint.
+        tokenizer: file or folder of the tokenizer, or of a checkpoint that has one, where it does
+            not lie in or beside the checkpoint.
         base: the model that an adapter is for, where its adapter_config.json names none or it has
             moved.
 
@@ -86,11 +93,27 @@ def open_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     if tokenizer is not None:
-        vocabulary = load_vocabulary(Path(tokenizer))
+        vocabulary = read_tokenizer(tokenizer)
         checkpoint = dataclasses.replace(
             checkpoint, read_vocabulary=lambda: vocabulary, tokenizer=canonical_name(tokenizer)
         )
     return dataclasses.replace(checkpoint, source=canonical_name(source))
+
+
+def read_tokenizer(source: str | os.PathLike[str]) -> Vocabulary:
+    """The vocabulary of a file or folder: a tokenizer's own, or a GGUF file's.
+
+    Raises:
+        CheckpointError: a GGUF file is cut off or damaged.
+        TokenizerError: none is there, or it is damaged.
+    """
+    path = Path(source)
+    if not is_gguf(path):
+        return load_vocabulary(path)
+    vocabulary = read_gguf_vocabulary(path)
+    if vocabulary is None:
+        raise TokenizerError(f"{path}: a GGUF file without a tokenizer; name another one's")
+    return vocabulary
 
 
 def _adapter_folder(path: Path) -> Path | None:

@@ -6,6 +6,7 @@ work: `minllama.vocabulary.gguf` does.
 """
 
 import math
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -159,6 +160,8 @@ def read_gguf(path: Path) -> Checkpoint:
                 ignored.append(name)
             else:
                 tensors[translate(name, OUR_NAMES) or name] = file.lazy(tensor)
+        if not tensors and "tokenizer.ggml.model" in fields:
+            raise CheckpointError("it holds a tokenizer and no model; name it with --tokenizer")
         if "tok_embeddings.weight" not in tensors:
             raise CheckpointError("the tensor token_embd.weight is missing; it is no whole model")
         keys = Keys(fields)
@@ -175,6 +178,18 @@ def read_gguf(path: Path) -> Checkpoint:
     ignored += keys.unread()
     vocabulary = partial(from_gguf, fields, path)
     return Checkpoint(path, "GGUF", config, tensors, vocabulary, tuple(ignored))
+
+
+def read_gguf_vocabulary(path: Path) -> Vocabulary | None:
+    """The tokenizer in a GGUF file, which may hold nothing else; None where it has none.
+
+    Raises:
+        CheckpointError: the file is cut off or damaged.
+        TokenizerError: its tokenizer is damaged, or of a kind that is not known.
+    """
+    from minllama.vocabulary.gguf import from_gguf
+
+    return from_gguf(read_header(path).fields, path)
 
 
 def gguf_models(folder: Path) -> list[Path]:
@@ -262,7 +277,7 @@ def write_gguf(
             does not fit `dtype`, or the file cannot be written.
     """
     import numpy
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType
 
     if dtype not in TYPES:
         raise OptionError(f"dtype must be one of {', '.join(TYPES)}, not {dtype!r}")
@@ -274,7 +289,7 @@ def write_gguf(
     shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
     types = {name: _type_for(shape, TYPES[dtype]) for name, shape in shapes.items()}
     with atomic_file(path) as temporary:
-        writer = GGUFWriter(temporary, ARCHITECTURE)
+        writer = _new_writer(temporary)
         try:
             for key, value in fields.items():
                 _add_field(writer, key, value)
@@ -326,6 +341,22 @@ def _vocabulary_fields(vocabulary: Vocabulary | None, config: LlamaConfig) -> di
     from minllama.vocabulary.gguf import to_gguf
 
     return to_gguf(vocabulary, config.vocab_size)
+
+
+def _new_writer(path: str | PathLike[str]) -> "GGUFWriter":
+    """The package's writer, which leaves out empty lists; llama.cpp wants merges to be there."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    class Writer(GGUFWriter):
+        def add_array(self, key: str, val: Any) -> None:
+            self.add_key_value(key, val, GGUFValueType.ARRAY)
+
+        def _pack_val(self, val: Any, vtype: Any, *args: Any, **kwargs: Any) -> bytes:
+            if vtype == GGUFValueType.ARRAY and len(val) == 0:
+                return struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, 0)
+            return super()._pack_val(val, vtype, *args, **kwargs)
+
+    return Writer(path, ARCHITECTURE)
 
 
 def _add_field(writer: "GGUFWriter", key: str, value: Any) -> None:

@@ -33,8 +33,15 @@ from minllama.checkpoints.layout import (
     translate,
 )
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, CheckpointWarning, OptionError, naming, warn_caller
-from minllama.vocabulary import Vocabulary
+from minllama.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    OptionError,
+    TokenizerError,
+    naming,
+    warn_caller,
+)
+from minllama.vocabulary import Vocabulary, check_fits, count_tokens
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -175,9 +182,12 @@ def write_huggingface(
         dtype: of the weights; None for as they are.
 
     Raises:
-        MinllamaError: the format has no words for this config, the tensors disagree with it, or
-            the folder cannot be written.
+        MinllamaError: the format has no words for this config, the tensors disagree with it, the
+            tokenizer, or the one that the folder keeps, has more tokens than the model has rows,
+            or the folder cannot be written.
     """
+    if vocabulary is None:
+        _check_kept_tokenizer(Path(folder), config)
     with atomic_folder(folder, replaces=lambda name: bool(WEIGHT_FILES.fullmatch(name))) as staging:
         write_files(staging, config, tensors, vocabulary=vocabulary, dtype=dtype)
 
@@ -201,6 +211,8 @@ def write_files(
     from safetensors.torch import save_file
 
     check_writable(config, tensors)
+    if vocabulary is not None:
+        check_fits(count_tokens(vocabulary), config.vocab_size, vocabulary.origin)
     if dtype is not None and dtype not in SAFETENSORS_DTYPES.values():
         known = ", ".join(str(known) for known in SAFETENSORS_DTYPES.values())
         raise OptionError(f"dtype must be one of {known}, not {dtype}")
@@ -231,6 +243,18 @@ def write_files(
         _write_json(folder / "model.safetensors.index.json", index)
     if vocabulary is not None:
         _write_vocabulary(folder, vocabulary)
+
+
+def _check_kept_tokenizer(folder: Path, config: LlamaConfig) -> None:
+    """A TokenizerError where the tokenizer in `folder` has more tokens than the model has rows."""
+    from minllama.vocabulary import find_vocabulary
+
+    try:
+        kept = find_vocabulary(folder) if folder.is_dir() else None
+    except TokenizerError:
+        return  # its damage is told to whoever opens it
+    if kept is not None:
+        check_fits(count_tokens(kept), config.vocab_size, str(folder))
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from minllama.adapter_config import CONFIG_FILE
 from minllama.adapter_files import FILES as ADAPTER_FILES
 from minllama.adapter_files import load_adapter, write_adapter
 from minllama.atomic import atomic_folder
-from minllama.checkpoints import Checkpoint, open_checkpoint
+from minllama.checkpoints import Checkpoint, open_checkpoint, read_tokenizer
 from minllama.checkpoints.adapter import WEIGHTS_FILE
 from minllama.checkpoints.huggingface import WEIGHT_FILES, write_files
 from minllama.checkpoints.source import canonical_name, source_of
@@ -58,7 +58,6 @@ from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wr
 from minllama.options import PromptOptions
 from minllama.quantization import replace_by_numbers
 from minllama.tokenizer import Tokenizer
-from minllama.vocabulary import load_vocabulary
 from minllama.vocabulary.huggingface import FILES as TOKENIZER_FILES
 
 CARD_FILE = "README.md"
@@ -133,8 +132,8 @@ def _tokenizer_elsewhere(classifier: Classifier) -> str | None:
         return None
     try:
         own = open_checkpoint(source_of(model)).vocabulary
-        load_vocabulary(Path(source))
-    except MinllamaError:  # a whole checkpoint's, or gone since
+        read_tokenizer(source)
+    except MinllamaError:  # of a checkpoint in another format, or gone since
         return None
     words = classifier.tokenizer.vocabulary
     return None if own is not None and tokenizer_digest(own) == tokenizer_digest(words) else source

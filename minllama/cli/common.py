@@ -65,7 +65,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--tokenizer",
             metavar="PATH",
-            help="Tokenizer file or folder, where none lies beside the model.",
+            help="Tokenizer file (GGUF as well) or folder, where none lies beside the model.",
         ),
         click.option(
             "--dtype",

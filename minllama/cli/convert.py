@@ -38,7 +38,7 @@ GGUF_DTYPES: dict[str, GgufDtype] = {
     type=click.Choice([*DTYPES, "q8_0"]),
     help="Of the weights; without it as stored, or float32 for quantised ones.",
 )
-@click.option("--tokenizer", metavar="PATH", help="Tokenizer file or folder of SRC.")
+@click.option("--tokenizer", metavar="PATH", help="Tokenizer of SRC: file (also GGUF) or folder.")
 @click.option("--force", is_flag=True, help="Replace DST where it exists.")
 @base_option
 @debug_option
@@ -81,8 +81,12 @@ def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None)
     with ended_by_interrupts():
         from minllama.checkpoints import write_gguf, write_huggingface, write_llama2c_bin
         from minllama.llama import Llama
+        from minllama.vocabulary import check_fits, count_tokens
 
     vocabulary = checkpoint.vocabulary
+    if vocabulary is not None:  # before weights are read; and llama2c's file would not say it
+        where = checkpoint.tokenizer or str(checkpoint.path)
+        check_fits(count_tokens(vocabulary), checkpoint.config.vocab_size, where)
     dtype = dtype or ("float32" if target == "llama2c" else _stored_dtype(checkpoint))
     # Through the model: names, shapes and numbers are checked before anything is written.
     # A GGUF file has norms and biases in float32 whatever its matrices are in.

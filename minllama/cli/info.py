@@ -17,7 +17,7 @@ MAX_TEMPLATES = 20  # that are shown by name
 
 @click.command("info")
 @click.argument("model", required=False)
-@click.option("--tokenizer", metavar="PATH", help="Tokenizer file or folder.")
+@click.option("--tokenizer", metavar="PATH", help="Tokenizer: a file (GGUF as well) or folder.")
 @base_option
 @debug_option
 def command(model: str | None, tokenizer: str | None, base: str | None) -> None:

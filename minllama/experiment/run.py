@@ -68,6 +68,7 @@ from minllama.report.files import write_files
 from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, sample_of, summary_writer
 from minllama.training_state import CHECKPOINT, digest
+from minllama.vocabulary import check_fits
 
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
@@ -228,6 +229,9 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
     checkpoint = open_checkpoint(experiment.model, tokenizer=experiment.tokenizer)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     options = experiment.classifier
+    if options.method == "full":  # it is written with its tokenizer, at the end
+        where = str(experiment.tokenizer or checkpoint.path)
+        check_fits(tokenizer.vocab_size, checkpoint.config.vocab_size, where)
     device = usable_device(experiment.device)
     dtype, quantize = weights_form(
         options.method, checkpoint, device, experiment.dtype, experiment.quantize
