@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
     ("errors",),
+    ("threshold_rule",),
     ("options", "text_files", "config", "atomic", "treebank", "heap", "native", "gpu"),
     ("module_patterns",),
     ("vocabulary", "data", "adapter_config"),
@@ -32,7 +33,10 @@ ORDER = (
     ("prompts",),
     ("lora", "optimizer"),
     ("adapter_files",),
+    ("thresholds", "ranking"),
+    ("bootstrap",),
     ("evaluation", "baselines"),
+    ("paired",),
     ("classifier",),
     ("schedule", "losses", "progress", "training_state", "training_run", "training"),
     ("report",),
