@@ -4,7 +4,6 @@ For one of two classes and for texts with any number of labels. Takes probabilit
 words of `--threshold`. Knows nothing of models or files.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from minllama.data.records import printable
 from minllama.errors import MinllamaError, OptionError
 from minllama.options import ThresholdOptions
 from minllama.threshold_rule import THRESHOLD_METRICS, threshold_rule
@@ -390,6 +390,8 @@ def read(content: Mapping[str, Any], labels: Sequence[str], *, multi_label: bool
     values, positive, how = content["values"], content["positive"], content["how"]
     if not isinstance(values, dict) or not isinstance(how, str):
         raise TypeError("thresholds must be numbers by label, and how they came about a string")
+    if printable(how) != how:
+        raise ValueError("how thresholds came about is no line of text")
     if multi_label:
         names, at = list(labels), None
     else:
@@ -399,7 +401,7 @@ def read(content: Mapping[str, Any], labels: Sequence[str], *, multi_label: bool
     if sorted(values) != sorted(names):
         raise ValueError(f"there must be a threshold for each of {', '.join(names)}")
     numbers = tuple(values[name] for name in names)
-    if not all(type(n) in (int, float) and math.isfinite(n) and 0 <= n <= 1 for n in numbers):
+    if not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers):
         raise ValueError("a threshold is no number from 0 to 1")
     return Thresholds(tuple(map(float, numbers)), at, how)
 

@@ -254,12 +254,14 @@ def test_what_was_saved_is_read_again(thresholds, multi_label):
     for damage in (
         {"values": {"no": 2.0}},
         {"values": {"no": True}},
+        {"values": {"no": 10**400}},
         {"values": {"no": "0.5"}},
         {"values": {"no": float("nan")}},
         {"values": {}},
         {"values": {"other": 0.5}},
         {"values": [0.5]},
         {"how": 3},
+        {"how": "\x1b[31mf1"},
     ):
         with pytest.raises((KeyError, TypeError, ValueError)):
             read(content | damage, LABELS, multi_label=multi_label)
