@@ -14,7 +14,6 @@ from typing import Any
 
 from minllama.errors import OptionError
 from minllama.text_files import checked_encoding, checked_separator
-from minllama.threshold_rule import THRESHOLD_METRICS, threshold_rule
 
 # Forms that weights may be kept in instead of numbers: see `minllama.quantization.quantized`.
 QUANTIZE = ("stored", "int8", "int4")
@@ -328,46 +327,6 @@ OBJECTIVES = ("head", "label-words")
 SCORES = ("sum", "token-mean", "byte-mean", "pmi", "contextual", "batch")
 CORRECTED = ("pmi", "contextual", "batch")  # the scores of which something is taken off
 POOLINGS = ("last", "mean", "weighted-mean")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThresholdOptions(CheckedOptions):
-    """From which probability on a label is predicted; see `minllama.thresholds`."""
-
-    threshold: tuple[str, ...] = option(
-        (),
-        "predict the positive class, or each label with --multi-label, from this probability on: "
-        "a number; when training also what is best on the dev texts by f1, macro-f1, accuracy or "
-        "balanced-accuracy, precision=0.9 (with the highest recall) or recall=0.9 (with the "
-        "highest precision); LABEL=0.3 for one label, several times for several; where not given "
-        "the classifier's own, or 0.5",
-    )
-    positive: str | None = option(
-        None,
-        "which of two classes is the positive one; where not given the classifier's own, or the "
-        "second",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for text in self.threshold:
-            if threshold_rule(text) is None and "=" not in text:
-                raise OptionError(
-                    f"threshold must be a number in [0, 1], {', '.join(THRESHOLD_METRICS)}, "
-                    f"precision=0.9, recall=0.9 or LABEL=0.3, not {text!r}"
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions(CheckedOptions):
-    """What a report is about; see `minllama.report`."""
-
-    headline: str | None = option(
-        None,
-        "the metric of the report's first sentence, by which systems are compared; accuracy where "
-        "not given, or what --metric of a training says",
-        choices=("accuracy", "macro_f1", "micro_f1", "log_loss", "brier"),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

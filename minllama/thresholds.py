@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from minllama.data.records import printable
 from minllama.errors import MinllamaError, OptionError
-from minllama.options import ThresholdOptions
-from minllama.threshold_rule import THRESHOLD_METRICS, threshold_rule
+from minllama.evaluation_options import THRESHOLD_METRICS, ThresholdOptions, threshold_rule
 
 DEFAULT = 0.5
 MOST_NAMED = 4  # labels whose thresholds are said one by one

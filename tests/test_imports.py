@@ -13,9 +13,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
     ("errors",),
-    ("threshold_rule",),
     ("options", "text_files", "config", "atomic", "treebank", "heap", "native", "gpu"),
-    ("module_patterns",),
+    ("module_patterns", "evaluation_options"),
     ("vocabulary", "data", "adapter_config"),
     ("checkpoints",),
     (

@@ -25,11 +25,11 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.errors import DataError, MinllamaError, OptionError
+from minllama.evaluation_options import ThresholdOptions
 from minllama.options import (
     CORRECTED,
     DataOptions,
     PromptOptions,
-    ThresholdOptions,
     ZeroShotOptions,
     names_of,
 )

@@ -19,7 +19,8 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.errors import CheckpointError, MinllamaError, OptionError
-from minllama.options import DataOptions, ReportOptions, ThresholdOptions
+from minllama.evaluation_options import ReportOptions, ThresholdOptions
+from minllama.options import DataOptions
 
 if TYPE_CHECKING:
     from minllama.classifier import Classifier

@@ -22,13 +22,12 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
+from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.options import (
     ClassifierOptions,
     DataOptions,
     LoRAOptions,
     PromptOptions,
-    ReportOptions,
-    ThresholdOptions,
     TrainingOptions,
 )
 

@@ -21,7 +21,7 @@ from minllama.data import Dataset
 from minllama.data.records import printable
 from minllama.errors import CheckpointError
 from minllama.evaluation import Evaluation, evaluate
-from minllama.options import ThresholdOptions
+from minllama.evaluation_options import ThresholdOptions
 from minllama.report import ReportedSplit
 from minllama.report.files import METRICS_FILE
 from minllama.thresholds import Chosen, Thresholds, choose_thresholds

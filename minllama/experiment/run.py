@@ -24,6 +24,7 @@ from minllama.classifier.calibration import fit_temperature
 from minllama.classifier.identity import comparable_config
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation import Evaluation
+from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.experiment.fitting import (
     LAYER_FILE,
     TRAINED,
@@ -62,8 +63,6 @@ from minllama.options import (
     DataOptions,
     LoRAOptions,
     PromptOptions,
-    ReportOptions,
-    ThresholdOptions,
     TrainingOptions,
 )
 from minllama.quantization import check_quantize
