@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 ORDER = (
     ("errors",),
     ("options", "text_files", "config", "atomic", "treebank", "heap", "native", "gpu"),
-    ("module_patterns",),
+    ("module_patterns", "evaluation_options"),
     ("vocabulary", "data", "adapter_config"),
     ("checkpoints",),
     (
@@ -32,7 +32,10 @@ ORDER = (
     ("prompts",),
     ("lora", "optimizer"),
     ("adapter_files",),
+    ("thresholds", "ranking"),
+    ("bootstrap",),
     ("evaluation", "baselines"),
+    ("paired",),
     ("classifier",),
     ("schedule", "losses", "progress", "training_state", "training_run", "training"),
     ("report",),

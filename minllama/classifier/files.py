@@ -71,6 +71,7 @@ def save_classifier(
     tokenizer: str | None = None,
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
+    verdicts: Mapping[str, str] | None = None,
     also: Callable[[Path], object] | None = None,
     removes: Collection[str] = (),
 ) -> None:
@@ -86,6 +87,7 @@ def save_classifier(
             checkpoint's own; None for what it says of itself.
         training: settings that it came about with, for people.
         metrics: split -> metric -> value, for the model card.
+        verdicts: split -> what these come to in a sentence, for the model card.
         also: writes what else belongs into the folder that it is given, in the same step.
         removes: names of what goes from the folder in this step.
 
@@ -118,7 +120,8 @@ def save_classifier(
         digested = (staging / name for name in (HEAD_FILE, CONFIG_FILE, WEIGHTS_FILE))
         content["sha256"] = {path.name: sha256_of(path) for path in digested if path.is_file()}
         write_description(staging / CLASSIFIER_FILE, content)
-        card = model_card(classifier, content, metrics or {}, name=Path(folder).resolve().name)
+        name = Path(folder).resolve().name
+        card = model_card(classifier, content, metrics or {}, name=name, verdicts=verdicts)
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         if also is not None:
             also(staging)

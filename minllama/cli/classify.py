@@ -25,7 +25,14 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.errors import DataError, MinllamaError, OptionError
-from minllama.options import CORRECTED, DataOptions, PromptOptions, ZeroShotOptions, names_of
+from minllama.evaluation_options import ThresholdOptions
+from minllama.options import (
+    CORRECTED,
+    DataOptions,
+    PromptOptions,
+    ZeroShotOptions,
+    names_of,
+)
 
 if TYPE_CHECKING:
     from minllama.classifier import Classifier
@@ -88,6 +95,7 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
 @quantize_option_of_classifier
 @dataclass_options(ZeroShotOptions, skip=("shots",))
 @dataclass_options(PromptOptions)
+@dataclass_options(ThresholdOptions)
 @dataclass_options(
     DataOptions,
     skip=("label_names", "multi_label", "label_separator", "label_columns", "label_lists"),
@@ -117,6 +125,7 @@ def command(
     _check_idle(bool(texts), score=values["score"])
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
+    threshold = pick(ThresholdOptions, values)
     output_format = output_format or ("labelled" if output.endswith(".txt") else "jsonl")
     _check_input(texts, rows, output, output_format, resume=resume, force=force)
     columns = [name.strip() for name in (keep_columns or "").split(",") if name.strip()]
@@ -139,11 +148,20 @@ def command(
         names = _names(labels, labels_file)
         made = _zero_shot(names, options, prompt, source, tokenizer, dtype, device, quantize)
         _learn_prior(made, options, rows, data)
+    _decide(made, threshold)
     if texts:
         _classify_texts(made, texts, as_json=as_json)
     else:
         assert rows is not None
         _classify_rows(made, rows, output, output_format, data, columns=columns, resume=resume)
+
+
+def _decide(classifier: "Classifier", options: ThresholdOptions) -> None:
+    """Let thresholds that were typed take the place of the classifier's own."""
+    from minllama.thresholds import fixed_thresholds
+
+    kind: Any = {"multi_label": classifier.multi_label, "own": classifier.decision}
+    classifier.decide_by(fixed_thresholds(options, classifier.labels, **kind))
 
 
 def _check_idle(has_texts: bool, *, score: str) -> None:
@@ -309,11 +327,15 @@ def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json
         return
     names = [printable(label) for label in classifier.labels]
     width = max(map(len, names))
-    for text, p in zip(texts, probabilities, strict=True):
+    decision = classifier.decision
+    chosen = None if decision is None else decision.predictions(probabilities)
+    for row, (text, p) in enumerate(zip(texts, probabilities, strict=True)):
         if len(texts) > 1:
             click.secho(printable(text), dim=True)
         for i in (-p).argsort(kind="stable"):
-            click.echo(f"{names[i]:<{width}}  {p[i]:.3f}")
+            # Where thresholds decide, the first is not always it.
+            mark = "" if chosen is None or not chosen[row, i] else "  predicted"
+            click.echo(f"{names[i]:<{width}}  {p[i]:.3f}{mark}")
     click.echo(described(classifier), err=True)
     if said := shortened_texts(classifier):
         click.echo(said, err=True)

@@ -52,7 +52,7 @@ def command(
             save_classifier,
         )
         from minllama.experiment.folder import RECORDS, check_not_base, copy_records
-        from minllama.experiment.measuring import saved_headlines
+        from minllama.experiment.measuring import saved_headlines, saved_verdicts
 
     source = Path(classifier)
     if not (source / CLASSIFIER_FILE).is_file() and is_adapter(source):
@@ -67,7 +67,7 @@ def command(
         quantize=form_in_training(source),
     )
     check_not_base(Path(dst), loaded.llama.source and source_of(loaded.llama.source))
-    metrics = saved_headlines(source)
+    metrics, verdicts = saved_headlines(source), saved_verdicts(source)
     drift = merge_classifier(loaded, dtype=torch_dtype(dtype))
     merged = {"merged from": classifier, "largest drift of a logit": float(f"{drift:.2g}")}
     save_classifier(
@@ -75,6 +75,7 @@ def command(
         dst,
         training={**classifier_settings(source), **merged},
         metrics=metrics,
+        verdicts=verdicts,
         also=lambda folder: copy_records(source, folder),
         removes=RECORDS,  # those of what was there before
     )
