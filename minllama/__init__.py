@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         SamplingOptions,
     )
     from minllama.regression import RegressionEvaluation, evaluate_regression
+    from minllama.thresholds import Thresholds
     from minllama.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ _HOMES = {
         "SamplingOptions",
     ),
     "regression": ("RegressionEvaluation", "evaluate_regression"),
+    "thresholds": ("Thresholds",),
     "tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -106,6 +108,7 @@ __all__ = [
     "RopeScaling",
     "SamplingOptions",
     "TextStream",
+    "Thresholds",
     "Tokenizer",
     "TokenizerError",
     "add_lora_wrapper",

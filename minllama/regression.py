@@ -13,8 +13,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from minllama.bootstrap import INTERVAL
 from minllama.errors import MinllamaError
-from minllama.evaluation import INTERVAL
 
 Values = NDArray[np.float64]
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minllama.data import Dataset
+from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError, OptionError
 from minllama.heap import give_back_freed_memory
 from minllama.llama import Llama
@@ -169,6 +170,7 @@ def _check(
         if dataset.labels is None or not len(dataset):
             raise MinllamaError(f"{dataset.source}: the {name} texts must have labels")
         check_kind(dataset, classifier)
+        checked_texts(dataset.texts, f"{dataset.source}: texts")
         if dataset.has_numbers:
             continue
         if list(dataset.label_names) != list(classifier.labels):

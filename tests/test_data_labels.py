@@ -121,7 +121,7 @@ def test_names_may_be_numbers_where_they_are_their_own(tmp_path: Path) -> None:
         (2, "label 2 is not one of 'a', 'b'"),
         (-1, "label -1 stands for none (where it is a class, name it in a file for --label-names)"),
         (-2, "label -2 is not one of 'a', 'b'"),
-        (0.5, "label 0.5 is neither a name nor a whole number"),
+        (0.5, "label 0.5 is not one of 'a', 'b'"),
         (None, "no label"),
         ("", "no label"),
         ("  ", "no label"),

@@ -195,7 +195,12 @@ def test_what_is_doubtful_is_told_and_counted() -> None:
     test = Dataset(["w", "z", "v"], [0, 0, 0], ["Late", "late", "c"], "test.csv")
     assert [(n.kind, n.count, str(n)) for n in check_splits(train, dev, test)] == [
         ("absent", 1, "train.csv: no example of 'c'; it cannot be learned"),
-        ("case", 2, "train.csv: 'Late', 'late' are different labels; is one meant?"),
+        (
+            "case",
+            2,
+            "train.csv: 'Late' (2 rows), 'late' (2 rows) are different labels that differ in case "
+            "only; is one meant?",
+        ),
         ("conflicts", 1, "train.csv: texts that occur with different labels: 1"),
         (
             "duplicates",

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 ORDER = (
     ("errors",),
     ("options", "text_files", "config", "atomic", "treebank", "heap", "native", "gpu"),
-    ("vocabulary", "data"),
+    ("module_patterns", "evaluation_options"),
+    ("vocabulary", "data", "adapter_config"),
     ("checkpoints",),
     (
         *("tokenizer", "chat", "template_worker", "generation_config"),
@@ -30,8 +31,11 @@ ORDER = (
     ("conversation",),
     ("prompts",),
     ("lora", "optimizer"),
-    ("adapter_config", "adapter_files"),
+    ("adapter_files",),
+    ("thresholds", "ranking"),
+    ("bootstrap",),
     ("evaluation", "baselines", "regression"),
+    ("paired",),
     ("classifier",),
     ("schedule", "losses", "objective", "progress", "training_state", "training_run", "training"),
     ("report",),

@@ -29,7 +29,7 @@ from minllama.regression import (
     ranks,
 )
 from minllama.report import Report, ReportedValues
-from minllama.report.values import in_unit, verdict
+from minllama.report.value_comparison import in_unit, verdict
 from minllama.training import fit
 from tests.classifier_cases import TEXTS, embedding
 from tests.experiment_cases import REPORT, WORDS, names_in

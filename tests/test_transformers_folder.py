@@ -63,8 +63,8 @@ def their_classifier(folder, *, names=NAMES, words=None, **changes):
     model = LlamaForSequenceClassification(TheirConfig(**fields)).eval()
     for name, parameter in model.named_parameters():
         parameter.data.normal_(mean=1.0 if "norm" in name else 0.0, std=0.15)
+    write_tokenizer(folder, **(words or {}))  # first: it may be that of another model
     model.save_pretrained(folder)
-    write_tokenizer(folder, **(words or {}))
     return model
 
 

@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 
 from minllama.errors import OptionError
+from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.experiment import Experiment, check_uses
 from minllama.experiment.uses import USES
 from minllama.options import ClassifierOptions, LoRAOptions, TrainingOptions
 
-GROUPS = {"classifier": ClassifierOptions, "lora": LoRAOptions, "training": TrainingOptions}
+GROUPS = {
+    "classifier": ClassifierOptions,
+    "lora": LoRAOptions,
+    "training": TrainingOptions,
+    "threshold": ThresholdOptions,
+    "report": ReportOptions,
+}
 ALWAYS = {"method", "bidirectional", "seed"}
 
 
@@ -45,6 +52,7 @@ TAKEN = (
     {"method": "lora", "objective": "label-words", "label_words": "a,b", "epochs": 2, "shots": 1},
     {"method": "frozen", "objective": "regression", "layer": "3", "dev_fraction": 0.3},
     {"method": "lora", "objective": "regression", "metric": "mae", "patience": 2, "dropout": 0.2},
+    {"method": "frozen", "threshold": ("0.3",), "positive": "a", "headline": "macro_f1"},
 )
 
 

@@ -21,10 +21,12 @@ from minllama.errors import CheckpointError, MinllamaError
 from minllama.llama import Llama
 from minllama.options import PromptOptions
 from minllama.regression import TargetScale
+from minllama.thresholds import DEFAULT, one_line, read, saved
 from minllama.tokenizer import Tokenizer
 
 CLASSIFIER_FILE = "classifier.json"
-# The second may say `scale`, `pad_id` and `tokenizer_eos`, which readers of the first would ignore.
+# The second may say `thresholds`, `scale`, `pad_id` and `tokenizer_eos`, which readers of the first
+# would ignore.
 VERSIONS = (1, 2)
 WHERE = ("model", "tokenizer")  # keys of `base`
 FOR_PEOPLE = ("minllama", "training")
@@ -59,6 +61,9 @@ def describe(
         },
         "weights": weights,
     }
+    if classifier.decision is not None:
+        thresholds = saved(classifier.decision, classifier.labels)
+        content |= {"version": VERSIONS[1], "thresholds": thresholds}
     if isinstance(classifier, LlamaZeroShotClassifier):
         content["kind"] = "zero-shot"
         content["label_words"] = list(classifier.label_words)
@@ -134,7 +139,54 @@ def build(
                 tokenizer_eos=bool(content.get("tokenizer_eos")),
             )
     classifier.temperature = _positive(content["temperature"])
+    if (thresholds := content.get("thresholds")) is not None:
+        if classifier.scale is not None:
+            raise ValueError("thresholds are for classes, and scale is for numbers")
+        classifier.decision = read(thresholds, labels, multi_label=classifier.multi_label)
     return classifier
+
+
+def in_words(path: Path) -> list[tuple[str, str]]:
+    """What classifier.json says of a classifier, as pairs of name and value, for people.
+
+    Raises:
+        CheckpointError: it is missing, damaged, changed or of another version.
+    """
+    content = read_description(path)
+    with described_by(path):
+        labels = [str(label) for label in content["labels"]]
+        base, many = content["base"], bool(content["multi_label"])
+        how = f"head on layer {content.get('layer')}, {content.get('pooling')} pooling"
+        if content["kind"] == "zero-shot":
+            how = f"label words {', '.join(map(str, content['label_words']))}; {content['score']}"
+        gives = f"{'any number' if many else 'one'} of {len(labels)} labels"
+        has_numbers = content.get("scale") is not None
+        lines = [
+            ("classifier", str(path.parent)),
+            ("gives", "a number for each text" if has_numbers else gives),
+            ("labels", ", ".join(labels)),
+            ("by", how),
+            ("base", str(base["model"] or "default") if content["weights"] != "full" else "own"),
+            ("weights", f"{content['weights']}, base in {base['quantize'] or base['dtype']}"),
+            ("prompt", json.dumps(content["prompt"]["prompt"], ensure_ascii=False)),
+        ]
+        temperature = f"{_positive(content['temperature']):.4g}"
+        if not has_numbers:
+            lines.append(("temperature", temperature))
+            lines.append(("predicted", _predicted(content.get("thresholds"), labels, many)))
+        if not isinstance(content["sha256"], dict):
+            raise TypeError("sha256 is not what it should be")
+    check_unchanged(path, content)  # last, for the others say what it is that differs
+    return lines
+
+
+def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:
+    """From which probability on labels are predicted, for people."""
+    if thresholds is not None:
+        return one_line(read(thresholds, labels, multi_label=multi_label), labels)
+    if multi_label:
+        return f"threshold {DEFAULT:g} for each label"
+    return f"threshold {DEFAULT:g} for {labels[1]!r}" if len(labels) == 2 else "the likeliest class"
 
 
 def write_description(path: Path, content: Mapping[str, Any]) -> None:

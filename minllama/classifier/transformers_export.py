@@ -28,6 +28,7 @@ from minllama.classifier.files import CARD_FILE, is_classifier_file
 from minllama.classifier.identity import base_tensors
 from minllama.errors import MinllamaError
 from minllama.lora import adapter_names
+from minllama.thresholds import DEFAULT, one_line
 from minllama.vocabulary import Vocabulary
 
 SAMPLES = ("yes", "It took me a while.", "2")  # texts of which the last token is looked at
@@ -163,6 +164,12 @@ def _notes(classifier: LlamaEmbeddingClassifier, words: _Words) -> list[str]:
         notes.append(
             f"the temperature {classifier.temperature:.4g} is folded into the head: its logits "
             "are divided by it already"
+        )
+    if set(classifier.thresholds.values()) - {DEFAULT}:
+        assert classifier.decision is not None
+        notes.append(
+            f"{one_line(classifier.decision, classifier.labels)}: has no place in the files; hold "
+            "the probabilities against it, for transformers names the likeliest class"
         )
     if prompt.chat or prompt.prompt != "{text}":
         how = "in the chat template, without a further BOS" if prompt.chat else "as it is"

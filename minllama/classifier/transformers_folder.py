@@ -24,9 +24,8 @@ from minllama.checkpoints.huggingface_head import (
     SEVERAL_LABELS,
     SequenceHead,
 )
-from minllama.checkpoints.layout import naming
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
-from minllama.errors import CheckpointError, MinllamaError, OptionError
+from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
 from minllama.llama import Llama
 from minllama.loading import usable_device, warn_if_slow
 from minllama.native.hardware import default_dtype

@@ -188,7 +188,7 @@ def _columns(schema: Any) -> tuple[list[str], dict[str, str], dict[str, str]]:
     from pyarrow import types
 
     text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-    plain = (*text, types.is_boolean, types.is_integer, types.is_floating)
+    plain = (*text, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal)
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
 
     def is_one_of(tests: tuple[Any, ...], kind: Any) -> bool:
@@ -293,6 +293,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _values(batch: Any) -> list[dict[str, Any] | str]:
+    batch = _with_short_numbers(batch)
     try:
         values: list[dict[str, Any] | str] = batch.to_pylist()
     except UnicodeDecodeError:  # somewhere in these rows
@@ -300,6 +301,17 @@ def _values(batch: Any) -> list[dict[str, Any] | str]:
             return ["text that is not UTF-8"]
         return [value for i in range(batch.num_rows) for value in _values(batch.slice(i, 1))]
     return values
+
+
+def _with_short_numbers(batch: Any) -> Any:
+    """Numbers of 32 bits as the shortest decimals that mean them, as other formats write them."""
+    import pyarrow as pa
+
+    for i, field in enumerate(batch.schema):
+        if pa.types.is_float32(field.type):
+            exact = batch.column(i).cast(pa.string()).cast(pa.float64())
+            batch = batch.set_column(i, pa.field(field.name, pa.float64()), exact)
+    return batch
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import random
 from collections import defaultdict
 from dataclasses import replace
 
-from minllama.data.dataset import Dataset, Notice
+from minllama.data.examples import Dataset, Notice
 from minllama.data.splits import duplicates, share
 from minllama.errors import DataError
 

@@ -21,7 +21,10 @@ class NumberReader:
     """Reads the number cells of one source; see `minllama.data.labels.LabelReader`."""
 
     hint = ""
-    known: None = None
+
+    def unfolded(self, value: Any) -> Any:
+        """The cell as it is: a list is no number."""
+        return value
 
     def read(self, value: Any) -> list[float] | None:
         """The number that a cell holds; None for an empty cell.

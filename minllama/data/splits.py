@@ -7,7 +7,7 @@ import random
 from collections import Counter, defaultdict
 from dataclasses import replace
 
-from minllama.data.dataset import Dataset, Notice
+from minllama.data.examples import Dataset, Notice, alike_names
 from minllama.data.records import listed
 from minllama.errors import DataError
 
@@ -127,9 +127,9 @@ def check_splits(
     """Whether something can be learned from `train` and measured on the others.
 
     Returns:
-        What a person should hear about: classes that no training example has, names that differ
-        in case only, equal texts with different labels, rows of `dev` and `test` whose text is in
-        `train` or in each other, and splits in which all rows have one label.
+        What a person should hear about: classes that no training example has, names that a person
+        may not tell apart, equal texts with different labels, rows of `dev` and `test` whose text
+        is in `train` or in each other, and splits in which all rows have one label.
 
     Raises:
         DataError: `train` has one class only, a label of `dev` or `test` does not occur in it, or
@@ -163,13 +163,7 @@ def _notices_on_training(train: Dataset, counts: list[int]) -> list[Notice]:
     if absent := [name for name, n in zip(train.label_names, counts, strict=True) if n == 0]:
         message = f"{train.called}: no example of {listed(absent)}; it cannot be learned"
         notices.append(Notice("absent", message, len(absent)))
-    spellings = defaultdict(list)
-    for name in train.label_names:
-        spellings[name.casefold()].append(name)
-    for names in spellings.values():
-        if len(names) > 1:
-            message = f"{train.called}: {listed(names)} are different labels; is one meant?"
-            notices.append(Notice("case", message, len(names)))
+    notices += alike_names(train)
     labels_of: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
     for index, text in enumerate(train.texts):
         labels_of[text].add(train.classes_of(index))

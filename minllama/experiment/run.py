@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minllama.baselines import fit_baselines
 from minllama.checkpoints import open_checkpoint
 from minllama.classifier import LlamaEmbeddingClassifier, save_classifier
-from minllama.classifier.base import Classifier
+from minllama.classifier.base import Classifier, probabilities
 from minllama.classifier.calibration import fit_temperature
 from minllama.classifier.identity import comparable_config
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation import Evaluation
+from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.experiment.fitting import (
     LAYER_FILE,
     TRAINED,
@@ -42,16 +42,15 @@ from minllama.experiment.folder import (
     writable,
 )
 from minllama.experiment.measuring import (
+    choose_decision,
     evaluate_classifier,
     headlines,
-    settings_of,
-    versions,
 )
-from minllama.experiment.predicting import described, score_of, shortened_texts
+from minllama.experiment.predicting import described
+from minllama.experiment.reporting import measure, settings_for_people, settings_of_run
 from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits, load_splits
 from minllama.experiment.uses import check_uses
-from minllama.experiment.value_measuring import evaluate_value_splits
 from minllama.llama import Llama
 from minllama.loading import HALF_NAMES, usable_device
 from minllama.lora.targets import matching_modules
@@ -67,9 +66,11 @@ from minllama.options import (
 from minllama.quantization import check_quantize
 from minllama.report import Report
 from minllama.report.files import write_files
+from minllama.thresholds import check_thresholds, fixed_thresholds
 from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, sample_of, summary_writer
 from minllama.training_state import CHECKPOINT, digest
+from minllama.vocabulary import check_fits
 
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
@@ -85,7 +86,7 @@ class Experiment:
         dtype, device: None for what suits the method and the machine.
         quantize: a word of `QUANTIZE` for weights that are not trained, None for numbers in the
             dtype, "auto" for what is fastest with this file and machine.
-        data, prompt, classifier, lora, training: options.
+        data, prompt, classifier, lora, training, threshold, report: options.
         llama_changes: fields of LlamaConfig, such as `dropout`.
     """
 
@@ -103,6 +104,8 @@ class Experiment:
     classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
+    report: ReportOptions = field(default_factory=ReportOptions)
     llama_changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -114,6 +117,12 @@ class Experiment:
     def of_numbers(self) -> bool:
         """Whether labels are numbers, and no classes."""
         return self.classifier.objective == "regression"
+
+    @property
+    def headline(self) -> str:
+        """The metric that the report's verdict is about."""
+        metric = self.training.metric if self.classifier.method in TRAINED else "accuracy"
+        return self.report.headline or metric
 
     def __post_init__(self) -> None:
         is_default = self.training.metric == TrainingOptions.metric
@@ -181,7 +190,7 @@ def run_experiment(
     check_libraries()
     if training.tensorboard:
         summary_writer()
-    _check_labels(experiment, multi_label=experiment.data.multi_label)
+    _check_labels(experiment, multi_label=experiment.data.has_several_labels)
     splits = load_splits(
         experiment.train,
         experiment.dev,
@@ -195,6 +204,12 @@ def run_experiment(
     for notice in splits.notices:
         say.say(notice)
     _check_labels(experiment, multi_label=splits.train.multi_label)
+    check_thresholds(
+        experiment.threshold,
+        splits.train.label_names,
+        multi_label=splits.train.multi_label,
+        can_choose=True,
+    )
     llama, tokenizer = _open(experiment)
     with writable(experiment.output):
         if not resume:
@@ -202,8 +217,8 @@ def run_experiment(
         with torch.random.fork_rng(devices=_gpus()):
             torch.manual_seed(training.seed)
             classifier, beside, result = _train(experiment, splits, llama, tokenizer, resume, say)
-        logits = _calibrate(classifier, splits, experiment.classifier, say)
-        report = _measured(experiment, splits, classifier, logits, beside, result, say)
+        logits, notes = _calibrate(classifier, splits, experiment, say)
+        report = measure(experiment, splits, classifier, logits, beside, result, notes, say)
         report = dataclasses.replace(report, created=began, seconds=time.perf_counter() - started)
         _write(experiment, classifier, report)
     return Outcome(classifier, splits, report, result)
@@ -247,6 +262,9 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
     checkpoint.check_language_model()
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     options = experiment.classifier
+    if options.method == "full":  # it is written with its tokenizer, at the end
+        where = str(experiment.tokenizer or checkpoint.path)
+        check_fits(tokenizer.vocab_size, checkpoint.config.vocab_size, where)
     device = usable_device(experiment.device)
     dtype, quantize = weights_form(
         options.method, checkpoint, device, experiment.dtype, experiment.quantize
@@ -289,12 +307,8 @@ def _train(
         )
         if options.method == "zero-shot":
             return classifier, beside, None
-        progress = say.advance("zero-shot, before training", len(splits.dev))
-        before = evaluate_classifier(classifier, splits.dev, "dev", progress=progress)
-        assert before.evaluation is not None
-        beside["zero-shot (before training)"] = before.evaluation
+        beside["zero-shot (before training)"] = _before(experiment, splits, classifier, say)
         train = without_shots(splits.train, classifier.shots)
-        say.say(f"zero-shot, before training: dev accuracy {before.evaluation.accuracy:.3f}")
     else:
         classifier = make_head(
             llama,
@@ -325,55 +339,50 @@ def _train(
     return classifier, beside, result
 
 
+def _before(experiment: Experiment, splits: Splits, classifier: Classifier, say: Say) -> Evaluation:
+    """What label words alone come to on dev."""
+    # Thresholds are chosen after the training; which class is the positive one is known.
+    at_first = dataclasses.replace(experiment.threshold, threshold=())
+    classifier.decide_by(fixed_thresholds(at_first, classifier.labels, multi_label=False))
+    progress = say.advance("zero-shot, before training", len(splits.dev))
+    before = evaluate_classifier(classifier, splits.dev, "dev", progress=progress).evaluation
+    assert before is not None
+    say.say(f"zero-shot, before training: dev accuracy {before.accuracy:.3f}")
+    return before
+
+
 def _calibrate(
-    classifier: Classifier, splits: Splits, options: ClassifierOptions, say: Say
-) -> NDArray[np.float32]:
-    """Fit the temperature on dev, unless it is not wanted, and give dev's logits: (N, C)."""
-    dev = splits.dev
+    classifier: Classifier, splits: Splits, experiment: Experiment, say: Say
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Fit the temperature on dev, unless it is not wanted, and choose thresholds where they are.
+
+    Returns:
+        Dev's logits, (N, C), and what a reader of the report must know of it.
+    """
+    dev, options, notes = splits.dev, experiment.classifier, list[str]()
     assert dev.labels is not None
     logits = classifier.predict_logits(dev.texts, progress=say.advance("reading dev", len(dev)))
-    if not options.no_calibration and classifier.scale is None:
+    if classifier.scale is not None:  # numbers have neither
+        say.say(described(classifier))
+        return logits, notes
+    if not options.no_calibration:
         classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
         say.say(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
+    p = probabilities(logits, classifier.temperature, multi_label=dev.multi_label)
+    if (chosen := choose_decision(experiment.threshold, p, dev)) is not None:
+        classifier.decide_by(chosen.thresholds)
+        notes += chosen.notices
+        for notice in chosen.notices:
+            say.say(notice)
+        if experiment.threshold.positive is None and not dev.multi_label:
+            say.say(f"the positive class is {classifier.positive!r}; --positive chooses another")
+        if chosen.thresholds.how:
+            notes.append(
+                f"thresholds were chosen on dev ({', '.join(experiment.threshold.threshold)}), so "
+                "dev's own numbers flatter them a little; the baselines' were chosen there too"
+            )
     say.say(described(classifier))
-    return logits
-
-
-def _settings(experiment: Experiment) -> dict[str, Any]:
-    """What the experiment was made from, for people."""
-    files = {
-        "train": experiment.train,
-        "dev": experiment.dev or "set aside from train",
-        "test": experiment.test,
-    }
-    return {"files": files, **settings_of(data=experiment.data), **_settings_of_run(experiment)}
-
-
-def _settings_of_run(experiment: Experiment) -> dict[str, Any]:
-    """What a training depends on beside its texts, wherever these are read from."""
-    options = experiment.classifier
-    groups: dict[str, Any] = {
-        "model": {
-            "model": experiment.model or "default",
-            "tokenizer": experiment.tokenizer,
-            "dtype": experiment.dtype or "by method and machine",
-            "quantize": experiment.quantize or "none",
-            **experiment.llama_changes,
-        },
-        "classifier": options,
-        "prompt": experiment.prompt,
-    }
-    if options.method == "lora":
-        groups["lora"] = experiment.lora
-    if options.method in TRAINED:
-        groups["training"] = training_options(
-            experiment.training, options.method, of_numbers=experiment.of_numbers
-        )
-    else:
-        groups["training"] = {"seed": experiment.training.seed}
-        if options.method == "frozen":
-            groups["training"]["class_weights"] = experiment.training.class_weights
-    return settings_of(**groups)
+    return logits, notes
 
 
 def _settings_to_go_on_with(experiment: Experiment, llama: Llama) -> dict[str, Any]:
@@ -383,105 +392,11 @@ def _settings_to_go_on_with(experiment: Experiment, llama: Llama) -> dict[str, A
         llama: the base, before anything is done to it. Of its tokenizer the tokens of the training
             texts are compared.
     """
-    settings = _settings_of_run(experiment)
+    settings = settings_of_run(experiment)
     for name in ("model", "tokenizer"):
         del settings["model"][name]
     weights = digest(map(sample_of, (*llama.parameters(), *llama.buffers())))
     return {**settings, "base": {"config": comparable_config(llama.config), "its weights": weights}}
-
-
-def _chosen(classifier: Classifier) -> dict[str, Any]:
-    """What the run found out that the classifier is now."""
-    chosen: dict[str, Any] = {"temperature": float(f"{classifier.temperature:.4g}")}
-    if (scale := classifier.scale) is not None:
-        chosen = {"mean of the targets": scale.mean, "their standard deviation": scale.std}
-    if isinstance(classifier, LlamaEmbeddingClassifier):
-        chosen |= {"layer": classifier.layer, "pooling": classifier.pooling}
-    return chosen
-
-
-def _measured(
-    experiment: Experiment,
-    splits: Splits,
-    classifier: Classifier,
-    dev_logits: NDArray[np.float32],
-    beside: Mapping[str, Evaluation],
-    result: TrainingResult | None,
-    say: Say,
-) -> Report:
-    train = splits.train
-    assert train.labels is not None
-    if train.has_numbers:
-        return _values_measured(experiment, splits, classifier, dev_logits, result, say)
-    baselines = fit_baselines(
-        train.texts,
-        train.labels,
-        len(train.label_names),
-        multi_label=train.multi_label,
-        seed=experiment.training.seed,
-    )
-    dev, test = splits.dev, splits.test
-    reported = [
-        evaluate_classifier(
-            classifier, dev, "dev", logits=dev_logits, others=beside, baselines=baselines
-        )
-    ]
-    if test is not None:
-        progress = say.advance("reading test", len(test))
-        reported.append(
-            evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
-        )
-    notes = [*splits.notices]
-    for split in (train, dev, *([] if test is None else [test])):
-        if said := shortened_texts(classifier, split.texts, split.source):
-            say.say(said)
-            notes.append(said)
-    if not experiment.classifier.no_calibration:
-        notes.append("the temperature was fitted on dev, so dev's own calibration flatters it")
-    if result is not None and experiment.training.keep == "best":
-        notes.append(
-            "the best weights by dev were kept, so dev's own numbers flatter them a little"
-        )
-    return Report(
-        title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
-        label_names=classifier.labels,
-        splits=reported,
-        multi_label=classifier.multi_label,
-        history=() if result is None else result.history,
-        settings={"chosen": _chosen(classifier), **_settings(experiment)},
-        versions=versions(),
-        notes=notes,
-        score=score_of(classifier),
-    )
-
-
-def _values_measured(
-    experiment: Experiment,
-    splits: Splits,
-    classifier: Classifier,
-    dev_logits: NDArray[np.float32],
-    result: TrainingResult | None,
-    say: Say,
-) -> Report:
-    """As `_measured`, of numbers."""
-    progress = None if splits.test is None else say.advance("reading test", len(splits.test))
-    reported = evaluate_value_splits(classifier, splits, dev_logits=dev_logits, progress=progress)
-    notes = [*splits.notices]
-    for split in filter(None, (splits.train, splits.dev, splits.test)):
-        if said := shortened_texts(classifier, split.texts, split.source):
-            say.say(said)
-            notes.append(said)
-    if result is not None and experiment.training.keep == "best":
-        notes.append("the best weights by dev were kept, so its numbers flatter them a little")
-    return Report(
-        title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
-        label_names=classifier.labels,
-        splits=reported,
-        history=() if result is None else result.history,
-        settings={"chosen": _chosen(classifier), **_settings(experiment)},
-        versions=versions(),
-        notes=notes,
-    )
 
 
 def _write(experiment: Experiment, classifier: Classifier, report: Report) -> None:
@@ -490,8 +405,9 @@ def _write(experiment: Experiment, classifier: Classifier, report: Report) -> No
         classifier,
         experiment.output,
         tokenizer=experiment.tokenizer,
-        training=_settings(experiment),
+        training=settings_for_people(experiment),
         metrics={split.name: headlines(split) for split in report.splits if split.evaluation},
+        verdicts={split.name: split.verdict for split in report.splits if split.evaluation},
         also=lambda folder: write_files(folder, report),
         removes=(CHECKPOINT, LAYER_FILE),
     )

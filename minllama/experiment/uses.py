@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from minllama.errors import OptionError
+from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.experiment.fitting import TRAINED
 from minllama.options import CORRECTED, LoRAOptions, TrainingOptions, ZeroShotOptions, names_of
 
@@ -60,7 +61,8 @@ def check_uses(experiment: "Experiment", given: Collection[str] | None = None) -
 
 
 def _changed(experiment: "Experiment") -> Iterator[str]:
-    for group in (experiment.classifier, experiment.lora, experiment.training):
+    groups = experiment.classifier, experiment.lora, experiment.training
+    for group in (*groups, experiment.threshold, experiment.report):
         for field in dataclasses.fields(group):
             if getattr(group, field.name) != field.default:
                 yield field.name
@@ -84,7 +86,11 @@ def _has_classes(experiment: "Experiment") -> bool:
 
 
 OF_HEADS = ("layer", "pooling")
-OF_CLASSES = ("class_weights", "ordinal", "per_class", "no_calibration")
+OF_CLASSES = (
+    *("class_weights", "ordinal", "per_class", "no_calibration"),
+    *names_of(ThresholdOptions),
+    *names_of(ReportOptions),
+)
 USED_WITHOUT_STEPS = ("class_weights", "seed")  # by the fit of a head, and by all draws
 
 USES = (

@@ -6,13 +6,18 @@ Plain values only; everything that is shown is in here. Knows nothing of files, 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minllama.evaluation import Evaluation, Label, is_labelled, predictions
+from minllama.paired import Paired, compare
 from minllama.regression import RegressionEvaluation
+from minllama.report.comparison import verdict
+from minllama.report.value_comparison import verdict as verdict_of_values
+from minllama.thresholds import Thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +32,7 @@ class ReportedSplit:
         evaluation: of the rows that have a label; `None` where none has.
         others: evaluations of other systems on the same rows, by name: the baselines, the
             zero-shot start.
+        headline: the metric that the verdict is about.
     """
 
     name: str
@@ -35,10 +41,23 @@ class ReportedSplit:
     labels: Sequence[Label] | None = None
     evaluation: Evaluation | None = None
     others: Mapping[str, Evaluation] = field(default_factory=dict)
+    headline: str = "accuracy"
 
     def __post_init__(self) -> None:
         assert len(self.texts) == len(self.probabilities)
         assert self.labels is None or len(self.labels) == len(self.texts)
+
+    @cached_property
+    def paired(self) -> dict[str, Paired]:
+        """The classifier beside each of the others, row by row, by their names."""
+        own = self.evaluation
+        return {} if own is None else {name: compare(own, it) for name, it in self.others.items()}
+
+    @property
+    def verdict(self) -> str:
+        """What the metrics come to, in a sentence or two; "" without an evaluation."""
+        own = self.evaluation
+        return "" if own is None else verdict(own, self.others, self.headline)
 
     def gold(self, row: int) -> tuple[int, ...] | None:
         """The classes that a row has, or `None` where nobody has said."""
@@ -67,10 +86,18 @@ class ReportedValues:
     targets: Sequence[float] | None = None
     evaluation: RegressionEvaluation | None = None
     others: Mapping[str, RegressionEvaluation] = field(default_factory=dict)
+    headline: ClassVar[str] = "mae"  # which the verdict is about
+    paired: ClassVar[Mapping[str, Paired]] = {}  # an evaluation has its own `difference`
 
     def __post_init__(self) -> None:
         assert len(self.texts) == len(self.values)
         assert self.targets is None or len(self.targets) == len(self.texts)
+
+    @property
+    def verdict(self) -> str:
+        """What the metrics come to, in a sentence or two; "" without an evaluation."""
+        own = self.evaluation
+        return "" if own is None else verdict_of_values(own, self.others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +117,8 @@ class Report:
         created: when the run began.
         seconds: how long it took.
         score: how label words are scored; None where there are none.
+        thresholds: from which probability on labels are predicted; None for the likeliest class,
+            or each label from 0.5 on.
     """
 
     title: str
@@ -103,6 +132,7 @@ class Report:
     created: datetime | None = None
     seconds: float | None = None
     score: str | None = None
+    thresholds: Thresholds | None = None
 
     @property
     def has_numbers(self) -> bool:
@@ -111,4 +141,6 @@ class Report:
 
     def predicted(self, split: ReportedSplit) -> NDArray[np.bool_]:
         """(N, C), true where the class is predicted."""
-        return predictions(split.probabilities, multi_label=self.multi_label)
+        return predictions(
+            split.probabilities, multi_label=self.multi_label, thresholds=self.thresholds
+        )

@@ -1,0 +1,180 @@
+"""The report of an experiment: its classifier on dev and test, beside baselines, and its settings.
+
+Knows nothing of how the classifier came about.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.baselines import fit_baselines
+from minllama.classifier import LlamaEmbeddingClassifier
+from minllama.classifier.base import Classifier
+from minllama.evaluation import Evaluation
+from minllama.experiment.fitting import TRAINED, training_options
+from minllama.experiment.measuring import (
+    baseline_decisions,
+    evaluate_classifier,
+    settings_of,
+    versions,
+)
+from minllama.experiment.predicting import score_of, shortened_texts
+from minllama.experiment.say import Say
+from minllama.experiment.splits import Splits
+from minllama.experiment.value_measuring import evaluate_value_splits
+from minllama.report import Report
+from minllama.training import TrainingResult
+
+if TYPE_CHECKING:
+    from minllama.experiment.run import Experiment
+
+
+def settings_for_people(experiment: "Experiment") -> dict[str, Any]:
+    """What the experiment was made from, for people."""
+    files = {
+        "train": experiment.train,
+        "dev": experiment.dev or "set aside from train",
+        "test": experiment.test,
+    }
+    shown = settings_of(data=experiment.data, threshold=experiment.threshold)
+    return {"files": files, **shown, **settings_of_run(experiment)}
+
+
+def settings_of_run(experiment: "Experiment") -> dict[str, Any]:
+    """What a training depends on beside its texts, wherever these are read from."""
+    options = experiment.classifier
+    groups: dict[str, Any] = {
+        "model": {
+            "model": experiment.model or "default",
+            "tokenizer": experiment.tokenizer,
+            "dtype": experiment.dtype or "by method and machine",
+            "quantize": experiment.quantize or "none",
+            **experiment.llama_changes,
+        },
+        "classifier": options,
+        "prompt": experiment.prompt,
+    }
+    if options.method == "lora":
+        groups["lora"] = experiment.lora
+    if options.method in TRAINED:
+        groups["training"] = training_options(
+            experiment.training, options.method, of_numbers=experiment.of_numbers
+        )
+    else:
+        groups["training"] = {"seed": experiment.training.seed}
+        if options.method == "frozen":
+            groups["training"]["class_weights"] = experiment.training.class_weights
+    return settings_of(**groups)
+
+
+def _chosen(classifier: Classifier) -> dict[str, Any]:
+    """What the run found out that the classifier is now."""
+    chosen: dict[str, Any] = {"temperature": float(f"{classifier.temperature:.4g}")}
+    if (scale := classifier.scale) is not None:
+        chosen = {"mean of the targets": scale.mean, "their standard deviation": scale.std}
+    if isinstance(classifier, LlamaEmbeddingClassifier):
+        chosen |= {"layer": classifier.layer, "pooling": classifier.pooling}
+    if classifier.decision is not None:
+        chosen["threshold"] = classifier.thresholds
+    return chosen
+
+
+def measure(
+    experiment: "Experiment",
+    splits: Splits,
+    classifier: Classifier,
+    dev_logits: NDArray[np.float32],
+    beside: Mapping[str, Evaluation],
+    result: TrainingResult | None,
+    notes: list[str],
+    say: Say,
+) -> Report:
+    """Evaluate dev and test beside baselines that are fitted on train.
+
+    Args:
+        experiment: what was done.
+        splits: its data.
+        classifier: what came of it.
+        dev_logits: (N, C), those of dev.
+        beside: evaluations of other systems on dev, by name.
+        result: of the training; None where no gradient was followed.
+        notes: what a reader must know beside what the splits say.
+        say: what the person hears.
+    """
+    train = splits.train
+    assert train.labels is not None
+    if train.has_numbers:
+        return _measure_values(experiment, splits, classifier, dev_logits, result, say)
+    baselines = fit_baselines(
+        train.texts,
+        train.labels,
+        len(train.label_names),
+        multi_label=train.multi_label,
+        seed=experiment.training.seed,
+    )
+    dev, test = splits.dev, splits.test
+    how: dict[str, Any] = {
+        "baselines": baselines,
+        "thresholds": baseline_decisions(experiment.threshold, baselines, dev),
+        "headline": experiment.headline,
+    }
+    reported = [
+        evaluate_classifier(classifier, dev, "dev", logits=dev_logits, others=beside, **how)
+    ]
+    if test is not None:
+        progress = say.advance("reading test", len(test))
+        reported.append(evaluate_classifier(classifier, test, "test", progress=progress, **how))
+    notes = [*splits.notices, *notes]
+    for split in (train, dev, *([] if test is None else [test])):
+        if said := shortened_texts(classifier, split.texts, split.source):
+            say.say(said)
+            notes.append(said)
+    if not experiment.classifier.no_calibration:
+        notes.append("the temperature was fitted on dev, so dev's own calibration flatters it")
+    if result is not None and experiment.training.keep == "best":
+        notes.append(
+            "the best weights by dev were kept, so dev's own numbers flatter them a little"
+        )
+    return Report(
+        title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
+        label_names=classifier.labels,
+        splits=reported,
+        multi_label=classifier.multi_label,
+        history=() if result is None else result.history,
+        settings={"chosen": _chosen(classifier), **settings_for_people(experiment)},
+        versions=versions(),
+        notes=notes,
+        score=score_of(classifier),
+        thresholds=classifier.decision,
+    )
+
+
+def _measure_values(
+    experiment: "Experiment",
+    splits: Splits,
+    classifier: Classifier,
+    dev_logits: NDArray[np.float32],
+    result: TrainingResult | None,
+    say: Say,
+) -> Report:
+    """As `measure`, of numbers."""
+    progress = None if splits.test is None else say.advance("reading test", len(splits.test))
+    reported = evaluate_value_splits(classifier, splits, dev_logits=dev_logits, progress=progress)
+    notes = [*splits.notices]
+    for split in filter(None, (splits.train, splits.dev, splits.test)):
+        if said := shortened_texts(classifier, split.texts, split.source):
+            say.say(said)
+            notes.append(said)
+    if result is not None and experiment.training.keep == "best":
+        notes.append("the best weights by dev were kept, so its numbers flatter them a little")
+    return Report(
+        title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
+        label_names=classifier.labels,
+        splits=reported,
+        history=() if result is None else result.history,
+        settings={"chosen": _chosen(classifier), **settings_for_people(experiment)},
+        versions=versions(),
+        notes=notes,
+    )
