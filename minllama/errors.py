@@ -4,9 +4,17 @@ Knows nothing of torch, files or models. A broken invariant of our own is an `as
 these: the command line prints a `MinllamaError` as a single line and exits with status 2.
 """
 
+from minllama.text import one_line
+
 
 class MinllamaError(Exception):
-    """Something that the user can mend; its message names what, where and the remedy."""
+    """Something that the user can mend; its message names what, where and the remedy.
+
+    Names in it come from outside: it is made one printable line of bounded length (`one_line`).
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class CheckpointError(MinllamaError):

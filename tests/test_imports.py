@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
-    ("errors",),
+    ("text", "errors"),
     ("options", "config", "atomic", "treebank", "heap", "native", "gpu"),
     ("vocabulary", "data"),
     ("checkpoints",),

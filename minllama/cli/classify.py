@@ -26,6 +26,7 @@ from minllama.cli.common import (
 )
 from minllama.errors import DataError, MinllamaError, OptionError
 from minllama.options import CORRECTED, DataOptions, PromptOptions, ZeroShotOptions, names_of
+from minllama.text import printable
 
 if TYPE_CHECKING:
     from minllama.classifier import Classifier
@@ -263,7 +264,6 @@ def _learn_prior(
 
 def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json: bool) -> None:
     from minllama.data import Row
-    from minllama.data.records import printable
     from minllama.experiment.predicting import (
         described,
         digest_of,

@@ -20,6 +20,7 @@ from minllama.cli.common import (
 )
 from minllama.errors import MinllamaError
 from minllama.options import DataOptions
+from minllama.text import one_line
 
 
 @click.command("evaluate")
@@ -135,4 +136,6 @@ def command(
             score=score_of(loaded),
         )
         write_report(output, report)
-        click.echo(f"wrote {output}: report.html, metrics.json, predictions.jsonl", err=True)
+        click.echo(
+            one_line(f"wrote {output}: report.html, metrics.json, predictions.jsonl"), err=True
+        )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from minllama.cli.common import debug_option, ended_by_interrupts
+from minllama.text import one_line
 
 if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint
@@ -26,7 +27,7 @@ def command(model: str | None, tokenizer: str | None) -> None:
 
     checkpoint = open_checkpoint(model, tokenizer=tokenizer)
     for name, value in describe(checkpoint):
-        click.echo(f"{name:<12} {value}")
+        click.echo(f"{name:<12} {one_line(value)}")
 
 
 def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:

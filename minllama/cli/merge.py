@@ -12,6 +12,7 @@ from minllama.cli.common import (
     torch_dtype,
 )
 from minllama.errors import MinllamaError
+from minllama.text import one_line
 
 
 @click.command("merge")
@@ -69,4 +70,4 @@ def command(
         also=lambda folder: copy_records(source, folder),
         removes=RECORDS,  # those of what was there before
     )
-    click.echo(f"wrote {dst}; the largest drift of a logit is {drift:.2g}", err=True)
+    click.echo(one_line(f"wrote {dst}; the largest drift of a logit is {drift:.2g}"), err=True)

@@ -11,10 +11,11 @@ from typing import Any, Literal, Self
 
 from minllama.data.columns import find_columns, tells_text
 from minllama.data.labels import UNLABELLED, Cell, LabelReader, class_names, read_label_names
-from minllama.data.records import BadRow, BadRows, Record, Table, first_few, printable
+from minllama.data.records import BadRow, BadRows, Record, Table, first_few
 from minllama.data.source import Source, open_table
 from minllama.errors import DataError, OptionError
 from minllama.options import DataOptions
+from minllama.text import printable
 
 COLUMNS_FROM = 100  # rows that tell which columns a file has, where each row has its own
 

@@ -6,9 +6,9 @@ Knows nothing of pages or files.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from minllama.data.records import printable
 from minllama.evaluation import ClassMetrics, Evaluation
 from minllama.report.comparison import METRICS, compared, interval, systems, verdict
+from minllama.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
