@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
     ("text", "errors"),
-    ("options", "config", "atomic", "treebank", "heap", "native", "gpu"),
+    ("options", "config", "lock", "atomic", "treebank", "heap", "native", "gpu"),
     ("vocabulary", "data"),
     ("checkpoints",),
     (

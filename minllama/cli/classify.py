@@ -25,6 +25,7 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.errors import DataError, MinllamaError, OptionError
+from minllama.lock import only_run
 from minllama.options import CORRECTED, DataOptions, PromptOptions, ZeroShotOptions, names_of
 from minllama.text import printable
 
@@ -131,7 +132,8 @@ def command(
         _classify_texts(made, texts, as_json=as_json)
     else:
         assert rows is not None
-        _classify_rows(made, rows, output, output_format, data, columns=columns, resume=resume)
+        with only_run(output) if output != "-" else contextlib.nullcontext():
+            _classify_rows(made, rows, output, output_format, data, columns=columns, resume=resume)
 
 
 def _check_idle(has_texts: bool, *, score: str) -> None:
