@@ -27,6 +27,7 @@ from minllama.checkpoints.huggingface_config import (
 from minllama.checkpoints.layout import check_extent, check_writable, naming, translate
 from minllama.config import LlamaConfig
 from minllama.errors import CheckpointError, OptionError
+from minllama.json_file import read_json
 from minllama.vocabulary import Vocabulary
 
 NAMES = {
@@ -308,10 +309,10 @@ def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: not readable as JSON ({error}); download it again"
         ) from error

@@ -18,6 +18,7 @@ from minllama.classifier.base_model import Identity
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
 from minllama.classifier.zero_shot import LlamaZeroShotClassifier
 from minllama.errors import CheckpointError, MinllamaError
+from minllama.json_file import read_json
 from minllama.llama import Llama
 from minllama.options import PromptOptions
 from minllama.tokenizer import Tokenizer
@@ -141,8 +142,10 @@ def read_description(path: Path) -> dict[str, Any]:
             "`minllama train` or save_pretrained() wrote"
         )
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = read_json(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from minllama.vocabulary.huggingface import TOKENIZER_JSON, TOKENIZER_MODEL
 
 # The first that is there counts: a tokenizer.json knows of tokens that were added later.
 NAMES = (TOKENIZER_JSON, TOKENIZER_MODEL, "tokenizer.bin")
-_MAX_BYTES = 2**28  # ten times the largest vocabulary there is
+_MAX_BYTES = 2**26  # twice the largest vocabulary there is
 
 
 def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:

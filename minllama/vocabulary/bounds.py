@@ -1,0 +1,199 @@
+"""What a downloaded tokenizer may do to a text: bounded, from its description alone.
+
+The library runs whatever it is given: a normalizer that doubles a text forty times ends the process
+in Rust, and a regular expression with loops in loops tries billions of ways. Here the growth is
+multiplied out first. Knows nothing of what the components are for.
+"""
+
+import base64
+import re
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+Json = dict[str, Any]
+
+MAX_GROWTH = 1024  # a text becomes this many times as long at most; a Llama's twelve
+MAX_COMPONENTS = 32  # of one kind; a Llama has up to five
+MAX_PATTERN_CHARS = 2**16
+MAX_TOKEN_CHARS = 2**12  # of an added token
+MAX_TEMPLATE_ITEMS = 2**10
+_MAX_DEPTH = 8
+# The longest that a step makes of one byte. Unicode's own forms: U+FDFA becomes 33 bytes of 3.
+_UNICODE = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 3, "BertNormalizer": 5}
+_KEEPING = ("Strip", "StripAccents", "Nmt")
+_PRE_TOKENIZERS = {
+    **dict.fromkeys(
+        (
+            *("BertPreTokenizer", "CharDelimiterSplit", "Digits", "FixedLength", "Punctuation"),
+            *("Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
+        ),
+        1,
+    ),
+    "ByteLevel": 3,  # two bytes for each, and a space
+    "Metaspace": 6,
+}
+
+
+def find_excess(raw: Json) -> str | None:
+    """What in a tokenizer.json is beyond any Llama's, in words; None where nothing is."""
+    try:
+        growth = 1
+        for part in _parts(raw.get("normalizer"), "normalizers"):
+            growth = _bounded(growth * _growth(part))
+        for part in _parts(raw.get("pre_tokenizer"), "pretokenizers"):
+            growth = _bounded(growth * _pre_tokenizer_growth(part))
+        for part in _parts(raw.get("post_processor"), "processors"):
+            for key in ("single", "pair", "special_tokens"):
+                if len(part.get(key) or ()) > MAX_TEMPLATE_ITEMS:
+                    raise _Excess(f"its post-processor puts {len(part[key])} tokens around a text")
+        for _ in _parts(raw.get("decoder"), "decoders"):
+            pass  # their number is what is counted: tokens become text by a table of our own
+        for token in raw.get("added_tokens") or ():
+            if len(token["content"]) > MAX_TOKEN_CHARS:
+                raise _Excess(f"an added token has {len(token['content'])} characters")
+    except _Excess as error:
+        return str(error)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        return f"a component is damaged ({type(error).__name__}: {error})"
+    return None
+
+
+def charsmap_growth(charsmap: bytes) -> int:
+    """How many bytes a SentencePiece normalizer's table makes of one at most.
+
+    The table is the length of a trie, the trie, and texts with a NUL behind each.
+    """
+    if len(charsmap) < 4:
+        return 1
+    (trie_bytes,) = struct.unpack_from("<I", charsmap)
+    return max(map(len, charsmap[4 + trie_bytes :].split(b"\0")), default=1) or 1
+
+
+class _Excess(Exception):
+    pass
+
+
+def _bounded(growth: int) -> int:
+    if growth > MAX_GROWTH:
+        raise _Excess(f"its normalizer makes a text more than {MAX_GROWTH} times as long")
+    return growth
+
+
+def _parts(component: Any, key: str) -> Iterator[Json]:
+    """A component, or those of the Sequences that it is made of."""
+    count = 0
+
+    def walk(part: Any, depth: int) -> Iterator[Json]:
+        nonlocal count
+        if part is None:
+            return
+        count += 1
+        if count > MAX_COMPONENTS or depth > _MAX_DEPTH:
+            raise _Excess(f"it has more than {MAX_COMPONENTS} {key}")
+        if part.get("type") != "Sequence":
+            yield part
+            return
+        for item in part.get(key) or ():
+            yield from walk(item, depth + 1)
+
+    yield from walk(component, 0)
+
+
+def _growth(part: Json) -> int:
+    """How many times as long a text becomes by one normalizer."""
+    match part.get("type"):
+        case "Replace":
+            content, pattern = part["content"].encode(), part["pattern"]
+            if (literal := pattern.get("String")) is not None:
+                return _ratio(len(content), len(literal.encode()))
+            _check_pattern(pattern["Regex"])
+            return 1 + len(content)  # beside each byte, where it matches nothing
+        case "Prepend":
+            return 1 + len(part["prepend"].encode())
+        case "Precompiled":
+            return charsmap_growth(
+                base64.b64decode(part["precompiled_charsmap"] or "", validate=True)
+            )
+        case "ByteLevel":
+            return _PRE_TOKENIZERS["ByteLevel"]
+        case str(kind) if kind in _UNICODE:
+            return _UNICODE[kind]
+        case str(kind) if kind in _KEEPING:
+            return 1
+        case kind:
+            raise _Excess(f"its normalizer {str(kind)[:40]!r} is none that a Llama has")
+
+
+def _pre_tokenizer_growth(part: Json) -> int:
+    kind = str(part.get("type"))
+    if kind not in _PRE_TOKENIZERS:
+        raise _Excess(f"its pre-tokenizer {kind[:40]!r} is none that a Llama has")
+    if kind == "Split" and (pattern := part["pattern"].get("Regex")) is not None:
+        _check_pattern(pattern)
+    return _PRE_TOKENIZERS[kind]
+
+
+def _ratio(new: int, old: int) -> int:
+    return new + 1 if old == 0 else max(1, -(-new // old))
+
+
+# An escape, a class of characters, a quantifier, the ends of a group; anything else is one atom.
+_PARTS = re.compile(
+    r"(?P<escape>\\(?:[pP]\{[^}]*\}|x\{[^}]*\}|.))"
+    r"|(?P<quantifier>[*+?]|\{(?P<least>\d*)(?P<comma>,?)(?P<most>\d*)\})[?+]?"
+    r"|(?P<open>\()|(?P<close>\))|(?P<set>\[)|(?P<atom>.)",
+    re.DOTALL,
+)
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuse a regular expression with a loop in a loop: `(a+)+` tries 2^n ways."""
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise _Excess(f"a regular expression has {len(pattern)} characters")
+    groups = [False]  # whether each open one holds a loop
+    last_has_loop = False  # of the atom before
+    at = 0
+    while at < len(pattern):
+        part = _PARTS.match(pattern, at)
+        assert part is not None
+        at = part.end()
+        if part["set"]:
+            at = _end_of_set(pattern, at)
+            last_has_loop = False
+        elif part["open"]:
+            groups.append(False)
+        elif part["close"]:
+            last_has_loop = groups.pop() if len(groups) > 1 else False
+            groups[-1] |= last_has_loop
+        elif part["quantifier"] and part["quantifier"] != "?" and _varies(part):
+            if last_has_loop:
+                raise _Excess(f"the regular expression {pattern[:80]!r} has a loop in a loop")
+            groups[-1] = True
+        elif not part["quantifier"]:
+            last_has_loop = False
+
+
+def _varies(part: re.Match[str]) -> bool:
+    """Whether a quantifier, `*`, `{2,}`, repeats an atom a variable number of times."""
+    if part["quantifier"] in "*+":
+        return True
+    if not part["comma"]:
+        return False
+    most = int(part["most"] or 2**31)
+    return most > 1 and most > int(part["least"] or 0)
+
+
+def _end_of_set(pattern: str, at: int) -> int:
+    """The end of a class of characters, `[...]`, which may hold others; `at` is behind its `[`."""
+    depth, first = 1, at + (pattern[at : at + 1] == "^")
+    while at < len(pattern) and depth:
+        char = pattern[at]
+        if char == "\\":
+            at += 1
+        elif char == "[":
+            depth += 1
+        elif char == "]" and at != first:
+            depth -= 1
+        at += 1
+    return at
