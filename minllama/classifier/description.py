@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import minllama
+from minllama.classifier import schema
 from minllama.classifier.base import Classifier
 from minllama.classifier.base_model import Identity
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
@@ -151,6 +152,18 @@ def read_description(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: not a classifier of version {VERSION}; use the minllama that wrote it"
         )
+    return content
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """As `read_description`, once each field is known to be of the right type and range.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another version.
+    """
+    content = read_description(path)
+    with described_by(path):
+        schema.check(content)
     return content
 
 
