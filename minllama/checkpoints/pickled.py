@@ -301,7 +301,8 @@ def _tensor(numbers: Any, offset: Any, size: Any, stride: Any) -> Tensor:
         )
     # as_strided counts from the beginning of what the numbers are a part of.
     begin = numbers.storage_offset() + min(offset, numbers.numel())
-    return numbers.as_strided(size, stride, begin)
+    view: Tensor = numbers.as_strided(size, stride, begin)
+    return view
 
 
 def _expect(value: Any, kind: Any) -> Any:

@@ -106,10 +106,12 @@ def _growth(part: Json) -> int:
         case "Replace":
             content, pattern = part["content"].encode(), part["pattern"]
             if (literal := pattern.get("String")) is not None:
-                return _ratio(len(content), len(literal.encode()))
+                _check_not_empty(literal)
+                return max(1, -(-len(content) // len(literal.encode())))
             _check_pattern(pattern["Regex"])
             return 1 + len(content)  # beside each byte, where it matches nothing
         case "Prepend":
+            _check_not_empty(part["prepend"])
             return 1 + len(part["prepend"].encode())
         case "Precompiled":
             return charsmap_growth(
@@ -134,8 +136,9 @@ def _pre_tokenizer_growth(part: Json) -> int:
     return _PRE_TOKENIZERS[kind]
 
 
-def _ratio(new: int, old: int) -> int:
-    return new + 1 if old == 0 else max(1, -(-new // old))
+def _check_not_empty(text: str) -> None:
+    if not text:
+        raise _Excess("a normalizer has an empty text, at which the library panics")
 
 
 # An escape, a class of characters, a quantifier, the ends of a group; anything else is one atom.
