@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
-    ("text", "errors"),
+    ("text", "patterns", "errors"),
     ("options", "config", "json_file", "lock", "atomic", "treebank", "heap", "native", "gpu"),
     ("vocabulary", "data"),
     ("checkpoints",),

@@ -23,7 +23,7 @@ MAX_DIMS = 4
 MAX_ARRAY_LEN = 2**24
 MAX_STRING_BYTES = 2**24
 MAX_ARRAY_DEPTH = 4
-MAX_STRINGS = 2**23  # in all arrays together: Python makes fifty bytes of each
+MAX_STRINGS = 2**22  # in all arrays together, five times the largest vocabulary and its merges
 MAX_FIELDS = 2**16
 MAX_TENSORS = 2**17  # a hundred times those of Llama 3.1 405B
 

@@ -6,10 +6,11 @@ multiplied out first. Knows nothing of what the components are for.
 """
 
 import base64
-import re
 import struct
 from collections.abc import Iterator
 from typing import Any
+
+from minllama.patterns import has_nested_loops
 
 Json = dict[str, Any]
 
@@ -141,62 +142,8 @@ def _check_not_empty(text: str) -> None:
         raise _Excess("a normalizer has an empty text, at which the library panics")
 
 
-# An escape, a class of characters, a quantifier, the ends of a group; anything else is one atom.
-_PARTS = re.compile(
-    r"(?P<escape>\\(?:[pP]\{[^}]*\}|x\{[^}]*\}|.))"
-    r"|(?P<quantifier>[*+?]|\{(?P<least>\d*)(?P<comma>,?)(?P<most>\d*)\})[?+]?"
-    r"|(?P<open>\()|(?P<close>\))|(?P<set>\[)|(?P<atom>.)",
-    re.DOTALL,
-)
-
-
 def _check_pattern(pattern: str) -> None:
-    """Refuse a regular expression with a loop in a loop: `(a+)+` tries 2^n ways."""
     if len(pattern) > MAX_PATTERN_CHARS:
         raise _Excess(f"a regular expression has {len(pattern)} characters")
-    groups = [False]  # whether each open one holds a loop
-    last_has_loop = False  # of the atom before
-    at = 0
-    while at < len(pattern):
-        part = _PARTS.match(pattern, at)
-        assert part is not None
-        at = part.end()
-        if part["set"]:
-            at = _end_of_set(pattern, at)
-            last_has_loop = False
-        elif part["open"]:
-            groups.append(False)
-        elif part["close"]:
-            last_has_loop = groups.pop() if len(groups) > 1 else False
-            groups[-1] |= last_has_loop
-        elif part["quantifier"] and part["quantifier"] != "?" and _varies(part):
-            if last_has_loop:
-                raise _Excess(f"the regular expression {pattern[:80]!r} has a loop in a loop")
-            groups[-1] = True
-        elif not part["quantifier"]:
-            last_has_loop = False
-
-
-def _varies(part: re.Match[str]) -> bool:
-    """Whether a quantifier, `*`, `{2,}`, repeats an atom a variable number of times."""
-    if part["quantifier"] in "*+":
-        return True
-    if not part["comma"]:
-        return False
-    most = int(part["most"] or 2**31)
-    return most > 1 and most > int(part["least"] or 0)
-
-
-def _end_of_set(pattern: str, at: int) -> int:
-    """The end of a class of characters, `[...]`, which may hold others; `at` is behind its `[`."""
-    depth, first = 1, at + (pattern[at : at + 1] == "^")
-    while at < len(pattern) and depth:
-        char = pattern[at]
-        if char == "\\":
-            at += 1
-        elif char == "[":
-            depth += 1
-        elif char == "]" and at != first:
-            depth -= 1
-        at += 1
-    return at
+    if has_nested_loops(pattern):
+        raise _Excess(f"the regular expression {pattern[:80]!r} has a loop in a loop")
