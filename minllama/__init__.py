@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         PromptOptions,
         SamplingOptions,
     )
+    from minllama.thresholds import Thresholds
     from minllama.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ _HOMES = {
         "PromptOptions",
         "SamplingOptions",
     ),
+    "thresholds": ("Thresholds",),
     "tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -103,6 +105,7 @@ __all__ = [
     "RopeScaling",
     "SamplingOptions",
     "TextStream",
+    "Thresholds",
     "Tokenizer",
     "TokenizerError",
     "add_lora_wrapper",

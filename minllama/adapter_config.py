@@ -6,14 +6,14 @@ an adapter that is half applied computes something that nobody trained. Knows no
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from minllama.checkpoints.layout import naming
-from minllama.errors import CheckpointError
+from minllama.errors import CheckpointError, naming
 from minllama.json_file import read_json
+from minllama.module_patterns import first_matches
 from minllama.options import LoRAOptions
 
 CONFIG_FILE = "adapter_config.json"
@@ -27,6 +27,8 @@ _HEADS = ("classifier", HEAD)  # both are what PEFT writes; a Llama has only the
 
 # Other ways of drawing the first numbers. The rest (pissa, olora, loftq, corda) change the base.
 _INITIAL_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+# Another is a regular expression; what the file holds tells which layers it meant.
+_PLAIN_LAYERS: tuple[Any, ...] = (None, "", [], "layers", ["layers"])
 _READ = {
     "alpha_pattern",
     "base_model_name_or_path",
@@ -76,7 +78,8 @@ class AdapterConfig:
             says it. That of a stranger is not run, for it may never end; what the file holds tells.
         excluded: names that `targets` does not mean.
         layers: numbers of the layers that it is in; None for all.
-        ranks, alphas: module name -> its own rank or lora_alpha.
+        ranks, alphas: regular expression -> rank or lora_alpha of the modules that it matches,
+            where no earlier one does.
         task_type: SEQ_CLS, CAUSAL_LM, FEATURE_EXTRACTION or None.
         base_model_name: what it was trained on; None where it does not say.
     """
@@ -94,19 +97,29 @@ class AdapterConfig:
     def adapts(self, module: str) -> bool:
         """Whether a linear layer, `model.layers.0.self_attn.q_proj`, is one of those adapted."""
         assert self.targets is not None
-        if self.layers is not None and int(module.split(".")[2]) not in self.layers:
-            return False
         if any(_is_called(module, name) for name in self.excluded):
+            return False
+        if module in self.targets:  # named in full: whatever layers are meant otherwise
+            return True
+        if self.layers is not None and _layer_of(module) not in self.layers:
             return False
         return "all-linear" in self.targets or any(_is_called(module, t) for t in self.targets)
 
-    def options_of(self, module: str) -> LoRAOptions:
-        """The options of one module: its own rank and scale, where it has them."""
-        return replace(
-            self.options,
-            r=_first_match(module, self.ranks, self.options.r),
-            lora_alpha=_first_match(module, self.alphas, self.options.lora_alpha),
-        )
+    def options_of(self, modules: Sequence[str]) -> list[LoRAOptions]:
+        """The options of each module: its own rank and scale, where it has them.
+
+        Args:
+            modules: whole names, as PEFT sees them from the model's root.
+
+        Raises:
+            MinllamaError: a pattern cannot be matched, or gives what is no rank or scale.
+        """
+        ranks = _matched("rank_pattern", self.ranks, modules, self.options.r)
+        alphas = _matched("alpha_pattern", self.alphas, modules, self.options.lora_alpha)
+        return [
+            replace(self.options, r=r, lora_alpha=alpha)
+            for r, alpha in zip(ranks, alphas, strict=True)
+        ]
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -174,7 +187,7 @@ def describe(
         next(iter(modules.values())), r=_commonest(ranks), lora_alpha=_commonest(alphas)
     )
     # In most adapters each layer has the same modules; else each is named in full.
-    layers = sorted({int(name.split(".")[2]) for name in modules})
+    layers = sorted({_layer_of(name) for name in modules})
     ends = sorted({name.rpartition(".")[2] for name in modules})
     is_regular = len(modules) == len(layers) * len(ends)
     return AdapterConfig(
@@ -198,7 +211,6 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     values: dict[str, tuple[Any, ...]] = {
         "bias": (None, "none"),
         "init_lora_weights": _INITIAL_WEIGHTS,
-        "layers_pattern": (None, "", [], "layers", ["layers"]),
         "task_type": _TASKS,
     }
     refused = [f"{key}={raw[key]!r}" for key, known in values.items() if raw.get(key) not in known]
@@ -228,6 +240,7 @@ def _parse(raw: Mapping[str, Any]) -> AdapterConfig:
     targets = raw.get("target_modules")
     by_pattern = isinstance(targets, str) and targets.lower() != "all-linear"
     by_pattern = by_pattern or isinstance(raw.get("exclude_modules"), str) or targets is None
+    by_pattern = by_pattern or raw.get("layers_pattern") not in _PLAIN_LAYERS
     task = raw.get("task_type")
     base = raw.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
@@ -271,28 +284,27 @@ def _layers(layers: Any) -> tuple[int, ...] | None:
 
 
 def _pattern(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Module name -> value. PEFT takes names for regular expressions; here they are only names."""
     pattern = raw.get(key) or {}
     if not isinstance(pattern, dict):
         raise CheckpointError(f"{key} must be an object, not {pattern!r}"[:200])
-    names = {}
-    for name, value in pattern.items():
-        plain = name.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if not plain.replace(".", "").replace("_", "").isalnum():
-            raise CheckpointError(
-                f"{key}: {name!r} is a regular expression, and those of strangers are not run; "
-                "write the names of the modules instead"
-            )
-        names[plain] = value
-    return names
+    return pattern
 
 
 def _is_called(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _first_match(module: str, pattern: Mapping[str, Any], default: Any) -> Any:
-    return next((value for name, value in pattern.items() if _is_called(module, name)), default)
+def _matched(
+    what: str, pattern: Mapping[str, Any], modules: Sequence[str], default: Any
+) -> list[Any]:
+    values = list(pattern.values())
+    found = first_matches(what, list(pattern), modules) if values else [None] * len(modules)
+    return [default if number is None else values[number] for number in found]
+
+
+def _layer_of(module: str) -> int:
+    """The number in `model.layers.3.mlp.up_proj`, or in `layers.3.mlp.up_proj`."""
+    return int(module.partition("layers.")[2].partition(".")[0])
 
 
 def _commonest(values: Mapping[str, Any]) -> Any:

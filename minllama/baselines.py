@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError
 
 INVERSE_REGULARISATION = 3.0
@@ -48,6 +49,7 @@ def fit_baselines(
     Raises:
         MinllamaError: there are no texts, or scikit-learn is missing.
     """
+    texts = checked_texts(texts)
     if not texts:
         raise MinllamaError("cannot fit baselines: there are no training texts; give at least one")
     gold = np.zeros((len(texts), classes), dtype=np.bool_)

@@ -13,7 +13,7 @@ from minllama.errors import MinllamaError
 
 ROPE_SCALINGS = ("linear", "dynamic", "yarn", "llama3", "factors")
 
-
+MAX_COUNT = 2**53  # up to which float64 has every integer, and so what reads JSON as floats
 LARGEST = 1e6  # of a number that stretches positions: no model has a thousandth of it
 
 
@@ -58,24 +58,32 @@ class RopeScaling:
             raise MinllamaError(
                 f"rope scaling {self.kind!r} is not known; known are {', '.join(ROPE_SCALINGS)}"
             )
-        _require_positive("rope scaling: factor", self.factor)
+        self._settle("factor")
         if self.kind in ("yarn", "llama3"):
             if self.original_max_seq_len is None:
                 raise MinllamaError(f"rope scaling {self.kind!r} needs original_max_seq_len")
-            _require_positive("rope scaling: original_max_seq_len", self.original_max_seq_len)
-        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
+            original: Any = self.original_max_seq_len
+            if isinstance(original, float) and original.is_integer():  # JSON's 8192.0
+                object.__setattr__(self, "original_max_seq_len", int(original))
+            _require_count("rope scaling: original_max_seq_len", self.original_max_seq_len)
+        self._settle("low_freq_factor")
+        self._settle("high_freq_factor")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
             raise MinllamaError(
                 f"rope scaling: low_freq_factor ({self.low_freq_factor:g}) must be above 0 and "
                 f"below high_freq_factor ({self.high_freq_factor:g})"
             )
         for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
-            if (value := getattr(self, name)) is not None:
-                _require_positive(f"rope scaling: {name}", value)
-                if value > LARGEST:
+            if getattr(self, name) is not None:
+                self._settle(name)
+                if (value := getattr(self, name)) > LARGEST:
                     raise MinllamaError(f"rope scaling: {name} ({value:g}) is above {LARGEST:g}")
         _require_flag("rope scaling: truncate", self.truncate)
-        for factor in self.factors:
-            _require_positive("rope scaling: each of factors", factor)
+        divisors = (_positive("rope scaling: each of factors", factor) for factor in self.factors)
+        object.__setattr__(self, "factors", tuple(divisors))
+
+    def _settle(self, name: str) -> None:
+        object.__setattr__(self, name, _positive(f"rope scaling: {name}", getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -142,11 +150,11 @@ class LlamaConfig:
             raise MinllamaError(
                 f"head_dim ({self.head_dim}) must be even: rotary embeddings turn pairs"
             )
-        _require_positive("norm_eps", self.norm_eps)
-        _require_positive("rope_theta", self.rope_theta)
+        for name in ("norm_eps", "rope_theta"):
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
         for name in ("tie_embeddings", "attention_bias", "ffn_bias", "causal"):
             _require_flag(name, getattr(self, name))
-        if not 0 <= self.dropout < 1:
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise MinllamaError(f"dropout must be in [0, 1), not {self.dropout!r}")
         scaling = self.rope_scaling
         if scaling is not None and not isinstance(scaling, RopeScaling):
@@ -198,15 +206,31 @@ def meta_hidden_dim(dim: int, multiple_of: int, multiplier: float | None = None)
 
 def _require_count(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
-        raise MinllamaError(f"{name} must be a whole number above 0, not {value!r}")
+        raise MinllamaError(f"{name} must be a whole number above 0, not {_shown(value)}")
+    if value > MAX_COUNT:
+        raise MinllamaError(f"{name} ({_shown(value)}) is above {MAX_COUNT}, the most there can be")
 
 
-def _require_positive(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise MinllamaError(f"{name} must be a finite number above 0, not {value!r}")
+def _positive(name: str, value: Any) -> float:
+    """A number above 0 as a float: torch's arithmetic takes no integer beyond 64 bits."""
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (OverflowError, TypeError):  # an integer beyond float64, or no number at all
+        number = math.nan
+    if not math.isfinite(number) or number <= 0:
+        raise MinllamaError(f"{name} must be a finite number above 0, not {_shown(value)}")
+    return number
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: JSON may hold an integer of a thousand digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write integers of more than 4300
+        return "an integer of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def _require_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
-        raise MinllamaError(f"{name} must be true or false, not {value!r}")
+        raise MinllamaError(f"{name} must be true or false, not {_shown(value)}")

@@ -1,8 +1,16 @@
 """What a user did that cannot work, said in one line: what, where, remedy.
 
-Knows nothing of torch, files or models. A broken invariant of our own is an `assert`, not one of
-these: the command line prints a `MinllamaError` as a single line and exits with status 2.
+Knows nothing of torch, files or models. What works, and may differ from what a user expects, is a
+warning of this module's, raised at the caller's line by `warn_caller`. A broken invariant of our
+own is an `assert`, not one of these: the command line prints a `MinllamaError` as a single line and
+exits with status 2.
 """
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 from minllama.text import one_line
 
@@ -39,3 +47,29 @@ class DataError(MinllamaError):
 
 class SlowDtypeWarning(UserWarning):
     """A half precision that was asked for, and that the machine only emulates."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint that contradicts itself, and which of two readings is taken."""
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warn at the line outside minllama from which it was called."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minllama":
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    warnings.warn(one_line(message), category, stacklevel=level)
+
+
+@contextlib.contextmanager
+def naming(where: Path) -> Iterator[None]:
+    """Errors about the content of a file that do not name it yet, as errors that do.
+
+    Raises:
+        CheckpointError: in place of a MinllamaError inside, or of what arithmetic on values of the
+            wrong type or of absurd size raises.
+    """
+    try:
+        yield
+    except (TypeError, OverflowError, MinllamaError) as error:
+        raise CheckpointError(f"{where}: {error}") from error

@@ -11,11 +11,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from minllama.bootstrap import ScoredRows, intervals
 from minllama.errors import MinllamaError
+from minllama.ranking import Ranking, mean_of_defined
+from minllama.thresholds import DEFAULT, Thresholds, positive_class
 
-THRESHOLD = 0.5  # a label of a multi-label row is predicted from this probability on
 CALIBRATION_BINS = 15  # as many as Guo et al. 2017
-INTERVAL = (0.025, 0.975)
 SUM_TOLERANCE = 1e-3  # how far from one the sum of a row's float32 probabilities may be
 # A probability of zero would cost infinitely much; scikit-learn cuts float32 off here, too.
 SMALLEST = float(np.finfo(np.float32).eps)
@@ -33,6 +34,10 @@ class ClassMetrics:
     f1: float | None
     support: int  # rows whose gold label it is
     predicted: int  # rows for which it is predicted
+    # Of two classes and of multi-label tasks; None elsewhere, and where all rows have it or none.
+    roc_auc: float | None = None
+    average_precision: float | None = None
+    threshold: float | None = None  # from which probability on it is predicted; None: the likeliest
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class Evaluation:
     scikit-learn does by default. In a multi-label task `accuracy` is the share of rows whose whole
     set of labels is right, and log-loss, Brier score and calibration look at each (row, label) pair
     as a yes-or-no prediction of its own.
+
+    ROC AUC and average precision, as scikit-learn has them, are those of the positive class where
+    there are two, and the mean over labels in a multi-label task: over those that some rows have
+    and others have not, since elsewhere neither is defined.
     """
 
     label_names: tuple[str, ...]
@@ -73,10 +82,15 @@ class Evaluation:
     # Rows. (C, C): gold by predicted. Multi-label: (C, 2, 2), each label's gold by predicted.
     confusion: NDArray[np.int64]
     bins: tuple[CalibrationBin, ...]
+    roc_auc: float | None
+    average_precision: float | None
+    positive: str | None  # the positive class, where there are two
+    rows: ScoredRows = dataclasses.field(repr=False)  # what comparisons need; not in `to_dict`
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values that JSON can hold."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        """Everything but the rows, as plain values that JSON can hold."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "rows"]
+        fields = {name: getattr(self, name) for name in names}
         fields["label_names"] = list(self.label_names)
         fields["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
         fields["per_class"] = [dataclasses.asdict(metrics) for metrics in self.per_class]
@@ -91,6 +105,8 @@ def evaluate(
     label_names: Sequence[str],
     *,
     multi_label: bool = False,
+    thresholds: Thresholds | None = None,
+    predicted: NDArray[np.bool_] | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -101,6 +117,9 @@ def evaluate(
         labels: N classes, or for `multi_label` N collections of classes; 0 to C - 1.
         label_names: C different names.
         multi_label: each row has any number of labels.
+        thresholds: from which probability on labels are predicted, and which class is the positive
+            one; None for the likeliest class, or each label from 0.5 on.
+        predicted: (N, C), true where the class is predicted, where that is known otherwise.
         bootstrap: how often the rows are drawn anew for the 95% intervals; 0 for no intervals.
         seed: of those draws.
 
@@ -110,23 +129,29 @@ def evaluate(
     """
     probabilities = checked_probabilities(probabilities, len(label_names), multi_label=multi_label)
     gold = _gold(labels, probabilities.shape, multi_label=multi_label)  # (N, C)
-    predicted = predictions(probabilities, multi_label=multi_label)  # (N, C)
-    right = np.all(gold == predicted, axis=1)  # (N,)
+    if predicted is None:
+        predicted = predictions(probabilities, multi_label=multi_label, thresholds=thresholds)
     losses = _log_losses(probabilities, gold, multi_label=multi_label)  # (N,)
     briers = _brier_scores(probabilities, gold, multi_label=multi_label)  # (N,)
     if multi_label:
         bins = calibration_bins(probabilities.ravel(), gold.ravel())
-    else:
-        bins = calibration_bins(probabilities.max(1), right)
+    else:  # how sure the likeliest class is, whatever is predicted from a threshold on
+        likeliest = gold[np.arange(len(gold)), probabilities.argmax(1)]
+        bins = calibration_bins(probabilities.max(1), likeliest)
+    positive, ranked = _ranked_columns(label_names, thresholds, multi_label=multi_label)
+    ranks = probabilities[:, ranked], gold[:, ranked]
+    rows = ScoredRows(gold, predicted, losses, briers, *ranks, bootstrap, seed)
     per_class = _per_class(gold, predicted, label_names)
-    per_row = np.stack([right, losses, briers])
+    if multi_label or positive is not None:
+        per_class = _with_ranking(per_class, probabilities, gold, thresholds, multi_label)
     occurring = [metrics for metrics in per_class if metrics.f1 is not None]
     hits, sizes = (gold & predicted).sum(), gold.sum() + predicted.sum()
+    roc_auc, average_precision = Ranking(rows.ranked, rows.ranked_gold).measured()
     return Evaluation(
         label_names=tuple(label_names),
         multi_label=multi_label,
         count=len(gold),
-        accuracy=float(right.mean()),
+        accuracy=float(rows.right.mean()),
         macro_precision=_mean([metrics.precision for metrics in occurring]),
         macro_recall=_mean([metrics.recall for metrics in occurring]),
         macro_f1=_mean([metrics.f1 for metrics in occurring]),
@@ -134,27 +159,37 @@ def evaluate(
         log_loss=float(losses.mean()),
         brier=float(briers.mean()),
         calibration_error=calibration_error(bins),
-        intervals=_intervals(gold, predicted, per_row, bootstrap, seed) if bootstrap else {},
+        intervals=intervals(rows),
         per_class=per_class,
         confusion=_confusion(gold, predicted, multi_label=multi_label),
         bins=bins,
+        roc_auc=mean_of_defined(roc_auc),
+        average_precision=mean_of_defined(average_precision),
+        positive=None if positive is None else label_names[positive],
+        rows=rows,
     )
 
 
 def predictions(
-    probabilities: NDArray[np.floating[Any]], *, multi_label: bool = False
+    probabilities: NDArray[np.floating[Any]],
+    *,
+    multi_label: bool = False,
+    thresholds: Thresholds | None = None,
 ) -> NDArray[np.bool_]:
     """What is predicted: the likeliest class (the first of equals), or each label from 0.5 on.
 
     Args:
         probabilities: (N, C).
         multi_label: each row has any number of labels.
+        thresholds: from which probability on labels are predicted instead.
 
     Returns:
         (N, C), true where the class is predicted.
     """
+    if thresholds is not None:
+        return thresholds.predictions(probabilities)
     if multi_label:
-        return np.asarray(probabilities >= THRESHOLD)
+        return np.asarray(probabilities >= DEFAULT)
     return np.asarray(np.arange(probabilities.shape[1]) == probabilities.argmax(1)[:, None])
 
 
@@ -340,39 +375,36 @@ def _per_class(
     )
 
 
-def _intervals(
+def _ranked_columns(
+    names: Sequence[str], thresholds: Thresholds | None, *, multi_label: bool
+) -> tuple[int | None, list[int]]:
+    """The positive class of two, and the classes whose ranking is measured."""
+    if multi_label:
+        return None, list(range(len(names)))
+    positive = positive_class(names, None, multi_label=False)
+    if positive is not None and thresholds is not None:
+        positive = thresholds.positive
+    return positive, [] if positive is None else [positive]
+
+
+def _with_ranking(
+    per_class: Sequence[ClassMetrics],
+    probabilities: NDArray[np.float64],
     gold: NDArray[np.bool_],
-    predicted: NDArray[np.bool_],
-    per_row: NDArray[np.float64],
-    rounds: int,
-    seed: int,
-) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap (Efron & Tibshirani 1993, ch. 13): draw N rows again and again.
-
-    Every metric here is made of sums over rows, so a draw is a vector of how often each row is in
-    it, and one sparse product with that vector gives all sums. `per_row` is (3, N): right or not,
-    log-loss, Brier score.
-    """
-    from scipy.sparse import csr_array, vstack
-
-    rows, classes = gold.shape
-    hits = csr_array((gold & predicted).T.astype(np.float64))  # (C, N)
-    sizes = csr_array(gold.T.astype(np.float64)) + csr_array(predicted.T.astype(np.float64))
-    table = vstack([csr_array(per_row), hits, sizes], format="csr")
-    random = np.random.default_rng(seed)
-    sums = np.empty((rounds, table.shape[0]))  # (rounds, 3 + 2 C)
-    for i in range(rounds):
-        times_drawn = np.bincount(random.integers(rows, size=rows), minlength=rows)
-        sums[i] = table @ times_drawn
-    accuracy, log_loss, brier = sums[:, :3].T / rows
-    hits, sizes = sums[:, 3 : 3 + classes], sums[:, 3 + classes :]
-    f1 = 2 * hits / np.maximum(sizes, 1)  # a class that is not in the draw has 0 hits
-    samples = {
-        "accuracy": accuracy,
-        "macro_f1": f1.sum(1) / np.maximum((sizes > 0).sum(1), 1),
-        "micro_f1": 2 * hits.sum(1) / np.maximum(sizes.sum(1), 1),
-        "log_loss": log_loss,
-        "brier": brier,
-    }
-    ends = {name: np.quantile(values, INTERVAL) for name, values in samples.items()}
-    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+    thresholds: Thresholds | None,
+    multi_label: bool,
+) -> tuple[ClassMetrics, ...]:
+    """The metrics of each class with its ROC AUC, average precision and threshold."""
+    names = [metrics.name for metrics in per_class]
+    by_label = {} if thresholds is None else thresholds.by_label(names)
+    measured = np.stack(Ranking(probabilities, gold).measured())  # (2, C)
+    pairs = [(None, None) if np.isnan(pair[0]) else pair for pair in measured.T.tolist()]
+    return tuple(
+        dataclasses.replace(
+            metrics,
+            roc_auc=roc_auc,
+            average_precision=average_precision,
+            threshold=by_label.get(metrics.name, DEFAULT if multi_label else None),
+        )
+        for metrics, (roc_auc, average_precision) in zip(per_class, pairs, strict=True)
+    )

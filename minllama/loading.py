@@ -5,8 +5,6 @@ module computes.
 """
 
 import math
-import sys
-import warnings
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from minllama.checkpoints.base import Checkpoint, LazyTensor
 from minllama.checkpoints.layout import differences, listed
-from minllama.errors import CheckpointError, MinllamaError, SlowDtypeWarning
+from minllama.errors import CheckpointError, MinllamaError, SlowDtypeWarning, warn_caller
 from minllama.linear import HALVES
 from minllama.native import operations
 from minllama.native.hardware import (
@@ -58,12 +56,8 @@ def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | No
 def warn_if_slow(dtype: torch.dtype | str | None, device: torch.device | str | None) -> None:
     """Warn whoever calls minllama of a half precision that this machine only emulates."""
     asked = None if dtype is None else str(dtype).removeprefix("torch.")
-    if (slow := slow_dtype(asked, device)) is None:
-        return
-    level, frame = 1, sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minllama":
-        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
-    warnings.warn(slow, SlowDtypeWarning, stacklevel=level)
+    if (slow := slow_dtype(asked, device)) is not None:
+        warn_caller(slow, SlowDtypeWarning)
 
 
 class without_initial_values(TorchFunctionMode):

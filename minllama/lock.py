@@ -15,6 +15,11 @@ from pathlib import Path
 
 from minllama.errors import MinllamaError
 
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
 # What is held by this process, and the thread that does: it may ask again.
 _held: dict[Path, int] = {}
 _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
@@ -63,16 +68,10 @@ def try_lock(descriptor: int) -> bool | None:
     """Lock an open file or folder; False where somebody else has, None where there are no locks."""
     try:
         if sys.platform == "win32":
-            import msvcrt
-
             os.lseek(descriptor, 2**30, os.SEEK_SET)  # a byte behind the content, which stays free
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl
-
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        return None
     except OSError as error:
         return False if error.errno in _TAKEN else None
     return True

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minllama.errors import OptionError
+from minllama.text_files import checked_encoding, checked_separator
 
 # Forms that weights may be kept in instead of numbers: see `minllama.quantization.quantized`.
 QUANTIZE = ("stored", "int8", "int4")
@@ -239,8 +240,20 @@ class DataOptions(CheckedOptions):
     data_format: str | None = option(
         None,
         "labelled (lines of 'label ||| sentence'), text (lines of text alone), csv, tsv, jsonl, "
-        "json or parquet; by the file's name where not given",
+        "json or parquet; where not given by the file's name, or by what is piped in",
         choices=DATA_FORMATS,
+    )
+    encoding: str | None = option(
+        None, "of text files: cp1252, latin-1, utf-16, shift_jis and so on; without it UTF-8"
+    )
+    separator: str | None = option(
+        None,
+        "stands between the cells of csv: a character, or comma, semicolon, tab, pipe, space; by "
+        "the first line where not given",
+    )
+    no_header: bool = option(False, "the first line of csv or tsv is an example, no column names")
+    columns: str | None = option(
+        None, "names of the columns of csv or tsv without such a line, in order: text,label"
     )
     text_column: str | None = option(None, "the column that holds the text, where it has columns")
     label_column: str | None = option(None, "the column that holds the label")
@@ -252,13 +265,43 @@ class DataOptions(CheckedOptions):
         False, "a row may have several labels or none: a list, or one cell such as 'late, broken'"
     )
     label_separator: str = option(",", "stands between the labels of one cell, with --multi-label")
+    label_columns: str | None = option(
+        None,
+        "columns of 0 and 1, one for each label, which has the column's name: toxic,rude; in "
+        "quotes where a name holds a comma",
+    )
+    label_lists: str | None = option(
+        None,
+        "what lists of 0 and 1 are: labels (0 and 1 are names or numbers of labels) or multi-hot "
+        "(one place for each label, named by --label-names); where not given, what they can be",
+        choices=("labels", "multi-hot"),
+    )
     skip_bad_rows: bool = option(False, "leave out rows that cannot be used, and say how many")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("text_column", "label_column", "label_names", "label_separator"):
+        texts = ("text_column", "label_column", "label_names", "label_separator", "columns")
+        for name in (*texts, "label_columns"):
             if getattr(self, name) == "":
                 raise OptionError(f"{name} must not be empty")
+        if self.encoding is not None:
+            object.__setattr__(self, "encoding", checked_encoding(self.encoding))
+        if self.separator is not None:
+            object.__setattr__(self, "separator", checked_separator(self.separator))
+        names = [name.strip() for name in (self.columns or "").split(",")]
+        if self.columns is not None and (len(set(names)) < len(names) or not all(names)):
+            raise OptionError(
+                f"columns must be names with commas between them, each once, not {self.columns!r}"
+            )
+        others = ("label_column", "label_names", "label_lists")
+        if self.label_columns is not None and (given := [n for n in others if getattr(self, n)]):
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise OptionError(f"--label-columns says what the labels are; omit {flags}")
+
+    @property
+    def has_several_labels(self) -> bool:
+        """Whether it is said that a row may have several labels."""
+        return self.multi_label or self.label_columns is not None or self.label_lists is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +334,9 @@ class ZeroShotOptions(CheckedOptions):
     """How label words are scored; see `minllama.classifier.zero_shot`."""
 
     label_words: str | None = option(
-        None, "words that stand for the labels, in their order, parted by commas"
+        None,
+        "words that stand for the labels, in their order, parted by commas (in quotes where one "
+        "holds a comma), or as JSON: a list, or {label: word}",
     )
     score: str = option(
         "sum",
@@ -378,6 +423,11 @@ class LoRAOptions(CheckedOptions):
     )
     use_rslora: bool = option(False, "scale by lora_alpha / sqrt(r) instead (rsLoRA)")
     use_dora: bool = option(False, "learn the magnitude of each row of a weight as well (DoRA)")
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by (Hu et al. 2021, sec. 4.1; Kalajdzievski 2023 for rsLoRA)."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -106,12 +106,14 @@ class LlamaPreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         quantize: str | None = None,
+        base: str | os.PathLike[str] | None = None,
         **config_changes: Any,
     ) -> Self:
         """Load a model from a file, a folder or a Hugging Face id, in evaluation mode.
 
         Args:
-            source: path or id; None for the embedded default model.
+            source: path or id; None for the embedded default model. A PEFT adapter is merged into
+                its base.
             dtype: of the weights, torch's or its name; None for float32 on a CPU and bfloat16 on a
                 GPU.
             device: None for the GPU where there is one.
@@ -119,6 +121,7 @@ class LlamaPreTrainedModel(nn.Module):
                 blocks as they are, "auto" for what generates fastest from this file on this
                 machine (`minllama.quantization`). Quantised weights cannot be trained, only
                 adapters beside them. None for a dense model.
+            base: the base of a PEFT adapter; None for the one that its config names.
             config_changes: fields of LlamaConfig to set, such as `dropout=0.1, causal=False`.
 
         Raises:
@@ -126,10 +129,11 @@ class LlamaPreTrainedModel(nn.Module):
 
         Warns:
             SlowDtypeWarning: this machine only emulates `dtype`.
+            CheckpointWarning: the checkpoint contradicts itself.
         """
         warn_if_slow(dtype, device)
         return cls.from_checkpoint(
-            open_checkpoint(source),
+            open_checkpoint(source, base=base),
             dtype=dtype,
             device=device,
             quantize=quantize,

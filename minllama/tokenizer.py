@@ -5,6 +5,7 @@ tokens become text again, as a whole or one by one. Knows nothing of models.
 """
 
 import codecs
+import contextlib
 import operator
 import os
 import re
@@ -14,9 +15,16 @@ from typing import TYPE_CHECKING, Self
 
 from minllama.atomic import atomic_folder
 from minllama.errors import CheckpointError, TokenizerError
-from minllama.vocabulary import Vocabulary, find_vocabulary, load_vocabulary, to_files
+from minllama.vocabulary import (
+    Vocabulary,
+    check_fits,
+    find_vocabulary,
+    load_vocabulary,
+    to_files,
+)
+from minllama.vocabulary.added_tokens import hidden
 from minllama.vocabulary.codecs import Codec, open_codec
-from minllama.vocabulary.huggingface import FILES
+from minllama.vocabulary.huggingface import FILES, stated_vocab_size
 
 if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint
@@ -123,9 +131,12 @@ class Tokenizer:
         They take the place of another tokenizer's there; what else lies in the folder stays.
 
         Raises:
-            MinllamaError: the folder cannot be written.
+            MinllamaError: the folder cannot be written, or holds a model with fewer tokens.
         """
         files = to_files(self.vocabulary)
+        vocab_size = stated_vocab_size(Path(folder))
+        if vocab_size is not None:
+            check_fits(self.vocab_size, vocab_size, str(folder))
         with atomic_folder(folder, replaces=FILES.__contains__) as path:
             for name, content in files.items():
                 (path / name).write_bytes(content)
@@ -199,14 +210,11 @@ class Tokenizer:
         # The longest first: one placeholder may begin as another does.
         placeholders = sorted(masked, key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, placeholders)))
-        ids: list[int] = []
-        for i, (part, token_id) in enumerate(self._codec.split_special(rendered)):
-            if token_id is not None:
-                ids.append(token_id)
-            elif part:
-                plain = pattern.sub(lambda match: masked[match[0]], part)
-                ids += self._codec.encode(plain, first=i == 0)
-        return ids
+        # What users wrote is hidden while the template's special tokens are found: these, and all
+        # that is not beside what they wrote, become the same ids whatever it was.
+        text = pattern.sub(lambda match: masked[match[0]], rendered)
+        shown = pattern.sub(lambda match: hidden(masked[match[0]], self.special_tokens), rendered)
+        return self._codec.encode_masked(text, shown)
 
     def decode(
         self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False
@@ -265,6 +273,7 @@ class StreamDecoder:
         self._special_ids = frozenset(codec.special.values())
         self._skip_special = skip_special
         self._space_ids = codec.space_ids
+        self._spaces_stretches = codec.spaces_stretches
         self._at_start = not continuation
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -287,7 +296,10 @@ class StreamDecoder:
     def _bytes_of(self, token_id: int) -> bytes:
         token_id = _checked_id(token_id, len(self._tokens))
         if token_id in self._special_ids:
-            return b"" if self._skip_special else self._tokens[token_id]
+            if self._skip_special:
+                return b""
+            self._at_start &= self._spaces_stretches
+            return self._tokens[token_id]
         if self._at_start:
             self._at_start = False
             if token_id in self._space_ids:
@@ -297,12 +309,18 @@ class StreamDecoder:
 
 def _lone_vocabulary(path: Path) -> Vocabulary | None:
     """The vocabulary in a folder or file that is no checkpoint, `None` where there is none."""
+    from minllama.checkpoints.gguf import is_gguf, read_gguf_vocabulary
+
     if path.is_dir():
         return find_vocabulary(path)
-    try:
+    # Of a file that is neither, the checkpoint's error says more.
+    if is_gguf(path):
+        with contextlib.suppress(CheckpointError):
+            return read_gguf_vocabulary(path)
+        return None
+    with contextlib.suppress(TokenizerError):
         return load_vocabulary(path)
-    except TokenizerError:
-        return None  # the checkpoint's error says more of a file that is neither
+    return None
 
 
 def _checked_id(token_id: int, vocab_size: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minllama.data import Dataset
+from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError, OptionError
 from minllama.heap import give_back_freed_memory
 from minllama.llama import Llama
@@ -184,6 +185,7 @@ def _check(
             continue
         if dataset.labels is None or not len(dataset):
             raise MinllamaError(f"{dataset.source}: the {name} texts must have labels")
+        checked_texts(dataset.texts, f"{dataset.source}: texts")
         if list(dataset.label_names) != list(classifier.labels):
             raise MinllamaError(
                 f"{dataset.source}: its labels ({', '.join(dataset.label_names)}) are not the "

@@ -82,7 +82,6 @@ def refusal(adapter: Path, model: Llama | None = None) -> str:
         ({"monteclora_config": {"n": 1}}, "monteclora_config="),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-        ({"layers_pattern": "blocks"}, "layers_pattern='blocks'"),
         ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS'"),
         ({"from_the_future": 3, "bias": "all"}, "bias='all', from_the_future=3"),
         ({"r": "8"}, "r must be an integer >= 1, not '8'"),
@@ -99,7 +98,7 @@ def refusal(adapter: Path, model: Llama | None = None) -> str:
         ({"layers_to_transform": ["a"]}, "layers_to_transform must be whole numbers"),
         ({"rank_pattern": [1]}, "rank_pattern must be an object"),
         ({"rank_pattern": {"q_proj": "x"}}, "r must be an integer"),
-        ({"alpha_pattern": {"(q|v)_proj": 3}}, "'(q|v)_proj' is a regular expression"),
+        ({"alpha_pattern": {"(q|v_proj": 3}}, "'(q|v_proj' is no regular expression"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path must be a string"),
     ],
 )

@@ -278,6 +278,9 @@ CONTRADICTIONS = {
     "one label": (("--labels", "a", "--text", "a"), "is one label"),
     "the same label": (("--labels", "a, a", "--text", "a"), "is there twice"),
     "empty label": (("--labels", "a,,b", "--text", "a"), "not blank"),
+    "a quote": (("--labels", 'a,"b', "--text", "a"), "a quote is opened and never closed"),
+    "labels twice": (("--labels", "a,b", "--labels-file", "x", "--text", "a"), "give one of them"),
+    "no labels file": (("--labels-file", "nowhere", "--text", "a"), "No such file"),
     "base": (("--labels", "a,b", "--base", "x", "--text", "a"), "name it with --model"),
     "batch": (
         ("--labels", "a,b", "--score", "batch", "-i", "-"),
@@ -429,6 +432,37 @@ def test_scores_that_cannot_be_had_say_why(run, base, tmp_path, monkeypatch, opt
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").touch()
     assert refused(run("classify", "-m", base, "--labels", "a,b", *options), message)
+
+
+def test_labels_may_hold_commas_and_come_from_a_file(run, base, tmp_path):
+    (tmp_path / "names.txt").write_text("very good\nbad, awful\n")
+    words = ("-m", base, "--device", "cpu", "--text", "ab", "--json")
+    said = [
+        json.loads(run("classify", *words, *labels).out)["probabilities"]
+        for labels in (
+            ("--labels", 'very good,"bad, awful"'),
+            ("--labels", '["very good", "bad, awful"]'),
+            ("--labels-file", str(tmp_path / "names.txt")),
+            ("--labels", "x,y", "--label-words", '{"y": "bad, awful", "x": "very good"}'),
+        )
+    ]
+    assert [list(p) for p in said] == [["very good", "bad, awful"]] * 3 + [["x", "y"]]
+    assert all(list(p.values()) == list(said[0].values()) for p in said)
+    result = run("classify", *words, "--labels", "good,Good")
+    assert "'good', 'Good' are different labels that differ in case only" in result.err
+
+
+def test_a_column_for_each_label_trains_and_measures(run, base, tmp_path):
+    rows = "".join(f"{'ab'[i % 2]}{'cd'[i // 2 % 2]} {i},{i % 2},{i // 2 % 2}\n" for i in range(24))
+    data = tmp_path / "x.csv"
+    data.write_text('text,"b, B",d\n' + rows)
+    out = str(tmp_path / "out")
+    columns = ("--label-columns", 'd,"b, B"')
+    train = ("--train", str(data), "-o", out, "-m", base, "--device", "cpu", "--method", "frozen")
+    assert run("train", *train, *columns).status == 0
+    assert json.loads((tmp_path / "out" / "classifier.json").read_text())["labels"] == ["d", "b, B"]
+    assert run("evaluate", out, "--data", str(data), *columns).status == 0
+    assert refused(run("evaluate", out, "--data", str(data)), "with --label-columns")
 
 
 def test_a_prompt_of_a_head_may_name_the_labels(run, base, labelled_files, tmp_path):

@@ -81,6 +81,16 @@ def test_head_dim_need_not_be_dim_over_heads() -> None:
         ({"rope_theta": -1.0}, "rope_theta must be a finite number above 0, not -1.0"),
         ({"rope_theta": math.inf}, "rope_theta must be a finite number above 0, not inf"),
         ({"rope_theta": "10000"}, "rope_theta must be a finite number above 0, not '10000'"),
+        ({"rope_theta": True}, "rope_theta must be a finite number above 0, not True"),
+        (
+            {"rope_theta": 10**400},
+            f"rope_theta must be a finite number above 0, not 1{'0' * 39}... (401 characters)",
+        ),
+        (
+            {"dim": 2**63},
+            "dim (9223372036854775808) is above 9007199254740992, the most there can be",
+        ),
+        ({"dropout": "0.1"}, "dropout must be in [0, 1), not '0.1'"),
         ({"dropout": 1}, "dropout must be in [0, 1), not 1"),
         ({"dropout": -0.1}, "dropout must be in [0, 1), not -0.1"),
         ({"dropout": math.nan}, "dropout must be in [0, 1), not nan"),
@@ -119,11 +129,28 @@ def test_a_contradiction_is_named_with_its_numbers(changes: dict[str, Any], mess
             {"kind": "linear", "factor": math.nan},
             "rope scaling: factor must be a finite number above 0, not nan",
         ),
+        (
+            {"kind": "linear", "factor": True},
+            "rope scaling: factor must be a finite number above 0, not True",
+        ),
+        (
+            {"kind": "llama3", "original_max_seq_len": 10**300},
+            f"rope scaling: original_max_seq_len (1{'0' * 39}... (301 characters)) is above "
+            "9007199254740992, the most there can be",
+        ),
+        (
+            {"kind": "yarn", "original_max_seq_len": 64.5},
+            "rope scaling: original_max_seq_len must be a whole number above 0, not 64.5",
+        ),
+        (
+            {"kind": "llama3", "original_max_seq_len": 64, "high_freq_factor": "4"},
+            "rope scaling: high_freq_factor must be a finite number above 0, not '4'",
+        ),
         ({"kind": "yarn", "factor": 4.0}, "rope scaling 'yarn' needs original_max_seq_len"),
         ({"kind": "llama3", "factor": 8.0}, "rope scaling 'llama3' needs original_max_seq_len"),
         (
             {"kind": "yarn", "original_max_seq_len": -1},
-            "rope scaling: original_max_seq_len must be a finite number above 0, not -1",
+            "rope scaling: original_max_seq_len must be a whole number above 0, not -1",
         ),
         (
             {
@@ -148,6 +175,13 @@ def test_a_wrong_rope_scaling_is_named(arguments: dict[str, Any], message: str) 
     with pytest.raises(MinllamaError) as caught:
         RopeScaling(**arguments)
     assert str(caught.value) == message
+
+
+def test_numbers_of_any_size_are_floats_and_lengths_are_integers() -> None:
+    scaling = RopeScaling("yarn", factor=4, original_max_seq_len=64.0)  # type: ignore[arg-type]
+    built = config(rope_theta=2**64, rope_scaling=scaling)
+    assert (built.rope_theta, type(built.rope_theta)) == (2.0**64, float)
+    assert (type(scaling.factor), type(scaling.original_max_seq_len)) == (float, int)
 
 
 def test_every_known_scaling_can_be_built() -> None:

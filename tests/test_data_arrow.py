@@ -19,14 +19,13 @@ from minllama.errors import DataError
 from minllama.options import DataOptions
 
 pa = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = {"names": ["neg", " pos "], "_type": "ClassLabel"}
 
 
 def write(path: Path, columns: dict[str, Any], features: dict[str, Any] | None = None) -> Path:
-    from pyarrow import parquet
-
     table = pa.table(columns)
     if features is not None:  # as the library `datasets` describes columns
         described = json.dumps({"info": {"features": features}})
@@ -102,8 +101,62 @@ def test_streamed_rows_hold_plain_columns_only(tmp_path: Path) -> None:
         (2, "row 3", "c"),
     ]
     assert rows[0].record == {"text": "b", "score": None, "tags": [], "ok": False, "kind": "q"}
-    with pytest.raises(DataError, match="has no column 'image'; give --text-column one of 'text',"):
+    refusal = "column 'image' is binary, which can be no text; give --text-column one of 'text'"
+    with pytest.raises(DataError, match=refusal):
         load_dataset(path, DataOptions(text_column="image"))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (pa.array([[1, 2], [3]]), "list<element: int64>"),
+        (pa.array([[["a"]], [["b"]]]), "list<element: list<element: string>>"),
+        (pa.array([b"a", b"b"]), "binary"),
+        (pa.array([1, 2]), "int64"),
+        (pa.array([True, False]), "bool"),
+        (pa.array([{"a": 1}, {"a": 2}]), "struct<a: int64>"),
+        (pa.array([1, 2], pa.timestamp("us")), "timestamp[us]"),
+        (pa.array([["a"], ["b"]], pa.list_(pa.string(), 1)), "fixed_size_list<element: string>[1]"),
+    ],
+)
+def test_columns_that_can_hold_no_text_are_named_with_their_type(
+    tmp_path: Path, values: Any, kind: str
+) -> None:
+    path = write(tmp_path / "x.parquet", {"text": values, "label": ["p", "q"]})
+    assert str(parquet.read_schema(path).field("text").type) == kind
+    for load in (load_dataset, lambda source: list(stream_rows(source))):
+        for options in (None, DataOptions(text_column="text")):
+            with pytest.raises(DataError) as caught:
+                load(path) if options is None else load_dataset(path, options)
+            message = f"{path}: column 'text' is {kind}, which can be no text; give --text-column"
+            assert str(caught.value) == f"{message} one of 'label'"
+
+
+def test_columns_that_can_hold_no_label_are_named_with_their_type(tmp_path: Path) -> None:
+    day = pa.array([1, 2], pa.date32())
+    path = write(tmp_path / "x.parquet", {"text": ["a", "b"], "label": day, "day": day})
+    with pytest.raises(DataError, match=r"column 'label' is date32\[day\], which can be no label"):
+        load_dataset(path)
+    with pytest.raises(DataError, match=r"column 'day' is date32\[day\], which can be no label"):
+        load_dataset(path, DataOptions(label_column="day"))
+    assert load_dataset(path, needs_labels=False).texts == ["a", "b"]
+    path = write(tmp_path / "y.parquet", {"day": day})
+    with pytest.raises(DataError, match=r"which column holds the text\? there is none of that"):
+        load_dataset(path)
+
+
+def test_a_type_is_shown_cut_and_on_one_line(tmp_path: Path) -> None:
+    wide = pa.array([{f"field\n{i}": i for i in range(1000)}])
+    path = write(tmp_path / "x.parquet", {"text": wide, "label": ["a"]})
+    with pytest.raises(DataError) as caught:
+        load_dataset(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
+def test_numbers_beside_the_texts_are_not_taken_for_them(tmp_path: Path) -> None:
+    columns = {"words": ["a", "b"], "score": [0.5, 1.5], "label": ["p", "q"]}
+    assert load_dataset(write(tmp_path / "x.parquet", columns)).texts == ["a", "b"]
 
 
 def test_text_that_is_not_utf_8_makes_one_bad_row(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_names_may_be_numbers_where_they_are_their_own(tmp_path: Path) -> None:
         (2, "label 2 is not one of 'a', 'b'"),
         (-1, "label -1 stands for none (where it is a class, name it in a file for --label-names)"),
         (-2, "label -2 is not one of 'a', 'b'"),
-        (0.5, "label 0.5 is neither a name nor a whole number"),
+        (0.5, "label 0.5 is not one of 'a', 'b'"),
         (None, "no label"),
         ("", "no label"),
         ("  ", "no label"),
@@ -246,7 +246,7 @@ def test_rows_with_unknown_labels_can_be_left_out_of_what_is_measured(tmp_path: 
     assert (dataset.texts, dataset.labels) == (["a", "d"], [1, 0])
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("skipped", 1)
-    assert "left out: 1 (line 3: label 'odd' is not one of 'bad', 'good')" in notice.message
+    assert "left out: 1 of 3 (line 3: label 'odd' is not one of 'bad', 'good')" in notice.message
     # Rows without any label are no bad rows: they are predicted.
     path.write_text("text,label\na,good\nb,odd\nc,\nd,bad\n")
     dataset = load_dataset(path, skipping, **known)

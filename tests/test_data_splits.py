@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from minllama.data import (
     Dataset,
     check_splits,
+    one_class,
     sample_balanced,
     sample_per_class,
     stratified_split,
@@ -194,7 +195,12 @@ def test_what_is_doubtful_is_told_and_counted() -> None:
     test = Dataset(["w", "z", "v"], [0, 0, 0], ["Late", "late", "c"], "test.csv")
     assert [(n.kind, n.count, str(n)) for n in check_splits(train, dev, test)] == [
         ("absent", 1, "train.csv: no example of 'c'; it cannot be learned"),
-        ("case", 2, "train.csv: 'Late', 'late' are different labels; is one meant?"),
+        (
+            "case",
+            2,
+            "train.csv: 'Late' (2 rows), 'late' (2 rows) are different labels that differ in case "
+            "only; is one meant?",
+        ),
         ("conflicts", 1, "train.csv: texts that occur with different labels: 1"),
         (
             "duplicates",
@@ -240,3 +246,17 @@ def test_a_sample_of_several_labels_has_texts_without_any() -> None:
 def test_one_label_beside_several_is_told_as_what_it_is() -> None:
     with pytest.raises(DataError, match="gives one label to each text and"):
         check_splits(several((0,), (1, 2)), replace(dataset(1, 1, 1), label_names=["a", "b", "c"]))
+
+
+def test_notices_about_a_part_of_a_file_do_not_speak_of_all_of_it():
+    data = Dataset([f"text {i}" for i in range(20)], [0] * 18 + [1, 1], ["a", "b"], "x.csv")
+    train, dev = stratified_split(data, 0.06, seed=0)
+    assert len(train) + len(dev) == 20
+    only = replace(dev.select([0]), texts=["a", "b"], labels=[0, 0])
+    assert [str(n) for n in one_class(replace(only, part=dev.part))] == [
+        f"x.csv ({len(dev)} of 20 rows, set aside): every row has the label 'a'; is it a "
+        "placeholder? an accuracy on it says little"
+    ]
+    drawn = sample_per_class(train, 1, seed=0)
+    assert drawn.called == f"x.csv (2 of {len(train)} rows, drawn)"
+    assert data.called == "x.csv"

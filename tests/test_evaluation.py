@@ -234,7 +234,10 @@ def test_intervals_are_those_of_metrics_of_rows_drawn_anew(multi_label):
         samples.append(
             evaluate(probabilities[rows], drawn, names, multi_label=multi_label, bootstrap=0)
         )
-    assert set(result.intervals) == {"accuracy", "macro_f1", "micro_f1", "log_loss", "brier"}
+    names = {"accuracy", "macro_f1", "micro_f1", "log_loss", "brier"}
+    assert set(result.intervals) == names | (
+        {"roc_auc", "average_precision"} if multi_label else set()
+    )
     for name, interval in result.intervals.items():
         values = [getattr(sample, name) for sample in samples]
         np.testing.assert_allclose(interval, np.quantile(values, [0.025, 0.975]))

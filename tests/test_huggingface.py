@@ -243,7 +243,7 @@ def test_the_old_and_the_new_words_for_rope_mean_the_same(tmp_path):
             {"rope_parameters": {"rope_type": "linear", "factor": "x"}},
             "factor must be a finite number",
         ),
-        ({"rope_parameters": [1]}, r"rope scaling is \[1\], not a JSON object"),
+        ({"rope_parameters": [1]}, r"rope_parameters is \[1\], not a JSON object"),
         ({"num_hidden_layers": 10**9}, "the config says 1000000000 layers, the tensors are of 3"),
         ({"vocab_size": 10**12}, "the config says vocab_size 1000000000000"),
         ({"quantization_config": "gptq"}, "quantised with 'gptq'"),

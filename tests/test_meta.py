@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minllama.checkpoints import Checkpoint, open_checkpoint
-from minllama.checkpoints.meta import is_meta, read_meta
+from minllama.checkpoints.meta import config_from_params, is_meta, read_meta
 from minllama.config import LlamaConfig, RopeScaling
 from minllama.errors import CheckpointError
 from minllama.llama import Llama
@@ -251,6 +251,66 @@ def test_a_shard_s_path_opens_its_folder(folder: Path) -> None:
     assert open_checkpoint(folder / "consolidated.00.pth").format == "Meta"
 
 
+COMMON = {
+    "vocab_size": 128256,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "use_scaled_rope": True,
+    "multiple_of": 256,
+}
+SMALL = {"dim": 2048, "n_layers": 16, "n_heads": 32, "n_kv_heads": 8, "ffn_dim_multiplier": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("params", "factor"),
+    [
+        (SMALL, 32.0),
+        ({"dim": 3072, "n_layers": 28, "n_heads": 24, "n_kv_heads": 8}, 32.0),
+        # Llama Guard 3 1B as it was pruned: fewer layers, a narrower feed-forward
+        (SMALL | {"n_layers": 12, "hidden_dim": 6400}, 32.0),
+        ({"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8}, 8.0),
+        ({"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8}, 8.0),
+        ({"dim": 16384, "n_layers": 126, "n_heads": 128, "n_kv_heads": 8}, 8.0),
+        (SMALL | {"rope_scaling_factor": 16}, 16.0),
+        (SMALL | {"rope_scaling_factor": None, "quantization_args": None}, 32.0),
+    ],
+)
+def test_the_factor_is_that_of_the_release_which_the_shape_shows(
+    params: dict[str, Any], factor: float
+) -> None:
+    scaling = config_from_params(COMMON | params, {}).rope_scaling
+    assert scaling == RopeScaling("llama3", factor=factor, original_max_seq_len=8192)
+
+
+def test_a_stated_high_freq_factor_counts() -> None:
+    scaling = config_from_params(COMMON | SMALL | {"rope_high_freq_factor": 1.5}, {}).rope_scaling
+    assert scaling is not None
+    assert scaling.high_freq_factor == 1.5
+
+
+@pytest.mark.parametrize("n_shards", [1, 2, 4])
+def test_biases_are_joined_and_those_that_are_absent_beside_others_are_zero(
+    folder: Path, n_shards: int
+) -> None:
+    tensors = whole_model()
+    biases = {
+        name.replace(".weight", ".bias"): torch.arange(1.0, len(tensor) + 1)
+        for name, tensor in tensors.items()
+        if ".attention.w" in name and "wo" not in name
+    }
+    shards = cut(tensors, n_shards, 0)
+    for name, bias in biases.items():  # one for each row of what is cut by rows
+        for shard, part in zip(shards, bias.chunk(n_shards), strict=True):
+            shard[name] = part.clone()
+    checkpoint = open_checkpoint(write(folder, shards))
+    assert (checkpoint.config.attention_bias, checkpoint.config.ffn_bias) == (True, False)
+    for name, bias in biases.items():
+        assert torch.equal(checkpoint.tensors[our_name(name)].load(), bias), name
+    zero = checkpoint.tensors["layers.1.attention.compute_output.bias"].load()
+    assert torch.equal(zero, torch.zeros(32))
+    assert Llama.from_checkpoint(checkpoint, device="cpu").config == checkpoint.config
+
+
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         read_meta(folder)
@@ -261,8 +321,12 @@ def refused(folder: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"moe_args": {"num_experts": 8}}, "moe_args: not known to minllama"),
-        ({"quantization_args": {}, "lora_args": {}}, "lora_args, quantization_args: not known"),
+        ({"moe_args": {"num_experts": 8}}, "moe_args is not read: it is a mixture of experts"),
+        ({"quantization_args": {}, "lora_args": {}}, "quantization_args is not read: its weights"),
+        ({"quantization_args": {"scheme": "8da4w"}}, "weights are quantized"),
+        ({"vision_chunk_size": 560}, "it sees images"),
+        ({"depth_of_field": 3, "dim": "x"}, "depth_of_field: not known to minllama"),
+        ({"use_scaled_rope": "false"}, "use_scaled_rope must be true or false, not 'false'"),
         ({"dim": None}, "dim is missing"),
         ({"dim": "32"}, "dim must be a whole number"),
         ({"dim": 10**400}, "too large"),

@@ -175,6 +175,39 @@ def test_the_page_says_the_numbers():
     assert "lr0.0003 lora.r8 lora.dorano" in text
 
 
+def test_the_page_and_the_metrics_say_how_two_systems_differ_row_by_row(tmp_path):
+    names = ["no", "yes"]
+    split = make_split(names)
+    write_report(tmp_path, make_report(names, splits=[split]))
+    (paired,) = split.paired.values()
+    found = paired.differences["accuracy"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = " ".join(Page(page).text.split())
+    assert split.verdict in text
+    low, high = 100 * found.low, 100 * found.high
+    assert f"{100 * found.value:+.1f}{low:+.1f} to {high:+.1f}" in text
+    assert "of the positive class, yes" in text
+    content = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))["splits"]["dev"]
+    assert content["verdict"] == split.verdict
+    written = content["paired"]["majority class"]
+    assert written["differences"]["accuracy"]["interval"] == [found.low, found.high]
+    assert written["p_value"] == paired.p_value
+    assert written["only_first_right"] - written["only_second_right"] == round(60 * found.value)
+
+
+def test_what_is_not_defined_is_said_and_null(tmp_path):
+    names, p = ["a", "b"], np.array([[0.4, 0.6], [0.3, 0.7]])
+    labels = [(1,), (0, 1)]
+    result = evaluate(p, labels, names, multi_label=True)
+    split = ReportedSplit("dev", ["x", "y"], p, labels, result, {"other": result})
+    write_report(tmp_path, make_report(names, splits=[split], multi_label=True))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "ROC AUC and AP are not defined for b: all texts have the label, or none has." in page
+    content = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    rows = content["splits"]["dev"]["evaluation"]["per_class"]
+    assert [row["roc_auc"] for row in rows] == [0.0, None]
+
+
 def test_without_training_there_is_no_training_section():
     page = Page(render_page(make_report(history=[])))
     assert "Training" not in page.text

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from minllama.errors import MinllamaError
 from minllama.evaluation import evaluate
 from minllama.report import Report, ReportedSplit
-from minllama.report.comparison import systems, verdict
+from minllama.report.comparison import systems, undefined, verdict
 from minllama.report.confusion import matrix, pairs
 from minllama.report.mistakes import EXCERPT, MAX_TEXT, worst_mistakes
 
@@ -95,32 +96,116 @@ def test_long_texts_are_folded(text, excerpt, rest, omitted):
     assert (mistake.excerpt, mistake.text, mistake.omitted) == (excerpt, rest, omitted)
 
 
-def accuracies(right, rows=1000, bootstrap=200):
-    labels = [0] * right + [1] * (rows - right)
-    return evaluate(np.tile([0.9, 0.1], (rows, 1)), labels, ["a", "b"], bootstrap=bootstrap)
+def system(right, bootstrap=200):
+    """Of two classes, on rows of the first: right where it says so."""
+    probabilities = np.where(np.array(right)[:, None], [0.9, 0.1], [0.1, 0.9])
+    return evaluate(probabilities, [0] * len(right), ["a", "b"], bootstrap=bootstrap)
+
+
+def first(n, rows=1000):
+    """Right on the first `n` rows, as is all that gets more of them right."""
+    return system([i < n for i in range(rows)])
+
+
+def last(n, rows=1000):
+    return system([i >= rows - n for i in range(rows)])
 
 
 @pytest.mark.parametrize(
     ("own", "others", "sentence"),
     [
-        (700, {}, "Right on 700 of 1,000 texts."),
-        (700, {"low": 300, "mid": 500}, "20.0 points more than the best of the others, mid."),
-        (300, {"mid": 500}, "20.0 points less than the best of the others, mid."),
-        (510, {"mid": 500}, "mid; the intervals overlap, so chance may have a part in it."),
-        (500, {"mid": 500}, "The best of the others, mid, is level with it."),
+        (first(700), {}, "Right on 700 of 1,000 texts."),
+        (
+            first(700),
+            {"low": first(300), "mid": first(500)},
+            "Right on 700 of 1,000 texts. That is 20.0 points more than the best of the others, "
+            "mid (paired 95% interval +17.6 to +22.5 points; McNemar's exact p < 0.001).",
+        ),
+        (
+            first(300),
+            {"mid": first(500)},
+            "20.0 points less than mid (paired 95% interval -23.3 to -17.9 points; McNemar's exact "
+            "p < 0.001).",
+        ),
+        # The single intervals of these overlap, and all 20 rows that differ are for this one.
+        (
+            first(900),
+            {"mid": first(880)},
+            "2.0 points more than mid (paired 95% interval +1.2 to +2.9 points; McNemar's exact "
+            "p < 0.001).",
+        ),
+        # The same difference, from 120 rows against 100.
+        (
+            first(900),
+            {"mid": last(880)},
+            "2.0 points more than mid (paired 95% interval -0.7 to +5.1 points; McNemar's exact "
+            "p = 0.200); the interval holds zero, so this may be by chance.",
+        ),
+        (
+            first(900),
+            {"mid": last(900)},
+            "That is level with mid (paired 95% interval -2.7 to +2.8 points; McNemar's exact "
+            "p = 1.000); the interval holds zero, so what differs may be by chance.",
+        ),
+        (
+            first(900),
+            {"mid": first(900), "low": first(100)},
+            "That is level with the best of the others, mid (paired 95% interval 0.0 to 0.0 "
+            "points; McNemar's exact p = 1.000); the interval holds zero, so what differs may be "
+            "by chance.",
+        ),
+        (
+            first(905),
+            {"mid": first(900)},
+            "0.5 points more than mid (paired 95% interval +0.2 to +1.0 points; McNemar's exact "
+            "p = 0.062); few texts decide it.",
+        ),
     ],
 )
-def test_the_verdict_compares_with_the_best_of_the_others(own, others, sentence):
-    text = verdict(accuracies(own), {name: accuracies(n) for name, n in others.items()})
+def test_the_verdict_compares_with_the_best_of_the_others_row_by_row(own, others, sentence):
+    text = verdict(own, others)
     assert text.endswith(sentence)
+    assert ("chance" in text) == ("holds zero" in text)
+
+
+def test_the_verdict_may_be_about_another_metric():
+    gold = [0] * 90 + [1] * 10
+    own = evaluate(np.eye(2)[[0] * 90 + [1] * 8 + [0] * 2], gold, ["a", "b"])
+    zeros = evaluate(np.eye(2)[[0] * 100], gold, ["a", "b"])
+    more = evaluate(np.eye(2)[[0] * 75 + [1] * 25], gold, ["a", "b"])
+    assert own.macro_f1 == pytest.approx((180 / 182 + 16 / 18) / 2)
+    assert zeros.macro_f1 == pytest.approx(90 / 95 / 2)
+    # By accuracy the best of the others is `zeros`, by macro F1 `more`.
+    assert "than the best of the others, zeros (" in verdict(own, {"zeros": zeros, "more": more})
+    text = verdict(own, {"zeros": zeros, "more": more}, "macro_f1")
+    assert text.startswith("Macro F1 0.939 on 100 texts. That is 0.199 more than the best of the ")
+    assert "others, more (paired 95% interval +0" in text
+    assert "McNemar" not in text  # which is about single rows
+    assert "chance" not in text
+    losses = verdict(own, {"zeros": zeros, "more": more}, "log_loss")
+    assert losses.startswith("Log-loss 0.319 on 100 texts. That is 1.275 less than the best of")
+
+
+def test_systems_on_other_rows_are_not_compared():
+    other = evaluate(np.eye(2)[[0, 0, 0]], [0, 1, 0], ["a", "b"])
+    with pytest.raises(MinllamaError, match="evaluations are of other rows"):
+        verdict(system([True] * 3), {"other": other})
 
 
 def test_the_best_of_each_metric_is_marked_and_less_loss_is_better():
-    own, other = systems(accuracies(700), {"other": accuracies(600)})
+    own, other = systems(first(700), {"other": first(600)})
     assert (own.own, other.own) == (True, False)
     assert [value.best for value in own.values] == [True] * 5
     assert [value.best for value in other.values] == [False] * 5
     low, at, high = own.accuracy
     assert low < at == 0.7 < high
-    same = systems(accuracies(700), {"other": accuracies(700)})
+    same = systems(first(700), {"other": first(700)})
     assert all(value.best for system in same for value in system.values)
+
+
+def test_what_is_not_defined_is_not_best():
+    own, other = systems(first(700), {"other": first(600)}, ["roc_auc"])  # all rows are of one
+    assert [(value.text, value.best) for value in (*own.values, *other.values)] == [
+        ("–", False)
+    ] * 2
+    assert undefined(first(700)) == "ROC AUC and AP are not defined: all texts are of one class."

@@ -35,19 +35,25 @@ def test_a_summary_says_metrics_intervals_and_classes():
     probabilities = np.eye(2)[[0, 0, 0, 1]]
     result = evaluate(probabilities, [0, 0, 1, 1], ["no", "yes"], bootstrap=0)
     lines = summary(result, {"majority class": result}).splitlines()
-    assert " ".join(lines[0].split() + lines[1].split()).split(" ", 1) == [
+    assert " ".join(" ".join(lines[:3]).split()).split(" ", 1) == [
         "dev:",
-        "Right on 3 of 4 texts. The best of the others, majority class, is level with it.",
+        "Right on 3 of 4 texts. That is level with majority class (paired 95% interval 0.0 to 0.0 "
+        "points; McNemar's exact p = 1.000); the interval holds zero, so what differs may be by "
+        "chance.",
     ]
-    assert [line.split() for line in lines[2:]] == [
+    assert [line.split() for line in lines[3:]] == [
         [],
         ["Accuracy", "Macro", "F1", "Log-loss", "Brier", "ECE"],
         ["this", "classifier", "75.0%", "0.733", "3.986", "0.500", "0.250"],
         ["majority", "class", "75.0%", "0.733", "3.986", "0.500", "0.250"],
         [],
-        ["class", "F1", "precision", "recall", "gold", "predicted"],
-        ["no", "0.800", "0.667", "1.000", "2", "3"],
-        ["yes", "0.667", "1.000", "0.500", "2", "1"],
+        ["positive:", "yes", "ROC", "AUC", "95%", "interval", "AP", "95%", "interval"],
+        ["this", "classifier", "0.750", "0.750"],
+        ["majority", "class", "0.750", "0.750"],
+        [],
+        ["class", "AUC", "AP", "F1", "precision", "recall", "gold", "predicted"],
+        ["no", "0.750", "0.667", "0.800", "0.667", "1.000", "2", "3"],
+        ["yes", "0.750", "0.750", "0.667", "1.000", "0.500", "2", "1"],
     ]
 
 
@@ -78,7 +84,7 @@ def test_a_summary_fits_80_columns_and_cuts_only_names(classes, multi_label, ter
         numbers = [*scores, str(row.support), str(row.predicted)]
         assert any(line.split()[-5:] == numbers for line in lines)
     assert any(re.search(r"Log-loss +Brier +ECE$", line) for line in lines)
-    assert len(lines) <= 24 + 20
+    assert len(lines) <= 24 + 28
     assert ("and 53 more, none with a lower F1" in text) == (classes == 77)
 
 

@@ -1,15 +1,33 @@
 """Tokenizers from checkpoints, files and folders, and written to folders."""
 
+import re
 from pathlib import Path
 
+import gguf
 import pytest
-from tokenizer_cases import TEXTS, byte_json, random_texts, tiny_ranks, tiny_sentencepiece
+import sentencepiece
+from tiny import our_model
+from tokenizer_cases import (
+    TEXTS,
+    byte_json,
+    random_texts,
+    tiny_ranks,
+    tiny_sentencepiece,
+    write_vocabulary_gguf,
+)
 
-from minllama.checkpoints import Checkpoint
+from minllama.checkpoints import (
+    Checkpoint,
+    open_checkpoint,
+    read_tokenizer,
+    write_gguf,
+    write_huggingface,
+)
+from minllama.cli import main
 from minllama.config import LlamaConfig
 from minllama.errors import CheckpointError, MinllamaError, TokenizerError
 from minllama.tokenizer import Tokenizer
-from minllama.vocabulary import Vocabulary
+from minllama.vocabulary import Vocabulary, to_gguf
 from minllama.vocabulary.sentencepiece_form import from_model
 from minllama.vocabulary.tiktoken_form import from_ranks
 from minllama.vocabulary.tokenizers_form import dump
@@ -115,3 +133,91 @@ def test_a_damaged_tokenizer_in_a_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not readable as JSON"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+# GGUF files
+
+
+def test_a_gguf_file_is_a_tokenizer_with_a_model_or_without(tmp_path: Path) -> None:
+    pieces = from_model(tiny_sentencepiece(), "tiny")
+    alone, whole, other = (tmp_path / name for name in ("alone.gguf", "whole.gguf", "other.gguf"))
+    fields = to_gguf(pieces, 600)
+    write_vocabulary_gguf(fields, alone)
+    model = our_model(vocab_size=600)
+    write_gguf(whole, model.config, model.state_dict(), pieces)
+    writer = gguf.GGUFWriter(other, "none of ours")  # without a single key of a model
+    for key, value in fields.items():
+        add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
+        add.get(type(value), writer.add_array)(key, value)
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    reference = sentencepiece.SentencePieceProcessor(model_proto=tiny_sentencepiece())
+    for path in (alone, whole, other):
+        tokenizer = Tokenizer.from_pretrained(path)
+        beside = open_checkpoint(whole, tokenizer=path)
+        for text in TEXTS:
+            assert tokenizer.encode(text) == [1, *reference.encode(text)]
+        assert Tokenizer.from_checkpoint(beside).encode("the fox") == tokenizer.encode("the fox")
+        assert beside.tokenizer == str(path)
+    with pytest.raises(CheckpointError, match="holds a vocabulary and no weights"):
+        open_checkpoint(alone)
+
+
+def test_a_gguf_file_without_a_tokenizer_or_a_cut_one_says_so(tmp_path: Path) -> None:
+    model, path, cut = our_model(), tmp_path / "none.gguf", tmp_path / "cut.gguf"
+    write_gguf(path, model.config, model.state_dict(), None)
+    with pytest.raises(TokenizerError, match="no tokenizer in or beside this checkpoint"):
+        Tokenizer.from_pretrained(path)
+    with pytest.raises(TokenizerError, match="a GGUF file without a tokenizer; name another"):
+        open_checkpoint(path, tokenizer=path)
+    write_vocabulary_gguf(to_gguf(from_model(tiny_sentencepiece(), "tiny"), 600), cut)
+    cut.write_bytes(cut.read_bytes()[:2000])
+    for source in (lambda: Tokenizer.from_pretrained(cut), lambda: read_tokenizer(cut)):
+        with pytest.raises(CheckpointError, match=r"cut\.gguf"):
+            source()
+
+
+# A tokenizer larger than the model
+
+
+def test_a_tokenizer_larger_than_the_model_is_not_written(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(VOCABULARIES["pieces"]())
+    small, fits = our_model(vocab_size=599), our_model(vocab_size=600)
+    message = "600 tokens, and the model has 599; give the tokenizer that belongs to the model"
+    with pytest.raises(TokenizerError, match=message):
+        write_huggingface(
+            tmp_path / "hf", small.config, small.state_dict(), vocabulary=tokenizer.vocabulary
+        )
+    with pytest.raises(TokenizerError, match=message):
+        write_gguf(tmp_path / "x", small.config, small.state_dict(), tokenizer.vocabulary)
+    assert not list(tmp_path.iterdir())
+    tokenizer.save_pretrained(tmp_path / "words first")
+    with pytest.raises(TokenizerError, match=message):
+        small.save_pretrained(tmp_path / "words first")
+    assert not (tmp_path / "words first" / "config.json").exists()
+    small.save_pretrained(tmp_path / "model first")
+    with pytest.raises(TokenizerError, match=message):
+        tokenizer.save_pretrained(tmp_path / "model first")
+    assert not (tmp_path / "model first" / "tokenizer.model").exists()
+    fits.save_pretrained(tmp_path / "words first")
+    fits.save_pretrained(tmp_path / "model first")
+    tokenizer.save_pretrained(tmp_path / "model first")
+    for folder in ("words first", "model first"):
+        assert Tokenizer.from_pretrained(tmp_path / folder).vocab_size == 600
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf", "llama2c"])
+@pytest.mark.parametrize("name", ["pieces", "ranks", "byte level"])
+def test_convert_refuses_a_tokenizer_larger_than_the_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], target: str, name: str
+) -> None:
+    Tokenizer(VOCABULARIES[name]()).save_pretrained(tmp_path / "words")
+    our_model(vocab_size=61).save_pretrained(tmp_path / "model")
+    arguments = ["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--to", target]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--tokenizer", str(tmp_path / "words")])
+    assert ended.value.code == 2
+    told = capfd.readouterr().err
+    assert re.fullmatch(r"minllama: .*words: \d+ tokens, and the model has 61; .*\n", told)
+    assert not (tmp_path / "out").exists()

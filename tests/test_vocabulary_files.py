@@ -73,7 +73,7 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path: Path) -> None:
     for content, message in (
         (b"", "the file is empty"),
         (b" \n", "the file is empty"),
-        (b"GGUF\x03\x00\x00\x00", "is a whole GGUF model"),
+        (b"GGUF\x03\x00\x00\x00", "is a GGUF file; open it with Tokenizer.from_pretrained"),
         (b"just some text\n", "not a tokenizer, or damaged; known are tokenizer.json"),
         (b"\x0a\x00", "not a tokenizer, or damaged"),
         (b"{", "not readable as JSON"),

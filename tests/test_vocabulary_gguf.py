@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import sentencepiece
+from tiny import our_model
 from tokenizer_cases import (
     TEXTS,
     default_fields,
@@ -15,6 +17,8 @@ from tokenizer_cases import (
     tiny_sentencepiece,
 )
 
+from minllama.checkpoints import write_gguf
+from minllama.checkpoints.gguf_header import read_header
 from minllama.errors import TokenizerError
 from minllama.tokenizer import Tokenizer
 from minllama.vocabulary import Vocabulary, from_gguf, load_vocabulary, to_files, to_gguf
@@ -232,12 +236,13 @@ def test_byte_level_defaults(bytes_fields: dict[str, Any]) -> None:
     assert from_gguf(bytes_fields, "x").origin == "GGUF gpt2 (default)"
 
 
-def test_only_llama_bpe_takes_whole_words_before_merging(bytes_fields: dict[str, Any]) -> None:
+def test_some_kinds_take_whole_words_before_merging(bytes_fields: dict[str, Any]) -> None:
+    # As llama.cpp has it: of these names, `ignore_merges` is true for three.
     bytes_fields[GGML + "merges"] = ["h e"]
     hel = 258
     for pre in PRE_TOKENIZERS:
         ids = Tokenizer(from_gguf(bytes_fields | {GGML + "pre": pre}, "x")).encode("hel", bos=False)
-        assert (ids == [hel]) == (pre == "llama-bpe"), pre
+        assert (ids == [hel]) == (pre in ("llama-bpe", "tekken", "minicpm5")), pre
 
 
 def test_an_ordinary_end_token_becomes_special(bytes_fields: dict[str, Any]) -> None:
@@ -262,6 +267,23 @@ def test_an_id_out_of_range_counts_as_not_given(bytes_fields: dict[str, Any]) ->
     assert (vocabulary.pad_id, vocabulary.bos_id) == (None, None)
 
 
+def test_a_vocabulary_may_have_no_merges(bytes_fields: dict[str, Any], tmp_path: Path) -> None:
+    bytes_fields[GGML + "tokens"] = bytes_fields[GGML + "tokens"][:257]
+    bytes_fields[GGML + "token_type"] = bytes_fields[GGML + "token_type"][:257]
+    del bytes_fields[GGML + "merges"]  # as the gguf package leaves out an empty list
+    vocabulary = from_gguf(bytes_fields, "x")
+    tokenizer = Tokenizer(vocabulary)
+    model = our_model(vocab_size=257)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, model.config, model.state_dict(), vocabulary)
+    header = read_header(path)
+    assert header.fields[GGML + "merges"] == []  # llama.cpp wants the key
+    assert GGML + "merges" in gguf.GGUFReader(path).fields
+    again = Tokenizer.from_pretrained(path)
+    for text in TEXTS:
+        assert again.encode(text) == tokenizer.encode(text)
+
+
 # What bad input gets
 
 
@@ -269,8 +291,8 @@ def test_an_unknown_kind_is_named_with_those_known(bytes_fields: dict[str, Any])
     with pytest.raises(TokenizerError, match=r"a\.gguf: unknown tokenizer 'bert'; known are 'llam"):
         from_gguf(bytes_fields | {GGML + "model": "bert"}, Path("a.gguf"))
     known = "known are smollm, llama-bpe, gpt-2, default"
-    with pytest.raises(TokenizerError, match=f"a: unknown pre-tokenizer 'qwen2'; {known}"):
-        from_gguf(bytes_fields | {GGML + "pre": "qwen2"}, "a")
+    with pytest.raises(TokenizerError, match=f"a: unknown pre-tokenizer 'kimi-k2'; {known}"):
+        from_gguf(bytes_fields | {GGML + "pre": "kimi-k2"}, "a")
 
 
 BAD_FIELDS = {

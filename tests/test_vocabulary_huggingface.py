@@ -3,6 +3,7 @@
 Every setting is in a folder that the test writes; ids are held against transformers' own.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -131,6 +132,102 @@ def test_a_declaration_goes_before_the_template(tmp_path: Path) -> None:
     raw = byte_json(post_processor=template("<s>", "A"))
     vocabulary = load_vocabulary(write_folder(tmp_path, raw, tokenizer_config=config))
     assert Tokenizer(vocabulary).encode("") == [EOS]
+
+
+NULLS = (
+    *("add_bos_token", "add_eos_token", "bos_token", "eos_token", "pad_token", "unk_token"),
+    *("chat_template", "clean_up_tokenization_spaces", "added_tokens_decoder", "legacy"),
+    *("additional_special_tokens", "extra_special_tokens", "add_prefix_space", "model_max_length"),
+)
+
+
+@pytest.mark.parametrize("name", [*NULLS, "all"])
+def test_null_says_nothing(tmp_path: Path, name: str) -> None:
+    # But for the names that chat templates read, which are as transformers has them.
+    def said(folder: Path) -> Vocabulary:
+        return dataclasses.replace(load_vocabulary(folder), named_tokens={})
+
+    nulls = dict.fromkeys(NULLS if name == "all" else [name])
+    raw = byte_json(post_processor=template("<s>", "A", "</s>"))
+    mapped = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|turn|>"}
+    silent, null = tmp_path / "silent", tmp_path / "null"
+    for folder, config in ((silent, {}), (null, nulls)):
+        folder.mkdir()
+        write_folder(folder, raw, tokenizer_config=config, special_tokens_map=mapped)
+    assert said(null) == said(silent)
+    assert Tokenizer(load_vocabulary(null)).encode("") == [BOS, EOS]
+    for folder in (silent, null):
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.model").write_bytes(tiny_sentencepiece())
+        (folder / "added_tokens.json").write_text('{"<|turn|>": 600, "<|null|>": null}')
+    assert said(null) == said(silent)
+    assert load_vocabulary(null).add_bos
+
+
+@pytest.mark.parametrize("name", ["add_bos_token", "add_eos_token"])
+@pytest.mark.parametrize("value", ["false", [], 2.0])
+def test_a_setting_that_is_neither_true_nor_false_is_named(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    write_folder(tmp_path, tokenizer_config={name: value})
+    with pytest.raises(TokenizerError, match=f"{name} is .*, not true or false"):
+        load_vocabulary(tmp_path)
+
+
+HOSTILE_IDS = {
+    "negative": -1,
+    "beyond any vocabulary": 2**22,
+    "beyond 64 bits": 2**70,
+    "a number of a thousand digits": 10**1000,
+    "a fraction": 600.5,
+    "a text": "600",
+    "true": True,
+    "a list": [600],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_IDS)
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
+def test_an_id_that_no_token_can_have_is_named(tmp_path: Path, name: str, file: str) -> None:
+    write_folder(tmp_path, added_tokens={"<|new|>\x1b[31m": HOSTILE_IDS[name]})
+    if file == "tokenizer.model":
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / file).write_bytes(tiny_sentencepiece())
+    with pytest.raises(
+        TokenizerError, match=r"added_tokens\.json: the added token '<.new.>"
+    ) as told:
+        load_vocabulary(tmp_path)
+    assert str(told.value).isprintable()
+    assert len(str(told.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["-1", "x", "", "9" * 400, "1.0", "\u0663"])
+def test_a_key_that_is_no_id_is_named(tmp_path: Path, key: str) -> None:
+    decoder = {key: {"content": "<|new|>", "special": True}}
+    write_folder(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
+    with pytest.raises(TokenizerError, match=r"'<.new.>' has the id '.*which is none that"):
+        load_vocabulary(tmp_path)
+
+
+def test_two_added_tokens_of_one_id_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tiny_sentencepiece())
+    (tmp_path / "added_tokens.json").write_text('{"<|a|>": 600, "<|b|>": 600}')
+    with pytest.raises(TokenizerError, match=r"'<.b.>' has the id 600; the next .* is 601"):
+        load_vocabulary(tmp_path)
+
+
+def test_what_the_settings_say_of_an_added_token_counts_as_in_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    raw = byte_json(added_tokens=[added_token(TURN, "<|turn|>", special=False)])
+    flags = {"lstrip": True, "rstrip": True, "single_word": False, "normalized": False}
+    decoder = {"2": {"content": "<|turn|>", "special": True, **flags}}
+    decoder["259"] = {"content": "<new>", "special": False, **flags, "lstrip": False}
+    config = {"added_tokens_decoder": decoder, "tokenizer_class": "PreTrainedTokenizerFast"}
+    write_folder(tmp_path, raw, tokenizer_config=config, config={"model_type": "llama"})
+    ours = Tokenizer(load_vocabulary(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a <|turn|> b", "a <new> b", "<new><|turn|>\n", " <|turn|>"):
+        assert ours.encode(text, special=True) == theirs(text)["input_ids"], text
 
 
 @pytest.mark.parametrize(
@@ -367,7 +464,7 @@ def test_a_sentencepiece_model_is_kept_as_it_is() -> None:
         {"model_type": "unigram"},
         {"normalization_rule_name": "nfkc"},
         {"remove_extra_whitespaces": True},
-        {"user_defined_symbols": ["<tool>"]},
+        {"user_defined_symbols": "▁<tool>"},
     ):
         # No tokenizer.json can be exact, so there is none.
         files = to_files(from_model(tiny_sentencepiece(**_hashable(options)), "tiny"))

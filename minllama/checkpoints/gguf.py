@@ -6,7 +6,8 @@ work: `minllama.vocabulary.gguf` does.
 """
 
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -33,19 +34,22 @@ from minllama.checkpoints.gguf_config import (
     ARCHITECTURE,
     Keys,
     check_architecture,
+    check_has_weights,
     config_from_keys,
     keys_from_config,
 )
 from minllama.checkpoints.gguf_header import GGUFHeader, GGUFTensor, is_gguf, read_header
 from minllama.checkpoints.layout import (
+    add_zero_biases,
     check_extent,
     check_writable,
-    naming,
+    has_bias,
     tensor_shapes,
     translate,
 )
+from minllama.checkpoints.source import PART
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, MinllamaError, OptionError
+from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
 from minllama.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -78,6 +82,8 @@ TYPES: dict[StoredAs, GGMLType] = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0":
 FILE_TYPES: dict[StoredAs, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 MAX_F16 = torch.finfo(torch.float16).max
 NO_VOCABULARY = "none"
+SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS = "split.count", "split.no", "split.tensors.count"
+MAX_PARTS = 99_999  # that such a name can say
 # Longest rope_freqs.weight that is read: twice the widest head that anyone has made.
 MAX_ROPE_FREQS = 1024
 
@@ -134,13 +140,14 @@ def read_gguf(path: Path) -> Checkpoint:
     """
     from minllama.vocabulary.gguf import from_gguf
 
-    file = open_gguf(path)
-    fields = file.header.fields
+    parts = _open_parts(path)
+    fields = parts[0].header.fields
     with naming(path):
+        check_has_weights(fields, sum(len(part.header.tensors) for part in parts))
         check_architecture(fields)
         rope_freqs, ignored = None, []
-        tensors = {}
-        for name, tensor in file.header.tensors.items():
+        tensors: dict[str, LazyTensor] = {}
+        for file, name, tensor in _tensors_of(parts):
             if not can_dequantize(tensor.type):
                 raise CheckpointError(
                     f"{name} is stored as {tensor.type.name}, which holds no weights to read"
@@ -153,6 +160,8 @@ def read_gguf(path: Path) -> Checkpoint:
                 ignored.append(name)
             else:
                 tensors[translate(name, OUR_NAMES) or name] = file.lazy(tensor)
+        if not tensors and "tokenizer.ggml.model" in fields:
+            raise CheckpointError("it holds a tokenizer and no model; name it with --tokenizer")
         if "tok_embeddings.weight" not in tensors:
             raise CheckpointError("the tensor token_embd.weight is missing; it is no whole model")
         keys = Keys(fields)
@@ -161,16 +170,89 @@ def read_gguf(path: Path) -> Checkpoint:
             vocab_size=tensors["tok_embeddings.weight"].shape[0],
             rope_freqs=rope_freqs,
             tie_embeddings="output.weight" not in tensors,
-            attention_bias=_has_bias(tensors, ".attention."),
-            ffn_bias=_has_bias(tensors, ".feed_forward."),
+            attention_bias=has_bias(tensors, ".attention."),
+            ffn_bias=has_bias(tensors, ".feed_forward."),
         )
         check_extent(config, tensors)
-    for name, shape in tensor_shapes(config).items():
-        if name.endswith(".bias") and name not in tensors:
-            tensors[name] = LazyTensor(shape, "zero", 0, partial(torch.zeros, shape))
+    add_zero_biases(config, tensors)
     ignored += keys.unread()
     vocabulary = partial(from_gguf, fields, path)
     return Checkpoint(path, "GGUF", config, tensors, vocabulary, tuple(ignored))
+
+
+def read_gguf_vocabulary(path: Path) -> Vocabulary | None:
+    """The tokenizer in a GGUF file, which may hold nothing else; None where it has none.
+
+    Raises:
+        CheckpointError: the file is cut off or damaged.
+        TokenizerError: its tokenizer is damaged, or of a kind that is not known.
+    """
+    from minllama.vocabulary.gguf import from_gguf
+
+    return from_gguf(read_header(path).fields, path)
+
+
+def gguf_models(folder: Path) -> list[Path]:
+    """The GGUF files in a folder, of a model in parts the first that is there, by name."""
+    models: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.gguf")):
+        if is_gguf(path):
+            part = PART.fullmatch(path.name)
+            models.setdefault(f"{part['name']}/{part['count']}" if part else path.name, path)
+    return list(models.values())
+
+
+def _open_parts(path: Path) -> list[GGUFFile]:
+    """The file at `path`, or all the parts of the model that it is one of, in order.
+
+    Raises:
+        CheckpointError: a part is missing, or is of another model; the message names it.
+    """
+    file = open_gguf(path)
+    count = file.header.fields.get(SPLIT_COUNT, 1)
+    if type(count) is not int or not 0 <= count <= MAX_PARTS:
+        raise CheckpointError(f"{path}: {SPLIT_COUNT} is {count!r}; the file is damaged")
+    if count < 2:
+        return [file]
+    match = PART.fullmatch(path.name)
+    if match is None or int(match["count"]) != count or not 1 <= int(match["number"]) <= count:
+        raise CheckpointError(
+            f"{path}: it is one of {count} parts of a model; give them back their names "
+            f"(NAME-00001-of-{count:05d}.gguf), or join them (llama-gguf-split --merge)"
+        )
+    parts = []
+    for number in range(count):
+        part = path.with_name(f"{match['name']}-{number + 1:05d}-of-{count:05d}.gguf")
+        if not part.is_file():
+            raise CheckpointError(
+                f"{part} is missing, one of the {count} parts of the model; download it again"
+            )
+        opened = file if part == path else open_gguf(part)
+        said = tuple(opened.header.fields.get(key) for key in (SPLIT_NUMBER, SPLIT_COUNT))
+        if said != (number, count):
+            raise CheckpointError(
+                f"{part}: it says that it is part {said[0]} (from 0) of {said[1]}; its name is "
+                "another's; download it again"
+            )
+        parts.append(opened)
+    total = parts[0].header.fields.get(SPLIT_TENSORS)
+    found = sum(len(part.header.tensors) for part in parts)
+    if total is not None and total != found:
+        raise CheckpointError(
+            f"{path}: its {count} parts hold {found} tensors and should hold {total}; they are of "
+            "several models; download them again"
+        )
+    return parts
+
+
+def _tensors_of(parts: list[GGUFFile]) -> Iterator[tuple[GGUFFile, str, GGUFTensor]]:
+    seen: set[str] = set()
+    for part in parts:
+        for name, tensor in part.header.tensors.items():
+            if name in seen:
+                raise CheckpointError(f"the tensor {name!r} is in two parts; download them again")
+            seen.add(name)
+            yield part, name, tensor
 
 
 def write_gguf(
@@ -195,7 +277,7 @@ def write_gguf(
             does not fit `dtype`, or the file cannot be written.
     """
     import numpy
-    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf import GGMLQuantizationType
 
     if dtype not in TYPES:
         raise OptionError(f"dtype must be one of {', '.join(TYPES)}, not {dtype!r}")
@@ -207,7 +289,7 @@ def write_gguf(
     shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
     types = {name: _type_for(shape, TYPES[dtype]) for name, shape in shapes.items()}
     with atomic_file(path) as temporary:
-        writer = GGUFWriter(temporary, ARCHITECTURE)
+        writer = _new_writer(temporary)
         try:
             for key, value in fields.items():
                 _add_field(writer, key, value)
@@ -227,10 +309,6 @@ def write_gguf(
                 writer.write_tensor_data(_encoded(name, tensor, types[name]).numpy())
         finally:
             writer.close()
-
-
-def _has_bias(tensors: Mapping[str, LazyTensor], part: str) -> bool:
-    return any(name.endswith(".bias") and part in name for name in tensors)
 
 
 def _type_for(shape: tuple[int, ...], wanted: GGMLType) -> GGMLType:
@@ -263,6 +341,22 @@ def _vocabulary_fields(vocabulary: Vocabulary | None, config: LlamaConfig) -> di
     from minllama.vocabulary.gguf import to_gguf
 
     return to_gguf(vocabulary, config.vocab_size)
+
+
+def _new_writer(path: str | PathLike[str]) -> "GGUFWriter":
+    """The package's writer, which leaves out empty lists; llama.cpp wants merges to be there."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    class Writer(GGUFWriter):
+        def add_array(self, key: str, val: Any) -> None:
+            self.add_key_value(key, val, GGUFValueType.ARRAY)
+
+        def _pack_val(self, val: Any, vtype: Any, *args: Any, **kwargs: Any) -> bytes:
+            if vtype == GGUFValueType.ARRAY and len(val) == 0:
+                return struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, 0)
+            return super()._pack_val(val, vtype, *args, **kwargs)
+
+    return Writer(path, ARCHITECTURE)
 
 
 def _add_field(writer: "GGUFWriter", key: str, value: Any) -> None:

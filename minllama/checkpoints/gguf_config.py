@@ -89,9 +89,18 @@ def check_architecture(fields: Mapping[str, Any]) -> None:
             f"the architecture is {architecture!r}, and minllama runs {ARCHITECTURE!r} only; "
             "choose a model of the Llama family"
         )
-    if (n_parts := fields.get("split.count", 1)) not in (0, 1):
+
+
+def check_has_weights(fields: Mapping[str, Any], n_tensors: int) -> None:
+    """Refuse a file that holds a vocabulary and nothing else, as llama.cpp's --vocab-only writes.
+
+    Raises:
+        CheckpointError: the message says what it is good for.
+    """
+    if n_tensors == 0 and "tokenizer.ggml.tokens" in fields:
         raise CheckpointError(
-            f"it is one of {n_parts} parts of a model; join them first (llama-gguf-split --merge)"
+            "it holds a vocabulary and no weights; it can be a --tokenizer, and the model is "
+            "another file"
         )
 
 

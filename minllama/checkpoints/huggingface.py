@@ -24,12 +24,26 @@ from minllama.checkpoints.huggingface_config import (
     config_to_huggingface,
     eos_ids,
     ignored_keys,
+    rope_contradiction,
 )
-from minllama.checkpoints.layout import check_extent, check_writable, naming, translate
+from minllama.checkpoints.layout import (
+    add_zero_biases,
+    check_extent,
+    check_writable,
+    has_bias,
+    translate,
+)
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, OptionError
+from minllama.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    OptionError,
+    TokenizerError,
+    naming,
+    warn_caller,
+)
 from minllama.json_file import read_json
-from minllama.vocabulary import Vocabulary
+from minllama.vocabulary import Vocabulary, check_fits, count_tokens
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -46,6 +60,7 @@ NAMES = {
     "output": "lm_head",
 }
 OUR_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -65,6 +80,11 @@ def is_huggingface(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds weights in files of Hugging Face's names."""
+    return any(WEIGHT_FILES.fullmatch(file.name) for file in path.iterdir())
+
+
 def read_huggingface(path: Path) -> Checkpoint:
     """Open a Hugging Face folder; nothing but headers is read.
 
@@ -76,24 +96,75 @@ def read_huggingface(path: Path) -> Checkpoint:
     raw = _read_json(path / "config.json")
     with naming(path / "config.json"):
         config = config_from_huggingface(raw)
-    ignored = ignored_keys(raw)
+        ignored = ignored_keys(raw)
+    if contradiction := rope_contradiction(raw):
+        warn_caller(f"{path / 'config.json'}: {contradiction}", CheckpointWarning)
     tensors: dict[str, LazyTensor] = {}
     prefix = "model."
     stored = dict(_stored_tensors(path))
     if stored and not any(name.startswith(prefix) for name in stored):
         stored = {prefix + name: tensor for name, tensor in stored.items()}  # a bare LlamaModel
     for name, tensor in stored.items():
-        ours = translate(name, OUR_NAMES) or name  # an unknown one is the loader's to report
-        if name.endswith("rotary_emb.inv_freq") or (
-            config.tie_embeddings and ours == "output.weight"
-        ):
+        if name.endswith("rotary_emb.inv_freq"):
             ignored.append(name)
         else:
+            ours = translate(name, OUR_NAMES) or name  # an unknown one is the loader's to report
             tensors[ours] = _permuted(ours, tensor, config)
+    config = _with_head(config, tensors, ignored, path)
     with naming(path):
+        _check_biases(config, tensors)
         check_extent(config, tensors)
+    add_zero_biases(config, tensors)
     vocabulary = partial(find_vocabulary, path)
     return Checkpoint(path, "Hugging Face", config, tensors, vocabulary, tuple(ignored))
+
+
+def _with_head(
+    config: LlamaConfig, tensors: dict[str, LazyTensor], ignored: list[str], path: Path
+) -> LlamaConfig:
+    """Settle what a tied config means where the file has an output matrix of its own.
+
+    As in transformers 5: one that equals the embedding is the embedding, another one counts, and
+    where the embedding is missing it stands for both.
+    """
+    if not config.tie_embeddings or OUTPUT not in tensors:
+        return config
+    if EMBEDDING not in tensors:
+        tensors[EMBEDDING] = tensors.pop(OUTPUT)
+        return config
+    if _are_equal(tensors[EMBEDDING], tensors[OUTPUT]):
+        del tensors[OUTPUT]
+        ignored.append(NAMES["output"] + ".weight")
+        return config
+    warn_caller(
+        f"{path}: config.json says tie_word_embeddings, and the weights have an lm_head.weight "
+        "that differs from the embedding, which counts; set tie_word_embeddings to false",
+        CheckpointWarning,
+    )
+    return config.replace(tie_embeddings=False)
+
+
+def _are_equal(one: LazyTensor, other: LazyTensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    first, second = one.load(), other.load()
+    if first.dtype != second.dtype:
+        first, second = first.float(), second.float()
+    return torch.equal(first, second)
+
+
+def _check_biases(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:
+    """Refuse biases that the config denies: transformers leaves them out, llama.cpp adds them."""
+    for key, said, part in (
+        ("attention_bias", config.attention_bias, ".attention."),
+        ("mlp_bias", config.ffn_bias, ".feed_forward."),
+    ):
+        if not said and has_bias(tensors, part):
+            name = next(n for n in tensors if n.endswith(".bias") and part in n)
+            raise CheckpointError(
+                f"the weights have biases ({their_name(name)}), and config.json does not say "
+                f"{key}; set it to true to add them, or remove them from the file"
+            )
 
 
 def write_huggingface(
@@ -116,9 +187,12 @@ def write_huggingface(
         dtype: of the weights; None for as they are.
 
     Raises:
-        MinllamaError: the format has no words for this config, the tensors disagree with it, or
-            the folder cannot be written.
+        MinllamaError: the format has no words for this config, the tensors disagree with it, the
+            tokenizer, or the one that the folder keeps, has more tokens than the model has rows,
+            or the folder cannot be written.
     """
+    if vocabulary is None:
+        _check_kept_tokenizer(Path(folder), config)
     with atomic_folder(folder, replaces=lambda name: bool(WEIGHT_FILES.fullmatch(name))) as staging:
         write_files(staging, config, tensors, vocabulary=vocabulary, dtype=dtype)
 
@@ -142,6 +216,8 @@ def write_files(
     from safetensors.torch import save_file
 
     check_writable(config, tensors)
+    if vocabulary is not None:
+        check_fits(count_tokens(vocabulary), config.vocab_size, vocabulary.origin)
     if dtype is not None and dtype not in SAFETENSORS_DTYPES.values():
         known = ", ".join(str(known) for known in SAFETENSORS_DTYPES.values())
         raise OptionError(f"dtype must be one of {known}, not {dtype}")
@@ -172,6 +248,18 @@ def write_files(
         _write_json(folder / "model.safetensors.index.json", index)
     if vocabulary is not None:
         _write_vocabulary(folder, vocabulary)
+
+
+def _check_kept_tokenizer(folder: Path, config: LlamaConfig) -> None:
+    """A TokenizerError where the tokenizer in `folder` has more tokens than the model has rows."""
+    from minllama.vocabulary import find_vocabulary
+
+    try:
+        kept = find_vocabulary(folder) if folder.is_dir() else None
+    except TokenizerError:
+        return  # its damage is told to whoever opens it
+    if kept is not None:
+        check_fits(count_tokens(kept), config.vocab_size, str(folder))
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

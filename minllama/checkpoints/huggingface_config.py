@@ -45,6 +45,14 @@ SCALING_FIELDS = {  # which of them each kind has, as transformers checks them
         *("mscale", "mscale_all_dim", "truncate"),
     ),
 }
+REQUIRED_FIELDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+DEFAULT_THETA = 10000.0
 
 # Keys that say nothing about what the model computes.
 HARMLESS_KEYS = {
@@ -57,7 +65,7 @@ HARMLESS_KEYS = {
 }
 READ_KEYS = {
     *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings"),
-    *("hidden_act", "quantization_config"),
+    *("hidden_act", "quantization_config", "partial_rotary_factor"),
 }
 
 
@@ -86,48 +94,125 @@ def config_from_huggingface(raw: dict[str, Any]) -> LlamaConfig:
     if missing := [CONFIG_KEYS[ours] for ours in REQUIRED if ours not in fields]:
         raise MinllamaError(f"{', '.join(missing)} is missing; download the file again")
     fields = DEFAULTS | fields
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise MinllamaError(f"rope scaling is {scaling!r}, not a JSON object")
-    theta = scaling.get("rope_theta", raw.get("rope_theta"))
+    rope = _rope_parameters(raw)
+    _check_rope(rope, raw)
     return LlamaConfig(
         **fields,
-        rope_theta=10000.0 if theta is None else theta,
-        rope_scaling=_scaling_from_huggingface(scaling, raw, fields["max_seq_len"]),
+        rope_theta=_first_given(rope.get("rope_theta"), raw.get("rope_theta"), DEFAULT_THETA),
+        rope_scaling=_scaling_from_huggingface(rope, raw, fields["max_seq_len"]),
     )
 
 
 def ignored_keys(raw: dict[str, Any]) -> list[str]:
     """Keys of a config.json that are neither read nor known to be harmless."""
-    return sorted(set(raw) - set(CONFIG_KEYS.values()) - READ_KEYS - HARMLESS_KEYS)
+    ignored = sorted(set(raw) - set(CONFIG_KEYS.values()) - READ_KEYS - HARMLESS_KEYS)
+    rope = _rope_parameters(raw)
+    read = {SCALING_KEYS[field] for field in SCALING_FIELDS.get(_kind(rope), ())}
+    unread = sorted(key for key in set(rope) - read - ROPE_KEYS if rope[key] is not None)
+    return ignored + [f"{_rope_key(raw)}.{key}" for key in unread]
+
+
+def rope_contradiction(raw: dict[str, Any]) -> str | None:
+    """What `rope_parameters` say that `rope_scaling` beside them overrides, for a warning."""
+    scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
+    if not scaling or not parameters:
+        return None
+    changes = {
+        key: value
+        for key, value in parameters.items()
+        if value is not None and key in scaling and scaling[key] not in (None, value)
+    }
+    if _kind(parameters) != "default" and _kind(parameters) != _kind(scaling):
+        changes = {"rope_type": _kind(parameters)} | changes
+    elif _kind(parameters) == "default":
+        changes.pop("rope_type", None)  # which says nothing that is lost
+    if not changes:
+        return None
+    said = ", ".join(f"{key} {value!r}" for key, value in changes.items())
+    return (
+        f"rope_scaling ({_kind(scaling)}) counts, and rope_parameters beside it says {said}; "
+        "remove the one that is wrong"
+    )
+
+
+def _rope_key(raw: Mapping[str, Any]) -> str:
+    """Which of a config's two keys counts: as in transformers 5, the older one where it is set."""
+    return "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+
+
+def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+    for key in ("rope_scaling", "rope_parameters"):
+        if raw.get(key) and not isinstance(raw[key], dict):
+            raise MinllamaError(f"{key} is {raw[key]!r}"[:100] + ", not a JSON object")
+    return raw.get(_rope_key(raw)) or {}
+
+
+def _check_rope(rope: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+    """Refuse rotary settings that no Llama has, or whose meaning depends on who reads them."""
+    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise MinllamaError(
+            f"{_rope_key(raw)} has settings of its own for {', '.join(nested)[:100]}, and a "
+            "Llama's layers are all alike; write them without that level"
+        )
+    for where in (rope, raw):
+        if (share := _first_given(where.get("partial_rotary_factor"), 1.0)) != 1.0:
+            raise MinllamaError(
+                f"partial_rotary_factor is {share!r}, not 1: a Llama rotates whole heads"
+            )
+    if _kind(rope) == "default" and not _given(rope, "rope_type") and _given(rope, "factor"):
+        raise MinllamaError(
+            f"{_rope_key(raw)} has a factor and no rope_type; say which scaling it is of"
+        )
+    beside = raw.get("rope_parameters") or {}
+    if _rope_key(raw) == "rope_scaling" and not (
+        _given(rope, "rope_theta") or _given(raw, "rope_theta")
+    ):
+        theta = _first_given(beside.get("rope_theta"), DEFAULT_THETA)
+        if theta != DEFAULT_THETA:
+            raise MinllamaError(
+                f"rope_scaling counts and has no rope_theta, and rope_parameters beside it says "
+                f"{theta!r}, which transformers does not read then; write rope_theta into "
+                "rope_scaling, or put the scaling into rope_parameters"
+            )
+
+
+def _kind(rope: Mapping[str, Any]) -> Any:
+    return _first_given(rope.get("rope_type"), rope.get("type"), "default")
 
 
 def _scaling_from_huggingface(
-    raw_scaling: dict[str, Any], raw: dict[str, Any], max_seq_len: int
+    rope: Mapping[str, Any], raw: Mapping[str, Any], max_seq_len: int
 ) -> RopeScaling | None:
-    kind = raw_scaling.get("rope_type", raw_scaling.get("type", "default"))
-    if raw_scaling.get("partial_rotary_factor", 1.0) != 1.0:
-        raise MinllamaError("partial_rotary_factor is not 1: a Llama rotates whole heads")
+    kind = _kind(rope)
     if kind == "default":
         return None
-    if kind not in SCALING_FIELDS:
+    if not isinstance(kind, str) or kind not in SCALING_FIELDS:
         raise MinllamaError(
             f"rope scaling {kind!r} is not known; known are default, {', '.join(SCALING_FIELDS)}"
         )
     fields = {
-        ours: raw_scaling[SCALING_KEYS[ours]]
+        ours: rope[SCALING_KEYS[ours]]
         for ours in SCALING_FIELDS[kind]
-        if _given(raw_scaling, SCALING_KEYS[ours])
+        if _given(rope, SCALING_KEYS[ours])
     }
+    if kind == "yarn":
+        for ours in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            if fields.get(ours) == 0:  # transformers takes 0 for not said
+                del fields[ours]
+        if "truncate" in rope and rope["truncate"] is None:  # and null for false
+            fields["truncate"] = False
     if "original_max_seq_len" in SCALING_FIELDS[kind]:
-        original = raw.get("original_max_position_embeddings") or max_seq_len
-        fields.setdefault("original_max_seq_len", original)
+        # The one of the model goes before that of the scaling, in transformers too.
+        of_model = raw.get("original_max_position_embeddings")
+        of_scaling = fields.get("original_max_seq_len")
+        fields["original_max_seq_len"] = _first_given(of_model, of_scaling, max_seq_len)
     if kind == "yarn" and "factor" not in fields:
         original = fields["original_max_seq_len"]
         # RopeScaling refuses what is no length.
         fields["factor"] = max_seq_len / original if original else 1.0
-    if "factor" not in fields:
-        raise MinllamaError(f"rope scaling {kind!r} has no factor")
+    required = REQUIRED_FIELDS[kind]
+    if missing := [SCALING_KEYS[ours] for ours in required if ours not in fields]:
+        raise MinllamaError(f"rope scaling {kind!r} has no {', '.join(missing)}")
     return RopeScaling(kind, **fields)
 
 
@@ -171,6 +256,11 @@ def eos_ids(vocabulary: Vocabulary) -> int | list[int] | None:
     ids = dict.fromkeys([vocabulary.eos_id, *vocabulary.stop_ids])
     several = [i for i in ids if i is not None]
     return several if len(several) > 1 else vocabulary.eos_id
+
+
+def _first_given(*values: Any) -> Any:
+    """The first of the values that is said: null counts as not said."""
+    return next((value for value in values if value is not None), None)
 
 
 def _given(raw: Mapping[str, Any], key: str) -> bool:

@@ -4,11 +4,11 @@ A model is built from a config before its tensors are compared with it, so a con
 no tensor bears out is refused here, before a billion layers are. Knows nothing of any one format.
 """
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from minllama.checkpoints.base import LazyTensor
@@ -49,6 +49,23 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["output.weight"] = (config.vocab_size, dim)
     return shapes
+
+
+def has_bias(tensors: Iterable[str], part: str) -> bool:
+    """Whether there is a bias among the tensors of `.attention.` or of `.feed_forward.`."""
+    return any(name.endswith(".bias") and part in name for name in tensors)
+
+
+def add_zero_biases(config: LlamaConfig, tensors: dict[str, LazyTensor]) -> None:
+    """Give projections without a bias, beside others that have one, a bias of zeros.
+
+    Qwen's attention has biases on q, k and v alone. As in transformers and in llama.cpp.
+    """
+    present = [part for part in (".attention.", ".feed_forward.") if has_bias(tensors, part)]
+    for name, shape in tensor_shapes(config).items():
+        is_absent = name.endswith(".bias") and name not in tensors
+        if is_absent and any(part in name for part in present):
+            tensors[name] = LazyTensor(shape, "zero", 0, partial(torch.zeros, shape))
 
 
 def differences(
@@ -99,20 +116,6 @@ def translate(name: str, table: Mapping[str, str]) -> str | None:
     if other is None or kind not in ("weight", "bias"):
         return None
     return f"{other.replace('{i}', number[1]) if number else other}.{kind}"
-
-
-@contextlib.contextmanager
-def naming(where: Path) -> Iterator[None]:
-    """Errors about the content of a file that do not name it yet, as errors that do.
-
-    Raises:
-        CheckpointError: in place of a MinllamaError inside, or of what arithmetic on values of the
-            wrong type or of absurd size raises.
-    """
-    try:
-        yield
-    except (TypeError, OverflowError, MinllamaError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
 
 
 def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:

@@ -22,9 +22,10 @@ from minllama.checkpoints import meta
 from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
 from minllama.checkpoints.gguf_blocks import view_as
 from minllama.checkpoints.layout import (
+    add_zero_biases,
     check_extent,
     check_writable,
-    naming,
+    has_bias,
     tensor_shapes,
     translate,
 )
@@ -35,7 +36,14 @@ from minllama.checkpoints.torch_file import (
     load_torch_file,
 )
 from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, MinllamaError
+from minllama.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    MinllamaError,
+    naming,
+    warn_caller,
+)
+from minllama.vocabulary import Vocabulary
 
 # llama2.c kept Meta's names; the course has its own for the projections of the attention.
 OUR_NAMES = meta.OUR_NAMES | {
@@ -123,6 +131,7 @@ def read_torch_checkpoint(path: Path) -> Checkpoint:
     with naming(path):
         config = config_from_args(args, tensors)
         check_extent(config, lazy_tensors)
+    add_zero_biases(config, lazy_tensors)
     vocabulary = partial(find_vocabulary, path.parent)
     return Checkpoint(
         *(path, "llama2.c .pt", config, lazy_tensors, vocabulary, tuple(ignored)), ends_at_bos=True
@@ -159,6 +168,8 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         norm_eps=given.get("norm_eps", given.get("layer_norm_eps", 1e-5)),
         rope_theta=given.get("rope_theta", 10000.0),
         tie_embeddings="output.weight" not in tensors,
+        attention_bias=has_bias(tensors, ".attention."),
+        ffn_bias=has_bias(tensors, ".feed_forward."),
         dropout=dropout,
     )
     key_rows = rows("layers.0.attention.compute_key.weight") or config.dim
@@ -251,8 +262,6 @@ def read_llama2c_bin(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: the header makes no sense, or the file is not as long as it says.
     """
-    from minllama.vocabulary import find_vocabulary
-
     with naming(path):
         layout = _bin_layout(path)
         size, expected = path.stat().st_size, layout.file_bytes()
@@ -277,9 +286,28 @@ def read_llama2c_bin(path: Path) -> Checkpoint:
     with naming(path):
         check_extent(layout.config, tensors)
     kind = f"version {layout.version}" if layout.version else "legacy"
-    vocabulary = partial(find_vocabulary, path.parent)
+    vocabulary = partial(_vocabulary_beside, path, layout.config.vocab_size)
     name = f"llama2.c .bin ({kind})"
     return Checkpoint(path, name, layout.config, tensors, vocabulary, ends_at_bos=True)
+
+
+def _vocabulary_beside(path: Path, vocab_size: int) -> Vocabulary | None:
+    """The tokenizer in the file's folder, where it can be the model's: nothing but chance says so.
+
+    llama2.c keeps models with vocabularies of their own in one folder.
+    """
+    from minllama.vocabulary import find_vocabulary
+    from minllama.vocabulary.codecs import open_codec
+
+    vocabulary = find_vocabulary(path.parent)
+    if vocabulary is not None and (n_tokens := len(open_codec(vocabulary).tokens)) > vocab_size:
+        warn_caller(
+            f"{path}: the tokenizer beside it has {n_tokens} tokens, and the model knows "
+            f"{vocab_size}, so it is another model's and is not used; name one with --tokenizer",
+            CheckpointWarning,
+        )
+        return None
+    return vocabulary
 
 
 def write_llama2c_bin(

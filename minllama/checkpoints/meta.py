@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
-from minllama.checkpoints.layout import check_extent, naming, translate
+from minllama.checkpoints.layout import add_zero_biases, check_extent, has_bias, translate
 from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
 from minllama.config import LlamaConfig, RopeScaling, meta_hidden_dim
-from minllama.errors import CheckpointError
+from minllama.errors import CheckpointError, naming
 from minllama.json_file import read_json
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
@@ -44,8 +44,24 @@ REQUIRED = ("dim", "n_layers", "n_heads")
 KNOWN = {
     *REQUIRED,
     *("n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "hidden_dim", "norm_eps"),
-    *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len"),
+    *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor"),
+    "max_seq_len",
 }
+# Keys of releases that are something else than a Llama of dense numbers, and what they are.
+OTHERS = {
+    "quantization_args": "its weights are quantized (SpinQuant, QLoRA); use the release in "
+    "bfloat16, or a GGUF file",
+    "lora_args": "its weights are quantized, with adapters beside them; use the release in "
+    "bfloat16, or a GGUF file",
+    "vision_chunk_size": "it sees images (Llama 3.2 11B, 90B); choose a model of text alone",
+    "vision_num_cross_attention_layers": "it sees images (Llama 3.2 11B, 90B); choose a model of "
+    "text alone",
+    "vision_args": "it sees images; choose a model of text alone",
+    "moe_args": "it is a mixture of experts; choose a dense Llama",
+}
+# Width, heads and key heads of Llama 3.2's small models, 1B and 3B, and of what was pruned from
+# them: params.json says that their angles are scaled, and not that it is by 32, where 3.1's is 8.
+LLAMA_32 = {(2048, 32, 8), (3072, 24, 8)}
 UNUSED = {"max_batch_size"}  # of Meta's own cache
 
 
@@ -65,15 +81,18 @@ def read_meta(path: Path) -> Checkpoint:
     """
     from minllama.vocabulary import find_vocabulary
 
-    shards = [dense_tensors(load_torch_file(file), file) for file in _shard_files(path)]
     params_path = path / "params.json"
     params = _read_params(params_path)
+    with naming(params_path):
+        _known_params(params)  # a reason that lies in the kind of model goes before its tensors'
+    shards = [dense_tensors(load_torch_file(file), file) for file in _shard_files(path)]
     with naming(path):
         tensors, ignored = _joined(shards, params)
     with naming(params_path):
         config = config_from_params(params, tensors)
         _check_shard_count(config, shards)
         check_extent(config, tensors)
+    add_zero_biases(config, tensors)
     ignored += sorted(UNUSED & set(params))
     vocabulary = partial(find_vocabulary, path)
     return Checkpoint(path, "Meta", config, tensors, vocabulary, tuple(ignored))
@@ -85,17 +104,13 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
     `vocab_size` is -1 in many, and then the embedding's rows. The context is in none of Meta's own:
     without `max_seq_len` it is that of the generation which the other fields show: Llama 3.1 and
     later (`use_scaled_rope`) 131072, Code Llama (theta 1e6) 16384, Llama 3 (theta 5e5) 8192,
-    Llama 2 4096, Llama 1 (epsilon 1e-6) 2048.
+    Llama 2 4096, Llama 1 (epsilon 1e-6) 2048. Where angles are scaled, and the factor is not said,
+    it is 32 for the shapes of Llama 3.2's 1B and 3B, and 8 for all others.
 
     Raises:
         MinllamaError: a key is missing or not known, or the values contradict one another.
     """
-    if unknown := sorted(set(params) - KNOWN - UNUSED):
-        raise CheckpointError(
-            f"{', '.join(unknown)}: not known to minllama, so the model may compute something "
-            f"else; known are {', '.join(sorted(KNOWN))}"
-        )
-    given = {key: value for key, value in params.items() if value is not None}
+    given = _known_params(params)
     if missing := [key for key in REQUIRED if key not in given]:
         raise CheckpointError(f"{', '.join(missing)} is missing; fetch the file again")
     if given.get("vocab_size", -1) == -1:
@@ -106,13 +121,41 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
         **fields,
         hidden_dim=given.get("hidden_dim") or _hidden_dim(given),
         tie_embeddings="output.weight" not in tensors,
+        attention_bias=has_bias(tensors, ".attention."),
+        ffn_bias=has_bias(tensors, ".feed_forward."),
     )
-    scaling = None
-    if given.get("use_scaled_rope"):
-        factor = given.get("rope_scaling_factor", 8.0)
-        scaling = RopeScaling("llama3", factor=factor, original_max_seq_len=8192)
+    scaling = _scaling(given, config)
     max_seq_len = given.get("max_seq_len") or _usual_context(config, scaling)
     return config.replace(rope_scaling=scaling, max_seq_len=max_seq_len)
+
+
+def _known_params(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that say something; an error where one says what is not computed here."""
+    given = {key: value for key, value in params.items() if value is not None}
+    for key, what in OTHERS.items():
+        if key in given:
+            raise CheckpointError(f"{key} is not read: {what}")
+    if unknown := sorted(set(given) - KNOWN - UNUSED):
+        raise CheckpointError(
+            f"{', '.join(unknown)}: not known to minllama, so the model may compute something "
+            f"else; known are {', '.join(sorted(KNOWN))}"
+        )
+    return given
+
+
+def _scaling(given: Mapping[str, Any], config: LlamaConfig) -> RopeScaling | None:
+    is_scaled = given.get("use_scaled_rope", False)
+    if not isinstance(is_scaled, bool):
+        raise CheckpointError(f"use_scaled_rope must be true or false, not {is_scaled!r}"[:100])
+    if not is_scaled:
+        return None
+    usual = 32.0 if (config.dim, config.n_heads, config.n_kv_heads) in LLAMA_32 else 8.0
+    return RopeScaling(
+        "llama3",
+        factor=given.get("rope_scaling_factor", usual),
+        high_freq_factor=given.get("rope_high_freq_factor", 4.0),
+        original_max_seq_len=8192,
+    )
 
 
 def _hidden_dim(given: Mapping[str, Any]) -> int:
@@ -185,6 +228,8 @@ def _joined(
 def _cut_dim(ours: str, part: Tensor, params: Mapping[str, Any]) -> int | None:
     """The dimension along which a tensor was cut; `None` where each shard has it whole."""
     module = ours.split(".")[-2] if "." in ours else ours
+    if ours.endswith(".bias") and part.dim() == 1:  # one for each row
+        return 0 if module in CUT_ROWS else None
     if part.dim() != 2:
         return None
     if module == "tok_embeddings":

@@ -44,6 +44,8 @@ WEIGHT_FILES = (
     re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"),
     re.compile(r"consolidated\.\d+\.pth"),
 )
+# A GGUF model in parts, as llama-gguf-split and its kin name and number them.
+PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 MAX_LISTED = 20
 
@@ -159,7 +161,11 @@ def _downloaded(hub_model: HubModel) -> Path:
     files = [sibling.rfilename for sibling in info.siblings or []]
     file = _lone_file(hub_model, files)
     if file is not None:
-        path = huggingface_hub.hf_hub_download(hub_model.repo, file, revision=hub_model.revision)
+        paths = {
+            part: huggingface_hub.hf_hub_download(hub_model.repo, part, revision=hub_model.revision)
+            for part in _with_parts(file, files)
+        }
+        path = paths[file]
     else:
         path = huggingface_hub.snapshot_download(
             hub_model.repo, revision=hub_model.revision, allow_patterns=_folder_files(files)
@@ -235,11 +241,22 @@ def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
             f"{hub_model}: the repository holds no weights that minllama reads (model.safetensors, "
             "pytorch_model.bin, consolidated.00.pth, *.gguf); name another"
         )
+    if len(_with_parts(ggufs[0], ggufs)) == len(ggufs):  # one file, or the parts of one model
+        return ggufs[0]
     if len(ggufs) > 1:
         raise CheckpointError(
             f"{hub_model}: holds several GGUF files; name {_listed(hub_model, ggufs)}"
         )
     return ggufs[0]
+
+
+def _with_parts(file: str, files: list[str]) -> list[str]:
+    """Those of a repository's files that `file` cannot be read without, itself among them."""
+    match = PART.fullmatch(file)
+    if match is None:
+        return [file]
+    start, end = f"{match['name']}-", f"-of-{match['count']}.gguf"
+    return [part for part in files if part.startswith(start) and part.endswith(end)]
 
 
 def _listed(hub_model: HubModel, files: list[str]) -> str:

@@ -4,9 +4,10 @@ Knows nothing of how a text's logits come about, of training or of files.
 """
 
 import contextlib
+import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError
 from minllama.evaluation import predictions
 from minllama.llama import Llama
 from minllama.options import PromptOptions
 from minllama.prompts import EncodedPrompt, PromptTemplate
+from minllama.thresholds import DEFAULT, Thresholds, as_thresholds, positive_class
 from minllama.tokenizer import Tokenizer
 from minllama.treebank import undo_treebank
 
@@ -43,6 +46,8 @@ class Classifier(nn.Module, ABC):
     Attributes:
         temperature: logits are divided by it before they become probabilities (Guo et al. 2017,
             sec. 4.2); 1 until it is fitted.
+        decision: from which probability on labels are predicted, and which of two classes is the
+            positive one; None for the likeliest class, or each label from 0.5 on.
         shortened: the hash of each text that was too long and has been read in part, up to
             MOST_NOTED of them.
         digest: SHA-256 of the description that it was read from; None where it was made here.
@@ -68,6 +73,7 @@ class Classifier(nn.Module, ABC):
         self.multi_label = multi_label
         self.template, self.prompt = template, prompt
         self.temperature = 1.0
+        self.decision: Thresholds | None = None
         self.shortened: set[int] = set()
         self.digest: str | None = None
 
@@ -92,8 +98,10 @@ class Classifier(nn.Module, ABC):
         """A text in its prompt, as token ids.
 
         Raises:
-            MinllamaError: it is empty and nothing stands around it, or it cannot be encoded.
+            MinllamaError: it is empty and nothing stands around it, it cannot be encoded, or it is
+                no string.
         """
+        checked_texts([text])
         encoded = self.template.encode(undo_treebank(text) if self.prompt.undo_treebank else text)
         if not encoded.ids:
             raise MinllamaError(
@@ -113,10 +121,10 @@ class Classifier(nn.Module, ABC):
             progress: is told how many more texts are done.
 
         Raises:
-            MinllamaError: a text cannot be encoded, or has no tokens; or it is one string.
+            MinllamaError: a text cannot be encoded, has no tokens, or is no string (a DataError
+                that tells its place); or it is one string.
         """
-        if isinstance(texts, str):
-            raise MinllamaError(f"texts must be a list of strings, not the string {texts[:40]!r}")
+        texts = checked_texts(texts)
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
         with evaluating(self), torch.inference_mode(), self.steady():
             encoded = [self.encode(text) for text in texts]
@@ -135,11 +143,81 @@ class Classifier(nn.Module, ABC):
         logits = self.predict_logits(texts, progress=progress)
         return probabilities(logits, self.temperature, multi_label=self.multi_label)
 
-    def predict(self, texts: Sequence[str]) -> list[Any]:
-        """The likeliest class of each text; a tuple of all from 0.5 on where `multi_label`."""
-        chosen = predictions(self.predict_proba(texts), multi_label=self.multi_label)
+    def predict(
+        self, texts: Sequence[str], *, threshold: float | Mapping[str, float] | None = None
+    ) -> list[Any]:
+        """The class of each text, by the thresholds; a tuple of all that are there for multi-label.
+
+        Without thresholds it is the likeliest class, or all labels from 0.5 on.
+
+        Args:
+            texts: N strings.
+            threshold: in the place of the classifier's own: that of the positive class of two, or
+                of every label, or label -> threshold.
+
+        Raises:
+            MinllamaError: as `predict_logits`; or such a threshold cannot be.
+        """
+        decision = self.decision if threshold is None else self._as_decision(threshold)
+        chosen = predictions(
+            self.predict_proba(texts), multi_label=self.multi_label, thresholds=decision
+        )
         rows = [tuple(self.labels[i] for i in np.flatnonzero(row)) for row in chosen]
         return rows if self.multi_label else [name for (name,) in rows]
+
+    @property
+    def positive(self) -> str | None:
+        """The positive one of two classes, the second where nobody chose; None elsewhere."""
+        if self.decision is not None and self.decision.positive is not None:
+            return self.labels[self.decision.positive]
+        number = positive_class(self.labels, None, multi_label=self.multi_label)
+        return None if number is None else self.labels[number]
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Label -> the probability from which on it is predicted.
+
+        Of two classes the positive one has a threshold; of more classes none has, the likeliest is
+        predicted. May be set, to such a mapping or to one number.
+        """
+        if self.decision is not None:
+            return self.decision.by_label(self.labels)
+        names = self.labels if self.multi_label else [self.positive] if self.positive else []
+        return dict.fromkeys(names, DEFAULT)
+
+    @thresholds.setter
+    def thresholds(self, value: float | Mapping[str, float]) -> None:
+        self.decide_by(self._as_decision(value))
+
+    @property
+    def threshold(self) -> float | None:
+        """The threshold that all labels have that have one; None where they have several or none.
+
+        May be set.
+        """
+        values = set(self.thresholds.values())
+        return values.pop() if len(values) == 1 else None
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self.decide_by(self._as_decision(value))
+
+    def decide_by(self, decision: Thresholds | None) -> None:
+        """Predict by these thresholds from now on. Probabilities stay what they are."""
+        before, self.decision = (self.positive, self.thresholds), decision
+        after = (self.positive, self.thresholds)
+        if self.digest is not None and before != after:  # its labels are no longer those
+            said = f"{self.digest} {after}".encode("utf-8", "backslashreplace")
+            self.digest = hashlib.sha256(said).hexdigest()
+
+    def _as_decision(self, value: float | Mapping[str, float]) -> Thresholds:
+        positive = None if self.positive is None else self.labels.index(self.positive)
+        if positive is None and not self.multi_label:
+            raise MinllamaError(
+                f"of {len(self.labels)} classes the likeliest is predicted; thresholds are for two "
+                "classes, or for texts with any number of labels"
+            )
+        return as_thresholds(value, self.labels, positive)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the classifier to a folder, from which `load_classifier` reads it.

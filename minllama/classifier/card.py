@@ -11,6 +11,7 @@ from typing import Any
 from minllama.classifier.base import Classifier
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
 from minllama.classifier.zero_shot import LlamaZeroShotClassifier
+from minllama.thresholds import one_line
 
 KINDS = {
     "base": "the base model as it is",
@@ -25,6 +26,7 @@ def model_card(
     metrics: Mapping[str, Mapping[str, float]],
     *,
     name: str,
+    verdicts: Mapping[str, str] | None = None,
 ) -> str:
     """README.md, from what classifier.json holds.
 
@@ -33,6 +35,7 @@ def model_card(
         content: that of classifier.json.
         metrics: split -> metric -> value.
         name: of the folder.
+        verdicts: split -> what the metrics come to, in a sentence or two.
     """
     base = content["base"]["model"]
     lines = ["---", "library_name: minllama", "pipeline_tag: text-classification"]
@@ -46,6 +49,8 @@ def model_card(
     lines += ["## What it is", "", *_facts(classifier, content), ""]
     if metrics:
         lines += ["## How it fared", "", *_table(metrics), ""]
+        for split, verdict in (verdicts or {}).items():
+            lines += [f"{_one_line(split)}: {_one_line(verdict)}", ""]
         lines += ["`metrics.json` and `report.html` say more, where they are in this folder.", ""]
     if content["training"]:
         lines += ["## How it came about", "", "```json"]
@@ -70,6 +75,8 @@ def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
         "weights in": f"`{content['base']['quantize'] or content['base']['dtype']}`",
         "temperature": f"{classifier.temperature:.4g}",
     }
+    if classifier.multi_label or classifier.positive is not None:
+        facts["predicted"] = f"`{_one_line(_threshold(classifier))}`"
     if isinstance(classifier, LlamaZeroShotClassifier):
         words = ", ".join(f"`{_one_line(word)}`" for word in content["label_words"])
         facts["label words"] = words
@@ -82,6 +89,12 @@ def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
         if content["weights"] == "adapter":
             facts["head"] = _where_head_is(classifier)
     return [f"- {name}: {value}" for name, value in facts.items()]
+
+
+def _threshold(classifier: Classifier) -> str:
+    if classifier.decision is not None:
+        return one_line(classifier.decision, classifier.labels)
+    return "each label from 0.5 on" if classifier.multi_label else "the likelier class"
 
 
 def _where_head_is(classifier: Classifier) -> str:

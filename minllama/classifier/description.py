@@ -22,10 +22,12 @@ from minllama.errors import CheckpointError, MinllamaError
 from minllama.json_file import read_json
 from minllama.llama import Llama
 from minllama.options import PromptOptions
+from minllama.thresholds import DEFAULT, one_line, read, saved
 from minllama.tokenizer import Tokenizer
 
 CLASSIFIER_FILE = "classifier.json"
-VERSION = 1
+# The second may say `thresholds`, which readers of the first would ignore.
+VERSIONS = (1, 2)
 WHERE = ("model", "tokenizer")  # keys of `base`
 FOR_PEOPLE = ("minllama", "training")
 
@@ -42,7 +44,7 @@ def describe(
     llama = classifier.llama
     content: dict[str, Any] = {
         "format": "minllama classifier",
-        "version": VERSION,
+        "version": VERSIONS[0],
         "minllama": minllama.__version__,
         "labels": list(classifier.labels),
         "multi_label": classifier.multi_label,
@@ -59,6 +61,9 @@ def describe(
         },
         "weights": weights,
     }
+    if classifier.decision is not None:
+        thresholds = saved(classifier.decision, classifier.labels)
+        content |= {"version": VERSIONS[1], "thresholds": thresholds}
     if isinstance(classifier, LlamaZeroShotClassifier):
         content["kind"] = "zero-shot"
         content["label_words"] = list(classifier.label_words)
@@ -120,7 +125,48 @@ def build(
                 prompt=prompt,
             )
     classifier.temperature = _positive(content["temperature"])
+    if (thresholds := content.get("thresholds")) is not None:
+        classifier.decision = read(thresholds, labels, multi_label=classifier.multi_label)
     return classifier
+
+
+def in_words(path: Path) -> list[tuple[str, str]]:
+    """What classifier.json says of a classifier, as pairs of name and value, for people.
+
+    Raises:
+        CheckpointError: it is missing, damaged, changed or of another version.
+    """
+    content = read_description(path)
+    with described_by(path):
+        labels = [str(label) for label in content["labels"]]
+        base, many = content["base"], bool(content["multi_label"])
+        how = f"head on layer {content.get('layer')}, {content.get('pooling')} pooling"
+        if content["kind"] == "zero-shot":
+            how = f"label words {', '.join(map(str, content['label_words']))}; {content['score']}"
+        lines = [
+            ("classifier", str(path.parent)),
+            ("gives", f"{'any number' if many else 'one'} of {len(labels)} labels"),
+            ("labels", ", ".join(labels)),
+            ("by", how),
+            ("base", str(base["model"] or "default") if content["weights"] != "full" else "own"),
+            ("weights", f"{content['weights']}, base in {base['quantize'] or base['dtype']}"),
+            ("prompt", json.dumps(content["prompt"]["prompt"], ensure_ascii=False)),
+            ("temperature", f"{_positive(content['temperature']):.4g}"),
+        ]
+        lines.append(("predicted", _predicted(content.get("thresholds"), labels, many)))
+        if not isinstance(content["sha256"], dict):
+            raise TypeError("sha256 is not what it should be")
+    check_unchanged(path, content)  # last, for the others say what it is that differs
+    return lines
+
+
+def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:
+    """From which probability on labels are predicted, for people."""
+    if thresholds is not None:
+        return one_line(read(thresholds, labels, multi_label=multi_label), labels)
+    if multi_label:
+        return f"threshold {DEFAULT:g} for each label"
+    return f"threshold {DEFAULT:g} for {labels[1]!r}" if len(labels) == 2 else "the likeliest class"
 
 
 def write_description(path: Path, content: Mapping[str, Any]) -> None:
@@ -148,9 +194,10 @@ def read_description(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
-    if not isinstance(content, dict) or content.get("version") != VERSION:
+    if not isinstance(content, dict) or content.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"{path}: not a classifier of version {VERSION}; use the minllama that wrote it"
+            f"{path}: not a classifier of version {' or '.join(map(str, VERSIONS))}; use the "
+            "minllama that wrote it"
         )
     return content
 

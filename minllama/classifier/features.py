@@ -25,6 +25,7 @@ from minllama.classifier.embedding import (
     pool,
 )
 from minllama.classifier.label_scores import padded
+from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError
 
 Choice = tuple[int, Pooling]
@@ -81,7 +82,7 @@ def extract_features(
     Returns:
         For each choice (N, D) float32, in the order of the texts.
     """
-    choices = list(choices)
+    texts, choices = checked_texts(texts), list(choices)
     llama = classifier.llama
     by_layer: dict[int, list[Pooling]] = {}
     for layer, pooling in choices:

@@ -19,11 +19,11 @@ import torch
 
 from minllama.adapter_config import CONFIG_FILE
 from minllama.adapter_files import FILES as ADAPTER_FILES
-from minllama.adapter_files import WEIGHTS_FILE, load_adapter, write_adapter
+from minllama.adapter_files import load_adapter, write_adapter
 from minllama.atomic import atomic_folder
-from minllama.checkpoints import Checkpoint, open_checkpoint
+from minllama.checkpoints import Checkpoint, open_checkpoint, read_tokenizer
+from minllama.checkpoints.adapter import WEIGHTS_FILE
 from minllama.checkpoints.huggingface import WEIGHT_FILES, write_files
-from minllama.checkpoints.layout import naming
 from minllama.checkpoints.source import canonical_name, source_of
 from minllama.classifier.base import Classifier, evaluating
 from minllama.classifier.base_model import (
@@ -52,14 +52,13 @@ from minllama.classifier.head_file import (
     write_head,
 )
 from minllama.classifier.identity import base_tensors, tokenizer_digest
-from minllama.errors import CheckpointError, MinllamaError, OptionError
+from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
 from minllama.llama import Llama
 from minllama.loading import reading_form, slow_dtype, usable_device, warn_if_slow
 from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper
 from minllama.options import PromptOptions
 from minllama.quantization import replace_by_numbers
 from minllama.tokenizer import Tokenizer
-from minllama.vocabulary import load_vocabulary
 from minllama.vocabulary.huggingface import FILES as TOKENIZER_FILES
 
 CARD_FILE = "README.md"
@@ -73,6 +72,7 @@ def save_classifier(
     tokenizer: str | None = None,
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
+    verdicts: Mapping[str, str] | None = None,
     also: Callable[[Path], object] | None = None,
     removes: Collection[str] = (),
 ) -> None:
@@ -88,6 +88,7 @@ def save_classifier(
             checkpoint's own; None for what it says of itself.
         training: settings that it came about with, for people.
         metrics: split -> metric -> value, for the model card.
+        verdicts: split -> what these come to in a sentence, for the model card.
         also: writes what else belongs into the folder that it is given, in the same step.
         removes: names of what goes from the folder in this step.
 
@@ -120,7 +121,8 @@ def save_classifier(
         digested = (staging / name for name in (HEAD_FILE, CONFIG_FILE, WEIGHTS_FILE))
         content["sha256"] = {path.name: sha256_of(path) for path in digested if path.is_file()}
         write_description(staging / CLASSIFIER_FILE, content)
-        card = model_card(classifier, content, metrics or {}, name=Path(folder).resolve().name)
+        name = Path(folder).resolve().name
+        card = model_card(classifier, content, metrics or {}, name=name, verdicts=verdicts)
         (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
         if also is not None:
             also(staging)
@@ -134,8 +136,8 @@ def _tokenizer_elsewhere(classifier: Classifier) -> str | None:
         return None
     try:
         own = open_checkpoint(source_of(model)).vocabulary
-        load_vocabulary(Path(source))
-    except MinllamaError:  # a whole checkpoint's, or gone since
+        read_tokenizer(source)
+    except MinllamaError:  # of a checkpoint in another format, or gone since
         return None
     words = classifier.tokenizer.vocabulary
     return None if own is not None and tokenizer_digest(own) == tokenizer_digest(words) else source

@@ -114,6 +114,8 @@ def tokenizer_digest(vocabulary: Vocabulary) -> str:
         name: getattr(vocabulary, name)
         for name in ("form", "bos_id", "eos_id", "add_bos", "add_eos", "chat_template")
     }
+    if vocabulary.flags or not vocabulary.legacy:  # others keep the digest that they had
+        settings |= {"flags": vocabulary.flags, "legacy": vocabulary.legacy}
     data = vocabulary.data
     if vocabulary.form == "tokenizers":
         # Who writes a tokenizer.json again lays it out in another way.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from minllama.classifier.base import Classifier, as_prompt, checked_labels, make_template
 from minllama.classifier.label_scores import SharedPrefix, compute_label_scores
+from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError
 from minllama.llama import Llama
 from minllama.options import CORRECTED, SCORES, PromptOptions
@@ -139,8 +140,9 @@ class LlamaZeroShotClassifier(Classifier):
             texts: of the task, without labels, for `batch`: some hundred are plenty.
 
         Raises:
-            MinllamaError: there are none.
+            MinllamaError: there are none, or one is no string.
         """
+        texts = checked_texts(texts)
         if self.score == "batch" and not texts:
             raise MinllamaError(
                 "the score 'batch' needs some texts of the task to learn how likely the labels are "

@@ -8,16 +8,17 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TextIO
+from typing import Any, TextIO
 
 import click
 
 from minllama import __version__
 from minllama.cli.limits import keep_to_granted_cpus
-from minllama.errors import MinllamaError
+from minllama.errors import CheckpointWarning, MinllamaError
 from minllama.text import one_line
 
 COMMANDS = {
@@ -102,10 +103,27 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115  (until exit)
 
 
+def _as_notices(show: Callable[..., None]) -> Callable[..., None]:
+    """A `warnings.showwarning` that shows our own as one line each, once, and others as before."""
+    shown: set[str] = set()
+
+    def show_once(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if not issubclass(category, CheckpointWarning):
+            show(message, category, *where)
+        elif (text := " ".join(str(message).split())) not in shown:
+            shown.add(text)
+            with suppress(OSError):  # where it goes is full or gone
+                click.echo(f"minllama: {text}", err=True)
+
+    return show_once
+
+
 def _run(args: list[str] | None, state: State) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default" if state.debug else "ignore")
+            warnings.simplefilter("always", CheckpointWarning)
+            warnings.showwarning = _as_notices(warnings.showwarning)
             try:
                 cli.main(args, prog_name="minllama", standalone_mode=False, obj=state)
             except click.exceptions.NoArgsIsHelpError as error:

@@ -7,6 +7,7 @@ import click
 
 from minllama.cli.chat_input import HELP, read_said
 from minllama.cli.common import (
+    base_option,
     check_sampling,
     chosen_template,
     dataclass_options,
@@ -30,6 +31,7 @@ from minllama.text import one_line
 @click.command("chat")
 @template_options()
 @model_options
+@base_option
 @quantize_option
 @generation_config_option
 @dataclass_options(
@@ -44,6 +46,7 @@ def command(
     chat_template: str | None,
     source: str | None,
     tokenizer: str | None,
+    base: str | None,
     dtype: str | None,
     device: str | None,
     quantize: str,
@@ -60,7 +63,7 @@ def command(
         from minllama.conversation import Conversation
 
     warn_of_slow_dtype(dtype, device)
-    model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize)
+    model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize, base=base)
     if generation_config:
         checked = recommended(options, checkpoint)
     template = chosen_template(chat_template, words)

@@ -25,8 +25,15 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.errors import DataError, MinllamaError, OptionError
+from minllama.evaluation_options import ThresholdOptions
 from minllama.lock import only_run
-from minllama.options import CORRECTED, DataOptions, PromptOptions, ZeroShotOptions, names_of
+from minllama.options import (
+    CORRECTED,
+    DataOptions,
+    PromptOptions,
+    ZeroShotOptions,
+    names_of,
+)
 from minllama.text import printable
 
 if TYPE_CHECKING:
@@ -43,7 +50,13 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
 @click.option(
     "--labels",
     metavar="A,B,...",
-    help="Classify with these words alone, without a trained classifier.",
+    help="Classify with these words alone, without a trained classifier; in quotes where one holds "
+    "a comma, or as a JSON list.",
+)
+@click.option(
+    "--labels-file",
+    metavar="FILE",
+    help="The --labels, one on each line, or as a JSON list or object {name: number}.",
 )
 @click.option(
     "--text",
@@ -84,11 +97,16 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
 @quantize_option_of_classifier
 @dataclass_options(ZeroShotOptions, skip=("shots",))
 @dataclass_options(PromptOptions)
-@dataclass_options(DataOptions, skip=("label_names", "multi_label", "label_separator"))
+@dataclass_options(ThresholdOptions)
+@dataclass_options(
+    DataOptions,
+    skip=("label_names", "multi_label", "label_separator", "label_columns", "label_lists"),
+)
 @debug_option
 def command(
     classifier: str | None,
     labels: str | None,
+    labels_file: str | None,
     texts: tuple[str, ...],
     rows: str | None,
     output: str,
@@ -109,12 +127,16 @@ def command(
     _check_idle(bool(texts), score=values["score"])
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
+    threshold = pick(ThresholdOptions, values)
     output_format = output_format or ("labelled" if output.endswith(".txt") else "jsonl")
     _check_input(texts, rows, output, output_format, resume=resume, force=force)
     columns = [name.strip() for name in (keep_columns or "").split(",") if name.strip()]
     if keep_columns is not None and not (columns and output_format == "jsonl"):
         raise OptionError("--keep-columns names columns that lines of JSON carry along, or all")
-    if (classifier is None) == (labels is None):
+    if labels is not None and labels_file is not None:
+        raise OptionError("--labels and --labels-file name the same; give one of them")
+    is_given = labels is not None or labels_file is not None
+    if (classifier is None) != is_given:
         raise OptionError("name a CLASSIFIER, or give --labels such as good,bad; one of them")
     if classifier is not None:
         if own := given_options(OF_A_CLASSIFIER):
@@ -123,17 +145,26 @@ def command(
             raise OptionError(f"{flags}: a CLASSIFIER has its own; leave them away")
         made = _load(classifier, base, tokenizer, dtype, device, quantize)
     else:
-        assert labels is not None
         if base is not None:
             raise OptionError("--base is that of a CLASSIFIER; with --labels name it with --model")
-        made = _zero_shot(labels, options, prompt, source, tokenizer, dtype, device, quantize)
+        names = _names(labels, labels_file)
+        made = _zero_shot(names, options, prompt, source, tokenizer, dtype, device, quantize)
         _learn_prior(made, options, rows, data)
+    _decide(made, threshold)
     if texts:
         _classify_texts(made, texts, as_json=as_json)
     else:
         assert rows is not None
         with only_run(output) if output != "-" else contextlib.nullcontext():
             _classify_rows(made, rows, output, output_format, data, columns=columns, resume=resume)
+
+
+def _decide(classifier: "Classifier", options: ThresholdOptions) -> None:
+    """Let thresholds that were typed take the place of the classifier's own."""
+    from minllama.thresholds import fixed_thresholds
+
+    kind: Any = {"multi_label": classifier.multi_label, "own": classifier.decision}
+    classifier.decide_by(fixed_thresholds(options, classifier.labels, **kind))
 
 
 def _check_idle(has_texts: bool, *, score: str) -> None:
@@ -216,8 +247,27 @@ def _load(
     )
 
 
+def _names(labels: str | None, labels_file: str | None) -> list[str]:
+    """The names of --labels or --labels-file; says which of them may be one."""
+    from minllama.data import read_labels_file
+    from minllama.data.label_names import names_of_option
+    from minllama.data.look_alikes import alike_message, look_alikes
+
+    if labels_file is not None:
+        names, where = read_labels_file(labels_file), labels_file
+    else:
+        assert labels is not None
+        names, where = names_of_option(labels, "--labels"), f"--labels {labels!r}"
+    if len(names) < 2:
+        form = "a line each" if labels is None else "parted by commas"
+        raise OptionError(f"{where} is one label; give at least two, {form}")
+    for alike in look_alikes(names):
+        click.echo(f"labels: {alike_message(alike, {})}", err=True)
+    return names
+
+
 def _zero_shot(
-    labels: str,
+    names: list[str],
     options: ZeroShotOptions,
     prompt: PromptOptions,
     source: str | None,
@@ -231,9 +281,6 @@ def _zero_shot(
         from minllama.llama import Llama
         from minllama.loading import usable_device
 
-    names = [label.strip() for label in labels.split(",")]
-    if len(names) < 2:
-        raise OptionError(f"--labels {labels!r} is one label; give at least two, parted by commas")
     warn_of_slow_dtype(dtype, device)
     checkpoint, words = open_words(source, tokenizer)
     where, wanted = usable_device(device), None if quantize == "none" else quantize or "auto"
@@ -282,11 +329,15 @@ def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json
         return
     names = [printable(label) for label in classifier.labels]
     width = max(map(len, names))
-    for text, p in zip(texts, probabilities, strict=True):
+    decision = classifier.decision
+    chosen = None if decision is None else decision.predictions(probabilities)
+    for row, (text, p) in enumerate(zip(texts, probabilities, strict=True)):
         if len(texts) > 1:
             click.secho(printable(text), dim=True)
         for i in (-p).argsort(kind="stable"):
-            click.echo(f"{names[i]:<{width}}  {p[i]:.3f}")
+            # Where thresholds decide, the first is not always it.
+            mark = "" if chosen is None or not chosen[row, i] else "  predicted"
+            click.echo(f"{names[i]:<{width}}  {p[i]:.3f}{mark}")
     click.echo(described(classifier), err=True)
     if said := shortened_texts(classifier):
         click.echo(said, err=True)
@@ -348,7 +399,8 @@ def _classify_rows(
     finally:
         say.close()
     if bad_rows.count:
-        say.say(f"bad rows left out: {bad_rows.count} ({bad_rows.summary()})")
+        why = "; ".join([bad_rows.summary(), *bad_rows.remedies])
+        say.say(f"bad rows left out: {bad_rows.count} ({why})")
     if said := shortened_texts(classifier):
         say.say(said)
     score = score_of(classifier)

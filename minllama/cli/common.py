@@ -66,7 +66,7 @@ def model_options(command: Command) -> Command:
         click.option(
             "--tokenizer",
             metavar="PATH",
-            help="Tokenizer file or folder, where none lies beside the model.",
+            help="Tokenizer file (GGUF as well) or folder, where none lies beside the model.",
         ),
         click.option(
             "--dtype",
@@ -80,6 +80,15 @@ def model_options(command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def base_option(command: Command) -> Command:
+    """`--base`: of a model that may be a PEFT adapter."""
+    return click.option(
+        "--base",
+        metavar="PATH|ID",
+        help="Where a PEFT adapter's base model is, if not where its adapter_config.json says.",
+    )(command)
 
 
 def quantize_option(command: Command) -> Command:
@@ -328,6 +337,8 @@ def open_model(
     dtype: str | None,
     device: str | None,
     quantize: str = "none",
+    *,
+    base: str | None = None,
 ) -> "tuple[Llama, Tokenizer, Checkpoint]":
     """The model and tokenizer that the shared options name.
 
@@ -338,13 +349,15 @@ def open_model(
         from minllama.llama import Llama
 
     # The tokenizer first: it is quick, and a damaged one is found before gigabytes are read.
-    checkpoint, words = open_words(source, tokenizer)
+    checkpoint, words = open_words(source, tokenizer, base=base)
     how = None if quantize == "none" else quantize
     model = Llama.from_checkpoint(checkpoint, dtype=torch_dtype(dtype), device=device, quantize=how)
     return model, words, checkpoint
 
 
-def open_words(source: str | None, tokenizer: str | None) -> "tuple[Checkpoint, Tokenizer]":
+def open_words(
+    source: str | None, tokenizer: str | None, *, base: str | None = None
+) -> "tuple[Checkpoint, Tokenizer]":
     """The checkpoint that the shared options name, of which only the tokenizer is read.
 
     Raises:
@@ -354,7 +367,7 @@ def open_words(source: str | None, tokenizer: str | None) -> "tuple[Checkpoint, 
         from minllama.checkpoints import open_checkpoint
         from minllama.tokenizer import Tokenizer
 
-    checkpoint = open_checkpoint(source, tokenizer=tokenizer)
+    checkpoint = open_checkpoint(source, tokenizer=tokenizer, base=base)
     return checkpoint, Tokenizer.from_checkpoint(checkpoint)
 
 

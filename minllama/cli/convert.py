@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from minllama.atomic import check_replaceable
-from minllama.cli.common import DTYPES, debug_option, ended_by_interrupts, torch_dtype
+from minllama.cli.common import DTYPES, base_option, debug_option, ended_by_interrupts, torch_dtype
 from minllama.errors import MinllamaError
 from minllama.text import one_line
 
 if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint
 
+Target = Literal["hf", "gguf", "llama2c"]
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 GGUF_DTYPES: dict[str, GgufDtype] = {
     "float32": "f32",
@@ -38,13 +39,23 @@ GGUF_DTYPES: dict[str, GgufDtype] = {
     type=click.Choice([*DTYPES, "q8_0"]),
     help="Of the weights; without it as stored, or float32 for quantised ones.",
 )
-@click.option("--tokenizer", metavar="PATH", help="Tokenizer file or folder of SRC.")
+@click.option("--tokenizer", metavar="PATH", help="Tokenizer of SRC: file (also GGUF) or folder.")
 @click.option("--force", is_flag=True, help="Replace DST where it exists.")
+@base_option
 @debug_option
 def command(
-    src: str, dst: str, target: str, dtype: str | None, tokenizer: str | None, force: bool
+    src: str,
+    dst: str,
+    target: Target,
+    dtype: str | None,
+    tokenizer: str | None,
+    force: bool,
+    base: str | None,
 ) -> None:
-    """Write the checkpoint SRC (a file, a folder, a Hugging Face id, or `default`) to DST."""
+    """Write the checkpoint SRC (a file, a folder, a Hugging Face id, or `default`) to DST.
+
+    A PEFT adapter is merged into its base.
+    """
     if not dst:
         raise MinllamaError("the name of DST is empty; name a file or folder to write")
     if target == "hf":
@@ -57,16 +68,26 @@ def command(
         raise MinllamaError("llama2.c's legacy .bin holds float32 only; leave --dtype away")
 
     with ended_by_interrupts():
-        from minllama.checkpoints import (
-            open_checkpoint,
-            write_gguf,
-            write_huggingface,
-            write_llama2c_bin,
-        )
-        from minllama.llama import Llama
+        from minllama.checkpoints import open_checkpoint
 
-    checkpoint = open_checkpoint(src, tokenizer=tokenizer)
+    write(open_checkpoint(src, tokenizer=tokenizer, base=base), dst, target, dtype)
+
+
+def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None) -> None:
+    """Write a checkpoint in another format, and say so.
+
+    Raises:
+        MinllamaError: it is damaged, or the format has no words for it; nothing is written.
+    """
+    with ended_by_interrupts():
+        from minllama.checkpoints import write_gguf, write_huggingface, write_llama2c_bin
+        from minllama.llama import Llama
+        from minllama.vocabulary import check_fits, count_tokens
+
     vocabulary = checkpoint.vocabulary
+    if vocabulary is not None:  # before weights are read; and llama2c's file would not say it
+        where = checkpoint.tokenizer or str(checkpoint.path)
+        check_fits(count_tokens(vocabulary), checkpoint.config.vocab_size, where)
     dtype = dtype or ("float32" if target == "llama2c" else _stored_dtype(checkpoint))
     # Through the model: names, shapes and numbers are checked before anything is written.
     # A GGUF file has norms and biases in float32 whatever its matrices are in.

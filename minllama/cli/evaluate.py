@@ -1,9 +1,9 @@
-"""`minllama evaluate`: a classifier on labelled texts."""
+"""`minllama evaluate`: a classifier on labelled texts, and beside another one on the same texts."""
 
 import dataclasses
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,9 +18,17 @@ from minllama.cli.common import (
     source_option,
     warn_of_slow_dtype,
 )
-from minllama.errors import MinllamaError
+from minllama.errors import CheckpointError, MinllamaError, OptionError
+from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.options import DataOptions
 from minllama.text import one_line
+
+if TYPE_CHECKING:
+    from minllama.classifier import Classifier
+    from minllama.cli.waiting import ConsoleSay
+    from minllama.data import Dataset
+    from minllama.experiment.comparing import Other
+    from minllama.report import ReportedSplit
 
 
 @click.command("evaluate")
@@ -31,6 +39,13 @@ from minllama.text import one_line
     required=True,
     help="Labelled texts: a file, - or a data set on the Hugging Face hub.",
 )
+@click.option(
+    "--against",
+    metavar="OTHER",
+    help="Compare row by row with another classifier's folder, or with predictions of the same "
+    "texts that evaluate or classify wrote as lines of JSON.",
+)
+@click.option("--against-base", metavar="PATH|ID", help="Where the base model of OTHER is now.")
 @click.option(
     "-o",
     "--output",
@@ -46,11 +61,15 @@ from minllama.text import one_line
 )
 @classifier_options
 @quantize_option_of_classifier
+@dataclass_options(ThresholdOptions)
+@dataclass_options(ReportOptions)
 @dataclass_options(DataOptions)
 @debug_option
 def command(
     classifier: str,
     source: str,
+    against: str | None,
+    against_base: str | None,
     output: str | None,
     force: bool,
     seed: int,
@@ -62,7 +81,73 @@ def command(
     **values: Any,
 ) -> None:
     """Measure CLASSIFIER, a folder that `minllama train` wrote, on labelled texts."""
-    data = pick(DataOptions, values)
+    data, threshold = pick(DataOptions, values), pick(ThresholdOptions, values)
+    headline = pick(ReportOptions, values).headline or "accuracy"
+    _check(against, against_base, output, force=force)
+    with ended_by_interrupts():
+        from minllama.classifier import load_classifier
+        from minllama.cli.waiting import ConsoleSay
+        from minllama.data import load_dataset, one_class
+        from minllama.experiment import check_libraries, evaluate_classifier
+        from minllama.experiment.comparing import open_other
+        from minllama.experiment.predicting import described, shortened_texts
+        from minllama.report import print_summary
+        from minllama.thresholds import fixed_thresholds
+
+        if output is not None:
+            check_libraries()
+
+    began = datetime.now(UTC).astimezone()
+    warn_of_slow_dtype(dtype, device)
+    form = {"dtype": dtype, "device": device, "quantize": quantize}
+    loaded = load_classifier(classifier, model=base, tokenizer=tokenizer, **form)
+    kind: dict[str, Any] = {"multi_label": loaded.multi_label, "own": loaded.decision}
+    loaded.decide_by(fixed_thresholds(threshold, loaded.labels, **kind))
+    data = dataclasses.replace(data, multi_label=data.has_several_labels or loaded.multi_label)
+    split = load_dataset(source, data, label_names=loaded.labels)
+    if split.multi_label != loaded.multi_label:
+        raise MinllamaError(
+            f"{split.source}: its rows have several labels, and {classifier} gives one to each text"
+        )
+    notes = [str(notice) for notice in (*split.notices, *one_class(split))]
+    say = ConsoleSay()
+    for line in (described(loaded), *notes):
+        say.say(line)
+    other = None
+    if against is not None:
+        try:
+            other = open_other(against, split, loading={"model": against_base, **form})
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace("--base", "--against-base")) from error
+    try:
+        progress = say.advance("evaluating", len(split))
+        how: dict[str, Any] = {"headline": headline, "seed": seed, "progress": progress}
+        reported = evaluate_classifier(loaded, split, "data", **how)
+        if other is not None:
+            reported = _beside(reported, other, split, seed, say)
+    finally:
+        say.close()
+    if said := shortened_texts(loaded):
+        say.say(said)
+        notes.append(said)
+    assert reported.evaluation is not None
+    print_summary(split.source, reported.evaluation, headline=headline)
+    _print_paired(classifier, reported)
+    if output is not None:
+        run = {"classifier": classifier, "data": source, "against": against, "seed": seed}
+        run["computed by"] = described(loaded)
+        if against is None:
+            del run["against"]
+        _write(output, loaded, reported, notes, began, run=run, data=data)
+        click.echo(
+            one_line(f"wrote {output}: report.html, metrics.json, predictions.jsonl"), err=True
+        )
+
+
+def _check(
+    against: str | None, against_base: str | None, output: str | None, *, force: bool
+) -> None:
+    """Refuse, before any work, what cannot be opened or written."""
     if output == "":
         raise MinllamaError("the name of --output is empty; name a folder")
     if output is not None:
@@ -73,69 +158,63 @@ def command(
     there = [name for name in REPORT_FILES if output is not None and (Path(output) / name).exists()]
     if there and not force:
         raise MinllamaError(f"{output}: {', '.join(there)} are there; --force replaces them")
-    with ended_by_interrupts():
-        from minllama.classifier import load_classifier
-        from minllama.cli.waiting import ConsoleSay
-        from minllama.data import load_dataset, one_class
-        from minllama.experiment import check_libraries, evaluate_classifier
-        from minllama.experiment.measuring import settings_of, versions
-        from minllama.experiment.predicting import described, score_of, shortened_texts
-        from minllama.report import Report, print_summary, write_report
-
-        if output is not None:
-            check_libraries()
-
-    began = datetime.now(UTC).astimezone()
-    warn_of_slow_dtype(dtype, device)
-    loaded = load_classifier(
-        classifier,
-        model=base,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        device=device,
-        quantize=quantize,
-    )
-    data = dataclasses.replace(data, multi_label=data.multi_label or loaded.multi_label)
-    split = load_dataset(source, data, label_names=loaded.labels)
-    if split.multi_label != loaded.multi_label:
+    if against_base is not None and (against is None or not Path(against).is_dir()):
+        raise OptionError("--against-base is that of a classifier's folder; name it with --against")
+    if against is not None and not (against and Path(against).exists()):
         raise MinllamaError(
-            f"{split.source}: its rows have several labels, and {classifier} gives one to each text"
+            f"--against {against!r}: no such file or folder; name the folder of a classifier, or "
+            "predictions that evaluate or classify wrote as lines of JSON"
         )
-    notes = [str(notice) for notice in (*split.notices, *one_class(split))]
-    say = ConsoleSay()
-    for line in (described(loaded), *notes):
-        say.say(line)
-    progress = say.advance("evaluating", len(split))
-    try:
-        reported = evaluate_classifier(loaded, split, "data", seed=seed, progress=progress)
-    finally:
-        say.close()
-    if said := shortened_texts(loaded):
-        say.say(said)
-        notes.append(said)
+
+
+def _beside(
+    reported: "ReportedSplit", other: "Other", split: "Dataset", seed: int, say: "ConsoleSay"
+) -> "ReportedSplit":
+    """What was measured, with the other system on the same rows beside it."""
     assert reported.evaluation is not None
-    print_summary(split.source, reported.evaluation)
-    if output is not None:
-        report = Report(
-            title=f"{classifier} on {split.source}",
-            label_names=loaded.labels,
-            splits=[reported],
-            multi_label=loaded.multi_label,
-            settings=settings_of(
-                run={
-                    "classifier": classifier,
-                    "data": source,
-                    "seed": seed,
-                    "computed by": described(loaded),
-                },
-                data=data,
-            ),
-            versions=versions(),
-            notes=notes,
-            created=began,
-            score=score_of(loaded),
+    progress = say.advance(f"evaluating {other.name}", len(split))
+    measured = other.evaluate(split, reported.evaluation, seed=seed, progress=progress)
+    return dataclasses.replace(reported, others={other.name: measured})
+
+
+def _print_paired(classifier: str, reported: "ReportedSplit") -> None:
+    from minllama.report.terminal import print_paired
+
+    assert reported.evaluation is not None
+    for name, other in reported.others.items():
+        print_paired(
+            (classifier, name),
+            reported.evaluation,
+            other,
+            reported.paired[name],
+            headline=reported.headline,
         )
-        write_report(output, report)
-        click.echo(
-            one_line(f"wrote {output}: report.html, metrics.json, predictions.jsonl"), err=True
-        )
+
+
+def _write(
+    output: str,
+    classifier: "Classifier",
+    reported: "ReportedSplit",
+    notes: list[str],
+    began: datetime,
+    *,
+    run: dict[str, Any],
+    data: DataOptions,
+) -> None:
+    from minllama.experiment.measuring import settings_of, versions
+    from minllama.experiment.predicting import score_of
+    from minllama.report import Report, write_report
+
+    report = Report(
+        title=f"{run['classifier']} on {run['data']}",
+        label_names=classifier.labels,
+        splits=[reported],
+        multi_label=classifier.multi_label,
+        settings=settings_of(run=run, data=data),
+        versions=versions(),
+        notes=notes,
+        created=began,
+        score=score_of(classifier),
+        thresholds=classifier.decision,
+    )
+    write_report(output, report)

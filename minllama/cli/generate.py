@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minllama.cli.common import (
+    base_option,
     check_sampling,
     chosen_template,
     dataclass_options,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @template_options(", with --chat")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON record for each text.")
 @model_options
+@base_option
 @quantize_option
 @generation_config_option
 @dataclass_options(GenerationOptions)
@@ -52,6 +54,7 @@ def command(
     as_json: bool,
     source: str | None,
     tokenizer: str | None,
+    base: str | None,
     dtype: str | None,
     device: str | None,
     quantize: str,
@@ -79,7 +82,7 @@ def command(
         from minllama.generation import TextStream
 
     warn_of_slow_dtype(dtype, device)
-    model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize)
+    model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize, base=base)
     if generation_config:
         checked = recommended(options, checkpoint)
     text = prompt_text.whole()

@@ -1,11 +1,12 @@
 """`minllama info`: what a checkpoint is."""
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from minllama.cli.common import debug_option, ended_by_interrupts
+from minllama.cli.common import base_option, debug_option, ended_by_interrupts
 from minllama.text import one_line
 
 if TYPE_CHECKING:
@@ -18,16 +19,33 @@ MAX_TEMPLATES = 20  # that are shown by name
 
 @click.command("info")
 @click.argument("model", required=False)
-@click.option("--tokenizer", metavar="PATH", help="Tokenizer file or folder.")
+@click.option("--tokenizer", metavar="PATH", help="Tokenizer: a file (GGUF as well) or folder.")
+@base_option
 @debug_option
-def command(model: str | None, tokenizer: str | None) -> None:
-    """Say what MODEL is: a file, a folder, a Hugging Face id, or without it the default model."""
+def command(model: str | None, tokenizer: str | None, base: str | None) -> None:
+    """Say what MODEL is: a file, a folder, a Hugging Face id, or without it the default model.
+
+    MODEL may be the folder of a classifier that `minllama train` wrote.
+    """
+    if model is not None and (Path(model) / "classifier.json").is_file():
+        _show_classifier(Path(model))
+        if not (Path(model) / "config.json").is_file():
+            return  # its base is elsewhere
     with ended_by_interrupts():
         from minllama.checkpoints import open_checkpoint
 
-    checkpoint = open_checkpoint(model, tokenizer=tokenizer)
+    checkpoint = open_checkpoint(model, tokenizer=tokenizer, base=base)
     for name, value in describe(checkpoint):
         click.echo(f"{name:<12} {one_line(value)}")
+
+
+def _show_classifier(folder: Path) -> None:
+    with ended_by_interrupts():
+        from minllama.classifier.description import CLASSIFIER_FILE, in_words
+        from minllama.text import printable
+
+    for name, value in in_words(folder / CLASSIFIER_FILE):
+        click.echo(f"{name:<12} {printable(value)}")
 
 
 def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:

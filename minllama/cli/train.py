@@ -22,6 +22,7 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
+from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.options import (
     ClassifierOptions,
     DataOptions,
@@ -57,6 +58,8 @@ from minllama.text import one_line
 @dataclass_options(PromptOptions)
 @dataclass_options(TrainingOptions)
 @dataclass_options(LoRAOptions)
+@dataclass_options(ThresholdOptions)
+@dataclass_options(ReportOptions)
 @dataclass_options(DataOptions)
 @debug_option
 def command(
@@ -80,6 +83,8 @@ def command(
         "prompt": pick(PromptOptions, values),
         "training": pick(TrainingOptions, values),
         "lora": pick(LoRAOptions, values),
+        "threshold": pick(ThresholdOptions, values),
+        "report": pick(ReportOptions, values),
         "data": pick(DataOptions, values),
     }
     if not output:
@@ -117,7 +122,7 @@ def command(
         say.close()
     for split in outcome.report.splits:
         if split.evaluation is not None:
-            print_summary(split.name, split.evaluation, split.others)
+            print_summary(split.name, split.evaluation, split.others, headline=split.headline)
     done = f"wrote {output}: the classifier, report.html, metrics.json, predictions.jsonl"
     click.echo(one_line(done), err=True)
 

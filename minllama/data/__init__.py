@@ -3,17 +3,9 @@
 Knows nothing of tokens or models.
 """
 
-from minllama.data.dataset import (
-    Dataset,
-    Labels,
-    Notice,
-    Row,
-    check_text,
-    count_rows,
-    load_dataset,
-    stream_rows,
-)
-from minllama.data.labels import read_label_names
+from minllama.data.dataset import Row, count_rows, load_dataset, stream_rows
+from minllama.data.examples import Dataset, Labels, Notice, check_text
+from minllama.data.label_names import read_label_names, read_labels_file
 from minllama.data.records import BadRow, BadRows
 from minllama.data.source import Source, is_source
 from minllama.data.splits import (
@@ -39,6 +31,7 @@ __all__ = [
     "load_dataset",
     "one_class",
     "read_label_names",
+    "read_labels_file",
     "sample_balanced",
     "sample_per_class",
     "stratified_split",

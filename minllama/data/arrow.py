@@ -8,7 +8,7 @@ structures are left out. Knows nothing of which column holds what.
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from minllama.data.records import RawRow, Table, listed, numbered
 from minllama.errors import DataError
 
 ROWS_AT_ONCE = 1000
+BYTES_AT_ONCE = 2**24  # of cells that become Python's
 EXAMPLE_ID = "stanfordnlp/imdb:train"
 INSTALL = "pip install 'minllama[train]'"
 
@@ -63,17 +64,47 @@ def parquet_table(path: Path, name: str) -> Table:
 
     def batches() -> Iterator[Any]:
         try:
-            yield from file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
+            yield from file.iter_batches(batch_size=_rows_at_once(file), columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise refusal(error) from error
 
     try:
-        file = parquet.ParquetFile(path)
-        schema = file.schema_arrow
+        schema = parquet.read_schema(path)
+        # As a dictionary a text that is repeated a million times is in memory once.
+        file = parquet.ParquetFile(path, read_dictionary=_texts(schema))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise refusal(error) from error
-    columns = _plain_columns(schema)
-    return Table(name, columns, numbered(_rows(batches()), "row"), _class_names(schema))
+    columns, no_text, no_label = _columns(schema)
+    return Table(
+        name,
+        columns,
+        numbered(_rows(batches()), "row"),
+        _class_names(schema),
+        no_text=no_text,
+        no_label=no_label,
+    )
+
+
+def _texts(schema: Any) -> list[str]:
+    """The paths of columns of strings, in lists too."""
+    from pyarrow import types
+
+    paths = []
+    for field in schema:
+        path, kind = field.name, field.type
+        while types.is_list(kind) or types.is_large_list(kind):
+            path, kind = f"{path}.list.{kind.value_field.name}", kind.value_type
+        if _is_text(kind):
+            paths.append(path)
+    return paths
+
+
+def _rows_at_once(file: Any) -> int:
+    """As many as there are, at most, in some megabytes of the file's values."""
+    rows: int = file.metadata.num_rows
+    groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+    size: int = sum(group.total_byte_size for group in groups)
+    return max(1, min(ROWS_AT_ONCE, BYTES_AT_ONCE * max(rows, 1) // max(size, 1)))
 
 
 def hub_table(hub_dataset: HubDataset, name: str) -> Table:
@@ -99,9 +130,16 @@ def hub_table(hub_dataset: HubDataset, name: str) -> Table:
         if quiet:
             datasets.enable_progress_bars()
     schema = loaded.features.arrow_schema
-    columns = _plain_columns(schema)
+    columns, no_text, no_label = _columns(schema)
     batches = loaded.select_columns(columns).with_format("arrow").iter(batch_size=ROWS_AT_ONCE)
-    return Table(name, columns, numbered(_rows(batches), "row"), _class_names(schema))
+    return Table(
+        name,
+        columns,
+        numbered(_rows(batches), "row"),
+        _class_names(schema),
+        no_text=no_text,
+        no_label=no_label,
+    )
 
 
 def _load_split(hub_dataset: HubDataset, name: str) -> Any:
@@ -145,24 +183,28 @@ def _reason(hub_dataset: HubDataset, error: Exception) -> str:
     )
 
 
-def _plain_columns(schema: Any) -> list[str]:
+def _columns(schema: Any) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """The columns that are read; the types of those that hold no text, and of those left out."""
     from pyarrow import types
 
-    def is_plain(kind: Any) -> bool:
-        if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
-            return is_plain(kind.value_type)
-        tests = (
-            types.is_string,
-            types.is_large_string,
-            types.is_string_view,
-            types.is_boolean,
-            types.is_integer,
-            types.is_floating,
-            types.is_null,
-        )
+    text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    plain = (*text, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal)
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+
+    def is_one_of(tests: tuple[Any, ...], kind: Any) -> bool:
+        while types.is_dictionary(kind):
+            kind = kind.value_type
         return any(test(kind) for test in tests)
 
-    return [field.name for field in schema if is_plain(field.type)]
+    def is_plain(kind: Any) -> bool:
+        while is_one_of(lists, kind):
+            kind = kind.value_type
+        return is_one_of(plain, kind)
+
+    columns = [field.name for field in schema if is_plain(field.type)]
+    no_text = {f.name: str(f.type) for f in schema if not is_one_of(text, f.type)}
+    no_label = {name: kind for name, kind in no_text.items() if name not in columns}
+    return columns, {name: no_text[name] for name in no_text if name in columns}, no_label
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
@@ -183,12 +225,75 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 def _rows(batches: Iterator[Any]) -> Iterator[RawRow]:
     number = 0
     for batch in batches:
-        for values in _values(batch):
-            number += 1
-            yield number, values
+        for part in _parts(batch):
+            for values in _values(part):
+                number += 1
+                yield number, values
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    """The rows of a batch, as many at a time as are some megabytes once they are Python's."""
+    start = total = 0
+    for row, size in enumerate(_sizes(batch)):
+        if total and total + size > BYTES_AT_ONCE:
+            yield _decoded(batch.slice(start, row - start))
+            start, total = row, 0
+        total += size
+    yield _decoded(batch.slice(start))
+
+
+def _decoded(batch: Any) -> Any:
+    """The same rows without dictionaries, which are slow to read one by one."""
+    from pyarrow import types
+
+    for index, field in enumerate(batch.schema):
+        if types.is_dictionary(field.type) and hasattr(batch.column(index), "dictionary_decode"):
+            batch = batch.set_column(index, field.name, batch.column(index).dictionary_decode())
+    return batch
+
+
+def _sizes(batch: Any) -> list[int]:
+    """How many bytes of text each row has, in lists, too; none where all are few."""
+    lengths = [found for column in batch.columns if (found := _lengths(column)) is not None]
+    if sum(len(some) * _largest(some) for _, some in lengths) <= BYTES_AT_ONCE:
+        return []
+    total = [0] * batch.num_rows
+    for rows, some in lengths:
+        for row, length in zip(rows, some.to_pylist(), strict=True):
+            total[row] += length or 0
+    return total
+
+
+def _largest(lengths: Any) -> int:
+    from pyarrow import compute
+
+    largest: int | None = compute.max(lengths).as_py()
+    return largest or 0
+
+
+def _lengths(column: Any) -> tuple[Sequence[int], Any] | None:
+    """The rows of a column's texts, and how many bytes each has; None of what holds none."""
+    from pyarrow import compute, types
+
+    if hasattr(column, "chunks"):  # of a table
+        column = column.combine_chunks()
+    rows: Sequence[int] = range(len(column))
+    while types.is_list(column.type) or types.is_large_list(column.type):
+        rows = [rows[parent] for parent in compute.list_parent_indices(column).to_pylist()]
+        column = column.flatten()
+    if types.is_dictionary(column.type) and _is_text(column.type.value_type):
+        return rows, compute.binary_length(column.dictionary).take(column.indices)
+    return (rows, compute.binary_length(column)) if _is_text(column.type) else None
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind))
 
 
 def _values(batch: Any) -> list[dict[str, Any] | str]:
+    batch = _with_short_numbers(batch)
     try:
         values: list[dict[str, Any] | str] = batch.to_pylist()
     except UnicodeDecodeError:  # somewhere in these rows
@@ -196,6 +301,17 @@ def _values(batch: Any) -> list[dict[str, Any] | str]:
             return ["text that is not UTF-8"]
         return [value for i in range(batch.num_rows) for value in _values(batch.slice(i, 1))]
     return values
+
+
+def _with_short_numbers(batch: Any) -> Any:
+    """Numbers of 32 bits as the shortest decimals that mean them, as other formats write them."""
+    import pyarrow as pa
+
+    for i, field in enumerate(batch.schema):
+        if pa.types.is_float32(field.type):
+            exact = batch.column(i).cast(pa.string()).cast(pa.float64())
+            batch = batch.set_column(i, pa.field(field.name, pa.float64()), exact)
+    return batch
 
 
 def _first_line(error: Exception) -> str:

@@ -4,10 +4,11 @@ A guess is made only where there is one; otherwise the error lists the columns. 
 what is in them.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from minllama.data.records import listed
 from minllama.errors import DataError
+from minllama.text import printable
 
 # The first of each is taken even where others of the list are there.
 TEXT_NAMES = (
@@ -45,6 +46,9 @@ def find_columns(
     text_column: str | None = None,
     label_column: str | None = None,
     needs_label: bool,
+    no_text: Mapping[str, str] | None = None,
+    no_label: Mapping[str, str] | None = None,
+    header: str = "",
 ) -> tuple[str, str | None]:
     """The columns of the text and of the label (None where there is none and none is needed).
 
@@ -53,39 +57,80 @@ def find_columns(
         name: of the source, for errors.
         text_column, label_column: as asked for; None to guess by name, and else by elimination.
         needs_label: whether a source without a label column is refused.
+        no_text, no_label: the types of columns that cannot hold one, as in `Table`.
+        header: what to do where the names are no names; empty where nothing is in doubt.
 
     Raises:
         DataError: a column is not there, or cannot be guessed.
     """
-    text = _asked(columns, name, text_column, "--text-column")
+    no_text, no_label = no_text or {}, no_label or {}
+    if any(is_known(column) or column in (text_column, label_column) for column in columns):
+        header = ""
+    text = _asked(columns, name, text_column, "text", no_text, header)
     if not needs_label and label_column not in columns:
         label_column = None  # what is to be classified need not have the training file's columns
-    label = _asked(columns, name, label_column, "--label-column")
+    label = _asked(columns, name, label_column, "label", no_label, header)
     # The index that pandas writes has no name.
     left = [column for column in columns if column and column not in (text, label)]
     if label is None:
         label, rivals = _guessed(left, LABEL_NAMES)
         if rivals and needs_label:
-            raise _unclear(f"{name}: which column holds the label?", rivals, "label")
+            raise _unclear(name, rivals, "label", {}, header)
         left = [column for column in left if column != label]
     if text is None:
-        text, rivals = _guessed(left, TEXT_NAMES)
-        if text is None and not rivals and len(left) == 1:
-            text = left[0]
+        may_be = [column for column in left if column not in no_text]
+        text, rivals = _guessed(may_be, TEXT_NAMES)
+        typed = _guessed([column for column in no_text if column != label], TEXT_NAMES)[0]
+        if text is None and not rivals and typed is not None:
+            raise _of_type(name, typed, "text", no_text, columns)
+        if text is None and not rivals and len(may_be) == 1:
+            text = may_be[0]
+            if header and (len(text.split()) > 4 or text.endswith((".", "!", "?")) or "|" in text):
+                raise _unclear(name, columns, "text", {}, header)
         if text is None:
-            raise _unclear(f"{name}: which column holds the text?", rivals or columns, "text")
+            raise _unclear(name, rivals or columns, "text", no_text, header)
         left.remove(text)
     if label is None and needs_label:
+        typed = _guessed(list(no_label), LABEL_NAMES)[0]
+        if typed is not None:
+            raise _of_type(name, typed, "label", no_label, columns)
         if len(left) != 1:
-            raise _unclear(f"{name}: which column holds the label?", columns, "label")
+            raise _unclear(name, columns, "label", no_label, header)
         label = left[0]
     return text, label
 
 
-def _asked(columns: Sequence[str], name: str, asked: str | None, flag: str) -> str | None:
+def is_known(column: str) -> bool:
+    """Whether columns of texts or of labels are called so."""
+    return column.lower() in TEXT_NAMES or column.lower() in LABEL_NAMES
+
+
+def _asked(
+    columns: Sequence[str],
+    name: str,
+    asked: str | None,
+    what: str,
+    types: Mapping[str, str],
+    header: str,
+) -> str | None:
+    if asked is not None and asked in types:
+        raise _of_type(name, asked, what, types, columns)
     if asked is not None and asked not in columns:
-        raise DataError(f"{name}: has no column {asked!r}; give {flag} one of {listed(columns)}")
+        hint = f"; {header}" if header else ""
+        raise DataError(
+            f"{name}: has no column {asked!r}; give --{what}-column one of {listed(columns)}{hint}"
+        )
     return asked
+
+
+def _of_type(
+    name: str, column: str, what: str, types: Mapping[str, str], columns: Sequence[str]
+) -> DataError:
+    others = [other for other in columns if other not in types and other != column]
+    remedy = f"give --{what}-column one of {listed(others)}" if others else "write it as strings"
+    kind = printable(types[column])
+    kind = kind if len(kind) <= 60 else f"{kind[:57]}..."
+    return DataError(f"{name}: column {column!r} is {kind}, which can be no {what}; {remedy}")
 
 
 def tells_text(columns: Collection[str], text_column: str | None) -> bool:
@@ -104,5 +149,15 @@ def _guessed(left: list[str], guesses: tuple[str, ...]) -> tuple[str | None, lis
     return None, found
 
 
-def _unclear(question: str, columns: Sequence[str], what: str) -> DataError:
-    return DataError(f"{question} there are {listed(columns)}; name one with --{what}-column")
+def _unclear(
+    name: str, columns: Sequence[str], what: str, types: Mapping[str, str], header: str
+) -> DataError:
+    may_be = [column for column in columns if column not in types]
+    there = f"there are {listed(may_be)}" if may_be else "there is none of that type"
+    unfit = [f"{column!r} is {printable(kind)[:40]}" for column, kind in types.items()]
+    if unfit and not may_be:
+        there += f" ({', '.join(unfit[:5])})"
+    hint = f"; {header}" if header else ""
+    return DataError(
+        f"{name}: which column holds the {what}? {there}; name one with --{what}-column{hint}"
+    )

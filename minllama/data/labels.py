@@ -4,21 +4,18 @@ A cell holds a class's name or its number; numbers get names from a file, from t
 or from the classes of a classifier. Knows nothing of files of rows.
 """
 
-import json
-import math
-import os
-import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
-from minllama.data.records import listed, shown
-from minllama.errors import DataError
+from minllama.data.class_names import class_text, is_number_like, is_truth, number, whole_number
+from minllama.data.label_lists import read_list, split_names
+from minllama.data.look_alikes import alike_message, folded
+from minllama.data.records import first_few, listed, shown
 
-MAX_NAMES_BYTES = 2**24
+MOST_REFUSED = 1000  # different labels that are remembered
 UNLABELLED = -1  # the number that stands for no label in data sets without gold labels
-
-Cell = str | int  # a label as it is written
 
 
 class LabelReader:
@@ -27,183 +24,180 @@ class LabelReader:
     Args:
         known: names of all classes, in order; None to learn them from the cells (`class_names`).
         numbers: which name a number stands for; None for positions in `known`.
+        codes: which name stands for a text such as `01`, which is no number.
         separator: between the labels of one cell; None where a row has one label.
 
     Attributes:
         known: as given, or the names of `numbers`.
         index_of: the class of each of them.
-        hint: what else may help with labels that were refused; empty where nothing does.
         by_position: numbers that were taken for names by their places among `known`, and the names.
+        padded: how often each name stood with white space around it, as (text, name).
     """
 
     def __init__(
         self,
         known: Sequence[str] | None = None,
-        numbers: dict[int, str] | None = None,
+        numbers: Mapping[int, str] | None = None,
         *,
+        codes: Mapping[str, str] | None = None,
         separator: str | None = None,
     ) -> None:
         self._names_are_given = numbers is not None
         self.by_position: dict[int, str] = {}
+        self.padded: Counter[tuple[str, str]] = Counter()
         if known is None and numbers is not None:
             known = [numbers[number] for number in sorted(numbers)]
-        elif known is not None and numbers is None and not any(map(_is_integer, known)):
-            # Classes that are called 1 to 5 are meant by these names, never by position.
+        elif known is not None and numbers is None and not any(map(is_number_like, known)):
+            # Classes that are called 1 to 5, or 007, are meant by these names, never by position.
             numbers = dict(enumerate(known))
-        self.known = None if known is None else list(known)
-        self.index_of: dict[Cell, int] = {name: i for i, name in enumerate(known or ())}
-        self._numbers = numbers or {}
+        self.know(known)
+        self._numbers, self._codes = numbers or {}, codes or {}
         self._separator = separator
-        self.hint = ""
+        self._refused: Counter[str] = Counter()
+        self._hint = ""
 
-    def read(self, value: Any) -> list[Cell] | None:
+    def know(self, names: Sequence[str] | None) -> None:
+        """Take these for the names of all classes."""
+        self.known = None if names is None else list(names)
+        self.index_of: dict[str, int] = {name: i for i, name in enumerate(names or ())}
+        self._by_value: dict[Decimal, str | None] = {}
+        self._truths: dict[str, str] = {}
+        for name in names or ():
+            if (value := number(name)) is not None:
+                self._by_value[value] = None if value in self._by_value else name
+            if is_truth(name):
+                self._truths[name.casefold()] = name
+
+    def named_places(self) -> list[str] | None:
+        """The names of the numbers 0 to n-1 in order; None where others are named, or none is."""
+        if not self._numbers or sorted(self._numbers) != list(range(len(self._numbers))):
+            return None
+        return [self._numbers[i] for i in range(len(self._numbers))]
+
+    @property
+    def hint(self) -> str:
+        """What else may help with labels that were refused; empty where nothing does."""
+        alike: dict[str, list[str]] = {}
+        for name in self.known or ():
+            alike.setdefault(folded(name), []).append(name)
+        pairs = (
+            alike_message([text, *alike[folded(text)]], self._refused)
+            for text in self._refused
+            if folded(text) in alike
+        )
+        return "; ".join(filter(None, (self._hint, first_few(pairs))))
+
+    def unfolded(self, value: Any) -> Any:
+        """A cell, with the list in the place of the text that writes one.
+
+        Raises:
+            ValueError: it writes no proper list, or one of several labels where a row has one.
+        """
+        if not isinstance(value, str) or value.strip() in self.index_of:
+            return value
+        items = read_list(value, bare_words=self._separator is not None)
+        if self._separator is not None:
+            if items is None and len(parts := self._split(value)) > 1 and {*parts} <= {"0", "1"}:
+                return [int(part) for part in parts]  # which may be a vector
+            return value if items is None else items
+        if items is None:
+            return value
+        if not items:
+            raise ValueError(f"no label but an empty list, {value.strip()}; --multi-label takes it")
+        if len(items) > 1:
+            raise ValueError(
+                f"a list of {len(items)} labels, {shown(value)}; --multi-label takes several for "
+                "every row"
+            )
+        return items[0]
+
+    def read(self, value: Any) -> list[str] | None:
         """The labels that a cell holds, names wherever they are known; None for no label at all.
 
         Raises:
             ValueError: the cell is no label, or not one of the known classes; says why.
         """
-        if isinstance(value, list):
-            cells = [_cell(element) for element in value]
-            if None in cells:
-                raise ValueError(f"{shown(value)} holds an empty label")
-        elif self._separator is not None and isinstance(value, str):
-            parts = (part.strip() for part in value.split(self._separator))
-            cells = [part for part in parts if part]
+        cells: list[Any] = value if isinstance(value, list) else [value]
+        if not isinstance(value, list) and self._separator is not None and isinstance(value, str):
+            cells = [part for part in self._split(value) if part]
+            texts: list[str | None] = list(cells)
         else:
-            cells = [_cell(value)]
-            if cells[0] is None:
+            texts = [class_text(cell) for cell in cells]
+            if None in texts:
+                if isinstance(value, list):
+                    raise ValueError(f"{shown(value)} holds an empty label")
                 return None
-        if len(cells) == 1 and self._is_unlabelled(cells[0]):
+        if len(texts) == 1 and self._is_unlabelled(texts[0]):
             return None
-        labels = [self._named(cell) for cell in cells if cell is not None]
-        if len(set(labels)) < len(labels):
-            raise ValueError(f"{shown(value)} holds a label twice; give each name or number once")
+        pairs = list(zip((text for text in texts if text is not None), cells, strict=True))
+        labels = [self._named(text, cell) for text, cell in pairs]
+        # A number and its text are one label; of what is known no two may mean the same.
+        different = set(labels) if self.known is not None else {(type(c), t) for t, c in pairs}
+        if len(different) < len(labels):
+            raise ValueError(
+                f"{shown(value)} holds a label twice; give each name or number once (lists of "
+                "zeros and ones are read as multi-hot vectors where all have one length: "
+                "--label-lists multi-hot)"
+                if all(text in ("0", "1", "0.0", "1.0") for text in texts)
+                else f"{shown(value)} holds a label twice; give each name or number once"
+            )
+        if isinstance(value, str) and self._separator is None and value != labels[0]:
+            self.padded[value, labels[0]] += value.strip() != value
         return labels
 
     def is_placeholder(self, value: Any) -> bool:
         """Whether a cell is the number that stands for no label."""
         cells = value if isinstance(value, list) else [value]
-        return len(cells) == 1 and self._is_unlabelled(_cell(cells[0]))
+        return len(cells) == 1 and self._is_unlabelled(class_text(cells[0]))
 
-    def _is_unlabelled(self, cell: Cell | None) -> bool:
+    def _split(self, value: str) -> list[str]:
+        assert self._separator is not None
+        try:
+            return split_names(value, self._separator)
+        except ValueError:  # a lone quote is text
+            return [part.strip() for part in value.split(self._separator)]
+
+    def _is_unlabelled(self, text: str | None) -> bool:
         return (
-            cell is not None
-            and _is_integer(cell)
-            and _integer(cell) == UNLABELLED
+            text is not None
+            and whole_number(text) == UNLABELLED
             and UNLABELLED not in self._numbers
             and str(UNLABELLED) not in self.index_of
         )
 
-    def _named(self, cell: Cell) -> Cell:
+    def _named(self, text: str, cell: Any) -> str:
         if self.known is None:
-            return cell
-        name = str(cell)
-        if _is_integer(cell):
+            return text
+        name, whole = text, whole_number(text)
+        if whole is not None and whole in self._numbers:
             # A number first: classes that are called 1 to 5 may be numbered 0 to 4.
-            number = _integer(cell)
-            same = name if name in self.index_of else str(number)
-            name = self._numbers.get(number, same)
-            if number in self._numbers and not self._names_are_given:
-                self.by_position[number] = name
+            name = self._numbers[whole]
+            if not self._names_are_given:
+                self.by_position[whole] = name
+        elif text in self._codes:
+            name = self._codes[text]
+        elif text not in self.index_of:
+            name = self._same(text, cell) or text
         if name not in self.index_of:
-            no_number_is_a_name = not any(map(_is_integer, self.known))
-            if _is_integer(cell) and no_number_is_a_name and not self._names_are_given:
-                self.hint = "--label-names FILE says which names the numbers have"
-            meant = "" if name == str(cell) else f" ({shown(name)})"
+            if whole is not None and not self._names_are_given and not self._has_numbers():
+                self._hint = "--label-names FILE says which names the numbers have"
+            if len(self._refused) < MOST_REFUSED or name in self._refused:
+                self._refused[name] += 1
+            meant = "" if name == text else f" ({shown(name)})"
             raise ValueError(f"label {shown(cell)}{meant} is not one of {listed(self.known)}")
         return name
 
+    def _has_numbers(self) -> bool:
+        return any(map(is_number_like, self.known or ()))
 
-def class_names(cells: Iterable[Cell]) -> tuple[list[str], dict[Cell, int]]:
-    """The classes that `cells` have, and the class of each.
+    def _same(self, text: str, cell: Any) -> str | None:
+        """The one known name that is another spelling of the same number or truth value.
 
-    Integers, written as numbers or as text, are sorted by value; everything else by name.
-    """
-    found = set(cells)
-    if all(map(_is_integer, found)):
-        numbers = sorted({_integer(cell) for cell in found})
-        position = {number: index for index, number in enumerate(numbers)}
-        return [str(number) for number in numbers], {c: position[_integer(c)] for c in found}
-    names = sorted({str(cell) for cell in found})
-    by_name = {name: index for index, name in enumerate(names)}
-    return names, {cell: by_name[str(cell)] for cell in found}
-
-
-def _cell(value: Any) -> Cell | None:
-    """A scalar as a label; None for an empty one."""
-    match value:
-        case None | "":
+        A number in JSON or Parquet has a value and no spelling; in a text, only `1.0` is `1`.
+        """
+        if is_truth(text):
+            return self._truths.get(text.casefold())
+        if isinstance(cell, str) and whole_number(text) is None:
             return None
-        case str():
-            return value.strip() or None
-        case bool():
-            return str(value).lower()
-        case int():
-            return value
-        case float() if math.isnan(value):  # how tables of numbers mark what is missing
-            return None
-        case float() if value.is_integer():
-            return int(value)
-    raise ValueError(f"label {shown(value)} is neither a name nor a whole number")
-
-
-def _is_integer(cell: Cell) -> bool:
-    # Whole numbers become 1.0 in a CSV file when some of their column are missing.
-    return isinstance(cell, int) or re.fullmatch(r"[+-]?[0-9]{1,18}(\.0+)?", cell) is not None
-
-
-def _integer(cell: Cell) -> int:
-    return cell if isinstance(cell, int) else int(cell.partition(".")[0])
-
-
-def read_label_names(path: str | os.PathLike[str]) -> dict[int, str]:
-    """The file of `--label-names`: the name of each number, in the order of the numbers.
-
-    It holds a list of names in order, or an object {name: number} or {number: name}.
-
-    Raises:
-        DataError: it cannot be read, or is not of that form.
-    """
-    name = str(path) if str(path).isprintable() else shown(str(path))
-    try:
-        with Path(path).expanduser().open("rb") as file:
-            data = file.read(MAX_NAMES_BYTES + 1)
-    except (OSError, RuntimeError, ValueError) as error:  # no such file, ~nobody, a NUL in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{name}: {reason}; name a file of label names") from error
-    if len(data) > MAX_NAMES_BYTES:
-        raise DataError(f"{name}: too large for a file of label names")
-    try:
-        content = json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise DataError(f"{name}: not JSON ({error})") from error
-    except RecursionError as error:
-        raise DataError(f"{name}: JSON that is nested too deeply") from error
-    return _checked_names(content, name)
-
-
-def _checked_names(content: Any, where: str) -> dict[int, str]:
-    form = 'a list such as ["bad", "good"], or an object such as {"bad": 0, "good": 1}'
-    match content:
-        case list():
-            pairs = list(enumerate(content))
-        case dict() if all(type(number) is int for number in content.values()):
-            pairs = [(number, name) for name, number in content.items()]
-        case dict() if all(_is_integer(number) for number in content):
-            pairs = [(_integer(number), name) for number, name in content.items()]
-        case _:
-            raise DataError(f"{where}: does not name classes; write {form}")
-    if wrong := [name for _, name in pairs if not isinstance(name, str) or not name.strip()]:
-        raise DataError(f"{where}: {shown(wrong[0])} is not a name; write {form}")
-    numbers = {number: name.strip() for number, name in pairs}
-    if not numbers:
-        raise DataError(f"{where}: names no class; write {form}")
-    if len(numbers) < len(pairs) or len(set(numbers.values())) < len(pairs):
-        raise DataError(f"{where}: has a name or a number twice")
-    for number, name in numbers.items():
-        if _is_integer(name) and numbers.get(_integer(name), name) != name:
-            raise DataError(
-                f"{where}: number {number} is called {name!r}, which is the number of another "
-                "class; call them otherwise"
-            )
-    return dict(sorted(numbers.items()))
+        value = number(text)
+        return None if value is None else self._by_value.get(value)

@@ -1,28 +1,29 @@
-"""Formats that are read line by line -> tables: labelled and plain text, CSV, TSV, JSONL, JSON.
+"""Formats of a row a line -> tables: labelled and plain text, JSONL; and the lines of all others.
 
-Lines are UTF-8, with or without a byte order mark, and end with LF or CRLF; blank lines are no
-rows. One row is held at a time, except for a JSON list, which is read whole. Knows nothing of
+Lines end with LF or CRLF; blank lines are no rows. One row is held at a time. Knows nothing of
 which column holds what, nor of where the bytes come from.
 """
 
 import contextlib
-import csv
 import io
 import json
-import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from minllama.data.columns import LABEL_NAMES, TEXT_NAMES
+from minllama.data.encoding import BYTE_ORDER_MARK, CHUNK, UTF_8, advice_for, bad_bytes
 from minllama.data.records import RawRow, Table, numbered, shown
 from minllama.errors import DataError
 
 # Far above any text that a model reads, far below what hurts: without a limit a file of another
 # kind, or a device, could be one endless line.
 MAX_LINE_BYTES = 2**24
-MAX_JSON_BYTES = 2**28
+MAX_BLANK_LINES = 10**6  # in a row: a few kilobytes of gzip hold billions
 SEPARATOR = "|||"
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+Problem = tuple[int, str]  # line and reason
 
 
 class Lines:
@@ -34,77 +35,113 @@ class Lines:
     Attributes:
         name: of the stream, in errors.
         number: of the line handed out last, from 1.
+        remedies: what may help with the lines that were bad, each said once.
     """
 
-    def __init__(self, stream: io.BufferedIOBase, name: str) -> None:
+    def __init__(self, stream: io.BufferedReader, name: str, encoding: str = UTF_8) -> None:
         self.name = name
         self.number = 0
+        self.remedies: list[str] = []
         self._stream = stream
-        self._ahead: str | None = None
-        self._problem: tuple[int, str] | None = None
+        self._encoding = encoding
+        self._ahead: deque[tuple[str, Problem | None]] = deque()
+        self._marked: list[tuple[str, Problem | None]] | None = None
+        self._n_read = 0
+        self._n_blank = 0
+        self._problem: Problem | None = None
+        self._has_utf8 = False  # beyond ASCII
 
     def __iter__(self) -> "Lines":
         return self
 
     def __next__(self) -> str:
-        line = self._ahead if self._ahead is not None else self._read()
-        self._ahead = None
+        line, problem = self._ahead.popleft() if self._ahead else self._read()
         if not line:
             raise StopIteration
+        if self._marked is not None:
+            self._marked.append((line, problem))
         self.number += 1
+        self._problem = self._problem or problem
         return line
 
     def peek(self) -> str:
         """The next line that is not blank, which stays the next; empty at the end."""
-        while self._ahead is None or (self._ahead and not self._ahead.strip()):
+        while not self._ahead or (self._ahead[0][0] and not self._ahead[0][0].strip()):
             if self._ahead:
+                self._ahead.popleft()
                 self.number += 1
-            self._ahead = self._read()
-        return self._ahead
+            self._ahead.append(self._read())
+        return self._ahead[0][0]
 
-    def take_problem(self) -> tuple[int, str] | None:
+    def look(self, offset: int) -> str:
+        """The line `offset` lines after the one handed out last, which stays where it is."""
+        while len(self._ahead) < offset:
+            if self._ahead and not self._ahead[-1][0]:
+                return ""
+            self._ahead.append(self._read())
+        return self._ahead[offset - 1][0]
+
+    def mark(self) -> None:
+        """Remember the lines that are handed out from here on, and no earlier ones."""
+        self._marked = []
+
+    def rewind(self, n_kept: int) -> None:
+        """Hand out again the lines since the mark, but for the first `n_kept`."""
+        lines = (self._marked or [])[n_kept:]
+        self._ahead.extendleft(reversed(lines))
+        self._marked = []
+        self.number -= len(lines)
+
+    def take_problem(self) -> Problem | None:
         """Line and reason of the first bad line since the last call."""
         problem, self._problem = self._problem, None
         return problem
 
-    def _read(self) -> str:
-        number = self.number + 1
-        with _reading(f"{self.name}, line {number}"):
+    def _read(self) -> tuple[str, Problem | None]:
+        number = self._n_read = self._n_read + 1
+        with reading(f"{self.name}, line {number}"):
             line = self._stream.readline(MAX_LINE_BYTES + 1)
         if len(line) > MAX_LINE_BYTES:
             raise DataError(
                 f"{self.name}, line {number}: longer than {MAX_LINE_BYTES:,} bytes; "
                 "is this a text file?"
             )
+        self._n_blank = self._n_blank + 1 if line in (b"\n", b"\r\n") else 0
+        if self._n_blank > MAX_BLANK_LINES:
+            raise DataError(
+                f"{self.name}, line {number}: {MAX_BLANK_LINES:,} blank lines before it; is this a "
+                "file of rows?"
+            )
         if number == 1:
-            line = _without_mark(line, self.name)
+            line = line.removeprefix(BYTE_ORDER_MARK)
         try:
-            return line.decode()
+            text = line.decode()
         except UnicodeDecodeError as error:
-            if self._problem is None:
-                self._problem = number, not_utf8(line, error.start)
-            return line.decode(errors="replace")
+            problem = number, bad_bytes(line, error.start, self._encoding)
+            self._advise(line)
+            return line.decode(errors="replace"), problem
+        self._has_utf8 = self._has_utf8 or not text.isascii()
+        return text, None
 
-
-def not_utf8(data: bytes, start: int) -> str:
-    return (
-        f"byte {start + 1} (0x{data[start]:02x}) is not UTF-8 "
-        "(convert the file, perhaps with: iconv -f latin1 -t utf-8)"
-    )
-
-
-def _without_mark(data: bytes, name: str) -> bytes:
-    """`data`, the beginning of a file, without UTF-8's byte order mark."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{name}: is UTF-16; convert it with: iconv -f utf-16 -t utf-8")
-    return data.removeprefix(BYTE_ORDER_MARK)
+    def _advise(self, line: bytes) -> None:
+        if self.remedies:
+            return
+        if self._encoding != UTF_8:
+            advice = "say with --encoding what it is, or leave that out for UTF-8"
+        elif self._has_utf8:
+            advice = "lines before it are UTF-8, and not in one encoding with this one"
+        else:
+            with reading(self.name):
+                advice = advice_for(line + self._stream.peek(CHUNK)[:CHUNK])
+        self.remedies.append(advice)
 
 
 @contextlib.contextmanager
-def _reading(where: str) -> Iterator[None]:
+def reading(where: str) -> Iterator[None]:
+    """Say it in one line where a stream cannot be read on."""
     try:
         yield
-    except (OSError, EOFError, zlib.error) as error:  # the last two from gzip
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:  # the middle two from gzip
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{where}: cannot be read ({reason})") from error
 
@@ -116,19 +153,28 @@ def labelled_table(lines: Lines) -> Table:
         label, separator, text = line.partition(SEPARATOR)
         if not separator:
             return f"no {SEPARATOR} between label and sentence"
+        if label.strip().lower() in LABEL_NAMES and text.strip().lower() in TEXT_NAMES:
+            return "a line of column names, no example"
         return {"label": label.strip(), "text": text.lstrip(" \t")}
 
-    return Table(lines.name, ["label", "text"], numbered(_each_line(lines, split)))
+    return _table(lines, ["label", "text"], split)
 
 
 def text_table(lines: Lines) -> Table:
     """Lines of text alone: the column `text`."""
-    return Table(lines.name, ["text"], numbered(_each_line(lines, lambda line: {"text": line})))
+    return _table(lines, ["text"], lambda line: {"text": line})
 
 
 def jsonl_table(lines: Lines) -> Table:
     """One JSON object a line."""
-    return Table(lines.name, None, numbered(_each_line(lines, _json_object)))
+    return _table(lines, None, _json_object)
+
+
+def _table(
+    lines: Lines, columns: list[str] | None, parse: Callable[[str], dict[str, Any] | str]
+) -> Table:
+    rows = numbered(_each_line(lines, parse))
+    return Table(lines.name, columns, rows, remedies=lines.remedies)
 
 
 def _each_line(lines: Lines, parse: Callable[[str], dict[str, Any] | str]) -> Iterator[RawRow]:
@@ -136,166 +182,28 @@ def _each_line(lines: Lines, parse: Callable[[str], dict[str, Any] | str]) -> It
         if problem := lines.take_problem():
             yield problem
         elif line.strip():
-            yield lines.number, parse(line.removesuffix("\n").removesuffix("\r"))
+            # A mark stands here where files were put one behind the other.
+            line = line.removesuffix("\n").removesuffix("\r").removeprefix("\ufeff")
+            yield lines.number, parse(line)
 
 
 def _json_object(line: str) -> dict[str, Any] | str:
     try:
-        return _checked_object(json.loads(line))
+        return checked_object(json.loads(line))
     except (ValueError, RecursionError) as error:
-        return _not_json(error)
+        return not_json(error)
 
 
-def _checked_object(value: Any) -> dict[str, Any] | str:
+def checked_object(value: Any) -> dict[str, Any] | str:
+    """`value`, or why it is no row."""
     return value if isinstance(value, dict) else f"{shown(value)} is not a JSON object"
 
 
-def _not_json(error: ValueError | RecursionError) -> str:
+def not_json(error: ValueError | RecursionError, column: int | None = None) -> str:
+    """Why something is no JSON; `column` where the error does not know its place in the line."""
     match error:
         case json.JSONDecodeError():
-            return f"not JSON ({error.msg} at character {error.colno})"
+            return f"not JSON ({error.msg} at character {column or error.colno})"
         case RecursionError():
             return "JSON that is nested too deeply"
     return "JSON with a number of too many digits"
-
-
-def json_table(stream: io.BufferedReader, name: str) -> Table:
-    """A JSON list of objects; or, as many files of that name have it, one object a line."""
-    with _reading(name):
-        start = stream.peek(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
-    if not start.startswith(b"["):
-        return jsonl_table(Lines(stream, name))
-    with _reading(name):
-        data = stream.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise DataError(
-            f"{name}: a list of more than {MAX_JSON_BYTES:,} bytes; put one object on each line "
-            "and name the file .jsonl"
-        )
-    data = _without_mark(data, name)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        line_start = data.rfind(b"\n", 0, error.start) + 1
-        reason = not_utf8(data[line_start : error.start + 1], error.start - line_start)
-        raise DataError(f"{name}, line {line}: {reason}") from error
-    return Table(name, None, numbered(_json_list(text, name)))
-
-
-def _json_list(text: str, name: str) -> Iterator[RawRow]:
-    """The elements one by one, since the parser of whole lists does not tell their lines."""
-    decoder = json.JSONDecoder()
-    blank = re.compile(r"[ \t\n\r]*")
-
-    def skip_blank(position: int) -> int:
-        match = blank.match(text, position)
-        assert match is not None
-        return match.end()
-
-    line, counted = 1, 0
-    position = skip_blank(skip_blank(0) + 1)  # beyond the bracket
-    ended = text.startswith("]", position)
-    while not ended:
-        line, counted = line + text.count("\n", counted, position), position
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}, line {line}: {_not_json(error)}") from error
-        yield line, _checked_object(value)
-        position = skip_blank(position)
-        ended = text.startswith("]", position)
-        if not ended:
-            if not text.startswith(",", position):
-                raise DataError(f"{name}, line {line}: no comma or ] after this object of the list")
-            position = skip_blank(position + 1)
-    if skip_blank(position + 1) < len(text):
-        raise DataError(f"{name}: more text after the end of the list")
-
-
-def csv_table(lines: Lines) -> Table:
-    """Comma-separated values below a line of column names (RFC 4180).
-
-    Where the line of names has semicolons and no comma, semicolons separate: so do spreadsheets
-    write in countries with a decimal comma.
-    """
-    # The limit is the csv module's own global; it is only ever raised.
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    first = lines.peek()
-    delimiter = ";" if ";" in first and "," not in first else ","
-    return _delimited_table(lines, _csv_rows(lines, delimiter))
-
-
-def tsv_table(lines: Lines) -> Table:
-    """Tab-separated values below a line of column names: one line a row, no tabs in cells.
-
-    A quote is an ordinary character, as in most published data sets; but a cell that is quoted as
-    a whole, as spreadsheets and pandas write them, is unquoted.
-    """
-    return _delimited_table(lines, _tsv_rows(lines))
-
-
-def _csv_rows(lines: Lines, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    # Strict: otherwise a misplaced quote silently joins cells, or rows.
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    while True:
-        start = lines.number + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            lines.take_problem()
-            yield start, _not_csv(str(error))
-            continue
-        if problem := lines.take_problem():
-            yield problem
-        elif "".join(cells).strip() or len(cells) > 1:
-            yield start, cells
-
-
-def _not_csv(message: str) -> str:
-    if message.startswith("field larger"):
-        return f"a cell of more than {MAX_LINE_BYTES:,} characters; is a quote not closed?"
-    if message.startswith("unexpected end"):
-        return "a quote is opened and never closed"
-    if message.startswith("new-line character"):
-        return "a carriage return outside quotes (lines must end with LF or CRLF)"
-    return f"not CSV ({message})"
-
-
-def _tsv_rows(lines: Lines) -> Iterator[tuple[int, list[str] | str]]:
-    for line in lines:
-        if problem := lines.take_problem():
-            yield problem
-        elif line.strip():
-            cells = line.removesuffix("\n").removesuffix("\r").split("\t")
-            yield lines.number, [_unquoted(cell) for cell in cells]
-
-
-def _unquoted(cell: str) -> str:
-    inside = cell[1:-1]
-    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
-    if is_quoted and '"' not in inside.replace('""', ""):
-        return inside.replace('""', '"')
-    return cell
-
-
-def _delimited_table(lines: Lines, rows: Iterator[tuple[int, list[str] | str]]) -> Table:
-    number, header = next(rows, (1, []))
-    if isinstance(header, str):
-        raise DataError(f"{lines.name}, line {number}: {header}")
-    columns = [name.strip() for name in header]
-    if any("\0" in name for name in columns):
-        raise DataError(f"{lines.name}: holds NUL characters; is it UTF-16, or no text?")
-
-    def records() -> Iterator[RawRow]:
-        for number, cells in rows:
-            if isinstance(cells, str):
-                yield number, cells
-            elif len(cells) != len(columns):
-                yield number, f"columns: {len(cells)} here, {len(columns)} in the first line"
-            else:
-                yield number, dict(zip(columns, cells, strict=True))
-
-    return Table(lines.name, columns, numbered(records()))

@@ -5,13 +5,14 @@ Knows nothing of formats, nor of which column holds what.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minllama.errors import DataError
 
 MAX_SHOWN = 10  # bad rows, or names, that an error spells out
+TOO_MANY = 100_000  # bad rows, where hardly any are good
 
 # One row of a file before it is numbered: its line, and its cells or what is wrong with it.
 RawRow = tuple[int, dict[str, Any] | str]
@@ -50,12 +51,20 @@ class Table:
         columns: their names; None where each record has its own, as in JSON.
         class_names: of columns that hold numbers of named classes: names, in order of the numbers.
         rows: may be iterated once.
+        no_text: the types of columns that can hold no text, where the file says types.
+        no_label: the types of those that can hold no label either, which are not read.
+        header: what may help where the names of the columns are none; empty where they surely are.
+        remedies: what may help with bad rows of any kind; filled as they are read.
     """
 
     name: str
     columns: list[str] | None
     rows: Iterator[Record | BadRow]
     class_names: dict[str, list[str]] = field(default_factory=dict)
+    no_text: dict[str, str] = field(default_factory=dict)
+    no_label: dict[str, str] = field(default_factory=dict)
+    header: str = ""
+    remedies: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         counts = Counter(self.columns)
@@ -75,25 +84,47 @@ def numbered(rows: Iterable[RawRow], unit: str = "line") -> Iterator[Record | Ba
 
 @dataclass
 class BadRows:
-    """Counts bad rows and remembers the first ten, so that any number of them fits one message."""
+    """Counts bad rows and remembers the first ten, so that any number of them fits one message.
+
+    Attributes:
+        count: of all.
+        first: ten of them.
+        remedies: what may help with them, as the table of their source has it.
+    """
 
     count: int = 0
     first: list[BadRow] = field(default_factory=list)
+    remedies: Sequence[str] = ()
 
     def add(self, row: BadRow) -> None:
         self.count += 1
         if len(self.first) < MAX_SHOWN:
             self.first.append(row)
 
+    def check(self, name: str, n_good: int) -> None:
+        """Refuse to read on where nearly all of many rows are bad: a small file can hold billions.
+
+        Raises:
+            DataError: says so.
+        """
+        if self.count >= TOO_MANY and self.count > 99 * n_good:
+            raise DataError(
+                f"{name}: {self.count:,} of the first {self.count + n_good:,} rows are bad "
+                f"({self.summary()}); is it a file of such rows?"
+            )
+
     def summary(self) -> str:
-        """Place and reason of the first ten, and how many more there are."""
-        shown = [f"{row.place}: {row.reason}" for row in self.first]
-        more = self.count - len(shown)
+        """Places and reasons of the first ten, each reason once, and how many more there are."""
+        places: dict[str, list[str]] = {}
+        for row in self.first:
+            places.setdefault(row.reason, []).append(row.place)
+        shown = [f"{_together(places[reason])}: {reason}" for reason in places]
+        more = self.count - len(self.first)
         return "; ".join(shown + ([f"and {more} more"] if more else []))
 
-    def error(self, name: str, hint: str = "") -> DataError:
-        """The refusal of the source `name` because of these rows; `hint` is one more remedy."""
-        hint = f"; {hint}" if hint else ""
+    def error(self, name: str, *hints: str) -> DataError:
+        """The refusal of the source `name` because of these rows; `hints` are more remedies."""
+        hint = "".join(f"; {hint}" for hint in hints if hint)
         if self.count == 1:
             row = self.first[0]
             return DataError(
@@ -104,6 +135,14 @@ class BadRows:
             f"{name}: {self.count} bad rows: {self.summary()}; "
             f"mend them, or leave them out with --skip-bad-rows{hint}"
         )
+
+
+def _together(places: list[str]) -> str:
+    """`lines 2, 5 and 9` for line 2, line 5 and line 9."""
+    unit, _, _ = places[0].partition(" ")
+    # Many objects of a list may stand in one line.
+    *numbers, last = dict.fromkeys(place.removeprefix(f"{unit} ") for place in places)
+    return f"{unit}s {', '.join(numbers)} and {last}" if numbers else places[0]
 
 
 def shown(value: object) -> str:

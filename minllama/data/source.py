@@ -1,35 +1,25 @@
 """What a user calls a source of examples -> an open table.
 
 A path wins where it exists, `-` is standard input, anything else may be a data set on the Hugging
-Face hub. The format is told by the name of the file, or by an option. Knows nothing of what the
-columns mean.
+Face hub. The format is told by an option, or by the name of the file; content that is another
+one's is refused with the way to read it. Knows nothing of what the columns mean.
 """
 
 import contextlib
-import gzip
-import io
-import json
 import os
 import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO, cast
+from typing import TextIO
 
 from minllama.data.arrow import EXAMPLE_ID, HubDataset, hub_table, parquet_table, parse_hub_id
-from minllama.data.lines import (
-    SEPARATOR,
-    Lines,
-    csv_table,
-    json_table,
-    jsonl_table,
-    labelled_table,
-    text_table,
-    tsv_table,
-)
+from minllama.data.formats import table_of
+from minllama.data.other_forms import PARQUET, refuse_binary
 from minllama.data.records import Table, shown
-from minllama.errors import DataError
-from minllama.options import DATA_FORMATS
+from minllama.data.unpacking import Beginning, opened
+from minllama.errors import DataError, OptionError
+from minllama.options import DATA_FORMATS, DataOptions
 
 STANDARD_INPUT = "-"
 
@@ -50,42 +40,67 @@ _FORMATS = {
 
 @contextlib.contextmanager
 def open_table(
-    source: Source, data_format: str | None = None, *, labelled: bool = False
+    source: Source, options: DataOptions | None = None, *, labelled: bool = False
 ) -> Iterator[Table]:
     """Open `source` while the block runs.
 
     Args:
         source: a path, `-`, or `owner/name[/config][@revision][:split]` on the hub.
-        data_format: one of `DATA_FORMATS`; None to tell it by the name.
+        options: format, encoding, separator and columns; formats that are not said are told by the
+            name, or of standard input by the first lines.
         labelled: lines of text must be `label ||| sentence`; else the first line decides whether
             they are, or are text alone.
 
     Raises:
-        DataError: there is no such thing, it cannot be opened, or its format is unknown.
+        DataError: there is no such thing, it cannot be opened, or it is in no format that is read.
     """
+    options = options or DataOptions()
     name = os.fspath(source)
     if name == STANDARD_INPUT:
         if sys.stdin is None:
             raise DataError("standard input is closed; name a file")
-        kind = data_format or "lines"
-        if kind == "parquet":
+        if options.data_format == "parquet":
             raise DataError("Parquet cannot be read from standard input; name a file")
-        yield _stream_table(sys.stdin.buffer, "standard input", kind, labelled)
+        beginning = opened(sys.stdin.buffer, "standard input")
+        if beginning.head.startswith(PARQUET):
+            raise DataError("Parquet cannot be read from standard input; name a file")
+        yield table_of(beginning, options.data_format, options, labelled=labelled)
         return
     if hub_dataset := _on_the_hub(source):
+        _refuse_for(options, name)
         yield hub_table(hub_dataset, name)
         return
     path = Path(name).expanduser()
-    kind = data_format or _format_of(path)
-    if kind == "parquet":
-        yield parquet_table(path, name)
-        return
     try:
         file = path.open("rb")
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}; name a file that you may read") from error
     with file:
-        yield _stream_table(file, name, kind, labelled)
+        beginning = opened(file, name)
+        kind = _format_of(path, beginning, options.data_format)
+        if kind == "parquet":
+            _refuse_for(options, name)
+            yield parquet_table(path, name)
+        else:
+            yield table_of(beginning, kind, options, labelled=labelled)
+
+
+def _refuse_for(options: DataOptions, name: str) -> None:
+    """Refuse what is said of text where there is none.
+
+    Raises:
+        OptionError: names it.
+    """
+    given = {
+        "--encoding": options.encoding,
+        "--separator": options.separator,
+        "--no-header": options.no_header,
+        "--columns": options.columns,
+    }
+    if flags := [flag for flag, value in given.items() if value]:
+        raise OptionError(
+            f"{name}: {', '.join(flags)}: for files of text, and this has columns and types"
+        )
 
 
 def is_source(path: str | os.PathLike[str], source: Source) -> bool:
@@ -143,52 +158,18 @@ def _suffix(path: Path) -> str:
     return path.with_suffix("").suffix.lower() if suffix == ".gz" else suffix
 
 
-def _format_of(path: Path) -> str:
+def _format_of(path: Path, beginning: Beginning, asked: str | None) -> str:
+    """By content where that is another format's than the name's, as asked, or by the name."""
+    if beginning.head.startswith(PARQUET) and not beginning.is_compressed:
+        return "parquet"
+    refuse_binary(beginning.head, str(path))
     suffix = _suffix(path)
-    if suffix not in _FORMATS:
+    kind = asked or _FORMATS.get(suffix)
+    if kind is None:
         raise DataError(
             f"{path}: {suffix} is the name of no format that is read; say which it is with "
             f"--data-format ({', '.join(DATA_FORMATS)})"
         )
-    return _FORMATS[suffix]
-
-
-def _stream_table(stream: BinaryIO, name: str, kind: str, labelled: bool) -> Table:
-    buffered = stream if isinstance(stream, io.BufferedReader) else _buffered(stream)
-    try:
-        start = buffered.peek(2)[:2]
-    except OSError as error:
-        raise DataError(f"{name}: {error.strerror or error}") from error
-    if start == b"\x1f\x8b":  # the content says so, with or without the name
-        buffered = _buffered(gzip.GzipFile(fileobj=buffered))
-    if kind == "json":
-        return json_table(buffered, name)
-    lines = Lines(buffered, name)
-    if kind == "lines":
-        if _is_json_object(lines.peek()):
-            raise DataError(
-                f"{name}: its lines are JSON objects; read them with --data-format jsonl, or as "
-                "texts with --data-format text"
-            )
-        kind = "labelled" if labelled or SEPARATOR in lines.peek() else "text"
-    tables = {
-        "labelled": labelled_table,
-        "text": text_table,
-        "csv": csv_table,
-        "tsv": tsv_table,
-        "jsonl": jsonl_table,
-    }
-    return tables[kind](lines)
-
-
-def _is_json_object(line: str) -> bool:
-    if not line.startswith("{"):
-        return False
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _buffered(stream: BinaryIO | gzip.GzipFile) -> io.BufferedReader:
-    return io.BufferedReader(cast(io.RawIOBase, stream))
+    if kind == "parquet" and beginning.is_compressed:
+        raise DataError(f"{path}: is compressed with gzip, which Parquet does itself; gunzip it")
+    return kind

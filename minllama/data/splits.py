@@ -7,7 +7,7 @@ import random
 from collections import Counter, defaultdict
 from dataclasses import replace
 
-from minllama.data.dataset import Dataset, Notice
+from minllama.data.examples import Dataset, Notice, alike_names
 from minllama.data.records import listed
 from minllama.errors import DataError
 
@@ -57,7 +57,12 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
         )
     rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
     dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
-    return replace(rest, notices=dataset.notices), dev
+    rest = replace(rest, notices=dataset.notices, part=_share(rest, dataset))
+    return rest, replace(dev, part=f"{_share(dev, dataset)}, set aside")
+
+
+def _share(part: Dataset, whole: Dataset) -> str:
+    return f"{len(part)} of {len(whole)} rows"
 
 
 def _keep_one_of_each(dataset: Dataset, aside: set[str]) -> None:
@@ -87,7 +92,8 @@ def sample_per_class(dataset: Dataset, k: int, seed: int) -> Dataset:
             taken.append(index)
             for label in classes:
                 counts[label] += 1
-    return dataset.select(taken)
+    drawn = dataset.select(taken)
+    return replace(drawn, part=f"{_share(drawn, dataset)}, drawn")
 
 
 def sample_balanced(dataset: Dataset, n: int, seed: int) -> Dataset:
@@ -120,9 +126,9 @@ def check_splits(
     """Whether something can be learned from `train` and measured on the others.
 
     Returns:
-        What a person should hear about: classes that no training example has, names that differ
-        in case only, equal texts with different labels, rows of `dev` and `test` whose text is in
-        `train` or in each other, and splits in which all rows have one label.
+        What a person should hear about: classes that no training example has, names that a person
+        may not tell apart, equal texts with different labels, rows of `dev` and `test` whose text
+        is in `train` or in each other, and splits in which all rows have one label.
 
     Raises:
         DataError: `train` has one class only, a label of `dev` or `test` does not occur in it, or
@@ -154,20 +160,14 @@ def check_splits(
 def _notices_on_training(train: Dataset, counts: list[int]) -> list[Notice]:
     notices = []
     if absent := [name for name, n in zip(train.label_names, counts, strict=True) if n == 0]:
-        message = f"{train.source}: no example of {listed(absent)}; it cannot be learned"
+        message = f"{train.called}: no example of {listed(absent)}; it cannot be learned"
         notices.append(Notice("absent", message, len(absent)))
-    spellings = defaultdict(list)
-    for name in train.label_names:
-        spellings[name.casefold()].append(name)
-    for names in spellings.values():
-        if len(names) > 1:
-            message = f"{train.source}: {listed(names)} are different labels; is one meant?"
-            notices.append(Notice("case", message, len(names)))
+    notices += alike_names(train)
     labels_of: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
     for index, text in enumerate(train.texts):
         labels_of[text].add(train.classes_of(index))
     if conflicts := sum(len(labels) > 1 for labels in labels_of.values()):
-        message = f"{train.source}: texts that occur with different labels: {conflicts}"
+        message = f"{train.called}: texts that occur with different labels: {conflicts}"
         notices.append(Notice("conflicts", message, conflicts))
     return notices
 
@@ -205,7 +205,7 @@ def _duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
     if not count:
         return []
     message = (
-        f"{split.source}: {count} of {len(split)} rows have a text that {earlier.source} has too; "
+        f"{split.called}: {count} of {len(split)} rows have a text that {earlier.called} has too; "
         "what is measured on them may be memory"
     )
     return [Notice("duplicates", message, count)]
@@ -217,7 +217,7 @@ def one_class(split: Dataset) -> list[Notice]:
     if split.multi_label or len(used) != 1 or len(split) < 2:
         return []
     message = (
-        f"{split.source}: every row has the label {used[0]!r}; is it a placeholder? "
+        f"{split.called}: every row has the label {used[0]!r}; is it a placeholder? "
         "an accuracy on it says little"
     )
     return [Notice("one-class", message, len(split))]

@@ -29,6 +29,8 @@ from minllama.classifier.features import (
 from minllama.classifier.race import raced_features
 from minllama.classifier.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
+from minllama.data.label_names import checked_names, names_of_option, words_by_label
+from minllama.data.records import listed, shown
 from minllama.errors import CheckpointError, OptionError
 from minllama.experiment.say import Say
 from minllama.llama import Llama
@@ -58,14 +60,27 @@ LAYER_FILE = "layer.json"
 
 
 def label_words_of(text: str | None, labels: Sequence[str]) -> tuple[str, ...]:
-    """The words of `--label-words`, which are parted by commas; the labels where it is not given.
+    """The words of `--label-words` in the order of the labels, which it is where it is not given.
+
+    Args:
+        text: parted by commas and quoted as in CSV, a JSON list, or a JSON object {label: word}.
+        labels: the names of the classes.
 
     Raises:
-        OptionError: there are not as many as labels.
+        OptionError: there are not as many as labels, or they are not words.
     """
     if text is None:
         return tuple(labels)
-    words = tuple(word.strip() for word in text.split(","))
+    word_of = words_by_label(text)
+    if word_of is not None:
+        if set(word_of) != set(labels):
+            raise OptionError(
+                f"label_words names the labels {listed(word_of)}, and there are {listed(labels)}; "
+                "give a word for each of these"
+            )
+        where = f"label_words {shown(text)}"
+        return tuple(checked_names([word_of[label].strip() for label in labels], where))
+    words = tuple(names_of_option(text, "label_words"))
     if len(words) != len(labels):
         raise OptionError(
             f"label_words holds {len(words)} words ({', '.join(words)}) for {len(labels)} labels "

@@ -20,10 +20,14 @@ from minllama.classifier.base import Classifier, probabilities
 from minllama.data import Dataset
 from minllama.errors import CheckpointError
 from minllama.evaluation import Evaluation, evaluate
+from minllama.evaluation_options import ThresholdOptions
 from minllama.report import ReportedSplit
 from minllama.report.files import METRICS_FILE
+from minllama.text import printable
+from minllama.thresholds import Chosen, Thresholds, choose_thresholds
 
 HEADLINES = ("accuracy", "macro_f1", "log_loss", "calibration_error")
+WHERE_DEFINED = ("roc_auc", "average_precision")
 
 
 def evaluate_classifier(
@@ -34,6 +38,8 @@ def evaluate_classifier(
     logits: NDArray[np.float32] | None = None,
     others: Mapping[str, Evaluation] | None = None,
     baselines: Sequence[Baseline] = (),
+    thresholds: Mapping[str, Thresholds] | None = None,
+    headline: str = "accuracy",
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> ReportedSplit:
@@ -46,6 +52,8 @@ def evaluate_classifier(
         logits: (N, C), where they were computed before; else they are.
         others: evaluations of other systems on the same rows.
         baselines: predict the same rows.
+        thresholds: of baselines, by their names; the classifier has its own.
+        headline: the metric that the verdict is about.
         seed: of the intervals' draws.
         progress: is told how many more texts are done.
     """
@@ -55,19 +63,57 @@ def evaluate_classifier(
     predicted = probabilities(logits, classifier.temperature, multi_label=many)
     if split.labels is None:
         return ReportedSplit(name, split.texts, predicted)
+    kind: Any = {"multi_label": many, "seed": seed}
     beside = dict(others or {})
     for baseline in baselines:
-        p = baseline.predict_proba(split.texts)
-        beside[baseline.name] = evaluate(p, split.labels, names, multi_label=many, seed=seed)
-    evaluation = evaluate(predicted, split.labels, names, multi_label=many, seed=seed)
-    return ReportedSplit(name, split.texts, predicted, split.labels, evaluation, beside)
+        p, decision = baseline.predict_proba(split.texts), (thresholds or {}).get(baseline.name)
+        beside[baseline.name] = evaluate(p, split.labels, names, thresholds=decision, **kind)
+    evaluation = evaluate(predicted, split.labels, names, thresholds=classifier.decision, **kind)
+    return ReportedSplit(
+        name, split.texts, predicted, split.labels, evaluation, beside, headline=headline
+    )
+
+
+def choose_decision(
+    options: ThresholdOptions, probabilities: NDArray[np.floating[Any]], dev: Dataset
+) -> Chosen | None:
+    """Thresholds by the options, chosen on dev: (N, C) probabilities; None where they say nothing.
+
+    Raises:
+        OptionError: such thresholds cannot be; see `minllama.thresholds.check_thresholds`.
+    """
+    gold = np.zeros(probabilities.shape, dtype=np.bool_)
+    for i, row in enumerate(gold):
+        row[list(dev.classes_of(i))] = True
+    kind: Any = {"multi_label": dev.multi_label, "source": printable(str(dev.source))}
+    return choose_thresholds(options, probabilities, gold, dev.label_names, **kind)
+
+
+def baseline_decisions(
+    options: ThresholdOptions, baselines: Sequence[Baseline], dev: Dataset
+) -> dict[str, Thresholds]:
+    """The baselines' thresholds, chosen on dev as the classifier's are; a number is not for them.
+
+    Returns:
+        Name -> thresholds; nothing where the options say nothing.
+    """
+    found = {}
+    for baseline in baselines:
+        p = baseline.predict_proba(dev.texts)
+        chosen = choose_decision(options, p, dev)
+        if chosen is not None and not chosen.thresholds.how:
+            chosen = choose_decision(dataclasses.replace(options, threshold=()), p, dev)
+        if chosen is not None:
+            found[baseline.name] = chosen.thresholds
+    return found
 
 
 def headlines(split: ReportedSplit) -> dict[str, float]:
     """The few numbers that a model card shows."""
     if split.evaluation is None:
         return {}
-    return {name: float(getattr(split.evaluation, name)) for name in HEADLINES}
+    values = {name: getattr(split.evaluation, name) for name in (*HEADLINES, *WHERE_DEFINED)}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
@@ -82,12 +128,30 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
         measured = {n: s["evaluation"] for n, s in splits.items() if s["evaluation"] is not None}
         return {
             name: {metric: float(values[metric]) for metric in HEADLINES}
+            | {m: float(values[m]) for m in WHERE_DEFINED if values.get(m) is not None}
             for name, values in measured.items()
         }
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); delete it, or bring it back") from error
+
+
+def saved_verdicts(folder: Path) -> dict[str, str]:
+    """The verdict on each split in the report that lies in `folder`; empty where none does.
+
+    Raises:
+        CheckpointError: its metrics.json is damaged.
+    """
+    path = folder / METRICS_FILE
+    try:
+        splits = json.loads(path.read_bytes())["splits"]
+        said = {name: split.get("verdict") for name, split in splits.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it, or bring it back") from error
+    return {name: verdict for name, verdict in said.items() if verdict and isinstance(verdict, str)}
 
 
 def versions() -> dict[str, str]:

@@ -30,6 +30,7 @@ from minllama.experiment.resuming import (
     rows_still_to_do,
 )
 from minllama.options import DataOptions
+from minllama.thresholds import one_line
 
 DIGITS = 16  # of a classifier's digest in each record
 ALL_COLUMNS = "all"
@@ -109,7 +110,9 @@ def prediction_lines(
     columns: Sequence[str] = (),
 ) -> Iterator[str]:
     """One line for each row of (N, C) probabilities; `digest` is `digest_of` the classifier."""
-    chosen = predictions(probabilities, multi_label=classifier.multi_label)
+    chosen = predictions(
+        probabilities, multi_label=classifier.multi_label, thresholds=classifier.decision
+    )
     for row, p, of_row in zip(rows, probabilities, chosen, strict=True):
         names = [classifier.labels[i] for i in np.flatnonzero(of_row)]
         if output_format == "labelled":
@@ -159,6 +162,8 @@ def digest_of(classifier: Classifier) -> str:
         classifier.n_layers,
         comparable_config(classifier.llama.config),
     ]
+    if classifier.decision is not None:
+        said += [classifier.positive, classifier.thresholds]
     if isinstance(classifier, LlamaZeroShotClassifier):
         said += [classifier.label_words, classifier.score_name, classifier.shots]
     else:
@@ -196,6 +201,8 @@ def score_of(classifier: Classifier) -> str | None:
 def described(classifier: Classifier) -> str:
     """How a classifier's probabilities come about, in one line."""
     temperature = f"temperature {classifier.temperature:.3g}"
+    if classifier.decision is not None:
+        temperature += f", {one_line(classifier.decision, classifier.labels)}"
     if isinstance(classifier, LlamaZeroShotClassifier):
         prompt = json.dumps(classifier.prompt.prompt, ensure_ascii=False)
         asked = "asked in a chat" if classifier.prompt.chat else "prompt"

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from minllama.baselines import fit_baselines
 from minllama.checkpoints import open_checkpoint
 from minllama.classifier import LlamaEmbeddingClassifier, save_classifier
-from minllama.classifier.base import Classifier
+from minllama.classifier.base import Classifier, probabilities
 from minllama.classifier.calibration import fit_temperature
 from minllama.classifier.identity import comparable_config
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation import Evaluation
+from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.experiment.fitting import (
     LAYER_FILE,
     TRAINED,
@@ -42,6 +43,8 @@ from minllama.experiment.folder import (
     writable,
 )
 from minllama.experiment.measuring import (
+    baseline_decisions,
+    choose_decision,
     evaluate_classifier,
     headlines,
     settings_of,
@@ -66,9 +69,11 @@ from minllama.options import (
 from minllama.quantization import check_quantize
 from minllama.report import Report
 from minllama.report.files import write_files
+from minllama.thresholds import check_thresholds, fixed_thresholds
 from minllama.tokenizer import Tokenizer
 from minllama.training import TrainingResult, fit, sample_of, summary_writer
 from minllama.training_state import CHECKPOINT, digest
+from minllama.vocabulary import check_fits
 
 LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
@@ -84,7 +89,7 @@ class Experiment:
         dtype, device: None for what suits the method and the machine.
         quantize: a word of `QUANTIZE` for weights that are not trained, None for numbers in the
             dtype, "auto" for what is fastest with this file and machine.
-        data, prompt, classifier, lora, training: options.
+        data, prompt, classifier, lora, training, threshold, report: options.
         llama_changes: fields of LlamaConfig, such as `dropout`.
     """
 
@@ -102,7 +107,15 @@ class Experiment:
     classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
+    report: ReportOptions = field(default_factory=ReportOptions)
     llama_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> str:
+        """The metric that the report's verdict is about."""
+        metric = self.training.metric if self.classifier.method in TRAINED else "accuracy"
+        return self.report.headline or metric
 
     def __post_init__(self) -> None:
         if self.classifier.method == "full" and self.dtype in HALF_NAMES:
@@ -172,7 +185,7 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outc
     check_libraries()
     if training.tensorboard:
         summary_writer()
-    _check_labels(experiment, multi_label=experiment.data.multi_label)
+    _check_labels(experiment, multi_label=experiment.data.has_several_labels)
     splits = load_splits(
         experiment.train,
         experiment.dev,
@@ -185,6 +198,12 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outc
     for notice in splits.notices:
         say.say(notice)
     _check_labels(experiment, multi_label=splits.train.multi_label)
+    check_thresholds(
+        experiment.threshold,
+        splits.train.label_names,
+        multi_label=splits.train.multi_label,
+        can_choose=True,
+    )
     llama, tokenizer = _open(experiment)
     with writable(experiment.output):
         if not resume:
@@ -192,8 +211,8 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outc
         with torch.random.fork_rng(devices=_gpus()):
             torch.manual_seed(training.seed)
             classifier, beside, result = _train(experiment, splits, llama, tokenizer, resume, say)
-        logits = _calibrate(classifier, splits, experiment.classifier, say)
-        report = _measured(experiment, splits, classifier, logits, beside, result, say)
+        logits, notes = _calibrate(classifier, splits, experiment, say)
+        report = _measured(experiment, splits, classifier, logits, beside, result, notes, say)
         report = dataclasses.replace(report, created=began, seconds=time.perf_counter() - started)
         _write(experiment, classifier, report)
     return Outcome(classifier, splits, report, result)
@@ -234,6 +253,9 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
     checkpoint = open_checkpoint(experiment.model, tokenizer=experiment.tokenizer)
     tokenizer = Tokenizer.from_checkpoint(checkpoint)
     options = experiment.classifier
+    if options.method == "full":  # it is written with its tokenizer, at the end
+        where = str(experiment.tokenizer or checkpoint.path)
+        check_fits(tokenizer.vocab_size, checkpoint.config.vocab_size, where)
     device = usable_device(experiment.device)
     dtype, quantize = weights_form(
         options.method, checkpoint, device, experiment.dtype, experiment.quantize
@@ -276,12 +298,8 @@ def _train(
         )
         if options.method == "zero-shot":
             return classifier, beside, None
-        progress = say.advance("zero-shot, before training", len(splits.dev))
-        before = evaluate_classifier(classifier, splits.dev, "dev", progress=progress)
-        assert before.evaluation is not None
-        beside["zero-shot (before training)"] = before.evaluation
+        beside["zero-shot (before training)"] = _before(experiment, splits, classifier, say)
         train = without_shots(splits.train, classifier.shots)
-        say.say(f"zero-shot, before training: dev accuracy {before.evaluation.accuracy:.3f}")
     else:
         classifier = make_head(
             llama,
@@ -312,18 +330,47 @@ def _train(
     return classifier, beside, result
 
 
+def _before(experiment: Experiment, splits: Splits, classifier: Classifier, say: Say) -> Evaluation:
+    """What label words alone come to on dev."""
+    # Thresholds are chosen after the training; which class is the positive one is known.
+    at_first = dataclasses.replace(experiment.threshold, threshold=())
+    classifier.decide_by(fixed_thresholds(at_first, classifier.labels, multi_label=False))
+    progress = say.advance("zero-shot, before training", len(splits.dev))
+    before = evaluate_classifier(classifier, splits.dev, "dev", progress=progress).evaluation
+    assert before is not None
+    say.say(f"zero-shot, before training: dev accuracy {before.accuracy:.3f}")
+    return before
+
+
 def _calibrate(
-    classifier: Classifier, splits: Splits, options: ClassifierOptions, say: Say
-) -> NDArray[np.float32]:
-    """Fit the temperature on dev, unless it is not wanted, and give dev's logits: (N, C)."""
-    dev = splits.dev
+    classifier: Classifier, splits: Splits, experiment: Experiment, say: Say
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Fit the temperature on dev, unless it is not wanted, and choose thresholds where they are.
+
+    Returns:
+        Dev's logits, (N, C), and what a reader of the report must know of it.
+    """
+    dev, options, notes = splits.dev, experiment.classifier, list[str]()
     assert dev.labels is not None
     logits = classifier.predict_logits(dev.texts, progress=say.advance("reading dev", len(dev)))
     if not options.no_calibration:
         classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
         say.say(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
+    p = probabilities(logits, classifier.temperature, multi_label=dev.multi_label)
+    if (chosen := choose_decision(experiment.threshold, p, dev)) is not None:
+        classifier.decide_by(chosen.thresholds)
+        notes += chosen.notices
+        for notice in chosen.notices:
+            say.say(notice)
+        if experiment.threshold.positive is None and not dev.multi_label:
+            say.say(f"the positive class is {classifier.positive!r}; --positive chooses another")
+        if chosen.thresholds.how:
+            notes.append(
+                f"thresholds were chosen on dev ({', '.join(experiment.threshold.threshold)}), so "
+                "dev's own numbers flatter them a little; the baselines' were chosen there too"
+            )
     say.say(described(classifier))
-    return logits
+    return logits, notes
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -333,7 +380,8 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
         "dev": experiment.dev or "set aside from train",
         "test": experiment.test,
     }
-    return {"files": files, **settings_of(data=experiment.data), **_settings_of_run(experiment)}
+    shown = settings_of(data=experiment.data, threshold=experiment.threshold)
+    return {"files": files, **shown, **_settings_of_run(experiment)}
 
 
 def _settings_of_run(experiment: Experiment) -> dict[str, Any]:
@@ -380,6 +428,8 @@ def _chosen(classifier: Classifier) -> dict[str, Any]:
     chosen: dict[str, Any] = {"temperature": float(f"{classifier.temperature:.4g}")}
     if isinstance(classifier, LlamaEmbeddingClassifier):
         chosen |= {"layer": classifier.layer, "pooling": classifier.pooling}
+    if classifier.decision is not None:
+        chosen["threshold"] = classifier.thresholds
     return chosen
 
 
@@ -390,6 +440,7 @@ def _measured(
     dev_logits: NDArray[np.float32],
     beside: Mapping[str, Evaluation],
     result: TrainingResult | None,
+    notes: list[str],
     say: Say,
 ) -> Report:
     train = splits.train
@@ -402,17 +453,18 @@ def _measured(
         seed=experiment.training.seed,
     )
     dev, test = splits.dev, splits.test
+    how: dict[str, Any] = {
+        "baselines": baselines,
+        "thresholds": baseline_decisions(experiment.threshold, baselines, dev),
+        "headline": experiment.headline,
+    }
     reported = [
-        evaluate_classifier(
-            classifier, dev, "dev", logits=dev_logits, others=beside, baselines=baselines
-        )
+        evaluate_classifier(classifier, dev, "dev", logits=dev_logits, others=beside, **how)
     ]
     if test is not None:
         progress = say.advance("reading test", len(test))
-        reported.append(
-            evaluate_classifier(classifier, test, "test", baselines=baselines, progress=progress)
-        )
-    notes = [*splits.notices]
+        reported.append(evaluate_classifier(classifier, test, "test", progress=progress, **how))
+    notes = [*splits.notices, *notes]
     for split in (train, dev, *([] if test is None else [test])):
         if said := shortened_texts(classifier, split.texts, split.source):
             say.say(said)
@@ -433,6 +485,7 @@ def _measured(
         versions=versions(),
         notes=notes,
         score=score_of(classifier),
+        thresholds=classifier.decision,
     )
 
 
@@ -444,6 +497,7 @@ def _write(experiment: Experiment, classifier: Classifier, report: Report) -> No
         tokenizer=experiment.tokenizer,
         training=_settings(experiment),
         metrics={split.name: headlines(split) for split in report.splits if split.evaluation},
+        verdicts={split.name: split.verdict for split in report.splits if split.evaluation},
         also=lambda folder: write_files(folder, report),
         removes=(CHECKPOINT, LAYER_FILE),
     )

@@ -35,7 +35,7 @@ class LoRAAdapter(nn.Module):
         super().__init__()
         self.options = options
         r = options.r
-        self.scaling = options.lora_alpha / (math.sqrt(r) if options.use_rslora else r)
+        self.scaling = options.scaling
         # Drawn on the CPU, so that a seed means the same adapter on every device.
         a = torch.empty(r, base.in_features, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))

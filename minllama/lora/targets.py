@@ -6,7 +6,7 @@ Knows nothing of what is put there.
 import re
 from collections.abc import Collection, Sequence
 
-from minllama.checkpoints.huggingface import their_name
+from minllama.checkpoints.adapter import their_module_name
 from minllama.errors import OptionError
 from minllama.llama import Llama
 from minllama.lora.layer import AnyLinear, LoRALayer
@@ -22,12 +22,6 @@ def linear_names(llama: Llama) -> list[str]:
         if isinstance(module, AnyLinear | LoRALayer) and not inside:
             names.append(name)
     return names
-
-
-def their_module_name(ours: str) -> str:
-    """Hugging Face's name of a module: `model.layers.0.self_attn.q_proj`."""
-    theirs: str = their_name(f"{ours}.weight")
-    return theirs.removesuffix(".weight")
 
 
 def has_name(ours: str, target: str) -> bool:

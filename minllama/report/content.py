@@ -6,12 +6,16 @@ Plain values only; everything that is shown is in here. Knows nothing of files, 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minllama.evaluation import Evaluation, Label, is_labelled, predictions
+from minllama.paired import Paired, compare
+from minllama.report.comparison import verdict
+from minllama.thresholds import Thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +30,7 @@ class ReportedSplit:
         evaluation: of the rows that have a label; `None` where none has.
         others: evaluations of other systems on the same rows, by name: the baselines, the
             zero-shot start.
+        headline: the metric that the verdict is about.
     """
 
     name: str
@@ -34,10 +39,23 @@ class ReportedSplit:
     labels: Sequence[Label] | None = None
     evaluation: Evaluation | None = None
     others: Mapping[str, Evaluation] = field(default_factory=dict)
+    headline: str = "accuracy"
 
     def __post_init__(self) -> None:
         assert len(self.texts) == len(self.probabilities)
         assert self.labels is None or len(self.labels) == len(self.texts)
+
+    @cached_property
+    def paired(self) -> dict[str, Paired]:
+        """The classifier beside each of the others, row by row, by their names."""
+        own = self.evaluation
+        return {} if own is None else {name: compare(own, it) for name, it in self.others.items()}
+
+    @property
+    def verdict(self) -> str:
+        """What the metrics come to, in a sentence or two; "" without an evaluation."""
+        own = self.evaluation
+        return "" if own is None else verdict(own, self.others, self.headline)
 
     def gold(self, row: int) -> tuple[int, ...] | None:
         """The classes that a row has, or `None` where nobody has said."""
@@ -64,6 +82,8 @@ class Report:
         created: when the run began.
         seconds: how long it took.
         score: how label words are scored; None where there are none.
+        thresholds: from which probability on labels are predicted; None for the likeliest class,
+            or each label from 0.5 on.
     """
 
     title: str
@@ -77,7 +97,10 @@ class Report:
     created: datetime | None = None
     seconds: float | None = None
     score: str | None = None
+    thresholds: Thresholds | None = None
 
     def predicted(self, split: ReportedSplit) -> NDArray[np.bool_]:
         """(N, C), true where the class is predicted."""
-        return predictions(split.probabilities, multi_label=self.multi_label)
+        return predictions(
+            split.probabilities, multi_label=self.multi_label, thresholds=self.thresholds
+        )

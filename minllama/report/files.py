@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from minllama.atomic import atomic_folder
 from minllama.report.content import Report, ReportedSplit
 from minllama.report.page import render_page
+from minllama.thresholds import saved
 
 PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE = "report.html", "metrics.json", "predictions.jsonl"
 REPORT_FILES = (PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE)
@@ -63,11 +64,14 @@ def metrics_json(report: Report) -> str:
         "seconds": report.seconds,
         "multi_label": report.multi_label,
         "label_names": report.label_names,
+        "thresholds": report.thresholds and saved(report.thresholds, report.label_names),
         "splits": {
             split.name: {
                 "rows": len(split.texts),
                 "evaluation": split.evaluation and split.evaluation.to_dict(),
                 "others": {name: other.to_dict() for name, other in split.others.items()},
+                "verdict": split.verdict,
+                "paired": {name: paired.to_dict() for name, paired in split.paired.items()},
             }
             for split in report.splits
         },

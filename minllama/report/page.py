@@ -15,6 +15,7 @@ from minllama.evaluation import Evaluation
 from minllama.report import comparison, confusion, figures
 from minllama.report.content import Report, ReportedSplit
 from minllama.report.mistakes import worst_mistakes
+from minllama.thresholds import one_line
 
 FOLDER = Path(__file__).parent
 LONG_WORD = 12  # characters: shorter words go to the next line whole
@@ -34,7 +35,11 @@ def render_page(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=percent, decimal=decimal, breakable=breakable, thousands="{:,}".format
+        percent=percent,
+        decimal=decimal,
+        breakable=breakable,
+        thousands="{:,}".format,
+        p_value=comparison.p_value,
     )
     curves = (
         ("Loss", figures.loss_curve(report.history)),
@@ -104,6 +109,8 @@ def _in_words(value: Any) -> str:
 def _facts(report: Report) -> list[str]:
     classes = len(report.label_names)
     facts = [f"{classes} {'labels' if report.multi_label else 'classes'}"]
+    if report.thresholds is not None:
+        facts.append(one_line(report.thresholds, report.label_names))
     if report.created is not None:
         facts.append(f"{report.created.day} {report.created:%B %Y, %H:%M %Z}".strip())
     if report.seconds is not None:
@@ -120,11 +127,22 @@ def _split(report: Report, split: ReportedSplit) -> dict[str, Any]:
         shown["counts"] = list(zip(names, counts, strict=True))
         return shown
     mistakes, wrong = worst_mistakes(report, split)
+    shown_first = {*comparison.compared(evaluation), *comparison.ranking(evaluation)}
+    measured = [name for name in comparison.METRICS if name in shown_first]
     return shown | {
-        "verdict": comparison.verdict(evaluation, split.others),
+        "verdict": split.verdict,
         "tiles": _tiles(evaluation),
-        "metrics": [comparison.METRICS[name].title for name in comparison.compared(evaluation)],
-        "systems": comparison.systems(evaluation, split.others),
+        "metrics": [comparison.METRICS[name].title for name in measured],
+        "systems": comparison.systems(evaluation, split.others, measured),
+        "thresholds": report.thresholds is not None,
+        "ranking": bool(comparison.ranking(evaluation)),
+        "undefined": comparison.undefined(evaluation),
+        "paired": [
+            (name, {row.title: row for row in comparison.rows(evaluation, other, paired)}, paired)
+            for (name, other), paired in zip(
+                split.others.items(), split.paired.values(), strict=True
+            )
+        ],
         "matrix": confusion.matrix(evaluation),
         "upright": len(names) > 10 or max(map(len, names)) > 10,
         "with_numbers": len(names) <= confusion.MAX_WITH_NUMBERS,

@@ -10,11 +10,14 @@ from minllama.vocabulary.files import find_vocabulary, load_vocabulary
 from minllama.vocabulary.gguf import from_gguf, to_gguf
 from minllama.vocabulary.huggingface import to_files
 from minllama.vocabulary.llama2c import from_llama2c_bin
+from minllama.vocabulary.size import check_fits, count_tokens
 
 __all__ = [
     "Form",
     "TokenType",
     "Vocabulary",
+    "check_fits",
+    "count_tokens",
     "find_vocabulary",
     "from_gguf",
     "from_llama2c_bin",

@@ -7,7 +7,7 @@ Knows nothing of files, formats or libraries: the other modules of this package 
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Form = Literal["sentencepiece", "tokenizers", "tiktoken"]
 
@@ -25,6 +25,38 @@ class TokenType(enum.IntEnum):
     USER_DEFINED = 4
     UNUSED = 5
     BYTE = 6
+
+
+class TokenFlags(NamedTuple):
+    """How an added token is found in a text, by the names that Hugging Face has for it.
+
+    Attributes:
+        lstrip: it takes in the white space before it.
+        rstrip: it takes in the white space behind it.
+        single_word: it is found only where no letter or digit touches it.
+    """
+
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class ListedToken(NamedTuple):
+    """A token that a file lists beside a vocabulary.
+
+    Attributes:
+        token_id: its id.
+        text: its text.
+        special: plain text never becomes it.
+        flags: how it is found; None where the file does not say.
+        normalized: it is found in the normalized text; None where the file does not say.
+    """
+
+    token_id: int
+    text: str
+    special: bool = False
+    flags: TokenFlags | None = None
+    normalized: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +78,11 @@ class Vocabulary:
         chat_templates: name -> source of further templates, of which one is to be chosen.
         named_tokens: name -> text of the tokens that templates may write (`unk_token`), or a list
             of texts; an empty text where the checkpoint says that there is none.
+        flags: id -> flags of the added tokens that have any, for SentencePiece models, which have
+            no room for them; a tokenizer.json holds its own.
+        legacy: a SentencePiece model puts its space in front of each stretch of text between added
+            tokens; otherwise only in front of a whole text that begins with none (transformers'
+            `legacy`).
     """
 
     form: Form
@@ -60,3 +97,5 @@ class Vocabulary:
     chat_template: str | None = None
     chat_templates: Mapping[str, str] = field(default_factory=dict, hash=False)
     named_tokens: Mapping[str, str | list[str]] = field(default_factory=dict, hash=False)
+    flags: tuple[tuple[int, TokenFlags], ...] = ()
+    legacy: bool = True

@@ -1,15 +1,36 @@
-"""Byte-level BPE (Radford et al. 2019): its alphabet, and the pre-tokenizers that GGUF names.
+"""Byte-level BPE (Radford et al. 2019): its alphabet, and vocabularies spelt in it.
 
-GPT-2 spells a token's bytes as printable characters; a pre-tokenizer cuts a text into the words
-inside which pairs are merged. Knows nothing of GGUF's other fields, nor of folders.
+GPT-2 spells a token's bytes as printable characters; where a text is cut into words is
+`minllama.vocabulary.pre_tokenizers`. Knows nothing of GGUF's other fields, nor of folders.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from minllama.errors import TokenizerError
 from minllama.vocabulary.base import TokenType
+from minllama.vocabulary.pre_tokenizers import (
+    ALIASES,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    PRE_TOKENIZERS,
+    split,
+    to_bytes,
+)
 from minllama.vocabulary.tokenizers_form import Json, added_token, bpe_model, components, document
+
+__all__ = [
+    "ALIASES",
+    "BYTE_CHARS",
+    "GPT2_PATTERN",
+    "LLAMA3_PATTERN",
+    "PRE_TOKENIZERS",
+    "build",
+    "document_of",
+    "pre_tokenizer_name",
+    "spell",
+    "unspell",
+]
 
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -22,71 +43,6 @@ _TO_LATIN1 = dict.fromkeys(range(256), _NOT_LATIN1) | {
     ord(char): byte for byte, char in BYTE_CHARS.items()
 }
 _TO_CHARS = dict(BYTE_CHARS)
-
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class PreTokenizer(NamedTuple):
-    """One of GGUF's `tokenizer.ggml.pre`.
-
-    Attributes:
-        component: the same as the `pre_tokenizer` of a tokenizer.json.
-        ignore_merges: a word that is a token is that token, whatever the merges say.
-    """
-
-    component: Json
-    ignore_merges: bool = False
-
-
-def _split(pattern: str) -> Json:
-    return {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-
-
-def _bytes(*, use_regex: bool) -> Json:
-    return {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": use_regex,
-    }
-
-
-def _sequence(*parts: Json) -> Json:
-    return {"type": "Sequence", "pretokenizers": list(parts)}
-
-
-PRE_TOKENIZERS = {
-    "smollm": PreTokenizer(
-        _sequence({"type": "Digits", "individual_digits": True}, _bytes(use_regex=True))
-    ),
-    "llama-bpe": PreTokenizer(
-        _sequence(_split(LLAMA3_PATTERN), _bytes(use_regex=False)), ignore_merges=True
-    ),
-    "gpt-2": PreTokenizer(_bytes(use_regex=True)),
-    # llama.cpp's choice for files that name none: punctuation alone, then GPT-2's words, and
-    # digits in threes.
-    "default": PreTokenizer(
-        _sequence(
-            _split(r"[\p{P}\$\+<=>\^~\|]+"),
-            _split(GPT2_PATTERN),
-            _split(r"\p{N}+"),
-            _split(r"[0-9][0-9][0-9]"),
-            _bytes(use_regex=False),
-        )
-    ),
-}
-
-# Other names that files have for them, in llama.cpp as well.
-ALIASES = dict.fromkeys(("llama3", "llama-v3", "falcon3"), "llama-bpe")
 
 
 def spell(token: bytes) -> str:
@@ -149,7 +105,7 @@ def document_of(
         added_tokens=added_tokens,
         normalizer=None,
         pre_tokenizer=PRE_TOKENIZERS[pre].component,
-        decoder=_bytes(use_regex=True),
+        decoder=to_bytes(use_regex=True),
         model=bpe_model(vocab, merges, ignore_merges=PRE_TOKENIZERS[pre].ignore_merges),
     )
 
@@ -160,30 +116,36 @@ def pre_tokenizer_name(raw: Json, where: str) -> str:
     Raises:
         TokenizerError: none of them, or it treats the text in a way that GGUF has no field for.
     """
-    component = raw.get("pre_tokenizer")
-    meaning = _meaning(component)
-    name = next(
-        (n for n, pre in PRE_TOKENIZERS.items() if _meaning(pre.component) == meaning), None
-    )
-    if name is None:
+    meaning = _meaning(raw.get("pre_tokenizer"))
+    names = [name for name, pre in PRE_TOKENIZERS.items() if _meaning(pre.component) == meaning]
+    if not names:
         raise TokenizerError(
             f"{where}: its pre_tokenizer is none that GGUF has a name for; "
             f"known are {', '.join(PRE_TOKENIZERS)}"
         )
     if raw.get("normalizer"):
         raise TokenizerError(f"{where}: it normalizes the text, which GGUF has no field for")
-    if bool(raw["model"].get("ignore_merges")) != PRE_TOKENIZERS[name].ignore_merges:
-        raise TokenizerError(
-            f"{where}: it cuts words as {name} does, and differs from it in ignore_merges"
-        )
-    return name
+    ignores = bool(raw["model"].get("ignore_merges"))
+    for name in names:
+        if PRE_TOKENIZERS[name].ignore_merges == ignores:
+            return name
+    raise TokenizerError(
+        f"{where}: it cuts words as {names[0]} does, and differs from it in ignore_merges"
+    )
 
 
 def _meaning(component: Any) -> list[Json]:
-    """What a pre_tokenizer does, without what only affects offsets or restates defaults."""
-    parts = [dict(part) for part in components(component, "pretokenizers")]
-    for part in parts:
-        part.pop("trim_offsets", None)
-        if part["type"] == "ByteLevel":
-            part.setdefault("use_regex", True)  # absent in older files
-    return parts
+    """What a pre_tokenizer does, the same for components that do the same."""
+    meaning = []
+    for part in components(component, "pretokenizers"):
+        known = dict(part)
+        known.pop("trim_offsets", None)  # which only matters to offsets
+        if part["type"] == "Digits":
+            known = split(r"\p{N}" if part.get("individual_digits") else r"\p{N}+")
+        elif part["type"] == "ByteLevel" and known.pop("use_regex", True):  # absent in older files
+            if not part.get("add_prefix_space", True):
+                meaning.append(split(GPT2_PATTERN))
+            else:
+                known["use_regex"] = True
+        meaning.append(known)
+    return meaning

@@ -8,13 +8,15 @@ import abc
 import contextlib
 import json
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
 from minllama.errors import TokenizerError
 from minllama.vocabulary import byte_level, tiktoken_form, tokenizers_form
-from minllama.vocabulary.base import MAX_VOCAB_SIZE, Form, TokenType, Vocabulary
+from minllama.vocabulary.added_tokens import AddedToken, AddedTokens, Span
+from minllama.vocabulary.base import MAX_VOCAB_SIZE, Form, TokenFlags, TokenType, Vocabulary
 from minllama.vocabulary.sentencepiece_form import SPACE, parse_model
 
 # Meta's limits for tiktoken (llama3/tokenizer.py): longer texts, and longer runs without or of
@@ -33,40 +35,36 @@ class Codec(abc.ABC):
         special: text -> id of the tokens that a text becomes only when asked.
         space_ids: ids whose first byte, a space, belongs to the tokenizer and not to the text
             where they come first; empty for vocabularies that put no space there.
+        spaces_stretches: that space stands behind special tokens as well, not only where a whole
+            text begins.
     """
 
     tokens: list[bytes]
     special: dict[str, int]
     space_ids: frozenset[int] = frozenset()
+    spaces_stretches: bool = True
 
     @abc.abstractmethod
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         """Ids of `text`, none of them special; `first`: it is the beginning, not after a token."""
 
+    @abc.abstractmethod
+    def find_special(self, text: str) -> Iterator[Span]:
+        """The special tokens in `text`, and the stretches between them, in order."""
+
     def encode_special(self, text: str) -> list[int]:
         """Ids of `text`, in which the texts of special tokens are these tokens."""
+        return self.encode_masked(text, text)
+
+    def encode_masked(self, text: str, shown: str) -> list[int]:
+        """Ids of `text`, whose special tokens are where `shown`, of the same length, has them."""
         ids: list[int] = []
-        for i, (part, token_id) in enumerate(self.split_special(text)):
+        for begin, end, token_id in self.find_special(shown):
             if token_id is not None:
                 ids.append(token_id)
-            elif part:
-                ids += self.encode(part, first=i == 0)
+            else:
+                ids += self.encode(text[begin:end], first=begin == 0)
         return ids
-
-    def split_special(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """The parts of `text` in order: plain text and `None`, or a special token and its id."""
-        end = 0
-        for match in self._special_pattern.finditer(text):
-            yield text[end : match.start()], None
-            yield match[0], self.special[match[0]]
-            end = match.end()
-        yield text[end:], None
-
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        # The longest first, as tokenizers match them.
-        texts = sorted(self.special, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
 def open_codec(vocabulary: Vocabulary) -> Codec:
@@ -84,29 +82,70 @@ def open_codec(vocabulary: Vocabulary) -> Codec:
 
 
 class _SentencePieceCodec(Codec):
-    """Puts a space before a text and, as Meta's code and llama.cpp do, behind special tokens."""
+    """Each stretch of a text between added tokens is a text of its own, with its space in front.
+
+    So have it llama.cpp, Meta's code and the `legacy` way of transformers, of which the other way
+    (`legacy: false`) puts a space before the whole text only, unless that begins with one.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        from sentencepiece import SentencePieceProcessor
-
         model = parse_model(vocabulary.data, vocabulary.origin)
-        with _library_errors(vocabulary):
-            self._processor = SentencePieceProcessor(model_proto=vocabulary.data)
-        self.tokens, self.special, space_ids = [], {}, []
+        flags = dict(vocabulary.flags)
+        self.tokens, self.special, space_ids, added = [], {}, [], []
         for i, piece in enumerate(model.pieces):
             if piece.type == TokenType.BYTE:
+                if not _BYTE.fullmatch(piece.piece):
+                    raise TokenizerError(
+                        f"{vocabulary.origin}: the byte token {piece.piece!r} names no byte; "
+                        "get the file again"
+                    )
                 self.tokens.append(_byte_of(piece.piece))
                 continue
+            text = piece.piece.replace(SPACE, " ")
             if piece.type in (TokenType.CONTROL, TokenType.UNKNOWN):
                 self.special[piece.piece] = i
+            elif piece.type == TokenType.USER_DEFINED:
+                texts = {piece.piece, text}
+                added += [AddedToken(t, i, flags.get(i, TokenFlags())) for t in texts]
+                piece.type = TokenType.CONTROL  # found by us: the library never makes it of text
             elif piece.piece.startswith(SPACE):
                 space_ids.append(i)
-            self.tokens.append(piece.piece.replace(SPACE, " ").encode())
+            self.tokens.append(text.encode())
+        special = [AddedToken(t, i, flags.get(i, TokenFlags())) for t, i in self.special.items()]
+        self._added, self._all = AddedTokens(added), AddedTokens([*added, *special])
+        self._has_added, self.spaces_stretches = bool(added), vocabulary.legacy
+        self._processor = _processor(model, vocabulary)
+        self._without_space = self._processor
         if model.normalizer_spec.add_dummy_prefix:
             self.space_ids = frozenset(space_ids)
+            if not vocabulary.legacy:
+                model.normalizer_spec.add_dummy_prefix = False
+                self._without_space = _processor(model, vocabulary)
+
+    def find_special(self, text: str) -> Iterator[Span]:
+        return self._all.split(text)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
-        return list(self._processor.encode(text))
+        if not self._has_added:
+            return self._encode_stretch(text, first)
+        ids: list[int] = []
+        for begin, end, token_id in self._added.split(text):
+            if token_id is not None:
+                ids.append(token_id)
+            else:
+                ids += self._encode_stretch(text[begin:end], first and begin == 0)
+        return ids
+
+    def _encode_stretch(self, text: str, first: bool) -> list[int]:
+        spaced = self.spaces_stretches or (first and not text.startswith((" ", SPACE)))
+        return list((self._processor if spaced else self._without_space).encode(text))
+
+
+def _processor(model: Any, vocabulary: Vocabulary) -> Any:
+    from sentencepiece import SentencePieceProcessor
+
+    with _library_errors(vocabulary):
+        return SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
 class _TokenizersCodec(Codec):
@@ -115,10 +154,9 @@ class _TokenizersCodec(Codec):
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._plain = self._open(special=False)
-        # A component's pickled state is its part of the tokenizer.json.
-        decoder = self._plain.decoder
-        state = None if decoder is None else json.loads(decoder.__getstate__())
-        kind = tokenizers_form.decoder_kind(state, vocabulary.origin)
+        kind = tokenizers_form.decoder_kind(_state(self._plain.decoder), vocabulary.origin)
+        pre_tokenizer = json.dumps(_state(self._plain.pre_tokenizer))
+        self.spaces_stretches = '"prepend_scheme": "first"' not in pre_tokenizer
         added = self._plain.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         ids = self._plain.get_vocab(with_added_tokens=True)
@@ -138,15 +176,31 @@ class _TokenizersCodec(Codec):
         self.space_ids = frozenset(space_ids)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
-        return self._ids(self._plain if first else self._behind, text)
+        if first or self.spaces_stretches:
+            return list(self._encoding(self._plain, text).ids)
+        ids: list[int] = self._encoding(self._behind, self._front + text).ids
+        return ids[1:]
 
     def encode_special(self, text: str) -> list[int]:
-        # Not by our own parts: its special tokens may take in the spaces around them.
-        return self._ids(self._parsing, text)
+        return list(self._encoding(self._parsing, text).ids)
 
-    def _ids(self, tokenizer: Any, text: str) -> list[int]:
+    def find_special(self, text: str) -> Iterator[Span]:
+        # By the library: where its added tokens are hangs on their flags and on its normalizer.
+        encoding = self._encoding(self._finder, text)
+        done = 0
+        for index, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            token = self._added[index]
+            if token.get("special"):
+                if begin > done:
+                    yield Span(done, begin, None)
+                yield Span(begin, end, token["id"])
+                done = end
+        if done < len(text):
+            yield Span(done, len(text), None)
+
+    def _encoding(self, tokenizer: Any, text: str) -> Any:
         with _library_errors(self._vocabulary):
-            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+            return tokenizer.encode(text, add_special_tokens=False)
 
     @cached_property
     def _parsing(self) -> Any:
@@ -154,24 +208,42 @@ class _TokenizersCodec(Codec):
         return self._open(special=True)
 
     @cached_property
-    def _behind(self) -> Any:
-        """The tokenizer for text behind a special token, where that makes a difference."""
-        from tokenizers.pre_tokenizers import Metaspace
+    def _raw(self) -> tokenizers_form.Json:
+        return tokenizers_form.parse(self._vocabulary.data, self._vocabulary.origin)
 
-        if getattr(self._plain.pre_tokenizer, "prepend_scheme", None) != "first":
-            return self._plain
+    @cached_property
+    def _added(self) -> list[tokenizers_form.Json]:
+        return list({token["content"]: token for token in self._raw["added_tokens"]}.values())
+
+    @cached_property
+    def _finder(self) -> Any:
+        """The tokenizer that knows its added tokens alone; their ids are places in `_added`."""
+        added = [token | {"id": i} for i, token in enumerate(self._added)]
+        raw = self._raw | {"added_tokens": added, "pre_tokenizer": None}
+        raw["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+        return self._open(special=True, data=tokenizers_form.dump(raw))
+
+    @cached_property
+    def _behind(self) -> Any:
+        """The tokenizer for text behind a special token, for which `_front` stands.
+
+        An added token that nobody can write, so that the library itself treats what follows.
+        """
+        from tokenizers import AddedToken as TheirToken
+
         tokenizer = self._open(special=False)
-        old = tokenizer.pre_tokenizer
-        tokenizer.pre_tokenizer = Metaspace(
-            old.replacement, prepend_scheme="never", split=old.split
-        )
+        tokenizer.add_tokens([TheirToken(self._front, normalized=False)])
         return tokenizer
 
-    def _open(self, *, special: bool) -> Any:
+    @cached_property
+    def _front(self) -> str:
+        return f"\U0010fffd{secrets.token_hex(16)}\U0010fffd"
+
+    def _open(self, *, special: bool, data: bytes | None = None) -> Any:
         from tokenizers import Tokenizer
 
         with _library_errors(self._vocabulary):
-            tokenizer = Tokenizer.from_str(self._vocabulary.data.decode())
+            tokenizer = Tokenizer.from_str((data or self._vocabulary.data).decode())
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = not special
@@ -193,6 +265,10 @@ class _TiktokenCodec(Codec):
             mergeable_ranks=ranks,
             special_tokens=self.special,
         )
+        self._added = AddedTokens(AddedToken(*item) for item in self.special.items())
+
+    def find_special(self, text: str) -> Iterator[Span]:
+        return self._added.split(text)
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         ids: list[int] = []
@@ -211,6 +287,11 @@ def _tiktoken_chunks(text: str) -> Iterator[str]:
                     yield part[done:cut]
                     done = cut
         yield part[done:]
+
+
+def _state(component: Any) -> Any:
+    """A component of the library as its part of the tokenizer.json, which is its pickled state."""
+    return None if component is None else json.loads(component.__getstate__())
 
 
 def _unspell_piece(text: str) -> bytes:

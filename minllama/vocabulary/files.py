@@ -55,7 +55,9 @@ def _load_file(path: Path) -> Vocabulary:
     try:
         with path.open("rb") as file:
             if file.read(4) == b"GGUF":
-                raise TokenizerError(f"{path} is a whole GGUF model; open it as a model")
+                raise TokenizerError(
+                    f"{path} is a GGUF file; open it with Tokenizer.from_pretrained or --tokenizer"
+                )
         if path.stat().st_size > _MAX_BYTES:
             raise TokenizerError(f"{path}: too large to be a tokenizer; known are {_known()}")
         data = path.read_bytes()

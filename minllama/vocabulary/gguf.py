@@ -52,8 +52,9 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
     tokens = reader.strings("tokens")
     types = reader.types(len(tokens))
     pre = reader.string("pre", "default") if model == BYTE_LEVEL else ""
-    # Where a file says nothing, llama.cpp puts BOS in front for these two.
-    begins = model == PIECES or byte_level.ALIASES.get(str(pre), pre) == "llama-bpe"
+    # Where a file says nothing, llama.cpp puts BOS in front for pieces and some byte-level kinds.
+    kind = byte_level.PRE_TOKENIZERS.get(byte_level.ALIASES.get(str(pre), str(pre)))
+    begins = model == PIECES or (kind is not None and kind.add_bos)
     vocabulary = Vocabulary(
         form="tokenizers",
         data=b"",
@@ -72,7 +73,8 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
         },
     )
     bos_id, eos_id = vocabulary.bos_id, vocabulary.eos_id
-    known = (i for i, text in enumerate(tokens) if text in ENDS and types[i] == TokenType.CONTROL)
+    found = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    known = (i for i, text in enumerate(tokens) if text in ENDS and types[i] in found)
     further = dict.fromkeys((reader.token("eot"), reader.token("eom"), *known))
     stop_ids = tuple(i for i in further if i is not None and i != eos_id)
     for token_id in (bos_id, eos_id, *stop_ids):
@@ -100,7 +102,8 @@ def _byte_level(
     reader: "_Fields", tokens: list[str], types: list[int], vocabulary: Vocabulary
 ) -> bytes:
     pre = reader.string("pre", "default")
-    merges = reader.strings("merges")
+    # The gguf package leaves an empty list out.
+    merges = reader.strings("merges") if reader.has("merges") else []
     raw = byte_level.build(tokens, types, merges, str(pre), reader.where)
     front = vocabulary.bos_id if vocabulary.add_bos else None
     behind = vocabulary.eos_id if vocabulary.add_eos else None
@@ -138,6 +141,9 @@ class _Fields:
 
     def _wrong(self, key: str, wanted: str) -> TokenizerError:
         return TokenizerError(f"{self.where}: {key} is not {wanted}; get the file again")
+
+    def has(self, name: str) -> bool:
+        return PREFIX + name in self._fields
 
     def string(self, name: str, default: str | None) -> str | None:
         key = name if name == TEMPLATE else PREFIX + name

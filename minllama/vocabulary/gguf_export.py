@@ -4,13 +4,15 @@ The other direction of `minllama.vocabulary.gguf`. What GGUF has no field for is
 line rather than written almost right.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from minllama.errors import TokenizerError
 from minllama.vocabulary import byte_level, sentencepiece_form, tiktoken_form, tokenizers_form
-from minllama.vocabulary.base import TokenType, Vocabulary
+from minllama.vocabulary.base import TokenFlags, TokenType, Vocabulary
 from minllama.vocabulary.sentencepiece_form import BYTE_PIECES, SPACE, Piece
+from minllama.vocabulary.size import check_fits
 from minllama.vocabulary.tokenizers_form import Json
 
 PREFIX = "tokenizer.ggml."
@@ -35,9 +37,7 @@ ENDS = (
 def to_gguf(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
     """The fields of a GGUF file for `vocabulary`, as plain Python values.
 
-    Two things are lost: of its stop_ids, GGUF has room for two (end of turn, end of message); and a
-    tokenizer.json whose Metaspace puts a space in front of a text, unless the text begins with one,
-    becomes one that always does.
+    Of its stop_ids, GGUF has room for two (end of turn, end of message); others are lost.
 
     Args:
         vocabulary: in any form.
@@ -49,20 +49,17 @@ def to_gguf(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
     """
     where = vocabulary.origin
     if vocabulary.form == "sentencepiece":
-        fields = _from_model(sentencepiece_form.parse_model(vocabulary.data, where), where)
+        fields = _from_model(sentencepiece_form.parse_model(vocabulary.data, where), vocabulary)
     else:
         if vocabulary.form == "tiktoken":
             raw = tiktoken_form.to_tokenizers(vocabulary.data, where)
         else:
             raw = tokenizers_form.parse(vocabulary.data, where)
+        _check_added_tokens(raw, where)
         kind = tokenizers_form.decoder_kind(raw.get("decoder"), where)
         fields = (_byte_level if kind.byte_level else _from_pieces)(raw, where)
     tokens = fields[PREFIX + "tokens"]
-    if len(tokens) > vocab_size:
-        raise TokenizerError(
-            f"{where}: {len(tokens)} tokens, and the model has {vocab_size}; "
-            "give the tokenizer that belongs to the model"
-        )
+    check_fits(len(tokens), vocab_size, where)
     padding = range(len(tokens), vocab_size)
     tokens += [f"[PAD{i}]" for i in padding]
     fields[PREFIX + "token_type"] += [int(TokenType.UNUSED) for _ in padding]
@@ -108,6 +105,24 @@ def _settings(vocabulary: Vocabulary, tokens: Sequence[str]) -> dict[str, Any]:
     return fields
 
 
+def _check_added_tokens(raw: Json, where: str) -> None:
+    """A TokenizerError for an added token that is found in a way that GGUF cannot say."""
+    normalizer = raw.get("normalizer")
+    for token in raw["added_tokens"]:
+        how = [name for name in TokenFlags._fields if token.get(name)]
+        if token.get("normalized") and "Prepend" in json.dumps(normalizer):
+            how.append("normalized")
+        if how:
+            raise _unlike_added_token(where, token["content"], how)
+
+
+def _unlike_added_token(where: str, text: str, how: Sequence[str]) -> TokenizerError:
+    return TokenizerError(
+        f"{where}: its added token {text[:80]!r} has {' and '.join(how)}, which GGUF has no field "
+        "for; convert to hf"
+    )
+
+
 def _byte_level(raw: Json, where: str) -> dict[str, Any]:
     pre = byte_level.pre_tokenizer_name(raw, where)
     tokens, types = _tokens(raw)
@@ -134,15 +149,28 @@ def _tokens(raw: Json) -> tuple[list[str], list[int]]:
     return tokens, [int(kind) for kind in types]
 
 
-def _from_model(model: Any, where: str) -> dict[str, Any]:
+def _from_model(model: Any, vocabulary: Vocabulary) -> dict[str, Any]:
+    where, normalizer = vocabulary.origin, model.normalizer_spec
     if model.trainer_spec.model_type != sentencepiece_form.BPE:
         raise TokenizerError(f"{where}: a SentencePiece model other than BPE; a Llama's is BPE")
-    if model.normalizer_spec.precompiled_charsmap:
+    if normalizer.precompiled_charsmap:
         raise TokenizerError(f"{where}: it normalizes the text, which GGUF has no field for")
+    for token_id, flags in vocabulary.flags:
+        how = [name for name, is_so in flags._asdict().items() if is_so]
+        raise _unlike_added_token(where, model.pieces[token_id].piece, how)
+    if normalizer.add_dummy_prefix and not vocabulary.legacy:
+        raise _unlike_spaces(where)
     return _piece_fields(
         sentencepiece_form.pieces_of(model),
-        add_space_prefix=model.normalizer_spec.add_dummy_prefix,
-        remove_extra_whitespaces=model.normalizer_spec.remove_extra_whitespaces,
+        add_space_prefix=normalizer.add_dummy_prefix,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+    )
+
+
+def _unlike_spaces(where: str) -> TokenizerError:
+    return TokenizerError(
+        f"{where}: it does not put a space before each text between special tokens, and GGUF has "
+        "no field for that; convert to hf, or name a tokenizer.model with --tokenizer"
     )
 
 
@@ -170,7 +198,7 @@ def _piece_fields(
     fields: dict[str, Any] = {
         MODEL: PIECES,
         PREFIX + "pre": "default",
-        PREFIX + "tokens": [piece.text for piece in pieces],
+        PREFIX + "tokens": [_spelt(piece) for piece in pieces],
         PREFIX + "scores": [float(piece.score) for piece in pieces],
         PREFIX + "token_type": [int(piece.type) for piece in pieces],
         PREFIX + "add_space_prefix": bool(add_space_prefix),
@@ -181,6 +209,12 @@ def _piece_fields(
     if remove_extra_whitespaces:  # read back by us; llama.cpp passes over it for this model
         fields[PREFIX + "remove_extra_whitespaces"] = True
     return fields
+
+
+def _spelt(piece: Piece) -> str:
+    """The text of a piece; llama.cpp looks for user-defined ones in the text as it was written."""
+    is_looked_for = piece.type == TokenType.USER_DEFINED
+    return piece.text.replace(SPACE, " ") if is_looked_for else piece.text
 
 
 def _piece_ranks(raw: Json, where: str) -> dict[str, int]:
@@ -230,10 +264,16 @@ def _adds_space(raw: Json, where: str) -> bool:
             return False
         if normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
             return True
-    elif normalizer is None and isinstance(pre_tokenizer, dict):
-        scheme = pre_tokenizer.get("prepend_scheme", "always")
-        if pre_tokenizer.get("type") == "Metaspace" and not pre_tokenizer.get("split", True):
-            return bool(scheme != "never")
+    elif (
+        normalizer is None
+        and isinstance(pre_tokenizer, dict)
+        and pre_tokenizer.get("type") == "Metaspace"
+        and not pre_tokenizer.get("split", True)
+    ):
+        # The other schemes leave the space out where a text begins with one.
+        if pre_tokenizer.get("prepend_scheme", "always") != "never":
+            raise _unlike_spaces(where)
+        return False
     raise TokenizerError(
         f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, and GGUF has no other "
         "way to store them"

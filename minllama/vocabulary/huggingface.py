@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from minllama.errors import TokenizerError
 from minllama.vocabulary import (
@@ -18,10 +18,16 @@ from minllama.vocabulary import (
     tiktoken_form,
     tokenizers_form,
 )
-from minllama.vocabulary.base import Vocabulary
+from minllama.vocabulary.base import (
+    MAX_VOCAB_SIZE,
+    ListedToken,
+    TokenFlags,
+    TokenType,
+    Vocabulary,
+)
 from minllama.vocabulary.chat_settings import CHAT_TEMPLATE
 from minllama.vocabulary.chat_settings import token_text as _text
-from minllama.vocabulary.tokenizers_form import Json
+from minllama.vocabulary.tokenizers_form import Json, added_token
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_MODEL = "tokenizer.model"
@@ -46,6 +52,7 @@ _MODEL_CONFIG = "config.json"
 _FURTHER_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 _MAX_SETTINGS_BYTES = 2**26
+_MAX_SHOWN = 80  # characters of what a file says, in an error message
 
 
 def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
@@ -56,7 +63,7 @@ def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
     Raises:
         TokenizerError: one of the files is damaged, or names a token that does not exist.
     """
-    config = _read_json(folder / _SPECIAL_TOKENS) | _read_json(folder / TOKENIZER_CONFIG)
+    config = _said(folder / _SPECIAL_TOKENS) | _said(folder / TOKENIZER_CONFIG)
     vocabulary, ids = _with_added_tokens(vocabulary, folder, config)
     named: dict[str, Any] = {
         f"{name}_id": ids[text]
@@ -69,15 +76,16 @@ def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
     if vocabulary.eos_id is None and ends:
         vocabulary = dataclasses.replace(vocabulary, eos_id=ends[0])
     templates = chat_settings.chat_templates(folder, config, _read)
-    add_bos = config.get("add_bos_token", vocabulary.add_bos)
-    add_eos = config.get("add_eos_token", vocabulary.add_eos)
+    where = str(folder / TOKENIZER_CONFIG)
+    add_bos = _flag(config, "add_bos_token", vocabulary.add_bos, where)
+    add_eos = _flag(config, "add_eos_token", vocabulary.add_eos, where)
     return dataclasses.replace(
         vocabulary,
         stop_ids=tuple(
             i for i in dict.fromkeys([*vocabulary.stop_ids, *ends]) if i != vocabulary.eos_id
         ),
-        add_bos=bool(add_bos) and vocabulary.bos_id is not None,
-        add_eos=bool(add_eos) and vocabulary.eos_id is not None,
+        add_bos=add_bos and vocabulary.bos_id is not None,
+        add_eos=add_eos and vocabulary.eos_id is not None,
         chat_template=templates.pop(chat_settings.DEFAULT, None) or vocabulary.chat_template,
         chat_templates=templates or vocabulary.chat_templates,
         named_tokens=_named_tokens(vocabulary, folder, ids),
@@ -111,7 +119,7 @@ def to_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     raw: Json | None
     if vocabulary.form == "sentencepiece":
         files[TOKENIZER_MODEL] = vocabulary.data
-        raw = sentencepiece_form.to_tokenizers(vocabulary.data, where)
+        raw = sentencepiece_form.to_tokenizers(vocabulary)
     elif vocabulary.form == "tiktoken":
         raw = tiktoken_form.to_tokenizers(vocabulary.data, where)
     else:
@@ -127,6 +135,15 @@ def to_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     if vocabulary.chat_template is not None and not vocabulary.chat_templates:
         files[CHAT_TEMPLATE] = vocabulary.chat_template.encode()
     return files
+
+
+def stated_vocab_size(folder: Path) -> int | None:
+    """How many tokens the model in `folder` has, by its config.json; None where none says so."""
+    try:
+        size = _read_json(folder / _MODEL_CONFIG).get("vocab_size")
+    except TokenizerError:
+        return None  # its damage is told to whoever opens it
+    return size if type(size) is int else None
 
 
 def _config(vocabulary: Vocabulary, raw: Json | None) -> Json:
@@ -148,7 +165,15 @@ def _config(vocabulary: Vocabulary, raw: Json | None) -> Json:
         "clean_up_tokenization_spaces": False,
     }
     if raw is None:
-        config["legacy"] = True  # a space after special tokens as well, as Meta's code has it
+        # Whether there is a space after added tokens as well, as Meta's code has it.
+        config["legacy"] = vocabulary.legacy
+        if vocabulary.flags:
+            config["added_tokens_decoder"] = {
+                str(i): added_token(
+                    i, pieces[i].text, special=pieces[i].type != TokenType.USER_DEFINED, flags=flags
+                )
+                for i, flags in vocabulary.flags
+            }
     for name in ("bos", "eos", "pad"):
         token_id = getattr(vocabulary, f"{name}_id")
         # transformers would make an ordinary token special if it were named for padding.
@@ -179,41 +204,73 @@ def _with_added_tokens(
 ) -> tuple[Vocabulary, Mapping[str, int]]:
     """`vocabulary` with the tokens listed beside it, BOS and EOS made special; and text -> id."""
     where = str(folder)
-    added = _added_tokens(folder, config)
-    names = [config.get("bos_token"), config.get("eos_token")]
+    listed = _listed_tokens(folder, config)
+    named = [config.get("bos_token"), config.get("eos_token")]
     for key in _FURTHER_SPECIAL:
-        listed = config.get(key)
-        names += listed if isinstance(listed, list) else []
-    special = {text for name in names if (text := _text(name)) is not None}
+        names = config.get(key)
+        named += names if isinstance(names, list) else []
+    special = {text: token for token in named if (text := _text(token)) is not None}
     if vocabulary.form == "tiktoken":
         n_ranks = len(tiktoken_form.parse_ranks(vocabulary.data, where))
         return vocabulary, tiktoken_form.special_tokens(n_ranks)
     if vocabulary.form == "tokenizers":
         raw = tokenizers_form.parse(vocabulary.data, where)
-        extended = tokenizers_form.with_added_tokens(raw, added, special, where)
+        extended = tokenizers_form.with_added_tokens(raw, listed, special, where)
         ids = tokenizers_form.token_ids(extended)
         if extended is raw:
             return vocabulary, ids
         return dataclasses.replace(vocabulary, data=tokenizers_form.dump(extended)), ids
-    added = [(i, text, is_special or text in special) for i, text, is_special in added]
-    data, ids = sentencepiece_form.with_added_pieces(vocabulary.data, added, where)
-    return dataclasses.replace(vocabulary, data=data), ids
+    data, ids = sentencepiece_form.with_added_pieces(vocabulary.data, listed, special, where)
+    tokens = {text: _token_flags(token) for text, token in special.items()}
+    tokens |= {token.text: token.flags for token in listed if token.flags is not None}
+    flags = [(ids[text], found) for text, found in tokens.items() if found and text in ids]
+    config_path = str(folder / TOKENIZER_CONFIG)
+    spaced = _flag(config, "add_prefix_space", None, config_path)
+    if spaced is not None:
+        data = sentencepiece_form.with_space_in_front(data, spaced, where)
+    return dataclasses.replace(
+        vocabulary,
+        data=data,
+        flags=tuple(sorted((i, found) for i, found in flags if any(found))),
+        legacy=_flag(config, "legacy", True, config_path),
+    ), ids
 
 
-def _added_tokens(folder: Path, config: Json) -> list[tuple[int, str, bool]]:
-    """Id, text, and whether it is special, of the tokens that files beside the vocabulary list."""
-    listed = {
-        text: (token_id, False)
-        for text, token_id in _read_json(folder / _ADDED_TOKENS).items()
-        if type(token_id) is int
-    }
+def _listed_tokens(folder: Path, config: Json) -> list[ListedToken]:
+    """The tokens that files beside the vocabulary list, each text once."""
+    listed: dict[str, ListedToken] = {}
+    path = folder / _ADDED_TOKENS
+    for key, token_id in _said(path).items():
+        listed[key] = ListedToken(_listed_id(token_id, key, str(path)), key)
     decoder = config.get("added_tokens_decoder")
-    for token_id, token in decoder.items() if isinstance(decoder, dict) else ():
-        text = _text(token)
-        if text is not None and re.fullmatch("[0-9]{1,9}", token_id):
-            special = isinstance(token, dict) and bool(token.get("special"))
-            listed[text] = (int(token_id), special)
-    return [(token_id, text, special) for text, (token_id, special) in listed.items()]
+    for key, token in decoder.items() if isinstance(decoder, dict) else ():
+        if (text := _text(token)) is not None:
+            path = folder / TOKENIZER_CONFIG
+            token_id = int(key) if re.fullmatch("[0-9]{1,9}", key) else key
+            listed[text] = ListedToken(
+                _listed_id(token_id, text, str(path)),
+                text,
+                special=isinstance(token, dict) and token.get("special") is True,
+                flags=_token_flags(token),
+                normalized=token.get("normalized") if isinstance(token, dict) else None,
+            )
+    return list(listed.values())
+
+
+def _listed_id(token_id: Any, text: str, where: str) -> int:
+    if type(token_id) is not int or not 0 <= token_id < MAX_VOCAB_SIZE:
+        raise TokenizerError(
+            f"{where}: the added token {text[:_MAX_SHOWN]!r} has the id "
+            f"{repr(token_id)[:_MAX_SHOWN]}, which is none that a token can have"
+        )
+    return token_id
+
+
+def _token_flags(token: Any) -> TokenFlags | None:
+    """The flags of an AddedToken as a dictionary; None for a token that is only a text."""
+    if not isinstance(token, dict):
+        return None
+    return TokenFlags(*(token.get(name) is True for name in TokenFlags._fields))
 
 
 def _ending_ids(folder: Path, n_tokens: int) -> list[int]:
@@ -259,6 +316,22 @@ def _read_json(path: Path) -> Json:
     if not isinstance(raw, dict):
         raise TokenizerError(f"{path}: not a JSON object; get it again")
     return raw
+
+
+def _said(path: Path) -> Json:
+    """As `_read_json`, without what is null there: that says nothing."""
+    return {key: value for key, value in _read_json(path).items() if value is not None}
+
+
+@overload
+def _flag(config: Json, name: str, default: bool, where: str) -> bool: ...
+@overload
+def _flag(config: Json, name: str, default: None, where: str) -> bool | None: ...
+def _flag(config: Json, name: str, default: bool | None, where: str) -> bool | None:
+    value = config.get(name, default)
+    if value is not None and not isinstance(value, bool):
+        raise TokenizerError(f"{where}: {name} is {repr(value)[:_MAX_SHOWN]}, not true or false")
+    return value
 
 
 def _json_bytes(content: Json) -> bytes:

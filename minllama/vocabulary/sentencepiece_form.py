@@ -5,11 +5,11 @@ what is built here is what `sentencepiece` itself would have saved.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from minllama.errors import TokenizerError
-from minllama.vocabulary.base import MAX_VOCAB_SIZE, TokenType, Vocabulary
+from minllama.vocabulary.base import MAX_VOCAB_SIZE, ListedToken, TokenType, Vocabulary
 from minllama.vocabulary.bounds import MAX_GROWTH, charsmap_growth
 from minllama.vocabulary.tokenizers_form import added_token, bpe_model, document
 
@@ -122,14 +122,15 @@ def from_model(data: bytes, where: str) -> Vocabulary:
 
 
 def with_added_pieces(
-    data: bytes, added: Iterable[tuple[int, str, bool]], where: str
+    data: bytes, added: Iterable[ListedToken], special: Collection[str], where: str
 ) -> tuple[bytes, dict[str, int]]:
     """The model in `data` with further tokens, as Hugging Face folders list them beside it.
 
     Args:
         data: a serialized ModelProto.
-        added: id, text, and whether it is special, of each token; those that are there already
-            are left alone.
+        added: the listed tokens; those that are ordinary pieces of the model are found as a whole
+            from now on.
+        special: texts of tokens that no plain text may become; the unknown ones are passed over.
         where: the source, for error messages.
 
     Returns:
@@ -140,35 +141,49 @@ def with_added_pieces(
     """
     model = parse_model(data, where)
     own = {piece.piece: i for i, piece in enumerate(model.pieces)}
-    n_own = len(own)
-    for token_id, text, special in sorted(added):
+    for token_id, text, is_special, *_ in sorted(added):
         if own.get(text, token_id) != token_id:
             raise TokenizerError(
                 f"{where}: the added token {text!r} has the id {token_id}, "
                 f"and {own[text]} in the model"
             )
+        kind = TokenType.CONTROL if is_special or text in special else TokenType.USER_DEFINED
         if text in own:
+            if model.pieces[token_id].type in (TokenType.NORMAL, TokenType.UNUSED):
+                model.pieces[token_id].type = kind
             continue
         if token_id != len(model.pieces):
             raise TokenizerError(
                 f"{where}: the added token {text!r} has the id {token_id}; "
                 f"the next that is free is {len(model.pieces)}"
             )
-        kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
         model.pieces.add(piece=text, score=0.0, type=kind)
         own[text] = token_id
-    return (data if len(own) == n_own else bytes(model.SerializeToString())), own
+    for text in special:
+        if text in own and model.pieces[own[text]].type not in (TokenType.UNKNOWN, TokenType.BYTE):
+            model.pieces[own[text]].type = TokenType.CONTROL
+    changed = model != parse_model(data, where)
+    return (bytes(model.SerializeToString()) if changed else data), own
 
 
-def to_tokenizers(data: bytes, where: str) -> dict[str, Any] | None:
+def with_space_in_front(data: bytes, wanted: bool, where: str) -> bytes:
+    """The model in `data` with a space in front of each text, or without one."""
+    model = parse_model(data, where)
+    if model.normalizer_spec.add_dummy_prefix == wanted:
+        return data
+    model.normalizer_spec.add_dummy_prefix = wanted
+    return bytes(model.SerializeToString())
+
+
+def to_tokenizers(vocabulary: Vocabulary) -> dict[str, Any] | None:
     """The same tokenizer as the content of a `tokenizer.json`; `None` where that cannot be exact.
 
-    Not exact are: models other than BPE, text normalization, symbols that a user defined (the
-    libraries disagree on the space after them), unused pieces that take part in merges, pieces with
-    a character that is no piece itself, and pieces of equal scores, runs of spaces aside.
+    Not exact are: models other than BPE, text normalization, user-defined pieces with a space,
+    unused pieces that take part in merges, pieces with a character that is no piece itself, and
+    pieces of equal scores, runs of spaces aside.
     """
-    model = parse_model(data, where)
-    pieces = pieces_of(model)
+    model = parse_model(vocabulary.data, vocabulary.origin)
+    pieces, flags = pieces_of(model), dict(vocabulary.flags)
     spec, normalizer = model.trainer_spec, model.normalizer_spec
     if (
         spec.model_type != BPE
@@ -176,35 +191,30 @@ def to_tokenizers(data: bytes, where: str) -> dict[str, Any] | None:
         or normalizer.precompiled_charsmap
         or normalizer.remove_extra_whitespaces
         or not normalizer.escape_whitespaces
-        or any(piece.type == TokenType.USER_DEFINED for piece in pieces)
+        # Found where the text has either character.
+        or any(p.type == TokenType.USER_DEFINED and SPACE in p.text for p in pieces)
     ):
         return None
     merges = _merges(pieces)
     if merges is None:
         return None
-    prefix = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
+    added = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+    spaced = normalizer.add_dummy_prefix
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     return document(
         added_tokens=[
-            added_token(i, piece.text, special=True)
-            for i, piece in enumerate(pieces)
-            if piece.type in (TokenType.CONTROL, TokenType.UNKNOWN)
+            added_token(i, text, special=kind != TokenType.USER_DEFINED, flags=flags.get(i))
+            for i, (text, _, kind) in enumerate(pieces)
+            if kind in added
         ],
-        normalizer={
-            "type": "Sequence",
-            "normalizers": [
-                *prefix,
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-            ],
-        },
-        pre_tokenizer=None,
+        **_space_components(spaced=spaced, legacy=vocabulary.legacy),
         decoder={
             "type": "Sequence",
             "decoders": [
                 {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
-                *(strip if normalizer.add_dummy_prefix else []),
+                *(strip if spaced else []),
             ],
         },
         model=bpe_model(
@@ -214,6 +224,22 @@ def to_tokenizers(data: bytes, where: str) -> dict[str, Any] | None:
             byte_fallback=spec.byte_fallback,
         ),
     )
+
+
+def _space_components(*, spaced: bool, legacy: bool) -> dict[str, Any]:
+    """The parts of a tokenizer.json that spell spaces, and put one in front."""
+    if spaced and not legacy:
+        metaspace = {
+            "type": "Metaspace",
+            "replacement": SPACE,
+            "prepend_scheme": "first",
+            "split": False,
+        }
+        return {"normalizer": None, "pre_tokenizer": metaspace}
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if spaced else []
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    normalizer = {"type": "Sequence", "normalizers": [*prefix, replace]}
+    return {"normalizer": normalizer, "pre_tokenizer": None}
 
 
 def splits(text: str, vocab: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from minllama.errors import TokenizerError
 from minllama.json_file import parse_json
-from minllama.vocabulary.base import MAX_VOCAB_SIZE
+from minllama.vocabulary.base import MAX_VOCAB_SIZE, ListedToken, TokenFlags
 from minllama.vocabulary.bounds import find_excess
 
 Json = dict[str, Any]
@@ -157,22 +157,30 @@ def with_template(raw: Json, bos_id: int | None, eos_id: int | None) -> Json:
 
 
 def with_added_tokens(
-    raw: Json, added: Sequence[tuple[int, str, bool]], special: Collection[str], where: str
+    raw: Json, added: Sequence[ListedToken], special: Collection[str], where: str
 ) -> Json:
     """`raw` with tokens that a Hugging Face folder lists beside it, and some made special.
 
+    As in transformers, what the list says of a token that is there already counts before what
+    `raw` says; but the id is that of `raw`.
+
     Args:
         raw: the content of a tokenizer.json.
-        added: id, text, and whether it is special, of each token; those there already are kept.
+        added: the listed tokens.
         special: texts of tokens that no plain text may become; the unknown ones are passed over.
         where: the source, for error messages.
     """
     ids = token_ids(raw)
     entries = {token["content"]: token for token in raw["added_tokens"]}
-    for token_id, text, is_special in sorted(added):
-        if text not in ids:
-            entries[text] = added_token(token_id, text, special=is_special)
-            ids[text] = token_id
+    for token in sorted(added, key=lambda token: token.token_id):
+        token_id = ids.setdefault(token.text, token.token_id)
+        new = added_token(token_id, token.text, special=token.special, flags=token.flags)
+        old = entries.get(token.text)
+        if old is None:
+            entries[token.text] = new | {"normalized": bool(token.normalized)}
+        elif token.flags is not None:
+            said = token.flags._asdict() | {"special": token.special or bool(old.get("special"))}
+            entries[token.text] = old | said
     for text in special:
         if text in entries:
             entries[text] = entries[text] | {"special": True}
@@ -207,14 +215,14 @@ def document(
     }
 
 
-def added_token(token_id: int, text: str, *, special: bool) -> Json:
+def added_token(
+    token_id: int, text: str, *, special: bool, flags: TokenFlags | None = None
+) -> Json:
     """One entry of `added_tokens`."""
     return {
         "id": token_id,
         "content": text,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
+        **(flags or TokenFlags())._asdict(),
         "normalized": False,
         "special": special,
     }

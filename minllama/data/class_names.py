@@ -1,0 +1,110 @@
+"""One label as a file holds it, of whatever type -> the name of its class.
+
+The same table written as CSV, TSV, JSON or Parquet gives the same names: a value's name is the text
+that CSV has for it, `1.0` is `1` where all labels are whole numbers (tables write whole numbers so
+where some are missing), and `True` is `true` where all are truth values. Nothing else is changed:
+`007` is not `7`. Knows nothing of columns, lists or which classes are expected.
+"""
+
+import datetime
+import math
+import re
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import Any
+
+from minllama.data.records import shown
+
+MAX_DIGITS = 300  # of a number that is compared by its value
+# Digits without leading zeros: 007 is a code, not a number.
+_WHOLE = re.compile(rf"-?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(\.0+)?", re.ASCII)
+_NUMBER = re.compile(
+    rf"[+-]?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(\.[0-9]{{1,{MAX_DIGITS}}})?"
+    r"([eE][+-]?[0-9]{1,3})?",
+    re.ASCII,
+)
+_NUMBER_LIKE = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?", re.ASCII)
+_TRUTH = ("false", "true")
+
+
+def class_text(value: Any) -> str | None:
+    """A scalar of a file as text, without white space around it; None where it is missing.
+
+    Args:
+        value: text, a number, a truth value, a date, or None.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    match value:
+        case None:
+            return None
+        case str():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"label {shown(value)} holds half a character (a lone surrogate)"
+                ) from error
+            return value.strip() or None
+        case bool():
+            return str(value).lower()
+        case float():
+            # A table of numbers marks what is missing with NaN.
+            return None if math.isnan(value) else repr(float(value))
+        case Decimal():
+            return None if value.is_nan() else str(value)
+        case int():
+            return str(int(value))
+        case datetime.datetime():
+            is_day = value.time() == datetime.time() and value.tzinfo is None
+            return str(value.date() if is_day else value)  # as pandas writes a column of days
+        case datetime.date() | datetime.time():
+            return str(value)
+    raise ValueError(f"label {shown(value)} is neither a name nor a number")
+
+
+def whole_number(text: str) -> int | None:
+    """The whole number that a text writes, as `7`, `-7` or `7.0`; None for anything else."""
+    return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
+
+
+def number(text: str) -> Decimal | None:
+    """The value of a number; None where a text is none, or has leading zeros."""
+    return Decimal(text) if _NUMBER.fullmatch(text) else None
+
+
+def is_number_like(text: str) -> bool:
+    """Whether a name could be taken for a number, leading zeros and all."""
+    return _NUMBER_LIKE.fullmatch(text) is not None
+
+
+def is_truth(text: str) -> bool:
+    """Whether a text is a truth value, as JSON (true), Python (True) or Excel (TRUE) write it."""
+    return text.casefold() in _TRUTH
+
+
+def class_names(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:
+    """The classes of which labels are written so, and the class of each text.
+
+    Where all are whole numbers, `1` and `1.0` are one class; where all are truth values, `true` and
+    `True` are. Numbers are sorted by value; everything else by name.
+    """
+    found = set(texts)
+    name_of = {text: text for text in found}
+    if found and all(map(is_truth, found)):
+        name_of = {text: text.casefold() for text in found}
+    else:
+        wholes = {text: value for text in found if (value := whole_number(text)) is not None}
+        if len(wholes) == len(found):
+            name_of = {text: str(value) for text, value in wholes.items()}
+        else:  # of spellings that stand side by side, the shortest
+            shortest: dict[int, str] = {}
+            for text in sorted(wholes, key=lambda text: (-len(text), text)):
+                shortest[wholes[text]] = text
+            name_of |= {text: shortest[value] for text, value in wholes.items()}
+    names = sorted(set(name_of.values()))
+    if all(number(name) is not None for name in names):
+        names.sort(key=Decimal)
+    place = {name: index for index, name in enumerate(names)}
+    return names, {text: place[name] for text, name in name_of.items()}

@@ -1,0 +1,367 @@
+"""CSV and TSV -> tables: which character separates, which line names the columns, what is quoted.
+
+Knows nothing of which column holds what.
+"""
+
+import csv
+import itertools
+import re
+from collections.abc import Collection, Iterator
+
+from minllama.data.columns import LABEL_NAMES, TEXT_NAMES, is_known
+from minllama.data.lines import MAX_LINE_BYTES, Lines
+from minllama.data.records import RawRow, Table, numbered
+from minllama.errors import DataError
+from minllama.text import printable
+
+SEPARATORS = (",", ";", "\t", "|")
+MAX_QUOTED_LINES = 1000  # of one TSV cell; where a quote is text, the next one may be far away
+
+LOOKED_AT = 2**16  # characters of the line of names, to tell what separates them
+
+Rows = Iterator[tuple[int, list[str] | str]]
+
+
+def delimited_table(
+    lines: Lines,
+    *,
+    usual: str,
+    separator: str | None = None,
+    columns: str | None = None,
+    has_header: bool = True,
+    asked: Collection[str] = (),
+) -> Table:
+    """Values with a character between them, below a line of column names.
+
+    Args:
+        lines: of the file.
+        usual: what separates in files of this name: a comma, or a tab.
+        separator: what does so here; None to tell by the line of names.
+        columns: their names, parted by commas, where no line holds them.
+        has_header: whether the first line holds names.
+        asked: names of columns that there should be.
+    """
+    said = excel_separator(lines.peek())
+    if said is not None:
+        next(lines)
+    separator = separator or said or separator_of(lines.peek(), usual, asked)
+    rows = _tsv_rows(lines, columns) if separator == "\t" else _csv_rows(lines, separator)
+    if columns is None and has_header:
+        return _table_with_header(lines, rows)
+    return _table_without(lines, rows, columns)
+
+
+def excel_separator(line: str) -> str | None:
+    """The separator that a line such as `sep=;` says, which Excel reads and leaves out."""
+    match = re.fullmatch(r'\ufeff?"?sep=([^"\r\n])"?[,;\t|]*\r?\n?', line, re.IGNORECASE)
+    return match[1] if match else None
+
+
+def separator_of(line: str, usual: str, asked: Collection[str] = ()) -> str:
+    """What separates the names of columns in the first line of a file.
+
+    The one with which most of them are names that are known; else the usual one where the line
+    has it, or a semicolon, as spreadsheets write in countries with a decimal comma, or a tab.
+    """
+
+    def known(separator: str) -> int:
+        return sum(is_known_name(cell, asked) for cell in cells_of(line, separator))
+
+    line = line[:LOOKED_AT]
+    order = (usual, *(other for other in SEPARATORS if other != usual))
+    best = max(order, key=known)
+    if known(best):
+        return best if best in line else usual
+    # No name has a tab in it; a bar, perhaps.
+    return next((separator for separator in ("\t", *order[:-1]) if separator in line), usual)
+
+
+def cells_of(line: str, separator: str) -> list[str]:
+    """The cells of one line, without white space around them; none where quotes are misplaced."""
+    if separator == "\t":
+        return [cell.strip().strip('"') for cell in line.strip("\r\n\ufeff").split("\t")]
+    try:
+        (cells,) = csv.reader([line.strip("\r\n\ufeff")], delimiter=separator, strict=True)
+    except (ValueError, csv.Error):
+        return []
+    return [cell.strip() for cell in cells]
+
+
+def is_known_name(cell: str, asked: Collection[str] = ()) -> bool:
+    """Whether a cell is what columns of texts or labels are called."""
+    return is_known(cell) or cell in asked
+
+
+def _csv_rows(lines: Lines, separator: str) -> Rows:
+    # The limit is the csv module's own global; it is only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
+    taken: list[str] = []  # the lines of this row
+
+    def recorded() -> Iterator[str]:
+        for line in lines:
+            # A mark stands here where files were put one behind the other.
+            taken.append(line if taken else line.removeprefix("\ufeff"))
+            yield taken[-1]
+
+    reader = None
+    while True:
+        # Strict: otherwise a misplaced quote silently joins cells, or rows.
+        reader = reader or csv.reader(recorded(), delimiter=separator, strict=True)
+        taken.clear()
+        lines.mark()
+        start = lines.number + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            offset, reason, n_lost = _not_csv(str(error), taken, separator)
+            lines.take_problem()
+            lines.rewind(n_lost)
+            reader = None
+            yield start + offset, reason
+            continue
+        if problem := lines.take_problem():
+            yield problem
+        elif "".join(cells).strip() or len(cells) > 1:
+            yield start, cells
+
+
+def _not_csv(message: str, taken: list[str], separator: str) -> tuple[int, str, int]:
+    """Where in a row that cannot be read the fault is, what it is, and how many lines it costs.
+
+    A quote that is never closed would take with it all up to the next one, or to the end: what
+    comes after its line is read anew.
+    """
+    whole = len(taken)
+    if message.startswith("new-line character"):
+        return 0, "a carriage return outside quotes (lines must end with LF or CRLF)", whole
+    opened, is_another = _unclosed_quote(taken, separator)
+    unclosed = "a quote is opened and never closed"
+    if message.startswith("field larger"):
+        unclosed = f"a cell of more than {MAX_LINE_BYTES:,} characters; is a quote not closed?"
+    elif not message.startswith("unexpected end") and not (is_another and opened < whole - 1):
+        return 0, f"not CSV ({printable(message)})", whole
+    return opened, unclosed, opened + 1
+
+
+def _unclosed_quote(taken: list[str], separator: str) -> tuple[int, bool]:
+    """The line of a row whose quote is open where the row cannot be read on.
+
+    The other value: whether it is a cell's first quote that was taken for the end of that one.
+    """
+    opened, inside = 0, False
+    for number, line in enumerate(taken):
+        at = line.find('"')
+        while at >= 0:
+            before, after = line[at - 1] if at else "\n", line[at + 1 : at + 2]
+            step = 1
+            if not inside:
+                inside = before in (separator, "\n")
+                opened = number if inside else opened
+            elif after == '"':
+                step = 2
+            elif after in (separator, "\r", "\n", ""):
+                inside = False
+            else:
+                return opened, before in (separator, "\n")
+            at = line.find('"', at + step)
+    return opened, False
+
+
+def _tsv_rows(lines: Lines, columns: str | None) -> Rows:
+    """A row a line, but for line breaks and tabs in cells that are quoted as a whole.
+
+    So do spreadsheets and pandas write them, while in most published data sets a quote is an
+    ordinary character. A quote at the beginning of a cell is taken for one of the first kind where
+    another closes it, all between them is doubled, and the row has as many cells as the first.
+    """
+    reader = _QuotedCells(lines, None if columns is None else len(columns.split(",")))
+    for line in lines:
+        start = lines.number
+        line = line.removeprefix("\ufeff")
+        cells = reader.cells(line) if '"' in line else _without_end(line).split("\t")
+        if problem := lines.take_problem():
+            yield problem
+        elif line.strip():
+            reader.width = reader.width or len(cells)
+            yield start, cells
+
+
+# What is between quotes, up to where it ends; all quotes in it are doubled.
+_INSIDE = re.compile(r'[^"]*(?:""[^"]*)*')
+_CELL_END = re.compile(r"\t|\r?\n?\Z")
+
+
+class _QuotedCells:
+    """Reads the rows of a TSV file that have quotes in them.
+
+    Attributes:
+        width: how many cells a row has, once that is known.
+    """
+
+    def __init__(self, lines: Lines, width: int | None) -> None:
+        self.width = width
+        self._lines = lines
+        self._is_quoting = False  # whether a writer that quotes made the file
+
+    def cells(self, line: str) -> list[str]:
+        """Those of a row that begins with this line, up to the line that it ends with."""
+        plain = [_unquoted(cell) for cell in _without_end(line).split("\t")]
+        cells, is_open, is_written = _cells_in(line)
+        if is_open and (joined := self._over_lines(line, len(plain))):
+            return joined
+        if len(plain) == self.width != len(cells):
+            return plain
+        # Names of columns have quotes around them only where everything has.
+        self._is_quoting = self._is_quoting or is_written or (self.width is None and not is_open)
+        return cells
+
+    def _over_lines(self, line: str, n_plain: int) -> list[str] | None:
+        """The cells where the quotes that this line opens are closed in one that follows."""
+        whole, each_is_a_row = line, n_plain == self.width != 1
+        for n_more in range(1, MAX_QUOTED_LINES):
+            following = self._lines.look(n_more)
+            if not following or len(whole) + len(following) > MAX_LINE_BYTES:
+                return None
+            whole += following
+            each_is_a_row = each_is_a_row and following.count("\t") + 1 == self.width
+            end = _end_of_inside(following, 0)
+            if end == len(following):
+                continue
+            if not _CELL_END.match(following, end + 1):
+                return None
+            cells, is_open, _ = _cells_in(whole)
+            if is_open:
+                continue
+            # Where each line is a row by itself, quotes that open and close by chance are text.
+            is_quoting = self._is_quoting or any('"' in cell and "\n" in cell for cell in cells)
+            if len(cells) != (self.width or len(cells)) or (each_is_a_row and not is_quoting):
+                return None
+            self._is_quoting = True
+            for _ in range(n_more):
+                next(self._lines)
+            return cells
+        return None
+
+
+def _cells_in(text: str) -> tuple[list[str], bool, bool]:
+    """The cells of a row; whether one begins with a quote that may yet be closed, and whether one
+    holds what only a writer that quotes would write.
+    """
+    text = _without_end(text)
+    cells, at, is_open, is_written = [], 0, False, False
+    while True:
+        end = _end_of_inside(text, at + 1) if text.startswith('"', at) else -1
+        if 0 <= end < len(text) and text[end + 1 : end + 2] in ("\t", ""):
+            cells.append(text[at + 1 : end].replace('""', '"'))
+            is_written = is_written or any(char in cells[-1] for char in '"\t\n')
+            at = end + 1
+        else:
+            is_open = is_open or end == len(text)
+            end = text.find("\t", at)
+            cells.append(text[at : end if end >= 0 else len(text)])
+            at += len(cells[-1])
+        if at >= len(text):
+            return cells, is_open, is_written
+        at += 1  # the tab
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _end_of_inside(text: str, start: int) -> int:
+    match = _INSIDE.match(text, start)
+    assert match is not None
+    return match.end()
+
+
+def _unquoted(cell: str) -> str:
+    inside = cell[1:-1]
+    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    if is_quoted and '"' not in inside.replace('""', ""):
+        return inside.replace('""', '"')
+    return cell
+
+
+def _table_with_header(lines: Lines, rows: Rows) -> Table:
+    number, header = next(rows, (1, []))
+    if isinstance(header, str):
+        raise DataError("; ".join([f"{lines.name}, line {number}: {header}", *lines.remedies]))
+    columns = [name.strip() for name in header]
+    if any("\0" in name for name in columns):
+        raise DataError(f"{lines.name}: holds NUL characters; is it UTF-16, or no text?")
+    records = _records(lines.name, rows, columns, "the first line")
+    names = "text,label,... (a name for each column)"
+    cells, option = columns, ""
+    if len(columns) == 1 and "|" in columns[0]:
+        cells, option = columns[0].split("|"), "--separator '|' "
+    if len(cells) == 1:
+        names = "text"
+    elif len(cells) == 2:
+        text_first = len(cells[0].split()) > len(cells[1].split())
+        names = "text,label" if text_first else "label,text"
+    options = f"{option}--no-header --columns {names}"
+    header = f"where the first line is an example and no header, add {options}"
+    return Table(lines.name, columns, numbered(records), header=header, remedies=lines.remedies)
+
+
+def _table_without(lines: Lines, rows: Rows, given: str | None) -> Table:
+    first = next(rows, None)
+    rows = itertools.chain([] if first is None else [first], rows)
+    where, header = "--columns", ""
+    if given is not None:
+        columns = [name.strip() for name in given.split(",")]
+    else:
+        where = "the first line"
+        header = "name them all, in order, with --columns, such as --columns label,text"
+        width = len(first[1]) if first is not None and isinstance(first[1], list) else 1
+        columns = ["text"] if width == 1 else [str(i + 1) for i in range(width)]
+    records = _records(lines.name, rows, columns, where, has_header=False)
+    return Table(lines.name, columns, numbered(records), header=header, remedies=lines.remedies)
+
+
+def _records(
+    name: str, rows: Rows, columns: list[str], where: str, *, has_header: bool = True
+) -> Iterator[RawRow]:
+    """The rows by column; the line of names is none, which stands in the midst of joined files."""
+    header = [column.lower() for column in columns]
+    for number, cells in rows:
+        if isinstance(cells, str):
+            yield number, cells
+        elif len(cells) != len(columns):
+            yield number, f"columns: {len(cells)} here, {len(columns)} in {where}"
+        elif _is_header(cells, header, columns):
+            names = [cell.strip().lower() for cell in cells]
+            if has_header and names != header and set(names) == set(header):
+                raise DataError(
+                    f"{name}, line {number}: names the columns in another order than the first "
+                    "line; put files together by column, or read them one by one"
+                )
+            remedy = "" if has_header else " (where it is the first line, leave out --columns)"
+            yield number, f"a line of column names, no example{remedy}"
+        else:
+            yield number, dict(zip(columns, cells, strict=True))
+
+
+def _is_header(cells: list[str], header: list[str], columns: list[str]) -> bool:
+    """Whether a row repeats the names of the columns, or is made of such names alone."""
+    if len(cells) == 1:  # a text may be one word
+        return cells == columns and cells[0].lower() in TEXT_NAMES
+    # Most rows are told by their first cell.
+    first = cells[0].strip().lower()
+    if first not in header and not is_known_name(first):
+        return False
+    names = [cell.strip().lower() for cell in cells]
+    if names == header or (len(set(names)) == len(header) and set(names) == set(header)):
+        return True
+    kinds = (TEXT_NAMES, LABEL_NAMES)
+    return (
+        len(set(names)) == len(names)
+        and all(
+            any(name in kind for name in names) and any(name in kind for name in header)
+            for kind in kinds
+        )
+        and all(map(is_known_name, names))
+    )

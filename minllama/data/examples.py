@@ -1,0 +1,477 @@
+"""Rows, good and bad -> a data set: texts, numbered labels, and what a person should hear.
+
+Knows nothing of files.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+from minllama.data.class_names import class_names
+from minllama.data.labels import UNLABELLED, LabelReader
+from minllama.data.look_alikes import alike_message, folded, look_alikes, told_apart
+from minllama.data.multi_hot import (
+    column_vector,
+    is_surely_a_vector,
+    vector_labels,
+    vector_of,
+)
+from minllama.data.records import BadRow, BadRows, Record, first_few, shown
+from minllama.errors import DataError
+from minllama.options import DataOptions
+from minllama.text import printable
+
+Labels = list[int] | list[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that a person should hear about, and that is no error.
+
+    Attributes:
+        kind: what it is about, for programs.
+        message: one line, for people.
+        count: of the rows, texts or classes that it is about.
+    """
+
+    kind: Literal[
+        "skipped",
+        "unlabelled",
+        "numbers",
+        "case",
+        "look-alikes",
+        "white-space",
+        "multi-hot",
+        "conflicts",
+        "absent",
+        "duplicates",
+        "one-class",
+    ]
+    message: str
+    count: int
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Texts and their labels.
+
+    Attributes:
+        texts: N strings, none of them blank.
+        labels: N classes, 0..len(label_names)-1, or N tuples of them; None without labels.
+        label_names: the names of the classes, in order.
+        source: what it was read from.
+        multi_label: whether a text has any number of labels, as a tuple, rather than one.
+        notices: what was left out, and the like.
+        label_column: where the labels stand in the source; None where no column holds them.
+        part: which of its rows these are, where they are not all.
+    """
+
+    texts: list[str]
+    labels: Labels | None
+    label_names: list[str]
+    source: str
+    multi_label: bool = False
+    notices: tuple[Notice, ...] = ()
+    label_column: str | None = field(default=None, compare=False)
+    part: str = field(default="", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def called(self) -> str:
+        """What these rows are called in notices, which are not about others of the source."""
+        return f"{self.source} ({self.part})" if self.part else self.source
+
+    def classes_of(self, index: int) -> tuple[int, ...]:
+        """The classes of one text, whether it may have several or not."""
+        assert self.labels is not None
+        label = self.labels[index]
+        return label if isinstance(label, tuple) else (label,)
+
+    def class_counts(self) -> list[int]:
+        """How many texts each class has."""
+        counts = [0] * len(self.label_names)
+        for index in range(len(self) if self.labels is not None else 0):
+            for label in self.classes_of(index):
+                counts[label] += 1
+        return counts
+
+    def select(self, indices: Sequence[int]) -> Self:
+        """The examples at `indices`, in that order, without the notices."""
+        labels: Any = None if self.labels is None else [self.labels[i] for i in indices]
+        texts = [self.texts[i] for i in indices]
+        return replace(self, texts=texts, labels=labels, notices=())
+
+
+class Examples:
+    """Collects the examples of one source, and its bad rows.
+
+    Args:
+        text_column: holds the text.
+        label_columns: hold the labels: one column; or several of zeros and ones, one a label; or
+            none.
+        reader: of label cells.
+        options: of these `multi_label`, `label_lists` and `skip_bad_rows`.
+        needs_labels: whether a row without a label is a bad row.
+        declared: the names of classes stand beside the numbers, so that lists hold no vectors.
+    """
+
+    def __init__(
+        self,
+        text_column: str,
+        label_columns: Sequence[str],
+        reader: LabelReader,
+        options: DataOptions,
+        *,
+        needs_labels: bool,
+        declared: bool = False,
+    ) -> None:
+        self._text_column = text_column
+        self._label_columns = label_columns
+        self._reader = reader
+        self._options = options
+        self._needs_labels = needs_labels
+        self._many = options.has_several_labels
+        self.bad_rows = BadRows()
+        self._unread = BadRows()  # labels that nobody needs, and that are none
+        self._unread_rows: set[int] = set()  # their places among the texts
+        self._texts: list[str] = []
+        self._cells: list[list[str] | None] = []
+        self._has_lists: bool | None = None  # as the first label is
+        # Lists of zeros and ones: known to be vectors, known not to be, or not yet known.
+        is_vector = options.label_lists == "multi-hot" or options.label_columns is not None
+        self._has_vectors: bool | None = True if is_vector else None
+        if not is_vector and (options.label_lists is not None or declared):
+            self._has_vectors = False
+        self._vector_names: Sequence[str] | None = None
+        # Rows whose reading is not yet known: the row, its text and its list.
+        self._held: list[tuple[BadRow, str, Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._texts) + len(self._held)
+
+    def add(self, row: Record | BadRow) -> None:
+        place = BadRow(row.index, row.place, "")
+        try:
+            text = text_of(row, self._text_column)
+            assert isinstance(row, Record)
+        except ValueError as error:
+            self.bad_rows.add(replace(place, reason=str(error)))
+            return
+        try:
+            value = self._value_of(row)
+        except ValueError as error:
+            self._refuse_label(place, text, error)
+            return
+        if self._has_vectors is None and self._may_be_vectors(value):
+            self._held.append((place, text, value))
+            return
+        self._release()
+        self._take(place, text, value)
+
+    def _value_of(self, row: Record) -> Any:
+        """The label cell of a row, a written list as a list."""
+        columns = self._label_columns
+        if self._options.label_columns is not None:
+            return column_vector([row.values.get(name) for name in columns], columns)
+        if not columns:
+            return None
+        return self._reader.unfolded(row.values.get(columns[0]))
+
+    def _may_be_vectors(self, value: Any) -> bool:
+        """Whether this row and all before it may be vectors, as far as that is not decided."""
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return bool(self._held)  # says nothing
+        vector = vector_of(value)
+        known = self._reader.known
+        first = next((v for _, _, v in self._held if isinstance(v, list)), value)
+        if (
+            vector is None
+            or len(vector) != len(first)
+            or (known is not None and len(known) != len(vector))
+        ):
+            self._has_vectors = False
+        return self._has_vectors is None
+
+    def _release(self) -> None:
+        held, self._held = self._held, []
+        for place, text, value in held:
+            self._take(place, text, value)
+
+    def _take(self, place: BadRow, text: str, value: Any) -> None:
+        try:
+            cells = self._read_label(value)
+        except ValueError as error:
+            self._refuse_label(place, text, error)
+            return
+        if cells is None and self._needs_labels:
+            self.bad_rows.add(replace(place, reason=self._why_none(value)))
+            return
+        self._texts.append(text)
+        self._cells.append(cells)
+
+    def _refuse_label(self, place: BadRow, text: str, error: ValueError) -> None:
+        row = replace(place, reason=str(error))
+        if self._needs_labels:
+            self.bad_rows.add(row)
+            return
+        self._unread.add(row)
+        self._unread_rows.add(len(self._texts))
+        self._texts.append(text)
+        self._cells.append(None)
+
+    def _read_label(self, value: Any) -> list[str] | None:
+        if self._has_vectors:
+            if value is None or (isinstance(value, str) and not value.strip()):
+                return None
+            if self._vector_names is None:
+                self._name_places(len(value) if isinstance(value, list) else 0)
+            assert self._vector_names is not None
+            return vector_labels(value, self._vector_names)
+        cells = self._reader.read(value)
+        if cells is not None:
+            self._check_kind(value)
+        return cells
+
+    def _name_places(self, n: int) -> None:
+        """Give the places of vectors the names of the classes, or their numbers."""
+        if self._options.label_columns is not None:
+            self._vector_names = self._label_columns
+            return
+        if self._reader.known is None and n > 1:
+            self._reader.know([str(i) for i in range(n)])
+        if self._reader.known is None:
+            raise ValueError("is no multi-hot vector of zeros and ones, such as [1, 0, 1]")
+        names = self._reader.named_places()
+        self._vector_names = self._reader.known if names is None else names
+
+    def _why_none(self, value: Any) -> str:
+        if self._reader.is_placeholder(value):
+            return (
+                f"label {UNLABELLED} stands for none (where it is a class, name it in a file "
+                "for --label-names)"
+            )
+        return "no label"
+
+    def _check_kind(self, value: Any) -> None:
+        """Refuse a list behind single labels: it would make a text of each class a set of them."""
+        if self._has_lists is None:
+            self._has_lists = isinstance(value, list)
+        if isinstance(value, list) and not self._has_lists and not self._many:
+            raise ValueError(
+                "a list of labels, where rows before it have one label each; --multi-label takes "
+                "several for every row"
+            )
+
+    def dataset(self, name: str, remedies: Sequence[str] = ()) -> Dataset:
+        """What was collected.
+
+        Args:
+            name: of the source.
+            remedies: what may help with its bad rows.
+
+        Raises:
+            DataError: bad rows that are not to be skipped, or no others; or lists that may be read
+                in two ways.
+        """
+        said = self._decide(name)
+        bad_rows, notices = self.bad_rows, []
+        skips = self._options.skip_bad_rows
+        if bad_rows.count and not skips:
+            raise bad_rows.error(name, *remedies, self._reader.hint)
+        if not self._texts:
+            raise DataError(no_rows(name, bad_rows, remedies))
+        if bad_rows.count:
+            why = "; ".join([bad_rows.summary(), *remedies])
+            total = bad_rows.count + len(self._texts)
+            message = f"{name}: bad rows left out: {bad_rows.count} of {total} ({why})"
+            notices.append(Notice("skipped", message, bad_rows.count))
+        given = [cells for cells in self._cells if cells is not None]
+        if self._unread.count and given and skips:
+            notices.append(self._leave_out_unread(name))
+        if self._unread.count or 0 < len(given) < len(self._cells):
+            notices.append(self._unlabelled(name, len(given)))
+        if skips and (hint := self._reader.hint) and (bad_rows.count or self._unread.count):
+            notices.append(Notice("look-alikes", f"{name}: {hint}", 1))
+        if positions := self._reader.by_position:
+            notices.append(_numbers_as_names(name, positions))
+        multi_label = self._many or bool(self._has_lists) or bool(self._has_vectors)
+        are_learned = self._reader.known is None or self._options.label_names is not None
+        labels, names = self._numbered(given, multi_label)
+        is_one = len(self._label_columns) == 1 and self._options.label_columns is None
+        column = self._label_columns[0] if is_one else None
+        found = Dataset(self._texts, labels, names, name, multi_label, label_column=column)
+        notices += said + self._white_space(name, given)
+        if are_learned:
+            notices += alike_names(found)
+        return replace(found, notices=tuple(notices))
+
+    def _decide(self, name: str) -> list[Notice]:
+        """Whether lists of zeros and ones are vectors, where no other row has said so.
+
+        Raises:
+            DataError: they may be that or labels.
+        """
+        vectors = [v for _, _, value in self._held if (v := vector_of(value)) is not None]
+        said: list[Notice] = []
+        if vectors and not is_surely_a_vector(vectors):
+            first, place = self._held[0][2], self._held[0][0].place
+            raise DataError(
+                f"{name}: its lists of 0 and 1 may be read in two ways: {shown(first)} of {place} "
+                "has both labels 0 and 1; or it is a multi-hot vector with a place for each label, "
+                f"and has label {vectors[0].index(1)} alone; say --label-lists labels, or "
+                "--label-lists multi-hot (and --label-names FILE with the names of the places)"
+            )
+        if vectors:
+            self._has_vectors = True
+        self._release()
+        if vectors and self._vector_names is not None:
+            places = first_few(
+                f"{i} = {printable(label)}" for i, label in enumerate(self._vector_names)
+            )
+            message = (
+                f"{name}: its lists are read as multi-hot vectors of {len(vectors[0])} zeros and "
+                f"ones, one for each label: {places}; --label-names FILE names them otherwise"
+            )
+            said.append(Notice("multi-hot", message, len(vectors)))
+        return said
+
+    def _white_space(self, name: str, given: list[list[str]]) -> list[Notice]:
+        """Labels that stand in the same source with and without white space around them."""
+        padded: dict[str, dict[str, int]] = {}
+        for (text, label), n in self._reader.padded.items():
+            if n:
+                padded.setdefault(label, {})[text] = n
+        if not padded:
+            return []
+        notices = []
+        counts = dict.fromkeys(padded, 0)
+        for cells in given:
+            for cell in cells:
+                if cell in counts:
+                    counts[cell] += 1
+        for label, of_text in padded.items():
+            plain = counts[label] - sum(of_text.values())
+            if plain <= 0 and len(of_text) < 2:
+                continue
+            spellings = {**({label: plain} if plain > 0 else {}), **of_text}
+            shown_names = told_apart(list(spellings))
+            told = [
+                f"{text} ({n:,} row{'s' * (n != 1)})"
+                for text, n in zip(shown_names, spellings.values(), strict=True)
+            ]
+            message = (
+                f"{name}: {first_few(told)} are one label: white space around labels is left out"
+            )
+            notices.append(Notice("white-space", message, sum(of_text.values())))
+        return notices
+
+    def _leave_out_unread(self, name: str) -> Notice:
+        """Leave out the rows whose labels are none; those without one stay, to be predicted."""
+        bad, self._unread = self._unread, BadRows()
+        total = len(self._texts)
+        kept = [row for row in range(total) if row not in self._unread_rows]
+        self._texts = [self._texts[row] for row in kept]
+        self._cells = [self._cells[row] for row in kept]
+        left_out = f"{bad.count} of {total} ({bad.summary()})"
+        message = f"{name}: rows with unknown labels left out: {left_out}"
+        return Notice("skipped", message, bad.count)
+
+    def _why_unread(self) -> str:
+        if not self._unread.count:
+            return ""
+        return f" ({'; '.join(filter(None, (self._unread.summary(), self._reader.hint)))})"
+
+    def _unlabelled(self, name: str, n_given: int) -> Notice:
+        known = f"only {n_given}" if n_given else "none"
+        remedy = "; --skip-bad-rows leaves them out" if n_given and self._unread.count else ""
+        message = (
+            f"{name}: {known} of {len(self._cells)} rows have a known label"
+            f"{self._why_unread()}; none of these labels is used{remedy}"
+        )
+        return Notice("unlabelled", message, len(self._cells) - n_given)
+
+    def _numbered(
+        self, given: list[list[str]], multi_label: bool
+    ) -> tuple[Labels | None, list[str]]:
+        if self._options.label_columns is not None and self._reader.known is None:
+            self._reader.know(self._label_columns)
+        if self._reader.known is not None:
+            names, index_of = self._reader.known, self._reader.index_of
+        else:
+            names, index_of = class_names(itertools.chain.from_iterable(given))
+        if len(given) < len(self._texts):
+            return None, names
+        rows = [tuple(sorted({index_of[cell] for cell in cells})) for cells in given]
+        return rows if multi_label else [label for (label,) in rows], names
+
+
+def _numbers_as_names(name: str, positions: Mapping[int, str]) -> Notice:
+    pairs = (f"{number} = {printable(positions[number])}" for number in sorted(positions))
+    message = (
+        f"{name}: its numbers are taken for classes in their order: {first_few(pairs)}; "
+        "--label-names FILE says otherwise"
+    )
+    return Notice("numbers", message, len(positions))
+
+
+def alike_names(dataset: Dataset) -> list[Notice]:
+    """A word for class names that a person may not tell apart, with how many rows have each."""
+    counts = dict(zip(dataset.label_names, dataset.class_counts(), strict=True))
+    notices = []
+    if blank := [name for name in dataset.label_names if not folded(name)]:
+        said = ", ".join(told_apart([name])[0] for name in blank)
+        message = f"{dataset.called}: the label {said} has no visible character; is it meant?"
+        notices.append(Notice("look-alikes", message, len(blank)))
+    for names in look_alikes(dataset.label_names):
+        is_case = len({name.casefold() for name in names}) == 1
+        message = f"{dataset.called}: {alike_message(names, counts)}"
+        notices.append(Notice("case" if is_case else "look-alikes", message, len(names)))
+    return notices
+
+
+def no_rows(name: str, bad_rows: BadRows, remedies: Sequence[str] = ()) -> str:
+    """Why a source has no examples."""
+    if not bad_rows.count:
+        return f"{name}: holds no rows; give a file with an example on each line"
+    said = "; ".join([bad_rows.summary(), *remedies])
+    return f"{name}: all {bad_rows.count} rows are bad: {said}"
+
+
+def text_of(row: Record | BadRow, column: str) -> str:
+    """The text of a row.
+
+    Raises:
+        ValueError: it has none that can be used; says why.
+    """
+    if isinstance(row, BadRow):
+        raise ValueError(row.reason)
+    text = row.values.get(column)
+    if not isinstance(text, str):
+        missing = text is None
+        raise ValueError(
+            f"no {column!r}" if missing else f"{column!r} holds {type(text).__name__}, no text"
+        )
+    check_text(text)
+    return text
+
+
+def check_text(text: str) -> None:
+    """Whether a text can be classified: what a row of a file must have, and any other text.
+
+    Raises:
+        ValueError: it cannot; says why.
+    """
+    if not text.strip():
+        raise ValueError("the text is empty")
+    if "\0" in text:
+        raise ValueError("the text holds a NUL character (is the file UTF-16, or no text?)")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text holds half a character (a lone surrogate)") from error

@@ -1,0 +1,272 @@
+"""An open stream of text -> a table: in UTF-8, and by the format that it is in.
+
+What it begins with is looked at before anything is read. Knows nothing of files' names.
+"""
+
+import codecs
+import io
+import json
+import re
+from collections.abc import Collection
+
+from minllama.data.columns import TEXT_NAMES
+from minllama.data.delimited import cells_of, delimited_table, excel_separator, is_known_name
+from minllama.data.encoding import advice_for, as_utf8, encoding_of, guessed_encoding
+from minllama.data.json_list import json_list_table
+from minllama.data.lines import SEPARATOR, Lines, jsonl_table, labelled_table, reading, text_table
+from minllama.data.other_forms import (
+    LOOKED_AT,
+    as_python_wrote,
+    is_fasttext,
+    quoted,
+    refuse_binary,
+    refuse_other_json,
+    refuse_other_labels,
+    seen,
+)
+from minllama.data.records import Table
+from minllama.data.unpacking import HEAD_BYTES, Beginning
+from minllama.errors import DataError, OptionError
+from minllama.options import DataOptions
+
+# What one line cannot tell: a column of texts, or texts of which the first is this.
+_LONE_NAMES = ("text", "sentence")
+
+
+def table_of(
+    beginning: Beginning, kind: str | None, options: DataOptions, *, labelled: bool
+) -> Table:
+    """The rows of a stream.
+
+    Args:
+        beginning: of it.
+        kind: one of `DATA_FORMATS`, or `lines` for text with labels or without; None to tell by
+            the first lines.
+        options: encoding, separator, columns.
+        labelled: lines must have labels.
+
+    Raises:
+        DataError: it is in another format, with what to do.
+    """
+    name = beginning.name
+    refuse_binary(beginning.head, name)
+    encoding = encoding_of(beginning.head, options.encoding, name)
+    stream = as_utf8(beginning.stream, encoding, name)
+    with reading(f"{name}, line 1"):  # not all errors of decoders are of the kind that is marked
+        text, advice = _shown_text(beginning.head, encoding, options)
+    if kind != "json":
+        _check_line_ends(text, name)
+    kind = _kind_of(text, kind, options, name, labelled=labelled)
+    first = _first_lines(text)
+    if kind not in ("labelled", "text") and is_fasttext(first):
+        refuse_other_labels(first, name, advice, compressed=beginning.is_compressed)
+    if kind in ("json", "jsonl"):
+        return _json_table(stream, kind, text, beginning, encoding)
+    lines = Lines(stream, name, encoding)
+    if kind in ("csv", "tsv"):
+        return delimited_table(
+            lines,
+            usual="," if kind == "csv" else "\t",
+            separator=options.separator,
+            columns=options.columns,
+            has_header=not options.no_header,
+            asked=_asked(options),
+        )
+    if kind == "text":
+        return text_table(lines)
+    is_whole = "\n" in text or len(beginning.head) < HEAD_BYTES
+    if first and is_whole and not any(SEPARATOR in line for line in first):
+        refuse_other_labels(first, name, advice, compressed=beginning.is_compressed)
+    return labelled_table(lines)
+
+
+def _shown_text(head: bytes, encoding: str, options: DataOptions) -> tuple[str, str]:
+    """The beginning as text, to tell its form, and what to do where it is not in the encoding."""
+    advice = ""
+    try:  # the last character may be cut
+        text = codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeError:
+        if options.encoding is None:
+            encoding, advice = guessed_encoding(head) or encoding, advice_for(head)
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
+    return text.removeprefix("\ufeff"), advice
+
+
+def _asked(options: DataOptions) -> Collection[str]:
+    return {name for name in (options.text_column, options.label_column) if name is not None}
+
+
+def _check_line_ends(text: str, name: str) -> None:
+    if "\n" not in text and "\r" in text.rstrip("\r"):
+        raise DataError(
+            f"{name}: its lines end with a carriage return alone, as on old Macs; convert it with: "
+            f"tr '\\r' '\\n' < {quoted(name)} > new.txt"
+        )
+
+
+def _first_lines(text: str) -> list[str]:
+    """The first ones that are not blank; the last of them may be cut."""
+    lines = text.split("\n")
+    whole = [line for line in lines[:-1] if line.strip()]
+    # One line tells little: the next may be the last, without an end.
+    return whole[:LOOKED_AT] if len(whole) > 1 else [*whole, *filter(str.strip, lines[-1:])]
+
+
+def _kind_of(
+    text: str, kind: str | None, options: DataOptions, name: str, *, labelled: bool
+) -> str:
+    """One of the formats of text, where the name or nothing told that lines are `lines`."""
+    has_columns = options.no_header or bool(options.columns or options.separator)
+    if kind in ("labelled", "text", "json", "jsonl") and has_columns:
+        raise OptionError(
+            f"{name}: --no-header, --columns and --separator are for csv and tsv; say so with "
+            f"--data-format, which is {kind} here"
+        )
+    lines = _first_lines(text)
+    first = lines[0] if lines else ""
+    if kind not in (None, "lines"):
+        assert kind is not None
+        _check_kind(kind, lines, options, name)
+        return kind
+    if has_columns:
+        return "tsv" if options.separator is None and "\t" in first else "csv"
+    if found := _recognised(lines, options, name):
+        if kind is None:
+            return found
+        raise DataError(_says_other_format(found, first, name, labelled=labelled))
+    if SEPARATOR in first:
+        return "labelled"
+    if labelled:
+        return "labelled"
+    _check_no_labels(lines, kind, name)
+    return "text"
+
+
+def _check_kind(kind: str, lines: list[str], options: DataOptions, name: str) -> None:
+    """Refuse what is beyond doubt in another format than the one that the name tells.
+
+    Raises:
+        DataError: says which.
+    """
+    objects, tables = ("json", "jsonl"), ("csv", "tsv")
+    # Of tables the line of names tells enough.
+    is_object = bool(lines) and lines[0].lstrip().startswith(("{", "["))
+    found = _recognised(lines, options, name) if is_object or kind in objects else None
+    if found is None and lines and SEPARATOR in lines[0] and not is_object:
+        found = "labelled"
+    if found is not None and (
+        (kind in objects and found not in objects)
+        or (kind in tables and found in objects)
+        or (kind in tables and found == "labelled" and options.columns is None)
+    ):
+        raise DataError(
+            f"{name}: its first line is {seen(lines[0])}, which is no {kind.upper()}; read it with "
+            f"--data-format {found}"
+        )
+
+
+def _says_other_format(found: str, first: str, name: str, *, labelled: bool) -> str:
+    if found in ("json", "jsonl"):
+        what = "lines are JSON objects" if found == "jsonl" else "content is a list in JSON"
+    else:
+        what = f"first line is {seen(first)}, which names columns"
+    or_texts = "" if labelled else ", or as texts with --data-format text"
+    return f"{name}: its {what}; read them with --data-format {found}{or_texts}"
+
+
+def _check_no_labels(lines: list[str], kind: str | None, name: str) -> None:
+    """Refuse texts that may be something else, where nothing says that they are texts."""
+    if is_fasttext(lines):
+        raise DataError(
+            f"{name}: its first line is {seen(lines[0])}: labels of fastText stand before the "
+            "texts; take them off with: sed -E 's/^(__label__[^ ]+[ ]+)+//', or say --data-format "
+            "text"
+        )
+    if kind is None and len(lines) > 1 and lines[0].strip().strip('"') in _LONE_NAMES:
+        raise _unclear(lines[0], name)
+
+
+def _unclear(line: str, name: str) -> DataError:
+    return DataError(
+        f"{name}: its first line is {seen(line)}; say --data-format csv where that names columns, "
+        "or --data-format text where it is a text"
+    )
+
+
+def _recognised(lines: list[str], options: DataOptions, name: str) -> str | None:
+    """The format that lines are in beyond doubt; None for lines of text.
+
+    Raises:
+        DataError: they may be in one.
+    """
+    if not lines:
+        return None
+    first = lines[0].strip()
+    if first.startswith("{") and _is_json_object(first):
+        return "jsonl"
+    if first == "[" or first.startswith("[{"):
+        rest = "".join(line.strip() for line in lines).removeprefix("[").lstrip()
+        if rest.startswith('{"') or rest == "{":
+            return "json"
+    if excel_separator(lines[0]):
+        return "csv"
+    for kind, separators in (("tsv", "\t"), ("csv", ",;|")):
+        if any(_has_header(lines, separator, options, name) for separator in separators):
+            return kind
+    return None
+
+
+def _has_header(lines: list[str], separator: str, options: DataOptions, name: str) -> bool:
+    """Whether the first line names columns, of texts or of labels among them.
+
+    Raises:
+        DataError: it may, and the second line has not as many cells.
+    """
+    names = cells_of(lines[0], separator)
+    if len(names) < 2 or len(set(names)) < len(names):
+        return False
+    if not all(re.fullmatch(r"[\w.#-]*( [\w.#-]+)?", name) for name in names):
+        return False
+    known = [name for name in names if is_known_name(name, _asked(options))]
+    if f"{separator} " in lines[0] and len(known) < len(names):  # as in a sentence
+        return False
+    if not any(n.lower() in TEXT_NAMES or n in _asked(options) for n in known) and len(known) < 2:
+        return False
+    # Sentences have commas, too. A quote may go on in the next line.
+    second = lines[1] if len(lines) > 1 and len(known) < len(names) else ""
+    if second and '"' not in second and len(cells_of(second, separator)) != len(names):
+        raise _unclear(lines[0], name)
+    return True
+
+
+def _is_json_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_table(
+    stream: io.BufferedReader, kind: str, text: str, beginning: Beginning, encoding: str
+) -> Table:
+    """A list of objects, objects over several lines, or one object a line, by what is there.
+
+    In files of lines a list may be a (bad) row, as all that is no object.
+    """
+    lines = _first_lines(text)
+    first = lines[0].strip() if lines else ""
+    is_list = first.startswith("[") and (
+        kind == "json" or first == "[" or first[1:].lstrip().startswith("{")
+    )
+    if is_list:
+        return json_list_table(stream, beginning.name, encoding)
+    refuse_other_json(text, beginning.name, compressed=beginning.is_compressed)
+    # An object that goes on in the next line.
+    if first.startswith("{") and not _is_json_object(first) and len(lines) > 1:
+        goes_on = first == "{" or (first.endswith((",", "{", "[", ":")) and lines[1][:1] in ' \t"}')
+        if goes_on:
+            return json_list_table(stream, beginning.name, encoding)
+    rows = Lines(stream, beginning.name, encoding)
+    if first.startswith("{'"):
+        rows.remedies.append(as_python_wrote(beginning.name, compressed=beginning.is_compressed))
+    return jsonl_table(rows)

@@ -1,0 +1,172 @@
+"""Names of classes as people give them: in a file, or on a command line.
+
+Knows nothing of the labels of rows.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minllama.data.class_names import class_text, whole_number
+from minllama.data.label_lists import read_list, split_names
+from minllama.data.records import listed, shown
+from minllama.errors import DataError, OptionError
+
+MAX_NAMES_BYTES = 2**24
+_WRITTEN = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?", re.ASCII)  # a number as a key of JSON
+
+
+class LabelNames(dict[int, str]):
+    """The name of each number, in the order of the numbers.
+
+    Attributes:
+        codes: names of numbers that the file writes with leading zeros, as 01, by what it writes.
+    """
+
+    codes: dict[str, str]
+
+
+def names_of_option(text: str, flag: str) -> list[str]:
+    """The names that an option lists.
+
+    Args:
+        text: `good,bad`; `very good,"bad, awful"` as in CSV; or a JSON list.
+        flag: the option, as people type it.
+
+    Raises:
+        OptionError: a quote is not closed, or a name is empty or there twice.
+    """
+    try:
+        items = read_list(text, bare_words=False)
+        if items is None:
+            names: list[Any] = split_names(text)
+        else:
+            names = [class_text(item) or "" for item in items]
+    except ValueError as error:
+        raise OptionError(
+            f"{flag} {error}; quote a name that holds a comma as in CSV, or write a JSON list"
+        ) from error
+    return checked_names(names, f"{flag} {shown(text)}")
+
+
+def checked_names(names: list[str], where: str) -> list[str]:
+    """The names, none of them empty or there twice.
+
+    Raises:
+        OptionError: one is.
+    """
+    if not names or not all(name.strip() for name in names):
+        raise OptionError(f"{where} holds an empty name; each must be one or more words, not blank")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise OptionError(f"{where}: {listed(twice)} is there twice; names must be different")
+    return names
+
+
+def read_labels_file(path: str | os.PathLike[str]) -> list[str]:
+    """The names of a file, in order: one on each line, or JSON as for `read_label_names`.
+
+    Raises:
+        DataError: it cannot be read, names nothing, or a name twice.
+    """
+    name, text = _text_of(path)
+    start = text.lstrip()[:1]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    is_list_of_lists = len(lines) > 1 and all(line[0] == "[" and line[-1] == "]" for line in lines)
+    if start and start in "[{" and not is_list_of_lists:
+        return list(_names_of_json(text, name).values())
+    if not lines:
+        raise DataError(f"{name}: names no class; write a name on each line, or a JSON list")
+    try:
+        return checked_names(lines, name)
+    except OptionError as error:
+        raise DataError(str(error)) from error
+
+
+def words_by_label(text: str) -> Mapping[str, str] | None:
+    """The JSON object {label: word} that a text writes; None where it is none."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_mapping = isinstance(content, dict) and all(isinstance(w, str) for w in content.values())
+    return content if is_mapping else None
+
+
+def read_label_names(path: str | os.PathLike[str]) -> LabelNames:
+    """The file of `--label-names`: the name of each number, in the order of the numbers.
+
+    It holds a list of names in order, or an object {name: number} or {number: name}.
+
+    Raises:
+        DataError: it cannot be read, or is not of that form.
+    """
+    name, text = _text_of(path)
+    return _names_of_json(text, name)
+
+
+def _text_of(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """What errors call a file, and its content."""
+    name = str(path) if str(path).isprintable() else shown(str(path))
+    try:
+        with Path(path).expanduser().open("rb") as file:
+            data = file.read(MAX_NAMES_BYTES + 1)
+    except (OSError, RuntimeError, ValueError) as error:  # no such file, ~nobody, a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{name}: {reason}; name a file of label names") from error
+    if len(data) > MAX_NAMES_BYTES:
+        raise DataError(f"{name}: too large for a file of label names")
+    try:
+        return name, data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 ({error}); save it as UTF-8") from error
+
+
+def _names_of_json(text: str, name: str) -> LabelNames:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{name}: not JSON ({error})") from error
+    except RecursionError as error:
+        raise DataError(f"{name}: JSON that is nested too deeply") from error
+    return _checked_names(content, name)
+
+
+def _checked_names(content: Any, where: str) -> LabelNames:
+    form = 'a list such as ["bad", "good"], or an object such as {"bad": 0, "good": 1}'
+    codes: dict[str, str] = {}
+    match content:
+        case list():
+            pairs = list(enumerate(content))
+        case dict() if all(type(number) is int for number in content.values()):
+            pairs = [(number, name) for name, number in content.items()]
+        case dict() if all(_WRITTEN.fullmatch(number) for number in content):
+            pairs = [(int(number.partition(".")[0]), name) for number, name in content.items()]
+            codes = {key: name for key, name in content.items() if whole_number(key) is None}
+        case _:
+            raise DataError(f"{where}: does not name classes; write {form}")
+    if wrong := [name for _, name in pairs if not isinstance(name, str) or not name.strip()]:
+        raise DataError(f"{where}: {shown(wrong[0])} is not a name; write {form}")
+    numbers = LabelNames((number, name.strip()) for number, name in sorted(pairs, key=_first))
+    numbers.codes = {code: name.strip() for code, name in codes.items()}
+    if not numbers:
+        raise DataError(f"{where}: names no class; write {form}")
+    if len(numbers) < len(pairs) or len(set(numbers.values())) < len(pairs):
+        raise DataError(f"{where}: has a name or a number twice")
+    for number, name in numbers.items():
+        other = whole_number(name)
+        if other is not None and numbers.get(other, name) != name:
+            raise DataError(
+                f"{where}: number {number} is called {name!r}, which is the number of another "
+                "class; call them otherwise"
+            )
+    return numbers
+
+
+def _first(pair: tuple[int, Any]) -> int:
+    return pair[0]

@@ -1,0 +1,102 @@
+"""Names that a person cannot tell apart, or that mean the same: found, and shown so that one can.
+
+Two names are alike if they differ in case, white space, invisible characters, Unicode normalization
+or the spelling of a number alone. They stay different; a notice says so. Knows nothing of files.
+"""
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+from minllama.data.class_names import is_number_like
+from minllama.data.records import MAX_SHOWN
+
+# Drawn as nothing, beside the categories Cf and Cc: joiner, fillers, variation selectors.
+_FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+_SELECTORS = (("\ufe00", "\ufe0f"), ("\U000e0100", "\U000e01ef"))
+
+
+def look_alikes(names: Iterable[str]) -> list[list[str]]:
+    """The groups of two and more names that are alike, in the names' order."""
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[folded(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def folded(name: str) -> str:
+    """What names have in common that are alike."""
+    text = _without_spaces(_visible(unicodedata.normalize("NFKC", name))).casefold()
+    text = unicodedata.normalize("NFKC", text)
+    if not is_number_like(text):
+        return text
+    sign, digits = text[:1].strip("+0123456789"), text.lstrip("+-").lstrip("0")
+    if "e" not in digits and "." in digits:
+        digits = digits.rstrip("0").removesuffix(".")
+    return f"{sign}{'0' if digits[:1] in ('', '.', 'e') else ''}{digits}"
+
+
+def difference(names: list[str]) -> str:
+    """In what names differ that are alike, in words."""
+    if len({name.casefold() for name in names}) == 1:
+        return "case"
+    if len({_without_spaces(name) for name in names}) == 1:
+        return "white space"
+    if len({_visible(name) for name in names}) == 1:
+        return "invisible characters"
+    if len({unicodedata.normalize("NFKC", name) for name in names}) == 1:
+        return "Unicode normalization"
+    if all(map(is_number_like, names)):
+        return "how a number is written"
+    return "case, white space, invisible characters or Unicode normalization"
+
+
+def told_apart(names: list[str]) -> list[str]:
+    """The names quoted, with what is invisible or not in all of them as escapes."""
+    common = set(names[0]).intersection(*names[1:])
+    letters = difference(names) == "case"
+
+    def shown(character: str) -> str:
+        if character == " " or "!" <= character <= "~":
+            return character
+        if character.isprintable() and _visible(character) and (character in common or letters):
+            return character
+        return character.encode("unicode_escape").decode()
+
+    return [f"'{''.join(map(shown, name[:100]))}'" for name in names]
+
+
+def alike_message(names: list[str], counts: Mapping[str, int]) -> str:
+    """That names are alike, with how many rows have each.
+
+    Args:
+        names: two or more that are alike.
+        counts: rows of each; a name that is missing has none to tell.
+    """
+    told = []
+    for name, shown in zip(names, told_apart(names), strict=True):
+        n = counts.get(name)
+        told.append(shown if n is None else f"{shown} ({n:,} row{'s' * (n != 1)})")
+    more = f" and {len(told) - MAX_SHOWN} more" if len(told) > MAX_SHOWN else ""
+    return (
+        f"{', '.join(told[:MAX_SHOWN])}{more} are different labels that differ in "
+        f"{difference(names)} only; is one meant?"
+    )
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
+
+
+def _visible(text: str) -> str:
+    return "".join(c for c in text if not _is_invisible(c))
+
+
+def _is_invisible(character: str) -> bool:
+    if character.isspace():
+        return False
+    return (
+        unicodedata.category(character) in ("Cf", "Cc")
+        or character in _FILLERS
+        or any(low <= character <= high for low, high in _SELECTORS)
+    )

@@ -1,0 +1,264 @@
+"""Files in forms that are not read: what they are, and the option or command that helps.
+
+A form is told by the beginning of its content. Commands are for a POSIX shell with Python; each
+writes a file that is read. Knows nothing of how rows are read.
+"""
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from minllama.data.columns import LABEL_NAMES, TEXT_NAMES
+from minllama.data.delimited import cells_of
+from minllama.errors import DataError
+from minllama.text import printable
+
+LOOKED_AT = 20  # lines that tell a form
+PARQUET = b"PAR1"
+GZIP = b"\x1f\x8b"
+_EXCEL = (
+    "python -c 'import pandas, sys; "
+    "pandas.read_excel(sys.argv[1]).to_csv(sys.argv[2], index=False)'"
+)
+_FEATHER = (
+    "python -c 'import pyarrow.feather as f, pyarrow.parquet as p, sys; "
+    "p.write_table(f.read_table(sys.argv[1]), sys.argv[2])'"
+)
+_SPREADSHEET = f"save it as CSV UTF-8 there, or convert it with: {_EXCEL} {{}} new.csv"
+_UNPACK = "unpack it, and name a file of rows in it"
+# First bytes, what they are, and what to do with the file; {} stands for its name.
+_SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
+    (b"\xd0\xcf\x11\xe0", "an old Office document (.xls, .doc)", _SPREADSHEET),
+    (b"ARROW1", "an Arrow or Feather file", f"convert it with: {_FEATHER} {{}} new.parquet"),
+    (b"FEA1", "a Feather file", f"convert it with: {_FEATHER} {{}} new.parquet"),
+    (b"BZh", "compressed with bzip2", "unpack it with: bzip2 -dk {}"),
+    (b"\xfd7zXZ", "compressed with xz", "unpack it with: xz -dk {}"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it with: zstd -d {}"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
+    (b"Rar!", "a RAR archive", _UNPACK),
+    (b"%PDF", "a PDF document", "give its texts as rows of a CSV or JSONL file"),
+    (b"{\\rtf", "an RTF document", "save it as plain text"),
+    (b"SQLite format 3\0", "an SQLite database", "export a table of it: sqlite3 -csv -header"),
+    (b"\x93NUMPY", "a NumPy array", "give texts as rows of a CSV or JSONL file"),
+    (b"\x89PNG", "an image", "give texts as rows of a CSV or JSONL file"),
+    (b"\xff\xd8\xff", "an image", "give texts as rows of a CSV or JSONL file"),
+    (b"GGUF", "a GGUF model", "name a file of rows here, and the model with --model"),
+    (b"\x7fELF", "a program", "name a file of rows"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the file", "fetch it with: git lfs pull"),
+)
+
+
+def refuse_binary(head: bytes, name: str) -> None:
+    """Refuse what begins as another kind of file does.
+
+    Raises:
+        DataError: says which kind, and what to do.
+    """
+    for signature, what, remedy in _SIGNATURES:
+        if head.startswith(signature):
+            raise DataError(f"{name}: is {what}; {remedy.format(quoted(name))}")
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        raise _zip(head, name)
+    if head[257:262] == b"ustar":
+        raise DataError(f"{name}: is a tar archive; {_UNPACK}")
+    start = head[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<script")):
+        raise DataError(
+            f"{name}: is a web page (HTML), perhaps of an error or a log-in; download the file "
+            "itself, not the page that shows it"
+        )
+    if start.startswith(b"<?xml"):
+        raise DataError(f"{name}: is XML; give its texts as rows of a CSV or JSONL file")
+
+
+def _zip(head: bytes, name: str) -> DataError:
+    if b"opendocument.spreadsheet" in head[:200]:
+        return DataError(f"{name}: is a spreadsheet (.ods); {_SPREADSHEET.format(quoted(name))}")
+    if any(part in head for part in (b"xl/", b"[Content_Types].xml", b"_rels/.rels", b"docProps/")):
+        what = "Word document (.docx)" if b"word/" in head else "spreadsheet (.xlsx)"
+        return DataError(f"{name}: is a {what}; {_SPREADSHEET.format(quoted(name))}")
+    if b"data.pkl" in head[:200]:
+        return DataError(f"{name}: is a PyTorch file; name a file of rows")
+    return DataError(f"{name}: is a zip archive; {_UNPACK}: unzip {quoted(name)}")
+
+
+def quoted(name: str) -> str:
+    """A file's name as a shell takes it; FILE where it cannot be shown on one line."""
+    return shlex.quote(name) if name.isprintable() and name != "standard input" else "FILE"
+
+
+def seen(line: str) -> str:
+    """The first line of a file in a message: quoted, printable and cut."""
+    line = re.sub(r"\s*\n\s*", " ", line.strip("\r\n\ufeff")).replace("\t", "<tab>")
+    text = printable(line)
+    return f"'{text}'" if len(text) <= 60 else f"'{text[:57]}...'"
+
+
+def piped(program: str, name: str, new: str, *, compressed: bool) -> str:
+    """How to run a program that reads lines of the file and writes others."""
+    if name == "standard input":
+        return f"pipe it through: {program}"
+    if compressed:
+        return f"convert it with: gzip -dc {quoted(name)} | {program} > {new}"
+    return f"convert it with: {program} {quoted(name)} > {new}"
+
+
+def refuse_other_labels(
+    lines: Sequence[str], name: str, advice: str = "", *, compressed: bool
+) -> None:
+    """Refuse lines of text that should be `label ||| sentence`, and are nowhere so.
+
+    Args:
+        lines: the first ones that are not blank.
+        advice: of their encoding.
+
+    Raises:
+        DataError: shows the first line, and says how to read or convert the file.
+    """
+    remedy = _remedy_for_labels(lines, name, compressed=compressed)
+    remedy += f"; {advice}" if advice else ""
+    raise DataError(
+        f"{name}: its first line is {seen(lines[0])}, and lines of 'label ||| sentence' are "
+        f"expected; {remedy}"
+    )
+
+
+def is_fasttext(lines: Sequence[str]) -> bool:
+    """Whether each line begins with labels as fastText writes them."""
+    return bool(lines) and all(line.startswith("__label__") for line in lines)
+
+
+def _remedy_for_labels(lines: Sequence[str], name: str, *, compressed: bool) -> str:
+    def sed(*scripts: str) -> str:
+        said = " ".join(f"-e {shlex.quote(script)}" for script in scripts)
+        return piped(f"sed -E {said}", name, "new.txt", compressed=compressed)
+
+    if is_fasttext(lines):
+        several = any(re.match(r"__label__\S+\s+__label__", line) for line in lines)
+        if not several:
+            return "it is fastText's; " + sed(r"s/^__label__([^ \t]+)[ \t]+/\1 ||| /")
+        join = r"s/^(([^ \t]+,)?[^ \t,]+)[ \t]+__label__/\1,/"
+        return "it is fastText's; " + (
+            sed("s/^__label__//", ":a", join, "ta", r"s/^([^ \t]+)[ \t]+/\1 ||| /")
+            + ", and read it with --multi-label"
+        )
+    for separator, option in (("\t", "--data-format tsv"), (",", "--data-format csv")):
+        header = [cell.strip().strip('"').lower() for cell in lines[0].split(separator)]
+        if len(header) > 1 and any(cell in TEXT_NAMES + LABEL_NAMES for cell in header):
+            return f"read it with {option}"
+    if (columns := _columns_of(lines, "\t")) is not None:
+        return (
+            f"its cells have tabs between them: read it with --data-format tsv --columns {columns}"
+        )
+    for mark in ("||", "::", "##"):
+        if all(re.match(rf"[^\s|:#]+\s*{re.escape(mark)}[^|:#]", line) for line in lines):
+            escaped = mark.replace("|", "\\|")
+            return f"{mark} stands after its labels: " + sed(rf"s/[ \t]*{escaped}[ \t]*/ ||| /")
+    if _few_labels(re.match(r"[^\s:]+:[^\s:]+(?=\s)", line) for line in lines):
+        return "its labels have colons in them: " + sed(r"s/^([^ \t]+)[ \t]+/\1 ||| /")
+    if _few_labels(re.match(r"[^\s:][^:]{0,30}:(?=\s)", line) for line in lines):
+        return "its labels end with a colon: " + sed(r"s/^([^:]+):[ \t]*/\1 ||| /")
+    for separator, called in (("|", "'|'"), (";", "semicolon")):
+        if (columns := _columns_of(lines, separator)) is not None:
+            return f"read it with --data-format csv --separator {called} --columns {columns}"
+    if _few_labels(re.match(r"\S+(?=\s)", line) for line in lines):
+        return "its labels are the first words: " + sed(r"s/^([^ \t]+)[ \t]+/\1 ||| /")
+    if (columns := _columns_of(lines, ",")) is not None:
+        return f"read it with --data-format csv --columns {columns}"
+    return "write it so, or give a CSV or JSONL file with columns text and label"
+
+
+def _few_labels(matches: Iterable[re.Match[str] | None]) -> bool:
+    """Whether each line has what may be a label, and some have the same."""
+    found = ["" if match is None else match[0] for match in matches]
+    if len(found) < 2 or "" in found:
+        return False
+    labels = Counter(found)
+    numbers = all(re.fullmatch(r"[+-]?\d+:?", label) for label in labels)
+    capitals = all(re.fullmatch(r"[A-Z_]+:?\S*", label) for label in labels)
+    return numbers or capitals or len(labels) <= max(2, len(found) // 2)
+
+
+def _columns_of(lines: Sequence[str], separator: str) -> str | None:
+    """What to call the columns of lines that hold a text and a label; None where they do not."""
+    rows = [cells_of(line, separator) for line in lines]
+    width = len(rows[0])
+    if width < 2 or any(len(row) != width for row in rows):
+        return None
+    lengths = [sum(len(row[i]) for row in rows) for i in range(width)]
+    n_words = [sum(len(row[i].split()) for row in rows) for i in range(width)]
+    text = max(range(width), key=lambda i: (n_words[i], lengths[i]))
+    label = min((i for i in range(width) if i != text), key=lambda i: len({r[i] for r in rows}))
+    names = {text: "text", label: "label"}
+    return ",".join(names.get(i, f"column{i + 1}") for i in range(width))
+
+
+def refuse_other_json(line: str, name: str, *, compressed: bool) -> None:
+    """Refuse an object that holds all rows, where one object a row is expected.
+
+    Args:
+        line: the beginning of a file, of which the first value is looked at.
+
+    Raises:
+        DataError: shows its beginning, and says how to convert the file.
+    """
+    keys = _keys_of_tables(line)
+    if not keys:
+        return
+    opener = 'gzip.open(sys.argv[1], "rt",' if compressed else "open(sys.argv[1],"
+    open_it = f'json.load({opener} encoding="utf-8-sig"))'
+    key, kind = keys
+    rows = {
+        "rows": f"d[{json.dumps(key)}]",
+        "lists": "(dict(zip(d, r)) for r in zip(*d.values()))",
+        "objects": "(dict(zip(d, r)) for r in zip(*(c.values() for c in d.values())))",
+    }[kind]
+    where = {"rows": f"its rows are in {key!r}"}.get(kind, "it holds a column in each value")
+    program = f"import gzip, json, sys; d = {open_it}; [print(json.dumps(r)) for r in {rows}]"
+    raise DataError(
+        f"{name}: begins with {seen(line.lstrip()[:80])}, where one object a row is expected; "
+        f"{where}: convert it with: python -c {shlex.quote(program)} {quoted(name)} > new.jsonl"
+    )
+
+
+def as_python_wrote(name: str, *, compressed: bool) -> str:
+    """How to convert lines of dictionaries as Python prints them."""
+    program = "import ast, json, sys; [print(json.dumps(ast.literal_eval(r))) for r in sys.stdin]"
+    command = f"python -c {shlex.quote(program)}"
+    if name != "standard input":
+        command = f"{'gzip -dc' if compressed else 'cat'} {quoted(name)} | {command}"
+    return f"so Python prints a dictionary: convert it with: {command} > new.jsonl"
+
+
+def _keys_of_tables(line: str) -> tuple[str, str] | None:
+    """The first key of an object whose values are lists or objects, and how rows are in it."""
+    text = line.removeprefix("\ufeff").lstrip()
+    first = re.match(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*(?:([\[{])\s*([^\s]?))?', text)
+    if first is None:
+        return None
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except RecursionError:
+        return None
+    except ValueError:  # cut, or no JSON at all
+        value, end = {}, 0
+    # A row has its text as a string; an object of tables has none.
+    if any(not isinstance(part, list | dict) for part in value.values()):
+        return _rows_beside_other_values(value) if not text[end:].strip() else None
+    if first[2] is None:
+        return None
+    key = json.loads(f'"{first[1]}"', strict=False)
+    if first[2] == "[":
+        return (key, "rows") if first[3] == "{" else (key, "lists")
+    return key, "objects"
+
+
+def _rows_beside_other_values(value: dict[str, object]) -> tuple[str, str] | None:
+    if "text" in value or "sentence" in value:
+        return None
+    for key, part in value.items():
+        if isinstance(part, list) and part and all(isinstance(row, dict) for row in part):
+            return key, "rows"
+    return None

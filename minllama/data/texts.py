@@ -1,0 +1,56 @@
+"""Texts as callers hand them over: are they what can be read, and which is not?
+
+Knows nothing of files, tokens or models.
+"""
+
+import math
+from collections.abc import Mapping, Set
+from typing import Any
+
+from minllama.data.records import MAX_SHOWN, shown
+from minllama.errors import DataError
+
+
+def checked_texts(texts: Any, what: str = "texts") -> list[str]:
+    """The texts as a list of strings.
+
+    Args:
+        texts: a list, a tuple, a NumPy array, a pandas Series: what has strings in an order.
+        what: they are called so in errors.
+
+    Raises:
+        DataError: it is one string, has no order, or holds something else than strings; names the
+            places, from 0.
+    """
+    if isinstance(texts, str | bytes | bytearray):
+        kind = "the string" if isinstance(texts, str) else "the bytes"
+        raise DataError(f"{what} must be a list of strings, not {kind} {shown(texts[:40])}")
+    if isinstance(texts, Mapping | Set):
+        raise DataError(f"{what} must be a list of strings, not a {type(texts).__name__}")
+    if hasattr(texts, "columns"):
+        raise DataError(f"{what} must be a list of strings, not a table; give one of its columns")
+    try:
+        values = list(texts)
+    except TypeError as error:
+        raise DataError(f"{what} must be a list of strings, not {shown(texts)}") from error
+    wrong = [i for i, value in enumerate(values) if not isinstance(value, str)]
+    if wrong:
+        told = ", ".join(f"{what}[{i}] is {_named(values[i])}" for i in wrong[:MAX_SHOWN])
+        more = f" and {len(wrong) - MAX_SHOWN} more" if len(wrong) > MAX_SHOWN else ""
+        raise DataError(f"{told}{more}: no string; give a text in its place, or leave it out")
+    return values
+
+
+def _named(value: Any) -> str:
+    """What something is that is no text."""
+    if value is None:
+        return "None (missing)"
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN (missing)"
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return f"{value} (missing)"
+    if isinstance(value, bytes | bytearray):
+        return f"the bytes {shown(bytes(value))}"
+    if isinstance(value, int | float):
+        return f"the number {value}" if not isinstance(value, bool) else f"{value}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,92 @@
+"""PEFT's `rank_pattern` and `alpha_pattern`: regular expressions that name modules.
+
+They come from files of strangers, and a regular expression can take forever: what is more than a
+name is matched in a process of its own, with limits on time and memory. Knows nothing of what the
+names mean.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from minllama.errors import CheckpointError
+
+MAX_SECONDS = 10
+MAX_PATTERNS = 10_000
+MAX_LENGTH = 1_000
+# A name with dots for any character, anchored or not: matching takes time linear in its length.
+_NAME = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)*\$?", re.ASCII)
+_PROGRAM = """
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))
+except ImportError:
+    pass
+keys, names = json.load(sys.stdin)
+compiled = []
+for number, key in enumerate(keys):
+    try:
+        compiled.append(re.compile(rf"(.*\\.)?({key})$"))
+    except re.error as error:
+        print(json.dumps({"bad": number, "reason": str(error)}))
+        sys.exit()
+first = lambda name: next((n for n, one in enumerate(compiled) if one.match(name)), None)
+print(json.dumps({"found": [first(name) for name in names]}))
+"""
+
+
+def first_matches(what: str, keys: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """Number of the first key that matches each of the modules' names, as in PEFT 0.21.
+
+    There a key is put behind an optional `.*` that ends in a dot, and matched from the name's
+    beginning to its end: it is the whole name, or what follows a dot in it; a dot in the key is any
+    character, and `^` is the beginning of the whole.
+
+    Raises:
+        CheckpointError: a key is no regular expression, or takes too long.
+    """
+    if len(keys) > MAX_PATTERNS:
+        raise CheckpointError(f"{what}: {len(keys)} keys, and {MAX_PATTERNS} are read at most")
+    if too_long := [key for key in keys if len(key) > MAX_LENGTH]:
+        raise CheckpointError(
+            f"{what}: {too_long[0][:40]!r}... has {len(too_long[0])} characters, and {MAX_LENGTH} "
+            "are read at most; write the names of the modules instead"
+        )
+    if all(_NAME.fullmatch(key) for key in keys):
+        compiled = [re.compile(rf"(.*\.)?({key})$") for key in keys]
+        return [
+            next((number for number, one in enumerate(compiled) if one.match(name)), None)
+            for name in names
+        ]
+    return _matched_apart(what, keys, names)
+
+
+def _matched_apart(what: str, keys: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-I", "-S", "-W", "ignore", "-c", _PROGRAM],
+            input=json.dumps([list(keys), list(names)]),
+            capture_output=True,
+            text=True,
+            timeout=MAX_SECONDS,
+        )
+        answer = json.loads(finished.stdout) if finished.returncode == 0 else None
+    except subprocess.TimeoutExpired:
+        raise CheckpointError(
+            f"{what}: its regular expressions take longer than {MAX_SECONDS} seconds; write the "
+            "names of the modules instead"
+        ) from None
+    if answer is None:
+        raise CheckpointError(
+            f"{what}: its regular expressions take too much memory; write the names of the "
+            "modules instead"
+        )
+    if "bad" in answer:
+        raise CheckpointError(
+            f"{what}: {keys[answer['bad']]!r} is no regular expression ({answer['reason']})"[:300]
+        )
+    found: list[int | None] = answer["found"]
+    return found

@@ -1,0 +1,84 @@
+"""ROC AUC and average precision: how well probabilities put the rows of a label before the others.
+
+Arrays in, numbers out; of rows drawn with replacement too. Knows nothing of thresholds.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Scores(NamedTuple):
+    """Both measures of C labels, each (C,); NaN where all rows or none have the label."""
+
+    roc_auc: NDArray[np.float64]
+    average_precision: NDArray[np.float64]
+
+
+class Ranking:
+    """The rows of each label, sorted by probability once, so that weights can be tried quickly.
+
+    Rows of equal probability are one step of the curves, as in scikit-learn: neither measure
+    depends on the order that they are in.
+
+    Args:
+        scores: (N, C) probabilities.
+        gold: (N, C), true where the row has the label.
+    """
+
+    def __init__(self, scores: NDArray[np.float64], gold: NDArray[np.bool_]) -> None:
+        self._rows = len(scores)
+        self._labels = [_Ranked(*columns) for columns in zip(scores.T, gold.T, strict=True)]
+
+    def measured(self, weights: NDArray[np.number] | None = None) -> Scores:
+        """Both measures, each row counted as often as its weight says: (N,), or once."""
+        w = np.ones(self._rows, dtype=np.int64) if weights is None else weights
+        pairs = [label.measured(w) for label in self._labels]
+        roc_auc, average_precision = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+        return Scores(roc_auc, average_precision)
+
+
+class _Ranked:
+    """One label: the places of the rows that have it, among all rows in order of probability.
+
+    Both measures are sums over those P rows, of what is ranked no lower than each.
+    """
+
+    def __init__(self, scores: NDArray[np.float64], gold: NDArray[np.bool_]) -> None:
+        self._order = np.argsort(-scores, kind="stable")  # (N,): the likeliest first
+        ranked = scores[self._order]
+        self._places = np.flatnonzero(gold[self._order])  # (P,)
+        # Each row with the label is in a group of equal probabilities: places first to last of all
+        # rows, and the number of rows with the label up to its end and before its beginning.
+        own = -ranked[self._places]
+        self._ends = np.searchsorted(-ranked, own, side="right") - 1
+        self._starts = np.searchsorted(-ranked, own, side="left")
+        self._own_ends = np.searchsorted(own, own, side="right") - 1
+        self._own_starts = np.searchsorted(own, own, side="left")
+
+    def measured(self, weights: NDArray[np.number]) -> tuple[float, float]:
+        """ROC AUC and average precision, where row i of N counts `weights[i]` times."""
+        w = weights[self._order]
+        up_to = w.cumsum()  # (N,): the weight of all rows down to each
+        positive = w[self._places]
+        hits = positive.cumsum()  # (P,)
+        n_positive = hits[-1] if len(hits) else 0
+        n_negative = up_to[-1] - n_positive
+        if not (n_positive and n_negative):
+            return float("nan"), float("nan")
+        hits_at_end = hits[self._own_ends]
+        alarms_at_end = up_to[self._ends] - hits_at_end
+        hits_before = hits[self._own_starts] - positive[self._own_starts]
+        alarms_before = up_to[self._starts] - w[self._starts] - hits_before
+        # Of the pairs with a row without the label, those lost, half of them where both are equal.
+        lost = (positive * (alarms_before + alarms_at_end)).sum() / 2
+        precision = hits_at_end / np.maximum(hits_at_end + alarms_at_end, 1)
+        found = (positive * precision).sum()
+        return float(1 - lost / (n_positive * n_negative)), float(found / n_positive)
+
+
+def mean_of_defined(values: NDArray[np.float64]) -> float | None:
+    """The mean of those that are numbers; None where none is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None

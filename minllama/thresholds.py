@@ -1,0 +1,441 @@
+"""From which probability on a label is predicted: given, or chosen on labelled rows.
+
+For one of two classes and for texts with any number of labels. Takes probabilities, labels and the
+words of `--threshold`. Knows nothing of models or files.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.errors import MinllamaError, OptionError
+from minllama.evaluation_options import THRESHOLD_METRICS, ThresholdOptions, threshold_rule
+from minllama.text import printable
+
+DEFAULT = 0.5
+MOST_NAMED = 4  # labels whose thresholds are said one by one
+FEW = 10  # texts with a label, or without, by which a threshold is hardly more than a guess
+DIGITS = range(2, 9)  # of a threshold that is chosen: as few as tell the rows apart
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Thresholds of a task of two classes, or of one with any number of labels.
+
+    Attributes:
+        values: of each label in order, or of the positive class alone; 0 to 1.
+        positive: the number of the positive class of two; None where a text may have any number
+            of labels.
+        how: how they came about, for people; "" where they were given.
+    """
+
+    values: tuple[float, ...]
+    positive: int | None = None
+    how: str = ""
+
+    def predictions(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+        """(N, C), true where the class is predicted: from its threshold on.
+
+        Both are compared as float32, which probabilities are: 0.3 is reached by 0.3.
+        """
+        ends, p = np.array(self.values, dtype=np.float32), probabilities.astype(np.float32)
+        if self.positive is None:
+            return np.asarray(p >= ends)
+        is_positive = p[:, self.positive] >= ends[0]
+        columns = np.arange(probabilities.shape[1]) == self.positive
+        return np.asarray(is_positive[:, None] == columns)
+
+    def by_label(self, labels: Sequence[str]) -> dict[str, float]:
+        """Label -> its threshold; of two classes only the positive one has one."""
+        if self.positive is not None:
+            return {labels[self.positive]: self.values[0]}
+        return dict(zip(labels, self.values, strict=True))
+
+
+class Chosen(NamedTuple):
+    """Thresholds, and what a person should hear of how they were found."""
+
+    thresholds: Thresholds
+    notices: tuple[str, ...]
+
+
+def positive_class(labels: Sequence[str], name: str | None, *, multi_label: bool) -> int | None:
+    """The number of the positive class: the one named, or the second of two; None without one.
+
+    Raises:
+        OptionError: one is named that is no label, or the task has no positive class.
+    """
+    is_binary = len(labels) == 2 and not multi_label
+    if name is None:
+        return 1 if is_binary else None
+    if not is_binary:
+        kind = "texts with any number of labels" if multi_label else f"{len(labels)} classes"
+        raise OptionError(f"--positive names one of two classes, and these are {kind}; omit it")
+    if name not in labels:
+        known = " and ".join(map(repr, labels))
+        raise OptionError(f"--positive {name!r} is none of the classes {known}; name one of them")
+    return labels.index(name)
+
+
+def _of_two(
+    options: ThresholdOptions, labels: Sequence[str], *, multi_label: bool
+) -> ThresholdOptions:
+    """The options where `praise=0.3` of two classes says also which one is positive.
+
+    Raises:
+        OptionError: another one is said to be.
+    """
+    if multi_label or len(labels) != 2 or len(options.threshold) != 1:
+        return options
+    label, rule = _rule(options.threshold[0], labels)
+    if label is None:
+        return options
+    if options.positive not in (None, label):
+        raise OptionError(
+            f"--threshold {options.threshold[0]!r} is for {label!r}, and --positive is "
+            f"{options.positive!r}; of two classes the positive one has a threshold"
+        )
+    return replace(options, threshold=(str(rule),), positive=label)
+
+
+def check_thresholds(
+    options: ThresholdOptions, labels: Sequence[str], *, multi_label: bool, can_choose: bool
+) -> None:
+    """Refuse, before any work, thresholds that this task cannot have.
+
+    Args:
+        options: what was asked for.
+        labels: C names.
+        multi_label: each text has any number of them.
+        can_choose: there are rows set aside to choose on.
+
+    Raises:
+        OptionError: says what is wrong.
+    """
+    options = _of_two(options, labels, multi_label=multi_label)
+    positive = positive_class(labels, options.positive, multi_label=multi_label)
+    if not options.threshold:
+        return
+    if positive is None and not multi_label:
+        raise OptionError(
+            f"--threshold is for two classes, or for --multi-label; of {len(labels)} classes the "
+            "likeliest is predicted; omit it"
+        )
+    for rule in _rules(options.threshold, labels, multi_label=multi_label):
+        if isinstance(rule, str) and not can_choose:
+            raise OptionError(
+                f"--threshold {rule} is chosen on the dev texts while training, never on those "
+                "that are evaluated or classified; give a number here"
+            )
+
+
+def fixed_thresholds(
+    options: ThresholdOptions,
+    labels: Sequence[str],
+    *,
+    multi_label: bool,
+    own: Thresholds | None = None,
+) -> Thresholds | None:
+    """The thresholds that the options give as numbers, in the place of those that a classifier has.
+
+    Args:
+        options: what was asked for.
+        labels: C names.
+        multi_label: each text has any number of them.
+        own: what the options say nothing of stays as it is here.
+
+    Raises:
+        OptionError: they cannot be had without rows to choose on; see `check_thresholds`.
+    """
+    check_thresholds(options, labels, multi_label=multi_label, can_choose=False)
+    options = _of_two(options, labels, multi_label=multi_label)
+    positive = positive_class(labels, options.positive, multi_label=multi_label)
+    if not options.threshold:
+        if options.positive is None or (own is not None and own.positive == positive):
+            return own
+        value = DEFAULT if own is None else 1 - own.values[0]  # seen from the other class
+        return Thresholds((value,), positive, "" if own is None else own.how)
+    if options.positive is None and own is not None:
+        positive = own.positive
+    rules = _rules(options.threshold, labels, multi_label=multi_label, own=own)
+    return Thresholds(tuple(float(rule) for rule in rules), positive)
+
+
+def choose_thresholds(
+    options: ThresholdOptions,
+    probabilities: NDArray[np.floating[Any]],
+    gold: NDArray[np.bool_],
+    labels: Sequence[str],
+    *,
+    multi_label: bool,
+    source: str,
+) -> Chosen | None:
+    """The thresholds that the options give, or that are best by them on these rows.
+
+    Args:
+        options: what was asked for.
+        probabilities: (N, C) of rows that are not those to be evaluated.
+        gold: (N, C), true where the row has the class.
+        labels: C names.
+        multi_label: each text has any number of them; each has a threshold of its own.
+        source: of the rows, for people.
+
+    Returns:
+        None where the options say nothing.
+
+    Raises:
+        OptionError: see `check_thresholds`.
+    """
+    check_thresholds(options, labels, multi_label=multi_label, can_choose=True)
+    options = _of_two(options, labels, multi_label=multi_label)
+    positive = positive_class(labels, options.positive, multi_label=multi_label)
+    if not options.threshold and options.positive is None:
+        return None
+    columns = range(len(labels)) if positive is None else [positive]
+    rules = _rules(options.threshold, labels, multi_label=multi_label) or [DEFAULT]
+    values, notices, chosen = [], [], dict[str, None]()
+    for rule, column in zip(rules, columns, strict=True):
+        if isinstance(rule, float):
+            values.append(rule)
+            continue
+        # The mean over labels is best where each label's own F1 is; of two classes both count.
+        of_label = "f1" if multi_label and rule == "macro-f1" else rule
+        best = _best(of_label, probabilities[:, column], gold[:, column])
+        values.append(best.threshold)
+        chosen[rule] = None
+        if best.complaint:
+            notices.append(f"threshold of {labels[column]!r}: {best.complaint.format(source)}")
+    how = f"{' and '.join(chosen)} on {source}" if chosen else ""
+    if len(notices) > MOST_NAMED:
+        more = f"thresholds of {len(notices) - MOST_NAMED} more labels: as much could be said"
+        notices = [*notices[:MOST_NAMED], more]
+    return Chosen(Thresholds(tuple(values), positive, how), tuple(notices))
+
+
+class _Best(NamedTuple):
+    threshold: float
+    complaint: str  # in which {} is the source; "" where all is well
+
+
+def _best(rule: str, probabilities: NDArray[np.floating[Any]], gold: NDArray[np.bool_]) -> _Best:
+    """The threshold of one label that is best by the rule: (N,) probabilities and gold."""
+    n_positive = int(gold.sum())
+    if n_positive in (0, len(gold)):
+        which = "no text" if n_positive == 0 else "every text"
+        complaint = f"{which} of {{}} has this label, so {rule} cannot choose; it is {DEFAULT}"
+        return _Best(DEFAULT, complaint)
+    cuts, hits, alarms = _cuts(probabilities, gold)
+    precision, recall = hits / np.maximum(hits + alarms, 1), hits / n_positive
+    fewer, which = min((n_positive, "with it"), (len(gold) - n_positive, "without it"))
+    few = "" if fewer >= FEW else f"chosen on {{}} by {fewer} texts {which}; more would serve it"
+    name, _, goal_text = rule.partition("=")
+    if not goal_text:
+        quality = _QUALITIES[name](hits, alarms, n_positive, len(gold) - n_positive)
+        return _Best(cuts[_first_best(quality, cuts)], few)
+    goal = float(goal_text)
+    wanted, other = (precision, recall) if name == "precision" else (recall, precision)
+    reached = wanted >= goal - 1e-12  # 9 of 10 are 0.9
+    reached &= hits + alarms > 0  # to predict nothing has no precision
+    if reached.any():
+        # Of those that reach it the one with most of the other, then with most of it.
+        order = np.lexsort((wanted, np.where(reached, other, -1.0)))
+        return _Best(cuts[order[-1]], few)
+    at = int(np.lexsort((other, wanted))[-1])
+    complaint = (
+        f"a {name} of {goal:g} is not reached on {{}}; the best is {wanted[at]:.3f}, with a "
+        f"{'recall' if name == 'precision' else 'precision'} of {other[at]:.3f}, from {cuts[at]:g} "
+        "on, which is taken"
+    )
+    return _Best(cuts[at], complaint)
+
+
+def _cuts(
+    probabilities: NDArray[np.floating[Any]], gold: NDArray[np.bool_]
+) -> tuple[list[float], NDArray[np.float64], NDArray[np.float64]]:
+    """Each threshold that gives another set of predictions, with its hits and false alarms.
+
+    They lie between two probabilities that are there, or the last one above all of them.
+    """
+    values, groups = np.unique(probabilities.astype(np.float32), return_inverse=True)
+    hits = np.bincount(groups, weights=gold)[::-1].cumsum()  # from the likeliest group on
+    alarms = np.bincount(groups, weights=~gold)[::-1].cumsum()
+    falling = values[::-1].tolist()
+    cuts = [_between(low, high) for high, low in zip(falling, [*falling[1:], 0.0], strict=True)]
+    if falling[0] < 1:  # nothing is predicted
+        cuts = [_between(falling[0], 1.0), *cuts]
+        hits, alarms = np.insert(hits, 0, 0.0), np.insert(alarms, 0, 0.0)
+    return cuts, hits, alarms
+
+
+def _between(low: float, high: float) -> float:
+    """A short number above `low` and not above `high`, near the middle, as float32 has them."""
+    middle = (low + high) / 2
+    for digits in DIGITS:
+        rounded = round(middle, digits)
+        if low < np.float32(rounded) <= high:
+            return rounded
+    return high
+
+
+def _first_best(quality: NDArray[np.float64], cuts: Sequence[float]) -> int:
+    """Of the best the one nearest to the threshold that it would be without a choice."""
+    best = np.flatnonzero(quality >= quality.max() - 1e-12)
+    return min(best.tolist(), key=lambda i: abs(cuts[i] - DEFAULT))
+
+
+def _f1(hits: Any, alarms: Any, positive: int, negative: int) -> Any:
+    return 2 * hits / (hits + alarms + positive)
+
+
+def _macro_f1(hits: Any, alarms: Any, positive: int, negative: int) -> Any:
+    # Of the other class the hits are the rejections, and the false alarms the misses.
+    other = _f1(negative - alarms, positive - hits, negative, positive)
+    return (_f1(hits, alarms, positive, negative) + other) / 2
+
+
+def _accuracy(hits: Any, alarms: Any, positive: int, negative: int) -> Any:
+    return (hits + negative - alarms) / (positive + negative)
+
+
+def _balanced_accuracy(hits: Any, alarms: Any, positive: int, negative: int) -> Any:
+    return (hits / positive + 1 - alarms / negative) / 2
+
+
+_QUALITIES = {
+    "f1": _f1,
+    "macro-f1": _macro_f1,
+    "accuracy": _accuracy,
+    "balanced-accuracy": _balanced_accuracy,
+}
+assert tuple(_QUALITIES) == THRESHOLD_METRICS
+
+
+def _rules(
+    given: Sequence[str],
+    labels: Sequence[str],
+    *,
+    multi_label: bool,
+    own: Thresholds | None = None,
+) -> list[float | str]:
+    """A number or the words of a rule for each threshold: of each label, or of the positive class.
+
+    Where nothing is said of a label it is what it has of its own, or 0.5.
+
+    Raises:
+        OptionError: a label is not there, or is there twice, or is also a word of a rule.
+    """
+    of_all: list[float | str] = []
+    of_label: dict[str, float | str] = {}
+    for text in given:
+        label, rule = _rule(text, labels if multi_label else ())
+        if label is None:
+            of_all.append(rule)
+        elif label in of_label:
+            raise OptionError(f"--threshold is there twice for {label!r}; give one")
+        else:
+            of_label[label] = rule
+    if len(of_all) > 1:
+        more = ", or LABEL=THRESHOLD for each label" if multi_label else ""
+        raise OptionError(f"--threshold is there {len(of_all)} times; give one{more}")
+    if not multi_label:
+        return of_all
+    others = [DEFAULT] * len(labels) if own is None else own.values
+    rest = of_all * len(labels) if of_all else others
+    return [of_label.get(label, rule) for label, rule in zip(labels, rest, strict=True)]
+
+
+def _rule(text: str, labels: Sequence[str]) -> tuple[str | None, float | str]:
+    """The label that a threshold is of, None for all of them, and a number or the words of a rule.
+
+    Raises:
+        OptionError: it is neither, or both.
+    """
+    of_all = threshold_rule(text)
+    rests = [(label, text[len(label) :].lstrip()) for label in labels if text.startswith(label)]
+    rules = [(label, threshold_rule(rest[1:])) for label, rest in rests if rest[:1] == "="]
+    named = [(label, rule) for label, rule in rules if rule is not None]
+    if of_all is None and named:
+        return max(named, key=lambda pair: len(pair[0]))
+    if of_all is None:
+        known = f"LABEL=0.3 with one of {', '.join(labels)}" if labels else "a number or a rule"
+        raise OptionError(f"--threshold {text!r}: no such label or rule; give {known}")
+    if named:
+        label = named[0][0]
+        raise OptionError(
+            f"--threshold {text!r} is a rule for all labels, and {label!r} is a label as well; "
+            f"{label}={text} is the rule for that label, and a number for all is 0.5"
+        )
+    return None, of_all
+
+
+def saved(thresholds: Thresholds, labels: Sequence[str]) -> dict[str, Any]:
+    """Thresholds as JSON holds them."""
+    return {
+        "values": thresholds.by_label(labels),
+        "positive": None if thresholds.positive is None else labels[thresholds.positive],
+        "how": thresholds.how,
+    }
+
+
+def read(content: Mapping[str, Any], labels: Sequence[str], *, multi_label: bool) -> Thresholds:
+    """Thresholds from what `saved` made.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not of that kind.
+    """
+    values, positive, how = content["values"], content["positive"], content["how"]
+    if not isinstance(values, dict) or not isinstance(how, str):
+        raise TypeError("thresholds must be numbers by label, and how they came about a string")
+    if printable(how) != how:
+        raise ValueError("how thresholds came about is no line of text")
+    if multi_label:
+        names, at = list(labels), None
+    else:
+        if len(labels) != 2 or positive not in labels:
+            raise ValueError(f"{positive!r} is not the positive one of two classes")
+        names, at = [positive], labels.index(positive)
+    if sorted(values) != sorted(names):
+        raise ValueError(f"there must be a threshold for each of {', '.join(names)}")
+    numbers = tuple(values[name] for name in names)
+    if not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers):
+        raise ValueError("a threshold is no number from 0 to 1")
+    return Thresholds(tuple(map(float, numbers)), at, how)
+
+
+def one_line(thresholds: Thresholds, labels: Sequence[str]) -> str:
+    """The thresholds for people: `threshold 0.31 for 'praise' (f1 on dev.csv)`."""
+    named = thresholds.by_label(labels)
+    how = f" ({thresholds.how})" if thresholds.how else ""
+    if thresholds.positive is None and len(set(named.values())) == 1:
+        return f"threshold {thresholds.values[0]:g} for each label{how}"
+    if len(named) > MOST_NAMED:
+        low, high = min(thresholds.values), max(thresholds.values)
+        return f"thresholds from {low:g} to {high:g} by label{how}"
+    listed = ", ".join(f"{value:g} for {label!r}" for label, value in named.items())
+    return f"threshold{'s' * (len(named) > 1)} {listed}{how}"
+
+
+def as_thresholds(
+    value: float | Mapping[str, float], labels: Sequence[str], positive: int | None
+) -> Thresholds:
+    """Thresholds from what a caller in Python gives: one number, or numbers by label.
+
+    Raises:
+        MinllamaError: it is not from 0 to 1, or names what has no threshold.
+    """
+    names = list(labels) if positive is None else [labels[positive]]
+    given = dict(value) if isinstance(value, Mapping) else dict.fromkeys(names, value)
+    if unknown := [name for name in given if name not in names]:
+        raise MinllamaError(
+            f"there is no threshold for {unknown[0]!r}; there are for {', '.join(names)}"
+        )
+    numbers = [given.get(name, DEFAULT) for name in names]
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int | float | np.number):
+            raise MinllamaError(f"a threshold must be a number from 0 to 1, not {number!r}")
+        if not 0 <= number <= 1:
+            raise MinllamaError(f"a threshold must be a number from 0 to 1, not {number!r}")
+    return Thresholds(tuple(map(float, numbers)), positive)
