@@ -1,6 +1,35 @@
-"""`python -m minllama` is the command `minllama`."""
+"""The command `minllama`, also as `python -m minllama`: a process of its own, from start to end.
 
-from minllama.cli import main
+Ctrl-C ends it with status 130 and nothing said at any moment: while modules are imported, and while
+it ends already, too. In between `minllama.cli` decides.
+"""
+
+import os
+import signal
+
+
+def main() -> None:
+    """Run the command line and exit; see `minllama.cli.main`."""
+    # Ignored, as under nohup, or somebody else's: then it stays so.
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_usual:
+        signal.signal(signal.SIGINT, _interrupted)
+    from minllama.cli import main as run
+
+    try:
+        if is_usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        run()
+    except KeyboardInterrupt:  # another one, while the first was ending the run
+        os._exit(130)
+    finally:
+        if is_usual:
+            signal.signal(signal.SIGINT, _interrupted)
+
+
+def _interrupted(number: int, frame: object) -> None:
+    os._exit(130)
+
 
 if __name__ == "__main__":
     main()

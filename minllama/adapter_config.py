@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minllama.errors import CheckpointError, naming
+from minllama.json_file import read_json
 from minllama.module_patterns import first_matches
 from minllama.options import LoRAOptions
 
@@ -20,7 +21,7 @@ HEAD = "score"
 """The name of a sequence classifier's head on a transformers Llama."""
 
 CLASSIFICATION, LANGUAGE_MODEL = "SEQ_CLS", "CAUSAL_LM"
-_MAX_BYTES = 2**24
+_MAX_BYTES = 2**22
 _TASKS = (CLASSIFICATION, LANGUAGE_MODEL, "FEATURE_EXTRACTION", None)
 _HEADS = ("classifier", HEAD)  # both are what PEFT writes; a Llama has only the second
 
@@ -133,12 +134,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"{folder}: there is no {CONFIG_FILE}; name the folder of a PEFT adapter"
         )
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"{path}: far larger than such a file is; fetch it again")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, max_bytes=_MAX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch it again") from error
     with naming(path):
         if not isinstance(raw, dict):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minllama.errors import MinllamaError
+from minllama.lock import try_lock
 
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # Linux's renameat2(2): swap two names in one step
@@ -179,20 +180,24 @@ def _locked(temporary: Path) -> Iterator[None]:
 
 def _lock(path: Path) -> int | None:
     """A descriptor that holds the lock on a file or folder; None where it cannot be had."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    try:
+    with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if try_lock(descriptor):
+            return descriptor
         os.close(descriptor)
-        return None
-    return descriptor
+    return None
+
+
+def is_being_written(temporary: Path) -> bool:
+    """Whether a process that lives holds the lock on what it writes there."""
+    try:
+        descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        return try_lock(descriptor) is False
+    finally:
+        os.close(descriptor)
 
 
 def temporaries(target: Path) -> list[Path]:

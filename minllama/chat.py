@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minllama.errors import MinllamaError
+from minllama.text import printable
 
 RENDER_SECONDS = 5.0  # most take well under a millisecond
 RENDER_MEMORY_BYTES = 512 * 2**20
@@ -250,7 +251,7 @@ def _fault_line(reply: dict[str, Any]) -> str:
 def _one_line(words: str) -> str:
     """A template's own words: no control characters for the terminal, and not too many."""
     words = " ".join(str(words)[: 2 * _FAULT_CHARS].split())
-    words = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in words)
+    words = printable(words)
     return words if len(words) <= _FAULT_CHARS else words[: _FAULT_CHARS - 3] + "..."
 
 

@@ -12,9 +12,17 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from minllama.text import one_line
+
 
 class MinllamaError(Exception):
-    """Something that the user can mend; its message names what, where and the remedy."""
+    """Something that the user can mend; its message names what, where and the remedy.
+
+    Names in it come from outside: it is made one printable line of bounded length (`one_line`).
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class CheckpointError(MinllamaError):
@@ -50,7 +58,7 @@ def warn_caller(message: str, category: type[Warning]) -> None:
     level, frame = 1, sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minllama":
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
-    warnings.warn(message, category, stacklevel=level)
+    warnings.warn(one_line(message), category, stacklevel=level)
 
 
 @contextlib.contextmanager

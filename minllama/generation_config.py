@@ -13,6 +13,7 @@ from typing import Any
 from minllama.checkpoints import Checkpoint, open_checkpoint
 from minllama.checkpoints.gguf_header import is_gguf, read_header
 from minllama.errors import CheckpointError, OptionError
+from minllama.json_file import read_json
 from minllama.options import GenerationOptions
 
 FILE = "generation_config.json"
@@ -183,13 +184,11 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path}: far larger than such a file is; get it again")
-        content = json.loads(path.read_bytes())
+        content = read_json(path, max_bytes=MAX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON; get it again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); get it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object; get it again")
     return content

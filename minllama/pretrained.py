@@ -12,8 +12,15 @@ from torch import nn
 
 from minllama import graph_step
 from minllama.checkpoints import Checkpoint, open_checkpoint, write_huggingface
+from minllama.checkpoints.layout import tensor_shapes
 from minllama.config import LlamaConfig
-from minllama.loading import load_weights, long_dtype, warn_if_slow, without_initial_values
+from minllama.loading import (
+    check_shapes,
+    load_weights,
+    long_dtype,
+    warn_if_slow,
+    without_initial_values,
+)
 from minllama.native.operations import most_rows
 from minllama.quantization import state_in_numbers
 
@@ -144,6 +151,8 @@ class LlamaPreTrainedModel(nn.Module):
         **config_changes: Any,
     ) -> Self:
         """Load a model from a checkpoint that is open; see `from_pretrained`."""
+        # Before a module is built: a file may claim thousands of layers and name a tensor in each.
+        check_shapes(checkpoint, tensor_shapes(checkpoint.config))
         # No memory and no random numbers: the weights are assigned.
         with torch.device("meta"), without_initial_values():
             model = cls(checkpoint.config.replace(**config_changes))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.data.records import printable
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation_options import THRESHOLD_METRICS, ThresholdOptions, threshold_rule
+from minllama.text import printable
 
 DEFAULT = 0.5
 MOST_NAMED = 4  # labels whose thresholds are said one by one

@@ -20,6 +20,7 @@ from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError, OptionError
 from minllama.heap import give_back_freed_memory
 from minllama.llama import Llama
+from minllama.lock import only_run
 from minllama.losses import check_ordinal
 from minllama.objective import Trainable, check_kind, check_metric
 from minllama.options import TrainingOptions
@@ -106,10 +107,28 @@ def fit(
         CheckpointError: the checkpoint is damaged, of another run, or of one that is not finished
             and not to be resumed.
         MinllamaError: the loss is no number any more (the last checkpoint stays); a text cannot be
-            encoded; the folder cannot be written.
+            encoded; the folder cannot be written, or another run is writing there.
         KeyboardInterrupt: it came, and a checkpoint of this instant is in `folder`.
     """
     _check(classifier, train, dev, options, folder, resume)
+    with only_run(folder) if folder is not None else contextlib.nullcontext():
+        return _fit(
+            classifier, train, dev, options, folder, resume, head_parameters, progress, settings
+        )
+
+
+def _fit(
+    classifier: Trainable,
+    train: Dataset,
+    dev: Dataset | None,
+    options: TrainingOptions,
+    folder: Path | None,
+    resume: bool,
+    head_parameters: Sequence[nn.Parameter],
+    progress: Progress | None,
+    settings: Mapping[str, Any] | None,
+) -> TrainingResult:
+    """As `fit`, in a folder where no other run is."""
     run = TrainingRun(classifier, train, dev, options, head_parameters)
     fingerprint = _fingerprint(run, classifier, train, dev, options, settings or {})
     with _prepared(classifier, options):

@@ -102,7 +102,8 @@ class TrainingRun:
                 state.finished = True
                 self._save()
         except KeyboardInterrupt:
-            self._save()
+            with interrupts_deferred():  # a second Ctrl-C does not cut what the first one asked for
+                self._save()
             raise
 
     def load(self, state: RunState, tensors: RunTensors) -> None:

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from minllama.atomic import atomic_file, atomic_folder, remove, temporaries
+from minllama.atomic import atomic_file, atomic_folder, is_being_written, remove, temporaries
 from minllama.errors import CheckpointError, MinllamaError
 
 CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
@@ -161,7 +161,7 @@ class CheckpointFolder:
             return _run_state(raw)
 
     def recover(self) -> None:
-        """Remove what killed saves have left behind.
+        """Remove what killed saves have left behind; what a living process writes stays.
 
         On a system that cannot swap two names, the checkpoint has none for an instant of a save:
         then one that is whole gets it back.
@@ -169,7 +169,8 @@ class CheckpointFolder:
         beside = Path(os.path.realpath(self.path)).parent
         if not beside.is_dir():
             return
-        stale = [*temporaries(beside / CHECKPOINT), *temporaries(beside / METRICS)]
+        begun = [*temporaries(beside / CHECKPOINT), *temporaries(beside / METRICS)]
+        stale = [path for path in begun if not is_being_written(path)]
         if not self.path.exists():
             whole = [(step, path) for path in stale if (step := _whole_step(path)) is not None]
             if whole:

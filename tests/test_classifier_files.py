@@ -264,7 +264,7 @@ DAMAGE = {
     "no adapter": (lambda f: (f / "adapter_model.safetensors").unlink(), "is missing"),
     "another scale": (edited_adapter, "adapter_config.json: is not the file .*SHA-256 differs"),
     "no digests": (lambda f: edited(f, sha256=KeyError), "'sha256' is missing"),
-    "digests of no kind": (lambda f: edited(f, sha256=[]), "sha256 are not"),
+    "digests of no kind": (lambda f: edited(f, sha256=[]), "sha256 must be an object of digests"),
     "changed label": (lambda f: edited(f, labels=["bad", "so so", "great"]), "stand for"),
     "fewer labels": (lambda f: edited(f, labels=["bad", "good"]), "stand for"),
     "no labels": (lambda f: edited(f, labels=KeyError), "'labels' is missing"),

@@ -12,8 +12,19 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
-    ("errors",),
-    ("options", "text_files", "config", "atomic", "treebank", "heap", "native", "gpu"),
+    ("text", "patterns", "errors"),
+    (
+        "options",
+        "text_files",
+        "config",
+        "json_file",
+        "lock",
+        "atomic",
+        "treebank",
+        "heap",
+        "native",
+        "gpu",
+    ),
     ("module_patterns", "evaluation_options"),
     ("vocabulary", "data", "adapter_config"),
     ("checkpoints",),

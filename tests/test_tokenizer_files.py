@@ -160,9 +160,7 @@ def test_a_gguf_file_is_a_tokenizer_with_a_model_or_without(tmp_path: Path) -> N
             assert tokenizer.encode(text) == [1, *reference.encode(text)]
         assert Tokenizer.from_checkpoint(beside).encode("the fox") == tokenizer.encode("the fox")
         assert beside.tokenizer == str(path)
-    with pytest.raises(
-        CheckpointError, match="it holds a vocabulary and no weights; it can be a --tokenizer"
-    ):
+    with pytest.raises(CheckpointError, match="holds a vocabulary and no weights"):
         open_checkpoint(alone)
 
 

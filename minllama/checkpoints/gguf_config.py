@@ -66,8 +66,8 @@ class Keys:
         value = self.fields.get(key, default)
         if value is None:
             raise CheckpointError(f"the key {key} is missing; convert the model to GGUF again")
-        if isinstance(value, list):
-            if not value or any(item != value[0] for item in value):
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            if not len(value) or any(item != value[0] for item in value):
                 raise CheckpointError(f"{key} differs from layer to layer; a Llama's are all alike")
             value = value[0]
         if type(value) not in types:

@@ -7,6 +7,7 @@ file costs one line, never memory or time. Knows nothing of Llamas or of what th
 
 import mmap
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,9 @@ MAX_DIMS = 4
 MAX_ARRAY_LEN = 2**24
 MAX_STRING_BYTES = 2**24
 MAX_ARRAY_DEPTH = 4
+MAX_STRINGS = 2**22  # in all arrays together, five times the largest vocabulary and its merges
+MAX_FIELDS = 2**16
+MAX_TENSORS = 2**17  # a hundred times those of Llama 3.1 405B
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -49,9 +53,40 @@ class GGUFTensor:
     n_bytes: int
 
 
+class Numbers(Sequence[Any]):
+    """An array of numbers as it lies in the file: Python's list has nine bytes or more for each.
+
+    (In the machine's byte order, which is the file's wherever its tensors can be read.)
+    """
+
+    def __init__(self, content: bytes, code: str) -> None:
+        self._items = memoryview(content).cast(code)  # type: ignore[call-overload]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[index].tolist() if isinstance(index, slice) else self._items[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._items.tolist() == list(other)
+
+    def __repr__(self) -> str:
+        more = ", ..." if len(self) > 8 else ""
+        return f"[{', '.join(map(repr, self[:8]))}{more}]"
+
+
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says before its numbers: `fields` as plain Python values, and `tensors`."""
+    """What a GGUF file says before its numbers.
+
+    Attributes:
+        fields: key -> plain Python value; an array is a list, or a `Numbers`.
+        tensors: name -> where it lies.
+    """
 
     fields: dict[str, Any]
     tensors: dict[str, GGUFTensor]
@@ -90,6 +125,7 @@ class _Parser:
         self.size = len(data)
         self.path = path
         self.offset = len(MAGIC)
+        self.strings_left = MAX_STRINGS
 
     def header(self) -> GGUFHeader:
         version = self.u32()
@@ -99,6 +135,8 @@ class _Parser:
             self.fail(f"is GGUF version {version}, and versions 2 and 3 can be read")
         n_tensors = self.count("tensors", min_bytes=24)  # name, n_dims, one dim, type, offset
         n_fields = self.count("key/value pairs", min_bytes=13)  # key, type, value
+        if n_fields > MAX_FIELDS or n_tensors > MAX_TENSORS:
+            self.fail(f"announces {n_fields} keys and {n_tensors} tensors; it is damaged")
         fields: dict[str, Any] = {}
         for _ in range(n_fields):
             key = self.string()
@@ -146,13 +184,19 @@ class _Parser:
             if info.name in tensors:
                 self.fail(f"has the tensor {info.name!r} twice")
             tensors[info.name] = GGUFTensor(info.name, info.shape, info.type, offset, info.n_bytes)
+        end = 0
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+            if tensor.offset < end:  # megabytes could be named until they are gigabytes
+                self.fail(f"places the tensor {tensor.name!r} on another; it is damaged")
+            end = tensor.offset + tensor.n_bytes
         return tensors
 
     def value(self, kind: int, depth: int) -> Any:
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
-            return self.numbers(_SCALARS[kind], 1)[0]
+            layout = struct.Struct(f"<{_SCALARS[kind]}")
+            return layout.unpack_from(self.data, self.advance(layout.size))[0]
         if kind != _ARRAY or depth == MAX_ARRAY_DEPTH:
             self.fail(f"holds a value of type {kind} (at byte {self.offset}); it is damaged")
         item_kind = self.u32()
@@ -163,9 +207,9 @@ class _Parser:
             return self.numbers(code, self.array_len(min_bytes=struct.calcsize(code)))
         return [self.value(item_kind, depth + 1) for _ in range(self.array_len(min_bytes=12))]
 
-    def numbers(self, code: str, count: int) -> list[Any]:
-        layout = struct.Struct(f"<{count}{code}")
-        return list(layout.unpack_from(self.data, self.advance(layout.size)))
+    def numbers(self, code: str, count: int) -> Numbers:
+        start = self.advance(count * struct.calcsize(f"<{code}"))
+        return Numbers(self.data[start : self.offset], code)
 
     def u32(self) -> int:
         value: int = _U32.unpack_from(self.data, self.advance(4))[0]
@@ -193,6 +237,9 @@ class _Parser:
 
     def strings(self, count: int) -> list[str]:
         """`count` strings; a vocabulary has tens of thousands, hence a loop without our calls."""
+        self.strings_left -= count
+        if self.strings_left < 0:
+            self.fail(f"holds more than {MAX_STRINGS} strings; it is damaged")
         data, size, offset, unpack = self.data, self.size, self.offset, _U64.unpack_from
         found = []
         for _ in range(count):

@@ -5,6 +5,7 @@ from the files' headers, numbers are mapped into memory when a tensor is asked f
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -48,6 +49,7 @@ from minllama.errors import (
     naming,
     warn_caller,
 )
+from minllama.json_file import read_json
 from minllama.vocabulary import Vocabulary, check_fits, count_tokens
 
 NAMES = {
@@ -75,6 +77,9 @@ SAFETENSORS_DTYPES = {
 }
 WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 MAX_SHARD_SIZE = "5GB"
+# Of a safetensors file, a hundred times those of Llama 3.1 405B.
+MAX_HEADER_BYTES = 2**24
+MAX_TENSORS = 2**16
 
 
 def is_huggingface(path: Path) -> bool:
@@ -399,9 +404,19 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with path.open("rb"):  # the library says of every failure that there is no such file
-            file = safe_open(path, framework="pt")
-        for name in file.keys():  # noqa: SIM118  (not a dict)
+        # The library says of every failure that there is no such file.
+        with path.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+        if MAX_HEADER_BYTES < header_bytes <= path.stat().st_size:
+            raise CheckpointError(
+                f"{path}: its header of {header_bytes} bytes is far larger than a model's; it is "
+                "damaged"
+            )
+        file = safe_open(path, framework="pt")
+        names = file.keys()
+        if len(names) > MAX_TENSORS:
+            raise CheckpointError(f"{path}: it names {len(names)} tensors; it is damaged")
+        for name in names:
             part = file.get_slice(name)
             if (stored := part.get_dtype()) not in SAFETENSORS_DTYPES:
                 raise CheckpointError(
@@ -409,8 +424,15 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
                     f"read are {', '.join(SAFETENSORS_DTYPES)}"
                 )
             dtype = SAFETENSORS_DTYPES[stored]
-            shape = tuple(part.get_shape())
-            size = torch.Size(shape).numel() * dtype.itemsize
+            try:
+                shape = tuple(part.get_shape())
+            except (OverflowError, ValueError) as error:  # which the library lets pass
+                raise CheckpointError(
+                    f"{path}: the shape of {name} is damaged ({error})"
+                ) from error
+            if max(shape, default=0) >= 2**63:
+                raise CheckpointError(f"{path}: {name} has shape {shape}; the file is damaged")
+            size = math.prod(shape) * dtype.itemsize
             kind = str(dtype).removeprefix("torch.")
             yield name, LazyTensor(shape, kind, size, partial(file.get_tensor, name))
     except OSError as error:
@@ -432,10 +454,10 @@ def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: not readable as JSON ({error}); download it again"
         ) from error

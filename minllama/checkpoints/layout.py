@@ -17,6 +17,7 @@ from minllama.errors import CheckpointError, MinllamaError
 
 # Rotary tables are built for the whole context; the longest of real models is ten million tokens.
 MAX_CONTEXT = 2**24
+MAX_LAYERS = 2**12  # thirty times the deepest of real models
 MAX_LISTED = 20
 """How many problems of a checkpoint one error lists; the rest are counted."""
 
@@ -131,6 +132,10 @@ def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None
         raise CheckpointError(
             f"the config says {config.n_layers} layers, the tensors are of {len(layers)}; "
             "the file is incomplete"
+        )
+    if config.n_layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"{config.n_layers} layers are above the limit of {MAX_LAYERS}; its config is damaged"
         )
     widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     sizes = {

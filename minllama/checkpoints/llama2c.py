@@ -7,7 +7,6 @@ names of their own), and what its C programs run (`.bin`: the legacy export, ver
 
 import math
 import struct
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,12 @@ from minllama.checkpoints.layout import (
     tensor_shapes,
     translate,
 )
-from minllama.checkpoints.torch_file import ZIP_MAGIC, dense_tensors, is_torch_file, load_torch_file
+from minllama.checkpoints.torch_file import (
+    dense_tensors,
+    first_pickle,
+    is_torch_file,
+    load_torch_file,
+)
 from minllama.config import LlamaConfig
 from minllama.errors import (
     CheckpointError,
@@ -91,7 +95,7 @@ def is_torch_checkpoint(path: Path) -> bool:
     """
     if not path.is_file() or not is_torch_file(path):
         return False
-    pickled = _pickle_bytes(path)
+    pickled = first_pickle(path)
     return b"model_args" in pickled or b"layers." not in pickled
 
 
@@ -170,22 +174,6 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     )
     key_rows = rows("layers.0.attention.compute_key.weight") or config.dim
     return config.replace(n_kv_heads=given.get("n_kv_heads", key_rows // config.head_dim))
-
-
-def _pickle_bytes(path: Path) -> bytes:
-    """The pickle of a file of torch.save's, or what an old one begins with; empty if damaged."""
-    limit = 2**24  # far above any state dict's pickle, which has names and shapes only
-    with path.open("rb") as file:
-        if file.read(4) != ZIP_MAGIC:
-            file.seek(0)
-            return file.read(limit)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            with archive.open(names[0]) as pickled:
-                return pickled.read(limit)
-    except Exception:  # a damaged archive can fail as anything; reading it will say so
-        return b""
 
 
 def _is_tied(tensors: Mapping[str, Tensor]) -> bool:

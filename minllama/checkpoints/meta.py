@@ -4,7 +4,6 @@ Each .pth is one shard of a model that was cut for model-parallel GPUs; a tensor
 shards when it is asked for. q and k are interleaved there as they are here.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +18,7 @@ from minllama.checkpoints.layout import add_zero_biases, check_extent, has_bias,
 from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
 from minllama.config import LlamaConfig, RopeScaling, meta_hidden_dim
 from minllama.errors import CheckpointError, naming
+from minllama.json_file import read_json
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 
@@ -193,10 +193,10 @@ def _shard_files(folder: Path) -> list[Path]:
 
 def _read_params(path: Path) -> dict[str, Any]:
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
+        params = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: not readable as JSON ({error}); download it again"
         ) from error

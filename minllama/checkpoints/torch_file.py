@@ -1,27 +1,37 @@
 """Files that `torch.save` wrote, read without trusting them.
 
-A pickle is a program: it is run by torch's restricted unpickler, which builds tensors and plain
-Python values and nothing else. Knows nothing of models or of what the values mean.
+The pickle in them is a program, and is read instead of run (`minllama.checkpoints.pickled`); the
+numbers lie beside it and are mapped into memory. Knows nothing of models or of what the values
+mean.
 """
 
-import math
-import pickle
-import re
 import stat
-import warnings
+import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minllama.checkpoints.gguf_blocks import view_as
+from minllama.checkpoints.pickled import (
+    MAX_BYTES,
+    OtherTensor,
+    RefusedPickle,
+    Storages,
+    read_pickle,
+)
 from minllama.errors import CheckpointError
 
 ZIP_MAGIC = b"PK\x03\x04"
 # torch.save before 1.6, and plain pickles: opcode PROTO and a protocol number.
 PICKLE_MAGICS = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+LEGACY_NUMBER = 0x1950A86A20F9469CFC6C  # the first value in a file of torch.save's before 1.6
+# A zip's directory has some 70 bytes for each storage; zipfile makes ten times as many of them.
+MAX_DIRECTORY_BYTES = 2**24
 
 
 def is_torch_file(path: Path) -> bool:
@@ -41,7 +51,7 @@ def _is_magic(start: bytes) -> bool:
 def load_torch_file(path: Path) -> dict[str, Any]:
     """The dict in a file that `torch.save` wrote; its tensors are on the CPU, memory-mapped.
 
-    Files from before torch 1.6 cannot be mapped and are read into memory.
+    In files from before torch 1.6 numbers may lie off their alignment; those are copied.
 
     Raises:
         CheckpointError: the file is missing, empty, cut off or damaged; its pickle calls for code;
@@ -59,10 +69,17 @@ def load_torch_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is empty; fetch it again")
     if not _is_magic(magic):
         raise CheckpointError(f"{path} is not a file that torch.save wrote")
-    is_zip = magic == ZIP_MAGIC
-    if is_zip:
-        _check_zip(path)
-    values = _unpickle(path, mmap=is_zip)
+    try:
+        values = _load_zip(path) if magic == ZIP_MAGIC else _load_legacy(path)
+    except RefusedPickle as error:
+        raise CheckpointError(
+            f"{path} was refused: its pickle calls {error}, and a pickle that calls more than "
+            "torch's own tensors can run any code; ask for the weights as safetensors"
+        ) from error
+    except (ValueError, struct.error, OSError) as error:
+        raise CheckpointError(
+            f"{path} is cut off or damaged ({str(error)[:120]}); fetch it again"
+        ) from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise CheckpointError(
             f"{path} holds a {type(values).__name__}, not a state dict (names -> tensors)"
@@ -71,38 +88,96 @@ def load_torch_file(path: Path) -> dict[str, Any]:
 
 
 def dense_tensors(values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The entries of a state dict from `path`, once each is known to be a tensor kept in full.
+    """The entries of a state dict from `path`, once each is known to be a plain dense tensor.
 
-    A hostile file can give a tensor a huge shape over few bytes, or over bytes that it lacks.
+    Two names may share numbers, as a tied embedding and output do; in all there are at most twice
+    as many as the file has, however often it names them.
 
     Raises:
-        CheckpointError: an entry is no tensor, not dense, or larger than what the file keeps of it.
+        CheckpointError: an entry is no tensor or not dense, or the file names the same numbers so
+            often that they would take more memory than it explains.
     """
-    file_bytes = path.stat().st_size
+    left = 2 * path.stat().st_size
     for name, value in values.items():
+        if isinstance(value, OtherTensor):
+            raise CheckpointError(
+                f"{path}: the tensor {name!r} is not a plain dense tensor ({value.kind})"
+            )
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise CheckpointError(f"{path}: {name!r} is of type {kind}, not a tensor")
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise CheckpointError(f"{path}: the tensor {name!r} is not a plain dense tensor")
-        held = value.untyped_storage().nbytes()
-        if math.prod(value.shape) * value.element_size() > held or held > file_bytes:
+        left -= value.numel() * value.element_size()
+        if left < 0:
             raise CheckpointError(
-                f"{path}: the tensor {name!r} of shape {tuple(value.shape)} is larger than what "
-                "the file keeps of it; the file is damaged"
+                f"{path}: its tensors share numbers so often that they are several times larger "
+                "than the file; it is damaged"
             )
-    return {name: value.detach() for name, value in values.items()}
+    return dict(values)
 
 
-def _check_zip(path: Path) -> None:
-    """What torch's own zip reader would crash over, warn about or map wrongly."""
+def first_pickle(path: Path) -> bytes:
+    """The pickle of a file of torch's, or what an old one begins with; empty if damaged."""
     try:
+        with path.open("rb") as file:
+            if file.read(4) != ZIP_MAGIC:
+                file.seek(0)
+                return file.read(MAX_BYTES)
+        return _zip_content(path)[1]
+    except (CheckpointError, ValueError, struct.error, OSError):  # reading it will say so
+        return b""
+
+
+def _load_zip(path: Path) -> Any:
+    """The value in a file of torch 1.6 and later: a pickle, and a record for each storage."""
+    entries, pickled = _zip_content(path)
+    mapped = _mapped(path)
+
+    def record(key: Any, n_bytes: int) -> Tensor:
+        entry = entries[f"data/{key}"]
+        header = mapped[entry.header_offset : entry.header_offset + 30].numpy().tobytes()
+        if header[:4] != ZIP_MAGIC:
+            raise ValueError("a record is not where the directory has it")
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        return _within(mapped[: start + entry.file_size], start, n_bytes)
+
+    return read_pickle(BytesIO(pickled), _storages(record))
+
+
+def _zip_content(path: Path) -> tuple[dict[str, zipfile.ZipInfo], bytes]:
+    """The entries of the archive by their names in it, and the pickle."""
+    try:
+        _check_directory(path)
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
+            _check_entries(path, entries)
+            named = {entry.filename.partition("/")[2]: entry for entry in entries}
+            byteorder = named.get("byteorder")
+            if byteorder is not None and archive.read(byteorder) == b"big":
+                raise CheckpointError(
+                    f"{path} was written on a big-endian machine; save it again on another"
+                )
+            return named, archive.read(named["data.pkl"])
+    except (zipfile.BadZipFile, KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(
             f"{path} is cut off or damaged (a zip with no readable directory); fetch it again"
         ) from error
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse a directory of millions of entries before they are read (APPNOTE.TXT, 4.3.14-16)."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 42))
+        tail = file.read()
+        end = tail.rfind(b"PK\5\6")
+        sizes = [struct.unpack_from("<I", tail, end + 12)[0]] if end >= 0 else [0]
+        if tail[max(0, end - 20) :][:4] == b"PK\6\7":
+            file.seek(struct.unpack_from("<Q", tail, end - 12)[0])
+            sizes = [struct.unpack("<Q", file.read(48)[40:])[0]]
+    if max(sizes) > MAX_DIRECTORY_BYTES:
+        raise ValueError("the directory is far larger than that of a state dict")
+
+
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     names = [entry.filename.rpartition("/")[2] for entry in entries]
     if "constants.pkl" in names:
         raise CheckpointError(
@@ -115,34 +190,77 @@ def _check_zip(path: Path) -> None:
             f"{path} was compressed after torch.save wrote it, so it cannot be mapped into memory; "
             "save it again with torch.save"
         )
+    pickled = entries[names.index("data.pkl")].file_size
+    if pickled > MAX_BYTES or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ValueError("its entries are larger than the file")
 
 
-def _unpickle(path: Path, mmap: bool) -> Any:
-    with warnings.catch_warnings():
-        # Raised for every protocol but 2; what the unpickler cannot read is an error anyway.
-        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-        # Sparse tensors are refused afterwards, by name.
-        warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)
-        try:
-            return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(_refusal(path, str(error))) from error
-        except Exception as error:
-            # A damaged pickle can fail as anything: KeyError, EOFError, UnicodeDecodeError, ...
-            reason = (str(error).splitlines() or [""])[0][:120]
-            raise CheckpointError(
-                f"{path} is cut off or damaged ({type(error).__name__}: {reason}); fetch it again"
-            ) from error
+def _load_legacy(path: Path) -> Any:
+    """The value in a file of torch before 1.6: five pickles, then each storage after its length."""
+    with path.open("rb") as stream:
+        file = BytesIO(stream.read(MAX_BYTES))
+    if read_pickle(file, _no_storage) != LEGACY_NUMBER:
+        raise ValueError("it is a pickle, and not torch.save's")
+    read_pickle(file, _no_storage)  # the version of the form
+    system = read_pickle(file, _no_storage)
+    if not isinstance(system, dict) or not system.get("little_endian", True):
+        raise ValueError("it was written on a big-endian machine")
+    begin, widths = file.tell(), dict[Any, int]()
+
+    def measured(key: Any, dtype: torch.dtype, count: int) -> Tensor:
+        widths[key] = dtype.itemsize
+        return torch.empty(count, dtype=dtype, device="meta")
+
+    read_pickle(file, measured)  # which says how wide the numbers of each storage are
+    keys = read_pickle(file, _no_storage)
+    if not isinstance(keys, list):
+        raise ValueError("it has no list of storages")
+    mapped, offset, places = _mapped(path), file.tell(), dict[Any, tuple[int, int]]()
+    for key in keys:
+        if key not in widths or key in places:
+            raise ValueError("its storages are not those of its tensors")
+        count = struct.unpack("<q", _within(mapped, offset, 8).numpy().tobytes())[0]
+        places[key] = (offset + 8, count * widths[key])
+        _within(mapped, *places[key])
+        offset = sum(places[key])
+
+    def record(key: Any, n_bytes: int) -> Tensor:
+        start, size = places[key]
+        return _within(mapped[: start + size], start, n_bytes)
+
+    file.seek(begin)
+    return read_pickle(file, _storages(record))
 
 
-def _refusal(path: Path, message: str) -> str:
-    if called := re.search(r"GLOBAL ([\w.]+)", message):
-        return (
-            f"{path} was refused: its pickle calls {called[1]}, and a pickle that calls more than "
-            "torch's own tensors can run any code; ask for the weights as safetensors"
-        )
-    reason = message.partition("WeightsUnpickler error:")[2].strip().splitlines() or ["damaged"]
-    return (
-        f"{path} was refused: its pickle is not one that torch's safe unpickler reads "
-        f"({reason[0][:120]}); ask for the weights as safetensors"
-    )
+def _mapped(path: Path) -> Tensor:
+    """All bytes of a file, (n_bytes,) uint8.
+
+    The mapping is private: torch has tensors writable, and writing to these must not reach the
+    file.
+    """
+    return torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+
+def _within(data: Tensor, start: int, n_bytes: int) -> Tensor:
+    if n_bytes < 0 or start + n_bytes > len(data):
+        raise ValueError("a storage is larger than what the file keeps of it")
+    return data[start : start + n_bytes]
+
+
+def _no_storage(key: Any, dtype: torch.dtype, count: int) -> Tensor:
+    raise ValueError("a tensor is where there should be none")
+
+
+def _storages(record: Callable[[Any, int], Tensor]) -> Storages:
+    """The numbers of each storage, once, from its bytes; `record` takes a key and their count."""
+    known: dict[Any, Tensor] = {}
+
+    def numbers(key: Any, dtype: torch.dtype, count: int) -> Tensor:
+        if key not in known:
+            known[key] = view_as(record(key, count * dtype.itemsize), dtype)
+        found = known[key]
+        if found.dtype != dtype or len(found) != count:
+            raise ValueError("a storage is said to be of two types")
+        return found
+
+    return numbers

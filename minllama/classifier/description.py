@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 import minllama
+from minllama.classifier import schema
 from minllama.classifier.base import Classifier
 from minllama.classifier.base_model import Identity
 from minllama.classifier.embedding import LlamaEmbeddingClassifier
 from minllama.classifier.zero_shot import LlamaZeroShotClassifier
 from minllama.errors import CheckpointError, MinllamaError
+from minllama.json_file import read_json
 from minllama.llama import Llama
 from minllama.options import PromptOptions
 from minllama.regression import TargetScale
@@ -121,8 +123,6 @@ def build(
             classifier.prior = prior
     else:
         scale, pad_id = content.get("scale"), content.get("pad_id")
-        if pad_id is not None and not (type(pad_id) is int and abs(pad_id) < 2**31):
-            raise TypeError(f"pad_id must be a whole number, not {pad_id!r}"[:200])
         with torch.random.fork_rng(devices=[]):  # the caller's seed must not notice
             classifier = LlamaEmbeddingClassifier(
                 llama,
@@ -209,14 +209,28 @@ def read_description(path: Path) -> dict[str, Any]:
             "`minllama train` or save_pretrained() wrote"
         )
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = read_json(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
     if not isinstance(content, dict) or content.get("version") not in VERSIONS:
         raise CheckpointError(
             f"{path}: not a classifier of version {' or '.join(map(str, VERSIONS))}; use the "
             "minllama that wrote it"
         )
+    return content
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """As `read_description`, once each field is known to be of the right type and range.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another version.
+    """
+    content = read_description(path)
+    with described_by(path):
+        schema.check(content)
     return content
 
 

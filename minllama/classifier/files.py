@@ -39,6 +39,7 @@ from minllama.classifier.description import (
     check_unchanged,
     describe,
     described_by,
+    read_checked,
     read_description,
     write_description,
 )
@@ -283,20 +284,15 @@ def load_classifier(
     if _is_foreign(folder):
         wanted = Wanted(model, tokenizer, dtype, device, quantize)
         return load_sequence_classifier(path.parent, wanted)
-    content = read_description(path)
+    content = read_checked(path)
+    base, weights, digests = content["base"], content["weights"], content["sha256"]
     with described_by(path):
-        base, weights, kind = content["base"], content["weights"], content["kind"]
         labels, prompt = content["labels"], PromptOptions(**content["prompt"])
         if weights == "full" and model is not None:
             raise OptionError(
                 f"{folder}: holds all of its weights and needs no base; leave --base {model} away"
             )
         source = path.parent if weights == "full" else (model or source_of(base["model"]))
-        if weights not in ("base", "adapter", "full") or kind not in ("zero-shot", "embedding"):
-            raise ValueError(f"weights {weights!r} and kind {kind!r} are not of this version")
-        digests = content["sha256"]
-        if not isinstance(labels, list) or not isinstance(digests, dict):
-            raise TypeError("labels or sha256 are not what they should be")
         identity = Identity(**base["identity"])
     form = Form(dtype, quantize, usable_device(device))
     warn_if_slow(dtype, form.device)
@@ -337,7 +333,8 @@ def classifier_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if _is_foreign(folder):
         return {"made by": "transformers or PEFT"}
-    return dict(read_description(Path(folder) / CLASSIFIER_FILE).get("training") or {})
+    training = read_description(Path(folder) / CLASSIFIER_FILE).get("training")
+    return dict(training) if isinstance(training, dict) else {}
 
 
 def _is_foreign(folder: str | os.PathLike[str]) -> bool:

@@ -19,6 +19,7 @@ import click
 from minllama import __version__
 from minllama.cli.limits import keep_to_granted_cpus
 from minllama.errors import CheckpointWarning, MinllamaError
+from minllama.text import one_line
 
 COMMANDS = {
     "generate": "Continue a prompt; the text streams as it is made.",
@@ -166,7 +167,7 @@ def _complain(message: str, status: int, state: State) -> int:
     with suppress(OSError):  # where errors go is full or gone: the status alone can tell
         if state.debug:
             traceback.print_exc()
-        click.echo(f"minllama: {' '.join(message.split())}", err=True)
+        click.echo(f"minllama: {one_line(message)}", err=True)
     return status
 
 

@@ -25,6 +25,7 @@ from minllama.cli.generate import summary
 from minllama.cli.prompt_text import read_system
 from minllama.errors import ContextError, MinllamaError
 from minllama.options import GenerationOptions
+from minllama.text import one_line
 
 
 @click.command("chat")
@@ -67,7 +68,8 @@ def command(
         checked = recommended(options, checkpoint)
     template = chosen_template(chat_template, words)
     conversation = Conversation(model, words, checked, system=system, template=template)
-    click.echo(f"{checkpoint.path.name}: /help shows commands, /exit or Ctrl-D leaves", err=True)
+    hint = "/help shows commands, /exit or Ctrl-D leaves"
+    click.echo(one_line(f"{checkpoint.path.name}: {hint}"), err=True)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives input() a history and line editing)
     while True:

@@ -27,6 +27,7 @@ from minllama.cli.common import (
 from minllama.cli.deciding import decide
 from minllama.errors import DataError, MinllamaError, OptionError
 from minllama.evaluation_options import ThresholdOptions
+from minllama.lock import only_run
 from minllama.options import (
     CORRECTED,
     DataOptions,
@@ -34,6 +35,7 @@ from minllama.options import (
     ZeroShotOptions,
     names_of,
 )
+from minllama.text import printable
 
 if TYPE_CHECKING:
     from minllama.classifier import Classifier
@@ -154,7 +156,8 @@ def command(
         _classify_texts(made, texts, as_json=as_json)
     else:
         assert rows is not None
-        _classify_rows(made, rows, output, output_format, data, columns=columns, resume=resume)
+        with only_run(output) if output != "-" else contextlib.nullcontext():
+            _classify_rows(made, rows, output, output_format, data, columns=columns, resume=resume)
 
 
 def _check_idle(has_texts: bool, *, score: str) -> None:
@@ -303,7 +306,6 @@ def _learn_prior(
 
 def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json: bool) -> None:
     from minllama.data import Row
-    from minllama.data.records import printable
     from minllama.experiment.predicting import (
         answers,
         described,

@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from minllama.errors import OptionError
 from minllama.options import QUANTIZE
+from minllama.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -226,7 +227,7 @@ def recommended(options: dict[str, Any], checkpoint: "Checkpoint") -> "Generatio
     changes |= {name: value for name, value in untyped.items() if name not in defaults.options}
     checked = defaults.generation_options(changes)
     check_sampling(checked.temperature)
-    click.echo(f"sampling by {defaults.origin}: {defaults}", err=True)
+    click.echo(one_line(f"sampling by {defaults.origin}: {defaults}"), err=True)
     return checked
 
 

@@ -9,6 +9,7 @@ import click
 from minllama.atomic import check_replaceable
 from minllama.cli.common import DTYPES, base_option, debug_option, ended_by_interrupts, torch_dtype
 from minllama.errors import MinllamaError
+from minllama.text import one_line
 
 if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint
@@ -99,7 +100,7 @@ def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None)
         write_gguf(dst, model.config, tensors, vocabulary, GGUF_DTYPES[dtype])
     else:
         write_llama2c_bin(dst, model.config, tensors)
-    click.echo(f"wrote {dst} ({dtype})", err=True)
+    click.echo(one_line(f"wrote {dst} ({dtype})"), err=True)
 
 
 def _stored_dtype(checkpoint: "Checkpoint") -> str:

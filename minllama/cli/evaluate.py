@@ -22,6 +22,7 @@ from minllama.cli.deciding import decide
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.options import DataOptions
+from minllama.text import one_line
 
 if TYPE_CHECKING:
     from minllama.classifier import Classifier
@@ -121,7 +122,9 @@ def command(
         if against is None:
             del run["against"]
         _write(output, loaded, reported, notes, began, run=run, data=data)
-        click.echo(f"wrote {output}: report.html, metrics.json, predictions.jsonl", err=True)
+        click.echo(
+            one_line(f"wrote {output}: report.html, metrics.json, predictions.jsonl"), err=True
+        )
 
 
 def _check(

@@ -24,6 +24,7 @@ from minllama.cli.common import (
 from minllama.cli.prompt_text import MARK, PromptText, read_system, read_text
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
+from minllama.text import one_line
 
 if TYPE_CHECKING:
     from minllama.decoding import Timings
@@ -149,7 +150,8 @@ def _say_what_is_spelled(text: str, words: "Tokenizer", options: str) -> None:
     if spelled:
         listed = ", ".join(word if word.isprintable() else ascii(word) for word in spelled[:3])
         listed += f" and {len(spelled) - 3} more" if len(spelled) > 3 else ""
-        click.echo(f"plain text in the prompt: {listed} (tokens with {options})", err=True)
+        notice = f"plain text in the prompt: {listed} (tokens with {options})"
+        click.echo(one_line(notice), err=True)
 
 
 def _print_texts(stream: "TextStream", prompt: str, n: int) -> None:

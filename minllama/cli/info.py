@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from minllama.cli.common import base_option, debug_option, ended_by_interrupts
+from minllama.text import one_line
 
 if TYPE_CHECKING:
     from minllama.checkpoints import Checkpoint
@@ -35,13 +36,13 @@ def command(model: str | None, tokenizer: str | None, base: str | None) -> None:
 
     checkpoint = open_checkpoint(model, tokenizer=tokenizer, base=base)
     for name, value in describe(checkpoint):
-        click.echo(f"{name:<12} {value}")
+        click.echo(f"{name:<12} {one_line(value)}")
 
 
 def _show_classifier(folder: Path) -> None:
     with ended_by_interrupts():
         from minllama.classifier.description import CLASSIFIER_FILE, in_words
-        from minllama.data.records import printable
+        from minllama.text import printable
 
     for name, value in in_words(folder / CLASSIFIER_FILE):
         click.echo(f"{name:<12} {printable(value)}")

@@ -15,6 +15,7 @@ from minllama.cli.common import (
 )
 from minllama.cli.convert import write
 from minllama.errors import MinllamaError
+from minllama.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +99,7 @@ def command(
         also=lambda folder: copy_records(source, folder),
         removes=RECORDS,  # those of what was there before
     )
-    click.echo(f"wrote {dst}; the largest drift of a logit is {drift:.2g}", err=True)
+    click.echo(one_line(f"wrote {dst}; the largest drift of a logit is {drift:.2g}"), err=True)
 
 
 def _write_for_transformers(
@@ -120,5 +121,6 @@ def _write_for_transformers(
     elif dtype is not None:
         classifier.llama.to(dtype)
     for note in save_for_transformers(classifier, dst, removes=removes):
-        click.echo(note, err=True)
-    click.echo(f"wrote {dst} for transformers (LlamaForSequenceClassification){drift}", err=True)
+        click.echo(one_line(note), err=True)
+    wrote = f"wrote {dst} for transformers (LlamaForSequenceClassification){drift}"
+    click.echo(one_line(wrote), err=True)

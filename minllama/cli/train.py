@@ -30,6 +30,7 @@ from minllama.options import (
     PromptOptions,
     TrainingOptions,
 )
+from minllama.text import one_line
 
 
 @click.command("train")
@@ -115,16 +116,15 @@ def command(
     except (KeyboardInterrupt, _Terminated):
         say.close()
         if (Path(output) / "checkpoint").exists():
-            click.echo(INTERRUPTED.format(output), err=True)
+            click.echo(one_line(INTERRUPTED.format(output)), err=True)
         raise
     finally:
         say.close()
     for split in outcome.report.splits:
         if split.evaluation is not None:
             print_summary(split.name, split.evaluation, split.others, headline=split.headline)
-    click.echo(
-        f"wrote {output}: the classifier, report.html, metrics.json, predictions.jsonl", err=True
-    )
+    done = f"wrote {output}: the classifier, report.html, metrics.json, predictions.jsonl"
+    click.echo(one_line(done), err=True)
 
 
 class _Terminated(SystemExit):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minllama.experiment import Say
+from minllama.text import one_line
 
 if TYPE_CHECKING:
     from minllama.progress import Progress
@@ -21,12 +22,12 @@ class ConsoleSay(Say):
 
     def say(self, line: str) -> None:
         self.close()
-        click.echo(line, err=True)
+        click.echo(one_line(line), err=True)
 
     def advance(self, title: str, total: int) -> Callable[[int], None]:
         self.close()
         if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-            click.echo(f"{title} ({total:,})", err=True)
+            click.echo(one_line(f"{title} ({total:,})"), err=True)
             return lambda done: None
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

@@ -6,8 +6,9 @@ what is in them.
 
 from collections.abc import Collection, Mapping, Sequence
 
-from minllama.data.records import listed, printable
+from minllama.data.records import listed
 from minllama.errors import DataError
+from minllama.text import printable
 
 # The first of each is taken even where others of the list are there.
 TEXT_NAMES = (

@@ -10,8 +10,9 @@ from collections.abc import Collection, Iterator
 
 from minllama.data.columns import LABEL_NAMES, TEXT_NAMES, is_known
 from minllama.data.lines import MAX_LINE_BYTES, Lines
-from minllama.data.records import RawRow, Table, numbered, printable
+from minllama.data.records import RawRow, Table, numbered
 from minllama.errors import DataError
+from minllama.text import printable
 
 SEPARATORS = (",", ";", "\t", "|")
 MAX_QUOTED_LINES = 1000  # of one TSV cell; where a quote is text, the next one may be far away

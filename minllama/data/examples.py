@@ -18,9 +18,10 @@ from minllama.data.multi_hot import (
     vector_of,
 )
 from minllama.data.numbers import NumberReader
-from minllama.data.records import BadRow, BadRows, Record, first_few, printable, shown
+from minllama.data.records import BadRow, BadRows, Record, first_few, shown
 from minllama.errors import DataError
 from minllama.options import DataOptions
+from minllama.text import printable
 
 Labels = list[int] | list[tuple[int, ...]]
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from minllama.data.columns import LABEL_NAMES, TEXT_NAMES
 from minllama.data.delimited import cells_of
-from minllama.data.records import printable
 from minllama.errors import DataError
+from minllama.text import printable
 
 LOOKED_AT = 20  # lines that tell a form
 PARQUET = b"PAR1"

@@ -11,7 +11,6 @@ from typing import Any
 
 from minllama.errors import DataError
 
-JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 MAX_SHOWN = 10  # bad rows, or names, that an error spells out
 TOO_MANY = 100_000  # bad rows, where hardly any are good
 
@@ -163,10 +162,3 @@ def first_few(items: Iterable[str]) -> str:
     few = list(itertools.islice(items, MAX_SHOWN))
     more = sum(1 for _ in items)
     return ", ".join(few) + (f" and {more} more" if more else "")
-
-
-def printable(text: str) -> str:
-    """The text on one line, without what would steer the terminal."""
-    return "".join(
-        c if c.isprintable() or c in JOINERS else "\N{REPLACEMENT CHARACTER}" for c in text
-    )

@@ -18,13 +18,13 @@ import minllama
 from minllama.baselines import Baseline
 from minllama.classifier.base import Classifier, probabilities
 from minllama.data import Dataset
-from minllama.data.records import printable
 from minllama.errors import CheckpointError
 from minllama.evaluation import Evaluation, evaluate
 from minllama.evaluation_options import ThresholdOptions
 from minllama.experiment.value_measuring import value_headlines
 from minllama.report import ReportedSplit, ReportedValues
 from minllama.report.files import METRICS_FILE
+from minllama.text import printable
 from minllama.thresholds import Chosen, Thresholds, choose_thresholds
 
 HEADLINES = ("accuracy", "macro_f1", "log_loss", "calibration_error")

@@ -53,6 +53,7 @@ from minllama.experiment.splits import Splits, load_splits
 from minllama.experiment.uses import check_uses
 from minllama.llama import Llama
 from minllama.loading import HALF_NAMES, usable_device
+from minllama.lock import only_run
 from minllama.lora.targets import matching_modules
 from minllama.losses import check_ordinal
 from minllama.objective import check_metric
@@ -174,16 +175,21 @@ def run_experiment(
         say: what the person hears.
 
     Raises:
-        MinllamaError: anything that the user can mend; the output folder then holds no classifier,
-            or the old one.
+        MinllamaError: anything that the user can mend, another run in the output folder as well;
+            that then holds no classifier, or the old one.
         KeyboardInterrupt: it came; a training that has begun can be resumed.
     """
-    say = say or Say()
+    check_uses(experiment)
+    check_not_base(experiment.output, experiment.model)
+    with only_run(experiment.output):
+        return _run(experiment, resume=resume, force=force, say=say or Say())
+
+
+def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outcome:
+    """As `run_experiment`, in a folder where no other run is."""
     began, started = datetime.now(UTC).astimezone(), time.perf_counter()
     training = experiment.training
-    check_uses(experiment)
     method, is_asked = experiment.classifier.method, resume
-    check_not_base(experiment.output, experiment.model)
     resume = check_output(experiment.output, method, resume=resume, force=force)
     if is_asked and not resume:
         say.say(f"{experiment.output}: the run was cut before its first checkpoint; it begins anew")

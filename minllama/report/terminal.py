@@ -6,7 +6,6 @@ Knows nothing of pages or files.
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from minllama.data.records import printable
 from minllama.evaluation import ClassMetrics, Evaluation
 from minllama.paired import Paired
 from minllama.regression import RegressionEvaluation
@@ -25,6 +24,7 @@ from minllama.report.comparison import (
     verdict,
 )
 from minllama.report.values import print_values
+from minllama.text import printable
 from minllama.thresholds import DEFAULT
 
 if TYPE_CHECKING:

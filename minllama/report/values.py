@@ -11,7 +11,6 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from minllama.data.records import printable
 from minllama.regression import METRICS, RegressionEvaluation
 from minllama.report.comparison import OWN
 from minllama.report.content import ReportedValues
@@ -24,6 +23,7 @@ from minllama.report.value_comparison import (
     verdict,
     written,
 )
+from minllama.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -44,8 +44,9 @@ def chat_templates(
     if isinstance(said, str):
         return {DEFAULT: said}
     if isinstance(said, list):
-        entries = [entry for entry in said if isinstance(entry, dict)]
-        said = {entry.get("name"): entry.get("template") for entry in entries}
+        is_named = [isinstance(e, dict) and isinstance(e.get("name"), str) for e in said]
+        entries = [entry for entry, named in zip(said, is_named, strict=True) if named]
+        said = {entry["name"]: entry.get("template") for entry in entries}
     if not isinstance(said, dict):
         return {}
     return {

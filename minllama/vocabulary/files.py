@@ -14,7 +14,7 @@ from minllama.vocabulary.huggingface import TOKENIZER_JSON, TOKENIZER_MODEL
 
 # The first that is there counts: a tokenizer.json knows of tokens that were added later.
 NAMES = (TOKENIZER_JSON, TOKENIZER_MODEL, "tokenizer.bin")
-_MAX_BYTES = 2**28  # ten times the largest vocabulary there is
+_MAX_BYTES = 2**26  # twice the largest vocabulary there is
 
 
 def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
@@ -24,7 +24,11 @@ def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         TokenizerError: none is there, or it is damaged.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name too long, or not allowed to look
+        raise TokenizerError(f"{path}: {error.strerror}; name a tokenizer's path") from error
+    if is_folder:
         vocabulary = find_vocabulary(path)
         if vocabulary is None:
             raise TokenizerError(f"{path}: no tokenizer in this folder; known are {_known()}")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from minllama.errors import TokenizerError
 from minllama.vocabulary.base import MAX_VOCAB_SIZE, ListedToken, TokenType, Vocabulary
+from minllama.vocabulary.bounds import MAX_GROWTH, charsmap_growth
 from minllama.vocabulary.tokenizers_form import added_token, bpe_model, document
 
 SPACE = "▁"  # U+2581, SentencePiece's spelling of a space
@@ -78,6 +79,11 @@ def parse_model(data: bytes, where: str) -> Any:
         ) from error
     if not model.pieces:
         raise TokenizerError(f"{where}: a SentencePiece model without pieces; get the file again")
+    if charsmap_growth(model.normalizer_spec.precompiled_charsmap) > MAX_GROWTH:
+        raise TokenizerError(
+            f"{where}: its normalizer makes a text more than {MAX_GROWTH} times as long; use the "
+            "tokenizer of another source"
+        )
     # protobuf hands out bytes where a text is not UTF-8.
     for i, piece in enumerate(model.pieces):
         if not piece.piece or not isinstance(piece.piece, str):

@@ -10,9 +10,12 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from minllama.errors import TokenizerError
+from minllama.json_file import parse_json
 from minllama.vocabulary.base import MAX_VOCAB_SIZE, ListedToken, TokenFlags
+from minllama.vocabulary.bounds import find_excess
 
 Json = dict[str, Any]
+MAX_ENTRIES = 2**22  # of a tokenizer.json: three times the largest vocabulary's, merges and all
 
 
 class DecoderKind(NamedTuple):
@@ -30,12 +33,9 @@ class DecoderKind(NamedTuple):
 def read_json(data: bytes, where: str) -> Any:
     """What a JSON file holds; a TokenizerError where it is damaged."""
     try:
-        raw = json.loads(data)
-        if b"\\ud" in data.lower():  # escapes that may be halves of a character
-            json.dumps(raw, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        return parse_json(data, max_entries=MAX_ENTRIES)
+    except ValueError as error:
         raise TokenizerError(f"{where}: not readable as JSON ({error}); get it again") from error
-    return raw
 
 
 def parse(data: bytes, where: str) -> Json:
@@ -64,6 +64,8 @@ def parse(data: bytes, where: str) -> Json:
     if not isinstance(added, list) or not all(map(_is_added_token, added)):
         raise TokenizerError(f"{where}: added_tokens is damaged; get it again")
     _check_added_ids(vocab, added, where)
+    if (excess := find_excess(raw)) is not None:
+        raise TokenizerError(f"{where}: {excess}; use the tokenizer of another source")
     checked: Json = raw
     return checked
 

@@ -1,0 +1,53 @@
+"""JSON from outside: bounded before it is parsed, and whole characters in it.
+
+Python makes sixty bytes of `{},`, and of a lone surrogate a text that nothing can write. Knows
+nothing of what a document means.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 2**24  # ten times the longest config.json, index or adapter_config.json
+MAX_ENTRIES = 2**20
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse_json(data: bytes, *, max_entries: int = MAX_ENTRIES) -> Any:
+    """What a JSON document in UTF-8 holds.
+
+    Args:
+        data: the document.
+        max_entries: the most values, of lists and objects together, that it may have.
+
+    Raises:
+        ValueError: it is damaged, nested too deeply, of more entries, or not text; why, in one
+            line.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > max_entries:
+        raise ValueError(f"more than {max_entries:,} entries")
+    try:
+        text = data.decode("utf-8-sig")  # json.loads would let halves of characters pass
+        content = json.loads(text)
+        if _SURROGATE.search(text):  # escapes that may be halves of a character
+            json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a character (a lone surrogate)") from error
+    return content
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_entries: int = MAX_ENTRIES) -> Any:
+    """What a file of JSON holds; see `parse_json`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged, or far larger than such a file is.
+    """
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"more than {max_bytes // 2**20} MiB, far larger than such a file is")
+    return parse_json(data, max_entries=max_entries)

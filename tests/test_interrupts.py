@@ -1,0 +1,40 @@
+"""Ctrl-C, once or twice, ends a command with status 130 and no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fcntl")
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.05])
+@pytest.mark.parametrize(
+    "moment",
+    [0.7, pytest.param(0.3, marks=pytest.mark.slow), pytest.param(2.0, marks=pytest.mark.slow)],
+)
+def test_a_second_interrupt_ends_a_run_as_the_first(
+    tmp_path: Path, moment: float, gap: float
+) -> None:
+    lines = [f"text {i},{'xy'[i % 2]}" for i in range(40)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *lines, ""]))
+    with (tmp_path / "stderr").open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minllama", "train", "--train", "t.csv", "-o", "out"],
+            cwd=tmp_path,
+            stderr=stderr,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            env=os.environ | {"TERM": "dumb"},
+        )
+        time.sleep(moment)
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".lock")]

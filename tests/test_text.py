@@ -1,0 +1,50 @@
+"""What comes from outside is shown on one line, whatever is in it."""
+
+import pickle
+
+import pytest
+
+from minllama.errors import CheckpointError, MinllamaError
+from minllama.text import MAX_LINE_CHARS, one_line, printable
+
+STEERING = {
+    "escape sequence": "\x1b]0;owned\x07\x1b[31mred",
+    "C1 control": "\x9b31m",
+    "line breaks": "a\nb\r\nc\x0bd\x85e\u2028f\u2029g",
+    "bidirectional override": "\u202egnp.exe\u2066\u2069",
+    "lone surrogate": "file\udcff.bin",
+    "null": "a\0b",
+    "tag characters": "\U000e0041",
+    "private use": "\ue000",
+}
+
+
+@pytest.mark.parametrize("text", STEERING.values(), ids=STEERING)
+def test_nothing_in_a_message_steers_the_terminal(text: str) -> None:
+    for shown in (printable(text), one_line(text), str(MinllamaError(f"{text}: is damaged"))):
+        assert shown.isprintable()
+        assert len(shown.splitlines()) == 1
+        shown.encode()
+
+
+def test_text_that_people_read_stays_as_it_is() -> None:
+    for text in ("/tmp/a  b/c.gguf", "naïve 中文 हिन्दी 👩\u200d🚀", "क्\u200dष", ""):
+        assert printable(text) == text
+        assert str(CheckpointError(text)) == text
+
+
+def test_white_space_becomes_spaces() -> None:
+    assert one_line("a\tb\nc\u00a0d") == "a b c d"
+
+
+def test_of_a_long_message_both_ends_stay() -> None:
+    message = str(MinllamaError(f"begin {'x' * 10**6} end"))
+    assert len(message) == MAX_LINE_CHARS
+    assert message.startswith("begin xxx")
+    assert message.endswith("xxx end")
+    assert " ... " in message
+
+
+def test_an_error_survives_another_process() -> None:
+    error = pickle.loads(pickle.dumps(CheckpointError("a\nb")))
+    assert (type(error), str(error)) == (CheckpointError, "a b")
