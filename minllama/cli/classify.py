@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +21,7 @@ from minllama.cli.common import (
     source_option,
     warn_of_slow_dtype,
 )
-from minllama.cli.output_file import OutputFile, output_format_of
+from minllama.cli.output_file import OutputFile
 from minllama.errors import DataError, MinllamaError, OptionError
 from minllama.evaluation_options import ThresholdOptions
 from minllama.lock import only_run
@@ -136,7 +135,7 @@ def command(
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
     threshold = pick(ThresholdOptions, values)
-    file = _output_file(texts, output, output_format, has_mark=bom)
+    file = OutputFile.of(output, output_format, has_mark=bom)
     _check_input(texts, rows, file, resume=resume, force=force)
     columns = [name.strip() for name in (keep_columns or "").split(",") if name.strip()]
     if keep_columns is not None and not (columns and file.output_format != "labelled"):
@@ -191,40 +190,16 @@ def _check_idle(has_texts: bool, *, score: str) -> None:
             raise OptionError(f"{flags}: {purpose}; leave away what has no use")
 
 
-def _output_file(
-    texts: tuple[str, ...], output: str, asked: str | None, *, has_mark: bool
-) -> OutputFile:
-    if not output:
-        raise OptionError("the name of --output is empty; name a file, or - for standard output")
-    if texts and output != "-":
-        raise OptionError("--output is for --input; the labels of --text are printed")
-    if output != "-" and Path(output).is_dir():
-        raise OptionError(f"{output} is a folder; name a file")
-    file = OutputFile(output, output_format_of(output, asked), has_mark)
-    if has_mark and file.output_format not in ("csv", "tsv"):
-        raise OptionError("--bom: for an --output of CSV or TSV; leave away what has no use")
-    return file
-
-
 def _check_input(
     texts: tuple[str, ...], rows: str | None, output: OutputFile, *, resume: bool, force: bool
 ) -> None:
     if bool(texts) == (rows is not None):
         raise OptionError("give texts with --text, or a file of them with --input; one of them")
-    if resume and (output.name == "-" or output.output_format == "labelled"):
-        raise OptionError(
-            "--resume needs an --output of JSON lines, CSV, TSV or Parquet, whose end it can find"
-        )
-    if resume and force:
-        raise OptionError("--resume goes on with FILE and --force replaces it; give one of them")
-    if rows is not None:
-        _check_distinct(rows, output)
+    if texts and output.name != "-":
+        raise OptionError("--output is for --input; the labels of --text are printed")
     _check_texts(texts)
-    if output.existing and not (resume or force):
-        raise OptionError(
-            f"{output.existing} exists; --resume goes on with it, --force replaces it"
-        )
-    output.check()
+    if rows is not None:
+        output.check(rows, resume=resume, force=force)
 
 
 def _check_texts(texts: tuple[str, ...]) -> None:
@@ -237,16 +212,6 @@ def _check_texts(texts: tuple[str, ...]) -> None:
         except ValueError as error:
             where = "--text" if len(texts) == 1 else f"--text number {number}"
             raise DataError(f"{where}: {error}; give one that can be read, or none") from error
-
-
-def _check_distinct(rows: str, output: OutputFile) -> None:
-    """Refuse to write over what is read, by whatever name or link it is called."""
-    from minllama.data import is_source
-
-    for name in (output.name, "-" if output.name == "-" else str(output.written)):
-        if is_source(name, rows):
-            what = "standard output" if name == "-" else name
-            raise OptionError(f"{what} is the file that --input reads; name another for --output")
 
 
 def _load(

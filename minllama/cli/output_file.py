@@ -23,30 +23,24 @@ STANDARD_OUTPUT = "-"
 INSTALL = "pip install 'minllama[train]'"
 
 
-def output_format_of(output: str, asked: str | None) -> str:
-    """The format in which predictions are written there.
-
-    Args:
-        output: a path, or `-`.
-        asked: one of OUTPUT_FORMATS; None to tell it by the end of the name.
+def _format_of(output: str) -> str:
+    """The format that the end of a name tells: JSON lines where it has none.
 
     Raises:
-        OptionError: the name ends as that of no such format.
+        OptionError: it is that of no format.
     """
-    if asked is not None:
-        return asked
-    ending = "" if output == STANDARD_OUTPUT else Path(output).suffix
+    ending = "" if output == STANDARD_OUTPUT else Path(output).suffix.lower()
     if not ending:
         return "jsonl"
-    if ending.lower() not in OUTPUT_ENDINGS:
-        packed = "; nothing is compressed here" if ending.lower() == ".gz" else ""
+    if ending not in OUTPUT_ENDINGS:
+        packed = "; nothing is compressed here" if ending == ".gz" else ""
         *some, last = OUTPUT_ENDINGS
         raise OptionError(
             f"--output {output!r}: {ending!r} is the end of no format that is written{packed}; "
             f"let the name end in {', '.join(some)} or {last}, or say which it is with "
             "--output-format"
         )
-    return OUTPUT_ENDINGS[ending.lower()]
+    return OUTPUT_ENDINGS[ending]
 
 
 @dataclass(frozen=True)
@@ -63,6 +57,29 @@ class OutputFile:
     output_format: str
     has_mark: bool = False
 
+    @classmethod
+    def of(cls, name: str, asked: str | None, *, has_mark: bool) -> "OutputFile":
+        """The place that --output names.
+
+        Args:
+            name: a path, or `-`.
+            asked: one of OUTPUT_FORMATS; None to tell it by the name.
+            has_mark: as for the attribute.
+
+        Raises:
+            OptionError: it is no file, or its name tells no format, or not one with such a mark.
+        """
+        if not name:
+            raise OptionError(
+                "the name of --output is empty; name a file, or - for standard output"
+            )
+        if name != STANDARD_OUTPUT and Path(name).is_dir():
+            raise OptionError(f"{name} is a folder; name a file")
+        output_format = asked or _format_of(name)
+        if has_mark and output_format not in ("csv", "tsv"):
+            raise OptionError("--bom: for an --output of CSV or TSV; leave away what has no use")
+        return cls(name, output_format, has_mark)
+
     @property
     def written(self) -> Path:
         """The file that grows with each prediction: of Parquet one of JSON lines beside it."""
@@ -78,15 +95,43 @@ class OutputFile:
             return None
         return next((p for p in (Path(self.name), self.written) if p.is_file()), None)
 
-    def check(self) -> None:
-        """Refuse a place at which this format cannot be written.
+    def check(self, source: str, *, resume: bool, force: bool) -> None:
+        """Refuse a place that predictions of `source` cannot go to, before anything is opened.
 
         Raises:
-            OptionError: it is none for this format.
-            MinllamaError: the library is not there.
+            OptionError: it is none for this format, or holds something that is not to be lost.
+            MinllamaError: the library of the format is not there.
         """
-        if self.output_format != "parquet":
-            return
+        if resume and (self.name == STANDARD_OUTPUT or self.output_format == "labelled"):
+            raise OptionError(
+                "--resume needs an --output of JSON lines, CSV, TSV or Parquet, whose end it can "
+                "find"
+            )
+        if resume and force:
+            raise OptionError(
+                "--resume goes on with FILE and --force replaces it; give one of them"
+            )
+        self._check_distinct(source)
+        if self.existing and not (resume or force):
+            raise OptionError(
+                f"{self.existing} exists; --resume goes on with it, --force replaces it"
+            )
+        if self.output_format == "parquet":
+            self._check_parquet()
+
+    def _check_distinct(self, source: str) -> None:
+        """Refuse to write over what is read, by whatever name or link it is called."""
+        from minllama.data import is_source
+
+        both = () if self.name == STANDARD_OUTPUT else (str(self.written),)
+        for name in (self.name, *both):
+            if is_source(name, source):
+                what = "standard output" if name == STANDARD_OUTPUT else name
+                raise OptionError(
+                    f"{what} is the file that --input reads; name another for --output"
+                )
+
+    def _check_parquet(self) -> None:
         path = Path(self.name)
         if self.name == STANDARD_OUTPUT or (path.exists() and not path.is_file()):
             raise OptionError(

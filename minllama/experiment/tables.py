@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from minllama.data.lines import BYTE_ORDER_MARK
+from minllama.data.records import first_few, shown
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 TABLES = (*DELIMITERS, "parquet")
@@ -50,25 +51,25 @@ class Layout:
     def notice(self) -> str | None:
         """Which kept columns have another name in the table, for people; None where none has."""
         renamed = [
-            f"{of_input!r} is {shown!r}"
-            for of_input, shown in zip(self.kept, self.shown, strict=True)
-            if of_input != shown
+            f"{shown(of_input)} is called {shown(name)} in the table"
+            for of_input, name in zip(self.kept, self.shown, strict=True)
+            if of_input != name
         ]
-        return f"columns of the input, beside ours: {', '.join(renamed)}" if renamed else None
+        return f"of the columns of the input, {first_few(renamed)}" if renamed else None
 
 
 def layout_of(record: Mapping[str, Any], kept: Iterable[str]) -> Layout:
     """The columns of a table that begins with this record and keeps these columns of the input."""
     said = tuple(said_of(record))
     kept = tuple(dict.fromkeys(kept))
-    shown: list[str] = []
+    others: list[str] = []
     for name in kept:
         if name in said:
             name = FROM_INPUT + name
-            while name in said or name in kept or name in shown:
+            while name in said or name in kept or name in others:
                 name = FROM_INPUT + name
-        shown.append(name)
-    return Layout(kept, tuple(shown), said)
+        others.append(name)
+    return Layout(kept, tuple(others), said)
 
 
 def said_of(record: Mapping[str, Any]) -> dict[str, Any]:
