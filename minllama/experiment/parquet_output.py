@@ -168,7 +168,7 @@ def _kind(value: Any) -> Kind:
             inner: Kind = ()
             for element in value:
                 inner = _merged(inner, _kind(element))
-            return ("list", inner)
+            return _listed(inner)
     return JSON
 
 
@@ -182,8 +182,12 @@ def _merged(one: Kind, other: Kind) -> Kind:
         case [("float",), ("int",)]:
             return ("float",)
         case [("list", inner), ("list", other_inner)]:
-            return ("list", _merged(inner, other_inner))
+            return _listed(_merged(inner, other_inner))
     return JSON
+
+
+def _listed(inner: Kind) -> Kind:
+    return JSON if inner == JSON else ("list", inner)
 
 
 def _arrow_type(kind: Kind) -> Any:
