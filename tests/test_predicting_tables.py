@@ -1,4 +1,4 @@
-"""Predictions as tables: read back by pandas, pyarrow and csv, cut anywhere and gone on with."""
+"""Predictions as tables: read back by pandas, pyarrow and csv, interrupted anywhere and resumed."""
 
 import csv
 import io
@@ -62,7 +62,7 @@ def records_of(classifier, source, **options):
 
 
 def written(classifier, source, output, **options):
-    """The bytes of a whole run into `output`, going on with what is there."""
+    """The bytes of a whole run into `output`, resuming what is there."""
     data = options.pop("data", DataOptions())
     output_format = options.pop("output_format")
     file = OutputFile(str(output), output_format)
@@ -143,7 +143,7 @@ def test_kept_columns_that_are_called_as_ours_get_names_of_their_own(
     if output_format == "csv":
         (notice,) = notices
         assert "'label' is called 'input_input_label' in the table, 'index' is called" in notice
-    # Gone on with, the names are the same.
+    # Resumed, the names are the same.
     before = output.read_bytes()
     assert written(embedding(), rows, output, output_format=output_format, **keep) == before
 
@@ -239,7 +239,7 @@ def test_columns_of_parquet_have_the_type_of_all_their_values(tmp_path, case):
     values, expected_type, expected = COLUMNS[case]
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out.parquet"
     rows.write_text("".join(json.dumps({"text": "a", "v": value}) + "\n" for value in values))
-    for _ in range(2):  # the second time it is gone on with
+    for _ in range(2):  # the second run resumes the first
         written(embedding(), rows, output, output_format="parquet", columns=["all"])
         table = parquet.read_table(output)
         assert table.schema.field("v").type == expected_type

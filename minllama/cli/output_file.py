@@ -1,7 +1,7 @@
 """Where predictions are written: a file of any format, or standard output.
 
-Tells the format by the file's name, what a file holds that is gone on with, and opens it behind
-that. Knows nothing of what is written.
+Tells the format by the file's name, what a file holds of an interrupted run, and opens it
+after that. Knows nothing of what is written.
 """
 
 import contextlib
@@ -142,7 +142,7 @@ class OutputFile:
             raise MinllamaError(f"{path}: Parquet needs pyarrow; bring it with: {INSTALL}")
 
     def done(self) -> "Done":
-        """What is there of a run that is to go on.
+        """What is there of a run that is to be resumed.
 
         Raises:
             DataError: something else is there.

@@ -1,7 +1,7 @@
 """Predictions as JSON lines <-> a Parquet file, in constant memory.
 
 A Parquet file can be read only when its end is written, so a run writes JSON lines beside it, and
-these become the file when all is done. Columns are those of `experiment/tables.py`, typed by what
+these become the file when it ends. Columns are those of `experiment/tables.py`, typed by what
 they hold in all rows: text, truth values, whole numbers, floats, or lists of one of these; columns
 of several kinds or of structures hold text, as cells of CSV do. Knows nothing of classifiers.
 """
@@ -93,7 +93,7 @@ def records_in(output: Path) -> Iterator[dict[str, Any]]:
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(
-            f"{output}: not the predictions of `minllama classify`, or cut ({reason}); "
+            f"{output}: not predictions of `minllama classify`, or incomplete ({reason}); "
             "name another file, or replace it with --force"
         ) from error
 

@@ -43,7 +43,7 @@ class Done:
         records: those of its last chunk, in order; empty where it holds none.
         n_before: how many come before them.
         end: where the last whole record ends, in bytes.
-        header: the names of a table's columns; None for JSON lines, or where they are cut.
+        header: the names of a table's columns; None for JSON lines, or where they are incomplete.
         begun: what follows the last whole row of a table.
     """
 
@@ -85,7 +85,7 @@ def rows_still_to_do(rows: Iterator[Row], done: Done, source: Source) -> Iterato
 
 
 def read_done(output: Path, output_format: str = "jsonl") -> Done:
-    """What a file holds of a run that is to go on: nothing if it is not there.
+    """What a file holds of a run that is to be resumed: nothing if it is not there.
 
     Args:
         output: JSON lines, or a table of CSV or TSV.
@@ -122,7 +122,7 @@ class _Records:
 
 
 def done_of_records(records: Iterable[Mapping[str, Any]], output: Path) -> Done:
-    """What records hold of a run that is to go on.
+    """What the records of a run are that is to be resumed.
 
     Raises:
         DataError: they are out of order, or no predictions.
@@ -234,11 +234,11 @@ def _has_same_columns(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool
 
 
 def check_table(done: Done, layout: Layout, delimiter: str) -> tuple[Mapping[str, Any], ...]:
-    """The last records of a table that is gone on with, with the names of the input's columns.
+    """The last records of a table that is resumed, with the names of the input's columns.
 
     Args:
         done: what the table holds.
-        layout: the columns of the run that goes on.
+        layout: the columns of the run that resumes it.
         delimiter: between its cells.
 
     Raises:

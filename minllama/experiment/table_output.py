@@ -62,7 +62,7 @@ class TableOutput:
         Args:
             line: the first one.
             rows: the first ones.
-            done: what the output holds that is gone on with.
+            done: what the output holds of a run that is resumed.
             notices: takes what people should know of the columns.
 
         Returns:

@@ -63,7 +63,7 @@ def layout_of(record: Mapping[str, Any], kept: Iterable[str]) -> Layout:
     said = tuple(said_of(record))
     kept = tuple(dict.fromkeys(kept))
     others: list[str] = []
-    for name in kept:
+    for name in map(utf8, kept):
         if name in said:
             name = FROM_INPUT + name
             while name in said or name in kept or name in others:
@@ -160,7 +160,7 @@ def cells_of(row: bytes, delimiter: str) -> tuple[str, ...]:
 
 
 def rows_in(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The rows of a table and the lines they begin at; the last has no end where it was cut.
+    """The rows of a table and the lines they begin at; an incomplete last one has no end.
 
     A row ends with the first line at whose end all quotes are closed: they are written in pairs.
     """
