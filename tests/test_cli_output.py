@@ -92,6 +92,17 @@ def test_a_format_that_is_asked_for_counts(classify, rows, tmp_path):
     assert pd.read_csv(io.StringIO(out), sep="\t")["index"].tolist() == list(range(9))
 
 
+def test_a_column_with_a_comma_in_its_name_is_kept(classify, tmp_path):
+    (tmp_path / "rows.csv").write_text('id,"when, where",text\n1,here,fine\n')
+    given = ("-i", "rows.csv", "-o", "out.csv", "--keep-columns")
+    assert classify(*given, 'id, "when, where"')[0] == 0
+    assert list(pd.read_csv(tmp_path / "out.csv").columns[:3]) == ["id", "when, where", "index"]
+    status, _, err = classify(*given, '"when', "--force")
+    assert status == 2
+    assert err.startswith("minllama: --keep-columns ")
+    assert err.count("\n") == 1
+
+
 REFUSED = {
     "parquet to a terminal": (("--output-format", "parquet"), "Parquet is written into a file"),
     "parquet to a device": (

@@ -137,11 +137,7 @@ def command(
     threshold = pick(ThresholdOptions, values)
     file = OutputFile.of(output, output_format, has_mark=bom)
     _check_input(texts, rows, file, resume=resume, force=force)
-    columns = [name.strip() for name in (keep_columns or "").split(",") if name.strip()]
-    if keep_columns is not None and not (columns and file.output_format != "labelled"):
-        raise OptionError(
-            "--keep-columns names columns that lines of JSON carry along, or tables, or all"
-        )
+    columns = _kept_columns(keep_columns, file.output_format)
     if labels is not None and labels_file is not None:
         raise OptionError("--labels and --labels-file name the same; give one of them")
     is_given = labels is not None or labels_file is not None
@@ -200,6 +196,23 @@ def _check_input(
     _check_texts(texts)
     if rows is not None:
         output.check(rows, resume=resume, force=force)
+
+
+def _kept_columns(names: str | None, output_format: str) -> list[str]:
+    """The columns that --keep-columns names; quoted, as in CSV, a name may hold a comma."""
+    if names is None:
+        return []
+    from minllama.data.label_lists import split_names
+
+    try:
+        columns = [name for name in split_names(names) if name]
+    except ValueError as error:
+        raise OptionError(f"--keep-columns {error}; quote a name as in CSV") from error
+    if not columns or output_format == "labelled":
+        raise OptionError(
+            "--keep-columns names columns that lines of JSON carry along, or tables, or all"
+        )
+    return columns
 
 
 def _check_texts(texts: tuple[str, ...]) -> None:
@@ -383,15 +396,18 @@ def _classify_rows(
         raise
     finally:
         say.close()
-    if bad_rows.count:
-        why = "; ".join([bad_rows.summary(), *bad_rows.remedies])
-        say.say(f"bad rows left out: {bad_rows.count} ({why})")
-    if said := shortened_texts(classifier):
-        say.say(said)
-    for notice in notices:
-        say.say(notice)
+    for notice in (_left_out(bad_rows), shortened_texts(classifier), *notices):
+        if notice:
+            say.say(notice)
     score = score_of(classifier)
     say.say(f"classified {count:,} texts" + (f", score {score}" if score else ""))
+
+
+def _left_out(bad_rows: "BadRows") -> str | None:
+    if not bad_rows.count:
+        return None
+    why = "; ".join([bad_rows.summary(), *bad_rows.remedies])
+    return f"bad rows left out: {bad_rows.count} ({why})"
 
 
 def _check_some(bad_rows: "BadRows", output: OutputFile) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minllama.data import Row
-from minllama.data.lines import BYTE_ORDER_MARK
+from minllama.data.encoding import BYTE_ORDER_MARK
 from minllama.data.source import Source
 from minllama.errors import DataError
 from minllama.experiment.tables import (

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from minllama.data.lines import BYTE_ORDER_MARK
+from minllama.data.encoding import BYTE_ORDER_MARK
 from minllama.data.records import first_few, shown
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
