@@ -445,6 +445,22 @@ def test_what_is_written_is_training_data(tmp_path):
         assert [dataset.label_names[i] for i in dataset.labels] == expected
 
 
+@pytest.mark.parametrize("output_format", ["csv", "tsv", "parquet"])
+def test_several_labels_are_training_data(rows, tmp_path, output_format):
+    labels = ('good, "or so"', "[bad]", "it's, é")
+    classifier, output = (
+        embedding(labels=labels, multi_label=True),
+        tmp_path / f"out.{output_format}",
+    )
+    classifier.score.weight.data *= 3
+    expected = [record["label"] for record in records_of(classifier, rows)]
+    assert len(set(map(len, expected))) > 2  # none, one and several
+    written(classifier, rows, output, output_format=output_format)
+    dataset = load_dataset(output, DataOptions(multi_label=True), label_names=labels)
+    assert list(dataset.texts) == TEXTS
+    assert [[labels[i] for i in row] for row in dataset.labels] == expected
+
+
 def test_any_field_of_a_record_is_a_column():
     record = {
         "index": 3,
