@@ -231,6 +231,16 @@ def names_of(options: type[CheckedOptions]) -> tuple[str, ...]:
 
 
 DATA_FORMATS = ("labelled", "text", "csv", "tsv", "jsonl", "json", "parquet")
+OUTPUT_FORMATS = ("jsonl", "csv", "tsv", "parquet", "labelled")
+# By the end of a file's name, in which predictions are written.
+OUTPUT_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".txt": "labelled",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

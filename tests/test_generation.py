@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -314,7 +313,7 @@ def test_what_cannot_work_is_refused_before_any_work(model, tokenizer, monkeypat
         *(torch.tensor([1.5]), torch.tensor([True]), torch.zeros(1, 1, 1, dtype=torch.long)),
         *([{"role": "user", "content": "a"}], iter([1, 2]), Path("prompt.txt")),
     ],
-    ids=reprlib.repr,
+    ids=lambda prompts: type(prompts).__name__,
 )
 def test_what_is_no_prompt_is_refused_in_one_line(prompts, model, tokenizer):
     with pytest.raises(MinllamaError, match=r"a text(, token ids)? or a list of") as caught:

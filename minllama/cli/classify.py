@@ -2,11 +2,8 @@
 
 import contextlib
 import itertools
-import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,11 +22,13 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.cli.deciding import decide
+from minllama.cli.output_file import OutputFile
 from minllama.errors import DataError, MinllamaError, OptionError
 from minllama.evaluation_options import ThresholdOptions
 from minllama.lock import only_run
 from minllama.options import (
     CORRECTED,
+    OUTPUT_FORMATS,
     DataOptions,
     PromptOptions,
     ZeroShotOptions,
@@ -39,10 +38,10 @@ from minllama.text import printable
 
 if TYPE_CHECKING:
     from minllama.classifier import Classifier
+    from minllama.data import BadRows
 
-FORMATS = ("jsonl", "labelled")
 # Options by what they are for: the rows of a file, and what a saved classifier says itself.
-OF_ROWS = ("output_format", "keep_columns", "resume", "force", *names_of(DataOptions))
+OF_ROWS = ("output_format", "bom", "keep_columns", "resume", "force", *names_of(DataOptions))
 OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions))
 
 
@@ -77,18 +76,25 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
     "--output",
     metavar="FILE",
     default="-",
-    help="Where the labels of --input go (default -, standard output).",
+    help="Where the labels of --input go (default -, standard output), in the format that the name "
+    "says: .jsonl, .csv, .tsv, .parquet or .txt.",
 )
 @click.option(
     "--output-format",
-    type=click.Choice(FORMATS),
-    help="A line for each text: JSON, or "
-    "'label ||| text' (default jsonl; labelled for a FILE that ends in .txt).",
+    type=click.Choice(OUTPUT_FORMATS),
+    help="Lines of JSON, a table with a column for each class, or lines of 'label ||| text' "
+    "(labelled); by the name of FILE where not given, else jsonl.",
+)
+@click.option(
+    "--bom",
+    is_flag=True,
+    help="Begin CSV and TSV with a byte order mark, by which Excel knows that they are UTF-8.",
 )
 @click.option(
     "--keep-columns",
     metavar="NAMES",
-    help="Columns of --input that each line of JSON carries along, parted by commas; or all.",
+    help="Columns of --input that each line of JSON carries along, and a table has in front, "
+    "parted by commas; or all.",
 )
 @click.option("--resume", is_flag=True, help="Go on where FILE ends.")
 @click.option("--force", is_flag=True, help="Replace FILE where it exists.")
@@ -112,6 +118,7 @@ def command(
     rows: str | None,
     output: str,
     output_format: str | None,
+    bom: bool,
     keep_columns: str | None,
     resume: bool,
     force: bool,
@@ -129,11 +136,9 @@ def command(
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
     threshold = pick(ThresholdOptions, values)
-    output_format = output_format or ("labelled" if output.endswith(".txt") else "jsonl")
-    _check_input(texts, rows, output, output_format, resume=resume, force=force)
-    columns = [name.strip() for name in (keep_columns or "").split(",") if name.strip()]
-    if keep_columns is not None and not (columns and output_format == "jsonl"):
-        raise OptionError("--keep-columns names columns that lines of JSON carry along, or all")
+    file = OutputFile.of(output, output_format, has_mark=bom)
+    _check_input(texts, rows, file, resume=resume, force=force)
+    columns = _kept_columns(keep_columns, file.output_format)
     if labels is not None and labels_file is not None:
         raise OptionError("--labels and --labels-file name the same; give one of them")
     is_given = labels is not None or labels_file is not None
@@ -157,7 +162,7 @@ def command(
     else:
         assert rows is not None
         with only_run(output) if output != "-" else contextlib.nullcontext():
-            _classify_rows(made, rows, output, output_format, data, columns=columns, resume=resume)
+            _classify_rows(made, rows, file, data, columns=columns, resume=resume)
 
 
 def _check_idle(has_texts: bool, *, score: str) -> None:
@@ -175,31 +180,32 @@ def _check_idle(has_texts: bool, *, score: str) -> None:
 
 
 def _check_input(
-    texts: tuple[str, ...],
-    rows: str | None,
-    output: str,
-    output_format: str,
-    *,
-    resume: bool,
-    force: bool,
+    texts: tuple[str, ...], rows: str | None, output: OutputFile, *, resume: bool, force: bool
 ) -> None:
     if bool(texts) == (rows is not None):
         raise OptionError("give texts with --text, or a file of them with --input; one of them")
-    if not output:
-        raise OptionError("the name of --output is empty; name a file, or - for standard output")
-    if texts and output != "-":
+    if texts and output.name != "-":
         raise OptionError("--output is for --input; the labels of --text are printed")
-    if resume and (output == "-" or output_format != "jsonl"):
-        raise OptionError("--resume needs an --output of JSON lines, whose end it can find")
-    if resume and force:
-        raise OptionError("--resume goes on with FILE and --force replaces it; give one of them")
-    if output != "-" and Path(output).is_dir():
-        raise OptionError(f"{output} is a folder; name a file")
-    if rows is not None:
-        _check_distinct(rows, output)
     _check_texts(texts)
-    if output != "-" and Path(output).is_file() and not (resume or force):
-        raise OptionError(f"{output} exists; --resume goes on with it, --force replaces it")
+    if rows is not None:
+        output.check(rows, resume=resume, force=force)
+
+
+def _kept_columns(names: str | None, output_format: str) -> list[str]:
+    """The columns that --keep-columns names; quoted, as in CSV, a name may hold a comma."""
+    if names is None:
+        return []
+    from minllama.data.label_lists import split_names
+
+    try:
+        columns = [name for name in split_names(names) if name]
+    except ValueError as error:
+        raise OptionError(f"--keep-columns {error}; quote a name as in CSV") from error
+    if not columns or output_format == "labelled":
+        raise OptionError(
+            "--keep-columns names columns that lines of JSON carry along, or tables, or all"
+        )
+    return columns
 
 
 def _check_texts(texts: tuple[str, ...]) -> None:
@@ -212,15 +218,6 @@ def _check_texts(texts: tuple[str, ...]) -> None:
         except ValueError as error:
             where = "--text" if len(texts) == 1 else f"--text number {number}"
             raise DataError(f"{where}: {error}; give one that can be read, or none") from error
-
-
-def _check_distinct(rows: str, output: str) -> None:
-    """Refuse to write over what is read, by whatever name or link it is called."""
-    from minllama.data import is_source
-
-    if is_source(output, rows):
-        what = "standard output" if output == "-" else output
-        raise OptionError(f"{what} is the file that --input reads; name another for --output")
 
 
 def _load(
@@ -344,8 +341,7 @@ def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json
 def _classify_rows(
     classifier: "Classifier",
     rows: str,
-    output: str,
-    output_format: str,
+    output: OutputFile,
     data: DataOptions,
     *,
     columns: list[str],
@@ -359,65 +355,64 @@ def _classify_rows(
         score_of,
         shortened_texts,
     )
-    from minllama.experiment.resuming import Done, read_done
+    from minllama.experiment.resuming import Done
 
-    bad_rows, say = BadRows(), ConsoleSay()
-    done = read_done(Path(output)) if resume else Done()
+    bad_rows, say, notices = BadRows(), ConsoleSay(), list[str]()
+    done = output.done() if resume else Done()
     total = 0 if rows == "-" else count_rows(rows, data, start=done.start)[0]
     if done.records:
         say.say(f"going on behind row {done.records[-1]['index']} of {rows}")
     say.say(described(classifier))
     # On one terminal lines and bar would be in each other's way.
-    has_bar = total > 0 and not (output == "-" and sys.stdout.isatty())
+    has_bar = total > 0 and not (output.name == "-" and sys.stdout.isatty())
     chunks = predict_stream(
         classifier,
         rows,
         data,
-        output_format=output_format,
+        output_format=output.output_format,
         columns=columns,
         done=done,
         bad_rows=bad_rows,
         progress=say.advance("classifying", total) if has_bar else None,
+        notices=notices,
     )
     count = 0
     try:
         # What cannot be done, or gone on with, is found in the first chunk: the file is untouched.
         first = next(chunks, [])
-        if rows == "-" and not done.records and not first and not bad_rows.count:
-            raise MinllamaError("standard input: holds no rows; pipe in a text on each line")
-        with _opened(output, done.end) as stream:
+        if rows == "-" and not done.records and not first:
+            _check_some(bad_rows, output)
+        with output.opened(done) as stream:
             for lines in itertools.chain([first], chunks):
                 stream.writelines(lines)
                 stream.flush()
                 count += len(lines)
+        notices += output.finish()
     except KeyboardInterrupt:
-        if output != "-" and output_format == "jsonl":
-            say.say(INTERRUPTED.format(output))
+        if output.name != "-" and output.output_format != "labelled":
+            say.say(INTERRUPTED.format(output.name))
         raise
     finally:
         say.close()
-    if bad_rows.count:
-        why = "; ".join([bad_rows.summary(), *bad_rows.remedies])
-        say.say(f"bad rows left out: {bad_rows.count} ({why})")
-    if said := shortened_texts(classifier):
-        say.say(said)
+    for notice in (_left_out(bad_rows), shortened_texts(classifier), *notices):
+        if notice:
+            say.say(notice)
     score = score_of(classifier)
     say.say(f"classified {count:,} texts" + (f", score {score}" if score else ""))
 
 
-@contextlib.contextmanager
-def _opened(output: str, end: int) -> Iterator[TextIO]:
-    """The stream that lines go to, behind the first `end` bytes of a file; they stay there."""
-    if output == "-":
-        yield sys.stdout
-        return
-    try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        if end:
-            os.truncate(output, end)
-        with Path(output).open(
-            "a" if end else "w", encoding="utf-8", errors="backslashreplace", newline="\n"
-        ) as stream:
-            yield stream
-    except OSError as error:
-        raise MinllamaError(f"{output}: cannot be written ({error.strerror})") from error
+def _left_out(bad_rows: "BadRows") -> str | None:
+    if not bad_rows.count:
+        return None
+    why = "; ".join([bad_rows.summary(), *bad_rows.remedies])
+    return f"bad rows left out: {bad_rows.count} ({why})"
+
+
+def _check_some(bad_rows: "BadRows", output: OutputFile) -> None:
+    """Refuse standard input without a row, and without a good one where columns need it."""
+    if not bad_rows.count:
+        raise MinllamaError("standard input: holds no rows; pipe in a text on each line")
+    if output.output_format not in ("jsonl", "labelled"):
+        raise MinllamaError(
+            f"standard input: all {bad_rows.count} rows are bad: {bad_rows.summary()}"
+        )

@@ -1,6 +1,6 @@
 """A stream of texts -> lines that say their labels, of any length in constant memory.
 
-A line is JSON, or `label ||| text`. Knows nothing of evaluation.
+A line is JSON, a row of CSV or TSV, or `label ||| text`. Knows nothing of evaluation.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ from minllama.experiment.resuming import (
     other_input,
     rows_still_to_do,
 )
+from minllama.experiment.table_output import ALL_COLUMNS, TableOutput
 from minllama.options import DataOptions
 from minllama.report.values import rounded
 from minllama.thresholds import one_line
 
 DIGITS = 16  # of a classifier's digest in each record
-ALL_COLUMNS = "all"
 
 
 def predict_stream(
@@ -48,19 +48,24 @@ def predict_stream(
     done: Done | None = None,
     bad_rows: BadRows | None = None,
     progress: Callable[[int], None] | None = None,
+    notices: list[str] | None = None,
 ) -> Iterator[list[str]]:
     """Classify the rows of a source: for each few hundred of them their lines, in their order.
+
+    Lines of JSON come for Parquet, too, which is made of them. The first line of CSV and TSV has
+    the line of names before it, where a file is begun.
 
     Args:
         classifier: of either kind.
         source: as for `stream_rows`.
         data: format, columns, what to do with bad rows.
-        output_format: `jsonl` or `labelled`.
+        output_format: one of OUTPUT_FORMATS.
         columns: those of the source that its records carry along; ALL_COLUMNS for all.
         done: what the output holds that is gone on with. Its last chunk is computed again, since
             rounding depends on the company that a text is in; only what is behind it is given.
         bad_rows: counts those that are left out.
         progress: is told how many more texts are done.
+        notices: takes what people should know of the output, once it has begun.
 
     Raises:
         DataError: the source cannot be read or has no such column, a bad row that is not to be
@@ -70,18 +75,23 @@ def predict_stream(
     check_format(classifier, output_format)
     done = done or Done()
     rows = rows_still_to_do(stream_rows(source, data, bad_rows=bad_rows), done, source)
+    table = TableOutput(output_format, source, data, columns)
     records, is_first, digest = done.records, True, digest_of(classifier)
+    form = "labelled" if output_format == "labelled" else "jsonl"
     with classifier.steady():
         for _, group in groupby(rows, key=lambda row: chunk_of(row.index)):
             chunk = list(group)
             if is_first:
                 _check_columns(columns, chunk, source)
+                columns = table.columns(chunk[0])
             p = answers(classifier, [row.text for row in chunk], progress=progress)
-            lines = list(prediction_lines(classifier, digest, chunk, p, output_format, columns))
+            lines = list(prediction_lines(classifier, digest, chunk, p, form, columns))
+            if is_first:
+                records = table.begin(lines[0], chunk, done, notices)
             if records:
                 scale = classifier.scale
                 check_same(records, lines, source, 1.0 if scale is None else scale.std)
-            yield lines[len(records) :]
+            yield table.rows(lines[len(records) :])
             records, is_first = (), False
     if records:
         raise other_input(records[-1], source)

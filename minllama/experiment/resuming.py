@@ -4,16 +4,31 @@ Its output is then that of a run that was not cut. What the output holds is comp
 classifier says of the same rows now, since rounding depends on the company that a text is in.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from minllama.data import Row
+from minllama.data.encoding import BYTE_ORDER_MARK
 from minllama.data.source import Source
 from minllama.errors import DataError
+from minllama.experiment.tables import (
+    DELIMITERS,
+    KEPT,
+    Layout,
+    cell_of,
+    cells_of,
+    check_header,
+    is_whole,
+    record_of,
+    row_of,
+    rows_in,
+    without_mark,
+)
 
 CHUNK = 512  # rows that are sorted by length and computed together, and so compared
 SAME_PROBABILITY = 0.05  # what rounding in halves may change, here or on another machine
@@ -28,11 +43,15 @@ class Done:
         records: those of its last chunk, in order; empty where it holds none.
         n_before: how many come before them.
         end: where the last whole record ends, in bytes.
+        header: the names of a table's columns; None for JSON lines, or where they are incomplete.
+        begun: what follows the last whole row of a table.
     """
 
     records: tuple[Mapping[str, Any], ...] = ()
     n_before: int = 0
     end: int = 0
+    header: tuple[str, ...] | None = None
+    begun: bytes = b""
 
     @property
     def start(self) -> int:
@@ -65,45 +84,104 @@ def rows_still_to_do(rows: Iterator[Row], done: Done, source: Source) -> Iterato
     return rows
 
 
-def read_done(output: Path) -> Done:
-    """What a file of JSON lines holds of a run that is to go on: nothing if it is not there.
+def read_done(output: Path, output_format: str = "jsonl") -> Done:
+    """What a file holds of a run that is to be resumed: nothing if it is not there.
+
+    Args:
+        output: JSON lines, or a table of CSV or TSV.
+        output_format: which of these it is.
 
     Raises:
         DataError: it cannot be read, or holds something else, or records out of order.
     """
-    records: list[Mapping[str, Any]] = []
-    n_before, end, number = 0, 0, 0
     try:
         with output.open("rb") as file:
-            for line in file:
-                number += 1
-                if not line.endswith(b"\n"):
-                    if line[: len(RECORD_BEGINS)] != RECORD_BEGINS[: len(line)]:
-                        raise ValueError("nor the beginning of one")
-                    break
-                found = _record_of(line)
-                if records and found["index"] <= records[-1]["index"]:
-                    raise ValueError(f"row {found['index']} behind row {records[-1]['index']}")
-                if records and chunk_of(found["index"]) != chunk_of(records[-1]["index"]):
-                    n_before += len(records)
-                    records.clear()
-                records.append(found)
-                end += len(line)
+            if output_format in DELIMITERS:
+                return _done_of_table(output, file, DELIMITERS[output_format])
+            return _done_of_lines(output, file)
     except FileNotFoundError:
-        pass
+        return Done()
     except OSError as error:
         raise DataError(f"{output}: cannot be read ({error.strerror})") from error
+
+
+class _Records:
+    """Takes the records of an output in order, and keeps those of the last chunk."""
+
+    def __init__(self) -> None:
+        self.last: list[Mapping[str, Any]] = []
+        self.n_before = 0
+
+    def add(self, found: Mapping[str, Any]) -> None:
+        if self.last and found["index"] <= self.last[-1]["index"]:
+            raise ValueError(f"row {found['index']} behind row {self.last[-1]['index']}")
+        if self.last and chunk_of(found["index"]) != chunk_of(self.last[-1]["index"]):
+            self.n_before += len(self.last)
+            self.last.clear()
+        self.last.append(found)
+
+
+def done_of_records(records: Iterable[Mapping[str, Any]], output: Path) -> Done:
+    """What the records of a run are that is to be resumed.
+
+    Raises:
+        DataError: they are out of order, or no predictions.
+    """
+    kept = _Records()
+    for number, found in enumerate(records, start=1):
+        with _prediction(output, f"row {number}"):
+            kept.add(_checked(found))
+    return Done(tuple(kept.last), kept.n_before)
+
+
+def _done_of_lines(output: Path, file: BinaryIO) -> Done:
+    kept, end = _Records(), 0
+    for number, line in enumerate(file, start=1):
+        with _prediction(output, f"line {number}"):
+            if not line.endswith(b"\n"):
+                if line[: len(RECORD_BEGINS)] != RECORD_BEGINS[: len(line)]:
+                    raise ValueError("nor the beginning of one")
+                break
+            kept.add(_record_of(line))
+            end += len(line)
+    return Done(tuple(kept.last), kept.n_before, end)
+
+
+def _done_of_table(output: Path, file: BinaryIO, delimiter: str) -> Done:
+    kept, end, header = _Records(), 0, None
+    for number, row in rows_in(file):
+        with _prediction(output, f"line {number}"):
+            content = without_mark(row) if header is None else row
+            if not is_whole(row):
+                return Done(tuple(kept.last), kept.n_before, end, header, content)
+            cells = cells_of(content, delimiter)
+            if header is None:
+                check_header(cells)
+                header = cells
+            else:
+                kept.add(_checked(record_of(header, cells)))
+            end += len(row)
+    return Done(tuple(kept.last), kept.n_before, end, header)
+
+
+@contextlib.contextmanager
+def _prediction(output: Path, place: str) -> Iterator[None]:
+    """Refuse an output in which something else is found at this place."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise DataError(
-            f"{output}, line {number}: not a prediction of `minllama classify` ({what}); "
+            f"{output}, {place}: not a prediction of `minllama classify` ({what}); "
             "name another file"
         ) from error
-    return Done(tuple(records), n_before, end)
 
 
 def _record_of(line: bytes) -> Mapping[str, Any]:
-    found = json.loads(line)
+    return _checked(json.loads(line))
+
+
+def _checked(found: Any) -> Mapping[str, Any]:
     is_number = "value" in found and type(found["value"]) in (int, float)
     is_whole = is_number or isinstance(found["probabilities"], dict)
     is_whole = is_whole and type(found["text"]) is str
@@ -136,11 +214,8 @@ def check_same(
                 f"the output holds row {record['index']}, and of that row this classifier says "
                 "something else; give the one that the run began with, or another --output"
             )
-        if record.get("columns") != now.get("columns"):
-            raise DataError(
-                f"the output holds row {record['index']} with other columns; give the "
-                "--keep-columns that the run began with, or another --output"
-            )
+        if not _has_same_columns(record, now):
+            raise other_columns(f"row {record['index']}")
 
 
 def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any], unit: float) -> bool:
@@ -159,6 +234,60 @@ def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any], unit: float) ->
             isinstance(p, int | float) and abs(p - is_now[name]) <= SAME_PROBABILITY
             for name, p in was.items()
         )
+    )
+
+
+def _has_same_columns(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the kept columns of two records are the same, as far as cells of tables can tell."""
+    was, is_now = record.get(KEPT) or None, now.get(KEPT) or None
+    if was is None or is_now is None:
+        return was is is_now
+    return all(
+        was.get(name) == is_now.get(name) or cell_of(was.get(name)) == cell_of(is_now.get(name))
+        for name in was | is_now
+    )
+
+
+def check_table(done: Done, layout: Layout, delimiter: str) -> tuple[Mapping[str, Any], ...]:
+    """The last records of a table that is resumed, with the names of the input's columns.
+
+    Args:
+        done: what the table holds.
+        layout: the columns of the run that resumes it.
+        delimiter: between its cells.
+
+    Raises:
+        DataError: the table has other columns, or is none of predictions.
+    """
+    if done.header is None:
+        first = row_of(layout.names, delimiter).encode()
+        if not (first.startswith(done.begun) or BYTE_ORDER_MARK.startswith(done.begun)):
+            raise DataError(
+                "the output is no table that `minllama classify` began with these options; give "
+                "those that the run began with, or another --output"
+            )
+        return ()
+    n_said = len(layout.said)
+    if done.header[-n_said:] != layout.said:
+        raise DataError(
+            "the output has the columns of another classifier; give the one that the run began "
+            "with, or another --output"
+        )
+    if done.header[:-n_said] != layout.shown:
+        raise other_columns("a table")
+    names = dict(zip(layout.shown, layout.kept, strict=True))
+    return tuple(
+        record | {KEPT: {names[shown]: cell for shown, cell in record[KEPT].items()}}
+        if KEPT in record
+        else record
+        for record in map(dict, done.records)
+    )
+
+
+def other_columns(what: str) -> DataError:
+    return DataError(
+        f"the output holds {what} with other columns; give the --keep-columns that the run began "
+        "with, or another --output"
     )
 
 

@@ -1,0 +1,115 @@
+"""Lines of JSON -> rows of CSV or TSV, as a stream of predictions is written.
+
+Tells which columns the table has, whose names stand in its first line. Knows nothing of files.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from minllama.data import Row, stream_rows
+from minllama.data.records import listed
+from minllama.data.source import Source
+from minllama.errors import DataError
+from minllama.experiment.resuming import Done, check_table
+from minllama.experiment.tables import (
+    DELIMITERS,
+    FIRST,
+    FROM_INPUT,
+    KEPT,
+    TABLES,
+    Layout,
+    layout_of,
+    row_of,
+    said_of,
+)
+from minllama.options import DataOptions
+
+ALL_COLUMNS = "all"
+
+
+class TableOutput:
+    """Turns the lines of one run into rows; for other formats it leaves them as they are.
+
+    Args:
+        output_format: one of OUTPUT_FORMATS.
+        source, data: where the rows come from.
+        columns: those of the source that are asked for; ALL_COLUMNS for all.
+    """
+
+    def __init__(
+        self, output_format: str, source: Source, data: DataOptions, columns: Sequence[str]
+    ) -> None:
+        self._delimiter = DELIMITERS.get(output_format)
+        self._is_table = output_format in TABLES
+        self._source, self._data = source, data
+        self._columns = columns
+        self._layout: Layout | None = None
+        self._header = ""
+
+    def columns(self, row: Row) -> Sequence[str]:
+        """The columns that records carry along: a table has that of the text without asking."""
+        if self._is_table and row.column == "text":
+            return [name for name in self._columns if name != "text"]
+        return self._columns
+
+    def begin(
+        self, line: str, rows: Sequence[Row], done: Done, notices: list[str] | None
+    ) -> tuple[Mapping[str, Any], ...]:
+        """Learn the columns of the table.
+
+        Args:
+            line: the first one.
+            rows: the first ones.
+            done: what the output holds of a run that is resumed.
+            notices: takes what people should know of the columns.
+
+        Returns:
+            The records of `done` as lines of JSON have them.
+
+        Raises:
+            DataError: the output has other columns.
+        """
+        if self._delimiter is None:
+            return done.records
+        record = json.loads(line)
+        self._layout = layout_of(record, self._kept(record, rows, done))
+        if notices is not None and (notice := self._layout.notice()):
+            notices.append(notice)
+        records = check_table(done, self._layout, self._delimiter)
+        if done.header is None:
+            self._header = row_of(self._layout.names, self._delimiter)
+        return records
+
+    def _kept(self, record: Mapping[str, Any], rows: Sequence[Row], done: Done) -> Iterable[str]:
+        if ALL_COLUMNS not in self._columns:
+            return self.columns(rows[0])
+        of_all: Iterable[Row] = rows
+        if self._source != "-":
+            # Rows of JSON may have keys that the first ones lack.
+            skipping = dataclasses.replace(self._data, skip_bad_rows=True)
+            of_all = stream_rows(self._source, skipping)
+        elif done.header is not None:
+            said = said_of(record)
+            shown = done.header[: done.header.index(FIRST)]
+            plain = (name.removeprefix(FROM_INPUT) for name in shown)
+            return [o if o in said else name for o, name in zip(plain, shown, strict=True)]
+        return {name: None for row in of_all for name in row.record if name != row.column}
+
+    def rows(self, lines: list[str]) -> list[str]:
+        """The lines as rows, the first of which has the names of the columns before it."""
+        if self._layout is None or self._delimiter is None:
+            return lines
+        rows = [self._row(json.loads(line), self._layout, self._delimiter) for line in lines]
+        if rows:
+            rows[0], self._header = self._header + rows[0], ""
+        return rows
+
+    def _row(self, record: Mapping[str, Any], layout: Layout, delimiter: str) -> str:
+        if more := [name for name in record.get(KEPT, ()) if name not in layout.kept]:
+            raise DataError(
+                f"{self._source}: row {record[FIRST]} has the column {listed(more)}, which the "
+                "first rows lack; name the columns to keep with --keep-columns, or write JSON lines"
+            )
+        return row_of(layout.values(record), delimiter)

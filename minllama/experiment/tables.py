@@ -1,0 +1,185 @@
+"""Predictions as rows of CSV and TSV: one record of JSON lines <-> one row of cells.
+
+A row has the kept columns of the input in front, then what the record says, in its order, with a
+column for each class (`probability_LABEL`). It is written as pandas and spreadsheets read it: in
+UTF-8, with quotes where a cell needs them (RFC 4180), and LF at the end of a row. Knows nothing of
+classifiers.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from minllama.data.encoding import BYTE_ORDER_MARK
+from minllama.data.records import first_few, shown
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+TABLES = (*DELIMITERS, "parquet")
+FIRST = "index"  # of the columns that are not the input's
+KEPT = "columns"  # the field of a record that holds those that are
+PROBABILITY = "probability_"
+TEXTS = ("text", "label", "score", "classifier")  # fields that are no numbers, whatever they say
+FROM_INPUT = "input_"  # stands before a kept column's name that is one of ours
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of a table of predictions.
+
+    Attributes:
+        kept: those that are the input's, as it calls them.
+        shown: the same, as the table calls them.
+        said: the others.
+    """
+
+    kept: tuple[str, ...]
+    shown: tuple[str, ...]
+    said: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.shown, *self.said)
+
+    def values(self, record: Mapping[str, Any]) -> list[Any]:
+        """What a record holds for each column; None where it holds nothing."""
+        kept, said = record.get(KEPT, {}), said_of(record)
+        return [*map(kept.get, self.kept), *map(said.get, self.said)]
+
+    def notice(self) -> str | None:
+        """Which kept columns have another name in the table, for people; None where none has."""
+        renamed = [
+            f"{shown(of_input)} is called {shown(name)} in the table"
+            for of_input, name in zip(self.kept, self.shown, strict=True)
+            if of_input != name
+        ]
+        return f"of the columns of the input, {first_few(renamed)}" if renamed else None
+
+
+def layout_of(record: Mapping[str, Any], kept: Iterable[str]) -> Layout:
+    """The columns of a table that begins with this record and keeps these columns of the input."""
+    said = tuple(said_of(record))
+    kept = tuple(dict.fromkeys(kept))
+    others: list[str] = []
+    for name in map(utf8, kept):
+        if name in said:
+            name = FROM_INPUT + name
+            while name in said or name in kept or name in others:
+                name = FROM_INPUT + name
+        others.append(name)
+    return Layout(kept, tuple(others), said)
+
+
+def said_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record, one value each, but for the kept columns."""
+    said: dict[str, Any] = {}
+    for field, value in record.items():
+        if field == KEPT:
+            continue
+        if isinstance(value, Mapping):
+            prefix = PROBABILITY if field == "probabilities" else f"{field}_"
+            said |= {f"{prefix}{name}": element for name, element in value.items()}
+        else:
+            said[field] = value
+    return said
+
+
+def record_of(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """The record that a row was made of; kept columns by the names that the table has for them.
+
+    Raises:
+        ValueError: it is no prediction; says why.
+    """
+    if len(values) != len(names):
+        raise ValueError(f"columns: {len(values)} here, {len(names)} in the first line")
+    first = names.index(FIRST)
+    record: dict[str, Any] = {}
+    probabilities: dict[str, float] = {}
+    for name, value in zip(names[first:], values[first:], strict=True):
+        if name.startswith(PROBABILITY):
+            probabilities[name.removeprefix(PROBABILITY)] = float(value)
+            record["probabilities"] = probabilities
+        elif name in TEXTS or not isinstance(value, str):
+            record[name] = value
+        else:
+            record[name] = json.loads(value or "null")
+    if first:
+        record[KEPT] = dict(zip(names[:first], values[:first], strict=True))
+    return record
+
+
+def check_header(names: Sequence[str]) -> None:
+    """Whether a table of these columns is one of predictions.
+
+    Raises:
+        ValueError: it is not.
+    """
+    said = names[names.index(FIRST) :] if FIRST in names else ()
+    if tuple(said[:2]) != (FIRST, "text") or "classifier" not in said:
+        raise ValueError("its columns are others")
+    if len(set(names)) < len(names):
+        raise ValueError("it has a column twice")
+
+
+def cell_of(value: Any) -> str:
+    """A value as it is written into a cell: text as it is, nothing for None, else as JSON."""
+    if value is None:
+        return ""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return utf8(text)
+
+
+def utf8(text: str) -> str:
+    """The text with each half of a character (a lone surrogate) spelled out, as in JSON lines."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def row_of(values: Iterable[Any], delimiter: str) -> str:
+    """One row of a table, with its end."""
+    stream = io.StringIO()
+    # A lone carriage return is quoted only where one ends the row.
+    csv.writer(stream, delimiter=delimiter, lineterminator="\r\n").writerow(map(cell_of, values))
+    return stream.getvalue().removesuffix("\r\n") + "\n"
+
+
+def cells_of(row: bytes, delimiter: str) -> tuple[str, ...]:
+    """The cells of a whole row.
+
+    Raises:
+        ValueError: it is no UTF-8, or no row of such a table.
+    """
+    text = row.decode()
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the module's own global
+    try:
+        (cells,) = csv.reader([text], delimiter=delimiter, strict=True)
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    return tuple(cells)
+
+
+def rows_in(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The rows of a table and the lines they begin at; an incomplete last one has no end.
+
+    A row ends with the first line at whose end all quotes are closed: they are written in pairs.
+    """
+    parts: list[bytes] = []
+    start, quotes = 1, 0
+    for number, line in enumerate(file, start=1):
+        parts.append(line)
+        quotes += line.count(b'"')
+        if quotes % 2 == 0 and line.endswith(b"\n"):
+            yield start, b"".join(parts)
+            parts, start, quotes = [], number + 1, 0
+    if parts:
+        yield start, b"".join(parts)
+
+
+def is_whole(row: bytes) -> bool:
+    """Whether a row of `rows_in` has its end."""
+    return row.endswith(b"\n") and row.count(b'"') % 2 == 0
+
+
+def without_mark(row: bytes) -> bytes:
+    return row.removeprefix(BYTE_ORDER_MARK)
