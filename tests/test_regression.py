@@ -6,6 +6,7 @@ import math
 import random
 
 import numpy as np
+import pandas
 import pytest
 import scipy.stats
 import sklearn.linear_model
@@ -256,7 +257,15 @@ def test_json_values_that_are_no_finite_numbers_are_bad_rows(tmp_path, value):
         load_dataset(path, numbers=True)
 
 
-@pytest.mark.parametrize("option", [{"multi_label": True}, {"label_names": "x.json"}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"multi_label": True},
+        {"label_names": "x.json"},
+        {"label_columns": "a,b"},
+        {"label_lists": "multi-hot"},
+    ],
+)
 def test_options_of_classes_are_refused_where_labels_are_numbers(tmp_path, option):
     with pytest.raises(OptionError, match=next(iter(option)).replace("_", "-")):
         load_dataset(rows(tmp_path / "a.csv", "1", "2"), DataOptions(**option), numbers=True)
@@ -449,6 +458,30 @@ def test_the_commands_give_numbers(make_experiment, minllama, tmp_path):  # noqa
     card = (folder / "README.md").read_text()
     assert "`rating`" in card
     assert "spearman" in card
+    for ending in ("csv", "tsv"):
+        table = tmp_path / f"out.{ending}"
+        minllama("classify", folder, "-i", train, "-o", table)
+        read = pandas.read_csv(table, sep="," if ending == "csv" else "\t")
+        assert read["value"].tolist() == again.targets
+        rows_of_table = table.read_bytes()
+        table.write_bytes(rows_of_table[: len(rows_of_table) // 2])
+        minllama("classify", folder, "-i", train, "-o", table, "--resume")
+        assert table.read_bytes() == rows_of_table
+    told = minllama("info", folder).stdout
+    assert "a number for each text" in told
+    assert "threshold" not in told
+    for options in (("--threshold", "0.3"), ("--positive", "good")):
+        for of_command in (
+            ("classify", folder, "--text", text),
+            ("evaluate", folder, "--data", train),
+        ):
+            refused = minllama(*of_command, *options, status=2).stderr
+            assert f"{options[0]}: for classes, and this classifier gives numbers" in refused
+    for options in (("--headline", "brier"), ("--against", folder)):
+        refused = minllama("evaluate", folder, "--data", train, *options, status=2).stderr
+        assert f"{options[0]}: for classes" in refused
+    with pytest.raises(MinllamaError, match="gives numbers; thresholds are for"):
+        made.threshold = 0.3
     bad = rows(tmp_path / "bad.csv", "1", "good")
     assert "is no number" in minllama("evaluate", folder, "--data", bad, status=2).stderr
 

@@ -79,7 +79,10 @@ OF_CLASSES = ({"class_weights": "balanced"}, {"ordinal": 0.5}, {"per_class": 4})
 IDLE += tuple(
     (method, {"objective": "regression", **options}, "classes: without --objective regression")
     for method in ("frozen", "full")
-    for options in (*OF_CLASSES, {"no_calibration": True})
+    for options in (
+        *(*OF_CLASSES, {"no_calibration": True}),
+        *({"threshold": ("f1",)}, {"positive": "a"}, {"headline": "brier"}),
+    )
 )
 
 
