@@ -24,7 +24,7 @@ from minllama.experiment.predicting import score_of, shortened_texts
 from minllama.experiment.say import Say
 from minllama.experiment.splits import Splits
 from minllama.experiment.value_measuring import evaluate_value_splits
-from minllama.report import Report
+from minllama.report import Report, ReportedSplit
 from minllama.training import TrainingResult
 
 if TYPE_CHECKING:
@@ -103,35 +103,19 @@ def measure(
         notes: what a reader must know beside what the splits say.
         say: what the person hears.
     """
-    train = splits.train
-    assert train.labels is not None
-    if train.has_numbers:
-        return _measure_values(experiment, splits, classifier, dev_logits, result, say)
-    baselines = fit_baselines(
-        train.texts,
-        train.labels,
-        len(train.label_names),
-        multi_label=train.multi_label,
-        seed=experiment.training.seed,
-    )
-    dev, test = splits.dev, splits.test
-    how: dict[str, Any] = {
-        "baselines": baselines,
-        "thresholds": baseline_decisions(experiment.threshold, baselines, dev),
-        "headline": experiment.headline,
-    }
-    reported = [
-        evaluate_classifier(classifier, dev, "dev", logits=dev_logits, others=beside, **how)
-    ]
-    if test is not None:
-        progress = say.advance("reading test", len(test))
-        reported.append(evaluate_classifier(classifier, test, "test", progress=progress, **how))
+    if splits.train.has_numbers:
+        progress = None if splits.test is None else say.advance("reading test", len(splits.test))
+        reported: Any = evaluate_value_splits(
+            classifier, splits, dev_logits=dev_logits, progress=progress
+        )
+    else:
+        reported = _classes_measured(experiment, splits, classifier, dev_logits, beside, say)
     notes = [*splits.notices, *notes]
-    for split in (train, dev, *([] if test is None else [test])):
+    for split in filter(None, (splits.train, splits.dev, splits.test)):
         if said := shortened_texts(classifier, split.texts, split.source):
             say.say(said)
             notes.append(said)
-    if not experiment.classifier.no_calibration:
+    if not (splits.train.has_numbers or experiment.classifier.no_calibration):
         notes.append("the temperature was fitted on dev, so dev's own calibration flatters it")
     if result is not None and experiment.training.keep == "best":
         notes.append(
@@ -151,30 +135,32 @@ def measure(
     )
 
 
-def _measure_values(
+def _classes_measured(
     experiment: "Experiment",
     splits: Splits,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
-    result: TrainingResult | None,
+    beside: Mapping[str, Evaluation],
     say: Say,
-) -> Report:
-    """As `measure`, of numbers."""
-    progress = None if splits.test is None else say.advance("reading test", len(splits.test))
-    reported = evaluate_value_splits(classifier, splits, dev_logits=dev_logits, progress=progress)
-    notes = [*splits.notices]
-    for split in filter(None, (splits.train, splits.dev, splits.test)):
-        if said := shortened_texts(classifier, split.texts, split.source):
-            say.say(said)
-            notes.append(said)
-    if result is not None and experiment.training.keep == "best":
-        notes.append("the best weights by dev were kept, so its numbers flatter them a little")
-    return Report(
-        title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
-        label_names=classifier.labels,
-        splits=reported,
-        history=() if result is None else result.history,
-        settings={"chosen": _chosen(classifier), **settings_for_people(experiment)},
-        versions=versions(),
-        notes=notes,
+) -> list[ReportedSplit]:
+    train, dev, test = splits.train, splits.dev, splits.test
+    assert train.labels is not None
+    baselines = fit_baselines(
+        train.texts,
+        train.labels,
+        len(train.label_names),
+        multi_label=train.multi_label,
+        seed=experiment.training.seed,
     )
+    how: dict[str, Any] = {
+        "baselines": baselines,
+        "thresholds": baseline_decisions(experiment.threshold, baselines, dev),
+        "headline": experiment.headline,
+    }
+    reported = [
+        evaluate_classifier(classifier, dev, "dev", logits=dev_logits, others=beside, **how)
+    ]
+    if test is not None:
+        progress = say.advance("reading test", len(test))
+        reported.append(evaluate_classifier(classifier, test, "test", progress=progress, **how))
+    return reported
