@@ -166,7 +166,6 @@ def load_weights(
         CheckpointError: tensors are missing, unexpected, misshapen (all are listed, with both
             shapes) or hold NaN or infinity; or it is no language model.
     """
-    checkpoint.check_language_model()
     device = usable_device(device)
     if quantize == "auto":
         best_dtype, quantize = best_form(checkpoint, device) if dtype is None else (dtype, None)
@@ -219,8 +218,9 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
     """Compare a checkpoint's tensors with the names and shapes that a module has.
 
     Raises:
-        CheckpointError: one line that lists every difference.
+        CheckpointError: one line that lists every difference; or it is no language model.
     """
+    checkpoint.check_language_model()
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     if problems := differences(found, expected):
         raise CheckpointError(
