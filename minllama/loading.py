@@ -100,8 +100,8 @@ def long_dtype(model: nn.Module) -> torch.dtype | None:
 
     bfloat16 where the hardware multiplies it: matrices are dequantized to it one by one. Decoding
     and short passes stay in float32, with integers. On the default model that costs 0.1% of
-    perplexity and 0.1 points of zero-shot accuracy (docs/benchmarks.md), and bfloat16 everywhere
-    a third of the greedy continuations.
+    perplexity and no accuracy; a fifth of the greedy tokens behind such a pass differ, as near ties
+    fall otherwise (docs/benchmarks.md).
     """
     layers = getattr(model, "layers", ())
     linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
