@@ -19,7 +19,6 @@ from minllama.vocabulary import (
     Vocabulary,
     check_fits,
     find_vocabulary,
-    load_vocabulary,
     to_files,
 )
 from minllama.vocabulary.added_tokens import hidden
@@ -309,17 +308,16 @@ class StreamDecoder:
 
 def _lone_vocabulary(path: Path) -> Vocabulary | None:
     """The vocabulary in a folder or file that is no checkpoint, `None` where there is none."""
-    from minllama.checkpoints.gguf import is_gguf, read_gguf_vocabulary
+    from minllama.checkpoints import read_tokenizer
+    from minllama.checkpoints.gguf import gguf_models, is_gguf
 
     if path.is_dir():
-        return find_vocabulary(path)
-    # Of a file that is neither, the checkpoint's error says more.
-    if is_gguf(path):
-        with contextlib.suppress(CheckpointError):
-            return read_gguf_vocabulary(path)
-        return None
-    with contextlib.suppress(TokenizerError):
-        return load_vocabulary(path)
+        # Of a folder that is neither, the checkpoint's error says more.
+        is_one = find_vocabulary(path) is not None or bool(gguf_models(path))
+    else:
+        is_one = is_gguf(path)
+    with contextlib.suppress(CheckpointError, *(() if is_one else (TokenizerError,))):
+        return read_tokenizer(path)
     return None
 
 

@@ -7,10 +7,13 @@ import gguf
 import pytest
 import torch
 
-from minllama.checkpoints import open_checkpoint, write_gguf
-from minllama.errors import CheckpointError
+from minllama.checkpoints import open_checkpoint, read_tokenizer, write_gguf
+from minllama.errors import CheckpointError, TokenizerError
 from minllama.llama import load_pretrained
+from minllama.tokenizer import Tokenizer
+from minllama.vocabulary import load_vocabulary
 from tests.tiny import both, our_model
+from tests.tokenizer_cases import tiny_sentencepiece
 
 
 @pytest.fixture
@@ -101,3 +104,28 @@ def test_a_vocabulary_is_no_model(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(CheckpointError, match="holds a vocabulary and no weights"):
         open_checkpoint(path)
+
+
+def test_a_tokenizer_is_found_by_any_part_or_a_folder_of_gguf(tmp_path: Path) -> None:
+    pieces, model = tmp_path / "tokenizer.model", our_model(vocab_size=600)
+    pieces.write_bytes(tiny_sentencepiece())
+    vocabulary = load_vocabulary(pieces)
+    want = Tokenizer(vocabulary).encode("a question, an answer")
+    path = tmp_path / "whole.gguf"
+    write_gguf(path, model.config, model.state_dict(), vocabulary, "f32")
+    parts = split(path, tmp_path / "parts")
+    assert len(parts) == 3
+    for source in (path, *parts, tmp_path / "parts"):
+        assert Tokenizer(read_tokenizer(source)).encode("a question, an answer") == want
+        assert Tokenizer.from_pretrained(source).encode("a question, an answer") == want
+
+
+def test_a_tokenizer_in_one_of_several_gguf_files_has_to_be_named(tmp_path: Path) -> None:
+    model = our_model()
+    for name in ("a.gguf", "b.gguf"):
+        write_gguf(tmp_path / name, model.config, model.state_dict(), None, "f32")
+    with pytest.raises(CheckpointError, match=r"name one of a\.gguf, b\.gguf"):
+        read_tokenizer(tmp_path)
+    (tmp_path / "b.gguf").unlink()
+    with pytest.raises(TokenizerError, match=r"a\.gguf: a GGUF file without a tokenizer"):
+        read_tokenizer(tmp_path)

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,40 @@ def test_a_training_checkpoint_is_read_as_torch_reads_it(tmp_path: Path, protoco
     found = load_torch_file(path)
     assert sorted(found.pop("names")) == sorted(saved_values.pop("names"))
     assert same(found, saved_values)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numbers_of_numpy_beside_the_weights_are_passed_over(
+    tmp_path: Path, protocol: int, legacy: bool
+) -> None:
+    # What trainers keep: the best loss as numpy has it, the state of its generator.
+    values = {
+        "model": {"w": torch.arange(6.0)},
+        "best": np.float64(1.5),
+        "step": np.int64(3),
+        "rng": np.random.get_state(),
+        "losses": [np.float32(2), np.arange(5.0)],
+        "iter_num": 7,
+    }
+    torch.save(
+        values,
+        tmp_path / "x.pt",
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    found = load_torch_file(tmp_path / "x.pt")
+    assert torch.equal(found["model"]["w"], torch.arange(6.0))
+    assert found["iter_num"] == 7
+    assert found.keys() == values.keys()
+
+
+def test_keys_of_every_scalar_kind_are_read(tmp_path: Path) -> None:
+    history = {(1, 2): 3, 0.5: 2, -1: 1, 2**40: 4, "loss": 5, None: 6}
+    torch.save({"w": torch.ones(2), "history": history}, tmp_path / "x.pt")
+    found = load_torch_file(tmp_path / "x.pt")
+    assert torch.equal(found["w"], torch.ones(2))
+    assert list(found["history"].values()) == list(history.values())
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -35,7 +35,7 @@ from minllama.checkpoints.llama2c import (
 from minllama.checkpoints.meta import is_meta, read_meta
 from minllama.checkpoints.source import canonical_name, resolve_source, source_of
 from minllama.errors import CheckpointError, TokenizerError
-from minllama.vocabulary import Vocabulary, load_vocabulary
+from minllama.vocabulary import Vocabulary, find_vocabulary, load_vocabulary
 
 __all__ = [
     "Checkpoint",
@@ -103,11 +103,15 @@ def open_checkpoint(
 def read_tokenizer(source: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary of a file or folder: a tokenizer's own, or a GGUF file's.
 
+    A folder with no tokenizer but one GGUF file stands for that file.
+
     Raises:
         CheckpointError: a GGUF file is cut off or damaged.
         TokenizerError: none is there, or it is damaged.
     """
     path = Path(source)
+    if path.is_dir() and find_vocabulary(path) is None and (models := gguf_models(path)):
+        path = _only_one(path, models)
     if not is_gguf(path):
         return load_vocabulary(path)
     vocabulary = read_gguf_vocabulary(path)
@@ -188,8 +192,13 @@ def _reader_of_folder(path: Path) -> Callable[[Path], Checkpoint]:
             f"{path}: neither config.json (Hugging Face) nor params.json (Meta) nor a .gguf is in "
             "this folder; name the file or the folder of a checkpoint"
         )
+    model = _only_one(path, models)
+    return lambda folder: read_gguf(model)
+
+
+def _only_one(folder: Path, models: list[Path]) -> Path:
     if len(models) > 1:
         names = ", ".join(model.name for model in models[:20])
         more = f" and {len(models) - 20} more" if len(models) > 20 else ""
-        raise CheckpointError(f"{path}: holds several GGUF files; name one of {names}{more}")
-    return lambda folder: read_gguf(models[0])
+        raise CheckpointError(f"{folder}: holds several GGUF files; name one of {names}{more}")
+    return models[0]

@@ -189,7 +189,13 @@ def read_gguf_vocabulary(path: Path) -> Vocabulary | None:
     """
     from minllama.vocabulary.gguf import from_gguf
 
-    return from_gguf(read_header(path).fields, path)
+    vocabulary, part = from_gguf(read_header(path).fields, path), PART.fullmatch(path.name)
+    if vocabulary is None and part is not None:  # the first part holds what all have in common
+        number = "1".zfill(len(part["number"]))
+        first = path.with_name(f"{part['name']}-{number}-of-{part['count']}.gguf")
+        if first != path and is_gguf(first):
+            return from_gguf(read_header(first).fields, first)
+    return vocabulary
 
 
 def gguf_models(folder: Path) -> list[Path]:

@@ -62,6 +62,18 @@ _CALLED = (
     *_OTHER_TENSORS,
 )
 _TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")  # named beside a tensor, never called
+# Of numpy's numbers and arrays, which trainers keep beside the weights (a best loss, the state of a
+# generator): they are passed over, and nothing of them is made.
+_NUMPY = {
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(
+        f"numpy.{core}.{function}"
+        for core in ("core", "_core")
+        for function in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
+    ),
+}
+_ENCODE = "_codecs.encode"  # by which protocol 2 has bytes
 
 
 class RefusedPickle(Exception):
@@ -74,6 +86,12 @@ class DamagedPickle(ValueError):
 
 class OtherTensor(NamedTuple):
     """A tensor that is not a plain dense one: sparse, quantised."""
+
+    kind: str
+
+
+class OtherValue(NamedTuple):
+    """What is no part of a checkpoint that is read: a number or an array of numpy's, bytes."""
 
     kind: str
 
@@ -93,7 +111,8 @@ def read_pickle(file: BytesIO, storages: Storages) -> Any:
     """What the pickle at the file's position stands for: plain values, and tensors over storages.
 
     An OrderedDict or Counter is a dict, a set a list, a parameter a tensor; attributes are left
-    out.
+    out, and numpy's numbers and arrays only named. Keys other than words and small numbers are
+    written out.
 
     Raises:
         RefusedPickle: it names what is not part of a state dict.
@@ -173,9 +192,11 @@ class _Machine:
                 stack.append(self.call(_expect(self.pop(), _Name).name, arguments))
             case "BUILD":  # attributes of a dict, such as `_metadata`
                 self.pop()
-                _expect(stack[-1], dict)
+                _expect(stack[-1], dict | OtherValue)
             case "BINPERSID":
                 stack.append(self.storage(*_expect(self.pop(), tuple)))
+            case "BYTEARRAY8":  # the numbers of an array of numpy's
+                stack.append(OtherValue("bytes"))
             case _ if argument is not None and _is_scalar(argument):
                 stack.append(argument)
             case _:
@@ -257,6 +278,12 @@ class _Machine:
                 (storage, offset, size, stride, *_),
             ):
                 return _tensor(storage, offset, size, stride)
+            case ("_codecs.encode", (str(), "latin1")):
+                return OtherValue("bytes")
+        if name == _ENCODE:
+            raise RefusedPickle(name)
+        if name in _NUMPY:
+            return OtherValue(name)
         if name in _OTHER_TENSORS:
             return OtherTensor(name.rpartition("_rebuild_")[2])
         raise DamagedPickle(f"it calls {name} with other arguments than torch")
@@ -282,7 +309,7 @@ def _named(module: str, attribute: str) -> Any:
         return _STORAGES[attribute]
     if module == "torch" and isinstance(dtype := getattr(torch, attribute, None), torch.dtype):
         return dtype
-    if name not in _CALLED and name not in _TYPES:
+    if name not in _CALLED and name not in _TYPES and name not in _NUMPY and name != _ENCODE:
         raise RefusedPickle(name)
     return _Name(name)
 
@@ -318,8 +345,26 @@ def _is_scalar(value: Any) -> bool:
 def _key(value: Any) -> Any:
     """A key of a dict.
 
-    To hash a deep nest of tuples ends the process, and numbers can be made to collide.
+    To hash a deep nest of tuples ends the process, and numbers can be made to collide: what is
+    neither a word nor small is written out.
     """
     if isinstance(value, str | bytes | None) or (isinstance(value, int) and 0 <= value < 2**32):
         return value
+    if _is_scalar(value) or (isinstance(value, tuple) and all(map(_is_scalar, value[:8]))):
+        return _written(value)
     raise DamagedPickle(f"a key is of type {type(value).__name__}")
+
+
+def _written(value: Any) -> str:
+    """A number, or a short tuple of scalars, as Python writes it."""
+    parts = value if isinstance(value, tuple) else (value,)
+    if len(parts) > 8 or any(map(_is_long, parts)):
+        raise DamagedPickle("a key is longer than that of a state dict")
+    return repr(value)
+
+
+def _is_long(value: Any) -> bool:
+    """Whether a scalar is longer than a key that is meant."""
+    if isinstance(value, str | bytes):
+        return len(value) > 200
+    return isinstance(value, int) and abs(value) >= 2**64
