@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minllama.errors import OptionError
-from minllama.text_files import checked_encoding, checked_separator
+from minllama.text_files import checked_encoding, checked_separator, column_names
 
 # Forms that weights may be kept in instead of numbers: see `minllama.quantization.quantized`.
 QUANTIZE = ("stored", "int8", "int4")
@@ -298,11 +298,8 @@ class DataOptions(CheckedOptions):
             object.__setattr__(self, "encoding", checked_encoding(self.encoding))
         if self.separator is not None:
             object.__setattr__(self, "separator", checked_separator(self.separator))
-        names = [name.strip() for name in (self.columns or "").split(",")]
-        if self.columns is not None and (len(set(names)) < len(names) or not all(names)):
-            raise OptionError(
-                f"columns must be names with commas between them, each once, not {self.columns!r}"
-            )
+        if self.columns is not None:
+            column_names(self.columns)
         others = ("label_column", "label_names", "label_lists")
         if self.label_columns is not None and (given := [n for n in others if getattr(self, n)]):
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
@@ -347,7 +344,7 @@ class ZeroShotOptions(CheckedOptions):
 
     label_words: str | None = option(
         None,
-        "words that stand for the labels, in their order, parted by commas (in quotes where one "
+        "words that stand for the labels, in their order, separated by commas (in quotes where one "
         "holds a comma), or as JSON: a list, or {label: word}",
     )
     score: str = option(

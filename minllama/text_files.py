@@ -4,6 +4,7 @@ Knows nothing of how files are read.
 """
 
 import codecs
+import csv
 from encodings.aliases import aliases
 
 from minllama.errors import OptionError
@@ -64,3 +65,22 @@ def checked_separator(separator: str) -> str:
             f"{', '.join(SEPARATORS)}; not {separator[:40]!r}"
         )
     return character
+
+
+def column_names(text: str) -> list[str]:
+    """The names that `--columns` lists: separated by commas, in quotes where one holds a comma.
+
+    Raises:
+        OptionError: a quote is not closed, or a name is empty or given twice.
+    """
+    try:
+        rows = list(csv.reader([text], skipinitialspace=True, strict=True))
+    except csv.Error:
+        rows = []
+    names = [name.strip() for row in rows for name in row]
+    if len(rows) != 1 or len(set(names)) < len(names) or not all(names):
+        raise OptionError(
+            "columns must be names with commas between them, each once, in quotes where one holds "
+            f"a comma, not {text!r}"
+        )
+    return names

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from minllama.data.class_names import is_truth
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation_options import THRESHOLD_METRICS, ThresholdOptions, threshold_rule
 from minllama.text import printable
@@ -74,10 +75,17 @@ def positive_class(labels: Sequence[str], name: str | None, *, multi_label: bool
     if not is_binary:
         kind = "texts with any number of labels" if multi_label else f"{len(labels)} classes"
         raise OptionError(f"--positive names one of two classes, and these are {kind}; omit it")
+    name = _as_labelled(name, labels)
     if name not in labels:
         known = " and ".join(map(repr, labels))
         raise OptionError(f"--positive {name!r} is none of the classes {known}; name one of them")
     return labels.index(name)
+
+
+def _as_labelled(name: str, labels: Sequence[str]) -> str:
+    """A label's name as the task has it: `True` of a file is the class `true`, typed here too."""
+    same = [label for label in labels if is_truth(label) and label.casefold() == name.casefold()]
+    return same[0] if len(same) == 1 and name not in labels else name
 
 
 def _of_two(
@@ -93,7 +101,7 @@ def _of_two(
     label, rule = _rule(options.threshold[0], labels)
     if label is None:
         return options
-    if options.positive not in (None, label):
+    if options.positive is not None and _as_labelled(options.positive, labels) != label:
         raise OptionError(
             f"--threshold {options.threshold[0]!r} is for {label!r}, and --positive is "
             f"{options.positive!r}; of two classes the positive one has a threshold"
@@ -354,6 +362,9 @@ def _rule(text: str, labels: Sequence[str]) -> tuple[str | None, float | str]:
         OptionError: it is neither, or both.
     """
     of_all = threshold_rule(text)
+    typed, equals, rest = text.partition("=")
+    if equals and is_truth(typed.strip()):
+        text = f"{_as_labelled(typed.strip(), labels)}={rest}"
     rests = [(label, text[len(label) :].lstrip()) for label in labels if text.startswith(label)]
     rules = [(label, threshold_rule(rest[1:])) for label, rest in rests if rest[:1] == "="]
     named = [(label, rule) for label, rule in rules if rule is not None]

@@ -290,3 +290,14 @@ def test_the_csv_modules_rows_are_ours(tmp_path: Path) -> None:
     assert [
         row.record for row in stream_rows(tmp_path / "x.csv", DataOptions(skip_bad_rows=True))
     ] == expected
+
+
+def test_names_of_columns_may_hold_commas_in_quotes(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("well,1,0\nno,0,1\n")
+    options = DataOptions(columns='text,"late, or lost",c', label_columns='"late, or lost",c')
+    data = load_dataset(tmp_path / "x.csv", options)
+    assert [*data.label_names] == ["late, or lost", "c"]
+    assert [data.classes_of(i) for i in range(2)] == [(0,), (1,)]
+    for wrong in ('text,"a', "text,,a", "text,a,a"):
+        with pytest.raises(OptionError, match="in quotes where one holds a comma"):
+            DataOptions(columns=wrong)

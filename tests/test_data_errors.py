@@ -84,7 +84,8 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
             "x.csv",
             b"a,b,text\na,b,c\n",
             ": which column holds the label? there are 'a', 'b', 'text'; "
-            "name one with --label-column",
+            "name one with --label-column, or all that hold 0 and 1 for one label each with "
+            "--label-columns",
         ),
         (
             "x.csv",
@@ -300,3 +301,9 @@ def test_any_bytes_are_examples_or_one_line(
     else:
         assert len(outcome) == len(outcome.labels or ()) > 0
         assert all(outcome.texts)
+
+
+def test_columns_of_one_label_each_are_asked_about(tmp_path):
+    (tmp_path / "x.csv").write_text("text,late,broken\nwell,1,0\n")
+    with pytest.raises(DataError, match="hold 0 and 1 for one label each with --label-columns"):
+        load_dataset(tmp_path / "x.csv")

@@ -293,3 +293,16 @@ def test_numbers_by_label_are_taken_from_python():
     ):
         with pytest.raises(MinllamaError, match=message):
             as_thresholds(value, LABELS, 1)
+
+
+def test_truth_values_are_named_as_the_file_writes_them():
+    labels = ["false", "true"]
+    given = ThresholdOptions(threshold=("True=0.3",), positive="TRUE")
+    assert fixed_thresholds(given, labels, multi_label=False) == Thresholds((0.3,), 1)
+    only = ThresholdOptions(threshold=("0.7",), positive="False")
+    assert fixed_thresholds(only, labels, multi_label=False) == Thresholds((0.7,), 0)
+    several = ThresholdOptions(threshold=("FALSE=0.2",))
+    assert fixed_thresholds(several, labels, multi_label=True) == Thresholds((0.2, 0.5))
+    both = ThresholdOptions(positive="TRUE")
+    with pytest.raises(OptionError, match="name one of them"):
+        fixed_thresholds(both, ["True", "true"], multi_label=False)

@@ -94,7 +94,7 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
     "--keep-columns",
     metavar="NAMES",
     help="Columns of --input that each line of JSON carries along, and a table has in front, "
-    "parted by commas; or all.",
+    "separated by commas; or all.",
 )
 @click.option("--resume", is_flag=True, help="Go on where FILE ends.")
 @click.option("--force", is_flag=True, help="Replace FILE where it exists.")
@@ -249,7 +249,7 @@ def _names(labels: str | None, labels_file: str | None) -> list[str]:
         assert labels is not None
         names, where = names_of_option(labels, "--labels"), f"--labels {labels!r}"
     if len(names) < 2:
-        form = "a line each" if labels is None else "parted by commas"
+        form = "a line each" if labels is None else "separated by commas"
         raise OptionError(f"{where} is one label; give at least two, {form}")
     for alike in look_alikes(names):
         click.echo(f"labels: {alike_message(alike, {})}", err=True)

@@ -158,6 +158,9 @@ def _unclear(
     if unfit and not may_be:
         there += f" ({', '.join(unfit[:5])})"
     hint = f"; {header}" if header else ""
+    several = what == "label" and len(may_be) > 2  # of which one is the text's
+    vectors = ", or all that hold 0 and 1 for one label each with --label-columns" * several
     return DataError(
-        f"{name}: which column holds the {what}? {there}; name one with --{what}-column{hint}"
+        f"{name}: which column holds the {what}? {there}; "
+        f"name one with --{what}-column{vectors}{hint}"
     )

@@ -13,6 +13,7 @@ from minllama.data.lines import MAX_LINE_BYTES, Lines
 from minllama.data.records import RawRow, Table, numbered
 from minllama.errors import DataError
 from minllama.text import printable
+from minllama.text_files import column_names
 
 SEPARATORS = (",", ";", "\t", "|")
 MAX_QUOTED_LINES = 1000  # of one TSV cell; where a quote is text, the next one may be far away
@@ -37,7 +38,7 @@ def delimited_table(
         lines: of the file.
         usual: what separates in files of this name: a comma, or a tab.
         separator: what does so here; None to tell by the line of names.
-        columns: their names, parted by commas, where no line holds them.
+        columns: their names, separated by commas, where no line holds them.
         has_header: whether the first line holds names.
         asked: names of columns that there should be.
     """
@@ -176,7 +177,7 @@ def _tsv_rows(lines: Lines, columns: str | None) -> Rows:
     ordinary character. A quote at the beginning of a cell is taken for one of the first kind where
     another closes it, all between them is doubled, and the row has as many cells as the first.
     """
-    reader = _QuotedCells(lines, None if columns is None else len(columns.split(",")))
+    reader = _QuotedCells(lines, None if columns is None else len(column_names(columns)))
     for line in lines:
         start = lines.number
         line = line.removeprefix("\ufeff")
@@ -312,7 +313,7 @@ def _table_without(lines: Lines, rows: Rows, given: str | None) -> Table:
     rows = itertools.chain([] if first is None else [first], rows)
     where, header = "--columns", ""
     if given is not None:
-        columns = [name.strip() for name in given.split(",")]
+        columns = column_names(given)
     else:
         where = "the first line"
         header = "name them all, in order, with --columns, such as --columns label,text"
@@ -339,7 +340,11 @@ def _records(
                     f"{name}, line {number}: names the columns in another order than the first "
                     "line; put files together by column, or read them one by one"
                 )
-            remedy = "" if has_header else " (where it is the first line, leave out --columns)"
+            remedy = (
+                ""
+                if has_header
+                else " (where it is the first line, leave out --columns and --no-header)"
+            )
             yield number, f"a line of column names, no example{remedy}"
         else:
             yield number, dict(zip(columns, cells, strict=True))

@@ -190,7 +190,7 @@ def _quoted_name(text: str, start: int, separator: str) -> tuple[str, int] | Non
 
 
 def joined_names(names: Sequence[str]) -> str:
-    """The names as `split_names` reads them: parted by commas, quoted where that is needed."""
+    """The names as `split_names` reads them: separated by commas, quoted where that is needed."""
 
     def quoted(name: str) -> str:
         doubled = name.replace('"', '""')

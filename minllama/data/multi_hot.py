@@ -49,7 +49,7 @@ def vector_labels(value: Any, names: Sequence[str]) -> list[str]:
 
 
 def names_of_columns(text: str) -> list[str]:
-    """The names of `--label-columns`: parted by commas, quoted where they hold one.
+    """The names of `--label-columns`: separated by commas, quoted where they hold one.
 
     Raises:
         OptionError: a quote is not closed, or a name is empty or there twice.

@@ -59,7 +59,7 @@ def label_words_of(text: str | None, labels: Sequence[str]) -> tuple[str, ...]:
     """The words of `--label-words` in the order of the labels, which it is where it is not given.
 
     Args:
-        text: parted by commas and quoted as in CSV, a JSON list, or a JSON object {label: word}.
+        text: separated by commas and quoted as in CSV, a JSON list, or a JSON object {label: word}.
         labels: the names of the classes.
 
     Raises:
