@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import shlex
 import subprocess
@@ -35,7 +36,9 @@ def run_command(message: str, folder: Path) -> None:
     """Run what the message advises, as somebody would who copies it."""
     found = re.search(r"(?:convert|unpack) it with: (.*?)(, and read it with .*)?$", message)
     assert found is not None, message
-    subprocess.run(["bash", "-c", found[1]], check=True, cwd=folder, timeout=60)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path}  # `python` is the one that runs the tests
+    subprocess.run(["bash", "-c", found[1]], check=True, cwd=folder, timeout=60, env=environment)
 
 
 def pairs(path: Path, options: DataOptions | None = None) -> list[tuple[str, str]]:

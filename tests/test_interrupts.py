@@ -30,6 +30,8 @@ def test_a_second_interrupt_ends_a_run_as_the_first(
             stdout=subprocess.DEVNULL,
             start_new_session=True,
             env=os.environ | {"TERM": "dumb"},
+            # A shell that runs the tests in the background has them ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         time.sleep(moment)
         process.send_signal(signal.SIGINT)
