@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from minllama.data.class_names import is_truth
 from minllama.errors import MinllamaError, OptionError
-from minllama.evaluation_options import THRESHOLD_METRICS, ThresholdOptions, threshold_rule
+from minllama.options.evaluation import THRESHOLD_METRICS, ThresholdOptions, threshold_rule
 from minllama.text import printable
 
 DEFAULT = 0.5

@@ -25,7 +25,7 @@ ORDER = (
         "native",
         "gpu",
     ),
-    ("module_patterns", "evaluation_options"),
+    ("module_patterns",),
     ("vocabulary", "data", "adapter_config"),
     ("checkpoints",),
     (

@@ -6,7 +6,7 @@ import sklearn.metrics
 
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation import evaluate, predictions
-from minllama.evaluation_options import ThresholdOptions
+from minllama.options.evaluation import ThresholdOptions
 from minllama.thresholds import (
     Thresholds,
     as_thresholds,

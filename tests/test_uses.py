@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from minllama.errors import OptionError
-from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.experiment import Experiment, check_uses
 from minllama.experiment.uses import USES
 from minllama.options import ClassifierOptions, LoRAOptions, TrainingOptions
+from minllama.options.evaluation import ReportOptions, ThresholdOptions
 
 GROUPS = {
     "classifier": ClassifierOptions,

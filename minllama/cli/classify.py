@@ -24,7 +24,6 @@ from minllama.cli.common import (
 from minllama.cli.deciding import decide
 from minllama.cli.output_file import OutputFile
 from minllama.errors import DataError, MinllamaError, OptionError
-from minllama.evaluation_options import ThresholdOptions
 from minllama.lock import only_run
 from minllama.options import (
     CORRECTED,
@@ -34,6 +33,7 @@ from minllama.options import (
     ZeroShotOptions,
     names_of,
 )
+from minllama.options.evaluation import ThresholdOptions
 from minllama.text import printable
 
 if TYPE_CHECKING:

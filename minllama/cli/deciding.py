@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from minllama.cli.common import flags_of, given_options
 from minllama.errors import OptionError
-from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.options import names_of
+from minllama.options.evaluation import ReportOptions, ThresholdOptions
 
 if TYPE_CHECKING:
     from minllama.classifier import Classifier

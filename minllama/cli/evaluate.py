@@ -20,8 +20,8 @@ from minllama.cli.common import (
 )
 from minllama.cli.deciding import decide
 from minllama.errors import CheckpointError, MinllamaError, OptionError
-from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.options import DataOptions
+from minllama.options.evaluation import ReportOptions, ThresholdOptions
 from minllama.text import one_line
 
 if TYPE_CHECKING:

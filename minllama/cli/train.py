@@ -22,7 +22,6 @@ from minllama.cli.common import (
     warn_of_slow_dtype,
 )
 from minllama.errors import MinllamaError
-from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.options import (
     ClassifierOptions,
     DataOptions,
@@ -30,6 +29,7 @@ from minllama.options import (
     PromptOptions,
     TrainingOptions,
 )
+from minllama.options.evaluation import ReportOptions, ThresholdOptions
 from minllama.text import one_line
 
 

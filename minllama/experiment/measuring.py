@@ -20,8 +20,8 @@ from minllama.classifier.base import Classifier, probabilities
 from minllama.data import Dataset
 from minllama.errors import CheckpointError
 from minllama.evaluation import Evaluation, evaluate
-from minllama.evaluation_options import ThresholdOptions
 from minllama.experiment.value_measuring import value_headlines
+from minllama.options.evaluation import ThresholdOptions
 from minllama.report import ReportedSplit, ReportedValues
 from minllama.report.files import METRICS_FILE
 from minllama.text import printable

@@ -23,7 +23,6 @@ from minllama.classifier.calibration import fit_temperature
 from minllama.classifier.identity import comparable_config
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation import Evaluation
-from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.experiment.fitting import (
     LAYER_FILE,
     TRAINED,
@@ -64,6 +63,7 @@ from minllama.options import (
     PromptOptions,
     TrainingOptions,
 )
+from minllama.options.evaluation import ReportOptions, ThresholdOptions
 from minllama.quantization import check_quantize
 from minllama.report import Report
 from minllama.report.files import write_files

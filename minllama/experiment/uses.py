@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from minllama.errors import OptionError
-from minllama.evaluation_options import ReportOptions, ThresholdOptions
 from minllama.experiment.fitting import TRAINED
 from minllama.options import CORRECTED, LoRAOptions, TrainingOptions, ZeroShotOptions, names_of
+from minllama.options.evaluation import ReportOptions, ThresholdOptions
 
 if TYPE_CHECKING:
     from minllama.experiment.run import Experiment

@@ -7,7 +7,7 @@ Knows nothing of labels or probabilities.
 from dataclasses import dataclass
 
 from minllama.errors import OptionError
-from minllama.options import CheckedOptions, option
+from minllama.options.base import CheckedOptions, option
 
 THRESHOLD_METRICS = ("f1", "macro-f1", "accuracy", "balanced-accuracy")
 THRESHOLD_GOALS = ("precision", "recall")

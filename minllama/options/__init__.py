@@ -1,0 +1,64 @@
+"""Options that are defined once: name, default, range and meaning in one frozen dataclass field.
+
+By what they are for; those of thresholds and reports are in `minllama.options.evaluation`.
+"""
+
+from minllama.options.base import (
+    CheckedOptions,
+    Range,
+    names_of,
+    option,
+)
+from minllama.options.classification import (
+    CLASS_METRICS,
+    CORRECTED,
+    METHODS,
+    OBJECTIVES,
+    POOLINGS,
+    SCORES,
+    VALUE_METRICS,
+    ClassifierOptions,
+    ZeroShotOptions,
+)
+from minllama.options.data import (
+    DATA_FORMATS,
+    OUTPUT_ENDINGS,
+    OUTPUT_FORMATS,
+    DataOptions,
+    PromptOptions,
+)
+from minllama.options.generation import (
+    GenerationOptions,
+    SamplingOptions,
+)
+from minllama.options.training import (
+    QUANTIZE,
+    LoRAOptions,
+    TrainingOptions,
+)
+
+__all__ = [
+    "CLASS_METRICS",
+    "CORRECTED",
+    "DATA_FORMATS",
+    "METHODS",
+    "OBJECTIVES",
+    "OUTPUT_ENDINGS",
+    "OUTPUT_FORMATS",
+    "POOLINGS",
+    "QUANTIZE",
+    "SCORES",
+    "VALUE_METRICS",
+    "CheckedOptions",
+    "ClassifierOptions",
+    "DataOptions",
+    "GenerationOptions",
+    "LoRAOptions",
+    "PromptOptions",
+    "Range",
+    "SamplingOptions",
+    "TrainingOptions",
+    "ZeroShotOptions",
+    "names_of",
+    "option",
+]

@@ -1,0 +1,143 @@
+"""Options that are defined once: name, default, range and meaning in one frozen dataclass field.
+
+The command line's help and parsing, the Python API and its validation all read the same fields.
+The other modules of this package define them by what they are for; none imports torch, so that
+`--help` stays instant.
+"""
+
+import dataclasses
+import math
+import numbers
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from minllama.errors import OptionError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The interval that a number must lie in, with or without its ends."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'>' if self.low_open else '>='} {self.low:g}"
+        left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
+        # 2^32 - 1 has ten digits, of which none may be left out.
+        low, high = (f"{end:.10g}" for end in (self.low, self.high))
+        return f"in {left}{low}, {high}{right}"
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    within: Range | None = None,
+    choices: tuple[str, ...] = (),
+    flag: str | None = None,
+) -> Any:
+    """Define one option: a dataclass field that carries its meaning and range.
+
+    Args:
+        default: the value when nothing is said.
+        meaning: one sentence, as the command line's help prints it.
+        within: the interval that a number must lie in; `None` for no limit.
+        choices: the words that a string must be one of; empty for any string.
+        flag: its name on the command line, where that is not the field's; of a flag that is true
+            by default it says the opposite.
+    """
+    metadata = {"meaning": meaning, "within": within, "choices": choices, "flag": flag}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class CheckedOptions:
+    """Base of the option dataclasses: checks every field against its type and range at birth."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            checked = _checked(field.name, value, hints[field.name], field.metadata.get("within"))
+            choices = field.metadata.get("choices")
+            if choices and checked is not None and checked not in choices:
+                known = ", ".join(choices)
+                raise OptionError(f"{field.name} must be one of {known}, not {checked!r}")
+            if checked is not value:
+                object.__setattr__(self, field.name, checked)
+
+
+def _checked(name: str, value: Any, hint: Any, within: Range | None) -> Any:
+    """`value`, as the type that `hint` names; an OptionError where it is not one."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    if value is None and types.NoneType in kinds:
+        return None
+    kind = next(kind for kind in kinds if kind is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        if int in typing.get_args(typing.get_args(kind)[0]):
+            return _checked_tokens(name, value)
+        if isinstance(value, str):  # one string where several may stand
+            value = (value,)
+        if not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
+            raise OptionError(f"{name} must be a list of strings, not {value!r}")
+        if not all(value):
+            raise OptionError(f"{name} holds an empty string, which would match everywhere")
+        return tuple(value)
+    # bool is an int to Python, but `top_k=True` is a mistake. NumPy's numbers are numbers.
+    is_flag = isinstance(value, bool)
+    if kind is int and not is_flag and isinstance(value, numbers.Integral):
+        value = int(value)
+    if kind is float and not is_flag and isinstance(value, numbers.Real):
+        try:
+            value = float(value)
+        except OverflowError:  # an integer beyond every float
+            value = math.inf
+        if not math.isfinite(value):
+            raise OptionError(f"{name} must be a finite number{_range_text(within)}, not {value}")
+    elif type(value) is not kind:
+        raise OptionError(f"{name} must be {_KIND_NAMES[kind]}{_range_text(within)}, not {value!r}")
+    if within is not None and value not in within:
+        raise OptionError(f"{name} must be {within}, not {value!r}")
+    return value
+
+
+def _checked_tokens(name: str, value: Any) -> tuple[int | str, ...]:
+    """`value` as a tuple of token ids and texts of tokens; a string of digits is an id."""
+    if hasattr(value, "tolist"):  # an array or a tensor of ids
+        value = value.tolist()
+    if isinstance(value, str | numbers.Integral):  # one where several may stand
+        value = (value,)
+    listed = isinstance(value, tuple | list | set | frozenset)
+    if not listed or not all(isinstance(v, str | numbers.Integral) for v in value):
+        raise OptionError(f"{name} must be a list of token ids or of tokens' texts, not {value!r}")
+    tokens: list[int | str] = []
+    for token in value:
+        if isinstance(token, bool) or token == "":
+            raise OptionError(f"{name} holds {token!r}, which is no token")
+        is_id = not isinstance(token, str) or (token.isascii() and token.isdecimal())
+        tokens.append(int(token) if is_id else token)
+        if is_id and tokens[-1] < 0:  # type: ignore[operator]
+            raise OptionError(f"{name} holds {token}, and token ids are >= 0")
+    return tuple(tokens)
+
+
+_KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+
+
+def _range_text(within: Range | None) -> str:
+    return "" if within is None else f" {within}"
+
+
+def names_of(options: type[CheckedOptions]) -> tuple[str, ...]:
+    """The names of its fields."""
+    return tuple(field.name for field in dataclasses.fields(options))  # type: ignore[arg-type]
