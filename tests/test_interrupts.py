@@ -37,6 +37,7 @@ def test_a_second_interrupt_ends_a_run_as_the_first(
         process.send_signal(signal.SIGINT)
         time.sleep(gap)
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        # To a shell both are 130: while it ends, Python gives the signal back to the system.
+        assert process.wait(60) in (130, -signal.SIGINT)
     assert "Traceback" not in (tmp_path / "stderr").read_text()
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".lock")]
