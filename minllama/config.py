@@ -6,6 +6,7 @@ its own into them.
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,6 +186,18 @@ class LlamaConfig:
         if self.rope_scaling is not None and self.rope_scaling.kind == "dynamic":
             return int(self.max_seq_len * self.rope_scaling.factor)
         return self.max_seq_len
+
+    def has_defaults_beyond(self, fields: Collection[str]) -> bool:
+        """Whether every field that is not one of these has its default.
+
+        What computes the model without its modules names the fields that it implements, so that a
+        field that comes later sends a model to the modules instead of being ignored.
+        """
+        return all(
+            getattr(self, field.name) == field.default
+            for field in dataclasses.fields(self)
+            if field.name not in fields
+        )
 
     def replace(self, **changes: Any) -> "LlamaConfig":
         """A copy with some fields changed, checked anew."""

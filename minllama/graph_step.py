@@ -25,6 +25,15 @@ from minllama.runner import is_walkable, linear_modules
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 MOST_ROWS = 128
+# The fields of LlamaConfig that the kernels, or what launches them, follow.
+IMPLEMENTED = frozenset(
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
+        *("max_seq_len", "norm_eps", "rope_theta", "rope_scaling"),
+        *("tie_embeddings", "attention_bias", "ffn_bias"),
+        "dropout",  # by leaving training to the modules: `is_walkable`
+    )
+)
 NO_ROW = -(2**40)  # the length of a row that is only there to fill a graph's number of rows
 
 
@@ -65,14 +74,16 @@ def computes(llama: Any) -> bool:
         query, key, value, _, w1, _, w3 = (module.bias is None for module in linear_modules(layer))
         return query == key == value and w1 == w3
 
-    return is_walkable(llama, is_matrix, is_numbers) and all(map(has_like_biases, llama.layers))
+    return is_walkable(llama, IMPLEMENTED, is_matrix, is_numbers) and all(
+        map(has_like_biases, llama.layers)
+    )
 
 
 def knows(config: LlamaConfig) -> bool:
     """Whether the kernels compute what a config says."""
     scaling = config.rope_scaling
     # With dynamic scaling the table of rotations is another for each text.
-    return config.causal and (scaling is None or scaling.kind != "dynamic")
+    return scaling is None or scaling.kind != "dynamic"
 
 
 def is_step(ids: Tensor, attention_mask: Tensor | None) -> bool:

@@ -28,6 +28,7 @@ from minllama.quantization import project, rows_of
 from minllama.rope import RotaryEmbedding, apply_rotary_embedding
 from minllama.runner import has_hooks
 from minllama.short_pass import runs_natively, short_pass
+from minllama.view import IMPLEMENTED as PACKED_FIELDS
 from minllama.view import (
     Packing,
     View,
@@ -390,7 +391,9 @@ class Llama(LlamaPreTrainedModel):
 
     def _packed(self, ids: Tensor, mask: Tensor | None) -> tuple[Packing, View] | None:
         """Texts in one row, where that spares padding or a common beginning, and attention can."""
-        if not self.config.causal or not operations.serves(self.norm.weight):
+        if not self.config.has_defaults_beyond(PACKED_FIELDS):
+            return None
+        if not operations.serves(self.norm.weight):
             return None
         if mask is not None and (mask.dim() == 3 or not mask.any()):
             return None

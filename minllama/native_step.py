@@ -39,6 +39,15 @@ from minllama.widening import WidenedEmbedding, WidenedLinear
 # Tokens of a pass up to which a step is faster here than torch's products of large matrices are,
 # rows of one token each, and either on CPUs with matrix instructions (AMX), which torch uses.
 MOST_TOKENS, MOST_ROWS, FEW = 64, 128, 32
+# The fields of LlamaConfig that native/step.cpp, or what calls it, follows.
+IMPLEMENTED = frozenset(
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
+        *("max_seq_len", "norm_eps", "rope_theta", "rope_scaling"),
+        *("tie_embeddings", "attention_bias", "ffn_bias"),
+        "dropout",  # by leaving training to the modules: `is_walkable`
+    )
+)
 KNOWN = (
     *(nn.Linear, linear.Linear, nn.Embedding),
     *(QuantizedLinear, QuantizedEmbedding),
@@ -53,7 +62,7 @@ def can_run(llama: Any) -> bool:
     """
     if library() is None or llama.device.type != "cpu" or llama.dtype not in KINDS:
         return False
-    return is_walkable(llama, _is_as_described, _is_numbers)
+    return is_walkable(llama, IMPLEMENTED, _is_as_described, _is_numbers)
 
 
 def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:

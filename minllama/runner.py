@@ -7,7 +7,7 @@ Knows nothing of how a step computes what the modules do (`minllama.native_step`
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 def is_walkable(
     llama: Any,
+    implemented: Collection[str],
     is_matrix: Callable[[nn.Module, tuple[int, int]], bool],
     is_numbers: Callable[[Any, tuple[int, ...]], bool],
 ) -> bool:
@@ -26,11 +27,14 @@ def is_walkable(
 
     Args:
         llama: a `minllama.Llama`.
+        implemented: fields of `LlamaConfig` that the steps follow; any other has its default.
         is_matrix: whether a linear layer or an embedding is of a kind that is known, and its matrix
             (out, in) of this shape.
         is_numbers: the same of a norm's weight.
     """
     config = llama.config
+    if not config.has_defaults_beyond(implemented):
+        return False
     if (llama.training and config.dropout) or has_hooks(llama):
         return False
     if len(llama.layers) != config.n_layers:

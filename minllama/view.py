@@ -17,6 +17,14 @@ from minllama.native.attention import Texts
 # Share of a batch's tokens that need not be computed, above which they are not: each layer takes
 # queries, keys and values apart for it.
 SHARING_PAYS = 0.03
+# The fields of LlamaConfig that texts in one row follow: a token sees all before it in its text.
+IMPLEMENTED = frozenset(
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
+        *("max_seq_len", "norm_eps", "rope_theta", "rope_scaling", "dropout"),
+        *("tie_embeddings", "attention_bias", "ffn_bias"),
+    )
+)
 
 
 class View(NamedTuple):

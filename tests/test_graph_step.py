@@ -21,7 +21,7 @@ from minllama.graph_step import GraphStep, computes
 from minllama.llama import load_pretrained
 from minllama.lora import add_lora_wrapper
 from minllama.quantization import QuantizedWeight, quantize
-from tests.tiny import VARIANTS, our_model, random_ids
+from tests.tiny import CHANGED_FIELDS, VARIANTS, our_model, random_ids
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux")
 
@@ -110,6 +110,14 @@ def test_a_step_is_the_walk_of_the_modules(dtype, lengths):
 def test_a_step_knows_every_variant(changes, lengths):
     model = model_of(n_layers=1, **changes)
     compare(model, step_of(model), lengths, n_steps=2)
+
+
+@quiet
+@pytest.mark.parametrize("name", sorted(graph_step.IMPLEMENTED))
+@torch.inference_mode()
+def test_a_step_follows_every_field_that_it_implements(name):
+    model = model_of(**{"n_layers": 1, **CHANGED_FIELDS[name]})
+    compare(model, step_of(model), (4, 2), n_steps=1)
 
 
 @quiet

@@ -8,7 +8,7 @@ import transformers
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
-from minllama.config import LlamaConfig
+from minllama.config import LlamaConfig, RopeScaling
 from minllama.llama import Llama, load_pretrained
 
 transformers.logging.set_verbosity_error()
@@ -33,6 +33,27 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"n_kv_heads": 4, "dim": 40, "hidden_dim": 50, "head_dim": 6},
     {"n_heads": 8, "n_kv_heads": 8, "vocab_size": 70, "rope_theta": 300.0},
 )
+
+# A changed value of each field of LlamaConfig, of the same model: `tests/test_config_fields.py`.
+SCALING = RopeScaling("llama3", factor=4.0, original_max_seq_len=8)
+CHANGED_FIELDS: dict[str, dict[str, Any]] = {
+    "dim": {"dim": 80, "head_dim": 16},
+    "n_layers": {"n_layers": 3},
+    "n_heads": {"n_heads": 8, "head_dim": 16},
+    "vocab_size": {"vocab_size": 71},
+    "n_kv_heads": {"n_kv_heads": 1},
+    "head_dim": {"head_dim": 10},
+    "hidden_dim": {"hidden_dim": 160},
+    "max_seq_len": {"max_seq_len": 40},
+    "norm_eps": {"norm_eps": 0.3},
+    "rope_theta": {"rope_theta": 50.0},
+    "rope_scaling": {"rope_scaling": SCALING},
+    "tie_embeddings": {"tie_embeddings": True},
+    "attention_bias": {"attention_bias": True},
+    "ffn_bias": {"ffn_bias": True},
+    "causal": {"causal": False},
+    "dropout": {"dropout": 0.5},
+}
 
 
 def their_model(**changes: Any) -> LlamaForCausalLM:
