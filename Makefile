@@ -13,7 +13,8 @@ MADE := $(VENV)/.made
 RUNS := $(VENV)/.runs
 TESTS := $(VENV)/.tests
 BENCH := $(VENV)/.bench
-NATIVE := $(wildcard minllama/native/*.cpp minllama/native/*.h minllama/native/*.inc)
+SOURCE := minllama/kernels/cpu/src
+NATIVE := $(wildcard $(SOURCE)/*.cpp $(SOURCE)/*.h $(SOURCE)/*.inc)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -65,7 +66,7 @@ test-cpus: $(TESTS) ## what depends on the processor, as if on each kind that th
 			avx2) export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ;; \
 			avx512) export ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI ;; \
 		esac; \
-		if $(BIN)/python -c 'from minllama.native.library import best_level as f; f()' 2>/dev/null; \
+		if $(BIN)/python -c 'from minllama.kernels.cpu.library import best_level as f; f()' 2>/dev/null; \
 		then echo "MINLLAMA_CPU=$$cpu"; $(PYTEST) --quiet -m "cpu and not slow"; \
 		else echo "MINLLAMA_CPU=$$cpu: not on this processor, so left out"; fi; \
 	done
@@ -80,7 +81,7 @@ format: $(TESTS) ## put the code into its style
 	$(BIN)/ruff format .
 
 docs: $(RUNS) ## write docs/cli.md from the parser
-	$(BIN)/python -m minllama.cli.reference > docs/cli.md
+	$(BIN)/python -m minllama.cli.docs > docs/cli.md
 
 native: $(RUNS) ## compile the C++ part anew, if it has changed
 

@@ -19,10 +19,10 @@ from minllama.errors import MinllamaError
 
 if TYPE_CHECKING:
     from minllama.cli.waiting import ConsoleSay
-    from minllama.llama import Llama
+    from minllama.evaluation.report import ReportedSplit
+    from minllama.model.llama import Llama
     from minllama.options import DataOptions
-    from minllama.report import ReportedSplit
-    from minllama.tokenizer import Tokenizer
+    from minllama.tokenizer.tokenizer import Tokenizer
 
 STORY = "The old lighthouse keeper had not spoken to anyone for weeks. One evening, however,"
 QUESTION = "{text} Is this movie {labels}? This movie is"
@@ -82,7 +82,7 @@ def main(given: list[str] | None = None) -> int:
 
 def generate(args: argparse.Namespace) -> None:
     """The same prompt at temperature 0 and at 1, each into its file."""
-    from minllama.generation import generate as generate_texts
+    from minllama.generation.api import generate as generate_texts
 
     check_outputs(args, "generated_sentence_low_temp_out", "generated_sentence_high_temp_out")
     model, tokenizer = open_model(args)
@@ -106,8 +106,8 @@ def prompt(args: argparse.Namespace) -> None:
     """Zero-shot: which label's name is likeliest after each sentence and a question?"""
     from minllama.data import load_dataset, read_label_names
     from minllama.experiment import evaluate_classifier
-    from minllama.experiment.fitting import make_zero_shot
-    from minllama.experiment.predicting import described
+    from minllama.experiment.build import make_zero_shot
+    from minllama.experiment.predict import described
     from minllama.experiment.splits import without_placeholders
     from minllama.options import PromptOptions, ZeroShotOptions
 
@@ -143,9 +143,9 @@ def prompt(args: argparse.Namespace) -> None:
 def train(args: argparse.Namespace) -> None:
     """Train a head on the last token, with all weights or with adapters; then predict."""
     from minllama.data import read_label_names
+    from minllama.evaluation.report import ReportedSplit
     from minllama.experiment import Experiment, run_experiment
     from minllama.options import ClassifierOptions, PromptOptions, TrainingOptions
-    from minllama.report import ReportedSplit
 
     need(args, "train", "dev")
     check_outputs(args, *prediction_files(args))
@@ -210,7 +210,7 @@ def tell(
     multi_label: bool = False,
 ) -> None:
     """Print a split's accuracy, if it has labels, and write its predictions."""
-    from minllama.evaluation import predictions
+    from minllama.evaluation.metrics import predictions
 
     path = {"dev": args.dev_out, "test": args.test_out}[split.name]
     chosen = predictions(split.probabilities, multi_label=multi_label)
@@ -228,7 +228,7 @@ def tell(
 
 def open_model(args: argparse.Namespace) -> "tuple[Llama, Tokenizer]":
     """The checkpoint that the arguments name, and its tokenizer."""
-    from minllama.cli.common import open_model as open_checkpoint_and_model
+    from minllama.cli.open import open_model as open_checkpoint_and_model
 
     model, tokenizer, _ = open_checkpoint_and_model(
         args.pretrained_model_path, args.tokenizer, None, device(args)

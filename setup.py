@@ -5,12 +5,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-NATIVE = Path("minllama/native")
+SOURCE = Path("minllama/kernels/cpu/src")
 
 step = Extension(
-    "minllama.native._step",
-    sources=[str(NATIVE / "step.cpp")],
-    depends=[str(path) for kind in ("h", "inc") for path in NATIVE.glob(f"*.{kind}")],
+    "minllama.kernels.cpu._step",
+    sources=[str(SOURCE / "bindings.cpp")],
+    depends=[str(path) for kind in ("h", "inc") for path in SOURCE.glob(f"*.{kind}")],
     extra_compile_args=[
         "-std=c++17",
         "-O3",

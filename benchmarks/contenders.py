@@ -38,7 +38,7 @@ def median(work: Callable[[], float], n: int = 5) -> float:
 
 def fast_dtype() -> str:
     """The dtype in which this machine multiplies large matrices fastest."""
-    from minllama.native.hardware import fast_bfloat16
+    from minllama.kernels.hardware import fast_bfloat16
 
     return "bfloat16" if fast_bfloat16("cpu") else "float32"
 
@@ -65,8 +65,8 @@ def form_to_read(dtype: str | None = None) -> dict[str, Any]:
 
     In another dtype than it would be of its own accord, all weights are in numbers of that.
     """
-    from minllama.checkpoints import open_checkpoint
-    from minllama.loading import reading_form
+    from minllama.checkpoints.load import reading_form
+    from minllama.checkpoints.open import open_checkpoint
 
     found, quantize = reading_form(open_checkpoint(None), "cpu")
     own = str(found).removeprefix("torch.")
@@ -88,7 +88,7 @@ def open_theirs(dtype: str) -> tuple[Any, Any]:
 def open_llama_cpp(**options: Any) -> Any:
     from llama_cpp import Llama
 
-    from minllama.checkpoints.source import resolve_source
+    from minllama.checkpoints.resolve import resolve_source
 
     settings = {"n_threads": THREADS, "n_threads_batch": THREADS, "verbose": False, **options}
     return Llama(str(resolve_source(None)), **settings)
@@ -96,7 +96,7 @@ def open_llama_cpp(**options: Any) -> Any:
 
 def decode_ours(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
     from minllama import GenerationOptions
-    from minllama.decoding import Decoder
+    from minllama.generation.decode import Decoder
 
     model, tokenizer = open_ours()
     ids = tokenizer.encode(STORY)
@@ -229,7 +229,7 @@ def prefill_llama_cpp(length: int = 512) -> float:
 def open_gguf_ours() -> float:
     import torch  # noqa: F401  (imports are another row's)
 
-    import minllama.llama  # noqa: F401
+    import minllama.model.llama  # noqa: F401
 
     return seconds(lambda: open_ours())
 
@@ -238,7 +238,7 @@ def open_gguf_theirs() -> float:
     import torch
     import transformers
 
-    from minllama.checkpoints.source import resolve_source
+    from minllama.checkpoints.resolve import resolve_source
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -285,8 +285,8 @@ on the radio at half past six."""
 def lookup(drafts: int, new: int = 120) -> float:
     """Tokens per second of a summary, which takes many of its words from what it sums up."""
     from minllama import GenerationOptions
-    from minllama.conversation import chat_template, encode_messages
-    from minllama.decoding import Decoder
+    from minllama.generation.conversation import chat_template, encode_messages
+    from minllama.generation.decode import Decoder
 
     model, tokenizer = open_ours()
     asked = f"Summarize the following notice, keeping its numbers:\n\n{SUMMARY}"
@@ -376,7 +376,7 @@ def train_ours(method: str, dtype: str, *, blocks: bool = True) -> float:
     from minllama import LlamaEmbeddingClassifier, add_lora_wrapper
     from minllama.data import Dataset
     from minllama.options import TrainingOptions
-    from minllama.training import fit
+    from minllama.training.trainer import fit
 
     torch.manual_seed(0)
     form: dict[str, Any] = {"dtype": dtype, "quantize": None}
@@ -457,7 +457,7 @@ def frozen(features_once: bool, n: int = 256, epochs: int = 10) -> float:
     labels = torch.tensor(names)
     if features_once:
         from minllama import LlamaEmbeddingClassifier
-        from minllama.classifier.features import extract_features
+        from minllama.classification.features import extract_features
 
         llama, words = open_ours(**form_to_read())
         classifier = LlamaEmbeddingClassifier(llama, words, [str(i) for i in range(5)])
@@ -495,7 +495,7 @@ def adamw(which: str) -> float:
     """Steps per second over 135 million parameters."""
     import torch
 
-    from minllama.optimizer import AdamW
+    from minllama.training.optimizer import AdamW
 
     torch.manual_seed(0)
     shapes = [(49152, 576), *[(576, 576), (192, 576), (192, 576), (576, 576)] * 30]
@@ -585,14 +585,14 @@ def lora_on_a_text(who: str, length: int, checkpointing: bool = False, batch: in
     labels = torch.zeros(batch, dtype=torch.long)
     if who == "minllama":
         from minllama import LlamaEmbeddingClassifier, add_lora_wrapper
-        from minllama.heap import give_back_freed_memory
+        from minllama.training.malloc import give_back_freed_memory
 
         llama, tokenizer = open_ours(**form_to_read("float32"))
         ours = LlamaEmbeddingClassifier(llama, tokenizer, ["a", "b"])
         add_lora_wrapper(ours, ["compute_query", "compute_value"], r=8, lora_alpha=16)
         llama.gradient_checkpointing = checkpointing
         if checkpointing:
-            give_back_freed_memory()  # as `minllama.training` does
+            give_back_freed_memory()  # as `minllama.training.trainer` does
         ours.train()
 
         def step() -> None:

@@ -18,7 +18,7 @@ import torch
 from contenders import their_decode_rate
 
 from minllama import GenerationOptions, Llama, LlamaConfig
-from minllama.decoding import Decoder
+from minllama.generation.decode import Decoder
 
 SHAPE = {
     "dim": 2048,

@@ -27,8 +27,8 @@ from speed import make_weights
 from torch import Tensor
 
 from minllama import GenerationOptions, Llama, LlamaZeroShotClassifier, Tokenizer, load_pretrained
-from minllama.decoding import Decoder
-from minllama.treebank import undo_treebank
+from minllama.data.treebank import undo_treebank
+from minllama.generation.decode import Decoder
 
 ROOT = Path(__file__).resolve().parents[1]
 PROSE = ("docs/design.md", "CONTRIBUTING.md", "CHANGELOG.md", "README.md")

@@ -7,16 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minllama.cache import KVCache
-    from minllama.chat import ChatTemplate
-    from minllama.checkpoints import Checkpoint, open_checkpoint
-    from minllama.classifier import (
+    from minllama.checkpoints.open import open_checkpoint
+    from minllama.checkpoints.types import Checkpoint
+    from minllama.classification import (
         LlamaEmbeddingClassifier,
         LlamaZeroShotClassifier,
         load_classifier,
     )
-    from minllama.config import LlamaConfig, RopeScaling
-    from minllama.conversation import Conversation
     from minllama.data import Dataset, load_dataset
     from minllama.errors import (
         CheckpointError,
@@ -26,12 +23,16 @@ if TYPE_CHECKING:
         OptionError,
         TokenizerError,
     )
-    from minllama.evaluation import Evaluation, evaluate
-    from minllama.generation import Generation, TextStream, generate, stream
-    from minllama.generation_config import load_generation_options
-    from minllama.llama import Llama, LlamaPreTrainedModel, load_pretrained
+    from minllama.evaluation.metrics import Evaluation, evaluate
+    from minllama.evaluation.regression import RegressionEvaluation, evaluate_regression
+    from minllama.evaluation.thresholds import Thresholds
+    from minllama.generation.api import Generation, TextStream, generate, stream
+    from minllama.generation.checkpoint_defaults import load_generation_options
+    from minllama.generation.conversation import Conversation
     from minllama.lora import LoRALayer, add_lora_wrapper
-    from minllama.optimizer import AdamW
+    from minllama.model.config import LlamaConfig, RopeScaling
+    from minllama.model.kv_cache import KVCache
+    from minllama.model.llama import Llama, LlamaPreTrainedModel, load_pretrained
     from minllama.options import (
         DataOptions,
         GenerationOptions,
@@ -39,19 +40,20 @@ if TYPE_CHECKING:
         PromptOptions,
         SamplingOptions,
     )
-    from minllama.regression import RegressionEvaluation, evaluate_regression
-    from minllama.thresholds import Thresholds
-    from minllama.tokenizer import Tokenizer
+    from minllama.tokenizer.chat_template import ChatTemplate
+    from minllama.tokenizer.tokenizer import Tokenizer
+    from minllama.training.optimizer import AdamW
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "cache": ("KVCache",),
-    "chat": ("ChatTemplate",),
-    "checkpoints": ("Checkpoint", "open_checkpoint"),
-    "classifier": ("LlamaEmbeddingClassifier", "LlamaZeroShotClassifier", "load_classifier"),
-    "config": ("LlamaConfig", "RopeScaling"),
-    "conversation": ("Conversation",),
+    "model.kv_cache": ("KVCache",),
+    "tokenizer.chat_template": ("ChatTemplate",),
+    "checkpoints.open": ("open_checkpoint",),
+    "checkpoints.types": ("Checkpoint",),
+    "classification": ("LlamaEmbeddingClassifier", "LlamaZeroShotClassifier", "load_classifier"),
+    "model.config": ("LlamaConfig", "RopeScaling"),
+    "generation.conversation": ("Conversation",),
     "data": ("Dataset", "load_dataset"),
     "errors": (
         "CheckpointError",
@@ -61,12 +63,12 @@ _HOMES = {
         "OptionError",
         "TokenizerError",
     ),
-    "evaluation": ("Evaluation", "evaluate"),
-    "generation": ("Generation", "TextStream", "generate", "stream"),
-    "generation_config": ("load_generation_options",),
-    "llama": ("Llama", "LlamaPreTrainedModel", "load_pretrained"),
+    "evaluation.metrics": ("Evaluation", "evaluate"),
+    "generation.api": ("Generation", "TextStream", "generate", "stream"),
+    "generation.checkpoint_defaults": ("load_generation_options",),
+    "model.llama": ("Llama", "LlamaPreTrainedModel", "load_pretrained"),
     "lora": ("LoRALayer", "add_lora_wrapper"),
-    "optimizer": ("AdamW",),
+    "training.optimizer": ("AdamW",),
     "options": (
         "DataOptions",
         "GenerationOptions",
@@ -74,9 +76,9 @@ _HOMES = {
         "PromptOptions",
         "SamplingOptions",
     ),
-    "regression": ("RegressionEvaluation", "evaluate_regression"),
-    "thresholds": ("Thresholds",),
-    "tokenizer": ("Tokenizer",),
+    "evaluation.regression": ("RegressionEvaluation", "evaluate_regression"),
+    "evaluation.thresholds": ("Thresholds",),
+    "tokenizer.tokenizer": ("Tokenizer",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

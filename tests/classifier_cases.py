@@ -3,8 +3,8 @@
 import string
 from typing import Any, ClassVar
 
-from minllama.classifier import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
-from minllama.llama import Llama
+from minllama.classification import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from minllama.model.llama import Llama
 from tests.tiny import our_model
 
 ALPHABET = string.printable

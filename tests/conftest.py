@@ -29,12 +29,12 @@ OF_THE_PROCESSOR = {
         "layer_states",
         "linear",
         "lora_layer",
-        "native",
-        "native_refusals",
+        "cpu",
+        "cpu_refusals",
         "packing",
         "quantization",
         "short_pass",
-        "widening",
+        "half",
     )
 }
 
@@ -66,7 +66,8 @@ def default_model() -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Path:
     """A tiny Llama with the default model's tokenizer, in a folder."""
-    from minllama.checkpoints import open_checkpoint, write_huggingface
+    from minllama.checkpoints.huggingface import write_huggingface
+    from minllama.checkpoints.open import open_checkpoint
     from tests.tiny import our_model
 
     folder = tmp_path_factory.mktemp("base")
@@ -128,10 +129,11 @@ def as_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     Its arguments are features, beside the best instruction level that there is, or `level=` one.
     """
-    from minllama.native import hardware, library, operations
+    from minllama.kernels import hardware
+    from minllama.kernels.cpu import library, ops
 
     def forget() -> None:
-        for decided in (hardware.stated, library.best_level, operations.most_rows):
+        for decided in (hardware.stated, library.best_level, ops.most_rows):
             decided.cache_clear()
 
     def state(*features: str, level: str | None = None) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minllama.checkpoints import Checkpoint
-from minllama.config import LlamaConfig
+from minllama.checkpoints.types import Checkpoint
+from minllama.model.config import LlamaConfig
 
 CONFIG = LlamaConfig(
     dim=32,

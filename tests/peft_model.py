@@ -10,7 +10,7 @@ import peft
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
-from minllama.llama import Llama
+from minllama.model.llama import Llama
 from tests.tiny import SHAPE, both
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

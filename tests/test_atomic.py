@@ -11,12 +11,7 @@ from typing import Any
 import pytest
 
 from minllama import atomic
-from minllama.atomic import (
-    atomic_file,
-    atomic_folder,
-    check_file_writable,
-    check_folder_writable,
-)
+from minllama.atomic import atomic_file, atomic_folder, check_file_writable, check_folder_writable
 from minllama.errors import MinllamaError
 
 ROOT = Path(__file__).resolve().parent.parent

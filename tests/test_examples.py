@@ -3,9 +3,8 @@
 import itertools
 import re
 
-from conftest import ROOT
-
 from minllama.data import Dataset, check_splits, load_dataset
+from tests.conftest import ROOT
 
 
 def examples() -> tuple[Dataset, Dataset]:

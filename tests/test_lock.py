@@ -13,7 +13,7 @@ import pytest
 from minllama.atomic import atomic_folder
 from minllama.errors import MinllamaError
 from minllama.lock import only_run
-from minllama.training_state import has_checkpoint
+from minllama.training.run_checkpoint import has_checkpoint
 
 pytest.importorskip("fcntl")
 

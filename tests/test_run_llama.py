@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import run_llama
-from minllama.checkpoints import open_checkpoint
-from minllama.generation import generate
-from minllama.llama import load_pretrained
-from minllama.tokenizer import Tokenizer
+from minllama.checkpoints.open import open_checkpoint
+from minllama.generation.api import generate
+from minllama.model.llama import load_pretrained
+from minllama.tokenizer.tokenizer import Tokenizer
 from tests.experiment_cases import examples, write_labelled
 from tests.tiny import our_model
 
@@ -236,16 +236,16 @@ def test_help_is_quick_and_names_every_argument():
 
 
 def test_an_interrupted_training_says_how_it_goes_on(files, base, capsys, monkeypatch):
-    from minllama import training_run
+    from minllama.training import run
 
-    take = training_run.TrainingRun._take_step
+    take = run.TrainingRun._take_step
 
     def interrupted(self):
         if self.state.step == 2:
             raise KeyboardInterrupt
         take(self)
 
-    monkeypatch.setattr(training_run.TrainingRun, "_take_step", interrupted)
+    monkeypatch.setattr(run.TrainingRun, "_take_step", interrupted)
     assert run(files, "lora", "--epochs", 1, "--batch_size", 8, model=base) == 130
     assert "--resume goes on" in capsys.readouterr().err
     monkeypatch.undo()
@@ -257,7 +257,7 @@ def test_an_interrupt_before_anything_is_kept_promises_nothing(files, base, caps
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minllama.experiment.run.load_splits", interrupted)
+    monkeypatch.setattr("minllama.experiment.train.load_splits", interrupted)
     assert run(files, "lora", model=base) == 130
     assert "--resume" not in capsys.readouterr().err
 

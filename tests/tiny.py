@@ -8,8 +8,8 @@ import transformers
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
-from minllama.config import LlamaConfig, RopeScaling
-from minllama.llama import Llama, load_pretrained
+from minllama.model.config import LlamaConfig, RopeScaling
+from minllama.model.llama import Llama, load_pretrained
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -34,7 +34,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"n_heads": 8, "n_kv_heads": 8, "vocab_size": 70, "rope_theta": 300.0},
 )
 
-# A changed value of each field of LlamaConfig, of the same model: `tests/test_config_fields.py`.
+# A changed value of each field of LlamaConfig, of the same model:
+# `tests/engine/test_config_fields.py`.
 SCALING = RopeScaling("llama3", factor=4.0, original_max_seq_len=8)
 CHANGED_FIELDS: dict[str, dict[str, Any]] = {
     "dim": {"dim": 80, "head_dim": 16},

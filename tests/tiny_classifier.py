@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minllama.config import LlamaConfig
+from minllama.classification.prompts import EncodedPrompt
 from minllama.data import Dataset
-from minllama.llama import Llama
-from minllama.prompts import EncodedPrompt
+from minllama.model.config import LlamaConfig
+from minllama.model.llama import Llama
 
 LABELS = ("bad", "good", "so-so")
 CONFIG = LlamaConfig(

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from minllama.checkpoints.gguf_header import read_header
-from minllama.vocabulary.byte_level import BYTE_CHARS, LLAMA3_PATTERN, build, unspell
+from minllama.tokenizer.byte_level import BYTE_CHARS, LLAMA3_PATTERN, build, unspell
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "tokenizer_smollm2.json"

@@ -2,7 +2,7 @@
 
 Reading maps the file into memory and takes blocks apart when a tensor is asked for; q and k are
 interleaved there as they are here. Writing goes tensor by tensor. Knows nothing of how vocabularies
-work: `minllama.vocabulary.gguf` does.
+work: `minllama.tokenizer.gguf` does.
 """
 
 import math
@@ -18,8 +18,28 @@ import torch
 from torch import Tensor
 
 from minllama.atomic import atomic_file
-from minllama.checkpoints.base import Checkpoint, LazyTensor
-from minllama.checkpoints.gguf_blocks import (
+from minllama.checkpoints.gguf_config import (
+    ARCHITECTURE,
+    Keys,
+    check_architecture,
+    check_has_weights,
+    config_from_keys,
+    keys_from_config,
+)
+from minllama.checkpoints.gguf_header import GGUFHeader, GGUFTensor, is_gguf, read_header
+from minllama.checkpoints.resolve import PART
+from minllama.checkpoints.state_dict import (
+    add_zero_biases,
+    check_extent,
+    check_writable,
+    has_bias,
+    tensor_shapes,
+    translate,
+)
+from minllama.checkpoints.types import Checkpoint, LazyTensor
+from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
+from minllama.model.config import LlamaConfig
+from minllama.quantization.gguf_blocks import (
     BF16,
     DTYPES,
     F16,
@@ -30,27 +50,7 @@ from minllama.checkpoints.gguf_blocks import (
     dequantize,
     quantize_q8_0,
 )
-from minllama.checkpoints.gguf_config import (
-    ARCHITECTURE,
-    Keys,
-    check_architecture,
-    check_has_weights,
-    config_from_keys,
-    keys_from_config,
-)
-from minllama.checkpoints.gguf_header import GGUFHeader, GGUFTensor, is_gguf, read_header
-from minllama.checkpoints.layout import (
-    add_zero_biases,
-    check_extent,
-    check_writable,
-    has_bias,
-    tensor_shapes,
-    translate,
-)
-from minllama.checkpoints.source import PART
-from minllama.config import LlamaConfig
-from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
-from minllama.vocabulary import Vocabulary
+from minllama.tokenizer.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -138,7 +138,7 @@ def read_gguf(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: the file is cut off or damaged, or its model is not a Llama.
     """
-    from minllama.vocabulary.gguf import from_gguf
+    from minllama.tokenizer.gguf import from_gguf
 
     parts = _open_parts(path)
     fields = parts[0].header.fields
@@ -187,7 +187,7 @@ def read_gguf_vocabulary(path: Path) -> Vocabulary | None:
         CheckpointError: the file is cut off or damaged.
         TokenizerError: its tokenizer is damaged, or of a kind that is not known.
     """
-    from minllama.vocabulary.gguf import from_gguf
+    from minllama.tokenizer.gguf import from_gguf
 
     vocabulary, part = from_gguf(read_header(path).fields, path), PART.fullmatch(path.name)
     if vocabulary is None and part is not None:  # the first part holds what all have in common
@@ -344,7 +344,7 @@ def _file_type_fields(dtype: StoredAs) -> dict[str, Any]:
 def _vocabulary_fields(vocabulary: Vocabulary | None, config: LlamaConfig) -> dict[str, Any]:
     if vocabulary is None:
         return {"tokenizer.ggml.model": NO_VOCABULARY}
-    from minllama.vocabulary.gguf import to_gguf
+    from minllama.tokenizer.gguf import to_gguf
 
     return to_gguf(vocabulary, config.vocab_size)
 

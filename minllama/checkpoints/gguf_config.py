@@ -10,8 +10,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from minllama.config import LlamaConfig, RopeScaling
 from minllama.errors import CheckpointError, MinllamaError
+from minllama.model.config import LlamaConfig, RopeScaling
 
 ARCHITECTURE = "llama"
 ORIGINAL_LEN = "rope.scaling.original_context_length"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minllama.checkpoints.gguf_blocks import GGMLType, ggml_type
 from minllama.errors import CheckpointError
+from minllama.quantization.gguf_blocks import GGMLType, ggml_type
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

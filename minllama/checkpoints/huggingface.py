@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from minllama.atomic import atomic_folder
-from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
 from minllama.checkpoints.huggingface_config import (
     config_from_huggingface,
     config_to_huggingface,
@@ -33,14 +32,14 @@ from minllama.checkpoints.huggingface_head import (
     head_from_huggingface,
     said_of_head,
 )
-from minllama.checkpoints.layout import (
+from minllama.checkpoints.state_dict import (
     add_zero_biases,
     check_extent,
     check_writable,
     has_bias,
     translate,
 )
-from minllama.config import LlamaConfig
+from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
 from minllama.errors import (
     CheckpointError,
     CheckpointWarning,
@@ -50,7 +49,9 @@ from minllama.errors import (
     warn_caller,
 )
 from minllama.json_file import read_json
-from minllama.vocabulary import Vocabulary, check_fits, count_tokens
+from minllama.model.config import LlamaConfig
+from minllama.tokenizer.size import check_fits, count_tokens
+from minllama.tokenizer.vocabulary import Vocabulary
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -98,7 +99,7 @@ def read_huggingface(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or the model is not a Llama.
     """
-    from minllama.vocabulary import find_vocabulary
+    from minllama.tokenizer.load import find_vocabulary
 
     raw = _read_json(path / "config.json")
     with naming(path / "config.json"):
@@ -288,7 +289,7 @@ def write_files(
 
 def _check_kept_tokenizer(folder: Path, config: LlamaConfig) -> None:
     """A TokenizerError where the tokenizer in `folder` has more tokens than the model has rows."""
-    from minllama.vocabulary import find_vocabulary
+    from minllama.tokenizer.load import find_vocabulary
 
     try:
         kept = find_vocabulary(folder) if folder.is_dir() else None
@@ -444,7 +445,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
 
 
 def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
-    from minllama.vocabulary import to_files
+    from minllama.tokenizer.huggingface import to_files
 
     for name, content in to_files(vocabulary).items():
         (folder / name).write_bytes(content)

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from minllama.config import LlamaConfig, RopeScaling
 from minllama.errors import MinllamaError
-from minllama.vocabulary import Vocabulary
+from minllama.model.config import LlamaConfig, RopeScaling
+from minllama.tokenizer.vocabulary import Vocabulary
 
 CONFIG_KEYS = {
     "dim": "hidden_size",

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from minllama.atomic import atomic_file
 from minllama.checkpoints import meta
-from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
-from minllama.checkpoints.gguf_blocks import view_as
-from minllama.checkpoints.layout import (
+from minllama.checkpoints.state_dict import (
     add_zero_biases,
     check_extent,
     check_writable,
@@ -35,15 +33,11 @@ from minllama.checkpoints.torch_file import (
     is_torch_file,
     load_torch_file,
 )
-from minllama.config import LlamaConfig
-from minllama.errors import (
-    CheckpointError,
-    CheckpointWarning,
-    MinllamaError,
-    naming,
-    warn_caller,
-)
-from minllama.vocabulary import Vocabulary
+from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
+from minllama.errors import CheckpointError, CheckpointWarning, MinllamaError, naming, warn_caller
+from minllama.model.config import LlamaConfig
+from minllama.quantization.gguf_blocks import view_as
+from minllama.tokenizer.vocabulary import Vocabulary
 
 # llama2.c kept Meta's names; the course has its own for the projections of the attention.
 OUR_NAMES = meta.OUR_NAMES | {
@@ -108,7 +102,7 @@ def read_torch_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: the file is damaged, is not such a checkpoint, or its pickle holds code.
     """
-    from minllama.vocabulary import find_vocabulary
+    from minllama.tokenizer.load import find_vocabulary
 
     values = load_torch_file(path)
     args, state = values.get("model_args"), values.get("model")
@@ -296,8 +290,8 @@ def _vocabulary_beside(path: Path, vocab_size: int) -> Vocabulary | None:
 
     llama2.c keeps models with vocabularies of their own in one folder.
     """
-    from minllama.vocabulary import find_vocabulary
-    from minllama.vocabulary.codecs import open_codec
+    from minllama.tokenizer.codecs import open_codec
+    from minllama.tokenizer.load import find_vocabulary
 
     vocabulary = find_vocabulary(path.parent)
     if vocabulary is not None and (n_tokens := len(open_codec(vocabulary).tokens)) > vocab_size:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minllama.checkpoints.base import Checkpoint, LazyTensor, lazy
-from minllama.checkpoints.layout import add_zero_biases, check_extent, has_bias, translate
+from minllama.checkpoints.state_dict import add_zero_biases, check_extent, has_bias, translate
 from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
-from minllama.config import LlamaConfig, RopeScaling, meta_hidden_dim
+from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
 from minllama.errors import CheckpointError, naming
 from minllama.json_file import read_json
+from minllama.model.config import LlamaConfig, RopeScaling, meta_hidden_dim
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 
@@ -79,7 +79,7 @@ def read_meta(path: Path) -> Checkpoint:
         CheckpointError: a file is missing or damaged, shards do not fit each other, or params.json
             has a key that is not known.
     """
-    from minllama.vocabulary import find_vocabulary
+    from minllama.tokenizer.load import find_vocabulary
 
     params_path = path / "params.json"
     params = _read_params(params_path)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minllama.checkpoints.gguf_blocks import view_as
 from minllama.checkpoints.pickled import (
     MAX_BYTES,
     OtherTensor,
@@ -25,6 +24,7 @@ from minllama.checkpoints.pickled import (
     read_pickle,
 )
 from minllama.errors import CheckpointError
+from minllama.quantization.gguf_blocks import view_as
 
 ZIP_MAGIC = b"PK\x03\x04"
 # torch.save before 1.6, and plain pickles: opcode PROTO and a protocol number.

@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from minllama.cli.chat_input import HELP, read_said
-from minllama.cli.common import (
+from minllama.cli.generate import summary
+from minllama.cli.open import (
     base_option,
     check_sampling,
     chosen_template,
@@ -21,7 +22,6 @@ from minllama.cli.common import (
     template_options,
     warn_of_slow_dtype,
 )
-from minllama.cli.generate import summary
 from minllama.cli.prompt_text import read_system
 from minllama.errors import ContextError, MinllamaError
 from minllama.options import GenerationOptions
@@ -60,7 +60,7 @@ def command(
     system = read_system(system, system_file)
 
     with ended_by_interrupts():
-        from minllama.conversation import Conversation
+        from minllama.generation.conversation import Conversation
 
     warn_of_slow_dtype(dtype, device)
     model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize, base=base)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minllama.cli.common import (
+from minllama.cli.deciding import decide
+from minllama.cli.open import (
     INTERRUPTED,
     dataclass_options,
     debug_option,
@@ -21,7 +22,6 @@ from minllama.cli.common import (
     source_option,
     warn_of_slow_dtype,
 )
-from minllama.cli.deciding import decide
 from minllama.cli.output_file import OutputFile
 from minllama.errors import DataError, MinllamaError, OptionError
 from minllama.lock import only_run
@@ -37,7 +37,7 @@ from minllama.options.evaluation import ThresholdOptions
 from minllama.text import printable
 
 if TYPE_CHECKING:
-    from minllama.classifier import Classifier
+    from minllama.classification import Classifier
     from minllama.data import BadRows
 
 # Options by what they are for: the rows of a file, and what a saved classifier says itself.
@@ -229,7 +229,7 @@ def _load(
     quantize: str | None,
 ) -> "Classifier":
     with ended_by_interrupts():
-        from minllama.classifier import load_classifier
+        from minllama.classification import load_classifier
 
     warn_of_slow_dtype(dtype, device)
     return load_classifier(
@@ -267,9 +267,9 @@ def _zero_shot(
     quantize: str | None,
 ) -> "Classifier":
     with ended_by_interrupts():
-        from minllama.experiment.fitting import make_zero_shot, weights_form
-        from minllama.llama import Llama
-        from minllama.loading import usable_device
+        from minllama.checkpoints.load import usable_device
+        from minllama.experiment.build import make_zero_shot, weights_form
+        from minllama.model.llama import Llama
 
     warn_of_slow_dtype(dtype, device)
     checkpoint, words = open_words(source, tokenizer)
@@ -289,9 +289,9 @@ def _learn_prior(
         raise OptionError("--score batch learns from the texts of a file; name it with --input")
     from itertools import islice
 
-    from minllama.classifier import LlamaZeroShotClassifier
+    from minllama.classification import LlamaZeroShotClassifier
     from minllama.data import count_rows, stream_rows
-    from minllama.experiment.fitting import PRIOR_TEXTS
+    from minllama.experiment.build import PRIOR_TEXTS
 
     assert isinstance(classifier, LlamaZeroShotClassifier)
     texts = [row.text for row in islice(stream_rows(rows, data), PRIOR_TEXTS)]
@@ -303,14 +303,14 @@ def _learn_prior(
 
 def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json: bool) -> None:
     from minllama.data import Row
-    from minllama.experiment.predicting import (
+    from minllama.evaluation.report.value_comparison import in_unit
+    from minllama.experiment.predict import (
         answers,
         described,
         digest_of,
         prediction_lines,
         shortened_texts,
     )
-    from minllama.report.value_comparison import in_unit
 
     probabilities = answers(classifier, texts)
     if as_json:
@@ -349,13 +349,8 @@ def _classify_rows(
 ) -> None:
     from minllama.cli.waiting import ConsoleSay
     from minllama.data import BadRows, count_rows
-    from minllama.experiment.predicting import (
-        described,
-        predict_stream,
-        score_of,
-        shortened_texts,
-    )
-    from minllama.experiment.resuming import Done
+    from minllama.experiment.predict import described, predict_stream, score_of, shortened_texts
+    from minllama.experiment.resume import Done
 
     bad_rows, say, notices = BadRows(), ConsoleSay(), list[str]()
     done = output.done() if resume else Done()

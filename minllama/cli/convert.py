@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from minllama.atomic import check_replaceable
-from minllama.cli.common import DTYPES, base_option, debug_option, ended_by_interrupts, torch_dtype
+from minllama.cli.open import DTYPES, base_option, debug_option, ended_by_interrupts, torch_dtype
 from minllama.errors import MinllamaError
 from minllama.text import one_line
 
 if TYPE_CHECKING:
-    from minllama.checkpoints import Checkpoint
+    from minllama.checkpoints.types import Checkpoint
 
 Target = Literal["hf", "gguf", "llama2c"]
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
@@ -68,7 +68,7 @@ def command(
         raise MinllamaError("llama2.c's legacy .bin holds float32 only; leave --dtype away")
 
     with ended_by_interrupts():
-        from minllama.checkpoints import open_checkpoint
+        from minllama.checkpoints.open import open_checkpoint
 
     write(open_checkpoint(src, tokenizer=tokenizer, base=base), dst, target, dtype)
 
@@ -80,9 +80,11 @@ def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None)
         MinllamaError: it is damaged, or the format has no words for it; nothing is written.
     """
     with ended_by_interrupts():
-        from minllama.checkpoints import write_gguf, write_huggingface, write_llama2c_bin
-        from minllama.llama import Llama
-        from minllama.vocabulary import check_fits, count_tokens
+        from minllama.checkpoints.gguf import write_gguf
+        from minllama.checkpoints.huggingface import write_huggingface
+        from minllama.checkpoints.llama2c import write_llama2c_bin
+        from minllama.model.llama import Llama
+        from minllama.tokenizer.size import check_fits, count_tokens
 
     vocabulary = checkpoint.vocabulary
     if vocabulary is not None:  # before weights are read; and llama2c's file would not say it

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from minllama.cli.common import flags_of, given_options
+from minllama.cli.open import flags_of, given_options
 from minllama.errors import OptionError
 from minllama.options import names_of
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
 
 if TYPE_CHECKING:
-    from minllama.classifier import Classifier
+    from minllama.classification import Classifier
 
 OF_CLASSES = (*names_of(ThresholdOptions), *names_of(ReportOptions))
 
@@ -27,7 +27,7 @@ def decide(
     Raises:
         OptionError: they cannot be, or the classifier gives numbers.
     """
-    from minllama.thresholds import fixed_thresholds
+    from minllama.evaluation.thresholds import fixed_thresholds
 
     if classifier.scale is not None:
         names = (*OF_CLASSES, *more_of_classes)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minllama.atomic import check_folder_writable
-from minllama.cli.common import (
+from minllama.cli.deciding import decide
+from minllama.cli.open import (
     classifier_options,
     dataclass_options,
     debug_option,
@@ -18,18 +19,17 @@ from minllama.cli.common import (
     source_option,
     warn_of_slow_dtype,
 )
-from minllama.cli.deciding import decide
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.options import DataOptions
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
 from minllama.text import one_line
 
 if TYPE_CHECKING:
-    from minllama.classifier import Classifier
+    from minllama.classification import Classifier
     from minllama.cli.waiting import ConsoleSay
     from minllama.data import Dataset
-    from minllama.experiment.comparing import Other
-    from minllama.report import ReportedSplit, ReportedValues
+    from minllama.evaluation.report import ReportedSplit, ReportedValues
+    from minllama.experiment.compare import Other
 
 
 @click.command("evaluate")
@@ -85,11 +85,11 @@ def command(
     data = pick(DataOptions, values)
     _check(against, against_base, output, force=force)
     with ended_by_interrupts():
-        from minllama.classifier import load_classifier
+        from minllama.classification import load_classifier
         from minllama.cli.waiting import ConsoleSay
+        from minllama.evaluation.report import print_summary
         from minllama.experiment import check_libraries
-        from minllama.experiment.predicting import described, shortened_texts
-        from minllama.report import print_summary
+        from minllama.experiment.predict import described, shortened_texts
 
         if output is not None:
             check_libraries()
@@ -136,7 +136,7 @@ def _check(
     if output is not None:
         check_folder_writable(output)
     with ended_by_interrupts():
-        from minllama.report.files import REPORT_FILES
+        from minllama.evaluation.report.files import REPORT_FILES
 
     there = [name for name in REPORT_FILES if output is not None and (Path(output) / name).exists()]
     if there and not force:
@@ -170,7 +170,7 @@ def _read(
 
 
 def _open(against: str, split: "Dataset", loading: dict[str, Any]) -> "Other":
-    from minllama.experiment.comparing import open_other
+    from minllama.experiment.compare import open_other
 
     try:
         return open_other(against, split, loading=loading)
@@ -192,7 +192,7 @@ def _measured(
         A ReportedSplit; ReportedValues where there are numbers.
     """
     from minllama.experiment import evaluate_classifier
-    from minllama.experiment.value_measuring import evaluate_values
+    from minllama.experiment.evaluate_values import evaluate_values
 
     how: dict[str, Any] = {"seed": seed, "progress": say.advance("evaluating", len(split))}
     if split.has_numbers:
@@ -207,7 +207,7 @@ def _measured(
 
 
 def _print_paired(classifier: str, reported: "ReportedSplit") -> None:
-    from minllama.report.terminal import print_paired
+    from minllama.evaluation.report.terminal import print_paired
 
     assert reported.evaluation is not None
     for name, other in reported.others.items():
@@ -230,9 +230,9 @@ def _write(
     run: dict[str, Any],
     data: DataOptions,
 ) -> None:
-    from minllama.experiment.measuring import settings_of, versions
-    from minllama.experiment.predicting import score_of
-    from minllama.report import Report, write_report
+    from minllama.evaluation.report import Report, write_report
+    from minllama.experiment.evaluate import settings_of, versions
+    from minllama.experiment.predict import score_of
 
     report = Report(
         title=f"{run['classifier']} on {run['data']}",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minllama.cli.common import (
+from minllama.cli.open import (
     base_option,
     check_sampling,
     chosen_template,
@@ -27,9 +27,9 @@ from minllama.options import GenerationOptions
 from minllama.text import one_line
 
 if TYPE_CHECKING:
-    from minllama.decoding import Timings
-    from minllama.generation import Generation, TextStream, TokenLogprob
-    from minllama.tokenizer import Tokenizer
+    from minllama.generation.api import Generation, TextStream, TokenLogprob
+    from minllama.generation.decode import Timings
+    from minllama.tokenizer.tokenizer import Tokenizer
 
 
 @click.command("generate")
@@ -79,7 +79,7 @@ def command(
     prompt_text = PromptText(prompt, prompt_file)
 
     with ended_by_interrupts():
-        from minllama.generation import TextStream
+        from minllama.generation.api import TextStream
 
     warn_of_slow_dtype(dtype, device)
     model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize, base=base)
@@ -121,7 +121,7 @@ def _chat_ids(
     text: str, system: str | None, template: str | None, words: "Tokenizer", context_len: int
 ) -> list[int]:
     """Ids of a chat of one message."""
-    from minllama.conversation import chat_template, encode_messages
+    from minllama.generation.conversation import chat_template, encode_messages
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
@@ -132,7 +132,7 @@ def _chat_ids(
 
 def _prompt_ids(text: str, words: "Tokenizer", context_len: int, special: bool) -> list[int]:
     """Ids of a prompt that stands alone."""
-    from minllama.generation import encode_prompt
+    from minllama.generation.api import encode_prompt
 
     ids = encode_prompt(text, words, context_len, special=special)
     if not ids:
@@ -144,7 +144,7 @@ def _prompt_ids(text: str, words: "Tokenizer", context_len: int, special: bool) 
 
 def _say_what_is_spelled(text: str, words: "Tokenizer", options: str) -> None:
     """Say that a prompt's special tokens are plain text: most who spell them mean tokens."""
-    from minllama.generation import spelled_special
+    from minllama.generation.api import spelled_special
 
     spelled = spelled_special(text, words)
     if spelled:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from minllama.cli.common import base_option, debug_option, ended_by_interrupts
+from minllama.cli.open import base_option, debug_option, ended_by_interrupts
 from minllama.text import one_line
 
 if TYPE_CHECKING:
-    from minllama.checkpoints import Checkpoint
-    from minllama.config import LlamaConfig
-    from minllama.vocabulary import Vocabulary
+    from minllama.checkpoints.types import Checkpoint
+    from minllama.model.config import LlamaConfig
+    from minllama.tokenizer.vocabulary import Vocabulary
 
 MAX_TEMPLATES = 20  # that are shown by name
 
@@ -32,7 +32,7 @@ def command(model: str | None, tokenizer: str | None, base: str | None) -> None:
         if not (Path(model) / "config.json").is_file():
             return  # its base is elsewhere
     with ended_by_interrupts():
-        from minllama.checkpoints import open_checkpoint
+        from minllama.checkpoints.open import open_checkpoint
 
     checkpoint = open_checkpoint(model, tokenizer=tokenizer, base=base)
     for name, value in describe(checkpoint):
@@ -41,7 +41,7 @@ def command(model: str | None, tokenizer: str | None, base: str | None) -> None:
 
 def _show_classifier(folder: Path) -> None:
     with ended_by_interrupts():
-        from minllama.classifier.description import CLASSIFIER_FILE, in_words
+        from minllama.classification.storage.manifest import CLASSIFIER_FILE, in_words
         from minllama.text import printable
 
     for name, value in in_words(folder / CLASSIFIER_FILE):
@@ -113,10 +113,11 @@ def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
 
 def _runs_as(checkpoint: "Checkpoint") -> str:
     """What `generate` does with the file on this machine, unless it is told otherwise."""
-    from minllama import gpu, graph_step
-    from minllama.loading import best_form, has_blocks
-    from minllama.native.hardware import LEVELS, default_device, default_dtype, fast_bfloat16
-    from minllama.native.library import best_level, library
+    from minllama.checkpoints.load import best_form, has_blocks
+    from minllama.engine import cuda_graph
+    from minllama.kernels.cpu.library import best_level, library
+    from minllama.kernels.gpu import support as gpu
+    from minllama.kernels.hardware import LEVELS, default_device, default_dtype, fast_bfloat16
 
     device = default_device()
     dtype, quantize = best_form(checkpoint, device)
@@ -129,7 +130,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         return f"{text}; long passes in bfloat16" if fast_bfloat16(device) else text
     name = str(dtype or default_dtype(device)).removeprefix("torch.")
     if device.type != "cpu":
-        has_steps = graph_step.knows(checkpoint.config) and gpu.works(device)
+        has_steps = cuda_graph.knows(checkpoint.config) and gpu.works(device)
         steps = "; steps in captured graphs" if has_steps else ""
         return f"{name} on {device.type}{steps}"
     compiled = LEVELS[best_level()] if library() is not None else "not compiled, so slow"
@@ -138,7 +139,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
 
 def _rounded_again(checkpoint: "Checkpoint") -> str:
     """The types of a file's blocks that are computed with in another form; "" for none."""
-    from minllama.quantization import BITS
+    from minllama.quantization.modules import BITS
 
     kept = {stored.name for stored in BITS}
     matrices = [t for t in checkpoint.tensors.values() if len(t.shape) == 2 and t.blocks]
@@ -206,7 +207,7 @@ def _templates(vocabulary: "Vocabulary") -> str:
 def _sampling(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
     """How its makers sample from it, where they say so."""
     from minllama.errors import CheckpointError
-    from minllama.generation_config import sampling_defaults
+    from minllama.generation.checkpoint_defaults import sampling_defaults
 
     try:
         defaults = sampling_defaults(checkpoint)

@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING
 import click
 
 from minllama.atomic import check_folder_writable, check_replaceable
-from minllama.cli.common import (
-    classifier_options,
-    debug_option,
-    ended_by_interrupts,
-    torch_dtype,
-)
 from minllama.cli.convert import write
+from minllama.cli.open import classifier_options, debug_option, ended_by_interrupts, torch_dtype
 from minllama.errors import MinllamaError
 from minllama.text import one_line
 
 if TYPE_CHECKING:
     import torch
 
-    from minllama.classifier import Classifier
+    from minllama.classification import Classifier
 
 
 @click.command("merge")
@@ -56,19 +51,19 @@ def command(
         raise MinllamaError(f"{dst} exists; --force replaces it")
     check_folder_writable(dst)
     with ended_by_interrupts():
-        from minllama.adapter_config import read_adapter_config
-        from minllama.checkpoints import CLASSIFIER_FILE, open_checkpoint
-        from minllama.checkpoints.adapter import is_adapter
-        from minllama.checkpoints.source import source_of
-        from minllama.classifier import load_classifier
-        from minllama.classifier.files import (
+        from minllama.checkpoints.open import CLASSIFIER_FILE, open_checkpoint
+        from minllama.checkpoints.peft import is_adapter
+        from minllama.checkpoints.peft_config import read_adapter_config
+        from minllama.checkpoints.resolve import source_of
+        from minllama.classification import load_classifier
+        from minllama.classification.storage.save_load import (
             classifier_settings,
             form_in_training,
             merge_classifier,
             save_classifier,
         )
-        from minllama.experiment.folder import RECORDS, check_not_base, copy_records
-        from minllama.experiment.measuring import saved_headlines, saved_verdicts
+        from minllama.experiment.evaluate import saved_headlines, saved_verdicts
+        from minllama.experiment.output_folder import RECORDS, check_not_base, copy_records
 
     source = Path(classifier)
     is_of_peft = not (source / CLASSIFIER_FILE).is_file() and is_adapter(source)
@@ -110,8 +105,11 @@ def _write_for_transformers(
     removes: Collection[str],
 ) -> None:
     """Write a folder of LlamaForSequenceClassification, with any adapter merged into it."""
-    from minllama.classifier.files import merge_classifier
-    from minllama.classifier.transformers_export import check_exportable, save_for_transformers
+    from minllama.classification.storage.save_load import merge_classifier
+    from minllama.classification.storage.transformers_export import (
+        check_exportable,
+        save_for_transformers,
+    )
     from minllama.lora import adapter_names
 
     check_exportable(classifier)

@@ -17,7 +17,7 @@ from minllama.errors import MinllamaError, OptionError
 from minllama.options import OUTPUT_ENDINGS
 
 if TYPE_CHECKING:
-    from minllama.experiment.resuming import Done
+    from minllama.experiment.resume import Done
 
 STANDARD_OUTPUT = "-"
 INSTALL = "pip install 'minllama[train]'"
@@ -148,7 +148,7 @@ class OutputFile:
             DataError: something else is there.
         """
         from minllama.experiment.parquet_output import records_in
-        from minllama.experiment.resuming import done_of_records, read_done
+        from minllama.experiment.resume import done_of_records, read_done
 
         path = Path(self.name)
         if self.output_format == "parquet" and path.is_file() and not self.written.is_file():

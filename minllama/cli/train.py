@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from minllama.cli.common import (
+from minllama.cli.open import (
     INTERRUPTED,
     dataclass_options,
     debug_option,
@@ -91,8 +91,8 @@ def command(
         raise MinllamaError("the name of --output is empty; name a folder")
     with ended_by_interrupts():
         from minllama.cli.waiting import ConsoleSay
+        from minllama.evaluation.report import print_summary
         from minllama.experiment import Experiment, check_uses, run_experiment
-        from minllama.report import print_summary
     experiment = Experiment(
         train=train,
         dev=dev,

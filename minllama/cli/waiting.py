@@ -11,7 +11,7 @@ from minllama.experiment import Say
 from minllama.text import one_line
 
 if TYPE_CHECKING:
-    from minllama.progress import Progress
+    from minllama.training.progress import Progress
 
 
 class ConsoleSay(Say):
@@ -56,7 +56,7 @@ class ConsoleSay(Say):
         return advanced
 
     def progress(self) -> "Progress | None":
-        from minllama.progress import TrainingProgress
+        from minllama.training.progress import TrainingProgress
 
         self.close()
         return TrainingProgress()

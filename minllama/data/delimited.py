@@ -12,8 +12,8 @@ from minllama.data.columns import LABEL_NAMES, TEXT_NAMES, is_known
 from minllama.data.lines import MAX_LINE_BYTES, Lines
 from minllama.data.records import RawRow, Table, numbered
 from minllama.errors import DataError
+from minllama.options.text_files import column_names
 from minllama.text import printable
-from minllama.text_files import column_names
 
 SEPARATORS = (",", ";", "\t", "|")
 MAX_QUOTED_LINES = 1000  # of one TSV cell; where a quote is text, the next one may be far away

@@ -11,12 +11,7 @@ from typing import Any, Literal, Self
 from minllama.data.class_names import class_names
 from minllama.data.labels import UNLABELLED, LabelReader
 from minllama.data.look_alikes import alike_message, folded, look_alikes, told_apart
-from minllama.data.multi_hot import (
-    column_vector,
-    is_surely_a_vector,
-    vector_labels,
-    vector_of,
-)
+from minllama.data.multi_hot import column_vector, is_surely_a_vector, vector_labels, vector_of
 from minllama.data.numbers import NumberReader
 from minllama.data.records import BadRow, BadRows, Record, first_few, shown
 from minllama.errors import DataError

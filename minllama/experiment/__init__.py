@@ -5,11 +5,11 @@ evaluates it beside its baselines, `uses` tells which options take effect, `run`
 Nothing here parses arguments or prints.
 """
 
-from minllama.experiment.measuring import evaluate_classifier
-from minllama.experiment.run import Experiment, Outcome, check_libraries, run_experiment
-from minllama.experiment.say import Say
+from minllama.experiment.evaluate import evaluate_classifier
+from minllama.experiment.option_rules import check_uses
+from minllama.experiment.reporter import Say
 from minllama.experiment.splits import Splits, load_splits
-from minllama.experiment.uses import check_uses
+from minllama.experiment.train import Experiment, Outcome, check_libraries, run_experiment
 
 __all__ = [
     "Experiment",

@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minllama.classifier.embedding import LlamaEmbeddingClassifier, unlike_transformers
-from minllama.classifier.features import (
+from minllama.classification.embedding import LlamaEmbeddingClassifier, unlike_transformers
+from minllama.classification.features import (
     Choice,
     Features,
     extract_features,
     fit_head,
     select_features,
 )
-from minllama.classifier.race import raced_features
-from minllama.classifier.ridge import fit_value_head, select_value_features
+from minllama.classification.layer_search import raced_features
+from minllama.classification.ridge import fit_value_head, select_value_features
 from minllama.data import Dataset
-from minllama.llama import Llama
-from minllama.regression import TargetScale
+from minllama.evaluation.regression import TargetScale
+from minllama.model.llama import Llama
 
 STARTING_PER_CLASS = 5  # texts of each class at least, where there are as many
 MOST_VALUES = 2500  # texts that go through all layers; there is no race between those

@@ -13,15 +13,7 @@ from typing import Any
 
 from minllama.atomic import atomic_file
 from minllama.errors import DataError, MinllamaError
-from minllama.experiment.tables import (
-    KEPT,
-    Layout,
-    cell_of,
-    layout_of,
-    record_of,
-    said_of,
-    utf8,
-)
+from minllama.experiment.tables import KEPT, Layout, cell_of, layout_of, record_of, said_of, utf8
 
 MOST_ROWS = 16_384  # of a row group
 MOST_BYTES = 2**25  # of the JSON lines of a row group

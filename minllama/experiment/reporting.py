@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.baselines import fit_baselines
-from minllama.classifier import LlamaEmbeddingClassifier
-from minllama.classifier.base import Classifier
-from minllama.evaluation import Evaluation
-from minllama.experiment.fitting import TRAINED, training_options
-from minllama.experiment.measuring import (
+from minllama.classification import LlamaEmbeddingClassifier
+from minllama.classification.base import Classifier
+from minllama.evaluation.baselines import fit_baselines
+from minllama.evaluation.metrics import Evaluation
+from minllama.evaluation.report import Report, ReportedSplit
+from minllama.experiment.build import TRAINED, training_options
+from minllama.experiment.evaluate import (
     baseline_decisions,
     evaluate_classifier,
     settings_of,
     versions,
 )
-from minllama.experiment.predicting import score_of, shortened_texts
-from minllama.experiment.say import Say
+from minllama.experiment.evaluate_values import evaluate_value_splits
+from minllama.experiment.predict import score_of, shortened_texts
+from minllama.experiment.reporter import Say
 from minllama.experiment.splits import Splits
-from minllama.experiment.value_measuring import evaluate_value_splits
-from minllama.report import Report, ReportedSplit
-from minllama.training import TrainingResult
+from minllama.training.trainer import TrainingResult
 
 if TYPE_CHECKING:
-    from minllama.experiment.run import Experiment
+    from minllama.experiment.train import Experiment
 
 
 def settings_for_people(experiment: "Experiment") -> dict[str, Any]:

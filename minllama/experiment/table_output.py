@@ -12,7 +12,7 @@ from minllama.data import Row, stream_rows
 from minllama.data.records import listed
 from minllama.data.source import Source
 from minllama.errors import DataError
-from minllama.experiment.resuming import Done, check_table
+from minllama.experiment.resume import Done, check_table
 from minllama.experiment.tables import (
     DELIMITERS,
     FIRST,

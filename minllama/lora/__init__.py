@@ -3,8 +3,7 @@
 `layer` is the arithmetic of one layer, `targets` says which layers, `model` acts on a whole Llama.
 """
 
-from minllama.lora.layer import LoRAAdapter, LoRALayer
-from minllama.lora.model import (
+from minllama.lora.inject import (
     adapter_names,
     add_lora_wrapper,
     lora_layers,
@@ -14,6 +13,7 @@ from minllama.lora.model import (
     set_adapters,
     unmerge_lora,
 )
+from minllama.lora.layer import LoRAAdapter, LoRALayer
 
 __all__ = [
     "LoRAAdapter",

@@ -3,7 +3,7 @@
 Reads like the papers: LoRA, rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024). Knows nothing of
 models, files or optimizers.
 
-Shape letters are those of `minllama.llama`; R is the rank.
+Shape letters are those of `minllama.model.llama`; R is the rank.
 """
 
 import math
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minllama.errors import MinllamaError, OptionError
-from minllama.native import operations
-from minllama.native.low_rank import low_rank_product
+from minllama.kernels.cpu import ops
+from minllama.kernels.cpu.lora import low_rank_product
 from minllama.options import LoRAOptions
-from minllama.quantization import QuantizedLinear
+from minllama.quantization.modules import QuantizedLinear
 
 AnyLinear = nn.Linear | QuantizedLinear
 
@@ -73,9 +73,9 @@ class LoRAAdapter(nn.Module):
         scale = share * self.scaling
         # A view (as a layer with a bias gives) belongs to what it was made by: none is written to.
         writable = y.dtype == x.dtype and not y._is_view() and y.is_contiguous()
-        if self.lora_magnitude_vector is None and operations.serves(x) and writable:
+        if self.lora_magnitude_vector is None and ops.serves(x) and writable:
             return self._low_rank(x, scale, onto=y)
-        if operations.serves(x):
+        if ops.serves(x):
             delta = self._low_rank(x, scale).to(y.dtype)  # which autocast chooses
         else:
             low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., R)

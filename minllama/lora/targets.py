@@ -6,10 +6,10 @@ Knows nothing of what is put there.
 import re
 from collections.abc import Collection, Sequence
 
-from minllama.checkpoints.adapter import their_module_name
+from minllama.checkpoints.peft import their_module_name
 from minllama.errors import OptionError
-from minllama.llama import Llama
 from minllama.lora.layer import AnyLinear, LoRALayer
+from minllama.model.llama import Llama
 
 ALL_LINEAR = "all-linear"
 

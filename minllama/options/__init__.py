@@ -3,12 +3,7 @@
 By what they are for; those of thresholds and reports are in `minllama.options.evaluation`.
 """
 
-from minllama.options.base import (
-    CheckedOptions,
-    Range,
-    names_of,
-    option,
-)
+from minllama.options.base import CheckedOptions, Range, names_of, option
 from minllama.options.classification import (
     CLASS_METRICS,
     CORRECTED,
@@ -27,15 +22,8 @@ from minllama.options.data import (
     DataOptions,
     PromptOptions,
 )
-from minllama.options.generation import (
-    GenerationOptions,
-    SamplingOptions,
-)
-from minllama.options.training import (
-    QUANTIZE,
-    LoRAOptions,
-    TrainingOptions,
-)
+from minllama.options.generation import GenerationOptions, SamplingOptions
+from minllama.options.training import QUANTIZE, LoRAOptions, TrainingOptions
 
 __all__ = [
     "CLASS_METRICS",

@@ -16,7 +16,7 @@ POOLINGS = ("last", "mean", "weighted-mean")
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotOptions(CheckedOptions):
-    """How label words are scored; see `minllama.classifier.zero_shot`."""
+    """How label words are scored; see `minllama.classification.zero_shot`."""
 
     label_words: str | None = option(
         None,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, Range, option
-from minllama.text_files import checked_encoding, checked_separator, column_names
+from minllama.options.text_files import checked_encoding, checked_separator, column_names
 
 DATA_FORMATS = ("labelled", "text", "csv", "tsv", "jsonl", "json", "parquet")
 OUTPUT_FORMATS = ("jsonl", "csv", "tsv", "parquet", "labelled")
@@ -89,7 +89,7 @@ class DataOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(CheckedOptions):
-    """What stands around a text; see `minllama.prompts`."""
+    """What stands around a text; see `minllama.classification.prompts`."""
 
     prompt: str | None = option(
         None, "the frame around a text, which holds {text} once and perhaps {labels}"

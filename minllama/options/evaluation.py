@@ -44,7 +44,7 @@ def _number(text: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdOptions(CheckedOptions):
-    """From which probability on a label is predicted; see `minllama.thresholds`."""
+    """From which probability on a label is predicted; see `minllama.evaluation.thresholds`."""
 
     threshold: tuple[str, ...] = option(
         (),
@@ -72,7 +72,7 @@ class ThresholdOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(CheckedOptions):
-    """What a report is about; see `minllama.report`."""
+    """What a report is about; see `minllama.evaluation.report`."""
 
     headline: str | None = option(
         None,

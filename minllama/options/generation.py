@@ -8,7 +8,7 @@ from minllama.options.base import CheckedOptions, Range, option
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(CheckedOptions):
-    """How the next token is chosen from the logits; see `minllama.sampling`."""
+    """How the next token is chosen from the logits; see `minllama.generation.sampling`."""
 
     temperature: float = option(
         0.0,
@@ -36,7 +36,7 @@ class SamplingOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingOptions):
-    """How a text is continued; see `minllama.generation`."""
+    """How a text is continued; see `minllama.generation.api`."""
 
     max_new_tokens: int = option(256, "stop after this many new tokens", within=Range(1))
     n: int = option(1, "how many samples of each prompt", within=Range(1, 4096))

@@ -7,7 +7,8 @@ from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, Range, option
 from minllama.options.classification import CLASS_METRICS, VALUE_METRICS
 
-# Forms that weights may be kept in instead of numbers: see `minllama.quantization.quantized`.
+# Forms that weights may be kept in instead of numbers: see
+# `minllama.quantization.modules.quantized`.
 QUANTIZE = ("stored", "int8", "int4")
 
 
@@ -43,7 +44,7 @@ class LoRAOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(CheckedOptions):
-    """How a classifier is trained; see `minllama.training`."""
+    """How a classifier is trained; see `minllama.training.trainer`."""
 
     epochs: int = option(3, "how often each training text is seen", within=Range(1))
     batch_size: int = option(16, "how many texts are computed together", within=Range(1))

@@ -1,0 +1,205 @@
+"""Files on disk <-> (LlamaConfig, named tensors, vocabulary).
+
+One module for each format; here a path, a folder or a Hugging Face id is recognised by its content
+and opened. Knows nothing of what a model does with its tensors.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from minllama.checkpoints.gguf import (
+    gguf_models,
+    is_gguf,
+    read_gguf,
+    read_gguf_vocabulary,
+    write_gguf,
+)
+from minllama.checkpoints.huggingface import (
+    has_weights,
+    is_huggingface,
+    read_huggingface,
+    write_huggingface,
+)
+from minllama.checkpoints.llama2c import (
+    is_llama2c_bin,
+    is_torch_checkpoint,
+    read_llama2c_bin,
+    read_torch_checkpoint,
+    write_llama2c_bin,
+)
+from minllama.checkpoints.meta import is_meta, read_meta
+from minllama.checkpoints.peft import PICKLED_FILE, WEIGHTS_FILE, is_adapter, with_adapter
+from minllama.checkpoints.peft_config import CONFIG_FILE, read_adapter_config
+from minllama.checkpoints.resolve import canonical_name, resolve_source, source_of
+from minllama.checkpoints.types import Checkpoint, LazyTensor
+from minllama.errors import CheckpointError, TokenizerError
+from minllama.tokenizer.load import find_vocabulary, load_vocabulary
+from minllama.tokenizer.vocabulary import Vocabulary
+
+__all__ = [
+    "Checkpoint",
+    "LazyTensor",
+    "open_checkpoint",
+    "read_tokenizer",
+    "write_gguf",
+    "write_huggingface",
+    "write_llama2c_bin",
+]
+
+CLASSIFIER_FILE = "classifier.json"
+
+Format = tuple[Callable[[Path], bool], Callable[[Path], Checkpoint]]
+
+FOLDERS: tuple[Format, ...] = ((is_huggingface, read_huggingface), (is_meta, read_meta))
+FILES: tuple[Format, ...] = (
+    (is_gguf, read_gguf),
+    (is_torch_checkpoint, read_torch_checkpoint),
+    (is_llama2c_bin, read_llama2c_bin),
+)
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+) -> Checkpoint:
+    """Open a checkpoint; headers are read, weights are not, nor is its own vocabulary.
+
+    Args:
+        source: a file, a folder or a Hugging Face id; None for the embedded default model. Of a
+            PEFT adapter's folder, the model that it makes of its base.
+        tokenizer: file or folder of the tokenizer, or of a checkpoint that has one, where it does
+            not lie in or beside the checkpoint.
+        base: the model that an adapter is for, where its adapter_config.json names none or it has
+            moved.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of an unknown format, or not a Llama.
+        TokenizerError: the tokenizer that was named apart is damaged.
+    """
+    path = resolve_source(source)
+    folder = _adapter_folder(path)
+    if base is not None and folder is None:
+        raise CheckpointError(
+            f"{path}: not a PEFT adapter's folder, so it has no base; omit --base"
+        )
+    try:
+        if folder is not None:
+            checkpoint = with_adapter(_open_base(folder, base), folder)
+        else:
+            checkpoint = _reader(path)(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if tokenizer is not None:
+        vocabulary = read_tokenizer(tokenizer)
+        checkpoint = dataclasses.replace(
+            checkpoint, read_vocabulary=lambda: vocabulary, tokenizer=canonical_name(tokenizer)
+        )
+    return dataclasses.replace(checkpoint, source=canonical_name(source))
+
+
+def read_tokenizer(source: str | os.PathLike[str]) -> Vocabulary:
+    """The vocabulary of a file or folder: a tokenizer's own, or a GGUF file's.
+
+    A folder with no tokenizer but one GGUF file stands for that file.
+
+    Raises:
+        CheckpointError: a GGUF file is cut off or damaged.
+        TokenizerError: none is there, or it is damaged.
+    """
+    path = Path(source)
+    if path.is_dir() and find_vocabulary(path) is None and (models := gguf_models(path)):
+        path = _only_one(path, models)
+    if not is_gguf(path):
+        return load_vocabulary(path)
+    vocabulary = read_gguf_vocabulary(path)
+    if vocabulary is None:
+        raise TokenizerError(f"{path}: a GGUF file without a tokenizer; name another one's")
+    return vocabulary
+
+
+def _adapter_folder(path: Path) -> Path | None:
+    """The folder of the PEFT adapter that `path` is, or is a file of; None where it is none.
+
+    As in transformers, an adapter goes before a whole model in the same folder.
+    """
+    names = (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE)
+    folder = path if path.is_dir() else path.parent if path.name in names else None
+    if folder is None or not is_adapter(folder):
+        return None
+    if (folder / CLASSIFIER_FILE).is_file():
+        raise CheckpointError(
+            f"{path}: a classifier's folder, not a model that continues texts; use minllama "
+            "classify or evaluate, or make a whole model of it (minllama merge)"
+        )
+    return folder
+
+
+def _open_base(folder: Path, base: str | os.PathLike[str] | None) -> Checkpoint:
+    """The model that an adapter is for: the named one, or that of its adapter_config.json."""
+    name = base if base is not None else read_adapter_config(folder).base_model_name
+    remedy = "name it with --base (base= in Python)"
+    if not name:
+        raise CheckpointError(f"{folder}: its {CONFIG_FILE} names no base model; {remedy}")
+    beside = folder / name
+    try:
+        if base is None and not Path(name).exists() and beside.exists():
+            path = beside
+        else:
+            path = resolve_source(source_of(os.fspath(name)))
+        is_itself = path.is_dir() and path.resolve() == folder.resolve()
+        if not is_itself and _adapter_folder(path) is not None:
+            raise CheckpointError("it is an adapter as well; merge that first (minllama convert)")
+        return _reader(path)(path)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder}: its base model {os.fspath(name)!r} cannot be opened ({error}); {remedy}"
+        ) from error
+
+
+def _reader(path: Path) -> Callable[[Path], Checkpoint]:
+    if path.is_dir():
+        return _reader_of_folder(path)
+    if not path.is_file():  # a pipe or a device, which a program may have meant by /dev/stdin
+        raise CheckpointError(
+            f"{path}: neither a file nor a folder; save the checkpoint and name its path"
+        )
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty; download it again")
+    for recognises, read in FILES:
+        if recognises(path):
+            return read
+    # A part of a folder's checkpoint stands for the folder.
+    for recognises, read in FOLDERS:
+        if recognises(path.parent):
+            return lambda file: read(file.parent)
+    raise CheckpointError(
+        f"{path}: not a checkpoint in a format that minllama reads "
+        "(Hugging Face, GGUF, Meta, llama2.c)"
+    )
+
+
+def _reader_of_folder(path: Path) -> Callable[[Path], Checkpoint]:
+    models = gguf_models(path)
+    for recognises, read in FOLDERS:
+        # Beside GGUF files often lies the config.json of the model that they were made from.
+        if recognises(path) and not (models and read is read_huggingface and not has_weights(path)):
+            return read
+    if not models:
+        raise CheckpointError(
+            f"{path}: neither config.json (Hugging Face) nor params.json (Meta) nor a .gguf is in "
+            "this folder; name the file or the folder of a checkpoint"
+        )
+    model = _only_one(path, models)
+    return lambda folder: read_gguf(model)
+
+
+def _only_one(folder: Path, models: list[Path]) -> Path:
+    if len(models) > 1:
+        names = ", ".join(model.name for model in models[:20])
+        more = f" and {len(models) - 20} more" if len(models) > 20 else ""
+        raise CheckpointError(f"{folder}: holds several GGUF files; name one of {names}{more}")
+    return models[0]

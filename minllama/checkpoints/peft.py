@@ -1,0 +1,227 @@
+"""PEFT's adapters on disk, and the checkpoint that one makes of its base.
+
+Rows of q and k are in Hugging Face's order there. Reading is lazy: a matrix with an adapter is
+W + scaling * B A (Hu et al. 2021, eq. 3), with DoRA each row scaled to its magnitude (Liu et al.
+2024, eq. 5), computed in float32 when it is asked for. Knows nothing of models that run.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minllama.checkpoints.huggingface import (
+    read_safetensors,
+    rotated_heads,
+    their_name,
+    to_interleaved,
+)
+from minllama.checkpoints.peft_config import CONFIG_FILE, HEAD, AdapterConfig, read_adapter_config
+from minllama.checkpoints.state_dict import differences, listed
+from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
+from minllama.errors import CheckpointError, CheckpointWarning, naming, warn_caller
+from minllama.model.config import LlamaConfig
+from minllama.options import LoRAOptions
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
+PREFIX = "base_model.model."
+HEAD_KEY = f"{PREFIX}{HEAD}.weight"
+# Parameter of an adapter -> its key's end.
+KEYS = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+}
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """One adapter on disk, held against the model that it is for.
+
+    Attributes:
+        path: its weights file.
+        config: its adapter_config.json.
+        options: our name of each linear layer that it adapts -> rank, scale and kind.
+        tensors: its tensors by the keys that PEFT's LlamaForCausalLM has.
+    """
+
+    path: Path
+    config: AdapterConfig
+    options: dict[str, LoRAOptions]
+    tensors: dict[str, LazyTensor]
+
+    def parameter(self, module: str, name: str, config: LlamaConfig) -> Tensor:
+        """A parameter of a module's adapter, float32, its rows in our order."""
+        tensor = self._finite(f"{PREFIX}{their_module_name(module)}.{KEYS[name]}")
+        n_heads = rotated_heads(f"{module}.", config)
+        if n_heads is None or name == "lora_A":  # whose rows are not channels of q or k
+            return tensor
+        return to_interleaved(tensor, n_heads)
+
+    def head(self) -> Tensor | None:
+        """The head of a sequence classifier, (classes, D) float32; None where there is none."""
+        return self._finite(HEAD_KEY) if HEAD_KEY in self.tensors else None
+
+    def _finite(self, key: str) -> Tensor:
+        tensor = self.tensors[key].load().float()
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise CheckpointError(
+                f"{self.path}: {key} holds {bad} NaN or infinite of {tensor.numel()} numbers; the "
+                "file is damaged or its training diverged; fetch or train it again"
+            )
+        return tensor
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` is that of a PEFT adapter."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def their_module_name(ours: str) -> str:
+    """Hugging Face's name of a module: `model.layers.0.self_attn.q_proj`."""
+    return their_name(f"{ours}.weight").removesuffix(".weight")
+
+
+def read_adapter(
+    folder: Path, shapes: Mapping[str, tuple[int, int]], config: LlamaConfig
+) -> StoredAdapter:
+    """Read an adapter's config and the header of its weights.
+
+    Args:
+        folder: that of adapter_config.json; weights as safetensors, or pickled (read by torch's
+            restricted unpickler).
+        shapes: our name of each linear layer that can be adapted -> (outputs, inputs).
+        config: of the model that it is for.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; it asks for what minllama does not compute;
+            it does not fit the model (each missing, unexpected and misshapen tensor is listed).
+    """
+    adapter_config = read_adapter_config(folder)
+    path, stored = _stored_tensors(folder)
+    bare = f"{PREFIX}layers."  # of a LlamaModel without a head, whose root is one level lower
+    is_bare = any(name.startswith(bare) for name in stored)
+    tensors = {
+        name.replace(bare, f"{PREFIX}model.layers.", 1) if name.startswith(bare) else name: tensor
+        for name, tensor in stored.items()
+    }
+    roots = {
+        ours: their_module_name(ours).removeprefix("model." if is_bare else "") for ours in shapes
+    }
+    if adapter_config.targets is not None:
+        adapted = [ours for ours, root in roots.items() if adapter_config.adapts(root)]
+    else:
+        named = {name.partition(".lora_")[0] for name in tensors}
+        adapted = [ours for ours in roots if f"{PREFIX}{their_module_name(ours)}" in named]
+    with naming(folder / CONFIG_FILE):
+        found = adapter_config.options_of([roots[ours] for ours in adapted])
+    options = dict(zip(adapted, found, strict=True))
+    expected = _expected(options, shapes)
+    if adapter_config.has_head:
+        head = tensors[HEAD_KEY].shape if HEAD_KEY in tensors else ()
+        expected[HEAD_KEY] = (head[0] if head else 1, config.dim)  # any number of classes
+    _check_shapes(path, tensors, expected)
+    return StoredAdapter(path, adapter_config, options, tensors)
+
+
+def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
+    """The checkpoint that an adapter makes of its base: each adapted matrix has its delta added.
+
+    Raises:
+        CheckpointError: as for `read_adapter`.
+    """
+    from minllama.tokenizer.load import find_vocabulary
+
+    shapes = {
+        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for name, tensor in base.tensors.items()
+        if name.startswith("layers.") and name.endswith(".weight") and len(tensor.shape) == 2
+    }
+    adapter = read_adapter(folder, shapes, base.config)
+    tensors = dict(base.tensors)
+    for module in adapter.options:
+        stored = tensors[f"{module}.weight"]
+        load = partial(_merged, stored, module, adapter, base.config)
+        # Its numbers are of one sum with the base's, and no more its blocks.
+        tensors[f"{module}.weight"] = dataclasses.replace(stored, load=load, blocks=None)
+    ignored = base.ignored
+    if adapter.config.has_head:
+        ignored = (*ignored, f"{HEAD}.weight")
+        warn_caller(
+            f"{folder}: an adapter of a sequence classifier; its head is not read, and the model "
+            "continues texts",
+            CheckpointWarning,
+        )
+    return dataclasses.replace(
+        base,
+        path=folder,
+        format=f"PEFT adapter of {len(adapter.options)} matrices on {base.format}, {base.path}",
+        tensors=tensors,
+        read_vocabulary=lambda: find_vocabulary(folder) or base.vocabulary,
+        ignored=ignored,
+        tokenizer=None,
+    )
+
+
+def _merged(stored: LazyTensor, module: str, adapter: StoredAdapter, config: LlamaConfig) -> Tensor:
+    weight = stored.load().float()
+    options = adapter.options[module]
+    low, high = (adapter.parameter(module, name, config) for name in ("lora_A", "lora_B"))
+    merged = weight.addmm(high, low, alpha=options.scaling)  # not in place: it may be the file
+    if options.use_dora:
+        magnitude = adapter.parameter(module, "lora_magnitude_vector", config)
+        merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)
+    return merged
+
+
+def _stored_tensors(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
+    """The weights file and its tensors, by the keys that it has."""
+    from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
+
+    path = folder / WEIGHTS_FILE
+    if path.exists():
+        return path, dict(read_safetensors(path))
+    if (path := folder / PICKLED_FILE).exists():
+        tensors = dense_tensors(load_torch_file(path), path)
+        return path, {name: lazy(tensor) for name, tensor in tensors.items()}
+    raise CheckpointError(
+        f"{folder}: there is neither {WEIGHTS_FILE} nor {PICKLED_FILE}; fetch it again"
+    )
+
+
+def _expected(
+    options: Mapping[str, LoRAOptions], shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of each tensor of an adapter with these modules."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for ours, of_module in options.items():
+        n_out, n_in = shapes[ours]
+        key = f"{PREFIX}{their_module_name(ours)}"
+        expected[f"{key}.{KEYS['lora_A']}"] = (of_module.r, n_in)
+        expected[f"{key}.{KEYS['lora_B']}"] = (n_out, of_module.r)
+        if of_module.use_dora:
+            expected[f"{key}.{KEYS['lora_magnitude_vector']}"] = (n_out,)
+    return expected
+
+
+def _check_shapes(
+    path: Path, stored: dict[str, LazyTensor], expected: dict[str, tuple[int, ...]]
+) -> None:
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    if vocabulary := [name for name in found if "embed_tokens" in name or "lm_head" in name]:
+        raise CheckpointError(
+            f"{path}: it adapts the vocabulary ({vocabulary[0]}), and only the layers' linear "
+            "layers can be adapted; merge it into its base with PEFT and load the result"
+        )
+    if problems := differences(found, expected):
+        raise CheckpointError(
+            f"{path}: it does not fit this model: {listed(problems)}; load the base model that "
+            f"its {CONFIG_FILE} names, or fetch the adapter again"
+        )
+    if not found:
+        raise CheckpointError(f"{path}: it holds no tensors; fetch it again")

@@ -1,0 +1,156 @@
+"""The tensors that a Llama has by its config, and the checks that every reader makes first.
+
+A model is built from a config before its tensors are compared with it, so a config that claims what
+no tensor bears out is refused here, before a billion layers are. Knows nothing of any one format.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minllama.checkpoints.types import LazyTensor
+from minllama.errors import CheckpointError, MinllamaError
+from minllama.model.config import LlamaConfig
+
+# Rotary tables are built for the whole context; the longest of real models is ten million tokens.
+MAX_CONTEXT = 2**24
+MAX_LAYERS = 2**12  # thirty times the deepest of real models
+MAX_LISTED = 20
+"""How many problems of a checkpoint one error lists; the rest are counted."""
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a Llama, in the order in which a text meets them."""
+    query_dim, key_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    dim, hidden_dim = config.dim, config.hidden_dim
+    projections = {
+        "attention.compute_query": (query_dim, dim, config.attention_bias),
+        "attention.compute_key": (key_dim, dim, config.attention_bias),
+        "attention.compute_value": (key_dim, dim, config.attention_bias),
+        "attention.compute_output": (dim, query_dim, config.attention_bias),
+        "feed_forward.w1": (hidden_dim, dim, config.ffn_bias),
+        "feed_forward.w2": (dim, hidden_dim, config.ffn_bias),
+        "feed_forward.w3": (hidden_dim, dim, config.ffn_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (config.vocab_size, dim)}
+    for layer in range(config.n_layers):
+        shapes[f"layers.{layer}.attention_norm.weight"] = (dim,)
+        shapes[f"layers.{layer}.ffn_norm.weight"] = (dim,)
+        for name, (rows, columns, has_bias) in projections.items():
+            shapes[f"layers.{layer}.{name}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"layers.{layer}.{name}.bias"] = (rows,)
+    shapes["norm.weight"] = (dim,)
+    if not config.tie_embeddings:
+        shapes["output.weight"] = (config.vocab_size, dim)
+    return shapes
+
+
+def has_bias(tensors: Iterable[str], part: str) -> bool:
+    """Whether there is a bias among the tensors of `.attention.` or of `.feed_forward.`."""
+    return any(name.endswith(".bias") and part in name for name in tensors)
+
+
+def add_zero_biases(config: LlamaConfig, tensors: dict[str, LazyTensor]) -> None:
+    """Give projections without a bias, beside others that have one, a bias of zeros.
+
+    Qwen's attention has biases on q, k and v alone. As in transformers and in llama.cpp.
+    """
+    present = [part for part in (".attention.", ".feed_forward.") if has_bias(tensors, part)]
+    for name, shape in tensor_shapes(config).items():
+        is_absent = name.endswith(".bias") and name not in tensors
+        if is_absent and any(part in name for part in present):
+            tensors[name] = LazyTensor(shape, "zero", 0, partial(torch.zeros, shape))
+
+
+def differences(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What is missing, unexpected and misshapen among the shapes of tensors, in words."""
+    return [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} is unexpected" for name in found if name not in expected),
+        *(
+            f"{name} has shape {found[name]} where the config says {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ),
+    ]
+
+
+def listed(problems: list[str]) -> str:
+    """`problems` for one line, the first MAX_LISTED of them."""
+    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+    return "; ".join(problems[:MAX_LISTED]) + more
+
+
+def check_writable(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Hold what is to be written against its config, before anything is.
+
+    Raises:
+        MinllamaError: one line that lists every difference.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if problems := differences(found, tensor_shapes(config)):
+        raise MinllamaError(f"the tensors disagree with their config: {listed(problems)}")
+
+
+def translate(name: str, table: Mapping[str, str]) -> str | None:
+    """A tensor's name in other words; `None` where the table has none for it.
+
+    Args:
+        name: `layers.3.attention.compute_query.weight`.
+        table: module names without `.weight` or `.bias`, `{i}` for the layer's number:
+            `layers.{i}.attention.compute_query` -> `blk.{i}.attn_q`.
+    """
+    module, _, kind = name.rpartition(".")
+    number = _NUMBER.search(module)
+    if number is not None:
+        module = f"{module[: number.start()]}.{{i}}.{module[number.end() :]}"
+    other = table.get(module)
+    if other is None or kind not in ("weight", "bias"):
+        return None
+    return f"{other.replace('{i}', number[1]) if number else other}.{kind}"
+
+
+def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:
+    """Hold the sizes that a config claims against the tensors that are there.
+
+    Differences of one tensor are the loader's to list; this is about sizes that nothing bears out.
+
+    Raises:
+        CheckpointError: more layers than there are tensors for, a width that no tensor has, or a
+            context that no model has.
+    """
+    layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
+    if config.n_layers > len(layers):
+        raise CheckpointError(
+            f"the config says {config.n_layers} layers, the tensors are of {len(layers)}; "
+            "the file is incomplete"
+        )
+    if config.n_layers > MAX_LAYERS:
+        raise CheckpointError(
+            f"{config.n_layers} layers are above the limit of {MAX_LAYERS}; its config is damaged"
+        )
+    widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    sizes = {
+        "dim": config.dim,
+        "hidden_dim": config.hidden_dim,
+        "vocab_size": config.vocab_size,
+        "n_heads * head_dim": config.n_heads * config.head_dim,
+    }
+    for name, size in sizes.items():
+        if size > widest:
+            raise CheckpointError(
+                f"the config says {name} {size}, and no tensor is wider than {widest}; "
+                "its config is of another model"
+            )
+    if config.max_seq_len > MAX_CONTEXT:
+        raise CheckpointError(
+            f"a context of {config.max_seq_len} tokens is above the limit of {MAX_CONTEXT}"
+        )

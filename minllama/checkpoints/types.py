@@ -1,0 +1,122 @@
+"""What every checkpoint format is read into.
+
+Knows nothing of any one format. A `Checkpoint` is cheap: it holds shapes and where the numbers are;
+the numbers are read, tensor by tensor, when a model asks for them.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from minllama.checkpoints.huggingface_head import SEQUENCE_CLASSIFIER, SequenceHead
+from minllama.errors import CheckpointError
+from minllama.model.config import LlamaConfig
+from minllama.tokenizer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from minllama.quantization.gguf_blocks import GGMLType
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is still on disk.
+
+    Attributes:
+        shape: its shape once loaded.
+        stored_as: the type it is stored as, for people: `bfloat16`, `Q4_1`.
+        stored_bytes: the bytes that it takes on disk.
+        load: reads it, on the CPU, memory-mapped where the format allows: the tensor may be
+            read-only, and the caller must not write to it.
+        blocks: its ggml type and its bytes (n_bytes,) as they lie in the file, for types that are
+            blocks; None for numbers.
+    """
+
+    shape: tuple[int, ...]
+    stored_as: str
+    stored_bytes: int
+    load: Callable[[], Tensor]
+    blocks: "Callable[[], tuple[GGMLType, Tensor]] | None" = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One Llama on disk: its config, its tensors under our names, and where its vocabulary is.
+
+    Attributes:
+        path: the file or folder that was opened.
+        format: its format, for people: `Hugging Face`, `GGUF`.
+        config: what the Llama is.
+        tensors: name in our model (`layers.0.attention.compute_query.weight`) -> where its
+            numbers are. q and k are laid out for interleaved rotation, as the model has them.
+        read_vocabulary: reads its tokenizer, from what was opened; see `vocabulary`.
+        ignored: keys and tensors of the file that were not read, for people.
+        source: how to name it again, here or elsewhere: `default`, a Hugging Face id, or the
+            absolute path.
+        tokenizer: the same of its tokenizer, where that was named apart; None for its own.
+        ends_at_bos: the model learned from texts one behind the other, of which each ends where the
+            next begins, and from no end of a text.
+        head: what it has in the place of a language model's head, whose tensors are among
+            `tensors` by their own names; None for a language model.
+    """
+
+    path: Path
+    format: str
+    config: LlamaConfig
+    tensors: dict[str, LazyTensor] = field(repr=False)
+    read_vocabulary: Callable[[], Vocabulary | None] = field(repr=False)
+    ignored: tuple[str, ...] = ()
+    source: str = ""
+    tokenizer: str | None = None
+    ends_at_bos: bool = False
+    head: SequenceHead | None = None
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """Its tokenizer, read when it is first asked for; None where none lies in or beside it.
+
+        Raises:
+            TokenizerError: it is damaged, or of a kind that is not known.
+        """
+        vocabulary = self.read_vocabulary()
+        if not self.ends_at_bos or vocabulary is None or vocabulary.bos_id is None:
+            return vocabulary
+        stop_ids = tuple(dict.fromkeys((*vocabulary.stop_ids, vocabulary.bos_id)))
+        return dataclasses.replace(vocabulary, stop_ids=stop_ids)
+
+    def check_language_model(self) -> None:
+        """Refuse a checkpoint that has something else in the place of a language model's head.
+
+        Raises:
+            CheckpointError: says what it is, and what opens it.
+        """
+        if self.head is not None:
+            raise CheckpointError(
+                f"{self.path}: a sequence classifier ({SEQUENCE_CLASSIFIER}), whose head gives "
+                "labels and no next token; open it with `minllama classify`, `minllama evaluate` "
+                "or load_classifier()"
+            )
+
+    def without_head(self) -> "Checkpoint":
+        """The Llama below a sequence classifier's head; a language model's stays as it is.
+
+        Where the file has no output matrix the embeddings stand for it: a Llama has one, and of
+        this one nobody asks for logits.
+        """
+        if self.head is None:
+            return self
+        tensors = {n: tensor for n, tensor in self.tensors.items() if not n.startswith("score.")}
+        config = self.config
+        if "output.weight" not in tensors:
+            config = config.replace(tie_embeddings=True)
+        return dataclasses.replace(self, config=config, tensors=tensors, head=None)
+
+
+def lazy(tensor: Tensor) -> LazyTensor:
+    """A LazyTensor over one that is at hand already (or mapped into memory)."""
+    stored = str(tensor.dtype).removeprefix("torch.")
+    return LazyTensor(tuple(tensor.shape), stored, tensor.nbytes, lambda: tensor)

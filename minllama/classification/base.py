@@ -1,0 +1,373 @@
+"""What both classifiers are: texts in, probabilities of classes out.
+
+Knows nothing of how a text's logits come about, of training or of files.
+"""
+
+import contextlib
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from minllama.classification.prompts import EncodedPrompt, PromptTemplate
+from minllama.data.texts import checked_texts
+from minllama.data.treebank import undo_treebank
+from minllama.errors import MinllamaError
+from minllama.evaluation.metrics import predictions
+from minllama.evaluation.regression import TargetScale
+from minllama.evaluation.thresholds import DEFAULT, Thresholds, as_thresholds, positive_class
+from minllama.model.llama import Llama
+from minllama.options import PromptOptions
+from minllama.tokenizer.tokenizer import Tokenizer
+
+# Padded tokens of a batch. Larger batches are slower on a CPU: their activations leave its caches.
+BATCH_TOKENS = {"cpu": 1024}
+BATCH_TOKENS_ELSEWHERE = 16384
+MOST_NOTED = 1_000_000  # texts of which is kept that they were shortened
+
+
+class Classifier(nn.Module, ABC):
+    """Texts -> log-odds and probabilities of C classes.
+
+    Args:
+        llama: what reads the texts; held, not copied.
+        tokenizer: that of the Llama.
+        labels: C different names of classes.
+        multi_label: a text may have any number of them: a sigmoid each instead of one softmax.
+        template: the frame around a text.
+        prompt: the options that the template was made from.
+
+    Attributes:
+        temperature: logits are divided by it before they become probabilities (Guo et al. 2017,
+            sec. 4.2); 1 until it is fitted.
+        decision: from which probability on labels are predicted, and which of two classes is the
+            positive one; None for the likeliest class, or each label from 0.5 on.
+        shortened: the hash of each text that was too long and has been read in part, up to
+            MOST_NOTED of them.
+        scale: of the one output where that is a number and no class's; None for classes.
+        digest: SHA-256 of the description that it was read from; None where it was made here.
+
+    Raises:
+        MinllamaError: the labels are none, or not different.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        *,
+        multi_label: bool,
+        template: PromptTemplate,
+        prompt: PromptOptions,
+    ) -> None:
+        super().__init__()
+        self.llama = llama
+        self.tokenizer = tokenizer
+        self.labels = checked_labels(labels)
+        self.multi_label = multi_label
+        self.template, self.prompt = template, prompt
+        self.temperature = 1.0
+        self.decision: Thresholds | None = None
+        self.shortened: set[int] = set()
+        self.digest: str | None = None
+        self.scale: TargetScale | None = None
+
+    @property
+    @abstractmethod
+    def n_layers(self) -> int:
+        """How many layers of the Llama run."""
+
+    @abstractmethod
+    def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """Unnormalised scores of encoded texts, differentiable.
+
+        Args:
+            prompts: B encoded texts.
+
+        Returns:
+            (B, C), float32. Log-softmax over the classes makes log-probabilities, the sigmoid
+            where `multi_label`.
+        """
+
+    def encode(self, text: str) -> EncodedPrompt:
+        """A text in its prompt, as token ids.
+
+        Raises:
+            MinllamaError: it is empty and nothing stands around it, it cannot be encoded, it is no
+                string, or the tokenizer is of another model.
+        """
+        checked_texts([text])
+        encoded = self.template.encode(undo_treebank(text) if self.prompt.undo_treebank else text)
+        if not encoded.ids:
+            raise MinllamaError(
+                f"the text {text[:40]!r} has no tokens to read; leave it out, or give a prompt"
+            )
+        self._check_ids(encoded)
+        if encoded.is_shortened and len(self.shortened) < MOST_NOTED:
+            self.shortened.add(hash(text))
+        return encoded
+
+    def _check_ids(self, encoded: EncodedPrompt) -> None:
+        n_tokens = self.llama.config.vocab_size
+        largest = max(max(ids, default=0) for ids in (encoded.ids, *encoded.continuations))
+        if largest >= n_tokens:
+            raise MinllamaError(
+                f"the tokenizer gives the id {largest}, and the model has {n_tokens} tokens; it is "
+                "that of another model: name the right one"
+            )
+
+    def predict_logits(
+        self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """(N, C) scores of N texts, in their order; without dropout and gradients.
+
+        Args:
+            texts: N strings.
+            progress: is told how many more texts are done.
+
+        Raises:
+            MinllamaError: a text cannot be encoded, has no tokens, or is no string (a DataError
+                that tells its place); or it is one string.
+        """
+        texts = checked_texts(texts)
+        logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
+        with evaluating(self), torch.inference_mode(), self.steady():
+            encoded = [self.encode(text) for text in texts]
+            self._begin(len(texts))
+            for indices in self.batches([_padded_len(prompt) for prompt in encoded]):
+                batch = self.compute_logits([encoded[i] for i in indices])
+                logits[indices] = batch.cpu().numpy()
+                if progress is not None:
+                    progress(len(indices))
+        return logits
+
+    def predict_proba(
+        self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """(N, C) probabilities, which sum to one in each row unless `multi_label`.
+
+        Raises:
+            MinllamaError: as `predict_logits`; or it gives numbers.
+        """
+        if self.scale is not None:
+            raise MinllamaError(
+                "this classifier gives numbers, which have no probabilities; call predict() or "
+                "predict_values()"
+            )
+        logits = self.predict_logits(texts, progress=progress)
+        return probabilities(logits, self.temperature, multi_label=self.multi_label)
+
+    def predict_values(
+        self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float64]:
+        """(N,) numbers, in the unit of the targets.
+
+        Raises:
+            MinllamaError: as `predict_logits`; or it gives classes.
+        """
+        if self.scale is None:
+            raise MinllamaError(
+                "this classifier gives classes and no numbers; call predict() or predict_proba()"
+            )
+        return self.scale.values(self.predict_logits(texts, progress=progress)[:, 0])
+
+    def predict(
+        self, texts: Sequence[str], *, threshold: float | Mapping[str, float] | None = None
+    ) -> list[Any]:
+        """The class of each text, by the thresholds; a tuple of all that are there for multi-label.
+
+        Without thresholds it is the likeliest class, or all labels from 0.5 on. A float each where
+        it gives numbers.
+
+        Args:
+            texts: N strings.
+            threshold: in the place of the classifier's own: that of the positive class of two, or
+                of every label, or label -> threshold.
+
+        Raises:
+            MinllamaError: as `predict_logits`; or such a threshold cannot be.
+        """
+        decision = self.decision if threshold is None else self._as_decision(threshold)
+        if self.scale is not None:
+            return [float(value) for value in self.predict_values(texts)]
+        chosen = predictions(
+            self.predict_proba(texts), multi_label=self.multi_label, thresholds=decision
+        )
+        rows = [tuple(self.labels[i] for i in np.flatnonzero(row)) for row in chosen]
+        return rows if self.multi_label else [name for (name,) in rows]
+
+    @property
+    def positive(self) -> str | None:
+        """The positive one of two classes, the second where nobody chose; None elsewhere."""
+        if self.decision is not None and self.decision.positive is not None:
+            return self.labels[self.decision.positive]
+        number = positive_class(self.labels, None, multi_label=self.multi_label)
+        return None if number is None else self.labels[number]
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Label -> the probability from which on it is predicted.
+
+        Of two classes the positive one has a threshold; of more classes none has, the likeliest is
+        predicted. May be set, to such a mapping or to one number.
+        """
+        if self.decision is not None:
+            return self.decision.by_label(self.labels)
+        names = self.labels if self.multi_label else [self.positive] if self.positive else []
+        return dict.fromkeys(names, DEFAULT)
+
+    @thresholds.setter
+    def thresholds(self, value: float | Mapping[str, float]) -> None:
+        self.decide_by(self._as_decision(value))
+
+    @property
+    def threshold(self) -> float | None:
+        """The threshold that all labels have that have one; None where they have several or none.
+
+        May be set.
+        """
+        values = set(self.thresholds.values())
+        return values.pop() if len(values) == 1 else None
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self.decide_by(self._as_decision(value))
+
+    def decide_by(self, decision: Thresholds | None) -> None:
+        """Predict by these thresholds from now on. Probabilities stay what they are."""
+        before, self.decision = (self.positive, self.thresholds), decision
+        after = (self.positive, self.thresholds)
+        if self.digest is not None and before != after:  # its labels are no longer those
+            said = f"{self.digest} {after}".encode("utf-8", "backslashreplace")
+            self.digest = hashlib.sha256(said).hexdigest()
+
+    def _as_decision(self, value: float | Mapping[str, float]) -> Thresholds:
+        if self.scale is not None:
+            raise MinllamaError(
+                "this classifier gives numbers; thresholds are for probabilities of classes"
+            )
+        positive = None if self.positive is None else self.labels.index(self.positive)
+        if positive is None and not self.multi_label:
+            raise MinllamaError(
+                f"of {len(self.labels)} classes the likeliest is predicted; thresholds are for two "
+                "classes, or for texts with any number of labels"
+            )
+        return as_thresholds(value, self.labels, positive)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the classifier to a folder, from which `load_classifier` reads it.
+
+        Raises:
+            MinllamaError: it cannot be written; what was there is untouched.
+        """
+        from minllama.classification.storage.save_load import save_classifier
+
+        save_classifier(self, folder)
+
+    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices of texts of alike lengths, the longest first, so that memory is known at once."""
+        limit = BATCH_TOKENS.get(self.llama.device.type, BATCH_TOKENS_ELSEWHERE)
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        start = 0
+        while start < len(order):
+            n = max(1, limit // max(1, lengths[order[start]]))
+            yield order[start : start + n]
+            start += n
+
+    @contextlib.contextmanager
+    def steady(self) -> Iterator[None]:
+        """A promise that the weights stay as they are: what all prompts share is read once."""
+        yield
+
+    def _begin(self, n_texts: int) -> None:
+        """Called before the batches of one prediction."""
+
+
+class evaluating:
+    """Evaluation mode for as long as it lasts; then the mode that was."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        self._training = [module for module in self._module.modules() if module.training]
+        self._module.eval()
+
+    def __exit__(self, *error: object) -> None:
+        for module in self._training:
+            module.training = True
+
+
+def probabilities(
+    logits: NDArray[np.float32], temperature: float = 1.0, *, multi_label: bool = False
+) -> NDArray[np.float32]:
+    """softmax(logits / temperature) over (N, C), or the sigmoid where `multi_label`."""
+    scaled = torch.from_numpy(logits) / temperature
+    result = scaled.sigmoid() if multi_label else scaled.softmax(-1)
+    return np.asarray(result.numpy(), dtype=np.float32)
+
+
+def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels as a tuple, or an error that says what is wrong with them."""
+    if isinstance(labels, str):
+        raise MinllamaError(f"labels must be a list of strings, not the string {labels!r}")
+    labels = tuple(labels)
+    if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise MinllamaError(f"labels must be one or more names that are not blank, not {labels!r}")
+    if len(set(labels)) < len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise MinllamaError(f"the label {twice!r} is there twice; labels must be different")
+    return labels
+
+
+def as_prompt(prompt: str | PromptOptions | None, default: str) -> PromptOptions:
+    """Prompt options, from them or from the template alone; `default` where there is none."""
+    if isinstance(prompt, str):
+        return PromptOptions(prompt=prompt)
+    prompt = prompt or PromptOptions()
+    if prompt.prompt is None:
+        return replace(prompt, prompt=default)
+    return prompt
+
+
+def make_template(
+    prompt: PromptOptions,
+    llama: Llama,
+    tokenizer: Tokenizer,
+    *,
+    labels: Sequence[str] = (),
+    names: Sequence[str] = (),
+    shots: Sequence[tuple[str, str]] = (),
+    eos: bool | None = False,
+) -> PromptTemplate:
+    """The template that the options describe, within what the Llama can read."""
+    assert prompt.prompt is not None
+    context_len = llama.config.context_len
+    if prompt.undo_treebank:
+        shots = [(undo_treebank(text), label) for text, label in shots]
+    return PromptTemplate(
+        prompt.prompt,
+        tokenizer,
+        labels=labels,
+        names=names,
+        shots=shots,
+        chat=prompt.chat,
+        system=prompt.system,
+        max_len=min(prompt.max_len or context_len, context_len),
+        keep_end=prompt.keep_end,
+        eos=eos,
+    )
+
+
+def _padded_len(prompt: EncodedPrompt) -> int:
+    """Tokens of its row: the prompt, and behind it at most the labels' tokens but the last."""
+    inner = {label[:end] for label in prompt.continuations for end in range(1, len(label))}
+    return len(prompt) + len(inner)

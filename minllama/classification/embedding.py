@@ -1,0 +1,235 @@
+"""Classes, or a number, by a linear head on what the Llama makes of a text.
+
+Knows nothing of training or files.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minllama.classification.base import Classifier, as_prompt, checked_labels, make_template
+from minllama.classification.label_scoring import padded
+from minllama.classification.prompts import EncodedPrompt
+from minllama.errors import MinllamaError
+from minllama.evaluation.regression import TargetScale
+from minllama.model.inputs import check_inputs, last_tokens
+from minllama.model.llama import Llama
+from minllama.options import POOLINGS, PromptOptions
+from minllama.tokenizer.tokenizer import Tokenizer
+
+Pooling = Literal["last", "mean", "weighted-mean"]
+
+
+class LlamaEmbeddingClassifier(Classifier):
+    """A linear head over one vector of each text.
+
+    The vector is the hidden state of the text's last token, or a mean over its tokens, after the
+    last layer or after an earlier one, whose states often tell more. Hidden states are normalised
+    first: by the model's own norm after the last layer, by their root mean square after others.
+
+    Args:
+        llama: causal or bidirectional.
+        tokenizer: its tokenizer.
+        id2label: names of the C classes, by number or in order.
+        pooling: `last` token, `mean` of all tokens, or `weighted-mean`, in which a token at
+            position t weighs t (Muennighoff 2022, eq. 2).
+        layer: how many layers run, 1 to n_layers; None for all.
+        dropout: probability of dropping an element of the vector in training.
+        multi_label: a text may have any number of classes.
+        bias: the head has one.
+        prompt: a template with `{text}`, or all options of a prompt; None for the text alone.
+        scale: the head's one output is a number, in this scale; None where outputs are classes.
+        pad_id: tokens of this id at the end of a text are passed over by the pooling `last`, as
+            transformers does it by its `pad_token_id`; None for no such id.
+        tokenizer_eos: a text ends as the tokenizer ends texts by itself; otherwise without EOS.
+
+    Attributes:
+        score: the head, Linear(D, C) in float32; Normal(0, 0.02) and zero at first.
+
+    Raises:
+        MinllamaError: labels, pooling or layer cannot be.
+    """
+
+    def __init__(
+        self,
+        llama: Llama,
+        tokenizer: Tokenizer,
+        id2label: Mapping[int, str] | Sequence[str],
+        pooling: Pooling = "last",
+        *,
+        layer: int | None = None,
+        dropout: float = 0.0,
+        multi_label: bool = False,
+        bias: bool = False,
+        prompt: str | PromptOptions | None = None,
+        scale: TargetScale | None = None,
+        pad_id: int | None = None,
+        tokenizer_eos: bool = False,
+    ) -> None:
+        if pooling not in POOLINGS:
+            raise MinllamaError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
+        options = as_prompt(prompt, "{text}")
+        labels = _names(id2label)
+        if scale is not None and (multi_label or len(labels) != 1):
+            raise MinllamaError("a head that gives numbers has one output, with a name of its own")
+        frame = make_template(
+            *(options, llama, tokenizer),
+            names=checked_labels(labels),
+            eos=None if tokenizer_eos else False,
+        )
+        super().__init__(
+            llama,
+            tokenizer,
+            labels,
+            multi_label=multi_label,
+            template=frame,
+            prompt=options,
+        )
+        self.scale, self.pad_id, self.tokenizer_eos = scale, pad_id, tokenizer_eos
+        self.layer = check_layer(llama, layer)
+        self.pooling: Pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.score = nn.Linear(llama.config.dim, len(self.labels), bias=bias, device=llama.device)
+        nn.init.normal_(self.score.weight, std=0.02)
+        if bias:
+            nn.init.zeros_(self.score.bias)
+
+    @property
+    def n_layers(self) -> int:
+        return self.layer
+
+    @property
+    def unlike_transformers(self) -> str | None:
+        """Why transformers' LlamaForSequenceClassification makes other logits of the same ids.
+
+        None where it makes the same, before the temperature.
+        """
+        if reason := unlike_transformers(self.llama, self.layer, self.pooling):
+            return reason
+        if self.scale not in (None, TargetScale()):
+            return "its targets were standardized, and their mean is a bias"
+        has_bias = self.score.bias is not None and bool(self.score.bias.any())
+        return "its head has a bias" if has_bias else None
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.labels))
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Log-probabilities of the classes.
+
+        Args:
+            ids: (B, T).
+            attention_mask: (B, T), true at real tokens, padding on either side; None: all are.
+
+        Returns:
+            (B, C), float32: log-softmax, or log-sigmoid where `multi_label`; (B, 1), values, where
+            the head gives numbers.
+        """
+        logits = self._head(self.compute_embeddings(ids, attention_mask))
+        if self.scale is not None:
+            return self.scale.mean + self.scale.std * logits
+        return F.logsigmoid(logits) if self.multi_label else F.log_softmax(logits, dim=-1)
+
+    def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """(B, C), float32; see `Classifier.compute_logits`."""
+        ids, mask = padded([prompt.ids for prompt in prompts])
+        device = self.llama.device
+        mask = None if mask is None else mask.to(device)
+        return self._head(self.compute_embeddings(ids.to(device), mask))
+
+    def compute_embeddings(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The vector of each text, before dropout and head: (B, T) -> (B, D), float32.
+
+        Raises:
+            MinllamaError: a row has no real token.
+        """
+        check_inputs(ids, attention_mask)
+        if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise MinllamaError("a head reads texts with an attention_mask of shape (B, T)")
+            attention_mask = attention_mask.bool()
+            if not attention_mask.any(-1).all():
+                raise MinllamaError("a row of attention_mask has no real token to classify")
+        # No other token need then go through all of the last layer.
+        at = None
+        if self.pooling == "last":
+            at = last_tokens(ids, _read_by_head(ids, attention_mask, self.pad_id))
+        h = self.llama.state_after(self.layer, ids, attention_mask, at=at)
+        h = normalised(self.llama, h, self.layer)
+        return h if at is not None else pool(h, attention_mask, self.pooling)
+
+    def _head(self, embeddings: Tensor) -> Tensor:
+        logits: Tensor = self.score(self.dropout(embeddings))
+        return logits
+
+
+def _read_by_head(ids: Tensor, mask: Tensor | None, pad_id: int | None) -> Tensor | None:
+    """Which tokens the pooling `last` chooses among: real ones that are not `pad_id`.
+
+    In a text of nothing else the first one, as in transformers. None for all.
+    """
+    if pad_id is None:
+        return mask
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    chosen = real & (ids != pad_id)
+    first = real & (real.cumsum(-1) == 1)
+    return torch.where(chosen.any(-1, keepdim=True), chosen, first)
+
+
+def normalised(llama: Llama, h: Tensor, layer: int) -> Tensor:
+    """States after `layer` layers, (..., D), made comparable: float32, root mean square 1.
+
+    After the last layer it is the model's own norm that does it, which has weights besides.
+    """
+    if layer == llama.config.n_layers:
+        norm: Tensor = llama.norm(h)
+        return norm.float()
+    return F.rms_norm(h.float(), (h.shape[-1],), eps=llama.config.norm_eps)
+
+
+def pool(h: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """One vector for each row: (B, T, D) -> (B, D), of the real tokens alone."""
+    if pooling == "last":
+        return h.flatten(0, 1)[last_tokens(h, mask)]
+    if mask is None:
+        mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+    weights = mask.to(h.dtype)
+    if pooling == "weighted-mean":
+        weights = weights * weights.cumsum(-1)  # 1, 2, 3 at the real tokens
+    return torch.einsum("bt,btd->bd", weights / weights.sum(-1, keepdim=True), h)
+
+
+def unlike_transformers(llama: Llama, layer: int, pooling: Pooling) -> str | None:
+    """Why transformers' LlamaForSequenceClassification reads another vector; None if it does not.
+
+    Its head is on the last token after all layers, and has no bias.
+    """
+    if pooling != "last":
+        return f"its pooling is {pooling}"
+    if layer != llama.config.n_layers:
+        return f"it runs {layer} of {llama.config.n_layers} layers"
+    return None if llama.config.causal else "its tokens look ahead"
+
+
+def check_layer(llama: Llama, layer: int | None) -> int:
+    """How many layers run, all for None, or an error that names the choice."""
+    n_layers = llama.config.n_layers
+    if layer is None:
+        return n_layers
+    if not 1 <= layer <= n_layers:
+        raise MinllamaError(f"layer must be 1 to {n_layers}, the model's layers, not {layer}")
+    return layer
+
+
+def _names(id2label: Mapping[int, str] | Sequence[str]) -> Sequence[str]:
+    if not isinstance(id2label, Mapping):
+        return id2label
+    if sorted(id2label) != list(range(len(id2label))):
+        raise MinllamaError(
+            f"id2label must name the classes 0 to {len(id2label) - 1}, not {sorted(id2label)}"
+        )
+    return [id2label[i] for i in range(len(id2label))]

@@ -1,0 +1,210 @@
+"""How likely each label is after a prompt: the chain rule over all of its tokens, in one pass.
+
+The labels of one prompt share its computation. They form a trie: a token that several labels begin
+with is there once, behind the prompt, and an attention mask lets each token see the prompt and its
+own ancestors only. A label's last token is only predicted, so it is never in the input, and labels
+of one token cost nothing beside the prompt. Knows nothing of texts or classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minllama.classification.prompts import EncodedPrompt
+from minllama.model.kv_cache import KVCache
+from minllama.model.llama import Llama
+
+MIN_SHARED_LEN = 16  # a shorter common beginning is not worth a cache of its own
+MAX_LOGITS = 256  # rows of logits over the vocabulary at a time: 50 MB of float32 at 49,152 tokens
+
+
+class SharedPrefix:
+    """The ids that all prompts begin with (an instruction, few-shot examples), read once.
+
+    Holds for the weights as they are now: make a new one after they have changed.
+
+    Args:
+        llama: what reads them; causal.
+        ids: of the prefix; fewer than MIN_SHARED_LEN are not kept.
+    """
+
+    def __init__(self, llama: Llama, ids: Sequence[int]) -> None:
+        worthwhile = len(ids) >= MIN_SHARED_LEN and llama.config.causal
+        self.ids = tuple(ids) if worthwhile else ()
+        self._llama = llama
+        self._one_row: KVCache | None = None
+        self._rows: KVCache | None = None
+
+    def fits(self, prompts: Sequence[EncodedPrompt]) -> bool:
+        """Whether all prompts begin with it and go on behind it."""
+        n = len(self.ids)
+        return n > 0 and all(p.ids[:n] == self.ids and len(p) > n for p in prompts)
+
+    def cache(self, batch_size: int, new_len: int) -> KVCache:
+        """A cache of `batch_size` rows that hold the prefix, with room for `new_len` tokens more.
+
+        The same one serves all batches: what the last one wrote behind the prefix is forgotten.
+        """
+        n = len(self.ids)
+        if self._one_row is None:
+            self._one_row = self._llama.new_cache(1, n)
+            ids = torch.tensor([self.ids], device=self._llama.device)
+            self._llama(ids, cache=self._one_row, logits=None)
+        if self._rows is None or len(self._rows.keys[0]) < batch_size:
+            capacity = max(n + new_len, 0 if self._rows is None else self._rows.capacity)
+            self._rows = self._one_row.repeated(batch_size, capacity)
+        self._rows.lengths = [n] * batch_size
+        self._rows.grow(n + new_len)
+        return self._rows
+
+    def forget_rows(self) -> None:
+        """Keep the prefix and no batch: the next one is as if none had been before."""
+        self._rows = None
+
+
+def compute_label_scores(
+    llama: Llama, prompts: Sequence[EncodedPrompt], prefix: SharedPrefix | None = None
+) -> Tensor:
+    """Log p(label | prompt) of each label: the sum over its tokens, in nats.
+
+    Args:
+        llama: gradients flow to it, unless a prefix is given.
+        prompts: B of them, each with the continuations of C labels.
+        prefix: already read; used where all prompts begin with it.
+
+    Returns:
+        (B, C), float32.
+    """
+    cached_len = len(prefix.ids) if prefix is not None and prefix.fits(prompts) else 0
+    layout = _Layout(prompts, cached_len)
+    device = llama.device
+    cache = None
+    if cached_len:
+        assert prefix is not None
+        cache = prefix.cache(len(prompts), layout.ids.shape[1])
+    h = llama.state_after(
+        len(llama.layers),
+        layout.ids.to(device),
+        attention_mask=None if layout.mask is None else layout.mask.to(device),
+        positions=None if layout.positions is None else layout.positions.to(device),
+        cache=cache,
+        at=layout.queries.to(device),
+    )
+    hidden = llama.norm(h)  # (M, D): where a token of a label is predicted
+    parts = [llama.compute_logits(h).float().logsumexp(-1) for h in hidden.split(MAX_LOGITS)]
+    normalisers = torch.cat(parts)  # (M,)
+    tokens = layout.tokens.to(device)  # (K, 3)
+    chosen = llama.compute_token_logits(hidden[tokens[:, 0]], tokens[:, 1])  # (K,)
+    log_probs = chosen - normalisers[tokens[:, 0]]
+    n_labels = len(prompts[0].continuations)
+    scores = log_probs.new_zeros(len(prompts) * n_labels).index_add(0, tokens[:, 2], log_probs)
+    return scores.view(-1, n_labels)  # (B, C)
+
+
+@dataclass(frozen=True)
+class _Trie:
+    """The tokens of some labels but for each one's last, parents before children.
+
+    Attributes:
+        ids: N token ids.
+        depths: N, from 0.
+        sees: (N, N), true where a token may look: at its ancestors and itself.
+        queries: for each label the nodes that predict its tokens; -1 is the prompt's last token.
+    """
+
+    ids: tuple[int, ...]
+    depths: tuple[int, ...]
+    sees: Tensor
+    queries: tuple[tuple[int, ...], ...]
+
+
+def _trie(continuations: tuple[tuple[int, ...], ...]) -> _Trie:
+    node_of: dict[tuple[int, ...], int] = {(): -1}
+    ids: list[int] = []
+    depths: list[int] = []
+    ancestors: list[list[int]] = []
+    for label in continuations:
+        for end in range(1, len(label)):
+            if label[:end] not in node_of:
+                parent = node_of[label[: end - 1]]
+                node_of[label[:end]] = len(ids)
+                ancestors.append(([] if parent < 0 else ancestors[parent]) + [len(ids)])
+                ids.append(label[end - 1])
+                depths.append(end - 1)
+    sees = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+    for node, seen in enumerate(ancestors):
+        sees[node, seen] = True
+    queries = tuple(
+        tuple(node_of[label[:end]] for end in range(len(label))) for label in continuations
+    )
+    return _Trie(tuple(ids), tuple(depths), sees, queries)
+
+
+class _Layout:
+    """Prompts and their tries as the tensors of one forward pass, padded on the right.
+
+    Attributes:
+        ids: (B, T).
+        mask: (B, T), or (B, T, T) where there are nodes; None where nothing is padded.
+        positions: (B, T) beside a (B, T, T) mask; else None.
+        queries: (M,), numbers b * T + t of the tokens that predict one of a label.
+        tokens: (K, 3): of each token of each label its query, its id, and row * C + label.
+    """
+
+    def __init__(self, prompts: Sequence[EncodedPrompt], cached_len: int) -> None:
+        tries: dict[tuple[tuple[int, ...], ...], _Trie] = {}
+        for prompt in prompts:
+            if prompt.continuations not in tries:
+                tries[prompt.continuations] = _trie(prompt.continuations)
+        of_row = [tries[prompt.continuations] for prompt in prompts]
+        rows = [
+            prompt.ids[cached_len:] + trie.ids for prompt, trie in zip(prompts, of_row, strict=True)
+        ]
+        self.ids, padding = padded(rows)
+        self.mask, self.positions = padding, None
+        starts = [len(prompt) - cached_len for prompt in prompts]  # slot of each row's first node
+        if any(trie.ids for trie in of_row):
+            self.mask, self.positions = _tree_view(of_row, starts, self.ids.shape[1], cached_len)
+        queries: list[int] = []
+        tokens: list[tuple[int, int, int]] = []
+        n_labels = len(prompts[0].continuations)
+        for row, (prompt, trie) in enumerate(zip(prompts, of_row, strict=True)):
+            first = len(queries)
+            last = row * self.ids.shape[1] + starts[row] - 1  # of the prompt's tokens
+            queries += range(last, last + 1 + len(trie.ids))
+            for label, (ids, nodes) in enumerate(
+                zip(prompt.continuations, trie.queries, strict=True)
+            ):
+                cell = row * n_labels + label
+                tokens += [
+                    (first + 1 + node, id_, cell) for id_, node in zip(ids, nodes, strict=True)
+                ]
+        self.queries, self.tokens = torch.tensor(queries), torch.tensor(tokens)
+
+
+def _tree_view(
+    tries: Sequence[_Trie], starts: Sequence[int], length: int, cached_len: int
+) -> tuple[Tensor, Tensor]:
+    """The (B, T, T) mask and the (B, T) positions of prompts with nodes behind them."""
+    sees = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(tries), 1, 1)
+    positions = torch.arange(length).repeat(len(tries), 1)
+    for row, (trie, start) in enumerate(zip(tries, starts, strict=True)):
+        end = start + len(trie.ids)
+        sees[row, start:end, start:end] = trie.sees
+        positions[row, start:end] = start + torch.tensor(trie.depths, dtype=torch.long)
+        # Padding needs a position in the context too, and the row's end is one.
+        positions[row, end:] = start
+    return sees, positions + cached_len
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Rows of ids, padded on the right: (B, T), and the (B, T) mask, None where all are as long."""
+    lengths = [len(row) for row in rows]
+    length = max(lengths)
+    # Which id pads is of no account: the mask says what is real.
+    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
+    if min(lengths) == length:
+        return ids, None
+    return ids, torch.arange(length) < torch.tensor(lengths).unsqueeze(-1)

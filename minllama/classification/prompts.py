@@ -1,0 +1,184 @@
+"""A text in its prompt, as token ids: the frame around it, and the labels that may follow.
+
+Knows nothing of models; the classifiers read what is made here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from minllama.errors import ContextError, MinllamaError
+from minllama.generation.conversation import chat_template
+from minllama.tokenizer.tokenizer import Tokenizer
+
+PLACEHOLDER = "\ue0f0"
+"""Stands for the text in a frame: a private-use character, which no template writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """What a classifier reads of one text.
+
+    Attributes:
+        ids: the prompt's token ids, up to where the first label departs from it.
+        continuations: for each label, the ids that follow; empty where no labels are scored.
+        is_shortened: whether the text was, to fit.
+    """
+
+    ids: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...] = ()
+    is_shortened: bool = field(default=False, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class PromptTemplate:
+    """The frame around a text: `Review: {text}` and the like, in plain text or as a chat.
+
+    Braces other than those of `{text}` and `{labels}` are text.
+
+    Args:
+        template: holds `{text}` once, and perhaps `{labels}`.
+        tokenizer: of the model that reads the prompt.
+        labels: the label strings that may follow, joined by commas where `{labels}` stands.
+        names: what stands there where no labels follow.
+        shots: pairs of a text and its label string, which come first, an empty line behind each.
+        chat: the frame is a user's message in the model's chat template, and the label its answer.
+        system: the system message of that chat.
+        max_len: the most tokens of prompt and label together.
+        keep_end: shorten texts at their beginning instead of their end.
+        eos: the token that ends a text stands behind a prompt that is no chat; None for the
+            tokenizer's own way.
+
+    Raises:
+        MinllamaError: the template lacks `{text}`, or chat is asked of a model that has none.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        tokenizer: Tokenizer,
+        *,
+        labels: Sequence[str] = (),
+        names: Sequence[str] = (),
+        shots: Sequence[tuple[str, str]] = (),
+        chat: bool = False,
+        system: str | None = None,
+        max_len: int,
+        keep_end: bool = False,
+        eos: bool | None = False,
+    ) -> None:
+        if template.count("{text}") != 1:
+            raise MinllamaError(f"a prompt must hold {{text}} exactly once: {template!r}")
+        listed = labels or names
+        if "{labels}" in template and not listed:
+            raise MinllamaError(f"there are no labels to stand for {{labels}}: {template!r}")
+        if system is not None and not chat:
+            raise MinllamaError("a system message needs a chat")
+        self.template, self.tokenizer, self.labels = template, tokenizer, tuple(labels)
+        self.max_len, self.keep_end, self.chat = max_len, keep_end, chat
+        self.eos = eos
+        # Split first: a label may hold {text} itself, and is not a place for one.
+        before, after = (
+            part.replace("{labels}", ", ".join(listed)) for part in template.split("{text}")
+        )
+        # A space parts a prompt from its label, unless the prompt ends with one of its own.
+        self.separator = "" if chat or after[-1:].isspace() else " "
+        self._masked: dict[str, str] = {}
+        if chat:
+            self._frame = self._rendered_chat(before, after, shots, system)
+        else:
+            shown = [before + text + after + self.separator + label for text, label in shots]
+            self._masked = {chr(ord(PLACEHOLDER) + 1): "".join(shot + "\n\n" for shot in shown)}
+            self._frame = chr(ord(PLACEHOLDER) + 1) + before + PLACEHOLDER + after
+
+    def encode(self, text: str) -> EncodedPrompt:
+        """The prompt around `text`, with each label's continuation if there are labels.
+
+        Prompt and label are tokenised together, so a merge across their boundary is seen: the
+        shared ids end where the first of them departs. A text that makes the prompt longer than
+        `max_len` is shortened; the frame never is.
+
+        Raises:
+            ContextError: the frame alone is too long.
+            MinllamaError: a label adds no token, or two labels have the same tokens.
+            TokenizerError: the text cannot be encoded.
+        """
+        encoded = self._encode(text)
+        if _full_len(encoded) <= self.max_len:
+            return encoded
+        frame_len = _full_len(self._encode(""))
+        if frame_len > self.max_len:
+            raise ContextError(
+                f"the prompt has {frame_len} tokens without any text, and {self.max_len} are "
+                "allowed; shorten it, or use fewer examples"
+            )
+        # The longest part that fits: fewer characters are hardly ever more tokens, and what comes
+        # out is one that was tried.
+        fits, too_long, best = 0, len(text), self._encode("")
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            tried = self._encode(text[-middle:] if self.keep_end else text[:middle])
+            if _full_len(tried) <= self.max_len:
+                fits, best = middle, tried
+            else:
+                too_long = middle
+        return replace(best, is_shortened=True)
+
+    def encode_constant(self) -> tuple[int, ...]:
+        """The ids before the text, which all prompts share but perhaps for the last."""
+        one, other = self._ids("0", ""), self._ids("x", "")
+        return one[: _common_len([one, other])]
+
+    def _encode(self, text: str) -> EncodedPrompt:
+        prompt = self._ids(text, "")
+        if not self.labels:
+            return EncodedPrompt(prompt)
+        whole = [self._ids(text, self.separator + label) for label in self.labels]
+        shared = _common_len([prompt, *whole])
+        continuations = tuple(ids[shared:] for ids in whole)
+        for label, ids in zip(self.labels, continuations, strict=True):
+            if not ids or not label.strip():
+                raise MinllamaError(f"the label {label!r} adds no token to the prompt")
+        if len(set(continuations)) < len(continuations):
+            raise MinllamaError(f"two labels have the same tokens: {', '.join(self.labels)}")
+        return EncodedPrompt(prompt[:shared], continuations)
+
+    def _ids(self, text: str, label: str) -> tuple[int, ...]:
+        if self.chat:
+            masked = {**self._masked, PLACEHOLDER: text}
+            if label:
+                masked[chr(ord(PLACEHOLDER) + 1)] = label
+                rendered = self._frame + chr(ord(PLACEHOLDER) + 1)
+            else:
+                rendered = self._frame
+            return tuple(self.tokenizer.encode_chat(rendered, masked))
+        parts = {**self._masked, PLACEHOLDER: text}
+        frame = "".join(parts.get(character, character) for character in self._frame)
+        return tuple(self.tokenizer.encode(frame + label, eos=self.eos))
+
+    def _rendered_chat(
+        self, before: str, after: str, shots: Sequence[tuple[str, str]], system: str | None
+    ) -> str:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for text, label in shots:
+            messages.append({"role": "user", "content": before + text + after})
+            messages.append({"role": "assistant", "content": label})
+        messages.append({"role": "user", "content": before + PLACEHOLDER + after})
+        template = chat_template(self.tokenizer)
+        rendered, self._masked = template.render_masked(messages, self.tokenizer.special_tokens)
+        if rendered.count(PLACEHOLDER) != 1:
+            raise MinllamaError("the chat template does not show the user's message once")
+        return rendered
+
+
+def _full_len(encoded: EncodedPrompt) -> int:
+    return len(encoded) + max(map(len, encoded.continuations), default=0)
+
+
+def _common_len(sequences: Sequence[Sequence[int]]) -> int:
+    shortest = min(map(len, sequences))
+    for place in range(shortest):
+        if len({ids[place] for ids in sequences}) > 1:
+            return place
+    return shortest

@@ -1,0 +1,1 @@
+"""A classifier in a folder: its manifest, head, adapters and model card."""

@@ -1,0 +1,79 @@
+"""The head of a classifier as a file: its numbers, and the labels that its rows stand for.
+
+Also the digests by which `classifier.json` knows the files beside it. Knows nothing of the rest.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minllama.checkpoints.huggingface import read_safetensors
+from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.classification.storage.manifest import CLASSIFIER_FILE
+from minllama.errors import CheckpointError
+
+HEAD_FILE = "head.safetensors"
+
+
+def write_head(folder: Path, classifier: LlamaEmbeddingClassifier) -> None:
+    """Write the head."""
+    from safetensors.torch import save
+
+    score = classifier.score
+    bias = torch.zeros(len(classifier.labels)) if score.bias is None else score.bias
+    tensors = {"score.weight": _on_disk(score.weight), "score.bias": _on_disk(bias)}
+    metadata = {"labels": json.dumps(list(classifier.labels))}
+    (folder / HEAD_FILE).write_bytes(save(tensors, metadata))
+
+
+def read_head(folder: Path, classifier: LlamaEmbeddingClassifier, digest: Any) -> None:
+    """Give the classifier the head that was saved.
+
+    Raises:
+        CheckpointError: the file is missing, changed, or of other labels.
+    """
+    from safetensors import safe_open
+
+    path = folder / HEAD_FILE
+    check_digest(path, digest)
+    stored = dict(read_safetensors(path))
+    with safe_open(path, "pt") as file:
+        names = (file.metadata() or {}).get("labels")
+    if names != json.dumps(list(classifier.labels)):
+        raise CheckpointError(
+            f"{path}: its rows stand for the labels {names}, and {CLASSIFIER_FILE} says "
+            f"{json.dumps(list(classifier.labels))}; bring back the files as they were saved"
+        )
+    for name, parameter in classifier.score.named_parameters():
+        lazy = stored.get(f"score.{name}")
+        if lazy is None or lazy.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{path}: score.{name} must be of shape {tuple(parameter.shape)}, not "
+                f"{None if lazy is None else lazy.shape}; bring back the file as it was saved"
+            )
+        parameter.data.copy_(lazy.load())
+
+
+def check_digest(path: Path, digest: Any) -> None:
+    """Raise a CheckpointError where a file is missing, or is not the one of this SHA-256."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is missing; bring back the folder as it was saved")
+    if sha256_of(path) != digest:
+        raise CheckpointError(
+            f"{path}: is not the file that was saved with {CLASSIFIER_FILE} (its SHA-256 differs); "
+            "bring back the folder as it was saved"
+        )
+
+
+def sha256_of(path: Path) -> str:
+    """64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _on_disk(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()

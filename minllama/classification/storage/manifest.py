@@ -1,0 +1,282 @@
+"""`classifier.json`: what a classifier is, as JSON, and the classifier that such a file describes.
+
+Knows nothing of the files beside it: weights, adapters and heads are others' to read.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minllama
+from minllama.classification.base import Classifier
+from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.classification.storage import schema
+from minllama.classification.storage.base_model import Identity
+from minllama.classification.zero_shot import LlamaZeroShotClassifier
+from minllama.errors import CheckpointError, MinllamaError
+from minllama.evaluation.regression import TargetScale
+from minllama.evaluation.thresholds import DEFAULT, one_line, read, saved
+from minllama.json_file import read_json
+from minllama.model.llama import Llama
+from minllama.options import PromptOptions
+from minllama.tokenizer.tokenizer import Tokenizer
+
+CLASSIFIER_FILE = "classifier.json"
+# The second may say `thresholds`, `scale`, `pad_id` and `tokenizer_eos`, which readers of the first
+# would ignore.
+VERSIONS = (1, 2)
+WHERE = ("model", "tokenizer")  # keys of `base`
+FOR_PEOPLE = ("minllama", "training")
+
+
+def describe(
+    classifier: Classifier,
+    identity: Identity,
+    *,
+    weights: str,
+    tokenizer: str | None,
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `classifier.json` holds, but for the digests of other files."""
+    llama = classifier.llama
+    content: dict[str, Any] = {
+        "format": "minllama classifier",
+        "version": VERSIONS[0],
+        "minllama": minllama.__version__,
+        "labels": list(classifier.labels),
+        "multi_label": classifier.multi_label,
+        "temperature": classifier.temperature,
+        "prompt": dataclasses.asdict(classifier.prompt),
+        "causal": llama.config.causal,
+        "base": {
+            "model": llama.source if weights != "full" else None,
+            "tokenizer": tokenizer if weights != "full" else None,
+            "dtype": str(llama.dtype).removeprefix("torch."),
+            # A model of its own is written in numbers, which are what it computed with.
+            "quantize": llama.quantize if weights != "full" else None,
+            "identity": dataclasses.asdict(identity),
+        },
+        "weights": weights,
+    }
+    if classifier.decision is not None:
+        thresholds = saved(classifier.decision, classifier.labels)
+        content |= {"version": VERSIONS[1], "thresholds": thresholds}
+    if isinstance(classifier, LlamaZeroShotClassifier):
+        content["kind"] = "zero-shot"
+        content["label_words"] = list(classifier.label_words)
+        content["score"] = classifier.score
+        content["prior_strength"] = classifier.prior_strength
+        content["shots"] = [list(shot) for shot in classifier.shots]
+        content["prior"] = None if classifier.prior is None else classifier.prior.tolist()
+    else:
+        assert isinstance(classifier, LlamaEmbeddingClassifier)
+        content["kind"] = "embedding"
+        content["pooling"] = classifier.pooling
+        content["layer"] = classifier.layer
+        content["dropout"] = classifier.dropout.p
+        scale = classifier.scale
+        further = {
+            "scale": None if scale is None else dataclasses.asdict(scale),
+            "pad_id": classifier.pad_id,
+            "tokenizer_eos": classifier.tokenizer_eos or None,
+        }
+        if said := {name: value for name, value in further.items() if value is not None}:
+            content |= {"version": VERSIONS[1], **said}
+    content["training"] = dict(training)
+    return content
+
+
+def build(
+    content: Mapping[str, Any],
+    llama: Llama,
+    words: Tokenizer,
+    labels: list[str],
+    prompt: PromptOptions,
+) -> Classifier:
+    """The classifier that is described; a head has numbers that are still to be overwritten.
+
+    Raises:
+        KeyError, TypeError, ValueError, MinllamaError: the description is damaged; see
+            `described_by`.
+    """
+    classifier: Classifier
+    if content["kind"] == "zero-shot":
+        classifier = LlamaZeroShotClassifier(
+            llama,
+            words,
+            labels,
+            prompt,
+            label_words=content["label_words"],
+            score=content["score"],
+            prior_strength=float(content["prior_strength"]),
+            shots=[(str(text), str(label)) for text, label in content["shots"]],
+        )
+        if content["prior"] is not None:
+            prior = torch.tensor(content["prior"], dtype=torch.float32)
+            if prior.shape != (len(labels),) or not prior.isfinite().all():
+                raise ValueError(f"prior must be {len(labels)} numbers")
+            classifier.prior = prior
+    else:
+        scale, pad_id = content.get("scale"), content.get("pad_id")
+        with torch.random.fork_rng(devices=[]):  # the caller's seed must not notice
+            classifier = LlamaEmbeddingClassifier(
+                llama,
+                words,
+                labels,
+                content["pooling"],
+                layer=content["layer"],
+                dropout=content["dropout"],
+                multi_label=bool(content["multi_label"]),
+                bias=True,
+                prompt=prompt,
+                scale=None if scale is None else TargetScale(**scale),
+                pad_id=pad_id,
+                tokenizer_eos=bool(content.get("tokenizer_eos")),
+            )
+    classifier.temperature = _positive(content["temperature"])
+    if (thresholds := content.get("thresholds")) is not None:
+        if classifier.scale is not None:
+            raise ValueError("thresholds are for classes, and scale is for numbers")
+        classifier.decision = read(thresholds, labels, multi_label=classifier.multi_label)
+    return classifier
+
+
+def in_words(path: Path) -> list[tuple[str, str]]:
+    """What classifier.json says of a classifier, as pairs of name and value, for people.
+
+    Raises:
+        CheckpointError: it is missing, damaged, changed or of another version.
+    """
+    content = read_description(path)
+    with described_by(path):
+        labels = [str(label) for label in content["labels"]]
+        base, many = content["base"], bool(content["multi_label"])
+        how = f"head on layer {content.get('layer')}, {content.get('pooling')} pooling"
+        if content["kind"] == "zero-shot":
+            how = f"label words {', '.join(map(str, content['label_words']))}; {content['score']}"
+        gives = f"{'any number' if many else 'one'} of {len(labels)} labels"
+        has_numbers = content.get("scale") is not None
+        lines = [
+            ("classifier", str(path.parent)),
+            ("gives", "a number for each text" if has_numbers else gives),
+            ("labels", ", ".join(labels)),
+            ("by", how),
+            ("base", str(base["model"] or "default") if content["weights"] != "full" else "own"),
+            ("weights", f"{content['weights']}, base in {base['quantize'] or base['dtype']}"),
+            ("prompt", json.dumps(content["prompt"]["prompt"], ensure_ascii=False)),
+        ]
+        temperature = f"{_positive(content['temperature']):.4g}"
+        if not has_numbers:
+            lines.append(("temperature", temperature))
+            lines.append(("predicted", _predicted(content.get("thresholds"), labels, many)))
+        if not isinstance(content["sha256"], dict):
+            raise TypeError("sha256 is not what it should be")
+    check_unchanged(path, content)  # last, for the others say what it is that differs
+    return lines
+
+
+def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:
+    """From which probability on labels are predicted, for people."""
+    if thresholds is not None:
+        return one_line(read(thresholds, labels, multi_label=multi_label), labels)
+    if multi_label:
+        return f"threshold {DEFAULT:g} for each label"
+    return f"threshold {DEFAULT:g} for {labels[1]!r}" if len(labels) == 2 else "the likeliest class"
+
+
+def write_description(path: Path, content: Mapping[str, Any]) -> None:
+    """Write classifier.json, with a digest of itself among those of the other files."""
+    own = {CLASSIFIER_FILE: _digest(content)}
+    content = {**content, "sha256": {**content["sha256"], **own}}
+    text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What classifier.json holds.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another version.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path.parent}: there is no {CLASSIFIER_FILE}; name the folder of a classifier that "
+            "`minllama train` or save_pretrained() wrote"
+        )
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
+    if not isinstance(content, dict) or content.get("version") not in VERSIONS:
+        raise CheckpointError(
+            f"{path}: not a classifier of version {' or '.join(map(str, VERSIONS))}; use the "
+            "minllama that wrote it"
+        )
+    return content
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """As `read_description`, once each field is known to be of the right type and range.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another version.
+    """
+    content = read_description(path)
+    with described_by(path):
+        schema.check(content)
+    return content
+
+
+def check_unchanged(path: Path, content: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError where classifier.json is not as it was written."""
+    if content["sha256"].get(CLASSIFIER_FILE) != _digest(content):
+        raise CheckpointError(
+            f"{path}: it was changed after it was saved (its SHA-256 differs); bring it back as it "
+            "was, or train the classifier again"
+        )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what is said of a classifier, however the JSON is laid out.
+
+    Left out is what changes no number: where its base lies, which may move, and what is noted for
+    people.
+    """
+    base = {key: content["base"][key] for key in content["base"] if key not in WHERE}
+    others = {name: sha for name, sha in content["sha256"].items() if name != CLASSIFIER_FILE}
+    said = {key: content[key] for key in content if key not in FOR_PEOPLE}
+    text = json.dumps({**said, "base": base, "sha256": others}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class described_by:
+    """Turns what is wrong with a description into one line that names its file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, KeyError):
+            raise CheckpointError(f"{self._path}: {error} is missing; bring it back") from error
+        if isinstance(error, MinllamaError):
+            raise CheckpointError(f"{self._path}: {error}") from error
+        if isinstance(error, TypeError | ValueError | AttributeError):
+            line = str(error).splitlines()[0]
+            raise CheckpointError(f"{self._path}: {line}; bring it back as it was") from error
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"temperature must be above 0, not {value!r}")
+    return number

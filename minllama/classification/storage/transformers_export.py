@@ -1,0 +1,198 @@
+"""A `LlamaEmbeddingClassifier` -> a folder that transformers' LlamaForSequenceClassification loads.
+
+That has a linear head without a bias on the last token after all layers, and nothing else: what a
+classifier has besides is folded into the head's weights, or refused. Called by `minllama merge`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from minllama.atomic import atomic_folder
+from minllama.checkpoints.huggingface import write_files
+from minllama.checkpoints.huggingface_head import (
+    HEAD_WEIGHT,
+    ONE_LABEL,
+    REGRESSION,
+    SEQUENCE_CLASSIFIER,
+    SEVERAL_LABELS,
+    head_to_huggingface,
+)
+from minllama.classification.base import Classifier
+from minllama.classification.embedding import LlamaEmbeddingClassifier, unlike_transformers
+from minllama.classification.storage.fingerprint import base_tensors
+from minllama.classification.storage.save_load import CARD_FILE, is_classifier_file
+from minllama.errors import MinllamaError
+from minllama.evaluation.thresholds import DEFAULT, one_line
+from minllama.lora import adapter_names
+from minllama.tokenizer.vocabulary import Vocabulary
+
+SAMPLES = ("yes", "It took me a while.", "2")  # texts of which the last token is looked at
+
+
+def check_exportable(classifier: Classifier) -> LlamaEmbeddingClassifier:
+    """The classifier, if transformers can compute it.
+
+    Raises:
+        MinllamaError: it has what LlamaForSequenceClassification has no place for.
+    """
+    if reason := _why_not(classifier):
+        remedy = (
+            "train one with --pooling last --layer all and without --bidirectional"
+            if classifier.scale is None
+            else "use it with minllama"
+        )
+        raise MinllamaError(
+            f"{SEQUENCE_CLASSIFIER} cannot compute this classifier: {reason}; {remedy}, or merge "
+            "without --to"
+        )
+    assert isinstance(classifier, LlamaEmbeddingClassifier)
+    return classifier
+
+
+def _why_not(classifier: Classifier) -> str | None:
+    if not isinstance(classifier, LlamaEmbeddingClassifier):
+        return "it scores label words, and has no head"
+    if reason := unlike_transformers(classifier.llama, classifier.layer, classifier.pooling):
+        return reason
+    if classifier.scale is not None and classifier.scale.mean != 0:
+        return f"it gives {classifier.scale.mean:g} plus what its head gives, which is a bias"
+    bias = classifier.score.bias
+    if bias is None or not bias.any():
+        return None
+    is_shift = not classifier.multi_label and classifier.scale is None and len(bias.unique()) == 1
+    return None if is_shift else "its head has a bias"  # one that moves all logits alike moves none
+
+
+def save_for_transformers(
+    classifier: Classifier,
+    folder: str | os.PathLike[str],
+    *,
+    also: Callable[[Path], object] | None = None,
+    removes: Collection[str] = (),
+) -> list[str]:
+    """Write a folder of LlamaForSequenceClassification: weights, labels, tokenizer, a card.
+
+    Its logits are the classifier's divided by the temperature, and so its probabilities the same;
+    those of a regression are its values. The folder appears whole or not at all; other files in it
+    are kept, but for those of a classifier of ours.
+
+    Args:
+        classifier: without an adapter (`merge_classifier`).
+        folder: where to.
+        also: writes what else belongs into the folder that it is given, in the same step.
+        removes: names of what goes from the folder in this step.
+
+    Returns:
+        What a person should hear, a line each.
+
+    Raises:
+        MinllamaError: it cannot be computed there, or the folder cannot be written.
+    """
+    classifier = check_exportable(classifier)
+    if adapter_names(classifier.llama):
+        raise MinllamaError("the classifier has an adapter; merge it first (merge_classifier)")
+    words = _words_for(classifier)
+    config, tensors = classifier.llama.config, base_tensors(classifier.llama)
+    # No logits of tokens are computed there, so there is no matrix for them.
+    tensors.pop("output.weight", None)
+    problem = SEVERAL_LABELS if classifier.multi_label else ONE_LABEL
+    settings = head_to_huggingface(
+        classifier.labels, problem if classifier.scale is None else REGRESSION, words.pad_id
+    )
+    notes = _notes(classifier, words)
+
+    def replaces(name: str) -> bool:
+        return name in removes or is_classifier_file(name)
+
+    with atomic_folder(folder, replaces=replaces) as staging:
+        write_files(
+            staging,
+            config.replace(tie_embeddings=True, dropout=0.0),
+            tensors,
+            vocabulary=words.vocabulary,
+            head={HEAD_WEIGHT: _folded(classifier)},
+            settings=settings,
+        )
+        card = _card(classifier, notes, name=Path(folder).resolve().name)
+        (staging / CARD_FILE).write_text(card, encoding="utf-8", errors="backslashreplace")
+        if also is not None:
+            also(staging)
+    return notes
+
+
+def _folded(classifier: LlamaEmbeddingClassifier) -> Tensor:
+    """The head's weight, (C, D) in float32, with the temperature or the scale in it."""
+    weight = classifier.score.weight.detach().double().cpu()
+    if classifier.scale is not None:
+        return (weight * classifier.scale.std).float()
+    return (weight / classifier.temperature).float()
+
+
+class _Words(NamedTuple):
+    """The tokenizer as it is written, and the id that pads."""
+
+    vocabulary: Vocabulary | None
+    pad_id: int | None
+
+
+def _words_for(classifier: LlamaEmbeddingClassifier) -> _Words:
+    """The tokenizer that gives the classifier's ids, and an id for padding that ends no text."""
+    tokenizer = classifier.tokenizer
+    vocabulary: Vocabulary | None = getattr(tokenizer, "vocabulary", None)
+    pad_id = classifier.pad_id
+    if pad_id is None:
+        last = {classifier.encode(text).ids[-1] for text in SAMPLES}
+        special = sorted(getattr(tokenizer, "special_tokens", {}).values())
+        candidates = (getattr(tokenizer, "pad_id", None), *special)
+        usable = (i for i in candidates if i is not None and i not in last)
+        pad_id = next((i for i in usable if i < classifier.llama.config.vocab_size), None)
+    if vocabulary is not None:
+        add_eos = vocabulary.add_eos and classifier.tokenizer_eos
+        vocabulary = dataclasses.replace(vocabulary, pad_id=pad_id, add_eos=add_eos)
+    return _Words(vocabulary, pad_id)
+
+
+def _notes(classifier: LlamaEmbeddingClassifier, words: _Words) -> list[str]:
+    """What is not in the files, or is in them in another way."""
+    notes, prompt = [], classifier.prompt
+    if classifier.temperature != 1 and classifier.scale is None:
+        notes.append(
+            f"the temperature {classifier.temperature:.4g} is folded into the head: its logits "
+            "are divided by it already"
+        )
+    if set(classifier.thresholds.values()) - {DEFAULT}:
+        assert classifier.decision is not None
+        notes.append(
+            f"{one_line(classifier.decision, classifier.labels)}: has no place in the files; hold "
+            "the probabilities against it, for transformers names the likeliest class"
+        )
+    if prompt.chat or prompt.prompt != "{text}":
+        how = "in the chat template, without a further BOS" if prompt.chat else "as it is"
+        notes.append(
+            f"texts must be put into the prompt {prompt.prompt!r} first ({how}), which "
+            "transformers does not do by itself"
+        )
+    if prompt.undo_treebank:
+        notes.append("a treebank's spacing and brackets must be undone first")
+    limit = classifier.template.max_len
+    if limit < classifier.llama.config.context_len:
+        notes.append(f"texts were cut to {limit} tokens; give the tokenizer max_length={limit}")
+    if words.pad_id is None:
+        notes.append("the vocabulary has no token to pad with, so texts go one at a time")
+    return notes
+
+
+def _card(classifier: LlamaEmbeddingClassifier, notes: list[str], *, name: str) -> str:
+    """README.md."""
+    what = "a number for each text" if classifier.scale is not None else "labels for texts"
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-classification", "---", ""]
+    lines += [f"# {name}", "", f"A {SEQUENCE_CLASSIFIER} that gives {what}.", "", "```python"]
+    lines += ["from transformers import pipeline", ""]
+    lines += [f'pipeline("text-classification", "{name}")("...")', "```", ""]
+    lines += [f"- {note}" for note in notes]
+    return "\n".join(lines) + "\n"

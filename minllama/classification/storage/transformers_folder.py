@@ -1,0 +1,191 @@
+"""Sequence classifiers of transformers and PEFT -> a `LlamaEmbeddingClassifier`.
+
+Read are a folder of `LlamaForSequenceClassification`, and one of a PEFT adapter for it (task
+SEQ_CLS) beside a base model. Their head is linear, without a bias, on the last token that is no
+padding, after all layers. Knows nothing of classifiers in folders of ours.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minllama.checkpoints.huggingface import declared_head
+from minllama.checkpoints.huggingface_head import (
+    HEAD_BIAS,
+    HEAD_WEIGHT,
+    REGRESSION,
+    SEQUENCE_CLASSIFIER,
+    SEVERAL_LABELS,
+    SequenceHead,
+)
+from minllama.checkpoints.load import usable_device, warn_if_slow
+from minllama.checkpoints.open import open_checkpoint
+from minllama.checkpoints.peft_config import CLASSIFICATION, CONFIG_FILE, read_adapter_config
+from minllama.checkpoints.types import Checkpoint
+from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
+from minllama.evaluation.regression import TargetScale
+from minllama.kernels.hardware import default_dtype
+from minllama.lora.peft_files import load_adapter
+from minllama.model.llama import Llama
+from minllama.tokenizer.load import find_vocabulary
+from minllama.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How somebody wants a model: the arguments of `load_classifier`."""
+
+    model: str | os.PathLike[str] | None
+    tokenizer: str | os.PathLike[str] | None
+    dtype: torch.dtype | str | None
+    device: torch.device | str | None
+    quantize: str | None
+
+    def llama_of(self, checkpoint: Checkpoint) -> Llama:
+        """The Llama below a head; in the dtype that suits the device where nothing is said."""
+        device = usable_device(self.device)
+        warn_if_slow(self.dtype, device)
+        quantize = None if self.quantize == "none" else self.quantize
+        dtype = self.dtype
+        if dtype is None and quantize is None:
+            dtype = default_dtype(device)
+        return Llama.from_checkpoint(
+            checkpoint.without_head(), dtype=dtype, device=device, quantize=quantize
+        )
+
+
+def is_sequence_classifier(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT's, or else a model of Hugging Face's."""
+    return any((folder / name).is_file() for name in (CONFIG_FILE, "config.json"))
+
+
+def load_sequence_classifier(folder: Path, wanted: Wanted) -> LlamaEmbeddingClassifier:
+    """Open a sequence classifier that transformers or PEFT wrote, in evaluation mode.
+
+    Raises:
+        MinllamaError: it is of another kind, damaged, or has no tokenizer.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        return _load_adapter_classifier(folder, wanted)
+    if wanted.model is not None:
+        raise OptionError(
+            f"{folder}: holds all of its weights and needs no base; leave --base {wanted.model} "
+            "away"
+        )
+    checkpoint = open_checkpoint(folder, tokenizer=wanted.tokenizer)
+    if checkpoint.head is None:
+        raise CheckpointError(
+            f"{folder}: a language model (LlamaForCausalLM) and no classifier; train one on it "
+            "with `minllama train --model`, or name labels with `minllama classify --labels`"
+        )
+    weight = _stored_head(checkpoint)
+    words = _words_of(checkpoint, SEQUENCE_CLASSIFIER)
+    llama = wanted.llama_of(checkpoint)
+    with naming(folder / "config.json"):
+        return _made(llama, words, checkpoint.head, weight)
+
+
+def _load_adapter_classifier(folder: Path, wanted: Wanted) -> LlamaEmbeddingClassifier:
+    config = read_adapter_config(folder)
+    if not config.has_head:
+        raise CheckpointError(
+            f"{folder}: a PEFT adapter of task {config.task_type}, without a head of labels; only "
+            f"one of task {CLASSIFICATION} is a classifier"
+        )
+    source = wanted.model or config.base_model_name
+    if source is None:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: names no base_model_name_or_path; name the base model with "
+            "--base"
+        )
+    try:
+        checkpoint = open_checkpoint(source, tokenizer=wanted.tokenizer)
+    except MinllamaError as error:
+        raise CheckpointError(
+            f"{folder}: its base model cannot be opened: {error}; name where it is now with --base"
+        ) from error
+    words = _words_beside(folder, wanted) or _words_of(checkpoint, f"PEFT {CLASSIFICATION} adapter")
+    llama = wanted.llama_of(checkpoint)
+    weight = load_adapter(llama, folder).head
+    assert weight is not None, "an adapter with a head has its tensor"
+    head = _head_of_base(checkpoint, len(weight))
+    with naming(folder):
+        return _made(llama, words, head, weight)
+
+
+def _words_beside(folder: Path, wanted: Wanted) -> Tokenizer | None:
+    """The tokenizer that lies beside an adapter, unless another one is named."""
+    vocabulary = None if wanted.tokenizer is not None else find_vocabulary(folder)
+    if vocabulary is None:
+        return None
+    tokenizer = Tokenizer(vocabulary)
+    tokenizer.source = os.path.realpath(folder)
+    return tokenizer
+
+
+def _head_of_base(checkpoint: Checkpoint, n_outputs: int) -> SequenceHead:
+    """What the base's config.json says of a head that an adapter brings.
+
+    PEFT keeps no names: they are the base's where it has as many, as when transformers opens both.
+    """
+    said = declared_head(checkpoint.path)
+    if said.labels is not None and len(said.labels) != n_outputs:
+        return SequenceHead(None, None, said.pad_id)
+    return said
+
+
+def _stored_head(checkpoint: Checkpoint) -> Tensor:
+    """(C, D), float32."""
+    path, dim = checkpoint.path, checkpoint.config.dim
+    stored = checkpoint.tensors.get(HEAD_WEIGHT)
+    if stored is None or len(stored.shape) != 2 or stored.shape[1] != dim or not stored.shape[0]:
+        found = "is missing" if stored is None else f"is of shape {stored.shape}"
+        raise CheckpointError(
+            f"{path}: a {SEQUENCE_CLASSIFIER} whose {HEAD_WEIGHT} {found}, where (labels, {dim}) "
+            "should be; the file is incomplete: download it again"
+        )
+    if HEAD_BIAS in checkpoint.tensors:
+        raise CheckpointError(
+            f"{path}: a {SEQUENCE_CLASSIFIER} with a {HEAD_BIAS}, which transformers would leave "
+            "out of its logits; remove it from the file to have those, for one of the two is wrong"
+        )
+    weight = stored.load().float()
+    if not weight.isfinite().all():
+        raise CheckpointError(
+            f"{path}: {HEAD_WEIGHT} holds NaN or infinity; its training diverged, or the file is "
+            "damaged"
+        )
+    return weight
+
+
+def _words_of(checkpoint: Checkpoint, what: str) -> Tokenizer:
+    if checkpoint.vocabulary is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: a sequence classifier ({what}) without a tokenizer in or beside "
+            "it; name its file or folder with --tokenizer"
+        )
+    return Tokenizer.from_checkpoint(checkpoint)
+
+
+def _made(
+    llama: Llama, words: Tokenizer, head: SequenceHead, weight: Tensor
+) -> LlamaEmbeddingClassifier:
+    n_outputs = len(weight)
+    labels, problem = head.labels_of(n_outputs), head.problem_of(n_outputs)
+    with torch.random.fork_rng(devices=[]):  # the caller's seed must not notice
+        classifier = LlamaEmbeddingClassifier(
+            llama.requires_grad_(False),
+            words,
+            labels,
+            "last",
+            multi_label=problem == SEVERAL_LABELS,
+            scale=TargetScale() if problem == REGRESSION else None,
+            pad_id=head.pad_id,
+            tokenizer_eos=True,
+        )
+    classifier.score.weight.data.copy_(weight)
+    return classifier.eval()

@@ -1,0 +1,273 @@
+"""A few tokens through a whole Llama in one call of compiled code, as decoding has them.
+
+The walk of `minllama.model.llama`, on the same weights and the same cache, without an interpreter
+between its products; `kernels/cpu/src/bindings.cpp` computes it. Here a model is described to it,
+and it is said which models and passes it is for. Knows nothing of what the tokens are for.
+"""
+
+import ctypes
+import operator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minllama.engine.support import is_walkable, linear_modules
+from minllama.kernels.cpu import linear
+from minllama.kernels.cpu.library import call, library
+from minllama.kernels.cpu.ops import FEW_ROWS, floats, is_plain, most_rows
+from minllama.kernels.cpu.structs import (
+    KINDS,
+    Layer,
+    Linear,
+    Model,
+    Numbers,
+    Step,
+    dense_linear,
+    quantized_linear,
+)
+from minllama.model.kv_cache import KVCache
+from minllama.quantization.half import WidenedEmbedding, WidenedLinear
+from minllama.quantization.modules import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedWeight,
+    check_ids,
+)
+
+# Tokens of a pass up to which a step is faster here than torch's products of large matrices are,
+# rows of one token each, and either on CPUs with matrix instructions (AMX), which torch uses.
+MOST_TOKENS, MOST_ROWS, FEW = 64, 128, 32
+# The fields of LlamaConfig that kernels/cpu/src/bindings.cpp, or what calls it, follows.
+IMPLEMENTED = frozenset(
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
+        *("max_seq_len", "norm_eps", "rope_theta", "rope_scaling"),
+        *("tie_embeddings", "attention_bias", "ffn_bias"),
+        "dropout",  # by leaving training to the modules: `is_walkable`
+    )
+)
+KNOWN = (
+    *(nn.Linear, linear.Linear, nn.Embedding),
+    *(QuantizedLinear, QuantizedEmbedding),
+    *(WidenedLinear, WidenedEmbedding),
+)
+
+
+def can_run(llama: Any) -> bool:
+    """Whether the native step computes what this Llama's modules do.
+
+    Plain and quantised layers on a CPU: no adapters; and what `is_walkable` asks besides.
+    """
+    if library() is None or llama.device.type != "cpu" or llama.dtype not in KINDS:
+        return False
+    return is_walkable(llama, IMPLEMENTED, _is_as_described, _is_numbers)
+
+
+def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:
+    """Whether it is a module that can be described, with a matrix of this shape."""
+    if type(module) not in KNOWN:
+        return False
+    bias = getattr(module, "bias", None)
+    if bias is not None and not _is_numbers(bias, shape[:1]):
+        return False
+    if isinstance(module, QuantizedWeight):
+        return (module.out_features, module.in_features) == shape
+    return _is_numbers(module.weight, shape)
+
+
+def _is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
+    return is_plain(x) and x.dtype in KINDS and x.is_cpu and tuple(x.shape) == shape
+
+
+def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a pass is one for the native step: few tokens, each of which sees all before it.
+
+    Args:
+        ids: (B, T).
+        attention_mask: None, (B, T) or (B, T, T).
+        dtype: of the model.
+    """
+    if attention_mask is not None and attention_mask.dim() == 3:
+        return False
+    return ids.numel() <= _most_tokens(dtype, MOST_ROWS if ids.shape[1] == 1 else MOST_TOKENS)
+
+
+def _most_tokens(dtype: torch.dtype, most: int) -> int:
+    return FEW if most_rows(dtype) <= FEW_ROWS else most
+
+
+class NativeStep:
+    """Forward passes of one Llama through the library.
+
+    Args:
+        llama: a `minllama.Llama` that `can_run`. Its tensors are read where they lie: an optimizer
+            may write to them, but a tensor that is replaced is not seen (`Runner` looks for that).
+        level: index into `hardware.LEVELS`; None for the best that there is.
+
+    Attributes:
+        most_rows: of one token each, that are a pass for it.
+    """
+
+    def __init__(self, llama: Any, level: int | None = None) -> None:
+        self._level = level
+        self.most_rows = _most_tokens(llama.long_dtype or llama.dtype, MOST_ROWS)
+        self._kept: list[Tensor] = []  # what the structs point to
+        self._vocab_size = llama.config.vocab_size
+        self._dtype = llama.dtype
+        self._model = self._describe(llama)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        rotation: Tensor,
+        cache: KVCache,
+        logits_of: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Read tokens that continue what the cache holds, which is written to but not advanced.
+
+        Args:
+            ids: (B, T) token ids.
+            positions: (B, T) or (1, T), where they stand in their rows; each sees all up to itself.
+            rotation: complex64 (B, T, 1, C / 2) or (1, T, 1, C / 2), of those positions.
+            cache: with room for them.
+            logits_of: (M,), numbers b * T + t of the tokens whose logits are wanted.
+
+        Returns:
+            Hidden states after the last norm, (B, T, D), in the model's dtype, and logits (M, V),
+            float32.
+        """
+        batch, length = ids.shape
+        check_ids(ids, self._vocab_size)
+        ids = ids.long().contiguous()
+        slots = positions.expand(batch, -1).contiguous()
+        rows = torch.arange(batch, device="cpu").repeat_interleave(length)
+        turns = torch.view_as_real(rotation.expand(batch, -1, -1, -1)).contiguous()
+        hidden = floats(batch, length, self._model.dim)
+        logits_of = logits_of.long().contiguous()
+        logits = floats(len(logits_of), self._vocab_size)
+        step = Step(
+            n_tokens=batch * length,
+            ids=ids.data_ptr(),
+            rows=rows.data_ptr(),
+            slots=slots.data_ptr(),
+            rotation=turns.data_ptr(),
+            hidden=hidden.data_ptr(),
+            n_logits=len(logits_of),
+            logits_of=logits_of.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        # Looked up anew: several caches share a step, in several threads perhaps.
+        self._run(step, cache, _addresses(cache.keys), _addresses(cache.values))
+        return hidden.to(self._dtype), logits
+
+    def next_logits(self, ids: Tensor, cache: KVCache, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Read one more token of each row, which is written to the cache but not counted there.
+
+        Args:
+            ids: (B, 1) token ids.
+            cache: with room for them, and with the tensors that it had in the pass before, or new
+                ones.
+            table: complex64 (L, C / 2), the rotations of all positions up to theirs.
+
+        Returns:
+            Hidden states after the last norm, (B, D), in the model's dtype, and logits (B, V),
+            float32.
+
+        Raises:
+            MinllamaError: the vocabulary has no such id.
+        """
+        tokens: list[int] = ids.flatten().tolist()
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            check_ids(ids, self._vocab_size)
+        n = len(tokens)
+        numbers = ctypes.c_int64 * n
+        new, rows, slots = numbers(*tokens), numbers(*range(n)), numbers(*cache.lengths)
+        turns = table[cache.lengths] if n > 1 else table[cache.lengths[0]]
+        hidden, logits = floats(n, self._model.dim), floats(n, self._vocab_size)
+        step = Step(
+            n_tokens=n,
+            ids=ctypes.addressof(new),
+            rows=ctypes.addressof(rows),
+            slots=ctypes.addressof(slots),
+            rotation=turns.data_ptr(),
+            hidden=hidden.data_ptr(),
+            n_logits=n,
+            logits_of=ctypes.addressof(rows),
+            logits=logits.data_ptr(),
+        )
+        self._run(step, cache, *_known_addresses(cache))
+        return hidden.to(self._dtype), logits
+
+    def _run(self, step: Step, cache: KVCache, keys: Any, values: Any) -> None:
+        """A step over what lies at these addresses, which are the cache's."""
+        like = cache.keys[0]
+        step.keys, step.values = ctypes.addressof(keys), ctypes.addressof(values)
+        step.cache_kind = KINDS[like.dtype]
+        step.row_stride, step.head_stride = like.stride(0), like.stride(1)
+        call("step", self._model, step, level=self._level)
+
+    def _describe(self, llama: Any) -> Model:
+        config = llama.config
+        self._layers = (Layer * config.n_layers)(*map(self._layer, llama.layers))
+        embedding = self._linear(llama.tok_embeddings)
+        return Model(
+            dim=config.dim,
+            n_layers=config.n_layers,
+            n_heads=config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            hidden_dim=config.hidden_dim,
+            norm_eps=config.norm_eps,
+            embedding=embedding,
+            output=embedding if llama.output is None else self._linear(llama.output),
+            norm=self._numbers(llama.norm.weight),
+            layers=self._layers,
+        )
+
+    def _layer(self, layer: Any) -> Layer:
+        query, key, value, output, w1, w2, w3 = map(self._linear, linear_modules(layer))
+        attention_norm = self._numbers(layer.attention_norm.weight)
+        ffn_norm = self._numbers(layer.ffn_norm.weight)
+        return Layer(attention_norm, query, key, value, output, ffn_norm, w1, w2, w3)
+
+    def _linear(self, module: nn.Module) -> Linear:
+        bias = self._numbers(getattr(module, "bias", None))
+        if isinstance(module, QuantizedWeight):
+            self._kept += [module.quants, module.scales]
+            self._kept += [] if module.mins is None else [module.mins]
+            described = quantized_linear(module)
+            described.bias = bias
+            return described
+        assert isinstance(module, nn.Linear | nn.Embedding)
+        weight = module.weight.detach().contiguous()
+        self._kept.append(weight)
+        described = dense_linear(weight)
+        described.bias = bias
+        return described
+
+    def _numbers(self, tensor: Tensor | None) -> Numbers:
+        if tensor is None:
+            return Numbers()
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
+
+
+def _known_addresses(cache: KVCache) -> tuple[Any, Any]:
+    """Those of a cache's keys and of its values.
+
+    Looked up again only where other tensors have come into their places.
+    """
+    known: tuple[tuple[Tensor, ...], tuple[Any, Any]] | None = cache.addresses
+    if known is None or not all(map(operator.is_, known[0], chain(cache.keys, cache.values))):
+        found = _addresses(cache.keys), _addresses(cache.values)
+        known = cache.addresses = (*cache.keys, *cache.values), found
+    return known[1]
+
+
+def _addresses(tensors: list[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

@@ -1,0 +1,303 @@
+"""One token of each row through a whole Llama on a GPU, in one replay of a captured graph.
+
+The walk of `minllama.model.llama`, on the same weights and the same cache, by
+`minllama.kernels.gpu.decode_program`. Launched one by one its kernels would take longer than they
+run, so after the first step they are captured in a CUDA graph, one for each number of rows, and
+replayed. Graphs know addresses, not shapes: what changes from step to step (tokens, lengths, where
+the cache lies) is in memory that the kernels read. Knows nothing of what the tokens are for.
+"""
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minllama.engine.support import is_walkable, linear_modules
+from minllama.kernels.cpu.linear import Linear
+from minllama.kernels.gpu import support as gpu
+from minllama.kernels.gpu.decode_program import Layer, Model, Rows, Walk
+from minllama.model.config import LlamaConfig
+from minllama.model.kv_cache import KVCache
+from minllama.quantization.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+
+KINDS = (torch.float32, torch.bfloat16, torch.float16)
+MOST_ROWS = 128
+# The fields of LlamaConfig that the kernels, or what launches them, follow.
+IMPLEMENTED = frozenset(
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
+        *("max_seq_len", "norm_eps", "rope_theta", "rope_scaling"),
+        *("tie_embeddings", "attention_bias", "ffn_bias"),
+        "dropout",  # by leaving training to the modules: `is_walkable`
+    )
+)
+NO_ROW = -(2**40)  # the length of a row that is only there to fill a graph's number of rows
+
+
+def can_run(llama: Any) -> bool:
+    """Whether the graph step computes what this Llama's modules do.
+
+    Plain layers in the model's dtype and quantised ones, on a GPU that Triton compiles for; and
+    what `is_walkable` asks besides.
+    """
+    return gpu.works(llama.device) and computes(llama)
+
+
+def computes(llama: Any) -> bool:
+    """Whether it is a Llama that the kernels know, wherever it is."""
+    dtype, device = llama.dtype, llama.device
+    if dtype not in KINDS or not knows(llama.config):
+        return False
+
+    def is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
+        is_ours = isinstance(x, Tensor) and x.dtype == dtype and x.device == device
+        is_aligned = is_ours and x.is_contiguous() and x.data_ptr() % 16 == 0
+        return is_aligned and tuple(x.shape) == shape
+
+    def is_matrix(module: nn.Module, shape: tuple[int, int]) -> bool:
+        bias = getattr(module, "bias", None)
+        if bias is not None and not is_numbers(bias, shape[:1]):
+            return False
+        if type(module) in (QuantizedLinear, QuantizedEmbedding):
+            assert isinstance(module, QuantizedWeight)
+            is_here = module.quants.device == device
+            return is_here and (module.out_features, module.in_features) == shape
+        return type(module) in (nn.Linear, Linear, nn.Embedding) and is_numbers(
+            module.weight, shape
+        )
+
+    def has_like_biases(layer: Any) -> bool:
+        """Whether matrices that one kernel multiplies with have biases all, or none."""
+        query, key, value, _, w1, _, w3 = (module.bias is None for module in linear_modules(layer))
+        return query == key == value and w1 == w3
+
+    return is_walkable(llama, IMPLEMENTED, is_matrix, is_numbers) and all(
+        map(has_like_biases, llama.layers)
+    )
+
+
+def knows(config: LlamaConfig) -> bool:
+    """Whether the kernels compute what a config says."""
+    scaling = config.rope_scaling
+    # With dynamic scaling the table of rotations is another for each text.
+    return scaling is None or scaling.kind != "dynamic"
+
+
+def is_step(ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether a pass (B, T) is one for the graph step: a token of each of some rows."""
+    return attention_mask is None and ids.shape[1] == 1 and len(ids) <= MOST_ROWS
+
+
+_Key = tuple[int, ...]
+_steps: "weakref.WeakKeyDictionary[Any, tuple[_Key, dict[int, GraphStep]]]" = (
+    weakref.WeakKeyDictionary()
+)
+_lock = threading.Lock()
+
+
+def step_of(llama: Any) -> "GraphStep":
+    """The step of a model that `can_run`, on the stream that is current: one for all its caches.
+
+    Of its tensors as they are: where one was replaced, it is another step.
+    """
+    stream = _stream_of(llama.device)
+    addresses = tuple(x.data_ptr() for x in (*llama.parameters(), *llama.buffers()))
+    with _lock:
+        known, steps = _steps.get(llama, (addresses, {}))
+        if known != addresses:
+            steps = {}
+        _steps[llama] = addresses, steps
+        step: GraphStep = steps.get(stream) or steps.setdefault(stream, GraphStep(llama))
+        return step
+
+
+def forget(llama: Any) -> None:
+    """Let go of a model's steps, which hold its tensors as they were."""
+    with _lock:
+        _steps.pop(llama, None)
+
+
+@dataclass
+class _State:
+    """The steps of so many rows.
+
+    Attributes:
+        graph: once it is captured.
+        expected: what the rows' lengths are, while nobody but the step has changed them.
+    """
+
+    rows: Rows
+    runs: int = 0
+    graph: Any = None
+    expected: list[int] = field(default_factory=list)
+
+
+class GraphStep:
+    """Steps of one token a row of one Llama.
+
+    Args:
+        llama: a `minllama.Llama` that the kernels compute. Its tensors are read where they lie: an
+            optimizer may write to them, but a tensor that is replaced is not seen.
+        captures: graphs; else each kernel is launched by itself.
+        early: kernels start while the one before still runs; None where the GPU can.
+    """
+
+    def __init__(self, llama: Any, *, captures: bool = True, early: bool | None = None) -> None:
+        self._rope, self._captures = llama.rope, captures
+        self._model = _described(llama)
+        if early is None:
+            early = torch.cuda.get_device_capability(llama.device) >= (9, 0)
+        with torch.inference_mode(False):
+            n_places = 2 * llama.config.n_layers + 3
+            self._places = torch.zeros(n_places, dtype=torch.int64, device=llama.device)
+        self._known: list[int] = []  # what `places` holds
+        self._table: Tensor | None = None  # whose address is among them; a cache is its owner's
+        # Whose addresses graphs know, whatever becomes of the modules.
+        self._kept = [x.detach() for x in (*llama.parameters(), *llama.buffers())]
+        self._walk, self._early = Walk(self._model, self._places, early=early), early
+        self._works = True
+        self._pool: Any = None  # of memory, for all graphs: their replays follow one another
+        self._stream = _stream_of(llama.device)
+        self._states: dict[int, _State] = {}
+        self._busy = threading.Lock()
+
+    def is_of_this_stream(self) -> bool:
+        """Whether it was made for the stream that is current: steps of one follow one another."""
+        return _stream_of(self._model.device) == self._stream
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor] | None:
+        """Read a token of each row, which continue what the cache holds; it is not advanced.
+
+        Args:
+            ids: (B, 1) token ids; B at most MOST_ROWS.
+            cache: in the model's dtype, with room for them.
+
+        Returns:
+            Hidden states after the last norm, (B, 1, D), and logits, (B, 1, V); None where the
+            kernels cannot be compiled for this model, of which a warning has told.
+        """
+        batch = len(ids)
+        with self._busy, gpu.on(self._model.device):
+            if not self._works:
+                return None
+            state = self._state_of(batch)
+            rows = state.rows
+            rows.ids[:batch].copy_(ids.flatten())
+            lengths = cache.lengths + [NO_ROW] * (len(rows.ids) - batch)
+            if state.expected != lengths:
+                rows.lengths.copy_(torch.tensor(lengths))
+            self._point_to(cache)
+            state.expected = []  # unless all goes well
+            if not self._run(state):
+                return None
+            state.runs += 1
+            state.expected = [length + (length != NO_ROW) for length in lengths]
+            return rows.hidden[:batch, None].clone(), rows.logits[:batch, None].clone()
+
+    def _run(self, state: _State) -> bool:
+        """Launch the walk, or replay it; whether that could be done.
+
+        What a graph records must have been compiled before, so the first run is launched.
+        """
+        if state.graph is None and state.runs and self._captures:
+            try:
+                state.graph = self._captured(state.rows)
+            except Exception as error:
+                self._captures = False
+                gpu.warn("steps on this GPU are not captured", error)
+        if state.graph is not None:
+            state.graph.replay()
+        elif state.runs:
+            self._walk(state.rows)
+        else:
+            self._works = self._first_run(state.rows)
+        return self._works
+
+    def _first_run(self, rows: Rows) -> bool:
+        """Compile and launch; what counts a step is the last kernel, so it may be tried again."""
+        for early in (True, False) if self._early else (False,):
+            try:
+                if early != self._early:
+                    self._walk, self._early = Walk(self._model, self._places, early=early), early
+                self._walk(rows)
+                return True
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of a compiler or a driver
+                problem = error
+        gpu.warn("steps on this GPU are the modules'", problem)
+        return False
+
+    def _captured(self, rows: Rows) -> Any:
+        """A CUDA graph of the walk."""
+        device, graph = self._model.device, torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+        pool, stream = self._pool
+        current = torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            torch.cuda.current_blas_handle()  # which cannot be made within a capture
+            # What other threads ask of the GPU meanwhile is no business of this capture.
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                self._walk(rows)
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+        return graph
+
+    def _state_of(self, batch: int) -> _State:
+        n = gpu.power_of_two(batch)
+        if n not in self._states:
+            self._states[n] = _State(Rows.of(self._model, n))
+        return self._states[n]
+
+    def _point_to(self, cache: KVCache) -> None:
+        """Tell the kernels where the cache and the rotations are."""
+        table, keys = self._rope.table(cache.max_len + 1, self._model.device), cache.keys[0]
+        places = [*(x.data_ptr() for x in (*cache.keys, *cache.values)), table.data_ptr()]
+        places += [keys.stride(0), keys.stride(1)]
+        if places != self._known:
+            self._places.copy_(torch.tensor(places))
+            self._known, self._table = places, table
+
+
+def _stream_of(device: torch.device) -> int:
+    """The stream that is current, by its number."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _described(llama: Any) -> Model:
+    """A Llama's tensors, as the walk names them."""
+    layers = []
+    for layer in llama.layers:
+        modules = linear_modules(layer)
+        biases = (getattr(module, "bias", None) for module in modules)
+        layers.append(
+            Layer(
+                layer.attention_norm.weight.detach(),
+                layer.ffn_norm.weight.detach(),
+                tuple(map(_weight, modules)),
+                tuple(None if bias is None else bias.detach() for bias in biases),
+            )
+        )
+    embedding = _weight(llama.tok_embeddings)
+    return Model(
+        config=llama.config,
+        dtype=llama.dtype,
+        device=llama.device,
+        layers=layers,
+        embedding=embedding,
+        head=embedding if llama.output is None else _weight(llama.output),
+        norm=llama.norm.weight.detach(),
+    )
+
+
+def _weight(module: Any) -> Any:
+    """What products are with: a tensor (out, in), or a `QuantizedWeight`."""
+    return module if isinstance(module, QuantizedWeight) else module.weight.detach()

@@ -1,0 +1,1 @@
+"""Metrics of predictions, their intervals, comparisons, baselines and reports."""

@@ -1,0 +1,327 @@
+"""Numbers as targets: their scale, the metrics of predicted ones, and what is had without a Llama.
+
+Takes texts and numbers, gives numbers. Knows nothing of models or files.
+"""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.errors import MinllamaError
+from minllama.evaluation.bootstrap import INTERVAL
+
+Values = NDArray[np.float64]
+
+# Metric of RegressionEvaluation -> whether less of it is better.
+METRICS = {"mae": True, "rmse": True, "r2": False, "pearson": False, "spearman": False}
+LARGEST_TARGET = 1e100  # of which sums of squares are floats still
+RIDGE_PENALTY = 1.0  # of |w|^2 beside the summed squared errors, as scikit-learn's Ridge has it
+
+
+@dataclass(frozen=True)
+class TargetScale:
+    """What a head's output is measured in: value = mean + std * output.
+
+    Attributes:
+        mean, std: of the training targets; 0 and 1 for a head that gives values themselves.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        limit = LARGEST_TARGET
+        if not (abs(self.mean) <= limit and 0 < self.std <= limit):  # NaN is not, either
+            raise ValueError(f"a scale of mean {self.mean} and std {self.std} is none"[:200])
+
+    @classmethod
+    def of(cls, targets: Sequence[float]) -> Self:
+        """The scale on which targets have mean 0 and standard deviation 1 (0 where all are one)."""
+        values = np.asarray(targets, dtype=np.float64)
+        largest = float(np.abs(values).max(initial=0.0)) or 1.0
+        # Divided first: squares of large numbers are beyond all floats.
+        std = float((values / largest).std()) * largest
+        return cls(float((values / largest).mean() * largest), std or 1.0)
+
+    def standardized(self, targets: Sequence[float] | Values) -> Values:
+        """Targets as a head is to give them."""
+        return (np.asarray(targets, dtype=np.float64) - self.mean) / self.std
+
+    def values(self, outputs: NDArray[np.floating[Any]]) -> Values:
+        """What a head gave, in the unit of the targets."""
+        return self.mean + self.std * np.asarray(outputs, dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionEvaluation:
+    """The metrics of one set of predicted numbers, in the unit of the targets.
+
+    Attributes:
+        count: of the rows.
+        mae: mean absolute error.
+        rmse: root of the mean squared error.
+        r2: 1 less the share of the targets' variance that is left over; None where all targets are
+            the same number.
+        pearson, spearman: correlation of values, and of their ranks; None where predictions or
+            targets are all the same.
+        target_mean, target_std: of the rows' targets.
+        intervals: metric -> 95% interval, or nothing.
+        difference: of another system's: by how much the classifier's mean absolute error is less
+            than this one, and the 95% interval of that, paired by rows; None where not compared.
+    """
+
+    count: int
+    mae: float
+    rmse: float
+    r2: float | None
+    pearson: float | None
+    spearman: float | None
+    target_mean: float
+    target_std: float
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    difference: tuple[float, float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values that JSON can hold."""
+        values = dataclasses.asdict(self)
+        values["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
+        return values
+
+
+def evaluate_regression(
+    predicted: NDArray[np.floating[Any]],
+    targets: Sequence[float] | Values,
+    *,
+    own: NDArray[np.floating[Any]] | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> RegressionEvaluation:
+    """Compare predicted numbers with targets.
+
+    Args:
+        predicted: (N,), in the unit of the targets.
+        targets: N finite numbers.
+        own: (N,), predictions that those are compared with, row by row.
+        bootstrap: how often rows are drawn anew for the 95% intervals; 0 for none.
+        seed: of those draws.
+
+    Raises:
+        MinllamaError: there are no rows, not as many of each, or numbers that are not finite.
+    """
+    p, y = np.asarray(predicted, dtype=np.float64), np.asarray(targets, dtype=np.float64)
+    if p.shape != y.shape or p.ndim != 1:
+        raise MinllamaError(
+            f"cannot evaluate: predictions of shape {p.shape} do not fit {len(y)} targets; give "
+            "one number for each row"
+        )
+    if not len(y):
+        raise MinllamaError("cannot evaluate: there are no rows; give at least one with a target")
+    for what, values in (("a prediction", p), ("a target", y)):
+        if not np.isfinite(values).all():
+            row = int((~np.isfinite(values)).argmax()) + 1
+            raise MinllamaError(f"cannot evaluate: row {row} has {what} that is no finite number")
+    rows = _Rows(p, y)
+    metrics = rows.metrics(np.ones(len(y)))
+    return RegressionEvaluation(
+        count=len(y),
+        target_mean=float(y.mean()),
+        target_std=float(y.std()),
+        intervals=_intervals(rows, metrics, bootstrap, seed) if bootstrap else {},
+        difference=None if own is None else _difference(own, p, y, bootstrap, seed),
+        mae=metrics["mae"] or 0.0,
+        rmse=metrics["rmse"] or 0.0,
+        r2=metrics["r2"],
+        pearson=metrics["pearson"],
+        spearman=metrics["spearman"],
+    )
+
+
+class _Rows:
+    """Predictions and targets (N,), and their metrics where each row counts so and so often."""
+
+    def __init__(self, p: Values, y: Values) -> None:
+        order = np.argsort(p, kind="stable")  # what is read in order is read faster
+        p, y = p[order], y[order]
+        self.n = len(y)
+        # The place of each value among the different ones, from which ranks follow in any draw.
+        self._places = [np.unique(values, return_inverse=True)[1] for values in (p, y)]
+        errors = p - y
+        self._unit_of_y = _unit(y)
+        p, y = (p - p.mean()) / _unit(p), (y - y.mean()) / self._unit_of_y
+        # Sums over a draw's rows are one product with how often each is in it.
+        columns = (np.abs(errors), errors**2, p, p**2, y, y**2, p * y)
+        self._columns = np.stack(columns, axis=1)
+
+    def metrics(self, counts: Values) -> dict[str, float | None]:
+        """All metrics of N rows; None for one that is not defined."""
+        n = self.n
+        absolute, squared, *moments = (counts @ self._columns).tolist()
+        of_places = [np.bincount(places, weights=counts) for places in self._places]
+        p_varies, y_varies = (np.count_nonzero(drawn) > 1 for drawn in of_places)
+        p_scatter, y_scatter, shared = _scatters(n, *moments)
+        varies = p_varies and y_varies
+        return {
+            "mae": absolute / n,
+            "rmse": math.sqrt(squared / n),
+            "r2": self._r2(squared, y_scatter) if y_varies else None,
+            "pearson": _share(shared, p_scatter, y_scatter) if varies else None,
+            "spearman": self._spearman(counts, of_places) if varies else None,
+        }
+
+    def _r2(self, squared: float, scatter: float) -> float | None:
+        scatter *= self._unit_of_y**2
+        return 1 - squared / scatter if scatter else None
+
+    def _spearman(self, counts: Values, of_places: list[NDArray[Any]]) -> float:
+        """Pearson's correlation of ranks, whose mean is (N + 1) / 2 in any draw."""
+        middle = (self.n + 1) / 2
+        ranked = [_ranks_of_places(drawn) - middle for drawn in of_places]
+        rows = [ranks[places] for ranks, places in zip(ranked, self._places, strict=True)]
+        scatters = (float(drawn @ ranks**2) for drawn, ranks in zip(of_places, ranked, strict=True))
+        return _share(float((counts * rows[0]) @ rows[1]), *scatters)
+
+
+def _unit(values: Values) -> float:
+    """A number that makes the largest deviation from the mean 1; 1 where there is none."""
+    return float(np.abs(values - values.mean()).max()) or 1.0
+
+
+def _scatters(
+    n: int, p: float, pp: float, y: float, yy: float, py: float
+) -> tuple[float, float, float]:
+    """Sums of squared deviations of p and of y, and of their products, from sums over n rows."""
+    return max(pp - p * p / n, 0.0), max(yy - y * y / n, 0.0), py - p * y / n
+
+
+def _share(shared: float, a: float, b: float) -> float:
+    """A correlation, from sums of deviations' products."""
+    norm = math.sqrt(a) * math.sqrt(b)
+    return min(max(shared / norm, -1.0), 1.0) if norm else 0.0
+
+
+def _ranks_of_places(counts: NDArray[Any]) -> Values:
+    """The rank of each value, from the least, of which so many are there: the mean of its ranks."""
+    return np.asarray(np.cumsum(counts) - (counts - 1) / 2, dtype=np.float64)
+
+
+def ranks(values: Values) -> Values:
+    """(N,), 1 for the least; equal values share the mean of their ranks."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return _ranks_of_places(counts)[places]
+
+
+def _draws(n: int, rounds: int, seed: int) -> Iterator[Values]:
+    """How often each of n rows is in a draw of n, again and again."""
+    random = np.random.default_rng(seed)
+    for _ in range(rounds):
+        yield np.bincount(random.integers(n, size=n), minlength=n).astype(np.float64)
+
+
+def _intervals(
+    rows: _Rows, metrics: Mapping[str, float | None], rounds: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap over rows (Efron & Tibshirani 1993, ch. 13).
+
+    A draw in which a metric is not defined counts for the others; a metric that is not defined for
+    all rows, or for half of the draws, has no interval.
+    """
+    drawn: dict[str, list[float]] = {name: [] for name in metrics}
+    for counts in _draws(rows.n, rounds, seed):
+        for name, value in rows.metrics(counts).items():
+            if value is not None:
+                drawn[name].append(value)
+    ends = {
+        name: np.quantile(values, INTERVAL)
+        for name, values in drawn.items()
+        if metrics[name] is not None and 2 * len(values) > rounds
+    }
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+
+def _difference(
+    own: NDArray[np.floating[Any]], p: Values, y: Values, rounds: int, seed: int
+) -> tuple[float, float, float]:
+    """How much less `own` is off than p, on average, and the 95% interval of that.
+
+    Both read the same rows, so a draw is of rows: what is hard for both moves no difference.
+    """
+    gains = np.abs(p - y) - np.abs(np.asarray(own, dtype=np.float64) - y)
+    means = [float(counts @ gains) / len(y) for counts in _draws(len(y), rounds, seed)]
+    low, high = np.quantile(means, INTERVAL) if means else (gains.mean(), gains.mean())
+    return float(gains.mean()), float(low), float(high)
+
+
+class ValueBaseline(Protocol):
+    """Something that gives numbers for texts, after it was fitted."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+
+    def predict_values(self, texts: Sequence[str]) -> Values:
+        """(N,), in the unit of the targets."""
+
+
+def fit_value_baselines(texts: Sequence[str], targets: Sequence[float]) -> list[ValueBaseline]:
+    """Fit every baseline.
+
+    Args:
+        texts: N training texts.
+        targets: N numbers.
+
+    Raises:
+        MinllamaError: there are no texts, or scikit-learn is missing.
+    """
+    if not texts:
+        raise MinllamaError("cannot fit baselines: there are no training texts; give at least one")
+    return [MeanBaseline(targets), RidgeBaseline(texts, targets)]
+
+
+class MeanBaseline:
+    """Gives every text the mean of the training targets."""
+
+    name = "mean of the training rows"
+
+    def __init__(self, targets: Sequence[float]) -> None:
+        self._mean = TargetScale.of(targets).mean
+
+    def predict_values(self, texts: Sequence[str]) -> Values:
+        return np.full(len(texts), self._mean)
+
+
+class RidgeBaseline:
+    """Ridge regression on sublinear TF-IDF of words and pairs of words."""
+
+    name = "TF-IDF + ridge"
+
+    def __init__(self, texts: Sequence[str], targets: Sequence[float]) -> None:
+        try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+            from sklearn.linear_model import Ridge
+        except ImportError as error:
+            raise MinllamaError(
+                "baselines need the library scikit-learn; "
+                "install it with: python -m pip install 'minllama[train]'"
+            ) from error
+        self._scale = TargetScale.of(targets)
+        self._vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        words_of = self._vectorizer.build_analyzer()
+        self._ridge: Any = None
+        if any(words_of(text) for text in texts):
+            features = self._vectorizer.fit_transform(texts)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a matrix that tells nothing
+                self._ridge = Ridge(alpha=RIDGE_PENALTY).fit(
+                    features, self._scale.standardized(targets)
+                )
+
+    def predict_values(self, texts: Sequence[str]) -> Values:
+        if self._ridge is None or not texts:
+            return self._scale.values(np.zeros(len(texts)))
+        return self._scale.values(self._ridge.predict(self._vectorizer.transform(texts)))

@@ -1,0 +1,244 @@
+"""A classifier beside the baselines: which metrics are compared, how they are written, who is best.
+
+Systems on the same rows are compared row by row. Knows nothing of pages or terminals.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from minllama.evaluation.metrics import Evaluation
+from minllama.evaluation.paired import Difference, Paired, compare
+
+OWN = "this classifier"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a field of `Evaluation` is shown."""
+
+    title: str
+    form: str = "{:.3f}"
+    less_is_better: bool = False
+
+    def difference(self, value: float, *, sign: bool = True) -> str:
+        """A difference of two values as people read it, shares of texts in points."""
+        text = f"{100 * value:+.1f}" if self.form == "{:.1%}" else f"{value:+.3f}"
+        return text if sign and float(text) != 0 else text[1:]
+
+
+METRICS = {
+    "accuracy": Metric("Accuracy", "{:.1%}"),
+    "macro_f1": Metric("Macro F1"),
+    "micro_f1": Metric("Micro F1"),
+    "roc_auc": Metric("ROC AUC"),
+    "average_precision": Metric("AP"),
+    "log_loss": Metric("Log-loss", less_is_better=True),
+    "brier": Metric("Brier", less_is_better=True),
+    "calibration_error": Metric("ECE", less_is_better=True),
+}
+
+
+RANKING = ("roc_auc", "average_precision")
+MISSING = "–"  # a value that is not defined
+SURE = 0.05  # from this p value on an exact test is not sure
+
+
+@dataclass(frozen=True)
+class Value:
+    """One metric of one system."""
+
+    text: str
+    best: bool  # of the systems compared
+
+
+@dataclass(frozen=True)
+class System:
+    """The classifier, or something that it is compared with."""
+
+    name: str
+    own: bool  # the classifier
+    accuracy: tuple[float, float, float]  # low end of the interval, value, high end: 0 to 1
+    values: list[Value]  # of the metrics compared
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of two systems, and how they differ, as people read it."""
+
+    title: str
+    first: str
+    second: str
+    difference: str  # of the first from the second
+    interval: tuple[str, str]
+    may_be_chance: bool
+
+
+def compared(evaluation: Evaluation) -> list[str]:
+    """The metrics of decisions that are shown. With one label a text, micro F1 is the accuracy."""
+    shown = [name for name in METRICS if name not in RANKING]
+    return [name for name in shown if name != "micro_f1" or evaluation.multi_label]
+
+
+def ranking(evaluation: Evaluation) -> list[str]:
+    """The metrics of rankings that are shown: where labels are there or not."""
+    return [*RANKING] if evaluation.multi_label or evaluation.positive is not None else []
+
+
+def undefined(evaluation: Evaluation) -> str | None:
+    """Which labels have no ranking to measure, and why, in a sentence; None where all have one."""
+    if not ranking(evaluation):
+        return None
+    names = [metrics.name for metrics in evaluation.per_class if metrics.roc_auc is None]
+    if not names:
+        return None
+    if not evaluation.multi_label:
+        return "ROC AUC and AP are not defined: all texts are of one class."
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"ROC AUC and AP are not defined for {listed}: all texts have the label, or none has."
+
+
+def written(evaluation: Evaluation, metric: str) -> str:
+    """The metric as people read it."""
+    value = getattr(evaluation, metric)
+    return MISSING if value is None else METRICS[metric].form.format(value)
+
+
+def interval(evaluation: Evaluation, metric: str) -> tuple[str, str] | None:
+    """Both ends of the 95% interval as people read them, or `None` where there is none."""
+    ends = evaluation.intervals.get(metric)
+    if ends is None:
+        return None
+    form = METRICS[metric].form
+    return form.format(ends[0]), form.format(ends[1])
+
+
+def systems(
+    evaluation: Evaluation,
+    others: Mapping[str, Evaluation],
+    names: Sequence[str] | None = None,
+) -> list[System]:
+    """The classifier and the others, the best of each metric marked.
+
+    Args:
+        evaluation: of the classifier.
+        others: of other systems on the same rows, by name.
+        names: of the metrics; None for those of decisions.
+    """
+    rows = {OWN: evaluation, **others}
+    best: dict[str, float | None] = {}
+    for name in compared(evaluation) if names is None else names:
+        values = [it for row in rows.values() if (it := _as_written(row, name)) is not None]
+        best[name] = (min if METRICS[name].less_is_better else max)(values, default=None)
+    return [
+        System(
+            name=title,
+            own=row is evaluation,
+            accuracy=_accuracy_range(row),
+            values=[
+                Value(written(row, name), value is not None and _as_written(row, name) == value)
+                for name, value in best.items()
+            ],
+        )
+        for title, row in rows.items()
+    ]
+
+
+def verdict(
+    evaluation: Evaluation, others: Mapping[str, Evaluation], metric: str = "accuracy"
+) -> str:
+    """The metric in a sentence, and in a second one whether it beats the best of the others.
+
+    That is by chance where the paired 95% interval of the difference holds zero, and only there.
+
+    Args:
+        evaluation: of the classifier.
+        others: of other systems on the same rows, by name.
+        metric: the headline, a name of `METRICS`.
+
+    Raises:
+        MinllamaError: the best of the others was evaluated on other rows.
+    """
+    sentence = _alone(evaluation, metric)
+    if not others:
+        return sentence
+    sign = -1 if METRICS[metric].less_is_better else 1
+    name, best = max(others.items(), key=lambda item: sign * getattr(item[1], metric))
+    return f"{sentence} {beside(compare(evaluation, best), name, metric, among=len(others))}"
+
+
+def beside(paired: Paired, name: str, metric: str = "accuracy", *, among: int = 2) -> str:
+    """How the first of two systems compares with the second, in a sentence.
+
+    Args:
+        paired: the comparison.
+        name: of the second.
+        metric: of METRICS.
+        among: how many systems the second is the best of.
+    """
+    if among > 1:
+        name = f"the best of the others, {name}"
+    of, found = METRICS[metric], paired.differences[metric]
+    size = of.difference(abs(found.value), sign=False)
+    unit = " points" if of.form == "{:.1%}" else ""
+    is_level = float(size) == 0
+    if is_level:
+        said = f"That is level with {name}"
+    else:
+        said = f"That is {size}{unit} {'more' if found.value > 0 else 'less'} than {name}"
+    said += f" (paired 95% interval {_ends(found, of)}{unit}"
+    if metric == "accuracy":
+        said += f"; McNemar's exact {p_value(paired.p_value)}"
+    if found.may_be_chance:
+        what = "what differs" if is_level else "this"
+        return f"{said}); the interval holds zero, so {what} may be by chance."
+    if metric == "accuracy" and paired.p_value > SURE:
+        return f"{said}); few texts decide it."
+    return f"{said})."
+
+
+def rows(first: Evaluation, second: Evaluation, paired: Paired) -> list[Row]:
+    """Each metric of two systems, for a table."""
+    names = [name for name in METRICS if name in {*compared(first), *ranking(first)}]
+    return [
+        Row(
+            METRICS[name].title,
+            written(first, name),
+            written(second, name),
+            METRICS[name].difference(found.value),
+            (METRICS[name].difference(found.low), METRICS[name].difference(found.high)),
+            found.may_be_chance,
+        )
+        for name in names
+        if (found := paired.differences.get(name)) is not None
+    ]
+
+
+def p_value(p: float) -> str:
+    """P = 0.035; p < 0.001."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def _alone(evaluation: Evaluation, metric: str) -> str:
+    if metric != "accuracy":
+        return (
+            f"{METRICS[metric].title} {written(evaluation, metric)} on {evaluation.count:,} texts."
+        )
+    right = round(evaluation.accuracy * evaluation.count)
+    what = "All labels are right for" if evaluation.multi_label else "Right on"
+    return f"{what} {right:,} of {evaluation.count:,} texts."
+
+
+def _ends(found: Difference, metric: Metric) -> str:
+    return f"{metric.difference(found.low)} to {metric.difference(found.high)}"
+
+
+def _as_written(evaluation: Evaluation, metric: str) -> float | None:
+    """What looks equal is equally good."""
+    value = getattr(evaluation, metric)
+    return None if value is None else round(float(value), 3)
+
+
+def _accuracy_range(evaluation: Evaluation) -> tuple[float, float, float]:
+    at = evaluation.accuracy
+    low, high = evaluation.intervals.get("accuracy", (at, at))
+    return low, at, high

@@ -1,0 +1,71 @@
+"""Which classes are taken for which: a confusion matrix as cells, and its largest entries as pairs.
+
+Knows nothing of HTML.
+"""
+
+from dataclasses import dataclass
+
+from minllama.evaluation.metrics import Evaluation
+
+MAX_WITH_NUMBERS = 25  # classes; above, a cell has only its colour
+MAX_WITH_CELLS = 100  # classes; above, only the pairs are shown
+MAX_PAIRS = 12
+MIN_PAIRS_CLASSES = 7  # with fewer classes the matrix says it all
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the matrix."""
+
+    count: int
+    share: float  # of the rows with that gold class, 0 to 1
+    right: bool  # on the diagonal
+    title: str  # the whole of it in words
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A class that is taken for another."""
+
+    gold: str
+    predicted: str
+    count: int
+    share: float  # of the rows with that gold class, 0 to 1
+
+
+def matrix(evaluation: Evaluation) -> list[list[Cell]] | None:
+    """Cells by gold and predicted class; `None` where they would be too many to look at."""
+    names, table = evaluation.label_names, evaluation.confusion
+    if evaluation.multi_label or len(names) > MAX_WITH_CELLS:
+        return None
+    cells = []
+    for i, row in enumerate(table.tolist()):
+        total = sum(row)
+        cells.append(
+            [
+                Cell(
+                    count=count,
+                    share=count / max(total, 1),
+                    right=i == j,
+                    title=f"{names[i]} → {names[j]}: {count:,} of {total:,}",
+                )
+                for j, count in enumerate(row)
+            ]
+        )
+    return cells
+
+
+def pairs(evaluation: Evaluation) -> list[Pair]:
+    """The most frequent confusions, the most frequent first; none where classes are few."""
+    names, table = evaluation.label_names, evaluation.confusion
+    if evaluation.multi_label or len(names) < MIN_PAIRS_CLASSES:
+        return []
+    totals = table.sum(1)
+    found = [
+        Pair(names[i], names[j], count, count / int(totals[i]))
+        for i, row in enumerate(table.tolist())
+        for j, count in enumerate(row)
+        if i != j and count
+    ]
+    # Sorting is stable: equal counts keep the order of the classes.
+    return sorted(found, key=lambda pair: -pair.count)[:MAX_PAIRS]

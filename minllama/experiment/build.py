@@ -1,0 +1,319 @@
+"""A classifier of the kind that is asked for, and its training: by method and objective.
+
+Knows nothing of files but for the folder that a run is kept in.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from minllama.atomic import atomic_file
+from minllama.checkpoints.load import reading_form
+from minllama.checkpoints.types import Checkpoint
+from minllama.classification import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from minllama.classification.base import Classifier
+from minllama.classification.embedding import Pooling, check_layer
+from minllama.classification.features import MAX_ROWS, Choice, candidate_choices, extract_features
+from minllama.classification.zero_shot import Score
+from minllama.data import Dataset, sample_balanced
+from minllama.data.label_names import checked_names, names_of_option, words_by_label
+from minllama.data.records import listed, shown
+from minllama.errors import CheckpointError, OptionError
+from minllama.experiment.heads import head_fitting, random_order
+from minllama.experiment.reporter import Say
+from minllama.kernels.hardware import fast_bfloat16
+from minllama.lora import add_lora_wrapper
+from minllama.model.llama import Llama
+from minllama.options import (
+    VALUE_METRICS,
+    ClassifierOptions,
+    LoRAOptions,
+    PromptOptions,
+    TrainingOptions,
+    ZeroShotOptions,
+)
+from minllama.tokenizer.tokenizer import Tokenizer
+
+TRAINED = ("lora", "full")  # the methods that follow gradients
+# By the method: adapters start from nothing and bear more than weights that know something.
+LEARNING_RATES = {"lora": 3e-4, "full": 2e-5}
+HEAD_LEARNING_RATE = 1e-3
+PRIOR_TEXTS = 500  # unlabelled training texts from which the score `batch` learns
+# Texts on which a run that trains more than a head chooses its layer and where its head starts.
+STARTING_TEXTS = 3000
+# A layer that is trained can be put to new use: some more than the features were best at.
+LAYERS_TO_LEARN = 7  # n_layers are divided by it: 4 of 30
+LAYER_FILE = "layer.json"
+
+
+def label_words_of(text: str | None, labels: Sequence[str]) -> tuple[str, ...]:
+    """The words of `--label-words` in the order of the labels, which it is where it is not given.
+
+    Args:
+        text: separated by commas and quoted as in CSV, a JSON list, or a JSON object {label: word}.
+        labels: the names of the classes.
+
+    Raises:
+        OptionError: there are not as many as labels, or they are not words.
+    """
+    if text is None:
+        return tuple(labels)
+    word_of = words_by_label(text)
+    if word_of is not None:
+        if set(word_of) != set(labels):
+            raise OptionError(
+                f"label_words names the labels {listed(word_of)}, and there are {listed(labels)}; "
+                "give a word for each of these"
+            )
+        where = f"label_words {shown(text)}"
+        return tuple(checked_names([word_of[label].strip() for label in labels], where))
+    words = tuple(names_of_option(text, "label_words"))
+    if len(words) != len(labels):
+        raise OptionError(
+            f"label_words holds {len(words)} words ({', '.join(words)}) for {len(labels)} labels "
+            f"({', '.join(labels)}); give one for each, in this order"
+        )
+    return words
+
+
+def make_zero_shot(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    labels: Sequence[str],
+    prompt: PromptOptions,
+    options: ZeroShotOptions,
+    *,
+    train: Dataset | None = None,
+    seed: int = 0,
+) -> LlamaZeroShotClassifier:
+    """A zero-shot classifier, with examples and prior from training texts where it wants them.
+
+    Raises:
+        MinllamaError: options contradict one another, or want a training file that is not there.
+    """
+    words = label_words_of(options.label_words, labels)
+    shots: list[tuple[str, str]] = []
+    if options.shots:
+        if train is None:
+            raise OptionError("shots come from a training file, and there is none")
+        drawn = sample_balanced(train, options.shots, seed)
+        shots = [
+            (text, words[label])
+            for text, label in zip(drawn.texts, cast(list[int], drawn.labels), strict=True)
+        ]
+    classifier = LlamaZeroShotClassifier(
+        llama,
+        tokenizer,
+        labels,
+        prompt,
+        label_words=words,
+        score=cast(Score, options.score),
+        prior_strength=options.prior_strength,
+        shots=shots,
+    )
+    if train is not None:
+        shown = {text for text, _ in shots}  # whose prompts would hold their own answer
+        texts = sample_texts(train, PRIOR_TEXTS, seed)
+        classifier.fit_prior([text for text in texts if text not in shown] or texts)
+    return classifier
+
+
+def without_shots(train: Dataset, shots: Sequence[tuple[str, str]]) -> Dataset:
+    """What is left to learn from: not what prompts show with its answer, which would be copied.
+
+    Raises:
+        OptionError: nothing is.
+    """
+    if not shots:
+        return train
+    shown = {text for text, _ in shots}
+    rows = [i for i, text in enumerate(train.texts) if text not in shown]
+    if not rows:
+        raise OptionError(
+            f"{train.source}: prompts show all of its texts, and none is left to learn from; give "
+            "fewer shots"
+        )
+    return replace(train.select(rows), notices=train.notices)
+
+
+def sample_texts(dataset: Dataset, n: int, seed: int) -> list[str]:
+    """Up to `n` texts, drawn without regard to their labels."""
+    return [dataset.texts[i] for i in sorted(random_order(dataset, seed)[:n])]
+
+
+def make_head(
+    llama: Llama,
+    tokenizer: Tokenizer,
+    train: Dataset,
+    prompt: PromptOptions,
+    options: ClassifierOptions,
+    *,
+    balanced: bool,
+    seed: int,
+    say: Say,
+    folder: Path | None = None,
+) -> LlamaEmbeddingClassifier:
+    """A classifier with a head that is fitted on frozen features, on the best layer if so asked.
+
+    For `frozen` that is all; `lora` and `full` go on from there: a head that fits keeps the first
+    gradients from tearing at good features (Kumar et al. 2022).
+
+    Args:
+        balanced: classes weigh alike in the fit.
+        seed: of folds and draws.
+        say: hears what is done and what was chosen.
+        folder: of a run that can be gone on with: where the choice is written down, and read if
+            it is there. The head is then not fitted again: the run's checkpoint holds it.
+    """
+    fitting = head_fitting(train, balanced=balanced, seed=seed)
+
+    def built(choice: Choice) -> LlamaEmbeddingClassifier:
+        layer, pooling = choice
+        return LlamaEmbeddingClassifier(
+            llama,
+            tokenizer,
+            pooling=pooling,
+            layer=layer,
+            dropout=options.dropout,
+            prompt=prompt,
+            **fitting.head(llama, choice),
+        )
+
+    if folder is not None and (known := _read_choice(folder)):
+        return built(known)
+    is_whole = options.method == "frozen"
+    grows = options.layer == "auto" and not is_whole
+    choices = _choices(llama, options)
+    later = [_with_more_layers(choice, llama) for choice in choices] if grows else []
+    some = fitting.some_rows(MAX_ROWS if is_whole else STARTING_TEXTS)
+    report = say.advance("reading the training texts", len(some))
+    reader = built(choices[0])
+    if is_whole:
+        features = fitting.read(reader, some, choices, progress=report, say=say.say)
+    else:  # STARTING_TEXTS are too few for a race
+        features = extract_features(reader, some.texts, {*choices, *later}, progress=report)
+    compared = {choice: features[choice] for choice in choices if choice in features}
+    selected = fitting.select(compared, some)
+    (layer, pooling), penalty = selected.choice, selected.penalty
+    say.say(
+        f"layer {layer} of {llama.config.n_layers}, {pooling}, penalty {penalty:g}: "
+        f"{selected.merit}"
+    )
+    choice = _with_more_layers(selected.choice, llama) if grows else selected.choice
+    if grows:
+        say.say(f"training with {choice[0]} layers")
+    classifier = built(choice)
+    if is_whole and len(some) < len(train):
+        report = say.advance("reading all of them", len(train))
+        some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
+    fitting.fit(classifier, features[choice], some, penalty)
+    classifier.shortened |= reader.shortened
+    if folder is not None:
+        _write_choice(folder, choice)
+    return classifier
+
+
+def _with_more_layers(choice: Choice, llama: Llama) -> Choice:
+    """The choice of a run that trains the layers that its features come from."""
+    layer, pooling = choice
+    n_layers = llama.config.n_layers
+    return min(n_layers, layer + n_layers // LAYERS_TO_LEARN), pooling
+
+
+def _choices(llama: Llama, options: ClassifierOptions) -> list[Choice]:
+    pooling = None if options.pooling == "auto" else cast(Pooling, options.pooling)
+    choices = candidate_choices(llama.config.n_layers, pooling)
+    if options.layer == "auto":
+        return choices
+    layer = check_layer(llama, None if options.layer == "all" else int(options.layer))
+    return sorted({(layer, pooling) for _, pooling in choices})
+
+
+def most_layers(llama: Llama, options: ClassifierOptions) -> int:
+    """How many layers a classifier may come to run, before it is known how many it does."""
+    if options.objective == "label-words":
+        return llama.config.n_layers
+    deepest = max(_choices(llama, options))
+    return (_with_more_layers(deepest, llama) if options.layer == "auto" else deepest)[0]
+
+
+def _read_choice(folder: Path) -> Choice | None:
+    path = folder / LAYER_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+        return int(content["layer"]), cast(Pooling, str(content["pooling"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); start anew with --force") from error
+
+
+def _write_choice(folder: Path, choice: Choice) -> None:
+    with atomic_file(folder / LAYER_FILE) as path:
+        path.write_text(json.dumps({"layer": choice[0], "pooling": choice[1]}) + "\n")
+
+
+def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> list[str]:
+    """Let the parameters that the method trains want gradients, and no others.
+
+    Returns:
+        The names of the LoRA layers; none with `full`.
+    """
+    llama = classifier.llama
+    if method == "full":
+        llama.requires_grad_(True)
+        for layer in llama.layers[classifier.n_layers :]:
+            layer.requires_grad_(False)
+        # What does not run gets no gradient, and would only fill the checkpoints.
+        if classifier.n_layers < len(llama.layers):
+            llama.norm.requires_grad_(False)
+        if isinstance(classifier, LlamaEmbeddingClassifier) and llama.output is not None:
+            llama.output.requires_grad_(False)
+        return []
+    return add_lora_wrapper(
+        llama,
+        lora.target_modules,
+        lora.r,
+        lora.lora_alpha,
+        lora.lora_dropout,
+        lora.use_rslora,
+        lora.use_dora,
+        layers_to_transform=range(classifier.n_layers),
+    )
+
+
+def training_options(
+    options: TrainingOptions, method: str, *, of_numbers: bool = False
+) -> TrainingOptions:
+    """The options with the learning rates and the metric that method and objective have."""
+    changes: dict[str, Any] = {}
+    if of_numbers and options.metric == TrainingOptions.metric:
+        changes["metric"] = VALUE_METRICS[0]
+    if options.lr is None:
+        changes["lr"] = LEARNING_RATES[method]
+    if options.head_lr is None:
+        changes["head_lr"] = HEAD_LEARNING_RATE
+    return replace(options, **changes)
+
+
+def weights_form(
+    method: str,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | str | None = None,
+    quantize: str | None = "auto",
+) -> tuple[torch.dtype | str, str | None]:
+    """The dtype and the word of `QUANTIZE` of a method's weights, where not all is said.
+
+    Frozen weights are only multiplied with, in what is fastest; weights that are trained take steps
+    that bfloat16 would round away.
+    """
+    if method == "full":
+        return dtype or torch.float32, None
+    if quantize == "auto":
+        return reading_form(checkpoint, device) if dtype is None else (dtype, None)
+    return dtype or (torch.bfloat16 if fast_bfloat16(device) else torch.float32), quantize

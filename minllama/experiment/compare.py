@@ -1,0 +1,185 @@
+"""Another system on the rows that a classifier was evaluated on, for a comparison row by row.
+
+It is a classifier in a folder, or the predictions that one wrote. Knows nothing of how the two are
+shown.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.classification import load_classifier
+from minllama.classification.base import Classifier, probabilities
+from minllama.classification.storage.manifest import CLASSIFIER_FILE
+from minllama.data import Dataset
+from minllama.data.records import listed
+from minllama.errors import DataError, MinllamaError
+from minllama.evaluation.metrics import Evaluation, evaluate, predictions
+from minllama.evaluation.report.files import PREDICTIONS_FILE
+from minllama.evaluation.thresholds import DEFAULT, Thresholds
+
+Predicted: TypeAlias = tuple[NDArray[np.floating[Any]], NDArray[np.bool_]]
+Progress: TypeAlias = Callable[[int], None] | None
+REMEDY = "compare on the file that they were made of, or name the folder of the classifier"
+
+
+@dataclass(frozen=True, eq=False)
+class Other:
+    """Another system that has been opened and found to be comparable.
+
+    Attributes:
+        name: the folder or file.
+        predict: how many more texts are done -> (N, C) probabilities and what is predicted, in the
+            order of the rows and label names that it will be compared on.
+    """
+
+    name: str
+    predict: Callable[[Progress], Predicted]
+
+    def evaluate(
+        self, split: Dataset, own: Evaluation, *, seed: int = 0, progress: Progress = None
+    ) -> Evaluation:
+        """Its evaluation on the rows of `split`, with the positive class that `own` has."""
+        assert split.labels is not None
+        p, predicted = self.predict(progress)
+        decision = None
+        if own.positive is not None:
+            decision = Thresholds((DEFAULT,), split.label_names.index(own.positive))
+        kind: Any = {"multi_label": split.multi_label, "thresholds": decision, "seed": seed}
+        return evaluate(p, split.labels, split.label_names, predicted=predicted, **kind)
+
+
+def open_other(other: str, split: Dataset, *, loading: Mapping[str, Any]) -> Other:
+    """Open what `other` names, for the rows of `split`.
+
+    Args:
+        other: the folder of a classifier or of a report, or a file of predictions: lines of JSON as
+            `evaluate`, `train` and `classify` write them.
+        split: the rows, whose labels are numbers of its `label_names`.
+        loading: arguments of `load_classifier`.
+
+    Raises:
+        MinllamaError: it cannot be opened, its classes are others, or its texts are.
+    """
+    path = Path(other)
+    if path.is_dir() and not (path / CLASSIFIER_FILE).exists():
+        report = path / PREDICTIONS_FILE  # as `evaluate --output` leaves it
+        path, other = (report, str(report)) if report.is_file() else (path, other)
+    if path.is_dir():
+        classifier = load_classifier(path, **loading)
+        if classifier.scale is not None:
+            raise MinllamaError(
+                f"{other}: gives numbers, and the classifier that it is compared with classes; "
+                "compare two of a kind"
+            )
+        _check_kind(other, classifier.labels, classifier.multi_label, split)
+        return Other(other, lambda progress: _predicted(classifier, split, progress))
+    if not path.is_file():
+        raise DataError(
+            f"{other}: no such file or folder; name the folder of a classifier, or predictions "
+            "that evaluate or classify wrote as lines of JSON"
+        )
+    read = _read(other, split)
+    return Other(other, lambda progress: read)
+
+
+def _check_kind(other: str, labels: Sequence[str], multi_label: bool, split: Dataset) -> None:
+    """Refuse what gives other classes: they are matched by name, in any order."""
+    if multi_label != split.multi_label:
+        kinds = "one label", "any number of labels"
+        raise MinllamaError(
+            f"{other}: gives a text {kinds[multi_label]}, and the classifier that it is compared "
+            f"with {kinds[not multi_label]}; compare two of a kind"
+        )
+    lacks = [name for name in split.label_names if name not in labels]
+    adds = [name for name in labels if name not in split.label_names]
+    if lacks or adds:
+        parts = [f"lacks {listed(lacks)}"] * bool(lacks) + [f"has {listed(adds)}"] * bool(adds)
+        raise MinllamaError(
+            f"{other}: its classes are others: it {' and '.join(parts)}; classes are matched by "
+            "name, so compare classifiers that were trained with the same names"
+        )
+
+
+def _predicted(classifier: Classifier, split: Dataset, progress: Progress) -> Predicted:
+    many, logits = classifier.multi_label, classifier.predict_logits(split.texts, progress=progress)
+    p = probabilities(logits, classifier.temperature, multi_label=many)
+    predicted = predictions(p, multi_label=many, thresholds=classifier.decision)
+    order = [classifier.labels.index(name) for name in split.label_names]
+    return p[:, order], predicted[:, order]
+
+
+def _read(other: str, split: Dataset) -> Predicted:
+    """Probabilities and predictions of a file's rows, which are those of the split.
+
+    Of a file that holds several splits it is the one with these texts.
+    """
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows(other):
+        splits.setdefault(str(row.get("split", "")), []).append(row)
+    found = [rows for rows in splits.values() if _unlike(rows, split) is None]
+    if not found:
+        closest = min(splits.values(), key=lambda rows: abs(len(rows) - len(split)), default=[])
+        raise DataError(f"{other}: {_unlike(closest, split)}; {REMEDY}")
+    rows = found[0]
+    names = list(rows[0]["probabilities"])
+    _check_kind(other, names, isinstance(_said(rows[0]), list), split)
+    p = np.empty((len(rows), len(names)))
+    predicted = np.zeros(p.shape, dtype=np.bool_)
+    numbers = {name: i for i, name in enumerate(split.label_names)}
+    for i, row in enumerate(rows):
+        said = _said(row)
+        try:
+            p[i] = [row["probabilities"][name] for name in split.label_names]
+            for name in said if isinstance(said, list) else [said]:
+                predicted[i, numbers[name]] = True
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{other}: row {i + 1} has other classes than rows before it ({error}); {REMEDY}"
+            ) from error
+    return p, predicted
+
+
+def _said(row: Mapping[str, Any]) -> Any:
+    """What is predicted: beside a gold label under another name."""
+    return row["predicted"] if "predicted" in row else row.get("label")
+
+
+def _rows(other: str) -> Iterator[dict[str, Any]]:
+    """The records of a file of predictions."""
+    with Path(other).open("rb") as file:
+        for number, line in enumerate(_lines(other, file), start=1):
+            try:
+                row = json.loads(line)
+                is_row = isinstance(row["text"], str) and isinstance(row["probabilities"], dict)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                is_row = False
+            if not is_row:
+                raise DataError(
+                    f"{other}: line {number} is no prediction (JSON with text, label and "
+                    "probabilities); give what evaluate wrote as predictions.jsonl, or classify "
+                    "as lines of JSON"
+                )
+            yield row
+
+
+def _lines(other: str, file: Iterable[bytes]) -> Iterator[bytes]:
+    try:
+        yield from file
+    except OSError as error:
+        raise DataError(f"{other}: cannot be read ({error.strerror})") from error
+
+
+def _unlike(rows: Sequence[Mapping[str, Any]], split: Dataset) -> str | None:
+    """How the rows of a file are not those of the split; None where they are."""
+    if len(rows) != len(split):
+        return f"holds predictions of {len(rows):,} texts, and {split.source} has {len(split):,}"
+    for i, (row, text) in enumerate(zip(rows, split.texts, strict=True)):
+        if row["text"] != text:
+            return f"its predictions are of other texts than {split.source}, from row {i + 1:,} on"
+    return None

@@ -1,0 +1,178 @@
+"""A classifier on a split: its evaluation, beside that of its baselines.
+
+Knows nothing of training.
+"""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import minllama
+from minllama.classification.base import Classifier, probabilities
+from minllama.data import Dataset
+from minllama.errors import CheckpointError
+from minllama.evaluation.baselines import Baseline
+from minllama.evaluation.metrics import Evaluation, evaluate
+from minllama.evaluation.report import ReportedSplit, ReportedValues
+from minllama.evaluation.report.files import METRICS_FILE
+from minllama.evaluation.thresholds import Chosen, Thresholds, choose_thresholds
+from minllama.experiment.evaluate_values import value_headlines
+from minllama.options.evaluation import ThresholdOptions
+from minllama.text import printable
+
+HEADLINES = ("accuracy", "macro_f1", "log_loss", "calibration_error")
+WHERE_DEFINED = ("roc_auc", "average_precision")
+
+
+def evaluate_classifier(
+    classifier: Classifier,
+    split: Dataset,
+    name: str,
+    *,
+    logits: NDArray[np.float32] | None = None,
+    others: Mapping[str, Evaluation] | None = None,
+    baselines: Sequence[Baseline] = (),
+    thresholds: Mapping[str, Thresholds] | None = None,
+    headline: str = "accuracy",
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ReportedSplit:
+    """Predict a split and, where it has labels, evaluate the predictions.
+
+    Args:
+        classifier: what predicts.
+        split: its labels are numbers of the classifier's labels; or None.
+        name: of the split.
+        logits: (N, C), where they were computed before; else they are.
+        others: evaluations of other systems on the same rows.
+        baselines: predict the same rows.
+        thresholds: of baselines, by their names; the classifier has its own.
+        headline: the metric that the verdict is about.
+        seed: of the intervals' draws.
+        progress: is told how many more texts are done.
+    """
+    if logits is None:
+        logits = classifier.predict_logits(split.texts, progress=progress)
+    many, names = classifier.multi_label, split.label_names
+    predicted = probabilities(logits, classifier.temperature, multi_label=many)
+    if split.labels is None:
+        return ReportedSplit(name, split.texts, predicted)
+    kind: Any = {"multi_label": many, "seed": seed}
+    beside = dict(others or {})
+    for baseline in baselines:
+        p, decision = baseline.predict_proba(split.texts), (thresholds or {}).get(baseline.name)
+        beside[baseline.name] = evaluate(p, split.labels, names, thresholds=decision, **kind)
+    evaluation = evaluate(predicted, split.labels, names, thresholds=classifier.decision, **kind)
+    return ReportedSplit(
+        name, split.texts, predicted, split.labels, evaluation, beside, headline=headline
+    )
+
+
+def choose_decision(
+    options: ThresholdOptions, probabilities: NDArray[np.floating[Any]], dev: Dataset
+) -> Chosen | None:
+    """Thresholds by the options, chosen on dev: (N, C) probabilities; None where they say nothing.
+
+    Raises:
+        OptionError: such thresholds cannot be; see
+        `minllama.evaluation.thresholds.check_thresholds`.
+    """
+    gold = np.zeros(probabilities.shape, dtype=np.bool_)
+    for i, row in enumerate(gold):
+        row[list(dev.classes_of(i))] = True
+    kind: Any = {"multi_label": dev.multi_label, "source": printable(str(dev.source))}
+    return choose_thresholds(options, probabilities, gold, dev.label_names, **kind)
+
+
+def baseline_decisions(
+    options: ThresholdOptions, baselines: Sequence[Baseline], dev: Dataset
+) -> dict[str, Thresholds]:
+    """The baselines' thresholds, chosen on dev as the classifier's are; a number is not for them.
+
+    Returns:
+        Name -> thresholds; nothing where the options say nothing.
+    """
+    found = {}
+    for baseline in baselines:
+        p = baseline.predict_proba(dev.texts)
+        chosen = choose_decision(options, p, dev)
+        if chosen is not None and not chosen.thresholds.how:
+            chosen = choose_decision(dataclasses.replace(options, threshold=()), p, dev)
+        if chosen is not None:
+            found[baseline.name] = chosen.thresholds
+    return found
+
+
+def headlines(split: ReportedSplit | ReportedValues) -> dict[str, float]:
+    """The few numbers that a model card shows."""
+    if split.evaluation is None:
+        return {}
+    if isinstance(split, ReportedValues):
+        return value_headlines(split.evaluation)
+    values = {name: getattr(split.evaluation, name) for name in (*HEADLINES, *WHERE_DEFINED)}
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
+    """The headlines of each split in the report that lies in `folder`; empty where none does.
+
+    Raises:
+        CheckpointError: its metrics.json is damaged.
+    """
+    path = folder / METRICS_FILE
+    try:
+        splits = json.loads(path.read_bytes())["splits"]
+        measured = {n: s["evaluation"] for n, s in splits.items() if s["evaluation"] is not None}
+        if any("mae" in values for values in measured.values()):
+            return {name: value_headlines(values) for name, values in measured.items()}
+        return {
+            name: {metric: float(values[metric]) for metric in HEADLINES}
+            | {m: float(values[m]) for m in WHERE_DEFINED if values.get(m) is not None}
+            for name, values in measured.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it, or bring it back") from error
+
+
+def saved_verdicts(folder: Path) -> dict[str, str]:
+    """The verdict on each split in the report that lies in `folder`; empty where none does.
+
+    Raises:
+        CheckpointError: its metrics.json is damaged.
+    """
+    path = folder / METRICS_FILE
+    try:
+        splits = json.loads(path.read_bytes())["splits"]
+        said = {name: split.get("verdict") for name, split in splits.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); delete it, or bring it back") from error
+    return {name: verdict for name, verdict in said.items() if verdict and isinstance(verdict, str)}
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    return {
+        "minllama": minllama.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def settings_of(**groups: Any) -> dict[str, Any]:
+    """Option dataclasses and plain values as one nested dictionary, for reports."""
+    return {
+        name: dict(group) if isinstance(group, Mapping) else dataclasses.asdict(group)
+        for name, group in groups.items()
+    }

@@ -1,0 +1,91 @@
+"""A classifier that gives numbers on a split: its evaluation, beside that of its baselines.
+
+What `minllama.experiment.evaluate` does for classes. Knows nothing of training.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.classification.base import Classifier
+from minllama.data import Dataset
+from minllama.evaluation.regression import ValueBaseline, evaluate_regression, fit_value_baselines
+from minllama.evaluation.report import ReportedValues
+from minllama.experiment.splits import Splits
+
+HEADLINES = ("mae", "rmse", "r2", "spearman")
+
+
+def evaluate_values(
+    classifier: Classifier,
+    split: Dataset,
+    name: str,
+    *,
+    logits: NDArray[np.float32] | None = None,
+    baselines: Sequence[ValueBaseline] = (),
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> ReportedValues:
+    """Predict a split and, where it has numbers, evaluate the predictions.
+
+    Args:
+        classifier: what predicts.
+        split: its labels are numbers; or None.
+        name: of the split.
+        logits: (N, 1), where they were computed before; else they are.
+        baselines: predict the same rows.
+        seed: of the intervals' draws.
+        progress: is told how many more texts are done.
+    """
+    if logits is None:
+        logits = classifier.predict_logits(split.texts, progress=progress)
+    assert classifier.scale is not None
+    values = classifier.scale.values(logits[:, 0])
+    if split.labels is None:
+        return ReportedValues(name, split.texts, values)
+    targets = split.targets
+    beside = {
+        baseline.name: evaluate_regression(
+            baseline.predict_values(split.texts), targets, own=values, seed=seed
+        )
+        for baseline in baselines
+    }
+    evaluation = evaluate_regression(values, targets, seed=seed)
+    return ReportedValues(name, split.texts, values, targets, evaluation, beside)
+
+
+def evaluate_value_splits(
+    classifier: Classifier,
+    splits: Splits,
+    *,
+    dev_logits: NDArray[np.float32],
+    progress: Callable[[int], None] | None = None,
+) -> list[ReportedValues]:
+    """Evaluate dev, and test where there is one, beside baselines that are fitted on train.
+
+    Args:
+        classifier: what predicts.
+        splits: the data of an experiment.
+        dev_logits: (N, 1), those of dev.
+        progress: is told how many more texts of test are done.
+    """
+    baselines = fit_value_baselines(splits.train.texts, splits.train.targets)
+    reported = [
+        evaluate_values(classifier, splits.dev, "dev", logits=dev_logits, baselines=baselines)
+    ]
+    if splits.test is not None:
+        reported.append(
+            evaluate_values(classifier, splits.test, "test", baselines=baselines, progress=progress)
+        )
+    return reported
+
+
+def value_headlines(evaluation: Any) -> dict[str, float]:
+    """The few numbers that a model card shows, of an evaluation or of what a report says of it."""
+    found = {
+        name: evaluation[name] if isinstance(evaluation, Mapping) else getattr(evaluation, name)
+        for name in HEADLINES
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}

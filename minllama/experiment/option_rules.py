@@ -1,0 +1,147 @@
+"""Which options take effect with which method and objective; what would be ignored is refused.
+
+Knows nothing of command lines, but for the flags that people call the options by.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from minllama.errors import OptionError
+from minllama.experiment.build import TRAINED
+from minllama.options import CORRECTED, LoRAOptions, TrainingOptions, ZeroShotOptions, names_of
+from minllama.options.evaluation import ReportOptions, ThresholdOptions
+
+if TYPE_CHECKING:
+    from minllama.experiment.train import Experiment
+
+
+class Use(NamedTuple):
+    """What some options are for.
+
+    Attributes:
+        names: of the options.
+        purpose: that, in the words of the command line.
+        takes_place: whether an experiment comes to it.
+    """
+
+    names: tuple[str, ...]
+    purpose: str
+    takes_place: "Callable[[Experiment], bool]"
+
+
+def check_uses(experiment: "Experiment", given: Collection[str] | None = None) -> None:
+    """Refuse options that would change nothing, all of them in one line.
+
+    Args:
+        experiment: with all its options.
+        given: the names of those that somebody has chosen; None for those that differ from their
+            defaults.
+
+    Raises:
+        OptionError: names each, and what it is for.
+    """
+    chosen = set(_changed(experiment) if given is None else given)
+    unused: dict[str, list[str]] = {}
+    for use in USES:
+        idle = [name for name in use.names if name in chosen]
+        if idle and not use.takes_place(experiment):
+            unused.setdefault(use.purpose, []).extend("--" + n.replace("_", "-") for n in idle)
+            chosen -= set(idle)  # the first reason is enough
+    if not unused:
+        return
+    options = experiment.classifier
+    said = options.method in TRAINED or options.objective == "regression"
+    objective = f" --objective {options.objective}" if said else ""
+    reasons = (f"{', '.join(flags)} (for {purpose})" for purpose, flags in unused.items())
+    raise OptionError(
+        f"--method {options.method}{objective} has no use for {', '.join(reasons)}; leave away "
+        "what it does not use, or choose what does"
+    )
+
+
+def _changed(experiment: "Experiment") -> Iterator[str]:
+    groups = experiment.classifier, experiment.lora, experiment.training
+    for group in (*groups, experiment.threshold, experiment.report):
+        for field in dataclasses.fields(group):
+            if getattr(group, field.name) != field.default:
+                yield field.name
+
+
+def _is_trained(experiment: "Experiment") -> bool:
+    return experiment.classifier.method in TRAINED
+
+
+def _has_words(experiment: "Experiment") -> bool:
+    options = experiment.classifier
+    return options.method == "zero-shot" or options.objective == "label-words"
+
+
+def _trains_head(experiment: "Experiment") -> bool:
+    return _is_trained(experiment) and not _has_words(experiment)
+
+
+def _has_classes(experiment: "Experiment") -> bool:
+    return experiment.classifier.objective != "regression"
+
+
+OF_HEADS = ("layer", "pooling")
+OF_CLASSES = (
+    *("class_weights", "ordinal", "per_class", "no_calibration"),
+    *names_of(ThresholdOptions),
+    *names_of(ReportOptions),
+)
+USED_WITHOUT_STEPS = ("class_weights", "seed")  # by the fit of a head, and by all draws
+
+USES = (
+    Use(names_of(ZeroShotOptions), "--method zero-shot or --objective label-words", _has_words),
+    Use(
+        ("prior_strength",),
+        f"--score {', '.join(CORRECTED[:-1])} or {CORRECTED[-1]}",
+        lambda experiment: experiment.classifier.score in CORRECTED,
+    ),
+    Use(
+        ("objective",),
+        "--method lora or full",
+        lambda experiment: (
+            experiment.classifier.method != "zero-shot"
+            or experiment.classifier.objective == "label-words"  # which it is, in a way
+        ),
+    ),
+    Use(OF_CLASSES, "classes: without --objective regression", _has_classes),
+    Use(
+        OF_HEADS,
+        "heads: --method frozen, or lora or full with --objective head",
+        lambda experiment: not _has_words(experiment),
+    ),
+    Use(
+        ("dropout", "head_lr"),
+        "--method lora or full with --objective head",
+        _trains_head,
+    ),
+    Use(
+        ("dev_fraction",),
+        "a run without --dev",
+        lambda experiment: experiment.dev is None,
+    ),
+    Use(
+        ("class_weights",),
+        "--method frozen, lora or full",
+        lambda experiment: experiment.classifier.method != "zero-shot",
+    ),
+    Use(
+        ("metric",),
+        "--keep best or --patience",
+        lambda e: not _is_trained(e) or e.training.keep == "best" or e.training.patience > 0,
+    ),
+    Use(
+        tuple(name for name in names_of(TrainingOptions) if name not in USED_WITHOUT_STEPS),
+        "--method lora or full",
+        _is_trained,
+    ),
+    Use(
+        names_of(LoRAOptions),
+        "--method lora",
+        lambda experiment: experiment.classifier.method == "lora",
+    ),
+)

@@ -1,0 +1,122 @@
+"""The folder of an experiment: what an earlier run left there, and whether it can be written.
+
+Knows nothing of how a classifier comes about.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from minllama.atomic import atomic_folder, check_replaceable
+from minllama.classification.storage.manifest import CLASSIFIER_FILE
+from minllama.classification.storage.save_load import files_to_replace
+from minllama.errors import MinllamaError, OptionError
+from minllama.evaluation.report.files import METRICS_FILE, REPORT_FILES
+from minllama.experiment.build import LAYER_FILE, TRAINED
+from minllama.training.run_checkpoint import CHECKPOINT, METRICS, has_checkpoint, remove_checkpoint
+
+# What tells of a classifier's training and measurement, and goes where it goes.
+RECORDS = (*REPORT_FILES, METRICS)
+RESULTS = (CLASSIFIER_FILE, METRICS_FILE)  # of a run that has come to its end
+
+
+def check_output(output: Path, method: str, *, resume: bool, force: bool) -> bool:
+    """Refuse to lose an earlier run, or to go on with none.
+
+    Returns:
+        Whether there is a checkpoint to go on from, as is wanted with `resume`. False also where a
+        run was cut before its first: it then begins again, and nothing is lost.
+
+    Raises:
+        MinllamaError: says what is there, or what is not.
+    """
+    check_replaceable(output)
+    if resume and force:
+        raise OptionError("--resume goes on with a run and --force replaces it; give one of them")
+    if resume:
+        return _is_resumable(output, method)
+    if force:
+        return False
+    if (output / CHECKPOINT).exists():
+        raise MinllamaError(
+            f"{output}: an earlier run is there; --resume goes on with it, --force replaces it"
+        )
+    if any((output / name).exists() for name in RESULTS):
+        raise MinllamaError(f"{output}: an earlier run is there; --force replaces it")
+    if (output / METRICS).exists():
+        raise MinllamaError(
+            f"{output}: a run that left no checkpoint is there; --force starts anew"
+        )
+    strangers = files_to_replace(output, is_own=method == "full")
+    strangers += [name for name in REPORT_FILES if (output / name).exists()]
+    if strangers:
+        raise MinllamaError(
+            f"{output}: {', '.join(strangers)} would be replaced, and are of no run; name another "
+            "folder, or give --force"
+        )
+    return False
+
+
+def check_not_base(output: Path, model: str | None) -> None:
+    """Refuse to write where the base model lies: its files would be taken for the run's own.
+
+    Raises:
+        MinllamaError: it lies there.
+    """
+    if model is None:
+        return
+    path = Path(model).expanduser()
+    folder = path.parent if path.is_file() else path
+    if folder.is_dir() and folder.resolve() == output.resolve():
+        raise MinllamaError(f"{output}: the base model lies there; name another folder")
+
+
+def _is_resumable(output: Path, method: str) -> bool:
+    if method not in TRAINED:
+        raise OptionError(f"--resume goes on with a training, and {method} has none; leave it away")
+    if has_checkpoint(output):
+        return True
+    if any((output / name).exists() for name in RESULTS):
+        raise MinllamaError(
+            f"{output}: an earlier run is there, and no checkpoint to go on from; --force replaces "
+            "it"
+        )
+    if not any((output / name).exists() for name in (METRICS, LAYER_FILE)):
+        raise MinllamaError(f"{output}: there is no checkpoint to go on from; leave --resume away")
+    return False
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """The folder is there, and can be replaced; one that was made for nothing goes again.
+
+    Raises:
+        MinllamaError: it cannot be written; better now than after hours of work.
+    """
+    was_there = folder.exists()
+    with atomic_folder(folder):
+        pass
+    try:
+        yield
+    except BaseException:
+        if not (folder / CHECKPOINT).exists():
+            (folder / LAYER_FILE).unlink(missing_ok=True)  # nothing can be gone on with
+        if not was_there:
+            with contextlib.suppress(OSError):  # it holds something by now
+                folder.rmdir()
+        raise
+
+
+def remove_earlier_run(output: Path) -> None:
+    """What could be taken for this run's; classifier and report stay until they are replaced."""
+    for name in (LAYER_FILE, METRICS):
+        (output / name).unlink(missing_ok=True)
+    remove_checkpoint(output)
+
+
+def copy_records(source: Path, target: Path) -> None:
+    """Take the records along to where a classifier is written anew, those that are there."""
+    for name in RECORDS:
+        if (source / name).is_file():
+            shutil.copy2(source / name, target / name)

@@ -1,0 +1,270 @@
+"""A stream of texts -> lines that say their labels, of any length in constant memory.
+
+A line is JSON, a row of CSV or TSV, or `label ||| text`. Knows nothing of evaluation.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.classification import LlamaZeroShotClassifier
+from minllama.classification.base import MOST_NOTED, Classifier
+from minllama.classification.storage.fingerprint import comparable_config
+from minllama.data import BadRows, Row, stream_rows
+from minllama.data.lines import SEPARATOR
+from minllama.data.records import listed
+from minllama.data.source import Source
+from minllama.errors import DataError, OptionError
+from minllama.evaluation.metrics import predictions
+from minllama.evaluation.report.values import rounded
+from minllama.evaluation.thresholds import one_line
+from minllama.experiment.resume import Done, check_same, chunk_of, other_input, rows_still_to_do
+from minllama.experiment.table_output import ALL_COLUMNS, TableOutput
+from minllama.options import DataOptions
+
+DIGITS = 16  # of a classifier's digest in each record
+
+
+def predict_stream(
+    classifier: Classifier,
+    source: Source,
+    data: DataOptions,
+    *,
+    output_format: str = "jsonl",
+    columns: Sequence[str] = (),
+    done: Done | None = None,
+    bad_rows: BadRows | None = None,
+    progress: Callable[[int], None] | None = None,
+    notices: list[str] | None = None,
+) -> Iterator[list[str]]:
+    """Classify the rows of a source: for each few hundred of them their lines, in their order.
+
+    Lines of JSON come for Parquet, too, which is made of them. The first line of CSV and TSV has
+    the line of names before it, where a file is begun.
+
+    Args:
+        classifier: of either kind.
+        source: as for `stream_rows`.
+        data: format, columns, what to do with bad rows.
+        output_format: one of OUTPUT_FORMATS.
+        columns: those of the source that its records carry along; ALL_COLUMNS for all.
+        done: what the output holds that is gone on with. Its last chunk is computed again, since
+            rounding depends on the company that a text is in; only what is behind it is given.
+        bad_rows: counts those that are left out.
+        progress: is told how many more texts are done.
+        notices: takes what people should know of the output, once it has begun.
+
+    Raises:
+        DataError: the source cannot be read or has no such column, a bad row that is not to be
+            skipped, or `done` is not what this classifier says of this source.
+        OptionError: labels cannot be told from the text in lines of `label ||| text`.
+    """
+    check_format(classifier, output_format)
+    done = done or Done()
+    rows = rows_still_to_do(stream_rows(source, data, bad_rows=bad_rows), done, source)
+    table = TableOutput(output_format, source, data, columns)
+    records, is_first, digest = done.records, True, digest_of(classifier)
+    form = "labelled" if output_format == "labelled" else "jsonl"
+    with classifier.steady():
+        for _, group in groupby(rows, key=lambda row: chunk_of(row.index)):
+            chunk = list(group)
+            if is_first:
+                _check_columns(columns, chunk, source)
+                columns = table.columns(chunk[0])
+            p = answers(classifier, [row.text for row in chunk], progress=progress)
+            lines = list(prediction_lines(classifier, digest, chunk, p, form, columns))
+            if is_first:
+                records = table.begin(lines[0], chunk, done, notices)
+            if records:
+                scale = classifier.scale
+                check_same(records, lines, source, 1.0 if scale is None else scale.std)
+            yield table.rows(lines[len(records) :])
+            records, is_first = (), False
+    if records:
+        raise other_input(records[-1], source)
+
+
+def answers(
+    classifier: Classifier,
+    texts: Sequence[str],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.floating[Any]]:
+    """What a classifier says of texts: (N, C) probabilities, or (N,) numbers."""
+    if classifier.scale is not None:
+        return classifier.predict_values(texts, progress=progress)
+    return classifier.predict_proba(texts, progress=progress)
+
+
+def check_format(classifier: Classifier, output_format: str) -> None:
+    """Whether lines of this format can be read back.
+
+    Raises:
+        OptionError: a label holds what would end it in a line of `label ||| text`.
+    """
+    if output_format != "labelled" or classifier.scale is not None:
+        return
+    for label in classifier.labels:
+        is_listed = classifier.multi_label and "," in label
+        if SEPARATOR in label or len(label.splitlines()) > 1 or is_listed:
+            raise OptionError(
+                f"the label {label!r} cannot stand in a line of 'label {SEPARATOR} text'; "
+                "use --output-format jsonl"
+            )
+
+
+def prediction_lines(
+    classifier: Classifier,
+    digest: str,
+    rows: Iterable[Row],
+    probabilities: Any,
+    output_format: str,
+    columns: Sequence[str] = (),
+) -> Iterator[str]:
+    """One line for each row of `answers`; `digest` is `digest_of` the classifier."""
+    if classifier.scale is not None:
+        for row, value in zip(rows, probabilities.tolist(), strict=True):
+            if output_format == "labelled":
+                yield f"{rounded(value)!r} {SEPARATOR} {' '.join(row.text.split())}\n"
+            else:
+                said = {"index": row.index, "text": row.text, "value": rounded(value)}
+                yield _json_line(said, digest, row, columns)
+        return
+    chosen = predictions(
+        probabilities, multi_label=classifier.multi_label, thresholds=classifier.decision
+    )
+    for row, p, of_row in zip(rows, probabilities, chosen, strict=True):
+        names = [classifier.labels[i] for i in np.flatnonzero(of_row)]
+        if output_format == "labelled":
+            yield f"{', '.join(names)} {SEPARATOR} {' '.join(row.text.split())}\n"
+        else:
+            yield _json_line(record(classifier, row, p, names), digest, row, columns)
+
+
+def _json_line(said: dict[str, Any], digest: str, row: Row, columns: Sequence[str]) -> str:
+    said = said | {"classifier": digest}
+    if columns:
+        said["columns"] = _carried(row, columns)
+    return json.dumps(said, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) -> None:
+    """Refuse, before anything is computed, names of columns that none of the first rows has."""
+    known = {name: None for row in rows for name in row.record}
+    if missing := [name for name in columns if name not in (*known, ALL_COLUMNS)]:
+        raise DataError(
+            f"{source}: there is no column {listed(missing)} to keep; there are {listed(known)}"
+        )
+
+
+def _carried(row: Row, columns: Sequence[str]) -> dict[str, Any]:
+    """What a row says beside its text, by column; null where it lacks one."""
+    if ALL_COLUMNS in columns:
+        return {name: _plain(row.record[name]) for name in row.record if name != row.column}
+    return {name: _plain(row.record.get(name)) for name in columns}
+
+
+def _plain(value: Any) -> Any:
+    """A value of a cell as JSON has it, which knows neither NaN nor infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(element) for name, element in value.items()}
+    return [_plain(element) for element in value] if isinstance(value, list | tuple) else value
+
+
+def digest_of(classifier: Classifier) -> str:
+    """What tells a classifier from others, but for its base's weights: the same on any machine."""
+    if classifier.digest is not None:
+        return classifier.digest[:DIGITS]
+    found = hashlib.sha256()
+    said = [
+        type(classifier).__name__,
+        classifier.labels,
+        dataclasses.asdict(classifier.prompt),
+        classifier.temperature,
+        classifier.n_layers,
+        comparable_config(classifier.llama.config),
+    ]
+    if classifier.decision is not None:
+        said += [classifier.positive, classifier.thresholds]
+    if isinstance(classifier, LlamaZeroShotClassifier):
+        said += [classifier.label_words, classifier.score_name, classifier.shots]
+    else:
+        said.append(getattr(classifier, "pooling", None))
+    if classifier.scale is not None:
+        said.append(dataclasses.asdict(classifier.scale))
+    found.update(json.dumps(said, default=str).encode("utf-8", "backslashreplace"))
+    for name, parameter in classifier.named_parameters():
+        if not name.startswith("llama.") or ".adapters." in name:
+            found.update(parameter.detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()[:DIGITS]
+
+
+def record(
+    classifier: Classifier, row: Row, probabilities: Any, names: list[str]
+) -> dict[str, Any]:
+    """What is said of one text: its row, label and probabilities, and how a zero-shot scored."""
+    said: dict[str, Any] = {
+        "index": row.index,
+        "text": row.text,
+        "label": names if classifier.multi_label else names[0],
+        "probabilities": {
+            name: float(f"{value:.6g}")
+            for name, value in zip(classifier.labels, probabilities.tolist(), strict=True)
+        },
+    }
+    if score := score_of(classifier):
+        said["score"] = score
+    return said
+
+
+def score_of(classifier: Classifier) -> str | None:
+    """How label words are scored; None for a head."""
+    return classifier.score_name if isinstance(classifier, LlamaZeroShotClassifier) else None
+
+
+def described(classifier: Classifier) -> str:
+    """How a classifier's probabilities come about, in one line."""
+    temperature = f"temperature {classifier.temperature:.3g}"
+    if classifier.decision is not None:
+        temperature += f", {one_line(classifier.decision, classifier.labels)}"
+    if isinstance(classifier, LlamaZeroShotClassifier):
+        prompt = json.dumps(classifier.prompt.prompt, ensure_ascii=False)
+        asked = "asked in a chat" if classifier.prompt.chat else "prompt"
+        return f"[label words, score {score_of(classifier)}, {temperature}, {asked} {prompt}]"
+    n_layers = classifier.llama.config.n_layers
+    if classifier.scale is not None:
+        return f"[a number by a head on layer {classifier.n_layers} of {n_layers}]"
+    return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
+
+
+def shortened_texts(
+    classifier: Classifier, texts: Iterable[str] | None = None, source: Source | None = None
+) -> str | None:
+    """How many texts the classifier has read in part, for people; None where it read all of each.
+
+    Args:
+        classifier: has read them.
+        texts: of which to say it; None for all that it has read.
+        source: of the texts.
+    """
+    seen = classifier.shortened
+    n = len(seen) if texts is None else len({hash(text) for text in texts} & seen)
+    if not n:
+        return None
+    most, lost = classifier.template.max_len, "beginning" if classifier.prompt.keep_end else "end"
+    more = " or more" if n >= MOST_NOTED else ""
+    where = "" if source is None else f"{source}: "
+    return (
+        f"{where}{n:,}{more} different text{'s' * (n > 1)} did not fit into {most:,} tokens with "
+        f"the prompt, and {'were' if n > 1 else 'was'} read without {'their' if n > 1 else 'its'} "
+        f"{lost}"
+    )

@@ -1,0 +1,415 @@
+"""One experiment, from its files to a classifier and its report in a folder.
+
+Knows nothing of arguments, and prints nothing: what a person should hear, `Say` is told.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minllama.checkpoints.load import HALF_NAMES, usable_device
+from minllama.checkpoints.open import open_checkpoint
+from minllama.classification import LlamaEmbeddingClassifier, save_classifier
+from minllama.classification.base import Classifier, probabilities
+from minllama.classification.calibration import fit_temperature
+from minllama.classification.storage.fingerprint import comparable_config
+from minllama.errors import MinllamaError, OptionError
+from minllama.evaluation.metrics import Evaluation
+from minllama.evaluation.report import Report
+from minllama.evaluation.report.files import write_files
+from minllama.evaluation.thresholds import check_thresholds, fixed_thresholds
+from minllama.experiment.build import (
+    LAYER_FILE,
+    TRAINED,
+    make_head,
+    make_trainable,
+    make_zero_shot,
+    most_layers,
+    training_options,
+    weights_form,
+    without_shots,
+)
+from minllama.experiment.evaluate import choose_decision, evaluate_classifier, headlines
+from minllama.experiment.option_rules import check_uses
+from minllama.experiment.output_folder import (
+    check_not_base,
+    check_output,
+    remove_earlier_run,
+    writable,
+)
+from minllama.experiment.predict import described
+from minllama.experiment.reporter import Say
+from minllama.experiment.reporting import measure, settings_for_people, settings_of_run
+from minllama.experiment.splits import Splits, load_splits
+from minllama.lock import only_run
+from minllama.lora.targets import matching_modules
+from minllama.model.llama import Llama
+from minllama.options import (
+    ClassifierOptions,
+    DataOptions,
+    LoRAOptions,
+    PromptOptions,
+    TrainingOptions,
+)
+from minllama.options.evaluation import ReportOptions, ThresholdOptions
+from minllama.quantization.modules import check_quantize
+from minllama.tokenizer.size import check_fits
+from minllama.tokenizer.tokenizer import Tokenizer
+from minllama.training.losses import check_ordinal
+from minllama.training.objective import check_metric
+from minllama.training.run_checkpoint import CHECKPOINT, digest
+from minllama.training.trainer import TrainingResult, fit, sample_of, summary_writer
+
+LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that an experiment is made from.
+
+    Attributes:
+        train, dev, test: sources of labelled texts.
+        output: the folder of the classifier and its report.
+        model, tokenizer: sources of the base model; None for the default.
+        dtype, device: None for what suits the method and the machine.
+        quantize: a word of `QUANTIZE` for weights that are not trained, None for numbers in the
+            dtype, "auto" for what is fastest with this file and machine.
+        data, prompt, classifier, lora, training, threshold, report: options.
+        llama_changes: fields of LlamaConfig, such as `dropout`.
+    """
+
+    train: str
+    output: Path
+    dev: str | None = None
+    test: str | None = None
+    model: str | None = None
+    tokenizer: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    quantize: str | None = "auto"
+    data: DataOptions = field(default_factory=DataOptions)
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
+    report: ReportOptions = field(default_factory=ReportOptions)
+    llama_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether what is trained is a head, and no label words."""
+        return self.classifier.method != "zero-shot" and self.classifier.objective != "label-words"
+
+    @property
+    def of_numbers(self) -> bool:
+        """Whether labels are numbers, and no classes."""
+        return self.classifier.objective == "regression"
+
+    @property
+    def headline(self) -> str:
+        """The metric that the report's verdict is about."""
+        metric = self.training.metric if self.classifier.method in TRAINED else "accuracy"
+        return self.report.headline or metric
+
+    def __post_init__(self) -> None:
+        is_default = self.training.metric == TrainingOptions.metric
+        if not (self.of_numbers and is_default):  # which then stands for that of numbers
+            check_metric(self.training.metric, of_numbers=self.of_numbers)
+        if self.classifier.method == "full" and self.dtype in HALF_NAMES:
+            raise OptionError(
+                f"full training takes steps that {self.dtype} rounds away; leave --dtype away: "
+                "weights are float32 then, and multiplied in bfloat16 where the hardware is good "
+                "at it"
+            )
+        if self.quantize == "auto":
+            return
+        check_quantize(self.quantize)
+        if self.quantize is not None and self.classifier.method == "full":
+            raise OptionError(
+                f"full training changes all weights, which {self.quantize} cannot follow; leave "
+                "--quantize away, or use --method lora"
+            )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an experiment.
+
+    Attributes:
+        classifier: trained and calibrated.
+        splits: the data.
+        report: as it was written.
+        training: None where no gradient was followed.
+    """
+
+    classifier: Classifier
+    splits: Splits
+    report: Report
+    training: TrainingResult | None
+
+
+def run_experiment(
+    experiment: Experiment, *, resume: bool = False, force: bool = False, say: Say | None = None
+) -> Outcome:
+    """Read, train, calibrate, evaluate, and write classifier and report.
+
+    Args:
+        experiment: what to do.
+        resume: go on with the run that was cut in the output folder, from its checkpoint; from the
+            beginning if it was cut before the first.
+        force: replace what an earlier run left there.
+        say: what the person hears.
+
+    Raises:
+        MinllamaError: anything that the user can mend, another run in the output folder as well;
+            that then holds no classifier, or the old one.
+        KeyboardInterrupt: it came; a training that has begun can be resumed.
+    """
+    check_uses(experiment)
+    check_not_base(experiment.output, experiment.model)
+    with only_run(experiment.output):
+        return _run(experiment, resume=resume, force=force, say=say or Say())
+
+
+def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outcome:
+    """As `run_experiment`, in a folder where no other run is."""
+    began, started = datetime.now(UTC).astimezone(), time.perf_counter()
+    training = experiment.training
+    method, is_asked = experiment.classifier.method, resume
+    resume = check_output(experiment.output, method, resume=resume, force=force)
+    if is_asked and not resume:
+        say.say(f"{experiment.output}: the run was cut before its first checkpoint; it begins anew")
+    check_libraries()
+    if training.tensorboard:
+        summary_writer()
+    _check_labels(experiment, multi_label=experiment.data.has_several_labels)
+    splits = load_splits(
+        experiment.train,
+        experiment.dev,
+        experiment.test,
+        experiment.data,
+        dev_fraction=experiment.classifier.dev_fraction,
+        per_class=experiment.classifier.per_class,
+        numbers=experiment.of_numbers,
+        seed=training.seed,
+    )
+    for notice in splits.notices:
+        say.say(notice)
+    _check_labels(experiment, multi_label=splits.train.multi_label)
+    check_thresholds(
+        experiment.threshold,
+        splits.train.label_names,
+        multi_label=splits.train.multi_label,
+        can_choose=True,
+    )
+    llama, tokenizer = _open(experiment)
+    with writable(experiment.output):
+        if not resume:
+            remove_earlier_run(experiment.output)
+        with torch.random.fork_rng(devices=_gpus()):
+            torch.manual_seed(training.seed)
+            classifier, beside, result = _train(experiment, splits, llama, tokenizer, resume, say)
+        logits, notes = _calibrate(classifier, splits, experiment, say)
+        report = measure(experiment, splits, classifier, logits, beside, result, notes, say)
+        report = dataclasses.replace(report, created=began, seconds=time.perf_counter() - started)
+        _write(experiment, classifier, report)
+    return Outcome(classifier, splits, report, result)
+
+
+def check_libraries() -> None:
+    """Find out before hours of work what a report will miss after them.
+
+    Raises:
+        MinllamaError: a library is not installed.
+    """
+    for module, name in LIBRARIES.items():
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise MinllamaError(
+                f"training and reports need the library {name}; "
+                "install it with: python -m pip install 'minllama[train]'"
+            ) from error
+
+
+def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
+    """Refuse what needs one label a text: asked as soon as it is known how many there may be."""
+    options = experiment.classifier
+    if multi_label and (options.method == "zero-shot" or options.objective == "label-words"):
+        raise MinllamaError(
+            "label words choose one label; for texts with several use --method frozen, or lora or "
+            "full with --objective head"
+        )
+    check_ordinal(experiment.training.ordinal, multi_label=multi_label)
+
+
+def _gpus() -> range:
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+
+
+def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
+    checkpoint = open_checkpoint(experiment.model, tokenizer=experiment.tokenizer)
+    if experiment.has_head:
+        checkpoint = checkpoint.without_head()  # a new one is trained in its place
+    checkpoint.check_language_model()
+    tokenizer = Tokenizer.from_checkpoint(checkpoint)
+    options = experiment.classifier
+    if options.method == "full":  # it is written with its tokenizer, at the end
+        where = str(experiment.tokenizer or checkpoint.path)
+        check_fits(tokenizer.vocab_size, checkpoint.config.vocab_size, where)
+    device = usable_device(experiment.device)
+    dtype, quantize = weights_form(
+        options.method, checkpoint, device, experiment.dtype, experiment.quantize
+    )
+    llama = Llama.from_checkpoint(
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        quantize=quantize,
+        **{**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})},
+    )
+    if options.method == "lora":  # names that are not there are found before texts are read
+        matching_modules(llama, experiment.lora.target_modules, range(most_layers(llama, options)))
+    return llama.requires_grad_(False), tokenizer
+
+
+def _train(
+    experiment: Experiment,
+    splits: Splits,
+    llama: Llama,
+    tokenizer: Tokenizer,
+    resume: bool,
+    say: Say,
+) -> tuple[Classifier, dict[str, Evaluation], TrainingResult | None]:
+    """The classifier, what it was before its training, and how that went."""
+    options = experiment.classifier
+    training, train = experiment.training, splits.train
+    settings = _settings_to_go_on_with(experiment, llama)
+    beside: dict[str, Evaluation] = {}
+    classifier: Classifier
+    if options.method == "zero-shot" or options.objective == "label-words":
+        classifier = make_zero_shot(
+            llama,
+            tokenizer,
+            splits.train.label_names,
+            experiment.prompt,
+            options,
+            train=splits.train,
+            seed=training.seed,
+        )
+        if options.method == "zero-shot":
+            return classifier, beside, None
+        beside["zero-shot (before training)"] = _before(experiment, splits, classifier, say)
+        train = without_shots(splits.train, classifier.shots)
+    else:
+        classifier = make_head(
+            llama,
+            tokenizer,
+            splits.train,
+            experiment.prompt,
+            options,
+            balanced=training.class_weights == "balanced",
+            seed=training.seed,
+            say=say,
+            folder=experiment.output if options.method in TRAINED else None,
+        )
+        if options.method == "frozen":
+            return classifier, beside, None
+    make_trainable(classifier, options.method, experiment.lora)
+    head = classifier.score if isinstance(classifier, LlamaEmbeddingClassifier) else None
+    result = fit(
+        classifier,
+        train,
+        splits.dev,
+        training_options(training, options.method, of_numbers=experiment.of_numbers),
+        folder=experiment.output,
+        resume=resume,
+        head_parameters=[] if head is None else list(head.parameters()),
+        progress=say.progress(),
+        settings=settings,
+    )
+    return classifier, beside, result
+
+
+def _before(experiment: Experiment, splits: Splits, classifier: Classifier, say: Say) -> Evaluation:
+    """What label words alone come to on dev."""
+    # Thresholds are chosen after the training; which class is the positive one is known.
+    at_first = dataclasses.replace(experiment.threshold, threshold=())
+    classifier.decide_by(fixed_thresholds(at_first, classifier.labels, multi_label=False))
+    progress = say.advance("zero-shot, before training", len(splits.dev))
+    before = evaluate_classifier(classifier, splits.dev, "dev", progress=progress).evaluation
+    assert before is not None
+    say.say(f"zero-shot, before training: dev accuracy {before.accuracy:.3f}")
+    return before
+
+
+def _calibrate(
+    classifier: Classifier, splits: Splits, experiment: Experiment, say: Say
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Fit the temperature on dev, unless it is not wanted, and choose thresholds where they are.
+
+    Returns:
+        Dev's logits, (N, C), and what a reader of the report must know of it.
+    """
+    dev, options, notes = splits.dev, experiment.classifier, list[str]()
+    assert dev.labels is not None
+    logits = classifier.predict_logits(dev.texts, progress=say.advance("reading dev", len(dev)))
+    if classifier.scale is not None:  # numbers have neither
+        say.say(described(classifier))
+        return logits, notes
+    if not options.no_calibration:
+        classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
+        say.say(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
+    p = probabilities(logits, classifier.temperature, multi_label=dev.multi_label)
+    if (chosen := choose_decision(experiment.threshold, p, dev)) is not None:
+        classifier.decide_by(chosen.thresholds)
+        notes += chosen.notices
+        for notice in chosen.notices:
+            say.say(notice)
+        if experiment.threshold.positive is None and not dev.multi_label:
+            say.say(f"the positive class is {classifier.positive!r}; --positive chooses another")
+        if chosen.thresholds.how:
+            notes.append(
+                f"thresholds were chosen on dev ({', '.join(experiment.threshold.threshold)}), so "
+                "dev's own numbers flatter them a little; the baselines' were chosen there too"
+            )
+    say.say(described(classifier))
+    return logits, notes
+
+
+def _settings_to_go_on_with(experiment: Experiment, llama: Llama) -> dict[str, Any]:
+    """Those that must be the same: of the base not how it is called, but what it is.
+
+    Args:
+        llama: the base, before anything is done to it. Of its tokenizer the tokens of the training
+            texts are compared.
+    """
+    settings = settings_of_run(experiment)
+    for name in ("model", "tokenizer"):
+        del settings["model"][name]
+    weights = digest(map(sample_of, (*llama.parameters(), *llama.buffers())))
+    return {**settings, "base": {"config": comparable_config(llama.config), "its weights": weights}}
+
+
+def _write(experiment: Experiment, classifier: Classifier, report: Report) -> None:
+    """Classifier and report appear, and the checkpoint goes, in one step."""
+    save_classifier(
+        classifier,
+        experiment.output,
+        tokenizer=experiment.tokenizer,
+        training=settings_for_people(experiment),
+        metrics={split.name: headlines(split) for split in report.splits if split.evaluation},
+        verdicts={split.name: split.verdict for split in report.splits if split.evaluation},
+        also=lambda folder: write_files(folder, report),
+        removes=(CHECKPOINT, LAYER_FILE),
+    )

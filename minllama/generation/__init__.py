@@ -1,0 +1,1 @@
+"""Token ids and texts that continue others: sampling, stop strings, constraints, chats."""

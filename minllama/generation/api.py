@@ -1,0 +1,331 @@
+"""From prompts to texts: generation as people use it, whole or streamed.
+
+Knows nothing of how tokens are computed (`minllama.generation.decode`) or chosen
+(`minllama.generation.sampling`), nor how they become text that stop strings end
+(`minllama.generation.stop_strings`).
+"""
+
+import builtins
+import dataclasses
+import reprlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from minllama.errors import ContextError, MinllamaError, OptionError
+from minllama.generation.decode import (
+    BYTES,
+    DECODE_BYTES,
+    Constraint,
+    Decoder,
+    FinishReason,
+    Token,
+    plain_list,
+    token_ids,
+)
+from minllama.generation.stop_strings import RowText
+from minllama.model.kv_cache import KVCache
+from minllama.model.llama import Llama
+from minllama.options import GenerationOptions
+from minllama.tokenizer.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class Piece(NamedTuple):
+    """A bit of text of one row, as it is generated.
+
+    Attributes:
+        row: index of the row: prompt * n + sample.
+        text: whole characters; may be empty where a token ends within one, or where it might be
+            the beginning of a stop string.
+        finish_reason: set on a row's last piece: `stop` or `length`.
+    """
+
+    row: int
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One generated token's log-probability, and the likeliest alternatives'.
+
+    Attributes:
+        id: the token.
+        text: it for people: U+FFFD stands where it holds a part of a character.
+        logprob: natural logarithm of its probability, before penalties, temperature and filters.
+        alternatives: ids of the likeliest tokens and their log-probabilities.
+        bytes: what the token stands for, as it is; those of neighbors, joined, are UTF-8.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...] = ()
+    bytes: builtins.bytes = b""
+
+
+@dataclass
+class Generation:
+    """One finished text.
+
+    Attributes:
+        prompt_ids: what was continued.
+        text: the continuation, without the stop string or stop token that ended it.
+        token_ids: the tokens that were generated, without the stop token (an end token, one of
+            `stop_token_ids`, or a special token that is a stop string as a whole); those of any
+            other stop string are among them.
+        finish_reason: `stop` (a stop token, a stop string) or `length` (max_new_tokens, or the end
+            of the context).
+        logprobs: of each of `token_ids`; None unless asked for.
+    """
+
+    prompt_ids: list[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "length"
+    logprobs: list[TokenLogprob] | None = None
+
+
+class TextStream:
+    """Generates while it is iterated, piece by piece; `results` holds the whole texts then.
+
+    Args:
+        model: continues the prompts.
+        tokenizer: of the same checkpoint.
+        prompts: texts, or token ids where the caller has encoded them.
+        options: how to choose and when to end.
+        cache: for one prompt whose beginning it already holds (see `Decoder`).
+
+    Attributes:
+        results: one for each row, prompt * n + sample.
+        timings: tokens and seconds.
+
+    Raises:
+        MinllamaError: a prompt is empty or longer than the context, or an option is wrong; nothing
+            has been computed.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        options: GenerationOptions,
+        *,
+        cache: KVCache | None = None,
+    ) -> None:
+        context_len = model.config.context_len
+        prompt_ids = [
+            encode_prompt(p, tokenizer, context_len, special=options.special)
+            if isinstance(p, str)
+            else token_ids(p)
+            for p in prompts
+        ]
+        self._tokenizer = tokenizer
+        options = dataclasses.replace(options, stop_token_ids=_stop_ids(tokenizer, options))
+        self._decoder = Decoder(
+            model,
+            prompt_ids,
+            options,
+            stop_ids=tokenizer.stop_ids,
+            cache=cache,
+            n_tokens=tokenizer.vocab_size,
+            make_constraint=_constraints(tokenizer, options, model.config.vocab_size),
+        )
+        self.timings = self._decoder.timings
+        self.results = [
+            Generation(list(ids), logprobs=None if options.logprobs is None else [])
+            for ids in prompt_ids
+            for _ in range(options.n)
+        ]
+        self._texts = [
+            RowText(tokenizer, options.stop, skip_special=options.skip_special_tokens)
+            for _ in self.results
+        ]
+
+    def plain_text(self, row: int) -> str:
+        """The text of a row so far, without special tokens even where they are shown."""
+        return self._texts[row].plain
+
+    def __iter__(self) -> Iterator[Piece]:
+        for step in self._decoder:
+            for token in step:
+                # A step may give a row several tokens, and a stop string end it before the last.
+                if not self._texts[token.row].stopped:
+                    yield self._piece(token)
+
+    def _piece(self, token: Token) -> Piece:
+        result, text = self.results[token.row], self._texts[token.row]
+        new, reason = "", token.finish_reason
+        ends = token.id in self._decoder.stop_ids
+        if token.id is not None and not ends:
+            result.token_ids.append(token.id)
+            if result.logprobs is not None and token.logprob is not None:
+                spelled = self._tokenizer.token_bytes(token.id)
+                shown = spelled.decode(errors="replace")
+                result.logprobs.append(
+                    TokenLogprob(token.id, shown, token.logprob, token.alternatives, spelled)
+                )
+            new = text.push(token.id)
+        if reason is not None and not text.stopped:
+            new += text.end(token.id if ends else None)
+        if text.stopped:
+            reason = "stop"
+            self._decoder.finish(token.row)
+        result.text += new
+        if reason is not None:
+            result.finish_reason = reason
+        return Piece(token.row, new, reason)
+
+
+def generate(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Prompt | Sequence[Prompt],
+    options: GenerationOptions | None = None,
+    **changes: Any,
+) -> list[Generation]:
+    """Continue one prompt or several.
+
+    Args:
+        model: continues the prompts.
+        tokenizer: of the same checkpoint.
+        prompts: a text, token ids, or a sequence of either; they share one batch, and each gets the
+            tokens that it would get alone (in half precision but for near ties).
+        options: how to choose and when to end; None for the defaults.
+        changes: single options by name, on top of `options`.
+
+    Returns:
+        One Generation for each sample of each prompt, in order.
+
+    Raises:
+        MinllamaError: a prompt is empty or longer than the context, or an option is wrong.
+    """
+    stream = TextStream(model, tokenizer, _as_list(prompts), _options(options, changes))
+    for _ in stream:
+        pass
+    return stream.results
+
+
+def stream(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Prompt | Sequence[Prompt],
+    options: GenerationOptions | None = None,
+    **changes: Any,
+) -> TextStream:
+    """As `generate`, but piece by piece: iterate over what it returns."""
+    return TextStream(model, tokenizer, _as_list(prompts), _options(options, changes))
+
+
+def check_can_fit(text: str, tokenizer: Tokenizer, context_len: int) -> None:
+    """Refuse a text so long that no way to split it into tokens would fit the context.
+
+    Megabytes that are to be refused anyway are not taken apart first, in minutes and gigabytes.
+    One that is only somewhat too long passes: `Decoder` counts its tokens.
+
+    Raises:
+        ContextError: it is that long.
+    """
+    if len(text) <= context_len:
+        return
+    longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+    if len(text) > context_len * longest:
+        raise ContextError(
+            f"the prompt has {len(text)} characters, more than a context of {context_len} "
+            "tokens can hold; shorten it"
+        )
+
+
+def encode_prompt(
+    text: str, tokenizer: Tokenizer, context_len: int, *, special: bool = False
+) -> list[int]:
+    """Ids of a prompt.
+
+    Args:
+        text: the prompt.
+        tokenizer: of the model that will read it.
+        context_len: of that model.
+        special: special tokens that the text spells are these tokens; one that begins a text is
+            then not put in front of itself.
+
+    Raises:
+        ContextError: it is far too long (see `check_can_fit`).
+        TokenizerError: it cannot be encoded.
+    """
+    check_can_fit(text, tokenizer, context_len)
+    if not special:
+        return tokenizer.encode(text)
+    begins = tokenizer.encode(text, bos=False, special=True)[:1] == [tokenizer.bos_id]
+    return tokenizer.encode(text, bos=False if begins else None, special=True)
+
+
+def spelled_special(text: str, tokenizer: Tokenizer) -> list[str]:
+    """The special tokens that a text spells, in the order in which they first stand there."""
+    found = {word: text.find(word) for word in tokenizer.special_tokens if word}
+    return sorted((word for word, place in found.items() if place >= 0), key=lambda w: found[w])
+
+
+def _options(options: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
+    known = {field.name for field in dataclasses.fields(GenerationOptions)}
+    if unknown := sorted(set(changes) - known):
+        raise OptionError(
+            f"unknown option {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
+    return dataclasses.replace(options or GenerationOptions(), **changes)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = plain_list(prompts)
+    if isinstance(listed, BYTES) or not isinstance(listed, Sequence):
+        raise MinllamaError(
+            f"prompts are a text, token ids or a list of either, not {reprlib.repr(prompts)}"
+            + (DECODE_BYTES if isinstance(listed, BYTES) else "")
+        )
+    if not listed:
+        raise MinllamaError("there is no prompt; give a text, or at least one token id")
+    if all(isinstance(plain_list(part), int) for part in listed):
+        return [listed]  # one prompt as ids
+    return list(listed)
+
+
+def _stop_ids(tokenizer: Tokenizer, options: GenerationOptions) -> tuple[int, ...]:
+    """The ids of `stop_token_ids`, and of the special tokens that are stop strings as a whole."""
+    special = tokenizer.special_tokens
+    named = [_stop_id(tokenizer, token) for token in options.stop_token_ids]
+    return tuple(dict.fromkeys(named + [special[text] for text in options.stop if text in special]))
+
+
+def _stop_id(tokenizer: Tokenizer, token: int | str) -> int:
+    if isinstance(token, int):
+        if token >= tokenizer.vocab_size:
+            raise OptionError(
+                f"stop_token_ids (--stop-token) holds {token}, and the tokenizer knows 0 to "
+                f"{tokenizer.vocab_size - 1}"
+            )
+        return token
+    token_id = tokenizer.special_tokens.get(token)
+    if token_id is None:
+        spelled = token.encode(errors="replace")
+        all_ids = range(tokenizer.vocab_size)
+        token_id = next((i for i in all_ids if tokenizer.token_bytes(i) == spelled), None)
+    if token_id is None:
+        raise OptionError(
+            f"stop_token_ids (--stop-token): {reprlib.repr(token)} is not one token of this "
+            "vocabulary; stop ends at any text"
+        )
+    return token_id
+
+
+def _constraints(
+    tokenizer: Tokenizer, options: GenerationOptions, vocab_size: int
+) -> Callable[[], Constraint] | None:
+    if options.json_schema is None and options.regex is None:
+        return None
+    from minllama.generation.constraints import constraint_maker
+
+    return constraint_maker(tokenizer, options, vocab_size)

@@ -1,0 +1,204 @@
+"""How a checkpoint's makers sample from it: generation_config.json, GGUF's `general.sampling.*`.
+
+Nothing of it is used unless somebody asks: `load_generation_options`, or --generation-config.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minllama.checkpoints.gguf_header import is_gguf, read_header
+from minllama.checkpoints.open import open_checkpoint
+from minllama.checkpoints.types import Checkpoint
+from minllama.errors import CheckpointError, OptionError
+from minllama.json_file import read_json
+from minllama.options import GenerationOptions
+
+FILE = "generation_config.json"
+MAX_BYTES = 2**24
+MAX_SHOWN = 60  # characters of one value in a message
+
+# What transformers takes where sampling is on and the file says nothing.
+SAMPLED = {"temperature": 1.0, "top_k": 50}
+# Used only where a sample is drawn (`do_sample`), and used in any case.
+OF_SAMPLES = ("temperature", "top_k", "top_p", "min_p")
+OF_ALL = ("repetition_penalty", "max_new_tokens")
+# What would change the text, is not supported here, and does nothing at these values.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "typical_p": (1,),
+    "top_h": (),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "penalty_alpha": (0,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": ([],),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "sequence_bias": ([], {}),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1,),
+    "dola_layers": (),
+}
+GGUF = "general.sampling."
+GGUF_NAMES = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+GGUF_TEMPERATURE = 0.8  # llama.cpp's, where a file only has filters
+GGUF_UNSUPPORTED = {"xtc_probability": (0,), "mirostat": (0,)}
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What a checkpoint says about sampling.
+
+    Attributes:
+        origin: where it says so, for people.
+        options: fields of GenerationOptions.
+        unsupported: what it says besides and cannot be followed here.
+        idle: names of what it says of samples, where `do_sample` lets none be drawn.
+    """
+
+    origin: str
+    options: dict[str, Any]
+    unsupported: dict[str, Any]
+    idle: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One line for people."""
+        said = {name: value for name, value in self.options.items() if name != "temperature"}
+        if temperature := self.options.get("temperature"):
+            said = {"temperature": temperature, **said}
+        else:
+            said = {"the likeliest token": "", **said}
+        text = ", ".join(f"{name} {_shown(value)}".rstrip() for name, value in said.items())
+        if self.idle:
+            text += f"; without effect, as do_sample is not true: {', '.join(self.idle)}"
+        if self.unsupported:
+            parts = (f"{name} {_shown(value)}" for name, value in self.unsupported.items())
+            text += f"; not supported here: {', '.join(parts)}"
+        return text
+
+    def generation_options(self, changes: Mapping[str, Any] | None = None) -> GenerationOptions:
+        """Options by these defaults, and by `changes` on top.
+
+        Raises:
+            OptionError: a value of either is out of its range.
+        """
+        changes = dict(changes or {})
+        try:
+            GenerationOptions(**self.options)
+        except OptionError as error:
+            raise CheckpointError(f"{self.origin}: {error}; leave its defaults out") from error
+        return GenerationOptions(**{**self.options, **changes})
+
+
+def load_generation_options(
+    source: str | os.PathLike[str] | None = None, **changes: Any
+) -> GenerationOptions:
+    """Generation options as a checkpoint's makers recommend them, read as transformers reads them.
+
+    Args:
+        source: a file, a folder or a Hugging Face id; None for the embedded default model.
+        changes: single options by name, on top of what the checkpoint says.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or its settings are damaged.
+        OptionError: an option of `changes` is wrong.
+    """
+    defaults = sampling_defaults(open_checkpoint(source))
+    if defaults is None:
+        return GenerationOptions(**changes)
+    return defaults.generation_options(changes)
+
+
+def sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults | None:
+    """What a checkpoint says about sampling; None where it says nothing.
+
+    Raises:
+        CheckpointError: the file that says it is damaged.
+    """
+    path = checkpoint.path
+    if path.is_dir():
+        file = path / FILE
+        return _of_json(_read_object(file), str(file)) if file.is_file() else None
+    return _of_gguf(read_header(path).fields, path) if is_gguf(path) else None
+
+
+def _of_json(content: Mapping[str, Any], where: str) -> SamplingDefaults | None:
+    """As transformers reads it: null is not said, nothing is drawn unless `do_sample` is true."""
+    said = {name: value for name, value in content.items() if value is not None}
+    known = ("do_sample", "stop_strings", *OF_SAMPLES, *OF_ALL, *UNSUPPORTED)
+    if not any(name in said for name in known):
+        return None
+    draws = said.get("do_sample", False)
+    if not isinstance(draws, bool):
+        raise CheckpointError(f"{where}: do_sample is {_shown(draws)}, not true or false")
+    if draws:
+        options = {name: said.get(name, SAMPLED.get(name)) for name in OF_SAMPLES}
+    else:
+        options = {"temperature": 0.0}
+    options |= {name: said[name] for name in OF_ALL if name in said}
+    if stops := said.get("stop_strings"):
+        options["stop"] = stops
+    unsupported = {
+        name: said[name]
+        for name, neutral in UNSUPPORTED.items()
+        if name in said and said[name] not in neutral
+    }
+    idle = () if draws else tuple(name for name in OF_SAMPLES if name in said)
+    return SamplingDefaults(where, _given(options), unsupported, idle)
+
+
+def _of_gguf(fields: Mapping[str, Any], path: Path) -> SamplingDefaults | None:
+    options = {name: fields[GGUF + key] for key, name in GGUF_NAMES.items() if GGUF + key in fields}
+    if not options:
+        return None
+    # Stored as float32: 0.6 is 0.60000002.
+    options = {n: float(f"{v:.6g}") if isinstance(v, float) else v for n, v in options.items()}
+    options.setdefault("temperature", GGUF_TEMPERATURE)
+    unsupported = {
+        name: fields[GGUF + name]
+        for name, neutral in GGUF_UNSUPPORTED.items()
+        if fields.get(GGUF + name, 0) not in neutral
+    }
+    return SamplingDefaults(str(path), options, unsupported)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path, max_bytes=MAX_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object; get it again")
+    return content
+
+
+def _shown(value: Any) -> str:
+    """A value from a file, printable and short."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float | int | str):
+        text = json.dumps(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

@@ -1,0 +1,116 @@
+"""Generation held to a JSON schema or a regular expression, through the library llguidance.
+
+At every step the tokens that cannot lead to a valid text are forbidden, so that what comes out is
+valid by construction (unless it is cut by max_new_tokens). Where the library gives up, that is an
+error, never a text that ends early. Knows nothing of the decode loop.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minllama.errors import MinllamaError, OptionError
+from minllama.generation.decode import Constraint
+from minllama.options import GenerationOptions
+from minllama.tokenizer.tokenizer import Tokenizer
+
+MAX_FAULT_CHARS = 300
+
+
+def constraint_maker(
+    tokenizer: Tokenizer, options: GenerationOptions, vocab_size: int
+) -> Callable[[], Constraint]:
+    """A maker of constraints, one for each row, by `options.json_schema` or `options.regex`.
+
+    Raises:
+        MinllamaError: llguidance is not installed.
+        OptionError: the schema or the expression is not valid, or nothing at all satisfies it.
+    """
+    try:
+        from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+    except ImportError as error:
+        raise MinllamaError(
+            "json_schema and regex need the library llguidance; "
+            "install it with: python -m pip install 'minllama[constraint]'"
+        ) from error
+    name = "regex" if options.json_schema is None else "json_schema"
+    try:
+        if options.json_schema is None:
+            assert options.regex is not None
+            grammar = LLMatcher.grammar_from_regex(options.regex)
+        else:
+            json.loads(options.json_schema)
+            grammar = LLMatcher.grammar_from_json_schema(options.json_schema)
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{name} holds a lone surrogate; it was decoded wrongly") from error
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{name} is not JSON: {error}") from error
+    vocabulary = LLTokenizer(TokenizerWrapper(_Words(tokenizer)), n_vocab=vocab_size)
+    if fault := LLMatcher.validate_grammar(grammar, vocabulary):
+        raise OptionError(f"{name} cannot be followed: {_one_line(fault)}")
+
+    def make() -> Constraint:
+        # Faults belong in our errors: the library would print them.
+        return _GrammarConstraint(LLMatcher(vocabulary, grammar, log_level=0), name)
+
+    # A grammar that no text satisfies shows at its first step.
+    make().forbid(torch.zeros(tokenizer.vocab_size))
+    return make
+
+
+class _GrammarConstraint:
+    """One row's state in the grammar; `name` is that of the option, for errors."""
+
+    def __init__(self, matcher: Any, name: str) -> None:
+        self._matcher, self._name = matcher, name
+
+    def forbid(self, logits: Tensor) -> None:
+        mask = self._matcher.compute_bitmask()
+        self._check()  # a mask that could not be computed allows the end of the text
+        # One bit for each token, lowest bit first.
+        packed = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
+        bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)
+        allowed = (bits & 1).flatten()[: len(logits)].bool()
+        logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
+
+    def accept(self, token_id: int) -> None:
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def is_complete(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if not self._matcher.is_error():
+            return
+        fault = self._matcher.get_error().partition("<state>")[0]
+        if "NoExtension" in fault:
+            fault = "no text of this vocabulary satisfies it"
+        raise OptionError(f"{self._name} cannot be followed: {_one_line(fault)}; use a simpler one")
+
+
+def _one_line(fault: str) -> str:
+    """The library's own words, without its drawings of long expressions."""
+    words = " ".join(fault.split())
+    return words if len(words) <= MAX_FAULT_CHARS else words[: MAX_FAULT_CHARS - 3] + "..."
+
+
+class _Words:
+    """The vocabulary as llguidance wants it: each token's bytes, and a way to encode text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if tokenizer.eos_id is None:
+            raise MinllamaError(
+                "a constraint needs a token that ends a text; this vocabulary has none"
+            )
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_id
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_tokens.values())
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, bos=False, eos=False)

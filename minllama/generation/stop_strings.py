@@ -1,0 +1,148 @@
+"""Generated tokens -> the text that a reader gets, which ends before a stop string.
+
+A stop string may hold special tokens, alone or among other text, whether or not the reader is shown
+them. Knows nothing of models: it takes one row's tokens as they come.
+"""
+
+from collections.abc import Iterator
+
+from minllama.tokenizer.tokenizer import Tokenizer
+
+# What each character of the spelled text is: plain, or the first or a further one of a special
+# token's text.
+PLAIN, FIRST, FURTHER = ".", "S", "s"
+
+
+class RowText:
+    """The text of one row, held back where it may be the beginning of a stop string.
+
+    Two texts are looked through for stop strings: the one that is shown, and the one in which
+    special tokens are spelled out. In the latter a special token that is not shown is matched whole
+    or not at all.
+
+    Args:
+        tokenizer: of the model that generates.
+        stop: strings before which the text ends.
+        skip_special: special tokens are not shown.
+
+    Attributes:
+        stopped: a stop string has ended the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], *, skip_special: bool) -> None:
+        self._decoder = tokenizer.stream_decoder(continuation=True, skip_special=skip_special)
+        self._special = {i: text for text, i in tokenizer.special_tokens.items()}
+        self._stop, self._hides = stop, skip_special
+        self._begin = tuple({string[0] for string in stop})
+        self._spelled, self._marks = "", ""  # of what is held back
+        self._plain: list[str] = []
+        self.stopped = False
+
+    @property
+    def plain(self) -> str:
+        """The text so far without any special token."""
+        return "".join(self._plain)
+
+    def push(self, token_id: int) -> str:
+        """What is shown for sure, now that this token has come; often nothing."""
+        text = self._decoder.push(token_id)
+        if token_id not in self._special:
+            if not self._spelled and not any(char in text for char in self._begin):
+                self._plain.append(text)  # no stop string is in sight
+                return text
+            self._append(text)
+        elif self._hides:
+            self._append(self._special[token_id], special=True)
+        else:  # what an unfinished character before it has become stands in front of it
+            spelled = self._special[token_id]
+            self._append(text.removesuffix(spelled))
+            self._append(spelled, special=True)
+        return self._scanned()
+
+    def end(self, token_id: int | None = None) -> str:
+        """What is left when the row has ended.
+
+        Args:
+            token_id: the token that ended it, which is not text; a stop string may end with it.
+        """
+        self._append(self._decoder.flush())
+        text = self._scanned()
+        left = len(self._spelled)
+        if not self.stopped and token_id in self._special:
+            self._append(self._special[token_id], special=True)
+            text += self._before_stop()
+        return text if self.stopped else text + self._take(left)
+
+    def _append(self, text: str, *, special: bool = False) -> None:
+        self._spelled += text
+        self._marks += (FIRST if special else PLAIN) * len(text[:1])
+        self._marks += (FURTHER if special else PLAIN) * len(text[1:])
+
+    def _scanned(self) -> str:
+        """What lies before a stop string, or cannot be the beginning of one."""
+        text = self._before_stop()
+        return text if self.stopped else self._take(self._held_from())
+
+    def _before_stop(self) -> str:
+        """What lies before a stop string, which ends the text; nothing where there is none."""
+        first = min(self._stops(), default=None)
+        if first is None:
+            return ""
+        self.stopped = True
+        text = self._take(first)
+        self._spelled, self._marks = "", ""
+        return text
+
+    def _take(self, n: int) -> str:
+        """The first n characters: out of what is held back, those of them that are shown."""
+        spelled, marks = self._spelled[:n], self._marks[:n]
+        self._spelled, self._marks = self._spelled[n:], self._marks[n:]
+        plain = spelled
+        if FIRST in marks:
+            plain = "".join(c for c, mark in zip(spelled, marks, strict=True) if mark == PLAIN)
+        self._plain.append(plain)
+        return plain if self._hides else spelled
+
+    def _stops(self) -> Iterator[int]:
+        """Where stop strings begin in what is held back."""
+        for stop in self._stop:
+            start = self._spelled.find(stop)
+            while start >= 0 and not self._is_whole(start, start + len(stop)):
+                start = self._spelled.find(stop, start + 1)
+            if start >= 0:
+                yield start
+        for text, places in self._without_special():
+            for stop in self._stop:
+                if (start := text.find(stop)) >= 0:
+                    yield places[start]
+
+    def _held_from(self) -> int:
+        """From where on it may be the beginning of a stop string."""
+        length = len(self._spelled)
+        first = length
+        for stop in self._stop:
+            for start in range(max(0, length - len(stop) + 1), first):
+                if stop.startswith(self._spelled[start:]) and self._is_whole(start, length):
+                    first = start
+                    break
+        for text, places in self._without_special():
+            held = max((_overlap(text, stop) for stop in self._stop), default=0)
+            if held:
+                first = min(first, places[len(text) - held])
+        return first
+
+    def _is_whole(self, start: int, end: int) -> bool:
+        """Whether no special token that is not shown lies partly in this range."""
+        return not self._hides or FURTHER not in (self._marks[start], self._marks[end : end + 1])
+
+    def _without_special(self) -> Iterator[tuple[str, list[int]]]:
+        """The shown text and where its characters are, if it is another than the spelled one."""
+        if self._hides and FIRST in self._marks:
+            places = [i for i, mark in enumerate(self._marks) if mark == PLAIN]
+            yield "".join(self._spelled[i] for i in places), places
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many of the last characters of `text` are the beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,1 @@
+"""Operations of the model, computed faster on CPUs (`cpu`) and GPUs (`gpu`)."""

@@ -1,0 +1,88 @@
+"""The compiled library: where it is, which instructions it uses, and calls into it."""
+
+import ctypes
+import functools
+import warnings
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+from minllama.errors import MinllamaError
+from minllama.kernels.cpu.structs import STRUCTS
+from minllama.kernels.hardware import level_of
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None where the package was installed without a C++ compiler."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_step{suffix}")
+        if path.exists():
+            try:
+                found = ctypes.CDLL(str(path))
+            except OSError:  # built for another system
+                return None
+            if not _is_of_this_version(found):
+                warnings.warn(
+                    f"{path.name} was compiled from another version of minllama and is not used, "
+                    "which is slower; install the package again (here: make native)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return None
+            _use_torchs_threads(found)
+            return found
+    return None
+
+
+@functools.cache
+def best_level() -> int:
+    """Index into `hardware.LEVELS` of the best instructions that this CPU and the library share.
+
+    Raises:
+        OptionError: MINLLAMA_CPU states a higher level.
+    """
+    found = library()
+    return level_of(0 if found is None else int(found.minllama_best_level()))
+
+
+def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> None:
+    """Call a function of the library on as many threads as torch uses.
+
+    Args:
+        name: without its prefix.
+        arguments: what it takes, by reference.
+        level: index into `hardware.LEVELS`; None for the best.
+
+    Raises:
+        MinllamaError: there is no memory left for it.
+    """
+    found = library()
+    assert found is not None
+    threads = ctypes.c_int64(torch.get_num_threads())
+    level = best_level() if level is None else level
+    if getattr(found, f"minllama_{name}")(*map(ctypes.byref, arguments), threads, level):
+        raise MinllamaError("no memory is left; give fewer or shorter texts at a time")
+
+
+def _is_of_this_version(found: ctypes.CDLL) -> bool:
+    """Whether its structs are those of `minllama.kernels.cpu.structs`."""
+    try:
+        sizes = found.minllama_sizes
+    except AttributeError:
+        return False
+    sizes.restype = ctypes.POINTER(ctypes.c_int64)
+    found_sizes: list[int] = sizes()[: len(STRUCTS)]
+    return found_sizes == [ctypes.sizeof(struct) for struct in STRUCTS]
+
+
+def _use_torchs_threads(found: ctypes.CDLL) -> None:
+    """Run on the threads of the OpenMP library that torch has loaded, where it is GNU's."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        functions = [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p) for name in names]
+    except (OSError, AttributeError):
+        return  # another system, or another OpenMP: the library then starts threads of its own
+    found.minllama_use_openmp(*functions)

@@ -1,0 +1,82 @@
+"""Linear layers whose memory does not grow with the shapes that they meet.
+
+torch multiplies bfloat16 and float16 on a CPU with oneDNN, which compiles a primitive for each
+number of rows and keeps it, with scratch memory in proportion to the rows: 2 MB for each of the
+four shapes of matrix of a 135M model at 3,000 rows, so that a long file of texts, whose batches
+all have other numbers of tokens, takes gigabytes. Here such a product is computed in chunks of
+CHUNK rows, the last one padded to a multiple of STEP: CHUNK / STEP numbers of rows in all.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minllama.kernels.cpu.ops import is_plain
+
+HALVES = (torch.bfloat16, torch.float16)
+CHUNK = 512  # rows, from which on oneDNN is no faster with more
+STEP = 32
+
+
+class Linear(nn.Linear):
+    """y = W x + b (`nn.Linear`), see `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Give x W^T + b, as `F.linear`: (..., in), (out, in), (out,) -> (..., out).
+
+    In chunks for a half precision on a CPU, unless the weight itself is trained.
+    """
+    is_half = x.device.type == "cpu" and x.dtype in HALVES and weight.dtype == x.dtype
+    is_trained = weight.requires_grad and torch.is_grad_enabled()
+    if not is_half or is_trained or not (is_plain(x) and is_plain(weight)):
+        return F.linear(x, weight, bias)
+    y: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Give x M in chunks, where both are of a half precision on a CPU; no gradients.
+
+    Args:
+        x: (..., in).
+        matrix: (in, out), of the same dtype.
+
+    Returns:
+        (..., out).
+    """
+    if x.device.type != "cpu" or x.dtype not in HALVES:
+        return x @ matrix
+    rows = x.reshape(-1, x.shape[-1])
+    n = len(rows)
+    y = rows.new_empty(n, matrix.shape[1])
+    whole = n - n % CHUNK
+    for start in range(0, whole, CHUNK):
+        torch.mm(rows[start : start + CHUNK], matrix, out=y[start : start + CHUNK])
+    if rest := n - whole:
+        padding = -rest % STEP if rest > 1 else 0
+        if padding:
+            y[whole:] = torch.mm(F.pad(rows[whole:], (0, 0, 0, padding)), matrix)[:rest]
+        else:
+            torch.mm(rows[whole:], matrix, out=y[whole:])
+    return y.view(*x.shape[:-1], matrix.shape[1])
+
+
+class _Product(torch.autograd.Function):
+    """x W^T with a weight that is not trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return product(gradient, weight), None

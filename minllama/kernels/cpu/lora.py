@@ -1,0 +1,103 @@
+"""What a low-rank adapter adds to a linear layer on a CPU, with gradients, by compiled code."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minllama.kernels.cpu.library import call
+from minllama.kernels.cpu.ops import floats, unfit
+from minllama.kernels.cpu.structs import KINDS, LowRank
+
+
+def low_rank_product(
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    *,
+    dropout: float = 0.0,
+    onto: Tensor | None = None,
+) -> Tensor:
+    """Give scale * B (A dropout(x)), computed in float32, in x's dtype.
+
+    Args:
+        x: (..., in).
+        a: lora_A (R, in).
+        b: lora_B (out, R).
+        scale: factor on all of it.
+        dropout: probability with which each number of x is taken for zero; the others grow by
+            1 / (1 - dropout). Which ones depends on torch's random numbers.
+        onto: (..., out), contiguous and of x's dtype, to which the result is added, in place.
+
+    Returns:
+        (..., out).
+    """
+    fits_onto = onto is None or onto.shape == (*x.shape[:-1], len(b))
+    if x.shape[-1] != a.shape[1] or len(a) != b.shape[1] or not fits_onto:
+        raise unfit("low_rank_product", x, a, b, *([] if onto is None else [onto]))
+    seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+    settings = (scale, dropout, seed)
+    y: Tensor = _LowRank.apply(x, a.float(), b.float(), onto, settings)  # type: ignore[no-untyped-call]
+    return y
+
+
+Settings = tuple[float, float, int]  # scale, dropout, seed
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, onto: Tensor | None, settings: Settings
+    ) -> Tensor:
+        x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
+        y = x.new_empty(*x.shape[:-1], len(b)) if onto is None else onto
+        if onto is not None:
+            ctx.mark_dirty(onto)
+        low = floats(*x.shape[:-1], len(a))
+        arguments = _described(x, a, b, y, low, settings)
+        arguments.onto = onto is not None
+        call("low_rank", arguments)
+        ctx.save_for_backward(x, a, b, low)
+        ctx.settings = settings
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, gradient: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None, None]:
+        x, a, b, low = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        arguments = _described(x, a, b, gradient, low, ctx.settings)
+        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        threads = torch.get_num_threads()
+        a_parts = floats(threads, *a.shape).zero_()
+        b_parts = floats(threads, *b.t().shape).zero_()
+        arguments.x_gradient = None if of_x is None else of_x.data_ptr()
+        arguments.a_parts, arguments.b_parts = a_parts.data_ptr(), b_parts.data_ptr()
+        call("low_rank_gradient", arguments)
+        of_onto = gradient if ctx.needs_input_grad[3] else None
+        return of_x, a_parts.sum(0), b_parts.sum(0).t(), of_onto, None
+
+
+def _described(
+    x: Tensor, a: Tensor, b: Tensor, y: Tensor, low: Tensor, settings: Settings
+) -> LowRank:
+    scale, dropout, seed = settings
+    return LowRank(
+        rows=x.numel() // x.shape[-1],
+        in_dim=x.shape[-1],
+        out_dim=len(b),
+        rank=len(a),
+        kind=KINDS[x.dtype],
+        scale=scale,
+        dropout=dropout,
+        seed=seed,
+        x=x.data_ptr(),
+        a=a.data_ptr(),
+        b=b.data_ptr(),
+        y=y.data_ptr(),
+        low=low.data_ptr(),
+    )

@@ -1,0 +1,329 @@
+"""What stands between large matrix products, in one pass over memory each, with gradients.
+
+Norms, the gate of the feed-forward and rotations on a CPU: torch computes each in several passes,
+with copies in float32 that are kept for the backward pass. Here only the inputs are kept, and what
+is cheap is computed again. `serves` says where; elsewhere the plain equations of
+`minllama.model.llama` and `minllama.model.rope` are computed.
+"""
+
+import ctypes
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.function import once_differentiable
+
+from minllama.errors import MinllamaError
+from minllama.kernels.cpu.library import best_level, call, library
+from minllama.kernels.cpu.structs import (
+    INT4,
+    INT8,
+    KINDS,
+    AdamW,
+    Apart,
+    Blocks,
+    Gate,
+    Norm,
+    Product,
+    Turn,
+    dense_linear,
+    quantized_linear,
+)
+from minllama.kernels.hardware import fast_bfloat16, has_amx
+
+DTYPES = frozenset(KINDS)
+FEW_ROWS = 32
+SOME_ROWS = 96  # measured on two Zen 4 cores
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the operations here take this tensor."""
+    # Devices first: elsewhere torch.compile need not understand the rest.
+    is_known = x.device.type == "cpu" and x.dtype in KINDS
+    return is_known and library() is not None and is_plain(x)
+
+
+def is_plain(x: Any) -> bool:
+    """Whether a tensor has memory of its own, as those that only describe one have not.
+
+    Such are a FakeTensor (`torch.export`), and what stands for many or for a derivative inside of
+    `torch.func`.
+    """
+    return type(x) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(x)
+
+
+def floats(*shape: int) -> Tensor:
+    """Room for what compiled code writes: float32 on the CPU, whatever torch's own default is."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def unfit(operation: str, *tensors: Tensor) -> MinllamaError:
+    """What to raise for shapes that compiled code would read or write beyond."""
+    shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
+    return MinllamaError(f"{operation}: tensors of shapes {shapes} do not fit one another")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Give x / RMS(x) * weight over the last dimension, in x's dtype: (..., D) -> (..., D)."""
+    if x.shape[-1:] != weight.shape:
+        raise unfit("rms_norm", x, weight)
+    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def swiglu(u: Tensor, v: Tensor) -> Tensor:
+    """SiLU(u) * v: (..., F) -> (..., F)."""
+    if u.shape != v.shape:
+        raise unfit("swiglu", u, v)
+    y: Tensor = _SwiGLU.apply(u, v.to(u.dtype))  # type: ignore[no-untyped-call]
+    return y
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Pairs of channels turned: (B, T, H, C), complex64 ([B or 1,] T, 1, C / 2) -> (B, T, H, C)."""
+    batch, length, _, head_dim = x.shape
+    turns = torch.view_as_real(rotation).contiguous()
+    rows = turns.numel() // (length * head_dim)
+    fits = rows in (1, batch) and turns.numel() == rows * length * head_dim
+    if not fits or turns.dtype != torch.float32:
+        raise unfit("rotate", x, rotation)
+    y: Tensor = _Rotation.apply(x, turns)  # type: ignore[no-untyped-call]
+    return y
+
+
+def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
+    """The matrix (in, out) of a `quantization.modules.QuantizedWeight` (out, in), on the CPU."""
+    y = torch.empty(weight.in_features, weight.out_features, dtype=dtype, device="cpu")
+    described = quantized_linear(weight)
+    call("take_apart", Apart(ctypes.pointer(described), y.data_ptr(), KINDS[dtype]))
+    return y
+
+
+def can_pack(raw: Tensor) -> bool:
+    """Whether `pack` takes these bytes."""
+    return raw.device.type == "cpu" and library() is not None and is_plain(raw)
+
+
+def pack(raw: Tensor, rows: int, bits: int, has_mins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Blocks of 32 as GGUF files have them, in the panels of `minllama.quantization.modules`.
+
+    Args:
+        raw: (n, block_bytes) uint8, row after row: a float16 scale, a min where there are mins, and
+            the numbers, in 4 bits with the low halves of the bytes before the high ones.
+        rows: of the matrix.
+        bits: 4, or 8, which are signed.
+        has_mins: whether there are mins.
+
+    Returns:
+        What `minllama.quantization.modules.Parts` begins with.
+
+    Raises:
+        MinllamaError: these are no such bytes.
+    """
+    raw, block_bytes = raw.contiguous(), 2 + 2 * has_mins + 4 * bits
+    if raw.dtype != torch.uint8 or raw.shape[1:] != (block_bytes,) or len(raw) % rows:
+        raise MinllamaError(f"{rows} rows of blocks do not fit {tuple(raw.shape)} {raw.dtype}")
+    blocks, panels = len(raw) // rows, -(-rows // 16)
+    quants = torch.empty(panels, blocks, bits, 16, 4, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(panels, blocks, 16, dtype=torch.float16, device="cpu")
+    mins = torch.empty_like(scales) if has_mins else None
+    arguments = Blocks(
+        rows=rows,
+        blocks=blocks,
+        bytes=block_bytes,
+        kind=INT4 if bits == 4 else INT8,
+        data=raw.data_ptr(),
+        weight=quants.data_ptr(),
+        scales=scales.data_ptr(),
+        mins=None if mins is None else mins.data_ptr(),
+    )
+    call("pack", arguments)
+    return quants, scales, mins
+
+
+@functools.cache
+def most_rows(dtype: torch.dtype) -> float:
+    """Rows of a dtype up to which `product` beats dequantizing a weight and torch's product.
+
+    All with vector instructions, which multiply integers faster than float32, but few without them
+    and beside matrix instructions (AMX) for the dtype, and some where vector instructions multiply
+    bfloat16: of all rows from these on torch's product is faster.
+    """
+    if best_level() == 0 or has_amx(dtype):
+        return FEW_ROWS
+    return SOME_ROWS if dtype == torch.bfloat16 and fast_bfloat16("cpu") else math.inf
+
+
+def product(weight: Any, x: Tensor) -> Tensor:
+    """Give x W^T with a quantised W as it is: (..., in) -> (..., out), float32."""
+    if x.shape[-1] != weight.in_features:
+        raise MinllamaError(f"a weight of {weight.in_features} columns times {tuple(x.shape)}")
+    x = x.float().contiguous()
+    rows, blocks = x.numel() // weight.in_features, weight.in_features // 32
+    digits = torch.empty(rows, blocks, 64, dtype=torch.int8, device="cpu")
+    scales, sums = floats(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32, device="cpu")
+    y = floats(*x.shape[:-1], weight.out_features)
+    described = quantized_linear(weight)
+    tensors = (x, digits, scales, sums, y)
+    arguments = Product(ctypes.pointer(described), rows, *(tensor.data_ptr() for tensor in tensors))
+    call("product_digits", arguments)
+    call("product", arguments)
+    return y
+
+
+def dense_product(weight: Tensor, x: Tensor) -> Tensor:
+    """Give x W^T of a few rows, with a W (out, in) in numbers: (..., in) -> (..., out), float32."""
+    if x.shape[-1] != weight.shape[1]:
+        raise unfit("dense_product", weight, x)
+    x, weight = x.float().contiguous(), weight.contiguous()
+    y = floats(*x.shape[:-1], weight.shape[0])
+    described = dense_linear(weight)
+    rows = x.numel() // weight.shape[1]
+    call("product", Product(ctypes.pointer(described), rows, x=x.data_ptr(), y=y.data_ptr()))
+    return y
+
+
+def adamw_serves(*lists: Sequence[Tensor]) -> bool:
+    """Whether `adamw` takes these parameters, gradients and moments."""
+    return library() is not None and all(
+        t.device.type == "cpu"
+        and t.dtype == torch.float32
+        and t.is_contiguous()
+        and t.shape == of_one[0].shape
+        for of_one in zip(*lists, strict=True)
+        for t in of_one
+    )
+
+
+def adamw(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    step_size: float,
+    shrink: float,
+) -> None:
+    """One step of AdamW, in place and in one pass; see `minllama.training.optimizer`.
+
+    Args:
+        parameters, gradients, exp_avgs, exp_avg_sqs: float32 tensors, as many of each.
+        betas, eps: of the moments and the denominator.
+        step_size: of the update, with the bias correction in it.
+        shrink: factor on the parameters after it: 1 - lr * weight_decay.
+    """
+    n = len(parameters)
+    starts = (ctypes.c_int64 * (n + 1))(0, *itertools.accumulate(p.numel() for p in parameters))
+    pointers = [
+        (ctypes.c_void_p * n)(*(tensor.data_ptr() for tensor in tensors))
+        for tensors in (parameters, gradients, exp_avgs, exp_avg_sqs)
+    ]
+    addresses = map(ctypes.addressof, pointers)
+    arguments = AdamW(n, ctypes.addressof(starts), *addresses, *betas, eps, step_size, shrink)
+    call("adamw", arguments)
+    # Written by address, which autograd does not see: who saved them for a backward pass is told.
+    torch.autograd.graph.increment_version((*parameters, *exp_avgs, *exp_avg_sqs))
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y, inverse = torch.empty_like(x), floats(*x.shape[:-1])
+        call("norm", _norm(x, weight, y, inverse, eps))
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        arguments = _norm(x, weight, gradient.contiguous(), inverse, ctx.eps)
+        of_x = torch.empty_like(x)
+        arguments.gradient = of_x.data_ptr()
+        parts = None
+        if ctx.needs_input_grad[1]:
+            parts = floats(torch.get_num_threads(), x.shape[-1]).zero_()
+            arguments.of_weight = parts.data_ptr()
+        call("norm_gradient", arguments)
+        return of_x, None if parts is None else parts.sum(0).to(weight.dtype), None
+
+
+def _norm(x: Tensor, weight: Tensor, y: Tensor, inverse: Tensor, eps: float) -> Norm:
+    return Norm(
+        rows=inverse.numel(),
+        dim=x.shape[-1],
+        eps=eps,
+        x=x.data_ptr(),
+        x_kind=KINDS[x.dtype],
+        weight=weight.data_ptr(),
+        weight_kind=KINDS[weight.dtype],
+        y=y.data_ptr(),
+        y_kind=KINDS[y.dtype],
+        inverse=inverse.data_ptr(),
+    )
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
+        u, v = u.contiguous(), v.contiguous()
+        y = torch.empty_like(u)
+        call("gate", _gate(u, v, y))
+        ctx.save_for_backward(u, v)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        of_u, of_v = torch.empty_like(u), torch.empty_like(v)
+        arguments = _gate(u, v, gradient)
+        arguments.u_gradient, arguments.v_gradient = of_u.data_ptr(), of_v.data_ptr()
+        call("gate_gradient", arguments)
+        return of_u, of_v
+
+
+def _gate(u: Tensor, v: Tensor, y: Tensor) -> Gate:
+    return Gate(u.numel(), KINDS[u.dtype], u.data_ptr(), v.data_ptr(), y.data_ptr())
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
+        ctx.save_for_backward(rotation)
+        return _turned(x, rotation, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (rotation,) = ctx.saved_tensors
+        return _turned(gradient, rotation, back=True), None
+
+
+def _turned(x: Tensor, rotation: Tensor, *, back: bool) -> Tensor:
+    x = x.contiguous()
+    batch, length, heads, head_dim = x.shape
+    y = torch.empty_like(x)
+    arguments = Turn(
+        tokens=batch * length,
+        heads=heads,
+        head_dim=head_dim,
+        kind=KINDS[x.dtype],
+        n_rotations=rotation.numel() // head_dim,
+        back=back,
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        rotation=rotation.data_ptr(),
+    )
+    call("turn", arguments)
+    return y

@@ -1,0 +1,379 @@
+// One forward pass of a few tokens through a whole Llama on a CPU, in one call: what decoding does
+// for each token. The model is minllama/model/llama.py's; this is the same walk without an interpreter
+// between its products, on weights as they are stored (4 and 8 bits, or floating point).
+//
+// A plain C interface, called through ctypes: no headers of Python or torch are needed to build it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <new>
+
+#include "structs.h"
+#include "threads.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define X86 1
+#else
+#define X86 0
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+#if X86
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+#define VECTORS 512
+namespace avx512 {
+#include "simd.inc"
+#include "matmul.inc"
+#include "cached_attention.inc"
+#include "forward.inc"
+#include "elementwise.inc"
+#include "attention.inc"
+#include "lora.inc"
+}
+#undef VECTORS
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define VECTORS 256
+namespace avx2 {
+#include "simd.inc"
+#include "matmul.inc"
+#include "cached_attention.inc"
+#include "forward.inc"
+#include "elementwise.inc"
+#include "attention.inc"
+#include "lora.inc"
+}
+#undef VECTORS
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+#define VECTORS 0
+namespace plain {
+#include "simd.inc"
+#include "matmul.inc"
+#include "cached_attention.inc"
+#include "forward.inc"
+#include "elementwise.inc"
+#include "attention.inc"
+#include "lora.inc"
+}
+#undef VECTORS
+
+namespace {
+
+constexpr int64_t LINE = 64;
+
+// Bytes taken one after the other out of one allocation, each run on a cache line of its own.
+class Arena {
+   public:
+    template <class T>
+    T* take(int64_t n) {
+        T* pointer = reinterpret_cast<T*>(base_ + used_);
+        used_ += (n * int64_t(sizeof(T)) + LINE - 1) / LINE * LINE;
+        return pointer;
+    }
+    void rebase(char* base) { base_ = base, used_ = 0; }
+    int64_t used() const { return used_; }
+
+   private:
+    char* base_ = nullptr;
+    int64_t used_ = 0;
+};
+
+template <class Activations>
+Activations activations(Arena& arena, int64_t tokens, int64_t n) {
+    Activations a;
+    a.n = n;
+    a.values = arena.take<float>(tokens * n);
+    a.digits = arena.take<int8_t>(tokens * n * 2);
+    a.scales = arena.take<float>(tokens * (n / 32 + 1));
+    a.sums = arena.take<int32_t>(tokens * (n / 32 + 1));
+    return a;
+}
+
+template <class Scratch, class Activations>
+Scratch scratch_in(Arena& arena, const Model& model, const Step& step, int64_t chunks) {
+    const int64_t n = step.n_tokens, query = model.n_heads * model.head_dim;
+    Scratch scratch;
+    scratch.normed = activations<Activations>(arena, std::max(n, step.n_logits), model.dim);
+    scratch.attended = activations<Activations>(arena, n, query);
+    scratch.gated = activations<Activations>(arena, n, model.hidden_dim);
+    scratch.x = arena.take<float>(n * model.dim);
+    scratch.projected = arena.take<float>(n * (query + 2 * model.n_kv_heads * model.head_dim));
+    scratch.partial = arena.take<float>(n * model.n_heads * chunks * (model.head_dim + 2));
+    return scratch;
+}
+
+OpenMP openmp;
+
+// Runs work(index, count, of) on threads; it may get fewer of them than it asks for.
+void in_parallel(void (*work)(int64_t, int64_t, void*), void* of, int64_t threads) {
+    struct Call {
+        void (*work)(int64_t, int64_t, void*);
+        void* of;
+        static void run(void* call) {
+            const Call* c = static_cast<Call*>(call);
+            c->work(openmp.thread(), openmp.threads(), c->of);
+        }
+    } call = {work, of};
+    if (threads == 1) {
+        work(0, 1, of);
+    } else if (openmp.parallel) {
+        openmp.parallel(&Call::run, &call, unsigned(threads), 0);
+    } else {
+        // Workers are told how many they are when all have been started that can be.
+        std::atomic<int64_t> count{0};
+        std::vector<std::thread> others;
+        const auto start = [&](int64_t i) {
+            while (!count.load(std::memory_order_acquire)) std::this_thread::yield();
+            work(i, count.load(std::memory_order_relaxed), of);
+        };
+        try {
+            for (int64_t i = 1; i < threads; ++i) others.emplace_back(start, i);
+        } catch (const std::exception&) {  // no more threads, or no memory for one: fewer will do
+        }
+        const int64_t all = int64_t(others.size()) + 1;
+        count.store(all, std::memory_order_release);
+        work(0, all, of);
+        for (std::thread& other : others) other.join();
+    }
+}
+
+// Memory that a thread keeps from call to call; null where there is none left.
+char* kept_memory(int64_t bytes) {
+    static thread_local std::unique_ptr<char[]> memory;
+    static thread_local int64_t size = 0;
+    bytes += LINE;
+    if (size < bytes || size > 4 * bytes + (1 << 20)) {
+        memory.reset();
+        memory.reset(new (std::nothrow) char[bytes]);
+        size = memory ? bytes : 0;
+        if (!memory) return nullptr;
+    }
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory.get());
+    return memory.get() + (LINE - address % LINE) % LINE;
+}
+
+template <class Scratch>
+struct Job {
+    void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, float*);
+    const Model* model;
+    const Step* step;
+    Scratch scratch;
+    float* buffers;
+    int64_t buffer_len;
+    Barrier barrier;
+
+    static void run(int64_t index, int64_t count, void* of) {
+        Job& job = *static_cast<Job*>(of);
+        const Worker worker = {index, count, &job.barrier};
+        job.walk(worker, *job.model, *job.step, job.scratch, job.buffers + index * job.buffer_len);
+    }
+};
+
+template <class Scratch, class Activations>
+int run(void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, float*), const Model& model,
+        const Step& step, int64_t chunks, int64_t chunk_len, int64_t threads) {
+    Job<Scratch> job;
+    job.walk = walk, job.model = &model, job.step = &step;
+    const int64_t group = model.n_heads / model.n_kv_heads;
+    job.buffer_len = (model.head_dim + group * chunk_len + 15) / 16 * 16;
+    Arena arena;
+    scratch_in<Scratch, Activations>(arena, model, step, chunks);
+    arena.take<float>(threads * job.buffer_len);
+    char* memory = kept_memory(arena.used());
+    if (!memory) return 1;
+    arena.rebase(memory);
+    job.scratch = scratch_in<Scratch, Activations>(arena, model, step, chunks);
+    job.buffers = arena.take<float>(threads * job.buffer_len);
+    in_parallel(&Job<Scratch>::run, &job, threads);
+    return 0;
+}
+
+constexpr int64_t WORTH_A_THREAD = 1 << 14;  // numbers to compute; to wake a thread takes as long
+
+// What is shared one by one, and what in even parts, once for each thread: where a thread adds up what
+// comes of its part, so that sums are the same from run to run, or turns matrices before it begins.
+constexpr int64_t EACH = 1, EVENLY = 0;
+
+// One operation over 0 .. total, shared among all threads or, where there is little work, by none: GNU
+// OpenMP ends and starts threads where the size of its team changes.
+template <class Arguments>
+struct Operation {
+    void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t);
+    const Arguments* arguments;
+    int64_t total, grain, buffer_len;
+    float* buffers;
+    Barrier barrier;
+
+    static void run(int64_t index, int64_t count, void* of) {
+        Operation& o = *static_cast<Operation*>(of);
+        const Worker worker = {index, count, &o.barrier};
+        const auto work = [&](int64_t begin, int64_t end) {
+            o.part(*o.arguments, begin, end, o.buffers + index * o.buffer_len, index);
+        };
+        if (o.grain == EVENLY) return work(worker.begin(o.total), worker.end(o.total));
+        worker.share((o.total + o.grain - 1) / o.grain, [&](int64_t begin, int64_t end) {
+            work(begin * o.grain, std::min(end * o.grain, o.total));
+        });
+    }
+};
+
+// `grain`: EVENLY, or how many of `total` stay together.
+template <class Arguments>
+int operate(void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t), const Arguments& arguments,
+            int64_t total, int64_t grain, int64_t buffer_len, int64_t work, int64_t threads) {
+    if (work < 2 * WORTH_A_THREAD) threads = 1;
+    buffer_len = (buffer_len + 15) / 16 * 16;
+    char* memory = kept_memory(threads * buffer_len * int64_t(sizeof(float)));
+    if (!memory) return 1;
+    Operation<Arguments> operation = {part, &arguments, total, grain, buffer_len, reinterpret_cast<float*>(memory), {}};
+    in_parallel(&Operation<Arguments>::run, &operation, threads);
+    return 0;
+}
+
+int64_t attention_work(const Attention& a) {
+    return a.rows * a.n_heads * a.length * (a.head_dim + a.length / 2);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bytes of the structs that calls are made with, in the order of layout.py, which compares them: a
+// library of another version would read its arguments wrongly.
+EXPORT const int64_t* minllama_sizes() {
+    static const int64_t sizes[] = {
+        sizeof(Numbers), sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(Step),  sizeof(Norm),      sizeof(Gate),
+        sizeof(Turn),    sizeof(Apart),  sizeof(Blocks), sizeof(Product), sizeof(AdamW), sizeof(Heads), sizeof(Attention), sizeof(LowRank),
+    };
+    return sizes;
+}
+
+// 2 for AVX-512 with VNNI, 1 for AVX2, 0 for plain C++: the best that this CPU has.
+EXPORT int minllama_best_level() {
+#if X86
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni")) {
+        return 2;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return 1;
+#endif
+    return 0;
+}
+
+EXPORT void minllama_use_openmp(void* parallel, void* thread, void* threads) {
+    openmp.parallel = reinterpret_cast<void (*)(void (*)(void*), void*, unsigned, unsigned)>(parallel);
+    openmp.thread = reinterpret_cast<int (*)()>(thread);
+    openmp.threads = reinterpret_cast<int (*)()>(threads);
+}
+
+// Runs a step; 0 where it did, 1 where there is no memory for it.
+EXPORT int minllama_step(const Model* model, const Step* step, int64_t threads, int level) {
+    const int64_t chunks = plain::most_chunks(*step);
+#if X86
+    if (level == 2) {
+        return run<avx512::Scratch, avx512::Activations>(avx512::walk, *model, *step, chunks, avx512::CHUNK, threads);
+    }
+    if (level == 1) {
+        return run<avx2::Scratch, avx2::Activations>(avx2::walk, *model, *step, chunks, avx2::CHUNK, threads);
+    }
+#endif
+    (void)level;
+    return run<plain::Scratch, plain::Activations>(plain::walk, *model, *step, chunks, plain::CHUNK, threads);
+}
+
+#if X86
+#define AT_LEVEL(function) (level == 2 ? avx512::function : level == 1 ? avx2::function : plain::function)
+#else
+#define AT_LEVEL(function) ((void)level, plain::function)
+#endif
+
+// As minllama_step, these give 0, or 1 where there is no memory left.
+EXPORT int minllama_norm(const Norm* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(norm_rows), *a, a->rows, EACH, 3 * a->dim, a->rows * a->dim, threads);
+}
+
+EXPORT int minllama_norm_gradient(const Norm* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(norm_gradient_rows), *a, a->rows, EVENLY, 5 * a->dim, a->rows * a->dim, threads);
+}
+
+EXPORT int minllama_gate(const Gate* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(gate_part), *a, a->n, plain::PART, 5 * plain::PART, a->n, threads);
+}
+
+EXPORT int minllama_gate_gradient(const Gate* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(gate_gradient_part), *a, a->n, plain::PART, 5 * plain::PART, a->n, threads);
+}
+
+EXPORT int minllama_turn(const Turn* a, int64_t threads, int level) {
+    const int64_t width = a->heads * a->head_dim;
+    return operate(AT_LEVEL(turn_tokens), *a, a->tokens, EACH, 2 * width, a->tokens * width, threads);
+}
+
+EXPORT int minllama_take_apart(const Apart* a, int64_t threads, int level) {
+    const Linear& w = *a->weight;
+    return operate(AT_LEVEL(take_apart), *a, plain::panels(w), EACH, 0, w.in_dim * w.out_dim, threads);
+}
+
+EXPORT int minllama_pack(const Blocks* a, int64_t threads, int level) {
+    const int64_t total = (a->rows + plain::PANEL - 1) / plain::PANEL;
+    return operate(AT_LEVEL(pack_panels), *a, total, EACH, 0, a->rows * a->blocks * plain::BLOCK, threads);
+}
+
+EXPORT int minllama_attention(const Attention* a, int64_t threads, int level) {
+    const int64_t blocks = (a->length + plain::QUERIES - 1) / plain::QUERIES;
+    const int64_t total = a->rows * a->n_kv_heads * blocks;
+    return operate(AT_LEVEL(attention_items), *a, total, EACH, plain::attention_buffer(*a), attention_work(*a), threads);
+}
+
+EXPORT int minllama_attention_gradient(const Attention* a, int64_t threads, int level) {
+    const int64_t total = a->rows * a->n_kv_heads;
+    return operate(AT_LEVEL(attention_gradient_items), *a, total, EACH, plain::attention_buffer(*a), attention_work(*a), threads);
+}
+
+EXPORT int minllama_low_rank(const LowRank* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in + a->out), threads);
+}
+
+EXPORT int minllama_low_rank_gradient(const LowRank* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in + a->out),
+                   threads);
+}
+
+EXPORT int minllama_adamw(const AdamW* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(adamw_part), *a, a->starts[a->n_tensors], plain::PART, 0, a->starts[a->n_tensors], threads);
+}
+
+// Two calls: the second reads what the first has written.
+EXPORT int minllama_product_digits(const Product* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(product_digits), *a, a->rows, EACH, 0, a->rows * a->weight->in_dim, threads);
+}
+
+EXPORT int minllama_product(const Product* a, int64_t threads, int level) {
+    const Linear& w = *a->weight;
+    const int64_t total = plain::panels(w) * ((a->rows + plain::ROWS - 1) / plain::ROWS);
+    return operate(AT_LEVEL(product_panels), *a, total, EACH, 0, w.in_dim * w.out_dim, threads);
+}
+
+}  // extern "C"

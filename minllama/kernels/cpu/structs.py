@@ -1,0 +1,244 @@
+"""The structs of `model.h` for ctypes: the same fields in the same order."""
+
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+INT4, INT8 = 0, 1
+
+
+class Numbers(Structure):
+    _fields_ = (("data", c_void_p), ("kind", c_int64))
+
+
+class Linear(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scales", c_void_p),
+        ("mins", c_void_p),
+        ("bias", Numbers),
+        ("kind", c_int64),
+        ("in_dim", c_int64),
+        ("out_dim", c_int64),
+    )
+
+
+def quantized_linear(weight: Any) -> Linear:
+    """How a `minllama.quantization.modules.QuantizedWeight` lies in memory."""
+    return Linear(
+        weight=weight.quants.data_ptr(),
+        scales=weight.scales.data_ptr(),
+        mins=None if weight.mins is None else weight.mins.data_ptr(),
+        kind=INT4 if weight.bits == 4 else INT8,
+        in_dim=weight.in_features,
+        out_dim=weight.out_features,
+    )
+
+
+def dense_linear(weight: Tensor) -> Linear:
+    """How a matrix (out, in) of numbers lies in memory."""
+    rows, columns = weight.shape
+    return Linear(weight=weight.data_ptr(), kind=KINDS[weight.dtype], in_dim=columns, out_dim=rows)
+
+
+class Layer(Structure):
+    _fields_ = (
+        ("attention_norm", Numbers),
+        ("query", Linear),
+        ("key", Linear),
+        ("value", Linear),
+        ("output", Linear),
+        ("ffn_norm", Numbers),
+        ("w1", Linear),
+        ("w2", Linear),
+        ("w3", Linear),
+    )
+
+
+class Model(Structure):
+    _fields_ = (
+        ("dim", c_int64),
+        ("n_layers", c_int64),
+        ("n_heads", c_int64),
+        ("n_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("hidden_dim", c_int64),
+        ("norm_eps", c_double),
+        ("embedding", Linear),
+        ("output", Linear),
+        ("norm", Numbers),
+        ("layers", POINTER(Layer)),
+    )
+
+
+class Step(Structure):
+    _fields_ = (
+        ("n_tokens", c_int64),
+        ("ids", c_void_p),
+        ("rows", c_void_p),
+        ("slots", c_void_p),
+        ("rotation", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("cache_kind", c_int64),
+        ("row_stride", c_int64),
+        ("head_stride", c_int64),
+        ("hidden", c_void_p),
+        ("n_logits", c_int64),
+        ("logits_of", c_void_p),
+        ("logits", c_void_p),
+    )
+
+
+class Norm(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("dim", c_int64),
+        ("eps", c_double),
+        ("x", c_void_p),
+        ("x_kind", c_int64),
+        ("weight", c_void_p),
+        ("weight_kind", c_int64),
+        ("y", c_void_p),
+        ("y_kind", c_int64),
+        ("inverse", c_void_p),
+        ("gradient", c_void_p),
+        ("of_weight", c_void_p),
+    )
+
+
+class Gate(Structure):
+    _fields_ = (
+        ("n", c_int64),
+        ("kind", c_int64),
+        ("u", c_void_p),
+        ("v", c_void_p),
+        ("y", c_void_p),
+        ("u_gradient", c_void_p),
+        ("v_gradient", c_void_p),
+    )
+
+
+class Turn(Structure):
+    _fields_ = (
+        ("tokens", c_int64),
+        ("heads", c_int64),
+        ("head_dim", c_int64),
+        ("kind", c_int64),
+        ("n_rotations", c_int64),
+        ("back", c_int64),
+        ("x", c_void_p),
+        ("y", c_void_p),
+        ("rotation", c_void_p),
+    )
+
+
+class Apart(Structure):
+    _fields_ = (
+        ("weight", POINTER(Linear)),
+        ("y", c_void_p),
+        ("kind", c_int64),
+    )
+
+
+class Blocks(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("blocks", c_int64),
+        ("bytes", c_int64),
+        ("kind", c_int64),
+        ("data", c_void_p),
+        ("weight", c_void_p),
+        ("scales", c_void_p),
+        ("mins", c_void_p),
+    )
+
+
+class Product(Structure):
+    _fields_ = (
+        ("weight", POINTER(Linear)),
+        ("rows", c_int64),
+        ("x", c_void_p),
+        ("digits", c_void_p),
+        ("scales", c_void_p),
+        ("sums", c_void_p),
+        ("y", c_void_p),
+    )
+
+
+class AdamW(Structure):
+    _fields_ = (
+        ("n_tensors", c_int64),
+        ("starts", c_void_p),
+        ("parameters", c_void_p),
+        ("gradients", c_void_p),
+        ("exp_avgs", c_void_p),
+        ("exp_avg_sqs", c_void_p),
+        ("beta1", c_double),
+        ("beta2", c_double),
+        ("eps", c_double),
+        ("step_size", c_double),
+        ("shrink", c_double),
+    )
+
+
+class Heads(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("row_stride", c_int64),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+    )
+
+
+class Attention(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("length", c_int64),
+        ("n_heads", c_int64),
+        ("n_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("kind", c_int64),
+        ("starts", c_void_p),
+        ("query", Heads),
+        ("key", Heads),
+        ("value", Heads),
+        ("out", Heads),
+        ("log_sums", c_void_p),
+        ("out_gradient", Heads),
+        ("query_gradient", Heads),
+        ("key_gradient", Heads),
+        ("value_gradient", Heads),
+    )
+
+
+class LowRank(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("in_dim", c_int64),
+        ("out_dim", c_int64),
+        ("rank", c_int64),
+        ("kind", c_int64),
+        ("onto", c_int64),
+        ("scale", c_double),
+        ("dropout", c_double),
+        ("seed", c_int64),
+        ("x", c_void_p),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("y", c_void_p),
+        ("low", c_void_p),
+        ("x_gradient", c_void_p),
+        ("a_parts", c_void_p),
+        ("b_parts", c_void_p),
+    )
+
+
+# In the order of `minllama_sizes`.
+STRUCTS = (
+    *(Numbers, Linear, Layer, Model, Step, Norm, Gate),
+    *(Turn, Apart, Blocks, Product, AdamW, Heads, Attention, LowRank),
+)

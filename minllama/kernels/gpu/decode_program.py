@@ -1,0 +1,367 @@
+"""The kernels of a step in order: one token of each row through a whole Llama on a GPU.
+
+The walk of `minllama.model.llama`, for one row of a dense model in products that do in passing what
+lies between them, for several rows and for weights in blocks around whole products. All that it
+reads and writes lies where it lay at the step before, so that it can be captured in a CUDA graph.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minllama.kernels.gpu import support as gpu
+from minllama.model.config import LlamaConfig
+
+# Elements of a weight that a program of one-row products reads at once, and the most columns.
+TILE, MOST_COLUMNS, WIDE = 8192, 8192, 8192
+# What begins while the kernel before it ends: products, which have weights to fetch.
+STREAMING = ("project_query_key_value", "add_product", "gate", "project_vocabulary")
+# Of the cache, what attention reads at once: slots, and bytes of their keys.
+SLOTS, MOST_BYTES = 64, 16384
+PROGRAMS = 512  # of attention, about: rows x key heads x parts of the slots
+MOST_PARTS = 32
+
+
+class Layer(NamedTuple):
+    """What a layer computes with.
+
+    Attributes:
+        attention_norm, ffn_norm: (D,).
+        weights: of query, key, value, output, w1, w2, w3: a tensor (out, in), or a weight in blocks
+            (`minllama.quantization.modules.QuantizedWeight`).
+        biases: theirs; None where there is none.
+    """
+
+    attention_norm: Tensor
+    ffn_norm: Tensor
+    weights: tuple[Any, ...]
+    biases: tuple[Tensor | None, ...]
+
+
+class Model(NamedTuple):
+    """What a Llama computes with; `embedding` and `head` may be the same."""
+
+    config: LlamaConfig
+    dtype: torch.dtype
+    device: torch.device
+    layers: list[Layer]
+    embedding: Any
+    head: Any
+    norm: Tensor
+
+    def takes_one_row(self, n: int) -> bool:
+        """Whether products do in passing what is between them: of one row, with no blocks."""
+        weights = [self.embedding, self.head, *(w for layer in self.layers for w in layer.weights)]
+        return n == 1 and all(isinstance(weight, Tensor) for weight in weights)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a step of so many rows reads and writes, always in the same place.
+
+    Attributes:
+        ids: (B,) the tokens.
+        lengths: (B,) how many each row had before, negative where it is none; the walk counts on.
+        hidden: (B, D) after the last norm, in the model's dtype.
+        logits: (B, V), float32 for one row of a dense model, else in the model's dtype.
+        h: (B, D) float32, the residual stream.
+        query, attended, gated: (B, H * C), the same, (B, F).
+        partial, peak, total: of the parts of attention, float32; see `kernels.attend`.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    hidden: Tensor
+    logits: Tensor
+    h: Tensor
+    query: Tensor
+    attended: Tensor
+    gated: Tensor
+    partial: Tensor
+    peak: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, model: Model, n: int) -> "Rows":
+        config, wide = model.config, torch.float32
+        parts = gpu.power_of_two(max(1, PROGRAMS // (n * config.n_kv_heads)))
+        parts, query_dim = min(MOST_PARTS, parts), config.n_heads * config.head_dim
+        # In a step of one row kernels hand on what they have as they have it.
+        between = wide if model.takes_one_row(n) else model.dtype
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(n, *shape, dtype=dtype, device=model.device)
+
+        # Whoever makes them may be in inference mode, and whoever comes next not.
+        with torch.inference_mode(False):
+            return cls(
+                ids=zeros(dtype=torch.int64),
+                lengths=zeros(dtype=torch.int64),
+                hidden=zeros(config.dim, dtype=model.dtype),
+                logits=zeros(config.vocab_size, dtype=between),
+                h=zeros(config.dim, dtype=wide),
+                query=zeros(query_dim, dtype=model.dtype),
+                attended=zeros(query_dim, dtype=between),
+                gated=zeros(config.hidden_dim, dtype=between),
+                partial=zeros(config.n_heads, parts, config.head_dim, dtype=wide),
+                peak=zeros(config.n_heads, parts, dtype=wide),
+                total=zeros(config.n_heads, parts, dtype=wide),
+            )
+
+
+class Walk:
+    """Launches every kernel of a step on the current stream.
+
+    Args:
+        model: what is computed with.
+        places: addresses of each layer's keys, of each layer's values and of the rotations, and two
+            strides of the cache, int64 on the device; see `kernels`.
+        early: products start while the kernel before them still runs.
+    """
+
+    def __init__(self, model: Model, places: Tensor, *, early: bool) -> None:
+        from minllama.kernels.gpu import decode_kernels as kernels
+
+        self._model, self._config, self._places = model, model.config, places
+        self._kernels, self._early = kernels, early
+
+    def __call__(self, rows: Rows) -> None:
+        config, n = self._config, len(rows.ids)
+        if isinstance(self._model.embedding, Tensor):
+            self._launch(
+                "embed",
+                (n,),
+                *(rows.ids, self._model.embedding, rows.h, config.vocab_size),
+                D=config.dim,
+                BLOCK=gpu.power_of_two(config.dim),
+            )
+        else:
+            rows.h.copy_(self._model.embedding.rows(rows.ids))
+        if self._model.takes_one_row(n):
+            self._one_row(rows)
+        else:
+            self._several_rows(rows)
+        rows.lengths.add_(1)
+
+    def _launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        """One of the kernels, by its name."""
+        if self._early and name in STREAMING:
+            # An option of NVIDIA's compiler, which others and the interpreter do not know.
+            constants["launch_pdl"] = True
+        getattr(self._kernels, name)[grid](*arguments, **constants, EARLY=self._early)
+
+    def _attend(self, rows: Rows, layer: int, query: Tensor) -> None:
+        config, n, parts = self._config, len(rows.ids), rows.peak.shape[-1]
+        width = max(16, gpu.power_of_two(config.head_dim))
+        self._launch(
+            "attend",
+            (n, config.n_kv_heads, parts),
+            query,
+            rows.attended if parts == 1 else rows.partial,
+            rows.peak,
+            rows.total,
+            self._places,
+            rows.lengths,
+            layer,
+            config.head_dim**-0.5,
+            **self._heads(),
+            SPLITS=parts,
+            SLOTS=max(16, min(SLOTS, MOST_BYTES // (width * query.element_size()))),
+            GROUP=max(16, gpu.power_of_two(config.n_heads // config.n_kv_heads)),
+            BLOCK=width,
+            PRECISION="ieee" if self._model.dtype == torch.float32 else "tf32",
+        )
+        if parts > 1:
+            self._launch(
+                "combine",
+                (n * config.n_heads,),
+                rows.partial,
+                rows.peak,
+                rows.total,
+                rows.attended,
+                C=config.head_dim,
+                SPLITS=parts,
+                BLOCK=gpu.power_of_two(config.head_dim),
+            )
+
+    def _heads(self) -> dict[str, int]:
+        config = self._config
+        return {
+            "H": config.n_heads,
+            "K": config.n_kv_heads,
+            "C": config.head_dim,
+            "LAYERS": config.n_layers,
+        }
+
+    def _one_row(self, rows: Rows) -> None:
+        config, h = self._config, rows.h
+        eps, dim = config.norm_eps, config.dim
+        of_dim = {"D": dim, "BLOCK": _columns(dim)}
+        for number, layer in enumerate(self._model.layers):
+            query, key, value, output, w1, w2, w3 = layer.weights
+            b_query, b_key, b_value, b_output, b1, b2, b3 = layer.biases
+            n_rows = _rows(config.head_dim, dim)
+            self._launch(
+                "project_query_key_value",
+                ((len(query) + 2 * len(key)) // n_rows,),
+                h,
+                layer.attention_norm,
+                *(query, key, value),
+                *_biases(query, b_query, b_key, b_value),
+                rows.query,
+                self._places,
+                rows.lengths,
+                number,
+                eps,
+                **of_dim,
+                **self._heads(),
+                ROWS=n_rows,
+                BIAS=b_query is not None,
+                num_warps=_warps(dim),
+            )
+            self._attend(rows, number, rows.query)
+            self._add_product(rows.attended, output, b_output, h)
+            n_rows = max(1, _rows(len(w1), dim) // 2)  # of each of two matrices
+            self._launch(
+                "gate",
+                (len(w1) // n_rows,),
+                h,
+                layer.ffn_norm,
+                *(w1, w3),
+                *_biases(w1, b1, b3),
+                rows.gated,
+                eps,
+                **of_dim,
+                ROWS=n_rows,
+                BIAS=b1 is not None,
+                num_warps=_warps(dim),
+            )
+            self._add_product(rows.gated, w2, b2, h)
+        self._launch(
+            "add_and_normalise",
+            (1,),
+            h,
+            h,
+            self._model.norm,
+            rows.hidden,
+            eps,
+            D=dim,
+            BLOCK=gpu.power_of_two(dim),
+            ADD=False,
+        )
+        n_rows = _rows(config.vocab_size, dim)
+        self._launch(
+            "project_vocabulary",
+            (config.vocab_size // n_rows,),
+            *(h, self._model.norm, self._model.head, rows.logits, eps),
+            **of_dim,
+            ROWS=n_rows,
+            num_warps=_warps(dim),
+        )
+
+    def _add_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> None:
+        out, n = weight.shape
+        n_rows = _rows(out, n)
+        self._launch(
+            "add_product",
+            (out // n_rows,),
+            x,
+            weight,
+            *_biases(weight, bias),
+            h,
+            N=n,
+            ROWS=n_rows,
+            BLOCK=_columns(n),
+            BIAS=bias is not None,
+            num_warps=_warps(n),
+        )
+
+    def _several_rows(self, rows: Rows) -> None:
+        config, n = self._config, len(rows.ids)
+        h, eps = rows.h, config.norm_eps
+        heads = config.n_heads + 2 * config.n_kv_heads
+
+        def normalise(gain: Tensor, x: Tensor | None) -> Tensor:
+            self._launch(
+                "add_and_normalise",
+                (n,),
+                h,
+                h if x is None else x,
+                gain,
+                rows.hidden,
+                eps,
+                D=config.dim,
+                BLOCK=gpu.power_of_two(config.dim),
+                ADD=x is not None,
+            )
+            return rows.hidden
+
+        x: Tensor | None = None
+        for number, layer in enumerate(self._model.layers):
+            product = [
+                functools.partial(_product, weight, bias)
+                for weight, bias in zip(layer.weights, layer.biases, strict=True)
+            ]
+            normal = normalise(layer.attention_norm, x)
+            query = product[0](normal)
+            self._launch(
+                "turn_and_keep",
+                (n, heads),
+                query,
+                product[1](normal),
+                product[2](normal),
+                self._places,
+                rows.lengths,
+                number,
+                **self._heads(),
+                BLOCK=gpu.power_of_two(config.head_dim),
+            )
+            self._attend(rows, number, query)
+            normal = normalise(layer.ffn_norm, product[3](rows.attended))
+            total = n * config.hidden_dim
+            self._launch(
+                "swiglu",
+                (-(-total // 1024),),
+                product[4](normal),
+                product[6](normal),
+                rows.gated,
+                total,
+                BLOCK=1024,
+            )
+            x = product[5](rows.gated)
+        rows.logits.copy_(_product(self._model.head, None, normalise(self._model.norm, x)))
+
+
+def _product(weight: Any, bias: Tensor | None, x: Tensor) -> Tensor:
+    """W x + b of some rows: (B, in) -> (B, out)."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    y = gpu.product(weight, x)
+    return y if bias is None else y + bias
+
+
+def _biases(stand_in: Tensor, *biases: Tensor | None) -> Sequence[Tensor]:
+    """Where there is no bias a tensor that a kernel does not read."""
+    return [stand_in if bias is None else bias for bias in biases]
+
+
+def _columns(n: int) -> int:
+    """Columns of a weight that a program reads at once."""
+    return min(MOST_COLUMNS, gpu.power_of_two(n))
+
+
+def _rows(height: int, width: int) -> int:
+    """Rows of a weight that go to one program: a power of two that divides the height."""
+    columns = _columns(width)
+    most = max(4 if columns >= WIDE else 2, TILE // columns)
+    return min(most, height & -height)
+
+
+def _warps(width: int) -> int:
+    """Warps of a program of one-row products."""
+    return 8 if _columns(width) >= WIDE else 4

@@ -1,0 +1,289 @@
+"""The adapters of a whole Llama: added, switched, combined, merged, removed.
+
+Knows nothing of the arithmetic (`minllama.lora.layer`), of files (`minllama.lora.peft_files`) or of
+what trains them.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from minllama.errors import MinllamaError
+from minllama.lora.layer import AnyLinear, LoRAAdapter, LoRALayer, check_adapter_name
+from minllama.lora.targets import ALL_LINEAR, matching_modules
+from minllama.model.llama import Llama
+from minllama.options import LoRAOptions
+
+
+def add_lora_wrapper(
+    model: nn.Module,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    r: int = 8,
+    lora_alpha: float = 16.0,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    layers_to_transform: int | Collection[int] | None = None,
+    adapter_name: str = "default",
+) -> list[str]:
+    """Turn linear layers of a Llama into LoRA layers and freeze the rest of it.
+
+    Called again with another `adapter_name`, it adds a second adapter, which is then the one that
+    is active and trained. What a classifier has beside its Llama, such as a head, is left as it is.
+
+    Args:
+        model: a Llama, or a module that holds one.
+        target_modules: "all-linear" (each projection of each layer, not the vocabulary's), or
+            names: whole (`layers.0.attention.compute_query`) or the end of one (`compute_query`,
+            `feed_forward.w1`), ours or Hugging Face's (`q_proj`); or regular expressions, which
+            must match a whole name, ours or theirs.
+        r, lora_alpha, lora_dropout, use_rslora, use_dora: see `LoRALayer`.
+        layers_to_transform: numbers of the layers to adapt, from 0; None for all.
+        adapter_name: letters, digits, `_` and `-`.
+
+    Returns:
+        The names of the LoRA layers, within the Llama.
+
+    Raises:
+        MinllamaError: a target matches nothing (the names that there are, are listed), an option
+            is out of its range, or the name is taken. The model is as it was.
+    """
+    options = LoRAOptions(
+        target_modules=target_modules,  # type: ignore[arg-type]  # one string, too, may stand here
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+    )
+    llama = llama_of(model)
+    names = matching_modules(llama, options.target_modules, layers_to_transform)
+    attach_adapter(llama, adapter_name, dict.fromkeys(names, options))
+    return names
+
+
+def attach_adapter(
+    llama: Llama, adapter_name: str, options: Mapping[str, LoRAOptions]
+) -> dict[str, LoRAAdapter]:
+    """Put a fresh adapter, which is then the active one, beside linear layers of a frozen Llama.
+
+    Args:
+        llama: what is adapted.
+        adapter_name: a new one.
+        options: name of a linear layer -> the rank and scale that it gets.
+
+    Returns:
+        Name of the linear layer -> what stands beside it.
+
+    Raises:
+        MinllamaError: the name cannot be one or is taken, or adapters are merged; the model is as
+            it was.
+    """
+    check_adapter_name(adapter_name)
+    if adapter_name in adapter_names(llama):
+        raise MinllamaError(f"an adapter {adapter_name!r} is there already; choose another name")
+    _check_unmerged(llama)
+    llama.requires_grad_(False)
+    for name, of_layer in options.items():
+        module = llama.get_submodule(name)
+        if isinstance(module, LoRALayer):
+            module.add_adapter(adapter_name, of_layer)
+        else:
+            assert isinstance(module, AnyLinear)
+            layer = LoRALayer(
+                module,
+                of_layer.r,
+                of_layer.lora_alpha,
+                of_layer.lora_dropout,
+                use_rslora=of_layer.use_rslora,
+                use_dora=of_layer.use_dora,
+                adapter_name=adapter_name,
+            )
+            llama.set_submodule(name, layer)
+    set_adapters(llama, adapter_name)
+    layers = lora_layers(llama)
+    return {name: layers[name].adapter(adapter_name) for name in options}
+
+
+def remove_lora_wrapper(model: nn.Module, *, merge: bool = True) -> None:
+    """Give back a Llama of plain linear layers, which stay frozen.
+
+    Args:
+        model: a Llama, or a module that holds one.
+        merge: the active adapters become part of the weights; False: they are dropped, and the
+            weights are what they were before.
+
+    Raises:
+        MinllamaError: there are no adapters, or the merged weights are NaN or infinite.
+    """
+    llama = llama_of(model)
+    layers = _layers_or_error(llama)
+    if merge and not is_merged(llama):
+        _check_mergeable(layers)
+    for name, layer in layers.items():
+        if merge and not layer.is_merged:
+            layer.merge()
+        elif layer.is_merged and not merge:
+            layer.unmerge()
+        # Each layer's old weight goes before the next one's new weight comes.
+        llama.set_submodule(name, layer.base)
+
+
+def merge_lora(
+    model: nn.Module, sample: Tensor | Callable[[], Tensor] | None = None
+) -> float | None:
+    """Add the active adapters to the weights, until `unmerge_lora`: they need no products then.
+
+    Computed in float32 and rounded once to the weights' dtype: that rounding is the drift. The
+    weights as they were are kept beside, for an exact way back; `remove_lora_wrapper` lets them go.
+
+    Args:
+        model: a Llama, or a module that holds one.
+        sample: token ids (B, T), or a function that computes logits (such as a classifier's) with
+            the model.
+
+    Returns:
+        The largest |logit after - logit before| on the sample, without dropout; None without one.
+
+    Raises:
+        MinllamaError: there are no adapters, they are merged already, or the merged weights would
+            be NaN or infinite; the model is as it was.
+    """
+    llama = llama_of(model)
+    layers = _layers_or_error(llama)
+    if is_merged(llama):
+        raise MinllamaError("the adapters are merged already; unmerge_lora() undoes it")
+    _check_mergeable(layers)
+    with _without_dropout(model), torch.no_grad():
+        before = _logits(llama, sample)
+        for layer in layers.values():
+            layer.merge()
+        after = _logits(llama, sample)
+        if before is None or after is None:
+            return None
+        return float((after - before).abs().max())
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Undo `merge_lora`: the weights are what they were, to the bit.
+
+    Raises:
+        MinllamaError: the adapters are not merged.
+    """
+    llama = llama_of(model)
+    if not is_merged(llama):
+        raise MinllamaError("the adapters are not merged, so there is nothing to undo")
+    for layer in lora_layers(llama).values():
+        layer.unmerge()
+
+
+def set_adapters(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
+    """Choose which adapters take part: one, several, or several with their shares.
+
+    Args:
+        model: a Llama, or a module that holds one.
+        adapters: a name; names; or name -> share, `{"a": 1.0, "b": 0.5}`. None of them (`[]`) is
+            the base alone. What is trained does not change.
+
+    Raises:
+        MinllamaError: a name is unknown (those that there are, are listed), a share is not a finite
+            number, or the adapters are merged.
+    """
+    llama = llama_of(model)
+    layers = _layers_or_error(llama)
+    if isinstance(adapters, str):
+        adapters = [adapters]
+    shares = dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
+    known = adapter_names(llama)
+    for name, share in shares.items():
+        if name not in known:
+            raise MinllamaError(f"there is no adapter {name!r}; there are {', '.join(known)}")
+        if not math.isfinite(share):
+            raise MinllamaError(f"the share of adapter {name!r} must be finite, not {share}")
+    _check_unmerged(llama)
+    for layer in layers.values():
+        layer.active = {name: share for name, share in shares.items() if name in layer.adapters}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of a model's adapters, in the order in which they were added."""
+    layers = lora_layers(model).values()
+    return list(dict.fromkeys(name for layer in layers for name in layer.adapters))
+
+
+def lora_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """The parameters of one adapter, or of all."""
+    return [
+        parameter
+        for layer in lora_layers(model).values()
+        for name, adapter in layer.adapters.items()
+        if adapter_name in (None, name)
+        for parameter in adapter.parameters()
+    ]
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """Name within the Llama -> LoRALayer, in the order of the layers."""
+    return {
+        name: module
+        for name, module in llama_of(model).named_modules()
+        if isinstance(module, LoRALayer)
+    }
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether adapters are merged into the weights at the moment."""
+    return any(layer.is_merged for layer in lora_layers(model).values())
+
+
+def llama_of(model: nn.Module) -> Llama:
+    """The Llama that `model` is or holds.
+
+    Raises:
+        MinllamaError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, Llama):
+            return module
+    raise MinllamaError(f"a {type(model).__name__} holds no Llama; give a Llama or a classifier")
+
+
+def _check_unmerged(llama: Llama) -> None:
+    if is_merged(llama):
+        raise MinllamaError("adapters are merged into the weights; unmerge_lora() comes first")
+
+
+def _layers_or_error(llama: Llama) -> dict[str, LoRALayer]:
+    if layers := lora_layers(llama):
+        return layers
+    raise MinllamaError("the model has no adapters; add_lora_wrapper() or load_adapter() adds them")
+
+
+def _check_mergeable(layers: Mapping[str, LoRALayer]) -> None:
+    """All of them can be merged, or none is begun with."""
+    for name, layer in layers.items():
+        try:
+            layer.merged_weight()
+        except MinllamaError as error:
+            raise MinllamaError(f"{name}: {error}") from error
+
+
+def _logits(llama: Llama, sample: Tensor | Callable[[], Tensor] | None) -> Tensor | None:
+    if sample is None:
+        return None
+    logits: Tensor = llama(sample).logits if isinstance(sample, Tensor) else sample()
+    return logits.float()
+
+
+@contextlib.contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

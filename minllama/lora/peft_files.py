@@ -1,0 +1,177 @@
+"""Adapters on disk, in PEFT's own files: adapter_config.json and adapter_model.safetensors.
+
+An adapter of ours loads in PEFT on the transformers model, and the other way round. Rows of q and k
+are in Hugging Face's order there (`minllama.checkpoints.huggingface`). Knows nothing of what an
+adapter was trained for; whether the base is the right one is for the caller to check.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minllama.atomic import atomic_folder
+from minllama.checkpoints.huggingface import rotated_heads, to_half_split
+from minllama.checkpoints.peft import (
+    HEAD_KEY,
+    KEYS,
+    PICKLED_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    read_adapter,
+    their_module_name,
+)
+from minllama.checkpoints.peft_config import CONFIG_FILE, describe, write_adapter_config
+from minllama.errors import MinllamaError
+from minllama.lora.inject import adapter_names, attach_adapter, llama_of, lora_layers
+from minllama.lora.layer import AnyLinear, LoRALayer
+from minllama.lora.targets import linear_names
+from minllama.model.config import LlamaConfig
+from minllama.options import LoRAOptions
+
+FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE)
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What came with an adapter's matrices.
+
+    Attributes:
+        adapter_name: what it is called in the model.
+        modules: the names of the LoRA layers, within the Llama.
+        base_model_name: what it was trained on; None where the file does not say.
+        head: (classes, D), float32, the head of a sequence classifier; None where it has none.
+    """
+
+    adapter_name: str
+    modules: tuple[str, ...]
+    base_model_name: str | None
+    head: Tensor | None
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    adapter_name: str = "default",
+    base_model_name: str | None = None,
+    head: Tensor | None = None,
+) -> None:
+    """Write one adapter of a model as PEFT does; the folder appears whole or not at all.
+
+    Args:
+        folder: where to; other files in an existing folder are kept.
+        model: a Llama with adapters, or a module that holds one; merged or not.
+        adapter_name: which of its adapters.
+        base_model_name: the path or Hugging Face id that PEFT is to load the base from.
+        head: (classes, D), without a bias: the adapter is then one of a sequence classifier
+            (SEQ_CLS) and carries the head, as PEFT does it; None for a language model (CAUSAL_LM).
+
+    Raises:
+        MinllamaError: there is no such adapter, or the folder cannot be written.
+    """
+    with atomic_folder(folder, replaces=lambda name: name in FILES) as staging:
+        write_adapter(
+            staging, model, adapter_name=adapter_name, base_model_name=base_model_name, head=head
+        )
+
+
+def write_adapter(
+    folder: Path,
+    model: nn.Module,
+    *,
+    adapter_name: str = "default",
+    base_model_name: str | None = None,
+    head: Tensor | None = None,
+) -> None:
+    """Write an adapter's two files into a folder that is there; see `save_adapter`."""
+    from safetensors.torch import save
+
+    llama = llama_of(model)
+    adapters = {
+        name: layer.adapter(adapter_name)
+        for name, layer in lora_layers(llama).items()
+        if adapter_name in layer.adapters
+    }
+    if not adapters:
+        known = ", ".join(adapter_names(llama)) or "none"
+        raise MinllamaError(f"there is no adapter {adapter_name!r} to save; there are {known}")
+    tensors = {
+        f"{PREFIX}{their_module_name(name)}.{KEYS[parameter]}": _on_disk(
+            _theirs(name, parameter, tensor, llama.config)
+        )
+        for name, adapter in adapters.items()
+        for parameter, tensor in adapter.named_parameters()
+    }
+    if head is not None:
+        tensors[HEAD_KEY] = _on_disk(head)
+    config = describe(
+        {their_module_name(name): adapter.options for name, adapter in adapters.items()},
+        base_model_name=base_model_name,
+        has_head=head is not None,
+    )
+    write_adapter_config(folder, config)
+    # Not by the library's save_file, whose errors of a full disk are of its own kind.
+    (folder / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str = "default"
+) -> LoadedAdapter:
+    """Put an adapter that PEFT or `save_adapter` wrote beside the weights of a model.
+
+    It is then the active one; the Llama is frozen, the adapter can be trained on. Nothing is drawn
+    at random: each number is the file's, or the model stays as it was.
+
+    Args:
+        model: a Llama, or a module that holds one.
+        folder: that of adapter_config.json; weights as safetensors, or pickled (read by torch's
+            restricted unpickler).
+        adapter_name: what to call it; a new name.
+
+    Returns:
+        What it adapts, and the head that came with it, which is the caller's to use.
+
+    Raises:
+        MinllamaError: a file is missing or damaged; it asks for what minllama does not compute; it
+            does not fit the model (each missing, unexpected and misshapen tensor is listed); the
+            name is taken. The model is as it was.
+    """
+    llama = llama_of(model)
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in linear_names(llama):
+        module = llama.get_submodule(name)
+        assert isinstance(module, AnyLinear | LoRALayer)
+        shapes[name] = (module.out_features, module.in_features)
+    stored = read_adapter(Path(folder), shapes, llama.config)
+    state = {
+        name: {key: stored.parameter(name, key, llama.config) for key in _parameters(options)}
+        for name, options in stored.options.items()
+    }
+    head = stored.head()
+    # Fresh adapters draw numbers, which are overwritten: a caller's seed must not notice.
+    with torch.random.fork_rng(devices=[]):
+        adapters = attach_adapter(llama, adapter_name, stored.options)
+    for name, adapter in adapters.items():
+        for parameter, tensor in adapter.named_parameters():
+            tensor.data.copy_(state[name][parameter])
+    base = stored.config.base_model_name
+    return LoadedAdapter(adapter_name, tuple(stored.options), base, head)
+
+
+def _parameters(options: LoRAOptions) -> list[str]:
+    return [name for name in KEYS if options.use_dora or name != "lora_magnitude_vector"]
+
+
+def _theirs(module: str, parameter: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
+    """One of an adapter's parameters with its rows in Hugging Face's order."""
+    n_heads = rotated_heads(f"{module}.", config)
+    if n_heads is None or parameter == "lora_A":  # whose rows are not channels of q or k
+        return tensor
+    return to_half_split(tensor, n_heads)
+
+
+def _on_disk(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()

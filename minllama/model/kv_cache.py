@@ -1,0 +1,208 @@
+"""Keys and values already computed, so that a text is read once however long it is continued.
+
+The caller owns the cache: it makes one, hands it to each forward pass, and may cut, copy or drop
+rows in between. Knows nothing of attention.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minllama.errors import MinllamaError
+from minllama.model.config import LlamaConfig
+
+
+class KVCache:
+    """Preallocated keys and values of a batch of texts of different lengths.
+
+    Slot s of a row holds the key and value at position s of that row's text, so rows are aligned at
+    their start and slots from a row's length on are free. A forward pass writes the new tokens'
+    keys and values layer by layer (`update`) and the model then moves the lengths on once
+    (`advance`).
+
+    Args:
+        config: gives the number of layers and the heads' shape.
+        batch_size: B, rows.
+        capacity: S, the longest text in tokens that fits.
+        dtype: what they are kept in: that of the model's activations, or one of fewer bits.
+        device: of the model.
+
+    Attributes:
+        lengths: filled slots of each row, on the host: decisions on shapes need no device sync.
+        native: what runs the model's short passes over this cache in compiled code, once one has;
+            the model's to keep, and kept here since a cache lives as long as a text is continued.
+        addresses: of the keys and values, as `native` wants them; its to keep.
+        is_steady: a promise that the model is as it was in the pass before, but for hooks: then it
+            is not looked through for what somebody may have replaced, which takes longer than all
+            else that is not computing.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch_size, config.n_kv_heads, capacity, config.head_dim)  # (B, K, S, C)
+        # Zeros, not whatever memory holds: a masked slot still enters attention with weight 0, and
+        # 0 x NaN is NaN. Ordinary tensors, which may be written to in any mode.
+        with torch.inference_mode(False):
+            self.keys = [
+                torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)
+            ]
+            self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.capacity = capacity
+        self.lengths = [0] * batch_size
+        self.native: Any = None
+        self.addresses: Any = None
+        self.is_steady = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, in memory or pickled, is for any model; what runs this one points to its own.
+        return {**self.__dict__, "native": None, "addresses": None}
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_len(self) -> int:
+        """Filled slots of the longest row."""
+        return max(self.lengths, default=0)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows are equally long, so that one slice serves them all."""
+        return min(self.lengths) == max(self.lengths)
+
+    def reserve(self, new_len: int) -> None:
+        """Check that `new_len` more tokens fit into every row.
+
+        Raises:
+            MinllamaError: they do not.
+        """
+        if self.max_len + new_len > self.capacity:
+            raise MinllamaError(
+                f"the cache holds {self.capacity} tokens a row: {self.max_len} are filled and "
+                f"{new_len} more do not fit; make it with a larger capacity"
+            )
+
+    def check_serves(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Refuse a model of another shape, dtype or device with a MinllamaError.
+
+        Keys and values may be kept in halves whatever the model's dtype is.
+        """
+        keys = self.keys[0]
+        if keys.dtype not in (dtype, torch.float16, torch.bfloat16) or keys.device != device:
+            raise MinllamaError(
+                f"the cache is {keys.dtype} on {keys.device} and the model {dtype} on {device}; "
+                "make it with model.new_cache()"
+            )
+        found = len(self.keys), keys.shape[1], keys.shape[3]
+        wanted = config.n_layers, config.n_kv_heads, config.head_dim
+        if found != wanted:
+            raise MinllamaError(
+                "the cache is of another model: it has {} layers of {} heads of width {}, and this "
+                "model {} of {} of {}; make it with model.new_cache()".format(*found, *wanted)
+            )
+
+    def update(
+        self, layer: int, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values and give all those up to now.
+
+        Args:
+            layer: index of the layer.
+            keys, values: (B, K, T, C), at `positions` of their rows.
+            positions: (B, T), the slots to write to. Columns beyond a row's own tokens write
+                behind its end, where the next tokens overwrite them.
+
+        Returns:
+            Keys and values, (B, K, S', C) with S' the longest row after this pass, in the dtype of
+            those given: views, unless the cache has another.
+
+        Raises:
+            MinllamaError: gradients are being recorded. Keys are written in place, which their
+                backward pass could not undo.
+        """
+        if keys.requires_grad:
+            raise MinllamaError(
+                "a cache cannot be trained through; wrap the call in torch.inference_mode(), or "
+                "leave the cache away"
+            )
+        stored_keys, stored_values = self.keys[layer], self.values[layer]
+        new_len = keys.shape[2]
+        end = self.max_len + new_len
+        batch = self.batch_size
+        if self.is_uniform:
+            stored_keys[:batch, :, end - new_len : end] = keys
+            stored_values[:batch, :, end - new_len : end] = values
+        else:
+            rows = torch.arange(batch, device=positions.device).unsqueeze(-1)  # (B, 1)
+            # Two index tensors around a slice put the indexed axes first: (B, T, K, C).
+            stored_keys[rows, :, positions] = keys.transpose(1, 2).to(stored_keys.dtype)
+            stored_values[rows, :, positions] = values.transpose(1, 2).to(stored_keys.dtype)
+        return (
+            stored_keys[:batch, :, :end].to(keys.dtype),
+            stored_values[:batch, :, :end].to(keys.dtype),
+        )
+
+    def advance(self, new_lens: Sequence[int]) -> None:
+        """Count `new_lens[b]` more tokens in each row b; the model does this once a pass."""
+        self.lengths = [old + new for old, new in zip(self.lengths, new_lens, strict=True)]
+
+    def truncate(self, lengths: int | Sequence[int]) -> None:
+        """Forget what lies beyond the first so many tokens, of every row or of each its own.
+
+        Raises:
+            MinllamaError: a number is negative, or there are not as many as rows.
+        """
+        if isinstance(lengths, int):
+            lengths = [lengths] * self.batch_size
+        if len(lengths) != self.batch_size or min(lengths, default=0) < 0:
+            raise MinllamaError(
+                f"a cache of {self.batch_size} rows is cut to as many lengths of 0 or more, not to "
+                f"{lengths}"
+            )
+        self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths, strict=True)]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a row; what is stored stays."""
+        if capacity > self.capacity:
+            keys = [self._repeat(stored, 1, capacity) for stored in self.keys]
+            values = [self._repeat(stored, 1, capacity) for stored in self.values]
+            # Both or none: memory may run out between them.
+            self.keys, self.values, self.capacity = keys, values, capacity
+
+    def drop_row(self, row: int) -> None:
+        """Give up a row: the last row moves into its place, and the batch is one smaller."""
+        last = self.batch_size - 1
+        if row != last:
+            filled = self.lengths[last]
+            for stored in (*self.keys, *self.values):
+                stored[row, :, :filled] = stored[last, :, :filled]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+
+    def repeated(self, n: int, capacity: int) -> "KVCache":
+        """A new cache with every row `n` times in a row, and room for `capacity` tokens."""
+        copy = object.__new__(KVCache)
+        copy.capacity = capacity
+        copy.native, copy.addresses, copy.is_steady = self.native, None, False
+        copy.lengths = [length for length in self.lengths for _ in range(n)]
+        copy.keys = [self._repeat(stored, n, capacity) for stored in self.keys]
+        copy.values = [self._repeat(stored, n, capacity) for stored in self.values]
+        return copy
+
+    def _repeat(self, stored: Tensor, n: int, capacity: int) -> Tensor:
+        batch, heads, _, width = stored.shape
+        filled = min(self.max_len, capacity)
+        with torch.inference_mode(False):
+            grown = stored.new_zeros(batch * n, heads, capacity, width)
+        grown[:, :, :filled] = stored[:, :, :filled].repeat_interleave(n, dim=0)
+        return grown

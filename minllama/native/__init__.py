@@ -1,6 +1,0 @@
-"""Compiled code for a CPU, with plain interfaces: the library, its structs, single operations.
-
-Built when the package is installed, where there is a C++ compiler; whatever it computes, the
-modules of `minllama.llama` compute without it, only slower. Knows nothing of models:
-`minllama.native_step` describes one to it.
-"""

@@ -1,0 +1,440 @@
+"""Weights in 8 and 4 bits: stored as whole numbers, a scale for each 32 of a row.
+
+Made from any weight, or straight from GGUF's blocks: Q4_0, Q4_1 and Q8_0 keep their numbers to the
+bit, Q4_K and Q5_K but for the last bits of their scales. Knows nothing of Llamas, files or of how a
+CPU multiplies them fastest (`minllama.kernels.cpu`).
+
+value = scale * quant + min, where quant is unsigned (Dettmers et al. 2022 and ggml call it
+block-wise or group-wise quantisation). Without mins, min = -8 * scale in 4 bits and -128 * scale in
+8 bits.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minllama.checkpoints.types import LazyTensor
+from minllama.errors import MinllamaError, OptionError
+from minllama.kernels.cpu import ops
+from minllama.kernels.cpu.linear import Linear, linear
+from minllama.kernels.cpu.linear import product as linear_product
+from minllama.kernels.gpu import support as gpu
+from minllama.options import QUANTIZE
+from minllama.quantization.gguf_blocks import (
+    Q4_0,
+    Q4_1,
+    Q4_K,
+    Q5_K,
+    Q8_0,
+    GGMLType,
+    decode_blocks,
+    decode_super_blocks,
+)
+from minllama.quantization.half import WidenedEmbedding, WidenedLinear, widened_product
+
+BLOCK = 32  # columns that share a scale
+PANEL = 16  # rows that lie together, as vector instructions read them
+ZERO_POINT = {4: 8, 8: 128}
+# Below, scales are float16's subnormal numbers, which have no digits left to be exact with.
+SMALLEST = 2.0**-10
+BITS = {Q4_0: 4, Q4_1: 4, Q4_K: 4, Q5_K: 8, Q8_0: 8}  # that blocks of a file are kept in
+SLICE = (
+    4096  # rows that are quantised at a time: what lies between the steps is five times as large
+)
+
+
+class QuantizedWeight(nn.Module):
+    """A matrix (out, in) in blocks of 32 columns.
+
+    Rows lie in panels of 16, the last one padded, so that one vector instruction reads the same
+    four columns of 16 rows. Byte [p, b, i, r, j] of `quants` holds column 32 b + 4 i + j of row
+    16 p + r in 8 bits (i < 8); in 4 bits (i < 4) its low half holds column 32 b + 8 i + j, and its
+    high half the one four columns further.
+
+    Args:
+        quants: (out / 16, in / 32, 4 or 8, 16, 4) uint8.
+        scales: (out / 16, in / 32, 16) float16.
+        mins: the same, or None.
+        out_features: rows, without the padding of the last panel.
+    """
+
+    quants: Tensor
+    scales: Tensor
+    mins: Tensor | None
+
+    def __init__(
+        self, quants: Tensor, scales: Tensor, mins: Tensor | None, out_features: int
+    ) -> None:
+        super().__init__()
+        self.bits = 8 if quants.shape[2] == 8 else 4
+        self.out_features, self.in_features = out_features, quants.shape[1] * BLOCK
+        self.register_buffer("quants", quants)
+        self.register_buffer("scales", scales)
+        self.register_buffer("mins", mins)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix in numbers to compute with: (out, in)."""
+        return self._rows(self.quants, self.scales, self.mins, dtype)[: self.out_features]
+
+    def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix as a product of many rows wants it: (in, out)."""
+        if ops.serves(self.scales) and dtype in ops.DTYPES:
+            return ops.take_apart(self, dtype)
+        if gpu.works(self.scales.device):
+            return gpu.take_apart(self, dtype).t()
+        return self.dequantize(dtype).t()
+
+    def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Some of its rows: (...) whole numbers in [0, out) -> (..., in)."""
+        panels, of_panel = (ids // PANEL).flatten(), (ids % PANEL).flatten()
+        quants = self.quants[panels, :, :, of_panel].unsqueeze(3)  # (n, in / 32, 4 or 8, 1, 4)
+        scales = self.scales[panels, :, of_panel].unsqueeze(-1)
+        mins = None if self.mins is None else self.mins[panels, :, of_panel].unsqueeze(-1)
+        return self._rows(quants, scales, mins, dtype).view(*ids.shape, self.in_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in x's dtype; gradients flow to x."""
+        y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return y
+
+    def is_made_of(self, parts: "Parts | None") -> bool:
+        """Whether it holds these parts, to the bit."""
+        if parts is None or (parts.mins is None) != (self.mins is None):
+            return False
+        own = Parts(self.quants, self.scales, self.mins, self.out_features)
+        pairs = zip(own, parts.to(self.quants.device), strict=True)
+        return all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
+            for a, b in pairs
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # `model.to(bfloat16)` is about numbers that are computed with; what is stored stays.
+        kept = self.scales, self.mins
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.quants.device
+        self.scales = kept[0].to(device)
+        self.mins = None if kept[1] is None else kept[1].to(device)
+        return self
+
+    def _rows(
+        self, quants: Tensor, scales: Tensor, mins: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """(p, b, i, r, j), (p, b, r) and (p, b, r) -> (p * r, b * 32)."""
+        if self.bits == 4:
+            quants = torch.stack((quants & 15, quants >> 4), dim=3)  # (p, b, i, 2, r, j)
+            quants = quants.permute(0, 4, 1, 2, 3, 5)
+        else:
+            quants = quants.permute(0, 3, 1, 2, 4)
+        p, r, b = quants.shape[:3]
+        values = quants.reshape(p, r, b, BLOCK).float()
+        wide = scales.float().transpose(1, 2).unsqueeze(-1)  # (p, r, b, 1)
+        low = -ZERO_POINT[self.bits] * wide
+        if mins is not None:
+            low = mins.float().transpose(1, 2).unsqueeze(-1)
+        return values.mul_(wide).add_(low).to(dtype).view(p * r, b * BLOCK)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.bits} bits"
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, the weight taken apart again for the backward pass instead of kept until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        ctx.weight = weight
+        rows = x.numel() // weight.in_features
+        if ops.serves(x) and rows <= ops.most_rows(x.dtype):
+            return ops.product(weight, x).to(x.dtype)
+        if gpu.serves(x):
+            return gpu.product(weight, x)
+        return linear_product(x, weight.transposed(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return linear_product(gradient, ctx.weight.transposed(gradient.dtype).t()), None
+
+
+class QuantizedLinear(QuantizedWeight):
+    """y = W x + b (`nn.Linear`) with a quantised W that is not trained."""
+
+    def __init__(
+        self,
+        quants: Tensor,
+        scales: Tensor,
+        mins: Tensor | None,
+        out_features: int,
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__(quants, scales, mins, out_features)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in x's dtype."""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class QuantizedEmbedding(QuantizedWeight):
+    """Rows of a quantised matrix by their numbers (`nn.Embedding`).
+
+    Attributes:
+        dtype: of the rows that it gives; it follows the model's.
+    """
+
+    def __init__(
+        self,
+        quants: Tensor,
+        scales: Tensor,
+        mins: Tensor | None,
+        out_features: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(quants, scales, mins, out_features)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) -> (..., in)."""
+        # Rows lie in panels, whose numbers would wrap around and reach into padding. Elsewhere
+        # than on a CPU to look at ids is to wait for them.
+        if ids.is_cpu and ids.numel():
+            check_ids(ids, self.out_features)
+        return self.rows(ids, self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.quants.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+def check_ids(ids: Tensor, n: int) -> None:
+    """Refuse ids, of which there are some, that are not from 0 to n - 1."""
+    if ids.min() < 0 or ids.max() >= n:
+        raise MinllamaError(f"token ids must be from 0 to {n - 1}")
+
+
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """Give x W^T with the matrix of a linear layer or an embedding: (..., in) -> (..., out)."""
+    if isinstance(module, QuantizedWeight):
+        return module.product(x)
+    assert isinstance(module.weight, Tensor)
+    if isinstance(module, WidenedLinear | WidenedEmbedding):
+        return widened_product(x, module.weight)
+    return linear(x, module.weight)
+
+
+def rows_of(module: nn.Module, ids: Tensor) -> Tensor:
+    """Rows of the matrix of a linear layer or an embedding: (...) -> (..., in)."""
+    if isinstance(module, QuantizedWeight):
+        return module.rows(ids)
+    assert isinstance(module.weight, Tensor)
+    return module.weight[ids]
+
+
+class Parts(NamedTuple):
+    """What a `QuantizedWeight` is made of, in its order."""
+
+    quants: Tensor
+    scales: Tensor
+    mins: Tensor | None
+    out_features: int
+
+    def to(self, device: torch.device) -> "Parts":
+        mins = None if self.mins is None else self.mins.to(device)
+        return Parts(self.quants.to(device), self.scales.to(device), mins, self.out_features)
+
+
+def replace_by_quantized(model: nn.Module, name: str, parts: Parts, dtype: torch.dtype) -> None:
+    """Put a quantised module in the place of a linear layer or an embedding, whose bias stays."""
+    old = model.get_submodule(name)
+    new: QuantizedWeight
+    if isinstance(old, nn.Embedding):
+        new = QuantizedEmbedding(*parts, dtype=dtype)
+    else:
+        assert isinstance(old, nn.Linear)
+        new = QuantizedLinear(*parts, bias=old.bias)
+    model.set_submodule(name, new)
+
+
+def replace_by_numbers(model: nn.Module) -> bool:
+    """Put a plain linear layer or embedding in float32 in the place of each quantised module.
+
+    So too where the numbers are kept in half precision and computed with in float32. What is
+    computed stays the same but for the rounding of activations.
+
+    Returns:
+        Whether there were any.
+    """
+    compact = QuantizedWeight, WidenedLinear, WidenedEmbedding
+    found = {name: module for name, module in model.named_modules() if isinstance(module, compact)}
+    for name, old in found.items():
+        weight = (
+            old.dequantize() if isinstance(old, QuantizedWeight) else old.weight.detach().float()
+        )
+        out_features, in_features = weight.shape
+        new: nn.Linear | nn.Embedding
+        if isinstance(old, QuantizedEmbedding | WidenedEmbedding):
+            new = nn.Embedding(out_features, in_features, _weight=weight)
+        else:
+            bias: Any = old.bias
+            new = Linear(in_features, out_features, bias=bias is not None, device="meta")
+            new.weight = nn.Parameter(weight)
+            if bias is not None:
+                new.bias = nn.Parameter(bias.detach().float())
+        model.set_submodule(name, new.requires_grad_(False).train(old.training))
+    if found:
+        model.long_dtype = None  # type: ignore[assignment]  # a Llama's; dense matrices have no other
+    return bool(found)
+
+
+def quantised_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """A model's quantised matrices, by the names that these had as parameters."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedWeight)
+    }
+
+
+def state_in_numbers(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state as it was before it was quantised, in float32; others' as it is."""
+    state, quantised = dict(model.state_dict()), quantised_weights(model)
+    for name, weight in quantised.items():
+        for part in ("quants", "scales", "mins"):
+            state.pop(f"{name.removesuffix('weight')}{part}", None)
+        state[name] = weight.dequantize()
+    return {name: x.float() for name, x in state.items()} if quantised else state
+
+
+def check_quantize(how: str | None) -> None:
+    """Refuse a word that is none of `QUANTIZE` with an OptionError."""
+    if how is not None and how not in QUANTIZE:
+        raise OptionError(f"quantize must be one of {', '.join(QUANTIZE)}, or None, not {how!r}")
+
+
+def quantized(name: str, tensor: LazyTensor, how: str) -> Parts | None:
+    """A checkpoint's matrix in 8 or 4 bits; None where it cannot be, or is not to be.
+
+    Blocks of a GGUF file that take no more bits than are asked for stay as they are. With `stored`
+    those of other types (Q6_K, for one) get 8 bits, which lose little of what they hold. The
+    vocabulary's matrices get 8 bits where others get 4: rare tokens have nothing else to be told
+    apart by, and a row is read by itself. A matrix of tiny numbers stays as it is.
+
+    Args:
+        name: its name in our model.
+        tensor: (out, in).
+        how: `int8`, `int4`, or `stored` for GGUF's blocks and nothing else.
+    """
+    if len(tensor.shape) != 2 or tensor.shape[1] % BLOCK:
+        return None
+    bits = 4 if how == "int4" and name.startswith("layers.") else 8
+    if tensor.blocks is not None:
+        stored, raw = tensor.blocks()
+        if BITS.get(stored, 99) <= bits:
+            return _from_blocks(raw, stored, tensor.shape)
+    elif how == "stored":
+        return None
+    values = tensor.load()
+    low, high = (float(end) for end in values.aminmax())
+    if 0 < max(high, -low) < SMALLEST:
+        return None
+    return quantize(values, bits)
+
+
+def _from_blocks(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Parts:
+    raw = raw.view(-1, stored.block_bytes)
+    is_super = stored in (Q4_K, Q5_K)
+    if not is_super and ops.can_pack(raw):
+        parts = ops.pack(raw, shape[0], BITS[stored], has_mins=stored == Q4_1)
+        return Parts(*parts, shape[0])
+    blocks = (decode_super_blocks if is_super else decode_blocks)(raw, stored)
+    quants = blocks.quants.view(torch.uint8)
+    if blocks.mins is None:  # signed: to be unsigned they move up, and wrap around as they should
+        quants = quants + ZERO_POINT[BITS[stored]]
+    out, n = shape[0], shape[1] // BLOCK
+    mins = None if blocks.mins is None else blocks.mins.view(out, n)
+    return packed(quants.view(out, n, BLOCK), blocks.scales.view(out, n), mins, BITS[stored])
+
+
+def quantize(values: Tensor, bits: int) -> Parts:
+    """The matrix (out, in) in blocks of 32: symmetric in 8 bits, with scale and min in 4.
+
+    In 4 bits the scale and the min that fit the rounded numbers best (least squares) take the place
+    of the largest and smallest number's where that brings them closer.
+    """
+    slices = [_quantized_slice(part, bits) for part in values.detach().split(SLICE)]
+    quants, scales, mins, _ = zip(*slices, strict=True)
+    return Parts(
+        torch.cat(quants),
+        torch.cat(scales),
+        None if mins[0] is None else torch.cat(mins),
+        values.shape[0],
+    )
+
+
+def _quantized_slice(values: Tensor, bits: int) -> Parts:
+    out, n = values.shape[0], values.shape[1] // BLOCK
+    blocks = values.reshape(out, n, BLOCK).float()
+    if bits == 8:
+        scales = (blocks.abs().amax(-1) / 127).half()
+        quants = _rounded(blocks, scales, -128 * scales.float(), 255)
+        return packed(quants, scales, None, 8)
+    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
+    first = ((high - low) / 15).half(), low.half()
+    quants = _rounded(blocks, *first, 15)
+    second = _least_squares(blocks, quants)
+    better = _rounded(blocks, *second, 15)
+    is_better = _error(blocks, better, *second) < _error(blocks, quants, *first)  # (out, n)
+    scales, mins = (torch.where(is_better, b, a) for a, b in zip(first, second, strict=True))
+    return packed(torch.where(is_better.unsqueeze(-1), better, quants), scales, mins, 4)
+
+
+def packed(quants: Tensor, scales: Tensor, mins: Tensor | None, bits: int) -> Parts:
+    """Rows of blocks into panels.
+
+    Args:
+        quants: (out, n, 32) uint8, columns in order.
+        scales: (out, n) float16.
+        mins: the same, or None.
+        bits: 4 or 8.
+    """
+    out, n = scales.shape
+    missing = -out % PANEL
+    if missing:
+        quants, scales = F.pad(quants, (0, 0, 0, 0, 0, missing)), F.pad(scales, (0, 0, 0, missing))
+        mins = None if mins is None else F.pad(mins, (0, 0, 0, missing))
+    if bits == 4:
+        pairs = quants.view(-1, n, 4, 2, 4)
+        quants = pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4  # (out, n, 4, 4)
+    quants = quants.view(-1, PANEL, n, quants.numel() // (len(quants) * n * 4), 4)
+    quants = quants.permute(0, 2, 3, 1, 4).contiguous()
+    by_panel = [
+        None if part is None else part.view(-1, PANEL, n).transpose(1, 2).contiguous()
+        for part in (scales, mins)
+    ]
+    assert by_panel[0] is not None
+    return Parts(quants, by_panel[0], by_panel[1], out)
+
+
+def _rounded(blocks: Tensor, scales: Tensor, mins: Tensor, most: int) -> Tensor:
+    wide = scales.float().unsqueeze(-1)
+    steps = (blocks - mins.float().unsqueeze(-1)) * torch.where(wide == 0, 0.0, 1 / wide)
+    return steps.round_().clamp_(0, most).to(torch.uint8)
+
+
+def _least_squares(blocks: Tensor, quants: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale and min with the least squared error for given quants: simple regression."""
+    q = quants.float()
+    q_mean, x_mean = q.mean(-1, keepdim=True), blocks.mean(-1, keepdim=True)
+    spread = (q - q_mean).square().sum(-1)
+    slope = ((q - q_mean) * (blocks - x_mean)).sum(-1)
+    scales = torch.where(spread == 0, 0.0, slope / spread)
+    mins = x_mean.squeeze(-1) - scales * q_mean.squeeze(-1)
+    return scales.half(), mins.half()
+
+
+def _error(blocks: Tensor, quants: Tensor, scales: Tensor, mins: Tensor) -> Tensor:
+    values = torch.addcmul(mins.float().unsqueeze(-1), quants.float(), scales.float().unsqueeze(-1))
+    return (values - blocks).square_().sum(-1)

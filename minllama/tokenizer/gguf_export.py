@@ -1,0 +1,280 @@
+"""A vocabulary -> GGUF's `tokenizer.*` fields, so that llama.cpp gives the same ids.
+
+The other direction of `minllama.tokenizer.gguf`. What GGUF has no field for is refused in one
+line rather than written almost right.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from minllama.errors import TokenizerError
+from minllama.tokenizer import byte_level, sentencepiece_form, tiktoken_form, tokenizers_form
+from minllama.tokenizer.sentencepiece_form import BYTE_PIECES, SPACE, Piece
+from minllama.tokenizer.size import check_fits
+from minllama.tokenizer.tokenizers_form import Json
+from minllama.tokenizer.vocabulary import TokenFlags, TokenType, Vocabulary
+
+PREFIX = "tokenizer.ggml."
+MODEL = PREFIX + "model"
+TEMPLATE = "tokenizer.chat_template"
+TEMPLATES = "tokenizer.chat_templates"  # the names of further ones, each in TEMPLATE.NAME
+# Tokens that have a name in a chat template, and none of our fields -> GGUF's word.
+TOKEN_FIELDS = {
+    "unk_token": "unknown",
+    "sep_token": "seperator",  # as GGUF spells it
+    "pad_token": "padding",
+    "mask_token": "mask",
+}
+PIECES, BYTE_LEVEL = "llama", "gpt2"  # values of MODEL
+# Control tokens with these texts end a generation in llama.cpp, whatever a file's fields say.
+ENDS = (
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"),
+    *("<|endoftext|>", "<EOT>"),
+)
+
+
+def to_gguf(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
+    """The fields of a GGUF file for `vocabulary`, as plain Python values.
+
+    Of its stop_ids, GGUF has room for two (end of turn, end of message); others are lost.
+
+    Args:
+        vocabulary: in any form.
+        vocab_size: tokens that the model has; unused ones are added up to it.
+
+    Raises:
+        TokenizerError: the vocabulary has more tokens than that, or works in a way that GGUF has
+            no fields for.
+    """
+    where = vocabulary.origin
+    if vocabulary.form == "sentencepiece":
+        fields = _from_model(sentencepiece_form.parse_model(vocabulary.data, where), vocabulary)
+    else:
+        if vocabulary.form == "tiktoken":
+            raw = tiktoken_form.to_tokenizers(vocabulary.data, where)
+        else:
+            raw = tokenizers_form.parse(vocabulary.data, where)
+        _check_added_tokens(raw, where)
+        kind = tokenizers_form.decoder_kind(raw.get("decoder"), where)
+        fields = (_byte_level if kind.byte_level else _from_pieces)(raw, where)
+    tokens = fields[PREFIX + "tokens"]
+    check_fits(len(tokens), vocab_size, where)
+    padding = range(len(tokens), vocab_size)
+    tokens += [f"[PAD{i}]" for i in padding]
+    fields[PREFIX + "token_type"] += [int(TokenType.UNUSED) for _ in padding]
+    if PREFIX + "scores" in fields:
+        fields[PREFIX + "scores"] += [-1e9 for _ in padding]
+    return fields | _settings(vocabulary, tokens)
+
+
+def _settings(vocabulary: Vocabulary, tokens: Sequence[str]) -> dict[str, Any]:
+    """The fields beside the tokens themselves."""
+    stops = [i for i in vocabulary.stop_ids if i != vocabulary.eos_id]
+    # Llama 3 has both; where one has another name, it ends a turn.
+    eom_id = next((i for i in stops if "eom" in tokens[i]), None)
+    eot_id = next((i for i in stops if "eot" in tokens[i]), None)
+    others = [i for i in stops if i not in (eom_id, eot_id) and tokens[i] not in ENDS]
+    if eot_id is None and others:
+        eot_id = others.pop(0)
+    if eom_id is None and others:
+        eom_id = others.pop(0)
+    ids = {
+        "bos": vocabulary.bos_id,
+        "eos": vocabulary.eos_id,
+        "padding": vocabulary.pad_id,
+        "eot": eot_id,
+        "eom": eom_id,
+    }
+    fields: dict[str, Any] = {
+        f"{PREFIX}{name}_token_id": token_id
+        for name, token_id in ids.items()
+        if token_id is not None
+    }
+    fields[PREFIX + "add_bos_token"] = vocabulary.add_bos
+    fields[PREFIX + "add_eos_token"] = vocabulary.add_eos
+    for name, word in TOKEN_FIELDS.items():
+        text = vocabulary.named_tokens.get(name)
+        if text in tokens:
+            fields.setdefault(f"{PREFIX}{word}_token_id", tokens.index(text))
+    if vocabulary.chat_template is not None:
+        fields[TEMPLATE] = vocabulary.chat_template
+    if vocabulary.chat_templates:
+        fields[TEMPLATES] = list(vocabulary.chat_templates)
+        fields |= {f"{TEMPLATE}.{name}": text for name, text in vocabulary.chat_templates.items()}
+    return fields
+
+
+def _check_added_tokens(raw: Json, where: str) -> None:
+    """A TokenizerError for an added token that is found in a way that GGUF cannot say."""
+    normalizer = raw.get("normalizer")
+    for token in raw["added_tokens"]:
+        how = [name for name in TokenFlags._fields if token.get(name)]
+        if token.get("normalized") and "Prepend" in json.dumps(normalizer):
+            how.append("normalized")
+        if how:
+            raise _unlike_added_token(where, token["content"], how)
+
+
+def _unlike_added_token(where: str, text: str, how: Sequence[str]) -> TokenizerError:
+    return TokenizerError(
+        f"{where}: its added token {text[:80]!r} has {' and '.join(how)}, which GGUF has no field "
+        "for; convert to hf"
+    )
+
+
+def _byte_level(raw: Json, where: str) -> dict[str, Any]:
+    pre = byte_level.pre_tokenizer_name(raw, where)
+    tokens, types = _tokens(raw)
+    return {
+        MODEL: BYTE_LEVEL,
+        PREFIX + "pre": pre,
+        PREFIX + "tokens": tokens,
+        PREFIX + "token_type": types,
+        PREFIX + "merges": [" ".join(pair) for pair in tokenizers_form.merge_pairs(raw, where)],
+    }
+
+
+def _tokens(raw: Json) -> tuple[list[str], list[int]]:
+    """Texts and types of all tokens of a tokenizer.json, in the order of their ids."""
+    ids = tokenizers_form.token_ids(raw)
+    n_tokens = max(ids.values()) + 1
+    tokens = [f"[PAD{i}]" for i in range(n_tokens)]
+    types = [int(TokenType.UNUSED)] * n_tokens
+    for text, token_id in ids.items():
+        tokens[token_id], types[token_id] = text, TokenType.NORMAL
+    for token in raw["added_tokens"]:
+        special = token.get("special")
+        types[token["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
+    return tokens, [int(kind) for kind in types]
+
+
+def _from_model(model: Any, vocabulary: Vocabulary) -> dict[str, Any]:
+    where, normalizer = vocabulary.origin, model.normalizer_spec
+    if model.trainer_spec.model_type != sentencepiece_form.BPE:
+        raise TokenizerError(f"{where}: a SentencePiece model other than BPE; a Llama's is BPE")
+    if normalizer.precompiled_charsmap:
+        raise TokenizerError(f"{where}: it normalizes the text, which GGUF has no field for")
+    for token_id, flags in vocabulary.flags:
+        how = [name for name, is_so in flags._asdict().items() if is_so]
+        raise _unlike_added_token(where, model.pieces[token_id].piece, how)
+    if normalizer.add_dummy_prefix and not vocabulary.legacy:
+        raise _unlike_spaces(where)
+    return _piece_fields(
+        sentencepiece_form.pieces_of(model),
+        add_space_prefix=normalizer.add_dummy_prefix,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+    )
+
+
+def _unlike_spaces(where: str) -> TokenizerError:
+    return TokenizerError(
+        f"{where}: it does not put a space before each text between special tokens, and GGUF has "
+        "no field for that; convert to hf, or name a tokenizer.model with --tokenizer"
+    )
+
+
+def _from_pieces(raw: Json, where: str) -> dict[str, Any]:
+    """Fields for a tokenizer.json that does with merges what SentencePiece does with scores."""
+    tokens, types = _tokens(raw)
+    model = raw["model"]
+    if model.get("byte_fallback"):
+        for text in BYTE_PIECES:
+            if (token_id := model["vocab"].get(text)) is not None:
+                types[token_id] = int(TokenType.BYTE)
+    unk_id = model["vocab"].get(model.get("unk_token"))
+    if unk_id is None:
+        raise TokenizerError(f"{where}: it has no unknown token, which GGUF's {PIECES!r} needs")
+    types[unk_id] = int(TokenType.UNKNOWN)
+    ranks = _piece_ranks(raw, where)
+    scores = [-float(ranks.get(text, len(ranks))) for text in tokens]
+    pieces = [Piece(*piece) for piece in zip(tokens, scores, types, strict=True)]
+    return _piece_fields(pieces, add_space_prefix=_adds_space(raw, where))
+
+
+def _piece_fields(
+    pieces: Sequence[Piece], *, add_space_prefix: bool, remove_extra_whitespaces: bool = False
+) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        MODEL: PIECES,
+        PREFIX + "pre": "default",
+        PREFIX + "tokens": [_spelt(piece) for piece in pieces],
+        PREFIX + "scores": [float(piece.score) for piece in pieces],
+        PREFIX + "token_type": [int(piece.type) for piece in pieces],
+        PREFIX + "add_space_prefix": bool(add_space_prefix),
+    }
+    for i, piece in enumerate(pieces):
+        if piece.type == TokenType.UNKNOWN:
+            fields[PREFIX + "unknown_token_id"] = i
+    if remove_extra_whitespaces:  # read back by us; llama.cpp passes over it for this model
+        fields[PREFIX + "remove_extra_whitespaces"] = True
+    return fields
+
+
+def _spelt(piece: Piece) -> str:
+    """The text of a piece; llama.cpp looks for user-defined ones in the text as it was written."""
+    is_looked_for = piece.type == TokenType.USER_DEFINED
+    return piece.text.replace(SPACE, " ") if is_looked_for else piece.text
+
+
+def _piece_ranks(raw: Json, where: str) -> dict[str, int]:
+    """Token -> rank of its first merge; refused where SentencePiece would merge otherwise.
+
+    SentencePiece joins any two neighbours that make a piece. That is the same as the merges if each
+    token's merges are all ways to cut it into two, and follow one another; only among runs of
+    spaces, whose scores are equal, the order between tokens does not matter.
+    """
+    vocab = raw["model"]["vocab"]
+    cuts: dict[str, int] = {}
+    ranks: dict[str, int] = {}
+    last = ""
+    for left, right in tokenizers_form.merge_pairs(raw, where):
+        text = left + right
+        if text != last and text in ranks and text.strip(SPACE):
+            raise _not_pieces(where, text)
+        ranks.setdefault(text, len(ranks))
+        cuts[text] = cuts.get(text, 0) + 1
+        last = text
+    special = {token["content"] for token in raw["added_tokens"]} | set(BYTE_PIECES)
+    ordinary = vocab.keys() - special
+    for text in ordinary:
+        if len(sentencepiece_form.splits(text, vocab)) != cuts.get(text, 0):
+            raise _not_pieces(where, text)
+    return ranks
+
+
+def _not_pieces(where: str, text: str) -> TokenizerError:
+    return TokenizerError(
+        f"{where}: its merges for {text!r} are not SentencePiece's, and GGUF has no other way to "
+        "store them"
+    )
+
+
+def _adds_space(raw: Json, where: str) -> bool:
+    """Whether a space goes in front of a text, to which nothing else is done than to spell spaces.
+
+    Raises:
+        TokenizerError: the text is changed, or cut into words, in another way.
+    """
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    normalizer, pre_tokenizer = raw.get("normalizer"), raw.get("pre_tokenizer")
+    if pre_tokenizer is None:
+        if normalizer == replace or normalizer == {"type": "Sequence", "normalizers": [replace]}:
+            return False
+        if normalizer == {"type": "Sequence", "normalizers": [prepend, replace]}:
+            return True
+    elif (
+        normalizer is None
+        and isinstance(pre_tokenizer, dict)
+        and pre_tokenizer.get("type") == "Metaspace"
+        and not pre_tokenizer.get("split", True)
+    ):
+        # The other schemes leave the space out where a text begins with one.
+        if pre_tokenizer.get("prepend_scheme", "always") != "never":
+            raise _unlike_spaces(where)
+        return False
+    raise TokenizerError(
+        f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, and GGUF has no other "
+        "way to store them"
+    )

@@ -1,0 +1,36 @@
+"""How many tokens a vocabulary has, told without opening it, and whether a model has as many rows.
+
+Knows nothing of models but the number of their rows.
+"""
+
+from minllama.errors import TokenizerError
+from minllama.tokenizer import sentencepiece_form, tiktoken_form, tokenizers_form
+from minllama.tokenizer.vocabulary import Vocabulary
+
+
+def count_tokens(vocabulary: Vocabulary) -> int:
+    """The number of tokens: one more than the largest id.
+
+    Raises:
+        TokenizerError: the vocabulary is damaged.
+    """
+    where = vocabulary.origin
+    if vocabulary.form == "sentencepiece":
+        return len(sentencepiece_form.parse_model(vocabulary.data, where).pieces)
+    if vocabulary.form == "tiktoken":
+        n_ranks = len(tiktoken_form.parse_ranks(vocabulary.data, where))
+        return n_ranks + tiktoken_form.N_SPECIAL_TOKENS
+    raw = tokenizers_form.parse(vocabulary.data, where)
+    return max(tokenizers_form.token_ids(raw).values(), default=-1) + 1
+
+
+def check_fits(n_tokens: int, vocab_size: int, where: str) -> None:
+    """A TokenizerError where a tokenizer has more tokens than a model has rows for.
+
+    Such a pair cannot be written: the model would be asked for rows that it does not have.
+    """
+    if n_tokens > vocab_size:
+        raise TokenizerError(
+            f"{where}: {n_tokens} tokens, and the model has {vocab_size}; "
+            "give the tokenizer that belongs to the model"
+        )

@@ -1,0 +1,340 @@
+"""Text <-> token ids, whatever form the vocabulary was stored in.
+
+What a text gets around it (BOS, EOS), what it may become (special tokens only when asked), and how
+tokens become text again, as a whole or one by one. Knows nothing of models.
+"""
+
+import codecs
+import contextlib
+import operator
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from minllama.atomic import atomic_folder
+from minllama.errors import CheckpointError, TokenizerError
+from minllama.tokenizer.added_tokens import hidden
+from minllama.tokenizer.codecs import Codec, open_codec
+from minllama.tokenizer.huggingface import FILES, stated_vocab_size, to_files
+from minllama.tokenizer.load import find_vocabulary
+from minllama.tokenizer.size import check_fits
+from minllama.tokenizer.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from minllama.checkpoints.types import Checkpoint
+
+
+class Tokenizer:
+    """The tokenizer of one vocabulary.
+
+    Attributes:
+        vocabulary: what it was made from.
+        vocab_size: number of tokens; the ids are those below it.
+        bos_id: id of the token that begins a text; `None` where there is none.
+        eos_id: id of the token that ends a text.
+        pad_id: an id to fill rows with: the checkpoint's own if it is a special token, else
+            `eos_id`, else another special token; never one that text becomes. `None` where the
+            vocabulary has no special token at all.
+        stop_ids: the ids that end a generation, `eos_id` and further ones.
+        add_bos: `encode` puts BOS in front unless told otherwise.
+        add_eos: `encode` puts EOS behind unless told otherwise.
+        chat_template: Jinja source that renders messages; `None` where there is none.
+        special_tokens: text -> id of the tokens that plain text never becomes.
+        source: what it was loaded from by itself, as `canonical_name` has it; None for a
+            checkpoint's own, and for one that was made in memory.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        """Build it; a TokenizerError where the vocabulary is damaged or contradicts itself."""
+        self.vocabulary = vocabulary
+        self.source: str | None = None
+        self._codec = open_codec(vocabulary)
+        self.vocab_size = len(self._codec.tokens)
+        self.special_tokens = dict(self._codec.special)
+        self._special_ids = frozenset(self.special_tokens.values())
+        self.bos_id, self.eos_id = vocabulary.bos_id, vocabulary.eos_id
+        ends = (self.eos_id, *vocabulary.stop_ids)
+        self.stop_ids = frozenset(i for i in ends if i is not None)
+        for name, token_id in (("BOS", self.bos_id), *(("end", i) for i in self.stop_ids)):
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise TokenizerError(
+                    f"{vocabulary.origin}: its {name} token has the id {token_id}, "
+                    f"and it has {self.vocab_size} tokens"
+                )
+        self.pad_id = self._choose_pad_id()
+        self.add_bos = vocabulary.add_bos and self.bos_id is not None
+        self.add_eos = vocabulary.add_eos and self.eos_id is not None
+        self.chat_template = vocabulary.chat_template
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str] | None = None) -> Self:
+        """The tokenizer of a checkpoint, or of a file or folder that is only a tokenizer.
+
+        Args:
+            source: a file, a folder or a Hugging Face id; `None` for the embedded default model.
+
+        Raises:
+            CheckpointError: there is no such checkpoint.
+            TokenizerError: it has no tokenizer, or a damaged one.
+        """
+        from minllama.checkpoints.open import open_checkpoint
+        from minllama.checkpoints.resolve import canonical_name
+
+        try:
+            vocabulary = open_checkpoint(source).vocabulary
+        except CheckpointError:
+            vocabulary = None if source is None else _lone_vocabulary(Path(source))
+            if vocabulary is None:
+                raise
+        if vocabulary is None:
+            raise TokenizerError(
+                f"{source}: no tokenizer in or beside this checkpoint; name its own file or folder"
+            )
+        try:
+            tokenizer = cls(vocabulary)
+        except TokenizerError as error:
+            if source is None:
+                raise
+            raise TokenizerError(f"{source}: {error}") from error
+        tokenizer.source = canonical_name(source)
+        return tokenizer
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: "Checkpoint") -> Self:
+        """The tokenizer that an opened checkpoint has.
+
+        Raises:
+            TokenizerError: it has none, or a damaged one.
+        """
+        try:
+            vocabulary = checkpoint.vocabulary
+        except TokenizerError as error:
+            raise TokenizerError(f"{error}; or name another one with --tokenizer") from error
+        if vocabulary is None:
+            raise TokenizerError(
+                f"{checkpoint.path}: no tokenizer in or beside the model; "
+                "name its file or folder with --tokenizer"
+            )
+        tokenizer = cls(vocabulary)
+        tokenizer.source = checkpoint.tokenizer
+        return tokenizer
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files of a Hugging Face folder, all of them or none.
+
+        They take the place of another tokenizer's there; what else lies in the folder stays.
+
+        Raises:
+            MinllamaError: the folder cannot be written, or holds a model with fewer tokens.
+        """
+        files = to_files(self.vocabulary)
+        vocab_size = stated_vocab_size(Path(folder))
+        if vocab_size is not None:
+            check_fits(self.vocab_size, vocab_size, str(folder))
+        with atomic_folder(folder, replaces=FILES.__contains__) as path:
+            for name, content in files.items():
+                (path / name).write_bytes(content)
+
+    def encode(
+        self,
+        text: str,
+        *,
+        bos: bool | None = None,
+        eos: bool | None = None,
+        max_len: int | None = None,
+        special: bool = False,
+    ) -> list[int]:
+        """Ids of `text`.
+
+        Args:
+            text: any text without lone surrogates.
+            bos: put BOS in front; `None` for the checkpoint's own way.
+            eos: put EOS behind; `None` for the checkpoint's own way.
+            max_len: the most ids to return; BOS and EOS count, and stay when text is cut.
+            special: special tokens in the text, such as `<|im_start|>`, become these tokens;
+                otherwise they are text as any other.
+
+        Raises:
+            TokenizerError: `text` is no string or holds a lone surrogate, the vocabulary lacks the
+                token that `bos` or `eos` asks for, or max_len leaves no room for them.
+        """
+        _check_text(text)
+        front = self._around(self.bos_id, self.add_bos if bos is None else bos, "begins")
+        behind = self._around(self.eos_id, self.add_eos if eos is None else eos, "ends")
+        ids = self._codec.encode_special(text) if special else self._codec.encode(text)
+        if max_len is not None:
+            room = max_len - len(front) - len(behind)
+            if room < 0:
+                least = len(front) + len(behind)
+                raise TokenizerError(f"max_len must be at least {least}, for BOS and EOS")
+            del ids[room:]
+        return front + ids + behind
+
+    def encode_batch(
+        self,
+        texts: Iterable[str],
+        *,
+        bos: bool | None = None,
+        eos: bool | None = None,
+        max_len: int | None = None,
+        special: bool = False,
+    ) -> list[list[int]]:
+        """Ids of each text, as `encode` gives them."""
+        if isinstance(texts, str):
+            raise TokenizerError("encode_batch takes a list of texts, not one; use encode")
+        return [
+            self.encode(text, bos=bos, eos=eos, max_len=max_len, special=special) for text in texts
+        ]
+
+    def encode_chat(self, rendered: str, masked: Mapping[str, str]) -> list[int]:
+        """Ids of a rendered chat, without a further BOS or EOS.
+
+        Args:
+            rendered: what a chat template gave. Special tokens in it are meant as such.
+            masked: placeholder in `rendered` -> what a user wrote there, which is plain text even
+                where it looks like a special token.
+
+        Raises:
+            TokenizerError: as in `encode`.
+        """
+        if not masked:
+            return self.encode(rendered, bos=False, eos=False, special=True)
+        for text in (rendered, *masked.values()):
+            _check_text(text)
+        # The longest first: one placeholder may begin as another does.
+        placeholders = sorted(masked, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, placeholders)))
+        # What users wrote is hidden while the template's special tokens are found: these, and all
+        # that is not beside what they wrote, become the same ids whatever it was.
+        text = pattern.sub(lambda match: masked[match[0]], rendered)
+        shown = pattern.sub(lambda match: hidden(masked[match[0]], self.special_tokens), rendered)
+        return self._codec.encode_masked(text, shown)
+
+    def decode(
+        self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False
+    ) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: of tokens, in order.
+            skip_special: leave special tokens out.
+            continuation: the ids go on with a text, so that a space at their beginning is one.
+
+        Raises:
+            TokenizerError: an id is out of range.
+        """
+        decoder = StreamDecoder(self._codec, skip_special=skip_special, continuation=continuation)
+        return decoder.push_all(ids) + decoder.flush()
+
+    def stream_decoder(
+        self, *, continuation: bool = True, skip_special: bool = True
+    ) -> "StreamDecoder":
+        """A decoder that takes ids one by one; arguments as in `decode`."""
+        return StreamDecoder(self._codec, skip_special=skip_special, continuation=continuation)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; of a special token, those of its text."""
+        return self._codec.tokens[_checked_id(token_id, self.vocab_size)]
+
+    def token_text(self, token_id: int) -> str:
+        """One token for people: its text, with U+FFFD where it holds a part of a character."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def _around(self, token_id: int | None, wanted: bool, does: str) -> list[int]:
+        if not wanted:
+            return []
+        if token_id is None:
+            raise TokenizerError(
+                f"{self.vocabulary.origin}: this vocabulary has no token that {does} a text"
+            )
+        return [token_id]
+
+    def _choose_pad_id(self) -> int | None:
+        for token_id in (self.vocabulary.pad_id, self.eos_id):
+            if token_id in self._special_ids:
+                return token_id
+        return min(self._special_ids, default=None)
+
+
+class StreamDecoder:
+    """Ids to text as they come: what it gives, joined, is `decode` of them all.
+
+    Holds back the bytes of a character until it is whole. Made by `Tokenizer.stream_decoder`.
+    """
+
+    def __init__(self, codec: Codec, *, skip_special: bool, continuation: bool) -> None:
+        self._tokens = codec.tokens
+        self._special_ids = frozenset(codec.special.values())
+        self._skip_special = skip_special
+        self._space_ids = codec.space_ids
+        self._spaces_stretches = codec.spaces_stretches
+        self._at_start = not continuation
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        """The whole characters that this token completes; often none.
+
+        Raises:
+            TokenizerError: the id is out of range.
+        """
+        return self.push_all((token_id,))
+
+    def push_all(self, ids: Iterable[int]) -> str:
+        """As `push`, for several tokens at once."""
+        return self._utf8.decode(b"".join(map(self._bytes_of, ids)))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never became whole."""
+        return self._utf8.decode(b"", final=True)
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        token_id = _checked_id(token_id, len(self._tokens))
+        if token_id in self._special_ids:
+            if self._skip_special:
+                return b""
+            self._at_start &= self._spaces_stretches
+            return self._tokens[token_id]
+        if self._at_start:
+            self._at_start = False
+            if token_id in self._space_ids:
+                return self._tokens[token_id][1:]
+        return self._tokens[token_id]
+
+
+def _lone_vocabulary(path: Path) -> Vocabulary | None:
+    """The vocabulary in a folder or file that is no checkpoint, `None` where there is none."""
+    from minllama.checkpoints.gguf import gguf_models, is_gguf
+    from minllama.checkpoints.open import read_tokenizer
+
+    if path.is_dir():
+        # Of a folder that is neither, the checkpoint's error says more.
+        is_one = find_vocabulary(path) is not None or bool(gguf_models(path))
+    else:
+        is_one = is_gguf(path)
+    with contextlib.suppress(CheckpointError, *(() if is_one else (TokenizerError,))):
+        return read_tokenizer(path)
+    return None
+
+
+def _checked_id(token_id: int, vocab_size: int) -> int:
+    try:
+        index = operator.index(token_id)
+    except TypeError:
+        raise TokenizerError(f"a token id is a whole number, not {token_id!r}") from None
+    if not 0 <= index < vocab_size:
+        raise TokenizerError(f"token id {index} is out of range; there are {vocab_size} tokens")
+    return index
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise TokenizerError(f"text must be a string, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"text holds a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}; it was decoded wrongly"
+        ) from None

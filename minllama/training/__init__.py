@@ -1,0 +1,1 @@
+"""Training a classifier: losses, the optimizer, schedules, checkpoints of a run."""

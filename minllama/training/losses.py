@@ -1,0 +1,176 @@
+"""What training makes small: cross-entropy over the classes, or over each label's yes and no; or
+the squared error of numbers.
+
+The loss of a step is a mean over all of its texts, in however many batches they are computed. Knows
+nothing of models or optimizers.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minllama.data import Dataset
+from minllama.errors import MinllamaError
+from minllama.evaluation.regression import TargetScale
+
+
+class StepLoss(Protocol):
+    """The loss of the texts of a step, in however many batches."""
+
+    def share_with(self, prior: Tensor, share: float) -> None:
+        """Give another classifier's answers, (N, C), their share of each target."""
+
+    def normaliser(self, texts: list[int]) -> float:
+        """What the summed losses of a step's texts are divided by to give its mean."""
+
+    def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
+        """The losses of a batch, added up: (B, C) logits of these B texts -> a scalar."""
+
+
+class Loss:
+    """The loss of batches of one data set.
+
+    One label a text: cross-entropy, with weights the weighted mean. Several: binary cross-entropy,
+    the mean over texts and labels. Both are in nats, as `Evaluation.log_loss` is.
+
+    Args:
+        dataset: N labelled texts.
+        balanced: a class of few texts weighs more. With one label a text, by N / (C' n) for a class
+            of n texts among C' that occur; with several, what has the label weighs as much in sum
+            as what has not (none and all stay as they are).
+        device: of the logits.
+        ordinal: classes stand in the order of their numbers, and part of a text's target falls to
+            its class's neighbours: exp(-d^2 / (2 ordinal^2)) for one d classes away, made to sum
+            to 1 (Diaz & Marathe 2019, "Soft Labels for Ordinal Regression", section 3, with the
+            squared distance). 0: all of it to the class.
+
+    Raises:
+        MinllamaError: `ordinal` where a text has several labels.
+
+    Attributes:
+        weights: (C,) float32 on that device; None where all weigh the same.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        balanced: bool,
+        device: torch.device,
+        ordinal: float = 0.0,
+    ) -> None:
+        assert dataset.labels is not None
+        self.multi_label = dataset.multi_label
+        n_texts, n_classes = len(dataset), len(dataset.label_names)
+        if self.multi_label:
+            targets = torch.zeros(n_texts, n_classes)
+            for text in range(n_texts):
+                targets[text, list(dataset.classes_of(text))] = 1
+            self._targets = targets.to(device)  # (N, C)
+        else:
+            self._targets = torch.tensor(dataset.labels, device=device)  # (N,)
+        check_ordinal(ordinal, multi_label=self.multi_label)
+        self._ordinal, self._n_classes = ordinal, n_classes
+        # (N, C) targets, each in parts; None where each is one class, or yes and no.
+        self._soft = self._in_parts() if ordinal else None
+        self.weights: Tensor | None = None
+        if balanced:
+            counts = torch.tensor(dataset.class_counts(), dtype=torch.float32)  # (C,)
+            if self.multi_label:
+                usable = (counts > 0) & (counts < n_texts)
+                weights = (n_texts - counts) / counts.clamp(min=1)
+            else:
+                usable = counts > 0
+                weights = n_texts / (usable.sum() * counts.clamp(min=1))
+            self.weights = torch.where(usable, weights, 1.0).to(device)
+
+    def share_with(self, prior: Tensor, share: float) -> None:
+        """Give another classifier's probabilities, (N, C), their share of each target.
+
+        (Li & Hoiem 2016, "Learning without Forgetting", equation 2, at temperature 1.)
+
+        Args:
+            prior: of the N texts.
+            share: from 0 to less than 1.
+        """
+        soft = self._in_parts()
+        self._soft = torch.lerp(soft, prior.to(soft), share)
+
+    def _in_parts(self) -> Tensor:
+        """The data set's own targets as (N, C) float32."""
+        if self.multi_label:
+            return self._targets
+        if not self._ordinal:
+            return F.one_hot(self._targets, self._n_classes).to(torch.float32)
+        classes = torch.arange(self._n_classes, device=self._targets.device)
+        distance = (classes - self._targets[:, None]).to(torch.float32)  # (N, C)
+        return torch.softmax(-distance.square() / (2 * self._ordinal**2), dim=-1)
+
+    def normaliser(self, texts: list[int]) -> float:
+        """What the summed losses of a step's texts are divided by to give its mean."""
+        if self.multi_label:
+            return float(self._targets[texts].numel())
+        if self.weights is None:
+            return float(len(texts))
+        return float(self.weights[self._targets[texts]].sum())
+
+    def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
+        """The losses of a batch, added up: (B, C) logits of these B texts -> a scalar.
+
+        In float32 at least, whatever multiplied the matrices.
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = self._targets[texts]
+        weights = None if self.weights is None else self.weights.to(logits.dtype)
+        soft = None if self._soft is None else self._soft[texts].to(logits.dtype)
+        if self.multi_label:
+            targets = targets.to(logits.dtype) if soft is None else soft
+            return F.binary_cross_entropy_with_logits(
+                logits, targets, pos_weight=weights, reduction="sum"
+            )
+        if soft is not None:
+            losses = F.cross_entropy(logits, soft, reduction="none")
+            # By the text's own class, as `normaliser` has it, wherever parts of it fall.
+            return losses.sum() if weights is None else (weights[targets] * losses).sum()
+        return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
+
+
+class SquaredError:
+    """The mean squared error of standardized targets.
+
+    Args:
+        dataset: N texts with numbers.
+        scale: in which the head gives them.
+        device: of its outputs.
+    """
+
+    def __init__(self, dataset: Dataset, scale: TargetScale, *, device: torch.device) -> None:
+        targets = scale.standardized(dataset.targets)
+        self._targets = torch.from_numpy(targets).to(device, torch.float32)  # (N,)
+
+    def share_with(self, prior: Tensor, share: float) -> None:
+        """As `Loss.share_with`, of outputs (N, 1)."""
+        self._targets = torch.lerp(self._targets, prior[:, 0].to(self._targets), share)
+
+    def normaliser(self, texts: list[int]) -> float:
+        """How many they are."""
+        return float(len(texts))
+
+    def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
+        """(B, 1) outputs of these B texts -> the sum of their squared errors, in float32."""
+        outputs = logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+        return F.mse_loss(outputs, self._targets[texts].to(outputs.dtype), reduction="sum")
+
+
+def check_ordinal(ordinal: float, *, multi_label: bool) -> None:
+    """Whether classes can be taken to stand in order.
+
+    Raises:
+        MinllamaError: `ordinal` where a text has several labels.
+    """
+    if ordinal and multi_label:
+        raise MinllamaError(
+            "texts with several labels have no order of classes; leave out --ordinal"
+        )

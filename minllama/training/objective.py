@@ -1,0 +1,193 @@
+"""What a training is for: classes or numbers, and so its loss, its evaluation and its metrics.
+
+A training run asks one object for all that depends on the kind of labels. Knows nothing of steps,
+optimizers or files.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from minllama.classification.prompts import EncodedPrompt
+from minllama.data import Dataset
+from minllama.errors import MinllamaError, OptionError
+from minllama.evaluation.metrics import Evaluation, evaluate
+from minllama.evaluation.regression import RegressionEvaluation, TargetScale, evaluate_regression
+from minllama.options import CLASS_METRICS, VALUE_METRICS, TrainingOptions
+from minllama.training.losses import Loss, SquaredError, StepLoss
+
+LESS_IS_BETTER = ("log_loss", "rmse", "mae")
+WORST = -1.0  # a correlation or an R2 that is not defined: no better than any other
+
+
+class Trainable(Protocol):
+    """What can be trained: a classifier that is an `nn.Module`."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a text may have any number of labels."""
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """The C names of the classes."""
+
+    def encode(self, text: str) -> EncodedPrompt:
+        """A text in its prompt, as token ids."""
+
+    def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
+        """(B, C), differentiable and not normalised."""
+
+    def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(N, C) probabilities."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As of `nn.Module`."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of `nn.Module`."""
+
+    def buffers(self) -> Iterator[Tensor]:
+        """As of `nn.Module`."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As of `nn.Module`."""
+
+    def train(self) -> Any:
+        """As of `nn.Module`."""
+
+
+@runtime_checkable
+class ValueTrainable(Trainable, Protocol):
+    """What can be trained to give numbers."""
+
+    scale: TargetScale | None
+
+    def predict_logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(N, 1) outputs, in the scale."""
+
+    def predict_values(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """(N,) numbers."""
+
+
+class Objective(Protocol):
+    """What depends on whether labels are classes or numbers."""
+
+    def loss(self, train: Dataset, options: TrainingOptions, device: torch.device) -> StepLoss:
+        """The loss of the texts of a data set."""
+
+    def answers(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(N, C), what the classifier says now, in the terms of the loss's targets."""
+
+    def evaluate(self, dev: Dataset) -> Any:
+        """Predict a labelled split and evaluate the predictions, without intervals."""
+
+    def dev_row(self, evaluation: Any) -> dict[str, float]:
+        """What of an evaluation goes into a row of metrics."""
+
+    def merit(self, evaluation: Any, metric: str) -> float:
+        """The metric by which weights are compared."""
+
+
+def objective_of(train: Dataset, classifier: Trainable) -> Objective:
+    """The objective that suits the labels of a training set."""
+    if not train.has_numbers:
+        return ClassObjective(classifier)
+    assert isinstance(classifier, ValueTrainable)
+    return ValueObjective(classifier)
+
+
+def check_metric(metric: str, *, of_numbers: bool) -> None:
+    """Whether a metric is one of classes, or of numbers.
+
+    Raises:
+        OptionError: it is of the other.
+    """
+    known = VALUE_METRICS if of_numbers else CLASS_METRICS
+    if metric not in known:
+        what = "numbers" if of_numbers else "classes"
+        raise OptionError(f"metric {metric} is none of {what}; use {', '.join(known)}")
+
+
+def check_kind(split: Dataset, classifier: Trainable) -> None:
+    """Whether a split's labels are of the kind that a classifier gives.
+
+    Raises:
+        MinllamaError: they are not.
+    """
+    scale: TargetScale | None = getattr(classifier, "scale", None)
+    if split.has_numbers != (scale is not None):
+        have, gives = ("numbers", "classes")[:: 1 if split.has_numbers else -1]
+        raise MinllamaError(
+            f"{split.source}: its labels are {have}, and the classifier gives {gives}; train one "
+            f"{'with' if split.has_numbers else 'without'} --objective regression"
+        )
+
+
+class ClassObjective:
+    """One class a text, or any number of them: cross-entropy."""
+
+    def __init__(self, classifier: Trainable) -> None:
+        self._classifier = classifier
+
+    def loss(self, train: Dataset, options: TrainingOptions, device: torch.device) -> StepLoss:
+        balanced = options.class_weights == "balanced"
+        return Loss(train, balanced=balanced, device=device, ordinal=options.ordinal)
+
+    def answers(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self._classifier.predict_proba(texts)
+
+    def evaluate(self, dev: Dataset) -> Evaluation:
+        assert dev.labels is not None
+        return evaluate(
+            self._classifier.predict_proba(dev.texts),
+            dev.labels,
+            dev.label_names,
+            multi_label=dev.multi_label,
+            bootstrap=0,
+        )
+
+    def dev_row(self, evaluation: Evaluation) -> dict[str, float]:
+        metrics = {
+            "dev_loss": evaluation.log_loss,
+            "dev_accuracy": evaluation.accuracy,
+            "dev_macro_f1": evaluation.macro_f1,
+        }
+        if evaluation.multi_label:
+            metrics["dev_micro_f1"] = evaluation.micro_f1
+        return metrics
+
+    def merit(self, evaluation: Evaluation, metric: str) -> float:
+        return float(getattr(evaluation, metric))
+
+
+class ValueObjective:
+    """A number for each text: mean squared error of standardized targets."""
+
+    def __init__(self, classifier: ValueTrainable) -> None:
+        assert classifier.scale is not None
+        self._classifier, self._scale = classifier, classifier.scale
+
+    def loss(self, train: Dataset, options: TrainingOptions, device: torch.device) -> StepLoss:
+        return SquaredError(train, self._scale, device=device)
+
+    def answers(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return self._classifier.predict_logits(texts)
+
+    def evaluate(self, dev: Dataset) -> RegressionEvaluation:
+        return evaluate_regression(
+            self._classifier.predict_values(dev.texts), dev.targets, bootstrap=0
+        )
+
+    def dev_row(self, evaluation: RegressionEvaluation) -> dict[str, float]:
+        """The loss is that of training; metrics are in the unit of the targets."""
+        loss = (evaluation.rmse / self._scale.std) ** 2
+        named = {f"dev_{name}": getattr(evaluation, name) for name in VALUE_METRICS}
+        return {"dev_loss": loss, **{name: v for name, v in named.items() if v is not None}}
+
+    def merit(self, evaluation: RegressionEvaluation, metric: str) -> float:
+        value: float | None = getattr(evaluation, metric)
+        return WORST if value is None else value

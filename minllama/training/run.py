@@ -1,0 +1,326 @@
+"""One training run, step after step: gradients, update, evaluation, checkpoint.
+
+Its state after any step is plain values and named tensors, and it can be put into such a state.
+Knows nothing of how a run begins or where it comes from; that is `minllama.training.trainer`.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minllama.data import Dataset
+from minllama.errors import MinllamaError
+from minllama.evaluation.metrics import Evaluation
+from minllama.evaluation.regression import RegressionEvaluation
+from minllama.kernels.hardware import fast_bfloat16
+from minllama.options import TrainingOptions
+from minllama.training.objective import LESS_IS_BETTER, Trainable, objective_of
+from minllama.training.optimizer import AdamW
+from minllama.training.progress import Progress
+from minllama.training.run_checkpoint import (
+    CheckpointFolder,
+    Fingerprint,
+    MetricsFile,
+    Row,
+    RunState,
+    RunTensors,
+)
+from minllama.training.schedule import Schedule, derived_seed
+
+# Padded tokens that are computed at once. More are slower on a CPU, whose caches they leave, and
+# take memory in proportion; the gradients of a step are the same. Where many weights are trained,
+# each pass adds to gradients of their size, and fewer passes take less time.
+MAX_TOKENS = {"cpu": 768}
+MAX_TOKENS_IF_MUCH_IS_TRAINED = {"cpu": 2048}
+MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
+
+
+class TrainingRun:
+    """The run of one classifier on one data set.
+
+    Args:
+        classifier, train, dev, options, head_parameters: those of `minllama.training.trainer.fit`.
+
+    Attributes:
+        parameters: those that are trained, by name.
+        prompts: the N training texts, encoded.
+        schedule: what each step does.
+        state: where it is.
+        history: a row for each step that is done.
+        checkpoint, fingerprint, metrics, board: where it is kept; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        classifier: Trainable,
+        train: Dataset,
+        dev: Dataset | None,
+        options: TrainingOptions,
+        head_parameters: Sequence[nn.Parameter],
+    ) -> None:
+        self._classifier, self._dev, self._options = classifier, dev, options
+        self.parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
+        self._device = next(iter(self.parameters.values())).device
+        self.prompts = [classifier.encode(text) for text in train.texts]
+        max_tokens = _max_tokens(classifier, self._device)
+        self.schedule = Schedule([len(prompt) for prompt in self.prompts], options, max_tokens)
+        self._objective = objective_of(train, classifier)
+        self._loss = self._objective.loss(train, options, self._device)
+        self._texts = train.texts
+        self._optimizer = AdamW(_groups(self.parameters, options, head_parameters))
+        self._autocast = _wants_autocast(classifier, options, self._device)
+        self.state, self.history = RunState(), list[Row]()
+        self._best: dict[str, Tensor] = {}
+        self._prior: Tensor | None = None  # (N, C), what the classifier said at the beginning
+        self.checkpoint: CheckpointFolder | None = None
+        self.fingerprint: Fingerprint = {}
+        self.metrics: MetricsFile | None = None
+        self.board: Any = None
+
+    def train(self, progress: Progress | None) -> None:
+        """Take the steps that are left; see `fit` for what it raises."""
+        self._started = time.perf_counter() - self.state.seconds
+        state = self.state
+        self._remember_beginning()
+        try:
+            while not self._is_done():
+                if state.row is None:
+                    self._take_step()
+                row = self._conclude_step()
+                if progress is not None:
+                    progress.advance(row)
+                if state.step % self._options.save_every == 0 and not self._is_done():
+                    self._save()
+            if not state.finished:
+                state.finished = True
+                self._save()
+        except KeyboardInterrupt:
+            with interrupts_deferred():  # a second Ctrl-C does not cut what the first one asked for
+                self._save()
+            raise
+
+    def load(self, state: RunState, tensors: RunTensors) -> None:
+        """Be where a checkpoint says."""
+        self.state, self._best, self._prior = state, tensors.best, tensors.prior
+        self._copy(tensors.weights)
+        for name, parameter in self.parameters.items():
+            if name in tensors.updates:
+                moments = {m: tensors.moments[f"{m}.{name}"] for m in MOMENT_NAMES}
+                self._optimizer.state[parameter] = {
+                    "step": tensors.updates[name],
+                    **{m: tensor.to(self._device) for m, tensor in moments.items()},
+                }
+
+    def restore_best(self) -> None:
+        """Give the classifier the weights of the best evaluation, if they were kept."""
+        if self._best:
+            self._copy(self._best)
+
+    def close(self) -> None:
+        """Leave no gradients behind and no file open."""
+        self._optimizer.zero_grad()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.board is not None:
+            self.board.close()
+
+    def _remember_beginning(self) -> None:
+        """Let targets keep their share of what the classifier said before its first step.
+
+        A run that goes on has it from its checkpoint: the classifier that it is given need not be
+        the one that it began with.
+        """
+        share = self._options.self_distillation
+        if not share:
+            return
+        if self._prior is None:
+            assert self.state.step == 0
+            self._prior = torch.from_numpy(self._objective.answers(self._texts))
+        self._loss.share_with(self._prior, share)
+
+    def _is_done(self) -> bool:
+        state = self.state
+        last = state.stopped_early or state.step == self.schedule.total_steps
+        return last and state.row is None
+
+    def _take_step(self) -> None:
+        """Gradients of one step's texts, and the update; `state.row` then says what came of it.
+
+        Raises:
+            MinllamaError: loss or gradients are no numbers; the weights are as before.
+        """
+        began = time.perf_counter()
+        step = self.state.step + 1
+        batches = self.schedule.batches(step)
+        texts = [text for batch in batches for text in batch]
+        # Dropout's random numbers follow from the step, so nothing else need be kept of them.
+        torch.manual_seed(derived_seed(self._options.seed, "dropout", step))
+        self._classifier.train()
+        self._optimizer.zero_grad()
+        normaliser = self._loss.normaliser(texts)
+        total = torch.zeros((), device=self._device)
+        for batch in batches:
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+                logits = self._classifier.compute_logits([self.prompts[i] for i in batch])
+            loss = self._loss.summed(logits, batch) / normaliser
+            loss.backward()
+            total += loss.detach()
+        clip = self._options.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), clip)
+        self._check_finite(step, float(total), float(norm))
+        tokens = sum(len(self.prompts[i]) for i in texts)
+        # An interrupt between two parameters' updates would leave a state that no step leaves.
+        with interrupts_deferred():
+            lr = self._set_lr(step)
+            self._optimizer.step()
+            seconds = time.perf_counter() - began
+            self.state.step = step
+            self.state.examples += len(texts)
+            self.state.tokens += tokens
+            self.state.step_seconds += seconds
+            self.state.row = {
+                "step": step,
+                "epoch": round(step / self.schedule.steps_per_epoch, 4),
+                "loss": float(total),
+                "lr": lr,
+                "grad_norm": float(norm),
+                "examples_per_second": len(texts) / seconds,
+                "tokens_per_second": tokens / seconds,
+            }
+
+    def _conclude_step(self) -> Row:
+        """Evaluate if it is due, and write the step's row down."""
+        state = self.state
+        assert state.row is not None
+        row, evaluation = state.row, None
+        if self._dev is not None and self.schedule.evaluates_after(state.step):
+            evaluation = self._objective.evaluate(self._dev)
+            row = {**row, **self._objective.dev_row(evaluation)}
+        row = {**row, "seconds": time.perf_counter() - self._started}
+        with interrupts_deferred():
+            if evaluation is not None:
+                self._judge(evaluation)
+            if self.metrics is not None:
+                self.metrics.append(row)
+            self.history.append(row)
+            state.row = None
+        if self.board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self.board.add_scalar(name, value, state.step)
+        return row
+
+    def _judge(self, evaluation: Evaluation | RegressionEvaluation) -> None:
+        """Keep the weights if they are the best so far, or count that they are not."""
+        state, options = self.state, self._options
+        value = self._objective.merit(evaluation, options.metric)
+        sign = -1 if options.metric in LESS_IS_BETTER else 1
+        if state.best_metric is None or sign * value > sign * state.best_metric:
+            state.best_step, state.best_metric, state.without_gain = state.step, value, 0
+            if options.keep == "best":
+                self._best = {
+                    name: parameter.detach().to("cpu", copy=True)
+                    for name, parameter in self.parameters.items()
+                }
+        else:
+            state.without_gain += 1
+            state.stopped_early = 0 < options.patience <= state.without_gain
+
+    def _set_lr(self, step: int) -> float:
+        """Give each group its rate for this step; the rate of those that are not the head."""
+        factor = self.schedule.lr_factor(step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["highest_lr"] * factor
+        assert self._options.lr is not None
+        return self._options.lr * factor
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = "the loss" if not math.isfinite(loss) else "a gradient"
+        lr, kept = self._options.lr, ""
+        if self.checkpoint is not None and self.checkpoint.path.exists():
+            kept = f"; {self.checkpoint.path} holds the run before it"
+        raise MinllamaError(
+            f"training has diverged: {what} is no finite number at step {step} of "
+            f"{self.schedule.total_steps}; use a lr lower than {lr:g}, or float32 without "
+            f"autocast{kept}"
+        )
+
+    def _copy(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(weights[name])
+
+    def _save(self) -> None:
+        self.state.seconds = time.perf_counter() - self._started
+        if self.checkpoint is None or self.metrics is None:
+            return
+        tensors = RunTensors({name: p.detach() for name, p in self.parameters.items()})
+        for name, parameter in self.parameters.items():
+            if of_optimizer := self._optimizer.state.get(parameter):
+                tensors.updates[name] = of_optimizer["step"]
+                for moment in MOMENT_NAMES:
+                    tensors.moments[f"{moment}.{name}"] = of_optimizer[moment]
+        tensors.best, tensors.prior = self._best, self._prior
+        self.metrics.sync()
+        self.checkpoint.save(self.state, tensors, self.fingerprint)
+
+
+@contextlib.contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let a Ctrl-C that comes within take effect at its end."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # no KeyboardInterrupt comes here, or somebody else decides when
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _max_tokens(classifier: Trainable, device: torch.device) -> float:
+    """How many padded tokens a pass of this classifier's training has at most."""
+    sizes = [(p.requires_grad, p.numel()) for p in classifier.parameters()]
+    sizes += [(False, buffer.numel()) for buffer in classifier.buffers()]  # quantised weights
+    trained, frozen = (sum(n for grad, n in sizes if grad == wanted) for wanted in (True, False))
+    limits = MAX_TOKENS_IF_MUCH_IS_TRAINED if 5 * trained > frozen else MAX_TOKENS
+    return limits.get(device.type, math.inf)
+
+
+def _groups(
+    parameters: dict[str, nn.Parameter], options: TrainingOptions, head: Sequence[nn.Parameter]
+) -> list[dict[str, Any]]:
+    """Parameters by learning rate and weight decay, which vectors (norms, biases) do not get."""
+    assert options.lr is not None
+    head_ids = {id(parameter) for parameter in head}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in parameters.values():
+        lr = options.lr
+        if id(parameter) in head_ids and options.head_lr is not None:
+            lr = options.head_lr
+        decay = options.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((lr, decay), []).append(parameter)
+    return [
+        {"params": chosen, "lr": lr, "highest_lr": lr, "weight_decay": decay}
+        for (lr, decay), chosen in groups.items()
+    ]
+
+
+def _wants_autocast(classifier: Trainable, options: TrainingOptions, device: torch.device) -> bool:
+    if options.autocast != "auto":
+        return options.autocast == "on"
+    weights = [p for p in classifier.parameters() if p.is_floating_point()]
+    return all(p.dtype == torch.float32 for p in weights) and fast_bfloat16(device)

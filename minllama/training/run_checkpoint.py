@@ -1,0 +1,405 @@
+"""A training run on disk: a checkpoint that it can go on from, and a line of metrics for each step.
+
+A checkpoint is a folder that is written whole or not at all, of safetensors and JSON: nothing in it
+is ever executed. Knows nothing of models or of what a step does.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from minllama.atomic import atomic_file, atomic_folder, is_being_written, remove, temporaries
+from minllama.errors import CheckpointError, MinllamaError
+
+CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
+STATE, WEIGHTS, MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"
+PRIOR = "prior.safetensors"
+FORMAT = 1
+# A run may go on with others: they change none of its numbers.
+NEUTRAL_OPTIONS = ("no_calibration", "save_every", "tensorboard")
+
+Fingerprint: TypeAlias = Mapping[str, Any]
+Row: TypeAlias = dict[str, Any]
+
+
+@dataclass
+class RunState:
+    """Where a run is, but for its tensors.
+
+    Order, learning rate and dropout follow from the step alone; see `minllama.training.schedule`.
+
+    Attributes:
+        step: how many are done.
+        row: what is known of the last step while its evaluation is still due; else None.
+        best_step, best_metric: of the best evaluation so far; None before the first.
+        without_gain: evaluations since.
+        stopped_early: they were too many.
+        finished: no step is left to do.
+        examples, tokens: seen so far.
+        step_seconds: spent in steps.
+        seconds: spent in all, evaluations included.
+    """
+
+    step: int = 0
+    row: Row | None = None
+    best_step: int | None = None
+    best_metric: float | None = None
+    without_gain: int = 0
+    stopped_early: bool = False
+    finished: bool = False
+    examples: int = 0
+    tokens: int = 0
+    step_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class RunTensors:
+    """The tensors of a run, each kind by the parameter's name.
+
+    Attributes:
+        weights: the parameters that are trained.
+        moments: of the optimizer: `exp_avg.` or `exp_avg_sq.` and the parameter's name.
+        updates: how often the optimizer has updated each.
+        best: the weights of the best evaluation; empty before the first.
+        prior: (N, C) probabilities of the training texts before the first step; None where no
+            target has a share of them.
+    """
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    updates: dict[str, int] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    prior: Tensor | None = None
+
+
+class CheckpointFolder:
+    """The checkpoint of the run in `folder`.
+
+    A SIGKILL at any instant of a save leaves the previous checkpoint or the new one. What has
+    not changed, the best weights so far, is not written again, but linked into the new checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / CHECKPOINT
+        self._written: dict[str, dict[str, Any]] = {}  # size and hash of files that may be kept
+
+    def save(self, state: RunState, tensors: RunTensors, fingerprint: Fingerprint) -> None:
+        """Replace the checkpoint.
+
+        Raises:
+            MinllamaError: it cannot be written; the previous one is untouched.
+        """
+        lasting: dict[str, dict[str, Tensor]] = {}
+        if tensors.best:
+            lasting[f"best-{state.best_step}.safetensors"] = tensors.best
+        if tensors.prior is not None:
+            lasting[PRIOR] = {"prior": tensors.prior}
+        kept = {n for n in lasting if n in self._written and (self.path / n).is_file()}
+        contents = {WEIGHTS: tensors.weights, MOMENTS: tensors.moments}
+        contents |= {name: lasting[name] for name in lasting if name not in kept}
+        with atomic_folder(self.path, replaces=lambda name: name not in kept) as staging:
+            files = {name: self._written[name] for name in kept}
+            for name, content in contents.items():
+                _write_tensors(staging / name, content)
+                files[name] = _description(staging / name)
+            raw = {
+                "format": FORMAT,
+                "state": dataclasses.asdict(state),
+                "updates": tensors.updates,
+                "files": files,
+                "fingerprint": fingerprint,
+            }
+            text = json.dumps(raw, indent=1, allow_nan=False)
+            (staging / STATE).write_text(text + "\n", encoding="utf-8")
+            for name in contents:  # the library makes files that only their owner can read
+                shutil.copymode(staging / STATE, staging / name)
+        self._written = files
+
+    def load(self, fingerprint: Fingerprint) -> tuple[RunState, RunTensors] | None:
+        """The run as it was saved; None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or of a run with other options or data;
+                the message names each difference.
+        """
+        self.recover()
+        if not self.path.exists():
+            return None
+        raw = self._raw()
+        if changes := differences(raw["fingerprint"], fingerprint):
+            raise CheckpointError(
+                f"{self.path}: cannot resume: {'; '.join(changes)}; "
+                "resume with what the run was started with, or start anew in another folder"
+            )
+        state, tensors = self._content(raw)
+        self._written = dict(raw["files"])
+        return state, tensors
+
+    def state(self) -> RunState | None:
+        """Where the saved run is, without its tensors; None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged.
+        """
+        self.recover()
+        if not self.path.exists():
+            return None
+        raw = self._raw()
+        with self._damage():
+            return _run_state(raw)
+
+    def recover(self) -> None:
+        """Remove what killed saves have left behind; what a living process writes stays.
+
+        On a system that cannot swap two names, the checkpoint has none for an instant of a save:
+        then one that is whole gets it back.
+        """
+        beside = Path(os.path.realpath(self.path)).parent
+        if not beside.is_dir():
+            return
+        begun = [*temporaries(beside / CHECKPOINT), *temporaries(beside / METRICS)]
+        stale = [path for path in begun if not is_being_written(path)]
+        if not self.path.exists():
+            whole = [(step, path) for path in stale if (step := _whole_step(path)) is not None]
+            if whole:
+                _, newest = max(whole)
+                newest.rename(self.path)
+                stale.remove(newest)
+        for path in stale:
+            remove(path)
+
+    def remove(self) -> None:
+        """Delete the checkpoint, if there is one."""
+        self.recover()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._written = {}
+
+    def _raw(self) -> dict[str, Any]:
+        with self._damage():
+            raw = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+            if raw["format"] != FORMAT:
+                raise CheckpointError(
+                    f"{self.path}: written by another version of minllama; delete it to start anew"
+                )
+            parts = ("state", "updates", "files", "fingerprint")
+            if not all(isinstance(raw[part], dict) for part in parts):
+                raise ValueError(f"{STATE} is not as it was written")
+            return dict(raw)
+
+    def _content(self, raw: Mapping[str, Any]) -> tuple[RunState, RunTensors]:
+        with self._damage():
+            state = _run_state(raw)
+            best_name = f"best-{int(state.best_step or 0)}.safetensors"
+            # There are no best weights before the first evaluation, nor where the last are kept.
+            lasting = [name for name in (best_name, PRIOR) if name in raw["files"]]
+            read = {}
+            for name in (WEIGHTS, MOMENTS, *lasting):
+                if _description(self.path / name) != raw["files"][name]:
+                    raise ValueError(f"{name} is not what was written")
+                read[name] = _read_tensors(self.path / name)
+            updates = {str(name): int(count) for name, count in raw["updates"].items()}
+            best, prior = read.get(best_name, {}), read.get(PRIOR, {}).get("prior")
+            return state, RunTensors(read[WEIGHTS], read[MOMENTS], updates, best, prior)
+
+    @contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Whatever fails to read means that files are missing or were changed."""
+        from safetensors import SafetensorError
+
+        try:
+            yield
+        except OSError as error:
+            reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except KeyError as error:
+            reason = f"{error} is missing"
+        except (ValueError, TypeError, RecursionError, SafetensorError) as error:
+            reason = str(error)
+        else:
+            return
+        raise CheckpointError(
+            f"{self.path}: the checkpoint is damaged ({reason}); delete it to start anew"
+        )
+
+
+class MetricsFile:
+    """`metrics.jsonl` of a run: a line for each step, written when it is done.
+
+    Args:
+        folder: of the run.
+        rows: what it holds at first; nothing else stays in it.
+
+    Raises:
+        MinllamaError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, rows: Sequence[Row] = ()) -> None:
+        self.path = folder / METRICS
+        with atomic_file(self.path) as temporary:
+            temporary.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def append(self, row: Row) -> None:
+        with self._one_line_errors():
+            self._file.write(_line(row))
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Put on disk what was written: a checkpoint must not be ahead of it."""
+        with self._one_line_errors():
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    @contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise MinllamaError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+def read_metrics(folder: str | os.PathLike[str], steps: int | None = None) -> list[Row]:
+    """The rows of a run's `metrics.jsonl`, up to the first line that is not whole.
+
+    Args:
+        folder: of the run.
+        steps: read the rows of the first so many steps, all of which must be there; None for all
+            that there are.
+
+    Raises:
+        CheckpointError: rows are missing, or the file cannot be read.
+    """
+    path, rows = Path(folder) / METRICS, list[Row]()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if steps != 0 else []
+        for line in lines:
+            row = json.loads(line)
+            if row["step"] != len(rows) + 1:
+                break
+            rows.append(row)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass  # a line that a kill has cut: those behind it are of steps that are done again
+    if steps is not None and len(rows) < steps:
+        raise CheckpointError(
+            f"{path}: it has only {len(rows)} of the {steps} steps that the checkpoint has done; "
+            f"put it back, or delete {path.parent / CHECKPOINT} to start anew"
+        )
+    return rows[:steps]
+
+
+def remove_checkpoint(folder: str | os.PathLike[str]) -> None:
+    """Delete the checkpoint of the run in `folder`, once its result is kept elsewhere."""
+    CheckpointFolder(Path(folder)).remove()
+
+
+def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether there is a checkpoint in `folder`, which no run is writing to at this time."""
+    checkpoint = CheckpointFolder(Path(folder))
+    checkpoint.recover()
+    return checkpoint.path.exists()
+
+
+def saved_step(folder: str | os.PathLike[str]) -> int | None:
+    """How many steps the checkpoint in `folder` has done; None where there is none.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    state = CheckpointFolder(Path(folder)).state()
+    return None if state is None else state.step
+
+
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """What differs between two fingerprints, as a person would say it."""
+    return list(dict.fromkeys(_differences(old, new)))  # an option may also be among the settings
+
+
+def _differences(old: Fingerprint, new: Fingerprint, *, inside: bool = False) -> Iterator[str]:
+    for name in dict.fromkeys((*old, *new)):
+        was, is_ = old.get(name), new.get(name)
+        if was == is_ or name in NEUTRAL_OPTIONS:
+            continue
+        if isinstance(was, Mapping) and isinstance(is_, Mapping):
+            yield from _differences(was, is_, inside=True)
+        elif inside and not _is_digest(was):
+            yield f"{name} was {_shown(was)}, now {_shown(is_)}"
+        else:
+            yield f"{name} are not the same"
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """A hash of many parts, in their order."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(len(part).to_bytes(8, "big"))
+        total.update(part)
+    return total.hexdigest()
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _run_state(raw: Mapping[str, Any]) -> RunState:
+    state = RunState(**raw["state"])
+    if type(state.step) is not int or not isinstance(state.row, dict | None):
+        raise ValueError(f"{STATE} is not as it was written")
+    return state
+
+
+def _whole_step(path: Path) -> int | None:
+    """The step of a checkpoint under another name; None where it is not whole."""
+    stand_in = CheckpointFolder(path.parent)
+    stand_in.path = path
+    try:
+        return stand_in._content(stand_in._raw())[0].step
+    except CheckpointError:
+        return None
+
+
+def _description(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256}
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(on_cpu, path)
+    except SafetensorError as error:  # of a full disk
+        raise OSError(str(error)) from error
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    # Copies: a file that is mapped into memory would keep a replaced checkpoint on the disk.
+    return {name: torch.clone(tensor) for name, tensor in load_file(path).items()}

@@ -1,0 +1,312 @@
+"""Batches of labelled texts -> a trained classifier, in steps that can be cut and gone on from.
+
+`fit` trains whatever parameters of a classifier want gradients. Knows nothing of how a classifier
+computes its logits, and of files only that `minllama.training.run_checkpoint` keeps a run in them.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minllama.classification.prompts import EncodedPrompt
+from minllama.data import Dataset
+from minllama.data.texts import checked_texts
+from minllama.errors import MinllamaError, OptionError
+from minllama.lock import only_run
+from minllama.model.llama import Llama
+from minllama.options import TrainingOptions
+from minllama.training.losses import check_ordinal
+from minllama.training.malloc import give_back_freed_memory
+from minllama.training.objective import Trainable, check_kind, check_metric
+from minllama.training.progress import Progress
+from minllama.training.run import TrainingRun
+from minllama.training.run_checkpoint import (
+    CheckpointFolder,
+    Fingerprint,
+    MetricsFile,
+    Row,
+    digest,
+    read_metrics,
+)
+
+__all__ = ["Trainable", "TrainingResult", "fit"]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a training went.
+
+    Attributes:
+        history: a row for each step, as in `metrics.jsonl`: `step`, `epoch` (a fraction), `loss`,
+            `lr`, `grad_norm` (before clipping), `examples_per_second`, `tokens_per_second`,
+            `seconds` (since the start), and after an evaluation `dev_loss`, `dev_accuracy`,
+            `dev_macro_f1` (and `dev_micro_f1` where a text has several labels); of numbers
+            `dev_rmse`, `dev_mae`, `dev_r2`, `dev_pearson`, `dev_spearman`.
+        steps: done in all.
+        metric: the name of what the best weights are best by.
+        best_step, best_metric: of the best evaluation, whose weights the classifier has now unless
+            the last ones were to be kept; None without a dev split.
+        stopped_early: evaluations brought no gain any more.
+        resumed_from: steps that were done before this call; 0 for a new run.
+        seconds: of the whole run, evaluations included.
+        examples_per_second, tokens_per_second: of its steps, without evaluations.
+    """
+
+    history: tuple[Row, ...]
+    steps: int
+    metric: str
+    best_step: int | None
+    best_metric: float | None
+    stopped_early: bool
+    resumed_from: int
+    seconds: float
+    examples_per_second: float
+    tokens_per_second: float
+
+
+def fit(
+    classifier: Trainable,
+    train: Dataset,
+    dev: Dataset | None,
+    options: TrainingOptions,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    head_parameters: Sequence[nn.Parameter] = (),
+    progress: Progress | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> TrainingResult:
+    """Train the parameters of a classifier that want gradients.
+
+    On a CPU the same call gives the same weights, and a run that was cut and resumed those of one
+    that was not, bit for bit. The random numbers of the caller are left alone.
+
+    Args:
+        classifier: changed in place; at the end it has the weights that `keep` says.
+        train: labelled texts, of the classifier's labels.
+        dev: those to evaluate on; None: there are no evaluations.
+        options: `lr` must be given.
+        folder: keeps `metrics.jsonl` and a `checkpoint`, every `save_every` steps, at the end, and
+            at a KeyboardInterrupt. `minllama.training.run_checkpoint.remove_checkpoint` deletes it.
+        resume: go on from the checkpoint; without one, start.
+        head_parameters: those that learn at `head_lr`.
+        progress: is told of each step.
+        settings: what else makes the run what it is (the model, the prompt), as plain values; a run
+            is not resumed with others.
+
+    Raises:
+        OptionError: options that contradict one another, or no `lr`.
+        DataError: labels cannot be used; see the message.
+        CheckpointError: the checkpoint is damaged, of another run, or of one that is not finished
+            and not to be resumed.
+        MinllamaError: the loss is no number any more (the last checkpoint stays); a text cannot be
+            encoded; the folder cannot be written, or another run is writing there.
+        KeyboardInterrupt: it came, and a checkpoint of this instant is in `folder`.
+    """
+    _check(classifier, train, dev, options, folder, resume)
+    with only_run(folder) if folder is not None else contextlib.nullcontext():
+        return _fit(
+            classifier, train, dev, options, folder, resume, head_parameters, progress, settings
+        )
+
+
+def _fit(
+    classifier: Trainable,
+    train: Dataset,
+    dev: Dataset | None,
+    options: TrainingOptions,
+    folder: Path | None,
+    resume: bool,
+    head_parameters: Sequence[nn.Parameter],
+    progress: Progress | None,
+    settings: Mapping[str, Any] | None,
+) -> TrainingResult:
+    """As `fit`, in a folder where no other run is."""
+    run = TrainingRun(classifier, train, dev, options, head_parameters)
+    fingerprint = _fingerprint(run, classifier, train, dev, options, settings or {})
+    with _prepared(classifier, options):
+        try:
+            if folder is not None:
+                _open_folder(run, folder, fingerprint, resume)
+            resumed_from = run.state.step
+            if options.tensorboard:
+                assert folder is not None
+                run.board = _open_board(folder, resumed_from)
+            if progress is not None:
+                progress.begin(resumed_from, run.schedule.total_steps)
+            run.train(progress)
+        finally:
+            run.close()
+            if progress is not None:
+                progress.end()
+        run.restore_best()
+    state = run.state
+    per_second = 1 / state.step_seconds if state.step_seconds else 0.0
+    return TrainingResult(
+        history=tuple(run.history),
+        steps=state.step,
+        metric=options.metric,
+        best_step=state.best_step,
+        best_metric=state.best_metric,
+        stopped_early=state.stopped_early,
+        resumed_from=resumed_from,
+        seconds=state.seconds,
+        examples_per_second=state.examples * per_second,
+        tokens_per_second=state.tokens * per_second,
+    )
+
+
+def _check(
+    classifier: Trainable,
+    train: Dataset,
+    dev: Dataset | None,
+    options: TrainingOptions,
+    folder: Path | None,
+    resume: bool,
+) -> None:
+    """Refuse what cannot work before any text is encoded."""
+    if options.lr is None:
+        raise OptionError("lr is not set: 3e-4 suits LoRA, 2e-5 all weights, 1e-3 a head alone")
+    if dev is None and options.patience:
+        raise OptionError("patience counts evaluations, and there is no dev split to evaluate on")
+    if folder is None and (resume or options.tensorboard):
+        what = "resume" if resume else "tensorboard"
+        raise OptionError(f"{what} needs the folder of a run")
+    if options.tensorboard:
+        summary_writer()
+    check_ordinal(options.ordinal, multi_label=classifier.multi_label)
+    check_metric(options.metric, of_numbers=train.has_numbers)
+    for name, dataset in (("training", train), ("dev", dev)):
+        if dataset is None:
+            continue
+        if dataset.labels is None or not len(dataset):
+            raise MinllamaError(f"{dataset.source}: the {name} texts must have labels")
+        check_kind(dataset, classifier)
+        checked_texts(dataset.texts, f"{dataset.source}: texts")
+        if dataset.has_numbers:
+            continue
+        if list(dataset.label_names) != list(classifier.labels):
+            raise MinllamaError(
+                f"{dataset.source}: its labels ({', '.join(dataset.label_names)}) are not the "
+                f"classifier's ({', '.join(classifier.labels)})"
+            )
+        if dataset.multi_label != classifier.multi_label:
+            several, one = ("texts", "classifier")[:: 1 if dataset.multi_label else -1]
+            raise MinllamaError(
+                f"{dataset.source}: the {several} may have several labels each, the {one} one; "
+                "make both multi_label, or neither"
+            )
+    if not any(parameter.requires_grad for parameter in classifier.parameters()):
+        raise MinllamaError("nothing to train: no parameter of the classifier wants a gradient")
+
+
+@contextlib.contextmanager
+def _prepared(classifier: Trainable, options: TrainingOptions) -> Iterator[None]:
+    """Training mode, checkpointed layers and random numbers of our own, until it ends."""
+    modes = [(module, module.training) for module in classifier.modules()]
+    llamas = [module for module in classifier.modules() if isinstance(module, Llama)]
+    flags = [llama.gradient_checkpointing for llama in llamas]
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
+        try:
+            for llama in llamas:
+                llama.gradient_checkpointing |= options.gradient_checkpointing
+                if llama.gradient_checkpointing:
+                    give_back_freed_memory()
+            yield
+        finally:
+            for llama, flag in zip(llamas, flags, strict=True):
+                llama.gradient_checkpointing = flag
+            for module, training in modes:
+                module.training = training
+
+
+def _open_folder(run: TrainingRun, folder: Path, fingerprint: Fingerprint, resume: bool) -> None:
+    """Let the run keep itself in `folder`, and take it up there."""
+    run.checkpoint, run.fingerprint = CheckpointFolder(folder), fingerprint
+    if resume:
+        if loaded := run.checkpoint.load(fingerprint):
+            run.load(*loaded)
+            run.history = read_metrics(folder, run.state.step - (run.state.row is not None))
+    else:
+        found = run.checkpoint.state()
+        if found is not None and not found.finished:
+            raise MinllamaError(
+                f"{run.checkpoint.path} is of a run that was cut after {found.step} steps: resume "
+                "it, or delete that folder to start anew"
+            )
+        run.checkpoint.remove()
+    run.metrics = MetricsFile(folder, run.history)
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer, a class.
+
+    Raises:
+        MinllamaError: the library is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MinllamaError(
+            "tensorboard needs the library tensorboard; "
+            "install it with: python -m pip install 'minllama[tensorboard]'"
+        ) from error
+    return SummaryWriter
+
+
+def _open_board(folder: Path, step: int) -> Any:
+    # What was written of later steps by a run that was cut is hidden.
+    return summary_writer()(str(folder / "tensorboard"), purge_step=step + 1)
+
+
+def _fingerprint(
+    run: TrainingRun,
+    classifier: Trainable,
+    train: Dataset,
+    dev: Dataset | None,
+    options: TrainingOptions,
+    settings: Mapping[str, Any],
+) -> Fingerprint:
+    """What must be the same for a run to go on, by names that an error can say."""
+    shapes = {name: [list(p.shape), str(p.dtype)] for name, p in run.parameters.items()}
+    numbers = [p for p in classifier.parameters() if not p.requires_grad]
+    frozen = [*numbers, *classifier.buffers()]  # those hold quantised weights
+    parts: dict[str, Any] = {
+        "options": dataclasses.asdict(options),
+        # Whatever JSON does not know is compared as the text that names it.
+        "settings": json.loads(json.dumps(settings, default=str)),
+        "labels": list(classifier.labels),
+        "training texts, their tokens or labels": _examples_digest(run.prompts, train),
+        "dev texts or labels": None if dev is None else _examples_digest(dev.texts, dev),
+        "trained parameters": digest([json.dumps(shapes).encode()]),
+        "weights of the frozen base": digest(map(sample_of, frozen)),
+    }
+    return parts
+
+
+def _examples_digest(texts: Sequence[str] | Sequence[EncodedPrompt], dataset: Dataset) -> str:
+    return digest(
+        repr(example).encode("utf-8", "backslashreplace")
+        for example in zip(
+            texts,
+            dataset.targets
+            if dataset.has_numbers
+            else (dataset.classes_of(i) for i in range(len(dataset))),
+            strict=True,
+        )
+    )
+
+
+def sample_of(parameter: Tensor) -> bytes:
+    """Some of its numbers: enough to tell another model, and read in no time."""
+    flat = parameter.detach().flatten()
+    chosen = flat[:: max(1, len(flat) // 16)].float().cpu()
+    return chosen.numpy().tobytes()

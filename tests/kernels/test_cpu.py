@@ -1,0 +1,611 @@
+"""Compiled code computes what the plain modules compute, at every level of instructions."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minllama.engine import cpu as native_step
+from minllama.engine.cpu import NativeStep, can_run, is_short
+from minllama.errors import MinllamaError
+from minllama.kernels.cpu import attention, ops
+from minllama.kernels.cpu.library import best_level, library
+from minllama.kernels.cpu.lora import low_rank_product
+from minllama.lora import add_lora_wrapper
+from minllama.model.kv_cache import KVCache
+from minllama.model.llama import FeedForward, RMSNorm, load_pretrained
+from minllama.model.rope import apply_rotary_embedding
+from minllama.quantization.modules import QuantizedWeight, quantize
+from tests.tiny import VARIANTS, our_model, random_ids
+
+pytestmark = pytest.mark.skipif(
+    library() is None, reason="minllama was installed without a C++ compiler"
+)
+LEVELS = range(best_level() + 1)
+SHAPE = {"dim": 64, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61}
+
+
+@pytest.fixture(params=LEVELS)
+def at_level(request, monkeypatch):
+    """Operations use the instructions of this level."""
+    monkeypatch.setattr("minllama.kernels.cpu.library.best_level", lambda: request.param)
+    return request.param
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """From its call on nothing is compiled."""
+
+    def off():
+        monkeypatch.setattr(ops, "serves", lambda x: False)
+        monkeypatch.setattr("minllama.engine.cpu.is_short", lambda *pass_: False)
+
+    return off
+
+
+def model_of(kind, tmp_path, **changes):
+    model = our_model(**{**SHAPE, **changes})
+    if kind in ("int4", "int8"):
+        model.save_pretrained(tmp_path / "model")
+        return load_pretrained(tmp_path / "model", quantize=kind, dtype="float32")
+    return model.to(getattr(torch, kind))
+
+
+def steps(model, level, lengths=(5, 3, 1), new=3, cache_dtype=None):
+    """Logits of what rows of different lengths are continued by: one token, then several."""
+    ids = random_ids(len(lengths), max(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(-1)
+    cache = KVCache(model.config, len(lengths), 16, dtype=cache_dtype or model.dtype)
+    model(ids, attention_mask=mask, cache=cache, logits=None)
+    found = []
+    for part in (random_ids(len(lengths), 1, seed=1), random_ids(len(lengths), new, seed=2)):
+        if level is None:
+            found.append(model(part, cache=cache).logits)
+            continue
+        starts = torch.tensor(cache.lengths).unsqueeze(-1)
+        positions = starts + torch.arange(part.shape[1])
+        every = torch.arange(part.numel())
+        rotation = model.rope(positions)
+        _, logits = NativeStep(model, level)(part, positions, rotation, cache, every)
+        found.append(logits.view(*part.shape, -1))
+        cache.advance([part.shape[1]] * len(lengths))
+    return found
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
+def test_a_step_is_the_walk_of_the_modules(kind, level, plain, tmp_path):
+    model = model_of(kind, tmp_path)
+    with torch.inference_mode():
+        fast = steps(model, level)
+        plain()
+        # Activations stay float32 in the step, so half precision is compared with float32 modules.
+        exact = steps(model.float(), None)
+    atol = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.15}.get(kind, 2e-3)
+    for a, b in zip(fast, exact, strict=True):
+        assert torch.allclose(a, b, atol=atol), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "changes",
+    VARIANTS,
+)
+def test_a_step_knows_every_variant(changes, level, plain):
+    model = our_model(**{**SHAPE, **changes})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.normal_(mean=1.0, std=0.3)
+    with torch.inference_mode():
+        fast = steps(model, level)
+        plain()
+        for a, b in zip(fast, steps(model, None), strict=True):
+            assert torch.allclose(a, b, atol=2e-5), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_long_texts_are_attended_to_in_pieces(dtype, level, plain):
+    """More slots than one piece of attention holds, in every kind of cache."""
+    model = our_model(**SHAPE, max_seq_len=512).to(dtype)
+    with torch.inference_mode():
+        cache = KVCache(model.config, 1, 400, dtype=dtype)
+        ids = random_ids(1, 300)
+        plain()
+        model(ids, cache=cache, logits=None)
+        exact = KVCache(model.config, 1, 400)
+        for mine, theirs in zip(exact.keys + exact.values, cache.keys + cache.values, strict=True):
+            mine.copy_(theirs)
+        exact.lengths = [300]
+        new = random_ids(1, 2, seed=3)
+        positions = torch.tensor([[300, 301]])
+        step = NativeStep(model, level)
+        _, logits = step(new, positions, model.rope(positions), cache, torch.arange(2))
+        expected = model.float()(new, cache=exact).logits[0]
+    atol = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
+    assert torch.allclose(logits, expected, atol=atol), (logits - expected).abs().max()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width"),
+    [(1, 1, 64), (4, 2, 16), (3, 1, 40), (8, 2, 8), (5, 1, 32), (8, 1, 24), (6, 2, 12), (2, 2, 20)],
+)
+def test_heads_of_any_number_and_width_are_attended_to(heads, kv_heads, width, level, plain):
+    shape = {**SHAPE, "n_heads": heads, "n_kv_heads": kv_heads, "head_dim": width}
+    model = our_model(**shape)
+    with torch.inference_mode():
+        fast = steps(model, level)
+        halves = steps(model, level, cache_dtype=torch.float16)
+        plain()
+        for a, b, half in zip(fast, steps(model, None), halves, strict=True):
+            assert torch.allclose(a, b, atol=2e-5), (a - b).abs().max()
+            assert torch.allclose(half, b, atol=0.02)
+            assert not torch.equal(half, a)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads_gives_the_same_bits(threads, tmp_path):
+    model = model_of("int4", tmp_path)
+    before = torch.get_num_threads()
+    with torch.inference_mode():
+        torch.set_num_threads(1)
+        alone = steps(model, best_level())
+        torch.set_num_threads(threads)
+        together = steps(model, best_level())
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("what", ["product", "weight", "gate", "attention", "adamw"])
+def test_whoever_takes_which_part_of_an_operation_gives_the_same_bits(what):
+    """Threads take parts as they come, in another way each time."""
+    torch.manual_seed(0)
+    weight = QuantizedWeight(*quantize(torch.randn(400, 6 * 32), 4))
+    x, u, v = torch.randn(300, 6 * 32), torch.randn(3, 7001), torch.randn(3, 7001)
+    heads = [torch.randn(5, 70, n, 16) for n in (4, 2, 2)]
+
+    def optimize():
+        tensors = [tensor.clone() for tensor in (u, v, u * 0.1, v * v)]
+        settings = {"betas": (0.9, 0.99), "eps": 1e-8, "step_size": 0.01, "shrink": 0.999}
+        ops.adamw(*([tensor] for tensor in tensors), **settings)
+        return tensors
+
+    compute = {
+        "product": lambda: [ops.product(weight, x)],
+        "weight": lambda: [ops.take_apart(weight, torch.float32)],
+        "gate": lambda: gradients_of(ops.swiglu, u, v),
+        "attention": lambda: gradients_of(attention.causal_attention, *heads),
+        "adamw": optimize,
+    }[what]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = compute()
+        torch.set_num_threads(5)
+        for _ in range(30):
+            together = compute()
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_logits_and_hidden_states_are_those_asked_for(plain):
+    model = our_model(**SHAPE)
+    ids, mask = random_ids(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    wanted = ("all", "last", None, torch.tensor([[0, 1], [1, 1]]))
+
+    def passes():
+        with torch.inference_mode():
+            outs = []
+            for logits in wanted:
+                cache = model.new_cache(2, 8)
+                outs.append(model(ids, attention_mask=mask, cache=cache, logits=logits))
+                assert cache.lengths == [4, 2]
+            return outs
+
+    fast = passes()
+    plain()
+    for logits, mine, theirs in zip(wanted, fast, passes(), strict=True):
+        of_all = logits is None or (isinstance(logits, str) and logits == "all")
+        real = mask.bool() if of_all else slice(None)
+        assert mine.hidden.shape == theirs.hidden.shape
+        assert torch.allclose(mine.hidden[real], theirs.hidden[real], atol=1e-5)
+        if theirs.logits is None:
+            assert mine.logits is None
+        else:
+            assert mine.logits.shape == theirs.logits.shape
+    for index in (1, 3):
+        assert torch.allclose(fast[index].logits, passes()[index].logits, atol=1e-5)
+
+
+def test_what_changes_a_model_is_seen_by_its_next_step(tmp_path):
+    model = our_model(**SHAPE)
+    ids, new = random_ids(1, 4), random_ids(1, 1, seed=5)
+    with torch.inference_mode():
+        cache = model.new_cache(1, 8)
+        model(ids, cache=cache, logits=None)
+        model(new, cache=cache)
+        assert cache.native.step is not None
+    add_lora_wrapper(model, "compute_query", r=2)
+    assert not can_run(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    with torch.inference_mode():
+        after = model(new, cache=cache).logits
+        assert cache.native.step is None
+        fresh = model.new_cache(1, 8)
+        fresh.keys, fresh.values, fresh.lengths = cache.keys, cache.values, [5]
+        assert torch.equal(after, model(new, cache=fresh).logits)
+
+
+def put_in(model, weight):
+    model.layers[1].feed_forward.w1.weight = nn.Parameter(weight)
+
+
+def load_into_owner(model, weight):
+    name = "0.layers.1.feed_forward.w1.weight"
+    owner = nn.Sequential(model)
+    owner.load_state_dict({**owner.state_dict(), name: weight}, assign=True)
+
+
+def put_a_module_in(model, weight):
+    model.layers[1].feed_forward.w1 = nn.Linear(64, 96, bias=False)
+    put_in(model, weight)
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def make_the_last_norm_another(model, weight):
+    nn.utils.parametrize.register_parametrization(model.norm, "weight", Twice())
+
+
+def give_a_bias(model, weight):
+    model.layers[1].feed_forward.w1.bias = nn.Parameter(weight[:, 0])
+
+
+@pytest.mark.parametrize(
+    "replace",
+    [put_in, put_a_module_in, load_into_owner, make_the_last_norm_another, give_a_bias],
+)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_is_replaced_is_seen_in_the_midst_of_a_text(replace, is_tied):
+    model = our_model(**SHAPE, tie_embeddings=is_tied)
+    ids, new = random_ids(1, 4), random_ids(1, 1, seed=5)
+    with torch.no_grad():
+        cache = model.new_cache(1, 8)
+        model(ids, cache=cache, logits=None)
+        before, copy = model(new, cache=cache).logits, cache.repeated(1, 8)
+        replace(model, torch.randn(96, 64))
+        after = model(new, cache=cache).logits
+        copy.native = None
+        assert torch.equal(after, model(new, cache=copy).logits)
+    assert not torch.allclose(after, before, atol=0.01)
+
+
+def test_weights_that_stand_in_for_a_call_are_seen_in_the_midst_of_a_text():
+    model, ids, new = our_model(**SHAPE), random_ids(1, 4), random_ids(1, 1, seed=5)
+    others = {name: weight * 1.5 for name, weight in model.state_dict().items()}
+    with torch.no_grad():
+        cache = model.new_cache(1, 8)
+        model(ids, cache=cache, logits=None)
+        copies = [cache.repeated(1, 8) for _ in range(3)]
+        before = model(new, cache=copies[0]).logits
+        copies[1].native = copies[0].native
+        seen, expected = (
+            torch.func.functional_call(model, others, (new,), {"cache": copy}).logits
+            for copy in copies[1:]
+        )
+        assert torch.equal(seen, expected)
+        assert torch.equal(model(new, cache=cache).logits, before)
+    assert not torch.allclose(seen, before, atol=0.01)
+
+
+def test_models_and_passes_that_it_does_not_know_are_left_to_the_modules():
+    model = our_model(**SHAPE)
+    assert can_run(model)
+    assert not can_run(our_model(**SHAPE, dropout=0.1).train())
+    assert not can_run(model.double())
+    hooked = our_model(**SHAPE)
+    hooked.layers[1].attention.register_forward_hook(lambda module, args, output: None)
+    assert not can_run(hooked)
+    model = our_model(**SHAPE, tie_embeddings=False)
+    model.output = nn.Sequential(model.output)
+    assert not can_run(model)
+    assert is_short(torch.zeros(1, 4), None, torch.float32)
+    assert not is_short(torch.zeros(1, 10**4), None, torch.float32)
+    assert not is_short(torch.zeros(1, 4), torch.zeros(1, 4, 4), torch.float32)
+
+
+def test_ids_out_of_the_vocabulary_are_refused():
+    model = our_model(**SHAPE)
+    for cache in (None, model.new_cache(1, 4)):
+        with pytest.raises(MinllamaError, match=r"must be int64 or int32, not torch\.float32"):
+            model(torch.tensor([[3.0, 4.0]]), cache=cache)
+    with torch.inference_mode(), pytest.raises(MinllamaError, match="from 0 to 60"):
+        model(torch.tensor([[3, 61]]), cache=model.new_cache(1, 4))
+
+
+def test_copies_of_a_cache_are_continued_in_several_threads():
+    model = our_model(**SHAPE, max_seq_len=400)
+    prompt, others = random_ids(1, 20), [random_ids(1, 300, seed=i)[0] for i in (1, 2)]
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        beginning = model.new_cache(1, 400)
+        model(prompt, cache=beginning)
+        model(prompt[:, :1], cache=beginning)
+
+    def logits_of(ids, cache):
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return torch.cat([model(i.view(1, 1), cache=cache, logits="last").logits for i in ids])
+
+    try:
+        expected = [logits_of(ids, beginning.repeated(1, 400)) for ids in others]
+        copies = [beginning.repeated(1, 400) for _ in others]
+        assert copies[0].native.step is copies[1].native.step is not None
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(logits_of, others, copies))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_another_tensor_in_a_cache_is_read():
+    model, ids, new = our_model(**SHAPE), random_ids(1, 4), random_ids(1, 1, seed=5)
+    with torch.no_grad():
+        cache, other = model.new_cache(1, 8), model.new_cache(1, 8)
+        for each in (cache, other):
+            model(ids, cache=each)
+            model(new, cache=each)
+        assert cache.native.step is not None
+        for kept in (cache.keys, cache.values, other.keys, other.values):
+            kept[1] = kept[1] * 0.5
+        other.native = None
+        found, expected = (model(new, cache=each).logits for each in (cache, other))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("is_short_pass", [False, True])
+def test_autocast_is_for_the_modules(is_short_pass):
+    model = our_model(**SHAPE, max_seq_len=128)
+    new = random_ids(1, 1 if is_short_pass else 70, seed=5)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = model.new_cache(1, 80)
+        model(random_ids(1, 4), cache=cache, logits=None)
+        assert model(new, cache=cache).logits.dtype == torch.bfloat16
+
+
+def test_other_devices_can_be_compiled_without_a_break():
+    norm = RMSNorm(32, 1e-5).to("meta")
+    compiled = torch.compile(norm, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2, 32, device="meta")).shape == (2, 32)
+
+
+def test_tensors_without_memory_go_the_plain_way():
+    model, ids = our_model(**SHAPE), random_ids(2, 5)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(ids).logits.shape == (2, 5, 61)
+    with torch.no_grad():
+        model(ids)
+    exported = torch.export.export(model, (ids,)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (ids,)).logits.square().mean()
+
+    parameters = dict(model.named_parameters())
+    gradients = torch.func.grad(loss)(parameters)
+    loss(parameters).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_library_that_is_missing_leaves_everything_to_torch(monkeypatch):
+    model, ids = our_model(**SHAPE), random_ids(1, 4)
+    with torch.inference_mode():
+        fast = model(ids, cache=model.new_cache(1, 4)).logits
+        monkeypatch.setattr(native_step, "library", lambda: None)
+        monkeypatch.setattr(ops, "library", lambda: None)
+        assert torch.allclose(model(ids, cache=model.new_cache(1, 4)).logits, fast, atol=1e-5)
+
+
+def test_the_exponential_is_as_near_as_it_says(at_level):
+    u = torch.linspace(-80, 80, 40_001)
+    wanted = u.double() * u.double().sigmoid()
+    error = (ops.swiglu(u, torch.ones_like(u)) - wanted) / wanted.where(u != 0, 1.0)
+    # Where it is not fused, a product near 80 is rounded: 80 * 2^-24.
+    assert error.abs().max() < (6e-7 if at_level else 6e-6)
+
+
+def gradients_of(compute, *tensors):
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    y = compute(*tensors)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype)
+    (y * weights).sum().backward()
+    return [y.detach(), *(tensor.grad for tensor in tensors)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", ["norm", "gate", "rotation"])
+def test_operations_and_their_gradients_are_those_of_the_equations(what, dtype, plain, at_level):
+    torch.manual_seed(0)
+    x, other = torch.randn(3, 7, 4, 26), torch.randn(3, 7, 4, 26)
+    norm, gate = RMSNorm(26, 1e-5), FeedForward.__new__(FeedForward)
+    nn.init.normal_(norm.weight)
+    rotation = torch.polar(torch.ones(1, 7, 1, 13), torch.randn(1, 7, 1, 13))
+    assert gate is not None
+
+    def of_equation(*tensors):
+        if what == "norm":
+            x, weight = tensors
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+        if what == "gate":
+            return nn.functional.silu(tensors[0]) * tensors[1]
+        return apply_rotary_embedding(tensors[0], rotation)
+
+    def of_library(*tensors):
+        if what == "norm":
+            return ops.rms_norm(*tensors, 1e-5)
+        return ops.swiglu(*tensors) if what == "gate" else ops.rotate(*tensors, rotation)
+
+    tensors = {"norm": (x, norm.weight), "gate": (x, other), "rotation": (x,)}[what]
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    mine = gradients_of(of_library, *tensors)
+    plain()
+    theirs = (
+        gradients_of(of_equation, *(tensor.double() for tensor in tensors))
+        if what != "rotation"
+        else gradients_of(of_equation, *(tensor.float() for tensor in tensors))
+    )
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == dtype
+        rtol = 1e-5 if dtype == torch.float32 else 2**-7
+        assert torch.allclose(a.double(), b.double(), rtol=rtol, atol=rtol), (a - b).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 30, 4, 2, 16), (1, 150, 6, 1, 10), (3, 65, 4, 4, 80)])
+def test_causal_attention_and_its_gradients_are_torchs(shape, dtype, at_level):
+    batch, length, heads, kv_heads, width = shape
+    torch.manual_seed(0)
+    tensors = [torch.randn(batch, length, n, width).to(dtype) for n in (heads, kv_heads, kv_heads)]
+
+    def of_torch(*tensors):
+        swapped = (x.transpose(1, 2) for x in tensors)
+        sdpa = nn.functional.scaled_dot_product_attention
+        return sdpa(*swapped, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    mine = gradients_of(attention.causal_attention, *tensors)
+    theirs = gradients_of(of_torch, *(tensor.double() for tensor in tensors))
+    rtol = 2e-5 if dtype == torch.float32 else 2**-7
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.allclose(a.double(), b, rtol=rtol, atol=rtol * b.abs().max())
+
+
+def test_training_gives_the_gradients_of_the_plain_equations(plain):
+    model, ids = our_model(**SHAPE), random_ids(2, 20)
+    mask = torch.arange(20) < torch.tensor([[20], [13]])
+
+    def gradients():
+        model.zero_grad()
+        logits = model(ids, attention_mask=mask).logits
+        nn.functional.cross_entropy(logits[mask], ids[mask]).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    fast = gradients()
+    plain()
+    for name, gradient in gradients().items():
+        assert torch.allclose(fast[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 8, 21])
+def test_low_rank_products_and_their_gradients_are_those_of_two_products(rank, dtype, at_level):
+    torch.manual_seed(0)
+    x = torch.randn(3, 50, 40).to(dtype)
+    a, b = torch.randn(rank, 40), torch.randn(27, rank)
+    mine = gradients_of(lambda x, a, b: low_rank_product(x, a, b, 0.5), x, a, b)
+    doubles = (x.double(), a.double(), b.double())
+    theirs = gradients_of(lambda x, a, b: 0.5 * (x @ a.T) @ b.T, *doubles)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    for ours, exact in zip(mine, theirs, strict=True):
+        assert torch.allclose(ours.double(), exact, rtol=rtol, atol=rtol * exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_of_low_rank_products_takes_the_same_numbers_back(dtype, at_level):
+    torch.manual_seed(0)
+    x, a, b = torch.randn(70, 40).to(dtype), torch.randn(5, 40), torch.randn(27, 5)
+    torch.manual_seed(3)
+    identity = torch.eye(40)
+    kept = low_rank_product(torch.ones(70, 40), identity, identity, 1.0, dropout=0.25)
+    assert kept.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert abs((kept == 0).float().mean() - 0.25) < 0.03
+    assert ((kept == 0).float().mean(0) < 0.5).all()  # no column is always hit, nor a row
+    assert ((kept == 0).float().mean(1) < 0.6).all()
+
+    def dropped(x, a, b):
+        torch.manual_seed(3)
+        return low_rank_product(x, a, b, 0.5, dropout=0.25)
+
+    doubles = (x.double(), a.double(), b.double())
+    theirs = gradients_of(lambda x, a, b: 0.5 * (kept.double() * x @ a.T) @ b.T, *doubles)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    for ours, exact in zip(gradients_of(dropped, x, a, b), theirs, strict=True):
+        assert torch.allclose(ours.double(), exact, rtol=rtol, atol=rtol * exact.abs().max())
+
+
+def test_all_of_it_can_be_dropped():
+    x, a, b = torch.randn(5, 16), torch.randn(4, 16), torch.randn(8, 4)
+    assert not low_rank_product(x, a, b, 1.0, dropout=1.0).any()
+
+
+@pytest.mark.parametrize("kind", ["int4", "int4 without mins", "int8", "int8 with mins"])
+def test_quantised_products_of_many_rows_and_blocks(kind, at_level):
+    torch.manual_seed(0)
+    parts = quantize(torch.randn(40, 13 * 32), 8 if kind.startswith("int8") else 4)
+    if kind == "int4 without mins":
+        parts = parts._replace(mins=None)
+    elif kind == "int8 with mins":  # as Q5_K has them
+        parts = parts._replace(mins=-100 * parts.scales)
+    weight = QuantizedWeight(*parts)
+    x = torch.randn(133, 13 * 32)
+    y = ops.product(weight, x)
+    exact = x.double() @ weight.dequantize(torch.float64).T
+    # An activation is off by half of 1 / (127 * 128) of its block's largest number.
+    largest = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
+    bound = largest @ weight.dequantize().abs().T / (127 * 128 * 2) + 1e-4
+    assert ((y - exact).abs() <= bound).all()
+    # A row gets the same bits whoever stands beside it, but where loops are left to the compiler.
+    for n in (1, 2, 3, 4, 5, 7):
+        few = ops.product(weight, x[:n])
+        assert torch.equal(few, y[:n]) if at_level else torch.allclose(few, y[:n], atol=1e-3), n
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_is_none_in_quantised_products(bits, rows, value, at_level):
+    weight = QuantizedWeight(*quantize(torch.randn(40, 96), bits))
+    for place in (0, 13, 31, 64, 95):
+        x = torch.randn(rows, 96)
+        x[rows // 2, place] = value
+        y = ops.product(weight, x)
+        finite = torch.arange(rows) != rows // 2
+        assert y[finite].isfinite().all()
+        assert not y[rows // 2].isfinite().any()
+    assert ops.product(weight, torch.full((1, 96), float("nan"))).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_products_can_be_added_in_place(dtype, at_level):
+    torch.manual_seed(0)
+    x, y, a, b = (torch.randn(*shape) for shape in ((9, 16), (9, 8), (4, 16), (8, 4)))
+    x, y = x.to(dtype), y.to(dtype)
+
+    def added(x, y, a, b):
+        onto = y * 1  # a leaf cannot be written to
+        result = low_rank_product(x, a, b, 0.5, onto=onto)
+        assert result.data_ptr() == onto.data_ptr()
+        return result
+
+    doubles = (t.double() for t in (x, y, a, b))
+    theirs = gradients_of(lambda x, y, a, b: y + 0.5 * (x @ a.T) @ b.T, *doubles)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-7
+    for ours, exact in zip(gradients_of(added, x, y, a, b), theirs, strict=True):
+        assert torch.allclose(ours.double(), exact, rtol=rtol, atol=rtol * exact.abs().max())
+
+
+def test_low_rank_products_take_matrices_of_half_precision():
+    x, a, b = torch.randn(5, 16), torch.randn(4, 16).bfloat16(), torch.randn(8, 4).bfloat16()
+    exact = 2 * x @ a.float().T @ b.float().T
+    assert torch.allclose(low_rank_product(x, a, b, 2.0), exact, atol=1e-4)
