@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -132,7 +133,7 @@ def command(
     **values: Any,
 ) -> None:
     """Say the labels of texts, by CLASSIFIER (a folder that `minllama train` wrote) or --labels."""
-    _check_idle(bool(texts), score=values["score"])
+    _check_idle(bool(texts), labels_file, score=values["score"])
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
     threshold = pick(ThresholdOptions, values)
@@ -153,7 +154,7 @@ def command(
     else:
         if base is not None:
             raise OptionError("--base is that of a CLASSIFIER; with --labels name it with --model")
-        names = _names(labels, labels_file)
+        names = _names(labels, labels_file, data.encoding)
         made = _zero_shot(names, options, prompt, source, tokenizer, dtype, device, quantize)
         _learn_prior(made, options, rows, data)
     decide(made, threshold)
@@ -165,10 +166,11 @@ def command(
             _classify_rows(made, rows, file, data, columns=columns, resume=resume)
 
 
-def _check_idle(has_texts: bool, *, score: str) -> None:
+def _check_idle(has_texts: bool, labels_file: str | None, *, score: str) -> None:
     """Refuse options that would change nothing."""
-    uses = (
-        (OF_ROWS, not has_texts, "for the rows of --input"),
+    of_rows = [name for name in OF_ROWS if labels_file is None or name != "encoding"]
+    uses: tuple[tuple[Sequence[str], bool, str], ...] = (
+        (of_rows, not has_texts, "for the rows of --input"),
         (("as_json",), has_texts, "for --text; --output-format is for --input"),
         (("prior_strength",), score in CORRECTED, f"for --score {', '.join(CORRECTED)}"),
     )
@@ -237,14 +239,14 @@ def _load(
     )
 
 
-def _names(labels: str | None, labels_file: str | None) -> list[str]:
+def _names(labels: str | None, labels_file: str | None, encoding: str | None) -> list[str]:
     """The names of --labels or --labels-file; says which of them may be one."""
     from minllama.data import read_labels_file
     from minllama.data.label_names import names_of_option
     from minllama.data.look_alikes import alike_message, look_alikes
 
     if labels_file is not None:
-        names, where = read_labels_file(labels_file), labels_file
+        names, where = read_labels_file(labels_file, encoding), labels_file
     else:
         assert labels is not None
         names, where = names_of_option(labels, "--labels"), f"--labels {labels!r}"

@@ -271,7 +271,7 @@ def _label_reader(
     numbers: dict[int, str] | None = None
     codes: dict[str, str] = {}
     if options.label_names is not None:
-        given = read_label_names(options.label_names)
+        given = read_label_names(options.label_names, options.encoding)
         numbers, codes = given, given.codes
     elif len(columns) == 1 and columns[0] in table.class_names:
         numbers = dict(enumerate(table.class_names[columns[0]]))

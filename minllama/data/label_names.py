@@ -3,6 +3,7 @@
 Knows nothing of the labels of rows.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from minllama.data.class_names import class_text, whole_number
+from minllama.data.encoding import advice_for, encoding_of
 from minllama.data.label_lists import read_list, split_names
 from minllama.data.records import listed, shown
 from minllama.errors import DataError, OptionError
 
 MAX_NAMES_BYTES = 2**24
+HEAD = 2**16  # of a file, to tell its encoding by
 _WRITTEN = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?", re.ASCII)  # a number as a key of JSON
 
 
@@ -66,13 +69,17 @@ def checked_names(names: list[str], where: str) -> list[str]:
     return names
 
 
-def read_labels_file(path: str | os.PathLike[str]) -> list[str]:
+def read_labels_file(path: str | os.PathLike[str], encoding: str | None = None) -> list[str]:
     """The names of a file, in order: one on each line, or JSON as for `read_label_names`.
+
+    Args:
+        path: of the file.
+        encoding: of a file that is not UTF-8.
 
     Raises:
         DataError: it cannot be read, names nothing, or a name twice.
     """
-    name, text = _text_of(path)
+    name, text = _text_of(path, encoding)
     start = text.lstrip()[:1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     is_list_of_lists = len(lines) > 1 and all(line[0] == "[" and line[-1] == "]" for line in lines)
@@ -98,19 +105,23 @@ def words_by_label(text: str) -> Mapping[str, str] | None:
     return content if is_mapping else None
 
 
-def read_label_names(path: str | os.PathLike[str]) -> LabelNames:
+def read_label_names(path: str | os.PathLike[str], encoding: str | None = None) -> LabelNames:
     """The file of `--label-names`: the name of each number, in the order of the numbers.
 
     It holds a list of names in order, or an object {name: number} or {number: name}.
 
+    Args:
+        path: of the file.
+        encoding: of a file that is not UTF-8.
+
     Raises:
         DataError: it cannot be read, or is not of that form.
     """
-    name, text = _text_of(path)
+    name, text = _text_of(path, encoding)
     return _names_of_json(text, name)
 
 
-def _text_of(path: str | os.PathLike[str]) -> tuple[str, str]:
+def _text_of(path: str | os.PathLike[str], encoding: str | None) -> tuple[str, str]:
     """What errors call a file, and its content."""
     name = str(path) if str(path).isprintable() else shown(str(path))
     try:
@@ -121,10 +132,19 @@ def _text_of(path: str | os.PathLike[str]) -> tuple[str, str]:
         raise DataError(f"{name}: {reason}; name a file of label names") from error
     if len(data) > MAX_NAMES_BYTES:
         raise DataError(f"{name}: too large for a file of label names")
-    try:
-        return name, data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 ({error}); save it as UTF-8") from error
+    return name, _decoded(data, encoding, name)
+
+
+def _decoded(data: bytes, encoding: str | None, name: str) -> str:
+    """Bytes as text: UTF-8 where they are that, whatever the rows are in that they belong to."""
+    asked = encoding_of(data[:HEAD], encoding, name)
+    # UTF-16 of ASCII is UTF-8, too, with zeros; so is ISO-2022, with escapes.
+    is_asked = encoding is not None and (b"\0" in data or b"\x1b" in data)
+    for tried in [asked] if is_asked else ["utf-8-sig", asked]:
+        with contextlib.suppress(UnicodeError):
+            return data.decode(tried).removeprefix("\ufeff")
+    remedy = advice_for(data) if encoding is None else "give --encoding what it is, or save it so"
+    raise DataError(f"{name}: not UTF-8{'' if encoding is None else f' or {asked}'}; {remedy}")
 
 
 def _names_of_json(text: str, name: str) -> LabelNames:

@@ -92,7 +92,8 @@ def _refuse_for(options: DataOptions, name: str) -> None:
         OptionError: names it.
     """
     given = {
-        "--encoding": options.encoding,
+        # A file of names may be in it.
+        "--encoding": options.encoding if options.label_names is None else None,
         "--separator": options.separator,
         "--no-header": options.no_header,
         "--columns": options.columns,
