@@ -9,7 +9,7 @@ where some are missing), and `True` is `true` where all are truth values. Nothin
 import datetime
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -82,6 +82,28 @@ def is_number_like(text: str) -> bool:
 def is_truth(text: str) -> bool:
     """Whether a text is a truth value, as JSON (true), Python (True) or Excel (TRUE) write it."""
     return text.casefold() in _TRUTH
+
+
+def same_classes(names: Sequence[str], others: Sequence[str]) -> dict[str, str] | None:
+    """Which of `others` each name is, where both list the same classes; None where they do not.
+
+    A truth value or a number may be spelled in two ways, as by the files that two classifiers were
+    trained from; every other name is only itself.
+    """
+    if set(names) == set(others):
+        return {name: name for name in names}
+    values, found = ({_value(name): name for name in some} for some in (names, others))
+    if len(values) < len(names) or len(found) < len(others) or values.keys() != found.keys():
+        return None
+    return {name: found[value] for value, name in values.items()}
+
+
+def _value(name: str) -> str | Decimal:
+    """What a name stands for, however it is spelled."""
+    if is_truth(name):
+        return name.casefold()
+    value = number(name)
+    return name if value is None else value
 
 
 def class_names(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:

@@ -17,6 +17,7 @@ from minllama.classification import load_classifier
 from minllama.classification.base import Classifier, probabilities
 from minllama.classification.storage.manifest import CLASSIFIER_FILE
 from minllama.data import Dataset
+from minllama.data.class_names import same_classes
 from minllama.data.records import listed
 from minllama.errors import DataError, MinllamaError
 from minllama.evaluation.metrics import Evaluation, evaluate, predictions
@@ -77,8 +78,8 @@ def open_other(other: str, split: Dataset, *, loading: Mapping[str, Any]) -> Oth
                 f"{other}: gives numbers, and the classifier that it is compared with classes; "
                 "compare two of a kind"
             )
-        _check_kind(other, classifier.labels, classifier.multi_label, split)
-        return Other(other, lambda progress: _predicted(classifier, split, progress))
+        matched = _matched(other, classifier.labels, classifier.multi_label, split)
+        return Other(other, lambda progress: _predicted(classifier, split, matched, progress))
     if not path.is_file():
         raise DataError(
             f"{other}: no such file or folder; name the folder of a classifier, or predictions "
@@ -88,29 +89,33 @@ def open_other(other: str, split: Dataset, *, loading: Mapping[str, Any]) -> Oth
     return Other(other, lambda progress: read)
 
 
-def _check_kind(other: str, labels: Sequence[str], multi_label: bool, split: Dataset) -> None:
-    """Refuse what gives other classes: they are matched by name, in any order."""
+def _matched(other: str, labels: Sequence[str], multi_label: bool, split: Dataset) -> list[str]:
+    """What the other calls the classes of the split, in their order; refuses other classes."""
     if multi_label != split.multi_label:
         kinds = "one label", "any number of labels"
         raise MinllamaError(
             f"{other}: gives a text {kinds[multi_label]}, and the classifier that it is compared "
             f"with {kinds[not multi_label]}; compare two of a kind"
         )
+    called = same_classes(split.label_names, labels)
+    if called is not None:
+        return [called[name] for name in split.label_names]
     lacks = [name for name in split.label_names if name not in labels]
     adds = [name for name in labels if name not in split.label_names]
-    if lacks or adds:
-        parts = [f"lacks {listed(lacks)}"] * bool(lacks) + [f"has {listed(adds)}"] * bool(adds)
-        raise MinllamaError(
-            f"{other}: its classes are others: it {' and '.join(parts)}; classes are matched by "
-            "name, so compare classifiers that were trained with the same names"
-        )
+    parts = [f"lacks {listed(lacks)}"] * bool(lacks) + [f"has {listed(adds)}"] * bool(adds)
+    raise MinllamaError(
+        f"{other}: its classes are others: it {' and '.join(parts)}; classes are matched by "
+        "name, so compare classifiers that were trained with the same names"
+    )
 
 
-def _predicted(classifier: Classifier, split: Dataset, progress: Progress) -> Predicted:
+def _predicted(
+    classifier: Classifier, split: Dataset, matched: Sequence[str], progress: Progress
+) -> Predicted:
     many, logits = classifier.multi_label, classifier.predict_logits(split.texts, progress=progress)
     p = probabilities(logits, classifier.temperature, multi_label=many)
     predicted = predictions(p, multi_label=many, thresholds=classifier.decision)
-    order = [classifier.labels.index(name) for name in split.label_names]
+    order = [classifier.labels.index(name) for name in matched]
     return p[:, order], predicted[:, order]
 
 
@@ -128,14 +133,14 @@ def _read(other: str, split: Dataset) -> Predicted:
         raise DataError(f"{other}: {_unlike(closest, split)}; {REMEDY}")
     rows = found[0]
     names = list(rows[0]["probabilities"])
-    _check_kind(other, names, isinstance(_said(rows[0]), list), split)
+    matched = _matched(other, names, isinstance(_said(rows[0]), list), split)
     p = np.empty((len(rows), len(names)))
     predicted = np.zeros(p.shape, dtype=np.bool_)
-    numbers = {name: i for i, name in enumerate(split.label_names)}
+    numbers = {name: i for i, name in enumerate(matched)}
     for i, row in enumerate(rows):
         said = _said(row)
         try:
-            p[i] = [row["probabilities"][name] for name in split.label_names]
+            p[i] = [row["probabilities"][name] for name in matched]
             for name in said if isinstance(said, list) else [said]:
                 predicted[i, numbers[name]] = True
         except (KeyError, TypeError, ValueError) as error:
