@@ -189,6 +189,8 @@ def _columns(schema: Any) -> tuple[list[str], dict[str, str], dict[str, str]]:
 
     text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     plain = (*text, types.is_boolean, types.is_integer, types.is_floating, types.is_decimal)
+    # A day or a time is one text in every format; a timestamp is not.
+    days = (types.is_date, _is_short_time)
     lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
 
     def is_one_of(tests: tuple[Any, ...], kind: Any) -> bool:
@@ -197,6 +199,8 @@ def _columns(schema: Any) -> tuple[list[str], dict[str, str], dict[str, str]]:
         return any(test(kind) for test in tests)
 
     def is_plain(kind: Any) -> bool:
+        if is_one_of(days, kind):
+            return True
         while is_one_of(lists, kind):
             kind = kind.value_type
         return is_one_of(plain, kind)
@@ -286,6 +290,13 @@ def _lengths(column: Any) -> tuple[Sequence[int], Any] | None:
     return (rows, compute.binary_length(column)) if _is_text(column.type) else None
 
 
+def _is_short_time(kind: Any) -> bool:
+    """Whether a type is a time of day that Python has: without nanoseconds."""
+    from pyarrow import types
+
+    return bool(types.is_time(kind) and kind.unit != "ns")
+
+
 def _is_text(kind: Any) -> bool:
     from pyarrow import types
 
@@ -295,12 +306,26 @@ def _is_text(kind: Any) -> bool:
 def _values(batch: Any) -> list[dict[str, Any] | str]:
     batch = _with_short_numbers(batch)
     try:
-        values: list[dict[str, Any] | str] = batch.to_pylist()
-    except UnicodeDecodeError:  # somewhere in these rows
+        values: list[dict[str, Any] | str] = _with_written_days(batch)
+    except (UnicodeDecodeError, ValueError, OverflowError) as error:  # somewhere in these rows
         if batch.num_rows == 1:
-            return ["text that is not UTF-8"]
+            is_text = isinstance(error, UnicodeDecodeError)
+            return ["text that is not UTF-8" if is_text else "a date beyond the year 9999"]
         return [value for i in range(batch.num_rows) for value in _values(batch.slice(i, 1))]
     return values
+
+
+def _with_written_days(batch: Any) -> list[Any]:
+    """The rows, with days and times as text, as other formats have them."""
+    from pyarrow import types
+
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    for field in batch.schema:
+        if types.is_date(field.type) or types.is_time(field.type):
+            for row in rows:
+                value = row[field.name]
+                row[field.name] = None if value is None else str(value)
+    return rows
 
 
 def _with_short_numbers(batch: Any) -> Any:

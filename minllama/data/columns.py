@@ -6,7 +6,7 @@ what is in them.
 
 from collections.abc import Collection, Mapping, Sequence
 
-from minllama.data.records import listed
+from minllama.data.records import listed, shown
 from minllama.errors import DataError
 from minllama.text import printable
 
@@ -66,10 +66,13 @@ def find_columns(
     no_text, no_label = no_text or {}, no_label or {}
     if any(is_known(column) or column in (text_column, label_column) for column in columns):
         header = ""
-    text = _asked(columns, name, text_column, "text", no_text, header)
+    # What a column of another type should be is none that is meant for the other purpose.
+    of_text = [column for column in columns if column != label_column and not is_label(column)]
+    of_label = [column for column in columns if column != text_column and not is_text(column)]
+    text = _asked(columns, name, text_column, "text", no_text, header, of_text)
     if not needs_label and label_column not in columns:
         label_column = None  # what is to be classified need not have the training file's columns
-    label = _asked(columns, name, label_column, "label", no_label, header)
+    label = _asked(columns, name, label_column, "label", no_label, header, of_label)
     # The index that pandas writes has no name.
     left = [column for column in columns if column and column not in (text, label)]
     if label is None:
@@ -82,7 +85,7 @@ def find_columns(
         text, rivals = _guessed(may_be, TEXT_NAMES)
         typed = _guessed([column for column in no_text if column != label], TEXT_NAMES)[0]
         if text is None and not rivals and typed is not None:
-            raise _of_type(name, typed, "text", no_text, columns)
+            raise _of_type(name, typed, "text", no_text, [c for c in of_text if c != label])
         if text is None and not rivals and len(may_be) == 1:
             text = may_be[0]
             if header and (len(text.split()) > 4 or text.endswith((".", "!", "?")) or "|" in text):
@@ -93,7 +96,9 @@ def find_columns(
     if label is None and needs_label:
         typed = _guessed(list(no_label), LABEL_NAMES)[0]
         if typed is not None:
-            raise _of_type(name, typed, "label", no_label, columns)
+            raise _of_type(name, typed, "label", no_label, [c for c in of_label if c != text])
+        # Days and times are labels where they are asked for, or called so.
+        left = [column for column in left if not _is_day(no_text.get(column, ""))] or left
         if len(left) != 1:
             raise _unclear(name, columns, "label", no_label, header)
         label = left[0]
@@ -102,7 +107,21 @@ def find_columns(
 
 def is_known(column: str) -> bool:
     """Whether columns of texts or of labels are called so."""
-    return column.lower() in TEXT_NAMES or column.lower() in LABEL_NAMES
+    return is_text(column) or is_label(column)
+
+
+def is_text(column: str) -> bool:
+    """Whether columns of texts are called so."""
+    return column.lower() in TEXT_NAMES
+
+
+def is_label(column: str) -> bool:
+    """Whether columns of labels are called so."""
+    return column.lower() in LABEL_NAMES
+
+
+def _is_day(kind: str) -> bool:
+    return kind.startswith(("date", "time32", "time64"))
 
 
 def _asked(
@@ -112,9 +131,10 @@ def _asked(
     what: str,
     types: Mapping[str, str],
     header: str,
+    others: Sequence[str],
 ) -> str | None:
     if asked is not None and asked in types:
-        raise _of_type(name, asked, what, types, columns)
+        raise _of_type(name, asked, what, types, others)
     if asked is not None and asked not in columns:
         hint = f"; {header}" if header else ""
         raise DataError(
@@ -127,10 +147,19 @@ def _of_type(
     name: str, column: str, what: str, types: Mapping[str, str], columns: Sequence[str]
 ) -> DataError:
     others = [other for other in columns if other not in types and other != column]
-    remedy = f"give --{what}-column one of {listed(others)}" if others else "write it as strings"
+    remedy = f"write it as strings, in pandas with df[{shown(column)}].{_as_strings(types[column])}"
+    if others:
+        remedy += f", or give --{what}-column one of {listed(others)}"
     kind = printable(types[column])
     kind = kind if len(kind) <= 60 else f"{kind[:57]}..."
     return DataError(f"{name}: column {column!r} is {kind}, which can be no {what}; {remedy}")
+
+
+def _as_strings(kind: str) -> str:
+    """What pandas makes strings of a column with."""
+    if "binary" in kind.partition("<")[0]:
+        return 'str.decode("utf-8")'
+    return "map(str)" if "<" in kind else "astype(str)"
 
 
 def tells_text(columns: Collection[str], text_column: str | None) -> bool:

@@ -88,10 +88,11 @@ def test_streamed_rows_hold_plain_columns_only(tmp_path: Path) -> None:
         "tags": [["x"], [], None],
         "ok": [True, False, None],
         "kind": pa.array(["p", "q", "p"]).dictionary_encode(),
+        "day": [datetime.date(2024, 1, 1)] * 3,
     }
     others = {
         "image": [b"1", b"2", b"3"],
-        "day": [datetime.date(2024, 1, 1)] * 3,
+        "moment": [datetime.datetime(2024, 1, 1)] * 3,
         "deep": [{"a": 1}] * 3,
     }
     path = write(tmp_path / "x.parquet", plain | others)
@@ -100,8 +101,18 @@ def test_streamed_rows_hold_plain_columns_only(tmp_path: Path) -> None:
         (1, "row 2", "b"),
         (2, "row 3", "c"),
     ]
-    assert rows[0].record == {"text": "b", "score": None, "tags": [], "ok": False, "kind": "q"}
-    refusal = "column 'image' is binary, which can be no text; give --text-column one of 'text'"
+    assert rows[0].record == {
+        "text": "b",
+        "score": None,
+        "tags": [],
+        "ok": False,
+        "kind": "q",
+        "day": "2024-01-01",
+    }
+    refusal = (
+        "column 'image' is binary, which can be no text; write it as strings, in pandas with "
+        "df\\['image'\\].str.decode\\(\"utf-8\"\\), or give --text-column one of 'text'"
+    )
     with pytest.raises(DataError, match=refusal):
         load_dataset(path, DataOptions(text_column="image"))
 
@@ -128,17 +139,27 @@ def test_columns_that_can_hold_no_text_are_named_with_their_type(
         for options in (None, DataOptions(text_column="text")):
             with pytest.raises(DataError) as caught:
                 load(path) if options is None else load_dataset(path, options)
-            message = f"{path}: column 'text' is {kind}, which can be no text; give --text-column"
-            assert str(caught.value) == f"{message} one of 'label'"
+            # That the other column is called 'label' says that it is no text.
+            message = f"{path}: column 'text' is {kind}, which can be no text; write it as strings"
+            how = {"binary": 'str.decode("utf-8")', "bool": "astype(str)"}.get(
+                kind, "map(str)" if "<" in kind else "astype(str)"
+            )
+            assert str(caught.value) == f"{message}, in pandas with df['text'].{how}"
 
 
 def test_columns_that_can_hold_no_label_are_named_with_their_type(tmp_path: Path) -> None:
-    day = pa.array([1, 2], pa.date32())
+    # A day would be a label: it is the same text in every format.
+    day = pa.array([1, 2], pa.timestamp("us"))
     path = write(tmp_path / "x.parquet", {"text": ["a", "b"], "label": day, "day": day})
-    with pytest.raises(DataError, match=r"column 'label' is date32\[day\], which can be no label"):
+    with pytest.raises(
+        DataError, match=r"column 'label' is timestamp\[us\], which can be no label"
+    ):
         load_dataset(path)
-    with pytest.raises(DataError, match=r"column 'day' is date32\[day\], which can be no label"):
+    with pytest.raises(DataError, match=r"column 'day' is timestamp\[us\], which can be no label"):
         load_dataset(path, DataOptions(label_column="day"))
+    with pytest.raises(DataError) as caught:
+        load_dataset(path)
+    assert "text" not in str(caught.value).partition("which")[2]  # the texts are no labels
     assert load_dataset(path, needs_labels=False).texts == ["a", "b"]
     path = write(tmp_path / "y.parquet", {"day": day})
     with pytest.raises(DataError, match=r"which column holds the text\? there is none of that"):
