@@ -43,6 +43,7 @@ class Notice:
         "absent",
         "duplicates",
         "one-class",
+        "no-labels",
     ]
     message: str
     count: int
@@ -158,6 +159,7 @@ class Examples:
         if not is_vector and is_other:
             self._has_vectors = False
         self._vector_names: Sequence[str] | None = None
+        self._n_empty = 0  # cells with nothing in them, where a row may have no label
         # Rows whose reading is not yet known: the row, its text and its list.
         self._held: list[tuple[BadRow, str, Any]] = []
 
@@ -223,11 +225,22 @@ class Examples:
         except ValueError as error:
             self._refuse_label(place, text, error)
             return
+        if cells is None and self._may_be_without(value):
+            cells = []
+            self._n_empty += 1
         if cells is None and self._needs_labels:
             self.bad_rows.add(replace(place, reason=self._why_none(value)))
             return
         self._texts.append(text)
         self._cells.append(cells)
+
+    def _may_be_without(self, value: Any) -> bool:
+        """Whether a cell without a label is a row of none: asked for, and in no format an error.
+
+        Tables write what is missing as an empty cell, as null or as NaN, and all mean the same.
+        """
+        asked = self._many and self._options.label_columns is None
+        return asked and not self._reader.is_placeholder(value)
 
     def _refuse_label(self, place: BadRow, text: str, error: ValueError) -> None:
         row = replace(place, reason=str(error))
@@ -306,6 +319,9 @@ class Examples:
             total = bad_rows.count + len(self._texts)
             message = f"{name}: bad rows left out: {bad_rows.count} of {total} ({why})"
             notices.append(Notice("skipped", message, bad_rows.count))
+        if self._n_empty == len(self._texts) and not self._needs_labels:
+            # A file whose answers are kept back.
+            self._cells, self._n_empty = [None] * len(self._texts), 0
         given = [cells for cells in self._cells if cells is not None]
         if self._unread.count and given and skips:
             notices.append(self._leave_out_unread(name))
@@ -313,6 +329,12 @@ class Examples:
             notices.append(self._unlabelled(name, len(given)))
         if skips and (hint := self._reader.hint) and (bad_rows.count or self._unread.count):
             notices.append(Notice("look-alikes", f"{name}: {hint}", 1))
+        if self._n_empty:
+            message = (
+                f"{name}: {self._n_empty:,} of {len(self._texts):,} rows have an empty label cell, "
+                "or null, and count as rows without any label"
+            )
+            notices.append(Notice("no-labels", message, self._n_empty))
         column = None
         if len(self._label_columns) == 1 and self._options.label_columns is None:
             column = self._label_columns[0]

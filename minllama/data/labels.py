@@ -12,10 +12,18 @@ from typing import Any
 from minllama.data.class_names import class_text, is_number_like, is_truth, number, whole_number
 from minllama.data.label_lists import read_list, split_names
 from minllama.data.look_alikes import alike_message, folded
+from minllama.data.multi_hot import vector_of
 from minllama.data.records import first_few, listed, shown
 
 MOST_REFUSED = 1000  # different labels that are remembered
 UNLABELLED = -1  # the number that stands for no label in data sets without gold labels
+
+
+class WrittenVector(list[Any]):
+    """Zeros and ones that a text lists where a row has one label: a multi-hot vector, or refused.
+
+    Whether it can be one is seen from other rows.
+    """
 
 
 class LabelReader:
@@ -104,11 +112,10 @@ class LabelReader:
             return value
         if not items:
             raise ValueError(f"no label but an empty list, {value.strip()}; --multi-label takes it")
+        if vector_of(items) is not None:
+            return WrittenVector(items)
         if len(items) > 1:
-            raise ValueError(
-                f"a list of {len(items)} labels, {shown(value)}; --multi-label takes several for "
-                "every row"
-            )
+            raise _several(items, value)
         return items[0]
 
     def read(self, value: Any) -> list[str] | None:
@@ -117,8 +124,12 @@ class LabelReader:
         Raises:
             ValueError: the cell is no label, or not one of the known classes; says why.
         """
+        if isinstance(value, WrittenVector):
+            raise _several(value, value)
         cells: list[Any] = value if isinstance(value, list) else [value]
-        if not isinstance(value, list) and self._separator is not None and isinstance(value, str):
+        if self._separator is not None and isinstance(value, str):
+            if not value.strip():
+                return None
             cells = [part for part in self._split(value) if part]
             texts: list[str | None] = list(cells)
         else:
@@ -201,3 +212,9 @@ class LabelReader:
             return None
         value = number(text)
         return None if value is None else self._by_value.get(value)
+
+
+def _several(items: Sequence[Any], value: Any) -> ValueError:
+    return ValueError(
+        f"a list of {len(items)} labels, {shown(value)}; --multi-label takes several for every row"
+    )
