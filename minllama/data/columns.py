@@ -66,15 +66,14 @@ def find_columns(
     no_text, no_label = no_text or {}, no_label or {}
     if any(is_known(column) or column in (text_column, label_column) for column in columns):
         header = ""
-    # What a column of another type should be is none that is meant for the other purpose.
-    of_text = [column for column in columns if column != label_column and not is_label(column)]
-    of_label = [column for column in columns if column != text_column and not is_text(column)]
+    # To name in the place of one of another type: not what is meant for the other purpose.
+    of_text = [c for c in columns if c != label_column and not is_label(c)]
+    of_label = [c for c in columns if c != text_column and not is_text(c)]
     text = _asked(columns, name, text_column, "text", no_text, header, of_text)
     if not needs_label and label_column not in columns:
         label_column = None  # what is to be classified need not have the training file's columns
     label = _asked(columns, name, label_column, "label", no_label, header, of_label)
-    # The index that pandas writes has no name.
-    left = [column for column in columns if column and column not in (text, label)]
+    left = [c for c in columns if c and c not in (text, label)]  # pandas' index has no name
     if label is None:
         label, rivals = _guessed(left, LABEL_NAMES)
         if rivals and needs_label:
@@ -88,21 +87,28 @@ def find_columns(
             raise _of_type(name, typed, "text", no_text, [c for c in of_text if c != label])
         if text is None and not rivals and len(may_be) == 1:
             text = may_be[0]
-            if header and (len(text.split()) > 4 or text.endswith((".", "!", "?")) or "|" in text):
+            if header and _is_prose(text):
                 raise _unclear(name, columns, "text", {}, header)
         if text is None:
             raise _unclear(name, rivals or columns, "text", no_text, header)
         left.remove(text)
     if label is None and needs_label:
-        typed = _guessed(list(no_label), LABEL_NAMES)[0]
-        if typed is not None:
+        if (typed := _guessed(list(no_label), LABEL_NAMES)[0]) is not None:
             raise _of_type(name, typed, "label", no_label, [c for c in of_label if c != text])
-        # Days and times are labels where they are asked for, or called so.
-        left = [column for column in left if not _is_day(no_text.get(column, ""))] or left
-        if len(left) != 1:
+        if len(left := _without_days(left, no_text)) != 1:
             raise _unclear(name, columns, "label", no_label, header)
         label = left[0]
     return text, label
+
+
+def _without_days(left: list[str], no_text: Mapping[str, str]) -> list[str]:
+    """The columns that may be labels by elimination: days and times are where nothing else is."""
+    return [column for column in left if not _is_day(no_text.get(column, ""))] or left
+
+
+def _is_prose(column: str) -> bool:
+    """Whether a name looks like a text, or a whole line, of a file without a header."""
+    return len(column.split()) > 4 or column.endswith((".", "!", "?")) or "|" in column
 
 
 def is_known(column: str) -> bool:

@@ -448,6 +448,11 @@ def test_labels_may_hold_commas_and_come_from_a_file(run, base, tmp_path):
     ]
     assert [list(p) for p in said] == [["very good", "bad, awful"]] * 3 + [["x", "y"]]
     assert all(list(p.values()) == list(said[0].values()) for p in said)
+    (tmp_path / "names.txt").write_text("déçu\nravi\n", encoding="cp1252")
+    result = run(
+        "classify", *words, "--labels-file", tmp_path / "names.txt", "--encoding", "cp1252"
+    )
+    assert list(json.loads(result.out)["probabilities"]) == ["déçu", "ravi"]
     result = run("classify", *words, "--labels", "good,Good")
     assert "'good', 'Good' are different labels that differ in case only" in result.err
 

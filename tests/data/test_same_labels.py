@@ -13,7 +13,7 @@ import pytest
 from minllama.data import load_dataset, read_label_names, read_labels_file
 from minllama.data.class_names import same_classes
 from minllama.errors import DataError
-from minllama.experiment.comparing import open_other
+from minllama.experiment.compare import open_other
 from minllama.options import DataOptions
 
 pd = pytest.importorskip("pandas")
