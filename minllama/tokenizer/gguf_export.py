@@ -27,10 +27,16 @@ TOKEN_FIELDS = {
     "mask_token": "mask",
 }
 PIECES, BYTE_LEVEL = "llama", "gpt2"  # values of MODEL
-# Control tokens with these texts end a generation in llama.cpp, whatever a file's fields say.
+# Tokens with these texts end a generation in llama.cpp, whatever a file's fields say.
 ENDS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"),
     *("<|endoftext|>", "<EOT>"),
+)
+# In later versions of llama.cpp these as well, so that a file had better name them.
+LATER_ENDS = (
+    *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "[EOS]", "[EOT]", "_<EOT>"),
+    *("<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "<|call|>", "<|calls|>"),
+    *("<|flush|>", "<turn|>", "<|tool_response>"),
 )
 
 

@@ -165,15 +165,17 @@ def test_end_of_turn_and_message_are_further_stops(bytes_fields: dict[str, Any])
     assert (written[GGML + "eot_token_id"], written[GGML + "eom_token_id"]) == (5, 6)
 
 
-def test_control_tokens_that_end_a_turn_by_their_text_are_stops_too(
+def test_tokens_that_end_a_turn_by_their_text_are_stops_too(
     bytes_fields: dict[str, Any],
 ) -> None:
     tokens, types = bytes_fields[GGML + "tokens"], bytes_fields[GGML + "token_type"]
     tokens[5], types[5] = "<|im_end|>", 3
-    tokens[6], types[6] = "<|eot_id|>", 1  # an ordinary one
+    tokens[6], types[6] = "<|eot_id|>", 1  # of a converter that left it ordinary
+    tokens[7], types[7] = "<|end|>", 5  # unused
     vocabulary = from_gguf(bytes_fields, "x")
-    assert vocabulary.stop_ids == (5,)
-    assert GGML + "eot_token_id" not in to_gguf(vocabulary, 259)  # it goes without saying
+    assert vocabulary.stop_ids == (5, 6)
+    # The first goes without saying, and the other has a field of its name.
+    assert to_gguf(vocabulary, 259)[GGML + "eot_token_id"] == 6
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama-v3", "falcon3"])
