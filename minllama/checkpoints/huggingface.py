@@ -40,6 +40,7 @@ from minllama.checkpoints.state_dict import (
     translate,
 )
 from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
+from minllama.checkpoints.wrapped import load_state_dict, without_wrappers
 from minllama.errors import (
     CheckpointError,
     CheckpointWarning,
@@ -68,6 +69,8 @@ NAMES = {
     "output": "lm_head",
 }
 OUR_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
+# By which of a model's tensors it is seen whether all names begin with something else.
+ROOTS = ("model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight")
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 SAFETENSORS_DTYPES = {
@@ -109,8 +112,9 @@ def read_huggingface(path: Path) -> Checkpoint:
         warn_caller(f"{path / 'config.json'}: {contradiction}", CheckpointWarning)
     tensors: dict[str, LazyTensor] = {}
     prefix = "model."
-    stored = dict(_stored_tensors(path))
+    stored = without_wrappers(dict(_stored_tensors(path)), *ROOTS)
     with naming(path):
+        _check_no_adapter(stored)
         head = head_from_huggingface(raw, stored)
     if stored and not any(name.startswith(prefix) for name in stored):
         stored = {  # a bare LlamaModel, perhaps with a head on it
@@ -177,6 +181,15 @@ def _are_equal(one: LazyTensor, other: LazyTensor) -> bool:
     if first.dtype != second.dtype:
         first, second = first.float(), second.float()
     return torch.equal(first, second)
+
+
+def _check_no_adapter(stored: Mapping[str, LazyTensor]) -> None:
+    name = next((name for name in stored if ".lora_" in name), None)
+    if name is not None:
+        raise CheckpointError(
+            f"the weights are those of a model in training with PEFT, adapters beside its own "
+            f"({name}); save what merge_and_unload() gives, or the adapter by save_pretrained()"
+        )
 
 
 def _check_biases(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:
@@ -365,13 +378,10 @@ def _permuted(ours: str, stored: LazyTensor, config: LlamaConfig) -> LazyTensor:
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of a folder's weight files, by Hugging Face's name."""
-    from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
-
     readers: dict[str, Callable[[Path], Iterator[tuple[str, LazyTensor]]]] = {
         "model.safetensors": read_safetensors,
         "pytorch_model.bin": lambda path: (
-            (name, lazy(tensor))
-            for name, tensor in dense_tensors(load_torch_file(path), path).items()
+            (name, lazy(tensor)) for name, tensor in load_state_dict(path).items()
         ),
     }
     for file, read in readers.items():

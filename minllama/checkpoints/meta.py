@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from minllama.checkpoints.state_dict import add_zero_biases, check_extent, has_bias, translate
-from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
 from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
+from minllama.checkpoints.wrapped import load_state_dict, without_wrappers
 from minllama.errors import CheckpointError, naming
 from minllama.json_file import read_json
 from minllama.model.config import LlamaConfig, RopeScaling, meta_hidden_dim
@@ -36,6 +36,9 @@ OUR_NAMES = {
     "layers.{i}.feed_forward.w2": "layers.{i}.feed_forward.w2",
     "layers.{i}.feed_forward.w3": "layers.{i}.feed_forward.w3",
 }
+EMBEDDING = "tok_embeddings.weight"
+# What follows from the config, and what training code keeps beside the weights.
+BUFFERS = ("rope.freqs", "freqs_cis", "freqs_cos", "freqs_sin", "attention.mask")
 # The dimension along which a matrix was cut; what is not here every shard has whole.
 CUT_ROWS = ("compute_query", "compute_key", "compute_value", "w1", "w3", "output")
 CUT_COLUMNS = ("compute_output", "w2")
@@ -85,7 +88,7 @@ def read_meta(path: Path) -> Checkpoint:
     params = _read_params(params_path)
     with naming(params_path):
         _known_params(params)  # a reason that lies in the kind of model goes before its tensors'
-    shards = [dense_tensors(load_torch_file(file), file) for file in _shard_files(path)]
+    shards = [without_wrappers(load_state_dict(file), EMBEDDING) for file in _shard_files(path)]
     with naming(path):
         tensors, ignored = _joined(shards, params)
     with naming(params_path):
@@ -114,7 +117,7 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
     if missing := [key for key in REQUIRED if key not in given]:
         raise CheckpointError(f"{', '.join(missing)} is missing; fetch the file again")
     if given.get("vocab_size", -1) == -1:
-        given["vocab_size"] = next(iter(tensors["tok_embeddings.weight"].shape), None)
+        given["vocab_size"] = next(iter(tensors[EMBEDDING].shape), None)
     same = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
     fields = {key: given[key] for key in same if key in given}
     config = LlamaConfig(
@@ -214,14 +217,14 @@ def _joined(
         if lacking := set(shards[0]) ^ set(shard):
             raise CheckpointError(f"{min(lacking)} is in some shards and not in others")
     for name in shards[0]:
-        if name.endswith("rope.freqs"):  # they follow from the config
+        if name.endswith(BUFFERS):
             ignored.append(name)
             continue
         ours = translate(name, OUR_NAMES) or name
         parts = [shard[name] for shard in shards]
         tensors[ours] = _join(name, parts, _cut_dim(ours, parts[0], params))
-    if "tok_embeddings.weight" not in tensors:
-        raise CheckpointError("the tensor tok_embeddings.weight is missing; it is no whole model")
+    if EMBEDDING not in tensors:
+        raise CheckpointError(f"the tensor {EMBEDDING} is missing; it is no whole model")
     return tensors, ignored
 
 
