@@ -49,7 +49,7 @@ from minllama.errors import (
     naming,
     warn_caller,
 )
-from minllama.json_file import read_json
+from minllama.json_file import read_object
 from minllama.model.config import LlamaConfig
 from minllama.tokenizer.size import check_fits, count_tokens
 from minllama.tokenizer.vocabulary import Vocabulary
@@ -104,7 +104,7 @@ def read_huggingface(path: Path) -> Checkpoint:
     """
     from minllama.tokenizer.load import find_vocabulary
 
-    raw = _read_json(path / "config.json")
+    raw = read_object(path / "config.json")
     with naming(path / "config.json"):
         config = config_from_huggingface(raw)
         ignored = ignored_keys(raw)
@@ -146,7 +146,7 @@ def declared_head(path: Path) -> SequenceHead:
     if not config.is_file():
         return SequenceHead(None, None, None)
     with naming(config):
-        return said_of_head(_read_json(config))
+        return said_of_head(read_object(config))
 
 
 def _with_head(
@@ -390,7 +390,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
             yield from read(folder / file)
             return
         if (index := folder / f"{file}.index.json").is_file():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_object(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{index}: it has no weight_map; download it again")
             for shard in sorted(dict.fromkeys(map(str, weight_map.values()))):
@@ -461,20 +461,6 @@ def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
         (folder / name).write_bytes(content)
     generation = {"bos_token_id": vocabulary.bos_id, "eos_token_id": eos_ids(vocabulary)}
     _write_json(folder / "generation_config.json", generation)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: not readable as JSON ({error}); download it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; download it again")
-    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from minllama.checkpoints.state_dict import add_zero_biases, check_extent, has_b
 from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
 from minllama.checkpoints.wrapped import load_state_dict, without_wrappers
 from minllama.errors import CheckpointError, naming
-from minllama.json_file import read_json
+from minllama.json_file import read_object
 from minllama.model.config import LlamaConfig, RopeScaling, meta_hidden_dim
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
@@ -85,7 +85,7 @@ def read_meta(path: Path) -> Checkpoint:
     from minllama.tokenizer.load import find_vocabulary
 
     params_path = path / "params.json"
-    params = _read_params(params_path)
+    params = read_object(params_path)
     with naming(params_path):
         _known_params(params)  # a reason that lies in the kind of model goes before its tensors'
     shards = [without_wrappers(load_state_dict(file), EMBEDDING) for file in _shard_files(path)]
@@ -192,20 +192,6 @@ def _shard_files(folder: Path) -> list[Path]:
             missing = folder / f"consolidated.{number:02d}.pth"
             raise CheckpointError(f"{missing} is missing; download it again")
     return [numbered[number] for number in range(len(numbered))]
-
-
-def _read_params(path: Path) -> dict[str, Any]:
-    try:
-        params = read_json(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: not readable as JSON ({error}); download it again"
-        ) from error
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path}: not a JSON object; download it again")
-    return params
 
 
 def _joined(

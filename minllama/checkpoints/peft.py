@@ -172,6 +172,7 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
         read_vocabulary=lambda: find_vocabulary(folder) or base.vocabulary,
         ignored=ignored,
         tokenizer=None,
+        base_path=base.path,
     )
 
 

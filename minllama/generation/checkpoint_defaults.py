@@ -14,11 +14,10 @@ from minllama.checkpoints.gguf_header import is_gguf, read_header
 from minllama.checkpoints.open import open_checkpoint
 from minllama.checkpoints.types import Checkpoint
 from minllama.errors import CheckpointError, OptionError
-from minllama.json_file import read_json
+from minllama.json_file import read_object
 from minllama.options import GenerationOptions
 
 FILE = "generation_config.json"
-MAX_BYTES = 2**24
 MAX_SHOWN = 60  # characters of one value in a message
 
 # What transformers takes where sampling is on and the file says nothing.
@@ -135,7 +134,7 @@ def sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults | None:
     path = checkpoint.path
     if path.is_dir():
         file = path / FILE
-        return _of_json(_read_object(file), str(file)) if file.is_file() else None
+        return _of_json(read_object(file), str(file)) if file.is_file() else None
     return _of_gguf(read_header(path).fields, path) if is_gguf(path) else None
 
 
@@ -181,18 +180,6 @@ def _of_gguf(fields: Mapping[str, Any], path: Path) -> SamplingDefaults | None:
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path, max_bytes=MAX_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); get it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; get it again")
-    return content
 
 
 def _shown(value: Any) -> str:
