@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from minllama.vocabulary import from_gguf, to_gguf
+from minllama.vocabulary.byte_level import ALIASES, PRE_TOKENIZERS
+from minllama.vocabulary.gguf_export import ENDS, LATER_ENDS
+from minllama.vocabulary.sentencepiece_form import from_model, parse_model
 from tokenizer_cases import (
     CROSSING,
     TEXTS,
@@ -21,10 +25,6 @@ from tokenizer_cases import (
 )
 
 from minllama.tokenizer import Tokenizer
-from minllama.vocabulary import from_gguf, to_gguf
-from minllama.vocabulary.byte_level import ALIASES, PRE_TOKENIZERS
-from minllama.vocabulary.gguf_export import ENDS, LATER_ENDS
-from minllama.vocabulary.sentencepiece_form import from_model, parse_model
 
 GGML = "tokenizer.ggml."
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4

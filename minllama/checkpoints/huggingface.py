@@ -213,6 +213,7 @@ def write_huggingface(
     *,
     vocabulary: Vocabulary | None = None,
     dtype: torch.dtype | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that transformers loads: config.json, model.safetensors, tokenizer files.
 
@@ -224,6 +225,7 @@ def write_huggingface(
         tensors: ours, by our names; read one shard at a time.
         vocabulary: its tokenizer's files are written too; None leaves those that are there.
         dtype: of the weights; None for as they are.
+        generation: what generation_config.json says beside the ids of tokens; needs a vocabulary.
 
     Raises:
         MinllamaError: the format has no words for this config, the tensors disagree with it, the
@@ -233,7 +235,9 @@ def write_huggingface(
     if vocabulary is None:
         _check_kept_tokenizer(Path(folder), config)
     with atomic_folder(folder, replaces=lambda name: bool(WEIGHT_FILES.fullmatch(name))) as staging:
-        write_files(staging, config, tensors, vocabulary=vocabulary, dtype=dtype)
+        write_files(
+            staging, config, tensors, vocabulary=vocabulary, dtype=dtype, generation=generation
+        )
 
 
 def write_files(
@@ -245,11 +249,12 @@ def write_files(
     dtype: torch.dtype | None = None,
     head: Mapping[str, Tensor] | None = None,
     settings: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of `write_huggingface` into a folder that is there.
 
     Args:
-        folder, config, tensors, vocabulary, dtype: as there.
+        folder, config, tensors, vocabulary, dtype, generation: as there.
         head: further tensors, by Hugging Face's names.
         settings: what config.json says of that head, in the place of what it says otherwise.
 
@@ -297,7 +302,7 @@ def write_files(
         index = {"metadata": plan.metadata, "weight_map": dict(sorted(where.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
     if vocabulary is not None:
-        _write_vocabulary(folder, vocabulary)
+        _write_vocabulary(folder, vocabulary, generation or {})
 
 
 def _check_kept_tokenizer(folder: Path, config: LlamaConfig) -> None:
@@ -454,13 +459,13 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
         ) from error
 
 
-def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+def _write_vocabulary(folder: Path, vocabulary: Vocabulary, generation: Mapping[str, Any]) -> None:
     from minllama.tokenizer.huggingface import to_files
 
     for name, content in to_files(vocabulary).items():
         (folder / name).write_bytes(content)
-    generation = {"bos_token_id": vocabulary.bos_id, "eos_token_id": eos_ids(vocabulary)}
-    _write_json(folder / "generation_config.json", generation)
+    ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": eos_ids(vocabulary)}
+    _write_json(folder / "generation_config.json", {**generation, **ids})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
