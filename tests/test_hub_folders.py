@@ -94,7 +94,7 @@ def test_a_classifier_is_downloaded_and_classifies(
         assert ("adapter_model.safetensors" in hub.downloads()) == (name == "SEQ_CLS")
     assert from_hub.returncode == 0, from_hub.stderr
     assert "training_args.bin" not in hub.downloads()
-    assert json.loads(from_hub.stdout)["label"] in ("no", "yes")
+    assert "label" in json.loads(from_hub.stdout)
     if name == "own":
         info = run("info", f"org/{name}")
         assert info.returncode == 0, info.stderr

@@ -235,10 +235,8 @@ def _has_all_shards(folder: Path) -> bool:
 def _folder_files(files: list[str]) -> list[str]:
     """Those of a repository's files that make up a checkpoint's folder; none where none does."""
     small = [file for file in files if file in SMALL_FILES or fnmatch(file, TEMPLATE_FILES)]
-    patterns = WEIGHT_FILES
-    if "adapter_config.json" in files:
-        patterns = (*ADAPTER_FILES, *WEIGHT_FILES)
-    for pattern in patterns:
+    adapters = ADAPTER_FILES if "adapter_config.json" in files else ()
+    for pattern in (*adapters, *WEIGHT_FILES):
         if weights := [file for file in files if pattern.fullmatch(file)]:
             return weights + small
     return small if "classifier.json" in files else []  # all of whose weights are its base's
