@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from minllama.classifier import schema
+from minllama.classification.storage import schema
 
 CONTENT: dict[str, Any] = {
     "base": {

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from minllama.vocabulary import from_gguf, to_gguf
-from minllama.vocabulary.byte_level import ALIASES, PRE_TOKENIZERS
-from minllama.vocabulary.gguf_export import ENDS, LATER_ENDS
-from minllama.vocabulary.sentencepiece_form import from_model, parse_model
-from tokenizer_cases import (
+
+from minllama.tokenizer.byte_level import ALIASES, PRE_TOKENIZERS
+from minllama.tokenizer.gguf import from_gguf
+from minllama.tokenizer.gguf_export import ENDS, LATER_ENDS, to_gguf
+from minllama.tokenizer.sentencepiece_form import from_model, parse_model
+from minllama.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer_cases import (
     CROSSING,
     TEXTS,
     crossing_fields,
@@ -23,8 +25,6 @@ from tokenizer_cases import (
     random_texts,
     tiny_sentencepiece,
 )
-
-from minllama.tokenizer import Tokenizer
 
 GGML = "tokenizer.ggml."
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub import Hub, Repository, serving
 
 from minllama import LlamaEmbeddingClassifier, add_lora_wrapper, load_pretrained
-from minllama.tokenizer import Tokenizer
+from minllama.tokenizer.tokenizer import Tokenizer
+from tests.hub import Hub, Repository, serving
 from tests.peft_model import unwarned
 
 peft = pytest.importorskip("peft")

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from minllama.llama import load_pretrained
 from safetensors.torch import load_file, save_file
-from tests.test_meta import assert_read, cut, whole_model, write
 from torch import Tensor, nn
 
-from minllama.checkpoints import open_checkpoint
+from minllama.checkpoints.open import open_checkpoint
 from minllama.checkpoints.wrapped import without_wrappers
 from minllama.errors import CheckpointError
+from minllama.model.llama import load_pretrained
+from tests.checkpoints.test_meta import assert_read, cut, whole_model, write
 from tests.peft_model import their_adapter
 from tests.tiny import both, random_ids
 
