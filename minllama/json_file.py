@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from minllama.errors import CheckpointError
+
 MAX_BYTES = 2**24  # ten times the longest config.json, index or adapter_config.json
 MAX_ENTRIES = 2**20
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -51,3 +53,20 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_entries: int = MAX_
     if len(data) > max_bytes:
         raise ValueError(f"more than {max_bytes // 2**20} MiB, far larger than such a file is")
     return parse_json(data, max_entries=max_entries)
+
+
+def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The object in a checkpoint's file of JSON; see `read_json`.
+
+    Raises:
+        CheckpointError: it cannot be read, is damaged or far too large, or is no object.
+    """
+    try:
+        content = read_json(path, max_bytes=max_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); get it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object; get it again")
+    return content

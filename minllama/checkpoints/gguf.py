@@ -267,6 +267,8 @@ def write_gguf(
     tensors: Mapping[str, Tensor],
     vocabulary: Vocabulary | None,
     dtype: StoredAs = "f16",
+    *,
+    further: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a GGUF file that llama.cpp loads, tensor by tensor; it appears whole or not at all.
 
@@ -277,6 +279,7 @@ def write_gguf(
         vocabulary: its tokenizer; `None` writes a file that only takes token ids.
         dtype: of the matrices. Norms and biases are float32 always, and a matrix whose rows Q8_0
             cannot hold (not a multiple of 32) is float16.
+        further: fields that say something else of the model, `general.sampling.temp`.
 
     Raises:
         MinllamaError: GGUF has no words for this config, a tensor disagrees with the config or
@@ -290,6 +293,7 @@ def write_gguf(
     check_writable(config, tensors)
     fields, rope_freqs = keys_from_config(config)
     fields |= _file_type_fields(dtype) | _vocabulary_fields(vocabulary, config)
+    fields |= further or {}
     shapes = tensor_shapes(config)
     extra = {} if rope_freqs is None else {ROPE_FREQS: torch.tensor(rope_freqs)}
     shapes |= {name: tuple(tensor.shape) for name, tensor in extra.items()}
@@ -370,6 +374,8 @@ def _add_field(writer: "GGUFWriter", key: str, value: Any) -> None:
     match value:
         case bool():
             writer.add_bool(key, value)
+        case int() if value < 0 or key.startswith("general.sampling."):
+            writer.add_int32(key, value)
         case int():
             writer.add_uint32(key, value)
         case float():

@@ -40,6 +40,7 @@ from minllama.checkpoints.state_dict import (
     translate,
 )
 from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
+from minllama.checkpoints.wrapped import load_state_dict, without_wrappers
 from minllama.errors import (
     CheckpointError,
     CheckpointWarning,
@@ -48,7 +49,7 @@ from minllama.errors import (
     naming,
     warn_caller,
 )
-from minllama.json_file import read_json
+from minllama.json_file import read_object
 from minllama.model.config import LlamaConfig
 from minllama.tokenizer.size import check_fits, count_tokens
 from minllama.tokenizer.vocabulary import Vocabulary
@@ -68,6 +69,8 @@ NAMES = {
     "output": "lm_head",
 }
 OUR_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
+# By which of a model's tensors it is seen whether all names begin with something else.
+ROOTS = ("model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight")
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 SAFETENSORS_DTYPES = {
@@ -101,7 +104,7 @@ def read_huggingface(path: Path) -> Checkpoint:
     """
     from minllama.tokenizer.load import find_vocabulary
 
-    raw = _read_json(path / "config.json")
+    raw = read_object(path / "config.json")
     with naming(path / "config.json"):
         config = config_from_huggingface(raw)
         ignored = ignored_keys(raw)
@@ -109,8 +112,9 @@ def read_huggingface(path: Path) -> Checkpoint:
         warn_caller(f"{path / 'config.json'}: {contradiction}", CheckpointWarning)
     tensors: dict[str, LazyTensor] = {}
     prefix = "model."
-    stored = dict(_stored_tensors(path))
+    stored = without_wrappers(dict(_stored_tensors(path)), *ROOTS)
     with naming(path):
+        _check_no_adapter(stored)
         head = head_from_huggingface(raw, stored)
     if stored and not any(name.startswith(prefix) for name in stored):
         stored = {  # a bare LlamaModel, perhaps with a head on it
@@ -142,7 +146,7 @@ def declared_head(path: Path) -> SequenceHead:
     if not config.is_file():
         return SequenceHead(None, None, None)
     with naming(config):
-        return said_of_head(_read_json(config))
+        return said_of_head(read_object(config))
 
 
 def _with_head(
@@ -179,6 +183,15 @@ def _are_equal(one: LazyTensor, other: LazyTensor) -> bool:
     return torch.equal(first, second)
 
 
+def _check_no_adapter(stored: Mapping[str, LazyTensor]) -> None:
+    name = next((name for name in stored if ".lora_" in name), None)
+    if name is not None:
+        raise CheckpointError(
+            f"the weights are those of a model in training with PEFT, adapters beside its own "
+            f"({name}); save what merge_and_unload() gives, or the adapter by save_pretrained()"
+        )
+
+
 def _check_biases(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:
     """Refuse biases that the config denies: transformers leaves them out, llama.cpp adds them."""
     for key, said, part in (
@@ -200,6 +213,7 @@ def write_huggingface(
     *,
     vocabulary: Vocabulary | None = None,
     dtype: torch.dtype | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a folder that transformers loads: config.json, model.safetensors, tokenizer files.
 
@@ -211,6 +225,7 @@ def write_huggingface(
         tensors: ours, by our names; read one shard at a time.
         vocabulary: its tokenizer's files are written too; None leaves those that are there.
         dtype: of the weights; None for as they are.
+        generation: what generation_config.json says beside the ids of tokens; needs a vocabulary.
 
     Raises:
         MinllamaError: the format has no words for this config, the tensors disagree with it, the
@@ -220,7 +235,9 @@ def write_huggingface(
     if vocabulary is None:
         _check_kept_tokenizer(Path(folder), config)
     with atomic_folder(folder, replaces=lambda name: bool(WEIGHT_FILES.fullmatch(name))) as staging:
-        write_files(staging, config, tensors, vocabulary=vocabulary, dtype=dtype)
+        write_files(
+            staging, config, tensors, vocabulary=vocabulary, dtype=dtype, generation=generation
+        )
 
 
 def write_files(
@@ -232,11 +249,12 @@ def write_files(
     dtype: torch.dtype | None = None,
     head: Mapping[str, Tensor] | None = None,
     settings: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of `write_huggingface` into a folder that is there.
 
     Args:
-        folder, config, tensors, vocabulary, dtype: as there.
+        folder, config, tensors, vocabulary, dtype, generation: as there.
         head: further tensors, by Hugging Face's names.
         settings: what config.json says of that head, in the place of what it says otherwise.
 
@@ -284,7 +302,7 @@ def write_files(
         index = {"metadata": plan.metadata, "weight_map": dict(sorted(where.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
     if vocabulary is not None:
-        _write_vocabulary(folder, vocabulary)
+        _write_vocabulary(folder, vocabulary, generation or {})
 
 
 def _check_kept_tokenizer(folder: Path, config: LlamaConfig) -> None:
@@ -365,13 +383,10 @@ def _permuted(ours: str, stored: LazyTensor, config: LlamaConfig) -> LazyTensor:
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of a folder's weight files, by Hugging Face's name."""
-    from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
-
     readers: dict[str, Callable[[Path], Iterator[tuple[str, LazyTensor]]]] = {
         "model.safetensors": read_safetensors,
         "pytorch_model.bin": lambda path: (
-            (name, lazy(tensor))
-            for name, tensor in dense_tensors(load_torch_file(path), path).items()
+            (name, lazy(tensor)) for name, tensor in load_state_dict(path).items()
         ),
     }
     for file, read in readers.items():
@@ -380,7 +395,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
             yield from read(folder / file)
             return
         if (index := folder / f"{file}.index.json").is_file():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_object(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise CheckpointError(f"{index}: it has no weight_map; download it again")
             for shard in sorted(dict.fromkeys(map(str, weight_map.values()))):
@@ -444,27 +459,13 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
         ) from error
 
 
-def _write_vocabulary(folder: Path, vocabulary: Vocabulary) -> None:
+def _write_vocabulary(folder: Path, vocabulary: Vocabulary, generation: Mapping[str, Any]) -> None:
     from minllama.tokenizer.huggingface import to_files
 
     for name, content in to_files(vocabulary).items():
         (folder / name).write_bytes(content)
-    generation = {"bos_token_id": vocabulary.bos_id, "eos_token_id": eos_ids(vocabulary)}
-    _write_json(folder / "generation_config.json", generation)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: not readable as JSON ({error}); download it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; download it again")
-    return content
+    ids = {"bos_token_id": vocabulary.bos_id, "eos_token_id": eos_ids(vocabulary)}
+    _write_json(folder / "generation_config.json", {**generation, **ids})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from minllama.checkpoints.state_dict import add_zero_biases, check_extent, has_bias, translate
-from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
 from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
+from minllama.checkpoints.wrapped import load_state_dict, without_wrappers
 from minllama.errors import CheckpointError, naming
-from minllama.json_file import read_json
+from minllama.json_file import read_object
 from minllama.model.config import LlamaConfig, RopeScaling, meta_hidden_dim
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
@@ -36,6 +36,9 @@ OUR_NAMES = {
     "layers.{i}.feed_forward.w2": "layers.{i}.feed_forward.w2",
     "layers.{i}.feed_forward.w3": "layers.{i}.feed_forward.w3",
 }
+EMBEDDING = "tok_embeddings.weight"
+# What follows from the config, and what training code keeps beside the weights.
+BUFFERS = ("rope.freqs", "freqs_cis", "freqs_cos", "freqs_sin", "attention.mask")
 # The dimension along which a matrix was cut; what is not here every shard has whole.
 CUT_ROWS = ("compute_query", "compute_key", "compute_value", "w1", "w3", "output")
 CUT_COLUMNS = ("compute_output", "w2")
@@ -82,10 +85,10 @@ def read_meta(path: Path) -> Checkpoint:
     from minllama.tokenizer.load import find_vocabulary
 
     params_path = path / "params.json"
-    params = _read_params(params_path)
+    params = read_object(params_path)
     with naming(params_path):
         _known_params(params)  # a reason that lies in the kind of model goes before its tensors'
-    shards = [dense_tensors(load_torch_file(file), file) for file in _shard_files(path)]
+    shards = [without_wrappers(load_state_dict(file), EMBEDDING) for file in _shard_files(path)]
     with naming(path):
         tensors, ignored = _joined(shards, params)
     with naming(params_path):
@@ -114,7 +117,7 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
     if missing := [key for key in REQUIRED if key not in given]:
         raise CheckpointError(f"{', '.join(missing)} is missing; fetch the file again")
     if given.get("vocab_size", -1) == -1:
-        given["vocab_size"] = next(iter(tensors["tok_embeddings.weight"].shape), None)
+        given["vocab_size"] = next(iter(tensors[EMBEDDING].shape), None)
     same = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
     fields = {key: given[key] for key in same if key in given}
     config = LlamaConfig(
@@ -191,20 +194,6 @@ def _shard_files(folder: Path) -> list[Path]:
     return [numbered[number] for number in range(len(numbered))]
 
 
-def _read_params(path: Path) -> dict[str, Any]:
-    try:
-        params = read_json(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: not readable as JSON ({error}); download it again"
-        ) from error
-    if not isinstance(params, dict):
-        raise CheckpointError(f"{path}: not a JSON object; download it again")
-    return params
-
-
 def _joined(
     shards: list[dict[str, Tensor]], params: Mapping[str, Any]
 ) -> tuple[dict[str, LazyTensor], list[str]]:
@@ -214,14 +203,14 @@ def _joined(
         if lacking := set(shards[0]) ^ set(shard):
             raise CheckpointError(f"{min(lacking)} is in some shards and not in others")
     for name in shards[0]:
-        if name.endswith("rope.freqs"):  # they follow from the config
+        if name.endswith(BUFFERS):
             ignored.append(name)
             continue
         ours = translate(name, OUR_NAMES) or name
         parts = [shard[name] for shard in shards]
         tensors[ours] = _join(name, parts, _cut_dim(ours, parts[0], params))
-    if "tok_embeddings.weight" not in tensors:
-        raise CheckpointError("the tensor tok_embeddings.weight is missing; it is no whole model")
+    if EMBEDDING not in tensors:
+        raise CheckpointError(f"the tensor {EMBEDDING} is missing; it is no whole model")
     return tensors, ignored
 
 

@@ -6,6 +6,7 @@ W + scaling * B A (Hu et al. 2021, eq. 3), with DoRA each row scaled to its magn
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from minllama.checkpoints.huggingface import (
 from minllama.checkpoints.peft_config import CONFIG_FILE, HEAD, AdapterConfig, read_adapter_config
 from minllama.checkpoints.state_dict import differences, listed
 from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
+from minllama.checkpoints.wrapped import load_state_dict, without_wrappers
 from minllama.errors import CheckpointError, CheckpointWarning, naming, warn_caller
 from minllama.model.config import LlamaConfig
 from minllama.options import LoRAOptions
@@ -37,6 +39,11 @@ KEYS = {
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
+# A key with an adapter's name in it: what is left of it is the first and the last group.
+_NAMED_KEYS = (
+    re.compile(r"(.+\.lora_[AB])\.([^.]+)(\.weight)"),
+    re.compile(r"(.+\.lora_magnitude_vector)\.([^.]+)(?:\.weight)?()"),
+)
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,7 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
         read_vocabulary=lambda: find_vocabulary(folder) or base.vocabulary,
         ignored=ignored,
         tokenizer=None,
+        base_path=base.path,
     )
 
 
@@ -181,17 +189,35 @@ def _merged(stored: LazyTensor, module: str, adapter: StoredAdapter, config: Lla
 
 def _stored_tensors(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
     """The weights file and its tensors, by the keys that it has."""
-    from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
-
     path = folder / WEIGHTS_FILE
     if path.exists():
-        return path, dict(read_safetensors(path))
+        return path, _saved_keys(dict(read_safetensors(path)))
     if (path := folder / PICKLED_FILE).exists():
-        tensors = dense_tensors(load_torch_file(path), path)
-        return path, {name: lazy(tensor) for name, tensor in tensors.items()}
+        tensors = load_state_dict(path)
+        return path, _saved_keys({name: lazy(tensor) for name, tensor in tensors.items()})
     raise CheckpointError(
         f"{folder}: there is neither {WEIGHTS_FILE} nor {PICKLED_FILE}; fetch it again"
     )
+
+
+def _saved_keys(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """`tensors` by the keys that PEFT saves, where they have those of a model that is in training.
+
+    Those have wrappers around the model, and an adapter's name: `lora_A.default.weight`.
+    """
+    plain = without_wrappers(tensors)
+    fronts = {name.partition(PREFIX)[0] for name in plain}
+    front = fronts.pop() if len(fronts) == 1 else ""
+    keys, adapters = {}, set()
+    for name in plain:
+        match = next(filter(None, (pattern.fullmatch(name) for pattern in _NAMED_KEYS)), None)
+        if match is not None:
+            keys[name] = match[1] + match[3]
+        if ".lora_" in name:
+            adapters.add(match[2] if match else None)
+    if len(adapters) != 1:  # of several adapters
+        keys = {}
+    return {keys.get(name, name).removeprefix(front): tensor for name, tensor in plain.items()}
 
 
 def _expected(

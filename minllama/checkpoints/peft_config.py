@@ -13,7 +13,7 @@ from typing import Any
 
 from minllama.checkpoints.module_patterns import first_matches
 from minllama.errors import CheckpointError, naming
-from minllama.json_file import read_json
+from minllama.json_file import read_object
 from minllama.options import LoRAOptions
 
 CONFIG_FILE = "adapter_config.json"
@@ -133,15 +133,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise CheckpointError(
             f"{folder}: there is no {CONFIG_FILE}; name the folder of a PEFT adapter"
         )
-    try:
-        raw = read_json(path, max_bytes=_MAX_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch it again") from error
+    raw = read_object(path, max_bytes=_MAX_BYTES)
     with naming(path):
-        if not isinstance(raw, dict):
-            raise CheckpointError("not a JSON object; fetch it again")
         _refuse_unsupported(raw)
         return _parse(raw)
 

@@ -36,6 +36,9 @@ SMALL_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "adapter_config.json",
+    "classifier.json",
+    "head.safetensors",
 )
 TEMPLATE_FILES = "additional_chat_templates/*.jinja"
 # A repository often has the same weights more than once: the first of these that is there is taken.
@@ -44,6 +47,8 @@ WEIGHT_FILES = (
     re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"),
     re.compile(r"consolidated\.\d+\.pth"),
 )
+# Of a PEFT adapter, which goes before a whole model in the same repository.
+ADAPTER_FILES = (re.compile(r"adapter_model\.safetensors"), re.compile(r"adapter_model\.bin"))
 # A GGUF model in parts, as llama-gguf-split and its kin name and number them.
 PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
@@ -101,6 +106,19 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
     # The library's errors come from three HTTP clients in turn, which share no base class.
     except Exception as error:
         raise CheckpointError(f"{name}: {_reason(hub_model, error)}") from error
+
+
+def folder_of(source: str | os.PathLike[str]) -> Path:
+    """The path that `source` is, or that of what it names on the Hugging Face hub.
+
+    Unlike `resolve_source` it leaves a path that does not exist to its reader.
+
+    Raises:
+        CheckpointError: it cannot be fetched.
+    """
+    name = os.fspath(source)
+    is_of_hub = isinstance(source, str) and not os.path.exists(name) and _parsed(name) is not None
+    return resolve_source(name) if is_of_hub else Path(name)
 
 
 def source_of(name: str) -> str | None:
@@ -216,12 +234,12 @@ def _has_all_shards(folder: Path) -> bool:
 
 def _folder_files(files: list[str]) -> list[str]:
     """Those of a repository's files that make up a checkpoint's folder; none where none does."""
-    for pattern in WEIGHT_FILES:
+    small = [file for file in files if file in SMALL_FILES or fnmatch(file, TEMPLATE_FILES)]
+    adapters = ADAPTER_FILES if "adapter_config.json" in files else ()
+    for pattern in (*adapters, *WEIGHT_FILES):
         if weights := [file for file in files if pattern.fullmatch(file)]:
-            return weights + [
-                file for file in files if file in SMALL_FILES or fnmatch(file, TEMPLATE_FILES)
-            ]
-    return []
+            return weights + small
+    return small if "classifier.json" in files else []  # all of whose weights are its base's
 
 
 def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
@@ -239,7 +257,8 @@ def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
     if not ggufs:
         raise CheckpointError(
             f"{hub_model}: the repository holds no weights that minllama reads (model.safetensors, "
-            "pytorch_model.bin, consolidated.00.pth, *.gguf); name another"
+            "pytorch_model.bin, adapter_model.safetensors, consolidated.00.pth, *.gguf); name "
+            "another"
         )
     if len(_with_parts(ggufs[0], ggufs)) == len(ggufs):  # one file, or the parts of one model
         return ggufs[0]

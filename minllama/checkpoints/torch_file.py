@@ -105,7 +105,10 @@ def dense_tensors(values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             )
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            raise CheckpointError(f"{path}: {name!r} is of type {kind}, not a tensor")
+            raise CheckpointError(
+                f"{path}: {name!r} is of type {kind}, not a tensor; save the model's "
+                "state_dict() alone"
+            )
         left -= value.numel() * value.element_size()
         if left < 0:
             raise CheckpointError(

@@ -62,6 +62,7 @@ class Checkpoint:
             next begins, and from no end of a text.
         head: what it has in the place of a language model's head, whose tensors are among
             `tensors` by their own names; None for a language model.
+        base_path: of an adapter, the file or folder of its base; None for a whole model.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class Checkpoint:
     tokenizer: str | None = None
     ends_at_bos: bool = False
     head: SequenceHead | None = None
+    base_path: Path | None = None
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:

@@ -83,6 +83,10 @@ def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None)
         from minllama.checkpoints.gguf import write_gguf
         from minllama.checkpoints.huggingface import write_huggingface
         from minllama.checkpoints.llama2c import write_llama2c_bin
+        from minllama.generation.checkpoint_defaults import (
+            settings_for_gguf,
+            settings_for_huggingface,
+        )
         from minllama.model.llama import Llama
         from minllama.tokenizer.size import check_fits, count_tokens
 
@@ -90,6 +94,8 @@ def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None)
     if vocabulary is not None:  # before weights are read; and llama2c's file would not say it
         where = checkpoint.tokenizer or str(checkpoint.path)
         check_fits(count_tokens(vocabulary), checkpoint.config.vocab_size, where)
+    says = {"hf": settings_for_huggingface, "gguf": settings_for_gguf}.get(target)
+    settings = {} if says is None else says(checkpoint)
     dtype = dtype or ("float32" if target == "llama2c" else _stored_dtype(checkpoint))
     # Through the model: names, shapes and numbers are checked before anything is written.
     # A GGUF file has norms and biases in float32 whatever its matrices are in.
@@ -97,9 +103,9 @@ def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None)
     model = Llama.from_checkpoint(checkpoint, dtype=loaded_dtype, device="cpu")
     tensors = model.state_dict()
     if target == "hf":
-        write_huggingface(dst, model.config, tensors, vocabulary=vocabulary)
+        write_huggingface(dst, model.config, tensors, vocabulary=vocabulary, generation=settings)
     elif target == "gguf":
-        write_gguf(dst, model.config, tensors, vocabulary, GGUF_DTYPES[dtype])
+        write_gguf(dst, model.config, tensors, vocabulary, GGUF_DTYPES[dtype], further=settings)
     else:
         write_llama2c_bin(dst, model.config, tensors)
     click.echo(one_line(f"wrote {dst} ({dtype})"), err=True)

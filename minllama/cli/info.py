@@ -25,14 +25,17 @@ MAX_TEMPLATES = 20  # that are shown by name
 def command(model: str | None, tokenizer: str | None, base: str | None) -> None:
     """Say what MODEL is: a file, a folder, a Hugging Face id, or without it the default model.
 
-    MODEL may be the folder of a classifier that `minllama train` wrote.
+    MODEL may also be the folder of a classifier that `minllama train` wrote.
     """
-    if model is not None and (Path(model) / "classifier.json").is_file():
-        _show_classifier(Path(model))
-        if not (Path(model) / "config.json").is_file():
-            return  # its base is elsewhere
     with ended_by_interrupts():
         from minllama.checkpoints.open import open_checkpoint
+        from minllama.checkpoints.resolve import folder_of
+
+    folder = None if model is None else folder_of(model)
+    if folder is not None and (folder / "classifier.json").is_file():
+        _show_classifier(folder)
+        if not (folder / "config.json").is_file():
+            return  # its base is elsewhere
 
     checkpoint = open_checkpoint(model, tokenizer=tokenizer, base=base)
     for name, value in describe(checkpoint):

@@ -54,7 +54,7 @@ def command(
         from minllama.checkpoints.open import CLASSIFIER_FILE, open_checkpoint
         from minllama.checkpoints.peft import is_adapter
         from minllama.checkpoints.peft_config import read_adapter_config
-        from minllama.checkpoints.resolve import source_of
+        from minllama.checkpoints.resolve import folder_of, source_of
         from minllama.classification import load_classifier
         from minllama.classification.storage.save_load import (
             classifier_settings,
@@ -65,7 +65,7 @@ def command(
         from minllama.experiment.evaluate import saved_headlines, saved_verdicts
         from minllama.experiment.output_folder import RECORDS, check_not_base, copy_records
 
-    source = Path(classifier)
+    source = folder_of(classifier)
     is_of_peft = not (source / CLASSIFIER_FILE).is_file() and is_adapter(source)
     if is_of_peft and not read_adapter_config(source).has_head:
         write(open_checkpoint(source, tokenizer=tokenizer, base=base), dst, "hf", dtype)

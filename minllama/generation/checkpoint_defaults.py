@@ -13,12 +13,11 @@ from typing import Any
 from minllama.checkpoints.gguf_header import is_gguf, read_header
 from minllama.checkpoints.open import open_checkpoint
 from minllama.checkpoints.types import Checkpoint
-from minllama.errors import CheckpointError, OptionError
-from minllama.json_file import read_json
+from minllama.errors import CheckpointError, CheckpointWarning, OptionError, warn_caller
+from minllama.json_file import read_object
 from minllama.options import GenerationOptions
 
 FILE = "generation_config.json"
-MAX_BYTES = 2**24
 MAX_SHOWN = 60  # characters of one value in a message
 
 # What transformers takes where sampling is on and the file says nothing.
@@ -59,6 +58,16 @@ GGUF_NAMES = {
     "penalty_repeat": "repetition_penalty",
 }
 GGUF_TEMPERATURE = 0.8  # llama.cpp's, where a file only has filters
+# The other fields of `general.sampling` that the package gguf writes.
+GGUF_FURTHER = (
+    *("sequence", "xtc_probability", "xtc_threshold", "penalty_last_n"),
+    *("mirostat", "mirostat_tau", "mirostat_eta"),
+)
+# Ids are those of the tokenizer that is written; the version is not of these settings' writer.
+NOT_OF_SAMPLING = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("transformers_version", "_from_model_config"),
+}
 GGUF_UNSUPPORTED = {"xtc_probability": (0,), "mirostat": (0,)}
 
 
@@ -132,11 +141,74 @@ def sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults | None:
     Raises:
         CheckpointError: the file that says it is damaged.
     """
-    path = checkpoint.path
-    if path.is_dir():
-        file = path / FILE
-        return _of_json(_read_object(file), str(file)) if file.is_file() else None
-    return _of_gguf(read_header(path).fields, path) if is_gguf(path) else None
+    said = _said(checkpoint)
+    if said is None:
+        return None
+    path, content = said
+    return _of_json(content, str(path)) if path.name == FILE else _of_gguf(content, path)
+
+
+def settings_for_huggingface(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a folder made of `checkpoint` is to say in generation_config.json, ids of tokens aside.
+
+    Of a folder all that it says; of a GGUF file what has a name there.
+
+    Raises:
+        CheckpointError: as for `sampling_defaults`.
+    """
+    said = _said(checkpoint)
+    if said is None:
+        return {}
+    path, content = said
+    if path.name == FILE:
+        return {key: value for key, value in content.items() if key not in NOT_OF_SAMPLING}
+    defaults = _of_gguf(content, path)
+    options = {} if defaults is None else defaults.options
+    if options.get("temperature") == 0:
+        kept = {name: value for name, value in options.items() if name not in OF_SAMPLES}
+        return {"do_sample": False, **kept}
+    return {"do_sample": True, **options} if options else {}
+
+
+def settings_for_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Fields `general.sampling.*` for a GGUF file made of `checkpoint`.
+
+    Of a folder that has samples drawn: what transformers would draw them by. Where that makes no
+    sense there are none, and a warning.
+
+    Raises:
+        CheckpointError: the file that says it is damaged.
+    """
+    said = _said(checkpoint)
+    if said is None:
+        return {}
+    path, content = said
+    if path.name != FILE:
+        fields = {GGUF + key: content.get(GGUF + key) for key in (*GGUF_NAMES, *GGUF_FURTHER)}
+        return {key: v for key, v in fields.items() if type(v) in (int, float, str)}
+    try:
+        defaults = _of_json(content, str(path))
+        if defaults is None or not defaults.options.get("temperature"):
+            return {}
+        defaults.generation_options()  # checks every value
+    except CheckpointError as error:
+        warn_caller(f"{error}; none are written to the GGUF file", CheckpointWarning)
+        return {}
+    return {
+        GGUF + key: defaults.options[name] if name == "top_k" else float(defaults.options[name])
+        for key, name in GGUF_NAMES.items()
+        if name in defaults.options
+    }
+
+
+def _said(checkpoint: Checkpoint) -> tuple[Path, Mapping[str, Any]] | None:
+    """The file that says how to sample, and its content; of an adapter, perhaps its base's."""
+    for path in filter(None, (checkpoint.path, checkpoint.base_path)):
+        if path.is_dir() and (path / FILE).is_file():
+            return path / FILE, read_object(path / FILE)
+        if path.is_file() and is_gguf(path):
+            return path, read_header(path).fields
+    return None
 
 
 def _of_json(content: Mapping[str, Any], where: str) -> SamplingDefaults | None:
@@ -181,18 +253,6 @@ def _of_gguf(fields: Mapping[str, Any], path: Path) -> SamplingDefaults | None:
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = read_json(path, max_bytes=MAX_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); get it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; get it again")
-    return content
 
 
 def _shown(value: Any) -> str:

@@ -15,6 +15,7 @@ from minllama.tokenizer import byte_level, sentencepiece_form, tokenizers_form
 from minllama.tokenizer.gguf_export import (
     BYTE_LEVEL,
     ENDS,
+    LATER_ENDS,
     MODEL,
     PIECES,
     PREFIX,
@@ -73,8 +74,9 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
         },
     )
     bos_id, eos_id = vocabulary.bos_id, vocabulary.eos_id
-    found = (TokenType.CONTROL, TokenType.USER_DEFINED)
-    known = (i for i, text in enumerate(tokens) if text in ENDS and types[i] in found)
+    found = (TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED)
+    ends = {*ENDS, *LATER_ENDS}
+    known = (i for i, text in enumerate(tokens) if text in ends and types[i] in found)
     further = dict.fromkeys((reader.token("eot"), reader.token("eom"), *known))
     stop_ids = tuple(i for i in further if i is not None and i != eos_id)
     for token_id in (bos_id, eos_id, *stop_ids):

@@ -27,10 +27,16 @@ TOKEN_FIELDS = {
     "mask_token": "mask",
 }
 PIECES, BYTE_LEVEL = "llama", "gpt2"  # values of MODEL
-# Control tokens with these texts end a generation in llama.cpp, whatever a file's fields say.
+# Tokens with these texts end a generation in llama.cpp, whatever a file's fields say.
 ENDS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"),
     *("<|endoftext|>", "<EOT>"),
+)
+# In later versions of llama.cpp these as well, so that a file had better name them.
+LATER_ENDS = (
+    *("<|end_of_text|>", "<end_of_utterance>", "<eos>", "[EOS]", "[EOT]", "_<EOT>"),
+    *("<\uff5cend\u2581of\u2581sentence\uff5c>", "<|return|>", "<|call|>", "<|calls|>"),
+    *("<|flush|>", "<turn|>", "<|tool_response>"),
 )
 
 
@@ -159,7 +165,7 @@ def _from_model(model: Any, vocabulary: Vocabulary) -> dict[str, Any]:
         how = [name for name, is_so in flags._asdict().items() if is_so]
         raise _unlike_added_token(where, model.pieces[token_id].piece, how)
     if normalizer.add_dummy_prefix and not vocabulary.legacy:
-        raise _unlike_spaces(where)
+        raise _unlike_spaces(where, "first", "set legacy to true in its tokenizer_config.json")
     return _piece_fields(
         sentencepiece_form.pieces_of(model),
         add_space_prefix=normalizer.add_dummy_prefix,
@@ -167,29 +173,42 @@ def _from_model(model: Any, vocabulary: Vocabulary) -> dict[str, Any]:
     )
 
 
-def _unlike_spaces(where: str) -> TokenizerError:
+def _unlike_spaces(where: str, scheme: str, remedy: str) -> TokenizerError:
+    """Of Metaspace's schemes: llama.cpp puts a space before each text, whatever that begins with.
+
+    `remedy` is the way to a file that does the same; the ids of a text may be others then.
+    """
+    how = {
+        "first": "puts a space before the first text between special tokens only",
+        "always": "puts no space before a text that begins with one",
+    }
     return TokenizerError(
-        f"{where}: it does not put a space before each text between special tokens, and GGUF has "
-        "no field for that; convert to hf, or name a tokenizer.model with --tokenizer"
+        f"{where}: it {how.get(scheme, f'puts spaces by the scheme {scheme[:20]!r}')}, and GGUF "
+        f"has no field for that; convert to hf, or {remedy} to have llama.cpp's spaces"
     )
 
 
 def _from_pieces(raw: Json, where: str) -> dict[str, Any]:
     """Fields for a tokenizer.json that does with merges what SentencePiece does with scores."""
+    add_space_prefix = _adds_space(raw, where)
     tokens, types = _tokens(raw)
     model = raw["model"]
-    if model.get("byte_fallback"):
-        for text in BYTE_PIECES:
-            if (token_id := model["vocab"].get(text)) is not None:
-                types[token_id] = int(TokenType.BYTE)
+    in_bytes = [model["vocab"].get(text) for text in BYTE_PIECES if model.get("byte_fallback")]
+    for token_id in in_bytes:
+        if token_id is not None:
+            types[token_id] = int(TokenType.BYTE)
     unk_id = model["vocab"].get(model.get("unk_token"))
+    if unk_id is None and in_bytes and None not in in_bytes:
+        unk_id = model["vocab"].get("<unk>")  # which no text becomes
     if unk_id is None:
-        raise TokenizerError(f"{where}: it has no unknown token, which GGUF's {PIECES!r} needs")
+        raise TokenizerError(
+            f"{where}: it has no unknown token, which GGUF's {PIECES!r} needs; convert to hf"
+        )
     types[unk_id] = int(TokenType.UNKNOWN)
     ranks = _piece_ranks(raw, where)
     scores = [-float(ranks.get(text, len(ranks))) for text in tokens]
     pieces = [Piece(*piece) for piece in zip(tokens, scores, types, strict=True)]
-    return _piece_fields(pieces, add_space_prefix=_adds_space(raw, where))
+    return _piece_fields(pieces, add_space_prefix=add_space_prefix)
 
 
 def _piece_fields(
@@ -270,9 +289,10 @@ def _adds_space(raw: Json, where: str) -> bool:
         and pre_tokenizer.get("type") == "Metaspace"
         and not pre_tokenizer.get("split", True)
     ):
-        # The other schemes leave the space out where a text begins with one.
-        if pre_tokenizer.get("prepend_scheme", "always") != "never":
-            raise _unlike_spaces(where)
+        scheme = pre_tokenizer.get("prepend_scheme", "always")
+        if scheme != "never":
+            way = "put the tokenizer.model that it was made from in the place of tokenizer.json"
+            raise _unlike_spaces(where, str(scheme), way)
         return False
     raise TokenizerError(
         f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, and GGUF has no other "

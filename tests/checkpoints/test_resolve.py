@@ -277,7 +277,8 @@ def test_what_the_hub_refuses_is_one_line_with_the_remedy(
         "org/model: holds no file no.gguf; name another repository",
         "org/model: holds no file model-1.safetensors; name org/model/model.safetensors",
         "org/data: the repository holds no weights that minllama reads (model.safetensors, "
-        "pytorch_model.bin, consolidated.00.pth, *.gguf); name another",
+        "pytorch_model.bin, adapter_model.safetensors, consolidated.00.pth, *.gguf); name "
+        "another",
         "org/a--b..c: no such path here, and not a Hugging Face id; one is "
         "HuggingFaceTB/SmolLM2-135M-Instruct",
     ]

@@ -188,3 +188,98 @@ def test_tensors_are_not_read_for_it(folder: Path, monkeypatch: pytest.MonkeyPat
     says(folder, do_sample=True)
     monkeypatch.setattr(torch, "empty", None)
     assert load_generation_options(folder).top_k == 50
+
+
+# What `convert` carries
+
+
+SAYS = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.9,
+    "num_beams": 4,
+    "stop_strings": ["\n\n"],
+    "max_new_tokens": 7,
+    "pad_token_id": 999,
+    "transformers_version": "4.1",
+}
+
+
+def test_convert_carries_a_folders_settings_to_folders(
+    run: Any, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "m")
+    ids = json.loads((base / "generation_config.json").read_text())
+    says(tmp_path / "m", **SAYS, bos_token_id=77)
+    assert run("convert", tmp_path / "m", tmp_path / "out", "--to", "hf")[0] == 0
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    not_carried = ("pad_token_id", "transformers_version")
+    kept = {name: value for name, value in SAYS.items() if name not in not_carried}
+    assert written == {**kept, **{n: ids[n] for n in ("bos_token_id", "eos_token_id")}}
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (theirs.do_sample, theirs.temperature, theirs.num_beams) == (True, 0.6, 4)
+    both = [sampling_defaults(open_checkpoint(tmp_path / name)) for name in ("m", "out")]
+    assert both[0].options == both[1].options
+
+
+def test_convert_carries_them_to_gguf_and_back(run: Any, base: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    shutil.copytree(base, tmp_path / "m")
+    says(tmp_path / "m", do_sample=True, temperature=0.6, top_p=1, repetition_penalty=1.1)
+    for source, target, to in (("m", "a.gguf", "gguf"), ("a.gguf", "b.gguf", "gguf")):
+        assert run("convert", tmp_path / source, tmp_path / target, "--to", to)[0] == 0
+    for name in ("a.gguf", "b.gguf"):
+        fields = gguf.GGUFReader(tmp_path / name).fields
+        found = {
+            key.removeprefix("general.sampling."): (field.contents(), field.types[0].name)
+            for key, field in fields.items()
+            if key.startswith("general.sampling.")
+        }
+        # Without a word on top_k transformers takes the likeliest fifty.
+        assert found == {
+            "temp": (pytest.approx(0.6), "FLOAT32"),
+            "top_k": (50, "INT32"),
+            "top_p": (1.0, "FLOAT32"),
+            "penalty_repeat": (pytest.approx(1.1), "FLOAT32"),
+        }
+    assert run("convert", tmp_path / "b.gguf", tmp_path / "back", "--to", "hf")[0] == 0
+    options = GenerationOptions(temperature=0.6, top_k=50, top_p=1.0, repetition_penalty=1.1)
+    for name in ("m", "a.gguf", "b.gguf", "back"):
+        assert load_generation_options(tmp_path / name) == options
+
+
+@pytest.mark.parametrize(
+    ("content", "warns"),
+    [
+        ({}, False),
+        ({"temperature": 0.6}, False),  # of no effect, as nothing says do_sample
+        ({"do_sample": False, "top_k": 3}, False),
+        ({"do_sample": True, "temperature": -1}, True),
+        ({"do_sample": True, "top_k": "many"}, True),
+        ({"do_sample": 3}, True),
+    ],
+)
+def test_what_draws_no_samples_is_not_written_to_gguf(
+    content: dict[str, Any], warns: bool, run: Any, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "m")
+    says(tmp_path / "m", **content)
+    status, _, err = run("convert", tmp_path / "m", tmp_path / "a.gguf", "--to", "gguf")
+    assert status == 0, err
+    assert ("none are written to the GGUF file" in err) == warns
+    assert sampling_defaults(open_checkpoint(tmp_path / "a.gguf")) is None
+
+
+def test_an_adapter_samples_as_its_base(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from tests.peft_model import their_adapter
+
+    their_adapter(tmp_path, target_modules=["q_proj"])
+    says(tmp_path / "base", do_sample=True, temperature=0.5)
+    name = {"base_model_name_or_path": str(tmp_path / "base")}
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **name}))
+    assert load_generation_options(tmp_path / "adapter").temperature == 0.5
+    says(tmp_path / "adapter", do_sample=True, temperature=0.25)
+    assert load_generation_options(tmp_path / "adapter").temperature == 0.25

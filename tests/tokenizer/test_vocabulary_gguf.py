@@ -104,6 +104,64 @@ def test_read_back_it_gives_the_same_ids(name: str) -> None:
         assert again.decode(ids) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize(
+    ("legacy", "message"),
+    [
+        (True, "it puts no space before a text that begins with one, and GGUF has no field"),
+        (False, "it puts a space before the first text between special tokens only, and GGUF has"),
+    ],
+)
+def test_spaces_of_transformers_5_are_refused_with_a_way_that_works(
+    legacy: bool, message: str, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(tiny_sentencepiece())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "legacy": legacy}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    folder = tmp_path / "saved"
+    transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(folder)
+    with pytest.raises(TokenizerError, match=message) as error:
+        to_gguf(load_vocabulary(folder), 600)
+    assert "put the tokenizer.model that it was made from in the place of token" in str(error.value)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
+    fields = to_gguf(load_vocabulary(folder), 600)
+    assert fields[GGML + "add_space_prefix"] is True
+    assert fields[GGML + "bos_token_id"] == 1
+
+
+def test_a_folder_of_transformers_5_without_spaces_in_front_has_llama_cpps_ids(
+    tmp_path: Path,
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes(tiny_sentencepiece())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "add_prefix_space": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path / "saved")
+    fields = to_gguf(load_vocabulary(tmp_path / "saved"), 600)
+    assert fields[GGML + "add_space_prefix"] is False
+    back = Tokenizer(from_gguf(fields, "x"))
+    for text in ALL_TEXTS:
+        ids = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert back.encode(text, bos=False) == ids, ascii(text)
+    encode = llama_cpp_encoder(fields, tmp_path / "vocabulary.gguf")
+    for text in ALL_TEXTS:
+        assert back.encode(text, bos=False) == encode(text, False), ascii(text)
+
+
+def test_a_space_in_front_of_a_space_is_what_a_metaspace_leaves_out(tmp_path: Path) -> None:
+    # Why those are refused: there is no flag by which llama.cpp would do without it.
+    fields = to_gguf(from_model(tiny_sentencepiece(), "tiny"), 600)
+    encode = llama_cpp_encoder(fields, tmp_path / "vocabulary.gguf")
+    spaces = fields[GGML + "tokens"].index("▁▁")
+    assert encode(" x", False)[0] == spaces
+    assert encode("<s> x", True)[1] == spaces
+
+
 def test_llama_2_survives_gguf_and_equals_llama_cpp(shared_data: Path, tmp_path: Path) -> None:
     vocabulary = load_vocabulary(shared_data / "tokenizer.model")
     fields = to_gguf(vocabulary, 32000)
@@ -165,15 +223,17 @@ def test_end_of_turn_and_message_are_further_stops(bytes_fields: dict[str, Any])
     assert (written[GGML + "eot_token_id"], written[GGML + "eom_token_id"]) == (5, 6)
 
 
-def test_control_tokens_that_end_a_turn_by_their_text_are_stops_too(
+def test_tokens_that_end_a_turn_by_their_text_are_stops_too(
     bytes_fields: dict[str, Any],
 ) -> None:
     tokens, types = bytes_fields[GGML + "tokens"], bytes_fields[GGML + "token_type"]
     tokens[5], types[5] = "<|im_end|>", 3
-    tokens[6], types[6] = "<|eot_id|>", 1  # an ordinary one
+    tokens[6], types[6] = "<|eot_id|>", 1  # of a converter that left it ordinary
+    tokens[7], types[7] = "<|end|>", 5  # unused
     vocabulary = from_gguf(bytes_fields, "x")
-    assert vocabulary.stop_ids == (5,)
-    assert GGML + "eot_token_id" not in to_gguf(vocabulary, 259)  # it goes without saying
+    assert vocabulary.stop_ids == (5, 6)
+    # The first goes without saying, and the other has a field of its name.
+    assert to_gguf(vocabulary, 259)[GGML + "eot_token_id"] == 6
 
 
 @pytest.mark.parametrize("name", ["llama3", "llama-v3", "falcon3"])
@@ -412,6 +472,9 @@ def test_merges_that_sentencepiece_would_not_make_are_refused() -> None:
 def test_pieces_without_an_unknown_token_are_refused() -> None:
     raw = parse(to_files(from_model(tiny_sentencepiece(), "tiny"))["tokenizer.json"], "tiny")
     raw["model"]["unk_token"] = None
+    # With a token for each byte no text becomes it, as in folders that transformers 5 saves.
+    assert to_gguf(Vocabulary("tokenizers", dump(raw), "tiny"), 600)[GGML + "unknown_token_id"] == 0
+    raw["model"]["byte_fallback"] = False
     with pytest.raises(TokenizerError, match="tiny: it has no unknown token"):
         to_gguf(Vocabulary("tokenizers", dump(raw), "tiny"), 600)
 

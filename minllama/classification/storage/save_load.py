@@ -23,7 +23,7 @@ from minllama.checkpoints.load import reading_form, slow_dtype, usable_device, w
 from minllama.checkpoints.open import open_checkpoint, read_tokenizer
 from minllama.checkpoints.peft import WEIGHTS_FILE
 from minllama.checkpoints.peft_config import CONFIG_FILE
-from minllama.checkpoints.resolve import canonical_name, source_of
+from minllama.checkpoints.resolve import canonical_name, folder_of, source_of
 from minllama.checkpoints.types import Checkpoint
 from minllama.classification.base import Classifier, evaluating
 from minllama.classification.embedding import LlamaEmbeddingClassifier
@@ -269,7 +269,7 @@ def load_classifier(
     base is in the dtype that suits the device where none is given.
 
     Args:
-        folder: that of classifier.json; or transformers' or PEFT's.
+        folder: that of classifier.json; or transformers' or PEFT's; or a Hugging Face id.
         model: where the base model is now, if it is not where the classifier says.
         tokenizer: the same of its tokenizer, if that is not the model's own.
         dtype: of the base's weights; None for that of the training, which gives the same numbers,
@@ -281,7 +281,8 @@ def load_classifier(
     Raises:
         MinllamaError: a file is missing, damaged or changed, or the base model is another one.
     """
-    path = Path(folder) / CLASSIFIER_FILE
+    folder = folder_of(folder)
+    path = folder / CLASSIFIER_FILE
     if _is_foreign(folder):
         wanted = Wanted(model, tokenizer, dtype, device, quantize)
         return load_sequence_classifier(path.parent, wanted)

@@ -1,0 +1,96 @@
+"""State dicts as training programs save them: inside a larger dictionary, under longer names.
+
+Lightning saves `{"state_dict": ..., "epoch": ...}`, DeepSpeed `{"module": ...}`; DDP puts `module.`
+before each name, torch.compile `_orig_mod.`. What is unmistakable is taken off by all readers here.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from minllama.checkpoints.pickled import OtherTensor
+from minllama.checkpoints.torch_file import dense_tensors, load_torch_file
+from minllama.errors import CheckpointError
+
+T = TypeVar("T")
+
+STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", "app")
+_MAX_DEPTH = 3
+_MAX_SHOWN = 5  # keys of a file in a message
+# Modules that wrap others and hold no weights of their own; they may stand anywhere in a name.
+WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Names and tensors of a file that `torch.save` wrote; these are memory-mapped.
+
+    Raises:
+        CheckpointError: as for `load_torch_file`, `inner_state_dict` and `dense_tensors`.
+    """
+    return dense_tensors(inner_state_dict(load_torch_file(path), path), path)
+
+
+def inner_state_dict(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The names and tensors in what `torch.save` wrote to `path`, however deep they lie.
+
+    Raises:
+        CheckpointError: there are several state dicts in it, or one under a name that says nothing.
+    """
+    for _ in range(_MAX_DEPTH):
+        if not values or any(isinstance(value, Tensor | OtherTensor) for value in values.values()):
+            return values
+        inner = {key: v for key, v in values.items() if isinstance(v, dict) and _has_tensors(v)}
+        usual = [key for key in STATE_DICTS if key in inner]
+        if len(usual) != 1:
+            raise CheckpointError(f"{path}: {_unclear(values, list(inner))}")
+        found = inner[usual[0]]
+        if not all(isinstance(key, str) for key in found):
+            raise CheckpointError(f"{path}: its {usual[0]!r} has keys that are no names of tensors")
+        values = found
+    return values
+
+
+def without_wrappers(tensors: Mapping[str, T], *roots: str) -> dict[str, T]:
+    """`tensors` without what wrappers have put into their names.
+
+    Args:
+        tensors: by the names that a file has.
+        roots: names of a tensor as a model has them, the likeliest first. What stands before the
+            first that is there goes, where it stands before every other name as well.
+    """
+    plain = {_without_segments(name): tensor for name, tensor in tensors.items()}
+    if len(plain) < len(tensors):  # with and without: which of the two is meant is not ours to say
+        return dict(tensors)
+    for root in roots:
+        found = [name for name in plain if name == root or name.endswith(f".{root}")]
+        if len(found) == 1:
+            front = found[0].removesuffix(root)
+            if all(name.startswith(front) for name in plain):
+                return {name.removeprefix(front): tensor for name, tensor in plain.items()}
+        if found:
+            break
+    return plain
+
+
+def _without_segments(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _has_tensors(values: Mapping[str, Any], depth: int = _MAX_DEPTH) -> bool:
+    return any(
+        isinstance(value, Tensor | OtherTensor)
+        or (depth > 1 and isinstance(value, dict) and _has_tensors(value, depth - 1))
+        for value in values.values()
+    )
+
+
+def _unclear(values: Mapping[str, Any], inner: list[str]) -> str:
+    """Why no state dict can be taken from `values`, and the remedy."""
+    way = "torch.save(torch.load(FILE)[KEY], FILE)"
+    if inner:
+        names = ", ".join(map(repr, inner[:_MAX_SHOWN]))
+        return f"tensors lie in {names} of it; keep the state dict of the model alone: {way}"
+    names = ", ".join(f"{key[:40]!r}" for key in list(values)[:_MAX_SHOWN])
+    return f"it holds no tensors, only {names}; save the model's state_dict() with torch.save"
