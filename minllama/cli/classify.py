@@ -21,6 +21,7 @@ from minllama.cli.open import (
     quantize_option_of_classifier,
     source_option,
     warn_of_slow_dtype,
+    with_template,
 )
 from minllama.cli.output_file import OutputFile
 from minllama.errors import DataError, MinllamaError, OptionError
@@ -273,6 +274,7 @@ def _zero_shot(
 
     warn_of_slow_dtype(dtype, device)
     checkpoint, words = open_words(source, tokenizer)
+    prompt = with_template(prompt, words)
     where, wanted = usable_device(device), None if quantize == "none" else quantize or "auto"
     weights, how = weights_form("zero-shot", checkpoint, where, dtype, wanted)
     model = Llama.from_checkpoint(checkpoint, dtype=weights, device=where, quantize=how)

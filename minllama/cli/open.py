@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from minllama.checkpoints.types import Checkpoint
     from minllama.model.llama import Llama
-    from minllama.options import GenerationOptions
+    from minllama.options import GenerationOptions, PromptOptions
     from minllama.tokenizer.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -254,6 +254,24 @@ def chosen_template(choice: str | None, words: "Tokenizer") -> str | None:
     if "{" not in source:
         raise OptionError(f"--chat-template {shown}: holds no Jinja template; name another file")
     return source
+
+
+def with_template(
+    prompt: "PromptOptions", words: "Tokenizer | Callable[[], Tokenizer]"
+) -> "PromptOptions":
+    """The options of a prompt, with a template that was named by its file in its own words.
+
+    Args:
+        prompt: as typed.
+        words: the model's tokenizer, or what opens it, which is asked where a template is named.
+
+    Raises:
+        MinllamaError: the model has no such template, and no file is called so.
+    """
+    if prompt.chat_template is None:
+        return prompt
+    known = words() if callable(words) else words
+    return dataclasses.replace(prompt, chat_template=chosen_template(prompt.chat_template, known))
 
 
 def pick(options: type, values: dict[str, Any]) -> Any:

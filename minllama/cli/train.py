@@ -1,11 +1,12 @@
 """`minllama train`: from a file of labelled texts to an evaluated classifier in a folder."""
 
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +21,7 @@ from minllama.cli.open import (
     quantize_option,
     source_option,
     warn_of_slow_dtype,
+    with_template,
 )
 from minllama.errors import MinllamaError
 from minllama.options import (
@@ -31,6 +33,9 @@ from minllama.options import (
 )
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
 from minllama.text import one_line
+
+if TYPE_CHECKING:
+    from minllama.experiment import Experiment
 
 
 @click.command("train")
@@ -106,6 +111,7 @@ def command(
         **groups,
     )
     check_uses(experiment, given)
+    experiment = _with_template(experiment)
     warn_of_slow_dtype(dtype, device)
     if experiment.training.autocast == "on":
         warn_of_slow_dtype("bfloat16", device, option="--autocast on")
@@ -125,6 +131,18 @@ def command(
             print_summary(split.name, split.evaluation, split.others, headline=split.headline)
     done = f"wrote {output}: the classifier, report.html, metrics.json, predictions.jsonl"
     click.echo(one_line(done), err=True)
+
+
+def _with_template(experiment: "Experiment") -> "Experiment":
+    """The experiment, with a chat template that was named by its file in its own words."""
+    from minllama.checkpoints import open_checkpoint
+    from minllama.tokenizer import Tokenizer
+
+    def words() -> Tokenizer:
+        checkpoint = open_checkpoint(experiment.model, tokenizer=experiment.tokenizer)
+        return Tokenizer.from_checkpoint(checkpoint)
+
+    return dataclasses.replace(experiment, prompt=with_template(experiment.prompt, words))
 
 
 class _Terminated(SystemExit):

@@ -172,7 +172,8 @@ def _notes(classifier: LlamaEmbeddingClassifier, words: _Words) -> list[str]:
             "the probabilities against it, for transformers names the likeliest class"
         )
     if prompt.chat or prompt.prompt != "{text}":
-        how = "in the chat template, without a further BOS" if prompt.chat else "as it is"
+        chat = "the chat template" if prompt.chat_template is None else "its own chat template"
+        how = f"in {chat}, without a further BOS" if prompt.chat else "as it is"
         notes.append(
             f"texts must be put into the prompt {prompt.prompt!r} first ({how}), which "
             "transformers does not do by itself"
