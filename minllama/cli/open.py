@@ -19,7 +19,7 @@ from click.core import ParameterSource
 
 from minllama.errors import OptionError
 from minllama.options import QUANTIZE
-from minllama.text import one_line
+from minllama.text import escaped, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -243,10 +243,9 @@ def chosen_template(choice: str | None, words: "Tokenizer") -> str | None:
     named |= set() if words.chat_template is None else {"default"}
     if choice is None or choice in named:
         return choice
-    shown = choice if choice.isprintable() else ascii(choice)[1:-1]
+    shown = escaped(choice)
     if not os.path.exists(choice) or os.path.isdir(choice):  # what is no file may be a pipe
-        listed = ", ".join(sorted(named)) or "it has none"
-        listed = listed if listed.isprintable() else ascii(listed)[1:-1]
+        listed = escaped(", ".join(sorted(named)) or "it has none")
         raise OptionError(
             f"--chat-template {shown}: no such file, and no template of the model's ({listed:.200})"
         )
