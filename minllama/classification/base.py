@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from minllama.classification.prompts import EncodedPrompt, PromptTemplate
-from minllama.generation.conversation import template_source
 from minllama.data.texts import checked_texts
 from minllama.data.treebank import undo_treebank
 from minllama.errors import MinllamaError
 from minllama.evaluation.metrics import predictions
 from minllama.evaluation.regression import TargetScale
 from minllama.evaluation.thresholds import DEFAULT, Thresholds, as_thresholds, positive_class
+from minllama.generation.conversation import template_source
 from minllama.model.llama import Llama
 from minllama.options import PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer

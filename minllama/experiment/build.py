@@ -17,7 +17,13 @@ from minllama.checkpoints.types import Checkpoint
 from minllama.classification import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import Pooling, check_layer
-from minllama.classification.features import MAX_ROWS, Choice, Features, candidate_choices, extract_features
+from minllama.classification.features import (
+    MAX_ROWS,
+    Choice,
+    Features,
+    candidate_choices,
+    extract_features,
+)
 from minllama.classification.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
 from minllama.data.label_names import checked_names, names_of_option, words_by_label
@@ -192,11 +198,7 @@ def make_head(
     report = say.advance("reading the training texts", len(some))
     by = Reading(reader, report, say.say)
     features, selected = _selected(fitting, some, by, options, grows=grows)
-    (layer, pooling), penalty = selected.choice, selected.penalty
-    say.say(
-        f"layer {layer} of {llama.config.n_layers}, {pooling}, penalty {penalty:g}: "
-        f"{selected.merit}"
-    )
+    say.say(_in_words(selected, llama))
     choice = _with_more_layers(selected.choice, llama) if grows else selected.choice
     if grows:
         say.say(f"training with {choice[0]} layers")
@@ -205,11 +207,20 @@ def make_head(
         report = say.advance("reading all of them", len(train))
         some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
     has_bias = classifier.score.bias is not None
-    fitting.fit(features[choice], some, penalty, bias=has_bias).put_into(classifier.score)
+    fitted = fitting.fit(features[choice], some, selected.penalty, bias=has_bias)
+    fitted.put_into(classifier.score)
     classifier.shortened |= reader.shortened
     if folder is not None:
         _write_choice(folder, choice)
     return classifier
+
+
+def _in_words(selected: Selected, llama: Llama) -> str:
+    (layer, pooling), penalty = selected.choice, selected.penalty
+    return (
+        f"layer {layer} of {llama.config.n_layers}, {pooling}, penalty {penalty:g}: "
+        f"{selected.merit}"
+    )
 
 
 def _selected(

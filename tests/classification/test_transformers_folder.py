@@ -20,8 +20,8 @@ from minllama.classification import LlamaEmbeddingClassifier, save_classifier
 from minllama.classification.storage.save_load import merge_classifier
 from minllama.errors import MinllamaError
 from minllama.evaluation.regression import TargetScale
-from minllama.experiment import run_experiment
 from minllama.evaluation.thresholds import as_thresholds
+from minllama.experiment import run_experiment
 from minllama.model.llama import Llama
 from minllama.tokenizer.tokenizer import Tokenizer
 from minllama.tokenizer.vocabulary import Vocabulary

@@ -6,16 +6,16 @@ import shutil
 import pytest
 
 from minllama import cli
-from minllama.classifier import (
+from minllama.classification import (
     LlamaEmbeddingClassifier,
     LlamaZeroShotClassifier,
     load_classifier,
     save_classifier,
 )
 from minllama.errors import MinllamaError, OptionError
-from minllama.llama import load_pretrained
+from minllama.model.llama import load_pretrained
 from minllama.options import PromptOptions
-from minllama.tokenizer import Tokenizer
+from minllama.tokenizer.tokenizer import Tokenizer
 
 TERSE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
 LOUD = "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}!{% endfor %}"
@@ -95,7 +95,7 @@ def test_a_classifier_without_the_field_is_read_as_before(several, tmp_path):
     description = json.loads((tmp_path / "classifier.json").read_bytes())
     assert description["prompt"].pop("chat_template") is None
     del description["sha256"]["classifier.json"]
-    from minllama.classifier.description import write_description
+    from minllama.classification.storage.manifest import write_description
 
     write_description(tmp_path / "classifier.json", description)
     assert load_classifier(tmp_path).encode(TEXT) == classifier.encode(TEXT)
