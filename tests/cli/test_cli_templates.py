@@ -113,14 +113,15 @@ def test_templates_that_cannot_be_are_refused(several):
 def test_classify_takes_a_name_or_a_file(given, several, tmp_path, run):
     (tmp_path / "t.jinja").write_text(TERSE)
     choice = tmp_path / "t.jinja" if given == "file" else given
-    asked = ("--labels", "good,bad", "--text", TEXT, "--json", "-m", several, "--device", "cpu")
+    asked = ("--labels", "good,bad", "--text", TEXT, "--json", "-m", several)
+    asked += ("--device", "cpu", "--dtype", "float32", "--quantize", "none")
     status, out, err = run("classify", *asked, "--chat", "--chat-template", choice)
     assert status == 0, err
     record = json.loads(out)
     options = PromptOptions(chat=True, chat_template=TERSE)
     classifier = LlamaZeroShotClassifier(*opened(several), ["good", "bad"], options)
     expected = dict(zip(["good", "bad"], classifier.predict_proba([TEXT])[0], strict=True))
-    assert record["probabilities"] == pytest.approx(expected, abs=2e-3)
+    assert record["probabilities"] == pytest.approx(expected, abs=1e-5)
     default = json.loads(run("classify", *asked, "--chat")[1])
     assert default["probabilities"] != record["probabilities"]
 
