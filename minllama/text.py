@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(map(_shown, text))
 
 
+def escaped(text: str) -> str:
+    """The text as it is typed: with escapes where it holds what cannot be printed."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def one_line(text: str, max_chars: int = MAX_LINE_CHARS) -> str:
     """`printable` text of at most so many characters: of longer ones the middle is left out."""
     if len(text) > max_chars:

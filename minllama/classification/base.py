@@ -23,6 +23,7 @@ from minllama.errors import MinllamaError
 from minllama.evaluation.metrics import predictions
 from minllama.evaluation.regression import TargetScale
 from minllama.evaluation.thresholds import DEFAULT, Thresholds, as_thresholds, positive_class
+from minllama.generation.conversation import template_source
 from minllama.model.llama import Llama
 from minllama.options import PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer
@@ -328,13 +329,25 @@ def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
     return labels
 
 
-def as_prompt(prompt: str | PromptOptions | None, default: str) -> PromptOptions:
-    """Prompt options, from them or from the template alone; `default` where there is none."""
+def as_prompt(
+    prompt: str | PromptOptions | None, default: str, tokenizer: Tokenizer
+) -> PromptOptions:
+    """Prompt options, from them or from the template alone; `default` where there is none.
+
+    A chat template that is named is there in its own words: those of a name may change, and no
+    digest of the tokenizer knows them.
+
+    Raises:
+        MinllamaError: there is no chat template of that name.
+    """
     if isinstance(prompt, str):
         return PromptOptions(prompt=prompt)
     prompt = prompt or PromptOptions()
     if prompt.prompt is None:
-        return replace(prompt, prompt=default)
+        prompt = replace(prompt, prompt=default)
+    if prompt.chat_template is not None:
+        source = template_source(tokenizer, prompt.chat_template)
+        prompt = replace(prompt, chat_template=source)
     return prompt
 
 
@@ -361,6 +374,7 @@ def make_template(
         shots=shots,
         chat=prompt.chat,
         system=prompt.system,
+        chat_template=prompt.chat_template,
         max_len=min(prompt.max_len or context_len, context_len),
         keep_end=prompt.keep_end,
         eos=eos,

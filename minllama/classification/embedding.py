@@ -71,7 +71,7 @@ class LlamaEmbeddingClassifier(Classifier):
     ) -> None:
         if pooling not in POOLINGS:
             raise MinllamaError(f"pooling must be one of {', '.join(POOLINGS)}, not {pooling!r}")
-        options = as_prompt(prompt, "{text}")
+        options = as_prompt(prompt, "{text}", tokenizer)
         labels = _names(id2label)
         if scale is not None and (multi_label or len(labels) != 1):
             raise MinllamaError("a head that gives numbers has one output, with a name of its own")

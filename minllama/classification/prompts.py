@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from minllama.errors import ContextError, MinllamaError
-from minllama.generation.conversation import chat_template
+from minllama.generation.conversation import chat_template as find_template
+from minllama.tokenizer.chat_template import ChatTemplate
 from minllama.tokenizer.tokenizer import Tokenizer
 
 PLACEHOLDER = "\ue0f0"
@@ -45,13 +46,16 @@ class PromptTemplate:
         shots: pairs of a text and its label string, which come first, an empty line behind each.
         chat: the frame is a user's message in the model's chat template, and the label its answer.
         system: the system message of that chat.
+        chat_template: the name of one of the model's chat templates, or one in Jinja; None for its
+            default.
         max_len: the most tokens of prompt and label together.
         keep_end: shorten texts at their beginning instead of their end.
         eos: the token that ends a text stands behind a prompt that is no chat; None for the
             tokenizer's own way.
 
     Raises:
-        MinllamaError: the template lacks `{text}`, or chat is asked of a model that has none.
+        MinllamaError: the template lacks `{text}`, or chat is asked of a model that has none, or
+            not the template of that name.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class PromptTemplate:
         shots: Sequence[tuple[str, str]] = (),
         chat: bool = False,
         system: str | None = None,
+        chat_template: str | None = None,
         max_len: int,
         keep_end: bool = False,
         eos: bool | None = False,
@@ -86,7 +91,8 @@ class PromptTemplate:
         self.separator = "" if chat or after[-1:].isspace() else " "
         self._masked: dict[str, str] = {}
         if chat:
-            self._frame = self._rendered_chat(before, after, shots, system)
+            rendering = find_template(tokenizer, chat_template)
+            self._frame = self._rendered_chat(rendering, before, after, shots, system)
         else:
             shown = [before + text + after + self.separator + label for text, label in shots]
             self._masked = {chr(ord(PLACEHOLDER) + 1): "".join(shot + "\n\n" for shot in shown)}
@@ -158,14 +164,18 @@ class PromptTemplate:
         return tuple(self.tokenizer.encode(frame + label, eos=self.eos))
 
     def _rendered_chat(
-        self, before: str, after: str, shots: Sequence[tuple[str, str]], system: str | None
+        self,
+        template: ChatTemplate,
+        before: str,
+        after: str,
+        shots: Sequence[tuple[str, str]],
+        system: str | None,
     ) -> str:
         messages = [] if system is None else [{"role": "system", "content": system}]
         for text, label in shots:
             messages.append({"role": "user", "content": before + text + after})
             messages.append({"role": "assistant", "content": label})
         messages.append({"role": "user", "content": before + PLACEHOLDER + after})
-        template = chat_template(self.tokenizer)
         rendered, self._masked = template.render_masked(messages, self.tokenizer.special_tokens)
         if rendered.count(PLACEHOLDER) != 1:
             raise MinllamaError("the chat template does not show the user's message once")

@@ -85,7 +85,7 @@ class LlamaZeroShotClassifier(Classifier):
                 f"{len(labels)} labels ({', '.join(labels)}) need as many label words, "
                 f"not {len(self_words)} ({', '.join(self_words)})"
             )
-        options = as_prompt(prompt, DEFAULT_PROMPT)
+        options = as_prompt(prompt, DEFAULT_PROMPT, tokenizer)
         template = make_template(options, llama, tokenizer, labels=self_words, shots=shots)
         super().__init__(
             llama, tokenizer, labels, multi_label=False, template=template, prompt=options

@@ -25,7 +25,7 @@ from minllama.cli.open import (
 from minllama.cli.prompt_text import read_system
 from minllama.errors import ContextError, MinllamaError
 from minllama.options import GenerationOptions
-from minllama.text import one_line
+from minllama.text import escaped, one_line
 
 
 @click.command("chat")
@@ -89,8 +89,7 @@ def command(
         elif said.command == "help":
             click.echo(HELP, err=True)
         elif said.command is not None:
-            shown = "/" + said.command
-            shown = shown if shown.isprintable() else ascii(shown)
+            shown = escaped("/" + said.command)
             click.echo(f"{shown[:60]} is no command; //text says /text, /help shows all", err=True)
         elif said.text:
             _answer(conversation, said.text)

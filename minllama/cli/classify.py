@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +22,7 @@ from minllama.cli.open import (
     quantize_option_of_classifier,
     source_option,
     warn_of_slow_dtype,
+    with_template,
 )
 from minllama.cli.output_file import OutputFile
 from minllama.errors import DataError, MinllamaError, OptionError
@@ -40,6 +41,7 @@ from minllama.text import printable
 if TYPE_CHECKING:
     from minllama.classification import Classifier
     from minllama.data import BadRows
+    from minllama.experiment.resuming import Done
 
 # Options by what they are for: the rows of a file, and what a saved classifier says itself.
 OF_ROWS = ("output_format", "bom", "keep_columns", "resume", "force", *names_of(DataOptions))
@@ -275,6 +277,7 @@ def _zero_shot(
 
     warn_of_slow_dtype(dtype, device)
     checkpoint, words = open_words(source, tokenizer)
+    prompt = with_template(prompt, words)
     where, wanted = usable_device(device), None if quantize == "none" else quantize or "auto"
     weights, how = weights_form("zero-shot", checkpoint, where, dtype, wanted)
     model = Llama.from_checkpoint(checkpoint, dtype=weights, device=where, quantize=how)
@@ -373,17 +376,12 @@ def _classify_rows(
         progress=say.advance("classifying", total) if has_bar else None,
         notices=notices,
     )
-    count = 0
     try:
         # What cannot be done, or gone on with, is found in the first chunk: the file is untouched.
         first = next(chunks, [])
         if rows == "-" and not done.records and not first:
             _check_some(bad_rows, output)
-        with output.opened(done) as stream:
-            for lines in itertools.chain([first], chunks):
-                stream.writelines(lines)
-                stream.flush()
-                count += len(lines)
+        count = _write_lines(output, done, itertools.chain([first], chunks))
         notices += output.finish()
     except KeyboardInterrupt:
         if output.name != "-" and output.output_format != "labelled":
@@ -396,6 +394,17 @@ def _classify_rows(
             say.say(notice)
     score = score_of(classifier)
     say.say(f"classified {count:,} texts" + (f", score {score}" if score else ""))
+
+
+def _write_lines(output: OutputFile, done: "Done", chunks: Iterable[list[str]]) -> int:
+    """Write behind what is done, and say how many lines: each chunk is in the file at once."""
+    count = 0
+    with output.opened(done) as stream:
+        for lines in chunks:
+            stream.writelines(lines)
+            stream.flush()
+            count += len(lines)
+    return count
 
 
 def _left_out(bad_rows: "BadRows") -> str | None:

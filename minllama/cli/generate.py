@@ -24,7 +24,7 @@ from minllama.cli.open import (
 from minllama.cli.prompt_text import MARK, PromptText, read_system, read_text
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
-from minllama.text import one_line
+from minllama.text import escaped, one_line
 
 if TYPE_CHECKING:
     from minllama.generation.api import Generation, TextStream, TokenLogprob
@@ -148,7 +148,7 @@ def _say_what_is_spelled(text: str, words: "Tokenizer", options: str) -> None:
 
     spelled = spelled_special(text, words)
     if spelled:
-        listed = ", ".join(word if word.isprintable() else ascii(word) for word in spelled[:3])
+        listed = ", ".join(map(escaped, spelled[:3]))
         listed += f" and {len(spelled) - 3} more" if len(spelled) > 3 else ""
         notice = f"plain text in the prompt: {listed} (tokens with {options})"
         click.echo(one_line(notice), err=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from minllama.cli.open import base_option, debug_option, ended_by_interrupts
-from minllama.text import one_line
+from minllama.text import escaped, one_line, printable
 
 if TYPE_CHECKING:
     from minllama.checkpoints.types import Checkpoint
@@ -45,7 +45,6 @@ def command(model: str | None, tokenizer: str | None, base: str | None) -> None:
 def _show_classifier(folder: Path) -> None:
     with ended_by_interrupts():
         from minllama.classification.storage.manifest import CLASSIFIER_FILE, in_words
-        from minllama.text import printable
 
     for name, value in in_words(folder / CLASSIFIER_FILE):
         click.echo(f"{name:<12} {printable(value)}")
@@ -199,7 +198,7 @@ def _vocabulary(vocabulary: "Vocabulary | None") -> list[tuple[str, str]]:
 def _templates(vocabulary: "Vocabulary") -> str:
     template, names = vocabulary.chat_template, sorted(vocabulary.chat_templates)
     cut = [name if len(name) <= 40 else name[:37] + "..." for name in names[:MAX_TEMPLATES]]
-    shown = ", ".join(name if name.isprintable() else ascii(name) for name in cut)
+    shown = ", ".join(map(escaped, cut))
     shown += f" and {len(names) - len(cut)} more" if len(names) > len(cut) else ""
     if template is None:
         return f"none by default; by name: {shown}" if names else "none"

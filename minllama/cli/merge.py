@@ -44,26 +44,15 @@ def command(
 
     A PEFT adapter's folder becomes a Hugging Face folder, as by minllama convert.
     """
-    if not dst:
-        raise MinllamaError("the name of DST is empty; name a folder to write")
-    check_replaceable(dst)
-    if Path(dst).exists() and not force:
-        raise MinllamaError(f"{dst} exists; --force replaces it")
-    check_folder_writable(dst)
+    _check_target(dst, force=force)
     with ended_by_interrupts():
         from minllama.checkpoints.open import CLASSIFIER_FILE, open_checkpoint
         from minllama.checkpoints.peft import is_adapter
         from minllama.checkpoints.peft_config import read_adapter_config
         from minllama.checkpoints.resolve import folder_of, source_of
         from minllama.classification import load_classifier
-        from minllama.classification.storage.save_load import (
-            classifier_settings,
-            form_in_training,
-            merge_classifier,
-            save_classifier,
-        )
-        from minllama.experiment.evaluate import saved_headlines, saved_verdicts
-        from minllama.experiment.output_folder import RECORDS, check_not_base, copy_records
+        from minllama.classification.storage.save_load import form_in_training
+        from minllama.experiment.output_folder import RECORDS, check_not_base
 
     source = folder_of(classifier)
     is_of_peft = not (source / CLASSIFIER_FILE).is_file() and is_adapter(source)
@@ -81,12 +70,37 @@ def command(
     check_not_base(Path(dst), loaded.llama.source and source_of(loaded.llama.source))
     if target == "hf":
         _write_for_transformers(loaded, dst, torch_dtype(dtype), removes=RECORDS)
-        return
+    else:
+        _write_merged(loaded, source, dst, torch_dtype(dtype))
+
+
+def _check_target(dst: str, *, force: bool) -> None:
+    """Refuse what cannot be written, before a model is read."""
+    if not dst:
+        raise MinllamaError("the name of DST is empty; name a folder to write")
+    check_replaceable(dst)
+    if Path(dst).exists() and not force:
+        raise MinllamaError(f"{dst} exists; --force replaces it")
+    check_folder_writable(dst)
+
+
+def _write_merged(
+    classifier: "Classifier", source: Path, dst: str, dtype: "torch.dtype | None"
+) -> None:
+    """Write a classifier of ours with its adapter merged, and the records beside it."""
+    from minllama.classification.storage.save_load import (
+        classifier_settings,
+        merge_classifier,
+        save_classifier,
+    )
+    from minllama.experiment.evaluate import saved_headlines, saved_verdicts
+    from minllama.experiment.output_folder import RECORDS, copy_records
+
     metrics, verdicts = saved_headlines(source), saved_verdicts(source)
-    drift = merge_classifier(loaded, dtype=torch_dtype(dtype))
-    merged = {"merged from": classifier, "largest drift of a logit": float(f"{drift:.2g}")}
+    drift = merge_classifier(classifier, dtype=dtype)
+    merged = {"merged from": str(source), "largest drift of a logit": float(f"{drift:.2g}")}
     save_classifier(
-        loaded,
+        classifier,
         dst,
         training={**classifier_settings(source), **merged},
         metrics=metrics,

@@ -19,14 +19,14 @@ from click.core import ParameterSource
 
 from minllama.errors import OptionError
 from minllama.options import QUANTIZE
-from minllama.text import one_line
+from minllama.text import escaped, one_line
 
 if TYPE_CHECKING:
     import torch
 
     from minllama.checkpoints.types import Checkpoint
     from minllama.model.llama import Llama
-    from minllama.options import GenerationOptions
+    from minllama.options import GenerationOptions, PromptOptions
     from minllama.tokenizer.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -243,10 +243,9 @@ def chosen_template(choice: str | None, words: "Tokenizer") -> str | None:
     named |= set() if words.chat_template is None else {"default"}
     if choice is None or choice in named:
         return choice
-    shown = choice if choice.isprintable() else ascii(choice)[1:-1]
+    shown = escaped(choice)
     if not os.path.exists(choice) or os.path.isdir(choice):  # what is no file may be a pipe
-        listed = ", ".join(sorted(named)) or "it has none"
-        listed = listed if listed.isprintable() else ascii(listed)[1:-1]
+        listed = escaped(", ".join(sorted(named)) or "it has none")
         raise OptionError(
             f"--chat-template {shown}: no such file, and no template of the model's ({listed:.200})"
         )
@@ -254,6 +253,24 @@ def chosen_template(choice: str | None, words: "Tokenizer") -> str | None:
     if "{" not in source:
         raise OptionError(f"--chat-template {shown}: holds no Jinja template; name another file")
     return source
+
+
+def with_template(
+    prompt: "PromptOptions", words: "Tokenizer | Callable[[], Tokenizer]"
+) -> "PromptOptions":
+    """The options of a prompt, with a template that was named by its file in its own words.
+
+    Args:
+        prompt: as typed.
+        words: the model's tokenizer, or what opens it, which is asked where a template is named.
+
+    Raises:
+        MinllamaError: the model has no such template, and no file is called so.
+    """
+    if prompt.chat_template is None:
+        return prompt
+    known = words() if callable(words) else words
+    return dataclasses.replace(prompt, chat_template=chosen_template(prompt.chat_template, known))
 
 
 def pick(options: type, values: dict[str, Any]) -> Any:

@@ -1,16 +1,18 @@
 """`minllama train`: from a file of labelled texts to an evaluated classifier in a folder."""
 
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from minllama.cli.open import (
     INTERRUPTED,
+    Command,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
@@ -20,6 +22,7 @@ from minllama.cli.open import (
     quantize_option,
     source_option,
     warn_of_slow_dtype,
+    with_template,
 )
 from minllama.errors import MinllamaError
 from minllama.options import (
@@ -31,6 +34,28 @@ from minllama.options import (
 )
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
 from minllama.text import one_line
+
+if TYPE_CHECKING:
+    from minllama.experiment import Experiment
+    from minllama.experiment.train import Outcome
+
+
+# The option dataclasses of an experiment, by the names that it has for them.
+GROUPS: dict[str, type] = {
+    "classifier": ClassifierOptions,
+    "prompt": PromptOptions,
+    "training": TrainingOptions,
+    "lora": LoRAOptions,
+    "threshold": ThresholdOptions,
+    "report": ReportOptions,
+    "data": DataOptions,
+}
+
+
+def _option_groups(command: Command) -> Command:
+    for options in reversed(GROUPS.values()):
+        command = dataclass_options(options)(command)
+    return command
 
 
 @click.command("train")
@@ -54,13 +79,7 @@ from minllama.text import one_line
 @click.option("--force", is_flag=True, help="Replace an earlier run in DIR.")
 @model_options
 @quantize_option
-@dataclass_options(ClassifierOptions)
-@dataclass_options(PromptOptions)
-@dataclass_options(TrainingOptions)
-@dataclass_options(LoRAOptions)
-@dataclass_options(ThresholdOptions)
-@dataclass_options(ReportOptions)
-@dataclass_options(DataOptions)
+@_option_groups
 @debug_option
 def command(
     train: str,
@@ -78,21 +97,12 @@ def command(
 ) -> None:
     """Train a classifier, calibrate it, evaluate it beside baselines, and write a report."""
     given = given_options(values)
-    groups = {
-        "classifier": pick(ClassifierOptions, values),
-        "prompt": pick(PromptOptions, values),
-        "training": pick(TrainingOptions, values),
-        "lora": pick(LoRAOptions, values),
-        "threshold": pick(ThresholdOptions, values),
-        "report": pick(ReportOptions, values),
-        "data": pick(DataOptions, values),
-    }
+    groups = {name: pick(options, values) for name, options in GROUPS.items()}
     if not output:
         raise MinllamaError("the name of --output is empty; name a folder")
     with ended_by_interrupts():
-        from minllama.cli.waiting import ConsoleSay
         from minllama.evaluation.report import print_summary
-        from minllama.experiment import Experiment, check_uses, run_experiment
+        from minllama.experiment import Experiment, check_uses
     experiment = Experiment(
         train=train,
         dev=dev,
@@ -106,25 +116,46 @@ def command(
         **groups,
     )
     check_uses(experiment, given)
+    experiment = _with_template(experiment)
     warn_of_slow_dtype(dtype, device)
     if experiment.training.autocast == "on":
         warn_of_slow_dtype("bfloat16", device, option="--autocast on")
-    say = ConsoleSay()
-    try:
-        with _terminated_as_interrupted():
-            outcome = run_experiment(experiment, resume=resume, force=force, say=say)
-    except (KeyboardInterrupt, _Terminated):
-        say.close()
-        if (Path(output) / "checkpoint").exists():
-            click.echo(one_line(INTERRUPTED.format(output)), err=True)
-        raise
-    finally:
-        say.close()
+    outcome = _run(experiment, resume=resume, force=force)
     for split in outcome.report.splits:
         if split.evaluation is not None:
             print_summary(split.name, split.evaluation, split.others, headline=split.headline)
     done = f"wrote {output}: the classifier, report.html, metrics.json, predictions.jsonl"
     click.echo(one_line(done), err=True)
+
+
+def _run(experiment: "Experiment", *, resume: bool, force: bool) -> "Outcome":
+    """Run it, and say how to go on with it where it is interrupted."""
+    from minllama.cli.waiting import ConsoleSay
+    from minllama.experiment import run_experiment
+
+    say = ConsoleSay()
+    try:
+        with _terminated_as_interrupted():
+            return run_experiment(experiment, resume=resume, force=force, say=say)
+    except (KeyboardInterrupt, _Terminated):
+        say.close()
+        if (experiment.output / "checkpoint").exists():
+            click.echo(one_line(INTERRUPTED.format(experiment.output)), err=True)
+        raise
+    finally:
+        say.close()
+
+
+def _with_template(experiment: "Experiment") -> "Experiment":
+    """The experiment, with a chat template that was named by its file in its own words."""
+    from minllama.checkpoints.open import open_checkpoint
+    from minllama.tokenizer.tokenizer import Tokenizer
+
+    def words() -> Tokenizer:
+        checkpoint = open_checkpoint(experiment.model, tokenizer=experiment.tokenizer)
+        return Tokenizer.from_checkpoint(checkpoint)
+
+    return dataclasses.replace(experiment, prompt=with_template(experiment.prompt, words))
 
 
 class _Terminated(SystemExit):

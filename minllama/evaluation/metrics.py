@@ -34,7 +34,7 @@ class ClassMetrics:
     f1: float | None
     support: int  # rows whose gold label it is
     predicted: int  # rows for which it is predicted
-    # Of two classes and of multi-label tasks; None elsewhere, and where all rows have it or none.
+    # Against the rest of the classes; None where all rows have it or none.
     roc_auc: float | None = None
     average_precision: float | None = None
     threshold: float | None = None  # from which probability on it is predicted; None: the likeliest
@@ -61,8 +61,9 @@ class Evaluation:
     as a yes-or-no prediction of its own.
 
     ROC AUC and average precision, as scikit-learn has them, are those of the positive class where
-    there are two, and the mean over labels in a multi-label task: over those that some rows have
-    and others have not, since elsewhere neither is defined.
+    there are two. Of more classes each stands against the rest, and they are the mean over classes
+    (one-vs-rest, macro), defined where each class is that of some rows. In a multi-label task they
+    are the mean over the labels that some rows have and others have not.
     """
 
     label_names: tuple[str, ...]
@@ -133,22 +134,37 @@ def evaluate(
         predicted = predictions(probabilities, multi_label=multi_label, thresholds=thresholds)
     losses = _log_losses(probabilities, gold, multi_label=multi_label)  # (N,)
     briers = _brier_scores(probabilities, gold, multi_label=multi_label)  # (N,)
-    if multi_label:
-        bins = calibration_bins(probabilities.ravel(), gold.ravel())
-    else:  # how sure the likeliest class is, whatever is predicted from a threshold on
-        likeliest = gold[np.arange(len(gold)), probabilities.argmax(1)]
-        bins = calibration_bins(probabilities.max(1), likeliest)
-    positive, ranked = _ranked_columns(label_names, thresholds, multi_label=multi_label)
+    bins = _bins(probabilities, gold, multi_label=multi_label)
+    positive, ranked = _ranked_columns(label_names, thresholds, gold, multi_label=multi_label)
     ranks = probabilities[:, ranked], gold[:, ranked]
     rows = ScoredRows(gold, predicted, losses, briers, *ranks, bootstrap, seed)
     per_class = _per_class(gold, predicted, label_names)
-    if multi_label or positive is not None:
+    if multi_label or len(label_names) > 1:
         per_class = _with_ranking(per_class, probabilities, gold, thresholds, multi_label)
+    return _measured(
+        rows,
+        per_class,
+        bins,
+        multi_label=multi_label,
+        positive=None if positive is None else label_names[positive],
+    )
+
+
+def _measured(
+    rows: ScoredRows,
+    per_class: tuple[ClassMetrics, ...],
+    bins: tuple[CalibrationBin, ...],
+    *,
+    multi_label: bool,
+    positive: str | None,
+) -> Evaluation:
+    """The metrics of rows whose classes and calibration are measured already."""
+    gold, predicted = rows.gold, rows.predicted
     occurring = [metrics for metrics in per_class if metrics.f1 is not None]
     hits, sizes = (gold & predicted).sum(), gold.sum() + predicted.sum()
     roc_auc, average_precision = Ranking(rows.ranked, rows.ranked_gold).measured()
     return Evaluation(
-        label_names=tuple(label_names),
+        label_names=tuple(metrics.name for metrics in per_class),
         multi_label=multi_label,
         count=len(gold),
         accuracy=float(rows.right.mean()),
@@ -156,8 +172,8 @@ def evaluate(
         macro_recall=_mean([metrics.recall for metrics in occurring]),
         macro_f1=_mean([metrics.f1 for metrics in occurring]),
         micro_f1=float(2 * hits / max(sizes, 1)),
-        log_loss=float(losses.mean()),
-        brier=float(briers.mean()),
+        log_loss=float(rows.losses.mean()),
+        brier=float(rows.briers.mean()),
         calibration_error=calibration_error(bins),
         intervals=intervals(rows),
         per_class=per_class,
@@ -165,7 +181,7 @@ def evaluate(
         bins=bins,
         roc_auc=mean_of_defined(roc_auc),
         average_precision=mean_of_defined(average_precision),
-        positive=None if positive is None else label_names[positive],
+        positive=positive,
         rows=rows,
     )
 
@@ -191,6 +207,18 @@ def predictions(
     if multi_label:
         return np.asarray(probabilities >= DEFAULT)
     return np.asarray(np.arange(probabilities.shape[1]) == probabilities.argmax(1)[:, None])
+
+
+def _bins(
+    probabilities: NDArray[np.float64], gold: NDArray[np.bool_], *, multi_label: bool
+) -> tuple[CalibrationBin, ...]:
+    """Of each label's probability; else of how sure the likeliest class is, whatever is predicted
+    from a threshold on.
+    """
+    if multi_label:
+        return calibration_bins(probabilities.ravel(), gold.ravel())
+    likeliest = gold[np.arange(len(gold)), probabilities.argmax(1)]
+    return calibration_bins(probabilities.max(1), likeliest)
 
 
 def calibration_bins(
@@ -376,11 +404,17 @@ def _per_class(
 
 
 def _ranked_columns(
-    names: Sequence[str], thresholds: Thresholds | None, *, multi_label: bool
+    names: Sequence[str],
+    thresholds: Thresholds | None,
+    gold: NDArray[np.bool_],
+    *,
+    multi_label: bool,
 ) -> tuple[int | None, list[int]]:
-    """The positive class of two, and the classes whose ranking is measured."""
+    """The positive class of two, and the classes whose ranking is measured: (N, C) gold labels."""
     if multi_label:
         return None, list(range(len(names)))
+    if len(names) > 2:  # a mean over some of the classes would be another measure
+        return None, list(range(len(names))) if gold.any(0).all() else []
     positive = positive_class(names, None, multi_label=False)
     if positive is not None and thresholds is not None:
         positive = thresholds.positive

@@ -217,8 +217,8 @@ def choose_thresholds(
         if best.complaint:
             notices.append(f"threshold of {labels[column]!r}: {best.complaint.format(source)}")
     how = f"{' and '.join(chosen)} on {source}" if chosen else ""
-    if len(notices) > MOST_NAMED:
-        more = f"thresholds of {len(notices) - MOST_NAMED} more labels: as much could be said"
+    if len(notices) > MOST_NAMED + 1:
+        more = f"thresholds of {len(notices) - MOST_NAMED} more labels: chosen no more surely"
         notices = [*notices[:MOST_NAMED], more]
     return Chosen(Thresholds(tuple(values), positive, how), tuple(notices))
 
@@ -416,13 +416,19 @@ def read(content: Mapping[str, Any], labels: Sequence[str], *, multi_label: bool
     return Thresholds(tuple(map(float, numbers)), at, how)
 
 
-def one_line(thresholds: Thresholds, labels: Sequence[str]) -> str:
-    """The thresholds for people: `threshold 0.31 for 'praise' (f1 on dev.csv)`."""
+def one_line(thresholds: Thresholds, labels: Sequence[str], *, every: bool = False) -> str:
+    """The thresholds for people: `threshold 0.31 for 'praise' (f1 on dev.csv)`.
+
+    Args:
+        thresholds: of the labels.
+        labels: all of them.
+        every: each one, also where there are many.
+    """
     named = thresholds.by_label(labels)
     how = f" ({thresholds.how})" if thresholds.how else ""
     if thresholds.positive is None and len(set(named.values())) == 1:
         return f"threshold {thresholds.values[0]:g} for each label{how}"
-    if len(named) > MOST_NAMED:
+    if len(named) > MOST_NAMED and not every:
         low, high = min(thresholds.values), max(thresholds.values)
         return f"thresholds from {low:g} to {high:g} by label{how}"
     listed = ", ".join(f"{value:g} for {label!r}" for label, value in named.items())

@@ -17,13 +17,19 @@ from minllama.checkpoints.types import Checkpoint
 from minllama.classification import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import Pooling, check_layer
-from minllama.classification.features import MAX_ROWS, Choice, candidate_choices, extract_features
+from minllama.classification.features import (
+    MAX_ROWS,
+    Choice,
+    Features,
+    candidate_choices,
+    extract_features,
+)
 from minllama.classification.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
 from minllama.data.label_names import checked_names, names_of_option, words_by_label
 from minllama.data.records import listed, shown
 from minllama.errors import CheckpointError, OptionError
-from minllama.experiment.heads import head_fitting, random_order
+from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting, random_order
 from minllama.experiment.reporter import Say
 from minllama.kernels.hardware import fast_bfloat16
 from minllama.lora import add_lora_wrapper
@@ -187,22 +193,12 @@ def make_head(
         return built(known)
     is_whole = options.method == "frozen"
     grows = options.layer == "auto" and not is_whole
-    choices = _choices(llama, options)
-    later = [_with_more_layers(choice, llama) for choice in choices] if grows else []
     some = fitting.some_rows(MAX_ROWS if is_whole else STARTING_TEXTS)
+    reader = built(_choices(llama, options)[0])
     report = say.advance("reading the training texts", len(some))
-    reader = built(choices[0])
-    if is_whole:
-        features = fitting.read(reader, some, choices, progress=report, say=say.say)
-    else:  # STARTING_TEXTS are too few for a race
-        features = extract_features(reader, some.texts, {*choices, *later}, progress=report)
-    compared = {choice: features[choice] for choice in choices if choice in features}
-    selected = fitting.select(compared, some)
-    (layer, pooling), penalty = selected.choice, selected.penalty
-    say.say(
-        f"layer {layer} of {llama.config.n_layers}, {pooling}, penalty {penalty:g}: "
-        f"{selected.merit}"
-    )
+    by = Reading(reader, report, say.say)
+    features, selected = _selected(fitting, some, by, options, grows=grows)
+    say.say(_in_words(selected, llama))
     choice = _with_more_layers(selected.choice, llama) if grows else selected.choice
     if grows:
         say.say(f"training with {choice[0]} layers")
@@ -210,11 +206,45 @@ def make_head(
     if is_whole and len(some) < len(train):
         report = say.advance("reading all of them", len(train))
         some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
-    fitting.fit(classifier, features[choice], some, penalty)
+    has_bias = classifier.score.bias is not None
+    fitted = fitting.fit(features[choice], some, selected.penalty, bias=has_bias)
+    fitted.put_into(classifier.score)
     classifier.shortened |= reader.shortened
     if folder is not None:
         _write_choice(folder, choice)
     return classifier
+
+
+def _in_words(selected: Selected, llama: Llama) -> str:
+    (layer, pooling), penalty = selected.choice, selected.penalty
+    return (
+        f"layer {layer} of {llama.config.n_layers}, {pooling}, penalty {penalty:g}: "
+        f"{selected.merit}"
+    )
+
+
+def _selected(
+    fitting: HeadFitting, some: Dataset, by: Reading, options: ClassifierOptions, *, grows: bool
+) -> tuple[Features, Selected]:
+    """The features of some texts, and the choice that is best on them.
+
+    Args:
+        fitting: compares the choices.
+        some: the texts.
+        by: how they are read.
+        options: say what may be chosen.
+        grows: layers may be added to the best, whose features are then there too.
+    """
+    llama = by.reader.llama
+    choices = _choices(llama, options)
+    if options.method == "frozen":
+        features = fitting.read(some, choices, by)
+    else:  # STARTING_TEXTS are too few for a race
+        later = [_with_more_layers(choice, llama) for choice in choices] if grows else []
+        read = {*choices, *later}
+        features = extract_features(by.reader, some.texts, read, progress=by.progress)
+    compared = {choice: features[choice] for choice in choices if choice in features}
+    return features, fitting.select(compared, some)
 
 
 def _with_more_layers(choice: Choice, llama: Llama) -> Choice:

@@ -5,11 +5,12 @@ layer is best. Knows nothing of files or of gradients.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from minllama.classification.embedding import LlamaEmbeddingClassifier, unlike_transformers
 from minllama.classification.features import (
@@ -30,12 +31,36 @@ MOST_VALUES = 2500  # texts that go through all layers; there is no race between
 VALUE_NAME = "value"  # of a number whose column has no name
 
 
+Vectors: TypeAlias = NDArray[np.float32]
+
+
 class Selected(NamedTuple):
     """The best layer and pooling, under the best penalty, and how good that is, in words."""
 
     choice: Choice
     penalty: float
     merit: str
+
+
+class Reading(NamedTuple):
+    """With what texts are read, and who hears of it."""
+
+    reader: LlamaEmbeddingClassifier  # of any layer: prompt and Llama count
+    progress: Callable[[int], None]  # is told how many more texts are done
+    say: Callable[[str], None]
+
+
+class FittedHead(NamedTuple):
+    """A linear head: C outputs of D features."""
+
+    weight: Vectors  # (C, D)
+    bias: Vectors  # (C,); zeros where the head has none
+
+    def put_into(self, score: nn.Linear) -> None:
+        """Give a classifier's head these numbers."""
+        score.weight.data.copy_(torch.from_numpy(self.weight))
+        if score.bias is not None:
+            score.bias.data.copy_(torch.from_numpy(self.bias))
 
 
 class HeadFitting(Protocol):
@@ -47,28 +72,14 @@ class HeadFitting(Protocol):
     def some_rows(self, n: int) -> Dataset:
         """About `n` training texts, drawn at random."""
 
-    def read(
-        self,
-        reader: LlamaEmbeddingClassifier,
-        some: Dataset,
-        choices: Sequence[Choice],
-        *,
-        progress: Callable[[int], None],
-        say: Callable[[str], None],
-    ) -> Features:
+    def read(self, some: Dataset, choices: Sequence[Choice], by: Reading) -> Features:
         """Features of texts, for the choices that are worth comparing."""
 
     def select(self, features: Features, some: Dataset) -> Selected:
         """The best of the choices."""
 
-    def fit(
-        self,
-        classifier: LlamaEmbeddingClassifier,
-        features: NDArray[np.float32],
-        some: Dataset,
-        penalty: float,
-    ) -> None:
-        """Give the classifier the head that fits these features, (N, D), of its own kind."""
+    def fit(self, features: Vectors, some: Dataset, penalty: float, *, bias: bool) -> FittedHead:
+        """The head that fits these features, (N, D), of the texts' labels."""
 
 
 def head_fitting(train: Dataset, *, balanced: bool, seed: int) -> HeadFitting:
@@ -114,21 +125,13 @@ class ClassHeads:
                 counts[label] += 1
         return train.select(sorted(taken))
 
-    def read(
-        self,
-        reader: LlamaEmbeddingClassifier,
-        some: Dataset,
-        choices: Sequence[Choice],
-        *,
-        progress: Callable[[int], None],
-        say: Callable[[str], None],
-    ) -> Features:
+    def read(self, some: Dataset, choices: Sequence[Choice], by: Reading) -> Features:
         assert some.labels is not None
         return raced_features(
-            *(reader, some.texts, some.labels, choices),
+            *(by.reader, some.texts, some.labels, choices),
             seed=self._seed,
-            progress=progress,
-            say=say,
+            progress=by.progress,
+            say=by.say,
             **self._kind,
         )
 
@@ -142,25 +145,10 @@ class ClassHeads:
             f"accuracy {found.accuracy:.3f} in cross-validation on {len(some):,} training texts",
         )
 
-    def fit(
-        self,
-        classifier: LlamaEmbeddingClassifier,
-        features: NDArray[np.float32],
-        some: Dataset,
-        penalty: float,
-    ) -> None:
+    def fit(self, features: Vectors, some: Dataset, penalty: float, *, bias: bool) -> FittedHead:
         assert some.labels is not None
-        score = classifier.score
-        has_bias = score.bias is not None
-        weight, bias = fit_head(
-            *(features, some.labels, score.out_features),
-            bias=has_bias,
-            penalty=penalty,
-            **self._kind,
-        )
-        score.weight.data.copy_(torch.from_numpy(weight))
-        if has_bias:
-            score.bias.data.copy_(torch.from_numpy(bias))
+        how = {"bias": bias, "penalty": penalty, **self._kind}
+        return FittedHead(*fit_head(features, some.labels, len(some.label_names), **how))
 
 
 class ValueHeads:
@@ -183,16 +171,8 @@ class ValueHeads:
             return self._train
         return self._train.select(sorted(random_order(self._train, self._seed)[:n]))
 
-    def read(
-        self,
-        reader: LlamaEmbeddingClassifier,
-        some: Dataset,
-        choices: Sequence[Choice],
-        *,
-        progress: Callable[[int], None],
-        say: Callable[[str], None],
-    ) -> Features:
-        return extract_features(reader, some.texts, choices, progress=progress)
+    def read(self, some: Dataset, choices: Sequence[Choice], by: Reading) -> Features:
+        return extract_features(by.reader, some.texts, choices, progress=by.progress)
 
     def select(self, features: Features, some: Dataset) -> Selected:
         found = select_value_features(features, self._scale.standardized(some.targets))
@@ -202,17 +182,10 @@ class ValueHeads:
             f"R2 {found.r2:.3f} on {len(some):,} training texts, each left out in turn",
         )
 
-    def fit(
-        self,
-        classifier: LlamaEmbeddingClassifier,
-        features: NDArray[np.float32],
-        some: Dataset,
-        penalty: float,
-    ) -> None:
+    def fit(self, features: Vectors, some: Dataset, penalty: float, *, bias: bool) -> FittedHead:
         targets = self._scale.standardized(some.targets)
-        weight, bias = fit_value_head(features, targets, penalty)
-        classifier.score.weight.data.copy_(torch.from_numpy(weight)[None])
-        classifier.score.bias.data.fill_(bias)
+        weight, offset = fit_value_head(features, targets, penalty)
+        return FittedHead(weight[None], np.array([offset], dtype=np.float32))
 
 
 def random_order(dataset: Dataset, seed: int) -> list[int]:

@@ -112,15 +112,7 @@ def chat_template(tokenizer: Tokenizer, choice: str | None = None) -> ChatTempla
     Raises:
         MinllamaError: it has none, or none of that name.
     """
-    vocabulary = tokenizer.vocabulary
-    named = dict(vocabulary.chat_templates)
-    if tokenizer.chat_template is not None:
-        named["default"] = tokenizer.chat_template
-    source = named.get("default" if choice is None else choice)
-    if source is None and choice is not None and "{" in choice:
-        source = choice
-    if source is None:
-        raise MinllamaError(_no_template(choice, sorted(named)))
+    source = template_source(tokenizer, choice)
     texts = {token_id: text for text, token_id in tokenizer.special_tokens.items()}
     tokens = {
         name: texts[token_id]
@@ -128,7 +120,25 @@ def chat_template(tokenizer: Tokenizer, choice: str | None = None) -> ChatTempla
         if (token_id := getattr(tokenizer, f"{name}_id")) in texts
     }
     tokens = {f"{name}_token": text for name, text in tokens.items()}
-    return ChatTemplate(source, special_tokens={**tokens, **vocabulary.named_tokens})
+    named = tokenizer.vocabulary.named_tokens
+    return ChatTemplate(source, special_tokens={**tokens, **named})
+
+
+def template_source(tokenizer: Tokenizer, choice: str | None = None) -> str:
+    """The chat template in Jinja that `chat_template` renders with.
+
+    Raises:
+        MinllamaError: as there.
+    """
+    named = dict(tokenizer.vocabulary.chat_templates)
+    if tokenizer.chat_template is not None:
+        named["default"] = tokenizer.chat_template
+    source = named.get("default" if choice is None else choice)
+    if source is None and choice is not None and "{" in choice:
+        source = choice
+    if source is None:
+        raise MinllamaError(_no_template(choice, sorted(named)))
+    return source
 
 
 def _no_template(choice: str | None, names: list[str]) -> str:
@@ -142,7 +152,7 @@ def _no_template(choice: str | None, names: list[str]) -> str:
     if choice is None:
         return (
             f"this model has chat templates called {listed}, and none is its default; choose one "
-            "by --chat-template NAME (of generate and chat)"
+            "by --chat-template NAME"
         )
     return (
         f"no chat template is called {reprlib.repr(choice)}; this model has {listed}, and a "

@@ -96,6 +96,11 @@ class PromptOptions(CheckedOptions):
     )
     chat: bool = option(False, "put the prompt into the model's chat template, the label answers")
     system: str | None = option(None, "system message, with --chat")
+    chat_template: str | None = option(
+        None,
+        "Jinja file to use as chat template, or the name of one of the model's several, with "
+        "--chat",
+    )
     max_len: int | None = option(
         None, "shorten texts so that prompt and label have this many tokens", within=Range(4)
     )
@@ -103,3 +108,8 @@ class PromptOptions(CheckedOptions):
     undo_treebank: bool = option(
         False, "undo a treebank's spacing and brackets first: it 's -LRB- ok -RRB- is it's (ok)"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chat_template is not None and not self.chat:
+            raise OptionError("--chat-template needs --chat: without it the prompt stands alone")

@@ -20,6 +20,7 @@ from minllama.classification import LlamaEmbeddingClassifier, save_classifier
 from minllama.classification.storage.save_load import merge_classifier
 from minllama.errors import MinllamaError
 from minllama.evaluation.regression import TargetScale
+from minllama.evaluation.thresholds import as_thresholds
 from minllama.experiment import run_experiment
 from minllama.model.llama import Llama
 from minllama.tokenizer.tokenizer import Tokenizer
@@ -424,7 +425,10 @@ def test_numbers_are_exported_with_their_scale_in_the_head(minllama, tmp_path):
     [
         ({"pooling": "mean"}, "its pooling is mean"),
         ({"layer": 2}, "it runs 2 of 3 layers"),
-        ({"names": ["stars"], "scale": TargetScale(3.5, 1.0)}, "3.5 plus"),
+        (
+            {"names": ["stars"], "scale": TargetScale(3.5, 1.0)},
+            "it adds 3.5 to the product with its head, and score.weight has no bias",
+        ),
     ],
 )
 def test_what_transformers_has_no_place_for_is_refused(minllama, tmp_path, options, reason):
@@ -448,6 +452,46 @@ def test_a_bias_is_refused_unless_it_moves_all_logits_alike(minllama, tmp_path):
         "merge", tmp_path / "ours", tmp_path / "out", "--to", "hf", "--force", status=2
     )
     assert "its head has a bias" in refused.stderr
+
+
+def test_a_bias_that_cancels_the_mean_of_the_targets_is_no_offset(minllama, tmp_path):
+    ours = trained(tmp_path, names=["stars"], scale=TargetScale(3.0, 2.0), bias=True)
+    torch.nn.init.constant_(ours.score.bias, -1.5)
+    save_classifier(ours, tmp_path / "ours")
+    theirs, _ = exported(minllama, tmp_path)
+    values = their_logits(theirs, tmp_path / "out", TEXTS)[:, 0].tolist()
+    assert ours.predict(TEXTS) == pytest.approx(values, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("multi_label", "names", "threshold", "said"),
+    [
+        (False, ["no", "yes"], 0.31, ["threshold 0.31 for 'yes': has no place", "likeliest class"]),
+        (True, list(NAMES), 0.2, ["threshold 0.2 for each label: has no place", "scores alone"]),
+        (
+            *(True, list("abcdefgh"), {name: i / 10 for i, name in enumerate("abcdefgh", 1)}),
+            [f"{i / 10:g} for '{name}'" for i, name in enumerate("abcdefgh", 1)],
+        ),
+        (False, ["no", "yes"], 0.5, []),
+    ],
+)
+def test_a_threshold_does_not_travel_and_that_is_said(
+    minllama, tmp_path, multi_label, names, threshold, said
+):
+    ours = trained(tmp_path, names=names, multi_label=multi_label)
+    ours.decide_by(as_thresholds(threshold, names, None if multi_label else 1))
+    save_classifier(ours, tmp_path / "ours")
+    theirs, notices = exported(minllama, tmp_path)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in said:
+        assert words in notices
+        assert words in card
+    assert ("hold the probabilities against it" in notices) == bool(said)
+    assert "threshold" not in str(theirs.config)
+    assert set(load_classifier(tmp_path / "out").thresholds.values()) == {0.5}
+    logits = their_logits(theirs, tmp_path / "out", TEXTS)
+    p = logits.sigmoid() if multi_label else logits.softmax(-1)
+    np.testing.assert_allclose(ours.predict_proba(TEXTS), p, atol=1e-5)
 
 
 def test_an_imported_adapter_is_merged_into_either_kind_of_folder(minllama, tmp_path):

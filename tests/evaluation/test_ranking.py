@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import sklearn.metrics
+import sklearn.preprocessing
 
 from minllama.evaluation.metrics import evaluate
 from minllama.evaluation.ranking import Ranking
@@ -84,7 +85,43 @@ def test_rows_of_one_class_have_no_ranking(label):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_more_than_two_classes_have_no_positive_one():
-    result = evaluate(np.eye(3), [0, 1, 2], ["a", "b", "c"])
+@pytest.mark.parametrize("digits", [1, 12])
+def test_of_more_classes_each_stands_against_the_rest(digits):
+    random, names = np.random.default_rng(3), ["a", "b", "c", "d"]
+    gold = np.array([*range(4), *random.choice(4, 90, p=[0.6, 0.2, 0.15, 0.05])])
+    p = random.random((94, 4)).round(digits) + np.eye(4)[gold] / 2 + 0.05  # with and without ties
+    p /= p.sum(1, keepdims=True)
+    result = evaluate(p, gold.tolist(), names)
+    assert result.positive is None
+    kind = {"multi_class": "ovr", "average": "macro"}
+    assert result.roc_auc == pytest.approx(sklearn.metrics.roc_auc_score(gold, p, **kind))
+    columns = sklearn.preprocessing.label_binarize(gold, classes=range(4))
+    expected = sklearn.metrics.average_precision_score(columns, p, average="macro")
+    assert result.average_precision == pytest.approx(expected)
+    by_class = sklearn.metrics.roc_auc_score(gold, p, multi_class="ovr", average=None)
+    assert [row.roc_auc for row in result.per_class] == pytest.approx(by_class)
+    by_class = sklearn.metrics.average_precision_score(columns, p, average=None)
+    assert [row.average_precision for row in result.per_class] == pytest.approx(by_class)
+    assert {row.threshold for row in result.per_class} == {None}
+    low, high = result.intervals["roc_auc"]
+    assert low < result.roc_auc < high
+    assert result.intervals["average_precision"][0] < result.average_precision
+
+
+def test_of_more_classes_the_mean_is_of_all_of_them_or_not_defined():
+    random = np.random.default_rng(3)
+    p = random.dirichlet(np.ones(3), 40)
+    gold = random.integers(2, size=40)  # none is a c
+    result = evaluate(p, gold.tolist(), ["a", "b", "c"])
     assert result.positive is result.roc_auc is result.average_precision is None
-    assert {row.roc_auc for row in result.per_class} == {None}
+    assert not {"roc_auc", "average_precision"} & set(result.intervals)
+    expected = [sklearn.metrics.roc_auc_score(gold == label, p[:, label]) for label in range(2)]
+    assert [row.roc_auc for row in result.per_class] == [*map(pytest.approx, expected), None]
+    result = evaluate(p, [1] * 40, ["a", "b", "c"])
+    assert {row.roc_auc for row in result.per_class} == {result.roc_auc} == {None}
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_one_class_alone_has_no_ranking():
+    result = evaluate(np.ones((3, 1)), [0, 0, 0], ["a"])
+    assert result.positive is result.roc_auc is result.per_class[0].roc_auc is None

@@ -6,7 +6,7 @@ import pytest
 from minllama.errors import MinllamaError
 from minllama.evaluation.metrics import evaluate
 from minllama.evaluation.report import Report, ReportedSplit
-from minllama.evaluation.report.comparison import systems, undefined, verdict
+from minllama.evaluation.report.comparison import ranking, systems, undefined, verdict
 from minllama.evaluation.report.confusion import matrix, pairs
 from minllama.evaluation.report.mistakes import EXCERPT, MAX_TEXT, worst_mistakes
 
@@ -209,3 +209,18 @@ def test_what_is_not_defined_is_not_best():
         ("–", False)
     ] * 2
     assert undefined(first(700)) == "ROC AUC and AP are not defined: all texts are of one class."
+
+
+@pytest.mark.parametrize(
+    ("gold", "shown", "said"),
+    [
+        ([0, 1, 2, 3, 3], True, None),
+        ([0, 1, 1, 3, 3], False, "ROC AUC and AP are not defined: there are no texts of c."),
+        ([0, 1, 1, 1, 1], False, "ROC AUC and AP are not defined: there are no texts of c, d."),
+        ([1] * 5, False, "ROC AUC and AP are not defined: all texts are of one class."),
+    ],
+)
+def test_of_more_classes_rankings_are_shown_where_all_occur(gold, shown, said):
+    result = evaluate(np.full((5, 4), 0.25), gold, list("abcd"), bootstrap=0)
+    assert ranking(result) == (["roc_auc", "average_precision"] if shown else [])
+    assert undefined(result) == said

@@ -57,6 +57,28 @@ def test_a_summary_says_metrics_intervals_and_classes():
     ]
 
 
+def test_rankings_of_more_classes_are_shown_where_all_occur():
+    probabilities = np.array([[0.5, 0.3, 0.2], [0.4, 0.5, 0.1], [0.5, 0.2, 0.3], [0.3, 0.4, 0.3]])
+    result = evaluate(probabilities, [0, 1, 2, 2], ["a", "b", "c"], bootstrap=0)
+    lines = [line.split() for line in summary(result).splitlines()]
+    title = "one-vs-rest, macro ROC AUC 95% interval AP 95% interval"
+    assert title.split() in lines
+    own = lines[lines.index(title.split()) + 1]
+    # By hand: a is beaten by one of three rows at 0.5 (a tie, half), b by none, c by none.
+    assert own == [
+        "this",
+        "classifier",
+        f"{(2.5 / 3 + 1 + 1) / 3:.3f}",
+        f"{(1 / 2 + 1 + 1) / 3:.3f}",
+    ]
+    assert next(line for line in lines if line[:1] == ["c"])[:3] == ["c", "1.000", "1.000"]
+    result = evaluate(probabilities, [0, 1, 1, 1], ["a", "b", "c"], bootstrap=0)
+    shown = summary(result)
+    assert "AUC and AP are not defined: there are no texts of c." in shown
+    assert "interval" not in shown
+    assert shown.splitlines()[-4].split()[:3] == ["class", "F1", "precision"]
+
+
 def test_the_interval_stands_below_the_classifier():
     result = evaluation(["a", "b"])
     low, high = result.intervals["accuracy"]

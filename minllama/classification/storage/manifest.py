@@ -168,7 +168,7 @@ def in_words(path: Path) -> list[tuple[str, str]]:
             ("by", how),
             ("base", str(base["model"] or "default") if content["weights"] != "full" else "own"),
             ("weights", f"{content['weights']}, base in {base['quantize'] or base['dtype']}"),
-            ("prompt", json.dumps(content["prompt"]["prompt"], ensure_ascii=False)),
+            ("prompt", _prompt(content["prompt"])),
         ]
         temperature = f"{_positive(content['temperature']):.4g}"
         if not has_numbers:
@@ -178,6 +178,15 @@ def in_words(path: Path) -> list[tuple[str, str]]:
             raise TypeError("sha256 is not what it should be")
     check_unchanged(path, content)  # last, for the others say what it is that differs
     return lines
+
+
+def _prompt(options: Mapping[str, Any]) -> str:
+    """The frame around a text, for people."""
+    said = json.dumps(options["prompt"], ensure_ascii=False)
+    if not options.get("chat"):
+        return said
+    own = options.get("chat_template") is not None
+    return f"{said} in {'a chat template that was chosen for it' if own else 'a chat'}"
 
 
 def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:

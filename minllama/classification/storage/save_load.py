@@ -124,8 +124,7 @@ def save_classifier(
             tokenizer=tokenizer,
             training=training or {},
         )
-        digested = (staging / name for name in (HEAD_FILE, CONFIG_FILE, WEIGHTS_FILE))
-        content["sha256"] = {path.name: sha256_of(path) for path in digested if path.is_file()}
+        content["sha256"] = _digests(staging)
         write_description(staging / CLASSIFIER_FILE, content)
         name = Path(folder).resolve().name
         card = model_card(classifier, content, metrics or {}, name=name, verdicts=verdicts)
@@ -213,6 +212,12 @@ def _write_parts(staging: Path, classifier: Classifier, adapter: str | None) -> 
         llama = classifier.llama
         source = None if llama.source is None else source_of(llama.source)
         write_adapter(staging, llama, adapter_name=adapter, base_model_name=source, head=head)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files that a classifier.json vouches for."""
+    files = (folder / name for name in (HEAD_FILE, CONFIG_FILE, WEIGHTS_FILE))
+    return {path.name: sha256_of(path) for path in files if path.is_file()}
 
 
 def _holds_model(folder: Path, llama: Llama) -> bool:

@@ -59,12 +59,18 @@ def _why_not(classifier: Classifier) -> str | None:
         return "it scores label words, and has no head"
     if reason := unlike_transformers(classifier.llama, classifier.layer, classifier.pooling):
         return reason
-    if classifier.scale is not None and classifier.scale.mean != 0:
-        return f"it gives {classifier.scale.mean:g} plus what its head gives, which is a bias"
     bias = classifier.score.bias
+    if classifier.scale is not None:
+        offset = classifier.scale.mean
+        offset += classifier.scale.std * (0.0 if bias is None else bias.item())
+        # An output is a product with what RMSNorm leaves, where no element is constant: no weight
+        # could add the same number to each.
+        if offset == 0:
+            return None
+        return f"it adds {offset:g} to the product with its head, and {HEAD_WEIGHT} has no bias"
     if bias is None or not bias.any():
         return None
-    is_shift = not classifier.multi_label and classifier.scale is None and len(bias.unique()) == 1
+    is_shift = not classifier.multi_label and len(bias.unique()) == 1
     return None if is_shift else "its head has a bias"  # one that moves all logits alike moves none
 
 
@@ -167,12 +173,14 @@ def _notes(classifier: LlamaEmbeddingClassifier, words: _Words) -> list[str]:
         )
     if set(classifier.thresholds.values()) - {DEFAULT}:
         assert classifier.decision is not None
+        instead = "gives scores alone" if classifier.multi_label else "names the likeliest class"
         notes.append(
-            f"{one_line(classifier.decision, classifier.labels)}: has no place in the files; hold "
-            "the probabilities against it, for transformers names the likeliest class"
+            f"{one_line(classifier.decision, classifier.labels, every=True)}: has no place in the "
+            f"files; hold the probabilities against it, for transformers {instead}"
         )
     if prompt.chat or prompt.prompt != "{text}":
-        how = "in the chat template, without a further BOS" if prompt.chat else "as it is"
+        chat = "the chat template" if prompt.chat_template is None else "its own chat template"
+        how = f"in {chat}, without a further BOS" if prompt.chat else "as it is"
         notes.append(
             f"texts must be put into the prompt {prompt.prompt!r} first ({how}), which "
             "transformers does not do by itself"

@@ -80,20 +80,22 @@ def compared(evaluation: Evaluation) -> list[str]:
 
 
 def ranking(evaluation: Evaluation) -> list[str]:
-    """The metrics of rankings that are shown: where labels are there or not."""
-    return [*RANKING] if evaluation.multi_label or evaluation.positive is not None else []
+    """The metrics of rankings that are shown; of three classes or more where they are defined."""
+    is_shown = evaluation.multi_label or evaluation.positive is not None
+    return [*RANKING] if is_shown or evaluation.roc_auc is not None else []
 
 
 def undefined(evaluation: Evaluation) -> str | None:
     """Which labels have no ranking to measure, and why, in a sentence; None where all have one."""
-    if not ranking(evaluation):
-        return None
+    many = evaluation.multi_label
     names = [metrics.name for metrics in evaluation.per_class if metrics.roc_auc is None]
-    if not names:
+    if not names or (len(evaluation.per_class) == 1 and not many):
         return None
-    if not evaluation.multi_label:
+    if len(names) == len(evaluation.per_class) and not many:
         return "ROC AUC and AP are not defined: all texts are of one class."
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if not many:
+        return f"ROC AUC and AP are not defined: there are no texts of {listed}."
     return f"ROC AUC and AP are not defined for {listed}: all texts have the label, or none has."
 
 

@@ -63,8 +63,8 @@ def print_summary(
     _print_table(console, _systems(evaluation, others))
     if ranking(evaluation):
         _print_table(console, _rankings(evaluation, others))
-        if said := undefined(evaluation):
-            console.print(_words(said), style="dim")
+    if said := undefined(evaluation):
+        console.print(_words(said), style="dim")
     _print_table(console, _classes(evaluation))
     hidden = len(evaluation.per_class) - MAX_CLASSES
     if hidden > 0:
@@ -129,7 +129,8 @@ def _rankings(evaluation: Evaluation, others: Mapping[str, Evaluation]) -> "Tabl
     names = ranking(evaluation)
     table = _table()
     positive = evaluation.positive
-    table.add_column("" if positive is None else _text(f"positive: {positive}"))
+    of = "mean over labels" if evaluation.multi_label else "one-vs-rest, macro"
+    table.add_column(_text(of if positive is None else f"positive: {positive}"))
     for name in names:
         table.add_column(METRICS[name].title, justify="right", no_wrap=True)
         table.add_column("95% interval", justify="right", no_wrap=True)
