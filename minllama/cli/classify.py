@@ -41,7 +41,7 @@ from minllama.text import printable
 if TYPE_CHECKING:
     from minllama.classification import Classifier
     from minllama.data import BadRows
-    from minllama.experiment.resuming import Done
+    from minllama.experiment.resume import Done
 
 # Options by what they are for: the rows of a file, and what a saved classifier says itself.
 OF_ROWS = ("output_format", "bom", "keep_columns", "resume", "force", *names_of(DataOptions))
