@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from contenders import their_decode_rate
 
-from minllama import GenerationOptions, Llama, LlamaConfig
+from minllama import GenerationOptions, Llama, LlamaConfig, engine_for
 from minllama.generation.decode import Decoder
 
 SHAPE = {
@@ -89,9 +89,8 @@ def prefill(model: Any, ids: torch.Tensor, device: torch.device) -> float:
     """Tokens per second, all rows together."""
     with torch.inference_mode():
         if isinstance(model, Llama):
-            took = seconds(
-                lambda: model(ids, cache=model.new_cache(*ids.shape), logits="last"), device
-            )
+            engine = engine_for(model)
+            took = seconds(lambda: engine.forward(ids, engine.new_cache(*ids.shape)), device)
         else:
             took = seconds(lambda: model(ids, logits_to_keep=1), device)
     return ids.numel() / took

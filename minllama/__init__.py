@@ -15,6 +15,8 @@ if TYPE_CHECKING:
         load_classifier,
     )
     from minllama.data import Dataset, load_dataset
+    from minllama.engine.base import Engine
+    from minllama.engine.choose import engine_for
     from minllama.errors import (
         CheckpointError,
         ContextError,
@@ -55,6 +57,8 @@ _HOMES = {
     "model.config": ("LlamaConfig", "RopeScaling"),
     "generation.conversation": ("Conversation",),
     "data": ("Dataset", "load_dataset"),
+    "engine.base": ("Engine",),
+    "engine.choose": ("engine_for",),
     "errors": (
         "CheckpointError",
         "ContextError",
@@ -92,6 +96,7 @@ __all__ = [
     "DataError",
     "DataOptions",
     "Dataset",
+    "Engine",
     "Evaluation",
     "Generation",
     "GenerationOptions",
@@ -114,6 +119,7 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "add_lora_wrapper",
+    "engine_for",
     "evaluate",
     "evaluate_regression",
     "generate",

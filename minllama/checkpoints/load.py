@@ -5,13 +5,16 @@ module computes.
 """
 
 import math
-from typing import Any
+import os
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minllama.checkpoints.state_dict import differences, listed
+from minllama.checkpoints.huggingface import write_huggingface
+from minllama.checkpoints.open import open_checkpoint
+from minllama.checkpoints.state_dict import differences, listed, tensor_shapes
 from minllama.checkpoints.types import Checkpoint, LazyTensor
 from minllama.errors import CheckpointError, MinllamaError, SlowDtypeWarning, warn_caller
 from minllama.kernels.cpu import ops
@@ -23,15 +26,64 @@ from minllama.kernels.hardware import (
     fast_bfloat16,
     fast_float16_on_cpu,
 )
+from minllama.model.pretrained import LlamaPreTrainedModel
 from minllama.quantization.half import replace_by_widened
 from minllama.quantization.modules import (
     QuantizedLinear,
     check_quantize,
     quantized,
     replace_by_quantized,
+    state_in_numbers,
 )
 
+ModelT = TypeVar("ModelT", bound=LlamaPreTrainedModel)
+
 HALF_NAMES = {"bfloat16", "float16", "BF16", "F16"}
+
+
+def load_model(
+    kind: type[ModelT],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    quantize: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    **config_changes: Any,
+) -> ModelT:
+    """Load a model of a class; see `LlamaPreTrainedModel.from_pretrained`."""
+    warn_if_slow(dtype, device)
+    checkpoint = open_checkpoint(source, base=base)
+    return load_checkpoint(
+        kind, checkpoint, dtype=dtype, device=device, quantize=quantize, **config_changes
+    )
+
+
+def load_checkpoint(
+    kind: type[ModelT],
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    quantize: str | None = None,
+    **config_changes: Any,
+) -> ModelT:
+    """Load a model of a class from an open checkpoint; see `from_pretrained`."""
+    # Before a module is built: a file may claim thousands of layers and name a tensor in each.
+    check_shapes(checkpoint, tensor_shapes(checkpoint.config))
+    # No memory and no random numbers: the weights are assigned.
+    with torch.device("meta"), without_initial_values():
+        model = kind(checkpoint.config.replace(**config_changes))
+    model.quantize = load_weights(model, checkpoint, dtype=dtype, device=device, quantize=quantize)
+    if quantize == "auto" and dtype is None:
+        model.long_dtype = long_dtype(model)
+    model.source = checkpoint.source
+    return model.eval()
+
+
+def save_model(model: LlamaPreTrainedModel, folder: str | os.PathLike[str]) -> None:
+    """Write a Hugging Face folder; see `LlamaPreTrainedModel.save_pretrained`."""
+    write_huggingface(folder, model.config, state_in_numbers(model))
 
 
 def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | None:

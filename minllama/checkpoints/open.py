@@ -4,6 +4,7 @@ One module for each format; here a path, a folder or a Hugging Face id is recogn
 and opened. Knows nothing of what a model does with its tensors.
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -119,6 +120,34 @@ def read_tokenizer(source: str | os.PathLike[str]) -> Vocabulary:
     if vocabulary is None:
         raise TokenizerError(f"{path}: a GGUF file without a tokenizer; name another one's")
     return vocabulary
+
+
+def vocabulary_of(source: str | os.PathLike[str] | None) -> Vocabulary | None:
+    """The vocabulary of a checkpoint, or of a file or folder that is only a tokenizer.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        TokenizerError: its tokenizer is damaged.
+    """
+    try:
+        return open_checkpoint(source).vocabulary
+    except CheckpointError:
+        vocabulary = None if source is None else _lone_vocabulary(Path(source))
+        if vocabulary is None:
+            raise
+        return vocabulary
+
+
+def _lone_vocabulary(path: Path) -> Vocabulary | None:
+    """The vocabulary in a folder or file that is no checkpoint, `None` where there is none."""
+    if path.is_dir():
+        # Of a folder that is neither, the checkpoint's error says more.
+        is_one = find_vocabulary(path) is not None or bool(gguf_models(path))
+    else:
+        is_one = is_gguf(path)
+    with contextlib.suppress(CheckpointError, *(() if is_one else (TokenizerError,))):
+        return read_tokenizer(path)
+    return None
 
 
 def _adapter_folder(path: Path) -> Path | None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from minllama.classification.base import Classifier, as_prompt, checked_labels, make_template
 from minllama.classification.label_scoring import padded
 from minllama.classification.prompts import EncodedPrompt
+from minllama.engine.packing import hidden_states
 from minllama.errors import MinllamaError
 from minllama.evaluation.regression import TargetScale
-from minllama.model.inputs import check_inputs, last_tokens
+from minllama.model.attention_layout import check_inputs, last_tokens
 from minllama.model.llama import Llama
 from minllama.options import POOLINGS, PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer
@@ -158,7 +159,7 @@ class LlamaEmbeddingClassifier(Classifier):
         at = None
         if self.pooling == "last":
             at = last_tokens(ids, _read_by_head(ids, attention_mask, self.pad_id))
-        h = self.llama.state_after(self.layer, ids, attention_mask, at=at)
+        h = hidden_states(self.llama, self.layer, ids, attention_mask, selected=at)
         h = normalised(self.llama, h, self.layer)
         return h if at is not None else pool(h, attention_mask, self.pooling)
 

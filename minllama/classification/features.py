@@ -21,6 +21,7 @@ from minllama.classification.base import evaluating
 from minllama.classification.embedding import LlamaEmbeddingClassifier, Pooling, normalised, pool
 from minllama.classification.label_scoring import padded
 from minllama.data.texts import checked_texts
+from minllama.engine.packing import layer_states
 from minllama.errors import MinllamaError
 
 Choice = tuple[int, Pooling]
@@ -91,7 +92,7 @@ def extract_features(
             ids, mask = padded([encoded[i].ids for i in indices])
             ids = ids.to(llama.device)
             mask = None if mask is None else mask.to(llama.device)
-            for layer, h in enumerate(llama.layer_states(ids, attention_mask=mask)):
+            for layer, h in enumerate(layer_states(llama, ids, attention_mask=mask)):
                 if layer in by_layer:
                     h = normalised(llama, h, layer)
                     for pooling in by_layer[layer]:

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from minllama.classification.prompts import EncodedPrompt
+from minllama.engine.choose import engine_for
+from minllama.engine.packing import hidden_states
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama
+from minllama.quantization.modules import rows_of
 
 MIN_SHARED_LEN = 16  # a shorter common beginning is not worth a cache of its own
 MAX_LOGITS = 256  # rows of logits over the vocabulary at a time: 50 MB of float32 at 49,152 tokens
@@ -51,7 +54,7 @@ class SharedPrefix:
         if self._one_row is None:
             self._one_row = self._llama.new_cache(1, n)
             ids = torch.tensor([self.ids], device=self._llama.device)
-            self._llama(ids, cache=self._one_row, logits=None)
+            engine_for(self._llama).forward(ids, self._one_row, logits=None)
         if self._rows is None or len(self._rows.keys[0]) < batch_size:
             capacity = max(n + new_len, 0 if self._rows is None else self._rows.capacity)
             self._rows = self._one_row.repeated(batch_size, capacity)
@@ -84,23 +87,34 @@ def compute_label_scores(
     if cached_len:
         assert prefix is not None
         cache = prefix.cache(len(prompts), layout.ids.shape[1])
-    h = llama.state_after(
+    h = hidden_states(
+        llama,
         len(llama.layers),
         layout.ids.to(device),
         attention_mask=None if layout.mask is None else layout.mask.to(device),
         positions=None if layout.positions is None else layout.positions.to(device),
         cache=cache,
-        at=layout.queries.to(device),
+        selected=layout.queries.to(device),
     )
     hidden = llama.norm(h)  # (M, D): where a token of a label is predicted
     parts = [llama.compute_logits(h).float().logsumexp(-1) for h in hidden.split(MAX_LOGITS)]
     normalisers = torch.cat(parts)  # (M,)
     tokens = layout.tokens.to(device)  # (K, 3)
-    chosen = llama.compute_token_logits(hidden[tokens[:, 0]], tokens[:, 1])  # (K,)
+    chosen = _token_logits(llama, hidden[tokens[:, 0]], tokens[:, 1])  # (K,)
     log_probs = chosen - normalisers[tokens[:, 0]]
     n_labels = len(prompts[0].continuations)
     scores = log_probs.new_zeros(len(prompts) * n_labels).index_add(0, tokens[:, 2], log_probs)
     return scores.view(-1, n_labels)  # (B, C)
+
+
+def _token_logits(llama: Llama, hidden: Tensor, ids: Tensor) -> Tensor:
+    """The logit of one token at each hidden state: (..., D) and (...) -> (...), float32.
+
+    In float32 whatever the weights are: bfloat16's steps between logits of 16 to 32 are an eighth,
+    which is more than often lies between two labels.
+    """
+    head = llama.tok_embeddings if llama.output is None else llama.output
+    return (hidden.float() * rows_of(head, ids).float()).sum(-1)
 
 
 @dataclass(frozen=True)

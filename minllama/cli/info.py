@@ -118,7 +118,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
     from minllama.checkpoints.load import best_form, has_blocks
     from minllama.engine import cuda_graph
     from minllama.kernels.cpu.library import best_level, library
-    from minllama.kernels.gpu import support as gpu
+    from minllama.kernels.gpu import launch as gpu
     from minllama.kernels.hardware import LEVELS, default_device, default_dtype, fast_bfloat16
 
     device = default_device()

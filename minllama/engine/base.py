@@ -1,7 +1,7 @@
 """Engines: who computes the forward passes of a model that generates or is asked for scores.
 
-`engine_for` opens the fastest one that computes exactly this model; `Engine` is what all of them
-answer to, and itself the one that runs the modules.
+`Engine` is what all of them answer to, and itself the one that runs the modules.
+`minllama.engine.choose.engine_for` opens the fastest one that computes exactly a model.
 """
 
 from typing import Any, Literal
@@ -9,21 +9,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from minllama.engine import packing
+from minllama.engine.support import Snapshot
 from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
+from minllama.model.llama import LlamaOutput
 
 
 class Engine:
-    """A model made ready to run: here by its modules, which is what every other engine equals.
+    """A model made ready to run: here by its modules, which every other engine equals.
+
+    The model does not change while its engine is open; whoever changes it opens another one. A pass
+    over a prompt looks for changes (see `Snapshot` for what is seen), a decode step does not.
 
     Args:
-        llama: a `minllama.Llama`, or whatever answers as one does.
+        llama: a `minllama.Llama`.
 
     Attributes:
         backend: who computes: `eager`, `cpu` or `cuda_graph`.
+        llama: the model.
         config: the model's.
         device: where it is.
         cache_dtype: what `new_cache` keeps keys and values in.
+        snapshot: the model as it was when it was opened.
     """
 
     backend = "eager"
@@ -32,7 +40,8 @@ class Engine:
         self.llama = llama
         self.config: LlamaConfig = llama.config
         self.device: torch.device = llama.device
-        self.cache_dtype: torch.dtype = llama.cache_dtype
+        self.cache_dtype: torch.dtype = llama.dtype
+        self.snapshot = Snapshot(llama)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache of `rows` sequences of up to `capacity` tokens."""
@@ -45,8 +54,8 @@ class Engine:
         *,
         attention_mask: Tensor | None = None,
         logits: Literal["all", "last"] | None = "last",
-    ) -> Any:
-        """Read tokens that continue what a cache holds, which is advanced.
+    ) -> LlamaOutput:
+        """Read tokens that continue what a cache holds, which is advanced; no gradients.
 
         Args:
             ids: (B, T) token ids.
@@ -55,14 +64,15 @@ class Engine:
             logits: of the "last" real token of each row, of "all", or of none.
 
         Returns:
-            A `LlamaOutput`: hidden states, and logits (B, V) or (B, T, V).
+            Hidden states after the last norm, and logits, (B, V) or (B, T, V).
 
         Raises:
-            MinllamaError: the tokens do not fit into the context or the cache.
+            MinllamaError: the tokens do not fit into the context or the cache, or the model has
+                changed since the engine was opened.
         """
-        return self.llama(ids, attention_mask=attention_mask, cache=cache, logits=logits)
-
-
-def engine_for(llama: Any) -> Engine:
-    """The fastest engine that computes exactly this model."""
-    return Engine(llama)
+        if ids.shape[1] > 1 or not cache.max_len:
+            self.snapshot.check()
+        with torch.no_grad():
+            return packing.forward(
+                self.llama, ids, attention_mask=attention_mask, cache=cache, logits=logits
+            )

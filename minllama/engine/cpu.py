@@ -1,22 +1,23 @@
-"""A few tokens through a whole Llama in one call of compiled code, as decoding has them.
+"""The engine for CPUs: short forward passes over a cache in one call of compiled code.
 
-The walk of `minllama.model.llama`, on the same weights and the same cache, without an interpreter
-between its products; `kernels/cpu/src/bindings.cpp` computes it. Here a model is described to it,
-and it is said which models and passes it is for. Knows nothing of what the tokens are for.
+The forward pass of `minllama.model.llama`, on the same weights and the same cache, without an
+interpreter between its products; `kernels/cpu/src/bindings.cpp` computes it. Long passes, of which
+torch's products are faster, run the modules.
 """
 
 import ctypes
 import operator
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from minllama.engine.support import is_walkable, linear_modules
-from minllama.kernels.cpu import linear
+from minllama.engine.base import Engine
+from minllama.engine.support import is_supported, linear_modules
+from minllama.errors import MinllamaError
 from minllama.kernels.cpu.library import call, library
-from minllama.kernels.cpu.ops import FEW_ROWS, floats, is_plain, most_rows
+from minllama.kernels.cpu.ops import FEW_ROWS, floats, most_rows
 from minllama.kernels.cpu.structs import (
     KINDS,
     Layer,
@@ -27,7 +28,16 @@ from minllama.kernels.cpu.structs import (
     dense_linear,
     quantized_linear,
 )
+from minllama.kernels.dispatch import is_plain
+from minllama.model import llama as modules
+from minllama.model.attention_layout import (
+    check_continuation,
+    layout_of,
+    row_lens,
+    selected_positions,
+)
 from minllama.model.kv_cache import KVCache
+from minllama.model.llama import LlamaOutput
 from minllama.quantization.half import WidenedEmbedding, WidenedLinear
 from minllama.quantization.modules import (
     QuantizedEmbedding,
@@ -45,11 +55,11 @@ IMPLEMENTED = frozenset(
         *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
         *("max_seq_len", "norm_eps", "rope_theta", "rope_scaling"),
         *("tie_embeddings", "attention_bias", "ffn_bias"),
-        "dropout",  # by leaving training to the modules: `is_walkable`
+        "dropout",  # by leaving training to the modules: `is_supported`
     )
 )
 KNOWN = (
-    *(nn.Linear, linear.Linear, nn.Embedding),
+    *(nn.Linear, modules.Linear, nn.Embedding, modules.Embedding),
     *(QuantizedLinear, QuantizedEmbedding),
     *(WidenedLinear, WidenedEmbedding),
 )
@@ -58,11 +68,11 @@ KNOWN = (
 def can_run(llama: Any) -> bool:
     """Whether the native step computes what this Llama's modules do.
 
-    Plain and quantised layers on a CPU: no adapters; and what `is_walkable` asks besides.
+    Plain and quantised layers on a CPU: no adapters; and what `is_supported` asks besides.
     """
     if library() is None or llama.device.type != "cpu" or llama.dtype not in KINDS:
         return False
-    return is_walkable(llama, IMPLEMENTED, _is_as_described, _is_numbers)
+    return is_supported(llama, IMPLEMENTED, _is_as_described, _is_dense)
 
 
 def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:
@@ -70,14 +80,14 @@ def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:
     if type(module) not in KNOWN:
         return False
     bias = getattr(module, "bias", None)
-    if bias is not None and not _is_numbers(bias, shape[:1]):
+    if bias is not None and not _is_dense(bias, shape[:1]):
         return False
     if isinstance(module, QuantizedWeight):
         return (module.out_features, module.in_features) == shape
-    return _is_numbers(module.weight, shape)
+    return _is_dense(module.weight, shape)
 
 
-def _is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
+def _is_dense(x: Any, shape: tuple[int, ...]) -> bool:
     return is_plain(x) and x.dtype in KINDS and x.is_cpu and tuple(x.shape) == shape
 
 
@@ -102,8 +112,8 @@ class NativeStep:
     """Forward passes of one Llama through the library.
 
     Args:
-        llama: a `minllama.Llama` that `can_run`. Its tensors are read where they lie: an optimizer
-            may write to them, but a tensor that is replaced is not seen (`Runner` looks for that).
+        llama: a `minllama.Llama` that `can_run`. Its tensors are read where they lie: a
+            tensor that is replaced is not seen.
         level: index into `hardware.LEVELS`; None for the best that there is.
 
     Attributes:
@@ -134,7 +144,7 @@ class NativeStep:
             positions: (B, T) or (1, T), where they stand in their rows; each sees all up to itself.
             rotation: complex64 (B, T, 1, C / 2) or (1, T, 1, C / 2), of those positions.
             cache: with room for them.
-            logits_of: (M,), numbers b * T + t of the tokens whose logits are wanted.
+            logits_of: (M,), flat indices b * T + t of the tokens whose logits are selected.
 
         Returns:
             Hidden states after the last norm, (B, T, D), in the model's dtype, and logits (M, V),
@@ -262,12 +272,79 @@ def _known_addresses(cache: KVCache) -> tuple[Any, Any]:
 
     Looked up again only where other tensors have come into their places.
     """
-    known: tuple[tuple[Tensor, ...], tuple[Any, Any]] | None = cache.addresses
+    known: tuple[tuple[Tensor, ...], tuple[Any, Any]] | None = cache.engine_state
     if known is None or not all(map(operator.is_, known[0], chain(cache.keys, cache.values))):
         found = _addresses(cache.keys), _addresses(cache.values)
-        known = cache.addresses = (*cache.keys, *cache.values), found
+        known = cache.engine_state = (*cache.keys, *cache.values), found
     return known[1]
 
 
 def _addresses(tensors: list[Tensor]) -> Any:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+class CpuEngine(Engine):
+    """Passes of up to 64 tokens, and decode steps of up to 128 sequences, in compiled code.
+
+    Numbers do not depend on the company that a sequence has in a decode step; in a pass of another
+    length or kind they may differ in their last bits.
+
+    Raises:
+        MinllamaError: the compiled code does not compute what this model's modules do.
+    """
+
+    backend = "cpu"
+
+    def __init__(self, llama: Any) -> None:
+        super().__init__(llama)
+        if not can_run(llama):
+            raise MinllamaError("this model cannot run on the engine 'cpu'; use 'eager'")
+        if llama.dtype == torch.float32 and llama.quantize is not None:
+            # As in llama.cpp: half the memory, and half of what decoding a long text reads, for a
+            # rounding that is small beside that of the weights.
+            self.cache_dtype = torch.float16
+        self._step = NativeStep(llama)
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        *,
+        attention_mask: Tensor | None = None,
+        logits: Literal["all", "last"] | None = "last",
+    ) -> LlamaOutput:
+        """Read tokens that continue what a cache holds; see `Engine.forward`."""
+        # Little Python: a processor that has just read all weights finds none of it in its caches,
+        # and ten lines take 0.1 ms.
+        is_step = logits == "last" and attention_mask is None and ids.shape[1] == 1
+        if is_step and cache.max_len and len(ids) <= self._step.most_rows:
+            check_continuation(ids, cache, self.config)
+            table = self.llama.rope.fixed_table(cache.max_len + 1, ids.device)
+            if table is not None:
+                found = self._step.next_logits(ids, cache, table)
+                cache.advance([1] * len(ids))
+                return LlamaOutput(*found)
+        self.snapshot.check()
+        if not is_short(ids, attention_mask, self.llama.long_dtype or self.llama.dtype):
+            return super().forward(ids, cache, attention_mask=attention_mask, logits=logits)
+        return self._short_pass(ids, cache, attention_mask, logits)
+
+    def _short_pass(
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        attention_mask: Tensor | None,
+        logits: Literal["all", "last"] | None,
+    ) -> LlamaOutput:
+        llama = self.llama
+        cache.check_serves(llama.config, llama.dtype, llama.device)
+        layout = layout_of(ids, attention_mask, None, cache, llama.config)
+        selected = selected_positions(ids, attention_mask, logits)
+        every = torch.arange(0 if logits is None else ids.numel(), device=ids.device)
+        rotation = llama.rope(layout.positions, layout.text_len)
+        logits_of = every if selected is None else selected.flatten()
+        hidden, found = self._step(ids, layout.positions, rotation, cache, logits_of)
+        cache.advance(row_lens(ids, attention_mask))
+        if selected is not None:
+            hidden = hidden.flatten(0, 1)[selected]
+        return LlamaOutput(hidden, None if logits is None else found.view(*hidden.shape[:-1], -1))

@@ -1,6 +1,6 @@
-"""One token of each row through a whole Llama on a GPU, in one replay of a captured graph.
+"""The engine for GPUs: a decode step of all sequences in one replay of a captured graph.
 
-The walk of `minllama.model.llama`, on the same weights and the same cache, by
+The forward pass of `minllama.model.llama`, on the same weights and the same cache, by
 `minllama.kernels.gpu.decode_program`. Launched one by one its kernels would take longer than they
 run, so after the first step they are captured in a CUDA graph, one for each number of rows, and
 replayed. Graphs know addresses, not shapes: what changes from step to step (tokens, lengths, where
@@ -10,17 +10,20 @@ the cache lies) is in memory that the kernels read. Knows nothing of what the to
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from minllama.engine.support import is_walkable, linear_modules
-from minllama.kernels.cpu.linear import Linear
-from minllama.kernels.gpu import support as gpu
+from minllama.engine.base import Engine
+from minllama.engine.support import is_supported, linear_modules
+from minllama.errors import MinllamaError
+from minllama.kernels.gpu import launch, support
 from minllama.kernels.gpu.decode_program import Layer, Model, Rows, Walk
+from minllama.model.attention_layout import check_continuation
 from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
+from minllama.model.llama import Embedding, Linear, LlamaOutput
 from minllama.quantization.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,7 +34,7 @@ IMPLEMENTED = frozenset(
         *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
         *("max_seq_len", "norm_eps", "rope_theta", "rope_scaling"),
         *("tie_embeddings", "attention_bias", "ffn_bias"),
-        "dropout",  # by leaving training to the modules: `is_walkable`
+        "dropout",  # by leaving training to the modules: `is_supported`
     )
 )
 NO_ROW = -(2**40)  # the length of a row that is only there to fill a graph's number of rows
@@ -41,9 +44,9 @@ def can_run(llama: Any) -> bool:
     """Whether the graph step computes what this Llama's modules do.
 
     Plain layers in the model's dtype and quantised ones, on a GPU that Triton compiles for; and
-    what `is_walkable` asks besides.
+    what `is_supported` asks besides.
     """
-    return gpu.works(llama.device) and computes(llama)
+    return launch.works(llama.device) and computes(llama)
 
 
 def computes(llama: Any) -> bool:
@@ -52,20 +55,20 @@ def computes(llama: Any) -> bool:
     if dtype not in KINDS or not knows(llama.config):
         return False
 
-    def is_numbers(x: Any, shape: tuple[int, ...]) -> bool:
+    def is_dense(x: Any, shape: tuple[int, ...]) -> bool:
         is_ours = isinstance(x, Tensor) and x.dtype == dtype and x.device == device
         is_aligned = is_ours and x.is_contiguous() and x.data_ptr() % 16 == 0
         return is_aligned and tuple(x.shape) == shape
 
     def is_matrix(module: nn.Module, shape: tuple[int, int]) -> bool:
         bias = getattr(module, "bias", None)
-        if bias is not None and not is_numbers(bias, shape[:1]):
+        if bias is not None and not is_dense(bias, shape[:1]):
             return False
         if type(module) in (QuantizedLinear, QuantizedEmbedding):
             assert isinstance(module, QuantizedWeight)
             is_here = module.quants.device == device
             return is_here and (module.out_features, module.in_features) == shape
-        return type(module) in (nn.Linear, Linear, nn.Embedding) and is_numbers(
+        return type(module) in (nn.Linear, Linear, nn.Embedding, Embedding) and is_dense(
             module.weight, shape
         )
 
@@ -74,7 +77,7 @@ def computes(llama: Any) -> bool:
         query, key, value, _, w1, _, w3 = (module.bias is None for module in linear_modules(layer))
         return query == key == value and w1 == w3
 
-    return is_walkable(llama, IMPLEMENTED, is_matrix, is_numbers) and all(
+    return is_supported(llama, IMPLEMENTED, is_matrix, is_dense) and all(
         map(has_like_biases, llama.layers)
     )
 
@@ -114,12 +117,6 @@ def step_of(llama: Any) -> "GraphStep":
         return step
 
 
-def forget(llama: Any) -> None:
-    """Let go of a model's steps, which hold its tensors as they were."""
-    with _lock:
-        _steps.pop(llama, None)
-
-
 @dataclass
 class _State:
     """The steps of so many rows.
@@ -139,8 +136,8 @@ class GraphStep:
     """Steps of one token a row of one Llama.
 
     Args:
-        llama: a `minllama.Llama` that the kernels compute. Its tensors are read where they lie: an
-            optimizer may write to them, but a tensor that is replaced is not seen.
+        llama: a `minllama.Llama` that the kernels compute. Its tensors are read where they lie:
+            a tensor that is replaced is not seen.
         captures: graphs; else each kernel is launched by itself.
         early: kernels start while the one before still runs; None where the GPU can.
     """
@@ -181,7 +178,7 @@ class GraphStep:
             kernels cannot be compiled for this model, of which a warning has told.
         """
         batch = len(ids)
-        with self._busy, gpu.on(self._model.device):
+        with self._busy, support.on(self._model.device):
             if not self._works:
                 return None
             state = self._state_of(batch)
@@ -208,7 +205,7 @@ class GraphStep:
                 state.graph = self._captured(state.rows)
             except Exception as error:
                 self._captures = False
-                gpu.warn("steps on this GPU are not captured", error)
+                support.warn("steps on this GPU are not captured", error)
         if state.graph is not None:
             state.graph.replay()
         elif state.runs:
@@ -229,7 +226,7 @@ class GraphStep:
                 raise
             except Exception as error:  # of a compiler or a driver
                 problem = error
-        gpu.warn("steps on this GPU are the modules'", problem)
+        support.warn("steps on this GPU are the modules'", problem)
         return False
 
     def _captured(self, rows: Rows) -> Any:
@@ -252,7 +249,7 @@ class GraphStep:
         return graph
 
     def _state_of(self, batch: int) -> _State:
-        n = gpu.power_of_two(batch)
+        n = support.power_of_two(batch)
         if n not in self._states:
             self._states[n] = _State(Rows.of(self._model, n))
         return self._states[n]
@@ -301,3 +298,42 @@ def _described(llama: Any) -> Model:
 def _weight(module: Any) -> Any:
     """What products are with: a tensor (out, in), or a `QuantizedWeight`."""
     return module if isinstance(module, QuantizedWeight) else module.weight.detach()
+
+
+class CudaGraphEngine(Engine):
+    """Decode steps of up to 128 sequences as one graph on a GPU; all else by the modules.
+
+    Raises:
+        MinllamaError: the kernels do not compute what this model's modules do, or not here.
+    """
+
+    backend = "cuda_graph"
+
+    def __init__(self, llama: Any) -> None:
+        super().__init__(llama)
+        if not can_run(llama):
+            raise MinllamaError("this model cannot run on the engine 'cuda_graph'; use 'eager'")
+        self._step = step_of(llama)
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache,
+        *,
+        attention_mask: Tensor | None = None,
+        logits: Literal["all", "last"] | None = "last",
+    ) -> LlamaOutput:
+        """Read tokens that continue what a cache holds; see `Engine.forward`."""
+        is_own = cache.max_len > 0 and cache.keys[0].dtype == self.llama.dtype
+        if is_own and is_step(ids, attention_mask):
+            if not self._step.is_of_this_stream():
+                self._step = step_of(self.llama)
+            check_continuation(ids, cache, self.config)
+            found = self._step(ids, cache)
+            if found is not None:
+                hidden, every = found
+                cache.advance([1] * len(ids))
+                if logits == "last":
+                    return LlamaOutput(hidden.squeeze(1), every.squeeze(1))
+                return LlamaOutput(hidden, None if logits is None else every)
+        return super().forward(ids, cache, attention_mask=attention_mask, logits=logits)

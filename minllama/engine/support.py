@@ -1,40 +1,36 @@
-"""What may run a model's short passes in the place of its modules, and when it may not.
-
-Knows nothing of how a step computes what the modules do (`minllama.engine.cpu` does on CPUs,
-`minllama.engine.cuda_graph` on GPUs), only which models it could compute, and whether they are
-still that.
-"""
+"""What engines ask of a model before they run it, and whether it still is what they opened."""
 
 import itertools
 import operator
-import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
+
+from minllama.errors import MinllamaError
+from minllama.model.llama import Attention, FeedForward, Llama, LlamaLayer, RMSNorm
 
 
-def is_walkable(
+def is_supported(
     llama: Any,
     implemented: Collection[str],
     is_matrix: Callable[[nn.Module, tuple[int, int]], bool],
-    is_numbers: Callable[[Any, tuple[int, ...]], bool],
+    is_dense: Callable[[Any, tuple[int, ...]], bool],
 ) -> bool:
-    """Whether steps that read a Llama's tensors by their address compute what its modules do.
+    """Whether kernels that read a Llama's tensors by their address compute what its modules do.
 
     In evaluation mode: no dropout, and no hooks, which only modules call. As many tensors and of
     just the shapes that the config says.
 
     Args:
         llama: a `minllama.Llama`.
-        implemented: fields of `LlamaConfig` that the steps follow; any other has its default.
+        implemented: fields of `LlamaConfig` that the kernels follow; any other has its default.
         is_matrix: whether a linear layer or an embedding is of a kind that is known, and its matrix
             (out, in) of this shape.
-        is_numbers: the same of a norm's weight.
+        is_dense: the same of a norm's weight.
     """
     config = llama.config
-    if not config.has_defaults_beyond(implemented):
+    if not config.has_defaults_beyond(implemented) or not has_own_layers(llama):
         return False
     if (llama.training and config.dropout) or has_hooks(llama):
         return False
@@ -50,91 +46,88 @@ def is_walkable(
             for layer in llama.layers
             for module, shape in zip(linear_modules(layer), _linear_shapes(config), strict=True)
         )
-        and all(is_numbers(norm.weight, (config.dim,)) for norm in norms)
+        and all(is_dense(norm.weight, (config.dim,)) for norm in norms)
+    )
+
+
+def has_own_layers(llama: Any) -> bool:
+    """Whether it is made of the modules of `minllama.model.llama`, and computes as a Llama."""
+    for name in ("compute_logits", "forward", "run_layer"):
+        if name in vars(llama) or getattr(type(llama), name, None) is not getattr(Llama, name):
+            return False
+    return type(llama.norm) is RMSNorm and all(
+        type(layer) is LlamaLayer
+        and type(layer.attention) is Attention
+        and type(layer.feed_forward) is FeedForward
+        and type(layer.attention_norm) is RMSNorm
+        and type(layer.ffn_norm) is RMSNorm
+        for layer in llama.layers
     )
 
 
 def has_hooks(llama: Any) -> bool:
-    """Whether somebody listens to the modules of this Llama, or put a `forward` on one of them."""
-    return _is_heard(_hooks(llama), map(vars, llama.modules()))
-
-
-def _is_heard(hooks: Iterable[Mapping[Any, Any]], modules: Iterable[Mapping[str, Any]]) -> bool:
-    return any(hooks) or any("forward" in own for own in modules)
-
-
-def _hooks(llama: Any) -> tuple[Mapping[Any, Any], ...]:
-    """Where torch keeps the hooks of all modules and of each of this Llama's."""
+    """Whether a module of this Llama has forward hooks, or a `forward` of its own instance."""
     everywhere = nn.modules.module
-    found = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
-    for module in llama.modules():
-        found += [module._forward_hooks, module._forward_pre_hooks]
-    return tuple(found)
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        for module in llama.modules()
+    )
 
 
-class Runner(NamedTuple):
-    """What runs short passes over a cache: kept with it (`KVCache.native`).
+class Snapshot:
+    """The modules and tensors of a model when it was opened, to find what has changed since.
 
-    Attributes:
-        llama: the model that it is of.
-        replacements: of the model when it was asked; see `LlamaPreTrainedModel`.
-        step: None where the model's modules do it.
-        hooks: where those of each module are kept, which may be hung up at any time.
-        modules: what each module has of its own, among which may be a `forward`.
-        places: where modules keep other modules, parameters and buffers.
-        kept: what was there.
-        n_hooks: how many hooks anybody had hung up anywhere, when nobody listened here.
+    What is seen: modules and tensors that were replaced, moved or converted, tensors that were
+    written to by torch or by `minllama.AdamW`, hooks, and training mode. What is not: tensors that
+    were made in inference mode and are written to in place, which count no versions, and memory
+    that other code writes to by its address.
+
+    Args:
+        model: a module.
     """
 
-    llama: "weakref.ref[Any]"
-    replacements: int
-    step: Any
-    hooks: tuple[Mapping[Any, Any], ...]
-    modules: tuple[Mapping[str, Any], ...]
-    places: tuple[dict[str, Any], ...]
-    kept: tuple[Any, ...]
-    n_hooks: int
-
-    @classmethod
-    def of(cls, llama: Any, step: Any) -> "Runner":
-        modules = tuple(map(vars, llama.modules()))
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        modules = [vars(module) for module in model.modules()]
         kinds = ("_modules", "_buffers", "_parameters")
-        found = ((kind, own[kind]) for own in modules for kind in kinds)
-        # A parameter may come to a module that had none.
-        places = tuple(place for kind, place in found if place or kind == "_parameters")
-        kept = tuple(_in_places(places))
-        known = weakref.ref(llama), llama.replacements
-        return cls(*known, step, _hooks(llama), modules, places, kept, _hooks_ever())
+        self._places: list[dict[str, Any]] = [own[kind] for own in modules for kind in kinds]
+        self._held = list(_held(self._places))
+        self._tensors = [held for held in self._held if isinstance(held, Tensor)]
+        self._versions = list(map(_version, self._tensors))
+        self._training, self._has_hooks = model.training, has_hooks(model)
 
-    def serves(self, llama: Any) -> bool:
-        """Whether it is of this model, of which nothing is known to have been replaced."""
-        return self.replacements == llama.replacements and self.llama() is llama
-
-    def finds_all_in_place(self) -> bool:
-        """Whether the model has the modules and tensors that it had, one by one."""
-        return sum(map(len, self.places)) == len(self.kept) and all(
-            map(operator.is_, _in_places(self.places), self.kept)
+    def is_current(self) -> bool:
+        """Whether nothing is known to have changed."""
+        return (
+            self._model.training == self._training
+            and sum(map(len, self._places)) == len(self._held)
+            and all(map(operator.is_, _held(self._places), self._held))
+            and list(map(_version, self._tensors)) == self._versions
+            and has_hooks(self._model) == self._has_hooks
         )
 
-    def step_unless_heard(self, *, is_steady: bool = False) -> Any:
-        """The step, unless somebody listens to the modules by now, or speaks for them.
+    def check(self) -> None:
+        """Refuse a model that has changed.
 
-        Args:
-            is_steady: nobody does the latter, and who listens has hung up a hook since: to look
-                through all modules takes a processor that has just read all weights 0.3 ms.
+        Raises:
+            MinllamaError: it has.
         """
-        if is_steady and self.n_hooks == _hooks_ever():
-            return self.step
-        return None if _is_heard(self.hooks, self.modules) else self.step
+        if not self.is_current():
+            raise MinllamaError(
+                "the model has changed since its engine was opened: open another one with "
+                "engine_for(model), and begin its caches anew"
+            )
 
 
-def _hooks_ever() -> int:
-    """How many hooks were ever hung up, on whatever: torch gives each a number."""
-    return RemovableHandle.next_id
-
-
-def _in_places(places: Iterable[dict[str, Any]]) -> Iterator[Any]:
+def _held(places: list[dict[str, Any]]) -> Iterator[Any]:
     return itertools.chain.from_iterable(map(dict.values, places))
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies, and how often it was written to."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 def _linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from minllama.engine.base import Engine
 from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.generation.decode import (
     BYTES,
@@ -109,7 +110,7 @@ class TextStream:
 
     def __init__(
         self,
-        model: Llama,
+        model: Llama | Engine,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
         options: GenerationOptions,

@@ -7,6 +7,8 @@ back to where the new prompt departs from the old. Knows nothing of terminals or
 import reprlib
 from collections.abc import Iterator
 
+from minllama.engine.base import Engine
+from minllama.engine.choose import engine_for
 from minllama.errors import MinllamaError
 from minllama.generation.api import Piece, TextStream, check_can_fit
 from minllama.model.kv_cache import KVCache
@@ -51,6 +53,7 @@ class Conversation:
         self._system = [{"role": "system", "content": system}] if system is not None else []
         self.stream: TextStream | None = None
         self._cache: KVCache | None = None
+        self._engine: Engine | None = None
         self._read_ids: list[int] = []
         self.reset()
 
@@ -74,7 +77,7 @@ class Conversation:
             self.template, self.tokenizer, messages, self.model.config.context_len
         )
         stream = TextStream(
-            self.model,
+            self._open_engine(),
             self.tokenizer,
             [prompt_ids],
             self.options,
@@ -91,11 +94,17 @@ class Conversation:
             # Special tokens that are shown are for the eye: a template would render them as text.
             self.messages.append({"role": "assistant", "content": stream.plain_text(0)})
 
+    def _open_engine(self) -> Engine:
+        """The engine; where the model has changed, another one, and nothing read yet."""
+        if self._engine is None or not self._engine.snapshot.is_current():
+            self._engine, self._cache, self._read_ids = engine_for(self.model), None, []
+        return self._engine
+
     def _cache_for(self, prompt_ids: list[int]) -> KVCache:
         """A cache that holds what the prompt shares with the last text."""
         if self._cache is None:
             room = min(len(prompt_ids), self.model.config.context_len)
-            self._cache = self.model.new_cache(1, room, dtype=self.model.cache_dtype)
+            self._cache = self._open_engine().new_cache(1, room)
         # The last token of the prompt is always read: its logits begin the answer.
         self._cache.truncate(min(_common_len(self._read_ids, prompt_ids), len(prompt_ids) - 1))
         return self._cache

@@ -1,7 +1,6 @@
 """The decode loop: prompts of token ids, continued token by token.
 
-Knows nothing of texts and tokenizers, nor how a model computes its logits: anything that answers
-like `CausalModel` is continued.
+Knows nothing of texts and tokenizers, nor how logits are computed, which is the engine's business.
 """
 
 import operator
@@ -15,11 +14,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from minllama.engine.base import Engine
+from minllama.engine.choose import engine_for
 from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.generation.sampling import check_chosen, choose_tokens
 from minllama.generation.speculative import PromptLookup
 from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
+from minllama.model.llama import Llama
 from minllama.options import GenerationOptions
 
 _ROOM = 512
@@ -28,27 +30,6 @@ BYTES = (bytes, bytearray, memoryview)
 DECODE_BYTES = "; decode bytes first: prompt.decode()"
 
 FinishReason = Literal["stop", "length"]
-
-
-class CausalModel(Protocol):
-    """What the loop asks of a model; `minllama.Llama` is one."""
-
-    config: LlamaConfig
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def cache_dtype(self) -> torch.dtype: ...
-
-    def __call__(
-        self,
-        ids: Tensor,
-        *,
-        attention_mask: Tensor | None = ...,
-        cache: KVCache | None = ...,
-        logits: Literal["all", "last"] = ...,
-    ) -> Any: ...
 
 
 class Constraint(Protocol):
@@ -122,7 +103,7 @@ class Decoder:
     The n samples of a prompt share its prefill. A row that ends leaves the batch at once.
 
     Args:
-        model: gives the logits.
+        model: gives the logits; or an engine that is open for it.
         prompts: token ids; none may be empty.
         options: how to choose and when to end.
         stop_ids: tokens that end a row, unless `options.ignore_eos`; those of
@@ -145,7 +126,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: CausalModel,
+        model: Llama | Engine,
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
         *,
@@ -155,7 +136,8 @@ class Decoder:
         make_constraint: Callable[[], Constraint] | None = None,
         distinct_rows: bool = False,
     ) -> None:
-        self.model, self.options = model, options
+        self.engine = engine_for(model) if isinstance(model, Llama) else model
+        self.options = options
         self.prompts = [token_ids(prompt) for prompt in prompts]
         ends = () if options.ignore_eos else stop_ids
         self.stop_ids = frozenset((*ends, *_further_stop_ids(options)))
@@ -165,12 +147,12 @@ class Decoder:
         self._n_tokens = n_tokens
         self._lookup = PromptLookup(options.prompt_lookup) if options.prompt_lookup else None
         self._drafts: list[int] = []
-        self._device = model.device  # which to ask for takes some time
+        self._device = self.engine.device  # which to ask for takes some time
         self._runs_ahead = _pays_to_run_ahead(self._device)
-        _check_prompts(self.prompts, model.config)
+        _check_prompts(self.prompts, self.engine.config)
         if cache is not None:
             _check_cache(cache, self.prompts, options.n)
-        context_len = model.config.context_len
+        context_len = self.engine.config.context_len
         seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
         distinct_rows = distinct_rows or options.seed is None
         self._active = [
@@ -253,20 +235,19 @@ class Decoder:
 
     def _prefill(self) -> Tensor:
         """Read the prompts; (rows, V) logits of what follows them."""
-        model, n = self.model, self.options.n
+        n = self.options.n
         prompts = [row.ids for row in self._active[::n]]
         cache = self._cache
         longest = max(map(len, prompts))
         if cache is None:
             capacity = self._capacity(longest) if n == 1 else longest
-            cache = KVCache(
-                model.config, len(prompts), capacity, dtype=model.cache_dtype, device=model.device
-            )
+            cache = self.engine.new_cache(len(prompts), capacity)
         elif cache.capacity < longest:
             cache.grow(self._capacity(longest))
         new = [ids[known:] for ids, known in zip(prompts, cache.lengths, strict=True)]
-        ids, mask = _right_padded(new, model.device)
-        logits: Tensor = model(ids, attention_mask=mask, cache=cache, logits="last").logits
+        ids, mask = _right_padded(new, self._device)
+        logits = self.engine.forward(ids, cache, attention_mask=mask).logits
+        assert logits is not None
         self.timings.prefill_tokens = sum(map(len, new))
         if n > 1:
             cache = cache.repeated(n, self._capacity(longest))
@@ -299,11 +280,8 @@ class Decoder:
         else:
             ids = chosen.clamp(min=0).unsqueeze(-1)  # -1 is refused when it arrives
         which: Literal["all", "last"] = "all" if self._drafts else "last"
-        self._cache.is_steady = True  # between a decoder's steps nobody puts other weights in place
-        try:
-            logits: Tensor = self.model(ids, cache=self._cache, logits=which).logits
-        finally:
-            self._cache.is_steady = False
+        logits = self.engine.forward(ids, self._cache, logits=which).logits
+        assert logits is not None
         return logits.squeeze(0) if self._drafts else logits
 
     def _drafted(self) -> list[int]:
@@ -405,29 +383,6 @@ class _Arriving:
             self._event.synchronize()
         found: list[int] = self._numbers.tolist()
         return found
-
-
-def generate_ids(
-    model: CausalModel, ids: Tensor, max_new_tokens: int, temperature: float, seed: int | None
-) -> Tensor:
-    """Continue each row of a tensor of ids by exactly `max_new_tokens`; see `Llama.generate`."""
-    options = GenerationOptions(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    if not isinstance(ids, Tensor):
-        raise MinllamaError(f"ids must be a tensor of shape (B, T), not {reprlib.repr(ids)}")
-    if ids.dim() != 2 or ids.dtype not in ID_DTYPES:
-        raise MinllamaError(
-            f"ids must be whole numbers of shape (B, T), not {ids.dtype} of {tuple(ids.shape)}"
-        )
-    total, context_len = ids.shape[1] + max_new_tokens, model.config.context_len
-    if total > context_len:
-        raise ContextError(
-            f"{ids.shape[1]} tokens and {max_new_tokens} new ones make {total}, and the context is "
-            f"{context_len}; ask for fewer"
-        )
-    steps = list(Decoder(model, ids.tolist(), options, distinct_rows=True))
-    # Nothing ends a row early, so every step has all rows, in order.
-    new = torch.tensor([[token.id for token in step] for step in steps], device=ids.device)
-    return torch.cat([ids, new.t().to(ids.dtype)], dim=1)
 
 
 def _pays_to_run_ahead(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minllama.errors import MinllamaError
+from minllama.model.attention_layout import NOT_FINITE
 from minllama.options import SamplingOptions
 
 BLOCK = 512  # weights whose sum is looked at before they are
@@ -126,11 +127,7 @@ def check_chosen(ids: Sequence[int]) -> None:
         MinllamaError: there is one.
     """
     if any(token_id < 0 for token_id in ids):
-        raise MinllamaError(
-            "the model's logits are NaN or infinite: its weights are damaged, or its numbers do "
-            "not fit into their dtype; try --dtype bfloat16 or float32, and --quantize none where "
-            "weights are in fewer bits"
-        )
+        raise MinllamaError(NOT_FINITE)
 
 
 def apply_repetition_penalty(

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from minllama.errors import MinllamaError
-from minllama.lora.layer import AnyLinear, LoRAAdapter, LoRALayer, check_adapter_name
+from minllama.lora.layer import LoRAAdapter, LoRALayer, check_adapter_name
 from minllama.lora.targets import ALL_LINEAR, matching_modules
 from minllama.model.llama import Llama
 from minllama.options import LoRAOptions
+from minllama.quantization.modules import AnyLinear
 
 
 def add_lora_wrapper(

@@ -14,12 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minllama.errors import MinllamaError, OptionError
-from minllama.kernels.cpu import ops
-from minllama.kernels.cpu.lora import low_rank_product
+from minllama.kernels.dispatch import accelerated
 from minllama.options import LoRAOptions
-from minllama.quantization.modules import QuantizedLinear
+from minllama.quantization.modules import AnyLinear, check_trainable, dense_weight, stored_tensor
 
-AnyLinear = nn.Linear | QuantizedLinear
+
+@accelerated
+def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """Scale * B (A dropout(x)) (Hu et al. 2021, eq. 3): (..., in), (R, in), (out, R) -> (..., out).
+
+    The small matrices are cast to x's dtype, not x to theirs; kernels compute in float32.
+    """
+    low = F.linear(F.dropout(x, dropout), a.to(x.dtype))  # (..., R)
+    return F.linear(low, (scale * b).to(x.dtype))
+
+
+@accelerated
+def add_low_rank(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Y + `low_rank`: (..., out) -> (..., out); kernels may write the result to y."""
+    return y + low_rank.reference(x, a, b, scale, dropout)
 
 
 class LoRAAdapter(nn.Module):
@@ -40,7 +55,7 @@ class LoRAAdapter(nn.Module):
         a = torch.empty(r, base.in_features, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         b = a.new_zeros(base.out_features, r)
-        device = _stored(base).device
+        device = stored_tensor(base).device
         self.lora_A, self.lora_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
         self.dropout = nn.Dropout(options.lora_dropout)
         # B is zero, so the rows of W + delta W are as long as those of W.
@@ -60,9 +75,8 @@ class LoRAAdapter(nn.Module):
     ) -> Tensor:
         """Give y and what the adapter adds to it, without forming its weight.
 
-        Where it is compiled it is computed in float32, and y may be written to; elsewhere the small
-        matrices are cast to x's dtype, not x to theirs. Dropout is on what the low-rank product
-        reads; with DoRA, the base's part of the product stays whole.
+        y may be written to. Dropout is on what the low-rank product reads; with DoRA, the base's
+        part of the product stays whole.
 
         Args:
             x: what the layer reads, (..., in).
@@ -71,25 +85,13 @@ class LoRAAdapter(nn.Module):
             share: factor on all of it.
         """
         scale = share * self.scaling
-        # A view (as a layer with a bias gives) belongs to what it was made by: none is written to.
-        writable = y.dtype == x.dtype and not y._is_view() and y.is_contiguous()
-        if self.lora_magnitude_vector is None and ops.serves(x) and writable:
-            return self._low_rank(x, scale, onto=y)
-        if ops.serves(x):
-            delta = self._low_rank(x, scale).to(y.dtype)  # which autocast chooses
-        else:
-            low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., R)
-            delta = F.linear(low, (scale * self.lora_B).to(x.dtype))  # (..., out)
+        dropout = self.dropout.p if self.dropout.training else 0.0
         if self.lora_magnitude_vector is None:
-            return y + delta
+            return add_low_rank(y, x, self.lora_A, self.lora_B, scale, dropout)
+        delta = low_rank(x, self.lora_A, self.lora_B, scale, dropout).to(y.dtype)
         lengths = self._row_scale(base)  # (out,)
         linear = base_output if base.bias is None else base_output - base.bias
         return y + (share * (lengths - 1)).to(x.dtype) * linear + lengths.to(x.dtype) * delta
-
-    def _low_rank(self, x: Tensor, scale: float, onto: Tensor | None = None) -> Tensor:
-        dropout = self.dropout.p if self.dropout.training else 0.0
-        a, b = self.lora_A, self.lora_B
-        return low_rank_product(x, a, b, scale, dropout=dropout, onto=onto)
 
     def _row_scale(self, base: AnyLinear) -> Tensor:
         """The factor m / ||W + delta W|| on each row, (out,); the norm has no gradient.
@@ -183,7 +185,11 @@ class LoRALayer(nn.Module):
         """The base's own weight, (out, in), whether adapters are merged into it or not."""
         if self._unmerged_weight is not None:
             return self._unmerged_weight
-        return self.base.weight if isinstance(self.base, nn.Linear) else dense_weight(self.base)
+        return (
+            stored_tensor(self.base)
+            if isinstance(self.base, nn.Linear)
+            else dense_weight(self.base)
+        )
 
     def adapter(self, name: str) -> LoRAAdapter:
         adapter = self.adapters[name]
@@ -217,15 +223,11 @@ class LoRALayer(nn.Module):
         Raises:
             MinllamaError: it holds NaN or infinity, or the base is quantised.
         """
-        if isinstance(self.base, QuantizedLinear):
-            raise MinllamaError(
-                "quantised weights cannot take an adapter in without being rounded anew; load the "
-                "model without quantize, and the adapter on it, and merge there"
-            )
+        check_trainable(self.base)
         weight = dense_weight(self.base)
         for name, share in self.active.items():
             weight = weight + share * self.delta_weight(name)
-        weight = weight.to(self.base.weight.dtype)
+        weight = weight.to(stored_tensor(self.base).dtype)
         if not torch.isfinite(weight).all():
             kind = str(weight.dtype).removeprefix("torch.")
             raise MinllamaError(
@@ -255,18 +257,6 @@ class LoRALayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"active={self.active}, merged={self.is_merged}"
-
-
-def dense_weight(base: AnyLinear) -> Tensor:
-    """The weight of a linear layer, in numbers to compute with: (out, in), float32, detached."""
-    if isinstance(base, QuantizedLinear):
-        return base.dequantize()
-    return base.weight.detach().float()
-
-
-def _stored(base: AnyLinear) -> Tensor:
-    """What holds the numbers of its weight, in whatever form."""
-    return base.quants if isinstance(base, QuantizedLinear) else base.weight
 
 
 def _row_norms(weight: Tensor) -> Tensor:

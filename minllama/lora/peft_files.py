@@ -26,10 +26,11 @@ from minllama.checkpoints.peft import (
 from minllama.checkpoints.peft_config import CONFIG_FILE, describe, write_adapter_config
 from minllama.errors import MinllamaError
 from minllama.lora.inject import adapter_names, attach_adapter, llama_of, lora_layers
-from minllama.lora.layer import AnyLinear, LoRALayer
+from minllama.lora.layer import LoRALayer
 from minllama.lora.targets import linear_names
 from minllama.model.config import LlamaConfig
 from minllama.options import LoRAOptions
+from minllama.quantization.modules import AnyLinear
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE)
 

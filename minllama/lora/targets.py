@@ -8,8 +8,9 @@ from collections.abc import Collection, Sequence
 
 from minllama.checkpoints.peft import their_module_name
 from minllama.errors import OptionError
-from minllama.lora.layer import AnyLinear, LoRALayer
+from minllama.lora.layer import LoRALayer
 from minllama.model.llama import Llama
+from minllama.quantization.modules import AnyLinear
 
 ALL_LINEAR = "all-linear"
 

@@ -1,143 +1,108 @@
 """Where the tokens of a forward pass stand, and which keys each of them may see.
 
-Knows nothing of weights: a `View` follows from masks, positions and what a cache already holds.
+A layout follows from masks, positions and what a cache already holds; also here are the checks of
+what a forward pass is given, and the positions whose logits are selected. Token t of row b has the
+flat index b * T + t.
 """
 
+import math
+import reprlib
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minllama.errors import ContextError, MinllamaError
-from minllama.kernels.cpu.attention import Texts
 from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
 
-# Share of a batch's tokens that need not be computed, above which they are not: each layer takes
-# queries, keys and values apart for it.
-SHARING_PAYS = 0.03
-# The fields of LlamaConfig that texts in one row follow: a token sees all before it in its text.
-IMPLEMENTED = frozenset(
-    (
-        *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
-        *("max_seq_len", "norm_eps", "rope_theta", "rope_scaling", "dropout"),
-        *("tie_embeddings", "attention_bias", "ffn_bias"),
-    )
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+NOT_FINITE = (
+    "the model's logits are NaN or infinite: its weights are damaged, or its numbers do not fit "
+    "into their dtype; try --dtype bfloat16 or float32, and --quantize none where weights are in "
+    "fewer bits"
 )
 
 
-class View(NamedTuple):
+class PackedSequences(NamedTuple):
+    """Sequences one after the other in one row, without padding (cu_seqlens, as others call it).
+
+    Where all begin alike, the row holds their shared prefix once, in the first of them.
+
+    Attributes:
+        starts: (n + 1,) int64, where each sequence begins, and where the last one ends, with every
+            sequence whole.
+        longest: tokens of the longest.
+        spread: (starts[-1],), the token of the row that each token of the whole sequences is; None
+            where no prefix is shared.
+        kept: (N,), which tokens of the whole sequences those of the row are; None likewise.
+    """
+
+    starts: Tensor
+    longest: int
+    spread: Tensor | None = None
+    kept: Tensor | None = None
+
+    def mask(self) -> Tensor:
+        """Bool (N, N), true where a token may look: in its own sequence, up to itself."""
+        every = torch.arange(int(self.starts[-1]), device=self.starts.device)
+        sequence = torch.searchsorted(self.starts, every, right=True)
+        kept = every if self.kept is None else self.kept
+        seen = (sequence[kept, None] == sequence) & (every <= kept[:, None])
+        if self.spread is None:
+            return seen
+        in_row = torch.zeros(len(kept), len(kept), device=seen.device)
+        return in_row.index_add(1, self.spread, seen.float()) > 0
+
+
+class AttentionLayout(NamedTuple):
     """Where the tokens of one forward pass stand, and which keys each of them may see.
 
     Attributes:
-        positions: (B, T) or (1, T), whole numbers from 0.
+        positions: (B, T) or (1, T), integers from 0.
         text_len: a number above all positions.
-        mask: bool, broadcast to (B, H, T, S), True where a query may look; None for everywhere.
+        mask: bool, broadcast to (B, H, T, S), true where a query may look; None for everywhere.
         is_causal: query t sees keys 0..t of S = T; takes the place of a mask.
-        texts: the only row holds several, each of which sees itself alone; with `is_causal`.
+        packed: the only row holds several sequences, each of which sees itself alone; with
+            `is_causal`.
     """
 
     positions: Tensor
     text_len: int
     mask: Tensor | None = None
     is_causal: bool = False
-    texts: Texts | None = None
+    packed: PackedSequences | None = None
 
 
-class Packing(NamedTuple):
-    """Where the real tokens of padded rows are, which are computed with in one row of their own.
-
-    Attributes:
-        tokens: (N,), their numbers b * T + t.
-        shape: (B, T) of the padded rows.
-        shared: columns that all rows have alike, of which only the first row's are computed.
-    """
-
-    tokens: Tensor
-    shape: tuple[int, int]
-    shared: int = 0
-
-    def packed(self, x: Tensor) -> Tensor:
-        """(B, T) -> (1, N)."""
-        return x.flatten()[self.tokens].unsqueeze(0)
-
-    def places(self, at: Tensor) -> Tensor:
-        """Where tokens are in that row, by their numbers b * T + t; padding is anywhere."""
-        return torch.searchsorted(self.tokens, self.own(at)).clamp(max=len(self.tokens) - 1)
-
-    def own(self, at: Tensor) -> Tensor:
-        """The numbers of the tokens that are computed for those with these numbers."""
-        if not self.shared:
-            return at
-        columns = at % self.shape[1]
-        return torch.where(columns < self.shared, columns, at)
-
-    def padded(self, h: Tensor) -> Tensor:
-        """(1, N, D) -> (B, T, D), zeros at padding."""
-        batch, length = self.shape
-        rows = h.new_zeros(batch * length, h.shape[-1])
-        rows = rows.index_copy(0, self.tokens, h[0]).view(batch, length, -1)
-        if self.shared:
-            rows[1:, : self.shared] = rows[:1, : self.shared]
-        return rows
-
-
-def view_of_packed(mask: Tensor, config: LlamaConfig, shared: int = 0) -> tuple[Packing, View]:
-    """The real tokens of padded texts, and their view: none of a batch's padding is computed.
-
-    Args:
-        mask: bool (B, T), true at real tokens, padding on either side.
-        shared: columns that all rows have alike, as `shared_columns` finds them.
+def layout_of(
+    ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    cache: KVCache | None,
+    config: LlamaConfig,
+) -> AttentionLayout:
+    """The layout of a pass over (B, T) tokens; the arguments are those of `Llama.forward`.
 
     Raises:
-        ContextError: a row is longer than the context.
+        MinllamaError: the sequences outgrow the context or the cache, or the arguments contradict
+            one another.
     """
-    batch, length = mask.shape
-    check_context(length, config)
-    lengths = mask.sum(-1)  # (B,)
-    starts = F.pad(lengths.cumsum(0), (1, 0))
-    tokens = mask.flatten().nonzero().squeeze(-1)
-    positions = (mask.long().cumsum(-1) - 1).flatten()[tokens]
-    texts = Texts(starts, int(lengths.max()))
-    if shared:
-        is_kept = positions >= shared
-        is_kept[:shared] = True  # the first row's
-        # Of each whole text's tokens, how many of those that are kept come before it.
-        spread = torch.where(positions < shared, positions, is_kept.cumsum(0) - 1)
-        kept = is_kept.nonzero().squeeze(-1)
-        texts = texts._replace(spread=spread, kept=kept)
-        tokens, positions = tokens[kept], positions[kept]
-    view = View(positions.unsqueeze(0), length, is_causal=True, texts=texts)
-    return Packing(tokens, (batch, length), shared), view
+    check_inputs(ids, mask)
+    mask = None if mask is None else mask.bool()
+    if cache is not None:
+        return layout_of_continuation(ids, mask, positions, cache, config)
+    return layout_of_whole(ids, mask, positions, config)
 
 
-def shared_columns(ids: Tensor, mask: Tensor | None) -> int:
-    """How many columns all rows begin with alike, where it pays to compute them once.
-
-    Args:
-        ids: (B, T).
-        mask: bool (B, T), true at real tokens; None where all are.
-    """
-    alike = (ids == ids[:1]).all(0)
-    if mask is not None:
-        if not is_right_padded(mask):
-            return 0
-        alike &= mask.all(0)
-    shared = int(alike.cumprod(0).sum())
-    n_tokens = ids.numel() if mask is None else int(mask.sum())
-    return shared if shared * (len(ids) - 1) > SHARING_PAYS * n_tokens else 0
-
-
-def view_of_whole(
+def layout_of_whole(
     ids: Tensor, mask: Tensor | None, positions: Tensor | None, config: LlamaConfig
-) -> View:
-    """The view of texts that are read from their start.
+) -> AttentionLayout:
+    """The layout of sequences that are read from their start.
 
     Args:
         ids: (B, T).
         mask: bool (B, T), true at real tokens; or (B, T, T), true where a token may look, which
-            then says all: nothing is hidden besides.
+            then is all that hides anything.
         positions: (B, T); None counts each row's real tokens, which a (B, T, T) mask cannot tell.
 
     Raises:
@@ -146,7 +111,7 @@ def view_of_whole(
     if mask is not None and mask.dim() == 3:
         if positions is None:
             raise MinllamaError("an attention_mask of shape (B, T, T) needs positions beside it")
-        return View(positions, _checked_text_len(positions, config), mask.unsqueeze(1))
+        return AttentionLayout(positions, _checked_text_len(positions, config), mask.unsqueeze(1))
     text_len = ids.shape[1]
     check_context(text_len, config)
     columns = torch.arange(text_len, device=ids.device)
@@ -162,18 +127,18 @@ def view_of_whole(
         allowed = allowed | (columns == columns[:, None])
     is_causal = config.causal and allowed is None
     if positions is None:
-        return View(default, text_len, allowed, is_causal)
-    return View(positions, _checked_text_len(positions, config), allowed, is_causal)
+        return AttentionLayout(default, text_len, allowed, is_causal)
+    return AttentionLayout(positions, _checked_text_len(positions, config), allowed, is_causal)
 
 
-def view_of_continuation(
+def layout_of_continuation(
     ids: Tensor,
     mask: Tensor | None,
     positions: Tensor | None,
     cache: KVCache,
     config: LlamaConfig,
-) -> View:
-    """The view of tokens that continue what a cache holds, which makes room for them.
+) -> AttentionLayout:
+    """The layout of tokens that continue what a cache holds, which makes room for them.
 
     Args:
         ids: (B, T), the new tokens.
@@ -201,7 +166,7 @@ def view_of_continuation(
             raise MinllamaError("an attention_mask of shape (B, T, T) needs rows of one length")
         seen = mask.new_ones(batch, new_len, cache.max_len)
         allowed = torch.cat((seen, mask), dim=-1).unsqueeze(1)  # (B, 1, T, S)
-        return View(positions, _checked_text_len(positions, config), allowed)
+        return AttentionLayout(positions, _checked_text_len(positions, config), allowed)
     text_len = cache.max_len + new_len
     check_context(text_len, config)
     columns = torch.arange(new_len, device=ids.device)
@@ -210,13 +175,15 @@ def view_of_continuation(
     else:
         positions = columns + torch.tensor(cache.lengths, device=ids.device).unsqueeze(-1)
     if cache.max_len == 0:
-        return View(positions, text_len, is_causal=True)
+        return AttentionLayout(positions, text_len, is_causal=True)
     if cache.is_uniform and new_len == 1:
-        return View(positions, text_len)
+        return AttentionLayout(positions, text_len)
     # A slot's index is its position, so one comparison hides the future, the free slots of
     # shorter rows, and their padding.
     slots = torch.arange(text_len, device=ids.device)
-    return View(positions, text_len, mask=(slots <= positions.unsqueeze(-1)).unsqueeze(1))
+    return AttentionLayout(
+        positions, text_len, mask=(slots <= positions.unsqueeze(-1)).unsqueeze(1)
+    )
 
 
 def check_continuation(ids: Tensor, cache: KVCache, config: LlamaConfig) -> None:
@@ -253,3 +220,97 @@ def _checked_text_len(positions: Tensor, config: LlamaConfig) -> int:
             f"positions must be from 0 to {config.context_len - 1}, not {first} to {last}"
         )
     return int(last) + 1
+
+
+def check_inputs(ids: Tensor, mask: Tensor | None) -> None:
+    """Refuse ids that are not whole numbers (B, T), and a mask that is not that nor (B, T, T)."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise MinllamaError(f"ids must be int64 or int32, not {ids.dtype}")
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise MinllamaError(f"ids must be of shape (B, T), neither 0, not {tuple(ids.shape)}")
+    if mask is not None and mask.shape not in (ids.shape, (*ids.shape, ids.shape[1])):
+        raise MinllamaError(
+            f"attention_mask is of shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
+            "be alike, or the mask (B, T, T) (with a cache, both cover the new tokens only)"
+        )
+
+
+def check_logits(logits: str | Tensor | None, mask: Tensor | None) -> None:
+    """Refuse words there are not, and the last real token of a row that has none."""
+    if not isinstance(logits, str):
+        return
+    if logits not in ("all", "last"):
+        raise MinllamaError(f"logits must be 'all', 'last', a tensor or None, not {logits!r}")
+    if logits == "last" and mask is not None and (mask.dim() == 3 or not mask.any(-1).all()):
+        raise MinllamaError("a row of attention_mask has no real token, so no last one either")
+
+
+def selected_positions(
+    ids: Tensor, mask: Tensor | None, which: str | Tensor | None
+) -> Tensor | None:
+    """Flat indices of the tokens whose logits are selected, (B,) or (B, N).
+
+    None where no token is selected: for all logits, and for none.
+    """
+    if which is None or (isinstance(which, str) and which == "all"):
+        return None
+    if not isinstance(which, Tensor):
+        return last_tokens(ids, mask)
+    batch, length = ids.shape
+    if which.dim() != 2 or len(which) not in (1, batch) or which.numel() == 0:
+        raise MinllamaError(
+            f"logits asks for columns of shape {tuple(which.shape)}; give (B, N), here ({batch}, N)"
+        )
+    if which.is_floating_point() or which.dtype == torch.bool:
+        raise MinllamaError(f"logits asks for columns by whole numbers, not {which.dtype}")
+    starts = torch.arange(batch, device=ids.device) * length
+    which = which.to(starts)
+    if ((which < -length) | (which >= length)).any():
+        raise MinllamaError(f"logits asks for columns that {length} tokens do not have")
+    return starts.unsqueeze(-1) + which % length  # some count from the end
+
+
+def last_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """(B,), the flat index of the last real token of each row of x, (B, T) or (B, T, D)."""
+    batch, length = x.shape[:2]
+    starts = torch.arange(batch, device=x.device) * length
+    if mask is None:
+        return starts + (length - 1)
+    return starts + (torch.arange(length, device=x.device) * mask.bool()).argmax(-1)
+
+
+def row_lens(ids: Tensor, mask: Tensor | None) -> list[int]:
+    """How many real tokens each row has."""
+    if mask is None or mask.dim() == 3:
+        return [ids.shape[1]] * ids.shape[0]
+    lens: list[int] = mask.bool().sum(-1).tolist()
+    return lens
+
+
+def check_generation(
+    ids: Tensor, max_new_tokens: int, temperature: float, config: LlamaConfig
+) -> None:
+    """Refuse what `Llama.generate` cannot continue with a MinllamaError."""
+    if not isinstance(ids, Tensor):
+        raise MinllamaError(f"ids must be a tensor of shape (B, T), not {reprlib.repr(ids)}")
+    if ids.dim() != 2 or 0 in ids.shape or ids.dtype not in ID_DTYPES:
+        raise MinllamaError(
+            f"ids must be integers of shape (B, T), neither 0, not {ids.dtype} of "
+            f"{tuple(ids.shape)}"
+        )
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise MinllamaError(f"max_new_tokens must be an integer above 0, not {max_new_tokens!r}")
+    if type(temperature) not in (int, float) or not 0 <= temperature < math.inf:
+        raise MinllamaError(f"temperature must be >= 0, not {temperature!r}")
+    total = ids.shape[1] + max_new_tokens
+    if total > config.context_len:
+        raise ContextError(
+            f"{ids.shape[1]} tokens and {max_new_tokens} new ones make {total}, and the context is "
+            f"{config.context_len}; ask for fewer"
+        )
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse logits (B, V) of which the largest of a row is no number, with a MinllamaError."""
+    if not (logits.amax(-1) < math.inf).all():  # NaN is less than nothing
+        raise MinllamaError(NOT_FINITE)

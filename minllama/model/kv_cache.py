@@ -31,12 +31,8 @@ class KVCache:
 
     Attributes:
         lengths: filled slots of each row, on the host: decisions on shapes need no device sync.
-        native: what runs the model's short passes over this cache in compiled code, once one has;
-            the model's to keep, and kept here since a cache lives as long as a text is continued.
-        addresses: of the keys and values, as `native` wants them; its to keep.
-        is_steady: a promise that the model is as it was in the pass before, but for hooks: then it
-            is not looked through for what somebody may have replaced, which takes longer than all
-            else that is not computing.
+        engine_state: what an engine keeps beside it, such as where its tensors lie; no part of the
+            cache's content.
     """
 
     def __init__(
@@ -58,13 +54,10 @@ class KVCache:
             self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.capacity = capacity
         self.lengths = [0] * batch_size
-        self.native: Any = None
-        self.addresses: Any = None
-        self.is_steady = False
+        self.engine_state: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, in memory or pickled, is for any model; what runs this one points to its own.
-        return {**self.__dict__, "native": None, "addresses": None}
+        return {**self.__dict__, "engine_state": None}  # a copy lies elsewhere
 
     @property
     def batch_size(self) -> int:
@@ -193,7 +186,7 @@ class KVCache:
         """A new cache with every row `n` times in a row, and room for `capacity` tokens."""
         copy = object.__new__(KVCache)
         copy.capacity = capacity
-        copy.native, copy.addresses, copy.is_steady = self.native, None, False
+        copy.engine_state = None
         copy.lengths = [length for length in self.lengths for _ in range(n)]
         copy.keys = [self._repeat(stored, n, capacity) for stored in self.keys]
         copy.values = [self._repeat(stored, n, capacity) for stored in self.values]

@@ -1,30 +1,18 @@
 """What a model has whose weights come from files: a config, initial weights, load and save.
 
-Knows nothing of what the model computes.
+Files are the business of `minllama.checkpoints`, which stands above this package and is imported
+when a model is loaded or saved.
 """
 
 import math
 import os
+from importlib import import_module
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from minllama.checkpoints.huggingface import write_huggingface
-from minllama.checkpoints.load import (
-    check_shapes,
-    load_weights,
-    long_dtype,
-    warn_if_slow,
-    without_initial_values,
-)
-from minllama.checkpoints.open import open_checkpoint
-from minllama.checkpoints.state_dict import tensor_shapes
-from minllama.checkpoints.types import Checkpoint
-from minllama.engine import cuda_graph
-from minllama.kernels.cpu.ops import most_rows
 from minllama.model.config import LlamaConfig
-from minllama.quantization.modules import state_in_numbers
 
 
 class LlamaPreTrainedModel(nn.Module):
@@ -35,13 +23,11 @@ class LlamaPreTrainedModel(nn.Module):
         self.config = config
         # What the weights were loaded from, as `Checkpoint.source` names it; None for none.
         self.source: str | None = None
-        # The word of `minllama.options.QUANTIZE` by which it was then quantised.
+        # The weight format that matrices were then quantized to; None for dense ones.
         self.quantize: str | None = None
-        # What passes over many tokens are computed in where no gradients are asked for, beside
-        # quantized matrices on a CPU that multiplies it faster than integers; None for `dtype`.
+        # What an engine computes passes over many tokens in, beside quantized matrices on a CPU
+        # that multiplies it faster than integers; None for `dtype`.
         self.long_dtype: torch.dtype | None = None
-        # Counts what may have put other modules or tensors into the place of those there were.
-        self.replacements = 0
 
     @property
     def device(self) -> torch.device:
@@ -52,35 +38,6 @@ class LlamaPreTrainedModel(nn.Module):
         """What is computed in: the norms' dtype, for matrices may be kept in other forms."""
         norms = (p for name, p in self.named_parameters() if name.endswith("norm.weight"))
         return next(norms).dtype
-
-    def dtype_of_pass(self, n_tokens: int) -> torch.dtype:
-        """What a forward pass over so many tokens is computed in between its matrices."""
-        long = self.long_dtype
-        if long is None or torch.is_grad_enabled() or n_tokens <= most_rows(long):
-            return self.dtype
-        return long if self.device.type == "cpu" else self.dtype
-
-    def _replaced(self) -> None:
-        """Note that modules or tensors may be others from now on."""
-        self.replacements += 1
-        cuda_graph.forget(self)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self._replaced()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._replaced()
-        return super().load_state_dict(*args, **kwargs)
-
-    def set_submodule(self, *args: Any, **kwargs: Any) -> None:
-        self._replaced()
-        super().set_submodule(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Self:
-        self.replacements += 1
-        return super().train(mode)
 
     def init_weights(self) -> None:
         """Normal(0, 0.02) for matrices, zero for biases, one for norms.
@@ -133,38 +90,28 @@ class LlamaPreTrainedModel(nn.Module):
             SlowDtypeWarning: this machine only emulates `dtype`.
             CheckpointWarning: the checkpoint contradicts itself.
         """
-        warn_if_slow(dtype, device)
-        return cls.from_checkpoint(
-            open_checkpoint(source, base=base),
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-            **config_changes,
+        checkpoints = import_module("minllama.checkpoints.load")
+        model: Self = checkpoints.load_model(
+            cls, source, dtype=dtype, device=device, quantize=quantize, base=base, **config_changes
         )
+        return model
 
     @classmethod
     def from_checkpoint(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: Any,
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         quantize: str | None = None,
         **config_changes: Any,
     ) -> Self:
-        """Load a model from a checkpoint that is open; see `from_pretrained`."""
-        # Before a module is built: a file may claim thousands of layers and name a tensor in each.
-        check_shapes(checkpoint, tensor_shapes(checkpoint.config))
-        # No memory and no random numbers: the weights are assigned.
-        with torch.device("meta"), without_initial_values():
-            model = cls(checkpoint.config.replace(**config_changes))
-        model.quantize = load_weights(
-            model, checkpoint, dtype=dtype, device=device, quantize=quantize
+        """Load a model from an open `minllama.Checkpoint`; see `from_pretrained`."""
+        checkpoints = import_module("minllama.checkpoints.load")
+        model: Self = checkpoints.load_checkpoint(
+            cls, checkpoint, dtype=dtype, device=device, quantize=quantize, **config_changes
         )
-        if quantize == "auto" and dtype is None:
-            model.long_dtype = long_dtype(model)
-        model.source = checkpoint.source
-        return model.eval()
+        return model
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder (config.json, model.safetensors) that transformers loads.
@@ -175,4 +122,4 @@ class LlamaPreTrainedModel(nn.Module):
         Raises:
             MinllamaError: it cannot be written; what was there is untouched.
         """
-        write_huggingface(folder, self.config, state_in_numbers(self))
+        import_module("minllama.checkpoints.load").save_model(self, folder)

@@ -8,8 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from minllama.kernels.cpu import ops
-from minllama.kernels.gpu import support as gpu
+from minllama.kernels.dispatch import accelerated, is_plain
 from minllama.model.config import LlamaConfig, RopeScaling
 
 _FIRST_TABLE_LEN = 2048
@@ -84,11 +83,12 @@ class RotaryEmbedding(nn.Module):
             )
             every = torch.arange(length, device=device)
             table = _unit_vectors(every, *frequencies(self.config))
-            if ops.is_plain(table):  # what only describes one is not to be kept
+            if is_plain(table):  # what only describes one is not to be kept
                 self._tables[device] = table
         return table
 
 
+@accelerated
 def apply_rotary_embedding(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate each pair of channels: RoFormer eq. 34, written as a product of complex numbers.
 
@@ -99,10 +99,6 @@ def apply_rotary_embedding(x: Tensor, rotation: Tensor) -> Tensor:
     Returns:
         (B, T, H, C) in x's dtype; computed in float32.
     """
-    if ops.serves(x):
-        return ops.rotate(x, rotation)
-    if gpu.serves(x):
-        return gpu.rotate(x, rotation)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, C / 2)
     return torch.view_as_real(pairs * rotation).flatten(-2).type_as(x)  # (B, T, H, C)
 

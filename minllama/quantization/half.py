@@ -34,6 +34,10 @@ class WidenedEmbedding(nn.Embedding):
         """(...) -> (..., dim), float32."""
         return super().forward(ids).float()
 
+    def as_linear(self, x: Tensor) -> Tensor:
+        """X W^T in float32: (..., dim) -> (..., V)."""
+        return widened_product(x, self.weight)
+
 
 def widened_product(x: Tensor, weight: Tensor) -> Tensor:
     """Give x W^T in float32: (..., in), (out, in) -> (..., out)."""

@@ -9,18 +9,18 @@ block-wise or group-wise quantisation). Without mins, min = -8 * scale in 4 bits
 8 bits.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minllama.checkpoints.types import LazyTensor
 from minllama.errors import MinllamaError, OptionError
 from minllama.kernels.cpu import ops
-from minllama.kernels.cpu.linear import Linear, linear
 from minllama.kernels.cpu.linear import product as linear_product
-from minllama.kernels.gpu import support as gpu
+from minllama.kernels.gpu import launch as gpu
+from minllama.model.llama import Embedding, Linear
 from minllama.options import QUANTIZE
 from minllama.quantization.gguf_blocks import (
     Q4_0,
@@ -32,7 +32,7 @@ from minllama.quantization.gguf_blocks import (
     decode_blocks,
     decode_super_blocks,
 )
-from minllama.quantization.half import WidenedEmbedding, WidenedLinear, widened_product
+from minllama.quantization.half import WidenedEmbedding, WidenedLinear
 
 BLOCK = 32  # columns that share a scale
 PANEL = 16  # rows that lie together, as vector instructions read them
@@ -204,6 +204,10 @@ class QuantizedEmbedding(QuantizedWeight):
             check_ids(ids, self.out_features)
         return self.rows(ids, self.dtype)
 
+    def as_linear(self, x: Tensor) -> Tensor:
+        """X W^T: (..., in) -> (..., out)."""
+        return self.product(x)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.quants.device)).dtype
         return super()._apply(fn, recurse)
@@ -215,22 +219,40 @@ def check_ids(ids: Tensor, n: int) -> None:
         raise MinllamaError(f"token ids must be from 0 to {n - 1}")
 
 
-def project(module: nn.Module, x: Tensor) -> Tensor:
-    """Give x W^T with the matrix of a linear layer or an embedding: (..., in) -> (..., out)."""
-    if isinstance(module, QuantizedWeight):
-        return module.product(x)
-    assert isinstance(module.weight, Tensor)
-    if isinstance(module, WidenedLinear | WidenedEmbedding):
-        return widened_product(x, module.weight)
-    return linear(x, module.weight)
-
-
 def rows_of(module: nn.Module, ids: Tensor) -> Tensor:
     """Rows of the matrix of a linear layer or an embedding: (...) -> (..., in)."""
     if isinstance(module, QuantizedWeight):
         return module.rows(ids)
     assert isinstance(module.weight, Tensor)
     return module.weight[ids]
+
+
+AnyLinear = nn.Linear | QuantizedLinear
+
+
+def dense_weight(module: AnyLinear) -> Tensor:
+    """The weight of a linear layer to compute with: (out, in), float32, detached."""
+    if isinstance(module, QuantizedLinear):
+        return module.dequantize()
+    return module.weight.detach().float()
+
+
+def stored_tensor(module: AnyLinear) -> Tensor:
+    """What holds the weight of a linear layer: a matrix, or the integers of its blocks."""
+    return module.quants if isinstance(module, QuantizedLinear) else module.weight
+
+
+def check_trainable(module: AnyLinear) -> None:
+    """Refuse a weight that cannot take an adapter in.
+
+    Raises:
+        MinllamaError: it is quantized.
+    """
+    if isinstance(module, QuantizedLinear):
+        raise MinllamaError(
+            "quantised weights cannot take an adapter in without being rounded anew; load the "
+            "model without quantize, and the adapter on it, and merge there"
+        )
 
 
 class Parts(NamedTuple):
@@ -276,7 +298,7 @@ def replace_by_numbers(model: nn.Module) -> bool:
         out_features, in_features = weight.shape
         new: nn.Linear | nn.Embedding
         if isinstance(old, QuantizedEmbedding | WidenedEmbedding):
-            new = nn.Embedding(out_features, in_features, _weight=weight)
+            new = Embedding(out_features, in_features, _weight=weight)
         else:
             bias: Any = old.bias
             new = Linear(in_features, out_features, bias=bias is not None, device="meta")
@@ -314,7 +336,20 @@ def check_quantize(how: str | None) -> None:
         raise OptionError(f"quantize must be one of {', '.join(QUANTIZE)}, or None, not {how!r}")
 
 
-def quantized(name: str, tensor: LazyTensor, how: str) -> Parts | None:
+class StoredMatrix(Protocol):
+    """A matrix that is still in a file; `minllama.checkpoints.types.LazyTensor` is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def load(self) -> Callable[[], Tensor]: ...
+
+    @property
+    def blocks(self) -> Callable[[], tuple[GGMLType, Tensor]] | None: ...
+
+
+def quantized(name: str, tensor: StoredMatrix, how: str) -> Parts | None:
     """A checkpoint's matrix in 8 or 4 bits; None where it cannot be, or is not to be.
 
     Blocks of a GGUF file that take no more bits than are asked for stay as they are. With `stored`

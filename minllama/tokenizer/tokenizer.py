@@ -5,25 +5,21 @@ tokens become text again, as a whole or one by one. Knows nothing of models.
 """
 
 import codecs
-import contextlib
 import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Any, Self
 
 from minllama.atomic import atomic_folder
-from minllama.errors import CheckpointError, TokenizerError
+from minllama.errors import TokenizerError
 from minllama.tokenizer.added_tokens import hidden
 from minllama.tokenizer.codecs import Codec, open_codec
 from minllama.tokenizer.huggingface import FILES, stated_vocab_size, to_files
-from minllama.tokenizer.load import find_vocabulary
 from minllama.tokenizer.size import check_fits
 from minllama.tokenizer.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from minllama.checkpoints.types import Checkpoint
 
 
 class Tokenizer:
@@ -79,15 +75,9 @@ class Tokenizer:
             CheckpointError: there is no such checkpoint.
             TokenizerError: it has no tokenizer, or a damaged one.
         """
-        from minllama.checkpoints.open import open_checkpoint
-        from minllama.checkpoints.resolve import canonical_name
-
-        try:
-            vocabulary = open_checkpoint(source).vocabulary
-        except CheckpointError:
-            vocabulary = None if source is None else _lone_vocabulary(Path(source))
-            if vocabulary is None:
-                raise
+        # Files are read above this package, and only when a tokenizer is loaded.
+        checkpoints = import_module("minllama.checkpoints.open")
+        vocabulary = checkpoints.vocabulary_of(source)
         if vocabulary is None:
             raise TokenizerError(
                 f"{source}: no tokenizer in or beside this checkpoint; name its own file or folder"
@@ -98,12 +88,12 @@ class Tokenizer:
             if source is None:
                 raise
             raise TokenizerError(f"{source}: {error}") from error
-        tokenizer.source = canonical_name(source)
+        tokenizer.source = checkpoints.canonical_name(source)
         return tokenizer
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: "Checkpoint") -> Self:
-        """The tokenizer that an opened checkpoint has.
+    def from_checkpoint(cls, checkpoint: Any) -> Self:
+        """The tokenizer that an open `minllama.Checkpoint` has.
 
         Raises:
             TokenizerError: it has none, or a damaged one.
@@ -301,21 +291,6 @@ class StreamDecoder:
             if token_id in self._space_ids:
                 return self._tokens[token_id][1:]
         return self._tokens[token_id]
-
-
-def _lone_vocabulary(path: Path) -> Vocabulary | None:
-    """The vocabulary in a folder or file that is no checkpoint, `None` where there is none."""
-    from minllama.checkpoints.gguf import gguf_models, is_gguf
-    from minllama.checkpoints.open import read_tokenizer
-
-    if path.is_dir():
-        # Of a folder that is neither, the checkpoint's error says more.
-        is_one = find_vocabulary(path) is not None or bool(gguf_models(path))
-    else:
-        is_one = is_gguf(path)
-    with contextlib.suppress(CheckpointError, *(() if is_one else (TokenizerError,))):
-        return read_tokenizer(path)
-    return None
 
 
 def _checked_id(token_id: int, vocab_size: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from minllama.errors import OptionError
-from minllama.kernels.cpu import ops
+from minllama.kernels.dispatch import accelerated
 
 
 class AdamW(Optimizer):
@@ -121,27 +121,47 @@ class AdamW(Optimizer):
         if group["correct_bias"]:
             step_size *= (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         shrink = 1 - lr * group["weight_decay"]
-        if ops.adamw_serves(parameters, gradients, exp_avgs, exp_avg_sqs):
-            ops.adamw(
-                parameters,
-                gradients,
-                exp_avgs,
-                exp_avg_sqs,
-                betas=group["betas"],
-                eps=group["eps"],
-                step_size=step_size,
-                shrink=shrink,
-            )
-            return
-        torch._foreach_lerp_(exp_avgs, gradients, 1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, beta2)
-        torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
+        adamw_update(
+            parameters,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            group["betas"],
+            group["eps"],
+            step_size,
+            shrink,
+        )
 
-        denominators = torch._foreach_sqrt(exp_avg_sqs)
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(parameters, exp_avgs, denominators, -step_size)
-        if shrink != 1:
-            torch._foreach_mul_(parameters, shrink)
+
+@accelerated
+def adamw_update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    betas: tuple[float, float],
+    eps: float,
+    step_size: float,
+    shrink: float,
+) -> None:
+    """One step of `AdamW` for parameters that have taken as many, in place.
+
+    Args:
+        parameters, gradients, exp_avgs, exp_avg_sqs: as many of each.
+        betas, eps: of the moments and the denominator.
+        step_size: of the update, with the bias correction in it.
+        shrink: factor on the parameters after it: 1 - lr * weight_decay.
+    """
+    beta1, beta2 = betas
+    torch._foreach_lerp_(exp_avgs, gradients, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta2)
+
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_addcdiv_(parameters, exp_avgs, denominators, -step_size)
+    if shrink != 1:
+        torch._foreach_mul_(parameters, shrink)
 
 
 def _check_options(options: dict[str, Any]) -> None:

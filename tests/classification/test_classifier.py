@@ -10,6 +10,7 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from minllama.classification import LlamaEmbeddingClassifier
+from minllama.engine.packing import layer_states
 from minllama.errors import MinllamaError, OptionError
 from minllama.model.llama import load_pretrained
 from minllama.options import POOLINGS, SCORES, PromptOptions
@@ -187,7 +188,7 @@ def test_the_end_is_found_by_the_mask_and_not_by_an_id():
 def test_vectors_are_pooled_over_real_tokens_of_the_layer(pooling, layer):
     classifier = embedding(pooling=pooling, layer=layer).eval()
     ids = random_ids(1, 7)
-    states = list(classifier.llama.layer_states(ids))
+    states = list(layer_states(classifier.llama, ids))
     h = states[layer]
     if layer == 2:
         h = classifier.llama.norm(h)
@@ -238,7 +239,7 @@ def test_bidirectional_attention_looks_ahead():
     changed[:, -1] = (ids[:, -1] + 1) % 61
     for causal in (True, False):
         llama = tiny_llama(causal=causal)
-        first = [list(llama.layer_states(x))[-1][:, 0] for x in (ids, changed)]
+        first = [list(layer_states(llama, x))[-1][:, 0] for x in (ids, changed)]
         assert torch.equal(*first) == causal
 
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from minllama.engine import cpu as native_step
-from minllama.engine import cuda_graph
+from minllama.engine import cpu, cuda_graph, packing
+from minllama.engine.choose import engine_for
+from minllama.engine.packing import forward
 from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.library import library
-from minllama.model import attention_layout as view
 from minllama.model.config import LlamaConfig
 from minllama.model.llama import Llama
 from tests.tiny import CHANGED_FIELDS, random_ids
@@ -39,18 +39,18 @@ def model_of(config: LlamaConfig) -> Llama:
 
 
 @torch.inference_mode()
-def prefilled_and_decoded(model: Llama) -> list[torch.Tensor]:
+def prefilled_and_decoded(model: Llama, backend: str | None = None) -> list[torch.Tensor]:
     """Logits of padded texts, of the same texts into a cache, and of what continues them."""
-    ids = random_ids(len(LENGTHS), max(LENGTHS), seed=3)
+    engine, ids = engine_for(model, backend), random_ids(len(LENGTHS), max(LENGTHS), seed=3)
     mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS).unsqueeze(-1)
-    found = [model(ids, attention_mask=mask).logits[mask]]
+    found = [forward(model, ids, attention_mask=mask).logits[mask]]
     if not model.config.causal:
         return found
     cache = model.new_cache(len(LENGTHS), 32)
-    found.append(model(ids, attention_mask=mask, cache=cache, logits="last").logits)
+    found.append(engine.forward(ids, cache, attention_mask=mask).logits)
     for number, length in enumerate((1, 1, 3, 1)):
         new = random_ids(len(LENGTHS), length, seed=number)
-        found.append(model(new, cache=cache).logits)
+        found.append(engine.forward(new, cache, logits="all").logits)
     return found
 
 
@@ -77,12 +77,11 @@ def test_a_changed_field_counts_in_compiled_code_or_is_left_to_the_modules(
 ) -> None:
     config = LlamaConfig(**{**SHAPE, **CHANGED_FIELDS[name]})
     model = model_of(config)
-    assert native_step.can_run(model) == (name in native_step.IMPLEMENTED)
+    assert cpu.can_run(model) == (name in cpu.IMPLEMENTED)
     found = prefilled_and_decoded(model)
     usual = prefilled_and_decoded(model_of(LlamaConfig(**SHAPE)))
     monkeypatch.setattr(ops, "serves", lambda x: False)
-    monkeypatch.setattr("minllama.engine.cpu.is_short", lambda *_: False)
-    wanted = prefilled_and_decoded(model)
+    wanted = prefilled_and_decoded(model, "eager")
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
     if name not in ("max_seq_len", "dropout"):  # which change no number of these passes
@@ -101,8 +100,8 @@ def test_a_field_that_nobody_implements_is_left_to_the_modules(window: int | Non
     model = model_of(Windowed(**changes))
     is_usual = window is None
     assert cuda_graph.computes(model) == is_usual
-    assert native_step.can_run(model) == (is_usual and library() is not None)
+    assert cpu.can_run(model) == (is_usual and library() is not None)
     ids, mask = random_ids(3, 9), torch.arange(9) < torch.tensor([[9], [5], [2]])
-    is_packed = model._view(ids, mask, None, None)[0] is not None
+    is_packed = packing._laid_out(model, ids, mask, None, None)[0] is not None
     assert is_packed == (is_usual and ops.serves(model.norm.weight))
-    assert model.config.has_defaults_beyond(view.IMPLEMENTED) == is_usual
+    assert model.config.has_defaults_beyond(packing.IMPLEMENTED) == is_usual

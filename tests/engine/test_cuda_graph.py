@@ -17,7 +17,7 @@ from minllama.engine.cuda_graph import GraphStep, computes
 from minllama.errors import MinllamaError
 from minllama.generation.decode import Decoder
 from minllama.kernels.gpu import decode_program as walk
-from minllama.kernels.gpu import support as gpu
+from minllama.kernels.gpu import launch as gpu
 from minllama.lora import add_lora_wrapper
 from minllama.model.config import RopeScaling
 from minllama.model.kv_cache import KVCache

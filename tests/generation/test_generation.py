@@ -11,6 +11,7 @@ import torch
 from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.generation.api import TextStream, encode_prompt, generate, spelled_special, stream
 from minllama.generation.decode import Decoder
+from minllama.model.kv_cache import KVCache
 from minllama.options import GenerationOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 from minllama.tokenizer.vocabulary import Vocabulary
@@ -52,15 +53,17 @@ def test_text_is_the_decoded_tokens_and_streamed_equals_whole(model, tokenizer):
 
 
 class Scripted:
-    """A model that says what it is told to, whatever it reads."""
+    """An engine that gives scripted tokens, whatever it reads."""
 
     def __init__(self, model, tokenizer, texts):
         self.config, self.device = model.config, model.device
-        self.cache_dtype = model.dtype
         self.scripts = [tokenizer.encode(text, special=True) for text in texts]
         self.rows = list(range(len(texts)))
 
-    def __call__(self, ids, *, attention_mask=None, cache=None, logits="last"):
+    def new_cache(self, rows, capacity):
+        return KVCache(self.config, rows, capacity)
+
+    def forward(self, ids, cache, *, attention_mask=None, logits="last"):
         new = (
             [ids.shape[1]] * len(ids) if attention_mask is None else attention_mask.sum(1).tolist()
         )

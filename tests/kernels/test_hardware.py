@@ -14,6 +14,7 @@ from minllama.checkpoints.gguf import write_gguf
 from minllama.checkpoints.load import best_form, reading_form
 from minllama.checkpoints.open import open_checkpoint
 from minllama.cli.open import warn_of_slow_dtype
+from minllama.engine.packing import layer_states
 from minllama.errors import OptionError
 from minllama.kernels import hardware
 from minllama.kernels.cpu.library import best_level, library
@@ -200,7 +201,7 @@ def test_auto_computes_long_passes_in_bfloat16_where_that_is_fast(tmp_path, as_c
     off, most = (near - right).abs().mean(), (rounded - right).abs().mean()
     assert off < 1.1 * most  # as far as a model that is bfloat16 altogether, which also rounds ends
     assert (off > 0.1 * most) == bool(features)
-    states = list(auto.layer_states(many))
+    states = list(layer_states(auto, many))
     assert {state.dtype for state in states} == {torch.float32}
 
 

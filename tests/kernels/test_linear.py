@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from minllama.kernels.cpu import linear
-from minllama.kernels.cpu.linear import CHUNK, STEP, Linear, product
+from minllama.kernels.cpu.linear import CHUNK, STEP, product
+from minllama.model.llama import Linear
 from tests.tiny import our_model, random_ids
 
 

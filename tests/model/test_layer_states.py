@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from minllama.engine.packing import layer_states
 from minllama.errors import MinllamaError
 from tests.tiny import both, our_model, random_ids
 
@@ -14,7 +15,7 @@ def test_layer_states_equal_transformers_hidden_states(tmp_path):
     ids = random_ids(2, 9, 97)
     with torch.no_grad():
         expected = theirs(ids, output_hidden_states=True).hidden_states
-        states = list(ours.layer_states(ids))
+        states = list(layer_states(ours, ids))
     assert len(states) == len(expected) == 4
     for state, hidden in zip(states[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(state, hidden, atol=1e-4, rtol=0)
@@ -28,7 +29,7 @@ def test_layers_that_nobody_asks_for_do_not_run():
     for number, layer in enumerate(model.layers):
         layer.register_forward_hook(lambda *_, number=number: calls.append(number))
     with torch.no_grad():
-        list(itertools.islice(model.layer_states(ids), 3))
+        list(itertools.islice(layer_states(model, ids), 3))
     assert calls == [0, 1]
 
 

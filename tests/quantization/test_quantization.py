@@ -10,6 +10,7 @@ from torch import nn
 from minllama import cli
 from minllama.checkpoints.open import open_checkpoint
 from minllama.checkpoints.types import LazyTensor, lazy
+from minllama.engine.choose import engine_for
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.generation.decode import Decoder
 from minllama.kernels.cpu import ops
@@ -362,9 +363,9 @@ def test_the_default_model_runs_on_its_blocks(default_model):
 
 def test_keys_are_rounded_only_where_compiled_code_reads_them(folder):
     model = load_pretrained(folder, quantize="int4", dtype="float32")
-    assert model.cache_dtype == (torch.float32 if library() is None else torch.float16)
+    assert engine_for(model).cache_dtype == (torch.float32 if library() is None else torch.float16)
     add_lora_wrapper(model, r=2)
-    assert model.cache_dtype == torch.float32
+    assert engine_for(model).cache_dtype == torch.float32
 
 
 def test_adapters_learn_beside_quantised_weights(folder):
@@ -452,11 +453,14 @@ def test_an_adapter_on_quantised_weights_is_that_on_their_numbers(folder, use_do
 @pytest.mark.skipif(library() is None, reason="minllama was installed without a C++ compiler")
 def test_generation_keeps_halves_beside_weights_in_few_bits_and_nowhere_else(folder):
     near, exact = load_pretrained(folder, quantize="int8", dtype="float32"), load_pretrained(folder)
-    assert (near.cache_dtype, exact.cache_dtype) == (torch.float16, torch.float32)
+    assert (engine_for(near).cache_dtype, engine_for(exact).cache_dtype) == (
+        torch.float16,
+        torch.float32,
+    )
     ids, new = random_ids(2, 5), random_ids(2, 1, seed=1)
     found = []
     with torch.inference_mode():
-        for dtype in (None, near.cache_dtype):
+        for dtype in (None, torch.float16):
             cache = near.new_cache(2, 8, dtype=dtype)
             assert cache.keys[0].dtype == (dtype or torch.float32)
             near(ids, cache=cache)

@@ -1,6 +1,6 @@
-"""Causal attention of whole texts on a CPU, with gradients, by compiled code."""
+"""Causal attention of whole sequences on a CPU, with gradients, by compiled code."""
 
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.library import best_level, call
 from minllama.kernels.cpu.structs import KINDS, Attention, Heads
+from minllama.kernels.dispatch import register
 
 # Tokens of a text up to which the gradients here take less time than torch's, and up to which the
 # result alone takes no longer: with AVX-512, for which torch has more of its own, and without.
@@ -16,23 +17,20 @@ LONGEST_TRAINED = 512
 LONGEST = {2: 64, 1: 512, 0: 64}
 
 
-class Texts(NamedTuple):
-    """Texts one after the other in one row, without padding.
+class Packed(Protocol):
+    """Sequences in one row, see `minllama.model.attention_layout.PackedSequences`."""
 
-    Where all begin alike, the row holds their beginning once, in the first of them.
+    @property
+    def starts(self) -> Tensor: ...
 
-    Attributes:
-        starts: (n + 1,) int64, where each begins, and where the last one ends, beginnings and all.
-        longest: tokens of the longest.
-        spread: (starts[-1],), which token of the row each token of the whole texts is; None: they
-            share nothing.
-        kept: which tokens of the whole texts those of the row are.
-    """
+    @property
+    def longest(self) -> int: ...
 
-    starts: Tensor
-    longest: int
-    spread: Tensor | None = None
-    kept: Tensor | None = None
+    @property
+    def spread(self) -> Tensor | None: ...
+
+    @property
+    def kept(self) -> Tensor | None: ...
 
 
 def serves(query: Tensor) -> bool:
@@ -42,7 +40,7 @@ def serves(query: Tensor) -> bool:
 
 
 def serves_packed(longest: int) -> bool:
-    """Whether this is faster than torch's for texts of up to so many tokens, in one row."""
+    """Whether this is faster than torch's for packed sequences of up to so many tokens."""
     return longest <= _longest(torch.is_grad_enabled())
 
 
@@ -51,17 +49,17 @@ def _longest(wants_gradients: bool) -> int:
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, texts: Texts | None = None
+    query: Tensor, key: Tensor, value: Tensor, packed: Packed | None = None
 ) -> Tensor:
     """softmax(Q K^T / sqrt(C)) V, each query seeing the keys of its text up to its own.
 
     In float32 within, whatever the dtype. torch's own takes a third of a training step on short
-    texts, nearly all of it in the backward pass.
+    sequences, nearly all of it in the backward pass.
 
     Args:
         query: (B, T, H, C).
         key, value: (B, T, K, C); each of the K heads serves H / K query heads.
-        texts: where the texts lie in the only row; None: each row is one.
+        packed: where the sequences lie in the only row; None: each row is one.
 
     Returns:
         (B, T, H, C).
@@ -73,22 +71,56 @@ def causal_attention(
         or query.shape[2] % key.shape[2]
     ):
         raise ops.unfit("causal_attention", query, key, value)
-    if texts is not None and texts.spread is not None:
-        query, key, value = (x[:, texts.spread] for x in (query, key, value))
-    y: Tensor = _CausalAttention.apply(query, key, value, texts)  # type: ignore[no-untyped-call]
-    return y if texts is None or texts.kept is None else y[:, texts.kept]
+    if packed is not None and packed.spread is not None:
+        query, key, value = (x[:, packed.spread] for x in (query, key, value))
+    y: Tensor = _CausalAttention.apply(query, key, value, packed)  # type: ignore[no-untyped-call]
+    return y if packed is None or packed.kept is None else y[:, packed.kept]
+
+
+def _supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    packed: Packed | None = None,
+    dropout: float = 0.0,
+) -> bool:
+    """Whether the operation `attention` of the model is one for `causal_attention`."""
+    if not is_causal or mask is not None or dropout:
+        return False
+    return serves(query) if packed is None else ops.serves(query)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    packed: Packed | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """The same with heads before positions, as the model has it: (B, H, T, C) -> (B, H, T, C)."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, T, H, C)
+    return causal_attention(query, key, value, packed).transpose(1, 2)
+
+
+register("attention", _supports, _attention)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, texts: Texts | None) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, packed: Packed | None
+    ) -> Tensor:
         query, key, value = (_with_whole_heads(x.to(query.dtype)) for x in (query, key, value))
         out = query.new_empty(query.shape)
         batch, length, n_heads, _ = query.shape
         log_sums = ops.floats(batch, n_heads, length)
-        call("attention", _described(query, key, value, out, log_sums, texts))
+        call("attention", _described(query, key, value, out, log_sums, packed))
         ctx.save_for_backward(query, key, value, out, log_sums)
-        ctx.texts = texts
+        ctx.packed = packed
         return out
 
     @staticmethod
@@ -97,7 +129,7 @@ class _CausalAttention(torch.autograd.Function):
         query, key, value, out, log_sums = ctx.saved_tensors
         gradient = _with_whole_heads(gradient)
         results = [x.new_empty(x.shape) for x in (query, key, value)]
-        arguments = _described(query, key, value, out, log_sums, ctx.texts)
+        arguments = _described(query, key, value, out, log_sums, ctx.packed)
         arguments.out_gradient = _heads(gradient)
         arguments.query_gradient, arguments.key_gradient, arguments.value_gradient = map(
             _heads, results
@@ -112,17 +144,17 @@ def _with_whole_heads(x: Tensor) -> Tensor:
 
 
 def _described(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, texts: Texts | None
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor, packed: Packed | None
 ) -> Attention:
     rows, length, n_heads, head_dim = query.shape
     return Attention(
-        rows=rows if texts is None else len(texts.starts) - 1,
-        length=length if texts is None else texts.longest,
+        rows=rows if packed is None else len(packed.starts) - 1,
+        length=length if packed is None else packed.longest,
         n_heads=n_heads,
         n_kv_heads=key.shape[2],
         head_dim=head_dim,
         kind=KINDS[query.dtype],
-        starts=None if texts is None else texts.starts.data_ptr(),
+        starts=None if packed is None else packed.starts.data_ptr(),
         query=_heads(query),
         key=_heads(key),
         value=_heads(value),

@@ -11,34 +11,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from minllama.kernels.cpu.ops import is_plain
+from minllama.kernels.dispatch import is_plain, register
 
 HALVES = (torch.bfloat16, torch.float16)
 CHUNK = 512  # rows, from which on oneDNN is no faster with more
 STEP = 32
 
 
-class Linear(nn.Linear):
-    """y = W x + b (`nn.Linear`), see `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return linear(x, self.weight, self.bias)
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether it is a product in a half precision on a CPU, with a weight that is not trained."""
+    is_half = x.device.type == "cpu" and x.dtype in HALVES and weight.dtype == x.dtype
+    is_trained = weight.requires_grad and torch.is_grad_enabled()
+    return is_half and not is_trained and is_plain(x) and is_plain(weight)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Give x W^T + b, as `F.linear`: (..., in), (out, in), (out,) -> (..., out).
-
-    In chunks for a half precision on a CPU, unless the weight itself is trained.
-    """
-    is_half = x.device.type == "cpu" and x.dtype in HALVES and weight.dtype == x.dtype
-    is_trained = weight.requires_grad and torch.is_grad_enabled()
-    if not is_half or is_trained or not (is_plain(x) and is_plain(weight)):
-        return F.linear(x, weight, bias)
+    """X W^T + b in chunks: (..., in), (out, in), (out,) -> (..., out)."""
     y: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias
+
+
+register("linear", serves, linear)
 
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:

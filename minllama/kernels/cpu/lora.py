@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.library import call
 from minllama.kernels.cpu.ops import floats, unfit
 from minllama.kernels.cpu.structs import KINDS, LowRank
+from minllama.kernels.dispatch import register
 
 
 def low_rank_product(
@@ -41,6 +43,25 @@ def low_rank_product(
     settings = (scale, dropout, seed)
     y: Tensor = _LowRank.apply(x, a.float(), b.float(), onto, settings)  # type: ignore[no-untyped-call]
     return y
+
+
+def _add_low_rank(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Y + scale * B (A dropout(x)), written to y where that may be."""
+    # A view (as a layer with a bias gives) belongs to what it was made by: none is written to.
+    if y.dtype == x.dtype and not y._is_view() and y.is_contiguous():
+        return low_rank_product(x, a, b, scale, dropout=dropout, onto=y)
+    # Autocast chooses y's dtype.
+    return y + low_rank_product(x, a, b, scale, dropout=dropout).to(y.dtype)
+
+
+def _product(x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    return low_rank_product(x, a, b, scale, dropout=dropout)
+
+
+register("low_rank", lambda x, *_, **__: ops.serves(x), _product)
+register("add_low_rank", lambda y, x, *_, **__: ops.serves(x), _add_low_rank)
 
 
 Settings = tuple[float, float, int]  # scale, dropout, seed

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minllama.errors import MinllamaError
@@ -34,6 +33,7 @@ from minllama.kernels.cpu.structs import (
     dense_linear,
     quantized_linear,
 )
+from minllama.kernels.dispatch import is_plain, register
 from minllama.kernels.hardware import fast_bfloat16, has_amx
 
 DTYPES = frozenset(KINDS)
@@ -46,15 +46,6 @@ def serves(x: Tensor) -> bool:
     # Devices first: elsewhere torch.compile need not understand the rest.
     is_known = x.device.type == "cpu" and x.dtype in KINDS
     return is_known and library() is not None and is_plain(x)
-
-
-def is_plain(x: Any) -> bool:
-    """Whether a tensor has memory of its own, as those that only describe one have not.
-
-    Such are a FakeTensor (`torch.export`), and what stands for many or for a derivative inside of
-    `torch.func`.
-    """
-    return type(x) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(x)
 
 
 def floats(*shape: int) -> Tensor:
@@ -94,6 +85,11 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         raise unfit("rotate", x, rotation)
     y: Tensor = _Rotation.apply(x, turns)  # type: ignore[no-untyped-call]
     return y
+
+
+register("rms_norm", lambda x, weight, eps: serves(x), rms_norm)
+register("swiglu", lambda u, v: serves(u), swiglu)
+register("apply_rotary_embedding", lambda x, rotation: serves(x), rotate)
 
 
 def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
@@ -188,8 +184,14 @@ def dense_product(weight: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-def adamw_serves(*lists: Sequence[Tensor]) -> bool:
-    """Whether `adamw` takes these parameters, gradients and moments."""
+def _adamw_serves(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *_: Any,
+) -> bool:
+    lists = parameters, gradients, exp_avgs, exp_avg_sqs
     return library() is not None and all(
         t.device.type == "cpu"
         and t.dtype == torch.float32
@@ -205,19 +207,14 @@ def adamw(
     gradients: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    *,
     betas: tuple[float, float],
     eps: float,
     step_size: float,
     shrink: float,
 ) -> None:
-    """One step of AdamW, in place and in one pass; see `minllama.training.optimizer`.
+    """One step of AdamW on float32 tensors, in place and in one pass over memory.
 
-    Args:
-        parameters, gradients, exp_avgs, exp_avg_sqs: float32 tensors, as many of each.
-        betas, eps: of the moments and the denominator.
-        step_size: of the update, with the bias correction in it.
-        shrink: factor on the parameters after it: 1 - lr * weight_decay.
+    See `adamw_update` in `minllama.training.optimizer`.
     """
     n = len(parameters)
     starts = (ctypes.c_int64 * (n + 1))(0, *itertools.accumulate(p.numel() for p in parameters))
@@ -230,6 +227,9 @@ def adamw(
     call("adamw", arguments)
     # Written by address, which autograd does not see: who saved them for a backward pass is told.
     torch.autograd.graph.increment_version((*parameters, *exp_avgs, *exp_avg_sqs))
+
+
+register("adamw_update", _adamw_serves, adamw)
 
 
 class _RMSNorm(torch.autograd.Function):

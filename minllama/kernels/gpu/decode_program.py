@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minllama.kernels.gpu import support as gpu
-from minllama.model.config import LlamaConfig
+from minllama.kernels.gpu import launch, support
 
 # Elements of a weight that a program of one-row products reads at once, and the most columns.
 TILE, MOST_COLUMNS, WIDE = 8192, 8192, 8192
@@ -46,7 +45,7 @@ class Layer(NamedTuple):
 class Model(NamedTuple):
     """What a Llama computes with; `embedding` and `head` may be the same."""
 
-    config: LlamaConfig
+    config: Any
     dtype: torch.dtype
     device: torch.device
     layers: list[Layer]
@@ -89,7 +88,7 @@ class Rows:
     @classmethod
     def of(cls, model: Model, n: int) -> "Rows":
         config, wide = model.config, torch.float32
-        parts = gpu.power_of_two(max(1, PROGRAMS // (n * config.n_kv_heads)))
+        parts = support.power_of_two(max(1, PROGRAMS // (n * config.n_kv_heads)))
         parts, query_dim = min(MOST_PARTS, parts), config.n_heads * config.head_dim
         # In a step of one row kernels hand on what they have as they have it.
         between = wide if model.takes_one_row(n) else model.dtype
@@ -138,7 +137,7 @@ class Walk:
                 (n,),
                 *(rows.ids, self._model.embedding, rows.h, config.vocab_size),
                 D=config.dim,
-                BLOCK=gpu.power_of_two(config.dim),
+                BLOCK=support.power_of_two(config.dim),
             )
         else:
             rows.h.copy_(self._model.embedding.rows(rows.ids))
@@ -157,7 +156,7 @@ class Walk:
 
     def _attend(self, rows: Rows, layer: int, query: Tensor) -> None:
         config, n, parts = self._config, len(rows.ids), rows.peak.shape[-1]
-        width = max(16, gpu.power_of_two(config.head_dim))
+        width = max(16, support.power_of_two(config.head_dim))
         self._launch(
             "attend",
             (n, config.n_kv_heads, parts),
@@ -172,7 +171,7 @@ class Walk:
             **self._heads(),
             SPLITS=parts,
             SLOTS=max(16, min(SLOTS, MOST_BYTES // (width * query.element_size()))),
-            GROUP=max(16, gpu.power_of_two(config.n_heads // config.n_kv_heads)),
+            GROUP=max(16, support.power_of_two(config.n_heads // config.n_kv_heads)),
             BLOCK=width,
             PRECISION="ieee" if self._model.dtype == torch.float32 else "tf32",
         )
@@ -186,7 +185,7 @@ class Walk:
                 rows.attended,
                 C=config.head_dim,
                 SPLITS=parts,
-                BLOCK=gpu.power_of_two(config.head_dim),
+                BLOCK=support.power_of_two(config.head_dim),
             )
 
     def _heads(self) -> dict[str, int]:
@@ -251,7 +250,7 @@ class Walk:
             rows.hidden,
             eps,
             D=dim,
-            BLOCK=gpu.power_of_two(dim),
+            BLOCK=support.power_of_two(dim),
             ADD=False,
         )
         n_rows = _rows(config.vocab_size, dim)
@@ -296,7 +295,7 @@ class Walk:
                 rows.hidden,
                 eps,
                 D=config.dim,
-                BLOCK=gpu.power_of_two(config.dim),
+                BLOCK=support.power_of_two(config.dim),
                 ADD=x is not None,
             )
             return rows.hidden
@@ -319,7 +318,7 @@ class Walk:
                 rows.lengths,
                 number,
                 **self._heads(),
-                BLOCK=gpu.power_of_two(config.head_dim),
+                BLOCK=support.power_of_two(config.head_dim),
             )
             self._attend(rows, number, query)
             normal = normalise(layer.ffn_norm, product[3](rows.attended))
@@ -341,7 +340,7 @@ def _product(weight: Any, bias: Tensor | None, x: Tensor) -> Tensor:
     """W x + b of some rows: (B, in) -> (B, out)."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    y = gpu.product(weight, x)
+    y = launch.product(weight, x)
     return y if bias is None else y + bias
 
 
@@ -352,7 +351,7 @@ def _biases(stand_in: Tensor, *biases: Tensor | None) -> Sequence[Tensor]:
 
 def _columns(n: int) -> int:
     """Columns of a weight that a program reads at once."""
-    return min(MOST_COLUMNS, gpu.power_of_two(n))
+    return min(MOST_COLUMNS, support.power_of_two(n))
 
 
 def _rows(height: int, width: int) -> int:

@@ -6,13 +6,21 @@ import pytest
 import torch
 from torch import nn
 
+from minllama.engine import packing as packing_module
+from minllama.engine.packing import (
+    forward,
+    hidden_states,
+    layer_states,
+    packed_layout,
+    shared_prefix_len,
+)
 from minllama.errors import ContextError
 from minllama.kernels.cpu import attention
-from minllama.kernels.cpu.attention import Texts, causal_attention
+from minllama.kernels.cpu.attention import causal_attention
 from minllama.kernels.cpu.library import library
-from minllama.model.attention_layout import shared_columns, view_of_packed
+from minllama.model.attention_layout import PackedSequences
 from minllama.model.config import RopeScaling
-from minllama.model.llama import FeedForward, Llama
+from minllama.model.llama import FeedForward
 from minllama.model.rope import apply_rotary_embedding
 from tests.tiny import our_model, random_ids
 
@@ -44,10 +52,10 @@ def padded(monkeypatch):
 def test_texts_in_one_row_attend_as_if_each_were_alone(lengths, dtype):
     torch.manual_seed(0)
     starts = torch.tensor((0, *lengths)).cumsum(0)
-    n, texts = int(starts[-1]), Texts(starts, max(lengths))
+    n, packed = int(starts[-1]), PackedSequences(starts, max(lengths))
     tensors = [torch.randn(1, n, heads, 12).to(dtype).requires_grad_() for heads in (4, 2, 2)]
     of_out = torch.randn(1, n, 4, 12).to(dtype)
-    together = causal_attention(*tensors, texts=texts)
+    together = causal_attention(*tensors, packed=packed)
     gradients = torch.autograd.grad(together, tensors, of_out)
     for first, end in itertools.pairwise(starts):
         own = [x[:, first:end].detach().clone().requires_grad_() for x in tensors]
@@ -59,12 +67,12 @@ def test_texts_in_one_row_attend_as_if_each_were_alone(lengths, dtype):
             assert torch.equal(a[:, first:end], b)
 
 
-def test_the_view_counts_each_text_from_zero():
-    packing, view = view_of_packed(mask_of("left", (2, 3), 4), our_model().config)
+def test_the_layout_counts_each_text_from_zero():
+    packing, layout = packed_layout(mask_of("left", (2, 3), 4), our_model().config)
     assert packing.tokens.tolist() == [2, 3, 5, 6, 7]
-    assert view.positions.tolist() == [[0, 1, 0, 1, 2]]
-    assert view.texts.starts.tolist() == [0, 2, 5]
-    assert view.texts.longest == 3
+    assert layout.positions.tolist() == [[0, 1, 0, 1, 2]]
+    assert layout.packed.starts.tolist() == [0, 2, 5]
+    assert layout.packed.longest == 3
     assert packing.packed(torch.arange(8).view(2, 4)).tolist() == [[2, 3, 5, 6, 7]]
     back = packing.padded(torch.ones(1, 5, 2))
     assert back.shape == (2, 4, 2)
@@ -87,8 +95,8 @@ def test_packed_rows_give_what_padded_ones_do(changes, side, padded):
 
     def results():
         model.zero_grad()
-        states = torch.stack(list(model.layer_states(ids, attention_mask=mask)))[:, mask]
-        logits = model(ids, attention_mask=mask).logits[mask]
+        states = torch.stack(list(layer_states(model, ids, attention_mask=mask)))[:, mask]
+        logits = forward(model, ids, attention_mask=mask).logits[mask]
         nn.functional.cross_entropy(logits, ids[mask]).backward()
         return states, logits, [p.grad.clone() for p in model.parameters()]
 
@@ -110,7 +118,7 @@ def test_padding_is_not_computed(monkeypatch):
         return apply_rotary_embedding(x, rotation)
 
     monkeypatch.setattr("minllama.model.llama.apply_rotary_embedding", rotate)
-    h = model.state_after(2, ids, mask)
+    h = hidden_states(model, 2, ids, mask)
     assert set(seen) == {(1, sum(LENGTHS), heads, 8) for heads in (4, 2)}
     assert h.shape == (4, 20, 32)
     assert not h[~mask].any()
@@ -121,7 +129,7 @@ def test_hooks_are_told_of_padded_rows():
     seen = []
     hook = lambda module, args, out: seen.append(out.shape)  # noqa: E731
     model.layers[0].feed_forward.register_forward_hook(hook)
-    model.state_after(2, ids, mask)
+    hidden_states(model, 2, ids, mask)
     assert seen == [(4, 20, 32)]
 
 
@@ -129,10 +137,10 @@ def test_a_part_that_alone_is_in_training_keeps_texts_apart():
     model, ids, mask = our_model(dropout=0.5), random_ids(4, 20), mask_of("right")
     model.layers[0].attention.train()
     torch.manual_seed(0)
-    h = model.state_after(1, ids, mask)
+    h = hidden_states(model, 1, ids, mask)
     ids[0] = 0
     torch.manual_seed(0)
-    assert torch.equal(model.state_after(1, ids, mask)[1:], h[1:])
+    assert torch.equal(hidden_states(model, 1, ids, mask)[1:], h[1:])
 
 
 @pytest.mark.parametrize(
@@ -149,16 +157,16 @@ def test_what_cannot_be_packed_is_computed_as_it_stands(changes, training, mask,
     def refuse(*args):
         raise AssertionError("packed")
 
-    monkeypatch.setattr("minllama.model.llama.view_of_packed", refuse)
+    monkeypatch.setattr("minllama.engine.packing.packed_layout", refuse)
     model = our_model(**changes).train(training)
     positions = torch.arange(20).unsqueeze(0) if mask.dim() == 3 else None
-    h = model.state_after(2, random_ids(4, 20), mask, positions)
+    h = hidden_states(model, 2, random_ids(4, 20), mask, positions)
     assert h.shape == (4, 20, 32)
 
 
 def test_texts_beyond_the_context_are_refused():
     with pytest.raises(ContextError, match="65 tokens"):
-        our_model().state_after(2, random_ids(2, 65), mask_of("right", (65, 3), 65))
+        hidden_states(our_model(), 2, random_ids(2, 65), mask_of("right", (65, 3), 65))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -166,16 +174,16 @@ def test_texts_beyond_the_context_are_refused():
 def test_states_at_some_tokens_are_those_of_all(side, packed, monkeypatch):
     model, ids, mask = our_model(), random_ids(4, 20), mask_of(side)
     if not packed:
-        monkeypatch.setattr(Llama, "_packed", lambda *_: None)
+        monkeypatch.setattr("minllama.engine.packing._packed", lambda *_: None)
     at = mask.flatten().nonzero().squeeze(-1)[[1, 7, 0, 29, 7]]  # in any order, and again
     gradients = []
     for n_layers in (1, 2):
         model.zero_grad()
-        some = model.state_after(n_layers, ids, mask, at=at)
+        some = hidden_states(model, n_layers, ids, mask, selected=at)
         some.square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
         model.zero_grad()
-        every = model.state_after(n_layers, ids, mask).flatten(0, 1)[at]
+        every = hidden_states(model, n_layers, ids, mask).flatten(0, 1)[at]
         every.square().sum().backward()
         torch.testing.assert_close(some, every, rtol=1e-4, atol=1e-5)
         expected = [p.grad for p in model.parameters() if p.grad is not None]
@@ -192,40 +200,45 @@ def test_only_the_tokens_that_are_wanted_go_through_the_last_feed_forward(monkey
         return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
 
     monkeypatch.setattr(FeedForward, "forward", feed_forward)
-    model(ids, attention_mask=mask, logits="last")
+    forward(model, ids, attention_mask=mask, logits="last")
     assert seen == [(1, sum(LENGTHS), 32), (1, 4, 32)]
 
 
 def test_states_at_padding_are_zero():
     model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
-    h = model.state_after(2, ids, mask, at=torch.tensor([6, 7, 79]))  # rows have 7, 20, 1, 13
+    h = hidden_states(
+        model, 2, ids, mask, selected=torch.tensor([6, 7, 79])
+    )  # rows have 7, 20, 1, 13
     assert h[0].any()
     assert not h[1:].any()
     nothing = torch.zeros(4, 20, dtype=torch.bool)
-    assert model.state_after(2, ids, nothing, at=torch.tensor([6])).isfinite().all()
+    assert hidden_states(model, 2, ids, nothing, selected=torch.tensor([6])).isfinite().all()
 
 
 def test_a_last_layer_of_somebody_else_is_asked_for_all():
     class Doubled(nn.Module):
-        def forward(self, x, rotation, view, cache):
+        def forward(self, x, rotation, layout, cache):
             return 2 * x
 
     model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
-    before = model.state_after(1, ids, mask)
+    before = hidden_states(model, 1, ids, mask)
     model.layers[1] = Doubled()
     at = mask.flatten().nonzero().squeeze(-1)[[3, 0, 20]]
-    found = model.state_after(2, ids, mask, at=at)
+    found = hidden_states(model, 2, ids, mask, selected=at)
     torch.testing.assert_close(found, 2 * before.flatten(0, 1)[at], rtol=1e-4, atol=1e-5)
 
 
 def test_hooks_are_told_of_all_tokens_whichever_are_wanted():
     model, ids, mask = our_model(), random_ids(4, 20), mask_of("right")
-    expected = model(ids, attention_mask=mask, logits="last").hidden
+    expected = forward(model, ids, attention_mask=mask, logits="last").hidden
     seen = []
     hook = lambda module, args, out: seen.append(out.shape)  # noqa: E731
     model.layers[-1].register_forward_hook(hook)
     torch.testing.assert_close(
-        model(ids, attention_mask=mask, logits="last").hidden, expected, rtol=1e-4, atol=1e-5
+        forward(model, ids, attention_mask=mask, logits="last").hidden,
+        expected,
+        rtol=1e-4,
+        atol=1e-5,
     )
     assert seen == [(4, 20, 32)]
 
@@ -245,25 +258,25 @@ def test_what_all_texts_begin_with_is_computed_once(changes, is_padded, padded, 
     mask = mask if is_padded else None
     at = torch.tensor([[0, 4, 5, -1]])
     n_seen = []
-    forward = FeedForward.forward
+    own = FeedForward.forward
 
     def seen(self, x):
         n_seen.append(x.shape[1])
-        return forward(self, x)
+        return own(self, x)
 
     def found():
         if not is_padded:
-            some = model(ids, logits=at).logits
+            some = forward(model, ids, logits=at).logits
         else:  # padding is nobody's: of each row its last real token, and some of all
             some = torch.cat(
                 (
-                    model(ids, attention_mask=mask, logits=at[:, :2]).logits,
-                    model(ids, attention_mask=mask, logits="last").logits.unsqueeze(1),
+                    forward(model, ids, attention_mask=mask, logits=at[:, :2]).logits,
+                    forward(model, ids, attention_mask=mask, logits="last").logits.unsqueeze(1),
                 ),
                 dim=1,
             )
-        whole = model(ids, attention_mask=mask).logits
-        states = torch.stack(list(model.layer_states(ids, attention_mask=mask)))
+        whole = forward(model, ids, attention_mask=mask).logits
+        states = torch.stack(list(layer_states(model, ids, attention_mask=mask)))
         real = torch.ones_like(ids).bool() if mask is None else mask
         return some, whole[real], states[:, real]
 
@@ -280,34 +293,34 @@ def test_what_all_texts_begin_with_is_computed_once(changes, is_padded, padded, 
 
 def test_a_beginning_is_shared_where_it_pays_and_no_gradient_is_asked_for():
     ids, mask = rows_that_begin_alike()
-    assert shared_columns(ids, mask) == 5
-    assert shared_columns(ids, None) == 5
-    assert shared_columns(ids, mask.flip(-1)) == 0  # padding before it: not the same columns
-    assert shared_columns(ids[:1], None) == 0
-    assert shared_columns(ids[:, 5:], mask[:, 5:]) == 0
+    assert shared_prefix_len(ids, mask) == 5
+    assert shared_prefix_len(ids, None) == 5
+    assert shared_prefix_len(ids, mask.flip(-1)) == 0  # padding before it: not the same columns
+    assert shared_prefix_len(ids[:1], None) == 0
+    assert shared_prefix_len(ids[:, 5:], mask[:, 5:]) == 0
     long = torch.cat((ids[:2, :1], random_ids(2, 60)), dim=1)
     long[1, 0] = long[0, 0]
-    assert shared_columns(long, None) == 0  # two tokens of 122
+    assert shared_prefix_len(long, None) == 0  # two tokens of 122
     same = ids[:1].expand(4, -1)
-    assert shared_columns(same, None) == 20
+    assert shared_prefix_len(same, None) == 20
     model = our_model()
-    assert torch.equal(model(same).logits[0], model(same[:1]).logits[0])
-    packing, _ = model._view(ids, mask, None, None)
+    assert torch.equal(forward(model, same).logits[0], forward(model, same[:1]).logits[0])
+    packing, _ = packing_module._laid_out(model, ids, mask, None, None)
     assert packing.shared == 0
     with torch.no_grad():
-        assert model._view(ids, mask, None, None)[0].shared == 5
-        equal = model(same).logits
+        assert packing_module._laid_out(model, ids, mask, None, None)[0].shared == 5
+        equal = forward(model, same).logits
     assert torch.equal(equal[3], equal[0])
 
 
-def test_the_view_of_rows_that_begin_alike():
+def test_the_layout_of_rows_that_begin_alike():
     mask = mask_of("right", (3, 2, 4), 4)
-    packing, view = view_of_packed(mask, our_model().config, shared=2)
+    packing, layout = packed_layout(mask, our_model().config, shared=2)
     assert packing.tokens.tolist() == [0, 1, 2, 10, 11]
-    assert view.positions.tolist() == [[0, 1, 2, 2, 3]]
-    assert view.texts.starts.tolist() == [0, 3, 5, 9]
-    assert view.texts.spread.tolist() == [0, 1, 2, 0, 1, 0, 1, 3, 4]
-    assert view.texts.kept.tolist() == [0, 1, 2, 7, 8]
+    assert layout.positions.tolist() == [[0, 1, 2, 2, 3]]
+    assert layout.packed.starts.tolist() == [0, 3, 5, 9]
+    assert layout.packed.spread.tolist() == [0, 1, 2, 0, 1, 0, 1, 3, 4]
+    assert layout.packed.kept.tolist() == [0, 1, 2, 7, 8]
     assert packing.places(torch.tensor([5, 8, 11, 1])).tolist() == [1, 0, 4, 1]
     back = packing.padded(torch.arange(1.0, 6.0).view(1, 5, 1)).squeeze(-1)
     assert back.tolist() == [[1, 2, 3, 0], [1, 2, 0, 0], [1, 2, 4, 5]]

@@ -1,0 +1,85 @@
+"""Operations on a GPU, launched where Triton compiles for it; no gradients.
+
+Triton comes with torch's CUDA builds. It is imported when something is first computed on a GPU, and
+compiles each kernel when it is first used, for which it needs a C compiler; elsewhere, and without,
+the plain equations of the model are computed.
+"""
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minllama.kernels.dispatch import register
+from minllama.kernels.gpu.support import OLDEST, on, warn
+
+
+@functools.cache
+def works(device: torch.device) -> bool:
+    """Whether the kernels run on a device; where they might but do not, a warning says why."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    is_old = torch.cuda.get_device_capability(device) < OLDEST
+    if is_old or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        one = torch.ones(1, device=device)
+        swiglu(one, one)
+    except torch.OutOfMemoryError:
+        raise  # which may pass
+    except Exception as error:  # of a compiler, a driver or a library, each with its own classes
+        warn("this GPU computes without kernels of its own", error)
+        return False
+    return True
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the operations below take this tensor: they have no gradients."""
+    return x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad) and works(x.device)
+
+
+def swiglu(u: Tensor, v: Tensor) -> Tensor:
+    """SiLU(u) * v, in u's dtype: (..., F) -> (..., F)."""
+    with on(u.device):
+        y: Tensor = _operations().swiglu(u, v)
+        return y
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Pairs of channels turned: (B, T, H, C), complex64 ([B or 1,] T, 1, C / 2) -> (B, T, H, C)."""
+    with on(x.device):
+        y: Tensor = _operations().rotate(x, rotation)
+        return y
+
+
+def product(weight: Any, x: Tensor) -> Tensor:
+    """Give x W^T with a weight in blocks: (..., in) -> (..., out), in x's dtype."""
+    with on(x.device):
+        y: Tensor = _operations().product(weight, x)
+        return y
+
+
+def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
+    """The matrix (out, in) of a weight in blocks."""
+    with on(weight.scales.device):
+        y: Tensor = _operations().take_apart(weight, dtype)
+        return y
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same in one kernel of torch; autocast would leave it in float32."""
+    return F.rms_norm(x, weight.shape, weight, eps).type_as(x)
+
+
+def _operations() -> Any:
+    from minllama.kernels.gpu import ops  # which needs Triton
+
+    return ops
+
+
+register("rms_norm", lambda x, weight, eps: x.is_cuda and x.dtype == weight.dtype, _rms_norm)
+register("swiglu", lambda u, v: serves(u) and serves(v), swiglu)
+register("apply_rotary_embedding", lambda x, rotation: serves(x), rotate)
