@@ -1,10 +1,13 @@
 """The benchmarks' own code: what they print of what they measured, and the GPU's on a CPU."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -14,7 +17,7 @@ def module(monkeypatch):
     """A benchmark by its name, as a script sees the others."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("contenders", "speed", "gpu"):
+    for name in ("contenders", "speed", "gpu", "results", "result_files"):
         sys.modules.pop(name, None)
 
 
@@ -113,3 +116,81 @@ def test_every_row_is_of_tasks_and_contenders_that_there_are(module):
     for aim in speed.AIMS:
         assert aim.ours in contenders.TASKS[aim.task], aim
         assert aim.theirs in contenders.TASKS[aim.their_task or aim.task], aim
+
+
+def results_file(path, results, wording, groups=("train",)):
+    about = {"groups": groups, "machine": {"torch": "2.13"}}
+    path.write_text(json.dumps({"about": about, "results": results, "wording": wording}))
+    return str(path)
+
+
+def test_results_that_differ_are_told_by_key_and_wording_may_differ(
+    module, monkeypatch, capsys, tmp_path
+):
+    results = module("results")
+    before = {"train a": [{"ids": [1, 2]}, {"ids": [3, 4]}], "train b": {"p": 0.5}, "train c": "x"}
+    after = {"train a": [{"ids": [1, 2]}, {"ids": [3, 5, 6]}], "train b": {"p": 0.5 + 1e-7}}
+    first = results_file(tmp_path / "a", before, {"train a page": ["one"], "train b page": ["b"]})
+    second = results_file(tmp_path / "b", after, {"train a page": ["two"], "train b page": ["b"]})
+    words = results_file(tmp_path / "c", before, {"train a page": ["two"], "train b page": ["b"]})
+
+    def compared(*arguments):
+        monkeypatch.setattr(sys, "argv", ["results.py", "--compare", *arguments])
+        return results.main(), capsys.readouterr().out.splitlines()
+
+    same = ["results: 0 of 3 keys differ", "wording: 0 of 2 keys differ"]
+    assert compared(first, first) == (0, same)
+    page = '  train a page: [0]: "one" -> "two"'
+    assert compared(first, words) == (0, [same[0], "wording: 1 of 2 keys differ", page])
+    status, lines = compared(first, second)
+    assert status == 1
+    assert lines == [
+        "results: 3 of 3 keys differ",
+        "  train a: [1].ids[1]: 4 -> 5 (2 places, numbers by up to 1)",
+        "  train b: .p: 0.5 -> 0.5000001 (numbers by up to 1e-07)",
+        '  train c: all: "x" -> "(missing)"',
+        "wording: 1 of 2 keys differ",
+        page,
+    ]
+    assert compared(first, second, "--tolerance", "1e-6")[1][:3] == [
+        "results: 2 of 3 keys differ", lines[1], lines[3],
+    ]  # fmt: skip
+
+
+def test_only_groups_that_both_have_run_are_compared(module, monkeypatch, capsys, tmp_path):
+    results = module("results")
+    both = {"train a": 1, "help a": 2}
+    first = results_file(tmp_path / "a", both, {}, ("train", "help"))
+    second = results_file(tmp_path / "b", {"train a": 1}, {})
+    monkeypatch.setattr(sys, "argv", ["results.py", "--compare", first, second])
+    assert results.main() == 0
+    assert capsys.readouterr().out.splitlines()[0] == "results: 0 of 1 keys differ"
+
+
+def test_what_a_run_alone_has_is_masked_and_sentences_are_wording(module, tmp_path):
+    files = module("result_files")
+    found = files.Results(tmp_path)
+    found.add_json(
+        "train x",
+        {"seconds": 3.2, "verdict": "Right on 2.", "model": f"{tmp_path}/base", "accuracy": 0.25},
+    )
+    found.add_text("train x stderr", "[prefill 4 tokens, 125.8 tokens/s]\n2 texts in 3.2 seconds\n")
+    assert found.values == {
+        "train x": {"seconds": "...", "verdict": "...", "model": "FOLDER/base", "accuracy": 0.25}
+    }
+    assert found.wording == {
+        "train x verdict": ["Right on 2."],
+        "train x stderr": ["[prefill 4 tokens, N tokens/s]", "2 texts in TIME"],
+    }
+
+
+def test_a_tensor_that_differs_is_named(module, tmp_path):
+    files = module("result_files")
+    one, other = torch.arange(6.0).view(2, 3), torch.zeros(2)
+    save_file({"a": one, "b": other}, tmp_path / "model.safetensors")
+    before = files.tensors_of(tmp_path / "model.safetensors")
+    save_file({"a": one, "b": other + 1}, tmp_path / "model.safetensors")
+    after = files.tensors_of(tmp_path / "model.safetensors")
+    assert before["a"] == after["a"]
+    assert before["a"].startswith("F32 [2, 3] ")
+    assert {name for name in before if before[name] != after[name]} == {"", "b"}
