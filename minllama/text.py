@@ -4,6 +4,7 @@ What a file, a name or a library says is shown, and does not steer the terminal 
 tensor's name may hold escape sequences, line breaks, or marks that turn the reading direction.
 """
 
+VERSION = "0.1.0"  # of minllama; pyproject.toml reads it here
 JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 MAX_LINE_CHARS = 2000
 _TAIL_CHARS = 500  # of a message its end, which is the remedy
