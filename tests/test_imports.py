@@ -51,17 +51,6 @@ HEAVY = (
 )
 MOST_CODE_LINES, MOST_FUNCTION_LINES = 400, 60
 
-# What still points upwards, or is longer than it should be: to be taken out of these lists.
-UPWARD: dict[str, set[str]] = {}
-LONG = {
-    "minllama.checkpoints.huggingface": {"write_files"},
-    "minllama.checkpoints.load": {"load_weights"},
-    "minllama.experiment.build": {"make_head"},
-    "minllama.kernels.gpu.decode_kernels": {"attend"},
-    "minllama.kernels.gpu.decode_program": {"_one_row"},
-    "minllama.tokenizer.gguf": {"from_gguf"},
-}
-
 
 def modules() -> dict[str, Path]:
     """The package's modules by their names: `minllama.model.llama`, `minllama.data`."""
@@ -150,7 +139,7 @@ def test_imports_point_one_way(module: str) -> None:
     upward = {
         name for name in GRAPH[module] - {"minllama"} if RANK[room_of(name)] > RANK[room_of(module)]
     }
-    assert upward == UPWARD.get(module, set())
+    assert upward == set()
 
 
 def test_no_modules_import_one_another_in_a_circle() -> None:
@@ -204,7 +193,7 @@ def test_files_and_functions_are_short(module: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     long = {f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > MOST_FUNCTION_LINES}
-    assert long == LONG.get(module, set())
+    assert long == set()
 
 
 def test_importing_minllama_loads_nothing_heavy() -> None:

@@ -29,6 +29,7 @@ from minllama.kernels.hardware import (
 from minllama.model.pretrained import LlamaPreTrainedModel
 from minllama.quantization.half import replace_by_widened
 from minllama.quantization.modules import (
+    Parts,
     QuantizedLinear,
     check_quantize,
     quantized,
@@ -219,23 +220,15 @@ def load_weights(
             shapes) or hold NaN or infinity; or it is no language model.
     """
     device = usable_device(device)
-    if quantize == "auto":
-        best_dtype, quantize = best_form(checkpoint, device) if dtype is None else (dtype, None)
-        dtype = dtype or best_dtype
-    if dtype is None and quantize is not None and device.type != "cpu":
-        dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
-    dtype = _usable_dtype(dtype, device)
+    dtype, quantize = _generating_form(checkpoint, device, dtype, quantize)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_shapes(checkpoint, expected)
     check_quantize(quantize)
     state, parts, halves = {}, {}, []
     for name in expected:
         tensor = checkpoint.tensors[name]
-        made = None if quantize is None else quantized(name, tensor, quantize)
+        made = None if quantize is None else _quantized(name, tensor, quantize, checkpoint)
         if made is not None:
-            for numbers in (made.scales, made.mins):
-                if numbers is not None:
-                    _check_finite(name, numbers, numbers, checkpoint)
             parts[name.removesuffix(".weight")] = made
             continue
         stored = tensor.load()
@@ -256,6 +249,33 @@ def load_weights(
     for name in halves:
         replace_by_widened(module, name)
     return quantize if parts or halves else None
+
+
+def _generating_form(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype | str | None,
+    quantize: str | None,
+) -> tuple[torch.dtype, str | None]:
+    """The dtype and the word of `QUANTIZE` that are meant, where not all is said."""
+    if quantize == "auto":
+        best_dtype, quantize = best_form(checkpoint, device) if dtype is None else (dtype, None)
+        dtype = dtype or best_dtype
+    if dtype is None and quantize is not None and device.type != "cpu":
+        dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    return _usable_dtype(dtype, device), quantize
+
+
+def _quantized(
+    name: str, tensor: LazyTensor, quantize: str, checkpoint: Checkpoint
+) -> Parts | None:
+    """A matrix in quantized blocks, their scales checked; None for what stays dense."""
+    made = quantized(name, tensor, quantize)
+    if made is not None:
+        for numbers in (made.scales, made.mins):
+            if numbers is not None:
+                _check_finite(name, numbers, numbers, checkpoint)
+    return made
 
 
 def _stays_half(

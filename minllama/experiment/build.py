@@ -4,7 +4,7 @@ Knows nothing of files but for the folder that a run is kept in.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -191,6 +191,21 @@ def make_head(
 
     if folder is not None and (known := _read_choice(folder)):
         return built(known)
+    classifier = _fitted(built, llama, fitting, train, options, say)
+    if folder is not None:
+        _write_choice(folder, (classifier.layer, classifier.pooling))
+    return classifier
+
+
+def _fitted(
+    built: Callable[[Choice], LlamaEmbeddingClassifier],
+    llama: Llama,
+    fitting: HeadFitting,
+    train: Dataset,
+    options: ClassifierOptions,
+    say: Say,
+) -> LlamaEmbeddingClassifier:
+    """A classifier on the layer and pooling that are best on training texts, its head fitted."""
     is_whole = options.method == "frozen"
     grows = options.layer == "auto" and not is_whole
     some = fitting.some_rows(MAX_ROWS if is_whole else STARTING_TEXTS)
@@ -210,8 +225,6 @@ def make_head(
     fitted = fitting.fit(features[choice], some, selected.penalty, bias=has_bias)
     fitted.put_into(classifier.score)
     classifier.shortened |= reader.shortened
-    if folder is not None:
-        _write_choice(folder, choice)
     return classifier
 
 
