@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minllama"
 
 # A module may import those of earlier rows, and of its own row.
 ORDER = (
-    ("text", "errors", "json_file", "lock", "atomic"),
+    ("text", "errors", "atomic"),
     ("options",),
     ("kernels",),
     ("model",),
@@ -128,6 +128,11 @@ def loaded_by(code: str) -> list[str]:
 
 def heavy_of(code: str) -> set[str]:
     return set(HEAVY).intersection(loaded_by(code))
+
+
+def test_the_root_holds_packages_and_what_all_of_them_need() -> None:
+    files = {path.name for path in PACKAGE.glob("*.py")}
+    assert files == {"__init__.py", "__main__.py", "atomic.py", "errors.py", "text.py"}
 
 
 def test_every_module_has_a_place_in_the_order() -> None:

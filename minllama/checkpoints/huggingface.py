@@ -32,6 +32,7 @@ from minllama.checkpoints.huggingface_head import (
     head_from_huggingface,
     said_of_head,
 )
+from minllama.checkpoints.json_object import read_object
 from minllama.checkpoints.state_dict import (
     add_zero_biases,
     check_extent,
@@ -49,7 +50,6 @@ from minllama.errors import (
     naming,
     warn_caller,
 )
-from minllama.json_file import read_object
 from minllama.model.config import LlamaConfig
 from minllama.tokenizer.size import check_fits, count_tokens
 from minllama.tokenizer.vocabulary import Vocabulary

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minllama.atomic import only_run
 from minllama.cli.deciding import decide
 from minllama.cli.open import (
     INTERRUPTED,
@@ -26,7 +27,6 @@ from minllama.cli.open import (
 )
 from minllama.cli.output_file import OutputFile
 from minllama.errors import DataError, MinllamaError, OptionError
-from minllama.lock import only_run
 from minllama.options import (
     CORRECTED,
     OUTPUT_FORMATS,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from minllama.atomic import only_run
 from minllama.checkpoints.load import usable_device
 from minllama.checkpoints.open import open_checkpoint
 from minllama.classification import LlamaEmbeddingClassifier, save_classifier
@@ -49,7 +50,6 @@ from minllama.experiment.predict import described
 from minllama.experiment.reporter import Say
 from minllama.experiment.reporting import measure, settings_for_people, settings_of_run
 from minllama.experiment.splits import Splits, load_splits
-from minllama.lock import only_run
 from minllama.lora.targets import matching_modules
 from minllama.model.llama import Llama
 from minllama.tokenizer.size import check_fits

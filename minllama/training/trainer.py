@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minllama.atomic import only_run
 from minllama.classification.prompts import EncodedPrompt
 from minllama.data import Dataset
 from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError, OptionError
-from minllama.lock import only_run
 from minllama.model.llama import Llama
 from minllama.options import TrainingOptions
 from minllama.training.losses import check_ordinal

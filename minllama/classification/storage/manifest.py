@@ -20,10 +20,9 @@ from minllama.classification.zero_shot import LlamaZeroShotClassifier
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.evaluation.regression import TargetScale
 from minllama.evaluation.thresholds import DEFAULT, one_line, read, saved
-from minllama.json_file import read_json
 from minllama.model.llama import Llama
 from minllama.options import PromptOptions
-from minllama.text import VERSION
+from minllama.text import VERSION, read_json
 from minllama.tokenizer.tokenizer import Tokenizer
 
 CLASSIFIER_FILE = "classifier.json"
