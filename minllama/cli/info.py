@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from minllama.cli.open import base_option, debug_option, ended_by_interrupts
+from minllama.options.loading import LoadOptions
 from minllama.text import escaped, one_line, printable
 
 if TYPE_CHECKING:
@@ -115,14 +116,14 @@ def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
 
 def _runs_as(checkpoint: "Checkpoint") -> str:
     """What `generate` does with the file on this machine, unless it is told otherwise."""
-    from minllama.checkpoints.load import best_form, has_blocks
+    from minllama.checkpoints.weight_format import has_blocks, resolve_weight_format
     from minllama.engine import cuda_graph
     from minllama.kernels.cpu.library import best_level, library
     from minllama.kernels.gpu import launch as gpu
-    from minllama.kernels.hardware import LEVELS, default_device, default_dtype, fast_bfloat16
+    from minllama.kernels.hardware import LEVELS, fast_bfloat16
 
-    device = default_device()
-    dtype, quantize = best_form(checkpoint, device)
+    weights = resolve_weight_format(checkpoint, LoadOptions(quantize="auto"))
+    device, quantize = weights.device, weights.quantize
     if quantize is not None and not has_blocks(checkpoint):
         return f"the file's numbers, widened to float32 ({LEVELS[best_level()]})"
     if quantize is not None:
@@ -130,7 +131,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         blocks = f"the file's blocks, {others} in 8 bits" if others else "the file's blocks"
         text = f"{blocks} ({LEVELS[best_level()]})"
         return f"{text}; long passes in bfloat16" if fast_bfloat16(device) else text
-    name = str(dtype or default_dtype(device)).removeprefix("torch.")
+    name = str(weights.dtype).removeprefix("torch.")
     if device.type != "cpu":
         has_steps = cuda_graph.knows(checkpoint.config) and gpu.works(device)
         steps = "; steps in captured graphs" if has_steps else ""

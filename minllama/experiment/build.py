@@ -9,11 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from minllama.atomic import atomic_file
-from minllama.checkpoints.load import reading_form
-from minllama.checkpoints.types import Checkpoint
 from minllama.classification import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import Pooling, check_layer
@@ -31,7 +27,6 @@ from minllama.data.records import listed, shown
 from minllama.errors import CheckpointError, OptionError
 from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting, random_order
 from minllama.experiment.reporter import Say
-from minllama.kernels.hardware import fast_bfloat16
 from minllama.lora import add_lora_wrapper
 from minllama.model.llama import Llama
 from minllama.options import (
@@ -341,22 +336,3 @@ def training_options(
     if options.head_lr is None:
         changes["head_lr"] = HEAD_LEARNING_RATE
     return replace(options, **changes)
-
-
-def weights_form(
-    method: str,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype | str | None = None,
-    quantize: str | None = "auto",
-) -> tuple[torch.dtype | str, str | None]:
-    """The dtype and the word of `QUANTIZE` of a method's weights, where not all is said.
-
-    Frozen weights are only multiplied with, in what is fastest; weights that are trained take steps
-    that bfloat16 would round away.
-    """
-    if method == "full":
-        return dtype or torch.float32, None
-    if quantize == "auto":
-        return reading_form(checkpoint, device) if dtype is None else (dtype, None)
-    return dtype or (torch.bfloat16 if fast_bfloat16(device) else torch.float32), quantize

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minllama.checkpoints.load import HALF_NAMES
+from minllama.checkpoints.weight_format import HALF_NAMES
 from minllama.errors import OptionError
 from minllama.experiment.build import TRAINED
 from minllama.options import (
@@ -16,6 +16,7 @@ from minllama.options import (
     TrainingOptions,
 )
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
+from minllama.options.loading import LoadOptions
 from minllama.quantization.modules import check_quantize
 from minllama.training.objective import check_metric
 
@@ -57,6 +58,16 @@ class Experiment:
     def has_head(self) -> bool:
         """Whether what is trained is a head, and no label words."""
         return self.classifier.method != "zero-shot" and self.classifier.objective != "label-words"
+
+    @property
+    def loading(self) -> LoadOptions:
+        """How the base model is opened."""
+        return LoadOptions(
+            dtype=self.dtype,
+            device=self.device,
+            quantize=self.quantize,
+            tokenizer=self.tokenizer,
+        )
 
     @property
     def of_numbers(self) -> bool:

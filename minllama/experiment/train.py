@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from minllama.atomic import only_run
-from minllama.checkpoints.load import usable_device
+from minllama.checkpoints.load import load_with
 from minllama.checkpoints.open import open_checkpoint
+from minllama.checkpoints.weight_format import Purpose, resolve_weight_format
 from minllama.classification import LlamaEmbeddingClassifier, save_classifier
 from minllama.classification.base import Classifier, probabilities
 from minllama.classification.calibration import fit_temperature
@@ -34,7 +35,6 @@ from minllama.experiment.build import (
     make_zero_shot,
     most_layers,
     training_options,
-    weights_form,
     without_shots,
 )
 from minllama.experiment.evaluate import choose_decision, evaluate_classifier, headlines
@@ -187,15 +187,11 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
     if options.method == "full":  # it is written with its tokenizer, at the end
         where = str(experiment.tokenizer or checkpoint.path)
         check_fits(tokenizer.vocab_size, checkpoint.config.vocab_size, where)
-    device = usable_device(experiment.device)
-    dtype, quantize = weights_form(
-        options.method, checkpoint, device, experiment.dtype, experiment.quantize
-    )
-    llama = Llama.from_checkpoint(
+    purpose: Purpose = "train" if options.method == "full" else "read"
+    llama = load_with(
+        Llama,
         checkpoint,
-        dtype=dtype,
-        device=device,
-        quantize=quantize,
+        resolve_weight_format(checkpoint, experiment.loading, purpose),
         **{**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})},
     )
     if options.method == "lora":  # names that are not there are found before texts are read
