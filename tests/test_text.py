@@ -1,10 +1,11 @@
 """What comes from outside is shown on one line, whatever is in it."""
 
 import pickle
+import sys
 
 import pytest
 
-from minllama.errors import CheckpointError, MinllamaError
+from minllama.errors import CheckpointError, DataError, MinllamaError, optional_import
 from minllama.text import MAX_LINE_CHARS, one_line, printable
 
 STEERING = {
@@ -48,3 +49,28 @@ def test_of_a_long_message_both_ends_stay() -> None:
 def test_an_error_survives_another_process() -> None:
     error = pickle.loads(pickle.dumps(CheckpointError("a\nb")))
     assert (type(error), str(error)) == (CheckpointError, "a b")
+
+
+@pytest.mark.parametrize(
+    ("module", "library"),
+    [
+        ("sklearn.linear_model", "scikit-learn"),
+        ("scipy.optimize", "scikit-learn"),
+        ("torch.utils.tensorboard", "tensorboard"),
+        ("pyarrow", "pyarrow"),
+    ],
+)
+def test_a_missing_library_is_named_with_its_installation(
+    monkeypatch: pytest.MonkeyPatch, module: str, library: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError) as caught:
+        optional_import(module, "reports need", extra="some", kind=DataError)
+    assert str(caught.value) == (
+        f"reports need the library {library}; install it with: "
+        "python -m pip install 'minllama[some]'"
+    )
+
+
+def test_a_library_that_is_there_is_imported() -> None:
+    assert optional_import("json.decoder", "reports need").JSONDecodeError is not None

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from minllama.data.records import RawRow, Table, listed, numbered
-from minllama.errors import DataError
+from minllama.errors import DataError, optional_import
 
 ROWS_AT_ONCE = 1000
 BYTES_AT_ONCE = 2**24  # of cells that become Python's
 EXAMPLE_ID = "stanfordnlp/imdb:train"
-INSTALL = "pip install 'minllama[train]'"
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,9 @@ def parse_hub_id(name: str) -> HubDataset | None:
 
 def parquet_table(path: Path, name: str) -> Table:
     """The rows of a Parquet file, a batch in memory at a time."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{name}: Parquet needs pyarrow; bring it with: {INSTALL}") from error
+    optional_import("pyarrow", f"{name}: Parquet needs", kind=DataError)
+    import pyarrow as pa
+    from pyarrow import parquet
 
     def refusal(error: Exception) -> DataError:
         return DataError(f"{name}: damaged, or no Parquet file ({_first_line(error)})")
@@ -109,13 +106,8 @@ def _rows_at_once(file: Any) -> int:
 
 def hub_table(hub_dataset: HubDataset, name: str) -> Table:
     """The rows of a data set on the hub, downloaded once into the cache of `datasets`."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{name}: no such file here, and data sets of the Hugging Face hub need datasets; "
-            f"bring it with: {INSTALL}"
-        ) from error
+    needs = f"{name}: no such file here, and data sets of the Hugging Face hub need"
+    datasets = optional_import("datasets", needs, kind=DataError)
     quiet = not sys.stderr.isatty() and not datasets.utils.are_progress_bars_disabled()
     if quiet:
         datasets.disable_progress_bars()

@@ -7,7 +7,6 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from minllama.classification import LlamaEmbeddingClassifier, save_classifier
 from minllama.classification.base import Classifier, probabilities
 from minllama.classification.calibration import fit_temperature
 from minllama.classification.storage.fingerprint import comparable_config
-from minllama.errors import MinllamaError
+from minllama.errors import MinllamaError, optional_import
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report
 from minllama.evaluation.report.files import write_files
@@ -57,8 +56,6 @@ from minllama.tokenizer.tokenizer import Tokenizer
 from minllama.training.losses import check_ordinal
 from minllama.training.run_checkpoint import CHECKPOINT, digest
 from minllama.training.trainer import TrainingResult, fit, sample_of, summary_writer
-
-LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 
 
 @dataclass(frozen=True)
@@ -152,14 +149,8 @@ def check_libraries() -> None:
     Raises:
         MinllamaError: a library is not installed.
     """
-    for module, name in LIBRARIES.items():
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise MinllamaError(
-                f"training and reports need the library {name}; "
-                "install it with: python -m pip install 'minllama[train]'"
-            ) from error
+    for module in ("sklearn", "matplotlib"):
+        optional_import(module, "training and reports need")
 
 
 def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
