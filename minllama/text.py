@@ -7,12 +7,16 @@ Python makes sixty bytes of `{},` in JSON, and of a lone surrogate a text that c
 
 import json
 import re
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 VERSION = "0.1.0"  # of minllama; pyproject.toml reads it here
 JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji
 MAX_LINE_CHARS = 2000
+MAX_VALUE_CHARS = 60
+MAX_SHOWN = 10  # names, or other items, that a message spells out
 _TAIL_CHARS = 500  # of a message its end, which is the remedy
 MAX_JSON_BYTES = 2**24  # ten times the longest config.json, index or adapter_config.json
 MAX_JSON_ENTRIES = 2**20
@@ -37,6 +41,34 @@ def one_line(text: str, max_chars: int = MAX_LINE_CHARS) -> str:
         tail = min(_TAIL_CHARS, max_chars // 4)
         text = f"{text[: max_chars - tail - 5]} ... {text[-tail:]}"
     return printable(text)
+
+
+def cut(text: str, most: int = MAX_VALUE_CHARS) -> str:
+    """The text, or its beginning and three dots, in at most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def shown(value: object) -> str:
+    """A value in a message: quoted, on one line, and short."""
+    return cut(repr(value[:100] if isinstance(value, str | bytes) else value))
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names, quoted."""
+    return first_few(map(shown, names))
+
+
+def first_few(items: Iterable[str], most: int = MAX_SHOWN, between: str = ", ") -> str:
+    """The first few of them, and how many more there are."""
+    items = iter(items)
+    few = list(islice(items, most))
+    more = sum(1 for _ in items)
+    return between.join(few) + (f"{between.strip(', ')} and {more} more" if more else "")
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says first; its type where it says nothing."""
+    return str(error).split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _shown(char: str) -> str:

@@ -6,7 +6,16 @@ import sys
 import pytest
 
 from minllama.errors import CheckpointError, DataError, MinllamaError, optional_import
-from minllama.text import MAX_LINE_CHARS, one_line, printable
+from minllama.text import (
+    MAX_LINE_CHARS,
+    cut,
+    first_few,
+    first_line,
+    listed,
+    one_line,
+    printable,
+    shown,
+)
 
 STEERING = {
     "escape sequence": "\x1b]0;owned\x07\x1b[31mred",
@@ -74,3 +83,19 @@ def test_a_missing_library_is_named_with_its_installation(
 
 def test_a_library_that_is_there_is_imported() -> None:
     assert optional_import("json.decoder", "reports need").JSONDecodeError is not None
+
+
+def test_lists_in_messages_are_short() -> None:
+    assert first_few("abc", 3) == "a, b, c"
+    assert first_few("abcde", 3) == "a, b, c and 2 more"
+    assert first_few("abcde", 3, "; ") == "a; b; c; and 2 more"
+    assert first_few([]) == ""
+    assert listed(["a", "it's"]) == """'a', "it's\""""
+
+
+def test_values_in_messages_are_short() -> None:
+    assert (cut("abcdef", 6), cut("abcdefg", 6)) == ("abcdef", "abc...")
+    assert shown("a\nb") == r"'a\nb'"
+    assert shown("a" * 1000) == f"'{'a' * 56}..."
+    assert first_line(ValueError("one.\ntwo")) == "one"
+    assert first_line(ValueError()) == "ValueError"

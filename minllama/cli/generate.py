@@ -26,7 +26,7 @@ from minllama.cli.prompt_text import MARK, PromptText, read_system, read_text
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
 from minllama.options.loading import LoadOptions
-from minllama.text import escaped, one_line
+from minllama.text import escaped, first_few, one_line
 
 if TYPE_CHECKING:
     from minllama.generation.api import Generation, TextStream, TokenLogprob
@@ -146,8 +146,7 @@ def _say_what_is_spelled(text: str, words: "Tokenizer", options: str) -> None:
 
     spelled = spelled_special(text, words)
     if spelled:
-        listed = ", ".join(map(escaped, spelled[:3]))
-        listed += f" and {len(spelled) - 3} more" if len(spelled) > 3 else ""
+        listed = first_few(map(escaped, spelled), 3)
         notice = f"plain text in the prompt: {listed} (tokens with {options})"
         click.echo(one_line(notice), err=True)
 

@@ -8,7 +8,7 @@ import click
 
 from minllama.cli.open import base_option, debug_option, ended_by_interrupts
 from minllama.options.loading import LoadOptions
-from minllama.text import escaped, one_line, printable
+from minllama.text import cut, escaped, first_few, one_line, printable
 
 if TYPE_CHECKING:
     from minllama.checkpoints.types import Checkpoint
@@ -95,8 +95,8 @@ def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         SEQUENCE_CLASSIFIER,
         SEVERAL_LABELS,
     )
-    from minllama.data.records import listed
     from minllama.errors import naming
+    from minllama.text import listed
 
     with naming(checkpoint.path):
         weight = checkpoint.tensors.get(HEAD_WEIGHT)
@@ -198,9 +198,7 @@ def _vocabulary(vocabulary: "Vocabulary | None") -> list[tuple[str, str]]:
 
 def _templates(vocabulary: "Vocabulary") -> str:
     template, names = vocabulary.chat_template, sorted(vocabulary.chat_templates)
-    cut = [name if len(name) <= 40 else name[:37] + "..." for name in names[:MAX_TEMPLATES]]
-    shown = ", ".join(map(escaped, cut))
-    shown += f" and {len(names) - len(cut)} more" if len(names) > len(cut) else ""
+    shown = first_few((escaped(cut(name, 40)) for name in names), MAX_TEMPLATES)
     if template is None:
         return f"none by default; by name: {shown}" if names else "none"
     text = f"chat, {len(template):,} characters"

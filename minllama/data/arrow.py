@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minllama.data.records import RawRow, Table, listed, numbered
+from minllama.data.records import RawRow, Table, numbered
 from minllama.errors import DataError, optional_import
+from minllama.text import first_line, listed
 
 ROWS_AT_ONCE = 1000
 BYTES_AT_ONCE = 2**24  # of cells that become Python's
@@ -57,7 +58,7 @@ def parquet_table(path: Path, name: str) -> Table:
     from pyarrow import parquet
 
     def refusal(error: Exception) -> DataError:
-        return DataError(f"{name}: damaged, or no Parquet file ({_first_line(error)})")
+        return DataError(f"{name}: damaged, or no Parquet file ({first_line(error)})")
 
     def batches() -> Iterator[Any]:
         try:
@@ -155,7 +156,7 @@ def _reason(hub_dataset: HubDataset, error: Exception) -> str:
     """Why a data set cannot be had, and the remedy, in one line."""
     import datasets
 
-    line = _first_line(error)
+    line = first_line(error)
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return (
             f"no such file here, and no such data set on the hub that you may read ({line}); check "
@@ -329,7 +330,3 @@ def _with_short_numbers(batch: Any) -> Any:
             exact = batch.column(i).cast(pa.string()).cast(pa.float64())
             batch = batch.set_column(i, pa.field(field.name, pa.float64()), exact)
     return batch
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0].rstrip(".") or type(error).__name__

@@ -23,7 +23,6 @@ from minllama.classification.features import (
 from minllama.classification.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
 from minllama.data.label_names import checked_names, names_of_option, words_by_label
-from minllama.data.records import listed, shown
 from minllama.errors import CheckpointError, OptionError
 from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting, random_order
 from minllama.experiment.reporter import Say
@@ -37,6 +36,7 @@ from minllama.options import (
     TrainingOptions,
     ZeroShotOptions,
 )
+from minllama.text import listed, shown
 from minllama.tokenizer.tokenizer import Tokenizer
 
 TRAINED = ("lora", "full")  # the methods that follow gradients

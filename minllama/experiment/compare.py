@@ -18,12 +18,12 @@ from minllama.classification.storage.manifest import CLASSIFIER_FILE
 from minllama.classification.storage.save_load import load_classifier_with
 from minllama.data import Dataset
 from minllama.data.class_names import same_classes
-from minllama.data.records import listed
 from minllama.errors import DataError, MinllamaError
 from minllama.evaluation.metrics import Evaluation, evaluate, predictions
 from minllama.evaluation.report.files import PREDICTIONS_FILE
 from minllama.evaluation.thresholds import DEFAULT, Thresholds
 from minllama.options.loading import LoadOptions
+from minllama.text import listed
 
 Predicted: TypeAlias = tuple[NDArray[np.floating[Any]], NDArray[np.bool_]]
 Progress: TypeAlias = Callable[[int], None] | None
