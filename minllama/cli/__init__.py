@@ -16,10 +16,9 @@ from typing import Any, TextIO
 
 import click
 
-from minllama import __version__
 from minllama.cli.limits import keep_to_granted_cpus
 from minllama.errors import CheckpointWarning, MinllamaError
-from minllama.text import one_line
+from minllama.text import VERSION, one_line
 
 COMMANDS = {
     "generate": "Continue a prompt; the text streams as it is made.",
@@ -69,7 +68,7 @@ class _LazyGroup(click.Group):
 
 
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="minllama", message="%(prog)s %(version)s")
+@click.version_option(VERSION, prog_name="minllama", message="%(prog)s %(version)s")
 def cli() -> None:
     """Small Llamas that classify and generate, on the machine you have."""
 

@@ -16,6 +16,7 @@ from minllama.cli.open import (
     generation_config_option,
     model_options,
     open_model,
+    pick,
     quantize_option,
     recommended,
     template_options,
@@ -24,7 +25,8 @@ from minllama.cli.open import (
 from minllama.cli.prompt_text import MARK, PromptText, read_system, read_text
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
-from minllama.text import escaped, one_line
+from minllama.options.loading import LoadOptions
+from minllama.text import escaped, first_few, one_line
 
 if TYPE_CHECKING:
     from minllama.generation.api import Generation, TextStream, TokenLogprob
@@ -53,11 +55,6 @@ def command(
     chat_template: str | None,
     as_json: bool,
     source: str | None,
-    tokenizer: str | None,
-    base: str | None,
-    dtype: str | None,
-    device: str | None,
-    quantize: str,
     generation_config: bool,
     **options: Any,
 ) -> None:
@@ -65,6 +62,7 @@ def command(
 
     What is piped in, or redirected from a file, stands before PROMPT.
     """
+    loading = pick(LoadOptions, options)
     # Whatever can be refused is refused before torch is imported.
     options["json_schema"] = _schema(options["json_schema"])
     if as_json and options["logprobs"] is None and not options["prompt_lookup"]:
@@ -81,8 +79,8 @@ def command(
     with ended_by_interrupts():
         from minllama.generation.api import TextStream
 
-    warn_of_slow_dtype(dtype, device)
-    model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize, base=base)
+    warn_of_slow_dtype(loading.dtype, loading.device)
+    model, words, checkpoint = open_model(source, loading)
     if generation_config:
         checked = recommended(options, checkpoint)
     text = prompt_text.whole()
@@ -148,8 +146,7 @@ def _say_what_is_spelled(text: str, words: "Tokenizer", options: str) -> None:
 
     spelled = spelled_special(text, words)
     if spelled:
-        listed = ", ".join(map(escaped, spelled[:3]))
-        listed += f" and {len(spelled) - 3} more" if len(spelled) > 3 else ""
+        listed = first_few(map(escaped, spelled), 3)
         notice = f"plain text in the prompt: {listed} (tokens with {options})"
         click.echo(one_line(notice), err=True)
 

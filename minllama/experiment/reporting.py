@@ -4,7 +4,7 @@ Knows nothing of how the classifier came about.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +22,14 @@ from minllama.experiment.evaluate import (
     versions,
 )
 from minllama.experiment.evaluate_values import evaluate_value_splits
+from minllama.experiment.experiment import Experiment
 from minllama.experiment.predict import score_of, shortened_texts
 from minllama.experiment.reporter import Say
 from minllama.experiment.splits import Splits
 from minllama.training.trainer import TrainingResult
 
-if TYPE_CHECKING:
-    from minllama.experiment.train import Experiment
 
-
-def settings_for_people(experiment: "Experiment") -> dict[str, Any]:
+def settings_for_people(experiment: Experiment) -> dict[str, Any]:
     """What the experiment was made from, for people."""
     files = {
         "train": experiment.train,
@@ -42,7 +40,7 @@ def settings_for_people(experiment: "Experiment") -> dict[str, Any]:
     return {"files": files, **shown, **settings_of_run(experiment)}
 
 
-def settings_of_run(experiment: "Experiment") -> dict[str, Any]:
+def settings_of_run(experiment: Experiment) -> dict[str, Any]:
     """What a training depends on beside its texts, wherever these are read from."""
     options = experiment.classifier
     groups: dict[str, Any] = {
@@ -82,7 +80,7 @@ def _chosen(classifier: Classifier) -> dict[str, Any]:
 
 
 def measure(
-    experiment: "Experiment",
+    experiment: Experiment,
     splits: Splits,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
@@ -136,7 +134,7 @@ def measure(
 
 
 def _classes_measured(
-    experiment: "Experiment",
+    experiment: Experiment,
     splits: Splits,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
