@@ -124,19 +124,19 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
         return
     if target.name and target in (here, *here.parents):
         raise MinllamaError(
-            f"cannot write the folder {folder}: it would be replaced, and you are in it; name a "
-            "new folder in it, or start from elsewhere"
+            f"cannot write the folder {folder}: it is the current directory; name a new folder "
+            "in it, or change to another directory"
         )
 
 
 def _resolved(target: str | os.PathLike[str]) -> Path:
     """Where `target` leads: a link to another disk stays, and `.` gets a name to write beside."""
     if not os.fspath(target):
-        raise MinllamaError("the name to write to is empty; name a file or folder")
+        raise MinllamaError("the output name is empty; name a file or folder")
     try:
         return Path(os.path.realpath(target))
     except ValueError as error:  # a null character, a lone surrogate
-        raise MinllamaError(f"cannot write {os.fspath(target)!r}: it is no path") from error
+        raise MinllamaError(f"cannot write {os.fspath(target)!r}: not a path") from error
 
 
 def _file_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -297,5 +297,5 @@ def _one_line_errors(target: str | os.PathLike[str]) -> Iterator[None]:
                 else " (name a path in a folder that you may write to)"
             )
         raise MinllamaError(
-            f"cannot write {target}: {reason}; what was there is untouched"
+            f"cannot write {target}: {reason}; an existing file is unchanged"
         ) from error

@@ -37,7 +37,7 @@ def parse_json(data: bytes, *, max_entries: int = MAX_ENTRIES) -> Any:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except UnicodeEncodeError as error:
-        raise ValueError("it holds half of a character (a lone surrogate)") from error
+        raise ValueError("it contains half of a character (a lone surrogate)") from error
     return content
 
 
@@ -51,7 +51,9 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_entries: int = MAX_
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise ValueError(f"more than {max_bytes // 2**20} MiB, far larger than such a file is")
+        raise ValueError(
+            f"more than {max_bytes // 2**20} MiB, far larger than such a file should be"
+        )
     return parse_json(data, max_entries=max_entries)
 
 
@@ -66,7 +68,9 @@ def read_object(path: Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); get it again") from error
+        raise CheckpointError(
+            f"{path}: not readable as JSON ({error}); download it again"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; get it again")
+        raise CheckpointError(f"{path}: not a JSON object; download it again")
     return content

@@ -145,10 +145,10 @@ def test_a_folder_that_one_stands_in_is_not_replaced(
         (atomic_file, "file/x", "file is not a folder"),
         (atomic_folder, "file", "a file of that name is there"),
         (atomic_folder, "file/x", "file is not a folder"),
-        (atomic_file, "x" * 250, "File name too long; what was there is untouched"),
-        (atomic_folder, "x" * 250, "File name too long; what was there is untouched"),
-        (atomic_file, "/proc/no/such", "what was there is untouched"),
-        (atomic_folder, "/proc/no/such", "what was there is untouched"),
+        (atomic_file, "x" * 250, "File name too long; an existing file is unchanged"),
+        (atomic_folder, "x" * 250, "File name too long; an existing file is unchanged"),
+        (atomic_file, "/proc/no/such", "an existing file is unchanged"),
+        (atomic_folder, "/proc/no/such", "an existing file is unchanged"),
         (atomic_folder, "/", "name a folder in it"),
     ],
 )
@@ -219,7 +219,8 @@ def test_a_disk_that_fills_up_leaves_the_target_untouched(tmp_path: Path) -> Non
     )
     reason = os.strerror(errno.EFBIG)
     assert finished.stdout.splitlines() == [
-        f"cannot write {name}: {reason}; what was there is untouched" for name in ("file", "folder")
+        f"cannot write {name}: {reason}; an existing file is unchanged"
+        for name in ("file", "folder")
     ], finished.stderr
     assert content(tmp_path) == {"file": "old", "folder/weights": "old"}
 

@@ -29,7 +29,7 @@ CLASSIC = """
 
 @pytest.fixture
 def files(tmp_path):
-    """Numbered labels, as the course has them: train, dev, an unlabelled test, and names."""
+    """Numbered labels, as the course has them: train, dev, an unlabeled test, and names."""
     number = {"bad": 0, "good": 1}
     for name, n, seed in (("train", 24, 0), ("dev", 8, 1)):
         rows = [(number[label], text) for label, text in examples(n, seed=seed)]

@@ -105,7 +105,7 @@ def read_header(path: Path) -> GGUFHeader:
 
     Raises:
         CheckpointError: it cannot be read, is no GGUF file, is big-endian or of another version,
-            is cut off, or contradicts itself.
+            is truncated or inconsistent.
     """
     try:
         with path.open("rb") as file:
@@ -136,7 +136,7 @@ class _Parser:
         n_tensors = self.count("tensors", min_bytes=24)  # name, n_dims, one dim, type, offset
         n_fields = self.count("key/value pairs", min_bytes=13)  # key, type, value
         if n_fields > MAX_FIELDS or n_tensors > MAX_TENSORS:
-            self.fail(f"announces {n_fields} keys and {n_tensors} tensors; it is damaged")
+            self.fail(f"announces {n_fields} keys and {n_tensors} tensors; the file is damaged")
         fields: dict[str, Any] = {}
         for _ in range(n_fields):
             key = self.string()
@@ -178,8 +178,8 @@ class _Parser:
                 self.fail(f"places the tensor {info.name!r} off its alignment of {alignment}")
             if offset + info.n_bytes > self.size:
                 self.fail(
-                    f"is cut off: the tensor {info.name!r} ends at byte {offset + info.n_bytes}, "
-                    f"the file at {self.size}; fetch it again"
+                    f"is truncated: the tensor {info.name!r} ends at byte {offset + info.n_bytes}, "
+                    f"the file at {self.size}; download it again"
                 )
             if info.name in tensors:
                 self.fail(f"has the tensor {info.name!r} twice")
@@ -223,7 +223,7 @@ class _Parser:
         """A count of things that take `min_bytes` each at the least, and so must fit the rest."""
         count = self.u64()
         if count * min_bytes > self.size - self.offset:
-            self.fail(f"is cut off or damaged: it announces {count} {of_what}; fetch it again")
+            self.fail(f"is truncated or damaged: it announces {count} {of_what}; download it again")
         return count
 
     def array_len(self, min_bytes: int) -> int:
@@ -268,7 +268,7 @@ class _Parser:
         return start
 
     def fail_cut(self) -> NoReturn:
-        self.fail(f"is cut off inside its header (at byte {self.size}); fetch it again")
+        self.fail(f"is truncated in its header (at byte {self.size}); download it again")
 
     def fail(self, what: str) -> NoReturn:
         raise CheckpointError(f"{self.path} {what}")

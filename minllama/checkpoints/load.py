@@ -207,16 +207,16 @@ def load_weights(
         checkpoint: where they are.
         dtype: of what is computed with; None for what suits the device.
         device: None for the GPU where there is one.
-        quantize: a word of `QUANTIZE`: matrices become quantised modules, which take the place of
+        quantize: a word of `QUANTIZE`: matrices become quantized modules, which take the place of
             the linear layers and embeddings of the same names. Or "auto": `best_form`, where no
             dtype is given.
 
     Returns:
-        The word of `QUANTIZE` by which matrices became quantised modules; None where none did.
+        The word of `QUANTIZE` by which matrices became quantized modules; None where none did.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, misshapen (all are listed, with both
-            shapes) or hold NaN or infinity; or it is no language model.
+            shapes) or hold NaN or infinity; or so it is not a language model.
     """
     device = usable_device(device)
     if quantize == "auto":
@@ -249,7 +249,7 @@ def load_weights(
         # A conversion makes a tensor of our own; otherwise it may still be the file itself.
         state[name] = stored.to(device=device, dtype=dtype)
         _check_finite(name, stored, state[name], checkpoint)
-    # Names and shapes are checked already; what is quantised is not in the state.
+    # Names and shapes are checked already; what is quantized is not in the state.
     module.load_state_dict(state, assign=True, strict=quantize is None)
     for name, made in parts.items():
         replace_by_quantized(module, name, made.to(device), dtype)
@@ -270,14 +270,14 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
     """Compare a checkpoint's tensors with the names and shapes that a module has.
 
     Raises:
-        CheckpointError: one line that lists every difference; or it is no language model.
+        CheckpointError: one line that lists every difference; or so it is not a language model.
     """
     checkpoint.check_language_model()
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     if problems := differences(found, expected):
         raise CheckpointError(
             f"{checkpoint.path}: its tensors disagree with its config: {listed(problems)}; "
-            "the file is incomplete or its config is of another model"
+            "the file is incomplete, or its config is from another model"
         )
 
 
@@ -288,13 +288,14 @@ def _check_finite(name: str, stored: Tensor, tensor: Tensor, checkpoint: Checkpo
     if not all(map(torch.isfinite, extremes)):
         if bad := int((~torch.isfinite(stored)).sum()):
             raise CheckpointError(
-                f"{checkpoint.path}: {name} holds {bad} NaN or infinite of {tensor.numel()} "
-                "numbers; the file is damaged or its training diverged; download or train it again"
+                f"{checkpoint.path}: {name} has {bad} NaN or infinite values of "
+                f"{tensor.numel()}; the file is damaged or its training diverged; download or "
+                "train it again"
             )
         if bad := int((~torch.isfinite(tensor)).sum()):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{checkpoint.path}: {kind} cannot hold {bad} of the numbers of {name}; "
+                f"{checkpoint.path}: {kind} cannot represent {bad} values of {name}; "
                 "use bfloat16 or float32"
             )
 
@@ -312,8 +313,8 @@ def usable_device(device: torch.device | str | None) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either where CUDA is absent
         raise MinllamaError(
-            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0][:120]}); "
-            "use cpu, cuda or mps, whichever this machine has"
+            f"device {str(device)!r} is not usable on this machine "
+            f"({str(error).splitlines()[0][:120]}); use one that it has of cpu, cuda and mps"
         ) from error
 
 
@@ -323,8 +324,6 @@ def _usable_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise MinllamaError(
-            f"dtype {dtype!r} is none that a model runs in; use float32 or bfloat16"
-        )
+        raise MinllamaError(f"dtype {dtype!r} is not supported; use float32 or bfloat16")
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -82,7 +82,7 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
         return _default_model()
     name = os.fspath(source)
     if not name:
-        raise CheckpointError(f"the name of the model is empty; name a path, or {EXAMPLE_ID}")
+        raise CheckpointError(f"the model name is empty; name a path, or {EXAMPLE_ID}")
     try:
         path = Path(name).expanduser()
         if path.exists():
@@ -95,7 +95,7 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
     hub_model = _parsed(name) if isinstance(source, str) else None
     if hub_model is None:
         raise CheckpointError(
-            f"{_shown(name)}: no such file or folder; name a checkpoint's path, or a Hugging Face "
+            f"{_shown(name)}: no such file or folder; name a checkpoint's path or a Hugging Face "
             f"id such as {EXAMPLE_ID}"
         )
     try:
@@ -144,7 +144,7 @@ def _default_model() -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         if (path := Path(folder) / DEFAULT_FILE).is_file():
             return path
-    raise CheckpointError(f"the default model is not installed; bring it with: {DEFAULT_COMMAND}")
+    raise CheckpointError(f"the default model is not installed; install it with: {DEFAULT_COMMAND}")
 
 
 def _parsed(name: str) -> HubModel | None:
@@ -249,14 +249,14 @@ def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
             return hub_model.file
         alike = sorted(file for file in files if file.endswith(Path(hub_model.file).suffix))
         raise CheckpointError(
-            f"{hub_model}: holds no file {hub_model.file}; name {_listed(hub_model, alike)}"
+            f"{hub_model}: has no file {hub_model.file}; name {_listed(hub_model, alike)}"
         )
     if _folder_files(files):
         return None
     ggufs = sorted(file for file in files if file.endswith(".gguf"))
     if not ggufs:
         raise CheckpointError(
-            f"{hub_model}: the repository holds no weights that minllama reads (model.safetensors, "
+            f"{hub_model}: the repository has no weights that minllama reads (model.safetensors, "
             "pytorch_model.bin, adapter_model.safetensors, consolidated.00.pth, *.gguf); name "
             "another"
         )
@@ -264,7 +264,7 @@ def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
         return ggufs[0]
     if len(ggufs) > 1:
         raise CheckpointError(
-            f"{hub_model}: holds several GGUF files; name {_listed(hub_model, ggufs)}"
+            f"{hub_model}: contains several GGUF files; name {_listed(hub_model, ggufs)}"
         )
     return ggufs[0]
 

@@ -130,12 +130,12 @@ def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     if config.n_layers > len(layers):
         raise CheckpointError(
-            f"the config says {config.n_layers} layers, the tensors are of {len(layers)}; "
+            f"the config has {config.n_layers} layers, but there are tensors of {len(layers)}; "
             "the file is incomplete"
         )
     if config.n_layers > MAX_LAYERS:
         raise CheckpointError(
-            f"{config.n_layers} layers are above the limit of {MAX_LAYERS}; its config is damaged"
+            f"{config.n_layers} layers exceed the limit of {MAX_LAYERS}; its config is damaged"
         )
     widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     sizes = {
@@ -147,10 +147,10 @@ def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None
     for name, size in sizes.items():
         if size > widest:
             raise CheckpointError(
-                f"the config says {name} {size}, and no tensor is wider than {widest}; "
-                "its config is of another model"
+                f"the config has {name} {size}, but no tensor is wider than {widest}; its config "
+                "is of another model"
             )
     if config.max_seq_len > MAX_CONTEXT:
         raise CheckpointError(
-            f"a context of {config.max_seq_len} tokens is above the limit of {MAX_CONTEXT}"
+            f"a context of {config.max_seq_len} tokens exceeds the limit of {MAX_CONTEXT}"
         )

@@ -98,9 +98,9 @@ class Checkpoint:
         """
         if self.head is not None:
             raise CheckpointError(
-                f"{self.path}: a sequence classifier ({SEQUENCE_CLASSIFIER}), whose head gives "
-                "labels and no next token; open it with `minllama classify`, `minllama evaluate` "
-                "or load_classifier()"
+                f"{self.path}: a sequence classifier ({SEQUENCE_CLASSIFIER}), whose head "
+                "predicts labels instead of tokens; open it with `minllama classify`, `minllama "
+                "evaluate` or load_classifier()"
             )
 
     def without_head(self) -> "Checkpoint":

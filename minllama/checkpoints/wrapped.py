@@ -47,7 +47,7 @@ def inner_state_dict(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]
             raise CheckpointError(f"{path}: {_unclear(values, list(inner))}")
         found = inner[usual[0]]
         if not all(isinstance(key, str) for key in found):
-            raise CheckpointError(f"{path}: its {usual[0]!r} has keys that are no names of tensors")
+            raise CheckpointError(f"{path}: its {usual[0]!r} has keys that are not tensor names")
         values = found
     return values
 

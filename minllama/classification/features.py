@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from minllama.classification.base import evaluating
-from minllama.classification.embedding import LlamaEmbeddingClassifier, Pooling, normalised, pool
+from minllama.classification.embedding import LlamaEmbeddingClassifier, Pooling, normalized, pool
 from minllama.classification.label_scoring import padded
 from minllama.data.texts import checked_texts
 from minllama.engine.packing import layer_states
@@ -94,7 +94,7 @@ def extract_features(
             mask = None if mask is None else mask.to(llama.device)
             for layer, h in enumerate(layer_states(llama, ids, attention_mask=mask)):
                 if layer in by_layer:
-                    h = normalised(llama, h, layer)
+                    h = normalized(llama, h, layer)
                     for pooling in by_layer[layer]:
                         features[layer, pooling][indices] = pool(h, mask, pooling).cpu().numpy()
                 if layer == max(by_layer):

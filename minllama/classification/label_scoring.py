@@ -98,10 +98,10 @@ def compute_label_scores(
     )
     hidden = llama.norm(h)  # (M, D): where a token of a label is predicted
     parts = [llama.compute_logits(h).float().logsumexp(-1) for h in hidden.split(MAX_LOGITS)]
-    normalisers = torch.cat(parts)  # (M,)
+    normalizers = torch.cat(parts)  # (M,)
     tokens = layout.tokens.to(device)  # (K, 3)
     chosen = _token_logits(llama, hidden[tokens[:, 0]], tokens[:, 1])  # (K,)
-    log_probs = chosen - normalisers[tokens[:, 0]]
+    log_probs = chosen - normalizers[tokens[:, 0]]
     n_labels = len(prompts[0].continuations)
     scores = log_probs.new_zeros(len(prompts) * n_labels).index_add(0, tokens[:, 2], log_probs)
     return scores.view(-1, n_labels)  # (B, C)

@@ -34,7 +34,9 @@ def decide(
         given = given_options(names)
         if given:
             flags = flags_of(name for name in names if name in given)
-            raise OptionError(f"{flags}: only for classes, and this classifier predicts numbers; omit it")
+            raise OptionError(
+                f"{flags}: only for classes, and this classifier predicts numbers; omit it"
+            )
         return
     kind: Any = {"multi_label": classifier.multi_label, "own": classifier.decision}
     classifier.decide_by(fixed_thresholds(options, classifier.labels, **kind))

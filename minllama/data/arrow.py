@@ -57,7 +57,7 @@ def parquet_table(path: Path, name: str) -> Table:
         import pyarrow as pa
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"{name}: Parquet needs pyarrow; bring it with: {INSTALL}") from error
+        raise DataError(f"{name}: Parquet needs pyarrow; install it with: {INSTALL}") from error
 
     def refusal(error: Exception) -> DataError:
         return DataError(f"{name}: damaged, or no Parquet file ({_first_line(error)})")
@@ -113,8 +113,8 @@ def hub_table(hub_dataset: HubDataset, name: str) -> Table:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{name}: no such file here, and data sets of the Hugging Face hub need datasets; "
-            f"bring it with: {INSTALL}"
+            f"{name}: no such file, and Hugging Face datasets need the library datasets; install "
+            f"it with: {INSTALL}"
         ) from error
     quiet = not sys.stderr.isatty() and not datasets.utils.are_progress_bars_disabled()
     if quiet:
@@ -152,7 +152,7 @@ def _load_split(hub_dataset: HubDataset, name: str) -> Any:
         splits = datasets.get_dataset_split_names(repo, config, revision=revision)
         if len(splits) != 1:
             raise DataError(
-                f"{name}: has the splits {listed(splits)}; name one, as in "
+                f"{name}: has the splits {listed(splits)}; choose one, such as "
                 f"{hub_dataset.with_split(splits[0] if splits else 'train')}"
             )
         split = splits[0]

@@ -44,7 +44,7 @@ def class_text(value: Any) -> str | None:
                 value.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(
-                    f"label {shown(value)} holds half a character (a lone surrogate)"
+                    f"label {shown(value)} contains half of a character (a lone surrogate)"
                 ) from error
             return value.strip() or None
         case bool():

@@ -144,7 +144,7 @@ def _asked(
     if asked is not None and asked not in columns:
         hint = f"; {header}" if header else ""
         raise DataError(
-            f"{name}: has no column {asked!r}; give --{what}-column one of {listed(columns)}{hint}"
+            f"{name}: no column {asked!r}; set --{what}-column to one of {listed(columns)}{hint}"
         )
     return asked
 

@@ -138,7 +138,7 @@ def _not_csv(message: str, taken: list[str], separator: str) -> tuple[int, str, 
     if message.startswith("new-line character"):
         return 0, "a carriage return outside quotes (lines must end with LF or CRLF)", whole
     opened, is_another = _unclosed_quote(taken, separator)
-    unclosed = "a quote is opened and never closed"
+    unclosed = "a quote is not closed"
     if message.startswith("field larger"):
         unclosed = f"a cell of more than {MAX_LINE_BYTES:,} characters; is a quote not closed?"
     elif not message.startswith("unexpected end") and not (is_another and opened < whole - 1):
@@ -292,7 +292,7 @@ def _table_with_header(lines: Lines, rows: Rows) -> Table:
         raise DataError("; ".join([f"{lines.name}, line {number}: {header}", *lines.remedies]))
     columns = [name.strip() for name in header]
     if any("\0" in name for name in columns):
-        raise DataError(f"{lines.name}: holds NUL characters; is it UTF-16, or no text?")
+        raise DataError(f"{lines.name}: contains NUL characters; is it UTF-16, or not a text file?")
     records = _records(lines.name, rows, columns, "the first line")
     names = "text,label,... (a name for each column)"
     cells, option = columns, ""
@@ -337,8 +337,8 @@ def _records(
             names = [cell.strip().lower() for cell in cells]
             if has_header and names != header and set(names) == set(header):
                 raise DataError(
-                    f"{name}, line {number}: names the columns in another order than the first "
-                    "line; put files together by column, or read them one by one"
+                    f"{name}, line {number}: has the column names in a different order than the "
+                    "first line; concatenate files by column, or read them separately"
                 )
             remedy = (
                 ""

@@ -58,7 +58,7 @@ def encoding_of(head: bytes, asked: str | None, name: str) -> str:
         return f"{asked}-{_byte_order(head, 2 if asked == 'utf-16' else 4)}"
     if family not in ("utf-16", "utf-32") and (wide := _wide_text(head)):
         raise DataError(
-            f"{name}: is {wide.upper()} without its mark; read it with --encoding {wide}"
+            f"{name}: is {wide.upper()} without a byte order mark; read it with --encoding {wide}"
         )
     return asked or UTF_8
 
@@ -147,8 +147,8 @@ class _Utf8Check:
             self._missing -= sum(char > "\x7f" for char in text)
         if not data and self._missing <= 0:
             raise DataError(
-                f"{self._name}: is UTF-8 by all of its bytes, not {self._encoding}; leave out "
-                "--encoding, and convert other files of the command that need it"
+                f"{self._name}: is valid UTF-8, not {self._encoding}; omit --encoding, and "
+                "convert other files that need it"
             )
 
 

@@ -274,7 +274,7 @@ class Examples:
         if reader.known is None and n > 1:
             reader.know([str(i) for i in range(n)])
         if reader.known is None:
-            raise ValueError("is no multi-hot vector of zeros and ones, such as [1, 0, 1]")
+            raise ValueError("is not a multi-hot vector of zeros and ones, such as [1, 0, 1]")
         names = reader.named_places()
         self._vector_names = reader.known if names is None else names
 
@@ -292,8 +292,8 @@ class Examples:
             self._has_lists = isinstance(value, list)
         if isinstance(value, list) and not self._has_lists and not self._many:
             raise ValueError(
-                "a list of labels, where rows before it have one label each; --multi-label takes "
-                "several for every row"
+                "a list of labels, but earlier rows have one label each; use --multi-label to "
+                "allow several"
             )
 
     def dataset(self, name: str, remedies: Sequence[str] = ()) -> Dataset:
@@ -368,10 +368,10 @@ class Examples:
         if vectors and not is_surely_a_vector(vectors):
             first, place = self._held[0][2], self._held[0][0].place
             raise DataError(
-                f"{name}: its lists of 0 and 1 may be read in two ways: {shown(first)} of {place} "
-                "has both labels 0 and 1; or it is a multi-hot vector with a place for each label, "
-                f"and has label {vectors[0].index(1)} alone; say --label-lists labels, or "
-                "--label-lists multi-hot (and --label-names FILE with the names of the places)"
+                f"{name}: lists of 0 and 1 are ambiguous: {shown(first)} in {place} has both "
+                "labels 0 and 1, or is a multi-hot vector with only label "
+                f"{vectors[0].index(1)}; give --label-lists labels, or --label-lists multi-hot "
+                "(with --label-names FILE for the names)"
             )
         if vectors:
             self._has_vectors = True
@@ -517,8 +517,10 @@ def check_text(text: str) -> None:
     if not text.strip():
         raise ValueError("the text is empty")
     if "\0" in text:
-        raise ValueError("the text holds a NUL character (is the file UTF-16, or no text?)")
+        raise ValueError(
+            "the text contains a NUL character (is the file UTF-16, or not a text file?)"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("the text holds half a character (a lone surrogate)") from error
+        raise ValueError("the text contains half of a character (a lone surrogate)") from error

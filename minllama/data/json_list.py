@@ -139,7 +139,7 @@ def _objects(text: _Text) -> Iterator[RawRow]:
         next_character = text.skip_blank()
         if is_list and next_character != "]":
             if next_character != ",":
-                raise _wrong(text, line, "no comma or ] after this object of the list")
+                raise _wrong(text, line, "no comma or ] after this object")
             text.at += 1
             next_character = text.skip_blank()
             if next_character in ("", "]"):
@@ -150,7 +150,7 @@ def _objects(text: _Text) -> Iterator[RawRow]:
             raise _wrong(text, line, f"not JSON (Expecting value at character {column})")
         text.at += 1
         if text.skip_blank():
-            raise DataError(f"{text.name}: more text after the end of the list")
+            raise DataError(f"{text.name}: extra data after the end of the list")
 
 
 def _value(text: _Text) -> object:

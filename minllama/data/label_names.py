@@ -51,7 +51,7 @@ def names_of_option(text: str, flag: str) -> list[str]:
             names = [class_text(item) or "" for item in items]
     except ValueError as error:
         raise OptionError(
-            f"{flag} {error}; quote a name that holds a comma as in CSV, or write a JSON list"
+            f"{flag} {error}; quote a name that contains a comma as in CSV, or write a JSON list"
         ) from error
     return checked_names(names, f"{flag} {shown(text)}")
 
@@ -63,9 +63,9 @@ def checked_names(names: list[str], where: str) -> list[str]:
         OptionError: one is.
     """
     if not names or not all(name.strip() for name in names):
-        raise OptionError(f"{where} holds an empty name; each must be one or more words, not blank")
+        raise OptionError(f"{where} contains an empty name; names must not be blank")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise OptionError(f"{where}: {listed(twice)} is there twice; names must be different")
+        raise OptionError(f"{where}: {listed(twice)} is given twice; names must be distinct")
     return names
 
 
@@ -86,7 +86,7 @@ def read_labels_file(path: str | os.PathLike[str], encoding: str | None = None) 
     if start and start in "[{" and not is_list_of_lists:
         return list(_names_of_json(text, name).values())
     if not lines:
-        raise DataError(f"{name}: names no class; write a name on each line, or a JSON list")
+        raise DataError(f"{name}: no class names; write one per line, or a JSON list")
     try:
         return checked_names(lines, name)
     except OptionError as error:
@@ -169,21 +169,21 @@ def _checked_names(content: Any, where: str) -> LabelNames:
             pairs = [(int(number.partition(".")[0]), name) for number, name in content.items()]
             codes = {key: name for key, name in content.items() if whole_number(key) is None}
         case _:
-            raise DataError(f"{where}: does not name classes; write {form}")
+            raise DataError(f"{where}: no class names; write {form}")
     if wrong := [name for _, name in pairs if not isinstance(name, str) or not name.strip()]:
         raise DataError(f"{where}: {shown(wrong[0])} is not a name; write {form}")
     numbers = LabelNames((number, name.strip()) for number, name in sorted(pairs, key=_first))
     numbers.codes = {code: name.strip() for code, name in codes.items()}
     if not numbers:
-        raise DataError(f"{where}: names no class; write {form}")
+        raise DataError(f"{where}: no class names; write {form}")
     if len(numbers) < len(pairs) or len(set(numbers.values())) < len(pairs):
-        raise DataError(f"{where}: has a name or a number twice")
+        raise DataError(f"{where}: contains a name or a number twice")
     for number, name in numbers.items():
         other = whole_number(name)
         if other is not None and numbers.get(other, name) != name:
             raise DataError(
-                f"{where}: number {number} is called {name!r}, which is the number of another "
-                "class; call them otherwise"
+                f"{where}: class {number} is named {name!r}, which is the number of another "
+                "class; rename it"
             )
     return numbers
 

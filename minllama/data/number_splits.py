@@ -30,8 +30,8 @@ def random_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset,
     texts = list(dict.fromkeys(dataset.texts))
     if len(texts) < 2:
         raise DataError(
-            f"{dataset.source}: there are no two different texts, so none can be set aside for "
-            "evaluation; give a --dev file"
+            f"{dataset.source}: all texts are equal, so none can be held out for evaluation; "
+            "give a --dev file"
         )
     n_aside = min(max(1, round(fraction * len(texts))), len(texts) - 1)
     aside = set(random.Random(seed).sample(texts, n_aside))
@@ -55,8 +55,8 @@ def check_number_splits(
     """
     if len(set(train.targets)) < 2:
         raise DataError(
-            f"{train.source}: every row has the number {train.targets[0]:g}; a regression needs "
-            "examples of different numbers"
+            f"{train.source}: every row has the number {train.targets[0]:g}; regression needs "
+            "different numbers"
         )
     notices = _conflicts(train)
     earlier = [train]

@@ -66,11 +66,11 @@ def refuse_binary(head: bytes, name: str) -> None:
     start = head[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<script")):
         raise DataError(
-            f"{name}: is a web page (HTML), perhaps of an error or a log-in; download the file "
-            "itself, not the page that shows it"
+            f"{name}: is a web page (HTML), perhaps an error or login page; download the file "
+            "itself"
         )
     if start.startswith(b"<?xml"):
-        raise DataError(f"{name}: is XML; give its texts as rows of a CSV or JSONL file")
+        raise DataError(f"{name}: is XML; convert it to CSV or JSONL")
 
 
 def _zip(head: bytes, name: str) -> DataError:
@@ -120,7 +120,7 @@ def refuse_other_labels(
     remedy = _remedy_for_labels(lines, name, compressed=compressed)
     remedy += f"; {advice}" if advice else ""
     raise DataError(
-        f"{name}: its first line is {seen(lines[0])}, and lines of 'label ||| sentence' are "
+        f"{name}: the first line is {seen(lines[0])}, but lines of 'label ||| sentence' are "
         f"expected; {remedy}"
     )
 
@@ -218,7 +218,7 @@ def refuse_other_json(line: str, name: str, *, compressed: bool) -> None:
     where = {"rows": f"its rows are in {key!r}"}.get(kind, "it holds a column in each value")
     program = f"import gzip, json, sys; d = {open_it}; [print(json.dumps(r)) for r in {rows}]"
     raise DataError(
-        f"{name}: begins with {seen(line.lstrip()[:80])}, where one object a row is expected; "
+        f"{name}: begins with {seen(line.lstrip()[:80])}, but one object per row is expected; "
         f"{where}: convert it with: python -c {shlex.quote(program)} {quoted(name)} > new.jsonl"
     )
 

@@ -46,14 +46,14 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
             aside |= set(draw.sample(texts, n_aside))
     if not aside:
         raise DataError(
-            f"{dataset.source}: no class has two different texts, so none can be set aside for "
+            f"{dataset.source}: no class has two different texts, so none can be held out for "
             "evaluation; give a --dev file"
         )
     _keep_one_of_each(dataset, aside)
     if not aside:
         raise DataError(
-            f"{dataset.source}: each text is the only one of a label, so none can be set aside for "
-            "evaluation; give a --dev file"
+            f"{dataset.source}: each text is the only one with its label, so none can be held "
+            "out for evaluation; give a --dev file"
         )
     rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
     dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
@@ -107,7 +107,9 @@ def sample_balanced(dataset: Dataset, n: int, seed: int) -> Dataset:
     """
     assert dataset.labels is not None
     if len(dataset) < n:
-        raise DataError(f"{dataset.source}: {n} examples are asked for and it has {len(dataset)}")
+        raise DataError(
+            f"{dataset.source}: {n} examples were requested, but it has only {len(dataset)}"
+        )
     draw = random.Random(seed)
     left: defaultdict[int, list[int]] = defaultdict(list)
     for index in draw.sample(range(len(dataset)), len(dataset)):
@@ -140,8 +142,8 @@ def check_splits(
     if sum(count > 0 for count in counts) < 2 and not train.multi_label:
         only = train.label_names[counts.index(max(counts))]
         raise DataError(
-            f"{train.source}: every row has the label {only!r}; "
-            "a classifier needs examples of two classes at least"
+            f"{train.source}: every row has the label {only!r}; a classifier needs examples of "
+            "at least two classes"
         )
     if not any(counts):
         raise DataError(f"{train.source}: no row has a label")
@@ -180,11 +182,12 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
         one, several = "one label to each text", "lists of labels"
         of_train, of_split = (several, one) if train.multi_label else (one, several)
         raise DataError(
-            f"{split.source}: gives {of_split} and {train.source} {of_train}; write both alike"
+            f"{split.source}: has {of_split}, but {train.source} has {of_train}; use the same "
+            "kind in both"
         )
     if split.label_names != train.label_names:
         raise DataError(
-            f"{split.source}: its labels ({listed(split.label_names)}) are not those of "
+            f"{split.source}: its labels ({listed(split.label_names)}) differ from those of "
             f"{train.source} ({listed(train.label_names)})"
         )
     strange = Counter(
@@ -195,8 +198,8 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
     )
     if strange:
         raise DataError(
-            f"{split.source}: rows with labels of which {train.source} has no example: "
-            f"{strange.total()} ({listed(sorted(strange))}); add some, or leave these rows out"
+            f"{split.source}: {strange.total()} rows have labels without examples in "
+            f"{train.source} ({listed(sorted(strange))}); add examples, or remove these rows"
         )
 
 

@@ -37,7 +37,7 @@ def checked_texts(texts: Any, what: str = "texts") -> list[str]:
     if wrong:
         told = ", ".join(f"{what}[{i}] is {_named(values[i])}" for i in wrong[:MAX_SHOWN])
         more = f" and {len(wrong) - MAX_SHOWN} more" if len(wrong) > MAX_SHOWN else ""
-        raise DataError(f"{told}{more}: no string; give a text in its place, or leave it out")
+        raise DataError(f"{told}{more}: not a string; give a text instead, or omit it")
     return values
 
 

@@ -70,8 +70,8 @@ class _Unpacked(io.RawIOBase):
         self._size += len(data)
         if self._size > max(UNPACKED_FREELY, MAX_RATIO * self._packed.size):
             raise DataError(
-                f"{self._name}: unpacks to more than {MAX_RATIO} times its size; where that is "
-                f"meant, unpack it first: gunzip -k {quoted(self._name)}"
+                f"{self._name}: unpacks to more than {MAX_RATIO} times its size; if that is "
+                f"intended, unpack it first: gunzip -k {quoted(self._name)}"
             )
         buffer[: len(data)] = data
         return len(data)

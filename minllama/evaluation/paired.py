@@ -73,13 +73,13 @@ def compare(first: Evaluation, second: Evaluation) -> Paired:
     one, two = first.rows, second.rows
     if first.label_names != second.label_names or first.multi_label != second.multi_label:
         raise MinllamaError(
-            "cannot compare row by row: the evaluations are of other classes; evaluate both with "
-            "the same label names, in one order"
+            "cannot compare row by row: the evaluations have different classes; evaluate both "
+            "with the same label names in the same order"
         )
     if not np.array_equal(one.gold, two.gold):
         raise MinllamaError(
-            "cannot compare row by row: the evaluations are of other rows; evaluate both on the "
-            "same texts, in one order"
+            "cannot compare row by row: the evaluations have different rows; evaluate both on "
+            "the same texts in the same order"
         )
     only_first = int((one.right & ~two.right).sum())
     only_second = int((two.right & ~one.right).sum())

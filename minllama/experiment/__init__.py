@@ -1,4 +1,4 @@
-"""From files of labelled texts to an evaluated classifier in a folder: what the doors call.
+"""From files of labeled texts to an evaluated classifier in a folder: what the doors call.
 
 `splits` reads and checks the data, `fitting` makes and trains the classifier, `measuring`
 evaluates it beside its baselines, `uses` tells which options take effect, `run` does all of it.

@@ -75,15 +75,15 @@ def open_other(other: str, split: Dataset, *, loading: Mapping[str, Any]) -> Oth
         classifier = load_classifier(path, **loading)
         if classifier.scale is not None:
             raise MinllamaError(
-                f"{other}: gives numbers, and the classifier that it is compared with classes; "
-                "compare two of a kind"
+                f"{other}: predicts numbers, but the other classifier predicts classes; compare "
+                "classifiers of the same kind"
             )
         matched = _matched(other, classifier.labels, classifier.multi_label, split)
         return Other(other, lambda progress: _predicted(classifier, split, matched, progress))
     if not path.is_file():
         raise DataError(
-            f"{other}: no such file or folder; name the folder of a classifier, or predictions "
-            "that evaluate or classify wrote as lines of JSON"
+            f"{other}: no such file or folder; name a classifier's folder, or predictions that "
+            "evaluate or classify wrote as JSON Lines"
         )
     read = _read(other, split)
     return Other(other, lambda progress: read)
@@ -94,8 +94,8 @@ def _matched(other: str, labels: Sequence[str], multi_label: bool, split: Datase
     if multi_label != split.multi_label:
         kinds = "one label", "any number of labels"
         raise MinllamaError(
-            f"{other}: gives a text {kinds[multi_label]}, and the classifier that it is compared "
-            f"with {kinds[not multi_label]}; compare two of a kind"
+            f"{other}: predicts {kinds[multi_label]} per text, but the other classifier "
+            f"{kinds[not multi_label]}; compare classifiers of the same kind"
         )
     called = same_classes(split.label_names, labels)
     if called is not None:
@@ -104,8 +104,8 @@ def _matched(other: str, labels: Sequence[str], multi_label: bool, split: Datase
     adds = [name for name in labels if name not in split.label_names]
     parts = [f"lacks {listed(lacks)}"] * bool(lacks) + [f"has {listed(adds)}"] * bool(adds)
     raise MinllamaError(
-        f"{other}: its classes are others: it {' and '.join(parts)}; classes are matched by "
-        "name, so compare classifiers that were trained with the same names"
+        f"{other}: different classes: it {' and '.join(parts)}; compare classifiers that were "
+        "trained with the same class names"
     )
 
 
@@ -145,7 +145,7 @@ def _read(other: str, split: Dataset) -> Predicted:
                 predicted[i, numbers[name]] = True
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{other}: row {i + 1} has other classes than rows before it ({error}); {REMEDY}"
+                f"{other}: row {i + 1} has different classes than earlier rows ({error}); {REMEDY}"
             ) from error
     return p, predicted
 
@@ -166,9 +166,9 @@ def _rows(other: str) -> Iterator[dict[str, Any]]:
                 is_row = False
             if not is_row:
                 raise DataError(
-                    f"{other}: line {number} is no prediction (JSON with text, label and "
-                    "probabilities); give what evaluate wrote as predictions.jsonl, or classify "
-                    "as lines of JSON"
+                    f"{other}: line {number} is not a prediction (JSON with text, label and "
+                    "probabilities); give predictions.jsonl of evaluate, or JSON Lines of "
+                    "classify"
                 )
             yield row
 

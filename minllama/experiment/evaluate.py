@@ -140,7 +140,9 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete it, or bring it back") from error
+        raise CheckpointError(
+            f"{path}: damaged ({error}); delete it, or restore the original"
+        ) from error
 
 
 def saved_verdicts(folder: Path) -> dict[str, str]:
@@ -156,7 +158,9 @@ def saved_verdicts(folder: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete it, or bring it back") from error
+        raise CheckpointError(
+            f"{path}: damaged ({error}); delete it, or restore the original"
+        ) from error
     return {name: verdict for name, verdict in said.items() if verdict and isinstance(verdict, str)}
 
 

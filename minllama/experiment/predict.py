@@ -115,7 +115,7 @@ def check_format(classifier: Classifier, output_format: str) -> None:
         is_listed = classifier.multi_label and "," in label
         if SEPARATOR in label or len(label.splitlines()) > 1 or is_listed:
             raise OptionError(
-                f"the label {label!r} cannot stand in a line of 'label {SEPARATOR} text'; "
+                f"the label {label!r} cannot be written in lines of 'label {SEPARATOR} text'; "
                 "use --output-format jsonl"
             )
 
@@ -159,9 +159,7 @@ def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) 
     """Refuse, before anything is computed, names of columns that none of the first rows has."""
     known = {name: None for row in rows for name in row.record}
     if missing := [name for name in columns if name not in (*known, ALL_COLUMNS)]:
-        raise DataError(
-            f"{source}: there is no column {listed(missing)} to keep; there are {listed(known)}"
-        )
+        raise DataError(f"{source}: no column {listed(missing)} to keep; there are {listed(known)}")
 
 
 def _carried(row: Row, columns: Sequence[str]) -> dict[str, Any]:

@@ -118,9 +118,9 @@ def check_header(names: Sequence[str]) -> None:
     """
     said = names[names.index(FIRST) :] if FIRST in names else ()
     if tuple(said[:2]) != (FIRST, "text") or "classifier" not in said:
-        raise ValueError("its columns are others")
+        raise ValueError("its columns differ")
     if len(set(names)) < len(names):
-        raise ValueError("it has a column twice")
+        raise ValueError("it has duplicate columns")
 
 
 def cell_of(value: Any) -> str:

@@ -77,7 +77,7 @@ class Experiment:
     """Everything that an experiment is made from.
 
     Attributes:
-        train, dev, test: sources of labelled texts.
+        train, dev, test: sources of labeled texts.
         output: the folder of the classifier and its report.
         model, tokenizer: sources of the base model; None for the default.
         dtype, device: None for what suits the method and the machine.
@@ -127,17 +127,16 @@ class Experiment:
             check_metric(self.training.metric, of_numbers=self.of_numbers)
         if self.classifier.method == "full" and self.dtype in HALF_NAMES:
             raise OptionError(
-                f"full training takes steps that {self.dtype} rounds away; leave --dtype away: "
-                "weights are float32 then, and multiplied in bfloat16 where the hardware is good "
-                "at it"
+                f"full training takes steps too small for {self.dtype}; omit --dtype to use "
+                "float32 weights (multiplied in bfloat16 where the hardware is fast at it)"
             )
         if self.quantize == "auto":
             return
         check_quantize(self.quantize)
         if self.quantize is not None and self.classifier.method == "full":
             raise OptionError(
-                f"full training changes all weights, which {self.quantize} cannot follow; leave "
-                "--quantize away, or use --method lora"
+                f"full training cannot update {self.quantize} weights; omit --quantize, or use "
+                "--method lora"
             )
 
 
@@ -188,7 +187,10 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outc
     method, is_asked = experiment.classifier.method, resume
     resume = check_output(experiment.output, method, resume=resume, force=force)
     if is_asked and not resume:
-        say.say(f"{experiment.output}: the run was cut before its first checkpoint; it begins anew")
+        say.say(
+            f"{experiment.output}: the run was interrupted before its first checkpoint; starting "
+            "from the beginning"
+        )
     check_libraries()
     if training.tensorboard:
         summary_writer()
@@ -247,8 +249,8 @@ def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
     options = experiment.classifier
     if multi_label and (options.method == "zero-shot" or options.objective == "label-words"):
         raise MinllamaError(
-            "label words choose one label; for texts with several use --method frozen, or lora or "
-            "full with --objective head"
+            "label words predict one label per text; for several use --method frozen, or lora "
+            "or full with --objective head"
         )
     check_ordinal(experiment.training.ordinal, multi_label=multi_label)
 

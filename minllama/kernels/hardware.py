@@ -72,8 +72,8 @@ def level_of(best: int) -> int:
         return best
     if assumed.level > best:
         raise OptionError(
-            f"{VARIABLE} states {LEVEL_WORDS[assumed.level]}, which this processor or the compiled "
-            f"part of minllama does not have; state at most {LEVEL_WORDS[best]}"
+            f"{VARIABLE} states {LEVEL_WORDS[assumed.level]}, which this processor or minllama's "
+            f"compiled code does not support; use at most {LEVEL_WORDS[best]}"
         )
     return assumed.level
 

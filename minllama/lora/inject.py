@@ -85,7 +85,7 @@ def attach_adapter(
     """
     check_adapter_name(adapter_name)
     if adapter_name in adapter_names(llama):
-        raise MinllamaError(f"an adapter {adapter_name!r} is there already; choose another name")
+        raise MinllamaError(f"there is already an adapter {adapter_name!r}; choose another name")
     _check_unmerged(llama)
     llama.requires_grad_(False)
     for name, of_layer in options.items():
@@ -156,7 +156,7 @@ def merge_lora(
     llama = llama_of(model)
     layers = _layers_or_error(llama)
     if is_merged(llama):
-        raise MinllamaError("the adapters are merged already; unmerge_lora() undoes it")
+        raise MinllamaError("the adapters are already merged; undo it with unmerge_lora()")
     _check_mergeable(layers)
     with _without_dropout(model), torch.no_grad():
         before = _logits(llama, sample)
@@ -203,7 +203,7 @@ def set_adapters(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, 
         if name not in known:
             raise MinllamaError(f"there is no adapter {name!r}; there are {', '.join(known)}")
         if not math.isfinite(share):
-            raise MinllamaError(f"the share of adapter {name!r} must be finite, not {share}")
+            raise MinllamaError(f"the weight of adapter {name!r} must be finite, not {share}")
     _check_unmerged(llama)
     for layer in layers.values():
         layer.active = {name: share for name, share in shares.items() if name in layer.adapters}
@@ -249,18 +249,20 @@ def llama_of(model: nn.Module) -> Llama:
     for module in model.modules():
         if isinstance(module, Llama):
             return module
-    raise MinllamaError(f"a {type(model).__name__} holds no Llama; give a Llama or a classifier")
+    raise MinllamaError(f"a {type(model).__name__} contains no Llama; give a Llama or a classifier")
 
 
 def _check_unmerged(llama: Llama) -> None:
     if is_merged(llama):
-        raise MinllamaError("adapters are merged into the weights; unmerge_lora() comes first")
+        raise MinllamaError("adapters are merged into the weights; call unmerge_lora() first")
 
 
 def _layers_or_error(llama: Llama) -> dict[str, LoRALayer]:
     if layers := lora_layers(llama):
         return layers
-    raise MinllamaError("the model has no adapters; add_lora_wrapper() or load_adapter() adds them")
+    raise MinllamaError(
+        "the model has no adapters; add one with add_lora_wrapper() or load_adapter()"
+    )
 
 
 def _check_mergeable(layers: Mapping[str, LoRALayer]) -> None:

@@ -221,7 +221,7 @@ class LoRALayer(nn.Module):
         """W + sum_i share_i * delta W_i, computed in float32 and rounded once to W's dtype.
 
         Raises:
-            MinllamaError: it holds NaN or infinity, or the base is quantised.
+            MinllamaError: it holds NaN or infinity, or the base is quantized.
         """
         check_trainable(self.base)
         weight = dense_weight(self.base)
@@ -231,7 +231,7 @@ class LoRALayer(nn.Module):
         if not torch.isfinite(weight).all():
             kind = str(weight.dtype).removeprefix("torch.")
             raise MinllamaError(
-                f"the merged weight holds NaN or infinity in {kind}: the adapter's training "
+                f"the merged weight has NaN or infinite values in {kind}: the adapter's training "
                 "diverged, or a wider dtype is needed"
             )
         return weight
@@ -273,5 +273,6 @@ def check_adapter_name(name: str) -> None:
     """
     if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
         raise OptionError(
-            f"adapter_name must be letters, digits, _ and -, and no word of torch, not {name!r}"
+            "adapter_name must be letters, digits, _ and -, and not a module attribute of "
+            f"torch, not {name!r}"
         )

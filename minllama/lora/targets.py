@@ -50,8 +50,8 @@ def matching_modules(
         if idle := [target for target, found in by_target.items() if not found & chosen]:
             layers = ", ".join(map(str, layers_to_transform)) or "none"
             raise OptionError(
-                f"target_modules: {', '.join(idle)} names nothing in the layers that take part "
-                f"({layers}); leave it away, or let more of them take part"
+                f"target_modules: {', '.join(idle)} matches nothing in the selected layers "
+                f"({layers}); omit it, or select more layers"
             )
     return [name for name in names if name in chosen]
 
@@ -76,7 +76,7 @@ def _matches(target: str, names: list[str]) -> list[str]:
         ends = {name.rpartition(".")[2]: their_module_name(name) for name in names}
         known = [f"{ours} ({theirs.rpartition('.')[2]})" for ours, theirs in ends.items()]
         raise OptionError(
-            f"target_modules: no linear layer is called {target!r}; there are "
-            f"{', '.join(known)}, whole names such as {names[0]}, and {ALL_LINEAR}"
+            f"target_modules: no linear layer is named {target!r}; there are {', '.join(known)}, "
+            f"full names such as {names[0]}, and {ALL_LINEAR}"
         )
     return matches

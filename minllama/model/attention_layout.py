@@ -110,7 +110,7 @@ def layout_of_whole(
     """
     if mask is not None and mask.dim() == 3:
         if positions is None:
-            raise MinllamaError("an attention_mask of shape (B, T, T) needs positions beside it")
+            raise MinllamaError("an attention_mask of shape (B, T, T) needs positions, too")
         return AttentionLayout(positions, _checked_text_len(positions, config), mask.unsqueeze(1))
     text_len = ids.shape[1]
     check_context(text_len, config)
@@ -155,15 +155,16 @@ def layout_of_continuation(
     is_free = mask is not None and mask.dim() == 3
     if is_free != (positions is not None):
         raise MinllamaError(
-            "with a cache, positions and an attention_mask of shape (B, T, T) belong together; "
-            "without them its rows know how long they are"
+            "with a cache, give both positions and an attention_mask of shape (B, T, T), or neither"
         )
     if mask is not None and not is_free and not is_right_padded(mask):
         raise MinllamaError("with a cache, padding must be on the right of each row")
     cache.reserve(new_len)
     if mask is not None and positions is not None:
         if not cache.is_uniform:
-            raise MinllamaError("an attention_mask of shape (B, T, T) needs rows of one length")
+            raise MinllamaError(
+                "an attention_mask of shape (B, T, T) needs sequences of equal length"
+            )
         seen = mask.new_ones(batch, new_len, cache.max_len)
         allowed = torch.cat((seen, mask), dim=-1).unsqueeze(1)  # (B, 1, T, S)
         return AttentionLayout(positions, _checked_text_len(positions, config), allowed)
@@ -195,16 +196,16 @@ def check_continuation(ids: Tensor, cache: KVCache, config: LlamaConfig) -> None
 
 def _check_rows(ids: Tensor, cache: KVCache, config: LlamaConfig) -> None:
     if not config.causal:
-        raise MinllamaError("a cache needs causal attention: an encoder's past sees its future")
+        raise MinllamaError("a cache needs causal attention, and this model is bidirectional")
     if len(ids) != cache.batch_size:
-        raise MinllamaError(f"{len(ids)} rows of ids for a cache of {cache.batch_size} rows")
+        raise MinllamaError(f"{len(ids)} sequences for a cache of {cache.batch_size}")
 
 
 def check_context(text_len: int, config: LlamaConfig) -> None:
     """Refuse a text that is longer than the context with a ContextError."""
     if text_len > config.context_len:
         raise ContextError(
-            f"the text has {text_len} tokens and the model's context {config.context_len}"
+            f"the text has {text_len} tokens, but the model's context is {config.context_len}"
         )
 
 
@@ -227,11 +228,11 @@ def check_inputs(ids: Tensor, mask: Tensor | None) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise MinllamaError(f"ids must be int64 or int32, not {ids.dtype}")
     if ids.dim() != 2 or 0 in ids.shape:
-        raise MinllamaError(f"ids must be of shape (B, T), neither 0, not {tuple(ids.shape)}")
+        raise MinllamaError(f"ids must have shape (B, T), neither 0, not {tuple(ids.shape)}")
     if mask is not None and mask.shape not in (ids.shape, (*ids.shape, ids.shape[1])):
         raise MinllamaError(
-            f"attention_mask is of shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
-            "be alike, or the mask (B, T, T) (with a cache, both cover the new tokens only)"
+            f"attention_mask has shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
+            "be equal, or the mask (B, T, T) (with a cache, both cover the new tokens only)"
         )
 
 
@@ -242,7 +243,7 @@ def check_logits(logits: str | Tensor | None, mask: Tensor | None) -> None:
     if logits not in ("all", "last"):
         raise MinllamaError(f"logits must be 'all', 'last', a tensor or None, not {logits!r}")
     if logits == "last" and mask is not None and (mask.dim() == 3 or not mask.any(-1).all()):
-        raise MinllamaError("a row of attention_mask has no real token, so no last one either")
+        raise MinllamaError("attention_mask has a sequence without tokens, so there is no last one")
 
 
 def selected_positions(
@@ -259,14 +260,15 @@ def selected_positions(
     batch, length = ids.shape
     if which.dim() != 2 or len(which) not in (1, batch) or which.numel() == 0:
         raise MinllamaError(
-            f"logits asks for columns of shape {tuple(which.shape)}; give (B, N), here ({batch}, N)"
+            f"logits selects positions of shape {tuple(which.shape)}; give (B, N), here "
+            f"({batch}, N)"
         )
     if which.is_floating_point() or which.dtype == torch.bool:
-        raise MinllamaError(f"logits asks for columns by whole numbers, not {which.dtype}")
+        raise MinllamaError(f"logits must select positions by integers, not {which.dtype}")
     starts = torch.arange(batch, device=ids.device) * length
     which = which.to(starts)
     if ((which < -length) | (which >= length)).any():
-        raise MinllamaError(f"logits asks for columns that {length} tokens do not have")
+        raise MinllamaError(f"logits selects positions that {length} tokens do not have")
     return starts.unsqueeze(-1) + which % length  # some count from the end
 
 
@@ -305,12 +307,12 @@ def check_generation(
     total = ids.shape[1] + max_new_tokens
     if total > config.context_len:
         raise ContextError(
-            f"{ids.shape[1]} tokens and {max_new_tokens} new ones make {total}, and the context is "
-            f"{config.context_len}; ask for fewer"
+            f"{ids.shape[1]} tokens and {max_new_tokens} new ones make {total}, but the context "
+            f"is {config.context_len}; request fewer"
         )
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse logits (B, V) of which the largest of a row is no number, with a MinllamaError."""
+    """Refuse logits (B, V) of which the largest of a row is not a number, with a MinllamaError."""
     if not (logits.amax(-1) < math.inf).all():  # NaN is less than nothing
         raise MinllamaError(NOT_FINITE)

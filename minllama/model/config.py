@@ -57,7 +57,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ROPE_SCALINGS:
             raise MinllamaError(
-                f"rope scaling {self.kind!r} is not known; known are {', '.join(ROPE_SCALINGS)}"
+                f"rope scaling {self.kind!r} is unknown; known: {', '.join(ROPE_SCALINGS)}"
             )
         self._settle("factor")
         if self.kind in ("yarn", "llama3"):
@@ -138,8 +138,7 @@ class LlamaConfig:
         self._settle("n_kv_heads", self.n_heads)
         if not self.head_dim and self.dim % self.n_heads:
             raise MinllamaError(
-                f"dim ({self.dim}) must be divisible by n_heads ({self.n_heads}), "
-                "or head_dim be given"
+                f"dim ({self.dim}) must be divisible by n_heads ({self.n_heads}); or set head_dim"
             )
         self._settle("head_dim", self.dim // self.n_heads)
         self._settle("hidden_dim", meta_hidden_dim(self.dim, multiple_of=256))
@@ -149,7 +148,7 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise MinllamaError(
-                f"head_dim ({self.head_dim}) must be even: rotary embeddings turn pairs"
+                f"head_dim ({self.head_dim}) must be even: rotary embeddings rotate pairs"
             )
         for name in ("norm_eps", "rope_theta"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
@@ -219,9 +218,9 @@ def meta_hidden_dim(dim: int, multiple_of: int, multiplier: float | None = None)
 
 def _require_count(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
-        raise MinllamaError(f"{name} must be a whole number above 0, not {_shown(value)}")
+        raise MinllamaError(f"{name} must be an integer above 0, not {_shown(value)}")
     if value > MAX_COUNT:
-        raise MinllamaError(f"{name} ({_shown(value)}) is above {MAX_COUNT}, the most there can be")
+        raise MinllamaError(f"{name} ({_shown(value)}) exceeds the limit of {MAX_COUNT}")
 
 
 def _positive(name: str, value: Any) -> float:

@@ -81,8 +81,8 @@ class KVCache:
         """
         if self.max_len + new_len > self.capacity:
             raise MinllamaError(
-                f"the cache holds {self.capacity} tokens a row: {self.max_len} are filled and "
-                f"{new_len} more do not fit; make it with a larger capacity"
+                f"the cache has room for {self.capacity} tokens per sequence: {self.max_len} are "
+                f"filled, and {new_len} more do not fit; make it with a larger capacity"
             )
 
     def check_serves(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
@@ -100,8 +100,10 @@ class KVCache:
         wanted = config.n_layers, config.n_kv_heads, config.head_dim
         if found != wanted:
             raise MinllamaError(
-                "the cache is of another model: it has {} layers of {} heads of width {}, and this "
-                "model {} of {} of {}; make it with model.new_cache()".format(*found, *wanted)
+                "the cache is for another model: it has {} layers of {} heads of width "
+                "{}, and this model {} of {} of {}; make it with model.new_cache()".format(
+                    *found, *wanted
+                )
             )
 
     def update(
@@ -125,8 +127,8 @@ class KVCache:
         """
         if keys.requires_grad:
             raise MinllamaError(
-                "a cache cannot be trained through; wrap the call in torch.inference_mode(), or "
-                "leave the cache away"
+                "gradients do not flow through a cache; wrap the call in "
+                "torch.inference_mode(), or omit the cache"
             )
         stored_keys, stored_values = self.keys[layer], self.values[layer]
         new_len = keys.shape[2]
@@ -159,8 +161,8 @@ class KVCache:
             lengths = [lengths] * self.batch_size
         if len(lengths) != self.batch_size or min(lengths, default=0) < 0:
             raise MinllamaError(
-                f"a cache of {self.batch_size} rows is cut to as many lengths of 0 or more, not to "
-                f"{lengths}"
+                f"a cache of {self.batch_size} sequences must be truncated to as many lengths >= "
+                f"0, not {lengths}"
             )
         self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths, strict=True)]
 

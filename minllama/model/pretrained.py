@@ -78,7 +78,7 @@ class LlamaPreTrainedModel(nn.Module):
             device: None for the GPU where there is one.
             quantize: "int8" or "int4" for weights in so many bits, "stored" for a GGUF file's
                 blocks as they are, "auto" for what generates fastest from this file on this
-                machine (`minllama.quantization.modules`). Quantised weights cannot be trained, only
+                machine (`minllama.quantization.modules`). Quantized weights cannot be trained, only
                 adapters beside them. None for a dense model.
             base: the base of a PEFT adapter; None for the one that its config names.
             config_changes: fields of LlamaConfig to set, such as `dropout=0.1, causal=False`.
@@ -120,6 +120,6 @@ class LlamaPreTrainedModel(nn.Module):
         fewer bits are written as the numbers that they stand for, in float32.
 
         Raises:
-            MinllamaError: it cannot be written; what was there is untouched.
+            MinllamaError: it cannot be written; an existing file is unchanged.
         """
         import_module("minllama.checkpoints.load").save_model(self, folder)

@@ -134,7 +134,7 @@ def frequencies(config: LlamaConfig, text_len: int | None = None) -> tuple[Tenso
             assert scaling is not None
             return _yarn(plain, theta, scaling), _yarn_attention_factor(scaling)
         case unknown:
-            raise AssertionError(f"a scaling that RopeScaling let through: {unknown}")
+            raise AssertionError(f"unsupported rope scaling: {unknown}")
 
 
 def llama3_factors(plain: Tensor, scaling: RopeScaling) -> Tensor:

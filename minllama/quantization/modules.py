@@ -5,7 +5,7 @@ bit, Q4_K and Q5_K but for the last bits of their scales. Knows nothing of Llama
 CPU multiplies them fastest (`minllama.kernels.cpu`).
 
 value = scale * quant + min, where quant is unsigned (Dettmers et al. 2022 and ggml call it
-block-wise or group-wise quantisation). Without mins, min = -8 * scale in 4 bits and -128 * scale in
+block-wise or group-wise quantization). Without mins, min = -8 * scale in 4 bits and -128 * scale in
 8 bits.
 """
 
@@ -41,7 +41,7 @@ ZERO_POINT = {4: 8, 8: 128}
 SMALLEST = 2.0**-10
 BITS = {Q4_0: 4, Q4_1: 4, Q4_K: 4, Q5_K: 8, Q8_0: 8}  # that blocks of a file are kept in
 SLICE = (
-    4096  # rows that are quantised at a time: what lies between the steps is five times as large
+    4096  # rows that are quantized at a time: what lies between the steps is five times as large
 )
 
 
@@ -159,7 +159,7 @@ class _Product(torch.autograd.Function):
 
 
 class QuantizedLinear(QuantizedWeight):
-    """y = W x + b (`nn.Linear`) with a quantised W that is not trained."""
+    """y = W x + b (`nn.Linear`) with a quantized W that is not trained."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class QuantizedLinear(QuantizedWeight):
 
 
 class QuantizedEmbedding(QuantizedWeight):
-    """Rows of a quantised matrix by their numbers (`nn.Embedding`).
+    """Rows of a quantized matrix by their numbers (`nn.Embedding`).
 
     Attributes:
         dtype: of the rows that it gives; it follows the model's.
@@ -250,8 +250,8 @@ def check_trainable(module: AnyLinear) -> None:
     """
     if isinstance(module, QuantizedLinear):
         raise MinllamaError(
-            "quantised weights cannot take an adapter in without being rounded anew; load the "
-            "model without quantize, and the adapter on it, and merge there"
+            "merging an adapter into quantized weights would round them again; load the model "
+            "without quantize, then load the adapter and merge it"
         )
 
 
@@ -269,7 +269,7 @@ class Parts(NamedTuple):
 
 
 def replace_by_quantized(model: nn.Module, name: str, parts: Parts, dtype: torch.dtype) -> None:
-    """Put a quantised module in the place of a linear layer or an embedding, whose bias stays."""
+    """Put a quantized module in the place of a linear layer or an embedding, whose bias stays."""
     old = model.get_submodule(name)
     new: QuantizedWeight
     if isinstance(old, nn.Embedding):
@@ -281,7 +281,7 @@ def replace_by_quantized(model: nn.Module, name: str, parts: Parts, dtype: torch
 
 
 def replace_by_numbers(model: nn.Module) -> bool:
-    """Put a plain linear layer or embedding in float32 in the place of each quantised module.
+    """Put a plain linear layer or embedding in float32 in the place of each quantized module.
 
     So too where the numbers are kept in half precision and computed with in float32. What is
     computed stays the same but for the rounding of activations.
@@ -311,8 +311,8 @@ def replace_by_numbers(model: nn.Module) -> bool:
     return bool(found)
 
 
-def quantised_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """A model's quantised matrices, by the names that these had as parameters."""
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """A model's quantized matrices, by the names that these had as parameters."""
     return {
         f"{name}.weight": module
         for name, module in model.named_modules()
@@ -321,13 +321,13 @@ def quantised_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 def state_in_numbers(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state as it was before it was quantised, in float32; others' as it is."""
-    state, quantised = dict(model.state_dict()), quantised_weights(model)
-    for name, weight in quantised.items():
+    """A model's state as it was before it was quantized, in float32; others' as it is."""
+    state, quantized = dict(model.state_dict()), quantized_weights(model)
+    for name, weight in quantized.items():
         for part in ("quants", "scales", "mins"):
             state.pop(f"{name.removesuffix('weight')}{part}", None)
         state[name] = weight.dequantize()
-    return {name: x.float() for name, x in state.items()} if quantised else state
+    return {name: x.float() for name, x in state.items()} if quantized else state
 
 
 def check_quantize(how: str | None) -> None:

@@ -104,7 +104,7 @@ class ChatTemplate:
 
         A placeholder is one private-use character that occurs nowhere else; it stands for exactly
         the special token's text, so that a template's `trim` and its like act as usual. Pieces of
-        neighbouring contents that would make up a special token once a template joins them are
+        neighboring contents that would make up a special token once a template joins them are
         masked too.
 
         Args:
@@ -139,8 +139,8 @@ class ChatTemplate:
         n_chars = sum(map(len, _strings([messages, variables])))
         if n_chars > RENDER_MAX_CHARS:
             raise MinllamaError(
-                f"the messages have {n_chars} characters, and {RENDER_MAX_CHARS} can be rendered; "
-                "shorten them"
+                f"the messages have {n_chars} characters, but at most {RENDER_MAX_CHARS} are "
+                "supported; shorten them"
             )
         with self._turn:
             reply = self._ask(request)
@@ -175,7 +175,7 @@ class _Worker:
         environment = {name: os.environ[name] for name in _WORKER_ENVIRONMENT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         try:
-            # -P: the worker's neighbours (config.py, errors.py) are not top-level modules.
+            # -P: the worker's neighbors (config.py, errors.py) are not top-level modules.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", _WORKER],
                 stdin=subprocess.PIPE,
@@ -304,7 +304,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
         return [_plain(item, where, depth + 1) for item in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise MinllamaError(f"{where}: holds a {type(value).__name__}, which no template can read")
+    raise MinllamaError(f"{where}: contains a {type(value).__name__}, which templates cannot read")
 
 
 class _Mask:
@@ -337,7 +337,7 @@ class _Mask:
         return value
 
     def apply_across(self, contents: list[tuple[dict[str, Any], str]]) -> None:
-        """Mask, in place, the pieces of special tokens that lie in neighbouring `contents`.
+        """Mask, in place, the pieces of special tokens that lie in neighboring `contents`.
 
         Templates trim contents and may put them side by side: `<|im_` and `end|>`.
         """

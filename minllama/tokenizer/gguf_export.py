@@ -158,9 +158,9 @@ def _tokens(raw: Json) -> tuple[list[str], list[int]]:
 def _from_model(model: Any, vocabulary: Vocabulary) -> dict[str, Any]:
     where, normalizer = vocabulary.origin, model.normalizer_spec
     if model.trainer_spec.model_type != sentencepiece_form.BPE:
-        raise TokenizerError(f"{where}: a SentencePiece model other than BPE; a Llama's is BPE")
+        raise TokenizerError(f"{where}: not a BPE model; only BPE is supported")
     if normalizer.precompiled_charsmap:
-        raise TokenizerError(f"{where}: it normalizes the text, which GGUF has no field for")
+        raise TokenizerError(f"{where}: it normalizes text, which GGUF cannot represent")
     for token_id, flags in vocabulary.flags:
         how = [name for name, is_so in flags._asdict().items() if is_so]
         raise _unlike_added_token(where, model.pieces[token_id].piece, how)
@@ -239,7 +239,7 @@ def _spelt(piece: Piece) -> str:
 def _piece_ranks(raw: Json, where: str) -> dict[str, int]:
     """Token -> rank of its first merge; refused where SentencePiece would merge otherwise.
 
-    SentencePiece joins any two neighbours that make a piece. That is the same as the merges if each
+    SentencePiece joins any two neighbors that make a piece. That is the same as the merges if each
     token's merges are all ways to cut it into two, and follow one another; only among runs of
     spaces, whose scores are equal, the order between tokens does not matter.
     """
@@ -264,8 +264,7 @@ def _piece_ranks(raw: Json, where: str) -> dict[str, int]:
 
 def _not_pieces(where: str, text: str) -> TokenizerError:
     return TokenizerError(
-        f"{where}: its merges for {text!r} are not SentencePiece's, and GGUF has no other way to "
-        "store them"
+        f"{where}: its merges for {text!r} are not SentencePiece's, so GGUF cannot represent them"
     )
 
 
@@ -295,6 +294,6 @@ def _adds_space(raw: Json, where: str) -> bool:
             raise _unlike_spaces(where, str(scheme), way)
         return False
     raise TokenizerError(
-        f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, and GGUF has no other "
-        "way to store them"
+        f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, so GGUF cannot "
+        "represent them"
     )

@@ -31,6 +31,6 @@ def check_fits(n_tokens: int, vocab_size: int, where: str) -> None:
     """
     if n_tokens > vocab_size:
         raise TokenizerError(
-            f"{where}: {n_tokens} tokens, and the model has {vocab_size}; "
-            "give the tokenizer that belongs to the model"
+            f"{where}: {n_tokens} tokens, but the model has {vocab_size}; use the model's own "
+            "tokenizer"
         )

@@ -47,7 +47,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, in which reaching for what is out of bounds is an error at once."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}")
+        raise SecurityError(f"it accesses {attribute!r} of a {type(obj).__name__}")
 
 
 def environment() -> Sandbox:

@@ -22,7 +22,7 @@ class StepLoss(Protocol):
     def share_with(self, prior: Tensor, share: float) -> None:
         """Give another classifier's answers, (N, C), their share of each target."""
 
-    def normaliser(self, texts: list[int]) -> float:
+    def normalizer(self, texts: list[int]) -> float:
         """What the summed losses of a step's texts are divided by to give its mean."""
 
     def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
@@ -36,13 +36,13 @@ class Loss:
     the mean over texts and labels. Both are in nats, as `Evaluation.log_loss` is.
 
     Args:
-        dataset: N labelled texts.
+        dataset: N labeled texts.
         balanced: a class of few texts weighs more. With one label a text, by N / (C' n) for a class
             of n texts among C' that occur; with several, what has the label weighs as much in sum
             as what has not (none and all stay as they are).
         device: of the logits.
         ordinal: classes stand in the order of their numbers, and part of a text's target falls to
-            its class's neighbours: exp(-d^2 / (2 ordinal^2)) for one d classes away, made to sum
+            its class's neighbors: exp(-d^2 / (2 ordinal^2)) for one d classes away, made to sum
             to 1 (Diaz & Marathe 2019, "Soft Labels for Ordinal Regression", section 3, with the
             squared distance). 0: all of it to the class.
 
@@ -108,7 +108,7 @@ class Loss:
         distance = (classes - self._targets[:, None]).to(torch.float32)  # (N, C)
         return torch.softmax(-distance.square() / (2 * self._ordinal**2), dim=-1)
 
-    def normaliser(self, texts: list[int]) -> float:
+    def normalizer(self, texts: list[int]) -> float:
         """What the summed losses of a step's texts are divided by to give its mean."""
         if self.multi_label:
             return float(self._targets[texts].numel())
@@ -132,7 +132,7 @@ class Loss:
             )
         if soft is not None:
             losses = F.cross_entropy(logits, soft, reduction="none")
-            # By the text's own class, as `normaliser` has it, wherever parts of it fall.
+            # By the text's own class, as `normalizer` has it, wherever parts of it fall.
             return losses.sum() if weights is None else (weights[targets] * losses).sum()
         return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
 
@@ -154,7 +154,7 @@ class SquaredError:
         """As `Loss.share_with`, of outputs (N, 1)."""
         self._targets = torch.lerp(self._targets, prior[:, 0].to(self._targets), share)
 
-    def normaliser(self, texts: list[int]) -> float:
+    def normalizer(self, texts: list[int]) -> float:
         """How many they are."""
         return float(len(texts))
 
@@ -171,6 +171,4 @@ def check_ordinal(ordinal: float, *, multi_label: bool) -> None:
         MinllamaError: `ordinal` where a text has several labels.
     """
     if ordinal and multi_label:
-        raise MinllamaError(
-            "texts with several labels have no order of classes; leave out --ordinal"
-        )
+        raise MinllamaError("multi-label classes have no order; omit --ordinal")

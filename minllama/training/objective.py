@@ -39,7 +39,7 @@ class Trainable(Protocol):
         """A text in its prompt, as token ids."""
 
     def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        """(B, C), differentiable and not normalised."""
+        """(B, C), differentiable and not normalized."""
 
     def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(N, C) probabilities."""
@@ -83,7 +83,7 @@ class Objective(Protocol):
         """(N, C), what the classifier says now, in the terms of the loss's targets."""
 
     def evaluate(self, dev: Dataset) -> Any:
-        """Predict a labelled split and evaluate the predictions, without intervals."""
+        """Predict a labeled split and evaluate the predictions, without intervals."""
 
     def dev_row(self, evaluation: Any) -> dict[str, float]:
         """What of an evaluation goes into a row of metrics."""
@@ -109,7 +109,7 @@ def check_metric(metric: str, *, of_numbers: bool) -> None:
     known = VALUE_METRICS if of_numbers else CLASS_METRICS
     if metric not in known:
         what = "numbers" if of_numbers else "classes"
-        raise OptionError(f"metric {metric} is none of {what}; use {', '.join(known)}")
+        raise OptionError(f"metric {metric} is not for {what}; use {', '.join(known)}")
 
 
 def check_kind(split: Dataset, classifier: Trainable) -> None:
@@ -122,7 +122,7 @@ def check_kind(split: Dataset, classifier: Trainable) -> None:
     if split.has_numbers != (scale is not None):
         have, gives = ("numbers", "classes")[:: 1 if split.has_numbers else -1]
         raise MinllamaError(
-            f"{split.source}: its labels are {have}, and the classifier gives {gives}; train one "
+            f"{split.source}: labels are {have}, but the classifier predicts {gives}; train one "
             f"{'with' if split.has_numbers else 'without'} --objective regression"
         )
 

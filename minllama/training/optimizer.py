@@ -90,8 +90,7 @@ class AdamW(Optimizer):
         every = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         if any(p.grad is not None and p.grad.is_sparse for p in every):
             raise OptionError(
-                "AdamW takes no sparse gradients: its moments would be dense all the same; "
-                "make the embedding with sparse=False"
+                "AdamW does not support sparse gradients; create the embedding with sparse=False"
             )
         for group in self.param_groups:
             batches: dict[tuple[Any, ...], list[Tensor]] = {}

@@ -164,12 +164,12 @@ class TrainingRun:
         torch.manual_seed(derived_seed(self._options.seed, "dropout", step))
         self._classifier.train()
         self._optimizer.zero_grad()
-        normaliser = self._loss.normaliser(texts)
+        normalizer = self._loss.normalizer(texts)
         total = torch.zeros((), device=self._device)
         for batch in batches:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                 logits = self._classifier.compute_logits([self.prompts[i] for i in batch])
-            loss = self._loss.summed(logits, batch) / normaliser
+            loss = self._loss.summed(logits, batch) / normalizer
             loss.backward()
             total += loss.detach()
         clip = self._options.clip or math.inf
@@ -249,9 +249,9 @@ class TrainingRun:
         if self.checkpoint is not None and self.checkpoint.path.exists():
             kept = f"; {self.checkpoint.path} holds the run before it"
         raise MinllamaError(
-            f"training has diverged: {what} is no finite number at step {step} of "
-            f"{self.schedule.total_steps}; use a lr lower than {lr:g}, or float32 without "
-            f"autocast{kept}"
+            f"training has diverged: {what} is not a finite number at step {step} of "
+            f"{self.schedule.total_steps}; use a learning rate (--lr) below {lr:g}, or float32 "
+            f"without autocast{kept}"
         )
 
     def _copy(self, weights: dict[str, Tensor]) -> None:
@@ -294,7 +294,7 @@ def interrupts_deferred() -> Iterator[None]:
 def _max_tokens(classifier: Trainable, device: torch.device) -> float:
     """How many padded tokens a pass of this classifier's training has at most."""
     sizes = [(p.requires_grad, p.numel()) for p in classifier.parameters()]
-    sizes += [(False, buffer.numel()) for buffer in classifier.buffers()]  # quantised weights
+    sizes += [(False, buffer.numel()) for buffer in classifier.buffers()]  # quantized weights
     trained, frozen = (sum(n for grad, n in sizes if grad == wanted) for wanted in (True, False))
     limits = MAX_TOKENS_IF_MUCH_IS_TRAINED if 5 * trained > frozen else MAX_TOKENS
     return limits.get(device.type, math.inf)

@@ -140,8 +140,8 @@ class CheckpointFolder:
         raw = self._raw()
         if changes := differences(raw["fingerprint"], fingerprint):
             raise CheckpointError(
-                f"{self.path}: cannot resume: {'; '.join(changes)}; "
-                "resume with what the run was started with, or start anew in another folder"
+                f"{self.path}: cannot resume: {'; '.join(changes)}; resume with the settings of "
+                "the run, or start again in another folder"
             )
         state, tensors = self._content(raw)
         self._written = dict(raw["files"])
@@ -191,11 +191,11 @@ class CheckpointFolder:
             raw = json.loads((self.path / STATE).read_text(encoding="utf-8"))
             if raw["format"] != FORMAT:
                 raise CheckpointError(
-                    f"{self.path}: written by another version of minllama; delete it to start anew"
+                    f"{self.path}: written by another version of minllama; delete it to start again"
                 )
             parts = ("state", "updates", "files", "fingerprint")
             if not all(isinstance(raw[part], dict) for part in parts):
-                raise ValueError(f"{STATE} is not as it was written")
+                raise ValueError(f"{STATE} differs from what was written")
             return dict(raw)
 
     def _content(self, raw: Mapping[str, Any]) -> tuple[RunState, RunTensors]:
@@ -207,7 +207,7 @@ class CheckpointFolder:
             read = {}
             for name in (WEIGHTS, MOMENTS, *lasting):
                 if _description(self.path / name) != raw["files"][name]:
-                    raise ValueError(f"{name} is not what was written")
+                    raise ValueError(f"{name} differs from what was written")
                 read[name] = _read_tensors(self.path / name)
             updates = {str(name): int(count) for name, count in raw["updates"].items()}
             best, prior = read.get(best_name, {}), read.get(PRIOR, {}).get("prior")
@@ -229,7 +229,7 @@ class CheckpointFolder:
         else:
             return
         raise CheckpointError(
-            f"{self.path}: the checkpoint is damaged ({reason}); delete it to start anew"
+            f"{self.path}: the checkpoint is damaged ({reason}); delete it to start again"
         )
 
 
@@ -296,8 +296,8 @@ def read_metrics(folder: str | os.PathLike[str], steps: int | None = None) -> li
         pass  # a line that a kill has cut: those behind it are of steps that are done again
     if steps is not None and len(rows) < steps:
         raise CheckpointError(
-            f"{path}: it has only {len(rows)} of the {steps} steps that the checkpoint has done; "
-            f"put it back, or delete {path.parent / CHECKPOINT} to start anew"
+            f"{path}: it has only {len(rows)} of the checkpoint's {steps} steps; restore it, or "
+            f"delete {path.parent / CHECKPOINT} to start again"
         )
     return rows[:steps]
 
@@ -367,7 +367,7 @@ def _line(row: Row) -> str:
 def _run_state(raw: Mapping[str, Any]) -> RunState:
     state = RunState(**raw["state"])
     if type(state.step) is not int or not isinstance(state.row, dict | None):
-        raise ValueError(f"{STATE} is not as it was written")
+        raise ValueError(f"{STATE} differs from what was written")
     return state
 
 

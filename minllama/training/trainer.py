@@ -1,4 +1,4 @@
-"""Batches of labelled texts -> a trained classifier, in steps that can be cut and gone on from.
+"""Batches of labeled texts -> a trained classifier, in steps that can be cut and gone on from.
 
 `fit` trains whatever parameters of a classifier want gradients. Knows nothing of how a classifier
 computes its logits, and of files only that `minllama.training.run_checkpoint` keeps a run in them.
@@ -90,7 +90,7 @@ def fit(
 
     Args:
         classifier: changed in place; at the end it has the weights that `keep` says.
-        train: labelled texts, of the classifier's labels.
+        train: labeled texts, of the classifier's labels.
         dev: those to evaluate on; None: there are no evaluations.
         options: `lr` must be given.
         folder: keeps `metrics.jsonl` and a `checkpoint`, every `save_every` steps, at the end, and
@@ -106,7 +106,7 @@ def fit(
         DataError: labels cannot be used; see the message.
         CheckpointError: the checkpoint is damaged, of another run, or of one that is not finished
             and not to be resumed.
-        MinllamaError: the loss is no number any more (the last checkpoint stays); a text cannot be
+        MinllamaError: the loss is not a number any more (the last checkpoint stays); a text cannot be
             encoded; the folder cannot be written, or another run is writing there.
         KeyboardInterrupt: it came, and a checkpoint of this instant is in `folder`.
     """
@@ -173,12 +173,14 @@ def _check(
 ) -> None:
     """Refuse what cannot work before any text is encoded."""
     if options.lr is None:
-        raise OptionError("lr is not set: 3e-4 suits LoRA, 2e-5 all weights, 1e-3 a head alone")
+        raise OptionError(
+            "lr is not set; try 3e-4 for LoRA, 2e-5 for all weights, or 1e-3 for a head alone"
+        )
     if dev is None and options.patience:
-        raise OptionError("patience counts evaluations, and there is no dev split to evaluate on")
+        raise OptionError("patience needs a dev split to evaluate on")
     if folder is None and (resume or options.tensorboard):
         what = "resume" if resume else "tensorboard"
-        raise OptionError(f"{what} needs the folder of a run")
+        raise OptionError(f"{what} needs a run folder")
     if options.tensorboard:
         summary_writer()
     check_ordinal(options.ordinal, multi_label=classifier.multi_label)
@@ -194,17 +196,17 @@ def _check(
             continue
         if list(dataset.label_names) != list(classifier.labels):
             raise MinllamaError(
-                f"{dataset.source}: its labels ({', '.join(dataset.label_names)}) are not the "
-                f"classifier's ({', '.join(classifier.labels)})"
+                f"{dataset.source}: its labels ({', '.join(dataset.label_names)}) differ from "
+                f"the classifier's ({', '.join(classifier.labels)})"
             )
         if dataset.multi_label != classifier.multi_label:
             several, one = ("texts", "classifier")[:: 1 if dataset.multi_label else -1]
             raise MinllamaError(
                 f"{dataset.source}: the {several} may have several labels each, the {one} one; "
-                "make both multi_label, or neither"
+                "make both multi-label, or neither"
             )
     if not any(parameter.requires_grad for parameter in classifier.parameters()):
-        raise MinllamaError("nothing to train: no parameter of the classifier wants a gradient")
+        raise MinllamaError("nothing to train: no parameter of the classifier requires a gradient")
 
 
 @contextlib.contextmanager
@@ -239,8 +241,8 @@ def _open_folder(run: TrainingRun, folder: Path, fingerprint: Fingerprint, resum
         found = run.checkpoint.state()
         if found is not None and not found.finished:
             raise MinllamaError(
-                f"{run.checkpoint.path} is of a run that was cut after {found.step} steps: resume "
-                "it, or delete that folder to start anew"
+                f"{run.checkpoint.path} is of a run that was interrupted after {found.step} "
+                "steps: resume it, or delete that folder to start again"
             )
         run.checkpoint.remove()
     run.metrics = MetricsFile(folder, run.history)
@@ -278,7 +280,7 @@ def _fingerprint(
     """What must be the same for a run to go on, by names that an error can say."""
     shapes = {name: [list(p.shape), str(p.dtype)] for name, p in run.parameters.items()}
     numbers = [p for p in classifier.parameters() if not p.requires_grad]
-    frozen = [*numbers, *classifier.buffers()]  # those hold quantised weights
+    frozen = [*numbers, *classifier.buffers()]  # those hold quantized weights
     parts: dict[str, Any] = {
         "options": dataclasses.asdict(options),
         # Whatever JSON does not know is compared as the text that names it.

@@ -61,8 +61,8 @@ def test_a_missing_key_is_named(write: Callable[..., Path], key: str) -> None:
         (("general.architecture", STRING, "gemma3"), "'gemma3'"),
         (("llama.expert_count", U32, 8), "mixture of 8 experts"),
         (("llama.block_count", U32, 10**9), "1000000000 layers, the tensors are of 2"),
-        (("llama.block_count", STRING, "2"), "must be a whole number, not '2'"),
-        (("llama.block_count", BOOL, True), "must be a whole number, not True"),
+        (("llama.block_count", STRING, "2"), "must be an integer, not '2'"),
+        (("llama.block_count", BOOL, True), "must be an integer, not True"),
         (("llama.attention.head_count", U32, 0), "must be above 0"),
         (("llama.attention.head_count", ARRAY, (I32, [4, 2])), "differs from layer to layer"),
         (("llama.attention.head_count_kv", U32, 3), r"divisible by n_kv_heads \(3\)"),
@@ -175,8 +175,8 @@ def test_a_hostile_header_is_one_line(tmp_path: Path, content: bytes, message: s
 @pytest.mark.parametrize(
     ("dims", "type_id", "offset", "message"),
     [
-        ([2**60, 2**60], 0, 0, "is cut off: the tensor 'x' ends at byte"),
-        ([32], 0, 2**62, "is cut off"),
+        ([2**60, 2**60], 0, 0, "is truncated: the tensor 'x' ends at byte"),
+        ([32], 0, 2**62, "is truncated"),
         ([32], 0, 4, "off its alignment of 32"),
         ([32], 999, 0, "type 999"),
         ([33], 2, 0, "rows of 33; Q4_0 cannot hold them"),

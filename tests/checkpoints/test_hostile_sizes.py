@@ -113,7 +113,7 @@ def test_headers_of_too_many_entries_are_refused(
     with pytest.raises(CheckpointError, match="announces 9 keys and 21 tensors"):
         read_header(write())
     monkeypatch.setattr(huggingface, "MAX_TENSORS", 10)
-    with pytest.raises(CheckpointError, match=r"it names 2\d tensors; it is damaged"):
+    with pytest.raises(CheckpointError, match=r"it names 2\d tensors; the file is damaged"):
         open_checkpoint(folder)
     monkeypatch.setattr(huggingface, "MAX_HEADER_BYTES", 100)
     with pytest.raises(CheckpointError, match="far larger than a model's"):

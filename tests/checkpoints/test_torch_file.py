@@ -115,7 +115,7 @@ def test_what_is_no_file_of_torch_s_is_one_line(path: Path) -> None:
     refused(path, "is empty")
     path.write_bytes(b"some text, nothing more")
     assert not is_torch_file(path)
-    refused(path, "is not a file that torch.save wrote")
+    refused(path, "was not written by torch.save")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/y.txt", "z")
     refused(path, "a zip archive, but not one that torch.save wrote")

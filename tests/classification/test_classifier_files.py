@@ -279,7 +279,7 @@ DAMAGE = {
     "no such layer": (lambda f: edited(f, layer=9), "layer must be 1 to 2"),
     "temperature": (lambda f: edited(f, temperature=0), "temperature"),
     "prompt": (lambda f: edited(f, prompt={"prompt": "no place"}), "exactly once"),
-    "unknown option": (lambda f: edited(f, prompt={"colour": 1}), "colour"),
+    "unknown option": (lambda f: edited(f, prompt={"color": 1}), "color"),
     "base": (lambda f: edited(f, base=None), "classifier.json"),
 }
 
@@ -330,7 +330,7 @@ def test_another_base_is_refused_and_a_moved_one_can_be_named(base, tmp_path):
     classifier = LlamaEmbeddingClassifier(load_pretrained(moved, device="cpu"), words, ["a", "b"])
     classifier.save_pretrained(tmp_path / "saved")
     moved.rename(tmp_path / "there")
-    with pytest.raises(CheckpointError, match="name where it is now with --base"):
+    with pytest.raises(CheckpointError, match="if it has moved, name it with --base"):
         load_classifier(tmp_path / "saved", device="cpu")
     after = load_classifier(tmp_path / "saved", model=tmp_path / "there", device="cpu")
     np.testing.assert_array_equal(after.predict_proba(TEXTS), classifier.predict_proba(TEXTS))

@@ -29,7 +29,7 @@ def layers_with(*spreads):
         ((1.0, 1.0, 1.0), 2, [2, 4]),
     ],
 )
-def test_the_shallowest_of_the_good_layers_and_its_neighbours_stay(spreads, good, stay):
+def test_the_shallowest_of_the_good_layers_and_its_neighbors_stay(spreads, good, stay):
     features, labels = layers_with(*spreads)
     assert worthwhile_layers(features, labels, 3) == (good, stay)
 

@@ -1,4 +1,4 @@
-"""Texts in their prompts: joint tokenisation, shortening, shots and chats."""
+"""Texts in their prompts: joint tokenization, shortening, shots and chats."""
 
 import pytest
 
@@ -118,7 +118,7 @@ def test_without_labels_there_is_only_the_prompt(words):
         ("no place", {}, "must hold {text} exactly once"),
         ("{text} {text}", {}, "must hold {text} exactly once"),
         ("{text} {labels}", {}, "no labels to stand for"),
-        (REVIEW, {"system": "Be brief."}, "a system message needs a chat"),
+        (REVIEW, {"system": "Be brief."}, "a system message needs chat"),
     ],
 )
 def test_templates_that_cannot_work_are_refused(words, template, options, message):

@@ -38,7 +38,7 @@ def test_what_is_no_text_is_told_by_its_place(make, name):
         with pytest.raises(DataError) as caught:
             call([TEXTS[0], value])
         assert str(caught.value) == (
-            f"texts[1] is {said}: no string; give a text in its place, or leave it out"
+            f"texts[1] is {said}: not a string; give a text instead, or omit it"
         )
     with pytest.raises(DataError, match=r"is .*: no string"):
         classifier.encode(value)

@@ -118,7 +118,7 @@ WRONG = {
     ),
     "full in halves": (
         ("--method", "full", "--dtype", "bfloat16"),
-        "full training takes steps that bfloat16 rounds away; leave --dtype away",
+        "full training takes steps that bfloat16 rounds away; omit --dtype",
     ),
     "numbers in dev": (("--dev", "numbers.txt"), "--label-names FILE says which names"),
 }
@@ -278,7 +278,7 @@ CONTRADICTIONS = {
     "one label": (("--labels", "a", "--text", "a"), "is one label"),
     "the same label": (("--labels", "a, a", "--text", "a"), "is there twice"),
     "empty label": (("--labels", "a,,b", "--text", "a"), "not blank"),
-    "a quote": (("--labels", 'a,"b', "--text", "a"), "a quote is opened and never closed"),
+    "a quote": (("--labels", 'a,"b', "--text", "a"), "a quote is not closed"),
     "labels twice": (("--labels", "a,b", "--labels-file", "x", "--text", "a"), "give one of them"),
     "no labels file": (("--labels-file", "nowhere", "--text", "a"), "No such file"),
     "base": (("--labels", "a,b", "--base", "x", "--text", "a"), "name it with --model"),

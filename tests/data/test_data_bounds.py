@@ -79,7 +79,7 @@ def test_a_hundred_thousand_bad_rows_are_enough(tmp_path: Path) -> None:
     message = one_line(lambda: count_rows(path))
     assert message == (
         f"{path}: 100,000 of the first 100,000 rows are bad (line 1: no 'text'; and 99990 more); "
-        "is it a file of such rows?"
+        "is it the right file and format?"
     )
 
 

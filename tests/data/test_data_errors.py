@@ -14,7 +14,7 @@ from minllama.data.lines import MAX_LINE_BYTES
 from minllama.errors import DataError
 from minllama.options import DataOptions
 
-MEND = "; mend it, or leave it out with --skip-bad-rows"
+MEND = "; fix it, or skip it with --skip-bad-rows"
 MEND_ALL = "; mend them, or leave them out with --skip-bad-rows"
 CP1252 = "read it with --encoding cp1252, or convert it with: iconv -f cp1252 -t utf-8"
 HEADER = "; where the first line is an example and no header, add --no-header --columns "
@@ -46,7 +46,8 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.txt",
             b"1 ||| a\n1 ||| b\0\n",
-            f", line 2: the text holds a NUL character (is the file UTF-16, or no text?){MEND}",
+            ", line 2: the text contains a NUL character (is the file UTF-16, or not a text "
+            f"file?){MEND}",
         ),
         (
             "x.txt",
@@ -59,7 +60,7 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.csv",
             b'text,label\n"a,b\nc,d\n',
-            f", line 2: a quote is opened and never closed{MEND}",
+            f", line 2: a quote is not closed{MEND}",
         ),
         ("x.csv", b'text,label\n"a"b,c\n', f", line 2: not CSV (',' expected after '\"'){MEND}"),
         (
@@ -70,10 +71,10 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.csv",
             b"text,label\ra,b\r",
-            ": its lines end with a carriage return alone, as on old Macs; convert it with: "
-            "tr '\\r' '\\n' < x.csv > new.txt",
+            ": lines end with a carriage return only, as on old Macs; convert it with: tr '\\r' "
+            "'\\n' < x.csv > new.txt",
         ),
-        ("x.csv", b"text,text,label\na,b,c\n", ": has several columns called 'text'; rename them"),
+        ("x.csv", b"text,text,label\na,b,c\n", ": has several columns named 'text'; rename them"),
         (
             "x.csv",
             b"a,b,c\na,b,c\n",
@@ -118,7 +119,7 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.jsonl",
             b'{"text": "\\ud83d", "label": 1}',
-            f", line 1: the text holds half a character (a lone surrogate){MEND}",
+            f", line 1: the text contains half of a character (a lone surrogate){MEND}",
         ),
         (
             "x.jsonl",
@@ -128,12 +129,12 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.jsonl",
             b'{"text": "a", "label": ["b", null]}',
-            f", line 1: ['b', None] holds an empty label{MEND}",
+            f", line 1: ['b', None] contains an empty label{MEND}",
         ),
         (
             "x.jsonl",
             b'{"text": "a", "label": ["b", "b"]}',
-            f", line 1: ['b', 'b'] holds a label twice; give each name or number once{MEND}",
+            f", line 1: ['b', 'b'] contains a label twice; give each name or number once{MEND}",
         ),
         (
             "x.json",
@@ -143,19 +144,19 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.json",
             b'[{"text": "a", "label": 1}\n{}]',
-            ", line 1: no comma or ] after this object of the list",
+            ", line 1: no comma or ] after this object",
         ),
         (
             "x.json",
             b'[{"text": "a", "label": 1}',
-            ", line 1: no comma or ] after this object of the list",
+            ", line 1: no comma or ] after this object",
         ),
         (
             "x.json",
             b'[{"text": "a", "label": 1},]',
             ", line 1: not JSON (Expecting value at character 28)",
         ),
-        ("x.json", b'[{"text": "a", "label": 1}] []', ": more text after the end of the list"),
+        ("x.json", b'[{"text": "a", "label": 1}] []', ": extra data after the end of the list"),
         ("x.json", b'[\n{"text": "a", "label": 1}, 3]', f", line 2: 3 is not a JSON object{MEND}"),
         ("x.json", b"[" * 99_999, ", line 1: JSON that is nested too deeply"),
         (
@@ -250,10 +251,13 @@ def test_a_stream_stops_at_a_bad_row_with_what_came_before(tmp_path: Path) -> No
         ("a\nb", r"'a\nb': no such file"),
         ("a\0b", r"'a\x00b': no such file"),
         ("~no one/x", "'~no one/x': "),
-        ("x" * 5000, "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...: is no path ("),
-        ("", "an empty name: not a file; name a file of rows, or pipe it in as -"),
-        (".", ".: not a file; name a file of rows, or pipe it in as -"),
-        ("/dev/zero", "/dev/zero: not a file; name a file of rows, or pipe it in as -"),
+        (
+            "x" * 5000,
+            "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...: is not a path (",
+        ),
+        ("", "an empty name: not a file; name a file, or - for standard input"),
+        (".", ".: not a file; name a file, or - for standard input"),
+        ("/dev/zero", "/dev/zero: not a file; name a file, or - for standard input"),
     ],
 )
 def test_what_is_no_file_is_one_line(source: str | Path, message: str) -> None:

@@ -119,7 +119,7 @@ def test_a_quote_that_is_not_closed_is_told_where_it_opens(
     tmp_path: Path, content: str, place: str
 ) -> None:
     message = refusal(tmp_path / "x.csv", content)
-    assert f"{place}: a quote is opened and never closed" in message
+    assert f"{place}: a quote is not closed" in message
     assert "line 4" not in message
 
 

@@ -73,13 +73,13 @@ def test_a_list_in_a_cell_is_the_list_that_it_is(
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("['a', 'b'", "begins as a list of labels and does not end as one"),
+        ("['a', 'b'", "begins like a list of labels, but does not end like one"),
         ("['a', ['b']]", "is no list of labels"),
         ("['a', {'b': 1}]", "is no list of labels"),
         ("{'a': 1}", "is no list of labels"),
         ("[0 1 ... 0 1]", "is no list of labels"),
-        ("['a', '']", "holds an empty label"),
-        ("['a', None]", "holds an empty label"),
+        ("['a', '']", "contains an empty label"),
+        ("['a', None]", "contains an empty label"),
         ("['a', 'a']", "holds a label twice"),
     ],
 )

@@ -235,7 +235,7 @@ def test_names_with_commas_are_quoted_as_in_csv_or_listed_as_json(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('good,"bad, awful', "a quote is opened and never closed"),
+        ('good,"bad, awful', "a quote is not closed"),
         ('"good"bad,x', "after a closing quote no ',' follows"),
         ("good,,bad", "not blank"),
         ("good,bad,", "not blank"),

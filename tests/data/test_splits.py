@@ -98,7 +98,7 @@ def test_where_nothing_can_be_set_aside_it_is_said() -> None:
     with pytest.raises(DataError) as caught:
         stratified_split(dataset(1, 1), 0.5, 0)
     assert str(caught.value) == (
-        "train.csv: no class has two different texts, so none can be set aside for evaluation; "
+        "train.csv: no class has two different texts, so none can be held out for evaluation; "
         "give a --dev file"
     )
 
@@ -142,7 +142,7 @@ def test_chance_decides_which_classes_get_one_more() -> None:
 def test_a_balanced_sample_of_several_labels_draws_each_text_once() -> None:
     whole = several(*[(0, 1, 2)] * 5, ())
     assert sorted(sample_balanced(whole, 6, 0).texts) == sorted(whole.texts)
-    with pytest.raises(DataError, match="7 examples are asked for and it has 6"):
+    with pytest.raises(DataError, match="7 examples were requested, but it has only 6"):
         sample_balanced(whole, 7, 0)
 
 
@@ -161,8 +161,8 @@ def test_sound_splits_pass_without_a_word() -> None:
         (
             dataset(4),
             None,
-            "train.csv: every row has the label 'a'; a classifier needs examples of two classes "
-            "at least",
+            "train.csv: every row has the label 'a'; a classifier needs examples of at least "
+            "two classes",
         ),
         (several((), ()), None, "train.jsonl: no row has a label"),
         (

@@ -139,11 +139,15 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_is_begun_anew(
     for name in left:  # a choice of layer whose head was not kept would start with a random one
         (tmp_path / "run" / name).write_text('{"layer": 1, "pooling": "mean"}\n')
     if "metrics.jsonl" in left:
-        with pytest.raises(MinllamaError, match="left no checkpoint is there; --force starts anew"):
+        with pytest.raises(
+            MinllamaError, match="left no checkpoint is there; --force starts again"
+        ):
             run_experiment(make_experiment())
     heard = Heard()
     outcome = run_experiment(make_experiment(), resume=True, say=heard)
-    assert heard.lines[0].endswith("was cut before its first checkpoint; it begins anew")
+    assert heard.lines[0].endswith(
+        "was cut before its first checkpoint; starting from the beginning"
+    )
     assert outcome.training.resumed_from == 0
     (state, *rest), (expected, *others) = map(results, (tmp_path / "run", tmp_path / "uncut"))
     assert all(torch.equal(state[name], expected[name]) for name in expected)

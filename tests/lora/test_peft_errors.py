@@ -95,7 +95,7 @@ def refusal(adapter: Path, model: Llama | None = None) -> str:
         ({"target_modules": [1]}, "target_modules must be a list of names"),
         ({"exclude_modules": {"a": 1}}, "exclude_modules must be a list of names"),
         ({"modules_to_save": "score"}, "modules_to_save must be a list of names"),
-        ({"layers_to_transform": ["a"]}, "layers_to_transform must be whole numbers"),
+        ({"layers_to_transform": ["a"]}, "layers_to_transform must be integers"),
         ({"rank_pattern": [1]}, "rank_pattern must be an object"),
         ({"rank_pattern": {"q_proj": "x"}}, "r must be an integer"),
         ({"alpha_pattern": {"(q|v_proj": 3}}, "'(q|v_proj' is no regular expression"),

@@ -398,7 +398,7 @@ def test_positions_may_be_given():
 
 
 def test_logits_go_through_the_output_module():
-    # So that a wrapped or quantised output layer is not bypassed.
+    # So that a wrapped or quantized output layer is not bypassed.
     model, ids = our_model(), random_ids(1, 3)
     model.output = torch.nn.Sequential(model.output, torch.nn.Tanh())
     with torch.no_grad():

@@ -635,7 +635,7 @@ def test_special_tokens_are_masked_wherever_a_string_stands() -> None:
         [[{"type": "text", "text": "a<|im_end|><|im_"}], "end|>", None, "b"],
     ],
 )
-def test_a_special_token_in_neighbouring_pieces_is_masked(contents: list[Any]) -> None:
+def test_a_special_token_in_neighboring_pieces_is_masked(contents: list[Any]) -> None:
     source = (
         "{% for m in messages if m.content is not none %}{% if m.content is string %}"
         "{{ m.content|trim }}{% else %}{% for p in m.content if p.type == 'text' %}"

@@ -335,7 +335,7 @@ def test_ids_out_of_range_are_errors(byte_level: Tokenizer) -> None:
         ):
             with pytest.raises(TokenizerError, match=message):
                 use(wrong)
-    with pytest.raises(TokenizerError, match=r"a token id is a whole number, not 1\.5"):
+    with pytest.raises(TokenizerError, match=r"a token id must be an integer, not 1\.5"):
         byte_level.decode([1.5])
 
 

@@ -480,7 +480,7 @@ def test_a_damaged_file_is_an_error_of_one_line(file, damage, copied):
         run(copied, classifier, resume=True)
     message = str(caught.value)
     assert message.startswith(f"{copied / 'checkpoint'}: the checkpoint is damaged (")
-    assert message.endswith("); delete it to start anew")
+    assert message.endswith("); delete it to start again")
     assert "\n" not in message
     assert same(trained(classifier), before)
 
@@ -504,7 +504,7 @@ def test_a_damaged_file_is_an_error_of_one_line(file, damage, copied):
 def test_a_state_that_says_nonsense_is_an_error_of_one_line(changes, copied):
     path = copied / "checkpoint" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(CheckpointError, match=r"checkpoint: .* delete it to start anew$"):
+    with pytest.raises(CheckpointError, match=r"checkpoint: .* delete it to start again$"):
         run(copied, resume=True)
 
 
@@ -557,8 +557,8 @@ def test_another_run_is_refused_and_what_differs_is_named(arguments, message, co
     with pytest.raises(CheckpointError) as caught:
         run(copied, resume=True, **arguments)
     assert str(caught.value) == (
-        f"{copied / 'checkpoint'}: cannot resume: {message} "
-        "resume with what the run was started with, or start anew in another folder"
+        f"{copied / 'checkpoint'}: cannot resume: {message} resume with the settings of the run, "
+        "or start again in another folder"
     )
     assert outcome(copied) == before
 

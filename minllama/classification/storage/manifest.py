@@ -141,7 +141,7 @@ def build(
     classifier.temperature = _positive(content["temperature"])
     if (thresholds := content.get("thresholds")) is not None:
         if classifier.scale is not None:
-            raise ValueError("thresholds are for classes, and scale is for numbers")
+            raise ValueError("thresholds are for classes, scale is for numbers")
         classifier.decision = read(thresholds, labels, multi_label=classifier.multi_label)
     return classifier
 
@@ -175,7 +175,7 @@ def in_words(path: Path) -> list[tuple[str, str]]:
             lines.append(("temperature", temperature))
             lines.append(("predicted", _predicted(content.get("thresholds"), labels, many)))
         if not isinstance(content["sha256"], dict):
-            raise TypeError("sha256 is not what it should be")
+            raise TypeError("sha256 is not valid")
     check_unchanged(path, content)  # last, for the others say what it is that differs
     return lines
 
@@ -214,15 +214,15 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(
-            f"{path.parent}: there is no {CLASSIFIER_FILE}; name the folder of a classifier that "
-            "`minllama train` or save_pretrained() wrote"
+            f"{path.parent}: no {CLASSIFIER_FILE}; name a classifier's folder that `minllama "
+            "train` or save_pretrained() wrote"
         )
     try:
         content = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
+        raise CheckpointError(f"{path}: not JSON ({error}); restore the original file") from error
     if not isinstance(content, dict) or content.get("version") not in VERSIONS:
         raise CheckpointError(
             f"{path}: not a classifier of version {' or '.join(map(str, VERSIONS))}; use the "
@@ -247,8 +247,8 @@ def check_unchanged(path: Path, content: Mapping[str, Any]) -> None:
     """Raise a CheckpointError where classifier.json is not as it was written."""
     if content["sha256"].get(CLASSIFIER_FILE) != _digest(content):
         raise CheckpointError(
-            f"{path}: it was changed after it was saved (its SHA-256 differs); bring it back as it "
-            "was, or train the classifier again"
+            f"{path}: changed after it was saved (its SHA-256 differs); restore the original, or "
+            "train the classifier again"
         )
 
 
@@ -276,12 +276,12 @@ class described_by:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, KeyError):
-            raise CheckpointError(f"{self._path}: {error} is missing; bring it back") from error
+            raise CheckpointError(f"{self._path}: {error} is missing; restore it") from error
         if isinstance(error, MinllamaError):
             raise CheckpointError(f"{self._path}: {error}") from error
         if isinstance(error, TypeError | ValueError | AttributeError):
             line = str(error).splitlines()[0]
-            raise CheckpointError(f"{self._path}: {line}; bring it back as it was") from error
+            raise CheckpointError(f"{self._path}: {line}; restore the original file") from error
 
 
 def _positive(value: Any) -> float:

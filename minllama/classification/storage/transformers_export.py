@@ -47,8 +47,8 @@ def check_exportable(classifier: Classifier) -> LlamaEmbeddingClassifier:
             else "use it with minllama"
         )
         raise MinllamaError(
-            f"{SEQUENCE_CLASSIFIER} cannot compute this classifier: {reason}; {remedy}, or merge "
-            "without --to"
+            f"{SEQUENCE_CLASSIFIER} cannot represent this classifier: {reason}; {remedy}, or "
+            "merge without --to"
         )
     assert isinstance(classifier, LlamaEmbeddingClassifier)
     return classifier
@@ -189,7 +189,9 @@ def _notes(classifier: LlamaEmbeddingClassifier, words: _Words) -> list[str]:
         notes.append("a treebank's spacing and brackets must be undone first")
     limit = classifier.template.max_len
     if limit < classifier.llama.config.context_len:
-        notes.append(f"texts were cut to {limit} tokens; give the tokenizer max_length={limit}")
+        notes.append(
+            f"texts were truncated to {limit} tokens; give the tokenizer max_length={limit}"
+        )
     if words.pad_id is None:
         notes.append("the vocabulary has no token to pad with, so texts go one at a time")
     return notes

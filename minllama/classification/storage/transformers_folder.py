@@ -73,14 +73,13 @@ def load_sequence_classifier(folder: Path, wanted: Wanted) -> LlamaEmbeddingClas
         return _load_adapter_classifier(folder, wanted)
     if wanted.model is not None:
         raise OptionError(
-            f"{folder}: holds all of its weights and needs no base; leave --base {wanted.model} "
-            "away"
+            f"{folder}: contains all of its weights and needs no base; omit --base {wanted.model}"
         )
     checkpoint = open_checkpoint(folder, tokenizer=wanted.tokenizer)
     if checkpoint.head is None:
         raise CheckpointError(
-            f"{folder}: a language model (LlamaForCausalLM) and no classifier; train one on it "
-            "with `minllama train --model`, or name labels with `minllama classify --labels`"
+            f"{folder}: a language model (LlamaForCausalLM), not a classifier; train one with "
+            "`minllama train --model`, or give labels with `minllama classify --labels`"
         )
     weight = _stored_head(checkpoint)
     words = _words_of(checkpoint, SEQUENCE_CLASSIFIER)
@@ -93,20 +92,20 @@ def _load_adapter_classifier(folder: Path, wanted: Wanted) -> LlamaEmbeddingClas
     config = read_adapter_config(folder)
     if not config.has_head:
         raise CheckpointError(
-            f"{folder}: a PEFT adapter of task {config.task_type}, without a head of labels; only "
-            f"one of task {CLASSIFICATION} is a classifier"
+            f"{folder}: a PEFT adapter of task {config.task_type}, without a classification "
+            f"head; only task {CLASSIFICATION} is supported"
         )
     source = wanted.model or config.base_model_name
     if source is None:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: names no base_model_name_or_path; name the base model with "
-            "--base"
+            f"{folder / CONFIG_FILE}: no base_model_name_or_path; name the base model with --base"
         )
     try:
         checkpoint = open_checkpoint(source, tokenizer=wanted.tokenizer)
     except MinllamaError as error:
         raise CheckpointError(
-            f"{folder}: its base model cannot be opened: {error}; name where it is now with --base"
+            f"{folder}: its base model cannot be opened: {error}; if it has moved, name it with "
+            "--base"
         ) from error
     words = _words_beside(folder, wanted) or _words_of(checkpoint, f"PEFT {CLASSIFICATION} adapter")
     llama = wanted.llama_of(checkpoint)
@@ -145,19 +144,19 @@ def _stored_head(checkpoint: Checkpoint) -> Tensor:
     if stored is None or len(stored.shape) != 2 or stored.shape[1] != dim or not stored.shape[0]:
         found = "is missing" if stored is None else f"is of shape {stored.shape}"
         raise CheckpointError(
-            f"{path}: a {SEQUENCE_CLASSIFIER} whose {HEAD_WEIGHT} {found}, where (labels, {dim}) "
-            "should be; the file is incomplete: download it again"
+            f"{path}: a {SEQUENCE_CLASSIFIER} whose {HEAD_WEIGHT} {found}, not (labels, {dim}); "
+            "the file is incomplete: download it again"
         )
     if HEAD_BIAS in checkpoint.tensors:
         raise CheckpointError(
-            f"{path}: a {SEQUENCE_CLASSIFIER} with a {HEAD_BIAS}, which transformers would leave "
-            "out of its logits; remove it from the file to have those, for one of the two is wrong"
+            f"{path}: a {SEQUENCE_CLASSIFIER} with a {HEAD_BIAS}, which transformers ignores; "
+            "remove it from the file to get the same logits"
         )
     weight = stored.load().float()
     if not weight.isfinite().all():
         raise CheckpointError(
-            f"{path}: {HEAD_WEIGHT} holds NaN or infinity; its training diverged, or the file is "
-            "damaged"
+            f"{path}: {HEAD_WEIGHT} has NaN or infinite values; its training diverged, or the "
+            "file is damaged"
         )
     return weight
 

@@ -25,8 +25,8 @@ def library() -> ctypes.CDLL | None:
                 return None
             if not _is_of_this_version(found):
                 warnings.warn(
-                    f"{path.name} was compiled from another version of minllama and is not used, "
-                    "which is slower; install the package again (here: make native)",
+                    f"{path.name} was compiled from another version of minllama and is ignored, "
+                    "which is slower; reinstall the package (in a source tree: make native)",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -63,7 +63,7 @@ def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> N
     threads = ctypes.c_int64(torch.get_num_threads())
     level = best_level() if level is None else level
     if getattr(found, f"minllama_{name}")(*map(ctypes.byref, arguments), threads, level):
-        raise MinllamaError("no memory is left; give fewer or shorter texts at a time")
+        raise MinllamaError("out of memory; use fewer or shorter texts per batch")
 
 
 def _is_of_this_version(found: ctypes.CDLL) -> bool:

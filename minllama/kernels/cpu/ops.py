@@ -123,7 +123,9 @@ def pack(raw: Tensor, rows: int, bits: int, has_mins: bool) -> tuple[Tensor, Ten
     """
     raw, block_bytes = raw.contiguous(), 2 + 2 * has_mins + 4 * bits
     if raw.dtype != torch.uint8 or raw.shape[1:] != (block_bytes,) or len(raw) % rows:
-        raise MinllamaError(f"{rows} rows of blocks do not fit {tuple(raw.shape)} {raw.dtype}")
+        raise MinllamaError(
+            f"{rows} rows of quantized blocks do not match {tuple(raw.shape)} {raw.dtype}"
+        )
     blocks, panels = len(raw) // rows, -(-rows // 16)
     quants = torch.empty(panels, blocks, bits, 16, 4, dtype=torch.uint8, device="cpu")
     scales = torch.empty(panels, blocks, 16, dtype=torch.float16, device="cpu")
@@ -156,7 +158,7 @@ def most_rows(dtype: torch.dtype) -> float:
 
 
 def product(weight: Any, x: Tensor) -> Tensor:
-    """Give x W^T with a quantised W as it is: (..., in) -> (..., out), float32."""
+    """Give x W^T with a quantized W as it is: (..., in) -> (..., out), float32."""
     if x.shape[-1] != weight.in_features:
         raise MinllamaError(f"a weight of {weight.in_features} columns times {tuple(x.shape)}")
     x = x.float().contiguous()

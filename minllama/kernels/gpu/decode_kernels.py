@@ -66,7 +66,7 @@ def _product(
     NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """ROWS products of a matrix (., N) with x (N,), normalised before where NORM: float32."""
+    """ROWS products of a matrix (., N) with x (N,), normalized before where NORM: float32."""
     tile = _tile(matrix, first, 0, N, ROWS, BLOCK)
     if NORM:
         weight = _piece(gain, 0, N, BLOCK)
@@ -392,7 +392,7 @@ def gate(
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """SiLU(W1 x) * W3 x (Shazeer 2020, eq. 6) of one normalised row: (D,) -> (F,)."""
+    """SiLU(W1 x) * W3 x (Shazeer 2020, eq. 6) of one normalized row: (D,) -> (F,)."""
     _begin(EARLY)
     first = tl.program_id(0) * ROWS
     one = _tile(w1, first, 0, D, ROWS, BLOCK)
@@ -430,7 +430,7 @@ def project_vocabulary(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Logits of one row, normalised before: (D,) -> (V,)."""
+    """Logits of one row, normalized before: (D,) -> (V,)."""
     _begin(EARLY)
     first = tl.program_id(0) * ROWS
     found = _product(matrix, first, h, gain, eps, D, ROWS, BLOCK, True, EARLY)
@@ -438,7 +438,7 @@ def project_vocabulary(
 
 
 @triton.jit
-def add_and_normalise(
+def add_and_normalize(
     h,
     x,
     gain,

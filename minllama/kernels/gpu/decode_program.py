@@ -242,7 +242,7 @@ class Walk:
             )
             self._add_product(rows.gated, w2, b2, h)
         self._launch(
-            "add_and_normalise",
+            "add_and_normalize",
             (1,),
             h,
             h,
@@ -285,9 +285,9 @@ class Walk:
         h, eps = rows.h, config.norm_eps
         heads = config.n_heads + 2 * config.n_kv_heads
 
-        def normalise(gain: Tensor, x: Tensor | None) -> Tensor:
+        def normalize(gain: Tensor, x: Tensor | None) -> Tensor:
             self._launch(
-                "add_and_normalise",
+                "add_and_normalize",
                 (n,),
                 h,
                 h if x is None else x,
@@ -306,7 +306,7 @@ class Walk:
                 functools.partial(_product, weight, bias)
                 for weight, bias in zip(layer.weights, layer.biases, strict=True)
             ]
-            normal = normalise(layer.attention_norm, x)
+            normal = normalize(layer.attention_norm, x)
             query = product[0](normal)
             self._launch(
                 "turn_and_keep",
@@ -321,7 +321,7 @@ class Walk:
                 BLOCK=support.power_of_two(config.head_dim),
             )
             self._attend(rows, number, query)
-            normal = normalise(layer.ffn_norm, product[3](rows.attended))
+            normal = normalize(layer.ffn_norm, product[3](rows.attended))
             total = n * config.hidden_dim
             self._launch(
                 "swiglu",
@@ -333,7 +333,7 @@ class Walk:
                 BLOCK=1024,
             )
             x = product[5](rows.gated)
-        rows.logits.copy_(_product(self._model.head, None, normalise(self._model.norm, x)))
+        rows.logits.copy_(_product(self._model.head, None, normalize(self._model.norm, x)))
 
 
 def _product(weight: Any, bias: Tensor | None, x: Tensor) -> Tensor:
