@@ -121,6 +121,6 @@ def _release(file: Path, descriptor: int) -> None:
 def _taken(place: str | os.PathLike[str], owner: str) -> MinllamaError:
     process = f" (process {owner})" if owner.isdigit() else ""
     return MinllamaError(
-        f"{os.fspath(place)}: another run{process} is writing there; wait until it has ended, or "
-        "name another place"
+        f"{os.fspath(place)}: another run{process} is writing there; wait until it ends, or name "
+        "another output"
     )

@@ -167,8 +167,8 @@ def _with_head(
         ignored.append(NAMES["output"] + ".weight")
         return config
     warn_caller(
-        f"{path}: config.json says tie_word_embeddings, and the weights have an lm_head.weight "
-        "that differs from the embedding, which counts; set tie_word_embeddings to false",
+        f"{path}: config.json sets tie_word_embeddings, but the weights have a different "
+        "lm_head.weight, which is used; set tie_word_embeddings to false",
         CheckpointWarning,
     )
     return config.replace(tie_embeddings=False)
@@ -334,7 +334,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def their_name(ours: str) -> str:
     """Hugging Face's name of one of our tensors."""
     theirs = translate(ours, NAMES)
-    assert theirs is not None, f"a tensor that no Llama has: {ours}"
+    assert theirs is not None, f"not a tensor of a Llama: {ours}"
     return theirs
 
 

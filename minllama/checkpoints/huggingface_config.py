@@ -130,8 +130,8 @@ def rope_contradiction(raw: dict[str, Any]) -> str | None:
         return None
     said = ", ".join(f"{key} {value!r}" for key, value in changes.items())
     return (
-        f"rope_scaling ({_kind(scaling)}) counts, and rope_parameters beside it says {said}; "
-        "remove the one that is wrong"
+        f"rope_scaling ({_kind(scaling)}) is used, but rope_parameters beside it has {said}; "
+        "remove the wrong one"
     )
 
 

@@ -14,8 +14,8 @@ from minllama.errors import MinllamaError
 SEQUENCE_CLASSIFIER = "LlamaForSequenceClassification"
 HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"
 OTHER_HEADS = {
-    "LlamaForTokenClassification": "gives a class to each token",
-    "LlamaForQuestionAnswering": "finds where an answer begins and ends",
+    "LlamaForTokenClassification": "classifies each token",
+    "LlamaForQuestionAnswering": "finds the start and end of an answer",
 }
 REGRESSION, ONE_LABEL, SEVERAL_LABELS = (
     "regression",

@@ -296,8 +296,8 @@ def _vocabulary_beside(path: Path, vocab_size: int) -> Vocabulary | None:
     vocabulary = find_vocabulary(path.parent)
     if vocabulary is not None and (n_tokens := len(open_codec(vocabulary).tokens)) > vocab_size:
         warn_caller(
-            f"{path}: the tokenizer beside it has {n_tokens} tokens, and the model knows "
-            f"{vocab_size}, so it is another model's and is not used; name one with --tokenizer",
+            f"{path}: the tokenizer beside it has {n_tokens} tokens, but the model has "
+            f"{vocab_size}, so it is ignored; name the right one with --tokenizer",
             CheckpointWarning,
         )
         return None

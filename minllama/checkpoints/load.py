@@ -102,7 +102,7 @@ def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | No
     }
     if dtype is None or is_fast.get(dtype, True):
         return None
-    return f"this CPU only emulates {dtype}; float32 is faster for long passes and training"
+    return f"this CPU only emulates {dtype}; float32 is faster for prefill and training"
 
 
 def warn_if_slow(dtype: torch.dtype | str | None, device: torch.device | str | None) -> None:

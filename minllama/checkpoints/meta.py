@@ -50,16 +50,16 @@ KNOWN = {
     *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor"),
     "max_seq_len",
 }
-# Keys of releases that are something else than a Llama of dense numbers, and what they are.
+# Keys of releases that are something other than a Llama with dense weights, and what they are.
 OTHERS = {
     "quantization_args": "its weights are quantized (SpinQuant, QLoRA); use the release in "
     "bfloat16, or a GGUF file",
     "lora_args": "its weights are quantized, with adapters beside them; use the release in "
     "bfloat16, or a GGUF file",
-    "vision_chunk_size": "it sees images (Llama 3.2 11B, 90B); choose a model of text alone",
-    "vision_num_cross_attention_layers": "it sees images (Llama 3.2 11B, 90B); choose a model of "
-    "text alone",
-    "vision_args": "it sees images; choose a model of text alone",
+    "vision_chunk_size": "it has a vision encoder (Llama 3.2 11B, 90B); choose a text-only model",
+    "vision_num_cross_attention_layers": "it has a vision encoder (Llama 3.2 11B, 90B); choose a "
+    "text-only model",
+    "vision_args": "it has a vision encoder; choose a text-only model",
     "moe_args": "it is a mixture of experts; choose a dense Llama",
 }
 # Width, heads and key heads of Llama 3.2's small models, 1B and 3B, and of what was pruned from

@@ -160,8 +160,8 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     if adapter.config.has_head:
         ignored = (*ignored, f"{HEAD}.weight")
         warn_caller(
-            f"{folder}: an adapter of a sequence classifier; its head is not read, and the model "
-            "continues texts",
+            f"{folder}: an adapter of a sequence classifier; its head is ignored, and the model "
+            "generates text",
             CheckpointWarning,
         )
     return dataclasses.replace(

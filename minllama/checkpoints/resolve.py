@@ -295,35 +295,35 @@ def _reason(hub_model: HubModel, error: BaseException) -> str:
     match error:
         case errors.GatedRepoError():
             return (
-                f"the repository is gated; ask for access at {page}, then set HF_TOKEN to a token "
-                "of that account (or run: hf auth login)"
+                f"the repository is gated; request access at {page}, then set HF_TOKEN to a "
+                "token of that account (or run: hf auth login)"
             )
         case errors.RepositoryNotFoundError():
             return (
-                f"no such path here, and no such repository at {page}; check the name, and for a "
-                "private one set HF_TOKEN (or run: hf auth login)"
+                f"no such local path, and no such repository at {page}; check the name, and for "
+                "a private one set HF_TOKEN (or run: hf auth login)"
             )
         case errors.RevisionNotFoundError():
             return f"no revision {hub_model.revision!r} in the repository; see {page}/branches"
         case errors.OfflineModeIsEnabled():
             return (
-                f"no such path here, and not whole in the cache {constants.HF_HUB_CACHE}; unset "
-                "HF_HUB_OFFLINE to download it"
+                f"no such local path, and not complete in the cache {constants.HF_HUB_CACHE}; "
+                "unset HF_HUB_OFFLINE to download it"
             )
         case errors.LocalEntryNotFoundError():  # the library's wrapping of what went wrong
             if error.__cause__ is not None:
                 return _reason(hub_model, error.__cause__)
         case errors.HFValidationError():
-            return f"no such path here, and not a Hugging Face id; one is {EXAMPLE_ID}"
+            return f"no such local path, and not a Hugging Face id such as {EXAMPLE_ID}"
         case errors.HfHubHTTPError():
             return f"{page} answers: {_first_line(error)}; try again later, or check HF_TOKEN"
         case OSError(errno=int(number)) if number not in _NETWORK_ERRORS:
             return (
-                f"cannot be stored in {constants.HF_HUB_CACHE} ({os.strerror(number)}); make room "
-                "there, or set HF_HOME to another folder"
+                f"cannot be stored in {constants.HF_HUB_CACHE} ({os.strerror(number)}); free "
+                "some space, or set HF_HOME to another folder"
             )
     return (
-        f"no such path here, and {constants.ENDPOINT} cannot be reached or breaks off "
+        f"no such local path, and {constants.ENDPOINT} cannot be reached or the connection broke "
         f"({_first_line(error)}); check the connection and try again"
     )
 

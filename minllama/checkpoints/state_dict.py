@@ -76,7 +76,7 @@ def differences(
         *(f"{name} is missing" for name in expected if name not in found),
         *(f"{name} is unexpected" for name in found if name not in expected),
         *(
-            f"{name} has shape {found[name]} where the config says {shape}"
+            f"{name} has shape {found[name]}, but the config implies {shape}"
             for name, shape in expected.items()
             if name in found and found[name] != shape
         ),

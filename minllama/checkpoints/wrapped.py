@@ -91,6 +91,6 @@ def _unclear(values: Mapping[str, Any], inner: list[str]) -> str:
     way = "torch.save(torch.load(FILE)[KEY], FILE)"
     if inner:
         names = ", ".join(map(repr, inner[:_MAX_SHOWN]))
-        return f"tensors lie in {names} of it; keep the state dict of the model alone: {way}"
+        return f"its tensors are in {names}; keep only the model's state dict: {way}"
     names = ", ".join(f"{key[:40]!r}" for key in list(values)[:_MAX_SHOWN])
-    return f"it holds no tensors, only {names}; save the model's state_dict() with torch.save"
+    return f"it contains no tensors, only {names}; save the model's state_dict() with torch.save"

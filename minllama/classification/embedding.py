@@ -111,7 +111,7 @@ class LlamaEmbeddingClassifier(Classifier):
         if reason := unlike_transformers(self.llama, self.layer, self.pooling):
             return reason
         if self.scale not in (None, TargetScale()):
-            return "its targets were standardized, and their mean is a bias"
+            return "its targets were standardized, which adds a bias"
         has_bias = self.score.bias is not None and bool(self.score.bias.any())
         return "its head has a bias" if has_bias else None
 
@@ -213,7 +213,7 @@ def unlike_transformers(llama: Llama, layer: int, pooling: Pooling) -> str | Non
         return f"its pooling is {pooling}"
     if layer != llama.config.n_layers:
         return f"it runs {layer} of {llama.config.n_layers} layers"
-    return None if llama.config.causal else "its tokens look ahead"
+    return None if llama.config.causal else "its attention is bidirectional"
 
 
 def check_layer(llama: Llama, layer: int | None) -> int:

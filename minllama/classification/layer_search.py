@@ -61,8 +61,8 @@ def raced_features(
     kept = [choice for choice in choices if choice[0] in stay]
     late = extract_features(classifier, [texts[i] for i in others], kept, progress=progress)
     say(
-        f"after {RACE_ROWS:,} texts no layer was clearly better than layer {good}: layers "
-        f"{', '.join(map(str, stay))} were read of the others"
+        f"after {RACE_ROWS:,} texts no layer was clearly better than layer {good}: continuing "
+        f"with layers {', '.join(map(str, stay))}"
     )
     features: Features = {}
     for choice in kept:

@@ -107,7 +107,7 @@ def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         problem = head.problem_of(n_outputs)
     labels = f"{len(names)} labels ({listed(names)})"
     gives = {
-        REGRESSION: "a number for each text",
+        REGRESSION: "a number per text",
         SEVERAL_LABELS: f"any number of {labels} for each text",
     }.get(problem, f"one of {labels} for each text")
     return [

@@ -69,9 +69,7 @@ class OutputFile:
             OptionError: it is a folder, its format is unknown, or has no byte order mark.
         """
         if not name:
-            raise OptionError(
-                "--output is empty; name a file, or - for standard output"
-            )
+            raise OptionError("--output is empty; name a file, or - for standard output")
         if name != STANDARD_OUTPUT and Path(name).is_dir():
             raise OptionError(f"{name} is a folder; name a file")
         output_format = chosen or _format_of(name)
@@ -106,14 +104,10 @@ class OutputFile:
                 "--resume needs an --output file in JSON Lines, CSV, TSV or Parquet format"
             )
         if resume and force:
-            raise OptionError(
-                "--resume continues FILE and --force replaces it; give one of them"
-            )
+            raise OptionError("--resume continues FILE and --force replaces it; give one of them")
         self._check_distinct(source)
         if self.existing and not (resume or force):
-            raise OptionError(
-                f"{self.existing} exists; --resume continues it, --force replaces it"
-            )
+            raise OptionError(f"{self.existing} exists; --resume continues it, --force replaces it")
         if self.output_format == "parquet":
             self._check_parquet()
 
@@ -125,9 +119,7 @@ class OutputFile:
         for name in (self.name, *both):
             if is_source(name, source):
                 what = "standard output" if name == STANDARD_OUTPUT else name
-                raise OptionError(
-                    f"{what} is also the --input; name another file for --output"
-                )
+                raise OptionError(f"{what} is also the --input; name another file for --output")
 
     def _check_parquet(self) -> None:
         path = Path(self.name)

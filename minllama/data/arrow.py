@@ -60,7 +60,7 @@ def parquet_table(path: Path, name: str) -> Table:
         raise DataError(f"{name}: Parquet needs pyarrow; install it with: {INSTALL}") from error
 
     def refusal(error: Exception) -> DataError:
-        return DataError(f"{name}: damaged, or no Parquet file ({_first_line(error)})")
+        return DataError(f"{name}: damaged, or not a Parquet file ({_first_line(error)})")
 
     def batches() -> Iterator[Any]:
         try:
@@ -166,20 +166,20 @@ def _reason(hub_dataset: HubDataset, error: Exception) -> str:
     line = _first_line(error)
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return (
-            f"no such file here, and no such data set on the hub that you may read ({line}); check "
-            "the name, and for a private or gated one set HF_TOKEN"
+            f"no such file, and no accessible dataset of that name on Hugging Face ({line}); "
+            "check the name, and for a private or gated one set HF_TOKEN"
         )
     if "scripts are no longer supported" in line:
         return (
-            "the data set is a program, which is not run; try its conversion "
+            "the dataset needs a script, which is not supported; try its conversion "
             f"{hub_dataset.repo}@refs/convert/parquet, or another copy"
         )
     if isinstance(error, ValueError):  # no such split or config; the library lists what there is
         text = " ".join(str(error).split())[:300].rstrip(".")
         return f"{text}; an id has the form owner/name/config:split, such as {EXAMPLE_ID}"
     return (
-        f"no such file here, and it cannot be had from the hub ({line}); check the name and the "
-        "connection"
+        f"no such file, and it cannot be downloaded from Hugging Face ({line}); check the name "
+        "and the connection"
     )
 
 
@@ -310,7 +310,7 @@ def _values(batch: Any) -> list[dict[str, Any] | str]:
     except (UnicodeDecodeError, ValueError, OverflowError) as error:  # somewhere in these rows
         if batch.num_rows == 1:
             is_text = isinstance(error, UnicodeDecodeError)
-            return ["text that is not UTF-8" if is_text else "a date beyond the year 9999"]
+            return ["text that is not UTF-8" if is_text else "a date after the year 9999"]
         return [value for i in range(batch.num_rows) for value in _values(batch.slice(i, 1))]
     return values
 

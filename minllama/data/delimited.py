@@ -140,7 +140,7 @@ def _not_csv(message: str, taken: list[str], separator: str) -> tuple[int, str, 
     opened, is_another = _unclosed_quote(taken, separator)
     unclosed = "a quote is not closed"
     if message.startswith("field larger"):
-        unclosed = f"a cell of more than {MAX_LINE_BYTES:,} characters; is a quote not closed?"
+        unclosed = f"a cell of more than {MAX_LINE_BYTES:,} characters; is a closing quote missing?"
     elif not message.startswith("unexpected end") and not (is_another and opened < whole - 1):
         return 0, f"not CSV ({printable(message)})", whole
     return opened, unclosed, opened + 1
@@ -294,7 +294,7 @@ def _table_with_header(lines: Lines, rows: Rows) -> Table:
     if any("\0" in name for name in columns):
         raise DataError(f"{lines.name}: contains NUL characters; is it UTF-16, or not a text file?")
     records = _records(lines.name, rows, columns, "the first line")
-    names = "text,label,... (a name for each column)"
+    names = "text,label,... (one name per column)"
     cells, option = columns, ""
     if len(columns) == 1 and "|" in columns[0]:
         cells, option = columns[0].split("|"), "--separator '|' "
@@ -304,7 +304,7 @@ def _table_with_header(lines: Lines, rows: Rows) -> Table:
         text_first = len(cells[0].split()) > len(cells[1].split())
         names = "text,label" if text_first else "label,text"
     options = f"{option}--no-header --columns {names}"
-    header = f"where the first line is an example and no header, add {options}"
+    header = f"if the first line is an example, not a header, add {options}"
     return Table(lines.name, columns, numbered(records), header=header, remedies=lines.remedies)
 
 
@@ -341,11 +341,9 @@ def _records(
                     "first line; concatenate files by column, or read them separately"
                 )
             remedy = (
-                ""
-                if has_header
-                else " (where it is the first line, leave out --columns and --no-header)"
+                "" if has_header else " (if it is the first line, omit --columns and --no-header)"
             )
-            yield number, f"a line of column names, no example{remedy}"
+            yield number, f"a line of column names, not an example{remedy}"
         else:
             yield number, dict(zip(columns, cells, strict=True))
 

@@ -182,7 +182,7 @@ def advice_for(evidence: bytes) -> str:
     """How bytes that are not UTF-8 may be read."""
     guess = guessed_encoding(evidence)
     if guess is None:
-        return "say what it is with --encoding, such as cp1252 or shift_jis"
+        return "give its encoding with --encoding, such as cp1252 or shift_jis"
     iconv = _ICONV_NAMES.get(guess, guess)
     return f"read it with --encoding {guess}, or convert it with: iconv -f {iconv} -t utf-8"
 

@@ -167,11 +167,11 @@ def _check_kind(kind: str, lines: list[str], options: DataOptions, name: str) ->
 
 def _says_other_format(found: str, first: str, name: str, *, labelled: bool) -> str:
     if found in ("json", "jsonl"):
-        what = "lines are JSON objects" if found == "jsonl" else "content is a list in JSON"
+        what = "lines are JSON objects" if found == "jsonl" else "content is a JSON list"
     else:
-        what = f"first line is {seen(first)}, which names columns"
+        what = f"first line is {seen(first)}, a header"
     or_texts = "" if labelled else ", or as texts with --data-format text"
-    return f"{name}: its {what}; read them with --data-format {found}{or_texts}"
+    return f"{name}: the {what}; read it with --data-format {found}{or_texts}"
 
 
 def _check_no_labels(lines: list[str], kind: str | None, name: str) -> None:
@@ -187,8 +187,8 @@ def _check_no_labels(lines: list[str], kind: str | None, name: str) -> None:
 
 def _unclear(line: str, name: str) -> DataError:
     return DataError(
-        f"{name}: its first line is {seen(line)}; say --data-format csv where that names columns, "
-        "or --data-format text where it is a text"
+        f"{name}: the first line is {seen(line)}; give --data-format csv if it is a header, or "
+        "--data-format text if it is a text"
     )
 
 

@@ -119,9 +119,9 @@ class _Text:
         n_lines = self.text.count("\n", self.at) + data.count(b"\n", 0, error.start)
         of_line = data[newline + 1 :]
         reason = bad_bytes(of_line, error.start - newline - 1, self._encoding, before=before)
-        advice = "say with --encoding what it is, or leave that out for UTF-8"
+        advice = "give its encoding with --encoding, or omit that for UTF-8"
         if self._encoding == UTF_8 and self._has_utf8:
-            advice = "what comes before it is UTF-8, and not in one encoding with this"
+            advice = "the data before it is UTF-8, so the file mixes encodings"
         elif self._encoding == UTF_8:
             advice = advice_for(data[max(0, error.start - CHUNK) : error.start + CHUNK])
         return DataError(f"{self.name}, line {self.line() + n_lines}: {reason}; {advice}")

@@ -143,7 +143,11 @@ def _decoded(data: bytes, encoding: str | None, name: str) -> str:
     for tried in [asked] if is_asked else ["utf-8-sig", asked]:
         with contextlib.suppress(UnicodeError):
             return data.decode(tried).removeprefix("\ufeff")
-    remedy = advice_for(data) if encoding is None else "give --encoding what it is, or save it so"
+    remedy = (
+        advice_for(data)
+        if encoding is None
+        else "give its encoding with --encoding, or convert it to UTF-8"
+    )
     raise DataError(f"{name}: not UTF-8{'' if encoding is None else f' or {asked}'}; {remedy}")
 
 

@@ -192,7 +192,7 @@ class LabelReader:
             name = self._same(text, cell) or text
         if name not in self.index_of:
             if whole is not None and not self._names_are_given and not self._has_numbers():
-                self._hint = "--label-names FILE says which names the numbers have"
+                self._hint = "--label-names FILE sets the names of the numbers"
             if len(self._refused) < MOST_REFUSED or name in self._refused:
                 self._refused[name] += 1
             meant = "" if name == text else f" ({shown(name)})"
@@ -217,5 +217,5 @@ class LabelReader:
 
 def _several(items: Sequence[Any], value: Any) -> ValueError:
     return ValueError(
-        f"a list of {len(items)} labels, {shown(value)}; --multi-label takes several for every row"
+        f"a list of {len(items)} labels, {shown(value)}; use --multi-label to allow several"
     )

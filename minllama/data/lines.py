@@ -127,9 +127,9 @@ class Lines:
         if self.remedies:
             return
         if self._encoding != UTF_8:
-            advice = "say with --encoding what it is, or leave that out for UTF-8"
+            advice = "give its encoding with --encoding, or omit that for UTF-8"
         elif self._has_utf8:
-            advice = "lines before it are UTF-8, and not in one encoding with this one"
+            advice = "the lines before it are UTF-8, so the file mixes encodings"
         else:
             with reading(self.name):
                 advice = advice_for(line + self._stream.peek(CHUNK)[:CHUNK])
@@ -152,9 +152,9 @@ def labelled_table(lines: Lines) -> Table:
     def split(line: str) -> dict[str, Any] | str:
         label, separator, text = line.partition(SEPARATOR)
         if not separator:
-            return f"no {SEPARATOR} between label and sentence"
+            return f"no {SEPARATOR} between label and text"
         if label.strip().lower() in LABEL_NAMES and text.strip().lower() in TEXT_NAMES:
-            return "a line of column names, no example"
+            return "a line of column names, not an example"
         return {"label": label.strip(), "text": text.lstrip(" \t")}
 
     return _table(lines, ["label", "text"], split)

@@ -79,8 +79,8 @@ def alike_message(names: list[str], counts: Mapping[str, int]) -> str:
         told.append(shown if n is None else f"{shown} ({n:,} row{'s' * (n != 1)})")
     more = f" and {len(told) - MAX_SHOWN} more" if len(told) > MAX_SHOWN else ""
     return (
-        f"{', '.join(told[:MAX_SHOWN])}{more} are different labels that differ in "
-        f"{difference(names)} only; is one meant?"
+        f"{', '.join(told[:MAX_SHOWN])}{more} are different labels that differ only in "
+        f"{difference(names)}; are they the same?"
     )
 
 

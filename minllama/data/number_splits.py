@@ -38,7 +38,7 @@ def random_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset,
     rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
     dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
     rest = replace(rest, notices=dataset.notices, part=share(rest, dataset))
-    return rest, replace(dev, part=f"{share(dev, dataset)}, set aside")
+    return rest, replace(dev, part=f"{share(dev, dataset)}, held out")
 
 
 def check_number_splits(
@@ -75,8 +75,8 @@ def one_number(split: Dataset) -> list[Notice]:
     if split.labels is None or len(split) < 2 or len(set(split.targets)) > 1:
         return []
     message = (
-        f"{split.called}: every row has the number {split.targets[0]:g}; is it a placeholder? "
-        "there is no R2 and no correlation on it"
+        f"{split.called}: every row has the number {split.targets[0]:g}; is it a placeholder? R2 "
+        "and correlations are undefined"
     )
     return [Notice("one-class", message, len(split))]
 
@@ -87,5 +87,5 @@ def _conflicts(train: Dataset) -> list[Notice]:
         targets_of[text].add(target)
     if not (count := sum(len(targets) > 1 for targets in targets_of.values())):
         return []
-    message = f"{train.called}: texts that occur with different numbers: {count}"
+    message = f"{train.called}: texts with conflicting numbers: {count}"
     return [Notice("conflicts", message, count)]

@@ -52,7 +52,9 @@ def number_of(value: Any) -> float:
     if isinstance(value, str):
         text = value.strip()
         if not _NUMBER.fullmatch(text):
-            remedy = " (write a point for the comma)" if _COMMA.fullmatch(text) else ""
+            remedy = (
+                " (write a decimal point instead of the comma)" if _COMMA.fullmatch(text) else ""
+            )
             raise ValueError(f"label {shown(value)} is not a number{remedy}")
         number = float(text)
     elif isinstance(value, bool):

@@ -131,8 +131,8 @@ class BadRows:
                 f"{name}, {row.place}: {row.reason}; fix it, or skip it with --skip-bad-rows{hint}"
             )
         return DataError(
-            f"{name}: {self.count} bad rows: {self.summary()}; "
-            f"mend them, or leave them out with --skip-bad-rows{hint}"
+            f"{name}: {self.count} bad rows: {self.summary()}; fix them, or skip them with "
+            f"--skip-bad-rows{hint}"
         )
 
 

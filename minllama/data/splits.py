@@ -58,7 +58,7 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
     rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
     dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
     rest = replace(rest, notices=dataset.notices, part=share(rest, dataset))
-    return rest, replace(dev, part=f"{share(dev, dataset)}, set aside")
+    return rest, replace(dev, part=f"{share(dev, dataset)}, held out")
 
 
 def share(part: Dataset, whole: Dataset) -> str:
@@ -163,14 +163,14 @@ def check_splits(
 def _notices_on_training(train: Dataset, counts: list[int]) -> list[Notice]:
     notices = []
     if absent := [name for name, n in zip(train.label_names, counts, strict=True) if n == 0]:
-        message = f"{train.called}: no example of {listed(absent)}; it cannot be learned"
+        message = f"{train.called}: no example of {listed(absent)}, so it cannot be learned"
         notices.append(Notice("absent", message, len(absent)))
     notices += alike_names(train)
     labels_of: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
     for index, text in enumerate(train.texts):
         labels_of[text].add(train.classes_of(index))
     if conflicts := sum(len(labels) > 1 for labels in labels_of.values()):
-        message = f"{train.called}: texts that occur with different labels: {conflicts}"
+        message = f"{train.called}: texts with conflicting labels: {conflicts}"
         notices.append(Notice("conflicts", message, conflicts))
     return notices
 
@@ -179,7 +179,7 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
     if split.labels is None:
         return
     if split.multi_label != train.multi_label:
-        one, several = "one label to each text", "lists of labels"
+        one, several = "one label per text", "lists of labels"
         of_train, of_split = (several, one) if train.multi_label else (one, several)
         raise DataError(
             f"{split.source}: has {of_split}, but {train.source} has {of_train}; use the same "
@@ -210,8 +210,8 @@ def duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
     if not count:
         return []
     message = (
-        f"{split.called}: {count} of {len(split)} rows have a text that {earlier.called} has too; "
-        "what is measured on them may be memory"
+        f"{split.called}: {count} of {len(split)} rows have a text that is also in "
+        f"{earlier.called}; results on them may reflect memorization"
     )
     return [Notice("duplicates", message, count)]
 
@@ -222,7 +222,7 @@ def one_class(split: Dataset) -> list[Notice]:
     if split.multi_label or len(used) != 1 or len(split) < 2:
         return []
     message = (
-        f"{split.called}: every row has the label {used[0]!r}; is it a placeholder? "
-        "an accuracy on it says little"
+        f"{split.called}: every row has the label {used[0]!r}; is it a placeholder? accuracy "
+        "says little on such data"
     )
     return [Notice("one-class", message, len(split))]

@@ -73,7 +73,7 @@ def positive_class(labels: Sequence[str], name: str | None, *, multi_label: bool
     if name is None:
         return 1 if is_binary else None
     if not is_binary:
-        kind = "texts with any number of labels" if multi_label else f"{len(labels)} classes"
+        kind = "multi-label texts" if multi_label else f"{len(labels)} classes"
         raise OptionError(f"--positive is for two classes, and these are {kind}; omit it")
     name = _as_labelled(name, labels)
     if name not in labels:
@@ -220,7 +220,7 @@ def choose_thresholds(
             notices.append(f"threshold of {labels[column]!r}: {best.complaint.format(source)}")
     how = f"{' and '.join(chosen)} on {source}" if chosen else ""
     if len(notices) > MOST_NAMED + 1:
-        more = f"thresholds of {len(notices) - MOST_NAMED} more labels: chosen no more surely"
+        more = f"thresholds of {len(notices) - MOST_NAMED} more labels: equally uncertain"
         notices = [*notices[:MOST_NAMED], more]
     return Chosen(Thresholds(tuple(values), positive, how), tuple(notices))
 
@@ -235,12 +235,12 @@ def _best(rule: str, probabilities: NDArray[np.floating[Any]], gold: NDArray[np.
     n_positive = int(gold.sum())
     if n_positive in (0, len(gold)):
         which = "no text" if n_positive == 0 else "every text"
-        complaint = f"{which} of {{}} has this label, so {rule} cannot choose; it is {DEFAULT}"
+        complaint = f"{which} of {{}} has this label, so {rule} cannot be applied; using {DEFAULT}"
         return _Best(DEFAULT, complaint)
     cuts, hits, alarms = _cuts(probabilities, gold)
     precision, recall = hits / np.maximum(hits + alarms, 1), hits / n_positive
     fewer, which = min((n_positive, "with it"), (len(gold) - n_positive, "without it"))
-    few = "" if fewer >= FEW else f"chosen on {{}} by {fewer} texts {which}; more would serve it"
+    few = "" if fewer >= FEW else f"chosen on {{}} from only {fewer} texts {which}"
     name, _, goal_text = rule.partition("=")
     if not goal_text:
         quality = _QUALITIES[name](hits, alarms, n_positive, len(gold) - n_positive)
@@ -255,9 +255,9 @@ def _best(rule: str, probabilities: NDArray[np.floating[Any]], gold: NDArray[np.
         return _Best(cuts[order[-1]], few)
     at = int(np.lexsort((other, wanted))[-1])
     complaint = (
-        f"a {name} of {goal:g} is not reached on {{}}; the best is {wanted[at]:.3f}, with a "
-        f"{'recall' if name == 'precision' else 'precision'} of {other[at]:.3f}, from {cuts[at]:g} "
-        "on, which is taken"
+        f"{name} {goal:g} is not reached on {{}}; the best is {wanted[at]:.3f}, with a "
+        f"{'recall' if name == 'precision' else 'precision'} of {other[at]:.3f}, from "
+        f"{cuts[at]:g} on, which is used"
     )
     return _Best(cuts[at], complaint)
 

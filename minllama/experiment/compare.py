@@ -26,7 +26,7 @@ from minllama.evaluation.thresholds import DEFAULT, Thresholds
 
 Predicted: TypeAlias = tuple[NDArray[np.floating[Any]], NDArray[np.bool_]]
 Progress: TypeAlias = Callable[[int], None] | None
-REMEDY = "compare on the file that they were made of, or name the folder of the classifier"
+REMEDY = "compare on the file that they were made from, or name the classifier's folder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,8 +183,8 @@ def _lines(other: str, file: Iterable[bytes]) -> Iterator[bytes]:
 def _unlike(rows: Sequence[Mapping[str, Any]], split: Dataset) -> str | None:
     """How the rows of a file are not those of the split; None where they are."""
     if len(rows) != len(split):
-        return f"holds predictions of {len(rows):,} texts, and {split.source} has {len(split):,}"
+        return f"has predictions of {len(rows):,} texts, but {split.source} has {len(split):,}"
     for i, (row, text) in enumerate(zip(rows, split.texts, strict=True)):
         if row["text"] != text:
-            return f"its predictions are of other texts than {split.source}, from row {i + 1:,} on"
+            return f"its texts differ from those of {split.source}, from row {i + 1:,} on"
     return None

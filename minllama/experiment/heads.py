@@ -179,7 +179,7 @@ class ValueHeads:
         return Selected(
             found.choice,
             found.penalty,
-            f"R2 {found.r2:.3f} on {len(some):,} training texts, each left out in turn",
+            f"R2 {found.r2:.3f} on {len(some):,} training texts, in leave-one-out cross-validation",
         )
 
     def fit(self, features: Vectors, some: Dataset, penalty: float, *, bias: bool) -> FittedHead:

@@ -236,11 +236,11 @@ def described(classifier: Classifier) -> str:
         temperature += f", {one_line(classifier.decision, classifier.labels)}"
     if isinstance(classifier, LlamaZeroShotClassifier):
         prompt = json.dumps(classifier.prompt.prompt, ensure_ascii=False)
-        asked = "asked in a chat" if classifier.prompt.chat else "prompt"
+        asked = "in a chat" if classifier.prompt.chat else "prompt"
         return f"[label words, score {score_of(classifier)}, {temperature}, {asked} {prompt}]"
     n_layers = classifier.llama.config.n_layers
     if classifier.scale is not None:
-        return f"[a number by a head on layer {classifier.n_layers} of {n_layers}]"
+        return f"[regression head on layer {classifier.n_layers} of {n_layers}]"
     return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
 
 

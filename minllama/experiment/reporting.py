@@ -35,7 +35,7 @@ def settings_for_people(experiment: "Experiment") -> dict[str, Any]:
     """What the experiment was made from, for people."""
     files = {
         "train": experiment.train,
-        "dev": experiment.dev or "set aside from train",
+        "dev": experiment.dev or "held out of train",
         "test": experiment.test,
     }
     shown = settings_of(data=experiment.data, threshold=experiment.threshold)
@@ -116,11 +116,9 @@ def measure(
             say.say(said)
             notes.append(said)
     if not (splits.train.has_numbers or experiment.classifier.no_calibration):
-        notes.append("the temperature was fitted on dev, so dev's own calibration flatters it")
+        notes.append("the temperature was fitted on dev, so calibration on dev is optimistic")
     if result is not None and experiment.training.keep == "best":
-        notes.append(
-            "the best weights by dev were kept, so dev's own numbers flatter them a little"
-        )
+        notes.append("the weights were selected on dev, so results on dev are slightly optimistic")
     return Report(
         title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
         label_names=classifier.labels,

@@ -286,13 +286,13 @@ def check_table(done: Done, layout: Layout, delimiter: str) -> tuple[Mapping[str
 
 def other_columns(what: str) -> DataError:
     return DataError(
-        f"the output holds {what} with other columns; give the --keep-columns that the run began "
-        "with, or another --output"
+        f"the output has {what} with other columns; give the run's original --keep-columns, or "
+        "another --output"
     )
 
 
 def other_input(record: Mapping[str, Any], source: Source) -> DataError:
     return DataError(
-        f"the output has row {record['index']} where {source} has no such row with that text; "
-        "give the input that the run began with, or another --output"
+        f"the output has row {record['index']} but {source} has no such row with that text; give "
+        "the run's original input, or another --output"
     )

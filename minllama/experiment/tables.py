@@ -51,7 +51,7 @@ class Layout:
     def notice(self) -> str | None:
         """Which kept columns have another name in the table, for people; None where none has."""
         renamed = [
-            f"{shown(of_input)} is called {shown(name)} in the table"
+            f"{shown(of_input)} is named {shown(name)} in the table"
             for of_input, name in zip(self.kept, self.shown, strict=True)
             if of_input != name
         ]

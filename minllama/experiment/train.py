@@ -382,8 +382,8 @@ def _calibrate(
             say.say(f"the positive class is {classifier.positive!r}; --positive chooses another")
         if chosen.thresholds.how:
             notes.append(
-                f"thresholds were chosen on dev ({', '.join(experiment.threshold.threshold)}), so "
-                "dev's own numbers flatter them a little; the baselines' were chosen there too"
+                f"thresholds were chosen on dev ({', '.join(experiment.threshold.threshold)}), "
+                "so results on dev are slightly optimistic; the same holds for the baselines"
             )
     say.say(described(classifier))
     return logits, notes

@@ -18,9 +18,8 @@ from minllama.model.kv_cache import KVCache
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 NOT_FINITE = (
-    "the model's logits are NaN or infinite: its weights are damaged, or its numbers do not fit "
-    "into their dtype; try --dtype bfloat16 or float32, and --quantize none where weights are in "
-    "fewer bits"
+    "the model's logits are NaN or infinite: its weights are damaged, or values overflow the "
+    "dtype; try --dtype bfloat16 or float32, and --quantize none for quantized weights"
 )
 
 

@@ -64,8 +64,8 @@ def build(
     """The content of a tokenizer.json for a byte-level vocabulary.
 
     Args:
-        tokens: in the order of their ids, spelled in GPT-2's alphabet; control and user-defined ones
-            as they are.
+        tokens: in the order of their ids, in GPT-2's alphabet; control and user-defined tokens
+            unchanged.
         types: a TokenType for each.
         merges: pairs of tokens with a space between, best first.
         pre: one of PRE_TOKENIZERS, or of ALIASES.

@@ -235,16 +235,16 @@ def _to_line(value: dict[str, Any]) -> bytes:
 def _fault_line(reply: dict[str, Any]) -> str:
     """One line for people from a reply without text."""
     if "refusal" in reply:
-        return f"the chat template refuses these messages: {_one_line(reply['refusal'])}"
+        return f"the chat template rejects these messages: {_one_line(reply['refusal'])}"
     if "fault" in reply:
         where = "" if reply["line"] is None else f" at line {reply['line']}"
         fault = f"fails{where}: {_one_line(reply['fault'])}"
     elif reply["died"] == -signal.SIGALRM:
-        fault = f"takes more than {RENDER_SECONDS:g} s: it loops or repeats itself"
+        fault = f"takes more than {RENDER_SECONDS:g} s"
     elif reply["died"] == _OUT_OF_MEMORY_STATUS:
-        fault = f"wants more than {RENDER_MEMORY_BYTES // 2**20} MiB of memory"
+        fault = f"needs more than {RENDER_MEMORY_BYTES // 2**20} MiB of memory"
     else:
-        fault = f"ends the process that renders it (status {reply['died']})"
+        fault = f"crashes the rendering process (status {reply['died']})"
     return f"the chat template {fault.rstrip('.')}; use another template"
 
 

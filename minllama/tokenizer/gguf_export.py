@@ -124,8 +124,8 @@ def _check_added_tokens(raw: Json, where: str) -> None:
 
 def _unlike_added_token(where: str, text: str, how: Sequence[str]) -> TokenizerError:
     return TokenizerError(
-        f"{where}: its added token {text[:80]!r} has {' and '.join(how)}, which GGUF has no field "
-        "for; convert to hf"
+        f"{where}: its added token {text[:80]!r} has {' and '.join(how)}, which GGUF cannot "
+        "represent; convert to hf"
     )
 
 
@@ -179,12 +179,12 @@ def _unlike_spaces(where: str, scheme: str, remedy: str) -> TokenizerError:
     `remedy` is the way to a file that does the same; the ids of a text may be others then.
     """
     how = {
-        "first": "puts a space before the first text between special tokens only",
-        "always": "puts no space before a text that begins with one",
+        "first": "adds a space only before the first text between special tokens",
+        "always": "adds no space before a text that starts with one",
     }
     return TokenizerError(
-        f"{where}: it {how.get(scheme, f'puts spaces by the scheme {scheme[:20]!r}')}, and GGUF "
-        f"has no field for that; convert to hf, or {remedy} to have llama.cpp's spaces"
+        f"{where}: it {how.get(scheme, f'puts spaces by the scheme {scheme[:20]!r}')}, which "
+        f"GGUF cannot represent; convert to hf, or {remedy} to get llama.cpp's spaces"
     )
 
 
@@ -290,7 +290,7 @@ def _adds_space(raw: Json, where: str) -> bool:
     ):
         scheme = pre_tokenizer.get("prepend_scheme", "always")
         if scheme != "never":
-            way = "put the tokenizer.model that it was made from in the place of tokenizer.json"
+            way = "replace tokenizer.json with the tokenizer.model that it was converted from"
             raise _unlike_spaces(where, str(scheme), way)
         return False
     raise TokenizerError(

@@ -63,7 +63,7 @@ def _tokens(data: bytes, where: str) -> list[tuple[str, float]]:
 
     def damaged(what: str) -> TokenizerError:
         return TokenizerError(
-            f"{where}: not a whole tokenizer.bin ({what}); download the file again"
+            f"{where}: not a complete tokenizer.bin ({what}); download the file again"
         )
 
     if len(data) < _HEAD.size:

@@ -99,7 +99,7 @@ def _fault(error: Exception) -> dict[str, Any]:
     if isinstance(error, Refusal):
         return {"refusal": error.message}
     if isinstance(error, RecursionError):
-        return {"fault": "it nests or calls itself too deeply", "line": line}
+        return {"fault": "it is nested too deeply, or recurses endlessly", "line": line}
     return {"fault": str(error) or type(error).__name__, "line": line}
 
 
@@ -147,7 +147,7 @@ def _answer_all(jinja: Sandbox, settings: dict[str, Any]) -> None:
             text = template.render(_receive(request))
             too_long = len(text) > settings["max_chars"]
             reply = (
-                {"fault": "it writes too much text", "line": None} if too_long else {"text": text}
+                {"fault": "its output is too long", "line": None} if too_long else {"text": text}
             )
         except MemoryError:
             raise

@@ -247,7 +247,7 @@ class TrainingRun:
         what = "the loss" if not math.isfinite(loss) else "a gradient"
         lr, kept = self._options.lr, ""
         if self.checkpoint is not None and self.checkpoint.path.exists():
-            kept = f"; {self.checkpoint.path} holds the run before it"
+            kept = f"; {self.checkpoint.path} has the state before it"
         raise MinllamaError(
             f"training has diverged: {what} is not a finite number at step {step} of "
             f"{self.schedule.total_steps}; use a learning rate (--lr) below {lr:g}, or float32 "

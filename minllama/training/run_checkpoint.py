@@ -339,7 +339,7 @@ def _differences(old: Fingerprint, new: Fingerprint, *, inside: bool = False) ->
         elif inside and not _is_digest(was):
             yield f"{name} was {_shown(was)}, now {_shown(is_)}"
         else:
-            yield f"{name} are not the same"
+            yield f"{name} differ"
 
 
 def _is_digest(value: Any) -> bool:

@@ -106,7 +106,7 @@ def fit(
         DataError: labels cannot be used; see the message.
         CheckpointError: the checkpoint is damaged, of another run, or of one that is not finished
             and not to be resumed.
-        MinllamaError: the loss is not a number any more (the last checkpoint stays); a text cannot be
+        MinllamaError: the loss is NaN or infinite (the last checkpoint stays); a text cannot be
             encoded; the folder cannot be written, or another run is writing there.
         KeyboardInterrupt: it came, and a checkpoint of this instant is in `folder`.
     """

@@ -156,11 +156,11 @@ def test_a_pt_computes_what_its_tensors_do(path: Path) -> None:
     [
         ({"dim": None}, "model_args lacks dim"),
         ({"n_layers": "2"}, "n_layers must be an integer"),
-        ({"n_layers": 10**9}, "1000000000 layers, the tensors are of 2"),
+        ({"n_layers": 10**9}, "1000000000 layers, but there are tensors of 2"),
         ({"dropout": "x"}, "dropout must be a number, not 'x'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling, which llama2.c does not compute"),
         ({"n_kv_heads": 3}, r"divisible by n_kv_heads \(3\)"),
-        ({"max_seq_len": 2**50}, "above the limit"),
+        ({"max_seq_len": 2**50}, "exceeds the limit"),
     ],
 )
 def test_arguments_that_cannot_be_are_one_line(
@@ -182,7 +182,7 @@ def test_a_file_without_model_args_is_one_line(path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'tok_embeddings\.weight' is of type int"):
         read_torch_checkpoint(path)
     save_pt(path, {})
-    with pytest.raises(CheckpointError, match=r"2 layers, the tensors are of 0"):
+    with pytest.raises(CheckpointError, match=r"2 layers, but there are tensors of 0"):
         read_torch_checkpoint(path)
 
 

@@ -79,7 +79,7 @@ def test_raced_features_are_those_of_the_layers_that_are_left(monkeypatch):
         np.testing.assert_allclose(rows, expected[choice], atol=1e-5)
     assert sum(done) == len(texts)
     assert said == [
-        "after 3 texts no layer was clearly better than layer 1: layers 1 were read of the others"
+        "after 3 texts no layer was clearly better than layer 1: continuing with layers 1"
     ]
 
 

@@ -15,10 +15,10 @@ from minllama.errors import DataError
 from minllama.options import DataOptions
 
 MEND = "; fix it, or skip it with --skip-bad-rows"
-MEND_ALL = "; mend them, or leave them out with --skip-bad-rows"
+MEND_ALL = "; fix them, or skip them with --skip-bad-rows"
 CP1252 = "read it with --encoding cp1252, or convert it with: iconv -f cp1252 -t utf-8"
-HEADER = "; where the first line is an example and no header, add --no-header --columns "
-NO_ROWS = ": holds no rows; give a file with an example on each line"
+HEADER = "; if the first line is an example, not a header, add --no-header --columns "
+NO_ROWS = ": no rows; give a file with one example per line"
 
 
 def refusal(path: Path, options: DataOptions | None = None) -> str:
@@ -39,7 +39,7 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         ("empty.tsv", b"", NO_ROWS),
         ("blank.jsonl", b"\n\n", NO_ROWS),
         ("empty.json", b" [ ] ", NO_ROWS),
-        ("x.txt", b"1 ||| a\nb\n", f", line 2: no ||| between label and sentence{MEND}"),
+        ("x.txt", b"1 ||| a\nb\n", f", line 2: no ||| between label and text{MEND}"),
         ("x.txt", b"1 ||| a\n1 |||  \n", f", line 2: the text is empty{MEND}"),
         ("x.txt", b"1 ||| a\n ||| b\n", f", line 2: no label{MEND}"),
         ("x.csv", b"text,label\n \t,1\n", f", line 2: the text is empty{MEND}"),
@@ -78,15 +78,14 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.csv",
             b"a,b,c\na,b,c\n",
-            ": which column holds the text? there are 'a', 'b', 'c'; name one with --text-column"
-            f"{HEADER}text,label,... (a name for each column)",
+            ": which column holds the text? there are 'a', 'b', 'c'; name one with "
+            f"--text-column{HEADER}text,label,... (one name per column)",
         ),
         (
             "x.csv",
             b"a,b,text\na,b,c\n",
-            ": which column holds the label? there are 'a', 'b', 'text'; "
-            "name one with --label-column, or all that hold 0 and 1 for one label each with "
-            "--label-columns",
+            ": which column holds the label? there are 'a', 'b', 'text'; name one with "
+            "--label-column, or the columns of 0 and 1 with --label-columns",
         ),
         (
             "x.csv",
@@ -103,10 +102,10 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.jsonl",
             b"{'text': 'a'}\n",
-            ", line 1: not JSON (Expecting property name enclosed in "
-            f"double quotes at character 2){MEND}; so Python prints a dictionary: convert it with: "
-            "cat x.jsonl | python -c 'import ast, json, sys; "
-            "[print(json.dumps(ast.literal_eval(r))) for r in sys.stdin]' > new.jsonl",
+            ", line 1: not JSON (Expecting property name enclosed in double quotes at character "
+            f"2){MEND}; Python dictionary syntax: convert it with: cat x.jsonl | python -c "
+            "'import ast, json, sys; [print(json.dumps(ast.literal_eval(r))) for r in "
+            "sys.stdin]' > new.jsonl",
         ),
         ("x.jsonl", b'{"a":' * 99_999, f", line 1: JSON that is nested too deeply{MEND}"),
         (
@@ -167,8 +166,8 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.dat",
             b"1 ||| a",
-            ": .dat is the name of no format that is read; say which it is with "
-            "--data-format (labelled, text, csv, tsv, jsonl, json, parquet)",
+            ": unknown extension .dat; give the format with --data-format (labelled, text, csv, "
+            "tsv, jsonl, json, parquet)",
         ),
     ],
 )
@@ -219,7 +218,7 @@ def test_bad_rows_of_every_kind_can_be_left_out(tmp_path: Path) -> None:
     assert dataset.texts == ["a", "d", "e"]  # a quote that is open to the end costs its line
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("skipped", 7)
-    assert str(notice).startswith(f"{path}: bad rows left out: 7 of 10 (line 2: not CSV (")
+    assert str(notice).startswith(f"{path}: bad rows skipped: 7 of 10 (line 2: not CSV (")
     places = re.findall(r"line \d+", str(notice))
     assert places == [f"line {n}" for n in (2, 4, 5, 6, 7, 8, 10)]
 
@@ -309,5 +308,5 @@ def test_any_bytes_are_examples_or_one_line(
 
 def test_columns_of_one_label_each_are_asked_about(tmp_path):
     (tmp_path / "x.csv").write_text("text,late,broken\nwell,1,0\n")
-    with pytest.raises(DataError, match="hold 0 and 1 for one label each with --label-columns"):
+    with pytest.raises(DataError, match="the columns of 0 and 1 with --label-columns"):
         load_dataset(tmp_path / "x.csv")

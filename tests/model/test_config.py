@@ -63,7 +63,7 @@ def test_head_dim_need_not_be_dim_over_heads() -> None:
     ("changes", "message"),
     [
         ({"n_kv_heads": 4}, "n_heads (6) must be divisible by n_kv_heads (4)"),
-        ({"dim": 50}, "dim (50) must be divisible by n_heads (6), or head_dim be given"),
+        ({"dim": 50}, "dim (50) must be divisible by n_heads (6); or set head_dim"),
         ({"head_dim": 7}, "head_dim (7) must be even: rotary embeddings rotate pairs"),
         ({"dim": 42}, "head_dim (7) must be even: rotary embeddings rotate pairs"),
         ({"dim": 0}, "dim must be an integer above 0, not 0"),
@@ -88,7 +88,7 @@ def test_head_dim_need_not_be_dim_over_heads() -> None:
         ),
         (
             {"dim": 2**63},
-            "dim (9223372036854775808) is above 9007199254740992, the most there can be",
+            "dim (9223372036854775808) exceeds the limit of 9007199254740992",
         ),
         ({"dropout": "0.1"}, "dropout must be in [0, 1), not '0.1'"),
         ({"dropout": 1}, "dropout must be in [0, 1), not 1"),
@@ -134,8 +134,8 @@ def test_a_contradiction_is_named_with_its_numbers(changes: dict[str, Any], mess
         ),
         (
             {"kind": "llama3", "original_max_seq_len": 10**300},
-            f"rope scaling: original_max_seq_len (1{'0' * 39}... (301 characters)) is above "
-            "9007199254740992, the most there can be",
+            f"rope scaling: original_max_seq_len (1{'0' * 39}... (301 characters)) exceeds the "
+            "limit of 9007199254740992",
         ),
         (
             {"kind": "yarn", "original_max_seq_len": 64.5},

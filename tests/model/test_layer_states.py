@@ -108,7 +108,7 @@ def uneven_cache(model):
         (lambda m: {"attention_mask": tree_mask()}, "needs positions"),
         (
             lambda m: {"attention_mask": tree_mask(), "cache": m.new_cache(2, 16)},
-            "positions and an attention_mask of shape .* belong together",
+            "both positions and an attention_mask of shape",
         ),
         (
             lambda m: {
@@ -128,7 +128,7 @@ def uneven_cache(model):
                 "positions": TREE_POSITIONS,
                 "logits": "last",
             },
-            "no real token, so no last one",
+            "a sequence without tokens, so there is no last one",
         ),
         (lambda m: {"attention_mask": torch.ones(2, 8, 7)}, r"or the mask \(B, T, T\)"),
     ],

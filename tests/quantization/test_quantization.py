@@ -182,7 +182,7 @@ def test_a_file_of_k_quants_is_computed_with_in_its_blocks(tmp_path, capfd, most
     if library() is not None:
         with pytest.raises(SystemExit):
             cli.main(["info", str(path)])
-        assert "the file's blocks, Q6_K in 8 bits (" in capfd.readouterr().out
+        assert "the file's quantized blocks, Q6_K in 8 bits (" in capfd.readouterr().out
 
 
 def test_large_matrices_are_quantized_in_slices(monkeypatch):

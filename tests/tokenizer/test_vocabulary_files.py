@@ -71,7 +71,7 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path: Path) -> None:
         (b"", "the file is empty"),
         (b" \n", "the file is empty"),
         (b"GGUF\x03\x00\x00\x00", "is a GGUF file; open it with Tokenizer.from_pretrained"),
-        (b"just some text\n", "not a tokenizer, or damaged; known are tokenizer.json"),
+        (b"just some text\n", "not a tokenizer, or damaged; known: tokenizer.json"),
         (b"\x0a\x00", "not a tokenizer, or damaged"),
         (b"{", "not readable as JSON"),
         (b"{}", "it has no model"),
@@ -86,7 +86,7 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(TokenizerError, match="no such file or folder"):
         load_vocabulary(tmp_path / "absent")
-    with pytest.raises(TokenizerError, match=r"no tokenizer in this folder; known are tokenizer"):
+    with pytest.raises(TokenizerError, match=r"no tokenizer in this folder; known: tokenizer"):
         load_vocabulary(tmp_path)
     assert find_vocabulary(tmp_path) is None
 
@@ -164,8 +164,8 @@ def test_a_tokenizer_bin_written_byte_by_byte() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\x01\x00", "not a whole tokenizer.bin \\(2 bytes\\)"),
-        (struct.pack("<i", -1), "longest token is said to have -1 bytes"),
+        (b"\x01\x00", "not a complete tokenizer.bin \\(2 bytes\\)"),
+        (struct.pack("<i", -1), "longest token allegedly has -1 bytes"),
         (struct.pack("<ifi", 4, 0.0, 5), "token 0 has 5 bytes"),
         (struct.pack("<ifi", 4, 0.0, 0), "token 0 has 0 bytes"),
         (struct.pack("<ifi", 4, float("nan"), 1) + b"a", "the score nan"),

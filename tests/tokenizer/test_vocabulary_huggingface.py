@@ -208,7 +208,7 @@ def test_an_id_that_no_token_can_have_is_named(tmp_path: Path, name: str, file: 
 def test_a_key_that_is_no_id_is_named(tmp_path: Path, key: str) -> None:
     decoder = {key: {"content": "<|new|>", "special": True}}
     write_folder(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
-    with pytest.raises(TokenizerError, match=r"'<.new.>' has the id '.*which is none that"):
+    with pytest.raises(TokenizerError, match=r"'<.new.>' has the id '.*which is not a valid token"):
         load_vocabulary(tmp_path)
 
 
@@ -350,7 +350,10 @@ BAD_JSON = {
         {"model": {"vocab": {"a": 0}, "continuing_subword_prefix": "##"}},
         "has a continuing_subword_prefix",
     ),
-    "unknown token": ({"model": {"vocab": {"a": 0}, "unk_token": []}}, "unk_token is no text"),
+    "unknown token": (
+        {"model": {"vocab": {"a": 0}, "unk_token": []}},
+        "unk_token is not a string; download",
+    ),
 }
 
 

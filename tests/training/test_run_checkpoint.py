@@ -257,7 +257,9 @@ def test_a_cut_run_is_not_started_over_by_mistake(tmp_path, uncut):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, progress=CutProgress(5))
     before = outcome(tmp_path)
-    with pytest.raises(MinllamaError, match="of a run that was cut after 5 steps: resume it, or"):
+    with pytest.raises(
+        MinllamaError, match="of a run that was interrupted after 5 steps: resume it, or"
+    ):
         run(tmp_path)
     assert outcome(tmp_path) == before
     remove_checkpoint(tmp_path)
@@ -538,17 +540,17 @@ def changed_base(value=1.0):
     [
         ({"options": {"lr": 0.01, "seed": 3}}, "lr was 0.02, now 0.01; seed was 0, now 3;"),
         ({"settings": {"model": "b"}}, 'model was null, now "b";'),
-        ({"train": make_dataset(23)}, "training texts, their tokens or labels are not the same;"),
+        ({"train": make_dataset(23)}, "training texts, their tokens or labels differ;"),
         (
             {"train": dataclasses.replace(TRAIN, labels=[*TRAIN.labels[:-1], 2])},
-            "training texts, their tokens or labels are not the same;",
+            "training texts, their tokens or labels differ;",
         ),
-        ({"dev": make_dataset(9, 2)}, "dev texts or labels are not the same;"),
-        ({"dev": None}, "dev texts or labels are not the same;"),
-        ({"classifier": changed_base()}, "weights of the frozen base are not the same;"),
+        ({"dev": make_dataset(9, 2)}, "dev texts or labels differ;"),
+        ({"dev": None}, "dev texts or labels differ;"),
+        ({"classifier": changed_base()}, "weights of the frozen base differ;"),
         (
             {"classifier": TinyClassifier().requires_grad_(True)},
-            "trained parameters are not the same; weights of the frozen base are not the same;",
+            "trained parameters differ; weights of the frozen base differ;",
         ),
     ],
 )
@@ -576,7 +578,7 @@ def test_differences_are_named_in_both_directions():
     assert differences(old, new) == [
         f'b was "{"x" * 56}..., now null',
         "c was null, now true",
-        "data are not the same",
+        "data differ",
         "r was 8, now 4",
         'model was {"m": 1}, now null',
     ]

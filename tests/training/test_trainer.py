@@ -85,7 +85,7 @@ def test_a_prior_has_its_share_of_the_target(multi_label):
 
 
 def test_ordinal_classes_need_one_label_a_text():
-    with pytest.raises(MinllamaError, match="leave out --ordinal"):
+    with pytest.raises(MinllamaError, match="needs plain greedy decoding; omit --ordinal"):
         Loss(make_dataset(multi_label=True), balanced=False, device=CPU, ordinal=1.0)
 
 
@@ -555,8 +555,9 @@ def test_a_loss_or_gradient_that_is_no_number_stops_before_the_weights_change(wh
         fit(classifier, make_dataset(), None, options(save_every=2), folder=run)
     what = "the loss" if where == "loss" else "a gradient"
     assert str(caught.value) == (
-        f"training has diverged: {what} is not a finite number at step 5 of 6; use a lr lower than "
-        f"0.01, or float32 without autocast; {run / 'checkpoint'} holds the run before it"
+        f"training has diverged: {what} is not a finite number at step 5 of 6; use a learning "
+        f"rate (--lr) below 0.01, or float32 without autocast; {run / 'checkpoint'} has the "
+        "state before it"
     )
     assert same(trained(classifier), classifier.before)
     resumed = TinyClassifier()
@@ -571,10 +572,10 @@ def frozen():
 @pytest.mark.parametrize(
     ("make", "changes", "arguments", "message"),
     [
-        (TinyClassifier, {"lr": None}, {}, "lr is not set: 3e-4 suits LoRA"),
-        (TinyClassifier, {"patience": 1}, {"dev": None}, "patience counts evaluations, and there"),
-        (TinyClassifier, {}, {"resume": True}, "resume needs the folder of a run"),
-        (TinyClassifier, {"tensorboard": True}, {}, "tensorboard needs the folder of a run"),
+        (TinyClassifier, {"lr": None}, {}, "lr is not set; try 3e-4 for LoRA"),
+        (TinyClassifier, {"patience": 1}, {"dev": None}, "patience needs a"),
+        (TinyClassifier, {}, {"resume": True}, "resume needs a run"),
+        (TinyClassifier, {"tensorboard": True}, {}, "tensorboard needs a run"),
         (frozen, {}, {}, "nothing to train"),
         (lambda: TinyClassifier(("a", "b")), {}, {}, r"texts 0: its labels \(bad, good, so-so\)"),
         (

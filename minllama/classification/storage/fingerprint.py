@@ -102,7 +102,7 @@ def comparable_config(config: LlamaConfig) -> dict[str, Any]:
 def config_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two configs, as a person would say it."""
     return [
-        f"its {name} is {now.get(name)} and was {was.get(name)}"
+        f"its {name} is {now.get(name)}, was {was.get(name)}"
         for name in dict.fromkeys((*was, *now))
         if was.get(name) != now.get(name)
     ]

@@ -163,7 +163,7 @@ def in_words(path: Path) -> list[tuple[str, str]]:
         has_numbers = content.get("scale") is not None
         lines = [
             ("classifier", str(path.parent)),
-            ("gives", "a number for each text" if has_numbers else gives),
+            ("gives", "a number per text" if has_numbers else gives),
             ("labels", ", ".join(labels)),
             ("by", how),
             ("base", str(base["model"] or "default") if content["weights"] != "full" else "own"),
@@ -186,7 +186,7 @@ def _prompt(options: Mapping[str, Any]) -> str:
     if not options.get("chat"):
         return said
     own = options.get("chat_template") is not None
-    return f"{said} in {'a chat template that was chosen for it' if own else 'a chat'}"
+    return f"{said} in {'a custom chat template' if own else 'a chat'}"
 
 
 def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:
@@ -195,7 +195,9 @@ def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:
         return one_line(read(thresholds, labels, multi_label=multi_label), labels)
     if multi_label:
         return f"threshold {DEFAULT:g} for each label"
-    return f"threshold {DEFAULT:g} for {labels[1]!r}" if len(labels) == 2 else "the likeliest class"
+    return (
+        f"threshold {DEFAULT:g} for {labels[1]!r}" if len(labels) == 2 else "the most likely class"
+    )
 
 
 def write_description(path: Path, content: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ def _reason(
     probabilities = split.probabilities[row]
     if not report.multi_label:
         sure, wanted = roughly(probabilities[blamed]), roughly(probabilities[gold.argmax()])
-        return f"{sure} sure, {wanted} for the gold label"
+        return f"{sure} confidence, {wanted} for the gold label"
     truth = "a gold label" if gold[blamed] else "no gold label"
     return f"{roughly(probabilities[blamed])} for {report.label_names[blamed]}, {truth}"
 

@@ -105,8 +105,8 @@ def print_paired(
     console.print(_text(f"other: {names[1]}"))
     _print_table(console, table)
     counts = (
-        f"Of {paired.count:,} texts {paired.only_first:,} are right by this one alone and "
-        f"{paired.only_second:,} by the other alone"
+        f"Of {paired.count:,} texts {paired.only_first:,} are correct only here and "
+        f"{paired.only_second:,} only with the other"
     )
     if headline != "accuracy":  # whose sentence says it
         counts += f" (McNemar's exact {p_value(paired.p_value)})"

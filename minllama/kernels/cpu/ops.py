@@ -56,7 +56,7 @@ def floats(*shape: int) -> Tensor:
 def unfit(operation: str, *tensors: Tensor) -> MinllamaError:
     """What to raise for shapes that compiled code would read or write beyond."""
     shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
-    return MinllamaError(f"{operation}: tensors of shapes {shapes} do not fit one another")
+    return MinllamaError(f"{operation}: tensors of shapes {shapes} do not match")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -31,7 +31,7 @@ def works(device: torch.device) -> bool:
     except torch.OutOfMemoryError:
         raise  # which may pass
     except Exception as error:  # of a compiler, a driver or a library, each with its own classes
-        warn("this GPU computes without kernels of its own", error)
+        warn("not using GPU kernels", error)
         return False
     return True
 
