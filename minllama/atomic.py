@@ -1,8 +1,9 @@
-"""Files and folders that are written whole or not at all.
+"""Write files and folders atomically: completely or not at all.
 
-The new content is written beside the target, fsynced, and renamed over it, so that a kill or a full
-disk at any instant leaves the old content or the new, never half. What a killed process left beside
-a target is removed by the next one that has written there. Knows nothing of what is written.
+The new content is written beside the target, fsynced and renamed over it, so that after a kill or a
+full disk the target has either its old or its new content. Temporary files of a killed process are
+removed by the next writer to the same target. Everything that saves a model, report or
+checkpoint calls it.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""What a user did that cannot work, said in one line: what, where, remedy.
+"""Errors and warnings for users: one line that says what, where and how to fix it.
 
-Knows nothing of torch, files or models. What works, and may differ from what a user expects, is a
-warning of this module's, raised at the caller's line by `warn_caller`. A broken invariant of our
-own is an `assert`, not one of these: the command line prints a `MinllamaError` as a single line and
-exits with status 2.
+`MinllamaError` and its subclasses are raised for anything that the user can fix; the command line
+prints them as one line and exits with status 2. `warn_caller` issues warnings, at the caller's
+line, for what works but may differ from what the user expects. Broken invariants of minllama itself
+are `assert`s.
 """
 
 import contextlib

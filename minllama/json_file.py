@@ -1,7 +1,7 @@
-"""JSON from outside: bounded before it is parsed, and whole characters in it.
+"""Read JSON from untrusted files, with limits that are checked before parsing.
 
-Python makes sixty bytes of `{},`, and of a lone surrogate a text that nothing can write. Knows
-nothing of what a document means.
+Python allocates sixty bytes for `{},`, and accepts lone surrogates that cannot be written again.
+Readers of checkpoints, tokenizers and classifiers call it.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""One run at a time in one place: a lock that dies with the process that holds it.
+"""Allow one run at a time per output: a lock that ends with the process that holds it.
 
-The lock is that of a file beside the place, by `flock` or, on Windows, `msvcrt`: the system lets go
-of it however the process ends. On network drives without locks, and where the file cannot be made,
-there is none: runs are then not kept apart. Knows nothing of what is written there.
+The lock is on a file beside the output (`flock`, on Windows `msvcrt`), so the system releases it
+however the process ends. Without lock support (some network drives), or if the file cannot be
+created, there is no lock. Training and `minllama classify` call it.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
-"""Text from outside in lines that people read.
+"""Format untrusted text for display.
 
-What a file, a name or a library says is shown, and does not steer the terminal that shows it: a
-tensor's name may hold escape sequences, line breaks, or marks that turn the reading direction.
+Names and messages from files and libraries may contain escape sequences, line breaks or marks that
+change the text direction; here they are escaped before a terminal shows them.
 """
 
 JOINERS = "\u200c\u200d"  # invisible, and part of many scripts and emoji

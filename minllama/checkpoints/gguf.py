@@ -1,8 +1,8 @@
-"""GGUF files: config, tensors and vocabulary of a Llama in one file, as llama.cpp has it.
+"""Read and write GGUF files: a Llama's config, tensors and vocabulary in llama.cpp's format.
 
-Reading maps the file into memory and takes blocks apart when a tensor is asked for; q and k are
-interleaved there as they are here. Writing goes tensor by tensor. Knows nothing of how vocabularies
-work: `minllama.tokenizer.gguf` does.
+Reading maps the file into memory and dequantizes a tensor when it is requested. Rows of q and k are
+interleaved as in minllama. Writing streams one tensor at a time. `minllama.checkpoints.open` and
+`minllama convert` call it; `minllama.tokenizer.gguf` converts the vocabulary.
 """
 
 import math

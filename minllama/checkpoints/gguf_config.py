@@ -1,8 +1,7 @@
-"""A Llama's config <-> the `llama.*` keys of a GGUF file, rotary scaling included.
+"""Convert between a Llama's config and the `llama.*` keys of a GGUF file.
 
-The keys mean what llama.cpp makes of them. Knows nothing of tensors other than `rope_freqs.weight`,
-which is a part of the config there: a divisor for each rotary frequency. Errors do not name the
-file; the reader does.
+The keys have llama.cpp's meaning; `rope_freqs.weight`, a divisor for each rotary frequency, is part
+of the config. Errors do not name the file; `minllama.checkpoints.gguf`, the caller, adds it.
 """
 
 import math

@@ -1,8 +1,9 @@
-"""The head of a GGUF file: key/value pairs, and where each tensor lies.
+"""Parse the header of a GGUF file: key/value pairs and tensor positions.
 
-Versions 2 and 3, little-endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every
-count, length and offset is held against the file's size before it is used, so that a cut or hostile
-file costs one line, never memory or time. Knows nothing of Llamas or of what the blocks hold.
+Supports versions 2 and 3, little-endian
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every count, length and offset is
+checked against the file's size before use, so that a truncated or malicious file raises an error
+without using much memory or time. `minllama.checkpoints.gguf` calls it.
 """
 
 import mmap

@@ -1,7 +1,7 @@
-"""Hugging Face folders: config.json, safetensors (or pytorch_model.bin) and tokenizer files.
+"""Read and write Hugging Face folders: config.json, weights and tokenizer files.
 
-Hugging Face's names of a Llama's tensors appear here and nowhere else. Reading is lazy: shapes come
-from the files' headers, numbers are mapped into memory when a tensor is asked for.
+Hugging Face's names of a Llama's tensors occur only here. Reading is lazy: shapes come from the
+files' headers, and a tensor is mapped into memory when it is requested.
 """
 
 import json

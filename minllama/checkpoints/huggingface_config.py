@@ -1,4 +1,4 @@
-"""config.json's words for a Llama <-> LlamaConfig. Knows nothing of tensors or files."""
+"""Convert between Hugging Face's config.json and LlamaConfig."""
 
 from collections.abc import Mapping
 from typing import Any

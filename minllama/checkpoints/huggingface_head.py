@@ -1,7 +1,7 @@
-"""What a Hugging Face folder has on its Llama in the place of a language model's head.
+"""Read the classification head's settings from a Hugging Face config.json.
 
-Read is the head of a sequence classifier (`LlamaForSequenceClassification`), whose words in
-config.json appear here and nowhere else. Knows nothing of files or of how a head is computed.
+Supports `LlamaForSequenceClassification`; other heads are refused by name.
+`minllama.checkpoints.huggingface` calls it and stores the result in the checkpoint.
 """
 
 import re

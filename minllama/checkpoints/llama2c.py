@@ -1,8 +1,8 @@
-"""llama2.c's checkpoints (https://github.com/karpathy/llama2.c), and the course's.
+"""Read and write llama2.c checkpoints (https://github.com/karpathy/llama2.c).
 
-Two families: what its training saves with torch (`.pt`, also the course's, whose projections have
-names of their own), and what its C programs run (`.bin`: the legacy export, version 1, and version
-2 in int8). q and k are interleaved there as they are here. Files are recognized by their content.
+Supports what its training script saves with torch (`.pt`, also with the course's names of
+projections), and what its C programs run (`.bin`: the legacy export, version 1, and version 2 in
+int8). Rows of q and k are interleaved as in minllama. Files are recognized by content.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""From a checkpoint's tensors to a module's parameters, checked, without a second copy in memory.
+"""Load a checkpoint's tensors into a module's parameters, checked, without a second copy in memory.
 
-Knows nothing of formats (a checkpoint's tensors are read through `LazyTensor`) or of what the
-module computes.
+Takes a `Checkpoint` of any format, whose tensors are `LazyTensor`s; chooses dtype, device and
+weight format. `Llama.from_checkpoint` calls it.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Meta's own checkpoints: a folder of params.json and consolidated.00.pth, .01.pth, ...
+"""Read Meta's checkpoints: a folder of params.json and consolidated.00.pth, .01.pth, ...
 
-Each .pth is one shard of a model that was cut for model-parallel GPUs; a tensor is joined from its
-shards when it is asked for. q and k are interleaved there as they are here.
+Each .pth is one model-parallel shard; a tensor is joined from its shards when it is requested. Rows
+of q and k are interleaved as in minllama.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""PEFT's `rank_pattern` and `alpha_pattern`: regular expressions that name modules.
+"""Match PEFT's `rank_pattern` and `alpha_pattern` against module names.
 
-They come from files of strangers, and a regular expression can take forever: what is more than a
-name is matched in a process of its own, with limits on time and memory. Knows nothing of what the
-names mean.
+The patterns are untrusted regular expressions, which can take exponential time: anything but a
+plain name is matched in a separate process with limits on time and memory.
+`minllama.checkpoints.peft_config` calls it.
 """
 
 import json

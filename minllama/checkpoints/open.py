@@ -1,7 +1,7 @@
-"""Files on disk <-> (LlamaConfig, named tensors, vocabulary).
+"""Open a checkpoint: a path, folder or Hugging Face id, recognized by content.
 
-One module for each format; here a path, a folder or a Hugging Face id is recognized by its content
-and opened. Knows nothing of what a model does with its tensors.
+`open_checkpoint` returns a `Checkpoint` (config, lazy tensors, vocabulary); there is one module per
+format. `Llama.from_pretrained`, the tokenizer and all commands call it.
 """
 
 import contextlib

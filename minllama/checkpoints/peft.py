@@ -1,8 +1,8 @@
-"""PEFT's adapters on disk, and the checkpoint that one makes of its base.
+"""Read PEFT adapters, alone or merged lazily into their base checkpoint.
 
-Rows of q and k are in Hugging Face's order there. Reading is lazy: a matrix with an adapter is
-W + scaling * B A (Hu et al. 2021, eq. 3), with DoRA each row scaled to its magnitude (Liu et al.
-2024, eq. 5), computed in float32 when it is asked for. Knows nothing of models that run.
+Rows of q and k are in Hugging Face's order in PEFT's files. An adapted matrix is W + scaling * B A
+(Hu et al. 2021, eq. 3), with DoRA rescaled row by row (Liu et al. 2024, eq. 5), computed in float32
+when the tensor is requested.
 """
 
 import dataclasses

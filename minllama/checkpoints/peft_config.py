@@ -1,7 +1,8 @@
-"""adapter_config.json as PEFT writes it <-> what of it a Llama's adapter needs.
+"""Convert between PEFT's adapter_config.json and LoRAOptions.
 
-PEFT's words appear here and nowhere else. What is set in a config and not understood is refused:
-an adapter that is half applied computes something that nobody trained. Knows nothing of tensors.
+Settings that minllama does not implement are refused: an adapter that is only partly applied
+computes something that nobody trained. `minllama.checkpoints.peft` and `minllama.lora.peft_files`
+call it.
 """
 
 import json

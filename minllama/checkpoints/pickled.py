@@ -1,9 +1,9 @@
-"""Pickles of torch's, read without being run.
+"""Read torch pickles without executing them.
 
-A pickle is a program for a stack machine that may call any function by its name. Here its opcodes
-are read one by one (`pickletools`), and the few names that state dicts are made of each stand for a
-few lines below, which copy nothing: a file of some bytes cannot become gigabytes, nor a deep nest.
-Knows nothing of files: where a storage's bytes are, the caller says.
+A pickle is a program for a stack machine that may call any function by name. This module interprets
+its opcodes (`pickletools`), and implements the few names that occur in state dicts without copying
+data, so that a small file cannot expand to gigabytes or nest deeply. The caller,
+`minllama.checkpoints.torch_file`, provides the storages' bytes.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""What a user calls a model -> a path on this machine.
+"""Resolve a model's name to a local path.
 
-A path stays as it is, a Hugging Face id is downloaded by `huggingface_hub` (which brings the cache,
-resumed downloads, tokens, progress bars and HF_HUB_OFFLINE), and nothing at all means the embedded
-default model. Knows nothing of what is inside the files.
+A path is returned unchanged; a Hugging Face id is downloaded with `huggingface_hub` (cache, resumed
+downloads, tokens, progress bars, HF_HUB_OFFLINE); no name means the embedded default model.
+`minllama.checkpoints.open` calls it.
 """
 
 import contextlib

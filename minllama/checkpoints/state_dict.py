@@ -1,7 +1,7 @@
-"""The tensors that a Llama has by its config, and the checks that every reader makes first.
+"""The tensor names and shapes that a config implies, and checks that every reader makes first.
 
-A model is built from a config before its tensors are compared with it, so a config that claims what
-no tensor bears out is refused here, before a billion layers are. Knows nothing of any one format.
+A model is allocated from its config before its tensors are loaded, so a config that its tensors
+contradict is refused here, before a billion layers are allocated.
 """
 
 import re

@@ -1,8 +1,7 @@
-"""Files that `torch.save` wrote, read without trusting them.
+"""Read files that `torch.save` wrote, without trusting them.
 
-The pickle in them is a program, and is read instead of run (`minllama.checkpoints.pickled`); the
-numbers lie beside it and are mapped into memory. Knows nothing of models or of what the values
-mean.
+The pickle is interpreted instead of executed (`minllama.checkpoints.pickled`), and the tensors'
+data is mapped into memory. The readers of pickled checkpoints call it.
 """
 
 import stat

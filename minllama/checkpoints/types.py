@@ -1,7 +1,7 @@
-"""What every checkpoint format is read into.
+"""The types that every checkpoint format is read into.
 
-Knows nothing of any one format. A `Checkpoint` is cheap: it holds shapes and where the numbers are;
-the numbers are read, tensor by tensor, when a model asks for them.
+A `Checkpoint` has the config, the vocabulary and the shape and position of each tensor; data is
+read tensor by tensor when a model requests it.
 """
 
 import dataclasses

@@ -1,7 +1,8 @@
-"""State dicts as training programs save them: inside a larger dictionary, under longer names.
+"""Unwrap state dicts that training programs nest or rename.
 
-Lightning saves `{"state_dict": ..., "epoch": ...}`, DeepSpeed `{"module": ...}`; DDP puts `module.`
-before each name, torch.compile `_orig_mod.`. What is unmistakable is taken off by all readers here.
+Lightning saves `{"state_dict": ..., "epoch": ...}`, DeepSpeed `{"module": ...}`; DDP prefixes names
+with `module.`, torch.compile with `_orig_mod.`. Unambiguous wrappers are removed; all readers of
+pickled checkpoints call it.
 """
 
 from collections.abc import Mapping

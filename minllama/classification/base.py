@@ -1,6 +1,6 @@
-"""What both classifiers are: texts in, probabilities of classes out.
+"""The interface of both classifiers: texts in, class probabilities (or numbers) out.
 
-Knows nothing of how a text's logits come about, of training or of files.
+`minllama.classification.zero_shot` and `.embedding` implement it.
 """
 
 import contextlib

@@ -1,7 +1,4 @@
-"""One number that makes probabilities honest: temperature scaling (Guo et al. 2017, sec. 4.2).
-
-Takes logits and labels. Knows nothing of texts or models.
-"""
+"""Temperature scaling (Guo et al. 2017, sec. 4.2): fit one temperature to logits and labels."""
 
 from collections.abc import Sequence
 from typing import Any

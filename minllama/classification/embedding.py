@@ -1,7 +1,4 @@
-"""Classes, or a number, by a linear head on what the Llama makes of a text.
-
-Knows nothing of training or files.
-"""
+"""Classify with a linear head on a text's hidden states; also regression."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal

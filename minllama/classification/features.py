@@ -1,9 +1,9 @@
-"""Features of a frozen Llama: computed once, compared by cross-validation, and a head fitted.
+"""Features of a frozen Llama: computed once, compared in cross-validation, fitted with a head.
 
-The middle of the stack often knows more than its end (as measured in docs/benchmarks.md), so one
-pass over the texts keeps what several layers and poolings say, and the best is chosen on training
-data alone; `minllama.classification.layer_search` spares most texts the layers that lose. Heads are
-L2-regularised logistic regressions (scikit-learn) on standardised features.
+Middle layers often separate classes better than the last one (see docs/benchmarks.md), so one
+forward pass over the texts keeps the features of several layers and poolings, and the best are
+selected on training data alone; `minllama.classification.layer_search` drops losing layers early.
+Heads are L2-regularized logistic regressions (scikit-learn) on standardized features.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
-"""How likely each label is after a prompt: the chain rule over all of its tokens, in one pass.
+"""Score labels as continuations of a prompt: the chain rule over tokens, in one forward pass.
 
-The labels of one prompt share its computation. They form a trie: a token that several labels begin
-with is there once, behind the prompt, and an attention mask lets each token see the prompt and its
-own ancestors only. A label's last token is only predicted, so it is never in the input, and labels
-of one token cost nothing beside the prompt. Knows nothing of texts or classes.
+The labels of a prompt share its computation. They form a trie, appended to the prompt: a token that
+several labels start with is computed once, and an attention mask lets each token attend to the
+prompt and its own ancestors only. A label's last token is only predicted, never computed, so labels
+of one token add nothing to the cost of the prompt. `minllama.classification.zero_shot` calls it.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""A text in its prompt, as token ids: the frame around it, and the labels that may follow.
+"""Build prompts: a text in its template as token ids, and the labels that may follow.
 
-Knows nothing of models; the classifiers read what is made here.
+Both classifiers call it; it needs only a tokenizer.
 """
 
 from collections.abc import Sequence

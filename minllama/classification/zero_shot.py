@@ -1,7 +1,7 @@
-"""Classes by the words that name them: how likely is each label as the prompt's continuation?
+"""Classify by label words: how likely is each label as continuation of the prompt?
 
-Untrained it is a zero-shot classifier; its scores are logits, so it is also what prompt-based
-fine-tuning trains (Schick & Schuetze 2021; Gao et al. 2021). Knows nothing of training or files.
+Without training it is a zero-shot classifier; its scores are logits, so prompt-based fine-tuning
+trains it as well (Schick & Schuetze 2021; Gao et al. 2021).
 """
 
 import contextlib

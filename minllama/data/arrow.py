@@ -1,8 +1,8 @@
-"""Parquet files and data sets of the Hugging Face hub -> tables, by way of Arrow's batches.
+"""Read Parquet files and Hugging Face datasets as tables, by way of Arrow record batches.
 
-Programs that come with a data set are never run: `datasets` 4 and later cannot. Cells are handed
-on where they are text, numbers, truth values or lists of these; columns of images, bytes or
-structures are left out. Knows nothing of which column holds what.
+Dataset scripts are never executed (`datasets` 4 and later cannot). Cells of text, numbers, booleans
+or lists of these are passed on; columns of images, bytes or structures are dropped.
+`minllama.data.source` calls it.
 """
 
 import json

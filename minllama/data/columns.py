@@ -1,7 +1,6 @@
-"""Which column holds the text, and which the label: as asked, or guessed from their names.
+"""Choose the text and label columns: as given, or guessed from their names.
 
-A guess is made only where there is one; otherwise the error lists the columns. Knows nothing of
-what is in them.
+If there is no unambiguous guess, the error lists the columns.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -1,7 +1,6 @@
-"""A file of examples -> texts and numbered labels, whole in memory; or its rows, one at a time.
+"""Load a data file as texts and class ids, or stream its rows.
 
-Texts stay as they are written: nothing is stripped, folded or normalized. Knows nothing of tokens,
-models or batches.
+Texts are kept unchanged: nothing is stripped, case-folded or normalized.
 """
 
 import itertools

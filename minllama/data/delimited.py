@@ -1,7 +1,4 @@
-"""CSV and TSV -> tables: which character separates, which line names the columns, what is quoted.
-
-Knows nothing of which column holds what.
-"""
+"""Read CSV and TSV as tables: detect separator, header and quoting."""
 
 import csv
 import itertools

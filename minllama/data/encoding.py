@@ -1,6 +1,6 @@
-"""Bytes of any encoding -> a stream of UTF-8; and which encoding bytes that are not UTF-8 may be.
+"""Decode bytes of any encoding to a UTF-8 stream, and guess the encoding of invalid UTF-8.
 
-A mark at the beginning of a file counts before what was said of it. Knows nothing of rows.
+A byte order mark takes precedence over the given encoding.
 """
 
 import codecs

@@ -1,6 +1,6 @@
-"""Rows, good and bad -> a data set: texts, numbered labels, and what a person should hear.
+"""Collect rows into a dataset: texts, class ids, and notices for the user.
 
-Knows nothing of files.
+Skips or reports bad rows. `minllama.data.dataset` calls it with an open table.
 """
 
 import itertools

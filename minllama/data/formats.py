@@ -1,6 +1,6 @@
-"""An open stream of text -> a table: in UTF-8, and by the format that it is in.
+"""Turn an open text stream into a table, by its format.
 
-What it begins with is looked at before anything is read. Knows nothing of files' names.
+The start of the stream is checked against the format before anything is read.
 """
 
 import codecs

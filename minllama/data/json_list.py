@@ -1,6 +1,6 @@
-"""A JSON list of objects, or objects one after the other over any lines -> a table.
+"""Read a JSON list of objects, or concatenated objects, as a table.
 
-One object is in memory at a time, however long the list. Knows nothing of columns.
+Only one object is in memory at a time, whatever the length of the list.
 """
 
 import codecs

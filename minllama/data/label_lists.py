@@ -1,7 +1,7 @@
-"""Lists of labels that are written into one text: in cells of a table, and on a command line.
+"""Parse lists of labels in a string: in table cells and on the command line.
 
-Python's, JSON's and numpy's ways of printing a list are read by a grammar of our own, one pass over
-the text: nothing is evaluated. Knows nothing of what the labels mean.
+Lists as Python, JSON and NumPy print them are parsed in one pass by a grammar; nothing is
+evaluated.
 """
 
 import re

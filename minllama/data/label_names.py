@@ -1,7 +1,4 @@
-"""Names of classes as people give them: in a file, or on a command line.
-
-Knows nothing of the labels of rows.
-"""
+"""Read class names from a file or the command line."""
 
 import contextlib
 import json

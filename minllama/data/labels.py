@@ -1,7 +1,7 @@
-"""Cells of a label column -> classes, numbered 0..n-1.
+"""Convert cells of a label column to class ids 0..n-1.
 
-A cell holds a class's name or its number; numbers get names from a file, from the data set itself,
-or from the classes of a classifier. Knows nothing of files of rows.
+A cell contains a class's name or number; numbers get their names from a file, from the dataset
+itself, or from a classifier's classes.
 """
 
 from collections import Counter

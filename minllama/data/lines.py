@@ -1,7 +1,7 @@
-"""Formats of a row a line -> tables: labelled and plain text, JSONL; and the lines of all others.
+"""Read line-based formats as tables: `label ||| text`, plain text and JSONL.
 
-Lines end with LF or CRLF; blank lines are no rows. One row is held at a time. Knows nothing of
-which column holds what, nor of where the bytes come from.
+Lines end with LF or CRLF; blank lines are skipped. One row is in memory at a time. Other readers
+use its line iterator.
 """
 
 import contextlib

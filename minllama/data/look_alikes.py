@@ -1,7 +1,7 @@
-"""Names that a person cannot tell apart, or that mean the same: found, and shown so that one can.
+"""Find names that look alike or mean the same.
 
-Two names are alike if they differ in case, white space, invisible characters, Unicode normalization
-or the spelling of a number alone. They stay different; a notice says so. Knows nothing of files.
+Two names look alike if they differ only in case, white space, invisible characters, Unicode
+normalization or the spelling of a number. They remain different; a notice reports them.
 """
 
 import unicodedata

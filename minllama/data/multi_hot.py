@@ -1,7 +1,4 @@
-"""Labels as zeros and ones, one place for each: `[1, 0, 1]`, or a column for each label.
-
-Knows nothing of where the values come from.
-"""
+"""Read multi-hot labels: vectors such as `[1, 0, 1]`, or one column per label."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,4 @@
-"""Data sets of texts with numbers: a dev split, and whether they are sound.
-
-What `minllama.data.splits` does for classes. Knows nothing of files.
-"""
+"""Split and check datasets with numeric targets; `minllama.data.splits` does it for classes."""
 
 import random
 from collections import defaultdict

@@ -1,6 +1,6 @@
-"""Cells of a label column -> numbers, where those are what is to be predicted.
+"""Convert cells of a label column to numbers, for regression.
 
-Stands in for `LabelReader`, which reads classes. Knows nothing of files of rows.
+Has the interface of `LabelReader`, which reads classes.
 """
 
 import decimal

@@ -1,7 +1,7 @@
-"""Files in forms that are not read: what they are, and the option or command that helps.
+"""Recognize files in unsupported formats, and suggest the option or command that helps.
 
-A form is told by the beginning of its content. Commands are for a POSIX shell with Python; each
-writes a file that is read. Knows nothing of how rows are read.
+Formats are recognized by content. Commands are for a POSIX shell with Python, and write a file that
+minllama reads.
 """
 
 import json

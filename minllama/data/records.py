@@ -1,7 +1,4 @@
-"""What every kind of file is reduced to: a table of numbered records, good and bad.
-
-Knows nothing of formats, nor of which column holds what.
-"""
+"""Tables of numbered records, good and bad: what every file format is read into."""
 
 import itertools
 from collections import Counter

@@ -1,8 +1,7 @@
-"""What a user calls a source of examples -> an open table.
+"""Open a data source as a table: a path, `-` for standard input, or a Hugging Face dataset.
 
-A path wins where it exists, `-` is standard input, anything else may be a data set on the Hugging
-Face hub. The format is told by an option, or by the name of the file; content that is another
-one's is refused with the way to read it. Knows nothing of what the columns mean.
+An existing path takes precedence. The format comes from an option or the file's name; content in
+another format is refused with advice on how to read it.
 """
 
 import contextlib

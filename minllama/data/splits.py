@@ -1,6 +1,6 @@
-"""From one data set to others: a dev split, a few examples of each class; and are they sound?
+"""Split and sample datasets, and check them against each other.
 
-Draws come from a seed alone. Knows nothing of files.
+Random draws depend on the seed only.
 """
 
 import random

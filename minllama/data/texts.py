@@ -1,7 +1,4 @@
-"""Texts as callers hand them over: are they what can be read, and which is not?
-
-Knows nothing of files, tokens or models.
-"""
+"""Check texts that callers pass in, and report the invalid ones."""
 
 import math
 from collections.abc import Mapping, Set

@@ -1,7 +1,4 @@
-"""An open stream -> its bytes, unpacked, of which the first are known.
-
-Knows nothing of what they mean.
-"""
+"""Decompress an open stream whose first bytes have been read."""
 
 import gzip
 import io

@@ -1,6 +1,6 @@
-"""Predictions -> metrics: how often right, how sure, how well calibrated, and how certain that is.
+"""Metrics of predictions: accuracy, F1, calibration, and their confidence intervals.
 
-Takes probabilities and gold labels, gives numbers. Knows nothing of models, texts or files.
+Takes probabilities and gold labels, returns plain numbers.
 """
 
 import dataclasses

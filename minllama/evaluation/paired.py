@@ -1,9 +1,9 @@
-"""Two systems on the same rows, compared row by row.
+"""Compare two systems row by row on the same texts.
 
-What differs between two systems that read the same texts is less uncertain than either alone: most
-rows are easy or hard for both. So it is the difference that is drawn anew, row by row (paired
-bootstrap; Berg-Kirkpatrick et al. 2012), and the rows on which one is right and the other is not
-are counted (McNemar 1947, exact). Takes evaluations. Knows nothing of how they are shown.
+The difference between two systems on the same texts is less uncertain than either result, since
+most texts are easy or hard for both. So rows are resampled for both at once (paired bootstrap;
+Berg-Kirkpatrick et al. 2012), and rows that only one of them gets right are counted (McNemar 1947,
+exact).
 """
 
 from dataclasses import dataclass

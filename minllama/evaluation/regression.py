@@ -1,7 +1,4 @@
-"""Numbers as targets: their scale, the metrics of predicted ones, and what is had without a Llama.
-
-Takes texts and numbers, gives numbers. Knows nothing of models or files.
-"""
+"""Regression: scaling of targets, metrics, and baselines without a Llama."""
 
 import dataclasses
 import math

@@ -1,7 +1,7 @@
-"""From which probability on a label is predicted: given, or chosen on labeled rows.
+"""Decision thresholds: given, or chosen on labeled rows.
 
-For one of two classes and for texts with any number of labels. Takes probabilities, labels and the
-words of `--threshold`. Knows nothing of models or files.
+For two classes, and for multi-label classifiers. Takes probabilities, labels and the values of
+`--threshold`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,4 @@
-"""A classifier of the kind that is asked for, and its training: by method and objective.
-
-Knows nothing of files but for the folder that a run is kept in.
-"""
+"""Build and train a classifier, by method and objective."""
 
 import json
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
-"""Another system on the rows that a classifier was evaluated on, for a comparison row by row.
+"""Evaluate another system on the same rows, for a comparison row by row.
 
-It is a classifier in a folder, or the predictions that one wrote. Knows nothing of how the two are
-shown.
+The other system is a saved classifier, or a file of its predictions.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""A classifier on a split: its evaluation, beside that of its baselines.
-
-Knows nothing of training.
-"""
+"""Evaluate a classifier on a split, and its baselines on the same rows."""
 
 import dataclasses
 import json

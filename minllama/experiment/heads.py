@@ -1,7 +1,7 @@
-"""How a head is fitted on features of a frozen Llama: for classes, or for numbers.
+"""Fit a head on features of a frozen Llama, for classes or for numbers.
 
-`make_head` asks one of these what a classifier's head is, on which texts it is fitted, and which
-layer is best. Knows nothing of files or of gradients.
+`make_head` uses one of these classes for the kind of head, its training texts and the choice of the
+layer.
 """
 
 from collections.abc import Callable, Sequence

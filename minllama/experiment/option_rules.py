@@ -1,7 +1,4 @@
-"""Which options take effect with which method and objective; what would be ignored is refused.
-
-Knows nothing of command lines, but for the flags that people call the options by.
-"""
+"""Which options take effect with which method and objective; refuses options without effect."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator

@@ -1,7 +1,4 @@
-"""The folder of an experiment: what an earlier run left there, and whether it can be written.
-
-Knows nothing of how a classifier comes about.
-"""
+"""Check the output folder of an experiment: earlier runs in it, and whether it is writable."""
 
 import contextlib
 import shutil

@@ -1,6 +1,7 @@
-"""A stream of texts -> lines that say their labels, of any length in constant memory.
+"""Stream predictions for texts, in constant memory.
 
-A line is JSON, a row of CSV or TSV, or `label ||| text`. Knows nothing of evaluation.
+Lines are JSON, rows of CSV or TSV, or `label ||| text`. `minllama classify` and `minllama train`
+call it.
 """
 
 import dataclasses

@@ -1,7 +1,4 @@
-"""The report of an experiment: its classifier on dev and test, beside baselines, and its settings.
-
-Knows nothing of how the classifier came about.
-"""
+"""Write the report of an experiment: results on dev and test, baselines, settings."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
-"""Predictions that are there already: a run of `classify` that was cut goes on behind them.
+"""Resume an interrupted `minllama classify` after the predictions already written.
 
-Its output is then that of a run that was not cut. What the output holds is compared with what the
-classifier says of the same rows now, since rounding depends on the company that a text is in.
+The output is the same as that of an uninterrupted run. The last rows in the output are predicted
+again and compared, with a tolerance, since rounding depends on a text's batch.
 """
 
 import contextlib

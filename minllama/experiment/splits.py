@@ -1,7 +1,4 @@
-"""The files of an experiment -> its training, dev and test splits, checked against each other.
-
-Knows nothing of models.
-"""
+"""Read the training, dev and test splits of an experiment, and check them against each other."""
 
 from dataclasses import dataclass, replace
 

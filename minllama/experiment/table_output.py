@@ -1,6 +1,6 @@
-"""Lines of JSON -> rows of CSV or TSV, as a stream of predictions is written.
+"""Convert JSON Lines to rows of CSV or TSV while predictions are written.
 
-Tells which columns the table has, whose names stand in its first line. Knows nothing of files.
+Determines the columns of the table and writes the header.
 """
 
 import dataclasses

@@ -1,9 +1,8 @@
-"""Predictions as rows of CSV and TSV: one record of JSON lines <-> one row of cells.
+"""Convert between JSON records of predictions and rows of CSV or TSV.
 
-A row has the kept columns of the input in front, then what the record says, in its order, with a
-column for each class (`probability_LABEL`). It is written as pandas and spreadsheets read it: in
-UTF-8, with quotes where a cell needs them (RFC 4180), and LF at the end of a row. Knows nothing of
-classifiers.
+A row has the kept input columns first, then the record's fields in order, with one column per class
+(`probability_LABEL`). It is written as pandas and spreadsheets read it: UTF-8, quoted where needed
+(RFC 4180), with LF line ends.
 """
 
 import csv

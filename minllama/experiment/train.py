@@ -1,6 +1,6 @@
-"""One experiment, from its files to a classifier and its report in a folder.
+"""Run one experiment: from its files to a classifier and its report in a folder.
 
-Knows nothing of arguments, and prints nothing: what a person should hear, `Say` is told.
+`minllama train` calls it; messages go to a `Reporter`.
 """
 
 import dataclasses

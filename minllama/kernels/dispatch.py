@@ -1,9 +1,9 @@
-"""Operations that are accelerated from outside: `@accelerated` marks one, `register` adds to it.
+"""Accelerate operations from outside: `@accelerated` marks one, `register` adds an implementation.
 
-The body of an accelerated function is its definition, in plain torch, and stays at hand as
-`.reference`. A module of kernels registers a faster function under the same name, with a question
-that says for which arguments it computes the same; the first that answers yes is taken. So the
-model reads as its equations, and kernels are added without touching it.
+The body of an accelerated function is its definition in plain torch, available as `.reference`. A
+kernel module registers a faster function for it, with a predicate for the arguments that it
+supports; the first one whose predicate is true is used. So the model reads like its equations, and
+kernels are added without changing it.
 """
 
 import functools

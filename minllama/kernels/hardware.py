@@ -1,11 +1,11 @@
-"""What this machine is good at: the one place that decides by its processor or its GPU.
+"""What this machine is fast at: the only place that decides by its processor or GPU.
 
-The environment variable MINLLAMA_CPU states the capabilities to assume instead of the processor's
-own, so that what is decided by looking at it can be tried on any machine: an instruction level
-(`portable`, `avx2` or `avx512`, the last with VNNI), then `bf16`, `amx` or `fp16` for arithmetic
-that is to count as fast. `MINLLAMA_CPU=avx512,bf16` is a Zen 4, `avx2` a Zen 3, `avx512,amx` a
-Xeon with AMX, which has bf16 as well. A level above the processor's cannot be stated, since its
-instructions would not run; the others are preferences, and torch emulates what is missing.
+The environment variable MINLLAMA_CPU overrides the processor's capabilities, so that decisions
+based on them can be tested on any machine: an instruction level (`portable`, `avx2` or `avx512`,
+the last with VNNI), then `bf16`, `amx` or `fp16` for arithmetic that counts as fast.
+`MINLLAMA_CPU=avx512,bf16` is a Zen 4, `avx2` a Zen 3, `avx512,amx` a Xeon with AMX, which has bf16
+as well. A level above the processor's is refused, since its instructions would not run; the others
+are preferences, and torch emulates what is missing.
 """
 
 import functools

@@ -1,7 +1,6 @@
-"""The adapters of a whole Llama: added, switched, combined, merged, removed.
+"""Add, switch, combine, merge and remove the adapters of a whole Llama.
 
-Knows nothing of the arithmetic (`minllama.lora.layer`), of files (`minllama.lora.peft_files`) or of
-what trains them.
+`minllama.lora.layer` has the arithmetic, `minllama.lora.peft_files` the files.
 """
 
 import contextlib

@@ -1,9 +1,7 @@
-"""One linear layer with low-rank adapters beside it (Hu et al. 2021).
+"""A linear layer with low-rank adapters (Hu et al. 2021).
 
-Reads like the papers: LoRA, rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024). Knows nothing of
-models, files or optimizers.
-
-Shape letters are those of `minllama.model.llama`; R is the rank.
+Follows the papers: LoRA, rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024). Shape letters are
+those of `minllama.model.llama`; R is the rank.
 """
 
 import math

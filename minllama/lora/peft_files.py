@@ -1,8 +1,8 @@
-"""Adapters on disk, in PEFT's own files: adapter_config.json and adapter_model.safetensors.
+"""Save and load adapters in PEFT's files: adapter_config.json and adapter_model.safetensors.
 
-An adapter of ours loads in PEFT on the transformers model, and the other way round. Rows of q and k
-are in Hugging Face's order there (`minllama.checkpoints.huggingface`). Knows nothing of what an
-adapter was trained for; whether the base is the right one is for the caller to check.
+minllama's adapters load in PEFT on the transformers model, and vice versa. Rows of q and k are in
+Hugging Face's order in the files (`minllama.checkpoints.huggingface`). The caller must check that
+the base model is the right one.
 """
 
 import os

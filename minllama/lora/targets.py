@@ -1,7 +1,4 @@
-"""Which linear layers of a Llama are adapted: names, ours and Hugging Face's, and patterns.
-
-Knows nothing of what is put there.
-"""
+"""Select the linear layers to adapt: by minllama's or Hugging Face's names, or by pattern."""
 
 import re
 from collections.abc import Collection, Sequence

@@ -1,8 +1,8 @@
-"""Where the tokens of a forward pass stand, and which keys each of them may see.
+"""Positions of the tokens of a forward pass, and which keys each of them may attend to.
 
-A layout follows from masks, positions and what a cache already holds; also here are the checks of
-what a forward pass is given, and the positions whose logits are selected. Token t of row b has the
-flat index b * T + t.
+A layout follows from masks, positions and the cache's contents. Also here: checks of a forward
+pass's arguments, and the selection of positions for logits. Token t of sequence b has the flat
+index b * T + t.
 """
 
 import math

@@ -1,7 +1,6 @@
-"""What one Llama is: its shape and constants, checked when built.
+"""The shape and constants of a Llama, checked on construction.
 
-Knows nothing of files or formats: the words here are Meta's, and each checkpoint reader translates
-its own into them.
+Field names are Meta's; each checkpoint reader translates its own names.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Keys and values already computed, so that a text is read once however long it is continued.
+"""Cached keys and values, so that each token is computed once however long the text becomes.
 
-The caller owns the cache: it makes one, hands it to each forward pass, and may cut, copy or drop
-rows in between. Knows nothing of attention.
+The caller owns the cache: it creates one, passes it to each forward pass, and may truncate, copy or
+drop sequences in between.
 """
 
 from collections.abc import Sequence

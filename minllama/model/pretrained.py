@@ -1,7 +1,6 @@
-"""What a model has whose weights come from files: a config, initial weights, load and save.
+"""Loading, saving and initializing weights: the base class of models.
 
-Files are the business of `minllama.checkpoints`, which stands above this package and is imported
-when a model is loaded or saved.
+Imports `minllama.checkpoints`, which is above this package, only when a model is loaded or saved.
 """
 
 import math

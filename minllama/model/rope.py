@@ -1,6 +1,6 @@
-"""Rotary position embeddings: angles, their scalings, and the rotation itself.
+"""Rotary position embeddings: frequencies, their scalings, and the rotation itself.
 
-Knows nothing of attention or of models: positions are an argument.
+Used by the model's attention and by the engines; positions are an argument.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""ggml's block formats: raw bytes -> (quants, scales, mins) -> float32, and Q8_0 the other way.
+"""Decode ggml's block formats: raw bytes to (quants, scales, mins) to float32; encode Q8_0.
 
 A block is a run of values along a row that share a scale: value = scale * quant + min. Q4_0, Q4_1
-and Q8_0 are decoded here, vectorized; the rarer formats go through the `gguf` package, which is the
-reference for all of them. Knows nothing of files or models.
+and Q8_0 are decoded here, vectorized; other formats go through the `gguf` package, which is the
+reference for all of them.
 """
 
 import functools

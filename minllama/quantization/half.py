@@ -1,8 +1,8 @@
-"""Half-precision weights that are kept as they are and computed with in float32.
+"""Modules that keep half-precision weights and compute in float32.
 
-For a machine that reads bfloat16 or float16 but only emulates arithmetic in it: the numbers are
-those of the same weights in float32, in half the memory, which a decoding step reads in half the
-time. A pass over many tokens widens one matrix after the other. Knows nothing of Llamas or files.
+For machines that read bfloat16 or float16 but only emulate arithmetic in it: results are those of
+the same weights in float32, in half the memory, and a decode step reads half as much. A forward
+pass over many tokens upcasts one matrix at a time.
 """
 
 import threading

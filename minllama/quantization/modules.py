@@ -1,8 +1,8 @@
-"""Weights in 8 and 4 bits: stored as whole numbers, a scale for each 32 of a row.
+"""Weights quantized to 8 and 4 bits: integers with a scale for each 32 values of a row.
 
-Made from any weight, or straight from GGUF's blocks: Q4_0, Q4_1 and Q8_0 keep their numbers to the
-bit, Q4_K and Q5_K but for the last bits of their scales. Knows nothing of Llamas, files or of how a
-CPU multiplies them fastest (`minllama.kernels.cpu`).
+Made from any weight, or directly from GGUF's blocks: Q4_0, Q4_1 and Q8_0 keep their values bit for
+bit, Q4_K and Q5_K except for the last bits of their scales. `minllama.kernels` has the fast
+matmuls.
 
 value = scale * quant + min, where quant is unsigned (Dettmers et al. 2022 and ggml call it
 block-wise or group-wise quantization). Without mins, min = -8 * scale in 4 bits and -128 * scale in

@@ -1,8 +1,8 @@
-"""What a downloaded tokenizer may do to a text: bounded, from its description alone.
+"""Bound what a downloaded tokenizer may do to a text, from its description alone.
 
-The library runs whatever it is given: a normalizer that doubles a text forty times ends the process
-in Rust, and a regular expression with loops in loops tries billions of ways. Here the growth is
-multiplied out first. Knows nothing of what the components are for.
+The library runs whatever it is given: a normalizer that doubles a text forty times crashes the
+process, and a regular expression with nested loops takes exponential time. Both are refused when a
+tokenizer is loaded.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """Byte-level BPE (Radford et al. 2019): its alphabet, and vocabularies spelled in it.
 
-GPT-2 spells a token's bytes as printable characters; where a text is cut into words is
-`minllama.tokenizer.pre_tokenizers`. Knows nothing of GGUF's other fields, nor of folders.
+GPT-2 spells a token's bytes as printable characters. `minllama.tokenizer.pre_tokenizers` has the
+patterns that split a text into words. The GGUF reader and writer call it.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
-"""Messages of a conversation -> the text that a chat model was trained on, by its Jinja template.
+"""Render messages with a chat model's Jinja template.
 
-A template is downloaded text, so it is rendered in a process of its own, with limits on time and
-memory (`minllama.tokenizer.template_worker`). What users write cannot pass for a model's special
-tokens: `render_masked` keeps the two apart. Knows nothing of tokenizers and models.
+A template is untrusted, so it is rendered in a separate process with limits on time and memory
+(`minllama.tokenizer.template_worker`). Users' messages cannot imitate a model's special tokens:
+`render_masked` keeps the two apart. Conversations and prompts call it.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A vocabulary at work: text -> ids by the library that reads its form, and id -> bytes by a table.
+"""Encode and decode with a vocabulary: text to ids by its library, ids to bytes by a table.
 
-One class for each form, all with the same face. Knows nothing of BOS, EOS and lengths: what a text
-gets around it is `minllama.tokenizer.tokenizer`'s business.
+One class for each stored form, all with the same interface. `minllama.tokenizer.tokenizer` adds BOS
+and EOS.
 """
 
 import abc

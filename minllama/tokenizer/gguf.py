@@ -1,7 +1,7 @@
-"""GGUF's `tokenizer.*` fields -> a vocabulary.
+"""Convert GGUF's `tokenizer.*` fields to a vocabulary.
 
-The fields' meaning is llama.cpp's (src/llama-vocab.cpp), which is what GGUF files are made for.
-Takes them as plain Python values: knows nothing of the file they came from.
+The fields have the meaning of llama.cpp (src/llama-vocab.cpp). Takes them as plain Python values;
+`minllama.checkpoints.gguf` calls it.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
-"""A vocabulary -> GGUF's `tokenizer.*` fields, so that llama.cpp gives the same ids.
+"""Convert a vocabulary to GGUF's `tokenizer.*` fields, so that llama.cpp gives the same ids.
 
-The other direction of `minllama.tokenizer.gguf`. What GGUF has no field for is refused in one
-line rather than written almost right.
+The inverse of `minllama.tokenizer.gguf`. What GGUF cannot represent is refused.
 """
 
 import json

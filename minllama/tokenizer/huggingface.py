@@ -1,7 +1,7 @@
-"""The tokenizer's files in a Hugging Face folder <-> a vocabulary.
+"""Read and write a vocabulary as the tokenizer files of a Hugging Face folder.
 
-`tokenizer.json` or `tokenizer.model` hold the tokens; `tokenizer_config.json` and its kin say which
-of them begin and end a text, and how chats are written. Knows nothing of the model's own files.
+`tokenizer.json` or `tokenizer.model` has the tokens; `tokenizer_config.json` and related files have
+BOS, EOS and the chat templates.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""llama2.c's `tokenizer.bin` -> a vocabulary.
+"""Read llama2.c's `tokenizer.bin` as a vocabulary.
 
-The file is SentencePiece's vocabulary in short (llama2.c's tokenizer.py, `export`): an int32, the
-longest token's bytes; then for each token a float32 score, an int32 length, and its bytes, with
-spaces as they are. Knows nothing of the model that it belongs to.
+The file is an abridged SentencePiece vocabulary (llama2.c's tokenizer.py, `export`): an int32, the
+longest token's length; then for each token a float32 score, an int32 length, and its bytes, with
+plain spaces.
 """
 
 import math

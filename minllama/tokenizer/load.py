@@ -1,7 +1,7 @@
-"""A path -> the vocabulary there, recognized by content.
+"""Load the vocabulary at a path, recognized by content.
 
 A file is a SentencePiece model, a tokenizer.json, tiktoken's ranks or llama2.c's tokenizer.bin; a
-folder is Hugging Face's, Meta's or llama2.c's. Knows nothing of the models beside them.
+folder is Hugging Face's, Meta's or llama2.c's.
 """
 
 import os

@@ -1,7 +1,6 @@
-"""SentencePiece models (Kudo and Richardson 2018): built, read, and as a tokenizer.json.
+"""SentencePiece models (Kudo and Richardson 2018): built, read, and converted to a tokenizer.json.
 
-Knows nothing of GGUF or folders. The protobuf message is the one that the library ships, so that
-what is built here is what `sentencepiece` itself would have saved.
+The protobuf message is the library's own, so that the result is what `sentencepiece` would save.
 """
 
 import math

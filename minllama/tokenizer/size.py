@@ -1,7 +1,4 @@
-"""How many tokens a vocabulary has, told without opening it, and whether a model has as many rows.
-
-Knows nothing of models but the number of their rows.
-"""
+"""Count the tokens of a vocabulary without opening it, and compare with the model's rows."""
 
 from minllama.errors import TokenizerError
 from minllama.tokenizer import sentencepiece_form, tiktoken_form, tokenizers_form

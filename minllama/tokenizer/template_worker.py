@@ -1,11 +1,9 @@
-"""The process in which a downloaded chat template is rendered, and which dies in its stead.
+"""The process that renders an untrusted chat template.
 
-`minllama.tokenizer.chat_template` starts this file as a program of its own. It reads one JSON
-object a line: first the template and its limits, then the variables of each rendering, and answers
-each with a line. Jinja's sandbox keeps a template from attributes and from changing what it is
-given, but not from looping for ever or from asking for all memory in a single operation; the
-operating system's limits on a process do, whatever the template thinks of. Knows nothing of
-minllama, and imports none of it.
+`minllama.tokenizer.chat_template` starts this file as a program. It reads one JSON object per line:
+first the template and its limits, then the variables of each rendering, and answers each with one
+line. Jinja's sandbox prevents access to attributes and changes to the variables, but not endless
+loops or huge allocations; the operating system's resource limits do. Imports nothing of minllama.
 """
 
 import contextlib

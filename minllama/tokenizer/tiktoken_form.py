@@ -1,8 +1,7 @@
-r"""Llama 3's `tokenizer.model`: tiktoken's lines of base64 token and rank.
+"""Llama 3's `tokenizer.model`: tiktoken's lines of base64 token and rank.
 
-The special tokens are not in the file but in Meta's code, so they are here: 256 behind the ranks,
-under the names of Llama 3.1, which took reserved ones of Llama 3 (same ids) for its new purposes.
-Knows nothing of folders.
+The special tokens are not in the file but in Meta's code, so they are here: 256 after the ranks,
+with the names of Llama 3.1, which renamed reserved ones of Llama 3 (same ids).
 """
 
 import base64

@@ -1,7 +1,7 @@
-"""Text <-> token ids, whatever form the vocabulary was stored in.
+"""Text to token ids and back, whatever form the vocabulary was stored in.
 
-What a text gets around it (BOS, EOS), what it may become (special tokens only when asked), and how
-tokens become text again, as a whole or one by one. Knows nothing of models.
+Adds BOS and EOS, parses special tokens only on request, and decodes tokens at once or one by
+one.
 """
 
 import codecs

@@ -1,8 +1,7 @@
-"""The content of a `tokenizer.json` (the format of the library `tokenizers`): read, asked, built.
+"""The content of a `tokenizer.json` (the library `tokenizers`): read, queried, built.
 
-Knows the parts that Llamas have: a BPE model, added tokens, a decoder of bytes or of
-SentencePiece's pieces, a template that puts BOS and EOS around a text. Knows nothing of folders or
-of other formats.
+Supports the parts that Llamas have: a BPE model, added tokens, a decoder of bytes or of
+SentencePiece's pieces, and a template that adds BOS and EOS.
 """
 
 import json

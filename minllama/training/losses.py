@@ -1,8 +1,6 @@
-"""What training makes small: cross-entropy over the classes, or over each label's yes and no; or
-the squared error of numbers.
+"""Losses: cross-entropy over classes, binary cross-entropy per label, squared error of numbers.
 
-The loss of a step is a mean over all of its texts, in however many batches they are computed. Knows
-nothing of models or optimizers.
+The loss of a step is the mean over all of its texts, however many batches they are split into.
 """
 
 from typing import Protocol

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed."""
+"""Tune the C library's malloc: when freed memory returns to the system."""
 
 import ctypes
 

@@ -1,7 +1,6 @@
-"""What a training is for: classes or numbers, and so its loss, its evaluation and its metrics.
+"""The objective of a training, for classes or numbers: its loss, evaluation and metrics.
 
-A training run asks one object for all that depends on the kind of labels. Knows nothing of steps,
-optimizers or files.
+A training run uses one object for everything that depends on the kind of labels.
 """
 
 from collections.abc import Iterator, Sequence

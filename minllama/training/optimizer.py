@@ -1,7 +1,4 @@
-"""AdamW: adaptive moments with decoupled weight decay (Loshchilov & Hutter 2019).
-
-Knows nothing of models, schedules or losses.
-"""
+"""AdamW: adaptive moments with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
 import itertools
 from collections.abc import Callable, Iterable

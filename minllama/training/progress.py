@@ -1,7 +1,4 @@
-"""How far training is, for people: a bar on a terminal, else a line now and then.
-
-Knows nothing of what is trained; it is told of each step.
-"""
+"""Show the progress of training: a bar in a terminal, otherwise occasional lines."""
 
 import os
 import sys

@@ -1,7 +1,7 @@
-"""One training run, step after step: gradients, update, evaluation, checkpoint.
+"""One training run, step by step: gradients, update, evaluation, checkpoint.
 
-Its state after any step is plain values and named tensors, and it can be put into such a state.
-Knows nothing of how a run begins or where it comes from; that is `minllama.training.trainer`.
+Its state after any step is plain values and named tensors, and can be restored.
+`minllama.training.trainer` sets it up.
 """
 
 import contextlib

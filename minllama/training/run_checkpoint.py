@@ -1,7 +1,6 @@
-"""A training run on disk: a checkpoint that it can go on from, and a line of metrics for each step.
+"""Save and restore a training run: a checkpoint to resume from, and one line of metrics per step.
 
-A checkpoint is a folder that is written whole or not at all, of safetensors and JSON: nothing in it
-is ever executed. Knows nothing of models or of what a step does.
+A checkpoint is a folder of safetensors and JSON, written atomically; nothing in it is executed.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
-"""What training does at each step: which texts, at what learning rate, evaluated or not.
+"""The schedule of a training: texts, learning rate and evaluations of each step.
 
-Everything is a function of the seed and of numbers that count, so a run that was cut needs to know
-nothing but its step to go on. Knows nothing of models, losses or files.
+Everything is a function of the seed and the step, so a resumed run needs only its step.
 """
 
 import hashlib

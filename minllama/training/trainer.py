@@ -1,7 +1,6 @@
-"""Batches of labeled texts -> a trained classifier, in steps that can be cut and gone on from.
+"""Train a classifier on labeled texts, in steps that can be interrupted and resumed.
 
-`fit` trains whatever parameters of a classifier want gradients. Knows nothing of how a classifier
-computes its logits, and of files only that `minllama.training.run_checkpoint` keeps a run in them.
+`fit` trains whichever parameters of a classifier require gradients.
 """
 
 import contextlib

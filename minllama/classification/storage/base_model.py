@@ -1,6 +1,6 @@
-"""The model below a classifier: told apart from every other, and opened as the same or refused.
+"""Identify a classifier's base model, and open the same one or refuse another.
 
-Knows nothing of what stands on it, a head, an adapter or label words.
+Loading and saving a classifier call it.
 """
 
 from collections.abc import Mapping

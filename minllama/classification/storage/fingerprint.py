@@ -1,8 +1,8 @@
-"""Which model is this? Its config, and digests of all of its numbers and of its tokenizer.
+"""Fingerprint a model: its config, and digests of all of its weights and of its tokenizer.
 
-Numbers are digested as a checkpoint gives them, under our names and in our layout, before they get
-the dtype that a model runs in: the same model in another format is the same one, and a model with
-one other number is not. Knows nothing of classifiers.
+Weights are digested as a checkpoint provides them, under minllama's names and in its layout, before
+conversion to the dtype in use: the same model in another format has the same fingerprint, and a
+single changed value changes it.
 """
 
 import dataclasses

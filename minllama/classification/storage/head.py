@@ -1,6 +1,6 @@
-"""The head of a classifier as a file: its numbers, and the labels that its rows stand for.
+"""Save and load a classifier's head, with the labels of its rows.
 
-Also the digests by which `classifier.json` knows the files beside it. Knows nothing of the rest.
+Also computes the digests by which `classifier.json` identifies the files beside it.
 """
 
 import hashlib

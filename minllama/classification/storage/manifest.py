@@ -1,6 +1,6 @@
-"""`classifier.json`: what a classifier is, as JSON, and the classifier that such a file describes.
+"""Read and write `classifier.json`, the manifest of a saved classifier.
 
-Knows nothing of the files beside it: weights, adapters and heads are others' to read.
+`minllama.classification.storage.save_load` calls it, and reads weights, adapters and heads itself.
 """
 
 import dataclasses

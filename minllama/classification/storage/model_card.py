@@ -1,7 +1,6 @@
-"""The model card of a saved classifier: what it is, how to use it, how it fared.
+"""Write the model card of a saved classifier: description, usage, evaluation, training.
 
-In the words of Mitchell et al. 2019, as Hugging Face reads them: a README.md whose front matter
-programs understand. Knows nothing of files.
+Follows Mitchell et al. 2019 in Hugging Face's format: a README.md with YAML front matter.
 """
 
 import json

@@ -1,13 +1,14 @@
-"""A classifier in a folder: written whole, and read back as it was or refused.
+"""Save a classifier in a folder atomically, and load it unchanged or refuse it.
 
-- `classifier.json`: what it is: labels, prompt, pooling, calibration, the base model and its
-  identity, the digests of the next three and of itself, the settings of its training.
-- `head.safetensors`: the head, with the labels that its rows stand for.
+- `classifier.json`: the manifest: labels, prompt, pooling, calibration, the base model and its
+  fingerprint, digests of the next three files and of itself, the settings of its training.
+- `head.safetensors`: the head, with the labels of its rows.
 - `adapter_config.json`, `adapter_model.safetensors`: LoRA, in PEFT's files.
-- or `config.json`, `model.safetensors` and the tokenizer: a whole model of its own.
+- or `config.json`, `model.safetensors` and the tokenizer: a complete model.
 - `README.md`: a model card.
 
-Nothing in it is run, and nothing is filled in: what is missing or changed is an error.
+Nothing in it is executed, and no default replaces a missing value: what is missing or changed is an
+error.
 """
 
 import os

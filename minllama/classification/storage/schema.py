@@ -1,7 +1,7 @@
-"""What each field of a `classifier.json` must be, before anything is made of it.
+"""Check the fields of a `classifier.json` before anything is built from it.
 
-A file that says the right digest of itself may still hold anything. Fields that are not listed are
-left alone: a later version may have them.
+A file with a correct digest of itself may still contain anything. Unknown fields are ignored, so
+that later versions can add some.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""A `LlamaEmbeddingClassifier` -> a folder that transformers' LlamaForSequenceClassification loads.
+"""Export a `LlamaEmbeddingClassifier` to a folder for transformers' LlamaForSequenceClassification.
 
-That has a linear head without a bias on the last token after all layers, and nothing else: what a
-classifier has besides is folded into the head's weights, or refused. Called by `minllama merge`.
+That class has only a linear head without bias on the last token of the last layer: whatever else a
+classifier has is folded into the head's weights, or refused. `minllama merge` calls it.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""Sequence classifiers of transformers and PEFT -> a `LlamaEmbeddingClassifier`.
+"""Load sequence classifiers of transformers and PEFT as a `LlamaEmbeddingClassifier`.
 
-Read are a folder of `LlamaForSequenceClassification`, and one of a PEFT adapter for it (task
-SEQ_CLS) beside a base model. Their head is linear, without a bias, on the last token that is no
-padding, after all layers. Knows nothing of classifiers in folders of ours.
+Supports a folder of `LlamaForSequenceClassification`, and a PEFT adapter for it (task SEQ_CLS) with
+its base model. Their head is linear without bias, on the last non-padding token after all layers.
+`minllama.classification.storage.save_load` calls it.
 """
 
 import os

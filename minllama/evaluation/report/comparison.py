@@ -1,6 +1,6 @@
-"""A classifier beside the baselines: which metrics are compared, how they are written, who is best.
+"""Compare a classifier with the baselines: metrics, their formatting, and a verdict.
 
-Systems on the same rows are compared row by row. Knows nothing of pages or terminals.
+The page and the terminal summary show the results.
 """
 
 from collections.abc import Mapping, Sequence

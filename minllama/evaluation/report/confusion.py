@@ -1,7 +1,4 @@
-"""Which classes are taken for which: a confusion matrix as cells, and its largest entries as pairs.
-
-Knows nothing of HTML.
-"""
+"""Confusion matrix as table cells, and its largest off-diagonal entries."""
 
 from dataclasses import dataclass
 

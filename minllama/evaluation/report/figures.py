@@ -1,6 +1,6 @@
-"""Charts as SVG that stands inside a page and takes the page's fonts and colors.
+"""Charts as inline SVG with the page's fonts and colors.
 
-Drawn by matplotlib without its global state. Knows nothing of pages: numbers in, markup out.
+Drawn by matplotlib without its global state: numbers in, markup out.
 """
 
 import io

@@ -1,7 +1,4 @@
-"""The most confident mistakes: what to read first in order to understand a classifier.
-
-Knows nothing of HTML.
-"""
+"""The most confident mistakes, which help most to understand a classifier."""
 
 from dataclasses import dataclass
 

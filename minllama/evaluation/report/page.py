@@ -1,6 +1,6 @@
-"""A report as one HTML page that needs nothing else: no script, no font, no image from elsewhere.
+"""Render a report as one self-contained HTML page, without external scripts, fonts or images.
 
-Texts, names and settings are data, never markup: Jinja escapes them all. Knows nothing of files.
+Jinja escapes all texts, names and settings.
 """
 
 import re

@@ -1,7 +1,4 @@
-"""A summary of an evaluation that fits a terminal of 80 columns, and plain text elsewhere.
-
-Knows nothing of pages or files.
-"""
+"""Print a summary of an evaluation: 80 columns in a terminal, plain text elsewhere."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

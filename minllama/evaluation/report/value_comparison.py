@@ -1,6 +1,6 @@
-"""Predicted numbers in words: metrics of several systems, and a verdict.
+"""Compare regression results of several systems, and state a verdict.
 
-Plain values only. What `minllama.evaluation.report.comparison` does for classes.
+`minllama.evaluation.report.comparison` does the same for classes.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Causal attention of whole sequences on a CPU, with gradients, by compiled code."""
+"""Causal attention of whole sequences on a CPU, with gradients, in compiled code."""
 
 from typing import Any, Protocol
 

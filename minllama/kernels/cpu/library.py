@@ -1,4 +1,4 @@
-"""The compiled library: where it is, which instructions it uses, and calls into it."""
+"""Load the compiled library, choose its instruction level, and call its functions."""
 
 import ctypes
 import functools

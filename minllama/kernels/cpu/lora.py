@@ -1,4 +1,4 @@
-"""What a low-rank adapter adds to a linear layer on a CPU, with gradients, by compiled code."""
+"""The low-rank update of a linear layer on a CPU, with gradients, in compiled code."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
-"""What stands between large matrix products, in one pass over memory each, with gradients.
+"""Operations between large matmuls on a CPU, each in one pass over memory, with gradients.
 
-Norms, the gate of the feed-forward and rotations on a CPU: torch computes each in several passes,
-with copies in float32 that are kept for the backward pass. Here only the inputs are kept, and what
-is cheap is computed again. `serves` says where; elsewhere the plain equations of
-`minllama.model.llama` and `minllama.model.rope` are computed.
+Norms, SwiGLU and RoPE: torch computes each in several passes, with float32 copies that are kept for
+the backward pass. Here only the inputs are kept, and cheap intermediate results are recomputed.
+`serves` decides where these are used; elsewhere the plain equations of `minllama.model.llama` and
+`minllama.model.rope` are.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The structs of `model.h` for ctypes: the same fields in the same order."""
+"""The ctypes counterparts of the structs in `model.h`: the same fields in the same order."""
 
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from typing import Any

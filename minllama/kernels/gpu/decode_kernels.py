@@ -1,17 +1,18 @@
-"""What one token of each row goes through, in kernels that each read their weights once.
+"""Triton kernels of a decode step, each of which reads its weights once.
 
-A step of one row is bound by how fast memory gives the weights, so each product does in passing
-what stands between it and the next: the norm before it, the rotation, SwiGLU, the residual after
-it. The norm's factor is one number per row, so it is applied to the finished sums (RMSNorm,
-Zhang & Sennrich 2019, eq. 4). Attention over the cache is split between programs, each of which
-keeps its own softmax, and put together again (Dao et al. 2023, Flash-Decoding).
+A step for one sequence is bound by memory bandwidth, so each matmul also computes what is between
+it and the next: the norm before it, RoPE, SwiGLU, the residual after it. The norm's factor is one
+number per row, so it is applied to the finished sums (RMSNorm, Zhang & Sennrich 2019, eq. 4).
+Attention over the cache is split between programs with separate softmaxes, which are then combined
+(Dao et al. 2023, Flash-Decoding).
 
-On compute capability 9.0 and up a kernel starts while the one before it still runs (`EARLY`,
-programmatic dependent launch): it fetches weights, which nobody writes, and waits for the rest.
+On compute capability 9.0 and up a kernel starts while the previous one still runs (`EARLY`,
+programmatic dependent launch): it prefetches weights, which no kernel writes, and waits for the
+rest.
 
-Shapes: D model width, H heads, K key/value heads, C head width, F hidden width. Activations are
-float32 between kernels in a step of one row, and in the model's dtype before torch's products in
-one of several. ROWS of a matrix, which its height is a multiple of, go to each program.
+Shapes: D model width, H heads, K key/value heads, C head width, F hidden width. Activations between
+kernels are float32 for one sequence, and in the model's dtype before torch's matmuls for several.
+Each program computes ROWS rows of a matrix, whose height is a multiple of that.
 """
 
 import triton

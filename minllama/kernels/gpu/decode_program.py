@@ -1,8 +1,9 @@
-"""The kernels of a step in order: one token of each row through a whole Llama on a GPU.
+"""Launch the kernels of a decode step in order: one token per sequence through a Llama on a GPU.
 
-The walk of `minllama.model.llama`, for one row of a dense model in products that do in passing what
-lies between them, for several rows and for weights in blocks around whole products. All that it
-reads and writes lies where it lay at the step before, so that it can be captured in a CUDA graph.
+Computes the forward pass of `minllama.model.llama`: with fused matmuls for one sequence and dense
+weights; with separate matmuls for several sequences and for quantized weights. All addresses stay
+the same from step to step, so that it can be captured in a CUDA graph. `minllama.engine.cuda_graph`
+calls it.
 """
 
 import functools

@@ -1,8 +1,8 @@
-"""Operations on a GPU, launched where Triton compiles for it; no gradients.
+"""Register GPU implementations of the model's operations, where Triton works; no gradients.
 
-Triton comes with torch's CUDA builds. It is imported when something is first computed on a GPU, and
-compiles each kernel when it is first used, for which it needs a C compiler; elsewhere, and without,
-the plain equations of the model are computed.
+Triton comes with torch's CUDA builds. It is imported at the first operation on a GPU and compiles
+each kernel on first use, for which it needs a C compiler; otherwise the plain equations of the
+model are used.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""What stands between large products on a GPU, and products of weights in blocks; no gradients.
+"""Operations between large matmuls on a GPU, and matmuls with quantized weights; no gradients.
 
-One pass over memory each. A weight in blocks is a `minllama.quantization.modules.QuantizedWeight`,
-whose panels the kernels read as they are.
+Each is one pass over memory. Quantized weights are `minllama.quantization.modules.QuantizedWeight`,
+whose tiles the kernels read directly.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""Products with weights in blocks of 8 and 4 bits, and such weights taken apart.
+"""Matmuls with weights quantized to 8 and 4 bits, and dequantization.
 
-A weight lies as `minllama.quantization.modules.QuantizedWeight` has it: panels of 16 rows, so that
-programs next to one another read words next to one another.
+A weight has the layout of `minllama.quantization.modules.QuantizedWeight`: tiles of 16 rows, so
+that neighboring programs read neighboring words.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""What launching kernels on a GPU needs: the device, sizes, a warning where it cannot be done."""
+"""What launching kernels on a GPU needs: the device, sizes, and a warning if it is not possible."""
 
 import contextlib
 import warnings
