@@ -49,7 +49,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_file_writable(target: str | os.PathLike[str]) -> None:
-    """Find out now what `atomic_file` would find out later; the target is left as it is.
+    """Raise the errors of `atomic_file` in advance; the target is not changed.
 
     Raises:
         MinllamaError: the target cannot be written.
@@ -61,7 +61,7 @@ def check_file_writable(target: str | os.PathLike[str]) -> None:
 
 
 def check_folder_writable(target: str | os.PathLike[str]) -> None:
-    """Find out now what `atomic_folder` would find out later; the target is left as it is.
+    """Raise the errors of `atomic_folder` in advance; the target is not changed.
 
     Raises:
         MinllamaError: the target cannot be written.
@@ -81,14 +81,14 @@ def check_folder_writable(target: str | os.PathLike[str]) -> None:
 def atomic_folder(
     target: str | os.PathLike[str], *, replaces: Callable[[str], bool] = lambda name: False
 ) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; on success it takes the place of `target`.
+    """Yield a temporary folder beside `target`; on success it replaces `target`.
 
-    What else lies in an existing `target` is kept (hard-linked), except the files whose name
-    `replaces` claims: those are the old content, such as shards of an earlier save.
+    Other files in an existing `target` are kept (hard-linked), except those for whose name
+    `replaces` is true: they are old content, such as shards of an earlier save.
 
     Raises:
         MinllamaError: the target cannot be written (no permission, no such folder, disk full), or
-            the process stands in it.
+            it is the current directory.
     """
     check_replaceable(target)
     with _one_line_errors(target):
@@ -110,13 +110,13 @@ def atomic_folder(
 
 
 def check_replaceable(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder that this process stands in: another would take its place and its name.
+    """Refuse the current directory: it would be replaced by another of the same name.
 
-    What was started there, a shell above all, would be left in a folder that is no more. Commands
-    that write at their end ask at their beginning.
+    Processes in it, above all the shell, would be left in a deleted folder. Commands that write at
+    the end call this at the start.
 
     Raises:
-        MinllamaError: it is the current folder, or holds it.
+        MinllamaError: it is the current directory, or contains it.
     """
     target = _resolved(folder)
     try:
@@ -131,7 +131,7 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
 
 
 def _resolved(target: str | os.PathLike[str]) -> Path:
-    """Where `target` leads: a link to another disk stays, and `.` gets a name to write beside."""
+    """The resolved `target`: links to other disks are kept, and `.` gets a name to write beside."""
     if not os.fspath(target):
         raise MinllamaError("the output name is empty; name a file or folder")
     try:
@@ -141,7 +141,7 @@ def _resolved(target: str | os.PathLike[str]) -> Path:
 
 
 def _file_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Where a file is to be, and the path beside it that is written first."""
+    """A file's resolved path, and the temporary path beside it."""
     target = _resolved(target)
     if target.is_dir():
         raise MinllamaError(f"cannot write {target}: it is a folder; name a file")
@@ -149,7 +149,7 @@ def _file_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def _folder_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Where a folder is to be, and the path beside it that is written first."""
+    """A folder's resolved path, and the temporary path beside it."""
     target = _resolved(target)
     if not target.name:
         raise MinllamaError(f"cannot write the folder {target}: name a folder in it")
@@ -167,9 +167,9 @@ def _beside(target: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(temporary: Path) -> Iterator[None]:
-    """Show that somebody writes there, for as long as the process lives; where locks are to be had.
+    """Mark a temporary path as in use while the process lives, if there are locks.
 
-    (Windows has none of this kind, and some network drives: leftovers stay there.)
+    (Windows and some network drives have none of this kind: leftovers stay there.)
     """
     descriptor = _lock(temporary)
     try:
@@ -180,7 +180,7 @@ def _locked(temporary: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock on a file or folder; None where it cannot be had."""
+    """A descriptor that holds the lock on a file or folder; None if that is impossible."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         if try_lock(descriptor):
@@ -190,7 +190,7 @@ def _lock(path: Path) -> int | None:
 
 
 def is_being_written(temporary: Path) -> bool:
-    """Whether a process that lives holds the lock on what it writes there."""
+    """Whether a running process holds the lock of that temporary path."""
     try:
         descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
@@ -202,17 +202,17 @@ def is_being_written(temporary: Path) -> bool:
 
 
 def temporaries(target: Path) -> list[Path]:
-    """What any process, living or not, has begun to write beside a target and in its place.
+    """Temporary paths of any process, running or not, for a target.
 
     Raises:
-        OSError: the folder that it is in cannot be read.
+        OSError: its parent folder cannot be read.
     """
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
     return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it, if it is there."""
+    """Delete a file, or a folder with its contents, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -220,7 +220,7 @@ def remove(path: Path) -> None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what processes that are no more were writing for a target that is now written."""
+    """Remove temporary paths of dead processes for a target that has been written."""
     found: list[Path] = []
     with contextlib.suppress(OSError):  # a folder may be one to write to and not to read
         found = temporaries(target)
@@ -266,7 +266,7 @@ def _put_in_place(new: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
+    """Swap two names atomically; False if the system or file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False

@@ -16,9 +16,9 @@ from minllama.text import one_line
 
 
 class MinllamaError(Exception):
-    """Something that the user can mend; its message names what, where and the remedy.
+    """An error that the user can fix; its message says what, where and how to fix it.
 
-    Names in it come from outside: it is made one printable line of bounded length (`one_line`).
+    It may contain untrusted names, so it becomes one printable line of bounded length (`one_line`).
     """
 
     def __init__(self, message: object = "") -> None:
@@ -42,19 +42,19 @@ class OptionError(MinllamaError):
 
 
 class DataError(MinllamaError):
-    """A file of examples that cannot be read, or rows in it that cannot be used."""
+    """A data file that cannot be read, or rows in it that cannot be used."""
 
 
 class SlowDtypeWarning(UserWarning):
-    """A half precision that was asked for, and that the machine only emulates."""
+    """The requested half precision is only emulated on this machine."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint that contradicts itself, and which of two readings is taken."""
+    """A checkpoint contradicts itself; the message says which reading is used."""
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """Warn at the line outside minllama from which it was called."""
+    """Warn at the line outside minllama that called it."""
     level, frame = 1, sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minllama":
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
@@ -66,8 +66,8 @@ def naming(where: Path) -> Iterator[None]:
     """Errors about the content of a file that do not name it yet, as errors that do.
 
     Raises:
-        CheckpointError: in place of a MinllamaError inside, or of what arithmetic on values of the
-            wrong type or of absurd size raises.
+        CheckpointError: replaces a MinllamaError inside, or an arithmetic error from values of the
+            wrong type or absurd size.
     """
     try:
         yield

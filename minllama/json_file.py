@@ -17,15 +17,14 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes, *, max_entries: int = MAX_ENTRIES) -> Any:
-    """What a JSON document in UTF-8 holds.
+    """Parse a JSON document in UTF-8.
 
     Args:
         data: the document.
         max_entries: the most values, of lists and objects together, that it may have.
 
     Raises:
-        ValueError: it is damaged, nested too deeply, of more entries, or not text; why, in one
-            line.
+        ValueError: it is damaged, nested too deeply, has too many entries, or is not text.
     """
     if sum(map(data.count, (b",", b"[", b"{"))) > max_entries:
         raise ValueError(f"more than {max_entries:,} entries")
@@ -42,11 +41,11 @@ def parse_json(data: bytes, *, max_entries: int = MAX_ENTRIES) -> Any:
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_entries: int = MAX_ENTRIES) -> Any:
-    """What a file of JSON holds; see `parse_json`.
+    """Parse a JSON file; see `parse_json`.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is damaged, or far larger than such a file is.
+        ValueError: it is damaged, or far larger than such a file should be.
     """
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)

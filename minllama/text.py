@@ -10,14 +10,14 @@ _TAIL_CHARS = 500  # of a message its end, which is the remedy
 
 
 def printable(text: str) -> str:
-    """The text on one line, without what would steer the terminal."""
+    """The text on one line, without terminal control characters."""
     if text.isprintable():
         return text
     return "".join(map(_shown, text))
 
 
 def escaped(text: str) -> str:
-    """The text as it is typed: with escapes where it holds what cannot be printed."""
+    """The text with escapes for unprintable characters."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 

@@ -113,7 +113,7 @@ class GGUFFile:
         return LazyTensor(tensor.shape, tensor.type.words, tensor.n_bytes, load, blocks)
 
     def load(self, tensor: GGUFTensor) -> Tensor:
-        """The numbers of one tensor: float32 from blocks, else a view in their own dtype."""
+        """The values of one tensor: float32 if quantized, else a view in the stored dtype."""
         return dequantize(self.raw(tensor), tensor.type, tensor.shape)
 
 

@@ -220,7 +220,7 @@ def write_huggingface(
     Weights above 5 GB are split into shards with an index. The folder appears whole or not at all.
 
     Args:
-        folder: where to; other files in an existing folder are kept.
+        folder: the target; other files in an existing folder are kept.
         config: what the Llama is.
         tensors: ours, by our names; read one shard at a time.
         vocabulary: its tokenizer's files are written too; None leaves those that are there.

@@ -206,7 +206,7 @@ def load_weights(
         module: whose parameters they become.
         checkpoint: where they are.
         dtype: of what is computed with; None for what suits the device.
-        device: None for the GPU where there is one.
+        device: None for a GPU if there is one.
         quantize: a word of `QUANTIZE`: matrices become quantized modules, which take the place of
             the linear layers and embeddings of the same names. Or "auto": `best_form`, where no
             dtype is given.

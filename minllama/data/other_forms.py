@@ -198,7 +198,7 @@ def _columns_of(lines: Sequence[str], separator: str) -> str | None:
 
 
 def refuse_other_json(line: str, name: str, *, compressed: bool) -> None:
-    """Refuse an object that holds all rows, where one object a row is expected.
+    """Refuse an object that holds all rows, one object per row is expected.
 
     Args:
         line: the beginning of a file, of which the first value is looked at.

@@ -30,7 +30,7 @@ FEATURE_WORDS = {
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What MINLLAMA_CPU states.
+    """The capabilities that MINLLAMA_CPU sets.
 
     Attributes:
         level: index into LEVELS.
@@ -43,10 +43,10 @@ class Capabilities:
 
 @functools.cache
 def stated() -> Capabilities | None:
-    """What MINLLAMA_CPU states; None where it is not set.
+    """The capabilities in MINLLAMA_CPU; None if it is not set.
 
     Raises:
-        OptionError: it holds another word.
+        OptionError: it contains an unknown word.
     """
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
@@ -62,7 +62,7 @@ def stated() -> Capabilities | None:
 
 
 def level_of(best: int) -> int:
-    """The index into LEVELS to use where this CPU and the compiled library have up to `best`.
+    """The index into LEVELS to use if this CPU and the compiled library support up to `best`.
 
     Raises:
         OptionError: MINLLAMA_CPU states a higher one.
@@ -121,7 +121,7 @@ def fast_float16_on_cpu() -> bool:
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """The GPU if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -130,7 +130,7 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """float32 on a CPU, where bfloat16 is often emulated; bfloat16 on a GPU.
+    """float32 on a CPU, which often emulates bfloat16; bfloat16 on a GPU.
 
     But float16 on older NVIDIA GPUs, which only emulate bfloat16.
     """

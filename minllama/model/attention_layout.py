@@ -24,17 +24,17 @@ NOT_FINITE = (
 
 
 class PackedSequences(NamedTuple):
-    """Sequences one after the other in one row, without padding (cu_seqlens, as others call it).
+    """Sequences concatenated into one row, without padding (cu_seqlens in other libraries).
 
-    Where all begin alike, the row holds their shared prefix once, in the first of them.
+    A prefix that all share is stored once, in the first sequence.
 
     Attributes:
-        starts: (n + 1,) int64, where each sequence begins, and where the last one ends, with every
-            sequence whole.
+        starts: (n + 1,) int64, the start of each sequence and the end of the last, counting shared
+            prefixes for every sequence.
         longest: tokens of the longest.
-        spread: (starts[-1],), the token of the row that each token of the whole sequences is; None
-            where no prefix is shared.
-        kept: (N,), which tokens of the whole sequences those of the row are; None likewise.
+        spread: (starts[-1],), index in the row of each token of the complete sequences; None
+            without a shared prefix.
+        kept: (N,), index in the complete sequences of each token of the row; None likewise.
     """
 
     starts: Tensor
@@ -43,7 +43,7 @@ class PackedSequences(NamedTuple):
     kept: Tensor | None = None
 
     def mask(self) -> Tensor:
-        """Bool (N, N), true where a token may look: in its own sequence, up to itself."""
+        """Bool (N, N), true where a token may attend: in its own sequence, up to itself."""
         every = torch.arange(int(self.starts[-1]), device=self.starts.device)
         sequence = torch.searchsorted(self.starts, every, right=True)
         kept = every if self.kept is None else self.kept
@@ -55,14 +55,14 @@ class PackedSequences(NamedTuple):
 
 
 class AttentionLayout(NamedTuple):
-    """Where the tokens of one forward pass stand, and which keys each of them may see.
+    """Positions of the tokens of one forward pass, and which keys each of them may attend to.
 
     Attributes:
         positions: (B, T) or (1, T), integers from 0.
         text_len: a number above all positions.
-        mask: bool, broadcast to (B, H, T, S), true where a query may look; None for everywhere.
-        is_causal: query t sees keys 0..t of S = T; takes the place of a mask.
-        packed: the only row holds several sequences, each of which sees itself alone; with
+        mask: bool, broadcast to (B, H, T, S), true where a query may attend; None for everywhere.
+        is_causal: query t attends to keys 0..t of S = T; replaces a mask.
+        packed: the only row contains several sequences, each of which attends only to itself; with
             `is_causal`.
     """
 
@@ -80,7 +80,7 @@ def layout_of(
     cache: KVCache | None,
     config: LlamaConfig,
 ) -> AttentionLayout:
-    """The layout of a pass over (B, T) tokens; the arguments are those of `Llama.forward`.
+    """The layout of a forward pass over (B, T) tokens; arguments as for `Llama.forward`.
 
     Raises:
         MinllamaError: the sequences outgrow the context or the cache, or the arguments contradict
@@ -100,9 +100,9 @@ def layout_of_whole(
 
     Args:
         ids: (B, T).
-        mask: bool (B, T), true at real tokens; or (B, T, T), true where a token may look, which
-            then is all that hides anything.
-        positions: (B, T); None counts each row's real tokens, which a (B, T, T) mask cannot tell.
+        mask: bool (B, T), true at real tokens; or (B, T, T), true where a token may attend, which
+            then replaces causal masking.
+        positions: (B, T); None counts each sequence's real tokens; needed with a (B, T, T) mask.
 
     Raises:
         MinllamaError: the texts are longer than the context, or positions are out of it.
@@ -137,12 +137,12 @@ def layout_of_continuation(
     cache: KVCache,
     config: LlamaConfig,
 ) -> AttentionLayout:
-    """The layout of tokens that continue what a cache holds, which makes room for them.
+    """The layout of tokens that continue a cache's sequences; reserves space for them.
 
     Args:
         ids: (B, T), the new tokens.
-        mask: bool (B, T), true at real tokens, padding on the right; or (B, T, T), true where a
-            new token may look among the new ones. All of them see all that the cache holds.
+        mask: bool (B, T), true at real tokens, padding on the right; or (B, T, T), true where a new
+            token may attend among the new ones. All of them attend to everything in the cache.
         positions: (B, T), with a (B, T, T) mask only.
 
     Raises:
@@ -187,7 +187,7 @@ def layout_of_continuation(
 
 
 def check_continuation(ids: Tensor, cache: KVCache, config: LlamaConfig) -> None:
-    """Refuse tokens (B, T), all real, that cannot continue what a cache holds."""
+    """Refuse tokens (B, T), all real, that cannot continue a cache's sequences."""
     _check_rows(ids, cache, config)
     cache.reserve(ids.shape[1])
     check_context(cache.max_len + ids.shape[1], config)
@@ -209,7 +209,7 @@ def check_context(text_len: int, config: LlamaConfig) -> None:
 
 
 def is_right_padded(mask: Tensor) -> bool:
-    """Whether each row's real tokens come first."""
+    """Whether padding is on the right only."""
     return bool((mask[:, :-1] >= mask[:, 1:]).all())
 
 
@@ -223,7 +223,7 @@ def _checked_text_len(positions: Tensor, config: LlamaConfig) -> int:
 
 
 def check_inputs(ids: Tensor, mask: Tensor | None) -> None:
-    """Refuse ids that are not whole numbers (B, T), and a mask that is not that nor (B, T, T)."""
+    """Refuse ids that are not integers (B, T), and masks that are neither (B, T) nor (B, T, T)."""
     if ids.dtype not in (torch.int64, torch.int32):
         raise MinllamaError(f"ids must be int64 or int32, not {ids.dtype}")
     if ids.dim() != 2 or 0 in ids.shape:
@@ -236,7 +236,7 @@ def check_inputs(ids: Tensor, mask: Tensor | None) -> None:
 
 
 def check_logits(logits: str | Tensor | None, mask: Tensor | None) -> None:
-    """Refuse words there are not, and the last real token of a row that has none."""
+    """Refuse unknown selections, and the last real token of a sequence without any."""
     if not isinstance(logits, str):
         return
     if logits not in ("all", "last"):
@@ -250,7 +250,7 @@ def selected_positions(
 ) -> Tensor | None:
     """Flat indices of the tokens whose logits are selected, (B,) or (B, N).
 
-    None where no token is selected: for all logits, and for none.
+    None if no positions are selected: for all logits, and for none.
     """
     if which is None or (isinstance(which, str) and which == "all"):
         return None
@@ -272,7 +272,7 @@ def selected_positions(
 
 
 def last_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B,), the flat index of the last real token of each row of x, (B, T) or (B, T, D)."""
+    """(B,), the flat index of the last real token of each sequence of x, (B, T) or (B, T, D)."""
     batch, length = x.shape[:2]
     starts = torch.arange(batch, device=x.device) * length
     if mask is None:
@@ -281,7 +281,7 @@ def last_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def row_lens(ids: Tensor, mask: Tensor | None) -> list[int]:
-    """How many real tokens each row has."""
+    """The number of real tokens of each sequence."""
     if mask is None or mask.dim() == 3:
         return [ids.shape[1]] * ids.shape[0]
     lens: list[int] = mask.bool().sum(-1).tolist()
@@ -312,6 +312,6 @@ def check_generation(
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse logits (B, V) of which the largest of a row is not a number, with a MinllamaError."""
+    """Raise MinllamaError if the largest of a sequence's logits (B, V) is NaN or infinite."""
     if not (logits.amax(-1) < math.inf).all():  # NaN is less than nothing
         raise MinllamaError(NOT_FINITE)

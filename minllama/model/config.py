@@ -32,8 +32,8 @@ class RopeScaling:
         high_freq_factor: wavelengths below original_max_seq_len / high_freq_factor stay (llama3).
         beta_fast: rotations over the original context above which a frequency stays (yarn).
         beta_slow: rotations below which a frequency is divided by `factor` in full (yarn).
-        attention_factor: multiplies cosines and sines (yarn); `None` derives it from `factor`,
-            and from `mscale` / `mscale_all_dim` where both are given.
+        attention_factor: multiplies cosines and sines (yarn); `None` derives it from `factor`, and
+            from `mscale` / `mscale_all_dim` if both are given.
         mscale: numerator's weight in yarn's attention factor; `None` for the paper's rule.
         mscale_all_dim: denominator's weight; `None` for the paper's rule.
         truncate: round yarn's ramp to whole dimensions, as the paper's code does.
@@ -102,16 +102,16 @@ class LlamaConfig:
         max_seq_len: longest text in tokens that positions are defined for.
         norm_eps: epsilon under the root of RMSNorm.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: how these are stretched; `None` for not at all.
+        rope_scaling: scaling of the rotary frequencies; `None` for none.
         tie_embeddings: the output matrix is the embedding matrix.
         attention_bias: biases on query, key, value and output projections.
         ffn_bias: biases on the three projections of the feed-forward.
-        causal: a token sees itself and what is before it; False gives an encoder that sees all.
+        causal: a token attends to itself and earlier tokens; False for a bidirectional encoder.
         dropout: probability for embeddings, attention weights and both residual branches, while
             training.
 
     Raises:
-        MinllamaError: the values contradict one another; the message says which and how.
+        MinllamaError: values contradict each other; the message names them.
     """
 
     dim: int
@@ -186,10 +186,10 @@ class LlamaConfig:
         return self.max_seq_len
 
     def has_defaults_beyond(self, fields: Collection[str]) -> bool:
-        """Whether every field that is not one of these has its default.
+        """Whether every field other than these has its default.
 
-        What computes the model without its modules names the fields that it implements, so that a
-        field that comes later sends a model to the modules instead of being ignored.
+        Engines that compute without the modules list the fields that they implement, so that models
+        with newer fields run by the modules instead of ignoring the field.
         """
         return all(
             getattr(self, field.name) == field.default
@@ -198,7 +198,7 @@ class LlamaConfig:
         )
 
     def replace(self, **changes: Any) -> "LlamaConfig":
-        """A copy with some fields changed, checked anew."""
+        """A copy with some fields changed, checked again."""
         known = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(changes) - known):
             raise MinllamaError(
@@ -223,7 +223,7 @@ def _require_count(name: str, value: Any) -> None:
 
 
 def _positive(name: str, value: Any) -> float:
-    """A number above 0 as a float: torch's arithmetic takes no integer beyond 64 bits."""
+    """A number above 0 as a float: torch does not support integers beyond 64 bits."""
     try:
         number = math.nan if isinstance(value, bool | str) else float(value)
     except (OverflowError, TypeError):  # an integer beyond float64, or no number at all
@@ -234,7 +234,7 @@ def _positive(name: str, value: Any) -> float:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: JSON may hold an integer of a thousand digits."""
+    """A value for a message, shortened: JSON may contain an integer of a thousand digits."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write integers of more than 4300

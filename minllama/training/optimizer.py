@@ -21,8 +21,8 @@ class AdamW(Optimizer):
         step = lr * sqrt(1 - beta2^t) / (1 - beta1^t)
         p   -= step * m / (sqrt(v) + eps)
 
-    so that eps is added to a root that is not corrected, and no corrected moments are made. Weight
-    decay comes after that update, on the parameter that it has moved, times the learning rate:
+    so that eps is added to the uncorrected root, and corrected moments are not computed. Weight
+    decay follows the update, multiplied by the learning rate:
 
         p   -= lr * weight_decay * p
 
@@ -60,7 +60,7 @@ class AdamW(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; see the class for what is refused."""
+        """Add parameters with separate options; the class lists what is refused."""
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -71,7 +71,7 @@ class AdamW(Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss anew, and its gradients.
+            closure: recomputes the loss and its gradients.
 
         Returns:
             The closure's loss, if there is one.
@@ -140,7 +140,7 @@ def adamw_update(
     step_size: float,
     shrink: float,
 ) -> None:
-    """One step of `AdamW` for parameters that have taken as many, in place.
+    """One step of `AdamW` in place, for parameters with the same step count.
 
     Args:
         parameters, gradients, exp_avgs, exp_avg_sqs: as many of each.

@@ -34,14 +34,14 @@ Row: TypeAlias = dict[str, Any]
 
 @dataclass
 class RunState:
-    """Where a run is, but for its tensors.
+    """The state of a run, without its tensors.
 
     Order, learning rate and dropout follow from the step alone; see `minllama.training.schedule`.
 
     Attributes:
         step: how many are done.
-        row: what is known of the last step while its evaluation is still due; else None.
-        best_step, best_metric: of the best evaluation so far; None before the first.
+        row: the last step's metrics while its evaluation is pending; else None.
+        best_step, best_metric: of the best evaluation so far; None before the first one.
         without_gain: evaluations since.
         stopped_early: they were too many.
         finished: no step is left to do.
@@ -72,8 +72,8 @@ class RunTensors:
         moments: of the optimizer: `exp_avg.` or `exp_avg_sq.` and the parameter's name.
         updates: how often the optimizer has updated each.
         best: the weights of the best evaluation; empty before the first.
-        prior: (N, C) probabilities of the training texts before the first step; None where no
-            target has a share of them.
+        prior: (N, C) probabilities of the training texts before the first step; None if targets do
+            not use them.
     """
 
     weights: dict[str, Tensor]
@@ -86,8 +86,8 @@ class RunTensors:
 class CheckpointFolder:
     """The checkpoint of the run in `folder`.
 
-    A SIGKILL at any instant of a save leaves the previous checkpoint or the new one. What has
-    not changed, the best weights so far, is not written again, but linked into the new checkpoint.
+    A SIGKILL during a save leaves either the previous checkpoint or the new one. The best weights
+    so far, if unchanged, are hard-linked instead of written again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -127,11 +127,11 @@ class CheckpointFolder:
         self._written = files
 
     def load(self, fingerprint: Fingerprint) -> tuple[RunState, RunTensors] | None:
-        """The run as it was saved; None where there is no checkpoint.
+        """Load the saved run; None without a checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or of a run with other options or data;
-                the message names each difference.
+            CheckpointError: the checkpoint is damaged, or from a run with other options or data;
+                the message lists the differences.
         """
         self.recover()
         if not self.path.exists():
@@ -147,7 +147,7 @@ class CheckpointFolder:
         return state, tensors
 
     def state(self) -> RunState | None:
-        """Where the saved run is, without its tensors; None where there is no checkpoint.
+        """The state of the saved run, without its tensors; None without a checkpoint.
 
         Raises:
             CheckpointError: the checkpoint is damaged.
@@ -160,10 +160,10 @@ class CheckpointFolder:
             return _run_state(raw)
 
     def recover(self) -> None:
-        """Remove what killed saves have left behind; what a living process writes stays.
+        """Remove files of killed saves, but not those of running processes.
 
-        On a system that cannot swap two names, the checkpoint has none for an instant of a save:
-        then one that is whole gets it back.
+        On a system that cannot swap two names, the checkpoint has a temporary name for an instant
+        of a save; a complete one gets its name back.
         """
         beside = Path(os.path.realpath(self.path)).parent
         if not beside.is_dir():
@@ -233,11 +233,11 @@ class CheckpointFolder:
 
 
 class MetricsFile:
-    """`metrics.jsonl` of a run: a line for each step, written when it is done.
+    """`metrics.jsonl` of a run: one line per step, written after it.
 
     Args:
         folder: of the run.
-        rows: what it holds at first; nothing else stays in it.
+        rows: the initial content, which replaces the file's.
 
     Raises:
         MinllamaError: it cannot be written.
@@ -255,7 +255,7 @@ class MetricsFile:
             self._file.flush()
 
     def sync(self) -> None:
-        """Put on disk what was written: a checkpoint must not be ahead of it."""
+        """Sync the file to disk: the checkpoint must not be ahead of it."""
         with self._one_line_errors():
             os.fsync(self._file.fileno())
 
@@ -271,12 +271,11 @@ class MetricsFile:
 
 
 def read_metrics(folder: str | os.PathLike[str], steps: int | None = None) -> list[Row]:
-    """The rows of a run's `metrics.jsonl`, up to the first line that is not whole.
+    """The rows of a run's `metrics.jsonl`, up to the first incomplete line.
 
     Args:
         folder: of the run.
-        steps: read the rows of the first so many steps, all of which must be there; None for all
-            that there are.
+        steps: number of steps to read, all of which must exist; None for all rows.
 
     Raises:
         CheckpointError: rows are missing, or the file cannot be read.
@@ -302,7 +301,7 @@ def read_metrics(folder: str | os.PathLike[str], steps: int | None = None) -> li
 
 
 def remove_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Delete the checkpoint of the run in `folder`, once its result is kept elsewhere."""
+    """Delete the checkpoint of the run in `folder`, after its result has been saved."""
     CheckpointFolder(Path(folder)).remove()
 
 
@@ -314,7 +313,7 @@ def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
 
 
 def saved_step(folder: str | os.PathLike[str]) -> int | None:
-    """How many steps the checkpoint in `folder` has done; None where there is none.
+    """The number of steps of the checkpoint in `folder`; None without a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -324,7 +323,7 @@ def saved_step(folder: str | os.PathLike[str]) -> int | None:
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What differs between two fingerprints, as a person would say it."""
+    """The differences between two fingerprints, for an error message."""
     return list(dict.fromkeys(_differences(old, new)))  # an option may also be among the settings
 
 
@@ -371,7 +370,7 @@ def _run_state(raw: Mapping[str, Any]) -> RunState:
 
 
 def _whole_step(path: Path) -> int | None:
-    """The step of a checkpoint under another name; None where it is not whole."""
+    """The step of a checkpoint under another name; None if it is incomplete."""
     stand_in = CheckpointFolder(path.parent)
     stand_in.path = path
     try:

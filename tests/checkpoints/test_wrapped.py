@@ -147,7 +147,7 @@ def test_a_model_with_adapters_in_it_is_refused_with_the_way(tmp_path: Path) -> 
     state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     state["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 3)
     saved(tmp_path, state, pickled=False)
-    with pytest.raises(CheckpointError, match="with adapters .*merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r"with adapters .*merge_and_unload"):
         open_checkpoint(tmp_path)
 
 

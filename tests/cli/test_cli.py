@@ -228,7 +228,7 @@ def test_mistakes_are_one_line_and_status_2(args, parts, run, folder):
 def test_what_is_said_and_is_not_utf_8_is_refused(run, folder):
     result = run("chat", "--model", folder, stdin=b"\xff\n")
     assert result.status == 2
-    assert "standard input: is not UTF-8" in result.err
+    assert "standard input: not UTF-8" in result.err
 
 
 def test_a_prompt_that_is_not_utf_8_is_refused(run, folder, tmp_path):
@@ -529,7 +529,7 @@ def test_chat_remembers_resets_stops_and_exits(folder, terminal):
     chat.wait_for("begin or end a multi-line message")
     chat.wait_for(">>> ")
     chat.type("/reset\n")
-    chat.wait_for("(forgotten)")
+    chat.wait_for("(history cleared)")
     chat.wait_for(">>> ")
     chat.type('"""\n')
     chat.wait_for("... ")
@@ -540,7 +540,7 @@ def test_chat_remembers_resets_stops_and_exits(folder, terminal):
     assert f"prefill {2 + len('/ab') + 1 + len('c')} tokens" in chat.wait_for("ended by")
     chat.wait_for(">>> ")
     chat.type("/reset\n")
-    chat.wait_for("(forgotten)")
+    chat.wait_for("(history cleared)")
     chat.wait_for(">>> ")
     time.sleep(0.5)  # readline misses a signal that comes while it is setting up the prompt
     chat.type("\x03")

@@ -239,7 +239,7 @@ def test_evaluate_says_that_labels_may_be_placeholders(run, trained, tmp_path):
     (note,) = json.loads((tmp_path / "report" / "metrics.json").read_text())["notes"]
     assert note.startswith(notice)
     write_labelled(data, [(-1, text) for _, text in examples(4, seed=3)])
-    assert refused(run("evaluate", trained / "lora", "--data", data), "label -1 stands for none")
+    assert refused(run("evaluate", trained / "lora", "--data", data), "label -1 means no label")
 
 
 def test_classify_prints_labels_of_texts(run, trained):
@@ -280,7 +280,7 @@ CONTRADICTIONS = {
     "no classifier": (("--text", "a"), "give either a CLASSIFIER or --labels"),
     "one label": (("--labels", "a", "--text", "a"), "only one label"),
     "the same label": (("--labels", "a, a", "--text", "a"), "is there twice"),
-    "empty label": (("--labels", "a,,b", "--text", "a"), "not blank"),
+    "empty label": (("--labels", "a,,b", "--text", "a"), "must not be blank"),
     "a quote": (("--labels", 'a,"b', "--text", "a"), "a quote is not closed"),
     "labels twice": (("--labels", "a,b", "--labels-file", "x", "--text", "a"), "give one of them"),
     "no labels file": (("--labels-file", "nowhere", "--text", "a"), "No such file"),

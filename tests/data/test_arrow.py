@@ -57,7 +57,7 @@ def test_numbers_of_declared_classes_are_never_names(tmp_path: Path) -> None:
 def test_a_class_that_is_only_declared_is_a_class(tmp_path: Path) -> None:
     columns = {"text": ["a", "b"], "label": [1, -1]}
     path = write(tmp_path / "x.parquet", columns, {"label": CLASSES})
-    with pytest.raises(DataError, match=r"x\.parquet, row 2: label -1 stands for none"):
+    with pytest.raises(DataError, match=r"x\.parquet, row 2: label -1 means no label"):
         load_dataset(path)
     dataset = load_dataset(path, DataOptions(skip_bad_rows=True))
     assert (dataset.labels, dataset.class_counts()) == ([1], [0, 1])

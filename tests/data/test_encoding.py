@@ -167,9 +167,9 @@ def test_bytes_that_the_encoding_does_not_have_are_told(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("cp1252x", "is cp1252 or "),
+        ("cp1252x", "did you mean cp1252 or "),
         ("windows1252", "windows-1252"),
-        ("ANSI", "is cp1252 meant?"),
+        ("ANSI", "did you mean cp1252?"),
         ("utf-61", "utf-16"),
         ("rot13", "is not a text encoding"),
         ("base64", "is not a text encoding"),

@@ -74,10 +74,10 @@ def test_a_list_in_a_cell_is_the_list_that_it_is(
     ("cell", "message"),
     [
         ("['a', 'b'", "begins like a list of labels, but does not end like one"),
-        ("['a', ['b']]", "is no list of labels"),
-        ("['a', {'b': 1}]", "is no list of labels"),
-        ("{'a': 1}", "is no list of labels"),
-        ("[0 1 ... 0 1]", "is no list of labels"),
+        ("['a', ['b']]", "is not a list of labels"),
+        ("['a', {'b': 1}]", "is not a list of labels"),
+        ("{'a': 1}", "is not a list of labels"),
+        ("[0 1 ... 0 1]", "is not a list of labels"),
         ("['a', '']", "contains an empty label"),
         ("['a', None]", "contains an empty label"),
         ("['a', 'a']", "contains a label twice"),
@@ -186,7 +186,7 @@ def test_where_two_readings_are_possible_both_are_named(tmp_path: Path, cells: A
     with pytest.raises(DataError) as caught:
         load_dataset(path, MULTI)
     message = str(caught.value)
-    assert "two ways" in message
+    assert "are ambiguous" in message
     assert "multi-hot vector" in message
     assert "--label-lists labels, or --label-lists multi-hot" in message
     hot = load_dataset(path, DataOptions(label_lists="multi-hot"))

@@ -119,7 +119,7 @@ def test_names_may_be_numbers_where_they_are_their_own(tmp_path: Path) -> None:
         ("c", "label 'c' is not one of 'a', 'b'"),
         ("A", "label 'A' is not one of 'a', 'b'"),
         (2, "label 2 is not one of 'a', 'b'"),
-        (-1, "label -1 stands for none (where it is a class, name it in a file for --label-names)"),
+        (-1, "label -1 means no label (if it is a class, name it in a file for --label-names)"),
         (-2, "label -2 is not one of 'a', 'b'"),
         (0.5, "label 0.5 is not one of 'a', 'b'"),
         (None, "no label"),
@@ -157,9 +157,9 @@ def test_of_many_known_names_ten_are_listed(tmp_path: Path) -> None:
         (["a", 1], "1 is not a name; write FORM"),
         (["a", " "], "' ' is not a name; write FORM"),
         ({"1": None}, "None is not a name; write FORM"),
-        (["a", "a "], "has a name or a number twice"),
-        ({"a": 1, "b": 1}, "has a name or a number twice"),
-        ({"1": "a", "01": "b"}, "has a name or a number twice"),
+        (["a", "a "], "contains a name or a number twice"),
+        ({"a": 1, "b": 1}, "contains a name or a number twice"),
+        ({"1": "a", "01": "b"}, "contains a name or a number twice"),
         (["1", "2"], "class 0 is named '1', which is the number of another class; rename it"),
         ("[" * 99_999, "JSON that is nested too deeply"),
     ],
@@ -224,7 +224,7 @@ def test_numbers_that_are_taken_for_names_by_position_are_said(tmp_path: Path) -
     assert dataset.labels == [1, 0, 0]
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("numbers", 2)
-    assert "in their order: 0 = bad, 1 = good; --label-names FILE" in notice.message
+    assert "in numeric order: 0 = bad, 1 = good; --label-names FILE" in notice.message
     path.write_text("good ||| a\nbad ||| c\n")
     assert not load_dataset(path, label_names=["bad", "good"]).notices
     path.write_text("1 ||| a\n0 ||| b\n")
@@ -246,7 +246,7 @@ def test_rows_with_unknown_labels_can_be_left_out_of_what_is_measured(tmp_path: 
     assert (dataset.texts, dataset.labels) == (["a", "d"], [1, 0])
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("skipped", 1)
-    assert "left out: 1 of 3 (line 3: label 'odd' is not one of 'bad', 'good')" in notice.message
+    assert "skipped: 1 of 3 (line 3: label 'odd' is not one of 'bad', 'good')" in notice.message
     # Rows without any label are no bad rows: they are predicted.
     path.write_text("text,label\na,good\nb,odd\nc,\nd,bad\n")
     dataset = load_dataset(path, skipping, **known)
@@ -294,14 +294,14 @@ def test_a_minus_1_in_any_spelling_stands_for_none(tmp_path: Path, none: Any) ->
     path.write_text("\n".join(map(json.dumps, rows)))
     dataset = load_dataset(path, needs_labels=False)
     assert (dataset.labels, dataset.label_names) == (None, ["0", "1"])
-    with pytest.raises(DataError, match="line 3: label -1 stands for none"):
+    with pytest.raises(DataError, match="line 3: label -1 means no label"):
         load_dataset(path)
     known = load_dataset(path, needs_labels=False, label_names=["0", "1", "-1"])
     assert known.labels == [0, 1, 2]
 
 
 def test_the_minus_1_of_several_labels_stands_for_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 2: label -1 stands for none"):
+    with pytest.raises(DataError, match="line 2: label -1 means no label"):
         load(tmp_path, ["a"], [-1])
-    with pytest.raises(DataError, match="line 2: label -1 stands for none"):
+    with pytest.raises(DataError, match="line 2: label -1 means no label"):
         load(tmp_path, "a", "-1", multi_label=True)

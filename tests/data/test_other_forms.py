@@ -207,7 +207,7 @@ def test_objects_that_hold_all_rows_are_converted(
     data = json.dumps(content, indent=indent).encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     message = refusal(tmp_path / name)
-    assert "where one object a row is expected" in message
+    assert "one object per row is expected" in message
     run_command(message, tmp_path)
     assert pairs(tmp_path / "new.jsonl") == ROWS
 

@@ -180,7 +180,7 @@ def test_vectors_are_read_without_a_word_as_with_one(
     with pytest.raises(DataError, match="no label"):
         load_dataset(with_gap)
     unclear = write(tmp_path, ending, [[0, 1], [1, 0], [0, 1]])
-    with pytest.raises(DataError, match="may be read in two ways"):
+    with pytest.raises(DataError, match="are ambiguous"):
         load_dataset(unclear)
 
 

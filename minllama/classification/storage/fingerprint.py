@@ -20,7 +20,7 @@ from minllama.checkpoints.types import Checkpoint
 from minllama.lora import lora_layers
 from minllama.model.config import LlamaConfig
 from minllama.model.llama import Llama
-from minllama.quantization.modules import QuantizedWeight, quantized_weights, quantized
+from minllama.quantization.modules import QuantizedWeight, quantized, quantized_weights
 from minllama.tokenizer.vocabulary import Vocabulary
 
 # The first is said in classifier.json, for a checkpoint does not; the second is training's.

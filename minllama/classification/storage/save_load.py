@@ -280,7 +280,7 @@ def load_classifier(
         tokenizer: the same of its tokenizer, if that is not the model's own.
         dtype: of the base's weights; None for that of the training, which gives the same numbers,
             unless this machine only emulates it.
-        device: None for the GPU where there is one.
+        device: None for a GPU if there is one.
         quantize: "int8", "int4" or "stored" for a base in so many bits, "none" for numbers in the
             dtype, "auto" for what reads texts fastest here; None for what it was in training.
 

@@ -15,7 +15,7 @@ from minllama.kernels.hardware import level_of
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library; None where the package was installed without a C++ compiler."""
+    """The compiled library; None if the package was installed without a C++ compiler."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_step{suffix}")
         if path.exists():
@@ -52,7 +52,7 @@ def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> N
 
     Args:
         name: without its prefix.
-        arguments: what it takes, by reference.
+        arguments: the structs to pass, by reference.
         level: index into `hardware.LEVELS`; None for the best.
 
     Raises:
@@ -78,7 +78,7 @@ def _is_of_this_version(found: ctypes.CDLL) -> bool:
 
 
 def _use_torchs_threads(found: ctypes.CDLL) -> None:
-    """Run on the threads of the OpenMP library that torch has loaded, where it is GNU's."""
+    """Use the threads of the OpenMP library that torch has loaded, if it is GNU's."""
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

@@ -21,7 +21,7 @@ STEP = 32
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether it is a product in a half precision on a CPU, with a weight that is not trained."""
+    """Whether this is a half-precision matmul on a CPU with a frozen weight."""
     is_half = x.device.type == "cpu" and x.dtype in HALVES and weight.dtype == x.dtype
     is_trained = weight.requires_grad and torch.is_grad_enabled()
     return is_half and not is_trained and is_plain(x) and is_plain(weight)
@@ -37,7 +37,7 @@ register("linear", serves, linear)
 
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:
-    """Give x M in chunks, where both are of a half precision on a CPU; no gradients.
+    """Compute x M in chunks, for half precision on a CPU; no gradients.
 
     Args:
         x: (..., in).

@@ -28,13 +28,13 @@ MOST_PARTS = 32
 
 
 class Layer(NamedTuple):
-    """What a layer computes with.
+    """The weights of a layer.
 
     Attributes:
         attention_norm, ffn_norm: (D,).
-        weights: of query, key, value, output, w1, w2, w3: a tensor (out, in), or a weight in blocks
+        weights: of query, key, value, output, w1, w2, w3: a tensor (out, in), or a quantized weight
             (`minllama.quantization.modules.QuantizedWeight`).
-        biases: theirs; None where there is none.
+        biases: of the weights; None without.
     """
 
     attention_norm: Tensor
@@ -44,7 +44,7 @@ class Layer(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a Llama computes with; `embedding` and `head` may be the same."""
+    """The weights of a Llama; `embedding` and `head` may be the same."""
 
     config: Any
     dtype: torch.dtype
@@ -55,20 +55,21 @@ class Model(NamedTuple):
     norm: Tensor
 
     def takes_one_row(self, n: int) -> bool:
-        """Whether products do in passing what is between them: of one row, with no blocks."""
+        """Whether to use the fused kernels: for one sequence and dense weights."""
         weights = [self.embedding, self.head, *(w for layer in self.layers for w in layer.weights)]
         return n == 1 and all(isinstance(weight, Tensor) for weight in weights)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a step of so many rows reads and writes, always in the same place.
+    """The buffers of a step for a number of sequences, always at the same addresses.
 
     Attributes:
         ids: (B,) the tokens.
-        lengths: (B,) how many each row had before, negative where it is none; the walk counts on.
+        lengths: (B,) tokens of each sequence before the step, negative for unused ones; the step
+            increments them.
         hidden: (B, D) after the last norm, in the model's dtype.
-        logits: (B, V), float32 for one row of a dense model, else in the model's dtype.
+        logits: (B, V), float32 for one sequence of a dense model, else in the model's dtype.
         h: (B, D) float32, the residual stream.
         query, attended, gated: (B, H * C), the same, (B, F).
         partial, peak, total: of the parts of attention, float32; see `kernels.attend`.
@@ -118,7 +119,7 @@ class Walk:
     """Launches every kernel of a step on the current stream.
 
     Args:
-        model: what is computed with.
+        model: the weights.
         places: addresses of each layer's keys, of each layer's values and of the rotations, and two
             strides of the cache, int64 on the device; see `kernels`.
         early: products start while the kernel before them still runs.
@@ -149,7 +150,7 @@ class Walk:
         rows.lengths.add_(1)
 
     def _launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """One of the kernels, by its name."""
+        """A kernel by name."""
         if self._early and name in STREAMING:
             # An option of NVIDIA's compiler, which others and the interpreter do not know.
             constants["launch_pdl"] = True
@@ -338,7 +339,7 @@ class Walk:
 
 
 def _product(weight: Any, bias: Tensor | None, x: Tensor) -> Tensor:
-    """W x + b of some rows: (B, in) -> (B, out)."""
+    """W x + b for several sequences: (B, in) -> (B, out)."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
     y = launch.product(weight, x)
@@ -346,7 +347,7 @@ def _product(weight: Any, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _biases(stand_in: Tensor, *biases: Tensor | None) -> Sequence[Tensor]:
-    """Where there is no bias a tensor that a kernel does not read."""
+    """A placeholder that the kernel does not read if there is no bias."""
     return [stand_in if bias is None else bias for bias in biases]
 
 
@@ -356,12 +357,12 @@ def _columns(n: int) -> int:
 
 
 def _rows(height: int, width: int) -> int:
-    """Rows of a weight that go to one program: a power of two that divides the height."""
+    """Rows of a weight per program: a power of two that divides its height."""
     columns = _columns(width)
     most = max(4 if columns >= WIDE else 2, TILE // columns)
     return min(most, height & -height)
 
 
 def _warps(width: int) -> int:
-    """Warps of a program of one-row products."""
+    """Warps per program, for one sequence."""
     return 8 if _columns(width) >= WIDE else 4
