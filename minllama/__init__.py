@@ -1,6 +1,6 @@
-"""minllama: small Llamas that classify and generate, on the machine you have.
+"""minllama: run, train and evaluate small Llama models for generation and classification.
 
-Names are imported when they are first used, so that the command line's help needs no torch.
+Names are imported on first use, so that the command line's help needs no torch.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
-"""The command `minllama`, also as `python -m minllama`: a process of its own, from start to end.
+"""The command `minllama`, also as `python -m minllama`.
 
-Ctrl-C ends it with status 130 and nothing said at any moment: while modules are imported, and while
-it ends already, too. In between `minllama.cli` decides.
+Ctrl-C at any moment ends the process silently with status 130, also while modules are imported and
+during exit. `minllama.cli` handles everything in between.
 """
 
 import os

@@ -1,13 +1,13 @@
-"""Files and folders that are written whole or not at all.
+"""Write files and folders atomically: completely or not at all.
 
-The new content is written beside the target, fsynced, and renamed over it, so that a kill or a full
-disk at any instant leaves the old content or the new, never half. What a killed process left beside
-a target is removed by the next one that has written there. Knows nothing of what is written.
+The new content is written beside the target, fsynced and renamed over it, so that after a kill or a
+full disk the target has either its old or its new content. Temporary files of a killed process are
+removed by the next writer to the same target. Everything that saves a model, report or
+checkpoint calls it.
 
-And one run at a time in one place (`only_run`): a lock that dies with the process that holds it. It
-is that of a file beside the place, by `flock` or, on Windows, `msvcrt`: the system lets go of it
-however the process ends. On network drives without locks, and where the file cannot be made, there
-is none: runs are then not kept apart.
+Also one run at a time in one place (`only_run`): a lock that ends with the process that holds it,
+by `flock` or, on Windows, `msvcrt`, on a file beside the place. Without locks (some network drives)
+or where that file cannot be created, concurrent runs are not kept apart.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_file_writable(target: str | os.PathLike[str]) -> None:
-    """Find out now what `atomic_file` would find out later; the target is left as it is.
+    """Raise the errors of `atomic_file` in advance; the target is not changed.
 
     Raises:
         MinllamaError: the target cannot be written.
@@ -74,7 +74,7 @@ def check_file_writable(target: str | os.PathLike[str]) -> None:
 
 
 def check_folder_writable(target: str | os.PathLike[str]) -> None:
-    """Find out now what `atomic_folder` would find out later; the target is left as it is.
+    """Raise the errors of `atomic_folder` in advance; the target is not changed.
 
     Raises:
         MinllamaError: the target cannot be written.
@@ -94,14 +94,14 @@ def check_folder_writable(target: str | os.PathLike[str]) -> None:
 def atomic_folder(
     target: str | os.PathLike[str], *, replaces: Callable[[str], bool] = lambda name: False
 ) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; on success it takes the place of `target`.
+    """Yield a temporary folder beside `target`; on success it replaces `target`.
 
-    What else lies in an existing `target` is kept (hard-linked), except the files whose name
-    `replaces` claims: those are the old content, such as shards of an earlier save.
+    Other files in an existing `target` are kept (hard-linked), except those for whose name
+    `replaces` is true: they are old content, such as shards of an earlier save.
 
     Raises:
         MinllamaError: the target cannot be written (no permission, no such folder, disk full), or
-            the process stands in it.
+            it is the current directory.
     """
     check_replaceable(target)
     with _one_line_errors(target):
@@ -123,13 +123,13 @@ def atomic_folder(
 
 
 def check_replaceable(folder: str | os.PathLike[str]) -> None:
-    """Refuse a folder that this process stands in: another would take its place and its name.
+    """Refuse the current directory: it would be replaced by another of the same name.
 
-    What was started there, a shell above all, would be left in a folder that is no more. Commands
-    that write at their end ask at their beginning.
+    Processes in it, above all the shell, would be left in a deleted folder. Commands that write at
+    the end call this at the start.
 
     Raises:
-        MinllamaError: it is the current folder, or holds it.
+        MinllamaError: it is the current directory, or contains it.
     """
     target = _resolved(folder)
     try:
@@ -138,23 +138,23 @@ def check_replaceable(folder: str | os.PathLike[str]) -> None:
         return
     if target.name and target in (here, *here.parents):
         raise MinllamaError(
-            f"cannot write the folder {folder}: it would be replaced, and you are in it; name a "
-            "new folder in it, or start from elsewhere"
+            f"cannot write the folder {folder}: it is the current directory; name a new folder "
+            "in it, or change to another directory"
         )
 
 
 def _resolved(target: str | os.PathLike[str]) -> Path:
-    """Where `target` leads: a link to another disk stays, and `.` gets a name to write beside."""
+    """The resolved `target`: links to other disks are kept, and `.` gets a name to write beside."""
     if not os.fspath(target):
-        raise MinllamaError("the name to write to is empty; name a file or folder")
+        raise MinllamaError("the output name is empty; name a file or folder")
     try:
         return Path(os.path.realpath(target))
     except ValueError as error:  # a null character, a lone surrogate
-        raise MinllamaError(f"cannot write {os.fspath(target)!r}: it is no path") from error
+        raise MinllamaError(f"cannot write {os.fspath(target)!r}: not a path") from error
 
 
 def _file_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Where a file is to be, and the path beside it that is written first."""
+    """A file's resolved path, and the temporary path beside it."""
     target = _resolved(target)
     if target.is_dir():
         raise MinllamaError(f"cannot write {target}: it is a folder; name a file")
@@ -162,7 +162,7 @@ def _file_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def _folder_and_temporary(target: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Where a folder is to be, and the path beside it that is written first."""
+    """A folder's resolved path, and the temporary path beside it."""
     target = _resolved(target)
     if not target.name:
         raise MinllamaError(f"cannot write the folder {target}: name a folder in it")
@@ -180,9 +180,9 @@ def _beside(target: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(temporary: Path) -> Iterator[None]:
-    """Show that somebody writes there, for as long as the process lives; where locks are to be had.
+    """Mark a temporary path as in use while the process lives, if there are locks.
 
-    (Windows has none of this kind, and some network drives: leftovers stay there.)
+    (Windows and some network drives have none of this kind: leftovers stay there.)
     """
     descriptor = _lock(temporary)
     try:
@@ -193,7 +193,7 @@ def _locked(temporary: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock on a file or folder; None where it cannot be had."""
+    """A descriptor that holds the lock on a file or folder; None if that is impossible."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         if try_lock(descriptor):
@@ -203,7 +203,7 @@ def _lock(path: Path) -> int | None:
 
 
 def is_being_written(temporary: Path) -> bool:
-    """Whether a process that lives holds the lock on what it writes there."""
+    """Whether a running process holds the lock of that temporary path."""
     try:
         descriptor = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
@@ -215,17 +215,17 @@ def is_being_written(temporary: Path) -> bool:
 
 
 def temporaries(target: Path) -> list[Path]:
-    """What any process, living or not, has begun to write beside a target and in its place.
+    """Temporary paths of any process, running or not, for a target.
 
     Raises:
-        OSError: the folder that it is in cannot be read.
+        OSError: its parent folder cannot be read.
     """
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.tmp")
     return [path for path in target.parent.iterdir() if name.fullmatch(path.name)]
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all that is in it, if it is there."""
+    """Delete a file, or a folder with its contents, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -233,7 +233,7 @@ def remove(path: Path) -> None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what processes that are no more were writing for a target that is now written."""
+    """Remove temporary paths of dead processes for a target that has been written."""
     found: list[Path] = []
     with contextlib.suppress(OSError):  # a folder may be one to write to and not to read
         found = temporaries(target)
@@ -279,7 +279,7 @@ def _put_in_place(new: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
+    """Swap two names atomically; False if the system or file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
@@ -311,7 +311,7 @@ def _one_line_errors(target: str | os.PathLike[str]) -> Iterator[None]:
                 else " (name a path in a folder that you may write to)"
             )
         raise MinllamaError(
-            f"cannot write {target}: {reason}; what was there is untouched"
+            f"cannot write {target}: {reason}; an existing file is unchanged"
         ) from error
 
 

@@ -1,9 +1,9 @@
-"""What a user did that cannot work, said in one line: what, where, remedy.
+"""Errors and warnings for users: one line that says what, where and how to fix it.
 
-Knows nothing of torch, files or models. What works, and may differ from what a user expects, is a
-warning of this module's, raised at the caller's line by `warn_caller`. A broken invariant of our
-own is an `assert`, not one of these: the command line prints a `MinllamaError` as a single line and
-exits with status 2.
+`MinllamaError` and its subclasses are raised for anything that the user can fix; the command line
+prints them as one line and exits with status 2. `warn_caller` issues warnings, at the caller's
+line, for what works but may differ from what the user expects. Broken invariants of minllama itself
+are `assert`s.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ LIBRARY_OF = {
 
 
 class MinllamaError(Exception):
-    """Something that the user can mend; its message names what, where and the remedy.
+    """An error that the user can fix; its message says what, where and how to fix it.
 
-    Names in it come from outside: it is made one printable line of bounded length (`one_line`).
+    It may contain untrusted names, so it becomes one printable line of bounded length (`one_line`).
     """
 
     def __init__(self, message: object = "") -> None:
@@ -52,15 +52,15 @@ class OptionError(MinllamaError):
 
 
 class DataError(MinllamaError):
-    """A file of examples that cannot be read, or rows in it that cannot be used."""
+    """A data file that cannot be read, or rows in it that cannot be used."""
 
 
 class SlowDtypeWarning(UserWarning):
-    """A half precision that was asked for, and that the machine only emulates."""
+    """The requested half precision is only emulated on this machine."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint that contradicts itself, and which of two readings is taken."""
+    """A checkpoint contradicts itself; the message says which reading is used."""
 
 
 def optional_import(
@@ -95,7 +95,7 @@ def missing_library(
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:
-    """Warn at the line outside minllama from which it was called."""
+    """Warn at the line outside minllama that called it."""
     level, frame = 1, sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "minllama":
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
@@ -107,8 +107,8 @@ def naming(where: Path) -> Iterator[None]:
     """Errors about the content of a file that do not name it yet, as errors that do.
 
     Raises:
-        CheckpointError: in place of a MinllamaError inside, or of what arithmetic on values of the
-            wrong type or of absurd size raises.
+        CheckpointError: replaces a MinllamaError inside, or an arithmetic error from values of the
+            wrong type or absurd size.
     """
     try:
         yield

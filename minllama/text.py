@@ -1,8 +1,8 @@
-"""Text from outside: in lines that people read, and JSON that is bounded before it is parsed.
+"""Handle untrusted text and JSON: escape it for display, bound it before it is parsed.
 
-What a file, a name or a library says is shown, and does not steer the terminal that shows it: a
-tensor's name may hold escape sequences, line breaks, or marks that turn the reading direction.
-Python makes sixty bytes of `{},` in JSON, and of a lone surrogate a text that cannot be written.
+Names and messages from files and libraries may contain escape sequences, line breaks or marks that
+change the text direction; here they are escaped before a terminal shows them. Python makes sixty
+bytes of `{},` in JSON, and of a lone surrogate a text that cannot be written.
 """
 
 import json
@@ -24,14 +24,14 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def printable(text: str) -> str:
-    """The text on one line, without what would steer the terminal."""
+    """The text on one line, without terminal control characters."""
     if text.isprintable():
         return text
     return "".join(map(_shown, text))
 
 
 def escaped(text: str) -> str:
-    """The text as it is typed: with escapes where it holds what cannot be printed."""
+    """The text with escapes for unprintable characters."""
     return text if text.isprintable() else ascii(text)[1:-1]
 
 

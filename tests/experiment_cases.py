@@ -1,4 +1,4 @@
-"""Files of labelled texts that a tiny Llama can learn something from, and the door's results."""
+"""Files of labeled texts that a tiny Llama can learn something from, and the door's results."""
 
 import random
 from collections.abc import Iterable

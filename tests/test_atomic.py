@@ -129,7 +129,10 @@ def test_a_folder_that_one_stands_in_is_not_replaced(
     (here / "mine").write_text("old")
     (here / "link").symlink_to(here)
     monkeypatch.chdir(here)
-    with pytest.raises(MinllamaError, match="you are in it") as caught, atomic_folder(target):
+    with (
+        pytest.raises(MinllamaError, match="is the current directory") as caught,
+        atomic_folder(target),
+    ):
         pytest.fail("nothing may be written")
     assert f"cannot write the folder {target}: " in str(caught.value)
     assert content(tmp_path)["tree/here/mine"] == "old"
@@ -145,10 +148,10 @@ def test_a_folder_that_one_stands_in_is_not_replaced(
         (atomic_file, "file/x", "file is not a folder"),
         (atomic_folder, "file", "a file of that name is there"),
         (atomic_folder, "file/x", "file is not a folder"),
-        (atomic_file, "x" * 250, "File name too long; what was there is untouched"),
-        (atomic_folder, "x" * 250, "File name too long; what was there is untouched"),
-        (atomic_file, "/proc/no/such", "what was there is untouched"),
-        (atomic_folder, "/proc/no/such", "what was there is untouched"),
+        (atomic_file, "x" * 250, "File name too long; an existing file is unchanged"),
+        (atomic_folder, "x" * 250, "File name too long; an existing file is unchanged"),
+        (atomic_file, "/proc/no/such", "an existing file is unchanged"),
+        (atomic_folder, "/proc/no/such", "an existing file is unchanged"),
         (atomic_folder, "/", "name a folder in it"),
     ],
 )
@@ -219,7 +222,8 @@ def test_a_disk_that_fills_up_leaves_the_target_untouched(tmp_path: Path) -> Non
     )
     reason = os.strerror(errno.EFBIG)
     assert finished.stdout.splitlines() == [
-        f"cannot write {name}: {reason}; what was there is untouched" for name in ("file", "folder")
+        f"cannot write {name}: {reason}; an existing file is unchanged"
+        for name in ("file", "folder")
     ], finished.stderr
     assert content(tmp_path) == {"file": "old", "folder/weights": "old"}
 
@@ -374,7 +378,7 @@ def test_what_is_no_path_is_refused_before_anything_is_written(
     inode = tmp_path.stat().st_ino
     monkeypatch.chdir(tmp_path)
     for writer in (atomic_file, atomic_folder):
-        with pytest.raises(MinllamaError, match=r"empty; name a|it is no path$"), writer(name):
+        with pytest.raises(MinllamaError, match=r"empty; name a|not a path$"), writer(name):
             pass
     assert content(tmp_path) == {"mine": "mine"}
     assert tmp_path.stat().st_ino == inode

@@ -30,7 +30,7 @@ CLASSIC = """
 
 @pytest.fixture
 def files(tmp_path):
-    """Numbered labels, as the course has them: train, dev, an unlabelled test, and names."""
+    """Numbered labels, as the course has them: train, dev, an unlabeled test, and names."""
     number = {"bad": 0, "good": 1}
     for name, n, seed in (("train", 24, 0), ("dev", 8, 1)):
         rows = [(number[label], text) for label, text in examples(n, seed=seed)]
@@ -167,11 +167,11 @@ def test_what_is_left_out_is_said(files, base, capsys):
     (files / "dev.txt").write_text(lines + "no separator\n")
     for option in ("prompt", "lora"):
         assert run(files, option, model=base) == 2
-        assert "leave it out with --skip-bad-rows" in capsys.readouterr().err
+        assert "skip it with --skip-bad-rows" in capsys.readouterr().err
         assert run(files, option, "--label-names", "none.json", model=base) == 2
         assert "none.json: No such file" in capsys.readouterr().err
     assert run(files, "prompt", "--skip-bad-rows", model=base) == 0
-    assert "bad rows left out: 1" in capsys.readouterr().err
+    assert "bad rows skipped: 1" in capsys.readouterr().err
     assert len(rows_of(files / "dev.out")) == 8
 
 
@@ -204,7 +204,7 @@ def test_what_cannot_be_written_is_found_before_the_work(files, capsys, monkeypa
         ),
         (
             ["--option", "lora", "--train", "a", "--dev", "b", "--output", ""],
-            "the name of --output is empty",
+            "--output is empty",
         ),
         (["--option", "finetune"], "--option finetune needs --train FILE"),
         (["--option", "prompt"], "--option prompt needs --label-names FILE"),
@@ -246,7 +246,7 @@ def test_an_interrupted_training_says_how_it_goes_on(files, base, capsys, monkey
 
     monkeypatch.setattr(TrainingRun, "_take_step", interrupted)
     assert run(files, "lora", "--epochs", 1, "--batch_size", 8, model=base) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume is for methods" in capsys.readouterr().err
     monkeypatch.undo()
     assert run(files, "lora", "--epochs", 1, "--batch_size", 8, "--resume", model=base) == 0
     check_predictions(files)

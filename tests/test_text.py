@@ -31,10 +31,10 @@ STEERING = {
 
 @pytest.mark.parametrize("text", STEERING.values(), ids=STEERING)
 def test_nothing_in_a_message_steers_the_terminal(text: str) -> None:
-    for shown in (printable(text), one_line(text), str(MinllamaError(f"{text}: is damaged"))):
-        assert shown.isprintable()
-        assert len(shown.splitlines()) == 1
-        shown.encode()
+    for text_shown in (printable(text), one_line(text), str(MinllamaError(f"{text}: is damaged"))):
+        assert text_shown.isprintable()
+        assert len(text_shown.splitlines()) == 1
+        text_shown.encode()
 
 
 def test_text_that_people_read_stays_as_it_is() -> None:

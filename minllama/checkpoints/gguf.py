@@ -1,8 +1,8 @@
-"""GGUF files: config, tensors and vocabulary of a Llama in one file, as llama.cpp has it.
+"""Read and write GGUF files: a Llama's config, tensors and vocabulary in llama.cpp's format.
 
-Reading maps the file into memory and takes blocks apart when a tensor is asked for; q and k are
-interleaved there as they are here. Writing goes tensor by tensor. Knows nothing of how vocabularies
-work: `minllama.tokenizer.gguf` does.
+Reading maps the file into memory and dequantizes a tensor when it is requested. Rows of q and k are
+interleaved as in minllama. Writing streams one tensor at a time. `minllama.checkpoints.open` and
+`minllama convert` call it; `minllama.tokenizer.gguf` converts the vocabulary.
 """
 
 import math
@@ -113,7 +113,7 @@ class GGUFFile:
         return LazyTensor(tensor.shape, tensor.type.words, tensor.n_bytes, load, blocks)
 
     def load(self, tensor: GGUFTensor) -> Tensor:
-        """The numbers of one tensor: float32 from blocks, else a view in their own dtype."""
+        """The values of one tensor: float32 if quantized, else a view in the stored dtype."""
         return dequantize(self.raw(tensor), tensor.type, tensor.shape)
 
 
@@ -121,7 +121,7 @@ def open_gguf(path: Path) -> GGUFFile:
     """Parse the header of a GGUF file and map the rest.
 
     Raises:
-        CheckpointError: the file cannot be read, is cut off or damaged.
+        CheckpointError: the file cannot be read, is truncated or damaged.
     """
     header = read_header(path)
     # A private mapping: torch has tensors writable, and writing to these would not reach the file.
@@ -136,7 +136,7 @@ def read_gguf(path: Path) -> Checkpoint:
     zero.
 
     Raises:
-        CheckpointError: the file is cut off or damaged, or its model is not a Llama.
+        CheckpointError: the file is truncated or damaged, or its model is not a Llama.
     """
     from minllama.tokenizer.gguf import from_gguf
 
@@ -150,7 +150,8 @@ def read_gguf(path: Path) -> Checkpoint:
         for file, name, tensor in _tensors_of(parts):
             if not can_dequantize(tensor.type):
                 raise CheckpointError(
-                    f"{name} is stored as {tensor.type.name}, which holds no weights to read"
+                    f"{name} is stored as {tensor.type.name}, which is not a weight type that "
+                    "minllama reads"
                 )
             if name == ROPE_FREQS:
                 if math.prod(tensor.shape) > MAX_ROPE_FREQS:
@@ -161,9 +162,11 @@ def read_gguf(path: Path) -> Checkpoint:
             else:
                 tensors[translate(name, OUR_NAMES) or name] = file.lazy(tensor)
         if not tensors and "tokenizer.ggml.model" in fields:
-            raise CheckpointError("it holds a tokenizer and no model; name it with --tokenizer")
+            raise CheckpointError("it contains a tokenizer but no model; pass it with --tokenizer")
         if "tok_embeddings.weight" not in tensors:
-            raise CheckpointError("the tensor token_embd.weight is missing; it is no whole model")
+            raise CheckpointError(
+                "the tensor token_embd.weight is missing; the model is incomplete"
+            )
         keys = Keys(fields)
         config = config_from_keys(
             keys,
@@ -184,7 +187,7 @@ def read_gguf_vocabulary(path: Path) -> Vocabulary | None:
     """The tokenizer in a GGUF file, which may hold nothing else; None where it has none.
 
     Raises:
-        CheckpointError: the file is cut off or damaged.
+        CheckpointError: the file is truncated or damaged.
         TokenizerError: its tokenizer is damaged, or of a kind that is not known.
     """
     from minllama.tokenizer.gguf import from_gguf
@@ -223,7 +226,7 @@ def _open_parts(path: Path) -> list[GGUFFile]:
     match = PART.fullmatch(path.name)
     if match is None or int(match["count"]) != count or not 1 <= int(match["number"]) <= count:
         raise CheckpointError(
-            f"{path}: it is one of {count} parts of a model; give them back their names "
+            f"{path}: it is one of {count} parts of a model; rename them to "
             f"(NAME-00001-of-{count:05d}.gguf), or join them (llama-gguf-split --merge)"
         )
     parts = []
@@ -231,7 +234,7 @@ def _open_parts(path: Path) -> list[GGUFFile]:
         part = path.with_name(f"{match['name']}-{number + 1:05d}-of-{count:05d}.gguf")
         if not part.is_file():
             raise CheckpointError(
-                f"{part} is missing, one of the {count} parts of the model; download it again"
+                f"{part} is missing (one of the {count} parts of the model); download it again"
             )
         opened = file if part == path else open_gguf(part)
         said = tuple(opened.header.fields.get(key) for key in (SPLIT_NUMBER, SPLIT_COUNT))
@@ -245,8 +248,8 @@ def _open_parts(path: Path) -> list[GGUFFile]:
     found = sum(len(part.header.tensors) for part in parts)
     if total is not None and total != found:
         raise CheckpointError(
-            f"{path}: its {count} parts hold {found} tensors and should hold {total}; they are of "
-            "several models; download them again"
+            f"{path}: its {count} parts contain {found} tensors instead of {total}, so they are "
+            "from several models; download them again"
         )
     return parts
 
@@ -333,8 +336,8 @@ def _encoded(name: str, tensor: Tensor, stored: GGMLType) -> Tensor:
     largest = MAX_F16 * (127 if stored == Q8_0 else 1)  # Q8_0 keeps largest / 127 as float16
     if stored in (F16, Q8_0) and tensor.abs().amax() > largest:
         raise MinllamaError(
-            f"{name} holds numbers above {largest:g}, which {stored.name} cannot hold; "
-            "write bf16 or f32 instead"
+            f"{name} has values above {largest:g}, which {stored.name} cannot represent; write "
+            "bf16 or f32 instead"
         )
     if stored == Q8_0:
         return quantize_q8_0(tensor.float())

@@ -1,8 +1,7 @@
-"""A Llama's config <-> the `llama.*` keys of a GGUF file, rotary scaling included.
+"""Convert between a Llama's config and the `llama.*` keys of a GGUF file.
 
-The keys mean what llama.cpp makes of them. Knows nothing of tensors other than `rope_freqs.weight`,
-which is a part of the config there: a divisor for each rotary frequency. Errors do not name the
-file; the reader does.
+The keys have llama.cpp's meaning; `rope_freqs.weight`, a divisor for each rotary frequency, is part
+of the config. Errors do not name the file; `minllama.checkpoints.gguf`, the caller, adds it.
 """
 
 import math
@@ -41,7 +40,7 @@ class Keys:
         self.asked: set[str] = set()
 
     def integer(self, key: str, default: int | None = None) -> int:
-        value: int = self._get(key, default, (int,), "a whole number")
+        value: int = self._get(key, default, (int,), "an integer")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -68,7 +67,7 @@ class Keys:
             raise CheckpointError(f"the key {key} is missing; convert the model to GGUF again")
         if isinstance(value, Sequence) and not isinstance(value, str):
             if not len(value) or any(item != value[0] for item in value):
-                raise CheckpointError(f"{key} differs from layer to layer; a Llama's are all alike")
+                raise CheckpointError(f"{key} differs between layers; a Llama has equal layers")
             value = value[0]
         if type(value) not in types:
             raise CheckpointError(f"{key} must be {kind}, not {value!r}")
@@ -83,11 +82,13 @@ def check_architecture(fields: Mapping[str, Any]) -> None:
     """
     architecture = fields.get("general.architecture")
     if architecture is None:
-        raise CheckpointError("the key general.architecture is missing; it is no language model")
+        raise CheckpointError(
+            "the key general.architecture is missing; so it is not a language model"
+        )
     if architecture != ARCHITECTURE:
         raise CheckpointError(
-            f"the architecture is {architecture!r}, and minllama runs {ARCHITECTURE!r} only; "
-            "choose a model of the Llama family"
+            f"the architecture is {architecture!r}, but minllama runs only {ARCHITECTURE!r}; "
+            "choose a Llama model"
         )
 
 
@@ -99,8 +100,8 @@ def check_has_weights(fields: Mapping[str, Any], n_tensors: int) -> None:
     """
     if n_tensors == 0 and "tokenizer.ggml.tokens" in fields:
         raise CheckpointError(
-            "it holds a vocabulary and no weights; it can be a --tokenizer, and the model is "
-            "another file"
+            "it contains a vocabulary but no weights; pass it with --tokenizer, and another "
+            "file as the model"
         )
 
 
@@ -128,7 +129,7 @@ def config_from_keys(
     """
     if (n_experts := keys.integer("expert_count", 0)) > 0:
         raise CheckpointError(
-            f"it is a mixture of {n_experts} experts, and minllama runs dense Llamas only"
+            f"it is a mixture of {n_experts} experts, but minllama runs only dense Llamas"
         )
     n_heads, dim = keys.integer("attention.head_count"), keys.integer("embedding_length")
     if n_heads < 1:
@@ -137,8 +138,8 @@ def config_from_keys(
     for key in ("attention.value_length", "rope.dimension_count"):
         if (width := keys.integer(key, head_dim)) != head_dim:
             raise CheckpointError(
-                f"llama.{key} is {width} where heads are {head_dim} wide; minllama's values are as "
-                "wide as its keys, and whole heads are rotated"
+                f"llama.{key} is {width} but heads are {head_dim} wide; minllama needs values as "
+                "wide as keys, and rotates whole heads"
             )
     config = LlamaConfig(
         dim=dim,
@@ -185,7 +186,7 @@ def keys_from_config(config: LlamaConfig) -> tuple[dict[str, Any], list[float] |
     keys |= scaling_keys
     for key, value in keys.items():
         if type(value) in (int, float) and value > (MAX_U32 if type(value) is int else MAX_F32):
-            raise MinllamaError(f"{key} is {value}, which is more than GGUF's 32 bits can hold")
+            raise MinllamaError(f"{key} is {value}, which does not fit into GGUF's 32 bits")
     return {f"{ARCHITECTURE}.{key}": value for key, value in keys.items()}, rope_freqs
 
 
@@ -221,12 +222,12 @@ def _scaling_from_keys(
 ) -> RopeScaling | None:
     kind = keys.text("rope.scaling.type", "linear")  # llama.cpp's default, at a factor of 1
     if kind not in ("none", "linear", "yarn"):
-        raise CheckpointError(f"rope scaling {kind!r} is not known; known are none, linear, yarn")
+        raise CheckpointError(f"rope scaling {kind!r} is unknown; known: none, linear, yarn")
     for key, values in NEUTRAL.items():
         if (value := keys.number(key, values[0])) not in values:
             raise CheckpointError(
-                f"llama.{key} is {value:g}, which llama.cpp ignores in a Llama; it is not clear "
-                "what this model computes"
+                f"llama.{key} is {value:g}, which llama.cpp ignores for a Llama; so it is "
+                "unclear what this model computes"
             )
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 0.0))
     if factor == 0 or kind == "none":
@@ -234,7 +235,7 @@ def _scaling_from_keys(
     sharpening = keys.number("rope.scaling.attn_factor", 1.0)
     if rope_freqs is not None and any(f != 1 for f in rope_freqs):
         if kind == "yarn" or sharpening != 1:
-            raise CheckpointError("both rope_freqs.weight and yarn scale its rotary angles")
+            raise CheckpointError("both rope_freqs.weight and yarn scale the rotary angles")
         return _scaling_from_divisors(keys, config, [factor * f for f in rope_freqs])
     if kind == "yarn" and (factor != 1 or sharpening != 1):
         paper = _paper_attention_factor(factor)
@@ -253,7 +254,7 @@ def _scaling_from_divisors(keys: Keys, config: LlamaConfig, divisors: list[float
     """Llama 3.1's rule where the divisors follow it, else the divisors themselves."""
     if len(divisors) != config.head_dim // 2:
         raise CheckpointError(
-            f"rope_freqs.weight holds {len(divisors)} divisors for {config.head_dim // 2} "
+            f"rope_freqs.weight has {len(divisors)} divisors for {config.head_dim // 2} "
             "frequencies (head_dim / 2)"
         )
     divisors = [shortest_float(divisor) for divisor in divisors]
@@ -293,7 +294,7 @@ def _scaling_to_keys(config: LlamaConfig) -> tuple[dict[str, Any], list[float] |
         case "factors":
             return {}, list(scaling.factors)
     raise MinllamaError(
-        f"GGUF has no words for rope scaling {scaling.kind!r}; convert to hf instead"
+        f"GGUF cannot represent rope scaling {scaling.kind!r}; convert to hf instead"
     )
 
 

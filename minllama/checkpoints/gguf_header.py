@@ -1,8 +1,9 @@
-"""The head of a GGUF file: key/value pairs, and where each tensor lies.
+"""Parse the header of a GGUF file: key/value pairs and tensor positions.
 
-Versions 2 and 3, little-endian (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every
-count, length and offset is held against the file's size before it is used, so that a cut or hostile
-file costs one line, never memory or time. Knows nothing of Llamas or of what the blocks hold.
+Supports versions 2 and 3, little-endian
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Every count, length and offset is
+checked against the file's size before use, so that a truncated or malicious file raises an error
+without using much memory or time. `minllama.checkpoints.gguf` calls it.
 """
 
 import mmap
@@ -105,7 +106,7 @@ def read_header(path: Path) -> GGUFHeader:
 
     Raises:
         CheckpointError: it cannot be read, is no GGUF file, is big-endian or of another version,
-            is cut off, or contradicts itself.
+            is truncated or inconsistent.
     """
     try:
         with path.open("rb") as file:
@@ -132,16 +133,16 @@ class _Parser:
         if version & 0xFFFF == 0:  # a small number, seen from the wrong end
             self.fail("is big-endian; convert it to little-endian first (gguf-convert-endian)")
         if version not in VERSIONS:
-            self.fail(f"is GGUF version {version}, and versions 2 and 3 can be read")
+            self.fail(f"is GGUF version {version}, but only versions 2 and 3 are supported")
         n_tensors = self.count("tensors", min_bytes=24)  # name, n_dims, one dim, type, offset
         n_fields = self.count("key/value pairs", min_bytes=13)  # key, type, value
         if n_fields > MAX_FIELDS or n_tensors > MAX_TENSORS:
-            self.fail(f"announces {n_fields} keys and {n_tensors} tensors; it is damaged")
+            self.fail(f"announces {n_fields} keys and {n_tensors} tensors; the file is damaged")
         fields: dict[str, Any] = {}
         for _ in range(n_fields):
             key = self.string()
             if key in fields:
-                self.fail(f"has the key {key!r} twice")
+                self.fail(f"has a duplicate key {key!r}")
             fields[key] = self.value(self.u32(), depth=0)
         infos = [self.tensor_info() for _ in range(n_tensors)]
         return GGUFHeader(fields, self.placed(infos, fields.get("general.alignment")))
@@ -151,15 +152,15 @@ class _Parser:
         name = self.string()
         n_dims = self.u32()
         if not 1 <= n_dims <= MAX_DIMS:
-            self.fail(f"gives the tensor {name!r} {n_dims} dimensions; it is damaged")
+            self.fail(f"has a tensor {name!r} with {n_dims} dimensions; the file is damaged")
         dims = [self.u64() for _ in range(n_dims)]
         type_id = self.u32()
         stored = ggml_type(type_id)
         if stored is None:
-            self.fail(f"stores the tensor {name!r} as type {type_id}, which is not known")
+            self.fail(f"stores the tensor {name!r} as type {type_id}, which is unknown")
         if 0 in dims or dims[0] % stored.block_len:
             self.fail(
-                f"gives the tensor {name!r} rows of {dims[0]}; {stored.name} cannot hold them"
+                f"has a tensor {name!r} with rows of {dims[0]}, which {stored.name} does not allow"
             )
         shape = tuple(reversed(dims))
         return GGUFTensor(name, shape, stored, self.u64(), stored.n_bytes(shape))
@@ -175,19 +176,19 @@ class _Parser:
         for info in infos:
             offset = start + info.offset
             if info.offset % alignment:
-                self.fail(f"places the tensor {info.name!r} off its alignment of {alignment}")
+                self.fail(f"has the tensor {info.name!r} off its alignment of {alignment}")
             if offset + info.n_bytes > self.size:
                 self.fail(
-                    f"is cut off: the tensor {info.name!r} ends at byte {offset + info.n_bytes}, "
-                    f"the file at {self.size}; fetch it again"
+                    f"is truncated: the tensor {info.name!r} ends at byte {offset + info.n_bytes}, "
+                    f"the file at {self.size}; download it again"
                 )
             if info.name in tensors:
-                self.fail(f"has the tensor {info.name!r} twice")
+                self.fail(f"has a duplicate tensor {info.name!r}")
             tensors[info.name] = GGUFTensor(info.name, info.shape, info.type, offset, info.n_bytes)
         end = 0
         for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
             if tensor.offset < end:  # megabytes could be named until they are gigabytes
-                self.fail(f"places the tensor {tensor.name!r} on another; it is damaged")
+                self.fail(f"has overlapping tensors at {tensor.name!r}; the file is damaged")
             end = tensor.offset + tensor.n_bytes
         return tensors
 
@@ -198,7 +199,7 @@ class _Parser:
             layout = struct.Struct(f"<{_SCALARS[kind]}")
             return layout.unpack_from(self.data, self.advance(layout.size))[0]
         if kind != _ARRAY or depth == MAX_ARRAY_DEPTH:
-            self.fail(f"holds a value of type {kind} (at byte {self.offset}); it is damaged")
+            self.fail(f"has a value of type {kind} (at byte {self.offset}); the file is damaged")
         item_kind = self.u32()
         if item_kind == _STRING:
             return self.strings(self.array_len(min_bytes=8))
@@ -223,13 +224,13 @@ class _Parser:
         """A count of things that take `min_bytes` each at the least, and so must fit the rest."""
         count = self.u64()
         if count * min_bytes > self.size - self.offset:
-            self.fail(f"is cut off or damaged: it announces {count} {of_what}; fetch it again")
+            self.fail(f"is truncated or damaged: it announces {count} {of_what}; download it again")
         return count
 
     def array_len(self, min_bytes: int) -> int:
         length = self.count("array items", min_bytes)
         if length > MAX_ARRAY_LEN:
-            self.fail(f"holds an array of {length} items; it is damaged")
+            self.fail(f"has an array of {length} items; the file is damaged")
         return length
 
     def string(self) -> str:
@@ -239,7 +240,7 @@ class _Parser:
         """`count` strings; a vocabulary has tens of thousands, hence a loop without our calls."""
         self.strings_left -= count
         if self.strings_left < 0:
-            self.fail(f"holds more than {MAX_STRINGS} strings; it is damaged")
+            self.fail(f"has more than {MAX_STRINGS} strings; the file is damaged")
         data, size, offset, unpack = self.data, self.size, self.offset, _U64.unpack_from
         found = []
         for _ in range(count):
@@ -251,13 +252,13 @@ class _Parser:
             if offset > size:
                 self.fail_cut()
             if length > MAX_STRING_BYTES:
-                self.fail(f"holds a string of {length} bytes; it is damaged")
+                self.fail(f"has a string of {length} bytes; the file is damaged")
             found.append(data[start:offset])
         self.offset = offset
         try:
             return [str(text, "utf-8") for text in found]
         except UnicodeDecodeError:
-            self.fail(f"holds a string (before byte {offset}) that is not UTF-8; it is damaged")
+            self.fail(f"has a string (before byte {offset}) that is not UTF-8; the file is damaged")
 
     def advance(self, n_bytes: int) -> int:
         """The offset of the next `n_bytes`, which are in the file, and are now read."""
@@ -268,7 +269,7 @@ class _Parser:
         return start
 
     def fail_cut(self) -> NoReturn:
-        self.fail(f"is cut off inside its header (at byte {self.size}); fetch it again")
+        self.fail(f"is truncated in its header (at byte {self.size}); download it again")
 
     def fail(self, what: str) -> NoReturn:
         raise CheckpointError(f"{self.path} {what}")

@@ -1,7 +1,7 @@
-"""Hugging Face folders: config.json, safetensors (or pytorch_model.bin) and tokenizer files.
+"""Read and write Hugging Face folders: config.json, weights and tokenizer files.
 
-Hugging Face's names of a Llama's tensors appear here and nowhere else. Reading is lazy: shapes come
-from the files' headers, numbers are mapped into memory when a tensor is asked for.
+Hugging Face's names of a Llama's tensors occur only here. Reading is lazy: shapes come from the
+files' headers, and a tensor is mapped into memory when it is requested.
 """
 
 import json
@@ -167,8 +167,8 @@ def _with_head(
         ignored.append(NAMES["output"] + ".weight")
         return config
     warn_caller(
-        f"{path}: config.json says tie_word_embeddings, and the weights have an lm_head.weight "
-        "that differs from the embedding, which counts; set tie_word_embeddings to false",
+        f"{path}: config.json sets tie_word_embeddings, but the weights have a different "
+        "lm_head.weight, which is used; set tie_word_embeddings to false",
         CheckpointWarning,
     )
     return config.replace(tie_embeddings=False)
@@ -187,8 +187,8 @@ def _check_no_adapter(stored: Mapping[str, LazyTensor]) -> None:
     name = next((name for name in stored if ".lora_" in name), None)
     if name is not None:
         raise CheckpointError(
-            f"the weights are those of a model in training with PEFT, adapters beside its own "
-            f"({name}); save what merge_and_unload() gives, or the adapter by save_pretrained()"
+            f"the weights are of a PEFT model with adapters ({name}); save the result of "
+            "merge_and_unload(), or save the adapter with save_pretrained()"
         )
 
 
@@ -201,8 +201,8 @@ def _check_biases(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> Non
         if not said and has_bias(tensors, part):
             name = next(n for n in tensors if n.endswith(".bias") and part in n)
             raise CheckpointError(
-                f"the weights have biases ({their_name(name)}), and config.json does not say "
-                f"{key}; set it to true to add them, or remove them from the file"
+                f"the weights have biases ({their_name(name)}), but config.json does not set "
+                f"{key}; set it to true, or remove the biases from the file"
             )
 
 
@@ -220,7 +220,7 @@ def write_huggingface(
     Weights above 5 GB are split into shards with an index. The folder appears whole or not at all.
 
     Args:
-        folder: where to; other files in an existing folder are kept.
+        folder: the target; other files in an existing folder are kept.
         config: what the Llama is.
         tensors: ours, by our names; read one shard at a time.
         vocabulary: its tokenizer's files are written too; None leaves those that are there.
@@ -354,7 +354,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def their_name(ours: str) -> str:
     """Hugging Face's name of one of our tensors."""
     theirs = translate(ours, NAMES)
-    assert theirs is not None, f"a tensor that no Llama has: {ours}"
+    assert theirs is not None, f"not a tensor of a Llama: {ours}"
     return theirs
 
 
@@ -417,17 +417,16 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
         if (index := folder / f"{file}.index.json").is_file():
             weight_map = read_object(index).get("weight_map")
             if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index}: it has no weight_map; download it again")
+                raise CheckpointError(f"{index}: no weight_map; download it again")
             for shard in sorted(dict.fromkeys(map(str, weight_map.values()))):
                 if Path(shard).name != shard:  # a downloaded index must not leave its folder
-                    raise CheckpointError(f"{index}: {shard!r} is not a file of this folder")
+                    raise CheckpointError(f"{index}: {shard!r} is not a file in this folder")
                 if not (folder / shard).is_file():
                     raise CheckpointError(f"{folder / shard} is missing; download it again")
                 yield from read(folder / shard)
             return
     raise CheckpointError(
-        f"{folder}: no weights beside config.json; "
-        "there should be a model.safetensors or a pytorch_model.bin"
+        f"{folder}: no weights beside config.json; add model.safetensors or pytorch_model.bin"
     )
 
 
@@ -435,7 +434,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
     """Every tensor of a safetensors file, mapped into memory.
 
     Raises:
-        CheckpointError: the file is cut, damaged or empty.
+        CheckpointError: the file is truncated, damaged or empty.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -445,19 +444,19 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
             header_bytes = int.from_bytes(stream.read(8), "little")
         if MAX_HEADER_BYTES < header_bytes <= path.stat().st_size:
             raise CheckpointError(
-                f"{path}: its header of {header_bytes} bytes is far larger than a model's; it is "
-                "damaged"
+                f"{path}: its header of {header_bytes} bytes is far larger than any model's; the "
+                "file is damaged"
             )
         file = safe_open(path, framework="pt")
         names = file.keys()
         if len(names) > MAX_TENSORS:
-            raise CheckpointError(f"{path}: it names {len(names)} tensors; it is damaged")
+            raise CheckpointError(f"{path}: it names {len(names)} tensors; the file is damaged")
         for name in names:
             part = file.get_slice(name)
             if (stored := part.get_dtype()) not in SAFETENSORS_DTYPES:
                 raise CheckpointError(
-                    f"{path}: {name} is stored as {stored}, which is not a weight; "
-                    f"read are {', '.join(SAFETENSORS_DTYPES)}"
+                    f"{path}: {name} is stored as {stored}, which is not a weight type; "
+                    f"supported: {', '.join(SAFETENSORS_DTYPES)}"
                 )
             dtype = SAFETENSORS_DTYPES[stored]
             try:
@@ -475,7 +474,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}); download it again"
+            f"{path}: not a complete safetensors file ({error}); download it again"
         ) from error
 
 

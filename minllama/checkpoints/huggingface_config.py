@@ -1,4 +1,4 @@
-"""config.json's words for a Llama <-> LlamaConfig. Knows nothing of tensors or files."""
+"""Convert between Hugging Face's config.json and LlamaConfig."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -79,18 +79,17 @@ def config_from_huggingface(raw: dict[str, Any]) -> LlamaConfig:
     model_type = raw.get("model_type")
     if model_type != "llama":
         raise MinllamaError(
-            f"model_type is {model_type!r}, and minllama runs 'llama' only; "
-            "choose a model of the Llama family"
+            f"model_type is {model_type!r}, but minllama runs only 'llama'; choose a Llama model"
         )
     if quantization := raw.get("quantization_config"):
         known = isinstance(quantization, dict)
         method = quantization.get("quant_method") if known else quantization
         raise MinllamaError(
-            f"the weights are quantised with {method!r}, which is not read; "
-            "use the unquantised checkpoint or a GGUF file"
+            f"the weights are quantized with {method!r}, which is not supported; use the "
+            "unquantized checkpoint or a GGUF file"
         )
     if (activation := raw.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise MinllamaError(f"hidden_act is {activation!r}; a Llama's is 'silu'")
+        raise MinllamaError(f"hidden_act is {activation!r}; only 'silu' is supported")
     fields = {ours: raw[theirs] for ours, theirs in CONFIG_KEYS.items() if _given(raw, theirs)}
     if missing := [CONFIG_KEYS[ours] for ours in REQUIRED if ours not in fields]:
         raise MinllamaError(f"{', '.join(missing)} is missing; download the file again")
@@ -131,8 +130,8 @@ def rope_contradiction(raw: dict[str, Any]) -> str | None:
         return None
     said = ", ".join(f"{key} {value!r}" for key, value in changes.items())
     return (
-        f"rope_scaling ({_kind(scaling)}) counts, and rope_parameters beside it says {said}; "
-        "remove the one that is wrong"
+        f"rope_scaling ({_kind(scaling)}) is used, but rope_parameters beside it has {said}; "
+        "remove the wrong one"
     )
 
 
@@ -152,17 +151,17 @@ def _check_rope(rope: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
     """Refuse rotary settings that no Llama has, or whose meaning depends on who reads them."""
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         raise MinllamaError(
-            f"{_rope_key(raw)} has settings of its own for {', '.join(nested)[:100]}, and a "
-            "Llama's layers are all alike; write them without that level"
+            f"{_rope_key(raw)} has separate settings for {', '.join(nested)[:100]}, but all "
+            "layers of a Llama are equal; remove that level"
         )
     for where in (rope, raw):
         if (share := _first_given(where.get("partial_rotary_factor"), 1.0)) != 1.0:
             raise MinllamaError(
-                f"partial_rotary_factor is {share!r}, not 1: a Llama rotates whole heads"
+                f"partial_rotary_factor is {share!r}, but a Llama rotates whole heads (1)"
             )
     if _kind(rope) == "default" and not _given(rope, "rope_type") and _given(rope, "factor"):
         raise MinllamaError(
-            f"{_rope_key(raw)} has a factor and no rope_type; say which scaling it is of"
+            f"{_rope_key(raw)} has a factor but no rope_type; add the type of scaling"
         )
     beside = raw.get("rope_parameters") or {}
     if _rope_key(raw) == "rope_scaling" and not (
@@ -171,9 +170,9 @@ def _check_rope(rope: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
         theta = _first_given(beside.get("rope_theta"), DEFAULT_THETA)
         if theta != DEFAULT_THETA:
             raise MinllamaError(
-                f"rope_scaling counts and has no rope_theta, and rope_parameters beside it says "
-                f"{theta!r}, which transformers does not read then; write rope_theta into "
-                "rope_scaling, or put the scaling into rope_parameters"
+                "rope_scaling takes precedence but has no rope_theta, and rope_parameters "
+                f"beside it has {theta!r}, which transformers then ignores; write rope_theta "
+                "into rope_scaling, or put the scaling into rope_parameters"
             )
 
 
@@ -189,7 +188,7 @@ def _scaling_from_huggingface(
         return None
     if not isinstance(kind, str) or kind not in SCALING_FIELDS:
         raise MinllamaError(
-            f"rope scaling {kind!r} is not known; known are default, {', '.join(SCALING_FIELDS)}"
+            f"rope scaling {kind!r} is unknown; known: default, {', '.join(SCALING_FIELDS)}"
         )
     fields = {
         ours: rope[SCALING_KEYS[ours]]
@@ -226,7 +225,7 @@ def config_to_huggingface(
         MinllamaError: the format has no words for this config.
     """
     if not config.causal:
-        raise MinllamaError("a Hugging Face Llama is always causal; this one is bidirectional")
+        raise MinllamaError("a Hugging Face Llama is always causal, but this one is bidirectional")
     raw = {theirs: getattr(config, ours) for ours, theirs in CONFIG_KEYS.items()}
     raw |= {
         "model_type": "llama",
@@ -239,7 +238,7 @@ def config_to_huggingface(
     if scaling := config.rope_scaling:
         if scaling.kind not in SCALING_FIELDS:
             raise MinllamaError(
-                f"config.json has no words for rope scaling {scaling.kind!r}, a divisor for each "
+                f"config.json cannot represent rope scaling {scaling.kind!r}, with a divisor per "
                 "frequency; convert to gguf instead"
             )
         fields = {

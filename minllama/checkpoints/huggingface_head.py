@@ -1,7 +1,7 @@
-"""What a Hugging Face folder has on its Llama in the place of a language model's head.
+"""Read the classification head's settings from a Hugging Face config.json.
 
-Read is the head of a sequence classifier (`LlamaForSequenceClassification`), whose words in
-config.json appear here and nowhere else. Knows nothing of files or of how a head is computed.
+Supports `LlamaForSequenceClassification`; other heads are refused by name.
+`minllama.checkpoints.huggingface` calls it and stores the result in the checkpoint.
 """
 
 import re
@@ -14,8 +14,8 @@ from minllama.errors import MinllamaError
 SEQUENCE_CLASSIFIER = "LlamaForSequenceClassification"
 HEAD_WEIGHT, HEAD_BIAS = "score.weight", "score.bias"
 OTHER_HEADS = {
-    "LlamaForTokenClassification": "gives a class to each token",
-    "LlamaForQuestionAnswering": "finds where an answer begins and ends",
+    "LlamaForTokenClassification": "classifies each token",
+    "LlamaForQuestionAnswering": "finds the start and end of an answer",
 }
 REGRESSION, ONE_LABEL, SEVERAL_LABELS = (
     "regression",
@@ -49,8 +49,8 @@ class SequenceHead:
             return tuple(f"LABEL_{i}" for i in range(n_outputs))
         if len(self.labels) != n_outputs:
             raise MinllamaError(
-                f"id2label names {len(self.labels)} labels and {HEAD_WEIGHT} has {n_outputs} "
-                "rows; one of them is of another model: download both again"
+                f"id2label names {len(self.labels)} labels, but {HEAD_WEIGHT} has {n_outputs} "
+                "rows; one is from another model: download both again"
             )
         return self.labels
 
@@ -66,8 +66,8 @@ class SequenceHead:
             return REGRESSION if n_outputs == 1 else ONE_LABEL
         if self.problem_type == REGRESSION and n_outputs > 1:
             raise MinllamaError(
-                f"problem_type is {REGRESSION!r} with {n_outputs} outputs, and a text gets one "
-                "number here; keep one row of score.weight"
+                f"problem_type is {REGRESSION!r} with {n_outputs} outputs, but a regression has "
+                "one; keep one row of score.weight"
             )
         return self.problem_type
 
@@ -94,7 +94,7 @@ def head_from_huggingface(raw: Mapping[str, Any], tensors: Collection[str]) -> S
         return None  # a score beside a language model's head is the loader's to report
     if architecture not in (SEQUENCE_CLASSIFIER, "LlamaForCausalLM", "LlamaModel", None):
         raise MinllamaError(
-            f"a {architecture}, whose head is not known; minllama runs language models "
+            f"a {architecture}, whose head is unknown; minllama runs language models "
             f"(LlamaForCausalLM) and sequence classifiers ({SEQUENCE_CLASSIFIER})"
         )
     if not has_head and has_words:
@@ -138,9 +138,9 @@ def _labels(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
         raise MinllamaError(f"id2label must be an object, not {names!r}"[:200])
     by_number = {int(key): name for key, name in names.items() if re.fullmatch("[0-9]{1,9}", key)}
     if sorted(by_number) != list(range(len(names))):
-        raise MinllamaError(f"id2label must name the labels 0 to {len(names) - 1}; it does not")
+        raise MinllamaError(f"id2label must name the labels 0 to {len(names) - 1}")
     if not all(isinstance(name, str | int | float) for name in by_number.values()):
-        raise MinllamaError("id2label must hold names, and holds something else")
+        raise MinllamaError("id2label must contain strings only")
     return tuple(str(by_number[i]) for i in range(len(names)))
 
 
@@ -156,5 +156,5 @@ def _problem_type(raw: Mapping[str, Any]) -> str | None:
 def _pad_id(raw: Mapping[str, Any]) -> int | None:
     found = raw.get("pad_token_id")
     if found is not None and not (type(found) is int and abs(found) < 2**31):
-        raise MinllamaError(f"pad_token_id must be a whole number, not {found!r}"[:200])
+        raise MinllamaError(f"pad_token_id must be an integer, not {found!r}"[:200])
     return found

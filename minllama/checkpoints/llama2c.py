@@ -1,8 +1,8 @@
-"""llama2.c's checkpoints (https://github.com/karpathy/llama2.c), and the course's.
+"""Read and write llama2.c checkpoints (https://github.com/karpathy/llama2.c).
 
-Two families: what its training saves with torch (`.pt`, also the course's, whose projections have
-names of their own), and what its C programs run (`.bin`: the legacy export, version 1, and version
-2 in int8). q and k are interleaved there as they are here. Files are recognised by their content.
+Supports what its training script saves with torch (`.pt`, also with the course's names of
+projections), and what its C programs run (`.bin`: the legacy export, version 1, and version 2 in
+int8). Rows of q and k are interleaved as in minllama. Files are recognized by content.
 """
 
 import math
@@ -108,8 +108,8 @@ def read_torch_checkpoint(path: Path) -> Checkpoint:
     args, state = values.get("model_args"), values.get("model")
     if not isinstance(args, dict) or not isinstance(state, dict):
         raise CheckpointError(
-            f"{path} has no model_args and model, as llama2.c's checkpoints have; "
-            "if it is a part of a checkpoint of Meta's or Hugging Face's, name the folder"
+            f"{path} has no model_args and model, so it is not a llama2.c checkpoint; if it is "
+            "part of a checkpoint of Meta's or Hugging Face's, name the folder"
         )
     names = {str(name).removeprefix(COMPILED): tensor for name, tensor in state.items()}
     ignored = [name for name in names if name.endswith(BUFFERS)]
@@ -141,7 +141,7 @@ def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     given = {key: value for key, value in args.items() if value is not None}
     if missing := [key for key in ("dim", "n_layers", "n_heads") if key not in given]:
         raise CheckpointError(
-            f"model_args lacks {', '.join(missing)}; it is no llama2.c checkpoint"
+            f"model_args lacks {', '.join(missing)}; it is not a llama2.c checkpoint"
         )
     if given.get("rope_scaling"):
         raise CheckpointError("model_args has rope_scaling, which llama2.c does not compute")
@@ -261,8 +261,8 @@ def read_llama2c_bin(path: Path) -> Checkpoint:
         size, expected = path.stat().st_size, layout.file_bytes()
         if size != expected:
             raise CheckpointError(
-                f"the file has {size} bytes where its header says {expected}; it is cut off, or "
-                "not llama2.c's"
+                f"the file has {size} bytes, but its header implies {expected}; it is truncated, "
+                "or not llama2.c's"
             )
     # A private mapping: torch has tensors writable, and writing to these would not reach the file.
     data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
@@ -296,8 +296,8 @@ def _vocabulary_beside(path: Path, vocab_size: int) -> Vocabulary | None:
     vocabulary = find_vocabulary(path.parent)
     if vocabulary is not None and (n_tokens := len(open_codec(vocabulary).tokens)) > vocab_size:
         warn_caller(
-            f"{path}: the tokenizer beside it has {n_tokens} tokens, and the model knows "
-            f"{vocab_size}, so it is another model's and is not used; name one with --tokenizer",
+            f"{path}: the tokenizer beside it has {n_tokens} tokens, but the model has "
+            f"{vocab_size}, so it is ignored; name the right one with --tokenizer",
             CheckpointWarning,
         )
         return None
@@ -324,7 +324,9 @@ def write_llama2c_bin(
     vocab_size = config.vocab_size if config.tie_embeddings else -config.vocab_size
     sizes = (config.dim, config.hidden_dim, config.n_layers, config.n_heads, config.n_kv_heads)
     if (largest := max(*sizes, config.vocab_size, config.max_seq_len)) >= 2**31:
-        raise MinllamaError(f"the config has {largest}, and llama2.c's .bin has 32 bits for it")
+        raise MinllamaError(
+            f"the config has {largest}, which does not fit into the 32 bits of llama2.c's .bin"
+        )
     tables = iter(_rope_tables(config))
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         file.write(INTS.pack(*sizes, vocab_size, config.max_seq_len))
@@ -358,19 +360,19 @@ def _bin_layout(path: Path) -> BinLayout:
         head = file.read(VERSIONED.size)
     if head.startswith(MAGIC):
         if len(head) < VERSIONED.size:
-            raise CheckpointError("the file is cut off inside its header")
+            raise CheckpointError("the file is truncated in its header")
         _, version, *ints, shared, group_size = VERSIONED.unpack(head)
         if version not in (1, 2):
-            raise CheckpointError(f"it is version {version}, and 1 and 2 can be read")
+            raise CheckpointError(f"version {version} is not supported; versions 1 and 2 are")
         config = _bin_config(ints, tied=bool(shared))
         if version == 1:
             return BinLayout(1, config, VERSIONED_HEADER_BYTES)
         shapes = tensor_shapes(config.replace(n_layers=1)).values()
         if group_size < 1 or any(len(s) == 2 and math.prod(s) % group_size for s in shapes):
-            raise CheckpointError(f"its matrices cannot be cut into groups of {group_size}")
+            raise CheckpointError(f"its matrices cannot be split into groups of {group_size}")
         return BinLayout(2, config, VERSIONED_HEADER_BYTES, group_size)
     if len(head) < INTS.size:
-        raise CheckpointError("the file is cut off inside its header")
+        raise CheckpointError("the file is truncated in its header")
     ints = list(INTS.unpack_from(head))
     tied, ints[5] = ints[5] > 0, abs(ints[5])  # a negative vocab_size says that it is not
     return BinLayout(0, _bin_config(ints, tied), INTS.size)

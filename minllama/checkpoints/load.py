@@ -1,7 +1,7 @@
-"""From a checkpoint's tensors to a module's parameters, checked, without a second copy in memory.
+"""Load a checkpoint's tensors into a module's parameters, checked, without a second copy in memory.
 
-Knows nothing of formats (a checkpoint's tensors are read through `LazyTensor`) or of what the
-module computes.
+Takes a `Checkpoint` of any format, whose tensors are `LazyTensor`s; chooses dtype, device and
+weight format. `Llama.from_checkpoint` calls it.
 """
 
 import os
@@ -119,15 +119,15 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightForma
     Args:
         module: whose parameters they become.
         checkpoint: where they are.
-        weights: what they become. Quantised modules take the place of the linear layers and
+        weights: the format that they get. Quantized modules take the place of the linear layers and
             embeddings of the same names.
 
     Returns:
-        The word of `QUANTIZE` by which matrices became quantised modules; None where none did.
+        The word of `QUANTIZE` by which matrices became quantized modules; None where none did.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, misshapen (all are listed, with both
-            shapes) or hold NaN or infinity; or it is no language model.
+            shapes) or hold NaN or infinity; or so it is not a language model.
     """
     device, dtype, quantize = weights.device, weights.dtype, weights.quantize
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -150,7 +150,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightForma
         # A conversion makes a tensor of our own; otherwise it may still be the file itself.
         state[name] = stored.to(device=device, dtype=dtype)
         _check_finite(name, stored, state[name], checkpoint)
-    # Names and shapes are checked already; what is quantised is not in the state.
+    # Names and shapes are checked already; what is quantized is not in the state.
     module.load_state_dict(state, assign=True, strict=quantize is None)
     for name, made in parts.items():
         replace_by_quantized(module, name, made.to(device), dtype)
@@ -183,14 +183,14 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
     """Compare a checkpoint's tensors with the names and shapes that a module has.
 
     Raises:
-        CheckpointError: one line that lists every difference; or it is no language model.
+        CheckpointError: one line that lists every difference; or so it is not a language model.
     """
     checkpoint.check_language_model()
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     if problems := differences(found, expected):
         raise CheckpointError(
             f"{checkpoint.path}: its tensors disagree with its config: {listed(problems)}; "
-            "the file is incomplete or its config is of another model"
+            "the file is incomplete, or its config is from another model"
         )
 
 
@@ -201,12 +201,13 @@ def _check_finite(name: str, stored: Tensor, tensor: Tensor, checkpoint: Checkpo
     if not all(map(torch.isfinite, extremes)):
         if bad := int((~torch.isfinite(stored)).sum()):
             raise CheckpointError(
-                f"{checkpoint.path}: {name} holds {bad} NaN or infinite of {tensor.numel()} "
-                "numbers; the file is damaged or its training diverged; download or train it again"
+                f"{checkpoint.path}: {name} has {bad} NaN or infinite values of "
+                f"{tensor.numel()}; the file is damaged or its training diverged; download or "
+                "train it again"
             )
         if bad := int((~torch.isfinite(tensor)).sum()):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise CheckpointError(
-                f"{checkpoint.path}: {kind} cannot hold {bad} of the numbers of {name}; "
+                f"{checkpoint.path}: {kind} cannot represent {bad} values of {name}; "
                 "use bfloat16 or float32"
             )

@@ -1,7 +1,7 @@
-"""Meta's own checkpoints: a folder of params.json and consolidated.00.pth, .01.pth, ...
+"""Read Meta's checkpoints: a folder of params.json and consolidated.00.pth, .01.pth, ...
 
-Each .pth is one shard of a model that was cut for model-parallel GPUs; a tensor is joined from its
-shards when it is asked for. q and k are interleaved there as they are here.
+Each .pth is one model-parallel shard; a tensor is joined from its shards when it is requested. Rows
+of q and k are interleaved as in minllama.
 """
 
 import re
@@ -50,16 +50,16 @@ KNOWN = {
     *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor"),
     "max_seq_len",
 }
-# Keys of releases that are something else than a Llama of dense numbers, and what they are.
+# Keys of releases that are something other than a Llama with dense weights, and what they are.
 OTHERS = {
     "quantization_args": "its weights are quantized (SpinQuant, QLoRA); use the release in "
     "bfloat16, or a GGUF file",
     "lora_args": "its weights are quantized, with adapters beside them; use the release in "
     "bfloat16, or a GGUF file",
-    "vision_chunk_size": "it sees images (Llama 3.2 11B, 90B); choose a model of text alone",
-    "vision_num_cross_attention_layers": "it sees images (Llama 3.2 11B, 90B); choose a model of "
-    "text alone",
-    "vision_args": "it sees images; choose a model of text alone",
+    "vision_chunk_size": "it has a vision encoder (Llama 3.2 11B, 90B); choose a text-only model",
+    "vision_num_cross_attention_layers": "it has a vision encoder (Llama 3.2 11B, 90B); choose a "
+    "text-only model",
+    "vision_args": "it has a vision encoder; choose a text-only model",
     "moe_args": "it is a mixture of experts; choose a dense Llama",
 }
 # Width, heads and key heads of Llama 3.2's small models, 1B and 3B, and of what was pruned from
@@ -115,7 +115,7 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
     """
     given = _known_params(params)
     if missing := [key for key in REQUIRED if key not in given]:
-        raise CheckpointError(f"{', '.join(missing)} is missing; fetch the file again")
+        raise CheckpointError(f"{', '.join(missing)} is missing; download the file again")
     if given.get("vocab_size", -1) == -1:
         given["vocab_size"] = next(iter(tensors[EMBEDDING].shape), None)
     same = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "norm_eps", "rope_theta")
@@ -137,11 +137,11 @@ def _known_params(params: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in params.items() if value is not None}
     for key, what in OTHERS.items():
         if key in given:
-            raise CheckpointError(f"{key} is not read: {what}")
+            raise CheckpointError(f"{key} is not supported: {what}")
     if unknown := sorted(set(given) - KNOWN - UNUSED):
         raise CheckpointError(
-            f"{', '.join(unknown)}: not known to minllama, so the model may compute something "
-            f"else; known are {', '.join(sorted(KNOWN))}"
+            f"{', '.join(unknown)}: unknown to minllama, so the model may compute something "
+            f"else; known: {', '.join(sorted(KNOWN))}"
         )
     return given
 
@@ -165,9 +165,9 @@ def _hidden_dim(given: Mapping[str, Any]) -> int:
     multiple_of = given.get("multiple_of", 256)
     multiplier = given.get("ffn_dim_multiplier")
     if type(given["dim"]) is not int:
-        raise CheckpointError(f"dim must be a whole number above 0, not {given['dim']!r}")
+        raise CheckpointError(f"dim must be an integer above 0, not {given['dim']!r}")
     if type(multiple_of) is not int or multiple_of < 1:
-        raise CheckpointError(f"multiple_of must be a whole number above 0, not {multiple_of!r}")
+        raise CheckpointError(f"multiple_of must be an integer above 0, not {multiple_of!r}")
     if multiplier is not None and (
         type(multiplier) not in (int, float) or not 0 < multiplier < 1e6
     ):
@@ -201,7 +201,7 @@ def _joined(
     tensors, ignored = {}, []
     for shard in shards:
         if lacking := set(shards[0]) ^ set(shard):
-            raise CheckpointError(f"{min(lacking)} is in some shards and not in others")
+            raise CheckpointError(f"{min(lacking)} is in some shards but not in others")
     for name in shards[0]:
         if name.endswith(BUFFERS):
             ignored.append(name)
@@ -210,7 +210,7 @@ def _joined(
         parts = [shard[name] for shard in shards]
         tensors[ours] = _join(name, parts, _cut_dim(ours, parts[0], params))
     if EMBEDDING not in tensors:
-        raise CheckpointError(f"the tensor {EMBEDDING} is missing; it is no whole model")
+        raise CheckpointError(f"the tensor {EMBEDDING} is missing; the model is incomplete")
     return tensors, ignored
 
 
@@ -233,7 +233,9 @@ def _join(name: str, parts: list[Tensor], dim: int | None) -> LazyTensor:
     first = parts[0]
     if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
         shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-        raise CheckpointError(f"{name} differs between shards ({shapes}); they are of two models")
+        raise CheckpointError(
+            f"{name} differs between shards ({shapes}); they are from different models"
+        )
     part = lazy(first)
     if dim is None or len(parts) == 1:
         return part
@@ -250,6 +252,6 @@ def _check_shard_count(config: LlamaConfig, shards: list[dict[str, Tensor]]) -> 
         return  # for the loader to report
     if (needed := rows // query.shape[0]) != len(shards):
         raise CheckpointError(
-            f"it describes a model in {needed} shards, and {len(shards)} consolidated.NN.pth are "
-            "there; download the others"
+            f"it describes a model of {needed} shards, but there are {len(shards)} "
+            "consolidated.NN.pth; download the others"
         )

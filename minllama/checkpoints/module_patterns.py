@@ -1,8 +1,8 @@
-"""PEFT's `rank_pattern` and `alpha_pattern`: regular expressions that name modules.
+"""Match PEFT's `rank_pattern` and `alpha_pattern` against module names.
 
-They come from files of strangers, and a regular expression can take forever: what is more than a
-name is matched in a process of its own, with limits on time and memory. Knows nothing of what the
-names mean.
+The patterns are untrusted regular expressions, which can take exponential time: anything but a
+plain name is matched in a separate process with limits on time and memory.
+`minllama.checkpoints.peft_config` calls it.
 """
 
 import json
@@ -49,11 +49,11 @@ def first_matches(what: str, keys: Sequence[str], names: Sequence[str]) -> list[
         CheckpointError: a key is no regular expression, or takes too long.
     """
     if len(keys) > MAX_PATTERNS:
-        raise CheckpointError(f"{what}: {len(keys)} keys, and {MAX_PATTERNS} are read at most")
+        raise CheckpointError(f"{what}: {len(keys)} keys, but at most {MAX_PATTERNS} are supported")
     if too_long := [key for key in keys if len(key) > MAX_LENGTH]:
         raise CheckpointError(
-            f"{what}: {too_long[0][:40]!r}... has {len(too_long[0])} characters, and {MAX_LENGTH} "
-            "are read at most; write the names of the modules instead"
+            f"{what}: {too_long[0][:40]!r}... has {len(too_long[0])} characters, but at most "
+            f"{MAX_LENGTH} are supported; write the names of the modules instead"
         )
     if all(_NAME.fullmatch(key) for key in keys):
         compiled = [re.compile(rf"(.*\.)?({key})$") for key in keys]
@@ -86,7 +86,9 @@ def _matched_apart(what: str, keys: Sequence[str], names: Sequence[str]) -> list
         )
     if "bad" in answer:
         raise CheckpointError(
-            f"{what}: {keys[answer['bad']]!r} is no regular expression ({answer['reason']})"[:300]
+            f"{what}: {keys[answer['bad']]!r} is not a regular expression ({answer['reason']})"[
+                :300
+            ]
         )
     found: list[int | None] = answer["found"]
     return found

@@ -1,7 +1,7 @@
-"""Files on disk <-> (LlamaConfig, named tensors, vocabulary).
+"""Open a checkpoint: a path, folder or Hugging Face id, recognized by content.
 
-One module for each format; here a path, a folder or a Hugging Face id is recognised by its content
-and opened. Knows nothing of what a model does with its tensors.
+`open_checkpoint` returns a `Checkpoint` (config, lazy tensors, vocabulary); there is one module per
+format. `Llama.from_pretrained`, the tokenizer and all commands call it.
 """
 
 import contextlib
@@ -85,9 +85,7 @@ def open_checkpoint(
     path = resolve_source(source)
     folder = _adapter_folder(path)
     if base is not None and folder is None:
-        raise CheckpointError(
-            f"{path}: not a PEFT adapter's folder, so it has no base; omit --base"
-        )
+        raise CheckpointError(f"{path}: not a PEFT adapter, so it has no base; omit --base")
     try:
         if folder is not None:
             checkpoint = with_adapter(_open_base(folder, base), folder)
@@ -109,7 +107,7 @@ def read_tokenizer(source: str | os.PathLike[str]) -> Vocabulary:
     A folder with no tokenizer but one GGUF file stands for that file.
 
     Raises:
-        CheckpointError: a GGUF file is cut off or damaged.
+        CheckpointError: a GGUF file is truncated or damaged.
         TokenizerError: none is there, or it is damaged.
     """
     path = Path(source)
@@ -119,7 +117,7 @@ def read_tokenizer(source: str | os.PathLike[str]) -> Vocabulary:
         return load_vocabulary(path)
     vocabulary = read_gguf_vocabulary(path)
     if vocabulary is None:
-        raise TokenizerError(f"{path}: a GGUF file without a tokenizer; name another one's")
+        raise TokenizerError(f"{path}: this GGUF file has no tokenizer; name another file")
     return vocabulary
 
 
@@ -162,8 +160,8 @@ def _adapter_folder(path: Path) -> Path | None:
         return None
     if (folder / CLASSIFIER_FILE).is_file():
         raise CheckpointError(
-            f"{path}: a classifier's folder, not a model that continues texts; use minllama "
-            "classify or evaluate, or make a whole model of it (minllama merge)"
+            f"{path}: a classifier, not a generative model; use minllama classify or evaluate, "
+            "or convert it to a complete model (minllama merge)"
         )
     return folder
 
@@ -173,7 +171,7 @@ def _open_base(folder: Path, base: str | os.PathLike[str] | None) -> Checkpoint:
     name = base if base is not None else read_adapter_config(folder).base_model_name
     remedy = "name it with --base (base= in Python)"
     if not name:
-        raise CheckpointError(f"{folder}: its {CONFIG_FILE} names no base model; {remedy}")
+        raise CheckpointError(f"{folder}: {CONFIG_FILE} names no base model; {remedy}")
     beside = folder / name
     try:
         if base is None and not Path(name).exists() and beside.exists():
@@ -182,7 +180,7 @@ def _open_base(folder: Path, base: str | os.PathLike[str] | None) -> Checkpoint:
             path = resolve_source(source_of(os.fspath(name)))
         is_itself = path.is_dir() and path.resolve() == folder.resolve()
         if not is_itself and _adapter_folder(path) is not None:
-            raise CheckpointError("it is an adapter as well; merge that first (minllama convert)")
+            raise CheckpointError("it is an adapter itself; merge it first (minllama convert)")
         return _reader(path)(path)
     except CheckpointError as error:
         raise CheckpointError(
@@ -199,29 +197,28 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
         )
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path}: the file is empty; download it again")
-    for recognises, read in FILES:
-        if recognises(path):
+    for recognizes, read in FILES:
+        if recognizes(path):
             return read
     # A part of a folder's checkpoint stands for the folder.
-    for recognises, read in FOLDERS:
-        if recognises(path.parent):
+    for recognizes, read in FOLDERS:
+        if recognizes(path.parent):
             return lambda file: read(file.parent)
     raise CheckpointError(
-        f"{path}: not a checkpoint in a format that minllama reads "
-        "(Hugging Face, GGUF, Meta, llama2.c)"
+        f"{path}: not a checkpoint format that minllama reads (Hugging Face, GGUF, Meta, llama2.c)"
     )
 
 
 def _reader_of_folder(path: Path) -> Callable[[Path], Checkpoint]:
     models = gguf_models(path)
-    for recognises, read in FOLDERS:
+    for recognizes, read in FOLDERS:
         # Beside GGUF files often lies the config.json of the model that they were made from.
-        if recognises(path) and not (models and read is read_huggingface and not has_weights(path)):
+        if recognizes(path) and not (models and read is read_huggingface and not has_weights(path)):
             return read
     if not models:
         raise CheckpointError(
-            f"{path}: neither config.json (Hugging Face) nor params.json (Meta) nor a .gguf is in "
-            "this folder; name the file or the folder of a checkpoint"
+            f"{path}: the folder contains neither config.json (Hugging Face), params.json (Meta) "
+            "nor a .gguf file; name a checkpoint's file or folder"
         )
     model = _only_one(path, models)
     return lambda folder: read_gguf(model)
@@ -230,5 +227,5 @@ def _reader_of_folder(path: Path) -> Callable[[Path], Checkpoint]:
 def _only_one(folder: Path, models: list[Path]) -> Path:
     if len(models) > 1:
         names = first_few((model.name for model in models), 20)
-        raise CheckpointError(f"{folder}: holds several GGUF files; name one of {names}")
+        raise CheckpointError(f"{folder}: contains several GGUF files; name one of {names}")
     return models[0]

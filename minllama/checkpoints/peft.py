@@ -1,8 +1,8 @@
-"""PEFT's adapters on disk, and the checkpoint that one makes of its base.
+"""Read PEFT adapters, alone or merged lazily into their base checkpoint.
 
-Rows of q and k are in Hugging Face's order there. Reading is lazy: a matrix with an adapter is
-W + scaling * B A (Hu et al. 2021, eq. 3), with DoRA each row scaled to its magnitude (Liu et al.
-2024, eq. 5), computed in float32 when it is asked for. Knows nothing of models that run.
+Rows of q and k are in Hugging Face's order in PEFT's files. An adapted matrix is W + scaling * B A
+(Hu et al. 2021, eq. 3), with DoRA rescaled row by row (Liu et al. 2024, eq. 5), computed in float32
+when the tensor is requested.
 """
 
 import dataclasses
@@ -78,8 +78,8 @@ class StoredAdapter:
         tensor = self.tensors[key].load().float()
         if bad := int((~torch.isfinite(tensor)).sum()):
             raise CheckpointError(
-                f"{self.path}: {key} holds {bad} NaN or infinite of {tensor.numel()} numbers; the "
-                "file is damaged or its training diverged; fetch or train it again"
+                f"{self.path}: {key} has {bad} NaN or infinite values of {tensor.numel()}; the "
+                "file is damaged or its training diverged; download or train it again"
             )
         return tensor
 
@@ -160,8 +160,8 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     if adapter.config.has_head:
         ignored = (*ignored, f"{HEAD}.weight")
         warn_caller(
-            f"{folder}: an adapter of a sequence classifier; its head is not read, and the model "
-            "continues texts",
+            f"{folder}: an adapter of a sequence classifier; its head is ignored, and the model "
+            "generates text",
             CheckpointWarning,
         )
     return dataclasses.replace(
@@ -196,7 +196,7 @@ def _stored_tensors(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
         tensors = load_state_dict(path)
         return path, _saved_keys({name: lazy(tensor) for name, tensor in tensors.items()})
     raise CheckpointError(
-        f"{folder}: there is neither {WEIGHTS_FILE} nor {PICKLED_FILE}; fetch it again"
+        f"{folder}: neither {WEIGHTS_FILE} nor {PICKLED_FILE} found; download it again"
     )
 
 
@@ -241,13 +241,13 @@ def _check_shapes(
     found = {name: tensor.shape for name, tensor in stored.items()}
     if vocabulary := [name for name in found if "embed_tokens" in name or "lm_head" in name]:
         raise CheckpointError(
-            f"{path}: it adapts the vocabulary ({vocabulary[0]}), and only the layers' linear "
-            "layers can be adapted; merge it into its base with PEFT and load the result"
+            f"{path}: it adapts the vocabulary ({vocabulary[0]}), but only linear layers are "
+            "supported; merge it into its base with PEFT and load the result"
         )
     if problems := differences(found, expected):
         raise CheckpointError(
-            f"{path}: it does not fit this model: {listed(problems)}; load the base model that "
-            f"its {CONFIG_FILE} names, or fetch the adapter again"
+            f"{path}: does not fit this model: {listed(problems)}; load the base model that "
+            f"{CONFIG_FILE} names, or fetch the adapter again"
         )
     if not found:
-        raise CheckpointError(f"{path}: it holds no tensors; fetch it again")
+        raise CheckpointError(f"{path}: contains no tensors; download it again")

@@ -1,7 +1,8 @@
-"""adapter_config.json as PEFT writes it <-> what of it a Llama's adapter needs.
+"""Convert between PEFT's adapter_config.json and LoRAOptions.
 
-PEFT's words appear here and nowhere else. What is set in a config and not understood is refused:
-an adapter that is half applied computes something that nobody trained. Knows nothing of tensors.
+Settings that minllama does not implement are refused: an adapter that is only partly applied
+computes something that nobody trained. `minllama.checkpoints.peft` and `minllama.lora.peft_files`
+call it.
 """
 
 import json
@@ -130,9 +131,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: there is no {CONFIG_FILE}; name the folder of a PEFT adapter"
-        )
+        raise CheckpointError(f"{folder}: no {CONFIG_FILE}; name a PEFT adapter's folder")
     raw = read_object(path, max_bytes=_MAX_BYTES)
     with naming(path):
         _refuse_unsupported(raw)
@@ -198,8 +197,8 @@ def describe(
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"an adapter of type {raw.get('peft_type')!r}; only LORA is read "
-            "(with rsLoRA and DoRA); train one of that type, or merge it with PEFT"
+            f"an adapter of type {raw.get('peft_type')!r}; only LORA (with rsLoRA and DoRA) is "
+            "supported; merge the adapter with PEFT"
         )
     values: dict[str, tuple[Any, ...]] = {
         "bias": (None, "none"),
@@ -272,7 +271,7 @@ def _layers(layers: Any) -> tuple[int, ...] | None:
         return None
     layers = layers if isinstance(layers, list) else [layers]
     if not all(type(layer) is int for layer in layers):
-        raise CheckpointError(f"layers_to_transform must be whole numbers, not {layers!r}"[:200])
+        raise CheckpointError(f"layers_to_transform must be integers, not {layers!r}"[:200])
     return tuple(layers)
 
 

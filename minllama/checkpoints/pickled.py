@@ -1,9 +1,9 @@
-"""Pickles of torch's, read without being run.
+"""Read torch pickles without executing them.
 
-A pickle is a program for a stack machine that may call any function by its name. Here its opcodes
-are read one by one (`pickletools`), and the few names that state dicts are made of each stand for a
-few lines below, which copy nothing: a file of some bytes cannot become gigabytes, nor a deep nest.
-Knows nothing of files: where a storage's bytes are, the caller says.
+A pickle is a program for a stack machine that may call any function by name. This module interprets
+its opcodes (`pickletools`), and implements the few names that occur in state dicts without copying
+data, so that a small file cannot expand to gigabytes or nest deeply. The caller,
+`minllama.checkpoints.torch_file`, provides the storages' bytes.
 """
 
 import math
@@ -33,7 +33,7 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
-    # Of quantised tensors, which are refused by name.
+    # Of quantized tensors, which are refused by name.
     "QInt8Storage": torch.int8,
     "QUInt8Storage": torch.uint8,
     "QInt32Storage": torch.int32,
@@ -85,7 +85,7 @@ class DamagedPickle(ValueError):
 
 
 class OtherTensor(NamedTuple):
-    """A tensor that is not a plain dense one: sparse, quantised."""
+    """A tensor that is not a plain dense one: sparse, quantized."""
 
     kind: str
 
@@ -139,7 +139,7 @@ class _Machine:
                 self.step(opcode.name, argument)
         except (IndexError, KeyError, TypeError, OverflowError, RuntimeError) as error:
             raise DamagedPickle(f"{type(error).__name__}: {error}") from error
-        raise DamagedPickle("it has no end")
+        raise DamagedPickle("it does not end")
 
     def spend(self, count: int) -> None:
         self.left -= count
@@ -226,7 +226,7 @@ class _Machine:
                 else:
                     self.set_items(self.pop_mark())
             case _:
-                raise DamagedPickle(f"its opcode {name} is none of a state dict's")
+                raise DamagedPickle(f"its opcode {name} does not occur in a state dict")
 
     def set_items(self, items: list[Any]) -> None:
         target = _expect(self.stack[-1], dict)
@@ -286,12 +286,12 @@ class _Machine:
             return OtherValue(name)
         if name in _OTHER_TENSORS:
             return OtherTensor(name.rpartition("_rebuild_")[2])
-        raise DamagedPickle(f"it calls {name} with other arguments than torch")
+        raise DamagedPickle(f"it calls {name} with other arguments than torch does does")
 
     def storage(self, kind: Any, dtype: Any, key: Any, _: Any, count: Any, view: Any = None) -> Any:
         """The numbers of the storage that a persistent id names."""
         if kind not in ("storage", b"storage") or type(count) is not int or not _is_scalar(key):
-            raise DamagedPickle("what it refers to is no storage")
+            raise DamagedPickle("a reference is not to a storage")
         numbers = self.storages(key, _expect(dtype, torch.dtype), count)
         if view is not None:
             _, start, length = view
@@ -318,13 +318,13 @@ def _tensor(numbers: Any, offset: Any, size: Any, stride: Any) -> Tensor:
     """A view of a storage's numbers, (count,), that does not leave it."""
     numbers = _expect(numbers, Tensor)
     if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
-        raise DamagedPickle("a shape is not made of whole numbers")
+        raise DamagedPickle("a shape contains something other than integers")
     if len(size) != len(stride):
-        raise DamagedPickle("a shape has other dimensions than its strides")
+        raise DamagedPickle("a shape and its strides differ in length")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if math.prod(size) > numbers.numel() or (math.prod(size) > 0 and last >= numbers.numel()):
         raise DamagedPickle(
-            f"a tensor of shape {tuple(size)[:8]} is larger than what the file keeps of it"
+            f"a tensor of shape {tuple(size)[:8]} is larger than its data in the file"
         )
     # as_strided counts from the beginning of what the numbers are a part of.
     begin = numbers.storage_offset() + min(offset, numbers.numel())
@@ -359,7 +359,7 @@ def _written(value: Any) -> str:
     """A number, or a short tuple of scalars, as Python writes it."""
     parts = value if isinstance(value, tuple) else (value,)
     if len(parts) > 8 or any(map(_is_long, parts)):
-        raise DamagedPickle("a key is longer than that of a state dict")
+        raise DamagedPickle("a key is too long for a state dict")
     return repr(value)
 
 

@@ -1,8 +1,8 @@
-"""What a user calls a model -> a path on this machine.
+"""Resolve a model's name to a local path.
 
-A path stays as it is, a Hugging Face id is downloaded by `huggingface_hub` (which brings the cache,
-resumed downloads, tokens, progress bars and HF_HUB_OFFLINE), and nothing at all means the embedded
-default model. Knows nothing of what is inside the files.
+A path is returned unchanged; a Hugging Face id is downloaded with `huggingface_hub` (cache, resumed
+downloads, tokens, progress bars, HF_HUB_OFFLINE); no name means the embedded default model.
+`minllama.checkpoints.open` calls it.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
         return _default_model()
     name = os.fspath(source)
     if not name:
-        raise CheckpointError(f"the name of the model is empty; name a path, or {EXAMPLE_ID}")
+        raise CheckpointError(f"the model name is empty; name a path, or {EXAMPLE_ID}")
     try:
         path = Path(name).expanduser()
         if path.exists():
@@ -96,7 +96,7 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
     hub_model = _parsed(name) if isinstance(source, str) else None
     if hub_model is None:
         raise CheckpointError(
-            f"{_shown(name)}: no such file or folder; name a checkpoint's path, or a Hugging Face "
+            f"{_shown(name)}: no such file or folder; name a checkpoint's path or a Hugging Face "
             f"id such as {EXAMPLE_ID}"
         )
     try:
@@ -145,7 +145,7 @@ def _default_model() -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         if (path := Path(folder) / DEFAULT_FILE).is_file():
             return path
-    raise CheckpointError(f"the default model is not installed; bring it with: {DEFAULT_COMMAND}")
+    raise CheckpointError(f"the default model is not installed; install it with: {DEFAULT_COMMAND}")
 
 
 def _parsed(name: str) -> HubModel | None:
@@ -250,14 +250,14 @@ def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
             return hub_model.file
         alike = sorted(file for file in files if file.endswith(Path(hub_model.file).suffix))
         raise CheckpointError(
-            f"{hub_model}: holds no file {hub_model.file}; name {_listed(hub_model, alike)}"
+            f"{hub_model}: has no file {hub_model.file}; name {_listed(hub_model, alike)}"
         )
     if _folder_files(files):
         return None
     ggufs = sorted(file for file in files if file.endswith(".gguf"))
     if not ggufs:
         raise CheckpointError(
-            f"{hub_model}: the repository holds no weights that minllama reads (model.safetensors, "
+            f"{hub_model}: the repository has no weights that minllama reads (model.safetensors, "
             "pytorch_model.bin, adapter_model.safetensors, consolidated.00.pth, *.gguf); name "
             "another"
         )
@@ -265,7 +265,7 @@ def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
         return ggufs[0]
     if len(ggufs) > 1:
         raise CheckpointError(
-            f"{hub_model}: holds several GGUF files; name {_listed(hub_model, ggufs)}"
+            f"{hub_model}: contains several GGUF files; name {_listed(hub_model, ggufs)}"
         )
     return ggufs[0]
 
@@ -295,35 +295,35 @@ def _reason(hub_model: HubModel, error: BaseException) -> str:
     match error:
         case errors.GatedRepoError():
             return (
-                f"the repository is gated; ask for access at {page}, then set HF_TOKEN to a token "
-                "of that account (or run: hf auth login)"
+                f"the repository is gated; request access at {page}, then set HF_TOKEN to a "
+                "token of that account (or run: hf auth login)"
             )
         case errors.RepositoryNotFoundError():
             return (
-                f"no such path here, and no such repository at {page}; check the name, and for a "
-                "private one set HF_TOKEN (or run: hf auth login)"
+                f"no such local path, and no such repository at {page}; check the name, and for "
+                "a private one set HF_TOKEN (or run: hf auth login)"
             )
         case errors.RevisionNotFoundError():
             return f"no revision {hub_model.revision!r} in the repository; see {page}/branches"
         case errors.OfflineModeIsEnabled():
             return (
-                f"no such path here, and not whole in the cache {constants.HF_HUB_CACHE}; unset "
-                "HF_HUB_OFFLINE to download it"
+                f"no such local path, and not complete in the cache {constants.HF_HUB_CACHE}; "
+                "unset HF_HUB_OFFLINE to download it"
             )
         case errors.LocalEntryNotFoundError():  # the library's wrapping of what went wrong
             if error.__cause__ is not None:
                 return _reason(hub_model, error.__cause__)
         case errors.HFValidationError():
-            return f"no such path here, and not a Hugging Face id; one is {EXAMPLE_ID}"
+            return f"no such local path, and not a Hugging Face id such as {EXAMPLE_ID}"
         case errors.HfHubHTTPError():
             return f"{page} answers: {first_line(error)}; try again later, or check HF_TOKEN"
         case OSError(errno=int(number)) if number not in _NETWORK_ERRORS:
             return (
-                f"cannot be stored in {constants.HF_HUB_CACHE} ({os.strerror(number)}); make room "
-                "there, or set HF_HOME to another folder"
+                f"cannot be stored in {constants.HF_HUB_CACHE} ({os.strerror(number)}); free "
+                "some space, or set HF_HOME to another folder"
             )
     return (
-        f"no such path here, and {constants.ENDPOINT} cannot be reached or breaks off "
+        f"no such local path, and {constants.ENDPOINT} cannot be reached or the connection broke "
         f"({first_line(error)}); check the connection and try again"
     )
 

@@ -1,7 +1,7 @@
-"""The tensors that a Llama has by its config, and the checks that every reader makes first.
+"""The tensor names and shapes that a config implies, and checks that every reader makes first.
 
-A model is built from a config before its tensors are compared with it, so a config that claims what
-no tensor bears out is refused here, before a billion layers are. Knows nothing of any one format.
+A model is allocated from its config before its tensors are loaded, so a config that its tensors
+contradict is refused here, before a billion layers are allocated.
 """
 
 import re
@@ -77,7 +77,7 @@ def differences(
         *(f"{name} is missing" for name in expected if name not in found),
         *(f"{name} is unexpected" for name in found if name not in expected),
         *(
-            f"{name} has shape {found[name]} where the config says {shape}"
+            f"{name} has shape {found[name]}, but the config implies {shape}"
             for name, shape in expected.items()
             if name in found and found[name] != shape
         ),
@@ -130,12 +130,12 @@ def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None
     layers = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
     if config.n_layers > len(layers):
         raise CheckpointError(
-            f"the config says {config.n_layers} layers, the tensors are of {len(layers)}; "
+            f"the config has {config.n_layers} layers, but there are tensors of {len(layers)}; "
             "the file is incomplete"
         )
     if config.n_layers > MAX_LAYERS:
         raise CheckpointError(
-            f"{config.n_layers} layers are above the limit of {MAX_LAYERS}; its config is damaged"
+            f"{config.n_layers} layers exceed the limit of {MAX_LAYERS}; its config is damaged"
         )
     widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     sizes = {
@@ -147,10 +147,10 @@ def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None
     for name, size in sizes.items():
         if size > widest:
             raise CheckpointError(
-                f"the config says {name} {size}, and no tensor is wider than {widest}; "
-                "its config is of another model"
+                f"the config has {name} {size}, but no tensor is wider than {widest}; its config "
+                "is of another model"
             )
     if config.max_seq_len > MAX_CONTEXT:
         raise CheckpointError(
-            f"a context of {config.max_seq_len} tokens is above the limit of {MAX_CONTEXT}"
+            f"a context of {config.max_seq_len} tokens exceeds the limit of {MAX_CONTEXT}"
         )

@@ -1,8 +1,7 @@
-"""Files that `torch.save` wrote, read without trusting them.
+"""Read files that `torch.save` wrote, without trusting them.
 
-The pickle in them is a program, and is read instead of run (`minllama.checkpoints.pickled`); the
-numbers lie beside it and are mapped into memory. Knows nothing of models or of what the values
-mean.
+The pickle is interpreted instead of executed (`minllama.checkpoints.pickled`), and the tensors'
+data is mapped into memory. The readers of pickled checkpoints call it.
 """
 
 import stat
@@ -66,23 +65,23 @@ def load_torch_file(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if not magic:
-        raise CheckpointError(f"{path} is empty; fetch it again")
+        raise CheckpointError(f"{path} is empty; download it again")
     if not _is_magic(magic):
-        raise CheckpointError(f"{path} is not a file that torch.save wrote")
+        raise CheckpointError(f"{path} was not written by torch.save")
     try:
         values = _load_zip(path) if magic == ZIP_MAGIC else _load_legacy(path)
     except RefusedPickle as error:
         raise CheckpointError(
-            f"{path} was refused: its pickle calls {error}, and a pickle that calls more than "
-            "torch's own tensors can run any code; ask for the weights as safetensors"
+            f"{path} is refused: its pickle calls {error}, and such a pickle can run arbitrary "
+            "code; get the weights as safetensors"
         ) from error
     except (ValueError, struct.error, OSError) as error:
         raise CheckpointError(
-            f"{path} is cut off or damaged ({str(error)[:120]}); fetch it again"
+            f"{path} is truncated or damaged ({str(error)[:120]}); download it again"
         ) from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise CheckpointError(
-            f"{path} holds a {type(values).__name__}, not a state dict (names -> tensors)"
+            f"{path} contains a {type(values).__name__}, not a state dict (names -> tensors)"
         )
     return values
 
@@ -112,7 +111,7 @@ def dense_tensors(values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         left -= value.numel() * value.element_size()
         if left < 0:
             raise CheckpointError(
-                f"{path}: its tensors share numbers so often that they are several times larger "
+                f"{path}: its tensors share storage so often that they are several times larger "
                 "than the file; it is damaged"
             )
     return dict(values)
@@ -139,7 +138,7 @@ def _load_zip(path: Path) -> Any:
         entry = entries[f"data/{key}"]
         header = mapped[entry.header_offset : entry.header_offset + 30].numpy().tobytes()
         if header[:4] != ZIP_MAGIC:
-            raise ValueError("a record is not where the directory has it")
+            raise ValueError("a record is not where the zip directory says")
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
         return _within(mapped[: start + entry.file_size], start, n_bytes)
 
@@ -157,12 +156,14 @@ def _zip_content(path: Path) -> tuple[dict[str, zipfile.ZipInfo], bytes]:
             byteorder = named.get("byteorder")
             if byteorder is not None and archive.read(byteorder) == b"big":
                 raise CheckpointError(
-                    f"{path} was written on a big-endian machine; save it again on another"
+                    f"{path} was written on a big-endian machine; save it again on a "
+                    "little-endian one"
                 )
             return named, archive.read(named["data.pkl"])
     except (zipfile.BadZipFile, KeyError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise CheckpointError(
-            f"{path} is cut off or damaged (a zip with no readable directory); fetch it again"
+            f"{path} is truncated or damaged (a zip file without a readable directory); download "
+            "it again"
         ) from error
 
 
@@ -177,17 +178,18 @@ def _check_directory(path: Path) -> None:
             file.seek(struct.unpack_from("<Q", tail, end - 12)[0])
             sizes = [struct.unpack("<Q", file.read(48)[40:])[0]]
     if max(sizes) > MAX_DIRECTORY_BYTES:
-        raise ValueError("the directory is far larger than that of a state dict")
+        raise ValueError("the zip directory is far larger than a state dict's")
 
 
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     names = [entry.filename.rpartition("/")[2] for entry in entries]
     if "constants.pkl" in names:
         raise CheckpointError(
-            f"{path} was refused: it is TorchScript, which is code; save the state dict instead"
+            f"{path} is refused: it is TorchScript, which can run arbitrary code; save the state "
+            "dict instead"
         )
     if "data.pkl" not in names:
-        raise CheckpointError(f"{path} is a zip archive, but not one that torch.save wrote")
+        raise CheckpointError(f"{path} is a zip archive, but was not written by torch.save")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(
             f"{path} was compressed after torch.save wrote it, so it cannot be mapped into memory; "
@@ -203,7 +205,7 @@ def _load_legacy(path: Path) -> Any:
     with path.open("rb") as stream:
         file = BytesIO(stream.read(MAX_BYTES))
     if read_pickle(file, _no_storage) != LEGACY_NUMBER:
-        raise ValueError("it is a pickle, and not torch.save's")
+        raise ValueError("it is a pickle that torch.save did not write")
     read_pickle(file, _no_storage)  # the version of the form
     system = read_pickle(file, _no_storage)
     if not isinstance(system, dict) or not system.get("little_endian", True):
@@ -221,7 +223,7 @@ def _load_legacy(path: Path) -> Any:
     mapped, offset, places = _mapped(path), file.tell(), dict[Any, tuple[int, int]]()
     for key in keys:
         if key not in widths or key in places:
-            raise ValueError("its storages are not those of its tensors")
+            raise ValueError("its storages do not match its tensors")
         count = struct.unpack("<q", _within(mapped, offset, 8).numpy().tobytes())[0]
         places[key] = (offset + 8, count * widths[key])
         _within(mapped, *places[key])
@@ -246,12 +248,12 @@ def _mapped(path: Path) -> Tensor:
 
 def _within(data: Tensor, start: int, n_bytes: int) -> Tensor:
     if n_bytes < 0 or start + n_bytes > len(data):
-        raise ValueError("a storage is larger than what the file keeps of it")
+        raise ValueError("a storage is larger than its data in the file")
     return data[start : start + n_bytes]
 
 
 def _no_storage(key: Any, dtype: torch.dtype, count: int) -> Tensor:
-    raise ValueError("a tensor is where there should be none")
+    raise ValueError("a tensor is in an unexpected place")
 
 
 def _storages(record: Callable[[Any, int], Tensor]) -> Storages:
@@ -263,7 +265,7 @@ def _storages(record: Callable[[Any, int], Tensor]) -> Storages:
             known[key] = view_as(record(key, count * dtype.itemsize), dtype)
         found = known[key]
         if found.dtype != dtype or len(found) != count:
-            raise ValueError("a storage is said to be of two types")
+            raise ValueError("a storage is declared with two types")
         return found
 
     return numbers

@@ -1,7 +1,7 @@
-"""What every checkpoint format is read into.
+"""The types that every checkpoint format is read into.
 
-Knows nothing of any one format. A `Checkpoint` is cheap: it holds shapes and where the numbers are;
-the numbers are read, tensor by tensor, when a model asks for them.
+A `Checkpoint` has the config, the vocabulary and the shape and position of each tensor; data is
+read tensor by tensor when a model requests it.
 """
 
 import dataclasses
@@ -98,9 +98,9 @@ class Checkpoint:
         """
         if self.head is not None:
             raise CheckpointError(
-                f"{self.path}: a sequence classifier ({SEQUENCE_CLASSIFIER}), whose head gives "
-                "labels and no next token; open it with `minllama classify`, `minllama evaluate` "
-                "or load_classifier()"
+                f"{self.path}: a sequence classifier ({SEQUENCE_CLASSIFIER}), whose head "
+                "predicts labels instead of tokens; open it with `minllama classify`, `minllama "
+                "evaluate` or load_classifier()"
             )
 
     def without_head(self) -> "Checkpoint":

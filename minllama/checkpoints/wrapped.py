@@ -1,7 +1,8 @@
-"""State dicts as training programs save them: inside a larger dictionary, under longer names.
+"""Unwrap state dicts that training programs nest or rename.
 
-Lightning saves `{"state_dict": ..., "epoch": ...}`, DeepSpeed `{"module": ...}`; DDP puts `module.`
-before each name, torch.compile `_orig_mod.`. What is unmistakable is taken off by all readers here.
+Lightning saves `{"state_dict": ..., "epoch": ...}`, DeepSpeed `{"module": ...}`; DDP prefixes names
+with `module.`, torch.compile with `_orig_mod.`. Unambiguous wrappers are removed; all readers of
+pickled checkpoints call it.
 """
 
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def inner_state_dict(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]
             raise CheckpointError(f"{path}: {_unclear(values, list(inner))}")
         found = inner[usual[0]]
         if not all(isinstance(key, str) for key in found):
-            raise CheckpointError(f"{path}: its {usual[0]!r} has keys that are no names of tensors")
+            raise CheckpointError(f"{path}: its {usual[0]!r} has keys that are not tensor names")
         values = found
     return values
 
@@ -91,6 +92,6 @@ def _unclear(values: Mapping[str, Any], inner: list[str]) -> str:
     way = "torch.save(torch.load(FILE)[KEY], FILE)"
     if inner:
         names = ", ".join(map(repr, inner[:_MAX_SHOWN]))
-        return f"tensors lie in {names} of it; keep the state dict of the model alone: {way}"
+        return f"its tensors are in {names}; keep only the model's state dict: {way}"
     names = ", ".join(f"{key[:40]!r}" for key in list(values)[:_MAX_SHOWN])
-    return f"it holds no tensors, only {names}; save the model's state_dict() with torch.save"
+    return f"it contains no tensors, only {names}; save the model's state_dict() with torch.save"

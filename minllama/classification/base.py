@@ -1,6 +1,6 @@
-"""What both classifiers are: texts in, probabilities of classes out.
+"""The interface of both classifiers: texts in, class probabilities (or numbers) out.
 
-Knows nothing of how a text's logits come about, of training or of files.
+`minllama.classification.zero_shot` and `.embedding` implement it.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ class Classifier(nn.Module, ABC):
 
     @abstractmethod
     def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        """Unnormalised scores of encoded texts, differentiable.
+        """Unnormalized scores of encoded texts, differentiable.
 
         Args:
             prompts: B encoded texts.
@@ -109,9 +109,7 @@ class Classifier(nn.Module, ABC):
         checked_texts([text])
         encoded = self.template.encode(undo_treebank(text) if self.prompt.undo_treebank else text)
         if not encoded.ids:
-            raise MinllamaError(
-                f"the text {text[:40]!r} has no tokens to read; leave it out, or give a prompt"
-            )
+            raise MinllamaError(f"the text {text[:40]!r} has no tokens; omit it, or add a prompt")
         self._check_ids(encoded)
         if encoded.is_shortened and len(self.shortened) < MOST_NOTED:
             self.shortened.add(hash(text))
@@ -122,8 +120,8 @@ class Classifier(nn.Module, ABC):
         largest = max(max(ids, default=0) for ids in (encoded.ids, *encoded.continuations))
         if largest >= n_tokens:
             raise MinllamaError(
-                f"the tokenizer gives the id {largest}, and the model has {n_tokens} tokens; it is "
-                "that of another model: name the right one"
+                f"the tokenizer produces the id {largest}, but the model has {n_tokens} tokens; "
+                "use the model's own tokenizer"
             )
 
     def predict_logits(
@@ -161,8 +159,8 @@ class Classifier(nn.Module, ABC):
         """
         if self.scale is not None:
             raise MinllamaError(
-                "this classifier gives numbers, which have no probabilities; call predict() or "
-                "predict_values()"
+                "this classifier predicts numbers, which have no probabilities; call predict() "
+                "or predict_values()"
             )
         logits = self.predict_logits(texts, progress=progress)
         return probabilities(logits, self.temperature, multi_label=self.multi_label)
@@ -177,7 +175,7 @@ class Classifier(nn.Module, ABC):
         """
         if self.scale is None:
             raise MinllamaError(
-                "this classifier gives classes and no numbers; call predict() or predict_proba()"
+                "this classifier predicts classes, not numbers; call predict() or predict_proba()"
             )
         return self.scale.values(self.predict_logits(texts, progress=progress)[:, 0])
 
@@ -254,13 +252,13 @@ class Classifier(nn.Module, ABC):
     def _as_decision(self, value: float | Mapping[str, float]) -> Thresholds:
         if self.scale is not None:
             raise MinllamaError(
-                "this classifier gives numbers; thresholds are for probabilities of classes"
+                "this classifier predicts numbers; thresholds need class probabilities"
             )
         positive = None if self.positive is None else self.labels.index(self.positive)
         if positive is None and not self.multi_label:
             raise MinllamaError(
-                f"of {len(self.labels)} classes the likeliest is predicted; thresholds are for two "
-                "classes, or for texts with any number of labels"
+                "thresholds are for two classes or multi-label classifiers, not for "
+                f"{len(self.labels)} classes"
             )
         return as_thresholds(value, self.labels, positive)
 
@@ -268,7 +266,7 @@ class Classifier(nn.Module, ABC):
         """Write the classifier to a folder, from which `load_classifier` reads it.
 
         Raises:
-            MinllamaError: it cannot be written; what was there is untouched.
+            MinllamaError: it cannot be written; an existing file is unchanged.
         """
         # Storage stands above the classifiers that it writes.
         import_module("minllama.classification.storage.save_load").save_classifier(self, folder)
@@ -322,10 +320,10 @@ def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
         raise MinllamaError(f"labels must be a list of strings, not the string {labels!r}")
     labels = tuple(labels)
     if not labels or not all(isinstance(label, str) and label.strip() for label in labels):
-        raise MinllamaError(f"labels must be one or more names that are not blank, not {labels!r}")
+        raise MinllamaError(f"labels must be one or more non-blank names, not {labels!r}")
     if len(set(labels)) < len(labels):
         twice = next(label for label in labels if labels.count(label) > 1)
-        raise MinllamaError(f"the label {twice!r} is there twice; labels must be different")
+        raise MinllamaError(f"the label {twice!r} is given twice; labels must be distinct")
     return labels
 
 

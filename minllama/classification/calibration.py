@@ -1,7 +1,4 @@
-"""One number that makes probabilities honest: temperature scaling (Guo et al. 2017, sec. 4.2).
-
-Takes logits and labels. Knows nothing of texts or models.
-"""
+"""Temperature scaling (Guo et al. 2017, sec. 4.2): fit one temperature to logits and labels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +37,7 @@ def fit_temperature(
 
     scores = np.asarray(logits, dtype=np.float64)
     if not len(scores):
-        raise MinllamaError("there are no rows to fit a temperature on; give labelled texts")
+        raise MinllamaError("there are no rows to fit a temperature on; give labeled texts")
     if multi_label:
         gold = np.zeros(scores.shape, dtype=bool)
         for row, classes in enumerate(labels):
@@ -56,9 +53,9 @@ def fit_temperature(
             log_probs = log_softmax(scores / np.exp(log_temperature), axis=-1)
             return float(-log_probs[rows, gold_ids].mean())
 
-    def penalised(log_temperature: float) -> float:
+    def penalized(log_temperature: float) -> float:
         return loss(log_temperature) + (log_temperature / PRIOR_WIDTH) ** 2 / (2 * len(scores))
 
     # In log T the loss has one valley: it is convex in 1 / T, and that is monotonous.
-    found = minimize_scalar(penalised, bounds=tuple(np.log(RANGE)), method="bounded")
+    found = minimize_scalar(penalized, bounds=tuple(np.log(RANGE)), method="bounded")
     return float(np.exp(found.x))

@@ -1,7 +1,4 @@
-"""Classes, or a number, by a linear head on what the Llama makes of a text.
-
-Knows nothing of training or files.
-"""
+"""Classify with a linear head on a text's hidden states; also regression."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -28,7 +25,7 @@ class LlamaEmbeddingClassifier(Classifier):
     """A linear head over one vector of each text.
 
     The vector is the hidden state of the text's last token, or a mean over its tokens, after the
-    last layer or after an earlier one, whose states often tell more. Hidden states are normalised
+    last layer or after an earlier one, whose states often tell more. Hidden states are normalized
     first: by the model's own norm after the last layer, by their root mean square after others.
 
     Args:
@@ -75,7 +72,7 @@ class LlamaEmbeddingClassifier(Classifier):
         options = as_prompt(prompt, "{text}", tokenizer)
         labels = _names(id2label)
         if scale is not None and (multi_label or len(labels) != 1):
-            raise MinllamaError("a head that gives numbers has one output, with a name of its own")
+            raise MinllamaError("a regression head has one output, with one name")
         frame = make_template(
             *(options, llama, tokenizer),
             names=checked_labels(labels),
@@ -111,7 +108,7 @@ class LlamaEmbeddingClassifier(Classifier):
         if reason := unlike_transformers(self.llama, self.layer, self.pooling):
             return reason
         if self.scale not in (None, TargetScale()):
-            return "its targets were standardized, and their mean is a bias"
+            return "its targets were standardized, which adds a bias"
         has_bias = self.score.bias is not None and bool(self.score.bias.any())
         return "its head has a bias" if has_bias else None
 
@@ -151,16 +148,16 @@ class LlamaEmbeddingClassifier(Classifier):
         check_inputs(ids, attention_mask, self.llama.config.vocab_size)
         if attention_mask is not None:
             if attention_mask.dim() != 2:
-                raise MinllamaError("a head reads texts with an attention_mask of shape (B, T)")
+                raise MinllamaError("a head needs an attention_mask of shape (B, T)")
             attention_mask = attention_mask.bool()
             if not attention_mask.any(-1).all():
-                raise MinllamaError("a row of attention_mask has no real token to classify")
+                raise MinllamaError("attention_mask has a sequence without tokens to classify")
         # No other token need then go through all of the last layer.
         at = None
         if self.pooling == "last":
             at = last_tokens(ids, _read_by_head(ids, attention_mask, self.pad_id))
         h = hidden_states(self.llama, self.layer, ids, attention_mask, selected=at)
-        h = normalised(self.llama, h, self.layer)
+        h = normalized(self.llama, h, self.layer)
         return h if at is not None else pool(h, attention_mask, self.pooling)
 
     def _head(self, embeddings: Tensor) -> Tensor:
@@ -181,7 +178,7 @@ def _read_by_head(ids: Tensor, mask: Tensor | None, pad_id: int | None) -> Tenso
     return torch.where(chosen.any(-1, keepdim=True), chosen, first)
 
 
-def normalised(llama: Llama, h: Tensor, layer: int) -> Tensor:
+def normalized(llama: Llama, h: Tensor, layer: int) -> Tensor:
     """States after `layer` layers, (..., D), made comparable: float32, root mean square 1.
 
     After the last layer it is the model's own norm that does it, which has weights besides.
@@ -213,7 +210,7 @@ def unlike_transformers(llama: Llama, layer: int, pooling: Pooling) -> str | Non
         return f"its pooling is {pooling}"
     if layer != llama.config.n_layers:
         return f"it runs {layer} of {llama.config.n_layers} layers"
-    return None if llama.config.causal else "its tokens look ahead"
+    return None if llama.config.causal else "its attention is bidirectional"
 
 
 def check_layer(llama: Llama, layer: int | None) -> int:

@@ -1,9 +1,9 @@
-"""Features of a frozen Llama: computed once, compared by cross-validation, and a head fitted.
+"""Features of a frozen Llama: computed once, compared in cross-validation, fitted with a head.
 
-The middle of the stack often knows more than its end (as measured in docs/benchmarks.md), so one
-pass over the texts keeps what several layers and poolings say, and the best is chosen on training
-data alone; `minllama.classification.layer_search` spares most texts the layers that lose. Heads are
-L2-regularised logistic regressions (scikit-learn) on standardised features.
+Middle layers often separate classes better than the last one (see docs/benchmarks.md), so one
+forward pass over the texts keeps the features of several layers and poolings, and the best are
+selected on training data alone; `minllama.classification.layer_search` drops losing layers early.
+Heads are L2-regularized logistic regressions (scikit-learn) on standardized features.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from minllama.classification.base import evaluating
-from minllama.classification.embedding import LlamaEmbeddingClassifier, Pooling, normalised, pool
+from minllama.classification.embedding import LlamaEmbeddingClassifier, Pooling, normalized, pool
 from minllama.classification.label_scoring import padded
 from minllama.data.texts import checked_texts
 from minllama.engine.packing import layer_states
@@ -94,7 +94,7 @@ def extract_features(
             mask = None if mask is None else mask.to(llama.device)
             for layer, h in enumerate(layer_states(llama, ids, attention_mask=mask)):
                 if layer in by_layer:
-                    h = normalised(llama, h, layer)
+                    h = normalized(llama, h, layer)
                     for pooling in by_layer[layer]:
                         features[layer, pooling][indices] = pool(h, mask, pooling).cpu().numpy()
                 if layer == max(by_layer):

@@ -1,9 +1,9 @@
-"""How likely each label is after a prompt: the chain rule over all of its tokens, in one pass.
+"""Score labels as continuations of a prompt: the chain rule over tokens, in one forward pass.
 
-The labels of one prompt share its computation. They form a trie: a token that several labels begin
-with is there once, behind the prompt, and an attention mask lets each token see the prompt and its
-own ancestors only. A label's last token is only predicted, so it is never in the input, and labels
-of one token cost nothing beside the prompt. Knows nothing of texts or classes.
+The labels of a prompt share its computation. They form a trie, appended to the prompt: a token that
+several labels start with is computed once, and an attention mask lets each token attend to the
+prompt and its own ancestors only. A label's last token is only predicted, never computed, so labels
+of one token add nothing to the cost of the prompt. `minllama.classification.zero_shot` calls it.
 """
 
 from collections.abc import Sequence
@@ -98,10 +98,10 @@ def compute_label_scores(
     )
     hidden = llama.norm(h)  # (M, D): where a token of a label is predicted
     parts = [llama.compute_logits(h).float().logsumexp(-1) for h in hidden.split(MAX_LOGITS)]
-    normalisers = torch.cat(parts)  # (M,)
+    normalizers = torch.cat(parts)  # (M,)
     tokens = layout.tokens.to(device)  # (K, 3)
     chosen = _token_logits(llama, hidden[tokens[:, 0]], tokens[:, 1])  # (K,)
-    log_probs = chosen - normalisers[tokens[:, 0]]
+    log_probs = chosen - normalizers[tokens[:, 0]]
     n_labels = len(prompts[0].continuations)
     scores = log_probs.new_zeros(len(prompts) * n_labels).index_add(0, tokens[:, 2], log_probs)
     return scores.view(-1, n_labels)  # (B, C)

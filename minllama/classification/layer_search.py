@@ -1,10 +1,10 @@
-"""A race between layers: features of some texts tell which layers the other texts need not reach.
+"""Layer search: features of some texts decide which layers the other texts need.
 
-Deep layers cost the most and seldom say more than the middle of the stack. So a part of the texts
-goes through all of them, and the others only as far as it was worth it: fewer candidates as the
-evidence comes in, as in a race (Maron & Moore 1993). Those that stay are around the cheapest of
-those that cannot be told apart (the one-standard-error rule of Breiman et al. 1984, sec. 3.4.3),
-and all texts decide between them.
+Deep layers cost most and are seldom better than middle ones. So some texts run through all layers,
+and the others only through the remaining candidates, of which there are fewer as evidence comes in
+(Hoeffding races, Maron & Moore 1993). The candidates that stay surround the cheapest layer within
+one standard error of the best (one-standard-error rule, Breiman et al. 1984, sec. 3.4.3), and all
+texts decide between them.
 """
 
 import math
@@ -61,8 +61,8 @@ def raced_features(
     kept = [choice for choice in choices if choice[0] in stay]
     late = extract_features(classifier, [texts[i] for i in others], kept, progress=progress)
     say(
-        f"after {RACE_ROWS:,} texts no layer was clearly better than layer {good}: layers "
-        f"{', '.join(map(str, stay))} were read of the others"
+        f"after {RACE_ROWS:,} texts no layer was clearly better than layer {good}: continuing "
+        f"with layers {', '.join(map(str, stay))}"
     )
     features: Features = {}
     for choice in kept:

@@ -1,6 +1,6 @@
-"""A text in its prompt, as token ids: the frame around it, and the labels that may follow.
+"""Build prompts: a text in its template as token ids, and the labels that may follow.
 
-Knows nothing of models; the classifiers read what is made here.
+Both classifiers call it; it needs only a tokenizer.
 """
 
 from collections.abc import Sequence
@@ -74,12 +74,12 @@ class PromptTemplate:
         eos: bool | None = False,
     ) -> None:
         if template.count("{text}") != 1:
-            raise MinllamaError(f"a prompt must hold {{text}} exactly once: {template!r}")
+            raise MinllamaError(f"a prompt must contain {{text}} exactly once: {template!r}")
         listed = labels or names
         if "{labels}" in template and not listed:
-            raise MinllamaError(f"there are no labels to stand for {{labels}}: {template!r}")
+            raise MinllamaError(f"there are no labels for {{labels}}: {template!r}")
         if system is not None and not chat:
-            raise MinllamaError("a system message needs a chat")
+            raise MinllamaError("a system message needs chat")
         self.template, self.tokenizer, self.labels = template, tokenizer, tuple(labels)
         self.max_len, self.keep_end, self.chat = max_len, keep_end, chat
         self.eos = eos
@@ -101,7 +101,7 @@ class PromptTemplate:
     def encode(self, text: str) -> EncodedPrompt:
         """The prompt around `text`, with each label's continuation if there are labels.
 
-        Prompt and label are tokenised together, so a merge across their boundary is seen: the
+        Prompt and label are tokenized together, so a merge across their boundary is seen: the
         shared ids end where the first of them departs. A text that makes the prompt longer than
         `max_len` is shortened; the frame never is.
 
@@ -116,8 +116,8 @@ class PromptTemplate:
         frame_len = _full_len(self._encode(""))
         if frame_len > self.max_len:
             raise ContextError(
-                f"the prompt has {frame_len} tokens without any text, and {self.max_len} are "
-                "allowed; shorten it, or use fewer examples"
+                f"the prompt has {frame_len} tokens without any text, but the limit is "
+                f"{self.max_len}; shorten it, or use fewer examples"
             )
         # The longest part that fits: fewer characters are hardly ever more tokens, and what comes
         # out is one that was tried.

@@ -1,8 +1,8 @@
-"""Heads that give numbers: ridge regressions on features of a frozen Llama, in closed form.
+"""Fit regression heads: ridge regressions on features of a frozen Llama, in closed form.
 
-Layers, poolings and penalties are compared by leave-one-out errors, for which one decomposition of
-the features is enough (Allen 1974, PRESS; Golub, Heath & Wahba 1979, eq. 1.5). What
-`minllama.classification.features` does for classes.
+Layers, poolings and penalties are compared by leave-one-out errors, which need only one
+decomposition of the features (Allen 1974, PRESS; Golub, Heath & Wahba 1979, eq. 1.5).
+`minllama.classification.features` does the same for classes.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""Classes by the words that name them: how likely is each label as the prompt's continuation?
+"""Classify by label words: how likely is each label as continuation of the prompt?
 
-Untrained it is a zero-shot classifier; its scores are logits, so it is also what prompt-based
-fine-tuning trains (Schick & Schuetze 2021; Gao et al. 2021). Knows nothing of training or files.
+Without training it is a zero-shot classifier; its scores are logits, so prompt-based fine-tuning
+trains it as well (Schick & Schuetze 2021; Gao et al. 2021).
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class LlamaZeroShotClassifier(Classifier):
       information (Holtzman et al. 2021, eq. 3).
     - `contextual`: less the log of the labels' mean probability for texts without content
       (contextual calibration, Zhao et al. 2021, sec. 5).
-    - `batch`: less the log of their mean probability over unlabelled texts of the task, given to
+    - `batch`: less the log of their mean probability over unlabeled texts of the task, given to
       `fit_prior` (batch calibration, Zhou et al. 2023, sec. 3.2).
 
     The last three take off `prior_strength` times that much (the gamma of Zhou et al. 2023, sec.
@@ -75,7 +75,9 @@ class LlamaZeroShotClassifier(Classifier):
         shots: Sequence[tuple[str, str]] = (),
     ) -> None:
         if not llama.config.causal:
-            raise MinllamaError("a zero-shot classifier needs a causal model, not a bidirectional")
+            raise MinllamaError(
+                "a zero-shot classifier needs a causal model, not a bidirectional one"
+            )
         if score not in SCORES:
             raise MinllamaError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
         labels = checked_labels(labels)
@@ -145,16 +147,15 @@ class LlamaZeroShotClassifier(Classifier):
         texts = checked_texts(texts)
         if self.score == "batch" and not texts:
             raise MinllamaError(
-                "the score 'batch' needs some texts of the task to learn how likely the labels are "
-                "by themselves; give some with fit_prior(texts), or choose another score"
+                "the score 'batch' needs texts of the task to estimate the label prior; call "
+                "fit_prior(texts), or choose another score"
             )
         if self.score not in CORRECTED:
             return
         if self.score in ("pmi", "contextual") and not self.template.encode("").ids:
             raise MinllamaError(
-                f"the score {self.score!r} asks what a prompt without its text says, and this "
-                f"prompt is nothing but the text: {self.prompt.prompt!r}; put words around it, or "
-                "choose another score"
+                f"the score {self.score!r} needs a prompt with words around the text, not "
+                f"{self.prompt.prompt!r}; add some, or choose another score"
             )
         standing = {"pmi": ("",), "contextual": CONTENT_FREE, "batch": tuple(texts)}[self.score]
         prior, self.prior = self.prior, torch.zeros(len(self.labels))

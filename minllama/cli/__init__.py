@@ -1,7 +1,7 @@
-"""The command `minllama`: parse, call, print.
+"""The command `minllama`: its entry point, exit statuses and error messages.
 
-Everything heavy is imported inside the commands, so that `--help` answers at once. What a user did
-wrong is one line on stderr and exit status 2; a traceback only with `--debug`.
+Heavy libraries are imported inside the commands, so that `--help` is fast. A user's mistake is one
+line on stderr and exit status 2; `--debug` shows the traceback.
 """
 
 import os
@@ -16,41 +16,50 @@ from typing import Any, TextIO
 
 import click
 
+from minllama.cli.grouped import did_you_mean, usage_message
 from minllama.cli.limits import keep_to_granted_cpus
 from minllama.errors import CheckpointWarning, MinllamaError
 from minllama.text import VERSION, one_line
 
 COMMANDS = {
-    "generate": "Continue a prompt; the text streams as it is made.",
-    "chat": "Talk with a model that was trained to chat.",
-    "train": "Train a classifier from a file of labelled texts, and evaluate it.",
-    "evaluate": "Measure a classifier on labelled texts.",
-    "classify": "Say the labels of texts, with a classifier or with label words alone.",
-    "merge": "Make a classifier's adapter part of its weights.",
-    "info": "Say what a checkpoint is.",
+    "generate": "Continue a prompt, and print the text as it is generated.",
+    "chat": "Chat with a model that was trained for it.",
+    "train": "Train a classifier from a file of labeled texts, and evaluate it.",
+    "evaluate": "Evaluate a classifier on labeled texts.",
+    "classify": "Label texts with a trained classifier, or zero-shot.",
+    "merge": "Merge a classifier's adapter into its weights.",
+    "info": "Describe a checkpoint.",
     "convert": "Write a checkpoint in another format.",
 }
 
 
 @dataclass
 class State:
-    """What the commands tell the door: whether tracebacks are wanted."""
+    """What the commands report to `main`: whether to show tracebacks."""
 
     debug: bool = False
 
 
-class _ReaderGone(Exception):
-    """Who read our output has gone (`| head`), and has what was wanted."""
+class _OutputClosed(Exception):
+    """The reader of standard output has closed it (as `| head` does)."""
 
 
 class _LazyGroup(click.Group):
-    """Commands that are imported when they are called."""
+    """Imports each command when it is called."""
 
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
-            raise _ReaderGone from error  # click would take it for a failure
+            raise _OutputClosed from error  # click would treat it as a failure
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            raise click.UsageError(f"No such command {name!r}{did_you_mean(name, COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -62,7 +71,7 @@ class _LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # From the table above: help for all needs no command's imports.
+        # From the table above, without importing the commands.
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
@@ -70,28 +79,28 @@ class _LazyGroup(click.Group):
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="minllama", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Small Llamas that classify and generate, on the machine you have."""
+    """Run, train and evaluate small Llama models for generation and classification."""
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 the user's mistake, 1 ours, 130 interrupted."""
+    """Run the command line and exit: 0 success, 2 user error, 1 internal error, 130 interrupted."""
     state = State()
     keep_to_granted_cpus()
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        # A character that the terminal cannot show is no reason to stop.
+        # Replace characters that the terminal cannot show.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     status = _run(args, state)
     for stream in (sys.stdout, sys.stderr):
-        _let_go(stream)
+        _discard(stream)
     sys.exit(status)
 
 
 def _open_closed_streams() -> None:
-    """Give the streams that the caller closed (`<&-`, `2>&-`) an end: the null device.
+    """Connect standard streams that the caller closed (`<&-`, `2>&-`) to the null device.
 
-    Otherwise the next file that is opened, such as a half-written model, gets their number, and
-    what libraries print goes into it.
+    Otherwise the next file that is opened, such as a model being written, gets their descriptor,
+    and libraries print into it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
@@ -102,8 +111,8 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115  (until exit)
 
 
-def _as_notices(show: Callable[..., None]) -> Callable[..., None]:
-    """A `warnings.showwarning` that shows our own as one line each, once, and others as before."""
+def _as_messages(show: Callable[..., None]) -> Callable[..., None]:
+    """A `warnings.showwarning` that prints minllama's own warnings as one line each, once."""
     shown: set[str] = set()
 
     def show_once(message: Warning | str, category: type[Warning], *where: Any) -> None:
@@ -111,7 +120,7 @@ def _as_notices(show: Callable[..., None]) -> Callable[..., None]:
             show(message, category, *where)
         elif (text := " ".join(str(message).split())) not in shown:
             shown.add(text)
-            with suppress(OSError):  # where it goes is full or gone
+            with suppress(OSError):  # stderr is full or closed
                 click.echo(f"minllama: {text}", err=True)
 
     return show_once
@@ -122,31 +131,31 @@ def _run(args: list[str] | None, state: State) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("default" if state.debug else "ignore")
             warnings.simplefilter("always", CheckpointWarning)
-            warnings.showwarning = _as_notices(warnings.showwarning)
+            warnings.showwarning = _as_messages(warnings.showwarning)
             try:
                 cli.main(args, prog_name="minllama", standalone_mode=False, obj=state)
             except click.exceptions.NoArgsIsHelpError as error:
                 click.echo(error.format_message())
-        # Here, where what fails is said: Python buffers what goes to a file.
+        # Flush here, where errors are reported: Python buffers output to files.
         sys.stdout.flush()
     except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "minllama"
-        return _complain(f"{error.format_message()} (see: {command} --help)", 2, state)
+        return _report(usage_message(error), 2, state)
     except MinllamaError as error:
-        return _complain(str(error), 2, state)
+        return _report(str(error), 2, state)
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except (BrokenPipeError, _ReaderGone):
-        return 0  # the reader has gone (`| head`)
+    except (BrokenPipeError, _OutputClosed):
+        return 0  # the reader has closed the pipe (`| head`)
     except OSError as error:
-        return _complain(f"{error.filename or 'output'}: {error.strerror or error}", 2, state)
+        return _report(f"{error.filename or 'output'}: {error.strerror or error}", 2, state)
     except Exception as error:
         if _is_out_of_memory(error):
-            return _complain(OUT_OF_MEMORY, 2, state)
+            return _report(OUT_OF_MEMORY, 2, state)
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        return _complain(
-            f"internal error: {message}; --debug shows where, please report it", 1, state
+        return _report(
+            f"internal error: {message}; please report it, with the traceback that --debug shows",
+            1,
+            state,
         )
     return 0
 
@@ -155,23 +164,23 @@ OUT_OF_MEMORY = "out of memory; use a smaller model, fewer samples, or --dtype b
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch has a class of its own for GPUs, and none for the CPU.
+    # torch has an exception class for GPUs, but none for the CPU.
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError)
         and any(sign in str(error) for sign in ("can't allocate memory", "out of memory"))
     )
 
 
-def _complain(message: str, status: int, state: State) -> int:
-    with suppress(OSError):  # where errors go is full or gone: the status alone can tell
+def _report(message: str, status: int, state: State) -> int:
+    with suppress(OSError):  # stderr is full or closed: only the status remains
         if state.debug:
             traceback.print_exc()
         click.echo(f"minllama: {one_line(message)}", err=True)
     return status
 
 
-def _let_go(stream: TextIO) -> None:
-    """Drop what is still buffered and cannot be written, or Python fails again when it exits."""
+def _discard(stream: TextIO) -> None:
+    """Flush a stream; discard what cannot be written, or Python fails again at exit."""
     try:
         stream.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""`minllama chat`: an interactive session with history."""
+"""`minllama chat`: an interactive conversation in the terminal."""
 
 import sys
 from typing import Any
@@ -7,6 +7,7 @@ import click
 
 from minllama.cli.chat_input import HELP, read_said
 from minllama.cli.generate import summary
+from minllama.cli.grouped import GroupedCommand
 from minllama.cli.open import (
     base_option,
     check_sampling,
@@ -30,7 +31,7 @@ from minllama.options.loading import LoadOptions
 from minllama.text import escaped, one_line
 
 
-@click.command("chat")
+@click.command("chat", cls=GroupedCommand)
 @template_options()
 @model_options
 @base_option
@@ -50,7 +51,7 @@ def command(
     generation_config: bool,
     **options: Any,
 ) -> None:
-    """Talk with a model: /help shows what can be typed, Ctrl-C stops an answer."""
+    """Chat with a model: /help lists the commands, Ctrl-C stops an answer."""
     loading = pick(LoadOptions, options)
     checked = GenerationOptions(**options)
     if not generation_config:
@@ -66,7 +67,7 @@ def command(
         checked = recommended(options, checkpoint)
     template = chosen_template(chat_template, words)
     conversation = Conversation(model, words, checked, system=system, template=template)
-    hint = "/help shows commands, /exit or Ctrl-D leaves"
+    hint = "/help lists the commands, /exit or Ctrl-D quits"
     click.echo(one_line(f"{checkpoint.path.name}: {hint}"), err=True)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (gives input() a history and line editing)
@@ -74,7 +75,7 @@ def command(
         try:
             said = read_said()
         except KeyboardInterrupt:
-            click.echo("\n(/exit leaves)", err=True)
+            click.echo("\n(/exit quits)", err=True)
             continue
         except EOFError:
             click.echo()
@@ -83,12 +84,14 @@ def command(
             return
         if said.command == "reset":
             conversation.reset()
-            click.echo("(forgotten)", err=True)
+            click.echo("(history cleared)", err=True)
         elif said.command == "help":
             click.echo(HELP, err=True)
         elif said.command is not None:
             shown = escaped("/" + said.command)
-            click.echo(f"{shown[:60]} is no command; //text says /text, /help shows all", err=True)
+            click.echo(
+                f"{shown[:60]} is not a command; /help lists them, //text sends /text", err=True
+            )
         elif said.text:
             _answer(conversation, said.text)
 
@@ -104,8 +107,8 @@ def _answer(conversation: Any, text: str) -> None:
     except KeyboardInterrupt:
         click.echo("\n(stopped)", err=True)
     except ContextError as error:
-        click.echo(f"{error}; /reset begins anew", err=True)
-    except MinllamaError as error:  # what was said is at fault: the session goes on
+        click.echo(f"{error}; /reset clears the history", err=True)
+    except MinllamaError as error:  # the fault of this message: the conversation continues
         click.echo(str(error), err=True)
     finally:
         pieces.close()

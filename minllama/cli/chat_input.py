@@ -1,4 +1,4 @@
-"""What a person says in `minllama chat`: lines, texts of several lines, and commands."""
+"""The input of `minllama chat`: lines, multi-line messages and commands."""
 
 import sys
 from typing import NamedTuple
@@ -10,29 +10,29 @@ from minllama.errors import MinllamaError
 
 QUOTES = '"""'
 HELP = """\
-/reset     forget the conversation
-/exit      leave (or Ctrl-D)
-/help      show this
-\"\"\"        begin and end a text of several lines
-\\          at the end of a line: the text goes on in the next one
-//text     say /text (so does a space in front of it)
-Ctrl-C     stop an answer, or drop what is being typed"""
+/reset     clear the history
+/exit      quit (or Ctrl-D)
+/help      show this help
+\"\"\"        begin or end a multi-line message
+\\          at the end of a line: continue the message on the next line
+//text     send /text (or put a space before it)
+Ctrl-C     stop an answer, or discard the current line"""
 
 
 class Said(NamedTuple):
-    """What was typed: a command without its slash, or a text; an empty text says nothing."""
+    """What was typed: a command without its slash, or a message; an empty one is ignored."""
 
     text: str = ""
     command: str | None = None
 
 
 def read_said() -> Said:
-    """The next command or text.
+    """Read the next command or message.
 
     Raises:
         EOFError: standard input has ended.
         KeyboardInterrupt: Ctrl-C.
-        MinllamaError: it is not UTF-8.
+        MinllamaError: the input is not UTF-8.
     """
     line = _line(">>> ").removeprefix(MARK)
     if line.lstrip().startswith(QUOTES):
@@ -52,26 +52,26 @@ def read_said() -> Said:
 
 
 def _goes_on(line: str) -> bool:
-    """Whether it ends with a backslash that is not itself behind one."""
+    """Whether a line ends with a backslash that is not escaped by another."""
     return (len(line) - len(line.rstrip("\\"))) % 2 == 1
 
 
 def _quoted(line: str) -> str:
-    """What stands between triple quotes, of which the first have been read."""
+    """Read up to the closing triple quotes; `line` follows the opening ones."""
     lines = []
     while QUOTES not in line:
         lines.append(line)
         try:
             line = _line("... ")
         except EOFError:
-            click.echo(f"the text has no closing {QUOTES}, and is said as far as it came", err=True)
+            click.echo(f"the message has no closing {QUOTES}; sending what was read", err=True)
             return "\n".join(lines).strip("\n")
-    text, _, behind = line.partition(QUOTES)
-    return "\n".join([*lines, text + behind.rstrip()]).strip("\n")
+    text, _, after = line.partition(QUOTES)
+    return "\n".join([*lines, text + after.rstrip()]).strip("\n")
 
 
 def _line(prompt: str) -> str:
     try:
         return input(prompt if sys.stdin.isatty() else "").rstrip("\r")  # of a Windows file
     except UnicodeDecodeError as error:
-        raise MinllamaError(f"standard input: is not UTF-8 ({error.reason})") from error
+        raise MinllamaError(f"standard input: not UTF-8 ({error.reason})") from error

@@ -1,4 +1,4 @@
-"""`minllama classify`: labels for texts, by a classifier or by label words alone."""
+"""`minllama classify`: label texts with a trained classifier, or zero-shot with label words."""
 
 import contextlib
 import itertools
@@ -11,6 +11,7 @@ import click
 
 from minllama.atomic import only_run
 from minllama.cli.deciding import decide
+from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
     INTERRUPTED,
     dataclass_options,
@@ -45,66 +46,79 @@ if TYPE_CHECKING:
     from minllama.data import BadRows
     from minllama.experiment.resume import Done
 
-# Options by what they are for: the rows of a file, and what a saved classifier says itself.
+# Options that only apply to the rows of a file, and those that a saved classifier determines.
 OF_ROWS = ("output_format", "bom", "keep_columns", "resume", "force", *names_of(DataOptions))
 OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions))
 
 
-@click.command("classify")
+@click.command("classify", cls=GroupedCommand)
 @click.argument("classifier", required=False)
-@click.option(
+@option(
     "--labels",
     metavar="A,B,...",
-    help="Classify with these words alone, without a trained classifier; in quotes where one holds "
-    "a comma, or as a JSON list.",
+    group="Method",
+    common=True,
+    help="Classify zero-shot with these labels, without a trained classifier; quote a label that "
+    "contains a comma, or give a JSON list.",
 )
-@click.option(
+@option(
     "--labels-file",
     metavar="FILE",
-    help="The --labels, one on each line, or as a JSON list or object {name: number}.",
+    group="Method",
+    help="File with the labels: one per line, a JSON list, or a JSON object {name: id}.",
 )
-@click.option(
+@option(
     "--text",
     "texts",
     multiple=True,
     metavar="TEXT",
-    help="A text to classify; may be given several times.",
+    group="Data",
+    common=True,
+    help="A text to classify; repeatable.",
 )
 @source_option(
     "-i",
     "--input",
     "rows",
-    help="Texts to classify: a file, - for standard input, or a data set on the Hugging Face hub.",
+    group="Data",
+    common=True,
+    help="Texts to classify: a file, - for standard input, or a Hugging Face dataset.",
 )
-@click.option(
+@option(
     "-o",
     "--output",
     metavar="FILE",
     default="-",
-    help="Where the labels of --input go (default -, standard output), in the format that the name "
-    "says: .jsonl, .csv, .tsv, .parquet or .txt.",
+    group="Output",
+    common=True,
+    help="File for the predictions on --input (default -, standard output); its name determines "
+    "the format: .jsonl, .csv, .tsv, .parquet or .txt.",
 )
-@click.option(
+@option(
     "--output-format",
     type=click.Choice(OUTPUT_FORMATS),
-    help="Lines of JSON, a table with a column for each class, or lines of 'label ||| text' "
-    "(labelled); by the name of FILE where not given, else jsonl.",
+    group="Output",
+    help="JSON Lines, a table with one column per class, or lines of 'label ||| text' "
+    "(labelled); by default from the name of FILE, else jsonl.",
 )
-@click.option(
+@option(
     "--bom",
     is_flag=True,
-    help="Begin CSV and TSV with a byte order mark, by which Excel knows that they are UTF-8.",
+    group="Output",
+    help="Begin CSV and TSV with a byte order mark, so that Excel reads them as UTF-8.",
 )
-@click.option(
+@option(
     "--keep-columns",
     metavar="NAMES",
-    help="Columns of --input that each line of JSON carries along, and a table has in front, "
-    "separated by commas; or all.",
+    group="Output",
+    help="Columns of --input to copy to the output, separated by commas, or all.",
 )
-@click.option("--resume", is_flag=True, help="Go on where FILE ends.")
-@click.option("--force", is_flag=True, help="Replace FILE where it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for --text, too.")
-@click.option("--base", metavar="PATH|ID", help="Where the classifier's base model is now.")
+@option("--resume", is_flag=True, group="Output", help="Continue after the last row in FILE.")
+@option("--force", is_flag=True, group="Output", help="Replace FILE if it exists.")
+@option("--json", "as_json", is_flag=True, group="Output", help="Print JSON for --text, too.")
+@option(
+    "--base", metavar="PATH|ID", group="Model", help="The classifier's base model, if it has moved."
+)
 @model_options
 @quantize_option_of_classifier
 @dataclass_options(ZeroShotOptions, skip=("shots",))
@@ -131,7 +145,7 @@ def command(
     source: str | None,
     **values: Any,
 ) -> None:
-    """Say the labels of texts, by CLASSIFIER (a folder that `minllama train` wrote) or --labels."""
+    """Label texts with CLASSIFIER (a folder that `minllama train` wrote), or with --labels."""
     _check_idle(bool(texts), labels_file, score=values["score"])
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
@@ -140,19 +154,21 @@ def command(
     _check_input(texts, rows, file, resume=resume, force=force)
     columns = _kept_columns(keep_columns, file.output_format)
     if labels is not None and labels_file is not None:
-        raise OptionError("--labels and --labels-file name the same; give one of them")
+        raise OptionError("--labels and --labels-file exclude each other; give one")
     is_given = labels is not None or labels_file is not None
     if (classifier is None) != is_given:
-        raise OptionError("name a CLASSIFIER, or give --labels such as good,bad; one of them")
+        raise OptionError("give either a CLASSIFIER or --labels, such as --labels good,bad")
     if classifier is not None:
         if own := given_options(OF_A_CLASSIFIER):
             flags = flags_of(name for name in OF_A_CLASSIFIER if name in own)
             flags = flags.replace("--source", "--model")
-            raise OptionError(f"{flags}: a CLASSIFIER has its own; leave them away")
+            raise OptionError(
+                f"{flags}: determined by the CLASSIFIER; omit {'it' if len(own) == 1 else 'them'}"
+            )
         made = _load(classifier, loading)
     else:
         if loading.base is not None:
-            raise OptionError("--base is that of a CLASSIFIER; with --labels name it with --model")
+            raise OptionError("--base is for a CLASSIFIER; with --labels, use --model")
         names = _names(labels, labels_file, data.encoding)
         made = _zero_shot(names, options, prompt, source, loading)
         _learn_prior(made, options, rows, data)
@@ -169,31 +185,31 @@ def _check_idle(has_texts: bool, labels_file: str | None, *, score: str) -> None
     """Refuse options that would change nothing."""
     of_rows = [name for name in OF_ROWS if labels_file is None or name != "encoding"]
     uses: tuple[tuple[Sequence[str], bool, str], ...] = (
-        (of_rows, not has_texts, "for the rows of --input"),
-        (("as_json",), has_texts, "for --text; --output-format is for --input"),
-        (("prior_strength",), score in CORRECTED, f"for --score {', '.join(CORRECTED)}"),
+        (of_rows, not has_texts, "only for the rows of --input"),
+        (("as_json",), has_texts, "only for --text (--output-format is for --input)"),
+        (("prior_strength",), score in CORRECTED, f"only for --score {', '.join(CORRECTED)}"),
     )
     for names, has_use, purpose in uses:
         given = given_options(names)
         if given and not has_use:
             flags = flags_of(name for name in names if name in given).replace("--as-json", "--json")
-            raise OptionError(f"{flags}: {purpose}; leave away what has no use")
+            raise OptionError(f"{flags}: {purpose}; omit {'it' if len(given) == 1 else 'them'}")
 
 
 def _check_input(
     texts: tuple[str, ...], rows: str | None, output: OutputFile, *, resume: bool, force: bool
 ) -> None:
     if bool(texts) == (rows is not None):
-        raise OptionError("give texts with --text, or a file of them with --input; one of them")
+        raise OptionError("give either texts with --text or a file with --input")
     if texts and output.name != "-":
-        raise OptionError("--output is for --input; the labels of --text are printed")
+        raise OptionError("--output is for --input; the labels of --text are printed, so omit it")
     _check_texts(texts)
     if rows is not None:
         output.check(rows, resume=resume, force=force)
 
 
 def _kept_columns(names: str | None, output_format: str) -> list[str]:
-    """The columns that --keep-columns names; quoted, as in CSV, a name may hold a comma."""
+    """The columns that --keep-columns names; a quoted name may contain a comma."""
     if names is None:
         return []
     from minllama.data.label_lists import split_names
@@ -204,13 +220,13 @@ def _kept_columns(names: str | None, output_format: str) -> list[str]:
         raise OptionError(f"--keep-columns {error}; quote a name as in CSV") from error
     if not columns or output_format == "labelled":
         raise OptionError(
-            "--keep-columns names columns that lines of JSON carry along, or tables, or all"
+            "--keep-columns needs column names or all, and an output format other than labelled"
         )
     return columns
 
 
 def _check_texts(texts: tuple[str, ...]) -> None:
-    """Refuse what would be a bad row in a file."""
+    """Refuse texts that would be bad rows in a file."""
     from minllama.data import check_text
 
     for number, text in enumerate(texts, start=1):
@@ -218,7 +234,7 @@ def _check_texts(texts: tuple[str, ...]) -> None:
             check_text(text)
         except ValueError as error:
             where = "--text" if len(texts) == 1 else f"--text number {number}"
-            raise DataError(f"{where}: {error}; give one that can be read, or none") from error
+            raise DataError(f"{where}: {error}; give another text, or omit it") from error
 
 
 def _load(folder: str, loading: LoadOptions) -> "Classifier":
@@ -230,7 +246,7 @@ def _load(folder: str, loading: LoadOptions) -> "Classifier":
 
 
 def _names(labels: str | None, labels_file: str | None, encoding: str | None) -> list[str]:
-    """The names of --labels or --labels-file; says which of them may be one."""
+    """The names of --labels or --labels-file; warns of names that look alike."""
     from minllama.data import read_labels_file
     from minllama.data.label_names import names_of_option
     from minllama.data.look_alikes import alike_message, look_alikes
@@ -241,8 +257,8 @@ def _names(labels: str | None, labels_file: str | None, encoding: str | None) ->
         assert labels is not None
         names, where = names_of_option(labels, "--labels"), f"--labels {labels!r}"
     if len(names) < 2:
-        form = "a line each" if labels is None else "separated by commas"
-        raise OptionError(f"{where} is one label; give at least two, {form}")
+        form = "one per line" if labels is None else "separated by commas"
+        raise OptionError(f"{where}: only one label; give at least two, {form}")
     for alike in look_alikes(names):
         click.echo(f"labels: {alike_message(alike, {})}", err=True)
     return names
@@ -272,11 +288,13 @@ def _zero_shot(
 def _learn_prior(
     classifier: "Classifier", options: ZeroShotOptions, rows: str | None, data: DataOptions
 ) -> None:
-    """Let the score `batch` see the first texts of the file."""
+    """Estimate the label prior of the score `batch` from the first texts of the file."""
     if options.score != "batch":
         return
     if rows is None or rows == "-":
-        raise OptionError("--score batch learns from the texts of a file; name it with --input")
+        raise OptionError(
+            "--score batch estimates the prior from the texts of a file; name it with --input"
+        )
     from itertools import islice
 
     from minllama.classification import LlamaZeroShotClassifier
@@ -286,7 +304,7 @@ def _learn_prior(
     assert isinstance(classifier, LlamaZeroShotClassifier)
     texts = [row.text for row in islice(stream_rows(rows, data), PRIOR_TEXTS)]
     if not texts:
-        count_rows(rows, data)  # which says why there are none
+        count_rows(rows, data)  # raises an error that explains why
     classifier.fit_prior(texts)
     classifier.shortened.clear()
 
@@ -320,7 +338,7 @@ def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json
             click.echo(in_unit(float(p)))
             continue
         for i in (-p).argsort(kind="stable"):
-            # Where thresholds decide, the first is not always it.
+            # With thresholds, the most probable label is not always the predicted one.
             mark = "" if chosen is None or not chosen[row, i] else "  predicted"
             click.echo(f"{names[i]:<{width}}  {p[i]:.3f}{mark}")
     click.echo(described(classifier), err=True)
@@ -346,9 +364,9 @@ def _classify_rows(
     done = output.done() if resume else Done()
     total = 0 if rows == "-" else count_rows(rows, data, start=done.start)[0]
     if done.records:
-        say.say(f"going on behind row {done.records[-1]['index']} of {rows}")
+        say.say(f"resuming after row {done.records[-1]['index']} of {rows}")
     say.say(described(classifier))
-    # On one terminal lines and bar would be in each other's way.
+    # Output lines and a progress bar on the same terminal would overwrite each other.
     has_bar = total > 0 and not (output.name == "-" and sys.stdout.isatty())
     chunks = predict_stream(
         classifier,
@@ -362,7 +380,7 @@ def _classify_rows(
         notices=notices,
     )
     try:
-        # What cannot be done, or gone on with, is found in the first chunk: the file is untouched.
+        # Errors that prevent classifying or resuming occur in the first chunk, before writing.
         first = next(chunks, [])
         if rows == "-" and not done.records and not first:
             _check_some(bad_rows, output)
@@ -382,7 +400,7 @@ def _classify_rows(
 
 
 def _write_lines(output: OutputFile, done: "Done", chunks: Iterable[list[str]]) -> int:
-    """Write behind what is done, and say how many lines: each chunk is in the file at once."""
+    """Append the lines, flushing after each chunk; return their number."""
     count = 0
     with output.opened(done) as stream:
         for lines in chunks:
@@ -396,13 +414,13 @@ def _left_out(bad_rows: "BadRows") -> str | None:
     if not bad_rows.count:
         return None
     why = "; ".join([bad_rows.summary(), *bad_rows.remedies])
-    return f"bad rows left out: {bad_rows.count} ({why})"
+    return f"bad rows skipped: {bad_rows.count} ({why})"
 
 
 def _check_some(bad_rows: "BadRows", output: OutputFile) -> None:
-    """Refuse standard input without a row, and without a good one where columns need it."""
+    """Refuse standard input without rows, or without good ones if the output is a table."""
     if not bad_rows.count:
-        raise MinllamaError("standard input: holds no rows; pipe in a text on each line")
+        raise MinllamaError("standard input: no rows; pipe in one text per line")
     if output.output_format not in ("jsonl", "labelled"):
         raise MinllamaError(
             f"standard input: all {bad_rows.count} rows are bad: {bad_rows.summary()}"

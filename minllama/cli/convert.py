@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from minllama.atomic import check_replaceable
+from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import DTYPES, base_option, debug_option, ended_by_interrupts, torch_dtype
 from minllama.errors import MinllamaError
 from minllama.text import one_line
@@ -24,23 +25,32 @@ GGUF_DTYPES: dict[str, GgufDtype] = {
 }
 
 
-@click.command("convert")
+@click.command("convert", cls=GroupedCommand)
 @click.argument("src")
 @click.argument("dst")
-@click.option(
+@option(
     "--to",
     "target",
     type=click.Choice(["hf", "gguf", "llama2c"]),
     required=True,
+    group="Output",
+    common=True,
     help="A Hugging Face folder, a GGUF file, or llama2.c's legacy .bin file.",
 )
-@click.option(
+@option(
     "--dtype",
     type=click.Choice([*DTYPES, "q8_0"]),
-    help="Of the weights; without it as stored, or float32 for quantised ones.",
+    group="Output",
+    common=True,
+    help="Data type of the weights (default: as stored; float32 for quantized ones).",
 )
-@click.option("--tokenizer", metavar="PATH", help="Tokenizer of SRC: file (also GGUF) or folder.")
-@click.option("--force", is_flag=True, help="Replace DST where it exists.")
+@option(
+    "--tokenizer",
+    metavar="PATH",
+    group="Model",
+    help="Tokenizer of SRC: file (also GGUF) or folder.",
+)
+@option("--force", is_flag=True, group="Output", help="Replace DST if it exists.")
 @base_option
 @debug_option
 def command(
@@ -57,15 +67,17 @@ def command(
     A PEFT adapter is merged into its base.
     """
     if not dst:
-        raise MinllamaError("the name of DST is empty; name a file or folder to write")
+        raise MinllamaError("DST is empty; name a file or folder to write")
     if target == "hf":
         check_replaceable(dst)
     if Path(dst).exists() and not force:
         raise MinllamaError(f"{dst} exists; --force replaces it")
     if dtype == "q8_0" and target != "gguf":
-        raise MinllamaError(f"--dtype q8_0 is a GGUF type; --to {target} takes {', '.join(DTYPES)}")
+        raise MinllamaError(
+            f"--dtype q8_0 needs --to gguf; --to {target} takes {', '.join(DTYPES)}"
+        )
     if target == "llama2c" and dtype not in (None, "float32"):
-        raise MinllamaError("llama2.c's legacy .bin holds float32 only; leave --dtype away")
+        raise MinllamaError("llama2.c's legacy .bin format is float32 only; omit --dtype")
 
     with ended_by_interrupts():
         from minllama.checkpoints.open import open_checkpoint
@@ -74,10 +86,10 @@ def command(
 
 
 def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None) -> None:
-    """Write a checkpoint in another format, and say so.
+    """Write a checkpoint in another format, and report it on stderr.
 
     Raises:
-        MinllamaError: it is damaged, or the format has no words for it; nothing is written.
+        MinllamaError: it is damaged, or the format cannot represent it; nothing is written.
     """
     with ended_by_interrupts():
         from minllama.checkpoints.gguf import write_gguf
@@ -91,14 +103,14 @@ def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None)
         from minllama.tokenizer.size import check_fits, count_tokens
 
     vocabulary = checkpoint.vocabulary
-    if vocabulary is not None:  # before weights are read; and llama2c's file would not say it
+    if vocabulary is not None:  # before reading weights; a llama2.c file would not reveal it
         where = checkpoint.tokenizer or str(checkpoint.path)
         check_fits(count_tokens(vocabulary), checkpoint.config.vocab_size, where)
-    says = {"hf": settings_for_huggingface, "gguf": settings_for_gguf}.get(target)
-    settings = {} if says is None else says(checkpoint)
+    collect = {"hf": settings_for_huggingface, "gguf": settings_for_gguf}.get(target)
+    settings = {} if collect is None else collect(checkpoint)
     dtype = dtype or ("float32" if target == "llama2c" else _stored_dtype(checkpoint))
-    # Through the model: names, shapes and numbers are checked before anything is written.
-    # A GGUF file has norms and biases in float32 whatever its matrices are in.
+    # Through the model: names, shapes and values are checked before anything is written.
+    # A GGUF file stores norms and biases in float32, whatever the type of its matrices.
     loaded_dtype = torch_dtype("float32" if target == "gguf" else dtype)
     model = Llama.from_checkpoint(checkpoint, dtype=loaded_dtype, device="cpu")
     tensors = model.state_dict()
@@ -112,7 +124,7 @@ def write(checkpoint: "Checkpoint", dst: str, target: Target, dtype: str | None)
 
 
 def _stored_dtype(checkpoint: "Checkpoint") -> str:
-    """The dtype that keeps the stored numbers: the commonest one, float32 for quantised blocks."""
+    """The most common stored dtype; float32 for quantized blocks."""
     stored = Counter[str]()
     for tensor in checkpoint.tensors.values():
         kind = tensor.stored_as if tensor.stored_as in DTYPES else "float32"

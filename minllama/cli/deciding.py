@@ -1,4 +1,4 @@
-"""Thresholds that were typed, for `evaluate` and `classify`."""
+"""Apply `--threshold` and `--positive`, for `evaluate` and `classify`."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,15 @@ OF_CLASSES = (*names_of(ThresholdOptions), *names_of(ReportOptions))
 def decide(
     classifier: "Classifier", options: ThresholdOptions, *, more_of_classes: Iterable[str] = ()
 ) -> None:
-    """Let thresholds that were typed take the place of the classifier's own.
+    """Replace the classifier's own thresholds by those that were given.
 
     Args:
-        classifier: gives classes or numbers.
+        classifier: predicts classes or numbers.
         options: as typed.
-        more_of_classes: names of the command's other options that numbers have no use for.
+        more_of_classes: other options of the command that do not apply to regression.
 
     Raises:
-        OptionError: they cannot be, or the classifier gives numbers.
+        OptionError: they are invalid, or the classifier predicts numbers.
     """
     from minllama.evaluation.thresholds import fixed_thresholds
 
@@ -34,7 +34,9 @@ def decide(
         given = given_options(names)
         if given:
             flags = flags_of(name for name in names if name in given)
-            raise OptionError(f"{flags}: for classes, and this classifier gives numbers; omit it")
+            raise OptionError(
+                f"{flags}: only for classes, and this classifier predicts numbers; omit it"
+            )
         return
     kind: Any = {"multi_label": classifier.multi_label, "own": classifier.decision}
     classifier.decide_by(fixed_thresholds(options, classifier.labels, **kind))

@@ -1,4 +1,4 @@
-"""`minllama evaluate`: a classifier on labelled texts, and beside another one on the same texts."""
+"""`minllama evaluate`: measure a classifier on labeled texts, or compare it with another one."""
 
 import dataclasses
 from datetime import UTC, datetime
@@ -9,6 +9,7 @@ import click
 
 from minllama.atomic import check_folder_writable
 from minllama.cli.deciding import decide
+from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
     classifier_options,
     dataclass_options,
@@ -33,33 +34,43 @@ if TYPE_CHECKING:
     from minllama.experiment.compare import Other
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=GroupedCommand)
 @click.argument("classifier")
 @source_option(
     "--data",
     "source",
     required=True,
-    help="Labelled texts: a file, - or a data set on the Hugging Face hub.",
+    group="Data",
+    common=True,
+    help="Labeled texts: a file, - for standard input, or a Hugging Face dataset.",
 )
-@click.option(
+@option(
     "--against",
     metavar="OTHER",
-    help="Compare row by row with another classifier's folder, or with predictions of the same "
-    "texts that evaluate or classify wrote as lines of JSON.",
+    group="Evaluation",
+    common=True,
+    help="Compare with another classifier, or with predictions on the same texts that evaluate "
+    "or classify wrote as JSON Lines.",
 )
-@click.option("--against-base", metavar="PATH|ID", help="Where the base model of OTHER is now.")
-@click.option(
+@option(
+    "--against-base", metavar="PATH|ID", group="Model", help="Base model of OTHER, if it has moved."
+)
+@option(
     "-o",
     "--output",
     metavar="DIR",
-    help="Write report.html, metrics.json and predictions.jsonl there.",
+    group="Output",
+    common=True,
+    help="Folder for report.html, metrics.json and predictions.jsonl.",
 )
-@click.option("--force", is_flag=True, help="Replace an earlier report in DIR.")
-@click.option(
+@option("--force", is_flag=True, group="Output", help="Replace an earlier report in DIR.")
+@option(
     "--seed",
     type=click.IntRange(0),
+    metavar="[INTEGER >= 0]",
     default=0,
-    help="Of the draws for the intervals (default 0).",
+    group="Evaluation",
+    help="Seed of the bootstrap for the confidence intervals (default 0).",
 )
 @classifier_options
 @quantize_option_of_classifier
@@ -77,7 +88,7 @@ def command(
     seed: int,
     **values: Any,
 ) -> None:
-    """Measure CLASSIFIER, a folder that `minllama train` wrote, on labelled texts."""
+    """Evaluate CLASSIFIER, a folder that `minllama train` wrote, on labeled texts."""
     data, loading = pick(DataOptions, values), pick(LoadOptions, values)
     _check(against, against_base, output, force=force)
     with ended_by_interrupts():
@@ -129,9 +140,9 @@ def command(
 def _check(
     against: str | None, against_base: str | None, output: str | None, *, force: bool
 ) -> None:
-    """Refuse, before any work, what cannot be opened or written."""
+    """Refuse what cannot be opened or written before any work."""
     if output == "":
-        raise MinllamaError("the name of --output is empty; name a folder")
+        raise MinllamaError("--output is empty; name a folder")
     if output is not None:
         check_folder_writable(output)
     with ended_by_interrupts():
@@ -139,20 +150,20 @@ def _check(
 
     there = [name for name in REPORT_FILES if output is not None and (Path(output) / name).exists()]
     if there and not force:
-        raise MinllamaError(f"{output}: {', '.join(there)} are there; --force replaces them")
+        raise MinllamaError(f"{output}: already contains {', '.join(there)}; --force replaces them")
     if against_base is not None and (against is None or not Path(against).is_dir()):
-        raise OptionError("--against-base is that of a classifier's folder; name it with --against")
+        raise OptionError("--against-base needs a classifier's folder; name it with --against")
     if against is not None and not (against and Path(against).exists()):
         raise MinllamaError(
-            f"--against {against!r}: no such file or folder; name the folder of a classifier, or "
-            "predictions that evaluate or classify wrote as lines of JSON"
+            f"--against {against!r}: no such file or folder; name a classifier's folder, or "
+            "predictions that evaluate or classify wrote as JSON Lines"
         )
 
 
 def _read(
     source: str, data: DataOptions, classifier: "Classifier", name: str
 ) -> tuple["Dataset", list[str]]:
-    """The rows, with labels of the classifier's kind, and what a person should hear of them."""
+    """The rows, with labels of the classifier's kind, and notes on them for the user."""
     from minllama.data import load_dataset, one_class, one_number
 
     if classifier.scale is not None:
@@ -163,7 +174,8 @@ def _read(
     split = load_dataset(source, data, label_names=classifier.labels)
     if split.multi_label != classifier.multi_label:
         raise MinllamaError(
-            f"{split.source}: its rows have several labels, and {name} gives one to each text"
+            f"{split.source}: rows have several labels, but {name} predicts one per text; use "
+            "a multi-label classifier"
         )
     return split, [str(notice) for notice in (*split.notices, *one_class(split))]
 
@@ -185,10 +197,10 @@ def _measured(
     seed: int,
     say: "ConsoleSay",
 ) -> Any:
-    """What was measured, with the other system on the same rows beside it.
+    """Evaluate the classifier, and the other system on the same rows.
 
     Returns:
-        A ReportedSplit; ReportedValues where there are numbers.
+        A ReportedSplit; ReportedValues for regression.
     """
     from minllama.experiment import evaluate_classifier
     from minllama.experiment.evaluate_values import evaluate_values

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
     base_option,
     check_sampling,
@@ -34,12 +35,23 @@ if TYPE_CHECKING:
     from minllama.tokenizer.tokenizer import Tokenizer
 
 
-@click.command("generate")
+@click.command("generate", cls=GroupedCommand)
 @click.argument("prompt", required=False)
-@click.option("--prompt-file", metavar="FILE", help="Read the prompt from a file; - for stdin.")
-@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@option(
+    "--prompt-file",
+    metavar="FILE",
+    group="Prompt",
+    help="Read the prompt from a file; - for stdin.",
+)
+@option(
+    "--chat",
+    is_flag=True,
+    group="Prompt",
+    common=True,
+    help="Format the prompt with the model's chat template.",
+)
 @template_options(", with --chat")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON record for each text.")
+@option("--json", "as_json", is_flag=True, group="Output", help="Print one JSON record per text.")
 @model_options
 @base_option
 @quantize_option
@@ -58,12 +70,12 @@ def command(
     generation_config: bool,
     **options: Any,
 ) -> None:
-    """Continue PROMPT (or - for standard input); the text streams as it is made.
+    """Continue PROMPT (- for standard input), and print the text as it is generated.
 
-    What is piped in, or redirected from a file, stands before PROMPT.
+    Piped or redirected input is put before PROMPT.
     """
     loading = pick(LoadOptions, options)
-    # Whatever can be refused is refused before torch is imported.
+    # Check everything that needs no torch before importing it.
     options["json_schema"] = _schema(options["json_schema"])
     if as_json and options["logprobs"] is None and not options["prompt_lookup"]:
         options["logprobs"] = 0
@@ -71,7 +83,7 @@ def command(
     if not generation_config:
         check_sampling(checked.temperature)
     if checked.logprobs is not None and not as_json:
-        raise MinllamaError("--logprobs are part of a record; give --json too")
+        raise MinllamaError("--logprobs are part of the JSON records; give --json too")
     system = read_system(system, system_file)
     _check_chat(chat, system, chat_template, checked.special)
     prompt_text = PromptText(prompt, prompt_file)
@@ -105,54 +117,54 @@ def command(
 
 def _check_chat(chat: bool, system: str | None, template: str | None, special: bool) -> None:
     if system is not None and not chat:
-        raise MinllamaError("--system needs --chat: without it the prompt stands alone")
+        raise MinllamaError("--system needs --chat; add it, or omit --system")
     if template is not None and not chat:
-        raise MinllamaError("--chat-template needs --chat: without it the prompt stands alone")
+        raise MinllamaError("--chat-template needs --chat; add it, or omit --chat-template")
     if special and chat:
         raise MinllamaError(
-            "--special is for a prompt in the model's own format; --chat writes that format around "
-            "a text, so give one of them"
+            "--special is for a prompt that is already in the model's chat format, and --chat "
+            "applies that format; give one of them"
         )
 
 
 def _chat_ids(
     text: str, system: str | None, template: str | None, words: "Tokenizer", context_len: int
 ) -> list[int]:
-    """Ids of a chat of one message."""
+    """Token ids of a conversation of one message."""
     from minllama.generation.conversation import chat_template, encode_messages
 
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": text})
     ids = encode_messages(chat_template(words, template), words, messages, context_len)
-    _say_what_is_spelled(text, words, "--special, without --chat")
+    _note_special_tokens(text, words, "--special, without --chat")
     return ids
 
 
 def _prompt_ids(text: str, words: "Tokenizer", context_len: int, special: bool) -> list[int]:
-    """Ids of a prompt that stands alone."""
+    """Token ids of a prompt without a chat template."""
     from minllama.generation.api import encode_prompt
 
     ids = encode_prompt(text, words, context_len, special=special)
     if not ids:
         raise MinllamaError("the prompt is empty; give some text to continue")
     if not special:
-        _say_what_is_spelled(text, words, "--special")
+        _note_special_tokens(text, words, "--special")
     return ids
 
 
-def _say_what_is_spelled(text: str, words: "Tokenizer", options: str) -> None:
-    """Say that a prompt's special tokens are plain text: most who spell them mean tokens."""
+def _note_special_tokens(text: str, words: "Tokenizer", options: str) -> None:
+    """Tell the user that special tokens in a prompt are read as plain text."""
     from minllama.generation.api import spelled_special
 
     spelled = spelled_special(text, words)
     if spelled:
         listed = first_few(map(escaped, spelled), 3)
-        notice = f"plain text in the prompt: {listed} (tokens with {options})"
+        notice = f"read as plain text: {listed} (special tokens with {options})"
         click.echo(one_line(notice), err=True)
 
 
 def _print_texts(stream: "TextStream", prompt: str, n: int) -> None:
-    """One text as it comes, several when all have."""
+    """Print one text as it is generated, several when all are complete."""
     if n == 1:
         _print_streaming(stream, prompt)
         return
@@ -164,16 +176,16 @@ def _print_texts(stream: "TextStream", prompt: str, n: int) -> None:
 
 
 def _print_streaming(stream: "TextStream", prompt: str) -> None:
-    if sys.stdout.isatty():  # a person reads on from the prompt; a program wants the new text only
+    if sys.stdout.isatty():  # people read on from the prompt, programs need only the new text
         click.secho(prompt, dim=True, nl=False)
     for piece in stream:
-        click.echo(piece.text, nl=False, color=True)  # as it is, into files too
+        click.echo(piece.text, nl=False, color=True)  # unchanged, also into files
         sys.stdout.flush()
     click.echo()
 
 
 def summary(timings: "Timings", results: "list[Generation]") -> str:
-    """One line: tokens per second of both phases, and why the texts ended."""
+    """One line: tokens per second of both phases, and the finish reasons."""
     reasons = ", ".join(sorted({result.finish_reason for result in results}))
     return (
         f"[prefill {timings.prefill_tokens} tokens, {timings.prefill_rate:.1f} tokens/s; "
@@ -183,7 +195,7 @@ def summary(timings: "Timings", results: "list[Generation]") -> str:
 
 
 def _logprob_record(token: "TokenLogprob", words: "Tokenizer") -> dict[str, Any]:
-    """One token's log-probability; `bytes` as in OpenAI's API, which holds parts of characters."""
+    """One token's log-probability; `bytes` as in OpenAI's API, for incomplete characters."""
     return {
         "id": token.id,
         "token": token.text,
@@ -223,11 +235,11 @@ def _record(
 
 
 def _schema(value: str | None) -> str | None:
-    """A JSON schema given in place, or the content of a file that holds one."""
+    """A JSON schema given directly, or read from a file."""
     value = value and value.removeprefix(MARK)
     if value is None or value.lstrip().startswith("{"):
         return value
     try:
         return read_text(value)
     except MinllamaError as error:
-        raise MinllamaError(f"--json-schema {error}; give a file, or a schema in {{}}") from error
+        raise MinllamaError(f"--json-schema {error}; give a file, or a schema in braces") from error

@@ -1,4 +1,4 @@
-"""`minllama info`: what a checkpoint is."""
+"""`minllama info`: describe a checkpoint."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import base_option, debug_option, ended_by_interrupts
 from minllama.options.loading import LoadOptions
 from minllama.text import cut, escaped, first_few, one_line, printable
@@ -15,16 +16,18 @@ if TYPE_CHECKING:
     from minllama.model.config import LlamaConfig
     from minllama.tokenizer.vocabulary import Vocabulary
 
-MAX_TEMPLATES = 20  # that are shown by name
+MAX_TEMPLATES = 20  # shown by name
 
 
-@click.command("info")
+@click.command("info", cls=GroupedCommand)
 @click.argument("model", required=False)
-@click.option("--tokenizer", metavar="PATH", help="Tokenizer: a file (GGUF as well) or folder.")
+@option(
+    "--tokenizer", metavar="PATH", group="Model", help="Tokenizer: a file (also GGUF) or folder."
+)
 @base_option
 @debug_option
 def command(model: str | None, tokenizer: str | None, base: str | None) -> None:
-    """Say what MODEL is: a file, a folder, a Hugging Face id, or without it the default model.
+    """Describe MODEL: a file, a folder or a Hugging Face id (default: the embedded model).
 
     MODEL may also be the folder of a classifier that `minllama train` wrote.
     """
@@ -36,7 +39,7 @@ def command(model: str | None, tokenizer: str | None, base: str | None) -> None:
     if folder is not None and (folder / "classifier.json").is_file():
         _show_classifier(folder)
         if not (folder / "config.json").is_file():
-            return  # its base is elsewhere
+            return  # its base model is elsewhere
 
     checkpoint = open_checkpoint(model, tokenizer=tokenizer, base=base)
     for name, value in describe(checkpoint):
@@ -52,7 +55,7 @@ def _show_classifier(folder: Path) -> None:
 
 
 def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
-    """Pairs of name and value, for people."""
+    """Pairs of name and value, for the terminal."""
     config = checkpoint.config
     tensors = checkpoint.tensors.values()
     stored = Counter[str]()
@@ -85,7 +88,7 @@ def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
 
 
 def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
-    """How it runs; of a sequence classifier what it gives."""
+    """How the checkpoint runs; what a sequence classifier predicts."""
     head = checkpoint.head
     if head is None:
         return [("runs as", _runs_as(checkpoint))]
@@ -105,7 +108,7 @@ def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         problem = head.problem_of(n_outputs)
     labels = f"{len(names)} labels ({listed(names)})"
     gives = {
-        REGRESSION: "a number for each text",
+        REGRESSION: "a number per text",
         SEVERAL_LABELS: f"any number of {labels} for each text",
     }.get(problem, f"one of {labels} for each text")
     return [
@@ -115,7 +118,7 @@ def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
 
 
 def _runs_as(checkpoint: "Checkpoint") -> str:
-    """What `generate` does with the file on this machine, unless it is told otherwise."""
+    """How `generate` computes with the file on this machine by default."""
     from minllama.checkpoints.weight_format import has_blocks, resolve_weight_format
     from minllama.engine import cuda_graph
     from minllama.kernels.cpu.library import best_level, library
@@ -125,23 +128,23 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
     weights = resolve_weight_format(checkpoint, LoadOptions(quantize="auto"))
     device, quantize = weights.device, weights.quantize
     if quantize is not None and not has_blocks(checkpoint):
-        return f"the file's numbers, widened to float32 ({LEVELS[best_level()]})"
+        return f"the file's half-precision weights, computed in float32 ({LEVELS[best_level()]})"
     if quantize is not None:
         others = _rounded_again(checkpoint)
-        blocks = f"the file's blocks, {others} in 8 bits" if others else "the file's blocks"
+        blocks = "the file's quantized blocks" + (f", {others} in 8 bits" if others else "")
         text = f"{blocks} ({LEVELS[best_level()]})"
-        return f"{text}; long passes in bfloat16" if fast_bfloat16(device) else text
+        return f"{text}; long forward passes in bfloat16" if fast_bfloat16(device) else text
     name = str(weights.dtype).removeprefix("torch.")
     if device.type != "cpu":
         has_steps = cuda_graph.knows(checkpoint.config) and gpu.works(device)
-        steps = "; steps in captured graphs" if has_steps else ""
+        steps = "; decode steps in CUDA graphs" if has_steps else ""
         return f"{name} on {device.type}{steps}"
     compiled = LEVELS[best_level()] if library() is not None else "not compiled, so slow"
     return f"{name} ({compiled})"
 
 
 def _rounded_again(checkpoint: "Checkpoint") -> str:
-    """The types of a file's blocks that are computed with in another form; "" for none."""
+    """The quantized types of a file that are converted to 8 bits; "" for none."""
     from minllama.quantization.modules import BITS
 
     kept = {stored.name for stored in BITS}
@@ -180,7 +183,7 @@ def _rope(config: "LlamaConfig") -> str:
 
 def _vocabulary(vocabulary: "Vocabulary | None") -> list[tuple[str, str]]:
     if vocabulary is None:
-        return [("tokenizer", "none in or beside it; name one with --tokenizer")]
+        return [("tokenizer", "none; name one with --tokenizer")]
     ids = [
         f"{name} {token_id}"
         for name, token_id in (
@@ -206,12 +209,12 @@ def _templates(vocabulary: "Vocabulary") -> str:
 
 
 def _sampling(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
-    """How its makers sample from it, where they say so."""
+    """The sampling options that the checkpoint recommends, if any."""
     from minllama.errors import CheckpointError
     from minllama.generation.checkpoint_defaults import sampling_defaults
 
     try:
         defaults = sampling_defaults(checkpoint)
-    except CheckpointError as error:  # of no use to what else is told here
+    except CheckpointError as error:  # the rest of the description is still valid
         return [("sampling", str(error))]
     return [] if defaults is None else [("sampling", f"{defaults} (with --generation-config)")]

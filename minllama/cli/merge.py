@@ -1,4 +1,4 @@
-"""`minllama merge`: a classifier's adapter becomes part of its weights."""
+"""`minllama merge`: merge a classifier's adapter into its weights."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -9,6 +9,7 @@ import click
 
 from minllama.atomic import check_folder_writable, check_replaceable
 from minllama.cli.convert import write
+from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
     classifier_options,
     debug_option,
@@ -26,16 +27,18 @@ if TYPE_CHECKING:
     from minllama.classification import Classifier
 
 
-@click.command("merge")
+@click.command("merge", cls=GroupedCommand)
 @click.argument("classifier")
 @click.argument("dst")
-@click.option(
+@option(
     "--to",
     "target",
     type=click.Choice(["hf"]),
-    help="Write transformers' LlamaForSequenceClassification, where it can compute CLASSIFIER.",
+    group="Output",
+    common=True,
+    help="Write transformers' LlamaForSequenceClassification, if it can represent CLASSIFIER.",
 )
-@click.option("--force", is_flag=True, help="Replace DST where it exists.")
+@option("--force", is_flag=True, group="Output", help="Replace DST if it exists.")
 @classifier_options
 @debug_option
 def command(
@@ -45,9 +48,9 @@ def command(
     force: bool,
     **values: Any,
 ) -> None:
-    """Write CLASSIFIER to DST as a model of its own, which needs no base model any more.
+    """Write CLASSIFIER to DST as a complete model that needs no base model.
 
-    A PEFT adapter's folder becomes a Hugging Face folder, as by minllama convert.
+    A PEFT adapter's folder becomes a Hugging Face folder, as with minllama convert.
     """
     loading = pick(LoadOptions, values)
     _check_target(dst, force=force)
@@ -79,9 +82,9 @@ def command(
 
 
 def _check_target(dst: str, *, force: bool) -> None:
-    """Refuse what cannot be written, before a model is read."""
+    """Refuse what cannot be written before a model is read."""
     if not dst:
-        raise MinllamaError("the name of DST is empty; name a folder to write")
+        raise MinllamaError("DST is empty; name a folder to write")
     check_replaceable(dst)
     if Path(dst).exists() and not force:
         raise MinllamaError(f"{dst} exists; --force replaces it")
@@ -91,7 +94,7 @@ def _check_target(dst: str, *, force: bool) -> None:
 def _write_merged(
     classifier: "Classifier", source: Path, dst: str, dtype: "torch.dtype | None"
 ) -> None:
-    """Write a classifier of ours with its adapter merged, and the records beside it."""
+    """Write a minllama classifier with its adapter merged, and the records of its training."""
     from minllama.classification.storage.save_load import (
         classifier_settings,
         merge_classifier,
@@ -110,7 +113,7 @@ def _write_merged(
         metrics=metrics,
         verdicts=verdicts,
         also=lambda folder: copy_records(source, folder),
-        removes=RECORDS,  # those of what was there before
+        removes=RECORDS,  # of an earlier run in `dst`
     )
     click.echo(one_line(f"wrote {dst}; the largest drift of a logit is {drift:.2g}"), err=True)
 
@@ -122,7 +125,7 @@ def _write_for_transformers(
     *,
     removes: Collection[str],
 ) -> None:
-    """Write a folder of LlamaForSequenceClassification, with any adapter merged into it."""
+    """Write a LlamaForSequenceClassification folder, with any adapter merged."""
     from minllama.classification.storage.save_load import merge_classifier
     from minllama.classification.storage.transformers_export import (
         check_exportable,

@@ -1,7 +1,7 @@
-"""Options that several commands share, and how they become a model.
+"""Options that several commands share, and the models that they name.
 
-Option dataclasses are turned into command-line options here, once, so that names, defaults and
-help stand where the options are defined and nowhere else.
+`dataclass_options` makes command-line options from the option dataclasses of `minllama.options`, so
+that names, defaults, help texts and help groups are defined there and nowhere else.
 """
 
 import contextlib
@@ -12,13 +12,14 @@ import threading
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from minllama.cli.grouped import Command, option
 from minllama.errors import OptionError
-from minllama.options import QUANTIZE
+from minllama.options import QUANTIZE, CheckedOptions, group_of
 from minllama.options.loading import LoadOptions
 from minllama.text import escaped, one_line
 
@@ -31,10 +32,8 @@ if TYPE_CHECKING:
     from minllama.tokenizer.tokenizer import Tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
-INTERRUPTED = "interrupted; with --resume, and without --force, the same command goes on with {}"
-FORMS = ("auto", "none", *QUANTIZE)
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+INTERRUPTED = "interrupted; the same command with --resume, and without --force, continues {}"
+WEIGHT_FORMATS = ("auto", "none", *QUANTIZE)
 
 
 def debug_option(command: Command) -> Command:
@@ -44,157 +43,180 @@ def debug_option(command: Command) -> Command:
         if value and context.obj is not None:
             context.obj.debug = True
 
-    return click.option(
+    return option(
         "--debug",
         is_flag=True,
         expose_value=False,
         is_eager=True,
         callback=remember,
-        help="Show where an error comes from.",
+        help="Show the traceback of an error.",
     )(command)
 
 
 def model_options(command: Command) -> Command:
     """`--model`, `--tokenizer`, `--dtype`, `--device`."""
     options = (
-        click.option(
+        option(
             "-m",
             "--model",
             "source",
             metavar="PATH|ID",
-            help="File, folder or Hugging Face id; without it the embedded default model.",
+            group="Model",
+            common=True,
+            help="File, folder or Hugging Face id (default: the embedded model).",
         ),
-        click.option(
+        option(
             "--tokenizer",
             metavar="PATH",
-            help="Tokenizer file (GGUF as well) or folder, where none lies beside the model.",
+            group="Model",
+            help="Tokenizer file (also GGUF) or folder, if there is none beside the model.",
         ),
-        click.option(
+        option(
             "--dtype",
             type=click.Choice(DTYPES),
-            help="Of the weights; without it what suits the command and the machine.",
+            group="Model",
+            help="Data type of the weights; by default chosen for the command and machine.",
         ),
-        click.option(
-            "--device", metavar="DEVICE", help="cpu, cuda or mps; without it the GPU if any."
+        option(
+            "--device",
+            metavar="DEVICE",
+            group="Model",
+            help="cpu, cuda or mps; by default a GPU if there is one.",
         ),
     )
-    for option in reversed(options):
-        command = option(command)
+    for add in reversed(options):
+        command = add(command)
     return command
 
 
 def base_option(command: Command) -> Command:
-    """`--base`: of a model that may be a PEFT adapter."""
-    return click.option(
+    """`--base`, for a model that may be a PEFT adapter."""
+    return option(
         "--base",
         metavar="PATH|ID",
-        help="Where a PEFT adapter's base model is, if not where its adapter_config.json says.",
+        group="Model",
+        help="Base model of a PEFT adapter, if not the one that adapter_config.json names.",
     )(command)
 
 
 def quantize_option(command: Command) -> Command:
     """`--quantize`."""
-    return click.option(
+    return option(
         "--quantize",
-        type=click.Choice(FORMS),
+        type=click.Choice(WEIGHT_FORMATS),
         default="auto",
-        help="Bits of the weights: auto for what is fastest with this file and machine, stored for "
-        "a GGUF file's blocks as they are, none for numbers in --dtype (default auto).",
+        group="Model",
+        help="Weight format: auto for the fastest with this file and machine, stored for the "
+        "quantized blocks of a GGUF file, none for dense weights in --dtype (default auto).",
     )(command)
 
 
 def quantize_option_of_classifier(command: Command) -> Command:
-    """`--quantize`, where a classifier has its own."""
-    return click.option(
+    """`--quantize`, for a saved classifier, which has its own weight format."""
+    return option(
         "--quantize",
-        type=click.Choice(FORMS),
-        help="Bits of the weights, as for train; without it as in training.",
+        type=click.Choice(WEIGHT_FORMATS),
+        group="Model",
+        help="Weight format, as for train; by default the same as in training.",
     )(command)
 
 
 def classifier_options(command: Command) -> Command:
-    """`--base`, `--tokenizer`, `--dtype`, `--device`: of a classifier that is in a folder."""
+    """`--base`, `--tokenizer`, `--dtype`, `--device`, for a saved classifier."""
     options = (
-        click.option("--base", metavar="PATH|ID", help="Where the classifier's base model is now."),
-        click.option(
+        option(
+            "--base",
+            metavar="PATH|ID",
+            group="Model",
+            help="The classifier's base model, if it has moved.",
+        ),
+        option(
             "--tokenizer",
             metavar="PATH",
-            help="Where its tokenizer is now, where that is not the base model's own.",
+            group="Model",
+            help="The classifier's tokenizer, if it has moved and is not the base model's own.",
         ),
-        click.option(
+        option(
             "--dtype",
             type=click.Choice(DTYPES),
-            help="Of the weights; without it as in training, which gives the same numbers.",
+            group="Model",
+            help="Data type of the weights; by default as in training, for the same results.",
         ),
-        click.option(
-            "--device", metavar="DEVICE", help="cpu, cuda or mps; without it the GPU if any."
+        option(
+            "--device",
+            metavar="DEVICE",
+            group="Model",
+            help="cpu, cuda or mps; by default a GPU if there is one.",
         ),
     )
-    for option in reversed(options):
-        command = option(command)
+    for add in reversed(options):
+        command = add(command)
     return command
 
 
 def source_option(*names: str, **settings: Any) -> Callable[[Command], Command]:
-    """An option that names data: to be given once, for of two files one would be ignored."""
+    """An option that names a data source, and is refused if given twice."""
 
     def the_one(
         context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
     ) -> str | None:
         if len(values) > 1:
             raise click.UsageError(
-                f"{parameter.opts[-1]} is there {len(values)} times, and takes one source; put "
+                f"{parameter.opts[-1]} takes one source, but is given {len(values)} times; put "
                 "the rows into one file",
                 context,
             )
         return values[0] if values else None
 
-    return click.option(*names, multiple=True, callback=the_one, metavar="SOURCE", **settings)
+    return option(*names, multiple=True, callback=the_one, metavar="SOURCE", **settings)
 
 
 def given_options(names: Iterable[str]) -> set[str]:
-    """Those of the options that were typed, be it with their defaults."""
+    """The options that were typed, even if with their default values."""
     source = click.get_current_context().get_parameter_source
     return {name for name in names if source(name) is ParameterSource.COMMANDLINE}
 
 
 def flags_of(names: Iterable[str]) -> str:
-    """Options as they are typed: `--data-format, --force`."""
+    """Options in command-line spelling: `--data-format, --force`."""
     return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def check_sampling(temperature: float) -> None:
-    """Refuse filters of a sample, typed where none is drawn: they would change nothing.
+    """Refuse sampling filters at temperature 0, where they would change nothing.
 
     Raises:
-        OptionError: names them.
+        OptionError: such filters were typed.
     """
     idle = given_options(("top_k", "top_p", "min_p"))
     if idle and temperature == 0:
         raise OptionError(
-            f"{flags_of(sorted(idle))} filter what is drawn at a temperature above 0, and it is 0; "
-            "give --temperature too, or leave them away"
+            f"{flags_of(sorted(idle))} filter samples, but at temperature 0 nothing is sampled; "
+            "give --temperature too, or omit them"
         )
 
 
 def template_options(note: str = "") -> Callable[[Command], Command]:
-    """`--system`, `--system-file`, `--chat-template`; `note` ends their help."""
+    """`--system`, `--system-file`, `--chat-template`; `note` is appended to their help."""
     options = (
-        click.option("--system", metavar="TEXT", help=f"System message{note}."),
-        click.option(
-            "--system-file", metavar="FILE", help=f"Read the system message from a file{note}."
+        option("--system", metavar="TEXT", group="Prompt", help=f"System message{note}."),
+        option(
+            "--system-file",
+            metavar="FILE",
+            group="Prompt",
+            help=f"Read the system message from a file{note}.",
         ),
-        click.option(
+        option(
             "--chat-template",
             metavar="FILE|NAME",
-            help="Jinja file to use as chat template, or the name of one of the model's "
-            f"several{note}.",
+            group="Prompt",
+            help=f"Chat template: a Jinja file, or the name of one of the model's templates{note}.",
         ),
     )
 
     def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
+        for add in reversed(options):
+            command = add(command)
         return command
 
     return decorate
@@ -202,25 +224,27 @@ def template_options(note: str = "") -> Callable[[Command], Command]:
 
 def generation_config_option(command: Command) -> Command:
     """`--generation-config`."""
-    return click.option(
+    return option(
         "--generation-config",
         is_flag=True,
-        help="Sample as the model's makers recommend (info shows how); what is typed comes first.",
+        group="Sampling",
+        help="Sample as the checkpoint recommends (see minllama info); options that are given "
+        "take precedence.",
     )(command)
 
 
 def recommended(options: dict[str, Any], checkpoint: "Checkpoint") -> "GenerationOptions":
-    """Generation options as a checkpoint's makers recommend them, and as they were typed.
+    """Generation options that a checkpoint recommends, overridden by those that were typed.
 
     Raises:
-        MinllamaError: the checkpoint recommends nothing, or what it says is damaged.
+        MinllamaError: the checkpoint recommends nothing, or its settings are damaged.
     """
     from minllama.generation.checkpoint_defaults import sampling_defaults
 
     defaults = sampling_defaults(checkpoint)
     if defaults is None:
         raise OptionError(
-            f"--generation-config: {checkpoint.path} says nothing about sampling; leave it out"
+            f"--generation-config: {checkpoint.path} recommends no sampling options; omit it"
         )
     typed = given_options(options)
     untyped = {name: value for name, value in options.items() if name not in typed}
@@ -228,15 +252,15 @@ def recommended(options: dict[str, Any], checkpoint: "Checkpoint") -> "Generatio
     changes |= {name: value for name, value in untyped.items() if name not in defaults.options}
     checked = defaults.generation_options(changes)
     check_sampling(checked.temperature)
-    click.echo(one_line(f"sampling by {defaults.origin}: {defaults}"), err=True)
+    click.echo(one_line(f"sampling options of {defaults.origin}: {defaults}"), err=True)
     return checked
 
 
 def chosen_template(choice: str | None, words: "Tokenizer") -> str | None:
-    """A template's name, where the tokenizer has one of that name, else the content of a file.
+    """Return a template's name if the tokenizer has it, else the content of the file of that name.
 
     Raises:
-        MinllamaError: it is neither, or the file cannot be read.
+        MinllamaError: there is neither, or the file cannot be read.
     """
     from minllama.cli.prompt_text import read_text
 
@@ -245,28 +269,28 @@ def chosen_template(choice: str | None, words: "Tokenizer") -> str | None:
     if choice is None or choice in named:
         return choice
     shown = escaped(choice)
-    if not os.path.exists(choice) or os.path.isdir(choice):  # what is no file may be a pipe
-        listed = escaped(", ".join(sorted(named)) or "it has none")
+    if not os.path.exists(choice) or os.path.isdir(choice):  # a pipe is not a file, but can be read
+        listed = escaped(", ".join(sorted(named)) or "which has none")
         raise OptionError(
-            f"--chat-template {shown}: no such file, and no template of the model's ({listed:.200})"
+            f"--chat-template {shown}: neither a file nor a template of the model ({listed:.200})"
         )
     source = read_text(choice)
     if "{" not in source:
-        raise OptionError(f"--chat-template {shown}: holds no Jinja template; name another file")
+        raise OptionError(f"--chat-template {shown}: not a Jinja template; name another file")
     return source
 
 
 def with_template(
     prompt: "PromptOptions", words: "Tokenizer | Callable[[], Tokenizer]"
 ) -> "PromptOptions":
-    """The options of a prompt, with a template that was named by its file in its own words.
+    """Prompt options in which a chat template file is replaced by its content.
 
     Args:
         prompt: as typed.
-        words: the model's tokenizer, or what opens it, which is asked where a template is named.
+        words: the model's tokenizer, or a function that opens it, called only if needed.
 
     Raises:
-        MinllamaError: the model has no such template, and no file is called so.
+        MinllamaError: there is neither such a template nor such a file.
     """
     if prompt.chat_template is None:
         return prompt
@@ -275,32 +299,36 @@ def with_template(
 
 
 def pick(options: type, values: dict[str, Any]) -> Any:
-    """Take the fields of an option dataclass out of the command's arguments, and make it."""
+    """Construct an option dataclass from its fields among `values`, and remove them there."""
     names = [field.name for field in dataclasses.fields(options)]
     return options(**{name: values.pop(name) for name in names if name in values})
 
 
 def dataclass_options(
-    options: type, *, defaults: dict[str, Any] | None = None, skip: tuple[str, ...] = ()
+    options: type[CheckedOptions],
+    *,
+    defaults: dict[str, Any] | None = None,
+    skip: tuple[str, ...] = (),
 ) -> Callable[[Command], Command]:
     """One command-line option for each field of an option dataclass."""
 
     def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(options)
-        for field in reversed(dataclasses.fields(options)):
+        for field in reversed(dataclasses.fields(options)):  # type: ignore[arg-type]
             if field.name not in skip:
                 default = (defaults or {}).get(field.name, field.default)
-                command = _click_option(field, hints[field.name], default)(command)
+                command = _click_option(options, field, hints[field.name], default)(command)
         return command
 
     return decorate
 
 
 def _click_option(
-    field: "dataclasses.Field[Any]", hint: Any, default: Any
+    options: type[CheckedOptions], field: "dataclasses.Field[Any]", hint: Any, default: Any
 ) -> Callable[[Command], Command]:
     flag = "--" + (field.metadata["flag"] or field.name.replace("_", "-"))
     names = (flag, field.name)
+    listed = {"group": group_of(options, field), "common": field.metadata["common"]}
     within = field.metadata["within"]
     notes = [] if default in (None, ()) or isinstance(default, bool) else [_shown(default)]
     meaning = field.metadata["meaning"]
@@ -308,23 +336,23 @@ def _click_option(
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kind = next(kind for kind in kinds if kind is not types.NoneType)
     if kind is bool:
-        # One that is true by default is there to be turned off.
-        return click.option(
-            *names, is_flag=True, flag_value=not default, default=default, help=text
+        # An option that is true by default is there to be turned off.
+        return option(
+            *names, is_flag=True, flag_value=not default, default=default, help=text, **listed
         )
     if typing.get_origin(kind) is tuple:
         metavar = "TEXT" if typing.get_args(kind)[0] is str else "ID|TEXT"
-        return click.option(*names, multiple=True, default=default, help=text, metavar=metavar)
+        return option(*names, multiple=True, default=default, help=text, **listed, metavar=metavar)
     if choices := field.metadata["choices"]:
-        return click.option(*names, type=click.Choice(choices), default=default, help=text)
+        return option(*names, type=click.Choice(choices), default=default, help=text, **listed)
     metavar = {int: "INTEGER", float: "NUMBER", str: "TEXT"}[kind]
     if within is not None:
         metavar = f"{metavar} {within}"
-    return click.option(*names, type=kind, default=default, help=text, metavar=f"[{metavar}]")
+    return option(*names, type=kind, default=default, help=text, **listed, metavar=f"[{metavar}]")
 
 
 def _shown(default: Any) -> str:
-    """A default in the words of the command line."""
+    """A default value, as help texts show it."""
     if isinstance(default, tuple):
         default = ", ".join(default)
     return f"default {default:g}" if isinstance(default, float) else f"default {default}"
@@ -332,15 +360,15 @@ def _shown(default: Any) -> str:
 
 @contextlib.contextmanager
 def ended_by_interrupts() -> Iterator[None]:
-    """Let Ctrl-C end the process at once, with status 130, while libraries are imported.
+    """Make Ctrl-C end the process at once, with status 130, while libraries are imported.
 
-    Nothing has begun then, and a KeyboardInterrupt in the midst of a C++ library's import aborts
+    There is nothing to clean up yet, and a KeyboardInterrupt during a C++ library's import aborts
     the process with a core dump, or is lost.
     """
     handler = signal.getsignal(signal.SIGINT)
     in_main_thread = threading.current_thread() is threading.main_thread()
     if handler is not signal.default_int_handler or not in_main_thread:
-        yield  # ignored, as under nohup, or somebody else's
+        yield  # ignored, as under nohup, or handled by others
         return
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     try:
@@ -353,7 +381,7 @@ def open_model(
     source: str | None,
     loading: LoadOptions,
 ) -> "tuple[Llama, Tokenizer, Checkpoint]":
-    """The model and tokenizer that the shared options name, to generate with.
+    """Open the model and tokenizer that the shared options name.
 
     Raises:
         MinllamaError: they cannot be opened, or there is no tokenizer.
@@ -363,14 +391,14 @@ def open_model(
         from minllama.checkpoints.weight_format import resolve_weight_format
         from minllama.model.llama import Llama
 
-    # The tokenizer first: it is quick, and a damaged one is found before gigabytes are read.
+    # Tokenizer first: it loads fast, and a damaged one is found before gigabytes are read.
     checkpoint, words = open_words(source, loading)
     model = load_with(Llama, checkpoint, resolve_weight_format(checkpoint, loading))
     return model, words, checkpoint
 
 
 def open_words(source: str | None, loading: LoadOptions) -> "tuple[Checkpoint, Tokenizer]":
-    """The checkpoint that the shared options name, of which only the tokenizer is read.
+    """Open the checkpoint that the shared options name, and read only its tokenizer.
 
     Raises:
         MinllamaError: it cannot be opened, or there is no tokenizer.
@@ -390,7 +418,7 @@ def warn_of_slow_dtype(
     *,
     option: str | None = None,
 ) -> None:
-    """Say it where somebody asks for a half precision that this machine only emulates."""
+    """Print a warning if this machine only emulates the requested half precision."""
     if dtype is None:
         return
     from minllama.checkpoints.weight_format import slow_dtype
@@ -400,7 +428,7 @@ def warn_of_slow_dtype(
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
-    """Torch's dtype of that name."""
+    """The torch dtype of that name."""
     if name is None:
         return None
     import torch

@@ -1,7 +1,7 @@
-"""Where predictions are written: a file of any format, or standard output.
+"""The destination of predictions: a file of any format, or standard output.
 
-Tells the format by the file's name, what a file holds of an interrupted run, and opens it
-after that. Knows nothing of what is written.
+`minllama classify` calls it to determine the format from the file's name, to read what an
+interrupted run has written, and to append to that.
 """
 
 import contextlib
@@ -23,28 +23,27 @@ STANDARD_OUTPUT = "-"
 
 
 def _format_of(output: str) -> str:
-    """The format that the end of a name tells: JSON lines where it has none.
+    """The format for a file name's extension; JSON Lines if it has none.
 
     Raises:
-        OptionError: it is that of no format.
+        OptionError: no format has this extension.
     """
     ending = "" if output == STANDARD_OUTPUT else Path(output).suffix.lower()
     if not ending:
         return "jsonl"
     if ending not in OUTPUT_ENDINGS:
-        packed = "; nothing is compressed here" if ending == ".gz" else ""
+        packed = "; output is not compressed" if ending == ".gz" else ""
         *some, last = OUTPUT_ENDINGS
         raise OptionError(
-            f"--output {output!r}: {ending!r} is the end of no format that is written{packed}; "
-            f"let the name end in {', '.join(some)} or {last}, or say which it is with "
-            "--output-format"
+            f"--output {output!r}: no output format has the extension {ending!r}{packed}; use "
+            f"{', '.join(some)} or {last}, or give --output-format"
         )
     return OUTPUT_ENDINGS[ending]
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A place for predictions.
+    """A destination for predictions.
 
     Attributes:
         name: a path, or `-` for standard output.
@@ -57,31 +56,29 @@ class OutputFile:
     has_mark: bool = False
 
     @classmethod
-    def of(cls, name: str, asked: str | None, *, has_mark: bool) -> "OutputFile":
-        """The place that --output names.
+    def of(cls, name: str, chosen: str | None, *, has_mark: bool) -> "OutputFile":
+        """The destination that --output names.
 
         Args:
             name: a path, or `-`.
-            asked: one of OUTPUT_FORMATS; None to tell it by the name.
+            chosen: one of OUTPUT_FORMATS; None to determine it from the name.
             has_mark: as for the attribute.
 
         Raises:
-            OptionError: it is no file, or its name tells no format, or not one with such a mark.
+            OptionError: it is a folder, its format is unknown, or has no byte order mark.
         """
         if not name:
-            raise OptionError(
-                "the name of --output is empty; name a file, or - for standard output"
-            )
+            raise OptionError("--output is empty; name a file, or - for standard output")
         if name != STANDARD_OUTPUT and Path(name).is_dir():
             raise OptionError(f"{name} is a folder; name a file")
-        output_format = asked or _format_of(name)
+        output_format = chosen or _format_of(name)
         if has_mark and output_format not in ("csv", "tsv"):
-            raise OptionError("--bom: for an --output of CSV or TSV; leave away what has no use")
+            raise OptionError("--bom: only for CSV and TSV output; omit it")
         return cls(name, output_format, has_mark)
 
     @property
     def written(self) -> Path:
-        """The file that grows with each prediction: of Parquet one of JSON lines beside it."""
+        """The file that predictions are appended to; for Parquet, a JSON Lines file beside it."""
         path = Path(self.name)
         if self.output_format == "parquet":
             return path.with_name(f"{path.name}.partial.jsonl")
@@ -89,62 +86,55 @@ class OutputFile:
 
     @property
     def existing(self) -> Path | None:
-        """What is there of an earlier run; None where nothing is."""
+        """The file of an earlier run; None if there is none."""
         if self.name == STANDARD_OUTPUT:
             return None
         return next((p for p in (Path(self.name), self.written) if p.is_file()), None)
 
     def check(self, source: str, *, resume: bool, force: bool) -> None:
-        """Refuse a place that predictions of `source` cannot go to, before anything is opened.
+        """Refuse a destination that cannot take predictions of `source`, before opening anything.
 
         Raises:
-            OptionError: it is none for this format, or holds something that is not to be lost.
-            MinllamaError: the library of the format is not there.
+            OptionError: it does not suit the format, or would overwrite existing data.
+            MinllamaError: the library of the format is not installed.
         """
         if resume and (self.name == STANDARD_OUTPUT or self.output_format == "labelled"):
             raise OptionError(
-                "--resume needs an --output of JSON lines, CSV, TSV or Parquet, whose end it can "
-                "find"
+                "--resume needs an --output file in JSON Lines, CSV, TSV or Parquet format"
             )
         if resume and force:
-            raise OptionError(
-                "--resume goes on with FILE and --force replaces it; give one of them"
-            )
+            raise OptionError("--resume continues FILE and --force replaces it; give one of them")
         self._check_distinct(source)
         if self.existing and not (resume or force):
-            raise OptionError(
-                f"{self.existing} exists; --resume goes on with it, --force replaces it"
-            )
+            raise OptionError(f"{self.existing} exists; --resume continues it, --force replaces it")
         if self.output_format == "parquet":
             self._check_parquet()
 
     def _check_distinct(self, source: str) -> None:
-        """Refuse to write over what is read, by whatever name or link it is called."""
+        """Refuse to overwrite the input, whatever name or link it is given by."""
         from minllama.data import is_source
 
         both = () if self.name == STANDARD_OUTPUT else (str(self.written),)
         for name in (self.name, *both):
             if is_source(name, source):
                 what = "standard output" if name == STANDARD_OUTPUT else name
-                raise OptionError(
-                    f"{what} is the file that --input reads; name another for --output"
-                )
+                raise OptionError(f"{what} is also the --input; name another file for --output")
 
     def _check_parquet(self) -> None:
         path = Path(self.name)
         if self.name == STANDARD_OUTPUT or (path.exists() and not path.is_file()):
             raise OptionError(
-                "Parquet is written into a file, at its end; name one with --output, or give "
-                "--output-format csv or jsonl"
+                "Parquet needs a regular file; name one with --output, or give --output-format csv "
+                "or jsonl"
             )
         if find_spec("pyarrow") is None:
             raise missing_library("pyarrow", f"{path}: Parquet needs")
 
     def done(self) -> "Done":
-        """What is there of a run that is to be resumed.
+        """The rows that an interrupted run has written.
 
         Raises:
-            DataError: something else is there.
+            DataError: the file is not from such a run.
         """
         from minllama.experiment.parquet_output import records_in
         from minllama.experiment.resume import done_of_records, read_done
@@ -156,7 +146,7 @@ class OutputFile:
 
     @contextlib.contextmanager
     def opened(self, done: "Done") -> Iterator[TextIO]:
-        """The stream that lines go to, behind what is done, which stays.
+        """The stream that lines are appended to, after the rows that are done.
 
         Raises:
             MinllamaError: it cannot be written.
@@ -171,7 +161,7 @@ class OutputFile:
         end = done.end
         try:
             self.written.parent.mkdir(parents=True, exist_ok=True)
-            if done.records and not end:  # a whole file of Parquet, whose input has grown
+            if done.records and not end:  # a complete Parquet file, whose input has grown
                 end = write_lines(records_in(Path(self.name)), self.written)
             if end:
                 os.truncate(self.written, end)
@@ -184,10 +174,10 @@ class OutputFile:
             raise MinllamaError(f"{self.name}: cannot be written ({error.strerror})") from error
 
     def finish(self) -> list[str]:
-        """Make the file whole, once all lines are written: what people should know of it.
+        """Complete the file after the last line; return notes for the user.
 
         Raises:
-            MinllamaError: it cannot be written; the lines are kept.
+            MinllamaError: it cannot be written; the JSON Lines file is kept.
         """
         if self.output_format != "parquet":
             return []

@@ -1,4 +1,4 @@
-"""What a prompt is made of: an argument or a file, and what is piped in before it."""
+"""The prompt of `minllama generate`: an argument or a file, after piped input."""
 
 import codecs
 import contextlib
@@ -12,11 +12,11 @@ import click
 
 from minllama.errors import MinllamaError, OptionError
 
-MAX_INPUT_BYTES = 2**26  # the longest context that can be read holds less text
-# A program that was started with somebody's open pipe must not wait for ever.
+MAX_INPUT_BYTES = 2**26  # more text than the longest context can hold
+# A process that inherited an open pipe must not wait forever.
 PIPE_SECONDS = 5.0
 MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"  # U+FEFF, the byte order mark
-# UTF-32's little-endian mark begins as UTF-16's does.
+# The little-endian mark of UTF-32 starts with that of UTF-16, so it comes first.
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig", "UTF-8"),
     (codecs.BOM_UTF32_LE, "utf-32", "UTF-32"),
@@ -27,11 +27,11 @@ MARKS = (
 
 
 class PromptText:
-    """The prompt that an argument or a file gives, behind what is piped in.
+    """The prompt from an argument or a file, after piped input.
 
-    Where neither is given, what is piped in is all of it. `-` is standard input in either place.
-    What can be had at once is read when this is made; for a pipe one waits in `whole`, which is to
-    be called when the model has been opened: who writes to it needs that time, too.
+    Without either, piped input is the whole prompt. `-` means standard input in both places.
+    Regular files are read on construction. A pipe is read in `whole`, which is called after the
+    model is open, so that the writer has that time as well.
 
     Raises:
         MinllamaError: there is no prompt, or it cannot be read.
@@ -53,10 +53,10 @@ class PromptText:
                 raise _no_prompt()
 
     def whole(self) -> str:
-        """The prompt with what is piped in; said where both are there.
+        """The prompt with piped input before it; a message reports when there are both.
 
         Raises:
-            MinllamaError: it cannot be read, or nothing came and nothing else was given.
+            MinllamaError: it cannot be read, or there is no prompt at all.
         """
         piped = "" if self._is_whole else _piped(alone=self._text is None)
         if self._text is None and not piped:
@@ -64,8 +64,8 @@ class PromptText:
         if not self._text or not piped:
             return self._text or piped
         click.echo(
-            f"{len(piped):,} characters of standard input stand before the prompt "
-            "(</dev/null: none)",
+            f"putting {len(piped):,} characters of standard input before the prompt "
+            "(</dev/null to prevent it)",
             err=True,
         )
         gap = "" if piped.endswith("\n\n") else "\n" if piped.endswith("\n") else "\n\n"
@@ -73,20 +73,20 @@ class PromptText:
 
 
 def read_system(system: str | None, system_file: str | None) -> str | None:
-    """The system message that an argument or a file gives.
+    """The system message from an argument or a file.
 
     Raises:
         MinllamaError: both are given, or the file cannot be read.
     """
     if system is not None and system_file is not None:
-        raise OptionError("--system and --system-file are two system messages; give one")
+        raise OptionError("--system and --system-file exclude each other; give one")
     if system_file is not None:
         return read_text(system_file)
     return None if system is None else system.removeprefix(MARK)
 
 
 def read_text(source: str | None) -> str:
-    """The content of a file, or of standard input; what is endless is refused, not read."""
+    """The content of a file or of standard input, up to MAX_INPUT_BYTES."""
     where = "standard input" if source is None else source or repr(source)
     try:
         if source is None:
@@ -103,14 +103,14 @@ def read_text(source: str | None) -> str:
 
 
 def _all_of_standard_input() -> bytes:
-    with contextlib.suppress(OSError, ValueError):  # a program's own stream has no file
-        # Who started us may have made it non-blocking: then it would seem to end early.
+    with contextlib.suppress(OSError, ValueError):  # a stream object without a file
+        # The parent may have made it non-blocking; then it would seem to end early.
         os.set_blocking(sys.stdin.fileno(), True)
     return sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
 
 
 def _decoded(content: bytes, where: str) -> str:
-    """Text of a file: UTF-8, or what its byte order mark says, which is no part of it."""
+    """Decode a file: UTF-8, or the encoding of its byte order mark, which is removed."""
     marked = (kind for kind in MARKS if content.startswith(kind[0]))
     _, codec, name = next(marked, (b"", "utf-8", "UTF-8"))
     try:
@@ -121,13 +121,13 @@ def _decoded(content: bytes, where: str) -> str:
         ) from error
     if "\0" in text:
         raise MinllamaError(
-            f"{where}: holds null characters, so it is no text in UTF-8; convert it to UTF-8"
+            f"{where}: contains null characters, so it is not UTF-8 text; convert it to UTF-8"
         )
     return text
 
 
 def _is_standard_input(source: str | None) -> bool:
-    """Whether a file is what standard input is, as /dev/stdin."""
+    """Whether a file is standard input, such as /dev/stdin."""
     if source is None:
         return False
     try:
@@ -137,7 +137,7 @@ def _is_standard_input(source: str | None) -> bool:
 
 
 def _mode() -> int | None:
-    """What standard input is, by its `st_mode`; None where it is no file but a program's own."""
+    """The `st_mode` of standard input; None if it is a stream object without a file."""
     try:
         return os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError):
@@ -150,17 +150,17 @@ def _is_pipe() -> bool:
 
 
 def _piped(*, alone: bool = False) -> str:
-    """What is piped in or redirected from a file; nothing where that is white space alone.
+    """Piped or redirected input; empty if it is only white space.
 
-    A terminal and devices such as /dev/null give nothing, and so does a pipe through which nothing
-    comes for PIPE_SECONDS: who waits for longer says `-`.
+    A terminal and devices such as /dev/null give nothing, and so does a pipe without data for
+    PIPE_SECONDS; `-` waits longer.
     """
     mode = _mode()
     if _is_pipe():
         if not select.select([sys.stdin.fileno()], [], [], PIPE_SECONDS)[0]:
             if not alone:
                 click.echo(
-                    f"nothing came through standard input in {PIPE_SECONDS:g} s: left out "
+                    f"no data on standard input within {PIPE_SECONDS:g} s: ignoring it "
                     "(- waits for it)",
                     err=True,
                 )

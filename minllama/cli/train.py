@@ -1,4 +1,4 @@
-"""`minllama train`: from a file of labelled texts to an evaluated classifier in a folder."""
+"""`minllama train`: train and evaluate a classifier from a file of labeled texts."""
 
 import contextlib
 import dataclasses
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from minllama.cli.grouped import Command, GroupedCommand, option
 from minllama.cli.open import (
     INTERRUPTED,
-    Command,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from minllama.experiment.train import Outcome
 
 
-# The option dataclasses of an experiment, by the names that it has for them.
+# The option dataclasses of an experiment, by its field names.
 GROUPS: dict[str, type] = {
     "classifier": ClassifierOptions,
     "prompt": PromptOptions,
@@ -58,25 +58,37 @@ def _option_groups(command: Command) -> Command:
     return command
 
 
-@click.command("train")
+@click.command("train", cls=GroupedCommand)
 @source_option(
     "--train",
     required=True,
-    help="Labelled texts: a file, - or a data set on the Hugging Face hub.",
+    group="Data",
+    common=True,
+    help="Labeled texts: a file, - for standard input, or a Hugging Face dataset.",
 )
 @source_option(
     "--dev",
-    help="Labelled texts to choose and calibrate on; without it a part of the training file.",
+    group="Data",
+    common=True,
+    help="Labeled texts to select and calibrate on (default: a part of the training file).",
 )
 @source_option(
     "--test",
-    help="Texts that are only predicted at the end, and evaluated if they are labelled.",
+    group="Data",
+    common=True,
+    help="Texts to predict after training, and to evaluate on if they are labeled.",
 )
-@click.option(
-    "-o", "--output", required=True, metavar="DIR", help="Folder of the classifier and its report."
+@option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR",
+    group="Output",
+    common=True,
+    help="Folder for the classifier and its report.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run that was cut in DIR.")
-@click.option("--force", is_flag=True, help="Replace an earlier run in DIR.")
+@option("--resume", is_flag=True, group="Output", help="Resume the interrupted run in DIR.")
+@option("--force", is_flag=True, group="Output", help="Replace an earlier run in DIR.")
 @model_options
 @quantize_option
 @_option_groups
@@ -95,11 +107,11 @@ def command(
     quantize: str,
     **values: Any,
 ) -> None:
-    """Train a classifier, calibrate it, evaluate it beside baselines, and write a report."""
+    """Train a classifier, calibrate it, compare it with baselines, and write a report."""
     given = given_options(values)
     groups = {name: pick(options, values) for name, options in GROUPS.items()}
     if not output:
-        raise MinllamaError("the name of --output is empty; name a folder")
+        raise MinllamaError("--output is empty; name a folder")
     with ended_by_interrupts():
         from minllama.evaluation.report import print_summary
         from minllama.experiment import Experiment, check_uses
@@ -129,7 +141,7 @@ def command(
 
 
 def _run(experiment: "Experiment", *, resume: bool, force: bool) -> "Outcome":
-    """Run it, and say how to go on with it where it is interrupted."""
+    """Run the experiment; print how to resume it if it is interrupted."""
     from minllama.cli.waiting import ConsoleSay
     from minllama.experiment import run_experiment
 
@@ -147,7 +159,7 @@ def _run(experiment: "Experiment", *, resume: bool, force: bool) -> "Outcome":
 
 
 def _with_template(experiment: "Experiment") -> "Experiment":
-    """The experiment, with a chat template that was named by its file in its own words."""
+    """The experiment, with a chat template file replaced by its content."""
     from minllama.checkpoints.open import open_checkpoint
     from minllama.tokenizer.tokenizer import Tokenizer
 
@@ -159,14 +171,14 @@ def _with_template(experiment: "Experiment") -> "Experiment":
 
 
 class _Terminated(SystemExit):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM, as schedulers send it, leave a checkpoint like Ctrl-C; the status is then 143.
+    """Make SIGTERM, which schedulers send, save a checkpoint like Ctrl-C; the exit status is 143.
 
-    It is turned into the other signal, since there are instants at which that one has to wait.
+    It is converted to SIGINT, which is deferred in critical sections.
     """
     is_usual = (
         threading.current_thread() is threading.main_thread()

@@ -1,4 +1,4 @@
-"""What a person sees while a command works: lines, and bars where there is a terminal."""
+"""Progress messages of a command: lines on stderr, and progress bars on a terminal."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ConsoleSay(Say):
-    """Says everything on standard error; what is asked for is on standard output."""
+    """Prints messages and progress to stderr; stdout is for results."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -40,7 +40,7 @@ class ConsoleSay(Say):
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,
-            redirect_stdout=False,  # what is asked for goes on to where it belongs
+            redirect_stdout=False,  # results stay on stdout
         )
         task = self._bar.add_task(title, total=total)
         self._bar.start()
@@ -62,7 +62,7 @@ class ConsoleSay(Say):
         return TrainingProgress()
 
     def close(self) -> None:
-        """Take the bar away, if one is there."""
+        """Remove the progress bar, if there is one."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -1,7 +1,4 @@
-"""Files of examples -> texts and labels: read, checked, split, sampled, streamed.
-
-Knows nothing of tokens or models.
-"""
+"""Data files to texts and labels: read, checked, split, sampled, streamed."""
 
 from minllama.data.dataset import Row, count_rows, load_dataset, stream_rows
 from minllama.data.examples import Dataset, Labels, Notice, check_text

@@ -1,8 +1,8 @@
-"""Parquet files and data sets of the Hugging Face hub -> tables, by way of Arrow's batches.
+"""Read Parquet files and Hugging Face datasets as tables, by way of Arrow record batches.
 
-Programs that come with a data set are never run: `datasets` 4 and later cannot. Cells are handed
-on where they are text, numbers, truth values or lists of these; columns of images, bytes or
-structures are left out. Knows nothing of which column holds what.
+Dataset scripts are never executed (`datasets` 4 and later cannot). Cells of text, numbers, booleans
+or lists of these are passed on; columns of images, bytes or structures are dropped.
+`minllama.data.source` calls it.
 """
 
 import json
@@ -58,7 +58,7 @@ def parquet_table(path: Path, name: str) -> Table:
     from pyarrow import parquet
 
     def refusal(error: Exception) -> DataError:
-        return DataError(f"{name}: damaged, or no Parquet file ({first_line(error)})")
+        return DataError(f"{name}: damaged, or not a Parquet file ({first_line(error)})")
 
     def batches() -> Iterator[Any]:
         try:
@@ -107,7 +107,7 @@ def _rows_at_once(file: Any) -> int:
 
 def hub_table(hub_dataset: HubDataset, name: str) -> Table:
     """The rows of a data set on the hub, downloaded once into the cache of `datasets`."""
-    needs = f"{name}: no such file here, and data sets of the Hugging Face hub need"
+    needs = f"{name}: no such file, and Hugging Face datasets need"
     datasets = optional_import("datasets", needs, kind=DataError)
     quiet = not sys.stderr.isatty() and not datasets.utils.are_progress_bars_disabled()
     if quiet:
@@ -145,7 +145,7 @@ def _load_split(hub_dataset: HubDataset, name: str) -> Any:
         splits = datasets.get_dataset_split_names(repo, config, revision=revision)
         if len(splits) != 1:
             raise DataError(
-                f"{name}: has the splits {listed(splits)}; name one, as in "
+                f"{name}: has the splits {listed(splits)}; choose one, such as "
                 f"{hub_dataset.with_split(splits[0] if splits else 'train')}"
             )
         split = splits[0]
@@ -159,20 +159,20 @@ def _reason(hub_dataset: HubDataset, error: Exception) -> str:
     line = first_line(error)
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return (
-            f"no such file here, and no such data set on the hub that you may read ({line}); check "
-            "the name, and for a private or gated one set HF_TOKEN"
+            f"no such file, and no accessible dataset of that name on Hugging Face ({line}); "
+            "check the name, and for a private or gated one set HF_TOKEN"
         )
     if "scripts are no longer supported" in line:
         return (
-            "the data set is a program, which is not run; try its conversion "
+            "the dataset needs a script, which is not supported; try its conversion "
             f"{hub_dataset.repo}@refs/convert/parquet, or another copy"
         )
     if isinstance(error, ValueError):  # no such split or config; the library lists what there is
         text = " ".join(str(error).split())[:300].rstrip(".")
         return f"{text}; an id has the form owner/name/config:split, such as {EXAMPLE_ID}"
     return (
-        f"no such file here, and it cannot be had from the hub ({line}); check the name and the "
-        "connection"
+        f"no such file, and it cannot be downloaded from Hugging Face ({line}); check the name "
+        "and the connection"
     )
 
 
@@ -303,7 +303,7 @@ def _values(batch: Any) -> list[dict[str, Any] | str]:
     except (UnicodeDecodeError, ValueError, OverflowError) as error:  # somewhere in these rows
         if batch.num_rows == 1:
             is_text = isinstance(error, UnicodeDecodeError)
-            return ["text that is not UTF-8" if is_text else "a date beyond the year 9999"]
+            return ["text that is not UTF-8" if is_text else "a date after the year 9999"]
         return [value for i in range(batch.num_rows) for value in _values(batch.slice(i, 1))]
     return values
 

@@ -1,9 +1,8 @@
-"""One label as a file holds it, of whatever type -> the name of its class.
+"""Convert one label of any type to its class name.
 
-The same table written as CSV, TSV, JSON or Parquet gives the same names: a value's name is the text
-that CSV has for it, `1.0` is `1` where all labels are whole numbers (tables write whole numbers so
-where some are missing), and `True` is `true` where all are truth values. Nothing else is changed:
-`007` is not `7`. Knows nothing of columns, lists or which classes are expected.
+The same table as CSV, TSV, JSON or Parquet gives the same names: a value's name is its text in CSV,
+`1.0` is `1` if all labels are integers (tables with missing values store integers as floats), and
+`True` is `true` if all are booleans. Nothing else changes: `007` is not `7`.
 """
 
 import datetime
@@ -44,7 +43,7 @@ def class_text(value: Any) -> str | None:
                 value.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(
-                    f"label {shown(value)} holds half a character (a lone surrogate)"
+                    f"label {shown(value)} contains half of a character (a lone surrogate)"
                 ) from error
             return value.strip() or None
         case bool():

@@ -1,7 +1,6 @@
-"""Which column holds the text, and which the label: as asked, or guessed from their names.
+"""Choose the text and label columns: as given, or guessed from their names.
 
-A guess is made only where there is one; otherwise the error lists the columns. Knows nothing of
-what is in them.
+If there is no unambiguous guess, the error lists the columns.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -143,7 +142,7 @@ def _asked(
     if asked is not None and asked not in columns:
         hint = f"; {header}" if header else ""
         raise DataError(
-            f"{name}: has no column {asked!r}; give --{what}-column one of {listed(columns)}{hint}"
+            f"{name}: no column {asked!r}; set --{what}-column to one of {listed(columns)}{hint}"
         )
     return asked
 
@@ -152,12 +151,14 @@ def _of_type(
     name: str, column: str, what: str, types: Mapping[str, str], columns: Sequence[str]
 ) -> DataError:
     others = [other for other in columns if other not in types and other != column]
-    remedy = f"write it as strings, in pandas with df[{shown(column)}].{_as_strings(types[column])}"
+    remedy = (
+        f"convert it to strings, in pandas with df[{shown(column)}].{_as_strings(types[column])}"
+    )
     if others:
         remedy += f", or give --{what}-column one of {listed(others)}"
     kind = printable(types[column])
     kind = cut(kind)
-    return DataError(f"{name}: column {column!r} is {kind}, which can be no {what}; {remedy}")
+    return DataError(f"{name}: column {column!r} is {kind}, which cannot be a {what}; {remedy}")
 
 
 def _as_strings(kind: str) -> str:
@@ -187,13 +188,13 @@ def _unclear(
     name: str, columns: Sequence[str], what: str, types: Mapping[str, str], header: str
 ) -> DataError:
     may_be = [column for column in columns if column not in types]
-    there = f"there are {listed(may_be)}" if may_be else "there is none of that type"
+    there = f"there are {listed(may_be)}" if may_be else "no column has that type"
     unfit = [f"{column!r} is {printable(kind)[:40]}" for column, kind in types.items()]
     if unfit and not may_be:
         there += f" ({', '.join(unfit[:5])})"
     hint = f"; {header}" if header else ""
     several = what == "label" and len(may_be) > 2  # of which one is the text's
-    vectors = ", or all that hold 0 and 1 for one label each with --label-columns" * several
+    vectors = ", or the columns of 0 and 1 with --label-columns" * several
     return DataError(
         f"{name}: which column holds the {what}? {there}; "
         f"name one with --{what}-column{vectors}{hint}"

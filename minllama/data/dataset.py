@@ -1,7 +1,6 @@
-"""A file of examples -> texts and numbered labels, whole in memory; or its rows, one at a time.
+"""Load a data file as texts and class ids, or stream its rows.
 
-Texts stay as they are written: nothing is stripped, folded or normalised. Knows nothing of tokens,
-models or batches.
+Texts are kept unchanged: nothing is stripped, case-folded or normalized.
 """
 
 import itertools
@@ -233,7 +232,7 @@ def _text_and_labels(
     except DataError as error:
         if known and options.label_column is None and set(known) <= set(columns):
             raise DataError(
-                f"{error}; or read a column of 0 and 1 for each label with --label-columns "
+                f"{error}; or read columns of 0 and 1 with --label-columns "
                 f"{shown(joined_names(known))}"
             ) from error
         raise
@@ -252,8 +251,8 @@ def _several_columns(
     several = label_columns(asked, columns, name)
     if known is not None and set(known) != set(several):
         raise DataError(
-            f"{name}: --label-columns has {listed(several)}, and the known labels are "
-            f"{listed(known)}; name the columns of just these"
+            f"{name}: --label-columns has {listed(several)}, but the labels are {listed(known)}; "
+            "name exactly their columns"
         )
     return several
 
@@ -263,7 +262,7 @@ def _check_of_numbers(options: DataOptions) -> None:
     for name in OF_CLASSES:
         if getattr(options, name) != getattr(DataOptions, name):
             flag = f"--{name.replace('_', '-')}"
-            raise OptionError(f"{flag} is about classes, and here labels are numbers; leave it out")
+            raise OptionError(f"{flag} is for classes, but the labels are numbers; omit it")
 
 
 def _label_reader(
@@ -277,6 +276,6 @@ def _label_reader(
     elif len(columns) == 1 and columns[0] in table.class_names:
         numbers = dict(enumerate(table.class_names[columns[0]]))
     if options.label_separator != DataOptions.label_separator and not options.multi_label:
-        raise OptionError("label_separator is for texts with several labels; add --multi-label")
+        raise OptionError("label_separator needs --multi-label; add it, or omit label_separator")
     separator = options.label_separator if options.has_several_labels else None
     return LabelReader(known, numbers, codes=codes, separator=separator)

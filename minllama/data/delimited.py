@@ -1,7 +1,4 @@
-"""CSV and TSV -> tables: which character separates, which line names the columns, what is quoted.
-
-Knows nothing of which column holds what.
-"""
+"""Read CSV and TSV as tables: detect separator, header and quoting."""
 
 import csv
 import itertools
@@ -138,9 +135,9 @@ def _not_csv(message: str, taken: list[str], separator: str) -> tuple[int, str, 
     if message.startswith("new-line character"):
         return 0, "a carriage return outside quotes (lines must end with LF or CRLF)", whole
     opened, is_another = _unclosed_quote(taken, separator)
-    unclosed = "a quote is opened and never closed"
+    unclosed = "a quote is not closed"
     if message.startswith("field larger"):
-        unclosed = f"a cell of more than {MAX_LINE_BYTES:,} characters; is a quote not closed?"
+        unclosed = f"a cell of more than {MAX_LINE_BYTES:,} characters; is a closing quote missing?"
     elif not message.startswith("unexpected end") and not (is_another and opened < whole - 1):
         return 0, f"not CSV ({printable(message)})", whole
     return opened, unclosed, opened + 1
@@ -292,9 +289,9 @@ def _table_with_header(lines: Lines, rows: Rows) -> Table:
         raise DataError("; ".join([f"{lines.name}, line {number}: {header}", *lines.remedies]))
     columns = [name.strip() for name in header]
     if any("\0" in name for name in columns):
-        raise DataError(f"{lines.name}: holds NUL characters; is it UTF-16, or no text?")
+        raise DataError(f"{lines.name}: contains NUL characters; is it UTF-16, or not a text file?")
     records = _records(lines.name, rows, columns, "the first line")
-    names = "text,label,... (a name for each column)"
+    names = "text,label,... (one name per column)"
     cells, option = columns, ""
     if len(columns) == 1 and "|" in columns[0]:
         cells, option = columns[0].split("|"), "--separator '|' "
@@ -304,7 +301,7 @@ def _table_with_header(lines: Lines, rows: Rows) -> Table:
         text_first = len(cells[0].split()) > len(cells[1].split())
         names = "text,label" if text_first else "label,text"
     options = f"{option}--no-header --columns {names}"
-    header = f"where the first line is an example and no header, add {options}"
+    header = f"if the first line is an example, not a header, add {options}"
     return Table(lines.name, columns, numbered(records), header=header, remedies=lines.remedies)
 
 
@@ -337,15 +334,13 @@ def _records(
             names = [cell.strip().lower() for cell in cells]
             if has_header and names != header and set(names) == set(header):
                 raise DataError(
-                    f"{name}, line {number}: names the columns in another order than the first "
-                    "line; put files together by column, or read them one by one"
+                    f"{name}, line {number}: has the column names in a different order than the "
+                    "first line; concatenate files by column, or read them separately"
                 )
             remedy = (
-                ""
-                if has_header
-                else " (where it is the first line, leave out --columns and --no-header)"
+                "" if has_header else " (if it is the first line, omit --columns and --no-header)"
             )
-            yield number, f"a line of column names, no example{remedy}"
+            yield number, f"a line of column names, not an example{remedy}"
         else:
             yield number, dict(zip(columns, cells, strict=True))
 

@@ -1,6 +1,6 @@
-"""Bytes of any encoding -> a stream of UTF-8; and which encoding bytes that are not UTF-8 may be.
+"""Decode bytes of any encoding to a UTF-8 stream, and guess the encoding of invalid UTF-8.
 
-A mark at the beginning of a file counts before what was said of it. Knows nothing of rows.
+A byte order mark takes precedence over the given encoding.
 """
 
 import codecs
@@ -58,7 +58,7 @@ def encoding_of(head: bytes, asked: str | None, name: str) -> str:
         return f"{asked}-{_byte_order(head, 2 if asked == 'utf-16' else 4)}"
     if family not in ("utf-16", "utf-32") and (wide := _wide_text(head)):
         raise DataError(
-            f"{name}: is {wide.upper()} without its mark; read it with --encoding {wide}"
+            f"{name}: is {wide.upper()} without a byte order mark; read it with --encoding {wide}"
         )
     return asked or UTF_8
 
@@ -147,8 +147,8 @@ class _Utf8Check:
             self._missing -= sum(char > "\x7f" for char in text)
         if not data and self._missing <= 0:
             raise DataError(
-                f"{self._name}: is UTF-8 by all of its bytes, not {self._encoding}; leave out "
-                "--encoding, and convert other files of the command that need it"
+                f"{self._name}: is valid UTF-8, not {self._encoding}; omit --encoding, and "
+                "convert other files that need it"
             )
 
 
@@ -182,7 +182,7 @@ def advice_for(evidence: bytes) -> str:
     """How bytes that are not UTF-8 may be read."""
     guess = guessed_encoding(evidence)
     if guess is None:
-        return "say what it is with --encoding, such as cp1252 or shift_jis"
+        return "give its encoding with --encoding, such as cp1252 or shift_jis"
     iconv = _ICONV_NAMES.get(guess, guess)
     return f"read it with --encoding {guess}, or convert it with: iconv -f {iconv} -t utf-8"
 

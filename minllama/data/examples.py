@@ -1,6 +1,6 @@
-"""Rows, good and bad -> a data set: texts, numbered labels, and what a person should hear.
+"""Collect rows into a dataset: texts, class ids, and notices for the user.
 
-Knows nothing of files.
+Skips or reports bad rows. `minllama.data.dataset` calls it with an open table.
 """
 
 import itertools
@@ -274,15 +274,15 @@ class Examples:
         if reader.known is None and n > 1:
             reader.know([str(i) for i in range(n)])
         if reader.known is None:
-            raise ValueError("is no multi-hot vector of zeros and ones, such as [1, 0, 1]")
+            raise ValueError("is not a multi-hot vector of zeros and ones, such as [1, 0, 1]")
         names = reader.named_places()
         self._vector_names = reader.known if names is None else names
 
     def _why_none(self, value: Any) -> str:
         if self._reader.is_placeholder(value):
             return (
-                f"label {UNLABELLED} stands for none (where it is a class, name it in a file "
-                "for --label-names)"
+                f"label {UNLABELLED} means no label (if it is a class, name it in a file for "
+                "--label-names)"
             )
         return "no label"
 
@@ -292,8 +292,8 @@ class Examples:
             self._has_lists = isinstance(value, list)
         if isinstance(value, list) and not self._has_lists and not self._many:
             raise ValueError(
-                "a list of labels, where rows before it have one label each; --multi-label takes "
-                "several for every row"
+                "a list of labels, but earlier rows have one label each; use --multi-label to "
+                "allow several"
             )
 
     def dataset(self, name: str, remedies: Sequence[str] = ()) -> Dataset:
@@ -317,7 +317,7 @@ class Examples:
         if bad_rows.count:
             why = "; ".join([bad_rows.summary(), *remedies])
             total = bad_rows.count + len(self._texts)
-            message = f"{name}: bad rows left out: {bad_rows.count} of {total} ({why})"
+            message = f"{name}: bad rows skipped: {bad_rows.count} of {total} ({why})"
             notices.append(Notice("skipped", message, bad_rows.count))
         if self._n_empty == len(self._texts) and not self._needs_labels:
             # A file whose answers are kept back.
@@ -331,8 +331,8 @@ class Examples:
             notices.append(Notice("look-alikes", f"{name}: {hint}", 1))
         if self._n_empty:
             message = (
-                f"{name}: {self._n_empty:,} of {len(self._texts):,} rows have an empty label cell, "
-                "or null, and count as rows without any label"
+                f"{name}: {self._n_empty:,} of {len(self._texts):,} rows have an empty or null "
+                "label cell, and are used as rows without labels"
             )
             notices.append(Notice("no-labels", message, self._n_empty))
         column = None
@@ -368,10 +368,10 @@ class Examples:
         if vectors and not is_surely_a_vector(vectors):
             first, place = self._held[0][2], self._held[0][0].place
             raise DataError(
-                f"{name}: its lists of 0 and 1 may be read in two ways: {shown(first)} of {place} "
-                "has both labels 0 and 1; or it is a multi-hot vector with a place for each label, "
-                f"and has label {vectors[0].index(1)} alone; say --label-lists labels, or "
-                "--label-lists multi-hot (and --label-names FILE with the names of the places)"
+                f"{name}: lists of 0 and 1 are ambiguous: {shown(first)} in {place} has both "
+                "labels 0 and 1, or is a multi-hot vector with only label "
+                f"{vectors[0].index(1)}; give --label-lists labels, or --label-lists multi-hot "
+                "(with --label-names FILE for the names)"
             )
         if vectors:
             self._has_vectors = True
@@ -381,8 +381,8 @@ class Examples:
                 f"{i} = {printable(label)}" for i, label in enumerate(self._vector_names)
             )
             message = (
-                f"{name}: its lists are read as multi-hot vectors of {len(vectors[0])} zeros and "
-                f"ones, one for each label: {places}; --label-names FILE names them otherwise"
+                f"{name}: lists are read as multi-hot vectors of {len(vectors[0])} zeros and "
+                f"ones, one per label: {places}; --label-names FILE sets other names"
             )
             said.append(Notice("multi-hot", message, len(vectors)))
         return said
@@ -412,7 +412,8 @@ class Examples:
                 for text, n in zip(shown_names, spellings.values(), strict=True)
             ]
             message = (
-                f"{name}: {first_few(told)} are one label: white space around labels is left out"
+                f"{name}: {first_few(told)} are the same label: white space around labels is "
+                "ignored"
             )
             notices.append(Notice("white-space", message, sum(of_text.values())))
         return notices
@@ -425,7 +426,7 @@ class Examples:
         self._texts = [self._texts[row] for row in kept]
         self._cells = [self._cells[row] for row in kept]
         left_out = f"{bad.count} of {total} ({bad.summary()})"
-        message = f"{name}: rows with unknown labels left out: {left_out}"
+        message = f"{name}: rows with unknown labels skipped: {left_out}"
         return Notice("skipped", message, bad.count)
 
     def _why_unread(self) -> str:
@@ -435,10 +436,10 @@ class Examples:
 
     def _unlabelled(self, name: str, n_given: int) -> Notice:
         known = f"only {n_given}" if n_given else "none"
-        remedy = "; --skip-bad-rows leaves them out" if n_given and self._unread.count else ""
+        remedy = "; --skip-bad-rows skips them" if n_given and self._unread.count else ""
         message = (
-            f"{name}: {known} of {len(self._cells)} rows have a known label"
-            f"{self._why_unread()}; none of these labels is used{remedy}"
+            f"{name}: {known} of {len(self._cells)} rows have a known label{self._why_unread()}; "
+            f"these labels are ignored{remedy}"
         )
         return Notice("unlabelled", message, len(self._cells) - n_given)
 
@@ -461,8 +462,8 @@ class Examples:
 def _numbers_as_names(name: str, positions: Mapping[int, str]) -> Notice:
     pairs = (f"{number} = {printable(positions[number])}" for number in sorted(positions))
     message = (
-        f"{name}: its numbers are taken for classes in their order: {first_few(pairs)}; "
-        "--label-names FILE says otherwise"
+        f"{name}: numbers are read as classes in numeric order: {first_few(pairs)}; "
+        "--label-names FILE sets names"
     )
     return Notice("numbers", message, len(positions))
 
@@ -473,7 +474,7 @@ def alike_names(dataset: Dataset) -> list[Notice]:
     notices = []
     if blank := [name for name in dataset.label_names if not folded(name)]:
         said = ", ".join(told_apart([name])[0] for name in blank)
-        message = f"{dataset.called}: the label {said} has no visible character; is it meant?"
+        message = f"{dataset.called}: the label {said} has no visible character; is it intended?"
         notices.append(Notice("look-alikes", message, len(blank)))
     for names in look_alikes(dataset.label_names):
         is_case = len({name.casefold() for name in names}) == 1
@@ -485,7 +486,7 @@ def alike_names(dataset: Dataset) -> list[Notice]:
 def no_rows(name: str, bad_rows: BadRows, remedies: Sequence[str] = ()) -> str:
     """Why a source has no examples."""
     if not bad_rows.count:
-        return f"{name}: holds no rows; give a file with an example on each line"
+        return f"{name}: no rows; give a file with one example per line"
     said = "; ".join([bad_rows.summary(), *remedies])
     return f"{name}: all {bad_rows.count} rows are bad: {said}"
 
@@ -517,8 +518,10 @@ def check_text(text: str) -> None:
     if not text.strip():
         raise ValueError("the text is empty")
     if "\0" in text:
-        raise ValueError("the text holds a NUL character (is the file UTF-16, or no text?)")
+        raise ValueError(
+            "the text contains a NUL character (is the file UTF-16, or not a text file?)"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("the text holds half a character (a lone surrogate)") from error
+        raise ValueError("the text contains half of a character (a lone surrogate)") from error

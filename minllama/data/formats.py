@@ -1,6 +1,6 @@
-"""An open stream of text -> a table: in UTF-8, and by the format that it is in.
+"""Turn an open text stream into a table, by its format.
 
-What it begins with is looked at before anything is read. Knows nothing of files' names.
+The start of the stream is checked against the format before anything is read.
 """
 
 import codecs
@@ -99,8 +99,8 @@ def _asked(options: DataOptions) -> Collection[str]:
 def _check_line_ends(text: str, name: str) -> None:
     if "\n" not in text and "\r" in text.rstrip("\r"):
         raise DataError(
-            f"{name}: its lines end with a carriage return alone, as on old Macs; convert it with: "
-            f"tr '\\r' '\\n' < {quoted(name)} > new.txt"
+            f"{name}: lines end with a carriage return only, as on old Macs; convert it with: tr "
+            f"'\\r' '\\n' < {quoted(name)} > new.txt"
         )
 
 
@@ -119,8 +119,8 @@ def _kind_of(
     has_columns = options.no_header or bool(options.columns or options.separator)
     if kind in ("labelled", "text", "json", "jsonl") and has_columns:
         raise OptionError(
-            f"{name}: --no-header, --columns and --separator are for csv and tsv; say so with "
-            f"--data-format, which is {kind} here"
+            f"{name}: --no-header, --columns and --separator are for csv and tsv, but the format "
+            f"is {kind}; set --data-format"
         )
     lines = _first_lines(text)
     first = lines[0] if lines else ""
@@ -130,7 +130,7 @@ def _kind_of(
         return kind
     if has_columns:
         return "tsv" if options.separator is None and "\t" in first else "csv"
-    if found := _recognised(lines, options, name):
+    if found := _recognized(lines, options, name):
         if kind is None:
             return found
         raise DataError(_says_other_format(found, first, name, labelled=labelled))
@@ -151,7 +151,7 @@ def _check_kind(kind: str, lines: list[str], options: DataOptions, name: str) ->
     objects, tables = ("json", "jsonl"), ("csv", "tsv")
     # Of tables the line of names tells enough.
     is_object = bool(lines) and lines[0].lstrip().startswith(("{", "["))
-    found = _recognised(lines, options, name) if is_object or kind in objects else None
+    found = _recognized(lines, options, name) if is_object or kind in objects else None
     if found is None and lines and SEPARATOR in lines[0] and not is_object:
         found = "labelled"
     if found is not None and (
@@ -160,27 +160,26 @@ def _check_kind(kind: str, lines: list[str], options: DataOptions, name: str) ->
         or (kind in tables and found == "labelled" and options.columns is None)
     ):
         raise DataError(
-            f"{name}: its first line is {seen(lines[0])}, which is no {kind.upper()}; read it with "
-            f"--data-format {found}"
+            f"{name}: the first line is {seen(lines[0])}, which is not {kind.upper()}; read it "
+            f"with --data-format {found}"
         )
 
 
 def _says_other_format(found: str, first: str, name: str, *, labelled: bool) -> str:
     if found in ("json", "jsonl"):
-        what = "lines are JSON objects" if found == "jsonl" else "content is a list in JSON"
+        what = "lines are JSON objects" if found == "jsonl" else "content is a JSON list"
     else:
-        what = f"first line is {seen(first)}, which names columns"
+        what = f"first line is {seen(first)}, a header"
     or_texts = "" if labelled else ", or as texts with --data-format text"
-    return f"{name}: its {what}; read them with --data-format {found}{or_texts}"
+    return f"{name}: the {what}; read it with --data-format {found}{or_texts}"
 
 
 def _check_no_labels(lines: list[str], kind: str | None, name: str) -> None:
     """Refuse texts that may be something else, where nothing says that they are texts."""
     if is_fasttext(lines):
         raise DataError(
-            f"{name}: its first line is {seen(lines[0])}: labels of fastText stand before the "
-            "texts; take them off with: sed -E 's/^(__label__[^ ]+[ ]+)+//', or say --data-format "
-            "text"
+            f"{name}: the first line is {seen(lines[0])}, with fastText labels before the text; "
+            "remove them with: sed -E 's/^(__label__[^ ]+[ ]+)+//', or give --data-format text"
         )
     if kind is None and len(lines) > 1 and lines[0].strip().strip('"') in _LONE_NAMES:
         raise _unclear(lines[0], name)
@@ -188,12 +187,12 @@ def _check_no_labels(lines: list[str], kind: str | None, name: str) -> None:
 
 def _unclear(line: str, name: str) -> DataError:
     return DataError(
-        f"{name}: its first line is {seen(line)}; say --data-format csv where that names columns, "
-        "or --data-format text where it is a text"
+        f"{name}: the first line is {seen(line)}; give --data-format csv if it is a header, or "
+        "--data-format text if it is a text"
     )
 
 
-def _recognised(lines: list[str], options: DataOptions, name: str) -> str | None:
+def _recognized(lines: list[str], options: DataOptions, name: str) -> str | None:
     """The format that lines are in beyond doubt; None for lines of text.
 
     Raises:

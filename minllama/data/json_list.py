@@ -1,6 +1,6 @@
-"""A JSON list of objects, or objects one after the other over any lines -> a table.
+"""Read a JSON list of objects, or concatenated objects, as a table.
 
-One object is in memory at a time, however long the list. Knows nothing of columns.
+Only one object is in memory at a time, whatever the length of the list.
 """
 
 import codecs
@@ -119,9 +119,9 @@ class _Text:
         n_lines = self.text.count("\n", self.at) + data.count(b"\n", 0, error.start)
         of_line = data[newline + 1 :]
         reason = bad_bytes(of_line, error.start - newline - 1, self._encoding, before=before)
-        advice = "say with --encoding what it is, or leave that out for UTF-8"
+        advice = "give its encoding with --encoding, or omit that for UTF-8"
         if self._encoding == UTF_8 and self._has_utf8:
-            advice = "what comes before it is UTF-8, and not in one encoding with this"
+            advice = "the data before it is UTF-8, so the file mixes encodings"
         elif self._encoding == UTF_8:
             advice = advice_for(data[max(0, error.start - CHUNK) : error.start + CHUNK])
         return DataError(f"{self.name}, line {self.line() + n_lines}: {reason}; {advice}")
@@ -139,7 +139,7 @@ def _objects(text: _Text) -> Iterator[RawRow]:
         next_character = text.skip_blank()
         if is_list and next_character != "]":
             if next_character != ",":
-                raise _wrong(text, line, "no comma or ] after this object of the list")
+                raise _wrong(text, line, "no comma or ] after this object")
             text.at += 1
             next_character = text.skip_blank()
             if next_character in ("", "]"):
@@ -150,7 +150,7 @@ def _objects(text: _Text) -> Iterator[RawRow]:
             raise _wrong(text, line, f"not JSON (Expecting value at character {column})")
         text.at += 1
         if text.skip_blank():
-            raise DataError(f"{text.name}: more text after the end of the list")
+            raise DataError(f"{text.name}: extra data after the end of the list")
 
 
 def _value(text: _Text) -> object:

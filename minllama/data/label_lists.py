@@ -1,7 +1,7 @@
-"""Lists of labels that are written into one text: in cells of a table, and on a command line.
+"""Parse lists of labels in a string: in table cells and on the command line.
 
-Python's, JSON's and numpy's ways of printing a list are read by a grammar of our own, one pass over
-the text: nothing is evaluated. Knows nothing of what the labels mean.
+Lists as Python, JSON and NumPy print them are parsed in one pass by a grammar; nothing is
+evaluated.
 """
 
 import re
@@ -49,7 +49,9 @@ def read_list(text: str, *, bare_words: bool) -> list[Any] | None:
     is_quoted = _QUOTED.match(first) is not None or first[:1] in ('"', "'")
     if len(text) < 2 or text[-1] != _CLOSING[opening]:
         if opening == "[" and is_quoted:
-            raise ValueError(f"{shown(text)} begins as a list of labels and does not end as one")
+            raise ValueError(
+                f"{shown(text)} begins like a list of labels, but does not end like one"
+            )
         return None
     if opening == "(" and not is_quoted and "," not in inside and inside:
         return None  # (1) and (none) are no tuples
@@ -59,8 +61,8 @@ def read_list(text: str, *, bare_words: bool) -> list[Any] | None:
         is_nested = opening == "[" and first[:1] in _CLOSING
         if is_quoted or is_nested or "..." in re.split(r"[,\s]+", inside):
             raise ValueError(
-                f"{shown(text)} is no list of labels: write it as ['a', 'b'], whole, with no other "
-                "list within"
+                f"{shown(text)} is not a list of labels: write it as ['a', 'b'], complete and "
+                "without nested lists"
             )
         return None
     if has_bare_words and not (bare_words and opening == "["):
@@ -174,7 +176,7 @@ def _quoted_name(text: str, start: int, separator: str) -> tuple[str, int] | Non
         if end < 0:
             if closing == "'":
                 return None  # an apostrophe
-            raise ValueError(f"{shown(text[start:])}: a quote is opened and never closed")
+            raise ValueError(f"{shown(text[start:])}: a quote is not closed")
         parts.append(text[position:end])
         position = end + 1
         if not text.startswith(closing, position):
@@ -185,7 +187,7 @@ def _quoted_name(text: str, start: int, separator: str) -> tuple[str, int] | Non
     if after < len(text) and not text.startswith(separator, after):
         if closing == "'":
             return None
-        raise ValueError(f"{shown(text[start:])}: after a closing quote no {separator!r} follows")
+        raise ValueError(f"{shown(text[start:])}: no {separator!r} after the closing quote")
     return "".join(parts).strip(), min(after, len(text))
 
 

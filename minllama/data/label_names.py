@@ -1,7 +1,4 @@
-"""Names of classes as people give them: in a file, or on a command line.
-
-Knows nothing of the labels of rows.
-"""
+"""Read class names from a file or the command line."""
 
 import contextlib
 import json
@@ -51,7 +48,7 @@ def names_of_option(text: str, flag: str) -> list[str]:
             names = [class_text(item) or "" for item in items]
     except ValueError as error:
         raise OptionError(
-            f"{flag} {error}; quote a name that holds a comma as in CSV, or write a JSON list"
+            f"{flag} {error}; quote a name that contains a comma as in CSV, or write a JSON list"
         ) from error
     return checked_names(names, f"{flag} {shown(text)}")
 
@@ -63,9 +60,9 @@ def checked_names(names: list[str], where: str) -> list[str]:
         OptionError: one is.
     """
     if not names or not all(name.strip() for name in names):
-        raise OptionError(f"{where} holds an empty name; each must be one or more words, not blank")
+        raise OptionError(f"{where} contains an empty name; names must not be blank")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise OptionError(f"{where}: {listed(twice)} is there twice; names must be different")
+        raise OptionError(f"{where}: {listed(twice)} is given twice; names must be distinct")
     return names
 
 
@@ -86,7 +83,7 @@ def read_labels_file(path: str | os.PathLike[str], encoding: str | None = None) 
     if start and start in "[{" and not is_list_of_lists:
         return list(_names_of_json(text, name).values())
     if not lines:
-        raise DataError(f"{name}: names no class; write a name on each line, or a JSON list")
+        raise DataError(f"{name}: no class names; write one per line, or a JSON list")
     try:
         return checked_names(lines, name)
     except OptionError as error:
@@ -143,7 +140,11 @@ def _decoded(data: bytes, encoding: str | None, name: str) -> str:
     for tried in [asked] if is_asked else ["utf-8-sig", asked]:
         with contextlib.suppress(UnicodeError):
             return data.decode(tried).removeprefix("\ufeff")
-    remedy = advice_for(data) if encoding is None else "give --encoding what it is, or save it so"
+    remedy = (
+        advice_for(data)
+        if encoding is None
+        else "give its encoding with --encoding, or convert it to UTF-8"
+    )
     raise DataError(f"{name}: not UTF-8{'' if encoding is None else f' or {asked}'}; {remedy}")
 
 
@@ -169,21 +170,21 @@ def _checked_names(content: Any, where: str) -> LabelNames:
             pairs = [(int(number.partition(".")[0]), name) for number, name in content.items()]
             codes = {key: name for key, name in content.items() if whole_number(key) is None}
         case _:
-            raise DataError(f"{where}: does not name classes; write {form}")
+            raise DataError(f"{where}: no class names; write {form}")
     if wrong := [name for _, name in pairs if not isinstance(name, str) or not name.strip()]:
         raise DataError(f"{where}: {shown(wrong[0])} is not a name; write {form}")
     numbers = LabelNames((number, name.strip()) for number, name in sorted(pairs, key=_first))
     numbers.codes = {code: name.strip() for code, name in codes.items()}
     if not numbers:
-        raise DataError(f"{where}: names no class; write {form}")
+        raise DataError(f"{where}: no class names; write {form}")
     if len(numbers) < len(pairs) or len(set(numbers.values())) < len(pairs):
-        raise DataError(f"{where}: has a name or a number twice")
+        raise DataError(f"{where}: contains a name or a number twice")
     for number, name in numbers.items():
         other = whole_number(name)
         if other is not None and numbers.get(other, name) != name:
             raise DataError(
-                f"{where}: number {number} is called {name!r}, which is the number of another "
-                "class; call them otherwise"
+                f"{where}: class {number} is named {name!r}, which is the number of another "
+                "class; rename it"
             )
     return numbers
 

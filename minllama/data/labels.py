@@ -1,7 +1,7 @@
-"""Cells of a label column -> classes, numbered 0..n-1.
+"""Convert cells of a label column to class ids 0..n-1.
 
-A cell holds a class's name or its number; numbers get names from a file, from the data set itself,
-or from the classes of a classifier. Knows nothing of files of rows.
+A cell contains a class's name or number; numbers get their names from a file, from the dataset
+itself, or from a classifier's classes.
 """
 
 from collections import Counter
@@ -32,7 +32,7 @@ class LabelReader:
     Args:
         known: names of all classes, in order; None to learn them from the cells (`class_names`).
         numbers: which name a number stands for; None for positions in `known`.
-        codes: which name stands for a text such as `01`, which is no number.
+        codes: which name stands for a text such as `01`, which is not a number.
         separator: between the labels of one cell; None where a row has one label.
 
     Attributes:
@@ -111,7 +111,9 @@ class LabelReader:
         if items is None:
             return value
         if not items:
-            raise ValueError(f"no label but an empty list, {value.strip()}; --multi-label takes it")
+            raise ValueError(
+                f"an empty list of labels, {value.strip()}; use --multi-label to allow it"
+            )
         if vector_of(items) is not None:
             return WrittenVector(items)
         if len(items) > 1:
@@ -136,7 +138,7 @@ class LabelReader:
             texts = [class_text(cell) for cell in cells]
             if None in texts:
                 if isinstance(value, list):
-                    raise ValueError(f"{shown(value)} holds an empty label")
+                    raise ValueError(f"{shown(value)} contains an empty label")
                 return None
         if len(texts) == 1 and self._is_unlabelled(texts[0]):
             return None
@@ -146,11 +148,10 @@ class LabelReader:
         different = set(labels) if self.known is not None else {(type(c), t) for t, c in pairs}
         if len(different) < len(labels):
             raise ValueError(
-                f"{shown(value)} holds a label twice; give each name or number once (lists of "
-                "zeros and ones are read as multi-hot vectors where all have one length: "
-                "--label-lists multi-hot)"
+                f"{shown(value)} contains a label twice; give each name or number once (or, for "
+                "multi-hot vectors of equal length, --label-lists multi-hot)"
                 if all(text in ("0", "1", "0.0", "1.0") for text in texts)
-                else f"{shown(value)} holds a label twice; give each name or number once"
+                else f"{shown(value)} contains a label twice; give each name or number once"
             )
         if isinstance(value, str) and self._separator is None and value != labels[0]:
             self.padded[value, labels[0]] += value.strip() != value
@@ -191,7 +192,7 @@ class LabelReader:
             name = self._same(text, cell) or text
         if name not in self.index_of:
             if whole is not None and not self._names_are_given and not self._has_numbers():
-                self._hint = "--label-names FILE says which names the numbers have"
+                self._hint = "--label-names FILE sets the names of the numbers"
             if len(self._refused) < MOST_REFUSED or name in self._refused:
                 self._refused[name] += 1
             meant = "" if name == text else f" ({shown(name)})"
@@ -216,5 +217,5 @@ class LabelReader:
 
 def _several(items: Sequence[Any], value: Any) -> ValueError:
     return ValueError(
-        f"a list of {len(items)} labels, {shown(value)}; --multi-label takes several for every row"
+        f"a list of {len(items)} labels, {shown(value)}; use --multi-label to allow several"
     )

@@ -1,7 +1,7 @@
-"""Formats of a row a line -> tables: labelled and plain text, JSONL; and the lines of all others.
+"""Read line-based formats as tables: `label ||| text`, plain text and JSONL.
 
-Lines end with LF or CRLF; blank lines are no rows. One row is held at a time. Knows nothing of
-which column holds what, nor of where the bytes come from.
+Lines end with LF or CRLF; blank lines are skipped. One row is in memory at a time. Other readers
+use its line iterator.
 """
 
 import contextlib
@@ -128,9 +128,9 @@ class Lines:
         if self.remedies:
             return
         if self._encoding != UTF_8:
-            advice = "say with --encoding what it is, or leave that out for UTF-8"
+            advice = "give its encoding with --encoding, or omit that for UTF-8"
         elif self._has_utf8:
-            advice = "lines before it are UTF-8, and not in one encoding with this one"
+            advice = "the lines before it are UTF-8, so the file mixes encodings"
         else:
             with reading(self.name):
                 advice = advice_for(line + self._stream.peek(CHUNK)[:CHUNK])
@@ -153,9 +153,9 @@ def labelled_table(lines: Lines) -> Table:
     def split(line: str) -> dict[str, Any] | str:
         label, separator, text = line.partition(SEPARATOR)
         if not separator:
-            return f"no {SEPARATOR} between label and sentence"
+            return f"no {SEPARATOR} between label and text"
         if label.strip().lower() in LABEL_NAMES and text.strip().lower() in TEXT_NAMES:
-            return "a line of column names, no example"
+            return "a line of column names, not an example"
         return {"label": label.strip(), "text": text.lstrip(" \t")}
 
     return _table(lines, ["label", "text"], split)

@@ -1,7 +1,7 @@
-"""Names that a person cannot tell apart, or that mean the same: found, and shown so that one can.
+"""Find names that look alike or mean the same.
 
-Two names are alike if they differ in case, white space, invisible characters, Unicode normalization
-or the spelling of a number alone. They stay different; a notice says so. Knows nothing of files.
+Two names look alike if they differ only in case, white space, invisible characters, Unicode
+normalization or the spelling of a number. They remain different; a notice reports them.
 """
 
 import unicodedata
@@ -78,8 +78,8 @@ def alike_message(names: list[str], counts: Mapping[str, int]) -> str:
         n = counts.get(name)
         told.append(shown if n is None else f"{shown} ({n:,} row{'s' * (n != 1)})")
     return (
-        f"{first_few(told)} are different labels that differ in "
-        f"{difference(names)} only; is one meant?"
+        f"{first_few(told)} are different labels that differ only in "
+        f"{difference(names)}; are they the same?"
     )
 
 

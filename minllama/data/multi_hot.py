@@ -1,7 +1,4 @@
-"""Labels as zeros and ones, one place for each: `[1, 0, 1]`, or a column for each label.
-
-Knows nothing of where the values come from.
-"""
+"""Read multi-hot labels: vectors such as `[1, 0, 1]`, or one column per label."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +39,7 @@ def vector_labels(value: Any, names: Sequence[str]) -> list[str]:
         vector = None if vector is None else vector[:1]
     if vector is None or len(vector) != len(names):
         raise ValueError(
-            f"{shown(value)} is no multi-hot vector of {len(names)} zeros and ones, one for each "
+            f"{shown(value)} is not a multi-hot vector of {len(names)} zeros and ones, one per "
             "label"
         )
     return [name for name, bit in zip(names, vector, strict=True) if bit]
@@ -67,8 +64,7 @@ def label_columns(text: str, columns: Sequence[str], name: str) -> list[str]:
     asked = names_of_columns(text)
     if missing := [column for column in asked if column not in columns]:
         raise DataError(
-            f"{name}: has no column {listed(missing)}; give --label-columns some of "
-            f"{listed(columns)}"
+            f"{name}: no column {listed(missing)}; choose --label-columns from {listed(columns)}"
         )
     return asked
 
@@ -85,7 +81,7 @@ def column_vector(values: Sequence[Any], columns: Sequence[str]) -> list[int] | 
     for text, column, value in zip(texts, columns, values, strict=True):
         if text not in _BITS:
             what = "nothing" if text == "" else shown(value)
-            raise ValueError(f"column {column!r} holds {what}, neither 0 nor 1")
+            raise ValueError(f"column {column!r} contains {what}, not 0 or 1")
     return [_BITS[text] for text in texts]
 
 

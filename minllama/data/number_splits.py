@@ -1,7 +1,4 @@
-"""Data sets of texts with numbers: a dev split, and whether they are sound.
-
-What `minllama.data.splits` does for classes. Knows nothing of files.
-"""
+"""Split and check datasets with numeric targets; `minllama.data.splits` does it for classes."""
 
 import random
 from collections import defaultdict
@@ -30,15 +27,15 @@ def random_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset,
     texts = list(dict.fromkeys(dataset.texts))
     if len(texts) < 2:
         raise DataError(
-            f"{dataset.source}: there are no two different texts, so none can be set aside for "
-            "evaluation; give a --dev file"
+            f"{dataset.source}: all texts are equal, so none can be held out for evaluation; "
+            "give a --dev file"
         )
     n_aside = min(max(1, round(fraction * len(texts))), len(texts) - 1)
     aside = set(random.Random(seed).sample(texts, n_aside))
     rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
     dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
     rest = replace(rest, notices=dataset.notices, part=share(rest, dataset))
-    return rest, replace(dev, part=f"{share(dev, dataset)}, set aside")
+    return rest, replace(dev, part=f"{share(dev, dataset)}, held out")
 
 
 def check_number_splits(
@@ -55,8 +52,8 @@ def check_number_splits(
     """
     if len(set(train.targets)) < 2:
         raise DataError(
-            f"{train.source}: every row has the number {train.targets[0]:g}; a regression needs "
-            "examples of different numbers"
+            f"{train.source}: every row has the number {train.targets[0]:g}; regression needs "
+            "different numbers"
         )
     notices = _conflicts(train)
     earlier = [train]
@@ -75,8 +72,8 @@ def one_number(split: Dataset) -> list[Notice]:
     if split.labels is None or len(split) < 2 or len(set(split.targets)) > 1:
         return []
     message = (
-        f"{split.called}: every row has the number {split.targets[0]:g}; is it a placeholder? "
-        "there is no R2 and no correlation on it"
+        f"{split.called}: every row has the number {split.targets[0]:g}; is it a placeholder? R2 "
+        "and correlations are undefined"
     )
     return [Notice("one-class", message, len(split))]
 
@@ -87,5 +84,5 @@ def _conflicts(train: Dataset) -> list[Notice]:
         targets_of[text].add(target)
     if not (count := sum(len(targets) > 1 for targets in targets_of.values())):
         return []
-    message = f"{train.called}: texts that occur with different numbers: {count}"
+    message = f"{train.called}: texts with conflicting numbers: {count}"
     return [Notice("conflicts", message, count)]

@@ -1,6 +1,6 @@
-"""Cells of a label column -> numbers, where those are what is to be predicted.
+"""Convert cells of a label column to numbers, for regression.
 
-Stands in for `LabelReader`, which reads classes. Knows nothing of files of rows.
+Has the interface of `LabelReader`, which reads classes.
 """
 
 import decimal
@@ -23,7 +23,7 @@ class NumberReader:
     hint = ""
 
     def unfolded(self, value: Any) -> Any:
-        """The cell as it is: a list is no number."""
+        """The cell as it is: a list is not a number."""
         return value
 
     def read(self, value: Any) -> list[float] | None:
@@ -52,20 +52,22 @@ def number_of(value: Any) -> float:
     if isinstance(value, str):
         text = value.strip()
         if not _NUMBER.fullmatch(text):
-            remedy = " (write a point for the comma)" if _COMMA.fullmatch(text) else ""
-            raise ValueError(f"label {shown(value)} is no number{remedy}")
+            remedy = (
+                " (write a decimal point instead of the comma)" if _COMMA.fullmatch(text) else ""
+            )
+            raise ValueError(f"label {shown(value)} is not a number{remedy}")
         number = float(text)
     elif isinstance(value, bool):
-        raise ValueError(f"label {shown(value)} is no number")
+        raise ValueError(f"label {shown(value)} is not a number")
     elif isinstance(value, numbers.Real | decimal.Decimal):
         try:
             number = float(value)
         except OverflowError:
             number = math.inf
     else:
-        raise ValueError(f"label {shown(value)} is no number")
+        raise ValueError(f"label {shown(value)} is not a number")
     if not math.isfinite(number):
-        raise ValueError(f"label {shown(value)} is no finite number")
+        raise ValueError(f"label {shown(value)} is not a finite number")
     if abs(number) > LARGEST:
         raise ValueError(f"label {shown(value)} is larger than {LARGEST:g}")
     return number

@@ -1,7 +1,7 @@
-"""Files in forms that are not read: what they are, and the option or command that helps.
+"""Recognize files in unsupported formats, and suggest the option or command that helps.
 
-A form is told by the beginning of its content. Commands are for a POSIX shell with Python; each
-writes a file that is read. Knows nothing of how rows are read.
+Formats are recognized by content. Commands are for a POSIX shell with Python, and write a file that
+minllama reads.
 """
 
 import json
@@ -27,7 +27,7 @@ _FEATHER = (
     "p.write_table(f.read_table(sys.argv[1]), sys.argv[2])'"
 )
 _SPREADSHEET = f"save it as CSV UTF-8 there, or convert it with: {_EXCEL} {{}} new.csv"
-_UNPACK = "unpack it, and name a file of rows in it"
+_UNPACK = "unpack it, and name a data file in it"
 # First bytes, what they are, and what to do with the file; {} stands for its name.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"\xd0\xcf\x11\xe0", "an old Office document (.xls, .doc)", _SPREADSHEET),
@@ -38,15 +38,19 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it with: zstd -d {}"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!", "a RAR archive", _UNPACK),
-    (b"%PDF", "a PDF document", "give its texts as rows of a CSV or JSONL file"),
+    (b"%PDF", "a PDF document", "convert it to CSV or JSONL"),
     (b"{\\rtf", "an RTF document", "save it as plain text"),
-    (b"SQLite format 3\0", "an SQLite database", "export a table of it: sqlite3 -csv -header"),
-    (b"\x93NUMPY", "a NumPy array", "give texts as rows of a CSV or JSONL file"),
-    (b"\x89PNG", "an image", "give texts as rows of a CSV or JSONL file"),
-    (b"\xff\xd8\xff", "an image", "give texts as rows of a CSV or JSONL file"),
-    (b"GGUF", "a GGUF model", "name a file of rows here, and the model with --model"),
-    (b"\x7fELF", "a program", "name a file of rows"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file", "fetch it with: git lfs pull"),
+    (b"SQLite format 3\0", "an SQLite database", "export a table: sqlite3 -csv -header"),
+    (b"\x93NUMPY", "a NumPy array", "convert it to CSV or JSONL"),
+    (b"\x89PNG", "an image", "convert it to CSV or JSONL"),
+    (b"\xff\xd8\xff", "an image", "convert it to CSV or JSONL"),
+    (b"GGUF", "a GGUF model", "name a data file here, and the model with --model"),
+    (b"\x7fELF", "a program", "name a data file"),
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the file",
+        "download it with: git lfs pull",
+    ),
 )
 
 
@@ -66,11 +70,11 @@ def refuse_binary(head: bytes, name: str) -> None:
     start = head[:512].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<script")):
         raise DataError(
-            f"{name}: is a web page (HTML), perhaps of an error or a log-in; download the file "
-            "itself, not the page that shows it"
+            f"{name}: is a web page (HTML), perhaps an error or login page; download the file "
+            "itself"
         )
     if start.startswith(b"<?xml"):
-        raise DataError(f"{name}: is XML; give its texts as rows of a CSV or JSONL file")
+        raise DataError(f"{name}: is XML; convert it to CSV or JSONL")
 
 
 def _zip(head: bytes, name: str) -> DataError:
@@ -80,7 +84,7 @@ def _zip(head: bytes, name: str) -> DataError:
         what = "Word document (.docx)" if b"word/" in head else "spreadsheet (.xlsx)"
         return DataError(f"{name}: is a {what}; {_SPREADSHEET.format(quoted(name))}")
     if b"data.pkl" in head[:200]:
-        return DataError(f"{name}: is a PyTorch file; name a file of rows")
+        return DataError(f"{name}: is a PyTorch file; name a data file")
     return DataError(f"{name}: is a zip archive; {_UNPACK}: unzip {quoted(name)}")
 
 
@@ -119,7 +123,7 @@ def refuse_other_labels(
     remedy = _remedy_for_labels(lines, name, compressed=compressed)
     remedy += f"; {advice}" if advice else ""
     raise DataError(
-        f"{name}: its first line is {seen(lines[0])}, and lines of 'label ||| sentence' are "
+        f"{name}: the first line is {seen(lines[0])}, but lines of 'label ||| sentence' are "
         f"expected; {remedy}"
     )
 
@@ -148,15 +152,13 @@ def _remedy_for_labels(lines: Sequence[str], name: str, *, compressed: bool) -> 
         if len(header) > 1 and any(cell in TEXT_NAMES + LABEL_NAMES for cell in header):
             return f"read it with {option}"
     if (columns := _columns_of(lines, "\t")) is not None:
-        return (
-            f"its cells have tabs between them: read it with --data-format tsv --columns {columns}"
-        )
+        return f"it is separated by tabs: read it with --data-format tsv --columns {columns}"
     for mark in ("||", "::", "##"):
         if all(re.match(rf"[^\s|:#]+\s*{re.escape(mark)}[^|:#]", line) for line in lines):
             escaped = mark.replace("|", "\\|")
-            return f"{mark} stands after its labels: " + sed(rf"s/[ \t]*{escaped}[ \t]*/ ||| /")
+            return f"{mark} follows its labels: " + sed(rf"s/[ \t]*{escaped}[ \t]*/ ||| /")
     if _few_labels(re.match(r"[^\s:]+:[^\s:]+(?=\s)", line) for line in lines):
-        return "its labels have colons in them: " + sed(r"s/^([^ \t]+)[ \t]+/\1 ||| /")
+        return "its labels contain colons: " + sed(r"s/^([^ \t]+)[ \t]+/\1 ||| /")
     if _few_labels(re.match(r"[^\s:][^:]{0,30}:(?=\s)", line) for line in lines):
         return "its labels end with a colon: " + sed(r"s/^([^:]+):[ \t]*/\1 ||| /")
     for separator, called in (("|", "'|'"), (";", "semicolon")):
@@ -166,7 +168,7 @@ def _remedy_for_labels(lines: Sequence[str], name: str, *, compressed: bool) -> 
         return "its labels are the first words: " + sed(r"s/^([^ \t]+)[ \t]+/\1 ||| /")
     if (columns := _columns_of(lines, ",")) is not None:
         return f"read it with --data-format csv --columns {columns}"
-    return "write it so, or give a CSV or JSONL file with columns text and label"
+    return "write such lines, or give a CSV or JSONL file with columns text and label"
 
 
 def _few_labels(matches: Iterable[re.Match[str] | None]) -> bool:
@@ -195,7 +197,7 @@ def _columns_of(lines: Sequence[str], separator: str) -> str | None:
 
 
 def refuse_other_json(line: str, name: str, *, compressed: bool) -> None:
-    """Refuse an object that holds all rows, where one object a row is expected.
+    """Refuse an object that holds all rows, one object per row is expected.
 
     Args:
         line: the beginning of a file, of which the first value is looked at.
@@ -214,10 +216,10 @@ def refuse_other_json(line: str, name: str, *, compressed: bool) -> None:
         "lists": "(dict(zip(d, r)) for r in zip(*d.values()))",
         "objects": "(dict(zip(d, r)) for r in zip(*(c.values() for c in d.values())))",
     }[kind]
-    where = {"rows": f"its rows are in {key!r}"}.get(kind, "it holds a column in each value")
+    where = {"rows": f"its rows are in {key!r}"}.get(kind, "each value is a column")
     program = f"import gzip, json, sys; d = {open_it}; [print(json.dumps(r)) for r in {rows}]"
     raise DataError(
-        f"{name}: begins with {seen(line.lstrip()[:80])}, where one object a row is expected; "
+        f"{name}: begins with {seen(line.lstrip()[:80])}, but one object per row is expected; "
         f"{where}: convert it with: python -c {shlex.quote(program)} {quoted(name)} > new.jsonl"
     )
 
@@ -228,7 +230,7 @@ def as_python_wrote(name: str, *, compressed: bool) -> str:
     command = f"python -c {shlex.quote(program)}"
     if name != "standard input":
         command = f"{'gzip -dc' if compressed else 'cat'} {quoted(name)} | {command}"
-    return f"so Python prints a dictionary: convert it with: {command} > new.jsonl"
+    return f"Python dictionary syntax: convert it with: {command} > new.jsonl"
 
 
 def _keys_of_tables(line: str) -> tuple[str, str] | None:

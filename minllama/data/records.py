@@ -1,7 +1,4 @@
-"""What every kind of file is reduced to: a table of numbered records, good and bad.
-
-Knows nothing of formats, nor of which column holds what.
-"""
+"""Tables of numbered records, good and bad: what every file format is read into."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -68,7 +65,7 @@ class Table:
     def __post_init__(self) -> None:
         counts = Counter(self.columns)
         if twice := [name for name, count in counts.items() if count > 1]:
-            raise DataError(f"{self.name}: has several columns called {listed(twice)}; rename them")
+            raise DataError(f"{self.name}: has several columns named {listed(twice)}; rename them")
 
 
 def numbered(rows: Iterable[RawRow], unit: str = "line") -> Iterator[Record | BadRow]:
@@ -109,7 +106,7 @@ class BadRows:
         if self.count >= TOO_MANY and self.count > 99 * n_good:
             raise DataError(
                 f"{name}: {self.count:,} of the first {self.count + n_good:,} rows are bad "
-                f"({self.summary()}); is it a file of such rows?"
+                f"({self.summary()}); is it the right file and format?"
             )
 
     def summary(self) -> str:
@@ -127,12 +124,11 @@ class BadRows:
         if self.count == 1:
             row = self.first[0]
             return DataError(
-                f"{name}, {row.place}: {row.reason}; mend it, or leave it out with --skip-bad-rows"
-                f"{hint}"
+                f"{name}, {row.place}: {row.reason}; fix it, or skip it with --skip-bad-rows{hint}"
             )
         return DataError(
-            f"{name}: {self.count} bad rows: {self.summary()}; "
-            f"mend them, or leave them out with --skip-bad-rows{hint}"
+            f"{name}: {self.count} bad rows: {self.summary()}; fix them, or skip them with "
+            f"--skip-bad-rows{hint}"
         )
 
 

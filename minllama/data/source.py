@@ -1,8 +1,7 @@
-"""What a user calls a source of examples -> an open table.
+"""Open a data source as a table: a path, `-` for standard input, or a Hugging Face dataset.
 
-A path wins where it exists, `-` is standard input, anything else may be a data set on the Hugging
-Face hub. The format is told by an option, or by the name of the file; content that is another
-one's is refused with the way to read it. Knows nothing of what the columns mean.
+An existing path takes precedence. The format comes from an option or the file's name; content in
+another format is refused with advice on how to read it.
 """
 
 import contextlib
@@ -75,7 +74,7 @@ def open_table(
     try:
         file = path.open("rb")
     except OSError as error:
-        raise DataError(f"{name}: {error.strerror}; name a file that you may read") from error
+        raise DataError(f"{name}: {error.strerror}; name a readable file") from error
     with file:
         beginning = opened(file, name)
         kind = _format_of(path, beginning, options.data_format)
@@ -101,7 +100,7 @@ def _refuse_for(options: DataOptions, name: str) -> None:
     }
     if flags := [flag for flag, value in given.items() if value]:
         raise OptionError(
-            f"{name}: {', '.join(flags)}: for files of text, and this has columns and types"
+            f"{name}: {', '.join(flags)}: only for text files, and this file has typed columns"
         )
 
 
@@ -140,17 +139,17 @@ def _on_the_hub(source: Source) -> HubDataset | None:
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a NUL
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{shown(name)}: is no path ({reason})") from error
+        raise DataError(f"{shown(name)}: is not a path ({reason})") from error
     if not name or exists:
         # A pipe or a device may have no end, and could not be read twice.
         raise DataError(
-            f"{name or 'an empty name'}: not a file; name a file of rows, or pipe it in as -"
+            f"{name or 'an empty name'}: not a file; name a file, or - for standard input"
         )
     hub_dataset = parse_hub_id(name) if isinstance(source, str) else None
     if hub_dataset is None or _suffix(Path(name)) in set(_FORMATS) - {""}:
         raise DataError(
-            f"{shown(name)}: no such file; name a file of rows, or a data set on the Hugging Face "
-            f"hub such as {EXAMPLE_ID}"
+            f"{shown(name)}: no such file; name a file, or a Hugging Face dataset such as "
+            f"{EXAMPLE_ID}"
         )
     return hub_dataset
 
@@ -169,9 +168,9 @@ def _format_of(path: Path, beginning: Beginning, asked: str | None) -> str:
     kind = asked or _FORMATS.get(suffix)
     if kind is None:
         raise DataError(
-            f"{path}: {suffix} is the name of no format that is read; say which it is with "
-            f"--data-format ({', '.join(DATA_FORMATS)})"
+            f"{path}: unknown extension {suffix}; give the format with --data-format "
+            f"({', '.join(DATA_FORMATS)})"
         )
     if kind == "parquet" and beginning.is_compressed:
-        raise DataError(f"{path}: is compressed with gzip, which Parquet does itself; gunzip it")
+        raise DataError(f"{path}: Parquet compressed with gzip is not supported; gunzip it")
     return kind

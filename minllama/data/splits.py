@@ -1,6 +1,6 @@
-"""From one data set to others: a dev split, a few examples of each class; and are they sound?
+"""Split and sample datasets, and check them against each other.
 
-Draws come from a seed alone. Knows nothing of files.
+Random draws depend on the seed only.
 """
 
 import random
@@ -46,19 +46,19 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
             aside |= set(draw.sample(texts, n_aside))
     if not aside:
         raise DataError(
-            f"{dataset.source}: no class has two different texts, so none can be set aside for "
+            f"{dataset.source}: no class has two different texts, so none can be held out for "
             "evaluation; give a --dev file"
         )
     _keep_one_of_each(dataset, aside)
     if not aside:
         raise DataError(
-            f"{dataset.source}: each text is the only one of a label, so none can be set aside for "
-            "evaluation; give a --dev file"
+            f"{dataset.source}: each text is the only one with its label, so none can be held "
+            "out for evaluation; give a --dev file"
         )
     rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
     dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
     rest = replace(rest, notices=dataset.notices, part=share(rest, dataset))
-    return rest, replace(dev, part=f"{share(dev, dataset)}, set aside")
+    return rest, replace(dev, part=f"{share(dev, dataset)}, held out")
 
 
 def share(part: Dataset, whole: Dataset) -> str:
@@ -107,7 +107,9 @@ def sample_balanced(dataset: Dataset, n: int, seed: int) -> Dataset:
     """
     assert dataset.labels is not None
     if len(dataset) < n:
-        raise DataError(f"{dataset.source}: {n} examples are asked for and it has {len(dataset)}")
+        raise DataError(
+            f"{dataset.source}: {n} examples were requested, but it has only {len(dataset)}"
+        )
     draw = random.Random(seed)
     left: defaultdict[int, list[int]] = defaultdict(list)
     for index in draw.sample(range(len(dataset)), len(dataset)):
@@ -140,8 +142,8 @@ def check_splits(
     if sum(count > 0 for count in counts) < 2 and not train.multi_label:
         only = train.label_names[counts.index(max(counts))]
         raise DataError(
-            f"{train.source}: every row has the label {only!r}; "
-            "a classifier needs examples of two classes at least"
+            f"{train.source}: every row has the label {only!r}; a classifier needs examples of "
+            "at least two classes"
         )
     if not any(counts):
         raise DataError(f"{train.source}: no row has a label")
@@ -161,14 +163,14 @@ def check_splits(
 def _notices_on_training(train: Dataset, counts: list[int]) -> list[Notice]:
     notices = []
     if absent := [name for name, n in zip(train.label_names, counts, strict=True) if n == 0]:
-        message = f"{train.called}: no example of {listed(absent)}; it cannot be learned"
+        message = f"{train.called}: no example of {listed(absent)}, so it cannot be learned"
         notices.append(Notice("absent", message, len(absent)))
     notices += alike_names(train)
     labels_of: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
     for index, text in enumerate(train.texts):
         labels_of[text].add(train.classes_of(index))
     if conflicts := sum(len(labels) > 1 for labels in labels_of.values()):
-        message = f"{train.called}: texts that occur with different labels: {conflicts}"
+        message = f"{train.called}: texts with conflicting labels: {conflicts}"
         notices.append(Notice("conflicts", message, conflicts))
     return notices
 
@@ -177,14 +179,15 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
     if split.labels is None:
         return
     if split.multi_label != train.multi_label:
-        one, several = "one label to each text", "lists of labels"
+        one, several = "one label per text", "lists of labels"
         of_train, of_split = (several, one) if train.multi_label else (one, several)
         raise DataError(
-            f"{split.source}: gives {of_split} and {train.source} {of_train}; write both alike"
+            f"{split.source}: has {of_split}, but {train.source} has {of_train}; use the same "
+            "kind in both"
         )
     if split.label_names != train.label_names:
         raise DataError(
-            f"{split.source}: its labels ({listed(split.label_names)}) are not those of "
+            f"{split.source}: its labels ({listed(split.label_names)}) differ from those of "
             f"{train.source} ({listed(train.label_names)})"
         )
     strange = Counter(
@@ -195,8 +198,8 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
     )
     if strange:
         raise DataError(
-            f"{split.source}: rows with labels of which {train.source} has no example: "
-            f"{strange.total()} ({listed(sorted(strange))}); add some, or leave these rows out"
+            f"{split.source}: {strange.total()} rows have labels without examples in "
+            f"{train.source} ({listed(sorted(strange))}); add examples, or remove these rows"
         )
 
 
@@ -207,8 +210,8 @@ def duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
     if not count:
         return []
     message = (
-        f"{split.called}: {count} of {len(split)} rows have a text that {earlier.called} has too; "
-        "what is measured on them may be memory"
+        f"{split.called}: {count} of {len(split)} rows have a text that is also in "
+        f"{earlier.called}; results on them may reflect memorization"
     )
     return [Notice("duplicates", message, count)]
 
@@ -219,7 +222,7 @@ def one_class(split: Dataset) -> list[Notice]:
     if split.multi_label or len(used) != 1 or len(split) < 2:
         return []
     message = (
-        f"{split.called}: every row has the label {used[0]!r}; is it a placeholder? "
-        "an accuracy on it says little"
+        f"{split.called}: every row has the label {used[0]!r}; is it a placeholder? accuracy "
+        "says little on such data"
     )
     return [Notice("one-class", message, len(split))]

@@ -1,7 +1,4 @@
-"""Texts as callers hand them over: are they what can be read, and which is not?
-
-Knows nothing of files, tokens or models.
-"""
+"""Check texts that callers pass in, and report the invalid ones."""
 
 import math
 from collections.abc import Mapping, Set
@@ -36,7 +33,7 @@ def checked_texts(texts: Any, what: str = "texts") -> list[str]:
     wrong = [i for i, value in enumerate(values) if not isinstance(value, str)]
     if wrong:
         told = first_few(f"{what}[{i}] is {_named(values[i])}" for i in wrong)
-        raise DataError(f"{told}: no string; give a text in its place, or leave it out")
+        raise DataError(f"{told}: not a string; give a text instead, or omit it")
     return values
 
 

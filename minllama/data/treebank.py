@@ -1,8 +1,7 @@
-"""Texts of a treebank as people write them: `it 's n't` becomes `it'sn't`, `-LRB-` a bracket.
+"""Undo treebank tokenization: `it 's n't` becomes `it'sn't`, `-LRB-` a bracket.
 
-Corpora such as the Stanford Sentiment Treebank hold tokens parted by spaces, with brackets and
-quotes spelled as the Penn Treebank does. A pretrained model has hardly seen such text. Knows
-nothing of models.
+Corpora such as the Stanford Sentiment Treebank contain tokens separated by spaces, with brackets
+and quotes in the Penn Treebank's spelling, which pretrained models have hardly seen.
 """
 
 import re

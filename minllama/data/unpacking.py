@@ -1,7 +1,4 @@
-"""An open stream -> its bytes, unpacked, of which the first are known.
-
-Knows nothing of what they mean.
-"""
+"""Decompress an open stream whose first bytes have been read."""
 
 import gzip
 import io
@@ -70,8 +67,8 @@ class _Unpacked(io.RawIOBase):
         self._size += len(data)
         if self._size > max(UNPACKED_FREELY, MAX_RATIO * self._packed.size):
             raise DataError(
-                f"{self._name}: unpacks to more than {MAX_RATIO} times its size; where that is "
-                f"meant, unpack it first: gunzip -k {quoted(self._name)}"
+                f"{self._name}: unpacks to more than {MAX_RATIO} times its size; if that is "
+                f"intended, unpack it first: gunzip -k {quoted(self._name)}"
             )
         buffer[: len(data)] = data
         return len(data)

@@ -1,1 +1,1 @@
-"""Metrics of predictions, their intervals, comparisons, baselines and reports."""
+"""Metrics of predictions, confidence intervals, comparisons, baselines and reports."""

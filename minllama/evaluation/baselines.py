@@ -1,7 +1,7 @@
-"""What could be had without a Llama: the most frequent class, and TF-IDF with logistic regression.
+"""Baselines without a Llama: the most frequent class, and TF-IDF with logistic regression.
 
-Fitted on the training texts in seconds, so that a report can show whether the Llama earns its keep.
-Knows nothing of models or metrics: takes texts and numbered labels, gives probabilities.
+They take texts and class ids and return probabilities; a report compares the classifier with
+them.
 """
 
 import warnings

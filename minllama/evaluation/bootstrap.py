@@ -1,6 +1,6 @@
-"""How certain a metric is: its values on rows that are drawn anew, again and again.
+"""Confidence intervals of metrics by resampling rows (percentile bootstrap).
 
-The percentile bootstrap of Efron & Tibshirani 1993, ch. 13. Knows nothing of labels' names.
+Follows Efron & Tibshirani 1993, ch. 13.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Predictions -> metrics: how often right, how sure, how well calibrated, and how certain that is.
+"""Metrics of predictions: accuracy, F1, calibration, and their confidence intervals.
 
-Takes probabilities and gold labels, gives numbers. Knows nothing of models, texts or files.
+Takes probabilities and gold labels, returns plain numbers.
 """
 
 import dataclasses
@@ -267,8 +267,8 @@ def checked_probabilities(
     probabilities = np.asarray(probabilities, dtype=np.float64)
     if probabilities.ndim != 2 or probabilities.shape[1] != classes:
         raise MinllamaError(
-            f"cannot evaluate: probabilities of shape {probabilities.shape} do not fit "
-            f"{classes} label names; give one row for each text and one column for each name"
+            f"cannot evaluate: probabilities of shape {probabilities.shape} do not fit {classes} "
+            "label names; give one row per text and one column per name"
         )
     not_finite = ~np.isfinite(probabilities).all(1)
     if not_finite.any():
@@ -285,8 +285,8 @@ def checked_probabilities(
     off = np.asarray(np.abs(probabilities.sum(1) - 1) > SUM_TOLERANCE)
     if off.any() and not multi_label:
         raise MinllamaError(
-            f"cannot evaluate: {_rows(off)} probabilities that do not sum to one; "
-            "give the softmax of the logits, or say multi_label for independent labels"
+            f"cannot evaluate: {_rows(off)} probabilities that do not sum to one; give the "
+            "softmax of the logits, or set multi_label for independent labels"
         )
     return np.asarray(np.minimum(probabilities, 1.0))
 
@@ -303,16 +303,16 @@ def _gold(
     rows, classes = shape
     if len(labels) != rows:
         raise MinllamaError(
-            f"cannot evaluate: {len(labels)} labels for {rows} rows of probabilities; "
-            "give one label for each row"
+            f"cannot evaluate: {len(labels)} labels for {rows} rows of probabilities; give one "
+            "label per row"
         )
     if rows == 0:
-        raise MinllamaError("cannot evaluate: there are no rows; give at least one labelled row")
+        raise MinllamaError("cannot evaluate: there are no rows; give at least one labeled row")
     unlabelled = np.array([not is_labelled(label) for label in labels])
     if unlabelled.any():
         raise MinllamaError(
-            f"cannot evaluate: {_rows(unlabelled)} no label; "
-            "leave such rows out, or only predict their labels"
+            f"cannot evaluate: {_rows(unlabelled)} no label; remove such rows, or only predict "
+            "their labels"
         )
     sets = labels if multi_label else [(label,) for label in labels]
     gold = np.zeros((rows, classes), dtype=np.bool_)

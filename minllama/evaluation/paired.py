@@ -1,9 +1,9 @@
-"""Two systems on the same rows, compared row by row.
+"""Compare two systems row by row on the same texts.
 
-What differs between two systems that read the same texts is less uncertain than either alone: most
-rows are easy or hard for both. So it is the difference that is drawn anew, row by row (paired
-bootstrap; Berg-Kirkpatrick et al. 2012), and the rows on which one is right and the other is not
-are counted (McNemar 1947, exact). Takes evaluations. Knows nothing of how they are shown.
+The difference between two systems on the same texts is less uncertain than either result, since
+most texts are easy or hard for both. So rows are resampled for both at once (paired bootstrap;
+Berg-Kirkpatrick et al. 2012), and rows that only one of them gets right are counted (McNemar 1947,
+exact).
 """
 
 from dataclasses import dataclass
@@ -73,13 +73,13 @@ def compare(first: Evaluation, second: Evaluation) -> Paired:
     one, two = first.rows, second.rows
     if first.label_names != second.label_names or first.multi_label != second.multi_label:
         raise MinllamaError(
-            "cannot compare row by row: the evaluations are of other classes; evaluate both with "
-            "the same label names, in one order"
+            "cannot compare row by row: the evaluations have different classes; evaluate both "
+            "with the same label names in the same order"
         )
     if not np.array_equal(one.gold, two.gold):
         raise MinllamaError(
-            "cannot compare row by row: the evaluations are of other rows; evaluate both on the "
-            "same texts, in one order"
+            "cannot compare row by row: the evaluations have different rows; evaluate both on "
+            "the same texts in the same order"
         )
     only_first = int((one.right & ~two.right).sum())
     only_second = int((two.right & ~one.right).sum())

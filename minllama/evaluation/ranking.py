@@ -1,7 +1,4 @@
-"""ROC AUC and average precision: how well probabilities put the rows of a label before the others.
-
-Arrays in, numbers out; of rows drawn with replacement too. Knows nothing of thresholds.
-"""
+"""ROC AUC and average precision, also for rows resampled with replacement."""
 
 from typing import NamedTuple
 

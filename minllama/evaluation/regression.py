@@ -1,7 +1,4 @@
-"""Numbers as targets: their scale, the metrics of predicted ones, and what is had without a Llama.
-
-Takes texts and numbers, gives numbers. Knows nothing of models or files.
-"""
+"""Regression: scaling of targets, metrics, and baselines without a Llama."""
 
 import dataclasses
 import math
@@ -38,7 +35,7 @@ class TargetScale:
     def __post_init__(self) -> None:
         limit = LARGEST_TARGET
         if not (abs(self.mean) <= limit and 0 < self.std <= limit):  # NaN is not, either
-            raise ValueError(f"a scale of mean {self.mean} and std {self.std} is none"[:200])
+            raise ValueError(f"a scale cannot have mean {self.mean} and std {self.std}"[:200])
 
     @classmethod
     def of(cls, targets: Sequence[float]) -> Self:
@@ -118,14 +115,16 @@ def evaluate_regression(
     if p.shape != y.shape or p.ndim != 1:
         raise MinllamaError(
             f"cannot evaluate: predictions of shape {p.shape} do not fit {len(y)} targets; give "
-            "one number for each row"
+            "one number per row"
         )
     if not len(y):
         raise MinllamaError("cannot evaluate: there are no rows; give at least one with a target")
     for what, values in (("a prediction", p), ("a target", y)):
         if not np.isfinite(values).all():
             row = int((~np.isfinite(values)).argmax()) + 1
-            raise MinllamaError(f"cannot evaluate: row {row} has {what} that is no finite number")
+            raise MinllamaError(
+                f"cannot evaluate: row {row} has {what} that is not a finite number"
+            )
     rows = _Rows(p, y)
     metrics = rows.metrics(np.ones(len(y)))
     return RegressionEvaluation(

@@ -1,7 +1,7 @@
-"""From which probability on a label is predicted: given, or chosen on labelled rows.
+"""Decision thresholds: given, or chosen on labeled rows.
 
-For one of two classes and for texts with any number of labels. Takes probabilities, labels and the
-words of `--threshold`. Knows nothing of models or files.
+For two classes, and for multi-label classifiers. Takes probabilities, labels and the values of
+`--threshold`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,12 +73,14 @@ def positive_class(labels: Sequence[str], name: str | None, *, multi_label: bool
     if name is None:
         return 1 if is_binary else None
     if not is_binary:
-        kind = "texts with any number of labels" if multi_label else f"{len(labels)} classes"
-        raise OptionError(f"--positive names one of two classes, and these are {kind}; omit it")
+        kind = "multi-label texts" if multi_label else f"{len(labels)} classes"
+        raise OptionError(f"--positive is for two classes, and these are {kind}; omit it")
     name = _as_labelled(name, labels)
     if name not in labels:
         known = " and ".join(map(repr, labels))
-        raise OptionError(f"--positive {name!r} is none of the classes {known}; name one of them")
+        raise OptionError(
+            f"--positive {name!r} is not one of the classes {known}; name one of them"
+        )
     return labels.index(name)
 
 
@@ -103,8 +105,8 @@ def _of_two(
         return options
     if options.positive is not None and _as_labelled(options.positive, labels) != label:
         raise OptionError(
-            f"--threshold {options.threshold[0]!r} is for {label!r}, and --positive is "
-            f"{options.positive!r}; of two classes the positive one has a threshold"
+            f"--threshold {options.threshold[0]!r} is for {label!r}, but --positive is "
+            f"{options.positive!r}; give the threshold of the positive class"
         )
     return replace(options, threshold=(str(rule),), positive=label)
 
@@ -129,14 +131,14 @@ def check_thresholds(
         return
     if positive is None and not multi_label:
         raise OptionError(
-            f"--threshold is for two classes, or for --multi-label; of {len(labels)} classes the "
-            "likeliest is predicted; omit it"
+            f"--threshold is for two classes or --multi-label, not for {len(labels)} classes; "
+            "omit it"
         )
     for rule in _rules(options.threshold, labels, multi_label=multi_label):
         if isinstance(rule, str) and not can_choose:
             raise OptionError(
-                f"--threshold {rule} is chosen on the dev texts while training, never on those "
-                "that are evaluated or classified; give a number here"
+                f"--threshold {rule} is chosen on the dev split in training, not on evaluated or "
+                "classified texts; give a number"
             )
 
 
@@ -218,7 +220,7 @@ def choose_thresholds(
             notices.append(f"threshold of {labels[column]!r}: {best.complaint.format(source)}")
     how = f"{' and '.join(chosen)} on {source}" if chosen else ""
     if len(notices) > MOST_NAMED + 1:
-        more = f"thresholds of {len(notices) - MOST_NAMED} more labels: chosen no more surely"
+        more = f"thresholds of {len(notices) - MOST_NAMED} more labels: equally uncertain"
         notices = [*notices[:MOST_NAMED], more]
     return Chosen(Thresholds(tuple(values), positive, how), tuple(notices))
 
@@ -233,12 +235,12 @@ def _best(rule: str, probabilities: NDArray[np.floating[Any]], gold: NDArray[np.
     n_positive = int(gold.sum())
     if n_positive in (0, len(gold)):
         which = "no text" if n_positive == 0 else "every text"
-        complaint = f"{which} of {{}} has this label, so {rule} cannot choose; it is {DEFAULT}"
+        complaint = f"{which} of {{}} has this label, so {rule} cannot be applied; using {DEFAULT}"
         return _Best(DEFAULT, complaint)
     cuts, hits, alarms = _cuts(probabilities, gold)
     precision, recall = hits / np.maximum(hits + alarms, 1), hits / n_positive
     fewer, which = min((n_positive, "with it"), (len(gold) - n_positive, "without it"))
-    few = "" if fewer >= FEW else f"chosen on {{}} by {fewer} texts {which}; more would serve it"
+    few = "" if fewer >= FEW else f"chosen on {{}} from only {fewer} texts {which}"
     name, _, goal_text = rule.partition("=")
     if not goal_text:
         quality = _QUALITIES[name](hits, alarms, n_positive, len(gold) - n_positive)
@@ -253,9 +255,9 @@ def _best(rule: str, probabilities: NDArray[np.floating[Any]], gold: NDArray[np.
         return _Best(cuts[order[-1]], few)
     at = int(np.lexsort((other, wanted))[-1])
     complaint = (
-        f"a {name} of {goal:g} is not reached on {{}}; the best is {wanted[at]:.3f}, with a "
-        f"{'recall' if name == 'precision' else 'precision'} of {other[at]:.3f}, from {cuts[at]:g} "
-        "on, which is taken"
+        f"{name} {goal:g} is not reached on {{}}; the best is {wanted[at]:.3f}, with a "
+        f"{'recall' if name == 'precision' else 'precision'} of {other[at]:.3f}, from "
+        f"{cuts[at]:g} on, which is used"
     )
     return _Best(cuts[at], complaint)
 
@@ -342,12 +344,12 @@ def _rules(
         if label is None:
             of_all.append(rule)
         elif label in of_label:
-            raise OptionError(f"--threshold is there twice for {label!r}; give one")
+            raise OptionError(f"--threshold is given twice for {label!r}; give one")
         else:
             of_label[label] = rule
     if len(of_all) > 1:
         more = ", or LABEL=THRESHOLD for each label" if multi_label else ""
-        raise OptionError(f"--threshold is there {len(of_all)} times; give one{more}")
+        raise OptionError(f"--threshold is given {len(of_all)} times; give one{more}")
     if not multi_label:
         return of_all
     others = [DEFAULT] * len(labels) if own is None else own.values
@@ -376,8 +378,8 @@ def _rule(text: str, labels: Sequence[str]) -> tuple[str | None, float | str]:
     if named:
         label = named[0][0]
         raise OptionError(
-            f"--threshold {text!r} is a rule for all labels, and {label!r} is a label as well; "
-            f"{label}={text} is the rule for that label, and a number for all is 0.5"
+            f"--threshold {text!r} is ambiguous, since {label!r} is also a label; give "
+            f"{label}={text} for that label, or a number for all"
         )
     return None, of_all
 
@@ -399,20 +401,22 @@ def read(content: Mapping[str, Any], labels: Sequence[str], *, multi_label: bool
     """
     values, positive, how = content["values"], content["positive"], content["how"]
     if not isinstance(values, dict) or not isinstance(how, str):
-        raise TypeError("thresholds must be numbers by label, and how they came about a string")
+        raise TypeError("thresholds must be numbers by label, with a string for their origin")
     if printable(how) != how:
-        raise ValueError("how thresholds came about is no line of text")
+        raise ValueError("the origin of thresholds is not a line of text")
     if multi_label:
         names, at = list(labels), None
     else:
         if len(labels) != 2 or positive not in labels:
-            raise ValueError(f"{positive!r} is not the positive one of two classes")
+            raise ValueError(f"{positive!r} is not the positive class of two")
         names, at = [positive], labels.index(positive)
     if sorted(values) != sorted(names):
-        raise ValueError(f"there must be a threshold for each of {', '.join(names)}")
+        raise ValueError(
+            f"a threshold is missing; there must be one for each of {', '.join(names)}"
+        )
     numbers = tuple(values[name] for name in names)
     if not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers):
-        raise ValueError("a threshold is no number from 0 to 1")
+        raise ValueError("a threshold is not a number in [0, 1]")
     return Thresholds(tuple(map(float, numbers)), at, how)
 
 
@@ -447,12 +451,12 @@ def as_thresholds(
     given = dict(value) if isinstance(value, Mapping) else dict.fromkeys(names, value)
     if unknown := [name for name in given if name not in names]:
         raise MinllamaError(
-            f"there is no threshold for {unknown[0]!r}; there are for {', '.join(names)}"
+            f"no label {unknown[0]!r} to set a threshold for; the labels are {', '.join(names)}"
         )
     numbers = [given.get(name, DEFAULT) for name in names]
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int | float | np.number):
-            raise MinllamaError(f"a threshold must be a number from 0 to 1, not {number!r}")
+            raise MinllamaError(f"a threshold must be a number in [0, 1], not {number!r}")
         if not 0 <= number <= 1:
-            raise MinllamaError(f"a threshold must be a number from 0 to 1, not {number!r}")
+            raise MinllamaError(f"a threshold must be a number in [0, 1], not {number!r}")
     return Thresholds(tuple(map(float, numbers)), positive)

@@ -1,7 +1,7 @@
-"""From files of labelled texts to an evaluated classifier in a folder: what the doors call.
+"""From files of labeled texts to an evaluated classifier in a folder: what the commands call.
 
-`splits` reads and checks the data, `fitting` makes and trains the classifier, `measuring`
-evaluates it beside its baselines, `uses` tells which options take effect, `run` does all of it.
+`splits` reads and checks the data, `build` creates and trains the classifier, `evaluate` compares
+it with baselines, `option_rules` decides which options take effect, and `train` runs all of it.
 Nothing here parses arguments or prints.
 """
 

@@ -1,7 +1,4 @@
-"""A classifier of the kind that is asked for, and its training: by method and objective.
-
-Knows nothing of files but for the folder that a run is kept in.
-"""
+"""Build and train a classifier, by method and objective."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -67,16 +64,16 @@ def label_words_of(text: str | None, labels: Sequence[str]) -> tuple[str, ...]:
     if word_of is not None:
         if set(word_of) != set(labels):
             raise OptionError(
-                f"label_words names the labels {listed(word_of)}, and there are {listed(labels)}; "
-                "give a word for each of these"
+                f"label_words has words for {listed(word_of)}, but the labels are "
+                f"{listed(labels)}; give a word for each of them"
             )
         where = f"label_words {shown(text)}"
         return tuple(checked_names([word_of[label].strip() for label in labels], where))
     words = tuple(names_of_option(text, "label_words"))
     if len(words) != len(labels):
         raise OptionError(
-            f"label_words holds {len(words)} words ({', '.join(words)}) for {len(labels)} labels "
-            f"({', '.join(labels)}); give one for each, in this order"
+            f"label_words has {len(words)} words ({', '.join(words)}) for {len(labels)} labels "
+            f"({', '.join(labels)}); give one per label, in this order"
         )
     return words
 
@@ -100,7 +97,7 @@ def make_zero_shot(
     shots: list[tuple[str, str]] = []
     if options.shots:
         if train is None:
-            raise OptionError("shots come from a training file, and there is none")
+            raise OptionError("shots need a training file")
         drawn = sample_balanced(train, options.shots, seed)
         shots = [
             (text, words[label])
@@ -135,7 +132,7 @@ def without_shots(train: Dataset, shots: Sequence[tuple[str, str]]) -> Dataset:
     rows = [i for i, text in enumerate(train.texts) if text not in shown]
     if not rows:
         raise OptionError(
-            f"{train.source}: prompts show all of its texts, and none is left to learn from; give "
+            f"{train.source}: all texts are shown in prompts, so none is left to train on; use "
             "fewer shots"
         )
     return replace(train.select(rows), notices=train.notices)
@@ -287,7 +284,7 @@ def _read_choice(folder: Path) -> Choice | None:
         content = json.loads(path.read_bytes())
         return int(content["layer"]), cast(Pooling, str(content["pooling"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); start anew with --force") from error
+        raise CheckpointError(f"{path}: damaged ({error}); start again with --force") from error
 
 
 def _write_choice(folder: Path, choice: Choice) -> None:

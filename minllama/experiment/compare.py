@@ -1,7 +1,6 @@
-"""Another system on the rows that a classifier was evaluated on, for a comparison row by row.
+"""Evaluate another system on the same rows, for a comparison row by row.
 
-It is a classifier in a folder, or the predictions that one wrote. Knows nothing of how the two are
-shown.
+The other system is a saved classifier, or a file of its predictions.
 """
 
 import json
@@ -27,7 +26,7 @@ from minllama.text import listed
 
 Predicted: TypeAlias = tuple[NDArray[np.floating[Any]], NDArray[np.bool_]]
 Progress: TypeAlias = Callable[[int], None] | None
-REMEDY = "compare on the file that they were made of, or name the folder of the classifier"
+REMEDY = "compare on the file that they were made from, or name the classifier's folder"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +75,15 @@ def open_other(other: str, split: Dataset, *, loading: LoadOptions) -> Other:
         classifier = load_classifier_with(path, loading)
         if classifier.scale is not None:
             raise MinllamaError(
-                f"{other}: gives numbers, and the classifier that it is compared with classes; "
-                "compare two of a kind"
+                f"{other}: predicts numbers, but the other classifier predicts classes; compare "
+                "classifiers of the same kind"
             )
         matched = _matched(other, classifier.labels, classifier.multi_label, split)
         return Other(other, lambda progress: _predicted(classifier, split, matched, progress))
     if not path.is_file():
         raise DataError(
-            f"{other}: no such file or folder; name the folder of a classifier, or predictions "
-            "that evaluate or classify wrote as lines of JSON"
+            f"{other}: no such file or folder; name a classifier's folder, or predictions that "
+            "evaluate or classify wrote as JSON Lines"
         )
     read = _read(other, split)
     return Other(other, lambda progress: read)
@@ -95,8 +94,8 @@ def _matched(other: str, labels: Sequence[str], multi_label: bool, split: Datase
     if multi_label != split.multi_label:
         kinds = "one label", "any number of labels"
         raise MinllamaError(
-            f"{other}: gives a text {kinds[multi_label]}, and the classifier that it is compared "
-            f"with {kinds[not multi_label]}; compare two of a kind"
+            f"{other}: predicts {kinds[multi_label]} per text, but the other classifier "
+            f"{kinds[not multi_label]}; compare classifiers of the same kind"
         )
     called = same_classes(split.label_names, labels)
     if called is not None:
@@ -105,8 +104,8 @@ def _matched(other: str, labels: Sequence[str], multi_label: bool, split: Datase
     adds = [name for name in labels if name not in split.label_names]
     parts = [f"lacks {listed(lacks)}"] * bool(lacks) + [f"has {listed(adds)}"] * bool(adds)
     raise MinllamaError(
-        f"{other}: its classes are others: it {' and '.join(parts)}; classes are matched by "
-        "name, so compare classifiers that were trained with the same names"
+        f"{other}: different classes: it {' and '.join(parts)}; compare classifiers that were "
+        "trained with the same class names"
     )
 
 
@@ -146,7 +145,7 @@ def _read(other: str, split: Dataset) -> Predicted:
                 predicted[i, numbers[name]] = True
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"{other}: row {i + 1} has other classes than rows before it ({error}); {REMEDY}"
+                f"{other}: row {i + 1} has different classes than earlier rows ({error}); {REMEDY}"
             ) from error
     return p, predicted
 
@@ -167,9 +166,9 @@ def _rows(other: str) -> Iterator[dict[str, Any]]:
                 is_row = False
             if not is_row:
                 raise DataError(
-                    f"{other}: line {number} is no prediction (JSON with text, label and "
-                    "probabilities); give what evaluate wrote as predictions.jsonl, or classify "
-                    "as lines of JSON"
+                    f"{other}: line {number} is not a prediction (JSON with text, label and "
+                    "probabilities); give predictions.jsonl of evaluate, or JSON Lines of "
+                    "classify"
                 )
             yield row
 
@@ -184,8 +183,8 @@ def _lines(other: str, file: Iterable[bytes]) -> Iterator[bytes]:
 def _unlike(rows: Sequence[Mapping[str, Any]], split: Dataset) -> str | None:
     """How the rows of a file are not those of the split; None where they are."""
     if len(rows) != len(split):
-        return f"holds predictions of {len(rows):,} texts, and {split.source} has {len(split):,}"
+        return f"has predictions of {len(rows):,} texts, but {split.source} has {len(split):,}"
     for i, (row, text) in enumerate(zip(rows, split.texts, strict=True)):
         if row["text"] != text:
-            return f"its predictions are of other texts than {split.source}, from row {i + 1:,} on"
+            return f"its texts differ from those of {split.source}, from row {i + 1:,} on"
     return None

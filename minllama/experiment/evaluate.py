@@ -1,7 +1,4 @@
-"""A classifier on a split: its evaluation, beside that of its baselines.
-
-Knows nothing of training.
-"""
+"""Evaluate a classifier on a split, and its baselines on the same rows."""
 
 import dataclasses
 import json
@@ -139,7 +136,9 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete it, or bring it back") from error
+        raise CheckpointError(
+            f"{path}: damaged ({error}); delete it, or restore the original"
+        ) from error
 
 
 def saved_verdicts(folder: Path) -> dict[str, str]:
@@ -155,7 +154,9 @@ def saved_verdicts(folder: Path) -> dict[str, str]:
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}); delete it, or bring it back") from error
+        raise CheckpointError(
+            f"{path}: damaged ({error}); delete it, or restore the original"
+        ) from error
     return {name: verdict for name, verdict in said.items() if verdict and isinstance(verdict, str)}
 
 

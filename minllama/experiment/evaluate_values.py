@@ -1,6 +1,6 @@
-"""A classifier that gives numbers on a split: its evaluation, beside that of its baselines.
+"""Evaluate a regression on a split, and its baselines on the same rows.
 
-What `minllama.experiment.evaluate` does for classes. Knows nothing of training.
+`minllama.experiment.evaluate` does the same for classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
-"""How a head is fitted on features of a frozen Llama: for classes, or for numbers.
+"""Fit a head on features of a frozen Llama, for classes or for numbers.
 
-`make_head` asks one of these what a classifier's head is, on which texts it is fitted, and which
-layer is best. Knows nothing of files or of gradients.
+`make_head` uses one of these classes for the kind of head, its training texts and the choice of the
+layer.
 """
 
 from collections.abc import Callable, Sequence
@@ -179,7 +179,7 @@ class ValueHeads:
         return Selected(
             found.choice,
             found.penalty,
-            f"R2 {found.r2:.3f} on {len(some):,} training texts, each left out in turn",
+            f"R2 {found.r2:.3f} on {len(some):,} training texts, in leave-one-out cross-validation",
         )
 
     def fit(self, features: Vectors, some: Dataset, penalty: float, *, bias: bool) -> FittedHead:

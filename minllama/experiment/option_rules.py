@@ -1,7 +1,4 @@
-"""Which options take effect with which method and objective; what would be ignored is refused.
-
-Knows nothing of command lines, but for the flags that people call the options by.
-"""
+"""Which options take effect with which method and objective; refuses options without effect."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
@@ -53,8 +50,8 @@ def check_uses(experiment: Experiment, given: Collection[str] | None = None) -> 
     objective = f" --objective {options.objective}" if said else ""
     reasons = (f"{', '.join(flags)} (for {purpose})" for purpose, flags in unused.items())
     raise OptionError(
-        f"--method {options.method}{objective} has no use for {', '.join(reasons)}; leave away "
-        "what it does not use, or choose what does"
+        f"--method {options.method}{objective} does not use {', '.join(reasons)}; omit these "
+        "options, or choose a method that uses them"
     )
 
 

@@ -1,7 +1,4 @@
-"""The folder of an experiment: what an earlier run left there, and whether it can be written.
-
-Knows nothing of how a classifier comes about.
-"""
+"""Check the output folder of an experiment: earlier runs in it, and whether it is writable."""
 
 import contextlib
 import shutil
@@ -33,27 +30,25 @@ def check_output(output: Path, method: str, *, resume: bool, force: bool) -> boo
     """
     check_replaceable(output)
     if resume and force:
-        raise OptionError("--resume goes on with a run and --force replaces it; give one of them")
+        raise OptionError("--resume continues a run and --force replaces it; give one of them")
     if resume:
         return _is_resumable(output, method)
     if force:
         return False
     if (output / CHECKPOINT).exists():
         raise MinllamaError(
-            f"{output}: an earlier run is there; --resume goes on with it, --force replaces it"
+            f"{output}: contains an earlier run; --resume continues it, --force replaces it"
         )
     if any((output / name).exists() for name in RESULTS):
-        raise MinllamaError(f"{output}: an earlier run is there; --force replaces it")
+        raise MinllamaError(f"{output}: contains an earlier run; --force replaces it")
     if (output / METRICS).exists():
-        raise MinllamaError(
-            f"{output}: a run that left no checkpoint is there; --force starts anew"
-        )
+        raise MinllamaError(f"{output}: contains a run without a checkpoint; --force starts again")
     strangers = files_to_replace(output, is_own=method == "full")
     strangers += [name for name in REPORT_FILES if (output / name).exists()]
     if strangers:
         raise MinllamaError(
-            f"{output}: {', '.join(strangers)} would be replaced, and are of no run; name another "
-            "folder, or give --force"
+            f"{output}: {', '.join(strangers)} would be replaced, but are not part of a run; "
+            "name another folder, or give --force"
         )
     return False
 
@@ -69,21 +64,23 @@ def check_not_base(output: Path, model: str | None) -> None:
     path = Path(model).expanduser()
     folder = path.parent if path.is_file() else path
     if folder.is_dir() and folder.resolve() == output.resolve():
-        raise MinllamaError(f"{output}: the base model lies there; name another folder")
+        raise MinllamaError(f"{output}: contains the base model; name another folder")
 
 
 def _is_resumable(output: Path, method: str) -> bool:
     if method not in TRAINED:
-        raise OptionError(f"--resume goes on with a training, and {method} has none; leave it away")
+        raise OptionError(
+            f"--resume is for methods with a training loop, and {method} has none; omit it"
+        )
     if has_checkpoint(output):
         return True
     if any((output / name).exists() for name in RESULTS):
         raise MinllamaError(
-            f"{output}: an earlier run is there, and no checkpoint to go on from; --force replaces "
-            "it"
+            f"{output}: contains an earlier run without a checkpoint to resume from; --force "
+            "replaces it"
         )
     if not any((output / name).exists() for name in (METRICS, LAYER_FILE)):
-        raise MinllamaError(f"{output}: there is no checkpoint to go on from; leave --resume away")
+        raise MinllamaError(f"{output}: no checkpoint to resume from; omit --resume")
     return False
 
 

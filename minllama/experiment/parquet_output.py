@@ -1,9 +1,9 @@
-"""Predictions as JSON lines <-> a Parquet file, in constant memory.
+"""Convert predictions between JSON Lines and Parquet, in constant memory.
 
-A Parquet file can be read only when its end is written, so a run writes JSON lines beside it, and
-these become the file when it ends. Columns are those of `experiment/tables.py`, typed by what
-they hold in all rows: text, truth values, whole numbers, floats, or lists of one of these; columns
-of several kinds or of structures hold text, as cells of CSV do. Knows nothing of classifiers.
+A Parquet file is only readable when it is complete, so a run writes JSON Lines beside it and
+converts them at the end. Columns are those of `experiment/tables.py`, typed by their values: text,
+booleans, integers, floats, or lists of one of these; columns of mixed types or structures become
+text, like cells of CSV.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""A stream of texts -> lines that say their labels, of any length in constant memory.
+"""Stream predictions for texts, in constant memory.
 
-A line is JSON, a row of CSV or TSV, or `label ||| text`. Knows nothing of evaluation.
+Lines are JSON, rows of CSV or TSV, or `label ||| text`. `minllama classify` and `minllama train`
+call it.
 """
 
 import dataclasses
@@ -115,7 +116,7 @@ def check_format(classifier: Classifier, output_format: str) -> None:
         is_listed = classifier.multi_label and "," in label
         if SEPARATOR in label or len(label.splitlines()) > 1 or is_listed:
             raise OptionError(
-                f"the label {label!r} cannot stand in a line of 'label {SEPARATOR} text'; "
+                f"the label {label!r} cannot be written in lines of 'label {SEPARATOR} text'; "
                 "use --output-format jsonl"
             )
 
@@ -159,9 +160,7 @@ def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) 
     """Refuse, before anything is computed, names of columns that none of the first rows has."""
     known = {name: None for row in rows for name in row.record}
     if missing := [name for name in columns if name not in (*known, ALL_COLUMNS)]:
-        raise DataError(
-            f"{source}: there is no column {listed(missing)} to keep; there are {listed(known)}"
-        )
+        raise DataError(f"{source}: no column {listed(missing)} to keep; there are {listed(known)}")
 
 
 def _carried(row: Row, columns: Sequence[str]) -> dict[str, Any]:
@@ -238,11 +237,11 @@ def described(classifier: Classifier) -> str:
         temperature += f", {one_line(classifier.decision, classifier.labels)}"
     if isinstance(classifier, LlamaZeroShotClassifier):
         prompt = json.dumps(classifier.prompt.prompt, ensure_ascii=False)
-        asked = "asked in a chat" if classifier.prompt.chat else "prompt"
+        asked = "in a chat" if classifier.prompt.chat else "prompt"
         return f"[label words, score {score_of(classifier)}, {temperature}, {asked} {prompt}]"
     n_layers = classifier.llama.config.n_layers
     if classifier.scale is not None:
-        return f"[a number by a head on layer {classifier.n_layers} of {n_layers}]"
+        return f"[regression head on layer {classifier.n_layers} of {n_layers}]"
     return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
 
 

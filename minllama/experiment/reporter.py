@@ -1,6 +1,6 @@
-"""What a run tells the person who waits for it.
+"""The interface for messages and progress of a run.
 
-Knows nothing of terminals; `minllama.cli.waiting` does.
+`minllama.cli.waiting` implements it for the terminal.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""The report of an experiment: its classifier on dev and test, beside baselines, and its settings.
-
-Knows nothing of how the classifier came about.
-"""
+"""Write the report of an experiment: results on dev and test, baselines, settings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +30,7 @@ def settings_for_people(experiment: Experiment) -> dict[str, Any]:
     """What the experiment was made from, for people."""
     files = {
         "train": experiment.train,
-        "dev": experiment.dev or "set aside from train",
+        "dev": experiment.dev or "held out of train",
         "test": experiment.test,
     }
     shown = settings_of(data=experiment.data, threshold=experiment.threshold)
@@ -114,11 +111,9 @@ def measure(
             say.say(said)
             notes.append(said)
     if not (splits.train.has_numbers or experiment.classifier.no_calibration):
-        notes.append("the temperature was fitted on dev, so dev's own calibration flatters it")
+        notes.append("the temperature was fitted on dev, so calibration on dev is optimistic")
     if result is not None and experiment.training.keep == "best":
-        notes.append(
-            "the best weights by dev were kept, so dev's own numbers flatter them a little"
-        )
+        notes.append("the weights were selected on dev, so results on dev are slightly optimistic")
     return Report(
         title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
         label_names=classifier.labels,

@@ -1,7 +1,7 @@
-"""Predictions that are there already: a run of `classify` that was cut goes on behind them.
+"""Resume an interrupted `minllama classify` after the predictions already written.
 
-Its output is then that of a run that was not cut. What the output holds is compared with what the
-classifier says of the same rows now, since rounding depends on the company that a text is in.
+The output is the same as that of an uninterrupted run. The last rows in the output are predicted
+again and compared, with a tolerance, since rounding depends on a text's batch.
 """
 
 import contextlib
@@ -77,9 +77,9 @@ def rows_still_to_do(rows: Iterator[Row], done: Done, source: Source) -> Iterato
         n_before += 1
     if n_before != done.n_before:
         raise DataError(
-            f"the output has {done.n_before:,} records of the rows before number {done.start:,}, "
-            f"and {source} has {n_before:,} there; give the input and options that the run began "
-            "with, or another --output"
+            f"the output has {done.n_before:,} records before row {done.start:,}, but {source} "
+            f"has {n_before:,} rows there; give the run's original input and options, or another "
+            "--output"
         )
     return rows
 
@@ -114,7 +114,7 @@ class _Records:
 
     def add(self, found: Mapping[str, Any]) -> None:
         if self.last and found["index"] <= self.last[-1]["index"]:
-            raise ValueError(f"row {found['index']} behind row {self.last[-1]['index']}")
+            raise ValueError(f"row {found['index']} after row {self.last[-1]['index']}")
         if self.last and chunk_of(found["index"]) != chunk_of(self.last[-1]["index"]):
             self.n_before += len(self.last)
             self.last.clear()
@@ -186,7 +186,7 @@ def _checked(found: Any) -> Mapping[str, Any]:
     is_whole = is_number or isinstance(found["probabilities"], dict)
     is_whole = is_whole and type(found["text"]) is str
     if type(found["index"]) is not int or not is_whole:
-        raise ValueError("index, text or probabilities are of another type")
+        raise ValueError("index, text or probabilities have the wrong type")
     record: Mapping[str, Any] = found
     return record
 
@@ -211,8 +211,8 @@ def check_same(
             raise other_input(record, source)
         if not _is_alike(record, now, unit):
             raise DataError(
-                f"the output holds row {record['index']}, and of that row this classifier says "
-                "something else; give the one that the run began with, or another --output"
+                f"the output has row {record['index']}, for which this classifier predicts "
+                "something else; give the run's original classifier, or another --output"
             )
         if not _has_same_columns(record, now):
             raise other_columns(f"row {record['index']}")
@@ -263,15 +263,15 @@ def check_table(done: Done, layout: Layout, delimiter: str) -> tuple[Mapping[str
         first = row_of(layout.names, delimiter).encode()
         if not (first.startswith(done.begun) or BYTE_ORDER_MARK.startswith(done.begun)):
             raise DataError(
-                "the output is no table that `minllama classify` began with these options; give "
-                "those that the run began with, or another --output"
+                "the output is not a table that `minllama classify` started with these options; "
+                "give the run's original options, or another --output"
             )
         return ()
     n_said = len(layout.said)
     if done.header[-n_said:] != layout.said:
         raise DataError(
-            "the output has the columns of another classifier; give the one that the run began "
-            "with, or another --output"
+            "the output has the columns of another classifier; give the run's original "
+            "classifier, or another --output"
         )
     if done.header[:-n_said] != layout.shown:
         raise other_columns("a table")
@@ -286,13 +286,13 @@ def check_table(done: Done, layout: Layout, delimiter: str) -> tuple[Mapping[str
 
 def other_columns(what: str) -> DataError:
     return DataError(
-        f"the output holds {what} with other columns; give the --keep-columns that the run began "
-        "with, or another --output"
+        f"the output has {what} with other columns; give the run's original --keep-columns, or "
+        "another --output"
     )
 
 
 def other_input(record: Mapping[str, Any], source: Source) -> DataError:
     return DataError(
-        f"the output holds row {record['index']} where {source} has no such row with that text; "
-        "give the input that the run began with, or another --output"
+        f"the output has row {record['index']} but {source} has no such row with that text; give "
+        "the run's original input, or another --output"
     )

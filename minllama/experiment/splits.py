@@ -1,7 +1,4 @@
-"""The files of an experiment -> its training, dev and test splits, checked against each other.
-
-Knows nothing of models.
-"""
+"""Read the training, dev and test splits of an experiment, and check them against each other."""
 
 from dataclasses import dataclass, replace
 
@@ -72,7 +69,7 @@ def load_splits(
         by_class = "" if numbers else "by class "
         spoken.append(
             f"no --dev: {len(held)} of {len(learned) + len(held)} rows of {learned.source} are "
-            f"set aside to evaluate on, drawn {by_class}with seed {seed}"
+            f"held out for evaluation, drawn {by_class}with seed {seed}"
         )
     else:
         held = load_dataset(dev, options, label_names=names, numbers=numbers)
@@ -81,7 +78,7 @@ def load_splits(
         whole = len(learned)
         learned = sample_per_class(learned, per_class, seed)
         spoken.append(
-            f"{learned.source}: up to {per_class} examples of each class are drawn with seed "
+            f"{learned.source}: using up to {per_class} examples per class, drawn with seed "
             f"{seed}: {len(learned)} of {whole}"
         )
     tested = None
@@ -110,7 +107,7 @@ def without_placeholders(split: Dataset) -> Dataset:
     """
     if split.labels is None or len(split) < 2 or len(set(split.labels)) > 1:
         return split
-    message = f"{split.source}: its labels are left out of account"
+    message = f"{split.source}: its labels are ignored"
     all_one = (one_number if split.has_numbers else one_class)(split)
     notices = (*split.notices, *all_one, Notice("one-class", message, len(split)))
     return replace(split, labels=None, notices=notices)
@@ -122,6 +119,6 @@ def _hint_of_numbers(train: Dataset) -> list[str]:
     if len(names) <= FEW_CLASSES or not all(map(is_number, names)):
         return []
     return [
-        f"{train.source}: its {len(names)} labels are all numbers, and are taken for classes; "
+        f"{train.source}: its {len(names)} labels are all numbers, and are used as classes; "
         "--objective regression predicts numbers"
     ]

@@ -1,6 +1,6 @@
-"""Lines of JSON -> rows of CSV or TSV, as a stream of predictions is written.
+"""Convert JSON Lines to rows of CSV or TSV while predictions are written.
 
-Tells which columns the table has, whose names stand in its first line. Knows nothing of files.
+Determines the columns of the table and writes the header.
 """
 
 import dataclasses
@@ -110,6 +110,6 @@ class TableOutput:
         if more := [name for name in record.get(KEPT, ()) if name not in layout.kept]:
             raise DataError(
                 f"{self._source}: row {record[FIRST]} has the column {listed(more)}, which the "
-                "first rows lack; name the columns to keep with --keep-columns, or write JSON lines"
+                "first rows lack; name the columns with --keep-columns, or write JSON Lines"
             )
         return row_of(layout.values(record), delimiter)

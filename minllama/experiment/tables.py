@@ -1,9 +1,8 @@
-"""Predictions as rows of CSV and TSV: one record of JSON lines <-> one row of cells.
+"""Convert between JSON records of predictions and rows of CSV or TSV.
 
-A row has the kept columns of the input in front, then what the record says, in its order, with a
-column for each class (`probability_LABEL`). It is written as pandas and spreadsheets read it: in
-UTF-8, with quotes where a cell needs them (RFC 4180), and LF at the end of a row. Knows nothing of
-classifiers.
+A row has the kept input columns first, then the record's fields in order, with one column per class
+(`probability_LABEL`). It is written as pandas and spreadsheets read it: UTF-8, quoted where needed
+(RFC 4180), with LF line ends.
 """
 
 import csv
@@ -51,7 +50,7 @@ class Layout:
     def notice(self) -> str | None:
         """Which kept columns have another name in the table, for people; None where none has."""
         renamed = [
-            f"{shown(of_input)} is called {shown(name)} in the table"
+            f"{shown(of_input)} is named {shown(name)} in the table"
             for of_input, name in zip(self.kept, self.shown, strict=True)
             if of_input != name
         ]
@@ -118,9 +117,9 @@ def check_header(names: Sequence[str]) -> None:
     """
     said = names[names.index(FIRST) :] if FIRST in names else ()
     if tuple(said[:2]) != (FIRST, "text") or "classifier" not in said:
-        raise ValueError("its columns are others")
+        raise ValueError("its columns differ")
     if len(set(names)) < len(names):
-        raise ValueError("it has a column twice")
+        raise ValueError("it has duplicate columns")
 
 
 def cell_of(value: Any) -> str:

@@ -1,6 +1,6 @@
-"""One experiment, from its files to a classifier and its report in a folder.
+"""Run one experiment: from its files to a classifier and its report in a folder.
 
-Knows nothing of arguments, and prints nothing: what a person should hear, `Say` is told.
+`minllama train` calls it; messages go to a `Reporter`.
 """
 
 import dataclasses
@@ -105,7 +105,10 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outc
     method, is_asked = experiment.classifier.method, resume
     resume = check_output(experiment.output, method, resume=resume, force=force)
     if is_asked and not resume:
-        say.say(f"{experiment.output}: the run was cut before its first checkpoint; it begins anew")
+        say.say(
+            f"{experiment.output}: the run was interrupted before its first checkpoint; starting "
+            "from the beginning"
+        )
     check_libraries()
     if training.tensorboard:
         summary_writer()
@@ -158,8 +161,8 @@ def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
     options = experiment.classifier
     if multi_label and (options.method == "zero-shot" or options.objective == "label-words"):
         raise MinllamaError(
-            "label words choose one label; for texts with several use --method frozen, or lora or "
-            "full with --objective head"
+            "label words predict one label per text; for several use --method frozen, or lora "
+            "or full with --objective head"
         )
     check_ordinal(experiment.training.ordinal, multi_label=multi_label)
 
@@ -287,8 +290,8 @@ def _calibrate(
             say.say(f"the positive class is {classifier.positive!r}; --positive chooses another")
         if chosen.thresholds.how:
             notes.append(
-                f"thresholds were chosen on dev ({', '.join(experiment.threshold.threshold)}), so "
-                "dev's own numbers flatter them a little; the baselines' were chosen there too"
+                f"thresholds were chosen on dev ({', '.join(experiment.threshold.threshold)}), "
+                "so results on dev are slightly optimistic; the same holds for the baselines"
             )
     say.say(described(classifier))
     return logits, notes

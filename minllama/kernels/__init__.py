@@ -1,1 +1,1 @@
-"""Operations of the model, computed faster on CPUs (`cpu`) and GPUs (`gpu`)."""
+"""Faster implementations of the model's operations, for CPUs (`cpu`) and GPUs (`gpu`)."""

@@ -1,9 +1,9 @@
-"""Operations that are accelerated from outside: `@accelerated` marks one, `register` adds to it.
+"""Accelerate operations from outside: `@accelerated` marks one, `register` adds an implementation.
 
-The body of an accelerated function is its definition, in plain torch, and stays at hand as
-`.reference`. A module of kernels registers a faster function under the same name, with a question
-that says for which arguments it computes the same; the first that answers yes is taken. So the
-model reads as its equations, and kernels are added without touching it.
+The body of an accelerated function is its definition in plain torch, available as `.reference`. A
+kernel module registers a faster function for it, with a predicate for the arguments that it
+supports; the first one whose predicate is true is used. So the model reads like its equations, and
+kernels are added without changing it.
 """
 
 import functools
@@ -30,7 +30,7 @@ BACKENDS = (
 
 
 class Fast(Generic[P, R]):
-    """A faster way to compute an operation.
+    """A faster implementation of an operation.
 
     Attributes:
         supports: whether it computes the same for these arguments.
@@ -55,7 +55,7 @@ _loaded: list[str] = []
 
 
 def accelerated(reference: Callable[P, R]) -> Operation[P, R]:
-    """Let kernels compute a function, of which the body stays the definition."""
+    """Let kernels replace a function, whose body remains the definition."""
     fast = _registered.setdefault(reference.__name__, [])
 
     @functools.wraps(reference)
@@ -72,7 +72,9 @@ def accelerated(reference: Callable[P, R]) -> Operation[P, R]:
 
 
 def register(name: str, supports: Callable[..., bool], compute: Callable[..., Any]) -> None:
-    """Add a faster way to compute the accelerated function of this name, asked after others."""
+    """Register a faster implementation of the accelerated function of this name, tried after
+    others.
+    """
     _registered.setdefault(name, []).append(Fast(supports, compute))
 
 
@@ -93,7 +95,6 @@ def load_backends() -> None:
 def is_plain(x: Any) -> bool:
     """Whether a tensor has memory of its own, which kernels read by its address.
 
-    A FakeTensor (`torch.export`) has none, nor has what stands for many or for a derivative inside
-    of `torch.func`.
+    A FakeTensor (`torch.export`) has none, nor have the wrapper tensors of `torch.func`.
     """
     return type(x) in (Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(x)

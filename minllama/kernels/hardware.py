@@ -1,11 +1,11 @@
-"""What this machine is good at: the one place that decides by its processor or its GPU.
+"""What this machine is fast at: the only place that decides by its processor or GPU.
 
-The environment variable MINLLAMA_CPU states the capabilities to assume instead of the processor's
-own, so that what is decided by looking at it can be tried on any machine: an instruction level
-(`portable`, `avx2` or `avx512`, the last with VNNI), then `bf16`, `amx` or `fp16` for arithmetic
-that is to count as fast. `MINLLAMA_CPU=avx512,bf16` is a Zen 4, `avx2` a Zen 3, `avx512,amx` a
-Xeon with AMX, which has bf16 as well. A level above the processor's cannot be stated, since its
-instructions would not run; the others are preferences, and torch emulates what is missing.
+The environment variable MINLLAMA_CPU overrides the processor's capabilities, so that decisions
+based on them can be tested on any machine: an instruction level (`portable`, `avx2` or `avx512`,
+the last with VNNI), then `bf16`, `amx` or `fp16` for arithmetic that counts as fast.
+`MINLLAMA_CPU=avx512,bf16` is a Zen 4, `avx2` a Zen 3, `avx512,amx` a Xeon with AMX, which has bf16
+as well. A level above the processor's is refused, since its instructions would not run; the others
+are preferences, and torch emulates what is missing.
 """
 
 import functools
@@ -30,7 +30,7 @@ FEATURE_WORDS = {
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What MINLLAMA_CPU states.
+    """The capabilities that MINLLAMA_CPU sets.
 
     Attributes:
         level: index into LEVELS.
@@ -43,10 +43,10 @@ class Capabilities:
 
 @functools.cache
 def stated() -> Capabilities | None:
-    """What MINLLAMA_CPU states; None where it is not set.
+    """The capabilities in MINLLAMA_CPU; None if it is not set.
 
     Raises:
-        OptionError: it holds another word.
+        OptionError: it contains an unknown word.
     """
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
@@ -62,7 +62,7 @@ def stated() -> Capabilities | None:
 
 
 def level_of(best: int) -> int:
-    """The index into LEVELS to use where this CPU and the compiled library have up to `best`.
+    """The index into LEVELS to use if this CPU and the compiled library support up to `best`.
 
     Raises:
         OptionError: MINLLAMA_CPU states a higher one.
@@ -72,8 +72,8 @@ def level_of(best: int) -> int:
         return best
     if assumed.level > best:
         raise OptionError(
-            f"{VARIABLE} states {LEVEL_WORDS[assumed.level]}, which this processor or the compiled "
-            f"part of minllama does not have; state at most {LEVEL_WORDS[best]}"
+            f"{VARIABLE} states {LEVEL_WORDS[assumed.level]}, which this processor or minllama's "
+            f"compiled code does not support; use at most {LEVEL_WORDS[best]}"
         )
     return assumed.level
 
@@ -121,7 +121,7 @@ def fast_float16_on_cpu() -> bool:
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """The GPU if there is one, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -148,7 +148,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """float32 on a CPU, where bfloat16 is often emulated; bfloat16 on a GPU.
+    """float32 on a CPU, which often emulates bfloat16; bfloat16 on a GPU.
 
     But float16 on older NVIDIA GPUs, which only emulate bfloat16.
     """

@@ -1,6 +1,6 @@
 """Low-rank adapters beside frozen linear layers: LoRA, rsLoRA, DoRA.
 
-`layer` is the arithmetic of one layer, `targets` says which layers, `model` acts on a whole Llama.
+`layer` computes one layer, `targets` selects layers, `inject` acts on a whole Llama.
 """
 
 from minllama.lora.inject import (

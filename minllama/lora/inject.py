@@ -1,7 +1,6 @@
-"""The adapters of a whole Llama: added, switched, combined, merged, removed.
+"""Add, switch, combine, merge and remove the adapters of a whole Llama.
 
-Knows nothing of the arithmetic (`minllama.lora.layer`), of files (`minllama.lora.peft_files`) or of
-what trains them.
+`minllama.lora.layer` has the arithmetic, `minllama.lora.peft_files` the files.
 """
 
 import contextlib
@@ -30,27 +29,27 @@ def add_lora_wrapper(
     layers_to_transform: int | Collection[int] | None = None,
     adapter_name: str = "default",
 ) -> list[str]:
-    """Turn linear layers of a Llama into LoRA layers and freeze the rest of it.
+    """Turn linear layers of a Llama into LoRA layers, and freeze everything else.
 
-    Called again with another `adapter_name`, it adds a second adapter, which is then the one that
-    is active and trained. What a classifier has beside its Llama, such as a head, is left as it is.
+    Called again with another `adapter_name`, it adds a second adapter, which becomes the active and
+    trained one. Other parts of a classifier, such as its head, are not changed.
 
     Args:
-        model: a Llama, or a module that holds one.
+        model: a Llama, or a module that contains one.
         target_modules: "all-linear" (each projection of each layer, not the vocabulary's), or
             names: whole (`layers.0.attention.compute_query`) or the end of one (`compute_query`,
             `feed_forward.w1`), ours or Hugging Face's (`q_proj`); or regular expressions, which
             must match a whole name, ours or theirs.
         r, lora_alpha, lora_dropout, use_rslora, use_dora: see `LoRALayer`.
-        layers_to_transform: numbers of the layers to adapt, from 0; None for all.
+        layers_to_transform: indices of the layers to adapt, from 0; None for all.
         adapter_name: letters, digits, `_` and `-`.
 
     Returns:
         The names of the LoRA layers, within the Llama.
 
     Raises:
-        MinllamaError: a target matches nothing (the names that there are, are listed), an option
-            is out of its range, or the name is taken. The model is as it was.
+        MinllamaError: a target matches nothing (the message lists the names), an option is out of
+            range, or the name is taken. The model is unchanged.
     """
     options = LoRAOptions(
         target_modules=target_modules,  # type: ignore[arg-type]  # one string, too, may stand here
@@ -69,23 +68,22 @@ def add_lora_wrapper(
 def attach_adapter(
     llama: Llama, adapter_name: str, options: Mapping[str, LoRAOptions]
 ) -> dict[str, LoRAAdapter]:
-    """Put a fresh adapter, which is then the active one, beside linear layers of a frozen Llama.
+    """Add a new adapter to linear layers of a frozen Llama, and make it the active one.
 
     Args:
-        llama: what is adapted.
+        llama: the model to adapt.
         adapter_name: a new one.
         options: name of a linear layer -> the rank and scale that it gets.
 
     Returns:
-        Name of the linear layer -> what stands beside it.
+        Name of the linear layer -> its adapter.
 
     Raises:
-        MinllamaError: the name cannot be one or is taken, or adapters are merged; the model is as
-            it was.
+        MinllamaError: the name is invalid or taken, or adapters are merged; the model is unchanged.
     """
     check_adapter_name(adapter_name)
     if adapter_name in adapter_names(llama):
-        raise MinllamaError(f"an adapter {adapter_name!r} is there already; choose another name")
+        raise MinllamaError(f"there is already an adapter {adapter_name!r}; choose another name")
     _check_unmerged(llama)
     llama.requires_grad_(False)
     for name, of_layer in options.items():
@@ -110,12 +108,12 @@ def attach_adapter(
 
 
 def remove_lora_wrapper(model: nn.Module, *, merge: bool = True) -> None:
-    """Give back a Llama of plain linear layers, which stay frozen.
+    """Restore plain linear layers, which stay frozen.
 
     Args:
-        model: a Llama, or a module that holds one.
-        merge: the active adapters become part of the weights; False: they are dropped, and the
-            weights are what they were before.
+        model: a Llama, or a module that contains one.
+        merge: merge the active adapters into the weights; False drops them and restores the
+            original weights.
 
     Raises:
         MinllamaError: there are no adapters, or the merged weights are NaN or infinite.
@@ -138,25 +136,26 @@ def merge_lora(
 ) -> float | None:
     """Add the active adapters to the weights, until `unmerge_lora`: they need no products then.
 
-    Computed in float32 and rounded once to the weights' dtype: that rounding is the drift. The
-    weights as they were are kept beside, for an exact way back; `remove_lora_wrapper` lets them go.
+    Computed in float32 and rounded once to the weights' dtype, which causes the drift. The original
+    weights are kept, so that `unmerge_lora` is exact; `remove_lora_wrapper` frees them.
 
     Args:
-        model: a Llama, or a module that holds one.
+        model: a Llama, or a module that contains one.
         sample: token ids (B, T), or a function that computes logits (such as a classifier's) with
             the model.
 
     Returns:
-        The largest |logit after - logit before| on the sample, without dropout; None without one.
+        The largest |logit after - logit before| on the sample, without dropout; None without a
+            sample.
 
     Raises:
-        MinllamaError: there are no adapters, they are merged already, or the merged weights would
-            be NaN or infinite; the model is as it was.
+        MinllamaError: there are no adapters, they are already merged, or the merged weights would
+            be NaN or infinite; the model is unchanged.
     """
     llama = llama_of(model)
     layers = _layers_or_error(llama)
     if is_merged(llama):
-        raise MinllamaError("the adapters are merged already; unmerge_lora() undoes it")
+        raise MinllamaError("the adapters are already merged; undo it with unmerge_lora()")
     _check_mergeable(layers)
     with _without_dropout(model), torch.no_grad():
         before = _logits(llama, sample)
@@ -169,7 +168,7 @@ def merge_lora(
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Undo `merge_lora`: the weights are what they were, to the bit.
+    """Undo `merge_lora`: the original weights are restored bit for bit.
 
     Raises:
         MinllamaError: the adapters are not merged.
@@ -182,12 +181,12 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def set_adapters(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float]) -> None:
-    """Choose which adapters take part: one, several, or several with their shares.
+    """Choose the active adapters: one, several, or several with weights.
 
     Args:
-        model: a Llama, or a module that holds one.
-        adapters: a name; names; or name -> share, `{"a": 1.0, "b": 0.5}`. None of them (`[]`) is
-            the base alone. What is trained does not change.
+        model: a Llama, or a module that contains one.
+        adapters: a name; names; or name -> weight, `{"a": 1.0, "b": 0.5}`. An empty list is the
+            base alone. Which parameters are trained does not change.
 
     Raises:
         MinllamaError: a name is unknown (those that there are, are listed), a share is not a finite
@@ -203,7 +202,7 @@ def set_adapters(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, 
         if name not in known:
             raise MinllamaError(f"there is no adapter {name!r}; there are {', '.join(known)}")
         if not math.isfinite(share):
-            raise MinllamaError(f"the share of adapter {name!r} must be finite, not {share}")
+            raise MinllamaError(f"the weight of adapter {name!r} must be finite, not {share}")
     _check_unmerged(llama)
     for layer in layers.values():
         layer.active = {name: share for name, share in shares.items() if name in layer.adapters}
@@ -241,30 +240,32 @@ def is_merged(model: nn.Module) -> bool:
 
 
 def llama_of(model: nn.Module) -> Llama:
-    """The Llama that `model` is or holds.
+    """The Llama that `model` is or contains.
 
     Raises:
-        MinllamaError: there is none.
+        MinllamaError: it contains none.
     """
     for module in model.modules():
         if isinstance(module, Llama):
             return module
-    raise MinllamaError(f"a {type(model).__name__} holds no Llama; give a Llama or a classifier")
+    raise MinllamaError(f"a {type(model).__name__} contains no Llama; give a Llama or a classifier")
 
 
 def _check_unmerged(llama: Llama) -> None:
     if is_merged(llama):
-        raise MinllamaError("adapters are merged into the weights; unmerge_lora() comes first")
+        raise MinllamaError("adapters are merged into the weights; call unmerge_lora() first")
 
 
 def _layers_or_error(llama: Llama) -> dict[str, LoRALayer]:
     if layers := lora_layers(llama):
         return layers
-    raise MinllamaError("the model has no adapters; add_lora_wrapper() or load_adapter() adds them")
+    raise MinllamaError(
+        "the model has no adapters; add one with add_lora_wrapper() or load_adapter()"
+    )
 
 
 def _check_mergeable(layers: Mapping[str, LoRALayer]) -> None:
-    """All of them can be merged, or none is begun with."""
+    """Check that all of them can be merged, before any is."""
     for name, layer in layers.items():
         try:
             layer.merged_weight()

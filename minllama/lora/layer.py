@@ -1,9 +1,7 @@
-"""One linear layer with low-rank adapters beside it (Hu et al. 2021).
+"""A linear layer with low-rank adapters (Hu et al. 2021).
 
-Reads like the papers: LoRA, rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024). Knows nothing of
-models, files or optimizers.
-
-Shape letters are those of `minllama.model.llama`; R is the rank.
+Follows the papers: LoRA, rsLoRA (Kalajdzievski 2023), DoRA (Liu et al. 2024). Shape letters are
+those of `minllama.model.llama`; R is the rank.
 """
 
 import math
@@ -38,11 +36,11 @@ def add_low_rank(
 
 
 class LoRAAdapter(nn.Module):
-    """The trainable part beside one linear layer: delta W = scaling * B A (Hu et al. 2021, eq. 3).
+    """The trainable update of one linear layer: delta W = scaling * B A (Hu et al. 2021, eq. 3).
 
     `lora_A` (R, in) starts Kaiming-uniform and `lora_B` (out, R) at zero, so that training starts
-    from the base. All of it is float32, whatever the base is: small steps would be lost in bfloat16
-    weights. With DoRA there is also `lora_magnitude_vector` (out,), the length m of each row of the
+    from the base. Everything is float32, whatever the base's dtype: bfloat16 would lose small
+    steps. With DoRA there is also `lora_magnitude_vector` (out,), the length m of each row of the
     adapted weight: W' = m * (W + delta W) / ||W + delta W|| (Liu et al. 2024, eq. 5).
     """
 
@@ -63,7 +61,7 @@ class LoRAAdapter(nn.Module):
         self.lora_magnitude_vector = magnitude
 
     def delta_weight(self, base: AnyLinear) -> Tensor:
-        """What the adapter adds to the weight of `base`: (out, in), float32."""
+        """The update of the weight of `base`: (out, in), float32."""
         delta = self.scaling * (self.lora_B @ self.lora_A)
         if self.lora_magnitude_vector is None:
             return delta
@@ -73,15 +71,15 @@ class LoRAAdapter(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, base: AnyLinear, base_output: Tensor, share: float
     ) -> Tensor:
-        """Give y and what the adapter adds to it, without forming its weight.
+        """Return y plus the adapter's output, without forming the weight update.
 
-        y may be written to. Dropout is on what the low-rank product reads; with DoRA, the base's
-        part of the product stays whole.
+        y may be overwritten. Dropout applies to the input of the low-rank product; with DoRA, not
+        to the base's part.
 
         Args:
-            x: what the layer reads, (..., in).
-            y: what it gives so far, (..., out).
-            base, base_output: the layer, and what it made of x alone.
+            x: the layer's input, (..., in).
+            y: the output so far, (..., out).
+            base, base_output: the layer, and its output for x.
             share: factor on all of it.
         """
         scale = share * self.scaling
@@ -94,9 +92,9 @@ class LoRAAdapter(nn.Module):
         return y + (share * (lengths - 1)).to(x.dtype) * linear + lengths.to(x.dtype) * delta
 
     def _row_scale(self, base: AnyLinear) -> Tensor:
-        """The factor m / ||W + delta W|| on each row, (out,); the norm has no gradient.
+        """The factor m / ||W + delta W|| of each row, (out,); the norm has no gradient.
 
-        Liu et al. 2024, sec. 4.3, take it for a constant, which saves memory.
+        Liu et al. 2024, sec. 4.3, treat it as a constant, which saves memory.
         """
         assert self.lora_magnitude_vector is not None
         with torch.no_grad():
@@ -106,24 +104,24 @@ class LoRAAdapter(nn.Module):
 
 
 class LoRALayer(nn.Module):
-    """A linear layer with adapters beside it: y = W x + scaling * B A dropout(x).
+    """A linear layer with adapters: y = W x + scaling * B A dropout(x).
 
-    (Hu et al. 2021, sec. 4.1.) Several adapters may stand beside one base. Those that `active`
-    names take part, each with its share: y = (W + sum_i share_i * delta W_i) x.
+    (Hu et al. 2021, sec. 4.1.) There may be several adapters; those in `active` are added, each
+    with its weight: y = (W + sum_i share_i * delta W_i) x.
 
     Args:
         base: the layer; it is frozen.
         r: rank R of the first adapter.
         lora_alpha: scaling is lora_alpha / r.
-        lora_dropout: probability of dropping an element of what the adapter reads, in training.
+        lora_dropout: probability of dropping an element of the adapter's input in training.
         use_rslora: scaling is lora_alpha / sqrt(r), so that gradients do not shrink as r grows.
-        use_dora: learn the length of each row of the weight as well.
+        use_dora: also learn the magnitude of each row of the weight.
         adapter_name: of the first adapter.
 
     Attributes:
         base: the layer that was there before.
         adapters: name -> LoRAAdapter; in a state dict, `adapters.default.lora_A`.
-        active: name -> share of those that take part.
+        active: name -> weight of the active adapters.
 
     Raises:
         OptionError: an option is out of its range, or the name cannot be one.
@@ -156,7 +154,7 @@ class LoRALayer(nn.Module):
         self.add_adapter(adapter_name, options)
 
     def add_adapter(self, name: str, options: LoRAOptions) -> None:
-        """Put a fresh adapter beside the others; from now on it alone is active.
+        """Add a new adapter, and make it the only active one.
 
         Raises:
             OptionError: the name cannot be one.
@@ -197,7 +195,7 @@ class LoRALayer(nn.Module):
         return adapter
 
     def delta_weight(self, name: str = "default") -> Tensor:
-        """What an adapter, with share 1, adds to the base's weight: (out, in), float32."""
+        """An adapter's update of the base's weight, with weight 1: (out, in), float32."""
         assert not self.is_merged, "the base's own weight is not in its place"
         return self.adapter(name).delta_weight(self.base)
 
@@ -212,7 +210,7 @@ class LoRALayer(nn.Module):
         return y
 
     def _reads_again(self) -> bool:
-        """Whether somebody looks at what the base gave after adapters have written to it."""
+        """Whether the base's output is observed after adapters have written to it."""
         hooks = self.base._forward_hooks or nn.modules.module._global_forward_hooks
         return bool(hooks) or any(self.adapter(name).options.use_dora for name in self.active)
 
@@ -221,7 +219,7 @@ class LoRALayer(nn.Module):
         """W + sum_i share_i * delta W_i, computed in float32 and rounded once to W's dtype.
 
         Raises:
-            MinllamaError: it holds NaN or infinity, or the base is quantised.
+            MinllamaError: it has NaN or infinite values, or the base is quantized.
         """
         check_trainable(self.base)
         weight = dense_weight(self.base)
@@ -231,13 +229,13 @@ class LoRALayer(nn.Module):
         if not torch.isfinite(weight).all():
             kind = str(weight.dtype).removeprefix("torch.")
             raise MinllamaError(
-                f"the merged weight holds NaN or infinity in {kind}: the adapter's training "
+                f"the merged weight has NaN or infinite values in {kind}: the adapter's training "
                 "diverged, or a wider dtype is needed"
             )
         return weight
 
     def merge(self) -> None:
-        """Put `merged_weight` in the place of the base's weight, which is kept for `unmerge`.
+        """Replace the base's weight by `merged_weight`, and keep the original for `unmerge`.
 
         It could not be computed back: a rounded sum cannot be undone by subtraction.
         """
@@ -247,7 +245,7 @@ class LoRALayer(nn.Module):
         weight.data = merged  # the old one is not written to: it may be a file, mapped into memory
 
     def unmerge(self) -> None:
-        """Put the weight back as it was before `merge`, to the bit."""
+        """Restore the weight from before `merge`, bit for bit."""
         assert self._unmerged_weight is not None
         assert isinstance(self.base, nn.Linear)
         weight = self.base.weight
@@ -260,18 +258,20 @@ class LoRALayer(nn.Module):
 
 
 def _row_norms(weight: Tensor) -> Tensor:
-    """||w_i|| of each row, (out, in) -> (out,); that of a row of zeros can still divide."""
+    """||w_i|| of each row, (out, in) -> (out,); bounded from below, so that it can divide."""
     norms: Tensor = torch.linalg.vector_norm(weight, dim=1)
     return norms.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def check_adapter_name(name: str) -> None:
-    """A name stands in the keys of a state dict, and must not hide an attribute of ModuleDict.
+    """Check a name: it becomes part of state dict keys, and must not hide an attribute of
+    ModuleDict.
 
     Raises:
         OptionError: it cannot be one.
     """
     if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
         raise OptionError(
-            f"adapter_name must be letters, digits, _ and -, and no word of torch, not {name!r}"
+            "adapter_name must be letters, digits, _ and -, and not a module attribute of "
+            f"torch, not {name!r}"
         )

@@ -1,8 +1,8 @@
-"""Adapters on disk, in PEFT's own files: adapter_config.json and adapter_model.safetensors.
+"""Save and load adapters in PEFT's files: adapter_config.json and adapter_model.safetensors.
 
-An adapter of ours loads in PEFT on the transformers model, and the other way round. Rows of q and k
-are in Hugging Face's order there (`minllama.checkpoints.huggingface`). Knows nothing of what an
-adapter was trained for; whether the base is the right one is for the caller to check.
+minllama's adapters load in PEFT on the transformers model, and vice versa. Rows of q and k are in
+Hugging Face's order in the files (`minllama.checkpoints.huggingface`). The caller must check that
+the base model is the right one.
 """
 
 import os
@@ -37,13 +37,13 @@ FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE)
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What came with an adapter's matrices.
+    """The contents of an adapter's files besides its matrices.
 
     Attributes:
-        adapter_name: what it is called in the model.
+        adapter_name: its name in the model.
         modules: the names of the LoRA layers, within the Llama.
-        base_model_name: what it was trained on; None where the file does not say.
-        head: (classes, D), float32, the head of a sequence classifier; None where it has none.
+        base_model_name: the base model in its config; None without one.
+        head: (classes, D), float32, the head of a sequence classifier; None without one.
     """
 
     adapter_name: str
@@ -63,12 +63,12 @@ def save_adapter(
     """Write one adapter of a model as PEFT does; the folder appears whole or not at all.
 
     Args:
-        folder: where to; other files in an existing folder are kept.
-        model: a Llama with adapters, or a module that holds one; merged or not.
+        folder: the target; other files in an existing folder are kept.
+        model: a Llama with adapters, or a module that contains one; merged or not.
         adapter_name: which of its adapters.
         base_model_name: the path or Hugging Face id that PEFT is to load the base from.
-        head: (classes, D), without a bias: the adapter is then one of a sequence classifier
-            (SEQ_CLS) and carries the head, as PEFT does it; None for a language model (CAUSAL_LM).
+        head: (classes, D), without a bias: makes it an adapter of a sequence classifier (SEQ_CLS)
+            that includes the head, as in PEFT; None for a language model (CAUSAL_LM).
 
     Raises:
         MinllamaError: there is no such adapter, or the folder cannot be written.
@@ -87,7 +87,7 @@ def write_adapter(
     base_model_name: str | None = None,
     head: Tensor | None = None,
 ) -> None:
-    """Write an adapter's two files into a folder that is there; see `save_adapter`."""
+    """Write an adapter's two files into an existing folder; see `save_adapter`."""
     from safetensors.torch import save
 
     llama = llama_of(model)
@@ -121,24 +121,24 @@ def write_adapter(
 def load_adapter(
     model: nn.Module, folder: str | os.PathLike[str], *, adapter_name: str = "default"
 ) -> LoadedAdapter:
-    """Put an adapter that PEFT or `save_adapter` wrote beside the weights of a model.
+    """Load an adapter that PEFT or `save_adapter` wrote into a model.
 
-    It is then the active one; the Llama is frozen, the adapter can be trained on. Nothing is drawn
-    at random: each number is the file's, or the model stays as it was.
+    It becomes the active one; the Llama is frozen, and the adapter can be trained further. Every
+    value comes from the file; on an error the model is unchanged.
 
     Args:
-        model: a Llama, or a module that holds one.
+        model: a Llama, or a module that contains one.
         folder: that of adapter_config.json; weights as safetensors, or pickled (read by torch's
             restricted unpickler).
-        adapter_name: what to call it; a new name.
+        adapter_name: its name in the model, which must be new.
 
     Returns:
-        What it adapts, and the head that came with it, which is the caller's to use.
+        The adapter's metadata, and its head, which the caller may use.
 
     Raises:
-        MinllamaError: a file is missing or damaged; it asks for what minllama does not compute; it
-            does not fit the model (each missing, unexpected and misshapen tensor is listed); the
-            name is taken. The model is as it was.
+        MinllamaError: a file is missing or damaged; it needs something that minllama does not
+            implement; it does not fit the model (missing, unexpected and misshapen tensors are
+            listed); the name is taken. The model is unchanged.
     """
     llama = llama_of(model)
     shapes: dict[str, tuple[int, int]] = {}

@@ -1,7 +1,4 @@
-"""Which linear layers of a Llama are adapted: names, ours and Hugging Face's, and patterns.
-
-Knows nothing of what is put there.
-"""
+"""Select the linear layers to adapt: by minllama's or Hugging Face's names, or by pattern."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -26,7 +23,7 @@ def linear_names(llama: Llama) -> list[str]:
 
 
 def has_name(ours: str, target: str) -> bool:
-    """Whether `target` is a module's whole name, or the end of it, in our words or in theirs."""
+    """Whether `target` is a module's name or the end of it, in either naming."""
     return any(
         name == target or name.endswith(f".{target}") for name in (ours, their_module_name(ours))
     )
@@ -50,8 +47,8 @@ def matching_modules(
         if idle := [target for target, found in by_target.items() if not found & chosen]:
             layers = ", ".join(map(str, layers_to_transform)) or "none"
             raise OptionError(
-                f"target_modules: {', '.join(idle)} names nothing in the layers that take part "
-                f"({layers}); leave it away, or let more of them take part"
+                f"target_modules: {', '.join(idle)} matches nothing in the selected layers "
+                f"({layers}); omit it, or select more layers"
             )
     return [name for name in names if name in chosen]
 
@@ -76,7 +73,7 @@ def _matches(target: str, names: list[str]) -> list[str]:
         ends = {name.rpartition(".")[2]: their_module_name(name) for name in names}
         known = [f"{ours} ({theirs.rpartition('.')[2]})" for ours, theirs in ends.items()]
         raise OptionError(
-            f"target_modules: no linear layer is called {target!r}; there are "
-            f"{', '.join(known)}, whole names such as {names[0]}, and {ALL_LINEAR}"
+            f"target_modules: no linear layer is named {target!r}; there are {', '.join(known)}, "
+            f"full names such as {names[0]}, and {ALL_LINEAR}"
         )
     return matches

@@ -1,1 +1,1 @@
-"""The Llama itself: config, rotary embeddings, attention layouts, the cache, the layers."""
+"""The Llama: config, rotary embeddings, attention layouts, the cache, the layers."""

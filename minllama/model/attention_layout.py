@@ -1,8 +1,8 @@
-"""Where the tokens of a forward pass stand, and which keys each of them may see.
+"""Positions of the tokens of a forward pass, and which keys each of them may attend to.
 
-A layout follows from masks, positions and what a cache already holds; also here are the checks of
-what a forward pass is given, and the positions whose logits are selected. Token t of row b has the
-flat index b * T + t.
+A layout follows from masks, positions and the cache's contents. Also here: checks of a forward
+pass's arguments, and the selection of positions for logits. Token t of sequence b has the flat
+index b * T + t.
 """
 
 import math
@@ -19,24 +19,23 @@ from minllama.model.kv_cache import KVCache
 
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 NOT_FINITE = (
-    "the model's logits are NaN or infinite: its weights are damaged, or its numbers do not fit "
-    "into their dtype; try --dtype bfloat16 or float32, and --quantize none where weights are in "
-    "fewer bits"
+    "the model's logits are NaN or infinite: its weights are damaged, or values overflow the "
+    "dtype; try --dtype bfloat16 or float32, and --quantize none for quantized weights"
 )
 
 
 class PackedSequences(NamedTuple):
-    """Sequences one after the other in one row, without padding (cu_seqlens, as others call it).
+    """Sequences concatenated into one row, without padding (cu_seqlens in other libraries).
 
-    Where all begin alike, the row holds their shared prefix once, in the first of them.
+    A prefix that all share is stored once, in the first sequence.
 
     Attributes:
-        starts: (n + 1,) int64, where each sequence begins, and where the last one ends, with every
-            sequence whole.
+        starts: (n + 1,) int64, the start of each sequence and the end of the last, counting shared
+            prefixes for every sequence.
         longest: tokens of the longest.
-        spread: (starts[-1],), the token of the row that each token of the whole sequences is; None
-            where no prefix is shared.
-        kept: (N,), which tokens of the whole sequences those of the row are; None likewise.
+        spread: (starts[-1],), index in the row of each token of the complete sequences; None
+            without a shared prefix.
+        kept: (N,), index in the complete sequences of each token of the row; None likewise.
     """
 
     starts: Tensor
@@ -45,7 +44,7 @@ class PackedSequences(NamedTuple):
     kept: Tensor | None = None
 
     def mask(self) -> Tensor:
-        """Bool (N, N), true where a token may look: in its own sequence, up to itself."""
+        """Bool (N, N), true where a token may attend: in its own sequence, up to itself."""
         every = torch.arange(int(self.starts[-1]), device=self.starts.device)
         sequence = torch.searchsorted(self.starts, every, right=True)
         kept = every if self.kept is None else self.kept
@@ -57,14 +56,14 @@ class PackedSequences(NamedTuple):
 
 
 class AttentionLayout(NamedTuple):
-    """Where the tokens of one forward pass stand, and which keys each of them may see.
+    """Positions of the tokens of one forward pass, and which keys each of them may attend to.
 
     Attributes:
         positions: (B, T) or (1, T), integers from 0.
         text_len: a number above all positions.
-        mask: bool, broadcast to (B, H, T, S), true where a query may look; None for everywhere.
-        is_causal: query t sees keys 0..t of S = T; takes the place of a mask.
-        packed: the only row holds several sequences, each of which sees itself alone; with
+        mask: bool, broadcast to (B, H, T, S), true where a query may attend; None for everywhere.
+        is_causal: query t attends to keys 0..t of S = T; replaces a mask.
+        packed: the only row contains several sequences, each of which attends only to itself; with
             `is_causal`.
     """
 
@@ -82,7 +81,7 @@ def layout_of(
     cache: KVCache | None,
     config: LlamaConfig,
 ) -> AttentionLayout:
-    """The layout of a pass over (B, T) tokens; the arguments are those of `Llama.forward`.
+    """The layout of a forward pass over (B, T) tokens; arguments as for `Llama.forward`.
 
     Raises:
         MinllamaError: the sequences outgrow the context or the cache, or the arguments contradict
@@ -102,16 +101,16 @@ def layout_of_whole(
 
     Args:
         ids: (B, T).
-        mask: bool (B, T), true at real tokens; or (B, T, T), true where a token may look, which
-            then is all that hides anything.
-        positions: (B, T); None counts each row's real tokens, which a (B, T, T) mask cannot tell.
+        mask: bool (B, T), true at real tokens; or (B, T, T), true where a token may attend, which
+            then replaces causal masking.
+        positions: (B, T); None counts each sequence's real tokens; needed with a (B, T, T) mask.
 
     Raises:
         MinllamaError: the texts are longer than the context, or positions are out of it.
     """
     if mask is not None and mask.dim() == 3:
         if positions is None:
-            raise MinllamaError("an attention_mask of shape (B, T, T) needs positions beside it")
+            raise MinllamaError("an attention_mask of shape (B, T, T) needs positions, too")
         return AttentionLayout(positions, _checked_text_len(positions, config), mask.unsqueeze(1))
     text_len = ids.shape[1]
     check_context(text_len, config)
@@ -139,12 +138,12 @@ def layout_of_continuation(
     cache: KVCache,
     config: LlamaConfig,
 ) -> AttentionLayout:
-    """The layout of tokens that continue what a cache holds, which makes room for them.
+    """The layout of tokens that continue a cache's sequences; reserves space for them.
 
     Args:
         ids: (B, T), the new tokens.
-        mask: bool (B, T), true at real tokens, padding on the right; or (B, T, T), true where a
-            new token may look among the new ones. All of them see all that the cache holds.
+        mask: bool (B, T), true at real tokens, padding on the right; or (B, T, T), true where a new
+            token may attend among the new ones. All of them attend to everything in the cache.
         positions: (B, T), with a (B, T, T) mask only.
 
     Raises:
@@ -156,15 +155,16 @@ def layout_of_continuation(
     is_free = mask is not None and mask.dim() == 3
     if is_free != (positions is not None):
         raise MinllamaError(
-            "with a cache, positions and an attention_mask of shape (B, T, T) belong together; "
-            "without them its rows know how long they are"
+            "with a cache, give both positions and an attention_mask of shape (B, T, T), or neither"
         )
     if mask is not None and not is_free and not is_right_padded(mask):
         raise MinllamaError("with a cache, padding must be on the right of each row")
     cache.reserve(new_len)
     if mask is not None and positions is not None:
         if not cache.is_uniform:
-            raise MinllamaError("an attention_mask of shape (B, T, T) needs rows of one length")
+            raise MinllamaError(
+                "an attention_mask of shape (B, T, T) needs sequences of equal length"
+            )
         seen = mask.new_ones(batch, new_len, cache.max_len)
         allowed = torch.cat((seen, mask), dim=-1).unsqueeze(1)  # (B, 1, T, S)
         return AttentionLayout(positions, _checked_text_len(positions, config), allowed)
@@ -188,7 +188,7 @@ def layout_of_continuation(
 
 
 def check_continuation(ids: Tensor, cache: KVCache, config: LlamaConfig) -> None:
-    """Refuse tokens (B, T), all real, that cannot continue what a cache holds."""
+    """Refuse tokens (B, T), all real, that cannot continue a cache's sequences."""
     _check_rows(ids, cache, config)
     cache.reserve(ids.shape[1])
     check_context(cache.max_len + ids.shape[1], config)
@@ -196,21 +196,21 @@ def check_continuation(ids: Tensor, cache: KVCache, config: LlamaConfig) -> None
 
 def _check_rows(ids: Tensor, cache: KVCache, config: LlamaConfig) -> None:
     if not config.causal:
-        raise MinllamaError("a cache needs causal attention: an encoder's past sees its future")
+        raise MinllamaError("a cache needs causal attention, and this model is bidirectional")
     if len(ids) != cache.batch_size:
-        raise MinllamaError(f"{len(ids)} rows of ids for a cache of {cache.batch_size} rows")
+        raise MinllamaError(f"{len(ids)} sequences for a cache of {cache.batch_size}")
 
 
 def check_context(text_len: int, config: LlamaConfig) -> None:
     """Refuse a text that is longer than the context with a ContextError."""
     if text_len > config.context_len:
         raise ContextError(
-            f"the text has {text_len} tokens and the model's context {config.context_len}"
+            f"the text has {text_len} tokens, but the model's context is {config.context_len}"
         )
 
 
 def is_right_padded(mask: Tensor) -> bool:
-    """Whether each row's real tokens come first."""
+    """Whether padding is on the right only."""
     return bool((mask[:, :-1] >= mask[:, 1:]).all())
 
 
@@ -228,11 +228,11 @@ def check_inputs(ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise MinllamaError(f"ids must be int64 or int32, not {ids.dtype}")
     if ids.dim() != 2 or 0 in ids.shape:
-        raise MinllamaError(f"ids must be of shape (B, T), neither 0, not {tuple(ids.shape)}")
+        raise MinllamaError(f"ids must have shape (B, T), neither 0, not {tuple(ids.shape)}")
     if mask is not None and mask.shape not in (ids.shape, (*ids.shape, ids.shape[1])):
         raise MinllamaError(
-            f"attention_mask is of shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
-            "be alike, or the mask (B, T, T) (with a cache, both cover the new tokens only)"
+            f"attention_mask has shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
+            "be equal, or the mask (B, T, T) (with a cache, both cover the new tokens only)"
         )
     if ids.is_cpu and is_plain(ids):  # to look at ids on a GPU is to wait for it
         out_of_range = (ids.min() < 0) | (ids.max() >= vocab_size)
@@ -241,13 +241,13 @@ def check_inputs(ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
 
 
 def check_logits(logits: str | Tensor | None, mask: Tensor | None) -> None:
-    """Refuse words there are not, and the last real token of a row that has none."""
+    """Refuse unknown selections, and the last real token of a sequence without any."""
     if not isinstance(logits, str):
         return
     if logits not in ("all", "last"):
         raise MinllamaError(f"logits must be 'all', 'last', a tensor or None, not {logits!r}")
     if logits == "last" and mask is not None and (mask.dim() == 3 or not mask.any(-1).all()):
-        raise MinllamaError("a row of attention_mask has no real token, so no last one either")
+        raise MinllamaError("attention_mask has a sequence without tokens, so there is no last one")
 
 
 def selected_positions(
@@ -255,7 +255,7 @@ def selected_positions(
 ) -> Tensor | None:
     """Flat indices of the tokens whose logits are selected, (B,) or (B, N).
 
-    None where no token is selected: for all logits, and for none.
+    None if no positions are selected: for all logits, and for none.
     """
     if which is None or (isinstance(which, str) and which == "all"):
         return None
@@ -264,19 +264,20 @@ def selected_positions(
     batch, length = ids.shape
     if which.dim() != 2 or len(which) not in (1, batch) or which.numel() == 0:
         raise MinllamaError(
-            f"logits asks for columns of shape {tuple(which.shape)}; give (B, N), here ({batch}, N)"
+            f"logits selects positions of shape {tuple(which.shape)}; give (B, N), here "
+            f"({batch}, N)"
         )
     if which.is_floating_point() or which.dtype == torch.bool:
-        raise MinllamaError(f"logits asks for columns by whole numbers, not {which.dtype}")
+        raise MinllamaError(f"logits must select positions by integers, not {which.dtype}")
     starts = torch.arange(batch, device=ids.device) * length
     which = which.to(starts)
     if ((which < -length) | (which >= length)).any():
-        raise MinllamaError(f"logits asks for columns that {length} tokens do not have")
+        raise MinllamaError(f"logits selects positions that {length} tokens do not have")
     return starts.unsqueeze(-1) + which % length  # some count from the end
 
 
 def last_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
-    """(B,), the flat index of the last real token of each row of x, (B, T) or (B, T, D)."""
+    """(B,), the flat index of the last real token of each sequence of x, (B, T) or (B, T, D)."""
     batch, length = x.shape[:2]
     starts = torch.arange(batch, device=x.device) * length
     if mask is None:
@@ -285,7 +286,7 @@ def last_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def row_lens(ids: Tensor, mask: Tensor | None) -> list[int]:
-    """How many real tokens each row has."""
+    """The number of real tokens of each sequence."""
     if mask is None or mask.dim() == 3:
         return [ids.shape[1]] * ids.shape[0]
     lens: list[int] = mask.bool().sum(-1).tolist()
@@ -310,12 +311,12 @@ def check_generation(
     total = ids.shape[1] + max_new_tokens
     if total > config.context_len:
         raise ContextError(
-            f"{ids.shape[1]} tokens and {max_new_tokens} new ones make {total}, and the context is "
-            f"{config.context_len}; ask for fewer"
+            f"{ids.shape[1]} tokens and {max_new_tokens} new ones make {total}, but the context "
+            f"is {config.context_len}; request fewer"
         )
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse logits (B, V) of which the largest of a row is no number, with a MinllamaError."""
+    """Raise MinllamaError if the largest of a sequence's logits (B, V) is NaN or infinite."""
     if not (logits.amax(-1) < math.inf).all():  # NaN is less than nothing
         raise MinllamaError(NOT_FINITE)

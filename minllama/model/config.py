@@ -1,7 +1,6 @@
-"""What one Llama is: its shape and constants, checked when built.
+"""The shape and constants of a Llama, checked on construction.
 
-Knows nothing of files or formats: the words here are Meta's, and each checkpoint reader translates
-its own into them.
+Field names are Meta's; each checkpoint reader translates its own names.
 """
 
 import dataclasses
@@ -33,8 +32,8 @@ class RopeScaling:
         high_freq_factor: wavelengths below original_max_seq_len / high_freq_factor stay (llama3).
         beta_fast: rotations over the original context above which a frequency stays (yarn).
         beta_slow: rotations below which a frequency is divided by `factor` in full (yarn).
-        attention_factor: multiplies cosines and sines (yarn); `None` derives it from `factor`,
-            and from `mscale` / `mscale_all_dim` where both are given.
+        attention_factor: multiplies cosines and sines (yarn); `None` derives it from `factor`, and
+            from `mscale` / `mscale_all_dim` if both are given.
         mscale: numerator's weight in yarn's attention factor; `None` for the paper's rule.
         mscale_all_dim: denominator's weight; `None` for the paper's rule.
         truncate: round yarn's ramp to whole dimensions, as the paper's code does.
@@ -57,7 +56,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ROPE_SCALINGS:
             raise MinllamaError(
-                f"rope scaling {self.kind!r} is not known; known are {', '.join(ROPE_SCALINGS)}"
+                f"rope scaling {self.kind!r} is unknown; known: {', '.join(ROPE_SCALINGS)}"
             )
         self._settle("factor")
         if self.kind in ("yarn", "llama3"):
@@ -103,16 +102,16 @@ class LlamaConfig:
         max_seq_len: longest text in tokens that positions are defined for.
         norm_eps: epsilon under the root of RMSNorm.
         rope_theta: base of the rotary frequencies.
-        rope_scaling: how these are stretched; `None` for not at all.
+        rope_scaling: scaling of the rotary frequencies; `None` for none.
         tie_embeddings: the output matrix is the embedding matrix.
         attention_bias: biases on query, key, value and output projections.
         ffn_bias: biases on the three projections of the feed-forward.
-        causal: a token sees itself and what is before it; False gives an encoder that sees all.
+        causal: a token attends to itself and earlier tokens; False for a bidirectional encoder.
         dropout: probability for embeddings, attention weights and both residual branches, while
             training.
 
     Raises:
-        MinllamaError: the values contradict one another; the message says which and how.
+        MinllamaError: values contradict each other; the message names them.
     """
 
     dim: int
@@ -138,8 +137,7 @@ class LlamaConfig:
         self._settle("n_kv_heads", self.n_heads)
         if not self.head_dim and self.dim % self.n_heads:
             raise MinllamaError(
-                f"dim ({self.dim}) must be divisible by n_heads ({self.n_heads}), "
-                "or head_dim be given"
+                f"dim ({self.dim}) must be divisible by n_heads ({self.n_heads}); or set head_dim"
             )
         self._settle("head_dim", self.dim // self.n_heads)
         self._settle("hidden_dim", meta_hidden_dim(self.dim, multiple_of=256))
@@ -149,7 +147,7 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise MinllamaError(
-                f"head_dim ({self.head_dim}) must be even: rotary embeddings turn pairs"
+                f"head_dim ({self.head_dim}) must be even: rotary embeddings rotate pairs"
             )
         for name in ("norm_eps", "rope_theta"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
@@ -188,10 +186,10 @@ class LlamaConfig:
         return self.max_seq_len
 
     def has_defaults_beyond(self, fields: Collection[str]) -> bool:
-        """Whether every field that is not one of these has its default.
+        """Whether every field other than these has its default.
 
-        What computes the model without its modules names the fields that it implements, so that a
-        field that comes later sends a model to the modules instead of being ignored.
+        Engines that compute without the modules list the fields that they implement, so that models
+        with newer fields run by the modules instead of ignoring the field.
         """
         return all(
             getattr(self, field.name) == field.default
@@ -200,7 +198,7 @@ class LlamaConfig:
         )
 
     def replace(self, **changes: Any) -> "LlamaConfig":
-        """A copy with some fields changed, checked anew."""
+        """A copy with some fields changed, checked again."""
         known = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(changes) - known):
             raise MinllamaError(
@@ -219,13 +217,13 @@ def meta_hidden_dim(dim: int, multiple_of: int, multiplier: float | None = None)
 
 def _require_count(name: str, value: Any) -> None:
     if type(value) is not int or value < 1:
-        raise MinllamaError(f"{name} must be a whole number above 0, not {_shown(value)}")
+        raise MinllamaError(f"{name} must be an integer above 0, not {_shown(value)}")
     if value > MAX_COUNT:
-        raise MinllamaError(f"{name} ({_shown(value)}) is above {MAX_COUNT}, the most there can be")
+        raise MinllamaError(f"{name} ({_shown(value)}) exceeds the limit of {MAX_COUNT}")
 
 
 def _positive(name: str, value: Any) -> float:
-    """A number above 0 as a float: torch's arithmetic takes no integer beyond 64 bits."""
+    """A number above 0 as a float: torch does not support integers beyond 64 bits."""
     try:
         number = math.nan if isinstance(value, bool | str) else float(value)
     except (OverflowError, TypeError):  # an integer beyond float64, or no number at all
@@ -236,7 +234,7 @@ def _positive(name: str, value: Any) -> float:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message: JSON may hold an integer of a thousand digits."""
+    """A value for a message, shortened: JSON may contain an integer of a thousand digits."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write integers of more than 4300

@@ -1,7 +1,7 @@
-"""Keys and values already computed, so that a text is read once however long it is continued.
+"""Cached keys and values, so that each token is computed once however long the text becomes.
 
-The caller owns the cache: it makes one, hands it to each forward pass, and may cut, copy or drop
-rows in between. Knows nothing of attention.
+The caller owns the cache: it creates one, passes it to each forward pass, and may truncate, copy or
+drop sequences in between.
 """
 
 from collections.abc import Sequence
@@ -17,22 +17,22 @@ from minllama.model.config import LlamaConfig
 class KVCache:
     """Preallocated keys and values of a batch of texts of different lengths.
 
-    Slot s of a row holds the key and value at position s of that row's text, so rows are aligned at
-    their start and slots from a row's length on are free. A forward pass writes the new tokens'
-    keys and values layer by layer (`update`) and the model then moves the lengths on once
+    Slot s of a sequence has the key and value at position s, so sequences are aligned at their
+    start, and slots from a sequence's length on are free. A forward pass writes the new tokens'
+    keys and values layer by layer (`update`), and the model then increases the lengths once
     (`advance`).
 
     Args:
-        config: gives the number of layers and the heads' shape.
-        batch_size: B, rows.
-        capacity: S, the longest text in tokens that fits.
-        dtype: what they are kept in: that of the model's activations, or one of fewer bits.
+        config: determines the number of layers and the heads' shape.
+        batch_size: B, number of sequences.
+        capacity: S, maximum length of a sequence in tokens.
+        dtype: of keys and values: the model's activations', or one of fewer bits.
         device: of the model.
 
     Attributes:
-        lengths: filled slots of each row, on the host: decisions on shapes need no device sync.
-        engine_state: what an engine keeps beside it, such as where its tensors lie; no part of the
-            cache's content.
+        lengths: filled slots of each sequence, on the host, so that shapes need no device sync.
+        engine_state: an engine's own data, such as tensor addresses; not part of the cache's
+            content.
     """
 
     def __init__(
@@ -65,30 +65,30 @@ class KVCache:
 
     @property
     def max_len(self) -> int:
-        """Filled slots of the longest row."""
+        """Filled slots of the longest sequence."""
         return max(self.lengths, default=0)
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all rows are equally long, so that one slice serves them all."""
+        """Whether all sequences have the same length, so that one slice is enough."""
         return min(self.lengths) == max(self.lengths)
 
     def reserve(self, new_len: int) -> None:
-        """Check that `new_len` more tokens fit into every row.
+        """Check that `new_len` more tokens fit into every sequence.
 
         Raises:
             MinllamaError: they do not.
         """
         if self.max_len + new_len > self.capacity:
             raise MinllamaError(
-                f"the cache holds {self.capacity} tokens a row: {self.max_len} are filled and "
-                f"{new_len} more do not fit; make it with a larger capacity"
+                f"the cache has room for {self.capacity} tokens per sequence: {self.max_len} are "
+                f"filled, and {new_len} more do not fit; make it with a larger capacity"
             )
 
     def check_serves(self, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> None:
         """Refuse a model of another shape, dtype or device with a MinllamaError.
 
-        Keys and values may be kept in halves whatever the model's dtype is.
+        Keys and values may be in half precision, whatever the model's dtype.
         """
         keys = self.keys[0]
         if keys.dtype not in (dtype, torch.float16, torch.bfloat16) or keys.device != device:
@@ -100,33 +100,36 @@ class KVCache:
         wanted = config.n_layers, config.n_kv_heads, config.head_dim
         if found != wanted:
             raise MinllamaError(
-                "the cache is of another model: it has {} layers of {} heads of width {}, and this "
-                "model {} of {} of {}; make it with model.new_cache()".format(*found, *wanted)
+                "the cache is for another model: it has {} layers of {} heads of width "
+                "{}, and this model {} of {} of {}; make it with model.new_cache()".format(
+                    *found, *wanted
+                )
             )
 
     def update(
         self, layer: int, keys: Tensor, values: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values and give all those up to now.
+        """Store a layer's new keys and values, and return all up to now.
 
         Args:
             layer: index of the layer.
-            keys, values: (B, K, T, C), at `positions` of their rows.
-            positions: (B, T), the slots to write to. Columns beyond a row's own tokens write
-                behind its end, where the next tokens overwrite them.
+            keys, values: (B, K, T, C), at `positions` of their sequences.
+            positions: (B, T), the slots to write to. Padding is written after a sequence's end,
+                where the next tokens overwrite it.
 
         Returns:
-            Keys and values, (B, K, S', C) with S' the longest row after this pass, in the dtype of
-            those given: views, unless the cache has another.
+            Keys and values, (B, K, S', C) with S' the longest sequence after this pass, in the
+                dtype of
+            the arguments: views, unless the cache has another dtype.
 
         Raises:
-            MinllamaError: gradients are being recorded. Keys are written in place, which their
-                backward pass could not undo.
+            MinllamaError: gradients are enabled; keys are written in place, which has no backward
+                pass.
         """
         if keys.requires_grad:
             raise MinllamaError(
-                "a cache cannot be trained through; wrap the call in torch.inference_mode(), or "
-                "leave the cache away"
+                "gradients do not flow through a cache; wrap the call in "
+                "torch.inference_mode(), or omit the cache"
             )
         stored_keys, stored_values = self.keys[layer], self.values[layer]
         new_len = keys.shape[2]
@@ -146,26 +149,26 @@ class KVCache:
         )
 
     def advance(self, new_lens: Sequence[int]) -> None:
-        """Count `new_lens[b]` more tokens in each row b; the model does this once a pass."""
+        """Add `new_lens[b]` to the length of each sequence b; the model does it once per pass."""
         self.lengths = [old + new for old, new in zip(self.lengths, new_lens, strict=True)]
 
     def truncate(self, lengths: int | Sequence[int]) -> None:
-        """Forget what lies beyond the first so many tokens, of every row or of each its own.
+        """Truncate all sequences to one length, or each to its own.
 
         Raises:
-            MinllamaError: a number is negative, or there are not as many as rows.
+            MinllamaError: a length is negative, or there is not one per sequence.
         """
         if isinstance(lengths, int):
             lengths = [lengths] * self.batch_size
         if len(lengths) != self.batch_size or min(lengths, default=0) < 0:
             raise MinllamaError(
-                f"a cache of {self.batch_size} rows is cut to as many lengths of 0 or more, not to "
-                f"{lengths}"
+                f"a cache of {self.batch_size} sequences must be truncated to as many lengths >= "
+                f"0, not {lengths}"
             )
         self.lengths = [min(old, new) for old, new in zip(self.lengths, lengths, strict=True)]
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens a row; what is stored stays."""
+        """Grow to `capacity` tokens per sequence; the content stays."""
         if capacity > self.capacity:
             keys = [self._repeat(stored, 1, capacity) for stored in self.keys]
             values = [self._repeat(stored, 1, capacity) for stored in self.values]
@@ -173,7 +176,7 @@ class KVCache:
             self.keys, self.values, self.capacity = keys, values, capacity
 
     def drop_row(self, row: int) -> None:
-        """Give up a row: the last row moves into its place, and the batch is one smaller."""
+        """Remove a sequence: the last one replaces it, and the batch shrinks by one."""
         last = self.batch_size - 1
         if row != last:
             filled = self.lengths[last]
@@ -183,7 +186,7 @@ class KVCache:
         self.lengths.pop()
 
     def repeated(self, n: int, capacity: int) -> "KVCache":
-        """A new cache with every row `n` times in a row, and room for `capacity` tokens."""
+        """A new cache with every sequence repeated `n` times, and space for `capacity` tokens."""
         copy = object.__new__(KVCache)
         copy.capacity = capacity
         copy.engine_state = None

@@ -81,9 +81,9 @@ def attention(
     Args:
         query: (B, H, T, C).
         key, value: (B, K, S, C); each of the K heads serves H / K query heads.
-        mask: bool, broadcast to (B, H, T, S); true where a query may look.
-        is_causal: query t sees keys 0..t; stands for a lower-triangular mask.
-        packed: B = 1, and each sequence in the row sees itself alone; with `is_causal`.
+        mask: bool, broadcast to (B, H, T, S); true where a query may attend.
+        is_causal: query t attends to keys 0..t, as with a lower-triangular mask.
+        packed: B = 1, and each sequence in the row attends only to itself; with `is_causal`.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -119,7 +119,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """Rows of a matrix (V, D), which is the output matrix too where the two are tied."""
+    """Rows of a matrix (V, D), which is also the output matrix if they are tied."""
 
     def as_linear(self, x: Tensor) -> Tensor:
         """X W^T: (..., D) -> (..., V)."""
@@ -155,7 +155,7 @@ class Attention(nn.Module):
         is_causal: bool = False,
         packed: PackedSequences | None = None,
     ) -> Tensor:
-        """See `attention`; with dropout while training. Gives (B, H, T, C)."""
+        """See `attention`; with dropout in training. Returns (B, H, T, C)."""
         dropout = self.attention_dropout if self.training else 0.0
         return attention(query, key, value, mask, is_causal, packed, dropout)
 
@@ -183,9 +183,9 @@ class Attention(nn.Module):
 
         Args:
             x: normalized hidden states.
-            rotation: what `RotaryEmbedding` gives for the positions of x.
-            layout: where x stands in its sequence, and which keys each query may see.
-            cache: keeps the new keys and values and gives all of them; None: x is all there is.
+            rotation: result of `RotaryEmbedding` for the positions of x.
+            layout: positions of x, and which keys each query may attend to.
+            cache: stores the new keys and values and returns all of them; None if x is complete.
         """
         attended = self.attend(x, rotation, layout, cache)
         output: Tensor = self.resid_dropout(self.compute_output(attended))
@@ -228,13 +228,13 @@ class LlamaLayer(nn.Module):
 
 
 class LlamaOutput(NamedTuple):
-    """What a forward pass gives.
+    """The result of a forward pass.
 
     Attributes:
-        hidden: after the last norm, before the output matrix: of the positions whose logits were
-            selected, (B, D) or (B, N, D), and of all, (B, T, D), for all logits and for none.
-        logits: (B, T, V), (B, V) or (B, N, V) by what was selected, unnormalized, in the model's
-            dtype or float32; None for none.
+        hidden: hidden states after the last norm: of the selected positions, (B, D) or (B, N, D),
+            or of all, (B, T, D), for all logits and for none.
+        logits: (B, T, V), (B, V) or (B, N, V) depending on the selection, unnormalized, in the
+            model's dtype or float32; None for none.
     """
 
     hidden: Tensor
@@ -274,15 +274,16 @@ class Llama(LlamaPreTrainedModel):
         Args:
             ids: (B, T), integers in [0, V).
             attention_mask: (B, T), true at real tokens and false at padding, on either side; None
-                where all are real. With a cache it covers the new tokens only, and padding is on
-                the right. Or (B, T, T), true where token t may look at token t': all that is to be
-                hidden is up to it, as in a tree of continuations; it needs positions, and sequences
-                of one length in a cache, all of which the new tokens see.
-            positions: (B, T), positions in the text; None counts each row's real tokens from 0.
-                With a cache only beside a (B, T, T) mask: its rows know how long they are.
-            cache: holds the sequences so far, of which `ids` are the continuation, and is advanced.
-            logits: "all" positions, (B, T, V); "last" real one of each row, (B, V); those chosen
-                by a tensor of column indices, (B, N) or (1, N) for all rows, (B, N, V); or None.
+                if all are real. With a cache it covers the new tokens only, and padding is on the
+                right. Or (B, T, T), true where token t may attend to token t', as for a tree of
+                continuations; that replaces causal masking and needs positions, and a cache with
+                sequences of equal length, to which all new tokens attend.
+            positions: (B, T), positions in the text; None counts each sequence's real tokens from
+                0. With a cache, only together with a (B, T, T) mask.
+            cache: the sequences so far, which `ids` continue; it is advanced.
+            logits: "all" positions, (B, T, V); the "last" real one of each sequence, (B, V);
+                positions selected by a tensor of indices, (B, N) or (1, N) for all sequences, (B,
+                N, V); or None.
 
         Raises:
             MinllamaError: the text is longer than the context or the cache, or the arguments
@@ -336,17 +337,17 @@ class Llama(LlamaPreTrainedModel):
         *,
         seed: int | None = None,
     ) -> Tensor:
-        """Continue each row of token ids, token after token: the plain way, by the modules.
+        """Continue each sequence of token ids, token by token, by calling the modules.
 
-        The same tokens as `minllama.generate` gives, which runs on an engine and so is several
-        times faster, and has stop strings, streaming, top-p and more.
+        `minllama.generate` returns the same tokens; it runs on an engine, which is several times
+        faster, and has stop strings, streaming, top-p and more.
 
         Args:
             ids: (B, T), without padding.
             max_new_tokens: how many tokens to add.
-            temperature: 0 takes the likeliest token; above, a sample from
-                softmax(logits / temperature).
-            seed: makes the sample repeatable; each row draws from a stream of its own.
+            temperature: 0 for the most likely token (greedy); else sample from softmax(logits /
+                temperature).
+            seed: for repeatable samples; each sequence has its own random stream.
 
         Returns:
             (B, T + max_new_tokens), the continuation included.
@@ -369,12 +370,12 @@ class Llama(LlamaPreTrainedModel):
 
 
 def choose_tokens(logits: Tensor, temperature: float, draws: list[float]) -> Tensor:
-    """The next token of each row: the likeliest, or one drawn by inverse transform sampling.
+    """The next token of each sequence: the most likely, or one drawn by inverse transform sampling.
 
     Args:
         logits: (B, V).
         temperature: 0 for the likeliest.
-        draws: one number in [0, 1) for each row.
+        draws: one number in [0, 1) per sequence.
 
     Returns:
         (B,) token ids.

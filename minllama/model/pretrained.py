@@ -1,7 +1,6 @@
-"""What a model has whose weights come from files: a config, initial weights, load and save.
+"""Loading, saving and initializing weights: the base class of models.
 
-Files are the business of `minllama.checkpoints`, which stands above this package and is imported
-when a model is loaded or saved.
+Imports `minllama.checkpoints`, which is above this package, only when a model is loaded or saved.
 """
 
 import math
@@ -35,7 +34,7 @@ class LlamaPreTrainedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: the norms' dtype, for matrices may be kept in other forms."""
+        """The dtype of computation: that of the norms, since matrices may have other formats."""
         norms = (p for name, p in self.named_parameters() if name.endswith("norm.weight"))
         return next(norms).dtype
 
@@ -75,12 +74,12 @@ class LlamaPreTrainedModel(nn.Module):
                 its base.
             dtype: of the weights, torch's or its name; None for float32 on a CPU and bfloat16 on a
                 GPU.
-            device: None for the GPU where there is one.
-            quantize: "int8" or "int4" for weights in so many bits, "stored" for a GGUF file's
-                blocks as they are, "auto" for what generates fastest from this file on this
-                machine (`minllama.quantization.modules`). Quantised weights cannot be trained, only
+            device: None for a GPU if there is one.
+            quantize: weight format: "int8" or "int4", "stored" for a GGUF file's quantized blocks,
+                "auto" for the fastest format for this file and machine
+                (`minllama.quantization.modules`). Quantized weights cannot be trained, only
                 adapters beside them. None for a dense model.
-            base: the base of a PEFT adapter; None for the one that its config names.
+            base: the base model of a PEFT adapter; None for the one that its config names.
             config_changes: fields of LlamaConfig to set, such as `dropout=0.1, causal=False`.
 
         Raises:
@@ -116,10 +115,10 @@ class LlamaPreTrainedModel(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder (config.json, model.safetensors) that transformers loads.
 
-        The folder appears whole or not at all; other files in an existing one are kept. Weights in
-        fewer bits are written as the numbers that they stand for, in float32.
+        The folder is written atomically; other files in an existing one are kept. Quantized weights
+        are written dequantized, in float32.
 
         Raises:
-            MinllamaError: it cannot be written; what was there is untouched.
+            MinllamaError: it cannot be written; an existing file is unchanged.
         """
         import_module("minllama.checkpoints.load").save_model(self, folder)

@@ -1,6 +1,6 @@
-"""Rotary position embeddings: angles, their scalings, and the rotation itself.
+"""Rotary position embeddings: frequencies, their scalings, and the rotation itself.
 
-Knows nothing of attention or of models: positions are an argument.
+Used by the model's attention and by the engines; positions are an argument.
 """
 
 import math
@@ -15,18 +15,18 @@ _FIRST_TABLE_LEN = 2048
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns pairs of a head's channels by an angle that grows with the position.
+    """Rotates pairs of a head's channels by an angle proportional to the position.
 
     RoFormer (Su et al. 2021), sec. 3.2.2, eq. 15 and 34. Pairs are interleaved, (x0, x1), (x2, x3)
     and so on, as there and in Meta's code. One instance serves all layers of a model: its table of
     unit vectors is built once per device, and again only when texts outgrow it.
 
-    Dynamic scaling, as transformers has it, turns all of a pass by the base of its longest text,
-    and cached keys keep the base of their day. So beyond max_seq_len, and with this scaling only, a
-    text's logits depend a little on its batch and on how it was cut into passes.
+    Dynamic scaling, as in transformers, rotates all of a forward pass with the base of its longest
+    text, and cached keys keep the base of their pass. So beyond max_seq_len, and only with this
+    scaling, logits depend slightly on the batch and on how a text is split into passes.
 
-    The table is kept in float32 whatever the model's dtype: in bfloat16 the position 8191 could not
-    even be told from 8160.
+    The table is float32 whatever the model's dtype: bfloat16 cannot distinguish position 8191 from
+    8160.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
@@ -39,9 +39,9 @@ class RotaryEmbedding(nn.Module):
         """Unit vectors e^(i m theta) for each position m.
 
         Args:
-            positions: (B, T) or (T,), whole numbers from 0.
-            text_len: a number above all positions, where the caller knows one: it spares asking the
-                device for the largest.
+            positions: (B, T) or (T,), integers >= 0.
+            text_len: an upper bound of the positions, if known: it avoids a device sync for the
+                largest.
 
         Returns:
             Complex64 (B, T, 1, C / 2) or (T, 1, C / 2): the 1 stands for the heads.
@@ -54,7 +54,7 @@ class RotaryEmbedding(nn.Module):
         return table[positions].unsqueeze(-2)
 
     def fixed_table(self, text_len: int, device: torch.device) -> Tensor | None:
-        """What `table` gives; None where the base depends on how long the text has become."""
+        """The result of `table`; None with dynamic scaling, whose base depends on the text."""
         scaling = self.config.rope_scaling
         is_dynamic = scaling is not None and scaling.kind == "dynamic"
         if is_dynamic and text_len > self.config.max_seq_len:
@@ -62,11 +62,12 @@ class RotaryEmbedding(nn.Module):
         return self.table(text_len, device)
 
     def table(self, text_len: int, device: torch.device) -> Tensor:
-        """The unit vectors of at least the first positions, where they do not depend on the text.
+        """The rotations of at least the first positions, if they do not depend on the text's
+        length.
 
         Args:
             text_len: how many positions at least.
-            device: where.
+            device: of the result.
 
         Returns:
             Complex64 (L, C / 2), L >= text_len; the same tensor until texts outgrow it.
@@ -94,7 +95,7 @@ def apply_rotary_embedding(x: Tensor, rotation: Tensor) -> Tensor:
 
     Args:
         x: (B, T, H, C), queries or keys.
-        rotation: what `RotaryEmbedding` gave for their positions.
+        rotation: result of `RotaryEmbedding` for their positions.
 
     Returns:
         (B, T, H, C) in x's dtype; computed in float32.
@@ -107,7 +108,7 @@ def frequencies(config: LlamaConfig, text_len: int | None = None) -> tuple[Tenso
     """Angle per position of each channel pair, and the factor on cosine and sine.
 
     Args:
-        config: gives head_dim, rope_theta and rope_scaling.
+        config: has head_dim, rope_theta and rope_scaling.
         text_len: length of the whole text in tokens, for dynamic scaling.
 
     Returns:
@@ -134,18 +135,18 @@ def frequencies(config: LlamaConfig, text_len: int | None = None) -> tuple[Tenso
             assert scaling is not None
             return _yarn(plain, theta, scaling), _yarn_attention_factor(scaling)
         case unknown:
-            raise AssertionError(f"a scaling that RopeScaling let through: {unknown}")
+            raise AssertionError(f"unsupported rope scaling: {unknown}")
 
 
 def llama3_factors(plain: Tensor, scaling: RopeScaling) -> Tensor:
     """Divisor of each frequency by Llama 3.1's rule (Grattafiori et al. 2024, and Meta's code).
 
     Long wavelengths are divided by `factor`, short ones stay, and between the two limits the
-    frequency is interpolated linearly in the number of turns over the original context.
+    frequency is interpolated linearly in the number of rotations over the original context.
 
     Args:
         plain: (C / 2,) frequencies, radians per position.
-        scaling: gives factor, original_max_seq_len, low_freq_factor, high_freq_factor.
+        scaling: has factor, original_max_seq_len, low_freq_factor, high_freq_factor.
 
     Returns:
         (C / 2,) between 1 and `factor`.
@@ -177,7 +178,7 @@ def _yarn(plain: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
     n = len(plain)
 
     def pair_with(turns: float) -> float:
-        """Index of the pair that makes so many turns over the original context."""
+        """Index of the pair with that many rotations over the original context."""
         wavelengths = scaling.original_max_seq_len / (turns * 2 * math.pi)  # type: ignore[operator]
         return n * math.log(wavelengths) / math.log(theta)
 

@@ -1,9 +1,9 @@
-"""Options that are defined once: name, default, range and meaning in one frozen dataclass field.
+"""Option dataclasses: name, default, range and meaning of each option, defined once.
 
-By what they are for; those of thresholds and reports are in `minllama.options.evaluation`.
+Those of thresholds and reports are in `minllama.options.evaluation`.
 """
 
-from minllama.options.base import CheckedOptions, Range, names_of, option
+from minllama.options.base import CheckedOptions, Range, group_of, names_of, option
 from minllama.options.classification import (
     CLASS_METRICS,
     CORRECTED,
@@ -47,6 +47,7 @@ __all__ = [
     "SamplingOptions",
     "TrainingOptions",
     "ZeroShotOptions",
+    "group_of",
     "names_of",
     "option",
 ]

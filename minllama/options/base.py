@@ -1,8 +1,8 @@
-"""Options that are defined once: name, default, range and meaning in one frozen dataclass field.
+"""Define each option once: name, default, range and meaning in a frozen dataclass field.
 
-The command line's help and parsing, the Python API and its validation all read the same fields.
-The other modules of this package define them by what they are for; none imports torch, so that
-`--help` stays instant.
+The command line's parser and help pages, the Python API and its validation read the same fields.
+The other modules of this package define the options, by purpose. None imports torch, so that
+`--help` stays fast.
 """
 
 import dataclasses
@@ -11,14 +11,28 @@ import numbers
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from minllama.errors import OptionError
+
+# The titles under which help pages list options, in this order.
+GROUPS = (
+    "Data",
+    "Prompt",
+    "Model",
+    "Method",
+    "Sampling",
+    "Generation",
+    "Training",
+    "Adapters",
+    "Evaluation",
+    "Output",
+)
 
 
 @dataclass(frozen=True)
 class Range:
-    """The interval that a number must lie in, with or without its ends."""
+    """The interval that a number must be in; each end is included unless it is open."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -34,7 +48,7 @@ class Range:
         if self.high == math.inf:
             return f"{'>' if self.low_open else '>='} {self.low:g}"
         left, right = "(" if self.low_open else "[", ")" if self.high_open else "]"
-        # 2^32 - 1 has ten digits, of which none may be left out.
+        # 2^32 - 1 has ten digits, and all must be shown.
         low, high = (f"{end:.10g}" for end in (self.low, self.high))
         return f"in {left}{low}, {high}{right}"
 
@@ -46,23 +60,36 @@ def option(
     within: Range | None = None,
     choices: tuple[str, ...] = (),
     flag: str | None = None,
+    group: str | None = None,
+    common: bool = False,
 ) -> Any:
-    """Define one option: a dataclass field that carries its meaning and range.
+    """Define one option: a dataclass field with its meaning and range.
 
     Args:
-        default: the value when nothing is said.
-        meaning: one sentence, as the command line's help prints it.
-        within: the interval that a number must lie in; `None` for no limit.
-        choices: the words that a string must be one of; empty for any string.
-        flag: its name on the command line, where that is not the field's; of a flag that is true
-            by default it says the opposite.
+        default: the value when none is given.
+        meaning: one sentence for the help page, without initial capital and period.
+        within: the interval that a number must be in; `None` for no limit.
+        choices: the values that a string may have; empty for any string.
+        flag: its name on the command line, if not the field's; a flag that is true by default is
+            named after its opposite.
+        group: the title under which help pages list it; one of GROUPS, by default its dataclass's.
+        common: whether help pages list it first, among what most people need.
     """
-    metadata = {"meaning": meaning, "within": within, "choices": choices, "flag": flag}
+    metadata = {
+        "meaning": meaning,
+        "within": within,
+        "choices": choices,
+        "flag": flag,
+        "group": group,
+        "common": common,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
 class CheckedOptions:
-    """Base of the option dataclasses: checks every field against its type and range at birth."""
+    """Base of the option dataclasses: checks every field's type and range on construction."""
+
+    group: ClassVar[str]  # the title under which help pages list the fields; one of GROUPS
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -78,7 +105,7 @@ class CheckedOptions:
 
 
 def _checked(name: str, value: Any, hint: Any, within: Range | None) -> Any:
-    """`value`, as the type that `hint` names; an OptionError where it is not one."""
+    """Convert `value` to the type of `hint`; raise OptionError if it has another type."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     if value is None and types.NoneType in kinds:
         return None
@@ -86,21 +113,21 @@ def _checked(name: str, value: Any, hint: Any, within: Range | None) -> Any:
     if typing.get_origin(kind) is tuple:
         if int in typing.get_args(typing.get_args(kind)[0]):
             return _checked_tokens(name, value)
-        if isinstance(value, str):  # one string where several may stand
+        if isinstance(value, str):  # one string instead of a list
             value = (value,)
         if not isinstance(value, tuple | list) or not all(isinstance(v, str) for v in value):
             raise OptionError(f"{name} must be a list of strings, not {value!r}")
         if not all(value):
-            raise OptionError(f"{name} holds an empty string, which would match everywhere")
+            raise OptionError(f"{name} contains an empty string, which would match everywhere")
         return tuple(value)
-    # bool is an int to Python, but `top_k=True` is a mistake. NumPy's numbers are numbers.
+    # bool is a subclass of int, but `top_k=True` is a mistake. NumPy's scalars are accepted.
     is_flag = isinstance(value, bool)
     if kind is int and not is_flag and isinstance(value, numbers.Integral):
         value = int(value)
     if kind is float and not is_flag and isinstance(value, numbers.Real):
         try:
             value = float(value)
-        except OverflowError:  # an integer beyond every float
+        except OverflowError:  # an integer larger than any float
             value = math.inf
         if not math.isfinite(value):
             raise OptionError(f"{name} must be a finite number{_range_text(within)}, not {value}")
@@ -112,22 +139,22 @@ def _checked(name: str, value: Any, hint: Any, within: Range | None) -> Any:
 
 
 def _checked_tokens(name: str, value: Any) -> tuple[int | str, ...]:
-    """`value` as a tuple of token ids and texts of tokens; a string of digits is an id."""
+    """Convert `value` to a tuple of token ids and token texts; a string of digits is an id."""
     if hasattr(value, "tolist"):  # an array or a tensor of ids
         value = value.tolist()
-    if isinstance(value, str | numbers.Integral):  # one where several may stand
+    if isinstance(value, str | numbers.Integral):  # one instead of a list
         value = (value,)
     listed = isinstance(value, tuple | list | set | frozenset)
     if not listed or not all(isinstance(v, str | numbers.Integral) for v in value):
-        raise OptionError(f"{name} must be a list of token ids or of tokens' texts, not {value!r}")
+        raise OptionError(f"{name} must be a list of token ids or token texts, not {value!r}")
     tokens: list[int | str] = []
     for token in value:
         if isinstance(token, bool) or token == "":
-            raise OptionError(f"{name} holds {token!r}, which is no token")
+            raise OptionError(f"{name} contains {token!r}, which is not a token")
         is_id = not isinstance(token, str) or (token.isascii() and token.isdecimal())
         tokens.append(int(token) if is_id else token)
         if is_id and tokens[-1] < 0:  # type: ignore[operator]
-            raise OptionError(f"{name} holds {token}, and token ids are >= 0")
+            raise OptionError(f"{name} contains {token}, but token ids are >= 0")
     return tuple(tokens)
 
 
@@ -138,6 +165,17 @@ def _range_text(within: Range | None) -> str:
     return "" if within is None else f" {within}"
 
 
+def group_of(options: type[CheckedOptions], field: "dataclasses.Field[Any]") -> str:
+    """The title under which help pages list a field: its own, or that of its dataclass."""
+    if (group := field.metadata["group"]) is not None:
+        return str(group)
+    # A subclass inherits fields, and a field the group of the class that defines it.
+    classes = [
+        kind for kind in options.__mro__ if field.name in vars(kind).get("__annotations__", ())
+    ]
+    return str(getattr(classes[-1], "group"))  # noqa: B009
+
+
 def names_of(options: type[CheckedOptions]) -> tuple[str, ...]:
-    """The names of its fields."""
+    """The field names of an option dataclass."""
     return tuple(field.name for field in dataclasses.fields(options))  # type: ignore[arg-type]

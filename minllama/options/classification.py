@@ -1,16 +1,17 @@
-"""What kind of classifier is made, and by which scores."""
+"""Options of classifiers: method, objective, how label words are scored, how texts are pooled."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, Range, option
 
 CLASS_METRICS = ("accuracy", "macro_f1", "log_loss")
-VALUE_METRICS = ("rmse", "mae", "r2", "pearson", "spearman")  # of numbers
+VALUE_METRICS = ("rmse", "mae", "r2", "pearson", "spearman")  # of regression
 METHODS = ("zero-shot", "frozen", "lora", "full")
 OBJECTIVES = ("head", "label-words", "regression")
 SCORES = ("sum", "token-mean", "byte-mean", "pmi", "contextual", "batch")
-CORRECTED = ("pmi", "contextual", "batch")  # the scores of which something is taken off
+CORRECTED = ("pmi", "contextual", "batch")  # the scores that subtract a prior
 POOLINGS = ("last", "mean", "weighted-mean")
 
 
@@ -18,79 +19,90 @@ POOLINGS = ("last", "mean", "weighted-mean")
 class ZeroShotOptions(CheckedOptions):
     """How label words are scored; see `minllama.classification.zero_shot`."""
 
+    group: ClassVar[str] = "Method"
+
     label_words: str | None = option(
         None,
-        "words that stand for the labels, in their order, separated by commas (in quotes where one "
-        "holds a comma), or as JSON: a list, or {label: word}",
+        "words to score for the labels, in the labels' order, separated by commas (quote a word "
+        "that contains a comma), or as JSON: a list, or {label: word}",
     )
     score: str = option(
         "sum",
-        "log-probability of a label: as it is (sum), per token or byte, or corrected (pmi, "
-        "contextual; batch by texts of the task)",
+        "score of a label: its log-probability (sum), that per token or byte (token-mean, "
+        "byte-mean), or that minus the label's prior, estimated without a text (pmi), from "
+        "content-free texts (contextual) or from texts of the task (batch)",
         choices=SCORES,
     )
     prior_strength: float = option(
         1.0,
-        "how much of the correction of pmi, contextual and batch to make",
+        "fraction of the prior to subtract with pmi, contextual and batch",
         within=Range(0, 2),
     )
     shots: int = option(
         0,
-        "how many training examples to show before each text, spread over the classes",
+        "number of training examples to show before each text, balanced over the classes",
         within=Range(0, 1000),
+        group="Prompt",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierOptions(ZeroShotOptions):
-    """What kind of classifier is made, and how; see `minllama.experiment`."""
+    """Which kind of classifier to train, and how; see `minllama.experiment`."""
 
     method: str = option(
         "lora",
-        "what is trained: nothing (zero-shot), a head on fixed features (frozen), low-rank "
+        "what to train: nothing (zero-shot), a head on fixed features (frozen), low-rank "
         "adapters (lora), or all weights (full)",
         choices=METHODS,
+        common=True,
     )
     objective: str = option(
         "head",
-        "a new linear head, or the scores of label-words (best with few examples); or regression: "
-        "a head for labels that are numbers, by mean squared error",
+        "what predicts: a new linear head, the scores of label words (best with few examples), "
+        "or a head for numeric labels, trained on the mean squared error (regression)",
         choices=OBJECTIVES,
     )
     layer: str = option(
-        "auto", "how many layers run: a number, all, or auto for what cross-validation finds best"
+        "auto", "number of layers to run: an integer, all, or auto for the best in cross-validation"
     )
     pooling: str = option(
         "auto",
-        "the vector of a text: of its last token, or a mean of all; auto by cross-validation",
+        "which hidden states form a text's vector: its last token's, or a mean over all tokens; "
+        "auto for the best in cross-validation",
         choices=("auto", *POOLINGS),
     )
     dropout: float = option(
-        0.1, "probability of dropping an element of that vector in training", within=Range(0, 1)
+        0.1,
+        "probability of zeroing an element of the text's vector during training",
+        within=Range(0, 1),
     )
-    bidirectional: bool = option(False, "let each token look ahead, too; with a head only")
+    bidirectional: bool = option(False, "let each token attend to later ones too; needs a head")
     dev_fraction: float = option(
         0.1,
-        "share of the training file to evaluate on, without --dev",
+        "fraction of the training file to hold out as dev split when there is no --dev",
         within=Range(0, 0.9, low_open=True),
+        group="Data",
     )
     per_class: int = option(
-        0, "learn from this many examples of each class only; 0 from all", within=Range(0)
+        0,
+        "train on at most this many examples of each class; 0 for all",
+        within=Range(0),
+        group="Data",
     )
-    no_calibration: bool = option(False, "leave the probabilities as they come")
+    no_calibration: bool = option(False, "do not calibrate the probabilities on the dev split")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer not in ("auto", "all") and not self.layer.isdecimal():
-            raise OptionError(f"layer must be a number, all or auto, not {self.layer!r}")
+            raise OptionError(f"layer must be an integer, all or auto, not {self.layer!r}")
         if self.method == "frozen" and self.objective == "label-words":
-            raise OptionError("frozen fits a head; label-words are trained with lora or full")
+            raise OptionError("frozen fits a head; use lora or full with label-words")
         if self.method == "zero-shot" and self.objective == "regression":
             raise OptionError(
-                "zero-shot scores label words, and a number needs a head; use --method frozen, "
-                "lora or full"
+                "regression needs a head, and zero-shot has none; use --method frozen, lora or full"
             )
         if self.bidirectional and (self.method == "zero-shot" or self.objective == "label-words"):
-            raise OptionError("bidirectional needs a head: label words are continuations")
+            raise OptionError("bidirectional needs a head: label words are scored as continuations")
         if self.shots and not (self.method == "zero-shot" or self.objective == "label-words"):
-            raise OptionError("shots belong into the prompts of zero-shot or label-words")
+            raise OptionError("shots needs --method zero-shot or --objective label-words")

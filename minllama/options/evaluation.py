@@ -1,10 +1,11 @@
-"""Options of what a classifier predicts from, and of what its report is about.
+"""Options for decision thresholds and reports, and the parser of `--threshold` values.
 
-And the words of `--threshold`: a number, a metric to be best by, or a precision or recall to reach.
-Knows nothing of labels or probabilities.
+A threshold is a number, a metric to maximize, or a precision or recall to reach.
+`minllama.evaluation.thresholds` applies it.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, option
@@ -14,10 +15,10 @@ THRESHOLD_GOALS = ("precision", "recall")
 
 
 def threshold_rule(text: str) -> float | str | None:
-    """What the words of a threshold mean: a number, or a rule as it is written; None for neither.
+    """Parse a threshold: a number, or a rule in normalized spelling; None for neither.
 
     Raises:
-        OptionError: it is a number, or wants a precision or recall, that cannot be.
+        OptionError: the number, precision or recall is out of range.
     """
     word = text.strip().lower().replace("_", "-")
     name, _, goal = word.partition("=")
@@ -28,7 +29,7 @@ def threshold_rule(text: str) -> float | str | None:
         return None
     if name in THRESHOLD_GOALS:
         if not 0 < number <= 1:
-            raise OptionError(f"threshold {text!r}: a {name} is above 0 and at most 1, such as 0.9")
+            raise OptionError(f"threshold {text!r}: {name} must be in (0, 1], such as 0.9")
         return f"{name}={number:g}"
     if not 0 <= number <= 1:
         raise OptionError(f"threshold must be in [0, 1], not {text.strip()}")
@@ -44,20 +45,21 @@ def _number(text: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdOptions(CheckedOptions):
-    """From which probability on a label is predicted; see `minllama.evaluation.thresholds`."""
+    """At which probability a label is predicted; see `minllama.evaluation.thresholds`."""
+
+    group: ClassVar[str] = "Evaluation"
 
     threshold: tuple[str, ...] = option(
         (),
-        "predict the positive class, or each label with --multi-label, from this probability on: "
-        "a number; when training also what is best on the dev texts by f1, macro-f1, accuracy or "
-        "balanced-accuracy, precision=0.9 (with the highest recall) or recall=0.9 (with the "
-        "highest precision); LABEL=0.3 for one label, several times for several; where not given "
-        "the classifier's own, or 0.5",
+        "probability at which the positive class (or, with --multi-label, each label) is "
+        "predicted: a number; in training also what maximizes f1, macro-f1, accuracy or "
+        "balanced-accuracy on the dev split, or precision=0.9 (with the highest recall) or "
+        "recall=0.9 (with the highest precision); LABEL=0.3 for one label, repeat for more "
+        "(default the classifier's own, or 0.5)",
     )
     positive: str | None = option(
         None,
-        "which of two classes is the positive one; where not given the classifier's own, or the "
-        "second",
+        "which of two classes is the positive one (default the classifier's own, or the second)",
     )
 
     def __post_init__(self) -> None:
@@ -72,11 +74,13 @@ class ThresholdOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions(CheckedOptions):
-    """What a report is about; see `minllama.evaluation.report`."""
+    """What a report shows first; see `minllama.evaluation.report`."""
+
+    group: ClassVar[str] = "Evaluation"
 
     headline: str | None = option(
         None,
-        "the metric of the report's first sentence, by which systems are compared; accuracy where "
-        "not given, or what --metric of a training says",
+        "metric that the report states first and compares systems by (default accuracy; in "
+        "training, --metric)",
         choices=("accuracy", "macro_f1", "micro_f1", "log_loss", "brier"),
     )

@@ -1,6 +1,7 @@
-"""How tokens are chosen, and how texts begin and end."""
+"""Options for sampling tokens, and for when generation stops."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, Range, option
@@ -10,20 +11,23 @@ from minllama.options.base import CheckedOptions, Range, option
 class SamplingOptions(CheckedOptions):
     """How the next token is chosen from the logits; see `minllama.generation.sampling`."""
 
+    group: ClassVar[str] = "Sampling"
+
     temperature: float = option(
         0.0,
-        "0 takes the likeliest token; above, a sample from softmax(logits / temperature)",
+        "0 for the most likely token (greedy); else sample from softmax(logits / temperature)",
         within=Range(0),
+        common=True,
     )
-    top_k: int = option(0, "sample among this many likeliest tokens; 0 for all", within=Range(0))
+    top_k: int = option(0, "sample from this many most likely tokens; 0 for all", within=Range(0))
     top_p: float = option(
         1.0,
-        "sample among the likeliest tokens that together have this probability",
+        "sample from the most likely tokens whose probabilities add up to this",
         within=Range(0, 1, low_open=True),
     )
     min_p: float = option(
         0.0,
-        "sample among tokens at least this many times as likely as the likeliest",
+        "sample from tokens at least this many times as likely as the most likely one",
         within=Range(0, 1),
     )
     repetition_penalty: float = option(
@@ -31,41 +35,51 @@ class SamplingOptions(CheckedOptions):
         "divide positive logits of tokens already in the text by this, multiply negative ones",
         within=Range(0, low_open=True),
     )
-    seed: int | None = option(None, "makes samples repeatable", within=Range(0))
+    seed: int | None = option(
+        None, "seed of the random number generator, for repeatable samples", within=Range(0)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingOptions):
-    """How a text is continued; see `minllama.generation.api`."""
+    """How to continue a text; see `minllama.generation.api`."""
 
-    max_new_tokens: int = option(256, "stop after this many new tokens", within=Range(1))
-    n: int = option(1, "how many samples of each prompt", within=Range(1, 4096))
+    group: ClassVar[str] = "Generation"
+
+    max_new_tokens: int = option(
+        256, "stop after this many new tokens", within=Range(1), common=True
+    )
+    n: int = option(1, "number of samples per prompt", within=Range(1, 4096))
     stop: tuple[str, ...] = option(
         (),
-        "stop before this text, in which special tokens may stand; may be given several times",
+        "stop before this text, which may contain special tokens; repeatable",
     )
     stop_token_ids: tuple[int | str, ...] = option(
         (),
-        "stop before this token, by its id or its text; may be given several times",
+        "stop before this token, given by its id or text; repeatable",
         flag="stop-token",
     )
-    ignore_eos: bool = option(False, "go on past the token that ends a text")
+    ignore_eos: bool = option(False, "continue past the end-of-sequence token")
     skip_special_tokens: bool = option(
-        True, "show the special tokens that are generated", flag="show-special"
+        True, "show special tokens in the output", flag="show-special"
     )
     special: bool = option(
-        False, "special tokens that the prompt spells, such as <|im_start|>, are these tokens"
+        False, "parse special tokens in the prompt, such as <|im_start|>, instead of reading text"
     )
     logprobs: int | None = option(
-        None, "report log-probabilities, and this many alternatives per token", within=Range(0, 100)
+        None,
+        "report log-probabilities, with this many alternatives per token",
+        within=Range(0, 100),
     )
-    json_schema: str | None = option(None, "generate JSON that this JSON schema describes")
-    regex: str | None = option(None, "generate text that this regular expression matches in full")
+    json_schema: str | None = option(
+        None, "generate JSON that matches this JSON schema (on the command line, also a file)"
+    )
+    regex: str | None = option(None, "generate text that fully matches this regular expression")
     prompt_lookup: int = option(
         0,
-        "guess this many tokens from what the text has said before, and check them in one pass; "
-        "the tokens stay the same (in half precision, but for near ties), and come faster where a "
-        "text repeats itself; at temperature 0",
+        "speculative decoding: draft this many tokens from earlier text and verify them in one "
+        "forward pass; same tokens (except near ties in half precision), faster where the text "
+        "repeats itself; needs temperature 0",
         within=Range(0, 31),
     )
 
@@ -74,7 +88,7 @@ class GenerationOptions(SamplingOptions):
         if self.prompt_lookup:
             self._check_prompt_lookup()
         if self.json_schema is not None and self.regex is not None:
-            raise OptionError("json_schema and regex cannot both constrain one text; give one")
+            raise OptionError("json_schema and regex exclude each other; give one")
 
     def _check_prompt_lookup(self) -> None:
         alone = {
@@ -86,5 +100,5 @@ class GenerationOptions(SamplingOptions):
         }
         if clashes := [name for name, given in alone.items() if given]:
             raise OptionError(
-                f"prompt_lookup is for the likeliest tokens alone; leave out {', '.join(clashes)}"
+                f"prompt_lookup needs plain greedy decoding; omit {', '.join(clashes)}"
             )

@@ -1,1 +1,1 @@
-"""Weights in fewer bits, and what multiplies with them."""
+"""Quantized and half-precision weights, and the modules that multiply with them."""

@@ -1,8 +1,8 @@
-"""ggml's block formats: raw bytes -> (quants, scales, mins) -> float32, and Q8_0 the other way.
+"""Decode ggml's block formats: raw bytes to (quants, scales, mins) to float32; encode Q8_0.
 
 A block is a run of values along a row that share a scale: value = scale * quant + min. Q4_0, Q4_1
-and Q8_0 are decoded here, vectorised; the rarer formats go through the `gguf` package, which is the
-reference for all of them. Knows nothing of files or models.
+and Q8_0 are decoded here, vectorized; other formats go through the `gguf` package, which is the
+reference for all of them.
 """
 
 import functools
@@ -18,13 +18,13 @@ CHUNK_BLOCKS = 65536
 
 @dataclass(frozen=True)
 class GGMLType:
-    """One way that ggml stores numbers.
+    """One of ggml's storage formats.
 
     Attributes:
         id: its number in files.
         name: `Q4_1`.
-        block_len: values in a block, all of one row.
-        block_bytes: bytes that a block takes.
+        block_len: values per block, all of one row.
+        block_bytes: bytes per block.
     """
 
     id: int
@@ -33,12 +33,12 @@ class GGMLType:
     block_bytes: int
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
-        """The bytes that a tensor of that shape takes, whose rows are whole blocks."""
+        """The size in bytes of a tensor of that shape, whose rows are complete blocks."""
         return math.prod(shape) // self.block_len * self.block_bytes
 
     @property
     def words(self) -> str:
-        """The type for people: torch's word where it has one, such as `float16`, else the name."""
+        """The type for display: torch's name if it has one, such as `float16`, else ggml's."""
         return str(DTYPES[self]).removeprefix("torch.") if self in DTYPES else self.name
 
 
@@ -58,12 +58,12 @@ _COMMON = {stored.id: stored for stored in (F32, F16, Q4_0, Q4_1, Q8_0, BF16)}
 
 @dataclass(frozen=True)
 class Blocks:
-    """n blocks taken apart: value[i, j] = scales[i] * quants[i, j] + mins[i].
+    """n dequantized blocks: value[i, j] = scales[i] * quants[i, j] + mins[i].
 
     Attributes:
         quants: (n, block_len), int8 or uint8.
         scales: (n, 1), float16.
-        mins: (n, 1), float16; `None` where the format has none.
+        mins: (n, 1), float16; `None` if the format has none.
     """
 
     quants: Tensor
@@ -73,7 +73,7 @@ class Blocks:
 
 @functools.cache
 def ggml_type(type_id: int) -> GGMLType | None:
-    """The type of that number; `None` where the `gguf` package knows none."""
+    """The type with that id; `None` if the `gguf` package has none."""
     if type_id in _COMMON:
         return _COMMON[type_id]
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # slow to import, seldom needed
@@ -87,7 +87,7 @@ def ggml_type(type_id: int) -> GGMLType | None:
 
 @functools.cache
 def can_dequantize(stored: GGMLType) -> bool:
-    """Whether tensors of this type can be turned into floating-point numbers."""
+    """Whether tensors of this type can be dequantized."""
     if stored.id in _COMMON:
         return True
     try:
@@ -98,10 +98,10 @@ def can_dequantize(stored: GGMLType) -> bool:
 
 
 def decode_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
-    """Take blocks apart.
+    """Unpack blocks.
 
     Args:
-        raw: (n, block_bytes) uint8, blocks as they lie in the file.
+        raw: (n, block_bytes) uint8, blocks as stored in the file.
         stored: Q4_0, Q4_1 or Q8_0.
     """
     assert stored in (Q4_0, Q4_1, Q8_0)
@@ -117,14 +117,14 @@ def decode_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
 
 
 def decode_super_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
-    """Take super-blocks apart into the eight blocks of each.
+    """Unpack super-blocks into their eight blocks each.
 
-    A block's scale and min are whole numbers of 6 bits times factors of the super-block. Here they
-    are those products, rounded to float16: values are not `dequantize`'s to the bit, but off by up
-    to a 2048th of their block's scale times quant, and of its min.
+    A block's scale and min are 6-bit integers times factors of the super-block. Here these products
+    are rounded to float16, so values differ from `dequantize`'s by up to 1/2048 of their block's
+    scale times quant, and of its min.
 
     Args:
-        raw: (n, block_bytes) uint8, super-blocks as they lie in the file.
+        raw: (n, block_bytes) uint8, super-blocks as stored in the file.
         stored: Q4_K or Q5_K.
 
     Returns:
@@ -151,9 +151,9 @@ def decode_super_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
 
 
 def dequantize(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Tensor:
-    """The numbers of one tensor: float32 from blocks, else a view in their own dtype.
+    """The values of one tensor: float32 from quantized blocks, else a view in the stored dtype.
 
-    Bit for bit what `gguf.quants.dequantize` gives.
+    Equals `gguf.quants.dequantize` bit for bit.
 
     Args:
         raw: (n_bytes,) uint8, the tensor's bytes.
@@ -176,7 +176,7 @@ def dequantize(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Tensor:
 
 
 def quantize_q8_0(values: Tensor) -> Tensor:
-    """Q8_0 blocks of a tensor, bit for bit what `gguf.quants.quantize` gives.
+    """Q8_0 blocks of a tensor; equals `gguf.quants.quantize` bit for bit.
 
     Args:
         values: (..., n) float32 with n a multiple of 32.
@@ -201,7 +201,7 @@ def quantize_q8_0(values: Tensor) -> Tensor:
 
 
 def view_as(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes (n,) as numbers of `dtype`, in place where their alignment in the file allows."""
+    """Bytes (n,) as values of `dtype`, without a copy if their alignment allows."""
     if raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype)

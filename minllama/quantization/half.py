@@ -1,8 +1,8 @@
-"""Half-precision weights that are kept as they are and computed with in float32.
+"""Modules that keep half-precision weights and compute in float32.
 
-For a machine that reads bfloat16 or float16 but only emulates arithmetic in it: the numbers are
-those of the same weights in float32, in half the memory, which a decoding step reads in half the
-time. A pass over many tokens widens one matrix after the other. Knows nothing of Llamas or files.
+For machines that read bfloat16 or float16 but only emulate arithmetic in it: results are those of
+the same weights in float32, in half the memory, and a decode step reads half as much. A forward
+pass over many tokens upcasts one matrix at a time.
 """
 
 import threading
@@ -46,7 +46,7 @@ def widened_product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The weight is widened again for the backward pass instead of kept until then."""
+    """The weight is upcast again in the backward pass instead of being kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ _kept = threading.local()
 
 
 def _widened(weight: Tensor) -> Tensor:
-    """The weight in float32, until the next one: memory that is new each time takes longer."""
+    """The weight in float32, in a buffer that the next one reuses: new memory would be slower."""
     n = weight.numel()
     if n > MOST_KEPT or weight.device.type != "cpu":
         return weight.float()
@@ -83,7 +83,7 @@ def _widened(weight: Tensor) -> Tensor:
 
 
 def replace_by_widened(model: nn.Module, name: str) -> None:
-    """Put such a module in the place of a linear layer or an embedding, with the same tensors."""
+    """Replace a linear layer or embedding by such a module with the same tensors."""
     old = model.get_submodule(name)
     new: WidenedLinear | WidenedEmbedding
     if isinstance(old, nn.Embedding):

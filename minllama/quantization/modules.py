@@ -1,11 +1,11 @@
-"""Weights in 8 and 4 bits: stored as whole numbers, a scale for each 32 of a row.
+"""Weights quantized to 8 and 4 bits: integers with a scale for each 32 values of a row.
 
-Made from any weight, or straight from GGUF's blocks: Q4_0, Q4_1 and Q8_0 keep their numbers to the
-bit, Q4_K and Q5_K but for the last bits of their scales. Knows nothing of Llamas, files or of how a
-CPU multiplies them fastest (`minllama.kernels.cpu`).
+Made from any weight, or directly from GGUF's blocks: Q4_0, Q4_1 and Q8_0 keep their values bit for
+bit, Q4_K and Q5_K except for the last bits of their scales. `minllama.kernels` has the fast
+matmuls.
 
 value = scale * quant + min, where quant is unsigned (Dettmers et al. 2022 and ggml call it
-block-wise or group-wise quantisation). Without mins, min = -8 * scale in 4 bits and -128 * scale in
+block-wise or group-wise quantization). Without mins, min = -8 * scale in 4 bits and -128 * scale in
 8 bits.
 """
 
@@ -41,23 +41,23 @@ ZERO_POINT = {4: 8, 8: 128}
 SMALLEST = 2.0**-10
 BITS = {Q4_0: 4, Q4_1: 4, Q4_K: 4, Q5_K: 8, Q8_0: 8}  # that blocks of a file are kept in
 SLICE = (
-    4096  # rows that are quantised at a time: what lies between the steps is five times as large
+    4096  # rows that are quantized at a time: what lies between the steps is five times as large
 )
 
 
 class QuantizedWeight(nn.Module):
-    """A matrix (out, in) in blocks of 32 columns.
+    """A matrix (out, in), quantized in blocks of 32 columns.
 
-    Rows lie in panels of 16, the last one padded, so that one vector instruction reads the same
-    four columns of 16 rows. Byte [p, b, i, r, j] of `quants` holds column 32 b + 4 i + j of row
-    16 p + r in 8 bits (i < 8); in 4 bits (i < 4) its low half holds column 32 b + 8 i + j, and its
-    high half the one four columns further.
+    Rows are stored in tiles of 16, the last one padded, so that one vector instruction reads the
+    same four columns of 16 rows. Byte [p, b, i, r, j] of `quants` has column 32 b + 4 i + j of row
+    16 p + r in 8 bits (i < 8); in 4 bits (i < 4) its low half has column 32 b + 8 i + j, and its
+    high half the one four columns later.
 
     Args:
         quants: (out / 16, in / 32, 4 or 8, 16, 4) uint8.
         scales: (out / 16, in / 32, 16) float16.
-        mins: the same, or None.
-        out_features: rows, without the padding of the last panel.
+        mins: likewise, or None.
+        out_features: rows, without the padding of the last tile.
     """
 
     quants: Tensor
@@ -75,11 +75,11 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("mins", mins)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix in numbers to compute with: (out, in)."""
+        """The dense matrix: (out, in)."""
         return self._rows(self.quants, self.scales, self.mins, dtype)[: self.out_features]
 
     def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix as a product of many rows wants it: (in, out)."""
+        """The matrix transposed for a matmul of many rows: (in, out)."""
         if ops.serves(self.scales) and dtype in ops.DTYPES:
             return ops.take_apart(self, dtype)
         if gpu.works(self.scales.device):
@@ -87,7 +87,7 @@ class QuantizedWeight(nn.Module):
         return self.dequantize(dtype).t()
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Some of its rows: (...) whole numbers in [0, out) -> (..., in)."""
+        """Some of its rows: (...) integers in [0, out) -> (..., in)."""
         panels, of_panel = (ids // PANEL).flatten(), (ids % PANEL).flatten()
         quants = self.quants[panels, :, :, of_panel].unsqueeze(3)  # (n, in / 32, 4 or 8, 1, 4)
         scales = self.scales[panels, :, of_panel].unsqueeze(-1)
@@ -100,7 +100,7 @@ class QuantizedWeight(nn.Module):
         return y
 
     def is_made_of(self, parts: "Parts | None") -> bool:
-        """Whether it holds these parts, to the bit."""
+        """Whether it has these parts, bit for bit."""
         if parts is None or (parts.mins is None) != (self.mins is None):
             return False
         own = Parts(self.quants, self.scales, self.mins, self.out_features)
@@ -141,7 +141,7 @@ class QuantizedWeight(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T, the weight taken apart again for the backward pass instead of kept until then."""
+    """x W^T; the weight is dequantized again in the backward pass instead of being kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -159,7 +159,7 @@ class _Product(torch.autograd.Function):
 
 
 class QuantizedLinear(QuantizedWeight):
-    """y = W x + b (`nn.Linear`) with a quantised W that is not trained."""
+    """y = W x + b (`nn.Linear`) with a quantized W that is not trained."""
 
     def __init__(
         self,
@@ -179,10 +179,10 @@ class QuantizedLinear(QuantizedWeight):
 
 
 class QuantizedEmbedding(QuantizedWeight):
-    """Rows of a quantised matrix by their numbers (`nn.Embedding`).
+    """Rows of a quantized matrix by index (`nn.Embedding`).
 
     Attributes:
-        dtype: of the rows that it gives; it follows the model's.
+        dtype: of the result; it follows the model's.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class QuantizedEmbedding(QuantizedWeight):
 
 
 def check_ids(ids: Tensor, n: int) -> None:
-    """Refuse ids, of which there are some, that are not from 0 to n - 1."""
+    """Refuse ids outside 0 to n - 1; there must be at least one id."""
     if ids.min() < 0 or ids.max() >= n:
         raise MinllamaError(f"token ids must be from 0 to {n - 1}")
 
@@ -238,25 +238,25 @@ def dense_weight(module: AnyLinear) -> Tensor:
 
 
 def stored_tensor(module: AnyLinear) -> Tensor:
-    """What holds the weight of a linear layer: a matrix, or the integers of its blocks."""
+    """The weight of a linear layer: a matrix, or the integers of its quantized blocks."""
     return module.quants if isinstance(module, QuantizedLinear) else module.weight
 
 
 def check_trainable(module: AnyLinear) -> None:
-    """Refuse a weight that cannot take an adapter in.
+    """Refuse a weight that an adapter cannot be merged into.
 
     Raises:
         MinllamaError: it is quantized.
     """
     if isinstance(module, QuantizedLinear):
         raise MinllamaError(
-            "quantised weights cannot take an adapter in without being rounded anew; load the "
-            "model without quantize, and the adapter on it, and merge there"
+            "merging an adapter into quantized weights would round them again; load the model "
+            "without quantize, then load the adapter and merge it"
         )
 
 
 class Parts(NamedTuple):
-    """What a `QuantizedWeight` is made of, in its order."""
+    """The constructor arguments of a `QuantizedWeight`, in order."""
 
     quants: Tensor
     scales: Tensor
@@ -269,7 +269,7 @@ class Parts(NamedTuple):
 
 
 def replace_by_quantized(model: nn.Module, name: str, parts: Parts, dtype: torch.dtype) -> None:
-    """Put a quantised module in the place of a linear layer or an embedding, whose bias stays."""
+    """Replace a linear layer or embedding by a quantized module; the bias stays."""
     old = model.get_submodule(name)
     new: QuantizedWeight
     if isinstance(old, nn.Embedding):
@@ -281,10 +281,10 @@ def replace_by_quantized(model: nn.Module, name: str, parts: Parts, dtype: torch
 
 
 def replace_by_numbers(model: nn.Module) -> bool:
-    """Put a plain linear layer or embedding in float32 in the place of each quantised module.
+    """Replace each quantized module by a plain linear layer or embedding in float32.
 
-    So too where the numbers are kept in half precision and computed with in float32. What is
-    computed stays the same but for the rounding of activations.
+    Also modules that keep half-precision weights and compute in float32. Results stay the same
+    except for the rounding of activations.
 
     Returns:
         Whether there were any.
@@ -311,8 +311,8 @@ def replace_by_numbers(model: nn.Module) -> bool:
     return bool(found)
 
 
-def quantised_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """A model's quantised matrices, by the names that these had as parameters."""
+def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
+    """A model's quantized matrices, by the names that these had as parameters."""
     return {
         f"{name}.weight": module
         for name, module in model.named_modules()
@@ -321,17 +321,17 @@ def quantised_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 def state_in_numbers(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state as it was before it was quantised, in float32; others' as it is."""
-    state, quantised = dict(model.state_dict()), quantised_weights(model)
-    for name, weight in quantised.items():
+    """The dequantized state of a quantized model, in float32; of others the unchanged state."""
+    state, quantized = dict(model.state_dict()), quantized_weights(model)
+    for name, weight in quantized.items():
         for part in ("quants", "scales", "mins"):
             state.pop(f"{name.removesuffix('weight')}{part}", None)
         state[name] = weight.dequantize()
-    return {name: x.float() for name, x in state.items()} if quantised else state
+    return {name: x.float() for name, x in state.items()} if quantized else state
 
 
 def check_quantize(how: str | None) -> None:
-    """Refuse a word that is none of `QUANTIZE` with an OptionError."""
+    """Raise OptionError for anything but None or one of `QUANTIZE`."""
     if how is not None and how not in QUANTIZE:
         raise OptionError(f"quantize must be one of {', '.join(QUANTIZE)}, or None, not {how!r}")
 
@@ -350,17 +350,17 @@ class StoredMatrix(Protocol):
 
 
 def quantized(name: str, tensor: StoredMatrix, how: str) -> Parts | None:
-    """A checkpoint's matrix in 8 or 4 bits; None where it cannot be, or is not to be.
+    """A checkpoint's matrix quantized to 8 or 4 bits; None if it stays dense.
 
-    Blocks of a GGUF file that take no more bits than are asked for stay as they are. With `stored`
-    those of other types (Q6_K, for one) get 8 bits, which lose little of what they hold. The
-    vocabulary's matrices get 8 bits where others get 4: rare tokens have nothing else to be told
-    apart by, and a row is read by itself. A matrix of tiny numbers stays as it is.
+    A GGUF file's blocks of at most the requested bits stay unchanged. With `stored`, other types
+    (such as Q6_K) are converted to 8 bits, which loses little. The vocabulary's matrices get 8 bits
+    if others get 4, since rare tokens are distinguished by nothing else and rows are read
+    individually. A matrix of tiny values stays dense.
 
     Args:
         name: its name in our model.
         tensor: (out, in).
-        how: `int8`, `int4`, or `stored` for GGUF's blocks and nothing else.
+        how: `int8`, `int4`, or `stored` for GGUF's blocks only.
     """
     if len(tensor.shape) != 2 or tensor.shape[1] % BLOCK:
         return None
@@ -396,8 +396,8 @@ def _from_blocks(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Parts
 def quantize(values: Tensor, bits: int) -> Parts:
     """The matrix (out, in) in blocks of 32: symmetric in 8 bits, with scale and min in 4.
 
-    In 4 bits the scale and the min that fit the rounded numbers best (least squares) take the place
-    of the largest and smallest number's where that brings them closer.
+    In 4 bits, the least-squares scale and min for the rounded values replace those of the largest
+    and smallest value if that reduces the error.
     """
     slices = [_quantized_slice(part, bits) for part in values.detach().split(SLICE)]
     quants, scales, mins, _ = zip(*slices, strict=True)
@@ -427,12 +427,12 @@ def _quantized_slice(values: Tensor, bits: int) -> Parts:
 
 
 def packed(quants: Tensor, scales: Tensor, mins: Tensor | None, bits: int) -> Parts:
-    """Rows of blocks into panels.
+    """Rearrange rows of blocks into tiles.
 
     Args:
         quants: (out, n, 32) uint8, columns in order.
         scales: (out, n) float16.
-        mins: the same, or None.
+        mins: likewise, or None.
         bits: 4 or 8.
     """
     out, n = scales.shape

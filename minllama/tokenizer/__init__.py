@@ -1,1 +1,1 @@
-"""Text to token ids and back, the forms that tokenizers are stored in, chat templates."""
+"""Text to token ids and back, stored forms of tokenizers, chat templates."""

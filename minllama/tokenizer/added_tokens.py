@@ -1,8 +1,7 @@
-"""Added tokens in a text, found before anything else is done with it.
+"""Find added tokens in a text, before it is tokenized.
 
-The rule is that of the library `tokenizers`, which transformers has too: from the left, the longest
-first, with the white space that a token's flags take in. Knows nothing of files, and nothing of how
-the text between the tokens becomes ids.
+Follows the library `tokenizers` and transformers: leftmost and longest match first, including the
+white space that a token's flags strip.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""What a downloaded tokenizer may do to a text: bounded, from its description alone.
+"""Bound what a downloaded tokenizer may do to a text, from its description alone.
 
-The library runs whatever it is given: a normalizer that doubles a text forty times ends the process
-in Rust, and a regular expression with loops in loops tries billions of ways. Here the growth is
-multiplied out first. Knows nothing of what the components are for.
+The library runs whatever it is given: a normalizer that doubles a text forty times crashes the
+process, and a regular expression with nested loops takes exponential time. Both are refused when a
+tokenizer is loaded.
 """
 
 import base64
@@ -47,7 +47,7 @@ def find_excess(raw: Json) -> str | None:
         for part in _parts(raw.get("post_processor"), "processors"):
             for key in ("single", "pair", "special_tokens"):
                 if len(part.get(key) or ()) > MAX_TEMPLATE_ITEMS:
-                    raise _Excess(f"its post-processor puts {len(part[key])} tokens around a text")
+                    raise _Excess(f"its post-processor adds {len(part[key])} tokens to a text")
         for _ in _parts(raw.get("decoder"), "decoders"):
             pass  # their number is what is counted: tokens become text by a table of our own
         for token in raw.get("added_tokens") or ():
@@ -125,13 +125,13 @@ def _growth(part: Json) -> int:
         case str(kind) if kind in _KEEPING:
             return 1
         case kind:
-            raise _Excess(f"its normalizer {str(kind)[:40]!r} is none that a Llama has")
+            raise _Excess(f"its normalizer {str(kind)[:40]!r} is not supported for a Llama")
 
 
 def _pre_tokenizer_growth(part: Json) -> int:
     kind = str(part.get("type"))
     if kind not in _PRE_TOKENIZERS:
-        raise _Excess(f"its pre-tokenizer {kind[:40]!r} is none that a Llama has")
+        raise _Excess(f"its pre-tokenizer {kind[:40]!r} is not supported for a Llama")
     if kind == "Split" and (pattern := part["pattern"].get("Regex")) is not None:
         _check_pattern(pattern)
     return _PRE_TOKENIZERS[kind]
@@ -146,4 +146,4 @@ def _check_pattern(pattern: str) -> None:
     if len(pattern) > MAX_PATTERN_CHARS:
         raise _Excess(f"a regular expression has {len(pattern)} characters")
     if has_nested_loops(pattern):
-        raise _Excess(f"the regular expression {pattern[:80]!r} has a loop in a loop")
+        raise _Excess(f"the regular expression {pattern[:80]!r} has nested loops")

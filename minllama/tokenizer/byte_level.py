@@ -1,7 +1,7 @@
-"""Byte-level BPE (Radford et al. 2019): its alphabet, and vocabularies spelt in it.
+"""Byte-level BPE (Radford et al. 2019): its alphabet, and vocabularies spelled in it.
 
-GPT-2 spells a token's bytes as printable characters; where a text is cut into words is
-`minllama.tokenizer.pre_tokenizers`. Knows nothing of GGUF's other fields, nor of folders.
+GPT-2 spells a token's bytes as printable characters. `minllama.tokenizer.pre_tokenizers` has the
+patterns that split a text into words. The GGUF reader and writer call it.
 """
 
 from collections.abc import Sequence
@@ -64,8 +64,8 @@ def build(
     """The content of a tokenizer.json for a byte-level vocabulary.
 
     Args:
-        tokens: in the order of their ids, spelt in GPT-2's alphabet; control and user-defined ones
-            as they are.
+        tokens: in the order of their ids, in GPT-2's alphabet; control and user-defined tokens
+            unchanged.
         types: a TokenType for each.
         merges: pairs of tokens with a space between, best first.
         pre: one of PRE_TOKENIZERS, or of ALIASES.
@@ -77,7 +77,7 @@ def build(
     pre = ALIASES.get(pre, pre)
     if pre not in PRE_TOKENIZERS:
         raise TokenizerError(
-            f"{where}: unknown pre-tokenizer {pre!r}; known are {', '.join(PRE_TOKENIZERS)}"
+            f"{where}: unknown pre-tokenizer {pre!r}; known: {', '.join(PRE_TOKENIZERS)}"
         )
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
@@ -120,18 +120,15 @@ def pre_tokenizer_name(raw: Json, where: str) -> str:
     names = [name for name, pre in PRE_TOKENIZERS.items() if _meaning(pre.component) == meaning]
     if not names:
         raise TokenizerError(
-            f"{where}: its pre_tokenizer is none that GGUF has a name for; "
-            f"known are {', '.join(PRE_TOKENIZERS)}"
+            f"{where}: GGUF has no name for its pre_tokenizer; known: {', '.join(PRE_TOKENIZERS)}"
         )
     if raw.get("normalizer"):
-        raise TokenizerError(f"{where}: it normalizes the text, which GGUF has no field for")
+        raise TokenizerError(f"{where}: it normalizes text, which GGUF cannot represent")
     ignores = bool(raw["model"].get("ignore_merges"))
     for name in names:
         if PRE_TOKENIZERS[name].ignore_merges == ignores:
             return name
-    raise TokenizerError(
-        f"{where}: it cuts words as {names[0]} does, and differs from it in ignore_merges"
-    )
+    raise TokenizerError(f"{where}: it splits words like {names[0]}, but differs in ignore_merges")
 
 
 def _meaning(component: Any) -> list[Json]:

@@ -1,6 +1,6 @@
-"""What the files beside a tokenizer say for chat templates: the templates, and tokens by name.
+"""Read chat templates and special tokens from the files beside a tokenizer.
 
-Follows transformers' PreTrainedTokenizerBase. Knows nothing of how a template is rendered.
+Follows transformers' PreTrainedTokenizerBase.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,8 +1,8 @@
-"""Messages of a conversation -> the text that a chat model was trained on, by its Jinja template.
+"""Render messages with a chat model's Jinja template.
 
-A template is downloaded text, so it is rendered in a process of its own, with limits on time and
-memory (`minllama.tokenizer.template_worker`). What users write cannot pass for a model's special
-tokens: `render_masked` keeps the two apart. Knows nothing of tokenizers and models.
+A template is untrusted, so it is rendered in a separate process with limits on time and memory
+(`minllama.tokenizer.template_worker`). Users' messages cannot imitate a model's special tokens:
+`render_masked` keeps the two apart. Conversations and prompts call it.
 """
 
 import json
@@ -104,7 +104,7 @@ class ChatTemplate:
 
         A placeholder is one private-use character that occurs nowhere else; it stands for exactly
         the special token's text, so that a template's `trim` and its like act as usual. Pieces of
-        neighbouring contents that would make up a special token once a template joins them are
+        neighboring contents that would make up a special token once a template joins them are
         masked too.
 
         Args:
@@ -139,8 +139,8 @@ class ChatTemplate:
         n_chars = sum(map(len, _strings([messages, variables])))
         if n_chars > RENDER_MAX_CHARS:
             raise MinllamaError(
-                f"the messages have {n_chars} characters, and {RENDER_MAX_CHARS} can be rendered; "
-                "shorten them"
+                f"the messages have {n_chars} characters, but at most {RENDER_MAX_CHARS} are "
+                "supported; shorten them"
             )
         with self._turn:
             reply = self._ask(request)
@@ -175,7 +175,7 @@ class _Worker:
         environment = {name: os.environ[name] for name in _WORKER_ENVIRONMENT if name in os.environ}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         try:
-            # -P: the worker's neighbours (config.py, errors.py) are not top-level modules.
+            # -P: the worker's neighbors (config.py, errors.py) are not top-level modules.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", _WORKER],
                 stdin=subprocess.PIPE,
@@ -235,16 +235,16 @@ def _to_line(value: dict[str, Any]) -> bytes:
 def _fault_line(reply: dict[str, Any]) -> str:
     """One line for people from a reply without text."""
     if "refusal" in reply:
-        return f"the chat template refuses these messages: {_one_line(reply['refusal'])}"
+        return f"the chat template rejects these messages: {_one_line(reply['refusal'])}"
     if "fault" in reply:
         where = "" if reply["line"] is None else f" at line {reply['line']}"
         fault = f"fails{where}: {_one_line(reply['fault'])}"
     elif reply["died"] == -signal.SIGALRM:
-        fault = f"takes more than {RENDER_SECONDS:g} s: it loops or repeats itself"
+        fault = f"takes more than {RENDER_SECONDS:g} s"
     elif reply["died"] == _OUT_OF_MEMORY_STATUS:
-        fault = f"wants more than {RENDER_MEMORY_BYTES // 2**20} MiB of memory"
+        fault = f"needs more than {RENDER_MEMORY_BYTES // 2**20} MiB of memory"
     else:
-        fault = f"ends the process that renders it (status {reply['died']})"
+        fault = f"crashes the rendering process (status {reply['died']})"
     return f"the chat template {fault.rstrip('.')}; use another template"
 
 
@@ -303,7 +303,7 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
         return [_plain(item, where, depth + 1) for item in value]
     if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise MinllamaError(f"{where}: holds a {type(value).__name__}, which no template can read")
+    raise MinllamaError(f"{where}: contains a {type(value).__name__}, which templates cannot read")
 
 
 class _Mask:
@@ -336,7 +336,7 @@ class _Mask:
         return value
 
     def apply_across(self, contents: list[tuple[dict[str, Any], str]]) -> None:
-        """Mask, in place, the pieces of special tokens that lie in neighbouring `contents`.
+        """Mask, in place, the pieces of special tokens that lie in neighboring `contents`.
 
         Templates trim contents and may put them side by side: `<|im_` and `end|>`.
         """

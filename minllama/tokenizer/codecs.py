@@ -1,7 +1,7 @@
-"""A vocabulary at work: text -> ids by the library that reads its form, and id -> bytes by a table.
+"""Encode and decode with a vocabulary: text to ids by its library, ids to bytes by a table.
 
-One class for each form, all with the same face. Knows nothing of BOS, EOS and lengths: what a text
-gets around it is `minllama.tokenizer.tokenizer`'s business.
+One class for each stored form, all with the same interface. `minllama.tokenizer.tokenizer` adds BOS
+and EOS.
 """
 
 import abc
@@ -96,8 +96,8 @@ class _SentencePieceCodec(Codec):
             if piece.type == TokenType.BYTE:
                 if not _BYTE.fullmatch(piece.piece):
                     raise TokenizerError(
-                        f"{vocabulary.origin}: the byte token {piece.piece!r} names no byte; "
-                        "get the file again"
+                        f"{vocabulary.origin}: the byte token {piece.piece!r} is not a byte; "
+                        "download the file again"
                     )
                 self.tokens.append(_byte_of(piece.piece))
                 continue
@@ -316,5 +316,5 @@ def _library_errors(vocabulary: Vocabulary) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:_MAX_REASON_CHARS]
         raise TokenizerError(
-            f"{vocabulary.origin}: damaged tokenizer ({reason}); get the file again"
+            f"{vocabulary.origin}: damaged tokenizer ({reason}); download the file again"
         ) from error

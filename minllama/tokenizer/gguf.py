@@ -1,7 +1,7 @@
-"""GGUF's `tokenizer.*` fields -> a vocabulary.
+"""Convert GGUF's `tokenizer.*` fields to a vocabulary.
 
-The fields' meaning is llama.cpp's (src/llama-vocab.cpp), which is what GGUF files are made for.
-Takes them as plain Python values: knows nothing of the file they came from.
+The fields have the meaning of llama.cpp (src/llama-vocab.cpp). Takes them as plain Python values;
+`minllama.checkpoints.gguf` calls it.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
         return None
     if model not in (PIECES, BYTE_LEVEL):
         raise TokenizerError(
-            f"{where}: unknown tokenizer {model!r}; known are {PIECES!r} (SentencePiece) and "
+            f"{where}: unknown tokenizer {model!r}; known: {PIECES!r} (SentencePiece) and "
             f"{BYTE_LEVEL!r} (byte-level BPE)"
         )
     reader = _Fields(fields, str(where))
@@ -149,7 +149,7 @@ class _Fields:
         self._n_tokens = 0
 
     def _wrong(self, key: str, wanted: str) -> TokenizerError:
-        return TokenizerError(f"{self.where}: {key} is not {wanted}; get the file again")
+        return TokenizerError(f"{self.where}: {key} is not {wanted}; download the file again")
 
     def has(self, name: str) -> bool:
         return PREFIX + name in self._fields

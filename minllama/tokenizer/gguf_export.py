@@ -1,7 +1,6 @@
-"""A vocabulary -> GGUF's `tokenizer.*` fields, so that llama.cpp gives the same ids.
+"""Convert a vocabulary to GGUF's `tokenizer.*` fields, so that llama.cpp gives the same ids.
 
-The other direction of `minllama.tokenizer.gguf`. What GGUF has no field for is refused in one
-line rather than written almost right.
+The inverse of `minllama.tokenizer.gguf`. What GGUF cannot represent is refused.
 """
 
 import json
@@ -124,8 +123,8 @@ def _check_added_tokens(raw: Json, where: str) -> None:
 
 def _unlike_added_token(where: str, text: str, how: Sequence[str]) -> TokenizerError:
     return TokenizerError(
-        f"{where}: its added token {text[:80]!r} has {' and '.join(how)}, which GGUF has no field "
-        "for; convert to hf"
+        f"{where}: its added token {text[:80]!r} has {' and '.join(how)}, which GGUF cannot "
+        "represent; convert to hf"
     )
 
 
@@ -158,9 +157,9 @@ def _tokens(raw: Json) -> tuple[list[str], list[int]]:
 def _from_model(model: Any, vocabulary: Vocabulary) -> dict[str, Any]:
     where, normalizer = vocabulary.origin, model.normalizer_spec
     if model.trainer_spec.model_type != sentencepiece_form.BPE:
-        raise TokenizerError(f"{where}: a SentencePiece model other than BPE; a Llama's is BPE")
+        raise TokenizerError(f"{where}: not a BPE model; only BPE is supported")
     if normalizer.precompiled_charsmap:
-        raise TokenizerError(f"{where}: it normalizes the text, which GGUF has no field for")
+        raise TokenizerError(f"{where}: it normalizes text, which GGUF cannot represent")
     for token_id, flags in vocabulary.flags:
         how = [name for name, is_so in flags._asdict().items() if is_so]
         raise _unlike_added_token(where, model.pieces[token_id].piece, how)
@@ -179,12 +178,12 @@ def _unlike_spaces(where: str, scheme: str, remedy: str) -> TokenizerError:
     `remedy` is the way to a file that does the same; the ids of a text may be others then.
     """
     how = {
-        "first": "puts a space before the first text between special tokens only",
-        "always": "puts no space before a text that begins with one",
+        "first": "adds a space only before the first text between special tokens",
+        "always": "adds no space before a text that starts with one",
     }
     return TokenizerError(
-        f"{where}: it {how.get(scheme, f'puts spaces by the scheme {scheme[:20]!r}')}, and GGUF "
-        f"has no field for that; convert to hf, or {remedy} to have llama.cpp's spaces"
+        f"{where}: it {how.get(scheme, f'puts spaces by the scheme {scheme[:20]!r}')}, which "
+        f"GGUF cannot represent; convert to hf, or {remedy} to get llama.cpp's spaces"
     )
 
 
@@ -239,7 +238,7 @@ def _spelt(piece: Piece) -> str:
 def _piece_ranks(raw: Json, where: str) -> dict[str, int]:
     """Token -> rank of its first merge; refused where SentencePiece would merge otherwise.
 
-    SentencePiece joins any two neighbours that make a piece. That is the same as the merges if each
+    SentencePiece joins any two neighbors that make a piece. That is the same as the merges if each
     token's merges are all ways to cut it into two, and follow one another; only among runs of
     spaces, whose scores are equal, the order between tokens does not matter.
     """
@@ -264,8 +263,7 @@ def _piece_ranks(raw: Json, where: str) -> dict[str, int]:
 
 def _not_pieces(where: str, text: str) -> TokenizerError:
     return TokenizerError(
-        f"{where}: its merges for {text!r} are not SentencePiece's, and GGUF has no other way to "
-        "store them"
+        f"{where}: its merges for {text!r} are not SentencePiece's, so GGUF cannot represent them"
     )
 
 
@@ -291,10 +289,10 @@ def _adds_space(raw: Json, where: str) -> bool:
     ):
         scheme = pre_tokenizer.get("prepend_scheme", "always")
         if scheme != "never":
-            way = "put the tokenizer.model that it was made from in the place of tokenizer.json"
+            way = "replace tokenizer.json with the tokenizer.model that it was converted from"
             raise _unlike_spaces(where, str(scheme), way)
         return False
     raise TokenizerError(
-        f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, and GGUF has no other "
-        "way to store them"
+        f"{where}: its normalizer and pre_tokenizer are not SentencePiece's, so GGUF cannot "
+        "represent them"
     )

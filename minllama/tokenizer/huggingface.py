@@ -1,7 +1,7 @@
-"""The tokenizer's files in a Hugging Face folder <-> a vocabulary.
+"""Read and write a vocabulary as the tokenizer files of a Hugging Face folder.
 
-`tokenizer.json` or `tokenizer.model` hold the tokens; `tokenizer_config.json` and its kin say which
-of them begin and end a text, and how chats are written. Knows nothing of the model's own files.
+`tokenizer.json` or `tokenizer.model` has the tokens; `tokenizer_config.json` and related files have
+BOS, EOS and the chat templates.
 """
 
 import dataclasses
@@ -256,7 +256,7 @@ def _listed_id(token_id: Any, text: str, where: str) -> int:
     if type(token_id) is not int or not 0 <= token_id < MAX_VOCAB_SIZE:
         raise TokenizerError(
             f"{where}: the added token {text[:_MAX_SHOWN]!r} has the id "
-            f"{repr(token_id)[:_MAX_SHOWN]}, which is none that a token can have"
+            f"{repr(token_id)[:_MAX_SHOWN]}, which is not a valid token id"
         )
     return token_id
 
@@ -297,7 +297,7 @@ def _named_tokens(
 def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MAX_SETTINGS_BYTES:
-            raise TokenizerError(f"{path}: far larger than such a file is; get it again")
+            raise TokenizerError(f"{path}: far larger than such a file is; download it again")
         return path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -309,7 +309,7 @@ def _read_json(path: Path) -> Json:
         return {}
     raw = tokenizers_form.read_json(_read(path), str(path))
     if not isinstance(raw, dict):
-        raise TokenizerError(f"{path}: not a JSON object; get it again")
+        raise TokenizerError(f"{path}: not a JSON object; download it again")
     return raw
 
 

@@ -1,8 +1,8 @@
-"""llama2.c's `tokenizer.bin` -> a vocabulary.
+"""Read llama2.c's `tokenizer.bin` as a vocabulary.
 
-The file is SentencePiece's vocabulary in short (llama2.c's tokenizer.py, `export`): an int32, the
-longest token's bytes; then for each token a float32 score, an int32 length, and its bytes, with
-spaces as they are. Knows nothing of the model that it belongs to.
+The file is an abridged SentencePiece vocabulary (llama2.c's tokenizer.py, `export`): an int32, the
+longest token's length; then for each token a float32 score, an int32 length, and its bytes, with
+plain spaces.
 """
 
 import math
@@ -33,14 +33,14 @@ def from_llama2c_bin(data: bytes, where: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary in the bytes of a tokenizer.bin.
 
     Raises:
-        TokenizerError: it is cut off or damaged.
+        TokenizerError: it is truncated or damaged.
     """
     pieces = []
     for i, (text, score) in enumerate(_tokens(data, str(where))):
         kind = TokenType.NORMAL
         if i < len(_SPECIAL):
             if text.strip("\n") != _SPECIAL[i]:
-                raise TokenizerError(f"{where}: token {i} is {text!r}, where {_SPECIAL[i]} is due")
+                raise TokenizerError(f"{where}: token {i} is {text!r}, not {_SPECIAL[i]}")
             text, kind = _SPECIAL[i], TokenType.UNKNOWN if i == UNK_ID else TokenType.CONTROL
         elif i < FIRST_BYTE_ID + len(BYTE_PIECES):
             kind = TokenType.BYTE
@@ -62,27 +62,29 @@ def _tokens(data: bytes, where: str) -> list[tuple[str, float]]:
     """Text and score of each token, in the order of their ids."""
 
     def damaged(what: str) -> TokenizerError:
-        return TokenizerError(f"{where}: not a whole tokenizer.bin ({what}); get the file again")
+        return TokenizerError(
+            f"{where}: not a complete tokenizer.bin ({what}); download the file again"
+        )
 
     if len(data) < _HEAD.size:
         raise damaged(f"{len(data)} bytes")
     (longest,) = _HEAD.unpack_from(data)
     if not 0 < longest <= _MAX_TOKEN_BYTES:
-        raise damaged(f"its longest token is said to have {longest} bytes")
+        raise damaged(f"its longest token allegedly has {longest} bytes")
     tokens: list[tuple[str, float]] = []
     offset = _HEAD.size
     while offset < len(data):
         if len(tokens) == MAX_VOCAB_SIZE:
             raise damaged(f"more than {MAX_VOCAB_SIZE} tokens")
         if offset + _TOKEN.size > len(data):
-            raise damaged(f"cut off in token {len(tokens)}")
+            raise damaged(f"truncated in token {len(tokens)}")
         score, n_bytes = _TOKEN.unpack_from(data, offset)
         offset += _TOKEN.size
         if not 0 < n_bytes <= longest or not math.isfinite(score):
             raise damaged(f"token {len(tokens)} has {n_bytes} bytes and the score {score}")
         text = data[offset : offset + n_bytes]
         if len(text) < n_bytes:
-            raise damaged(f"cut off in token {len(tokens)}")
+            raise damaged(f"truncated in token {len(tokens)}")
         offset += n_bytes
         try:
             tokens.append((text.decode(), score))

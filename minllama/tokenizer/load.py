@@ -1,7 +1,7 @@
-"""A path -> the vocabulary there, recognised by content.
+"""Load the vocabulary at a path, recognized by content.
 
 A file is a SentencePiece model, a tokenizer.json, tiktoken's ranks or llama2.c's tokenizer.bin; a
-folder is Hugging Face's, Meta's or llama2.c's. Knows nothing of the models beside them.
+folder is Hugging Face's, Meta's or llama2.c's.
 """
 
 import os
@@ -31,7 +31,7 @@ def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     if is_folder:
         vocabulary = find_vocabulary(path)
         if vocabulary is None:
-            raise TokenizerError(f"{path}: no tokenizer in this folder; known are {_known()}")
+            raise TokenizerError(f"{path}: no tokenizer in this folder; known: {_known()}")
         return vocabulary
     if not path.is_file():
         raise TokenizerError(f"{path}: no such file or folder; name a tokenizer's")
@@ -59,13 +59,13 @@ def _load_file(path: Path) -> Vocabulary:
                     f"{path} is a GGUF file; open it with Tokenizer.from_pretrained or --tokenizer"
                 )
         if path.stat().st_size > _MAX_BYTES:
-            raise TokenizerError(f"{path}: too large to be a tokenizer; known are {_known()}")
+            raise TokenizerError(f"{path}: too large to be a tokenizer; known: {_known()}")
         data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror or error})") from error
     where = str(path)
     if not data.strip():
-        raise TokenizerError(f"{path}: the file is empty; get it again")
+        raise TokenizerError(f"{path}: the file is empty; download it again")
     if data.lstrip()[:1] == b"{":
         return huggingface.from_tokenizer_json(data, where)
     if tiktoken_form.is_ranks(data):
@@ -75,9 +75,7 @@ def _load_file(path: Path) -> Vocabulary:
     try:
         return sentencepiece_form.from_model(data, where)
     except TokenizerError as error:
-        raise TokenizerError(
-            f"{path}: not a tokenizer, or damaged; known are {_known()}"
-        ) from error
+        raise TokenizerError(f"{path}: not a tokenizer, or damaged; known: {_known()}") from error
 
 
 def _known() -> str:

@@ -1,6 +1,6 @@
-"""Regular expressions from files: those that take exponential time are known by their form.
+"""Recognize regular expressions that take exponential time, by their syntax.
 
-`(a+)+` tries 2^n ways of n characters. Knows nothing of what they are matched with.
+`(a+)+` tries 2^n ways for n characters. `minllama.tokenizer.bounds` calls it.
 """
 
 import re

@@ -1,10 +1,9 @@
-r"""The pre-tokenizers of byte-level BPE that GGUF names in `tokenizer.ggml.pre`.
+"""The pre-tokenizers of byte-level BPE that GGUF names in `tokenizer.ggml.pre`.
 
-A pre-tokenizer cuts a text into the words inside which pairs are merged: by one pattern after the
-other, each of which cuts the pieces that the last one left. Which patterns a name stands for is
-llama.cpp's to say (src/llama-vocab.cpp); where that has rewritten a model's own pattern for its
-engine, it is the model's. Here are those of files of the architecture `llama`. Knows nothing of
-tokens.
+A pre-tokenizer splits a text into the words within which pairs are merged, by one pattern after
+another, each of which splits the pieces of the previous one. The patterns follow llama.cpp
+(src/llama-vocab.cpp), or the original model where llama.cpp has rewritten a pattern for its engine.
+Included are those of files with the architecture `llama`.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,6 @@
-"""SentencePiece models (Kudo and Richardson 2018): built, read, and as a tokenizer.json.
+"""SentencePiece models (Kudo and Richardson 2018): built, read, and converted to a tokenizer.json.
 
-Knows nothing of GGUF or folders. The protobuf message is the one that the library ships, so that
-what is built here is what `sentencepiece` itself would have saved.
+The protobuf message is the library's own, so that the result is what `sentencepiece` would save.
 """
 
 import math
@@ -19,7 +18,7 @@ BPE = 2  # TrainerSpec.ModelType
 
 
 class Piece(NamedTuple):
-    """One token of a SentencePiece model, spelt as there (`▁the`, `<0x0A>`)."""
+    """One token of a SentencePiece model, spelled as there (`▁the`, `<0x0A>`)."""
 
     text: str
     score: float
@@ -75,10 +74,12 @@ def parse_model(data: bytes, where: str) -> Any:
         model.ParseFromString(data)
     except DecodeError as error:
         raise TokenizerError(
-            f"{where}: not a SentencePiece model ({error}); get the file again"
+            f"{where}: not a SentencePiece model ({error}); download the file again"
         ) from error
     if not model.pieces:
-        raise TokenizerError(f"{where}: a SentencePiece model without pieces; get the file again")
+        raise TokenizerError(
+            f"{where}: a SentencePiece model without pieces; download the file again"
+        )
     if charsmap_growth(model.normalizer_spec.precompiled_charsmap) > MAX_GROWTH:
         raise TokenizerError(
             f"{where}: its normalizer makes a text more than {MAX_GROWTH} times as long; use the "
@@ -87,7 +88,9 @@ def parse_model(data: bytes, where: str) -> Any:
     # protobuf hands out bytes where a text is not UTF-8.
     for i, piece in enumerate(model.pieces):
         if not piece.piece or not isinstance(piece.piece, str):
-            raise TokenizerError(f"{where}: piece {i} is empty or not UTF-8; get the file again")
+            raise TokenizerError(
+                f"{where}: piece {i} is empty or not UTF-8; download the file again"
+            )
     return model
 
 
@@ -154,8 +157,8 @@ def with_added_pieces(
             continue
         if token_id != len(model.pieces):
             raise TokenizerError(
-                f"{where}: the added token {text!r} has the id {token_id}; "
-                f"the next that is free is {len(model.pieces)}"
+                f"{where}: the added token {text!r} has the id {token_id}; the next free id is "
+                f"{len(model.pieces)}"
             )
         model.pieces.add(piece=text, score=0.0, type=kind)
         own[text] = token_id
@@ -286,7 +289,7 @@ def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]] | None:
 
 def _check_pieces(pieces: Sequence[Piece], where: str) -> None:
     if len(pieces) > MAX_VOCAB_SIZE:
-        raise TokenizerError(f"{where}: {len(pieces)} tokens, more than any vocabulary has")
+        raise TokenizerError(f"{where}: {len(pieces)} tokens, more than the limit for a vocabulary")
     seen: dict[str, int] = {}
     for i, (text, score, kind) in enumerate(pieces):
         if not text:
@@ -300,9 +303,11 @@ def _check_pieces(pieces: Sequence[Piece], where: str) -> None:
         seen[text] = i
     unknown = sum(piece.type == TokenType.UNKNOWN for piece in pieces)
     if unknown != 1:
-        raise TokenizerError(f"{where}: {unknown} unknown tokens where SentencePiece needs one")
+        raise TokenizerError(
+            f"{where}: {unknown} unknown tokens, but SentencePiece needs exactly one"
+        )
     byte_pieces = {piece.text for piece in pieces if piece.type == TokenType.BYTE}
     if byte_pieces and (odd := byte_pieces ^ set(BYTE_PIECES)):
         raise TokenizerError(
-            f"{where}: the byte tokens must be <0x00> to <0xFF>, all or none; see {min(odd)!r}"
+            f"{where}: the byte tokens must be all or none of <0x00> to <0xFF>; see {min(odd)!r}"
         )

@@ -1,7 +1,4 @@
-"""How many tokens a vocabulary has, told without opening it, and whether a model has as many rows.
-
-Knows nothing of models but the number of their rows.
-"""
+"""Count the tokens of a vocabulary without opening it, and compare with the model's rows."""
 
 from minllama.errors import TokenizerError
 from minllama.tokenizer import sentencepiece_form, tiktoken_form, tokenizers_form
@@ -31,6 +28,6 @@ def check_fits(n_tokens: int, vocab_size: int, where: str) -> None:
     """
     if n_tokens > vocab_size:
         raise TokenizerError(
-            f"{where}: {n_tokens} tokens, and the model has {vocab_size}; "
-            "give the tokenizer that belongs to the model"
+            f"{where}: {n_tokens} tokens, but the model has {vocab_size}; use the model's own "
+            "tokenizer"
         )

@@ -1,11 +1,9 @@
-"""The process in which a downloaded chat template is rendered, and which dies in its stead.
+"""The process that renders an untrusted chat template.
 
-`minllama.tokenizer.chat_template` starts this file as a program of its own. It reads one JSON
-object a line: first the template and its limits, then the variables of each rendering, and answers
-each with a line. Jinja's sandbox keeps a template from attributes and from changing what it is
-given, but not from looping for ever or from asking for all memory in a single operation; the
-operating system's limits on a process do, whatever the template thinks of. Knows nothing of
-minllama, and imports none of it.
+`minllama.tokenizer.chat_template` starts this file as a program. It reads one JSON object per line:
+first the template and its limits, then the variables of each rendering, and answers each with one
+line. Jinja's sandbox prevents access to attributes and changes to the variables, but not endless
+loops or huge allocations; the operating system's resource limits do. Imports nothing of minllama.
 """
 
 import contextlib
@@ -47,7 +45,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's sandbox, in which reaching for what is out of bounds is an error at once."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-        raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}")
+        raise SecurityError(f"it accesses {attribute!r} of a {type(obj).__name__}")
 
 
 def environment() -> Sandbox:
@@ -99,7 +97,7 @@ def _fault(error: Exception) -> dict[str, Any]:
     if isinstance(error, Refusal):
         return {"refusal": error.message}
     if isinstance(error, RecursionError):
-        return {"fault": "it nests or calls itself too deeply", "line": line}
+        return {"fault": "it is nested too deeply, or recurses endlessly", "line": line}
     return {"fault": str(error) or type(error).__name__, "line": line}
 
 
@@ -147,7 +145,7 @@ def _answer_all(jinja: Sandbox, settings: dict[str, Any]) -> None:
             text = template.render(_receive(request))
             too_long = len(text) > settings["max_chars"]
             reply = (
-                {"fault": "it writes too much text", "line": None} if too_long else {"text": text}
+                {"fault": "its output is too long", "line": None} if too_long else {"text": text}
             )
         except MemoryError:
             raise

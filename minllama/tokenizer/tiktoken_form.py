@@ -1,8 +1,7 @@
-r"""Llama 3's `tokenizer.model`: tiktoken's lines of base64 token and rank.
+"""Llama 3's `tokenizer.model`: tiktoken's lines of base64 token and rank.
 
-The special tokens are not in the file but in Meta's code, so they are here: 256 behind the ranks,
-under the names of Llama 3.1, which took reserved ones of Llama 3 (same ids) for its new purposes.
-Knows nothing of folders.
+The special tokens are not in the file but in Meta's code, so they are here: 256 after the ranks,
+with the names of Llama 3.1, which renamed reserved ones of Llama 3 (same ids).
 """
 
 import base64
@@ -58,14 +57,15 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise TokenizerError(
-                f"{where}: line {number} is not a base64 token and its rank; get the file again"
+                f"{where}: line {number} is not a base64 token and its rank; download the file "
+                "again"
             ) from error
         if number > MAX_VOCAB_SIZE:
-            raise TokenizerError(f"{where}: more lines than any vocabulary has tokens")
+            raise TokenizerError(f"{where}: more lines than the limit for a vocabulary")
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise TokenizerError(
-            f"{where}: {len(ranks)} tokens whose ranks are not 0 to {len(ranks) - 1}; "
-            "get the file again"
+            f"{where}: {len(ranks)} tokens, but their ranks are not 0 to {len(ranks) - 1}; "
+            "download the file again"
         )
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise TokenizerError(f"{where}: no token for the byte 0x{missing[0]:02X}")
@@ -90,13 +90,13 @@ def from_ranks(data: bytes, where: str) -> Vocabulary:
 def to_tokenizers(data: bytes, where: str) -> Json:
     """The same tokenizer as the content of a `tokenizer.json`.
 
-    tiktoken joins any two neighbours that make a token, the lowest rank first, so the merges are
+    tiktoken joins any two neighbors that make a token, the lowest rank first, so the merges are
     all ways to cut each token into two.
     """
     ranks = parse_ranks(data, where)
-    spelt = {token: byte_level.spell(token) for token in ranks}
+    spelled = {token: byte_level.spell(token) for token in ranks}
     merges = [
-        (spelt[token[:i]], spelt[token[i:]])
+        (spelled[token[:i]], spelled[token[i:]])
         for token in ranks
         for i in range(1, len(token))
         if token[:i] in ranks and token[i:] in ranks
@@ -105,6 +105,6 @@ def to_tokenizers(data: bytes, where: str) -> Json:
     return byte_level.document_of(
         [added_token(i, text, special=True) for text, i in special.items()],
         "llama-bpe",
-        {spelt[token]: rank for token, rank in ranks.items()},
+        {spelled[token]: rank for token, rank in ranks.items()},
         merges,
     )

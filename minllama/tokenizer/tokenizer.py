@@ -1,7 +1,7 @@
-"""Text <-> token ids, whatever form the vocabulary was stored in.
+"""Text to token ids and back, whatever form the vocabulary was stored in.
 
-What a text gets around it (BOS, EOS), what it may become (special tokens only when asked), and how
-tokens become text again, as a whole or one by one. Knows nothing of models.
+Adds BOS and EOS, parses special tokens only on request, and decodes tokens at once or one by
+one.
 """
 
 import codecs
@@ -56,8 +56,8 @@ class Tokenizer:
         for name, token_id in (("BOS", self.bos_id), *(("end", i) for i in self.stop_ids)):
             if token_id is not None and not 0 <= token_id < self.vocab_size:
                 raise TokenizerError(
-                    f"{vocabulary.origin}: its {name} token has the id {token_id}, "
-                    f"and it has {self.vocab_size} tokens"
+                    f"{vocabulary.origin}: its {name} token has the id {token_id}, but there are "
+                    f"{self.vocab_size} tokens"
                 )
         self.pad_id = self._choose_pad_id()
         self.add_bos = vocabulary.add_bos and self.bos_id is not None
@@ -80,7 +80,8 @@ class Tokenizer:
         vocabulary = checkpoints.vocabulary_of(source)
         if vocabulary is None:
             raise TokenizerError(
-                f"{source}: no tokenizer in or beside this checkpoint; name its own file or folder"
+                f"{source}: no tokenizer in or beside this checkpoint; name the tokenizer's file "
+                "or folder"
             )
         try:
             tokenizer = cls(vocabulary)
@@ -297,7 +298,7 @@ def _checked_id(token_id: int, vocab_size: int) -> int:
     try:
         index = operator.index(token_id)
     except TypeError:
-        raise TokenizerError(f"a token id is a whole number, not {token_id!r}") from None
+        raise TokenizerError(f"a token id must be an integer, not {token_id!r}") from None
     if not 0 <= index < vocab_size:
         raise TokenizerError(f"token id {index} is out of range; there are {vocab_size} tokens")
     return index
@@ -310,6 +311,6 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"text holds a lone surrogate (U+{ord(text[error.start]):04X}) at character "
-            f"{error.start}; it was decoded wrongly"
+            f"text contains a lone surrogate (U+{ord(text[error.start]):04X}) at character "
+            f"{error.start}; decode it correctly"
         ) from None

@@ -1,8 +1,7 @@
-"""The content of a `tokenizer.json` (the format of the library `tokenizers`): read, asked, built.
+"""The content of a `tokenizer.json` (the library `tokenizers`): read, queried, built.
 
-Knows the parts that Llamas have: a BPE model, added tokens, a decoder of bytes or of
-SentencePiece's pieces, a template that puts BOS and EOS around a text. Knows nothing of folders or
-of other formats.
+Supports the parts that Llamas have: a BPE model, added tokens, a decoder of bytes or of
+SentencePiece's pieces, and a template that adds BOS and EOS.
 """
 
 import json
@@ -19,7 +18,7 @@ MAX_ENTRIES = 2**22  # of a tokenizer.json: three times the largest vocabulary's
 
 
 class DecoderKind(NamedTuple):
-    """How the tokens of a tokenizer.json are spelt.
+    """How the tokens of a tokenizer.json are spelled.
 
     Attributes:
         byte_level: a character is a byte, in GPT-2's alphabet; otherwise SentencePiece's pieces.
@@ -35,7 +34,9 @@ def read_json(data: bytes, where: str) -> Any:
     try:
         return parse_json(data, max_entries=MAX_ENTRIES)
     except ValueError as error:
-        raise TokenizerError(f"{where}: not readable as JSON ({error}); get it again") from error
+        raise TokenizerError(
+            f"{where}: not readable as JSON ({error}); download it again"
+        ) from error
 
 
 def parse(data: bytes, where: str) -> Json:
@@ -47,22 +48,24 @@ def parse(data: bytes, where: str) -> Json:
     raw = read_json(data, where)
     model = raw.get("model") if isinstance(raw, dict) else None
     if not isinstance(model, dict):
-        raise TokenizerError(f"{where}: not a tokenizer.json, it has no model; get it again")
+        raise TokenizerError(f"{where}: not a tokenizer.json, it has no model; download it again")
     if model.get("type", "BPE") != "BPE":
-        raise TokenizerError(f"{where}: its model is {model['type']!r}; a Llama's is BPE")
+        raise TokenizerError(f"{where}: its model is {model['type']!r}; only BPE is supported")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         # Where tokens lack the prefix, the library cuts characters in half and ends the process.
         if model.get(name):
-            raise TokenizerError(f"{where}: its model has a {name}; a Llama's has none")
+            raise TokenizerError(f"{where}: its model has a {name}; not supported for a Llama")
     if not isinstance(model.get("unk_token", ""), str | None):
-        raise TokenizerError(f"{where}: the model's unk_token is no text; get it again")
+        raise TokenizerError(f"{where}: the model's unk_token is not a string; download it again")
     vocab, added = model.get("vocab"), raw.setdefault("added_tokens", [])
     if not isinstance(vocab, dict) or not all(map(_is_id, vocab.values())):
-        raise TokenizerError(f"{where}: the model's vocab is not a table of ids; get it again")
+        raise TokenizerError(f"{where}: the model's vocab is not a table of ids; download it again")
     if len(set(vocab.values())) != len(vocab):
-        raise TokenizerError(f"{where}: two tokens of the model's vocab share one id; get it again")
+        raise TokenizerError(
+            f"{where}: two tokens of the model's vocab share one id; download it again"
+        )
     if not isinstance(added, list) or not all(map(_is_added_token, added)):
-        raise TokenizerError(f"{where}: added_tokens is damaged; get it again")
+        raise TokenizerError(f"{where}: added_tokens is damaged; download it again")
     _check_added_ids(vocab, added, where)
     if (excess := find_excess(raw)) is not None:
         raise TokenizerError(f"{where}: {excess}; use the tokenizer of another source")
@@ -94,7 +97,7 @@ def components(component: Any, key: str) -> list[Json]:
 
 
 def decoder_kind(decoder: Json | None, where: str) -> DecoderKind:
-    """How tokens are spelt, from the `decoder` of a tokenizer.json.
+    """How tokens are spelled, from the `decoder` of a tokenizer.json.
 
     Raises:
         TokenizerError: it is of a kind that no Llama has.
@@ -110,8 +113,8 @@ def decoder_kind(decoder: Json | None, where: str) -> DecoderKind:
         strips = parts.get("Strip", {}).get("start")
         return DecoderKind(byte_level=False, strips_space=strips == 1)
     raise TokenizerError(
-        f"{where}: its decoder is {' + '.join(parts) or 'missing'}; "
-        "known are ByteLevel, Metaspace and ByteFallback"
+        f"{where}: its decoder is {' + '.join(parts) or 'missing'}; known: ByteLevel, Metaspace "
+        "and ByteFallback"
     )
 
 
@@ -297,6 +300,6 @@ def _check_added_ids(vocab: dict[str, int], added: Sequence[Json], where: str) -
         expected = vocab.get(text, next_id)
         if token_id != expected:
             raise TokenizerError(
-                f"{where}: the added token {text!r} has the id {token_id}, where {expected} is due"
+                f"{where}: the added token {text!r} has the id {token_id}, not {expected}"
             )
         next_id += text not in vocab

@@ -1,7 +1,6 @@
-"""What a checkpoint knows of its tokenizer, in the form it is stored in.
+"""A checkpoint's vocabulary, in the form it is stored in.
 
-Knows nothing of files, formats or libraries: the other modules of this package turn those into a
-`Vocabulary` and back.
+The other modules of this package convert files and formats to a `Vocabulary` and back.
 """
 
 import enum

@@ -1,1 +1,1 @@
-"""Training a classifier: losses, the optimizer, schedules, checkpoints of a run."""
+"""Train classifiers: losses, the optimizer, schedules, checkpoints of a run."""

@@ -1,8 +1,6 @@
-"""What training makes small: cross-entropy over the classes, or over each label's yes and no; or
-the squared error of numbers.
+"""Losses: cross-entropy over classes, binary cross-entropy per label, squared error of numbers.
 
-The loss of a step is a mean over all of its texts, in however many batches they are computed. Knows
-nothing of models or optimizers.
+The loss of a step is the mean over all of its texts, however many batches they are split into.
 """
 
 from typing import Protocol
@@ -20,10 +18,10 @@ class StepLoss(Protocol):
     """The loss of the texts of a step, in however many batches."""
 
     def share_with(self, prior: Tensor, share: float) -> None:
-        """Give another classifier's answers, (N, C), their share of each target."""
+        """Mix another classifier's predictions, (N, C), into the targets."""
 
-    def normaliser(self, texts: list[int]) -> float:
-        """What the summed losses of a step's texts are divided by to give its mean."""
+    def normalizer(self, texts: list[int]) -> float:
+        """The divisor that turns the sum of a step's losses into their mean."""
 
     def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
         """The losses of a batch, added up: (B, C) logits of these B texts -> a scalar."""
@@ -36,21 +34,21 @@ class Loss:
     the mean over texts and labels. Both are in nats, as `Evaluation.log_loss` is.
 
     Args:
-        dataset: N labelled texts.
-        balanced: a class of few texts weighs more. With one label a text, by N / (C' n) for a class
-            of n texts among C' that occur; with several, what has the label weighs as much in sum
-            as what has not (none and all stay as they are).
+        dataset: N labeled texts.
+        balanced: weight classes by inverse frequency. With one label per text, by N / (C' n) for a
+            class of n texts among C' that occur; with several, texts with and without a label have
+            the same total weight (except if none or all have it).
         device: of the logits.
-        ordinal: classes stand in the order of their numbers, and part of a text's target falls to
-            its class's neighbours: exp(-d^2 / (2 ordinal^2)) for one d classes away, made to sum
-            to 1 (Diaz & Marathe 2019, "Soft Labels for Ordinal Regression", section 3, with the
-            squared distance). 0: all of it to the class.
+        ordinal: classes are ordered by id, and targets are smoothed over neighboring classes:
+            exp(-d^2 / (2 ordinal^2)) for one d classes away, normalized to sum to 1 (Diaz & Marathe
+            2019, "Soft Labels for Ordinal Regression", section 3, with the squared distance). 0 for
+            no smoothing.
 
     Raises:
-        MinllamaError: `ordinal` where a text has several labels.
+        MinllamaError: `ordinal` for texts with several labels.
 
     Attributes:
-        weights: (C,) float32 on that device; None where all weigh the same.
+        weights: (C,) float32 on that device; None if all are equal.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ class Loss:
             self.weights = torch.where(usable, weights, 1.0).to(device)
 
     def share_with(self, prior: Tensor, share: float) -> None:
-        """Give another classifier's probabilities, (N, C), their share of each target.
+        """Mix another classifier's probabilities, (N, C), into the targets.
 
         (Li & Hoiem 2016, "Learning without Forgetting", equation 2, at temperature 1.)
 
@@ -108,8 +106,8 @@ class Loss:
         distance = (classes - self._targets[:, None]).to(torch.float32)  # (N, C)
         return torch.softmax(-distance.square() / (2 * self._ordinal**2), dim=-1)
 
-    def normaliser(self, texts: list[int]) -> float:
-        """What the summed losses of a step's texts are divided by to give its mean."""
+    def normalizer(self, texts: list[int]) -> float:
+        """The divisor that turns the sum of a step's losses into their mean."""
         if self.multi_label:
             return float(self._targets[texts].numel())
         if self.weights is None:
@@ -132,7 +130,7 @@ class Loss:
             )
         if soft is not None:
             losses = F.cross_entropy(logits, soft, reduction="none")
-            # By the text's own class, as `normaliser` has it, wherever parts of it fall.
+            # By the text's own class, as `normalizer` has it, wherever parts of it fall.
             return losses.sum() if weights is None else (weights[targets] * losses).sum()
         return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
 
@@ -141,8 +139,8 @@ class SquaredError:
     """The mean squared error of standardized targets.
 
     Args:
-        dataset: N texts with numbers.
-        scale: in which the head gives them.
+        dataset: N texts with numeric targets.
+        scale: of the head's output.
         device: of its outputs.
     """
 
@@ -154,8 +152,8 @@ class SquaredError:
         """As `Loss.share_with`, of outputs (N, 1)."""
         self._targets = torch.lerp(self._targets, prior[:, 0].to(self._targets), share)
 
-    def normaliser(self, texts: list[int]) -> float:
-        """How many they are."""
+    def normalizer(self, texts: list[int]) -> float:
+        """Their number."""
         return float(len(texts))
 
     def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
@@ -165,12 +163,10 @@ class SquaredError:
 
 
 def check_ordinal(ordinal: float, *, multi_label: bool) -> None:
-    """Whether classes can be taken to stand in order.
+    """Check that classes can be ordered.
 
     Raises:
-        MinllamaError: `ordinal` where a text has several labels.
+        MinllamaError: `ordinal` for texts with several labels.
     """
     if ordinal and multi_label:
-        raise MinllamaError(
-            "texts with several labels have no order of classes; leave out --ordinal"
-        )
+        raise MinllamaError("multi-label classes have no order; omit --ordinal")

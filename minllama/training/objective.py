@@ -1,7 +1,6 @@
-"""What a training is for: classes or numbers, and so its loss, its evaluation and its metrics.
+"""The objective of a training, for classes or numbers: its loss, evaluation and metrics.
 
-A training run asks one object for all that depends on the kind of labels. Knows nothing of steps,
-optimizers or files.
+A training run uses one object for everything that depends on the kind of labels.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ WORST = -1.0  # a correlation or an R2 that is not defined: no better than any o
 
 
 class Trainable(Protocol):
-    """What can be trained: a classifier that is an `nn.Module`."""
+    """A trainable classifier, which is an `nn.Module`."""
 
     @property
     def multi_label(self) -> bool:
@@ -39,7 +38,7 @@ class Trainable(Protocol):
         """A text in its prompt, as token ids."""
 
     def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        """(B, C), differentiable and not normalised."""
+        """(B, C), differentiable and not normalized."""
 
     def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(N, C) probabilities."""
@@ -62,7 +61,7 @@ class Trainable(Protocol):
 
 @runtime_checkable
 class ValueTrainable(Trainable, Protocol):
-    """What can be trained to give numbers."""
+    """A trainable regression."""
 
     scale: TargetScale | None
 
@@ -74,19 +73,19 @@ class ValueTrainable(Trainable, Protocol):
 
 
 class Objective(Protocol):
-    """What depends on whether labels are classes or numbers."""
+    """Everything that depends on whether labels are classes or numbers."""
 
     def loss(self, train: Dataset, options: TrainingOptions, device: torch.device) -> StepLoss:
         """The loss of the texts of a data set."""
 
     def answers(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(N, C), what the classifier says now, in the terms of the loss's targets."""
+        """(N, C), the classifier's current predictions, in the form of the loss's targets."""
 
     def evaluate(self, dev: Dataset) -> Any:
-        """Predict a labelled split and evaluate the predictions, without intervals."""
+        """Predict a labeled split and evaluate the predictions, without intervals."""
 
     def dev_row(self, evaluation: Any) -> dict[str, float]:
-        """What of an evaluation goes into a row of metrics."""
+        """The metrics of an evaluation for a row of `metrics.jsonl`."""
 
     def merit(self, evaluation: Any, metric: str) -> float:
         """The metric by which weights are compared."""
@@ -101,28 +100,28 @@ def objective_of(train: Dataset, classifier: Trainable) -> Objective:
 
 
 def check_metric(metric: str, *, of_numbers: bool) -> None:
-    """Whether a metric is one of classes, or of numbers.
+    """Check that a metric is for the kind of labels, classes or numbers.
 
     Raises:
-        OptionError: it is of the other.
+        OptionError: it is for the other kind.
     """
     known = VALUE_METRICS if of_numbers else CLASS_METRICS
     if metric not in known:
         what = "numbers" if of_numbers else "classes"
-        raise OptionError(f"metric {metric} is none of {what}; use {', '.join(known)}")
+        raise OptionError(f"metric {metric} is not for {what}; use {', '.join(known)}")
 
 
 def check_kind(split: Dataset, classifier: Trainable) -> None:
-    """Whether a split's labels are of the kind that a classifier gives.
+    """Check that a split's labels are of the kind that a classifier predicts.
 
     Raises:
-        MinllamaError: they are not.
+        MinllamaError: they are of the other kind.
     """
     scale: TargetScale | None = getattr(classifier, "scale", None)
     if split.has_numbers != (scale is not None):
         have, gives = ("numbers", "classes")[:: 1 if split.has_numbers else -1]
         raise MinllamaError(
-            f"{split.source}: its labels are {have}, and the classifier gives {gives}; train one "
+            f"{split.source}: labels are {have}, but the classifier predicts {gives}; train one "
             f"{'with' if split.has_numbers else 'without'} --objective regression"
         )
 

@@ -1,7 +1,4 @@
-"""AdamW: adaptive moments with decoupled weight decay (Loshchilov & Hutter 2019).
-
-Knows nothing of models, schedules or losses.
-"""
+"""AdamW: adaptive moments with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -24,8 +21,8 @@ class AdamW(Optimizer):
         step = lr * sqrt(1 - beta2^t) / (1 - beta1^t)
         p   -= step * m / (sqrt(v) + eps)
 
-    so that eps is added to a root that is not corrected, and no corrected moments are made. Weight
-    decay comes after that update, on the parameter that it has moved, times the learning rate:
+    so that eps is added to the uncorrected root, and corrected moments are not computed. Weight
+    decay follows the update, multiplied by the learning rate:
 
         p   -= lr * weight_decay * p
 
@@ -63,7 +60,7 @@ class AdamW(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own; see the class for what is refused."""
+        """Add parameters with separate options; the class lists what is refused."""
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
@@ -74,7 +71,7 @@ class AdamW(Optimizer):
         """Update every parameter that has a gradient.
 
         Args:
-            closure: computes the loss anew, and its gradients.
+            closure: recomputes the loss and its gradients.
 
         Returns:
             The closure's loss, if there is one.
@@ -90,8 +87,7 @@ class AdamW(Optimizer):
         every = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         if any(p.grad is not None and p.grad.is_sparse for p in every):
             raise OptionError(
-                "AdamW takes no sparse gradients: its moments would be dense all the same; "
-                "make the embedding with sparse=False"
+                "AdamW does not support sparse gradients; create the embedding with sparse=False"
             )
         for group in self.param_groups:
             batches: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -144,7 +140,7 @@ def adamw_update(
     step_size: float,
     shrink: float,
 ) -> None:
-    """One step of `AdamW` for parameters that have taken as many, in place.
+    """One step of `AdamW` in place, for parameters with the same step count.
 
     Args:
         parameters, gradients, exp_avgs, exp_avg_sqs: as many of each.

@@ -1,7 +1,4 @@
-"""How far training is, for people: a bar on a terminal, else a line now and then.
-
-Knows nothing of what is trained; it is told of each step.
-"""
+"""Show the progress of training: a bar in a terminal, otherwise occasional lines."""
 
 import os
 import sys
@@ -21,16 +18,16 @@ SMOOTHED = 20  # steps whose mean loss and rate are shown
 
 
 class Progress(Protocol):
-    """What training tells of itself."""
+    """The interface for the progress of a training."""
 
     def begin(self, step: int, total_steps: int) -> None:
         """It starts, with `step` steps done already."""
 
     def advance(self, row: Mapping[str, Any]) -> None:
-        """A step is done; the row is what `metrics.jsonl` says of it."""
+        """Report a completed step; `row` is its line in `metrics.jsonl`."""
 
     def end(self) -> None:
-        """It is over, for whatever reason."""
+        """End the display, also after an error."""
 
 
 class TrainingProgress:
@@ -39,9 +36,9 @@ class TrainingProgress:
     Evaluations are lines that stay; the bar goes when training ends.
 
     Args:
-        stream: where to; None for standard error.
-        every_seconds: the least time between two lines, where it is no terminal.
-        clock: tells seconds.
+        stream: for the output; None for standard error.
+        every_seconds: the minimum time between two lines, if it is not a terminal.
+        clock: returns seconds.
     """
 
     def __init__(

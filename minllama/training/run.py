@@ -1,7 +1,7 @@
-"""One training run, step after step: gradients, update, evaluation, checkpoint.
+"""One training run, step by step: gradients, update, evaluation, checkpoint.
 
-Its state after any step is plain values and named tensors, and it can be put into such a state.
-Knows nothing of how a run begins or where it comes from; that is `minllama.training.trainer`.
+Its state after any step is plain values and named tensors, and can be restored.
+`minllama.training.trainer` sets it up.
 """
 
 import contextlib
@@ -51,10 +51,10 @@ class TrainingRun:
     Attributes:
         parameters: those that are trained, by name.
         prompts: the N training texts, encoded.
-        schedule: what each step does.
-        state: where it is.
-        history: a row for each step that is done.
-        checkpoint, fingerprint, metrics, board: where it is kept; None for nowhere.
+        schedule: of texts, learning rates and evaluations.
+        state: the run's current state.
+        history: one row per completed step.
+        checkpoint, fingerprint, metrics, board: of the run's folder; None without a folder.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TrainingRun:
         self.board: Any = None
 
     def train(self, progress: Progress | None) -> None:
-        """Take the steps that are left; see `fit` for what it raises."""
+        """Run the remaining steps; raises what `fit` raises."""
         self._started = time.perf_counter() - self.state.seconds
         state = self.state
         self._remember_beginning()
@@ -107,7 +107,7 @@ class TrainingRun:
             raise
 
     def load(self, state: RunState, tensors: RunTensors) -> None:
-        """Be where a checkpoint says."""
+        """Restore a checkpoint's state."""
         self.state, self._best, self._prior = state, tensors.best, tensors.prior
         self._copy(tensors.weights)
         for name, parameter in self.parameters.items():
@@ -119,12 +119,12 @@ class TrainingRun:
                 }
 
     def restore_best(self) -> None:
-        """Give the classifier the weights of the best evaluation, if they were kept."""
+        """Load the weights of the best evaluation, if they were kept."""
         if self._best:
             self._copy(self._best)
 
     def close(self) -> None:
-        """Leave no gradients behind and no file open."""
+        """Free the gradients and close files."""
         self._optimizer.zero_grad()
         if self.metrics is not None:
             self.metrics.close()
@@ -132,10 +132,9 @@ class TrainingRun:
             self.board.close()
 
     def _remember_beginning(self) -> None:
-        """Let targets keep their share of what the classifier said before its first step.
+        """Mix the untrained classifier's predictions into the targets.
 
-        A run that goes on has it from its checkpoint: the classifier that it is given need not be
-        the one that it began with.
+        A resumed run reads them from its checkpoint, since its classifier may already be trained.
         """
         share = self._options.self_distillation
         if not share:
@@ -151,10 +150,10 @@ class TrainingRun:
         return last and state.row is None
 
     def _take_step(self) -> None:
-        """Gradients of one step's texts, and the update; `state.row` then says what came of it.
+        """Compute one step's gradients and update the weights; `state.row` has the results.
 
         Raises:
-            MinllamaError: loss or gradients are no numbers; the weights are as before.
+            MinllamaError: loss or gradients are NaN or infinite; the weights are unchanged.
         """
         began = time.perf_counter()
         step = self.state.step + 1
@@ -164,12 +163,12 @@ class TrainingRun:
         torch.manual_seed(derived_seed(self._options.seed, "dropout", step))
         self._classifier.train()
         self._optimizer.zero_grad()
-        normaliser = self._loss.normaliser(texts)
+        normalizer = self._loss.normalizer(texts)
         total = torch.zeros((), device=self._device)
         for batch in batches:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
                 logits = self._classifier.compute_logits([self.prompts[i] for i in batch])
-            loss = self._loss.summed(logits, batch) / normaliser
+            loss = self._loss.summed(logits, batch) / normalizer
             loss.backward()
             total += loss.detach()
         clip = self._options.clip or math.inf
@@ -196,7 +195,7 @@ class TrainingRun:
             }
 
     def _conclude_step(self) -> Row:
-        """Evaluate if it is due, and write the step's row down."""
+        """Evaluate if it is due, and write the step's row."""
         state = self.state
         assert state.row is not None
         row, evaluation = state.row, None
@@ -218,7 +217,7 @@ class TrainingRun:
         return row
 
     def _judge(self, evaluation: Evaluation | RegressionEvaluation) -> None:
-        """Keep the weights if they are the best so far, or count that they are not."""
+        """Keep the weights if they are the best so far; else count toward `patience`."""
         state, options = self.state, self._options
         value = self._objective.merit(evaluation, options.metric)
         sign = -1 if options.metric in LESS_IS_BETTER else 1
@@ -234,7 +233,7 @@ class TrainingRun:
             state.stopped_early = 0 < options.patience <= state.without_gain
 
     def _set_lr(self, step: int) -> float:
-        """Give each group its rate for this step; the rate of those that are not the head."""
+        """Set each group's learning rate for this step; return that of all but the head."""
         factor = self.schedule.lr_factor(step)
         for group in self._optimizer.param_groups:
             group["lr"] = group["highest_lr"] * factor
@@ -247,11 +246,11 @@ class TrainingRun:
         what = "the loss" if not math.isfinite(loss) else "a gradient"
         lr, kept = self._options.lr, ""
         if self.checkpoint is not None and self.checkpoint.path.exists():
-            kept = f"; {self.checkpoint.path} holds the run before it"
+            kept = f"; {self.checkpoint.path} has the state before it"
         raise MinllamaError(
-            f"training has diverged: {what} is no finite number at step {step} of "
-            f"{self.schedule.total_steps}; use a lr lower than {lr:g}, or float32 without "
-            f"autocast{kept}"
+            f"training has diverged: {what} is not a finite number at step {step} of "
+            f"{self.schedule.total_steps}; use a learning rate (--lr) below {lr:g}, or float32 "
+            f"without autocast{kept}"
         )
 
     def _copy(self, weights: dict[str, Tensor]) -> None:
@@ -276,7 +275,7 @@ class TrainingRun:
 
 @contextlib.contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let a Ctrl-C that comes within take effect at its end."""
+    """Defer Ctrl-C to the end of the block."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # no KeyboardInterrupt comes here, or somebody else decides when
@@ -292,9 +291,9 @@ def interrupts_deferred() -> Iterator[None]:
 
 
 def _max_tokens(classifier: Trainable, device: torch.device) -> float:
-    """How many padded tokens a pass of this classifier's training has at most."""
+    """The maximum number of padded tokens per forward pass in training."""
     sizes = [(p.requires_grad, p.numel()) for p in classifier.parameters()]
-    sizes += [(False, buffer.numel()) for buffer in classifier.buffers()]  # quantised weights
+    sizes += [(False, buffer.numel()) for buffer in classifier.buffers()]  # quantized weights
     trained, frozen = (sum(n for grad, n in sizes if grad == wanted) for wanted in (True, False))
     limits = MAX_TOKENS_IF_MUCH_IS_TRAINED if 5 * trained > frozen else MAX_TOKENS
     return limits.get(device.type, math.inf)

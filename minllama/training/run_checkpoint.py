@@ -1,7 +1,6 @@
-"""A training run on disk: a checkpoint that it can go on from, and a line of metrics for each step.
+"""Save and restore a training run: a checkpoint to resume from, and one line of metrics per step.
 
-A checkpoint is a folder that is written whole or not at all, of safetensors and JSON: nothing in it
-is ever executed. Knows nothing of models or of what a step does.
+A checkpoint is a folder of safetensors and JSON, written atomically; nothing in it is executed.
 """
 
 import dataclasses
@@ -36,14 +35,14 @@ Row: TypeAlias = dict[str, Any]
 
 @dataclass
 class RunState:
-    """Where a run is, but for its tensors.
+    """The state of a run, without its tensors.
 
     Order, learning rate and dropout follow from the step alone; see `minllama.training.schedule`.
 
     Attributes:
         step: how many are done.
-        row: what is known of the last step while its evaluation is still due; else None.
-        best_step, best_metric: of the best evaluation so far; None before the first.
+        row: the last step's metrics while its evaluation is pending; else None.
+        best_step, best_metric: of the best evaluation so far; None before the first one.
         without_gain: evaluations since.
         stopped_early: they were too many.
         finished: no step is left to do.
@@ -74,8 +73,8 @@ class RunTensors:
         moments: of the optimizer: `exp_avg.` or `exp_avg_sq.` and the parameter's name.
         updates: how often the optimizer has updated each.
         best: the weights of the best evaluation; empty before the first.
-        prior: (N, C) probabilities of the training texts before the first step; None where no
-            target has a share of them.
+        prior: (N, C) probabilities of the training texts before the first step; None if targets do
+            not use them.
     """
 
     weights: dict[str, Tensor]
@@ -88,8 +87,8 @@ class RunTensors:
 class CheckpointFolder:
     """The checkpoint of the run in `folder`.
 
-    A SIGKILL at any instant of a save leaves the previous checkpoint or the new one. What has
-    not changed, the best weights so far, is not written again, but linked into the new checkpoint.
+    A SIGKILL during a save leaves either the previous checkpoint or the new one. The best weights
+    so far, if unchanged, are hard-linked instead of written again.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -129,11 +128,11 @@ class CheckpointFolder:
         self._written = files
 
     def load(self, fingerprint: Fingerprint) -> tuple[RunState, RunTensors] | None:
-        """The run as it was saved; None where there is no checkpoint.
+        """Load the saved run; None without a checkpoint.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or of a run with other options or data;
-                the message names each difference.
+            CheckpointError: the checkpoint is damaged, or from a run with other options or data;
+                the message lists the differences.
         """
         self.recover()
         if not self.path.exists():
@@ -141,15 +140,15 @@ class CheckpointFolder:
         raw = self._raw()
         if changes := differences(raw["fingerprint"], fingerprint):
             raise CheckpointError(
-                f"{self.path}: cannot resume: {'; '.join(changes)}; "
-                "resume with what the run was started with, or start anew in another folder"
+                f"{self.path}: cannot resume: {'; '.join(changes)}; resume with the settings of "
+                "the run, or start again in another folder"
             )
         state, tensors = self._content(raw)
         self._written = dict(raw["files"])
         return state, tensors
 
     def state(self) -> RunState | None:
-        """Where the saved run is, without its tensors; None where there is no checkpoint.
+        """The state of the saved run, without its tensors; None without a checkpoint.
 
         Raises:
             CheckpointError: the checkpoint is damaged.
@@ -162,10 +161,10 @@ class CheckpointFolder:
             return _run_state(raw)
 
     def recover(self) -> None:
-        """Remove what killed saves have left behind; what a living process writes stays.
+        """Remove files of killed saves, but not those of running processes.
 
-        On a system that cannot swap two names, the checkpoint has none for an instant of a save:
-        then one that is whole gets it back.
+        On a system that cannot swap two names, the checkpoint has a temporary name for an instant
+        of a save; a complete one gets its name back.
         """
         beside = Path(os.path.realpath(self.path)).parent
         if not beside.is_dir():
@@ -192,11 +191,11 @@ class CheckpointFolder:
             raw = json.loads((self.path / STATE).read_text(encoding="utf-8"))
             if raw["format"] != FORMAT:
                 raise CheckpointError(
-                    f"{self.path}: written by another version of minllama; delete it to start anew"
+                    f"{self.path}: written by another version of minllama; delete it to start again"
                 )
             parts = ("state", "updates", "files", "fingerprint")
             if not all(isinstance(raw[part], dict) for part in parts):
-                raise ValueError(f"{STATE} is not as it was written")
+                raise ValueError(f"{STATE} differs from what was written")
             return dict(raw)
 
     def _content(self, raw: Mapping[str, Any]) -> tuple[RunState, RunTensors]:
@@ -208,7 +207,7 @@ class CheckpointFolder:
             read = {}
             for name in (WEIGHTS, MOMENTS, *lasting):
                 if _description(self.path / name) != raw["files"][name]:
-                    raise ValueError(f"{name} is not what was written")
+                    raise ValueError(f"{name} differs from what was written")
                 read[name] = _read_tensors(self.path / name)
             updates = {str(name): int(count) for name, count in raw["updates"].items()}
             best, prior = read.get(best_name, {}), read.get(PRIOR, {}).get("prior")
@@ -230,16 +229,16 @@ class CheckpointFolder:
         else:
             return
         raise CheckpointError(
-            f"{self.path}: the checkpoint is damaged ({reason}); delete it to start anew"
+            f"{self.path}: the checkpoint is damaged ({reason}); delete it to start again"
         )
 
 
 class MetricsFile:
-    """`metrics.jsonl` of a run: a line for each step, written when it is done.
+    """`metrics.jsonl` of a run: one line per step, written after it.
 
     Args:
         folder: of the run.
-        rows: what it holds at first; nothing else stays in it.
+        rows: the initial content, which replaces the file's.
 
     Raises:
         MinllamaError: it cannot be written.
@@ -257,7 +256,7 @@ class MetricsFile:
             self._file.flush()
 
     def sync(self) -> None:
-        """Put on disk what was written: a checkpoint must not be ahead of it."""
+        """Sync the file to disk: the checkpoint must not be ahead of it."""
         with self._one_line_errors():
             os.fsync(self._file.fileno())
 
@@ -273,12 +272,11 @@ class MetricsFile:
 
 
 def read_metrics(folder: str | os.PathLike[str], steps: int | None = None) -> list[Row]:
-    """The rows of a run's `metrics.jsonl`, up to the first line that is not whole.
+    """The rows of a run's `metrics.jsonl`, up to the first incomplete line.
 
     Args:
         folder: of the run.
-        steps: read the rows of the first so many steps, all of which must be there; None for all
-            that there are.
+        steps: number of steps to read, all of which must exist; None for all rows.
 
     Raises:
         CheckpointError: rows are missing, or the file cannot be read.
@@ -297,14 +295,14 @@ def read_metrics(folder: str | os.PathLike[str], steps: int | None = None) -> li
         pass  # a line that a kill has cut: those behind it are of steps that are done again
     if steps is not None and len(rows) < steps:
         raise CheckpointError(
-            f"{path}: it has only {len(rows)} of the {steps} steps that the checkpoint has done; "
-            f"put it back, or delete {path.parent / CHECKPOINT} to start anew"
+            f"{path}: it has only {len(rows)} of the checkpoint's {steps} steps; restore it, or "
+            f"delete {path.parent / CHECKPOINT} to start again"
         )
     return rows[:steps]
 
 
 def remove_checkpoint(folder: str | os.PathLike[str]) -> None:
-    """Delete the checkpoint of the run in `folder`, once its result is kept elsewhere."""
+    """Delete the checkpoint of the run in `folder`, after its result has been saved."""
     CheckpointFolder(Path(folder)).remove()
 
 
@@ -316,7 +314,7 @@ def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
 
 
 def saved_step(folder: str | os.PathLike[str]) -> int | None:
-    """How many steps the checkpoint in `folder` has done; None where there is none.
+    """The number of steps of the checkpoint in `folder`; None without a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -326,7 +324,7 @@ def saved_step(folder: str | os.PathLike[str]) -> int | None:
 
 
 def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
-    """What differs between two fingerprints, as a person would say it."""
+    """The differences between two fingerprints, for an error message."""
     return list(dict.fromkeys(_differences(old, new)))  # an option may also be among the settings
 
 
@@ -340,7 +338,7 @@ def _differences(old: Fingerprint, new: Fingerprint, *, inside: bool = False) ->
         elif inside and not _is_digest(was):
             yield f"{name} was {_shown(was)}, now {_shown(is_)}"
         else:
-            yield f"{name} are not the same"
+            yield f"{name} differ"
 
 
 def _is_digest(value: Any) -> bool:
@@ -367,12 +365,12 @@ def _line(row: Row) -> str:
 def _run_state(raw: Mapping[str, Any]) -> RunState:
     state = RunState(**raw["state"])
     if type(state.step) is not int or not isinstance(state.row, dict | None):
-        raise ValueError(f"{STATE} is not as it was written")
+        raise ValueError(f"{STATE} differs from what was written")
     return state
 
 
 def _whole_step(path: Path) -> int | None:
-    """The step of a checkpoint under another name; None where it is not whole."""
+    """The step of a checkpoint under another name; None if it is incomplete."""
     stand_in = CheckpointFolder(path.parent)
     stand_in.path = path
     try:

@@ -1,7 +1,6 @@
-"""What training does at each step: which texts, at what learning rate, evaluated or not.
+"""The schedule of a training: texts, learning rate and evaluations of each step.
 
-Everything is a function of the seed and of numbers that count, so a run that was cut needs to know
-nothing but its step to go on. Knows nothing of models, losses or files.
+Everything is a function of the seed and the step, so a resumed run needs only its step.
 """
 
 import hashlib
@@ -25,8 +24,8 @@ def derived_seed(seed: int, purpose: str, number: int) -> int:
 class Schedule:
     """The steps of a run.
 
-    A step is `batch_size * gradient_accumulation` texts, whether they are computed at once or in
-    several batches. The last step of an epoch may have fewer.
+    A step has `batch_size * gradient_accumulation` texts, in one or several batches. The last step
+    of an epoch may have fewer.
 
     Args:
         lengths: of the N training texts, in tokens.
@@ -34,7 +33,7 @@ class Schedule:
         max_tokens: the most padded tokens that are computed at once, unless one text has more.
 
     Attributes:
-        steps_per_epoch: of which there are `epochs`.
+        steps_per_epoch: there are `epochs` of these.
         total_steps: of the run.
         eval_places: after which steps of an epoch (1 to steps_per_epoch) to evaluate.
     """
@@ -53,7 +52,7 @@ class Schedule:
         self._epoch, self._steps = -1, list[list[int]]()
 
     def batches(self, step: int) -> list[list[int]]:
-        """The texts of a step, in batches, the longest first.
+        """The texts of a step in batches, longest first.
 
         Args:
             step: 1 to total_steps.
@@ -76,7 +75,7 @@ class Schedule:
         return parts
 
     def _filled(self, texts: list[int], max_tokens: float) -> list[list[int]]:
-        """Texts, the longest first, in parts of up to so many tokens, padded to their longest."""
+        """Split texts, longest first, into parts with a maximum number of padded tokens."""
         parts: list[list[int]] = []
         for text in texts:
             if not parts or (len(parts[-1]) + 1) * self._lengths[parts[-1][0]] > max_tokens:
@@ -106,7 +105,7 @@ class Schedule:
         return 1.0
 
     def _steps_of(self, epoch: int) -> list[list[int]]:
-        """Texts of alike lengths together, so that little is padded, and otherwise at random."""
+        """Batches of texts of similar length, to reduce padding, otherwise in random order."""
         generator = torch.Generator().manual_seed(derived_seed(self._options.seed, "order", epoch))
         order = torch.randperm(len(self._lengths), generator=generator).tolist()
         window = self.step_size * max(1, min(WINDOW, self.steps_per_epoch // MIN_WINDOWS))

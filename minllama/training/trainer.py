@@ -1,7 +1,6 @@
-"""Batches of labelled texts -> a trained classifier, in steps that can be cut and gone on from.
+"""Train a classifier on labeled texts, in steps that can be interrupted and resumed.
 
-`fit` trains whatever parameters of a classifier want gradients. Knows nothing of how a classifier
-computes its logits, and of files only that `minllama.training.run_checkpoint` keeps a run in them.
+`fit` trains whichever parameters of a classifier require gradients.
 """
 
 import contextlib
@@ -44,15 +43,15 @@ class TrainingResult:
     """How a training went.
 
     Attributes:
-        history: a row for each step, as in `metrics.jsonl`: `step`, `epoch` (a fraction), `loss`,
+        history: one row per step, as in `metrics.jsonl`: `step`, `epoch` (a fraction), `loss`,
             `lr`, `grad_norm` (before clipping), `examples_per_second`, `tokens_per_second`,
             `seconds` (since the start), and after an evaluation `dev_loss`, `dev_accuracy`,
-            `dev_macro_f1` (and `dev_micro_f1` where a text has several labels); of numbers
-            `dev_rmse`, `dev_mae`, `dev_r2`, `dev_pearson`, `dev_spearman`.
+            `dev_macro_f1` (and `dev_micro_f1` for multi-label texts); for regression `dev_rmse`,
+            `dev_mae`, `dev_r2`, `dev_pearson`, `dev_spearman`.
         steps: done in all.
-        metric: the name of what the best weights are best by.
-        best_step, best_metric: of the best evaluation, whose weights the classifier has now unless
-            the last ones were to be kept; None without a dev split.
+        metric: the metric that selected the best weights.
+        best_step, best_metric: of the best evaluation, whose weights the classifier now has unless
+            `keep` is `last`; None without a dev split.
         stopped_early: evaluations brought no gain any more.
         resumed_from: steps that were done before this call; 0 for a new run.
         seconds: of the whole run, evaluations included.
@@ -85,30 +84,30 @@ def fit(
 ) -> TrainingResult:
     """Train the parameters of a classifier that want gradients.
 
-    On a CPU the same call gives the same weights, and a run that was cut and resumed those of one
-    that was not, bit for bit. The random numbers of the caller are left alone.
+    On a CPU the same call gives the same weights bit for bit, also after an interruption and
+    resume. The caller's random state is not changed.
 
     Args:
-        classifier: changed in place; at the end it has the weights that `keep` says.
-        train: labelled texts, of the classifier's labels.
-        dev: those to evaluate on; None: there are no evaluations.
-        options: `lr` must be given.
+        classifier: trained in place; at the end it has the weights that `keep` selects.
+        train: labeled texts, of the classifier's labels.
+        dev: texts to evaluate on; None for no evaluations.
+        options: `lr` must be set.
         folder: keeps `metrics.jsonl` and a `checkpoint`, every `save_every` steps, at the end, and
             at a KeyboardInterrupt. `minllama.training.run_checkpoint.remove_checkpoint` deletes it.
-        resume: go on from the checkpoint; without one, start.
+        resume: continue from the checkpoint, or start if there is none.
         head_parameters: those that learn at `head_lr`.
-        progress: is told of each step.
-        settings: what else makes the run what it is (the model, the prompt), as plain values; a run
-            is not resumed with others.
+        progress: receives each step.
+        settings: other settings of the run (the model, the prompt) as plain values; a run can only
+            be resumed with the same.
 
     Raises:
         OptionError: options that contradict one another, or no `lr`.
         DataError: labels cannot be used; see the message.
         CheckpointError: the checkpoint is damaged, of another run, or of one that is not finished
             and not to be resumed.
-        MinllamaError: the loss is no number any more (the last checkpoint stays); a text cannot be
+        MinllamaError: the loss is NaN or infinite (the last checkpoint stays); a text cannot be
             encoded; the folder cannot be written, or another run is writing there.
-        KeyboardInterrupt: it came, and a checkpoint of this instant is in `folder`.
+        KeyboardInterrupt: after saving a checkpoint in `folder`.
     """
     _check(classifier, train, dev, options, folder, resume)
     with only_run(folder) if folder is not None else contextlib.nullcontext():
@@ -128,7 +127,7 @@ def _fit(
     progress: Progress | None,
     settings: Mapping[str, Any] | None,
 ) -> TrainingResult:
-    """As `fit`, in a folder where no other run is."""
+    """Like `fit`, in a folder without another run."""
     run = TrainingRun(classifier, train, dev, options, head_parameters)
     fingerprint = _fingerprint(run, classifier, train, dev, options, settings or {})
     with _prepared(classifier, options):
@@ -171,14 +170,16 @@ def _check(
     folder: Path | None,
     resume: bool,
 ) -> None:
-    """Refuse what cannot work before any text is encoded."""
+    """Refuse invalid arguments before any text is encoded."""
     if options.lr is None:
-        raise OptionError("lr is not set: 3e-4 suits LoRA, 2e-5 all weights, 1e-3 a head alone")
+        raise OptionError(
+            "lr is not set; try 3e-4 for LoRA, 2e-5 for all weights, or 1e-3 for a head alone"
+        )
     if dev is None and options.patience:
-        raise OptionError("patience counts evaluations, and there is no dev split to evaluate on")
+        raise OptionError("patience needs a dev split to evaluate on")
     if folder is None and (resume or options.tensorboard):
         what = "resume" if resume else "tensorboard"
-        raise OptionError(f"{what} needs the folder of a run")
+        raise OptionError(f"{what} needs a run folder")
     if options.tensorboard:
         summary_writer()
     check_ordinal(options.ordinal, multi_label=classifier.multi_label)
@@ -194,22 +195,22 @@ def _check(
             continue
         if list(dataset.label_names) != list(classifier.labels):
             raise MinllamaError(
-                f"{dataset.source}: its labels ({', '.join(dataset.label_names)}) are not the "
-                f"classifier's ({', '.join(classifier.labels)})"
+                f"{dataset.source}: its labels ({', '.join(dataset.label_names)}) differ from "
+                f"the classifier's ({', '.join(classifier.labels)})"
             )
         if dataset.multi_label != classifier.multi_label:
             several, one = ("texts", "classifier")[:: 1 if dataset.multi_label else -1]
             raise MinllamaError(
                 f"{dataset.source}: the {several} may have several labels each, the {one} one; "
-                "make both multi_label, or neither"
+                "make both multi-label, or neither"
             )
     if not any(parameter.requires_grad for parameter in classifier.parameters()):
-        raise MinllamaError("nothing to train: no parameter of the classifier wants a gradient")
+        raise MinllamaError("nothing to train: no parameter of the classifier requires a gradient")
 
 
 @contextlib.contextmanager
 def _prepared(classifier: Trainable, options: TrainingOptions) -> Iterator[None]:
-    """Training mode, checkpointed layers and random numbers of our own, until it ends."""
+    """Enable training mode, gradient checkpointing and a separate random state within the block."""
     modes = [(module, module.training) for module in classifier.modules()]
     llamas = [module for module in classifier.modules() if isinstance(module, Llama)]
     flags = [llama.gradient_checkpointing for llama in llamas]
@@ -229,7 +230,7 @@ def _prepared(classifier: Trainable, options: TrainingOptions) -> Iterator[None]
 
 
 def _open_folder(run: TrainingRun, folder: Path, fingerprint: Fingerprint, resume: bool) -> None:
-    """Let the run keep itself in `folder`, and take it up there."""
+    """Attach the run to `folder`, and resume it if there is a checkpoint."""
     run.checkpoint, run.fingerprint = CheckpointFolder(folder), fingerprint
     if resume:
         if loaded := run.checkpoint.load(fingerprint):
@@ -239,8 +240,8 @@ def _open_folder(run: TrainingRun, folder: Path, fingerprint: Fingerprint, resum
         found = run.checkpoint.state()
         if found is not None and not found.finished:
             raise MinllamaError(
-                f"{run.checkpoint.path} is of a run that was cut after {found.step} steps: resume "
-                "it, or delete that folder to start anew"
+                f"{run.checkpoint.path} is of a run that was interrupted after {found.step} "
+                "steps: resume it, or delete that folder to start again"
             )
         run.checkpoint.remove()
     run.metrics = MetricsFile(folder, run.history)
@@ -269,10 +270,10 @@ def _fingerprint(
     options: TrainingOptions,
     settings: Mapping[str, Any],
 ) -> Fingerprint:
-    """What must be the same for a run to go on, by names that an error can say."""
+    """What must be unchanged to resume a run, by names for an error message."""
     shapes = {name: [list(p.shape), str(p.dtype)] for name, p in run.parameters.items()}
     numbers = [p for p in classifier.parameters() if not p.requires_grad]
-    frozen = [*numbers, *classifier.buffers()]  # those hold quantised weights
+    frozen = [*numbers, *classifier.buffers()]  # those hold quantized weights
     parts: dict[str, Any] = {
         "options": dataclasses.asdict(options),
         # Whatever JSON does not know is compared as the text that names it.
@@ -300,7 +301,7 @@ def _examples_digest(texts: Sequence[str] | Sequence[EncodedPrompt], dataset: Da
 
 
 def sample_of(parameter: Tensor) -> bytes:
-    """Some of its numbers: enough to tell another model, and read in no time."""
+    """A sample of its values: fast to read, and enough to detect another model."""
     flat = parameter.detach().flatten()
     chosen = flat[:: max(1, len(flat) // 16)].float().cpu()
     return chosen.numpy().tobytes()

@@ -131,7 +131,7 @@ def test_writing_to_a_loaded_tensor_leaves_the_file_alone(write: Callable[..., P
     [stored for stored in Type if stored not in (Type.F32, Type.F16, Type.BF16, Type.F64)],
     ids=lambda stored: stored.name,
 )
-def test_every_type_that_gguf_dequantises_is_read_bit_for_bit(
+def test_every_type_that_gguf_dequantizes_is_read_bit_for_bit(
     write: Callable[..., Path], stored_type: Type
 ) -> None:
     block_len, block_bytes = gguf.GGML_QUANT_SIZES[stored_type]
@@ -160,7 +160,7 @@ def test_every_type_that_gguf_dequantises_is_read_bit_for_bit(
 @pytest.mark.parametrize(
     "stored_type", [Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.TQ1_0, Type.TQ2_0]
 )
-def test_quantised_numbers_are_read_bit_for_bit(
+def test_quantized_numbers_are_read_bit_for_bit(
     write: Callable[..., Path], stored_type: Type
 ) -> None:
     values = random_tensors()["blk.0.ffn_gate.weight"].repeat(1, 8)  # rows of 256
@@ -171,7 +171,7 @@ def test_quantised_numbers_are_read_bit_for_bit(
     assert found.dtype == torch.float32
     expected = torch.from_numpy(gguf.quants.dequantize(raw, stored_type))
     assert torch.equal(found, expected)
-    # ... and it is the numbers that were quantised, to the type's precision.
+    # ... and it is the numbers that were quantized, to the type's precision.
     if stored_type not in (Type.TQ1_0, Type.TQ2_0):
         torch.testing.assert_close(found, values, atol=0.5, rtol=0)
 
@@ -342,7 +342,7 @@ def test_rope_scaling_keys_are_read_as_llama_cpp_reads_them(
         assert scaling.attention_factor == pytest.approx(2 * (0.1 * np.log(4) + 1), rel=1e-6)
 
 
-def test_llama_3_1_s_divisors_are_recognised(write: Callable[..., Path]) -> None:
+def test_llama_3_1_s_divisors_are_recognized(write: Callable[..., Path]) -> None:
     # theta 5000, heads of 8: wavelengths 6.28, 52.8, 444 and 3736, against 8192 / 4 and 8192 / 1.
     # Only the last lies between; (8192 / 3736.2 - 1) / 3 of the way.
     kept = (8192 / (2 * np.pi * 5000**0.75) - 1) / 3

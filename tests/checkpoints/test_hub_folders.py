@@ -115,10 +115,10 @@ def test_an_adapter_is_downloaded_with_its_base(run: Run, hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("classify", "org/none", "--text", "a"), "org/none: no such path here, and no such repo"),
+        (("classify", "org/none", "--text", "a"), "org/none: no such local path, and no such repo"),
         (("classify", "no-folder", "--text", "a"), "no-folder: there is no classifier.json"),
-        (("classify", "org/base", "--text", "a"), "a language model (LlamaForCausalLM) and no"),
-        (("info", "org/none"), "org/none: no such path here, and no such repository"),
+        (("classify", "org/base", "--text", "a"), "a language model (LlamaForCausalLM), not a"),
+        (("info", "org/none"), "org/none: no such local path, and no such repository"),
     ],
 )
 def test_what_is_no_classifier_there_is_one_line(

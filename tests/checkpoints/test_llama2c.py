@@ -155,12 +155,12 @@ def test_a_pt_computes_what_its_tensors_do(path: Path) -> None:
     ("changes", "message"),
     [
         ({"dim": None}, "model_args lacks dim"),
-        ({"n_layers": "2"}, "n_layers must be a whole number"),
-        ({"n_layers": 10**9}, "1000000000 layers, the tensors are of 2"),
+        ({"n_layers": "2"}, "n_layers must be an integer"),
+        ({"n_layers": 10**9}, "1000000000 layers, but there are tensors of 2"),
         ({"dropout": "x"}, "dropout must be a number, not 'x'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling, which llama2.c does not compute"),
         ({"n_kv_heads": 3}, r"divisible by n_kv_heads \(3\)"),
-        ({"max_seq_len": 2**50}, "above the limit"),
+        ({"max_seq_len": 2**50}, "exceeds the limit"),
     ],
 )
 def test_arguments_that_cannot_be_are_one_line(
@@ -182,7 +182,7 @@ def test_a_file_without_model_args_is_one_line(path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'tok_embeddings\.weight' is of type int"):
         read_torch_checkpoint(path)
     save_pt(path, {})
-    with pytest.raises(CheckpointError, match=r"2 layers, the tensors are of 0"):
+    with pytest.raises(CheckpointError, match=r"2 layers, but there are tensors of 0"):
         read_torch_checkpoint(path)
 
 
@@ -357,9 +357,9 @@ def test_a_bin_of_another_length_than_its_header_says_is_one_line(path: Path, ma
     [
         (struct.pack("<7i", 32, 48, 2**31 - 1, 4, 2, 40, 16), "the file has 156 bytes"),
         (struct.pack("<7i", 2**30, 2**30, 2**30, 4, 2, 2**30, 2**30), "the file has 156 bytes"),
-        (struct.pack("<7i", -32, 48, 2, 4, 2, 40, 16), "dim must be a whole number above 0"),
-        (struct.pack("<7i", 32, 48, 2, 0, 2, 40, 16), "n_heads must be a whole number above 0"),
-        (struct.pack("<7i", 32, 48, 2, 4, 2, 0, 16), "vocab_size must be a whole number above 0"),
+        (struct.pack("<7i", -32, 48, 2, 4, 2, 40, 16), "dim must be an integer above 0"),
+        (struct.pack("<7i", 32, 48, 2, 0, 2, 40, 16), "n_heads must be an integer above 0"),
+        (struct.pack("<7i", 32, 48, 2, 4, 2, 0, 16), "vocab_size must be an integer above 0"),
         (b"24ka" + struct.pack("<i", 3), "version 3"),
         (versioned_header(2, tied=True, group_size=0), "groups of 0"),
         (versioned_header(2, tied=True, group_size=-4), "groups of -4"),

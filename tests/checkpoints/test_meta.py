@@ -237,7 +237,7 @@ def test_a_stated_hidden_dim_goes_before_the_rule(folder: Path) -> None:
     assert checkpoint.config.hidden_dim == HIDDEN_DIM
 
 
-def test_a_folder_is_recognised_by_the_files_inside(folder: Path) -> None:
+def test_a_folder_is_recognized_by_the_files_inside(folder: Path) -> None:
     folder.mkdir()
     assert not is_meta(folder)
     (folder / "params.json").write_text("{}")
@@ -325,20 +325,20 @@ def refused(folder: Path, message: str) -> None:
         ({"moe_args": {"num_experts": 8}}, "moe_args is not read: it is a mixture of experts"),
         ({"quantization_args": {}, "lora_args": {}}, "quantization_args is not read: its weights"),
         ({"quantization_args": {"scheme": "8da4w"}}, "weights are quantized"),
-        ({"vision_chunk_size": 560}, "it sees images"),
-        ({"depth_of_field": 3, "dim": "x"}, "depth_of_field: not known to minllama"),
+        ({"vision_chunk_size": 560}, "it has a vision encoder"),
+        ({"depth_of_field": 3, "dim": "x"}, "depth_of_field: unknown to minllama"),
         ({"use_scaled_rope": "false"}, "use_scaled_rope must be true or false, not 'false'"),
         ({"dim": None}, "dim is missing"),
-        ({"dim": "32"}, "dim must be a whole number"),
+        ({"dim": "32"}, "dim must be an integer"),
         ({"dim": 10**400}, "too large"),
         ({"n_heads": 5}, r"dim \(32\) must be divisible by n_heads \(5\)"),
-        ({"n_layers": 10**9}, "1000000000 layers, the tensors are of 2"),
-        ({"multiple_of": 0}, "multiple_of must be a whole number above 0"),
+        ({"n_layers": 10**9}, "1000000000 layers, but there are tensors of 2"),
+        ({"multiple_of": 0}, "multiple_of must be an integer above 0"),
         ({"ffn_dim_multiplier": "x"}, "ffn_dim_multiplier must be a number"),
         ({"norm_eps": "x"}, "norm_eps must be a finite number"),
-        ({"max_seq_len": 2**40}, "above the limit"),
+        ({"max_seq_len": 2**40}, "exceeds the limit"),
         ({"use_scaled_rope": True, "rope_scaling_factor": -1}, "factor must be a finite number"),
-        ({"vocab_size": 10**9}, "vocab_size 1000000000, and no tensor is wider"),
+        ({"vocab_size": 10**9}, "vocab_size 1000000000, but no tensor is wider"),
     ],
 )
 def test_a_key_that_cannot_be_is_one_line(
@@ -357,7 +357,7 @@ def test_a_damaged_params_json_is_one_line(folder: Path, content: str) -> None:
 def test_a_missing_shard_is_named(folder: Path) -> None:
     write(folder, cut(whole_model(), 4, 0))
     (folder / "consolidated.03.pth").unlink()
-    refused(folder, "a model in 4 shards, and 3 consolidated")
+    refused(folder, "a model of 4 shards, but there are 3 consolidated.NN.pth")
     (folder / "consolidated.01.pth").unlink()
     refused(folder, r"consolidated\.01\.pth is missing")
 
@@ -367,23 +367,23 @@ def test_shards_that_do_not_fit_each_other_are_one_line(folder: Path) -> None:
     shards[1]["layers.1.feed_forward.w1.weight"] = torch.ones(7, 32)
     refused(write(folder, shards), r"layers\.1\.feed_forward\.w1\.weight differs between shards")
     del shards[1]["layers.1.feed_forward.w1.weight"]
-    refused(write(folder, shards), r"w1\.weight is in some shards and not in others")
+    refused(write(folder, shards), r"w1\.weight is in some shards but not in others")
 
 
 def test_a_damaged_shard_is_one_line(folder: Path) -> None:
     write(folder, cut(whole_model(), 2, 0))
     shard = folder / "consolidated.01.pth"
     shard.write_bytes(shard.read_bytes()[:1000])
-    refused(folder, r"consolidated\.01\.pth is cut off or damaged")
+    refused(folder, r"consolidated\.01\.pth is truncated or damaged")
     torch.save({"norm.weight": torch.ones(3)}, shard)
-    refused(folder, "in some shards and not in others")
+    refused(folder, "in some shards but not in others")
     shard.unlink()
     torch.save({"norm.weight": torch.ones(3)}, folder / "consolidated.00.pth")
     refused(folder, r"tok_embeddings\.weight is missing")
     torch.save({"tok_embeddings.weight": torch.tensor(1.0)}, folder / "consolidated.00.pth")
-    refused(folder, "2 layers, the tensors are of 0")
+    refused(folder, "2 layers, but there are tensors of 0")
     write(folder, [{"tok_embeddings.weight": torch.tensor(1.0)}], vocab_size=-1)
-    refused(folder, "vocab_size must be a whole number")
+    refused(folder, "vocab_size must be an integer")
 
 
 def test_a_misshapen_tensor_is_for_the_loader_to_list(folder: Path) -> None:

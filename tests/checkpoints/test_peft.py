@@ -138,7 +138,7 @@ def test_what_is_wrong_with_the_base_is_one_line(run: Run, tmp_path: Path) -> No
     name_base(folder, None)
     out = tmp_path / "x"
     result = run("convert", str(folder), str(out), "--to", "hf", "--base", str(folder))
-    assert "it is an adapter as well" in result.stderr or "config.json" in result.stderr
+    assert "it is an adapter itself" in result.stderr or "config.json" in result.stderr
     assert not out.exists()
     result = run("info", str(tmp_path / "base"), "--base", str(folder))
     assert "so it has no base" in result.stderr
@@ -158,12 +158,14 @@ def test_info_says_what_it_is_of(run: Run, tmp_path: Path) -> None:
 def test_a_classifiers_head_is_not_passed_over_in_silence(run: Run, tmp_path: Path) -> None:
     their_classifier(tmp_path, target_modules=["q_proj"])
     name_base(tmp_path / "adapter", str(tmp_path / "base"))
-    with pytest.warns(CheckpointWarning, match="adapter of a sequence classifier; its head is not"):
+    with pytest.warns(
+        CheckpointWarning, match="adapter of a sequence classifier; its head is ignored"
+    ):
         checkpoint = open_checkpoint(tmp_path / "adapter")
     assert "score.weight" in checkpoint.ignored
     result = run("info", str(tmp_path / "adapter"))
     assert result.exit_code == 0
-    assert "its head is not read" in result.stderr
+    assert "its head is ignored" in result.stderr
     (tmp_path / "adapter" / "classifier.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="a classifier's folder, not a model"):
+    with pytest.raises(CheckpointError, match="a classifier, not a generative model"):
         open_checkpoint(tmp_path / "adapter")

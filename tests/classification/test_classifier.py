@@ -61,7 +61,7 @@ def test_contextual_calibration_divides_by_what_texts_without_content_give():
     classifier = zero_shot(score="contextual")
     free = torch.tensor([sums(classifier, text) for text in ("N/A", "[MASK]", "")]).softmax(-1)
     p = torch.tensor([sums(classifier, text) for text in TEXTS]).softmax(-1)
-    q = p / free.mean(0)  # Zhao et al.: W = diag(p_cf)^-1, then normalised
+    q = p / free.mean(0)  # Zhao et al.: W = diag(p_cf)^-1, then normalized
     expected = q / q.sum(-1, keepdim=True)
     np.testing.assert_allclose(classifier.predict_proba(TEXTS), expected, atol=1e-5)
 
@@ -103,7 +103,7 @@ def test_a_correction_can_be_made_in_part():
 
 @pytest.fixture(params=["one batch", "several"])
 def in_batches(request, monkeypatch):
-    """All texts fit into one batch, or only a few of them, which are not neighbours in the list."""
+    """All texts fit into one batch, or only a few of them, which are not neighbors in the list."""
     limit = {"one batch": 1024, "several": 90}[request.param]
     monkeypatch.setattr("minllama.classification.base.BATCH_TOKENS", {"cpu": limit})
 

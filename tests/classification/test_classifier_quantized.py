@@ -1,4 +1,4 @@
-"""Classifiers on quantised weights: the same answers, the same base, and what was said kept."""
+"""Classifiers on quantized weights: the same answers, the same base, and what was said kept."""
 
 import functools
 import json
@@ -68,13 +68,13 @@ def classifier_on(source, quantize, *, adapter=False):
     return classifier.eval()
 
 
-def quantised(classifier):
+def quantized(classifier):
     return [m for m in classifier.llama.modules() if isinstance(m, QuantizedWeight)]
 
 
 @pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("how", ["stored", "int8", "int4"])
-def test_a_classifier_on_quantised_weights_is_read_back_as_it_was(blocks, tmp_path, how, adapter):
+def test_a_classifier_on_quantized_weights_is_read_back_as_it_was(blocks, tmp_path, how, adapter):
     classifier = classifier_on(blocks, how, adapter=adapter)
     before = classifier.predict_proba(TEXTS)
     classifier.save_pretrained(tmp_path / "saved")
@@ -82,7 +82,7 @@ def test_a_classifier_on_quantised_weights_is_read_back_as_it_was(blocks, tmp_pa
     assert content["base"]["quantize"] == how
     assert content["weights"] == ("adapter" if adapter else "base")
     after = load_classifier(tmp_path / "saved", device="cpu")
-    assert quantised(after)
+    assert quantized(after)
     np.testing.assert_array_equal(after.predict_proba(TEXTS), before)
     assert f"`{how}`" in (tmp_path / "saved" / "README.md").read_text()
 
@@ -91,8 +91,8 @@ def test_stored_blocks_and_their_numbers_classify_alike(blocks, tmp_path):
     classifier_on(blocks, "stored", adapter=True).save_pretrained(tmp_path)
     stored = load_classifier(tmp_path, device="cpu")
     dense = load_classifier(tmp_path, device="cpu", quantize="none")
-    assert quantised(stored)
-    assert not quantised(dense)
+    assert quantized(stored)
+    assert not quantized(dense)
     np.testing.assert_allclose(dense.predict_logits(TEXTS), stored.predict_logits(TEXTS), atol=2e-3)
     merge_classifier(dense)
     np.testing.assert_allclose(dense.predict_logits(TEXTS), stored.predict_logits(TEXTS), atol=2e-3)
@@ -109,7 +109,7 @@ def test_merging_keeps_what_the_adapter_was_trained_beside(blocks, tmp_path, how
         sample = classifier.compute_logits(prompts)
         drift = merge_classifier(classifier)
         assert drift == float((classifier.compute_logits(prompts) - sample).abs().max())
-    assert not quantised(classifier)
+    assert not quantized(classifier)
     classifier.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "classifier.json").read_text())
     assert (content["weights"], content["base"]["quantize"]) == ("full", None)
@@ -123,7 +123,7 @@ def test_the_form_of_training_is_that_of_merging(blocks, tmp_path, how):
     classifier_on(blocks, how, adapter=True).save_pretrained(tmp_path)
     word = weight_format_in_training(tmp_path)
     assert word == (how or "none")
-    assert bool(quantised(load_classifier(tmp_path, device="cpu", quantize=word))) == bool(how)
+    assert bool(quantized(load_classifier(tmp_path, device="cpu", quantize=word))) == bool(how)
 
 
 def test_another_base_in_blocks_is_refused(blocks, tmp_path):
@@ -133,7 +133,7 @@ def test_another_base_in_blocks_is_refused(blocks, tmp_path):
         load_classifier(tmp_path / "saved", model=tmp_path / "other.gguf", device="cpu")
 
 
-def test_a_changed_quantised_base_is_not_taken_for_the_file(blocks):
+def test_a_changed_quantized_base_is_not_taken_for_the_file(blocks):
     llama = load_pretrained(blocks, quantize="stored", dtype="float32", device="cpu")
     checkpoint = open_checkpoint(blocks)
     assert weights_digest_of_source(llama, checkpoint) == weights_digest(checkpoint)
@@ -141,7 +141,7 @@ def test_a_changed_quantised_base_is_not_taken_for_the_file(blocks):
     assert weights_digest_of_source(llama, checkpoint) is None
 
 
-def test_base_tensors_are_what_quantised_weights_compute_with(blocks):
+def test_base_tensors_are_what_quantized_weights_compute_with(blocks):
     classifier = classifier_on(blocks, "stored", adapter=True)
     dense = load_pretrained(blocks, dtype="float32", device="cpu")
     found, expected = base_tensors(classifier.llama), dense.state_dict()
@@ -149,13 +149,13 @@ def test_base_tensors_are_what_quantised_weights_compute_with(blocks):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_quantised_model_that_is_in_no_file_is_written_in_numbers(blocks, tmp_path):
+def test_a_quantized_model_that_is_in_no_file_is_written_in_numbers(blocks, tmp_path):
     classifier = classifier_on(blocks, "int4")
     classifier.llama.source = None
     before = classifier.predict_logits(TEXTS)
     classifier.save_pretrained(tmp_path)
     after = load_classifier(tmp_path, device="cpu")
-    assert not quantised(after)
+    assert not quantized(after)
     np.testing.assert_allclose(after.predict_logits(TEXTS), before, atol=2e-3)
 
 
@@ -229,10 +229,10 @@ def test_a_half_precision_of_the_training_is_left_where_it_is_slow(base, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["zero-shot", "frozen", "lora"])
-def test_an_experiment_runs_on_quantised_weights(make_experiment, blocks, tmp_path, method):
+def test_an_experiment_runs_on_quantized_weights(make_experiment, blocks, tmp_path, method):
     experiment = make_experiment(method, model=str(blocks), quantize="int8", dtype=None)
     outcome = run_experiment(experiment)
-    assert quantised(outcome.classifier)
+    assert quantized(outcome.classifier)
     loaded = load_classifier(tmp_path / "run", device="cpu")
     assert loaded.llama.quantize == "int8"
     np.testing.assert_array_equal(
@@ -241,7 +241,7 @@ def test_an_experiment_runs_on_quantised_weights(make_experiment, blocks, tmp_pa
 
 
 def test_all_weights_are_trained_in_numbers(make_experiment, blocks):
-    with pytest.raises(OptionError, match="full training changes all weights"):
+    with pytest.raises(OptionError, match="full training cannot update"):
         make_experiment("full", model=str(blocks), quantize="int8")
     with pytest.raises(OptionError, match="quantize must be one of"):
         make_experiment("lora", quantize="int3")

@@ -19,8 +19,8 @@ from tests.classifier_cases import TEXTS, embedding
 def blobs(n=300, classes=3, dim=8, spread=1.0, seed=0):
     random = np.random.default_rng(seed)
     labels = random.integers(classes, size=n)
-    centres = random.normal(size=(classes, dim)) * 3
-    points = centres[labels] + spread * random.normal(size=(n, dim))
+    centers = random.normal(size=(classes, dim)) * 3
+    points = centers[labels] + spread * random.normal(size=(n, dim))
     return points.astype(np.float32), labels.tolist()
 
 

@@ -29,7 +29,7 @@ def layers_with(*spreads):
         ((1.0, 1.0, 1.0), 2, [2, 4]),
     ],
 )
-def test_the_shallowest_of_the_good_layers_and_its_neighbours_stay(spreads, good, stay):
+def test_the_shallowest_of_the_good_layers_and_its_neighbors_stay(spreads, good, stay):
     features, labels = layers_with(*spreads)
     assert worthwhile_layers(features, labels, 3) == (good, stay)
 
@@ -79,7 +79,7 @@ def test_raced_features_are_those_of_the_layers_that_are_left(monkeypatch):
         np.testing.assert_allclose(rows, expected[choice], atol=1e-5)
     assert sum(done) == len(texts)
     assert said == [
-        "after 3 texts no layer was clearly better than layer 1: layers 1 were read of the others"
+        "after 3 texts no layer was clearly better than layer 1: continuing with layers 1"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Texts in their prompts: joint tokenisation, shortening, shots and chats."""
+"""Texts in their prompts: joint tokenization, shortening, shots and chats."""
 
 import pytest
 
@@ -115,10 +115,10 @@ def test_without_labels_there_is_only_the_prompt(words):
 @pytest.mark.parametrize(
     ("template", "options", "message"),
     [
-        ("no place", {}, "must hold {text} exactly once"),
-        ("{text} {text}", {}, "must hold {text} exactly once"),
-        ("{text} {labels}", {}, "no labels to stand for"),
-        (REVIEW, {"system": "Be brief."}, "a system message needs a chat"),
+        ("no place", {}, "must contain {text} exactly once"),
+        ("{text} {text}", {}, "must contain {text} exactly once"),
+        ("{text} {labels}", {}, "no labels for"),
+        (REVIEW, {"system": "Be brief."}, "a system message needs chat"),
     ],
 )
 def test_templates_that_cannot_work_are_refused(words, template, options, message):
@@ -135,5 +135,5 @@ def test_labels_that_cannot_be_told_apart_are_refused(words):
 
 def test_a_frame_that_is_too_long_is_refused(words):
     template = prompt(words, labels=("good", "bad"), max_len=5)
-    with pytest.raises(ContextError, match="tokens without any text, and 5 are allowed"):
+    with pytest.raises(ContextError, match="tokens without any text, but the limit is 5"):
         template.encode("x")

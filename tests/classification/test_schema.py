@@ -51,7 +51,7 @@ def test_what_they_may_be(name: str, value: Any) -> None:
     ("name", "value", "message"),
     [
         *(
-            ("pad_id", value, f"pad_id must be a whole number, not {value!r}")
+            ("pad_id", value, f"pad_id must be an integer, not {value!r}")
             for value in (True, 1.0, "1", [1], {}, 2**31, -(2**31), float("nan"))
         ),
         *(

@@ -38,7 +38,7 @@ def test_what_is_no_text_is_told_by_its_place(make, name):
         with pytest.raises(DataError) as caught:
             call([TEXTS[0], value])
         assert str(caught.value) == (
-            f"texts[1] is {said}: no string; give a text in its place, or leave it out"
+            f"texts[1] is {said}: not a string; give a text instead, or omit it"
         )
     with pytest.raises(DataError, match=r"is .*: no string"):
         classifier.encode(value)
@@ -64,10 +64,10 @@ def test_texts_may_come_in_anything_that_has_an_order(make):
         ({"a": "b"}, "texts must be a list of strings, not a dict"),
         ({"a"}, "texts must be a list of strings, not a set"),
         (pd.DataFrame({"a": ["b"]}), "not a table; give one of its columns"),
-        (np.array([["a"]]), "texts[0] is a ndarray: no string"),
-        (np.array([b"a"]), "texts[0] is the bytes b'a': no string"),
+        (np.array([["a"]]), "texts[0] is a ndarray: not a string"),
+        (np.array([b"a"]), "texts[0] is the bytes b'a': not a string"),
         (pd.Series(["a", None, "b", None]), "texts[1] is "),
-        (["a", *[None] * 12], "texts[10] is None (missing) and 2 more: no string"),
+        (["a", *[None] * 12], "texts[10] is None (missing) and 2 more: not a string"),
     ],
 )
 def test_what_is_no_list_of_texts_is_one_line(texts, message):

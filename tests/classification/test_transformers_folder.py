@@ -221,7 +221,7 @@ def without_words(folder):
         (tensors_edited(with_bias), "score.bias"),
         (tensors_edited(without_head), "score.weight is missing"),
         (tensors_edited(narrow_head), r"score.weight is of shape \(3, 47\)"),
-        (tensors_edited(nan_head), "score.weight holds NaN"),
+        (tensors_edited(nan_head), "score.weight has NaN"),
         (lambda folder: edit_config(folder, id2label={"0": "a", "1": "b"}), "names 2 labels"),
         (lambda folder: edit_config(folder, id2label={"1": "a", "2": "b", "3": "c"}), "0 to 2"),
         (lambda folder: edit_config(folder, id2label={"0": "a", "1": "a", "2": "c"}), "twice"),
@@ -427,7 +427,7 @@ def test_numbers_are_exported_with_their_scale_in_the_head(minllama, tmp_path):
         ({"layer": 2}, "it runs 2 of 3 layers"),
         (
             {"names": ["stars"], "scale": TargetScale(3.5, 1.0)},
-            "it adds 3.5 to the product with its head, and score.weight has no bias",
+            "its logits have an offset of 3.5, but score.weight has no bias",
         ),
     ],
 )
@@ -467,7 +467,7 @@ def test_a_bias_that_cancels_the_mean_of_the_targets_is_no_offset(minllama, tmp_
     ("multi_label", "names", "threshold", "said"),
     [
         (False, ["no", "yes"], 0.31, ["threshold 0.31 for 'yes': has no place", "likeliest class"]),
-        (True, list(NAMES), 0.2, ["threshold 0.2 for each label: has no place", "scores alone"]),
+        (True, list(NAMES), 0.2, ["threshold 0.2 for each label: cannot be stored", "only scores"]),
         (
             *(True, list("abcdefgh"), {name: i / 10 for i, name in enumerate("abcdefgh", 1)}),
             [f"{i / 10:g} for '{name}'" for i, name in enumerate("abcdefgh", 1)],
@@ -486,7 +486,7 @@ def test_a_threshold_does_not_travel_and_that_is_said(
     for words in said:
         assert words in notices
         assert words in card
-    assert ("hold the probabilities against it" in notices) == bool(said)
+    assert ("apply it to the probabilities, since" in notices) == bool(said)
     assert "threshold" not in str(theirs.config)
     assert set(load_classifier(tmp_path / "out").thresholds.values()) == {0.5}
     logits = their_logits(theirs, tmp_path / "out", TEXTS)

@@ -68,9 +68,7 @@ def test_a_text_without_its_closing_quotes_is_said_and_that_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     assert everything_said('"""\none\ntwo\n', monkeypatch) == [Said("one\ntwo")]
-    assert capsys.readouterr().err == (
-        'the text has no closing """, and is said as far as it came\n'
-    )
+    assert capsys.readouterr().err == ('the message has no closing """; sending what was read\n')
 
 
 def test_help_fits_a_terminal() -> None:

@@ -91,36 +91,39 @@ def test_train_prints_a_summary_and_says_what_it_does(run, base, labelled_files,
 
 
 WRONG = {
-    "layer": (("--method", "frozen", "--layer", "abc"), "layer must be a number, all or auto"),
+    "layer": (("--method", "frozen", "--layer", "abc"), "layer must be an integer, all or auto"),
     "no such layer": (("--method", "frozen", "--layer", "999"), "layer must be 1 to 2"),
-    "shots": (("--method", "zero-shot", "--shots", "99"), "99 examples are asked for"),
+    "shots": (("--method", "zero-shot", "--shots", "99"), "99 examples were requested, but"),
     "prompt": (("--method", "zero-shot", "--prompt", "none"), "{text} exactly once"),
     "max-len": (("--method", "zero-shot", "--max-len", "4"), "tokens without any text"),
     "words": (("--method", "zero-shot", "--label-words", "a"), "1 words (a) for 2 labels"),
-    "device": (("--method", "frozen", "--device", "foo"), "device 'foo' cannot be used here"),
+    "device": (
+        ("--method", "frozen", "--device", "foo"),
+        "device 'foo' is not usable on this machine",
+    ),
     "model": (("--method", "frozen", "-m", "./nowhere"), "no such file or folder"),
-    "output": (("--method", "frozen", "-o", ""), "the name of --output is empty"),
+    "output": (("--method", "frozen", "-o", ""), "--output is empty"),
     "resume": (("--resume",), "there is no checkpoint to go on from"),
     "both": (("--resume", "--force"), "give one of them"),
     "idle": (
         ("--train", "is never read", "--method", "frozen", "--label-words", "a,b", "--r", "8"),
-        "--method frozen has no use for --label-words (for --method zero-shot or",
+        "--method frozen does not use --label-words (for --method zero-shot or",
     ),
     "one class": (
         ("--train", "one.txt", "--dev", "one.txt"),
-        "a classifier needs examples of two classes",
+        "a classifier needs examples of at least two classes",
     ),
     "no rows": (("--train", "empty.txt"), "holds no rows"),
     "no text": (("--train", "blank.txt"), "line 1: the text is empty"),
     "two files": (
         ("--train", "a.txt", "--train", "b.txt"),
-        "--train is there 2 times, and takes one source; put the rows into one file",
+        "--train takes one source, but is given 2 times; put the rows into one file",
     ),
     "full in halves": (
         ("--method", "full", "--dtype", "bfloat16"),
-        "full training takes steps that bfloat16 rounds away; leave --dtype away",
+        "full training takes steps too small for bfloat16; omit --dtype",
     ),
-    "numbers in dev": (("--dev", "numbers.txt"), "--label-names FILE says which names"),
+    "numbers in dev": (("--dev", "numbers.txt"), "--label-names FILE sets the names"),
 }
 
 
@@ -174,7 +177,7 @@ def test_merge_leaves_the_base_alone(run, base, trained, tmp_path):
         *("merge", trained / "lora", tmp_path / "base"),
         *("--base", tmp_path / "base", "--force"),
     )
-    assert refused(result, "the base model lies there")
+    assert refused(result, "contains the base model")
     assert names_in(tmp_path / "base") == before
 
 
@@ -192,7 +195,7 @@ def test_the_folder_that_one_stands_in_is_refused_before_the_work(
     }[command]
     for folder in (".", "..", here):
         result = run(command, *arguments, folder, "--force")
-        assert refused(result, f"cannot write the folder {folder}: ", "you are in it")
+        assert refused(result, f"cannot write the folder {folder}: ", "is the current directory")
     assert Path.cwd() == here
 
 
@@ -231,12 +234,12 @@ def test_evaluate_says_that_labels_may_be_placeholders(run, trained, tmp_path):
     data = write_labelled(tmp_path / "data.txt", [("bad", text) for _, text in examples(4, seed=3)])
     result = run("evaluate", trained / "lora", "--data", data, "-o", tmp_path / "report")
     assert result.status == 0, result.err
-    notice = f"{data}: every row has the label 'bad'; is it a placeholder? an accuracy on it"
+    notice = f"{data}: every row has the label 'bad'; is it a placeholder? accuracy"
     assert notice in result.err
     (note,) = json.loads((tmp_path / "report" / "metrics.json").read_text())["notes"]
     assert note.startswith(notice)
     write_labelled(data, [(-1, text) for _, text in examples(4, seed=3)])
-    assert refused(run("evaluate", trained / "lora", "--data", data), "label -1 stands for none")
+    assert refused(run("evaluate", trained / "lora", "--data", data), "label -1 means no label")
 
 
 def test_classify_prints_labels_of_texts(run, trained):
@@ -272,25 +275,28 @@ def test_classify_by_words_alone_names_its_score(run, base, rows, tmp_path):
 
 
 CONTRADICTIONS = {
-    "nothing": ((), "give texts with --text, or a file"),
+    "nothing": ((), "give either texts with --text or a file"),
     "texts and file": (("--text", "a", "-i", "rows.txt"), "one of them"),
-    "no classifier": (("--text", "a"), "name a CLASSIFIER, or give --labels"),
-    "one label": (("--labels", "a", "--text", "a"), "is one label"),
+    "no classifier": (("--text", "a"), "give either a CLASSIFIER or --labels"),
+    "one label": (("--labels", "a", "--text", "a"), "only one label"),
     "the same label": (("--labels", "a, a", "--text", "a"), "is there twice"),
-    "empty label": (("--labels", "a,,b", "--text", "a"), "not blank"),
-    "a quote": (("--labels", 'a,"b', "--text", "a"), "a quote is opened and never closed"),
+    "empty label": (("--labels", "a,,b", "--text", "a"), "must not be blank"),
+    "a quote": (("--labels", 'a,"b', "--text", "a"), "a quote is not closed"),
     "labels twice": (("--labels", "a,b", "--labels-file", "x", "--text", "a"), "give one of them"),
     "no labels file": (("--labels-file", "nowhere", "--text", "a"), "No such file"),
-    "base": (("--labels", "a,b", "--base", "x", "--text", "a"), "name it with --model"),
+    "base": (("--labels", "a,b", "--base", "x", "--text", "a"), "--labels, use --model"),
     "batch": (
         ("--labels", "a,b", "--score", "batch", "-i", "-"),
-        "learns from the texts of a file",
+        "estimates the prior from the texts of a file",
     ),
     "output": (("--labels", "a,b", "--text", "a", "-o", "x"), "--output is for --input"),
     "blank": (("--labels", "a,b", "--text", " "), "--text: the text is empty"),
     "one of them blank": (("--labels", "a,b", "--text", "a", "--text", ""), "--text number 2: the"),
     "half a character": (("--labels", "a,b", "--text", "a\udce9"), "a lone surrogate"),
-    "resume to a terminal": (("--labels", "a,b", "-i", "rows.txt", "--resume"), "--output of JSON"),
+    "resume to a terminal": (
+        ("--labels", "a,b", "-i", "rows.txt", "--resume"),
+        "--output file in JSON",
+    ),
     "resume labelled": (("--labels", "a,b", "-i", "r", "-o", "x.txt", "--resume"), "of JSON lines"),
     "both": (("--labels", "a,b", "-i", "r", "-o", "x", "--resume", "--force"), "give one of them"),
     "a folder": (("--labels", "a,b", "-i", "rows.txt", "-o", "."), ". is a folder"),
@@ -302,7 +308,7 @@ CONTRADICTIONS = {
     "json of rows": (("--labels", "a,b", "-i", "rows.txt", "--json"), "--json: for --text"),
     "a correction of nothing": (
         ("--labels", "a,b", "--text", "a", "--prior-strength", "0.5"),
-        "--prior-strength: for --score pmi, contextual, batch",
+        "--prior-strength: only for --score pmi, contextual, batch",
     ),
     "there already": (("--labels", "a,b", "-i", "rows.txt", "-o", "old"), "old exists"),
 }
@@ -342,7 +348,7 @@ def test_bad_rows_are_refused_before_the_output_is_touched(run, trained, tmp_pat
     assert output.read_text() == "mine"
     result = run(*common, "--skip-bad-rows")
     assert [json.loads(line)["index"] for line in output.read_text().splitlines()] == [0, 2]
-    assert "bad rows left out: 2 (line 2: the text is empty; line 4: " in result.err
+    assert "bad rows skipped: 2 (line 2: the text is empty; line 4: " in result.err
     assert result.err.endswith("classified 2 texts\n")
 
 
@@ -359,7 +365,7 @@ def test_the_input_is_not_written_over(run, base, rows, monkeypatch, name, optio
         output.hardlink_to(rows)
     to = ("-o", output, option, "--output-format", "jsonl")
     result = run("classify", "-m", base, "--labels", "a,b", "-i", "rows.txt", *to)
-    assert refused(result, f"{output} is the file that --input reads; name another for --output")
+    assert refused(result, f"{output} is also the --input; name another file for --output")
     assert rows.read_bytes() == before
 
 
@@ -372,7 +378,7 @@ def test_the_file_behind_a_standard_stream_is_not_written_over(base, rows):
                 [*start, *arguments], stdin=read, stdout=appended, stderr=subprocess.PIPE, text=True
             )
         assert done.returncode == 2
-        assert "is the file that --input reads" in done.stderr
+        assert "is also the --input" in done.stderr
     assert rows.read_bytes() == before
 
 
@@ -383,9 +389,7 @@ def test_columns_are_carried_along_where_they_are_wanted(run, trained, tmp_path,
     given = ("classify", trained / "lora", "-i", path, "--keep-columns", kept)
     result = run(*given)
     if kept == "nosuch":
-        assert refused(
-            result, "rows.csv: there is no column 'nosuch' to keep; there are 'id', 'text'"
-        )
+        assert refused(result, "rows.csv: no column 'nosuch' to keep; there are 'id', 'text'")
         return
     assert result.status == 0, result.err
     found = [json.loads(line)["columns"] for line in result.out.splitlines()]
@@ -394,7 +398,7 @@ def test_columns_are_carried_along_where_they_are_wanted(run, trained, tmp_path,
     assert all(tuple(row) == names for row in found)
     plain = run(*given[:-2])
     assert all("columns" not in json.loads(line) for line in plain.out.splitlines())
-    assert refused(run(*given, "--output-format", "labelled"), "lines of JSON carry along")
+    assert refused(run(*given, "--output-format", "labelled"), "needs column names or all")
 
 
 @pytest.mark.parametrize("method", ["frozen", "lora"])
@@ -423,8 +427,11 @@ def test_texts_that_are_read_in_part_are_told_of(run, base, labelled_files, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--score", "pmi", "--prompt", "{text}", "--text", "x"), "nothing but the text: '{text}'"),
-        (("--score", "contextual", "--prompt", "{text}", "--text", "x"), "put words around it"),
+        (("--score", "pmi", "--prompt", "{text}", "--text", "x"), "not '{text}'"),
+        (
+            ("--score", "contextual", "--prompt", "{text}", "--text", "x"),
+            "needs a prompt with words around the text",
+        ),
         (("--score", "batch", "-i", "empty.txt"), "empty.txt: holds no rows; give a file"),
     ],
 )
@@ -454,7 +461,7 @@ def test_labels_may_hold_commas_and_come_from_a_file(run, base, tmp_path):
     )
     assert list(json.loads(result.out)["probabilities"]) == ["déçu", "ravi"]
     result = run("classify", *words, "--labels", "good,Good")
-    assert "'good', 'Good' are different labels that differ in case only" in result.err
+    assert "'good', 'Good' are different labels that differ only in case" in result.err
 
 
 def test_a_column_for_each_label_trains_and_measures(run, base, tmp_path):
@@ -520,7 +527,7 @@ def test_resume_refuses_another_classifier(run, trained, rows, tmp_path):
     before = output.read_bytes()
     # Its labels are the same, and its probabilities not far off.
     result = run("classify", trained / "words", "-i", rows, "-o", output, "--resume")
-    assert refused(result, "give the one that the run began with")
+    assert refused(result, "give the run's original classifier")
     assert output.read_bytes() == before
 
 
@@ -539,7 +546,7 @@ def test_labels_of_any_kind_are_printed_on_one_line_each(run, base, tmp_path):
     assert "\u202e" not in result.out
     result = run("classify", tmp_path / "run", "-i", tmp_path / "train.jsonl", "--output-format",
                  "labelled")  # fmt: skip
-    assert refused(result, r"the label 'e\nf' cannot stand in a line")
+    assert refused(result, r"the label 'e\\nf' cannot be written in lines")
     result = run("evaluate", tmp_path / "run", "--data", tmp_path / "train.jsonl")
     assert result.status == 0, result.err
 
@@ -559,7 +566,7 @@ def test_merge_writes_a_folder_that_needs_no_base(run, trained, rows, tmp_path):
     for name in ("metrics.json", "report.html", "predictions.jsonl", "metrics.jsonl"):
         assert (tmp_path / "merged" / name).read_bytes() == (trained / "lora" / name).read_bytes()
     card = (tmp_path / "merged" / "README.md").read_text()
-    measured = (trained / "lora" / "README.md").read_text().partition("## How it fared")[2]
+    measured = (trained / "lora" / "README.md").read_text().partition("## Evaluation")[2]
     assert measured.partition("##")[0] in card
     texts = rows.read_text().splitlines()
     one, other = (load_classifier(f, device="cpu") for f in (trained / "lora", tmp_path / "merged"))
@@ -567,7 +574,7 @@ def test_merge_writes_a_folder_that_needs_no_base(run, trained, rows, tmp_path):
     np.testing.assert_allclose(one.predict_proba(texts), other.predict_proba(texts), atol=1e-4)
     assert refused(run("merge", trained / "lora", tmp_path / "merged"), "--force replaces it")
     measured = run("evaluate", tmp_path / "merged", "--data", rows, "--base", "nowhere")
-    assert refused(measured, "needs no base; leave --base nowhere away")
+    assert refused(measured, "needs no base; omit --base nowhere")
     assert run("merge", trained / "lora", tmp_path / "merged", "--force").status == 0
     unmeasured = tmp_path / "unmeasured"
     load_classifier(trained / "lora", device="cpu").save_pretrained(unmeasured)
@@ -576,5 +583,5 @@ def test_merge_writes_a_folder_that_needs_no_base(run, trained, rows, tmp_path):
     (unmeasured / "metrics.json").write_text('{"splits": 1}')
     assert refused(run("merge", unmeasured, tmp_path / "x"), "metrics.json: damaged")
     assert refused(run("merge", trained / "words", tmp_path / "x"), "no adapter to merge")
-    assert refused(run("merge", trained / "lora", ""), "the name of DST is empty")
+    assert refused(run("merge", trained / "lora", ""), "DST is empty")
     assert not (tmp_path / "x").exists()

@@ -65,7 +65,7 @@ def test_a_signal_leaves_a_checkpoint(base, labelled_files, tmp_path, number, st
     assert process.returncode == status
     assert out == b""
     assert b"Traceback" not in err
-    assert f"without --force, the same command goes on with {output}".encode() in err
+    assert f"without --force, continues {output}".encode() in err
     assert (output / "checkpoint" / "state.json").exists()
     assert not (output / "classifier.json").exists()
 

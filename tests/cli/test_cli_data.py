@@ -51,7 +51,7 @@ def test_a_classifier_is_trained_and_evaluated_on_cp1252_without_a_header(
     for wrong, words in (
         ((), b"\xc3\xa9t\xc3\xa9: "),
         ((), b"--data-format tsv --columns label,text; read it with --encoding cp1252"),
-        (("--encoding", "cp125"), b"is no text encoding that Python knows; is cp125"),
+        (("--encoding", "cp125"), b"is not a text encoding that Python knows; did you mean cp125"),
     ):
         result = minllama("evaluate", output, "--data", data, *wrong)
         assert result.returncode == 2

@@ -104,20 +104,23 @@ def test_a_column_with_a_comma_in_its_name_is_kept(classify, tmp_path):
 
 
 REFUSED = {
-    "parquet to a terminal": (("--output-format", "parquet"), "Parquet is written into a file"),
+    "parquet to a terminal": (("--output-format", "parquet"), "Parquet needs a regular file"),
     "parquet to a device": (
         ("-o", "/dev/null", "--output-format", "parquet"),
-        "Parquet is written into a file",
+        "Parquet needs a regular file",
     ),
     "json": (("-o", "out.csv", "--json"), "--json: for --text; --output-format is for --input"),
-    "a mark of lines": (("-o", "out.jsonl", "--bom"), "--bom: for an --output of CSV or TSV"),
+    "a mark of lines": (
+        ("-o", "out.jsonl", "--bom"),
+        "--bom: only for CSV and TSV output; omit it",
+    ),
     "no such column": (("-o", "out.csv", "--keep-columns", "when"), "no column 'when' to keep"),
-    "parts": (("-o", "cut.parquet"), "cut.parquet.partial.jsonl exists; --resume goes on"),
+    "parts": (("-o", "cut.parquet"), "cut.parquet.partial.jsonl exists; --resume continues"),
     "the lines of a run": (
         ("-o", "cut.parquet", "-i", "cut.parquet.partial.jsonl", "--force"),
-        "cut.parquet.partial.jsonl is the file that --input reads",
+        "cut.parquet.partial.jsonl is also the --input",
     ),
-    "no rows": (("-o", "out.csv", "-i", "-"), "standard input: holds no rows"),
+    "no rows": (("-o", "out.csv", "-i", "-"), "standard input: no rows"),
 }
 
 
@@ -163,7 +166,7 @@ def test_a_run_that_was_cut_goes_on(classify, rows, tmp_path, name):
         output.write_bytes(whole[:-70])
         status, _, err = classify(*common, "--resume")
         assert status == 0, err
-        assert "going on behind row 7 of" in err
+        assert "resuming after row 7 of" in err
     if name != "out.parquet":
         assert output.read_bytes() == whole
     assert classify(*common, "--force")[0] == 0
@@ -171,7 +174,7 @@ def test_a_run_that_was_cut_goes_on(classify, rows, tmp_path, name):
     other = ("--keep-columns", "id", "--resume")
     status, _, err = classify("-i", rows, "-o", name, *other)
     assert status == 2
-    assert "give the --keep-columns that the run began with" in err
+    assert "give the run's original --keep-columns" in err
     assert output.read_bytes() == whole
 
 

@@ -97,7 +97,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(codec, run, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a".encode("utf-16-le"), "holds null characters"),
+        ("a".encode("utf-16-le"), "contains null characters"),
         (b"\xff\xfea\xd8", "not UTF-16 at byte"),
         (b"\xff\xfe\0\0a", "not UTF-32 at byte"),
         (b"\xef\xbb\xbf\xff", "not UTF-8 at byte"),
@@ -113,8 +113,8 @@ def test_other_encodings_are_refused_in_one_line(content, message, run, tmp_path
 def test_two_system_messages_are_refused(run, tmp_path):
     (tmp_path / "s").write_text("x")
     system = ("--system", "a", "--system-file", tmp_path / "s")
-    refused(run("a", "--chat", *system), "two system messages")
-    refused(run(*system, command="chat"), "two system messages")
+    refused(run("a", "--chat", *system), "exclude each other")
+    refused(run(*system, command="chat"), "exclude each other")
     refused(run("a", "--system-file", tmp_path / "s"), "--system needs --chat")
     refused(run("a", "--chat", "--system-file", tmp_path / "none"), "none: cannot be read")
 
@@ -128,7 +128,7 @@ def test_what_is_piped_in_stands_before_the_prompt(piped, whole, run, tmp_path):
     for given in (("?",), ("--prompt-file", tmp_path / "p")):
         result = run(*given, *ONE, stdin=piped.encode())
         assert result.record["prompt"] == whole
-        said = f"{len(piped)} characters of standard input stand before the prompt"
+        said = f"{len(piped)} characters of standard input before the prompt"
         assert (said in result.err) == bool(piped.strip())
 
 
@@ -206,7 +206,7 @@ def test_special_tokens_in_a_prompt_are_said_and_made_tokens_on_request(run, fol
     result = run(prompt, *ONE)
     assert result.record["prompt_tokens"] == tokenizer.encode(prompt)
     assert result.err.startswith(
-        "plain text in the prompt: <|user|>, <eos>, <|assistant|> (tokens with --special)\n"
+        "read as plain text: <|user|>, <eos>, <|assistant|> (special tokens with --special)\n"
     )
     for text in (prompt, "<bos>" + prompt):  # BOS is there once
         result = run(text, "--special", *ONE)
@@ -215,7 +215,11 @@ def test_special_tokens_in_a_prompt_are_said_and_made_tokens_on_request(run, fol
         assert "plain text" not in result.err
     assert "plain text" not in run("no markers < | >", *ONE).err
     assert "(tokens with --special, without --chat)" in run(prompt, "--chat", *ONE).err
-    refused(run(prompt, "--chat", "--special"), "--special is for a prompt in the model's own")
+    refused(
+        run(prompt, "--chat", "--special"),
+        "--special is for a prompt that is already in the model's chat format, and --chat "
+        "applies that",
+    )
 
 
 def test_a_template_may_be_a_file_or_one_of_the_models(run, folder, tmp_path):
@@ -232,10 +236,10 @@ def test_a_template_may_be_a_file_or_one_of_the_models(run, folder, tmp_path):
     assert "prefill 3 tokens" in run(*chat, command="chat", stdin=b"hi\n").err
     (tmp_path / "empty").write_text("no template")
     for given, message in (
-        ("none", "--chat-template none: no such file, and no template of the model's (default, sh"),
+        ("none", "--chat-template none: neither a file nor a template of the model (default, sh"),
         ("a\nb", "--chat-template a\\nb: no such file"),
         (tmp_path, "no such file"),
-        (tmp_path / "empty", "holds no Jinja template"),
+        (tmp_path / "empty", "not a Jinja template"),
     ):
         refused(run("hi", "--chat", "--chat-template", given), message)
     refused(run("hi", "--chat-template", "shout"), "--chat-template needs --chat")

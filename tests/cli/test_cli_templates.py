@@ -140,9 +140,9 @@ def test_train_keeps_it_and_no_other_command_needs_it(several, labelled_files, t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--chat", "--chat-template", "none"), "no such file, and no template of the model's"),
+        (("--chat", "--chat-template", "none"), "neither a file nor a template of the model"),
         (("--chat-template", "terse"), "--chat-template needs --chat"),
-        (("--chat", "--chat-template", "FILE"), "holds no Jinja template"),
+        (("--chat", "--chat-template", "FILE"), "not a Jinja template"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(options, message, several, tmp_path, run):

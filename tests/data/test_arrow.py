@@ -57,7 +57,7 @@ def test_numbers_of_declared_classes_are_never_names(tmp_path: Path) -> None:
 def test_a_class_that_is_only_declared_is_a_class(tmp_path: Path) -> None:
     columns = {"text": ["a", "b"], "label": [1, -1]}
     path = write(tmp_path / "x.parquet", columns, {"label": CLASSES})
-    with pytest.raises(DataError, match=r"x\.parquet, row 2: label -1 stands for none"):
+    with pytest.raises(DataError, match=r"x\.parquet, row 2: label -1 means no label"):
         load_dataset(path)
     dataset = load_dataset(path, DataOptions(skip_bad_rows=True))
     assert (dataset.labels, dataset.class_counts()) == ([1], [0, 1])
@@ -110,7 +110,7 @@ def test_streamed_rows_hold_plain_columns_only(tmp_path: Path) -> None:
         "day": "2024-01-01",
     }
     refusal = (
-        "column 'image' is binary, which can be no text; write it as strings, in pandas with "
+        "column 'image' is binary, which cannot be a text; convert it to strings, in pandas with "
         "df\\['image'\\].str.decode\\(\"utf-8\"\\), or give --text-column one of 'text'"
     )
     with pytest.raises(DataError, match=refusal):
@@ -140,7 +140,9 @@ def test_columns_that_can_hold_no_text_are_named_with_their_type(
             with pytest.raises(DataError) as caught:
                 load(path) if options is None else load_dataset(path, options)
             # That the other column is called 'label' says that it is no text.
-            message = f"{path}: column 'text' is {kind}, which can be no text; write it as strings"
+            message = (
+                f"{path}: column 'text' is {kind}, which cannot be a text; convert it to strings"
+            )
             how = {"binary": 'str.decode("utf-8")', "bool": "astype(str)"}.get(
                 kind, "map(str)" if "<" in kind else "astype(str)"
             )
@@ -152,10 +154,12 @@ def test_columns_that_can_hold_no_label_are_named_with_their_type(tmp_path: Path
     day = pa.array([1, 2], pa.timestamp("us"))
     path = write(tmp_path / "x.parquet", {"text": ["a", "b"], "label": day, "day": day})
     with pytest.raises(
-        DataError, match=r"column 'label' is timestamp\[us\], which can be no label"
+        DataError, match=r"column 'label' is timestamp\[us\], which cannot be a label"
     ):
         load_dataset(path)
-    with pytest.raises(DataError, match=r"column 'day' is timestamp\[us\], which can be no label"):
+    with pytest.raises(
+        DataError, match=r"column 'day' is timestamp\[us\], which cannot be a label"
+    ):
         load_dataset(path, DataOptions(label_column="day"))
     with pytest.raises(DataError) as caught:
         load_dataset(path)
@@ -183,7 +187,7 @@ def test_numbers_beside_the_texts_are_not_taken_for_them(tmp_path: Path) -> None
 def test_text_that_is_not_utf_8_makes_one_bad_row(tmp_path: Path) -> None:
     texts = pa.array([b"a", b"b", b"caf\xe9", b"d"]).cast(pa.string(), safe=False)
     path = write(tmp_path / "x.parquet", {"text": texts, "label": [0, 1, 0, 1]})
-    with pytest.raises(DataError, match=r"x\.parquet, row 3: text that is not UTF-8; mend it"):
+    with pytest.raises(DataError, match=r"x\.parquet, row 3: text that is not UTF-8; fix it"):
         load_dataset(path)
     assert load_dataset(path, DataOptions(skip_bad_rows=True)).texts == ["a", "b", "d"]
 
@@ -326,7 +330,8 @@ def test_data_sets_on_the_hub_are_read_and_what_it_refuses_is_one_line(
         [["a", "b"], [1, 0], ["neg", "pos"], "org/table"],
     ]
     assert answers[3] == (
-        "org/reviews/plain: has the splits 'train', 'test'; name one, as in org/reviews/plain:train"
+        "org/reviews/plain: has the splits 'train', 'test'; choose one, such as "
+        "org/reviews/plain:train"
     )
     for answer, part in zip(
         answers[4:],
@@ -334,14 +339,15 @@ def test_data_sets_on_the_hub_are_read_and_what_it_refuses_is_one_line(
             "org/reviews/plain:dev: Unknown split \"dev\". Should be one of ['train', 'test']; ",
             "org/reviews:train: Config name is missing. Please pick one among the available "
             "configs: ['plain', 'odd'] ",
-            "org/program:train: the data set is a program, which is not run; try its conversion "
-            "org/program@refs/convert/parquet, or another copy",
-            "org/private:train: no such file here, and no such data set on the hub that you may "
-            "read (",
-            "org/nothing:train: no such file here, and no such data set on the hub that you may "
-            "read (",
-            "org/table@v9:train: no such file here, and no such data set on the hub that you may "
-            "read (Revision 'v9' doesn't exist for dataset 'org/table' on the Hub); check the name",
+            "org/program:train: the dataset needs a script, which is not supported; try its "
+            "conversion org/program@refs/convert/parquet, or another copy",
+            "org/private:train: no such file, and no accessible dataset of that name on Hugging "
+            "Face (",
+            "org/nothing:train: no such file, and no accessible dataset of that name on Hugging "
+            "Face (",
+            "org/table@v9:train: no such file, and no accessible dataset of that name on "
+            "Hugging Face (Revision 'v9' doesn't exist for dataset 'org/table' on the Hub); "
+            "check the name",
         ],
         strict=True,
     ):
@@ -354,8 +360,9 @@ def test_without_the_network_it_is_said() -> None:
     with pytest.raises(DataError) as caught:  # the tests run with HF_HUB_OFFLINE
         load_dataset("org/reviews:train")
     assert str(caught.value) == (
-        "org/reviews:train: no such file here, and it cannot be had from the hub (Couldn't reach "
-        "'org/reviews' on the Hub (OfflineModeIsEnabled)); check the name and the connection"
+        "org/reviews:train: no such file, and it cannot be downloaded from Hugging Face "
+        "(Couldn't reach 'org/reviews' on the Hub (OfflineModeIsEnabled)); check the name and "
+        "the connection"
     )
 
 

@@ -279,7 +279,7 @@ def test_a_label_column_need_not_be_there_where_no_label_is_needed(tmp_path: Pat
     options = DataOptions(label_column="kind")
     assert load_dataset(path, options, needs_labels=False).labels is None
     assert [row.text for row in stream_rows(path, options)] == ["a"]
-    with pytest.raises(DataError, match="has no column 'kind'; give --label-column one of 'id', "):
+    with pytest.raises(DataError, match="no column 'kind'; set --label-column to one of 'id', "):
         load_dataset(path, options)
 
 
@@ -306,7 +306,7 @@ def test_unlabelled_lines_are_read_where_no_label_is_needed(tmp_path: Path, cont
     path = tmp_path / "x.txt"
     path.write_text(content)
     assert load_dataset(path, needs_labels=False) == Dataset(["a", "b"], None, [], str(path))
-    with pytest.raises(DataError, match=r"2 bad rows|'a', and lines of 'label \|\|\| sen"):
+    with pytest.raises(DataError, match=r"2 bad rows|'a', but lines of 'label \|\|\| sen"):
         load_dataset(path)
 
 
@@ -382,7 +382,7 @@ def test_rows_are_counted_before_they_are_streamed(tmp_path: Path) -> None:
     path.write_text("text,label\na,1\n,2\nc,3\n")
     count, bad_rows = count_rows(path, DataOptions(skip_bad_rows=True))
     assert (count, bad_rows.count, bad_rows.summary()) == (2, 1, "line 3: the text is empty")
-    with pytest.raises(DataError, match="line 3: the text is empty; mend it"):
+    with pytest.raises(DataError, match="line 3: the text is empty; fix it"):
         count_rows(path)
 
 
@@ -421,7 +421,7 @@ def test_labels_that_nobody_asks_for_may_be_any_column(tmp_path):
 def test_objects_are_not_taken_for_lines_of_text(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_text('{"text": "fine"}\n')
-    with pytest.raises(DataError, match="JSON objects; read them with --data-format jsonl"):
+    with pytest.raises(DataError, match="JSON objects; read it with --data-format jsonl"):
         list(stream_rows(path))
     assert [row.text for row in stream_rows(path, DataOptions(data_format="jsonl"))] == ["fine"]
     assert len(list(stream_rows(path, DataOptions(data_format="text")))) == 1

@@ -79,7 +79,7 @@ def test_a_hundred_thousand_bad_rows_are_enough(tmp_path: Path) -> None:
     message = one_line(lambda: count_rows(path))
     assert message == (
         f"{path}: 100,000 of the first 100,000 rows are bad (line 1: no 'text'; and 99990 more); "
-        "is it a file of such rows?"
+        "is it the right file and format?"
     )
 
 
@@ -148,7 +148,7 @@ def test_what_unpacks_beyond_all_measure_is_refused(
     monkeypatch.setattr("minllama.data.unpacking.UNPACKED_FREELY", 2**20)
     path = packed(tmp_path / "x.txt.gz", (b"texts, the same\n" * 64, 2_000))
     message = one_line(lambda: count_rows(path))
-    assert "unpacks to more than 500 times its size; where that is meant, unpack it fir" in message
+    assert "unpacks to more than 500 times its size; if that is intended, unpack it fir" in message
     path = packed(tmp_path / "x.csv.gz", (b"text,label\n", 1), (b"\n", 1_100_000))
     assert "1,000,000 blank lines before it" in one_line(lambda: load_dataset(path))
     path.write_bytes(gzip.compress(gzip.compress(b"text,label\na,b\n")))

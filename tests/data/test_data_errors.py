@@ -14,11 +14,11 @@ from minllama.data.lines import MAX_LINE_BYTES
 from minllama.errors import DataError
 from minllama.options import DataOptions
 
-MEND = "; mend it, or leave it out with --skip-bad-rows"
-MEND_ALL = "; mend them, or leave them out with --skip-bad-rows"
+MEND = "; fix it, or skip it with --skip-bad-rows"
+MEND_ALL = "; fix them, or skip them with --skip-bad-rows"
 CP1252 = "read it with --encoding cp1252, or convert it with: iconv -f cp1252 -t utf-8"
-HEADER = "; where the first line is an example and no header, add --no-header --columns "
-NO_ROWS = ": holds no rows; give a file with an example on each line"
+HEADER = "; if the first line is an example, not a header, add --no-header --columns "
+NO_ROWS = ": no rows; give a file with one example per line"
 
 
 def refusal(path: Path, options: DataOptions | None = None) -> str:
@@ -39,19 +39,20 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         ("empty.tsv", b"", NO_ROWS),
         ("blank.jsonl", b"\n\n", NO_ROWS),
         ("empty.json", b" [ ] ", NO_ROWS),
-        ("x.txt", b"1 ||| a\nb\n", f", line 2: no ||| between label and sentence{MEND}"),
+        ("x.txt", b"1 ||| a\nb\n", f", line 2: no ||| between label and text{MEND}"),
         ("x.txt", b"1 ||| a\n1 |||  \n", f", line 2: the text is empty{MEND}"),
         ("x.txt", b"1 ||| a\n ||| b\n", f", line 2: no label{MEND}"),
         ("x.csv", b"text,label\n \t,1\n", f", line 2: the text is empty{MEND}"),
         (
             "x.txt",
             b"1 ||| a\n1 ||| b\0\n",
-            f", line 2: the text holds a NUL character (is the file UTF-16, or no text?){MEND}",
+            ", line 2: the text contains a NUL character (is the file UTF-16, or not a text "
+            f"file?){MEND}",
         ),
         (
             "x.txt",
             b"1 ||| a\n-1 ||| b\n",
-            ", line 2: label -1 stands for none (where it is a class, "
+            ", line 2: label -1 means no label (where it is a class, "
             f"name it in a file for --label-names){MEND}",
         ),
         ("x.csv", b"text,label\na,b,c\n", f", line 2: columns: 3 here, 2 in the first line{MEND}"),
@@ -59,7 +60,7 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.csv",
             b'text,label\n"a,b\nc,d\n',
-            f", line 2: a quote is opened and never closed{MEND}",
+            f", line 2: a quote is not closed{MEND}",
         ),
         ("x.csv", b'text,label\n"a"b,c\n', f", line 2: not CSV (',' expected after '\"'){MEND}"),
         (
@@ -70,22 +71,21 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.csv",
             b"text,label\ra,b\r",
-            ": its lines end with a carriage return alone, as on old Macs; convert it with: "
-            "tr '\\r' '\\n' < x.csv > new.txt",
+            ": lines end with a carriage return only, as on old Macs; convert it with: tr '\\r' "
+            "'\\n' < x.csv > new.txt",
         ),
-        ("x.csv", b"text,text,label\na,b,c\n", ": has several columns called 'text'; rename them"),
+        ("x.csv", b"text,text,label\na,b,c\n", ": has several columns named 'text'; rename them"),
         (
             "x.csv",
             b"a,b,c\na,b,c\n",
-            ": which column holds the text? there are 'a', 'b', 'c'; name one with --text-column"
-            f"{HEADER}text,label,... (a name for each column)",
+            ": which column holds the text? there are 'a', 'b', 'c'; name one with "
+            f"--text-column{HEADER}text,label,... (one name per column)",
         ),
         (
             "x.csv",
             b"a,b,text\na,b,c\n",
-            ": which column holds the label? there are 'a', 'b', 'text'; "
-            "name one with --label-column, or all that hold 0 and 1 for one label each with "
-            "--label-columns",
+            ": which column holds the label? there are 'a', 'b', 'text'; name one with "
+            "--label-column, or the columns of 0 and 1 with --label-columns",
         ),
         (
             "x.csv",
@@ -102,10 +102,10 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.jsonl",
             b"{'text': 'a'}\n",
-            ", line 1: not JSON (Expecting property name enclosed in "
-            f"double quotes at character 2){MEND}; so Python prints a dictionary: convert it with: "
-            "cat x.jsonl | python -c 'import ast, json, sys; "
-            "[print(json.dumps(ast.literal_eval(r))) for r in sys.stdin]' > new.jsonl",
+            ", line 1: not JSON (Expecting property name enclosed in double quotes at character "
+            f"2){MEND}; Python dictionary syntax: convert it with: cat x.jsonl | python -c "
+            "'import ast, json, sys; [print(json.dumps(ast.literal_eval(r))) for r in "
+            "sys.stdin]' > new.jsonl",
         ),
         ("x.jsonl", b'{"a":' * 99_999, f", line 1: JSON that is nested too deeply{MEND}"),
         (
@@ -118,7 +118,7 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.jsonl",
             b'{"text": "\\ud83d", "label": 1}',
-            f", line 1: the text holds half a character (a lone surrogate){MEND}",
+            f", line 1: the text contains half of a character (a lone surrogate){MEND}",
         ),
         (
             "x.jsonl",
@@ -128,12 +128,12 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.jsonl",
             b'{"text": "a", "label": ["b", null]}',
-            f", line 1: ['b', None] holds an empty label{MEND}",
+            f", line 1: ['b', None] contains an empty label{MEND}",
         ),
         (
             "x.jsonl",
             b'{"text": "a", "label": ["b", "b"]}',
-            f", line 1: ['b', 'b'] holds a label twice; give each name or number once{MEND}",
+            f", line 1: ['b', 'b'] contains a label twice; give each name or number once{MEND}",
         ),
         (
             "x.json",
@@ -143,19 +143,19 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.json",
             b'[{"text": "a", "label": 1}\n{}]',
-            ", line 1: no comma or ] after this object of the list",
+            ", line 1: no comma or ] after this object",
         ),
         (
             "x.json",
             b'[{"text": "a", "label": 1}',
-            ", line 1: no comma or ] after this object of the list",
+            ", line 1: no comma or ] after this object",
         ),
         (
             "x.json",
             b'[{"text": "a", "label": 1},]',
             ", line 1: not JSON (Expecting value at character 28)",
         ),
-        ("x.json", b'[{"text": "a", "label": 1}] []', ": more text after the end of the list"),
+        ("x.json", b'[{"text": "a", "label": 1}] []', ": extra data after the end of the list"),
         ("x.json", b'[\n{"text": "a", "label": 1}, 3]', f", line 2: 3 is not a JSON object{MEND}"),
         ("x.json", b"[" * 99_999, ", line 1: JSON that is nested too deeply"),
         (
@@ -166,8 +166,8 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.dat",
             b"1 ||| a",
-            ": .dat is the name of no format that is read; say which it is with "
-            "--data-format (labelled, text, csv, tsv, jsonl, json, parquet)",
+            ": unknown extension .dat; give the format with --data-format (labelled, text, csv, "
+            "tsv, jsonl, json, parquet)",
         ),
     ],
 )
@@ -218,7 +218,7 @@ def test_bad_rows_of_every_kind_can_be_left_out(tmp_path: Path) -> None:
     assert dataset.texts == ["a", "d", "e"]  # a quote that is open to the end costs its line
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("skipped", 7)
-    assert str(notice).startswith(f"{path}: bad rows left out: 7 of 10 (line 2: not CSV (")
+    assert str(notice).startswith(f"{path}: bad rows skipped: 7 of 10 (line 2: not CSV (")
     places = re.findall(r"line \d+", str(notice))
     assert places == [f"line {n}" for n in (2, 4, 5, 6, 7, 8, 10)]
 
@@ -250,10 +250,13 @@ def test_a_stream_stops_at_a_bad_row_with_what_came_before(tmp_path: Path) -> No
         ("a\nb", r"'a\nb': no such file"),
         ("a\0b", r"'a\x00b': no such file"),
         ("~no one/x", "'~no one/x': "),
-        ("x" * 5000, "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...: is no path ("),
-        ("", "an empty name: not a file; name a file of rows, or pipe it in as -"),
-        (".", ".: not a file; name a file of rows, or pipe it in as -"),
-        ("/dev/zero", "/dev/zero: not a file; name a file of rows, or pipe it in as -"),
+        (
+            "x" * 5000,
+            "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...: is not a path (",
+        ),
+        ("", "an empty name: not a file; name a file, or - for standard input"),
+        (".", ".: not a file; name a file, or - for standard input"),
+        ("/dev/zero", "/dev/zero: not a file; name a file, or - for standard input"),
     ],
 )
 def test_what_is_no_file_is_one_line(source: str | Path, message: str) -> None:
@@ -305,5 +308,5 @@ def test_any_bytes_are_examples_or_one_line(
 
 def test_columns_of_one_label_each_are_asked_about(tmp_path):
     (tmp_path / "x.csv").write_text("text,late,broken\nwell,1,0\n")
-    with pytest.raises(DataError, match="hold 0 and 1 for one label each with --label-columns"):
+    with pytest.raises(DataError, match="the columns of 0 and 1 with --label-columns"):
         load_dataset(tmp_path / "x.csv")

@@ -119,7 +119,7 @@ def test_a_quote_that_is_not_closed_is_told_where_it_opens(
     tmp_path: Path, content: str, place: str
 ) -> None:
     message = refusal(tmp_path / "x.csv", content)
-    assert f"{place}: a quote is opened and never closed" in message
+    assert f"{place}: a quote is not closed" in message
     assert "line 4" not in message
 
 
@@ -141,21 +141,23 @@ def test_a_line_of_names_among_the_rows_is_a_bad_row(tmp_path: Path, again: str,
     path = tmp_path / ("x.tsv" if tsv else "x.csv")
     content = f"text,label\nx1,a\n{again}\nx2,b\n".replace(",", "\t" if tsv else ",")
     message = refusal(path, content)
-    assert message.startswith(f"{path.name}, line 3: a line of column names, no example; mend it")
+    assert message.startswith(
+        f"{path.name}, line 3: a line of column names, not an example; fix it"
+    )
     dataset = load_dataset(path, DataOptions(skip_bad_rows=True))
     assert (dataset.texts, dataset.label_names) == (["x1", "x2"], ["a", "b"])
-    assert "bad rows left out: 1 of 3" in str(dataset.notices[0])
+    assert "bad rows skipped: 1 of 3" in str(dataset.notices[0])
 
 
 def test_a_line_of_names_among_labelled_lines_is_a_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     message = refusal(path, "Label ||| Sentence\npos ||| a\nneg ||| text\n")
-    assert message.startswith("x.txt, line 1: a line of column names, no example; mend it")
+    assert message.startswith("x.txt, line 1: a line of column names, not an example; fix it")
 
 
 def test_names_of_another_order_are_refused_and_a_text_may_be_a_name(tmp_path: Path) -> None:
     message = refusal(tmp_path / "x.csv", "text,label\nx,a\nlabel,text\nb,y\n", skip_bad_rows=True)
-    assert message.startswith("x.csv, line 3: names the columns in another order")
+    assert message.startswith("x.csv, line 3: has the column names in a different order")
     assert texts_of(tmp_path / "y.csv", "text,label\nx,a\ntext,b\nlabel,a\n") == [
         "x",
         "text",
@@ -236,8 +238,12 @@ def test_columns_without_a_line_of_names_are_named(tmp_path: Path) -> None:
             {"no_header": True},
             "there are '1', '2'; name one with --text-column; name",
         ),
-        ("text,label\na,b\n", {"columns": "text,label"}, "line 1: a line of column names, no exam"),
-        ("Sentence,Class\na,b\n", {"columns": "text,label"}, "leave out --columns"),
+        (
+            "text,label\na,b\n",
+            {"columns": "text,label"},
+            "line 1: a line of column names, not an exam",
+        ),
+        ("Sentence,Class\na,b\n", {"columns": "text,label"}, "omit --columns"),
         ("I like it,pos\nno,neg\n", {}, "add --no-header --columns text,label"),
         ("pos,I like it\nneg,no\n", {}, "add --no-header --columns label,text"),
         ("7,I like it,pos\n", {}, "add --no-header --columns text,label,..."),
@@ -278,7 +284,7 @@ def test_separators_and_columns_without_sense_are_refused(options: dict[str, str
 def test_columns_are_for_csv_and_tsv(tmp_path: Path, kind: str) -> None:
     (tmp_path / "x").write_text("{}")
     for options in ({"no_header": True}, {"columns": "text"}, {"separator": ";"}):
-        with pytest.raises(OptionError, match="are for csv and tsv; say so with --data-format"):
+        with pytest.raises(OptionError, match="are for csv and tsv, but the format"):
             load_dataset(tmp_path / "x", DataOptions(data_format=kind, **options))
 
 
@@ -299,5 +305,7 @@ def test_names_of_columns_may_hold_commas_in_quotes(tmp_path: Path) -> None:
     assert [*data.label_names] == ["late, or lost", "c"]
     assert [data.classes_of(i) for i in range(2)] == [(0,), (1,)]
     for wrong in ('text,"a', "text,,a", "text,a,a"):
-        with pytest.raises(OptionError, match="in quotes where one holds a comma"):
+        with pytest.raises(
+            OptionError, match="separated by commas, quoted where a name contains a comma"
+        ):
             DataOptions(columns=wrong)

@@ -73,14 +73,14 @@ def test_a_list_in_a_cell_is_the_list_that_it_is(
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("['a', 'b'", "begins as a list of labels and does not end as one"),
-        ("['a', ['b']]", "is no list of labels"),
-        ("['a', {'b': 1}]", "is no list of labels"),
-        ("{'a': 1}", "is no list of labels"),
-        ("[0 1 ... 0 1]", "is no list of labels"),
-        ("['a', '']", "holds an empty label"),
-        ("['a', None]", "holds an empty label"),
-        ("['a', 'a']", "holds a label twice"),
+        ("['a', 'b'", "begins like a list of labels, but does not end like one"),
+        ("['a', ['b']]", "is not a list of labels"),
+        ("['a', {'b': 1}]", "is not a list of labels"),
+        ("{'a': 1}", "is not a list of labels"),
+        ("[0 1 ... 0 1]", "is not a list of labels"),
+        ("['a', '']", "contains an empty label"),
+        ("['a', None]", "contains an empty label"),
+        ("['a', 'a']", "contains a label twice"),
     ],
 )
 def test_what_only_looks_like_a_list_is_a_bad_row(tmp_path: Path, cell: str, message: str) -> None:
@@ -102,9 +102,11 @@ def test_where_a_row_has_one_label_a_list_of_one_is_it_and_of_several_is_refused
     dataset = load_dataset(table(path, "['a']", '["b"]', "[7]", "a"))
     assert (dataset.labels, dataset.label_names) == ([1, 2, 0, 1], ["7", "a", "b"])
     assert not dataset.multi_label
-    with pytest.raises(DataError, match=r"line 3: a list of 2 labels, .* --multi-label takes"):
+    with pytest.raises(DataError, match=r"line 3: a list of 2 labels, .* use --multi-label"):
         load_dataset(table(path, "['a']", "['a', 'b']"))
-    with pytest.raises(DataError, match=r"line 3: no label but an empty list, \[\]; --multi-label"):
+    with pytest.raises(
+        DataError, match=r"line 3: an empty list of labels, \[\]; use --multi-label"
+    ):
         load_dataset(table(path, "['a']", "[]"))
 
 
@@ -146,7 +148,7 @@ def test_lists_that_can_only_be_vectors_are_read_as_vectors(tmp_path: Path, one:
         assert dataset.multi_label
     (notice,) = load_dataset(rows(tmp_path / "x.jsonl", [1, 1], [1, 0])).notices
     assert notice.kind == "multi-hot"
-    assert "multi-hot vectors of 2 zeros and ones, one for each label: 0 = 0, 1 = 1" in str(notice)
+    assert "multi-hot vectors of 2 zeros and ones, one per label: 0 = 0, 1 = 1" in str(notice)
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
@@ -184,7 +186,7 @@ def test_where_two_readings_are_possible_both_are_named(tmp_path: Path, cells: A
     with pytest.raises(DataError) as caught:
         load_dataset(path, MULTI)
     message = str(caught.value)
-    assert "two ways" in message
+    assert "are ambiguous" in message
     assert "multi-hot vector" in message
     assert "--label-lists labels, or --label-lists multi-hot" in message
     hot = load_dataset(path, DataOptions(label_lists="multi-hot"))
@@ -200,12 +202,14 @@ def test_a_list_of_another_kind_or_length_says_that_none_is_a_vector(tmp_path: P
     assert load_dataset(rows(path, ["1", "0"])).labels == [(0, 1)]
     # Three classes have no vectors of two places.
     assert load_dataset(rows(path, [1, 0]), label_names=["a", "b", "c"]).labels == [(0, 1)]
-    with pytest.raises(DataError, match=r"line 1: \[1, 0, 0\] holds a label twice; .* multi-hot"):
+    with pytest.raises(
+        DataError, match=r"line 1: \[1, 0, 0\] contains a label twice; .* multi-hot"
+    ):
         load_dataset(rows(path, [1, 0, 0], [0, 2]))
     empty = table(tmp_path / "x.csv", "", " ")
     options = DataOptions(label_lists="multi-hot")
     assert load_dataset(empty, options, needs_labels=False).labels is None
-    with pytest.raises(DataError, match=r"line 2: \[0, 2\] is no multi-hot vector of 3 zeros"):
+    with pytest.raises(DataError, match=r"line 2: \[0, 2\] is not a multi-hot vector of 3 zeros"):
         load_dataset(rows(path, [1, 0, 0], [0, 2]), DataOptions(label_lists="multi-hot"))
 
 
@@ -230,7 +234,7 @@ def test_a_column_for_each_label_is_read_by_its_name(tmp_path: Path) -> None:
     # A classifier's labels may stand in another order, and must be the same.
     known = load_dataset(path, options, label_names=["ok", "toxic", "rude, crude"])
     assert known.labels == [(1,), (), (0, 1, 2)]
-    with pytest.raises(DataError, match="and the known labels are 'ok', 'toxic'; name the columns"):
+    with pytest.raises(DataError, match="but the labels are 'ok', 'toxic'; name exactly"):
         load_dataset(path, options, label_names=["ok", "toxic"])
     # Where they are not asked for, the question says that they can be.
     with pytest.raises(DataError, match=r'with --label-columns .*toxic,"rude, crude",ok'):
@@ -253,7 +257,7 @@ def test_a_column_for_each_label_is_read_by_its_name(tmp_path: Path) -> None:
 )
 def test_cells_of_label_columns_are_0_or_1(tmp_path: Path, cells: str, reason: str) -> None:
     path = columns(tmp_path / "x.csv", "text,a,b", f"x,{cells}", "y,1,0")
-    with pytest.raises(DataError, match=f"line 2: {reason}; mend it"):
+    with pytest.raises(DataError, match=f"line 2: {reason}; fix it"):
         load_dataset(path, DataOptions(label_columns="a,b"))
     dataset = load_dataset(path, DataOptions(label_columns="a,b", skip_bad_rows=True))
     assert (dataset.texts, dataset.labels) == (["y"], [(0,)])
@@ -261,7 +265,7 @@ def test_cells_of_label_columns_are_0_or_1(tmp_path: Path, cells: str, reason: s
 
 def test_label_columns_that_cannot_be_are_refused(tmp_path: Path) -> None:
     path = columns(tmp_path / "x.csv", "text,a,b", "x,1,0")
-    with pytest.raises(DataError, match="has no column 'c'; give --label-columns some of 'text'"):
+    with pytest.raises(DataError, match="no column 'c'; choose --label-columns from 'text'"):
         load_dataset(path, DataOptions(label_columns="a,c"))
     with pytest.raises(OptionError, match="never closed"):
         load_dataset(path, DataOptions(label_columns='a,"b'))

@@ -196,14 +196,14 @@ def test_white_space_around_a_label_that_is_left_out_is_said(tmp_path: Path) -> 
     dataset = load_dataset(path)
     assert dataset.label_names == ["bad", "good"]
     (notice,) = dataset.notices
-    assert "'good' (2 rows), 'good\\xa0' (1 row) are one label" in notice.message
+    assert "'good' (2 rows), 'good\\xa0' (1 row) are the same label" in notice.message
     assert not load_dataset(rows(path, " good", " bad")).notices
 
 
 def test_labels_that_nobody_can_see_or_write_are_told(tmp_path: Path) -> None:
     (notice,) = load_dataset(rows(tmp_path / "x.jsonl", "\u200b", "x")).notices
     assert "the label '\\u200b' has no visible character" in notice.message
-    with pytest.raises(DataError, match=r"label 'x\\ud800' holds half a character"):
+    with pytest.raises(DataError, match=r"label 'x\\ud800' contains half of a character"):
         load_dataset(rows(tmp_path / "x.jsonl", "x\ud800", "y"))
 
 
@@ -235,16 +235,16 @@ def test_names_with_commas_are_quoted_as_in_csv_or_listed_as_json(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('good,"bad, awful', "a quote is opened and never closed"),
-        ('"good"bad,x', "after a closing quote no ',' follows"),
-        ("good,,bad", "not blank"),
-        ("good,bad,", "not blank"),
-        ('good,""', "not blank"),
-        ("", "not blank"),
-        ("[]", "not blank"),
-        ("good,bad,good", "'good' is there twice"),
-        ('["a", ["b"]]', "is no list of labels"),
-        ('["a", "b"', "does not end as one"),
+        ('good,"bad, awful', "a quote is not closed"),
+        ('"good"bad,x', "after the closing quote"),
+        ("good,,bad", "must not be blank"),
+        ("good,bad,", "must not be blank"),
+        ('good,""', "must not be blank"),
+        ("", "must not be blank"),
+        ("[]", "must not be blank"),
+        ("good,bad,good", "'good' is given twice"),
+        ('["a", ["b"]]', "is not a list of labels"),
+        ('["a", "b"', "does not end like one"),
     ],
 )
 def test_names_that_cannot_be_told_are_refused_in_one_line(text: str, message: str) -> None:
@@ -258,7 +258,7 @@ def test_names_that_cannot_be_told_are_refused_in_one_line(text: str, message: s
 def test_label_words_may_be_given_by_label() -> None:
     words = '{"neg": "bad, awful", "pos": "great"}'
     assert label_words_of(words, ["pos", "neg"]) == ("great", "bad, awful")
-    with pytest.raises(OptionError, match="names the labels 'neg', 'pos', and there are 'pos'"):
+    with pytest.raises(OptionError, match="has words for 'neg', 'pos', but the labels are 'pos'"):
         label_words_of(words, ["pos", "other"])
     with pytest.raises(OptionError, match="'x' is there twice"):
         label_words_of('{"a": "x", "b": "x"}', ["a", "b"])
@@ -283,9 +283,9 @@ def test_a_file_of_labels_has_lines_or_json(tmp_path: Path, content: str) -> Non
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "names no class"),
-        (b" \n", "names no class"),
-        (b"a\nb\na\n", "'a' is there twice"),
+        (b"", "no class names"),
+        (b" \n", "no class names"),
+        (b"a\nb\na\n", "'a' is given twice"),
         (b"caf\xe9\n", "not UTF-8"),
         (b'["a", 3]', "3 is not a name"),
         (b'["a", ', "not JSON"),

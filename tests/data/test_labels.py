@@ -40,8 +40,8 @@ def test_a_label_for_whose_sake_none_is_used_is_named(
     line = cells.index("x") + 1
     assert str(notice) == (
         f"{path}: {known} of {len(cells)} rows have a known label (line {line}: label 'x' is not "
-        "one of 'a', 'b'); none of these labels is used"
-        + ("; --skip-bad-rows leaves them out" if known != "none" else "")
+        "one of 'a', 'b'); these labels are ignored"
+        + ("; --skip-bad-rows skips them" if known != "none" else "")
     )
 
 
@@ -119,7 +119,7 @@ def test_names_may_be_numbers_where_they_are_their_own(tmp_path: Path) -> None:
         ("c", "label 'c' is not one of 'a', 'b'"),
         ("A", "label 'A' is not one of 'a', 'b'"),
         (2, "label 2 is not one of 'a', 'b'"),
-        (-1, "label -1 stands for none (where it is a class, name it in a file for --label-names)"),
+        (-1, "label -1 means no label (if it is a class, name it in a file for --label-names)"),
         (-2, "label -2 is not one of 'a', 'b'"),
         (0.5, "label 0.5 is not one of 'a', 'b'"),
         (None, "no label"),
@@ -130,7 +130,7 @@ def test_names_may_be_numbers_where_they_are_their_own(tmp_path: Path) -> None:
 def test_labels_that_are_not_known_make_bad_rows(tmp_path: Path, cell: Any, reason: str) -> None:
     with pytest.raises(DataError) as caught:
         load(tmp_path, "a", cell, known=["a", "b"])
-    assert f"x.jsonl, line 2: {reason}; mend it" in str(caught.value)
+    assert f"x.jsonl, line 2: {reason}; fix it" in str(caught.value)
 
 
 def test_a_number_whose_name_is_not_known_is_told_with_its_name(tmp_path: Path) -> None:
@@ -149,18 +149,18 @@ def test_of_many_known_names_ten_are_listed(tmp_path: Path) -> None:
     [
         ("", "not JSON (Expecting value: line 1 column 1 (char 0))"),
         ("[", "not JSON (Expecting value: line 1 column 2 (char 1))"),
-        (3, "does not name classes; write FORM"),
-        ({"a": "b"}, "does not name classes; write FORM"),
-        ({"a": 0.5}, "does not name classes; write FORM"),
-        ([], "names no class; write FORM"),
-        ({}, "names no class; write FORM"),
+        (3, "no class names; write FORM"),
+        ({"a": "b"}, "no class names; write FORM"),
+        ({"a": 0.5}, "no class names; write FORM"),
+        ([], "no class names; write FORM"),
+        ({}, "no class names; write FORM"),
         (["a", 1], "1 is not a name; write FORM"),
         (["a", " "], "' ' is not a name; write FORM"),
         ({"1": None}, "None is not a name; write FORM"),
-        (["a", "a "], "has a name or a number twice"),
-        ({"a": 1, "b": 1}, "has a name or a number twice"),
-        ({"1": "a", "01": "b"}, "has a name or a number twice"),
-        (["1", "2"], "number 0 is called '1', which is the number of another class; call them"),
+        (["a", "a "], "contains a name or a number twice"),
+        ({"a": 1, "b": 1}, "contains a name or a number twice"),
+        ({"1": "a", "01": "b"}, "contains a name or a number twice"),
+        (["1", "2"], "class 0 is named '1', which is the number of another class; rename it"),
         ("[" * 99_999, "JSON that is nested too deeply"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_list_behind_single_labels_is_a_bad_row(tmp_path: Path) -> None:
     ]
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(DataError, match="line 2: a list of labels, where rows before it have one"):
+    with pytest.raises(DataError, match="line 2: a list of labels, but earlier rows have one"):
         load_dataset(path)
     kept = load_dataset(path, DataOptions(skip_bad_rows=True))
     assert (kept.texts, kept.labels, kept.multi_label) == (["a", "c"], [0, 1], False)
@@ -224,7 +224,7 @@ def test_numbers_that_are_taken_for_names_by_position_are_said(tmp_path: Path) -
     assert dataset.labels == [1, 0, 0]
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("numbers", 2)
-    assert "in their order: 0 = bad, 1 = good; --label-names FILE" in notice.message
+    assert "in numeric order: 0 = bad, 1 = good; --label-names FILE" in notice.message
     path.write_text("good ||| a\nbad ||| c\n")
     assert not load_dataset(path, label_names=["bad", "good"]).notices
     path.write_text("1 ||| a\n0 ||| b\n")
@@ -241,12 +241,12 @@ def test_rows_with_unknown_labels_can_be_left_out_of_what_is_measured(tmp_path: 
     skipping = DataOptions(skip_bad_rows=True)
     dataset = load_dataset(path, **known)
     assert (dataset.labels, len(dataset)) == (None, 3)
-    assert "none of these labels is used; --skip-bad-rows leaves them" in str(*dataset.notices)
+    assert "these labels are ignored; --skip-bad-rows skips them" in str(*dataset.notices)
     dataset = load_dataset(path, skipping, **known)
     assert (dataset.texts, dataset.labels) == (["a", "d"], [1, 0])
     (notice,) = dataset.notices
     assert (notice.kind, notice.count) == ("skipped", 1)
-    assert "left out: 1 of 3 (line 3: label 'odd' is not one of 'bad', 'good')" in notice.message
+    assert "skipped: 1 of 3 (line 3: label 'odd' is not one of 'bad', 'good')" in notice.message
     # Rows without any label are no bad rows: they are predicted.
     path.write_text("text,label\na,good\nb,odd\nc,\nd,bad\n")
     dataset = load_dataset(path, skipping, **known)
@@ -294,14 +294,14 @@ def test_a_minus_1_in_any_spelling_stands_for_none(tmp_path: Path, none: Any) ->
     path.write_text("\n".join(map(json.dumps, rows)))
     dataset = load_dataset(path, needs_labels=False)
     assert (dataset.labels, dataset.label_names) == (None, ["0", "1"])
-    with pytest.raises(DataError, match="line 3: label -1 stands for none"):
+    with pytest.raises(DataError, match="line 3: label -1 means no label"):
         load_dataset(path)
     known = load_dataset(path, needs_labels=False, label_names=["0", "1", "-1"])
     assert known.labels == [0, 1, 2]
 
 
 def test_the_minus_1_of_several_labels_stands_for_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="line 2: label -1 stands for none"):
+    with pytest.raises(DataError, match="line 2: label -1 means no label"):
         load(tmp_path, ["a"], [-1])
-    with pytest.raises(DataError, match="line 2: label -1 stands for none"):
+    with pytest.raises(DataError, match="line 2: label -1 means no label"):
         load(tmp_path, "a", "-1", multi_label=True)

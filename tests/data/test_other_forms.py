@@ -61,10 +61,10 @@ def lines(form: str, rows: list[tuple[str, str]] = ROWS, end: str = "\n") -> str
         ("__label__{}\t{}", "fastText"),
         ("{}: {}", "end with a colon"),
         ("a b-{}: {}", "end with a colon"),
-        ("{}:sub {}", "colons in them"),
+        ("{}:sub {}", "contain colons:"),
         ("{} {}", "first words"),
-        ("{} || {}", "|| stands after"),
-        ("{}::{}", ":: stands after"),
+        ("{} || {}", "|| follows"),
+        ("{}::{}", ":: follows"),
     ],
 )
 def test_labels_in_other_forms_are_converted_by_the_command_that_is_told(
@@ -75,7 +75,7 @@ def test_labels_in_other_forms_are_converted_by_the_command_that_is_told(
     path.write_bytes(gzip.compress(content) if compressed else content)
     message = refusal(path)
     first = form.format(*ROWS[0]).replace("\t", "<tab>")
-    assert f"its first line is '{first}', and lines of 'label ||| sentence' are expected" in message
+    assert f"the first line is '{first}', but lines of 'label ||| sentence' are expected" in message
     assert words in message
     run_command(message, tmp_path)
     label = form.partition("{}")[0].removeprefix("__label__") + "{}"
@@ -138,7 +138,7 @@ def test_names_of_columns_in_text_files_are_told(tmp_path: Path) -> None:
         path.write_text(f"text{separator}label\nfine{separator}a\n")
         for labelled in (True, False):
             message = refusal(path, labelled=labelled)
-            assert f"which names columns; read them with --data-format {kind}" in message
+            assert f"a header; read it with --data-format {kind}" in message
         assert pairs(path, DataOptions(data_format=kind)) == [("a", "fine")]
     path.write_text("Text, and more\nsentence, label and so on\n")
     assert len(list(stream_rows(path))) == 2
@@ -152,7 +152,7 @@ def test_what_has_no_form_is_shown_once(tmp_path: Path) -> None:
     assert "'\N{REPLACEMENT CHARACTER}[31monexxx" in message
     assert "\x1b" not in message
     path.write_text("title\na ||| one\nb ||| two\n")
-    assert "line 1: no ||| between label and sentence" in refusal(path)
+    assert "line 1: no ||| between label and text" in refusal(path)
 
 
 def test_texts_behind_labels_of_fasttext_are_not_taken_whole(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_objects_that_hold_all_rows_are_converted(
     data = json.dumps(content, indent=indent).encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
     message = refusal(tmp_path / name)
-    assert "where one object a row is expected" in message
+    assert "one object per row is expected" in message
     run_command(message, tmp_path)
     assert pairs(tmp_path / "new.jsonl") == ROWS
 
@@ -294,7 +294,7 @@ def test_spreadsheets_and_archives_are_told_apart(tmp_path: Path) -> None:
             "is a spreadsheet (.xlsx); save it as CSV UTF-8 there, or conv",
         ),
         ("word/document.xml", "is a Word document (.docx)"),
-        ("reviews.csv", "is a zip archive; unpack it, and name a file of rows in it"),
+        ("reviews.csv", "is a zip archive; unpack it, and name a data file in it"),
     ):
         for name in ("x.csv", "x.xlsx", "x.zip"):
             with zipfile.ZipFile(tmp_path / name, "w") as file:
@@ -344,7 +344,7 @@ def test_lines_that_end_with_carriage_returns_alone_are_converted(tmp_path: Path
 def test_excels_unicode_text_is_read_as_tsv(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_bytes('text\tlabel\r\n"two\nlines"\ta\r\nß\tb\r\n'.encode("utf-16"))
-    assert "read them with --data-format tsv" in refusal(path)
+    assert "read it with --data-format tsv" in refusal(path)
     assert pairs(path, DataOptions(data_format="tsv")) == [("a", "two\nlines"), ("b", "ß")]
 
 
@@ -396,10 +396,10 @@ def test_piped_texts_stay_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_a_piped_line_may_be_two_things_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="say --data-format csv where that names columns, or"):
+    with pytest.raises(DataError, match="give --data-format csv if it is a header, or"):
         piped("text\nfine\n", monkeypatch)
     assert piped("text\nfine\n", monkeypatch, data_format="csv") == ["fine"]
-    with pytest.raises(DataError, match="'id,text'; say --data-format csv where that names colu"):
+    with pytest.raises(DataError, match="'id,text'; give --data-format csv if it is a header"):
         piped("id,text\n1,fine, or not\n", monkeypatch)
     with pytest.raises(DataError, match="line 2: columns: 3 here, 2 in the first line"):
         piped("text,label\nfine, or not,a\n", monkeypatch)

@@ -89,7 +89,7 @@ def test_a_text_with_several_labels_counts_for_the_rarest() -> None:
 
 
 def test_notices_stay_with_the_training_side() -> None:
-    notice = Notice("skipped", "x.csv: bad rows left out: 1", 1)
+    notice = Notice("skipped", "x.csv: bad rows skipped: 1", 1)
     train, dev = stratified_split(replace(dataset(4, 4), notices=(notice,)), 0.5, 0)
     assert (train.notices, dev.notices) == ((notice,), ())
 
@@ -98,7 +98,7 @@ def test_where_nothing_can_be_set_aside_it_is_said() -> None:
     with pytest.raises(DataError) as caught:
         stratified_split(dataset(1, 1), 0.5, 0)
     assert str(caught.value) == (
-        "train.csv: no class has two different texts, so none can be set aside for evaluation; "
+        "train.csv: no class has two different texts, so none can be held out for evaluation; "
         "give a --dev file"
     )
 
@@ -142,7 +142,7 @@ def test_chance_decides_which_classes_get_one_more() -> None:
 def test_a_balanced_sample_of_several_labels_draws_each_text_once() -> None:
     whole = several(*[(0, 1, 2)] * 5, ())
     assert sorted(sample_balanced(whole, 6, 0).texts) == sorted(whole.texts)
-    with pytest.raises(DataError, match="7 examples are asked for and it has 6"):
+    with pytest.raises(DataError, match="7 examples were requested, but it has only 6"):
         sample_balanced(whole, 7, 0)
 
 
@@ -161,20 +161,20 @@ def test_sound_splits_pass_without_a_word() -> None:
         (
             dataset(4),
             None,
-            "train.csv: every row has the label 'a'; a classifier needs examples of two classes "
-            "at least",
+            "train.csv: every row has the label 'a'; a classifier needs examples of at least "
+            "two classes",
         ),
         (several((), ()), None, "train.jsonl: no row has a label"),
         (
             replace(dataset(4, 4, 0, 0), label_names=["a", "b", "c", "d"]),
             dataset(1, 0, 2, 1, source="dev.csv"),
-            "dev.csv: rows with labels of which train.csv has no example: 3 ('c', 'd'); add some, "
-            "or leave these rows out",
+            "dev.csv: 3 rows have labels without examples in train.csv ('c', 'd'); add "
+            "examples, or remove these rows",
         ),
         (
             dataset(4, 4),
             replace(dataset(1, 1, source="dev.csv"), label_names=["b", "a"]),
-            "dev.csv: its labels ('b', 'a') are not those of train.csv ('a', 'b')",
+            "dev.csv: its labels ('b', 'a') differ from those of train.csv ('a', 'b')",
         ),
     ],
 )
@@ -194,37 +194,37 @@ def test_what_is_doubtful_is_told_and_counted() -> None:
     dev = Dataset(["x", "y", "x", "w"], [0, 0, 1, 1], ["Late", "late", "c"], "dev.csv")
     test = Dataset(["w", "z", "v"], [0, 0, 0], ["Late", "late", "c"], "test.csv")
     assert [(n.kind, n.count, str(n)) for n in check_splits(train, dev, test)] == [
-        ("absent", 1, "train.csv: no example of 'c'; it cannot be learned"),
+        ("absent", 1, "train.csv: no example of 'c', so it cannot be learned"),
         (
             "case",
             2,
-            "train.csv: 'Late' (2 rows), 'late' (2 rows) are different labels that differ in case "
-            "only; is one meant?",
+            "train.csv: 'Late' (2 rows), 'late' (2 rows) are different labels that differ only "
+            "in case; are they the same?",
         ),
-        ("conflicts", 1, "train.csv: texts that occur with different labels: 1"),
+        ("conflicts", 1, "train.csv: texts with conflicting labels: 1"),
         (
             "duplicates",
             3,
-            "dev.csv: 3 of 4 rows have a text that train.csv has too; what is measured on them "
-            "may be memory",
+            "dev.csv: 3 of 4 rows have a text that is also in train.csv; results on them may "
+            "reflect memorization",
         ),
         (
             "duplicates",
             1,
-            "test.csv: 1 of 3 rows have a text that train.csv has too; what is measured on them "
-            "may be memory",
+            "test.csv: 1 of 3 rows have a text that is also in train.csv; results on them may "
+            "reflect memorization",
         ),
         (
             "duplicates",
             1,
-            "test.csv: 1 of 3 rows have a text that dev.csv has too; what is measured on them "
-            "may be memory",
+            "test.csv: 1 of 3 rows have a text that is also in dev.csv; results on them may "
+            "reflect memorization",
         ),
         (
             "one-class",
             3,
-            "test.csv: every row has the label 'Late'; is it a placeholder? an accuracy on it "
-            "says little",
+            "test.csv: every row has the label 'Late'; is it a placeholder? accuracy says "
+            "little on such data",
         ),
     ]
 
@@ -244,7 +244,7 @@ def test_a_sample_of_several_labels_has_texts_without_any() -> None:
 
 
 def test_one_label_beside_several_is_told_as_what_it_is() -> None:
-    with pytest.raises(DataError, match="gives one label to each text and"):
+    with pytest.raises(DataError, match="gives one label per text and"):
         check_splits(several((0,), (1, 2)), replace(dataset(1, 1, 1), label_names=["a", "b", "c"]))
 
 
@@ -254,8 +254,8 @@ def test_notices_about_a_part_of_a_file_do_not_speak_of_all_of_it():
     assert len(train) + len(dev) == 20
     only = replace(dev.select([0]), texts=["a", "b"], labels=[0, 0])
     assert [str(n) for n in one_class(replace(only, part=dev.part))] == [
-        f"x.csv ({len(dev)} of 20 rows, set aside): every row has the label 'a'; is it a "
-        "placeholder? an accuracy on it says little"
+        f"x.csv ({len(dev)} of 20 rows, held out): every row has the label 'a'; is it a "
+        "placeholder? accuracy says little on such data"
     ]
     drawn = sample_per_class(train, 1, seed=0)
     assert drawn.called == f"x.csv (2 of {len(train)} rows, drawn)"

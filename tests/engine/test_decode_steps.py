@@ -162,7 +162,7 @@ def test_a_full_cache_and_other_rows_are_refused():
     continued(engine, cache, quick=True)
     with pytest.raises(MinllamaError, match="the cache holds 8 tokens a row"):
         engine.forward(random_ids(3, 1), cache)
-    with pytest.raises(MinllamaError, match="2 rows of ids for a cache of 3 rows"):
+    with pytest.raises(MinllamaError, match="2 sequences for a cache of 3"):
         engine.forward(random_ids(2, 1), cache)
 
 

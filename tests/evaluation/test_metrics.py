@@ -283,7 +283,7 @@ def test_numbers_that_are_no_probabilities_are_refused(row, value, message):
 @pytest.mark.parametrize(
     ("labels", "multi_label", "message"),
     [
-        ([0, 0, 1, -1, 2, 2], False, "row 4 has no label; leave such rows out"),
+        ([0, 0, 1, -1, 2, 2], False, "row 4 has no label; remove such rows"),
         ([None, 0, 1, -1, 2, 2], False, r"2 of 6 rows \(the first is row 1\) have no label"),
         ([(), None, (1,), (), (), ()], True, "row 2 has no label"),
         ([0, 0, 1, 1, 2, 3], False, "row 6 has the label 3, but the 3 classes are numbered 0 to 2"),

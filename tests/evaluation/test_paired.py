@@ -102,10 +102,10 @@ def test_the_same_comparison_gives_the_same_numbers_whatever_the_seed_of_the_sec
 
 def test_other_rows_or_classes_are_refused():
     own = system([True, False])
-    with pytest.raises(MinllamaError, match="of other rows"):
+    with pytest.raises(MinllamaError, match="have different rows"):
         compare(own, system([True, False, True]))
     renamed = dataclasses.replace(own, label_names=("b", "a"))
-    with pytest.raises(MinllamaError, match="of other classes"):
+    with pytest.raises(MinllamaError, match="have different classes"):
         compare(own, renamed)
 
 

@@ -223,17 +223,17 @@ def test_numbers_are_read_as_they_are_written(tmp_path):
 @pytest.mark.parametrize(
     ("cell", "reason"),
     [
-        ("good", "is no number"),
-        ("nan", "is no number"),
-        ("inf", "is no number"),
-        ("1e999", "is no finite number"),
+        ("good", "is not a number"),
+        ("nan", "is not a number"),
+        ("inf", "is not a number"),
+        ("1e999", "is not a finite number"),
         ("-1e101", "is larger than 1e"),
-        ('"3,5"', "write a point"),
-        ('"1,000.5"', "is no number"),
-        ("1_000", "is no number"),
-        ("true", "is no number"),
-        ("12%", "is no number"),
-        ("٣", "is no number"),
+        ('"3,5"', "write a decimal point"),
+        ('"1,000.5"', "is not a number"),
+        ("1_000", "is not a number"),
+        ("true", "is not a number"),
+        ("12%", "is not a number"),
+        ("٣", "is not a number"),
         ("", "no label"),
         ("   ", "no label"),
     ],
@@ -301,7 +301,7 @@ def test_the_loss_is_the_mean_squared_error_of_standardized_targets(tmp_path):
     expected = (0.5 - 3 / std) ** 2 + (-1 / std) ** 2
     total = loss.summed(outputs, [2, 1])
     assert float(total.detach()) == pytest.approx(expected, rel=1e-6)
-    assert loss.normaliser([2, 1]) == 2.0
+    assert loss.normalizer([2, 1]) == 2.0
     total.backward()
     np.testing.assert_allclose(outputs.grad[:, 0], [2 * (0.5 - 3 / std), 2 / std], rtol=1e-6)
     assert float(loss.summed(torch.zeros(3, 1), [0, 1, 2])) == pytest.approx(3.0)
@@ -362,7 +362,7 @@ def test_kinds_are_not_mixed(tmp_path):
         fit(embedding(labels=["x"], scale=TargetScale()), numbers, None, options)
     with pytest.raises(MinllamaError, match="one output"):
         embedding(labels=["a", "b"], scale=TargetScale())
-    with pytest.raises(MinllamaError, match="classes and no numbers"):
+    with pytest.raises(MinllamaError, match="predicts classes, not numbers"):
         embedding().predict_values(TEXTS)
 
 
@@ -468,7 +468,7 @@ def test_the_commands_give_numbers(make_experiment, minllama, tmp_path):  # noqa
         minllama("classify", folder, "-i", train, "-o", table, "--resume")
         assert table.read_bytes() == rows_of_table
     told = minllama("info", folder).stdout
-    assert "a number for each text" in told
+    assert "a number per text" in told
     assert "threshold" not in told
     for options in (("--threshold", "0.3"), ("--positive", "good")):
         for of_command in (
@@ -476,14 +476,16 @@ def test_the_commands_give_numbers(make_experiment, minllama, tmp_path):  # noqa
             ("evaluate", folder, "--data", train),
         ):
             refused = minllama(*of_command, *options, status=2).stderr
-            assert f"{options[0]}: for classes, and this classifier gives numbers" in refused
+            assert (
+                f"{options[0]}: only for classes, and this classifier predicts numbers" in refused
+            )
     for options in (("--headline", "brier"), ("--against", folder)):
         refused = minllama("evaluate", folder, "--data", train, *options, status=2).stderr
         assert f"{options[0]}: for classes" in refused
-    with pytest.raises(MinllamaError, match="gives numbers; thresholds are for"):
+    with pytest.raises(MinllamaError, match="predicts numbers; thresholds need class"):
         made.threshold = 0.3
     bad = rows(tmp_path / "bad.csv", "1", "good")
-    assert "is no number" in minllama("evaluate", folder, "--data", bad, status=2).stderr
+    assert "is not a number" in minllama("evaluate", folder, "--data", bad, status=2).stderr
 
 
 def test_texts_without_targets_are_only_predicted(make_experiment, tmp_path):
@@ -515,7 +517,7 @@ def test_the_page_is_whole_and_texts_are_data_in_it():
     page = Page(render_page(Report(title="<i>", label_names=["stars"], splits=splits)))
     assert "script" not in page.tags
     assert "<b>mean</b>" in page.text
-    assert "a number for each text" in page.text
+    assert "a number per text" in page.text
     assert "Spearman" in page.text
 
 

@@ -202,7 +202,7 @@ def test_what_is_not_defined_is_said_and_null(tmp_path):
     split = ReportedSplit("dev", ["x", "y"], p, labels, result, {"other": result})
     write_report(tmp_path, make_report(names, splits=[split], multi_label=True))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "ROC AUC and AP are not defined for b: all texts have the label, or none has." in page
+    assert "ROC AUC and AP are undefined for b: all texts have the label, or none has." in page
     content = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     rows = content["splits"]["dev"]["evaluation"]["per_class"]
     assert [row["roc_auc"] for row in rows] == [0.0, None]

@@ -1,4 +1,4 @@
-"""Charts: what is drawn, in whose colours, and that matplotlib is left alone."""
+"""Charts: what is drawn, in whose colors, and that matplotlib is left alone."""
 
 import re
 import subprocess
@@ -40,7 +40,7 @@ def test_one_point_is_a_curve(history):
     assert "<svg" in loss_curve(history)
 
 
-def test_a_long_history_is_thinned_to_means_of_neighbours():
+def test_a_long_history_is_thinned_to_means_of_neighbors():
     points = [(float(i), float(i % 2)) for i in range(800)]
     assert figures._thinned(points) == [(2 * i + 0.5, 0.5) for i in range(400)]
     assert figures._thinned(points[:400]) == points[:400]
@@ -65,7 +65,7 @@ def test_the_diagram_has_a_bar_for_each_bin_that_is_not_empty():
     assert svg.count("fill: var(--muted); opacity: 0.55") == full
 
 
-def test_drawings_take_colours_and_fonts_from_the_page():
+def test_drawings_take_colors_and_fonts_from_the_page():
     for svg in (loss_curve(HISTORY), metric_curve(HISTORY)):
         assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)) <= {
             "none",

@@ -139,26 +139,26 @@ def last(n, rows=1000):
             first(900),
             {"mid": last(880)},
             "2.0 points more than mid (paired 95% interval -0.7 to +5.1 points; McNemar's exact "
-            "p = 0.200); the interval holds zero, so this may be by chance.",
+            "p = 0.200); the interval includes zero, so this may be due to chance.",
         ),
         (
             first(900),
             {"mid": last(900)},
-            "That is level with mid (paired 95% interval -2.7 to +2.8 points; McNemar's exact "
-            "p = 1.000); the interval holds zero, so what differs may be by chance.",
+            "That equals mid (paired 95% interval -2.7 to +2.8 points; McNemar's exact p = "
+            "1.000); the interval includes zero, so what differs may be due to chance.",
         ),
         (
             first(900),
             {"mid": first(900), "low": first(100)},
-            "That is level with the best of the others, mid (paired 95% interval 0.0 to 0.0 "
-            "points; McNemar's exact p = 1.000); the interval holds zero, so what differs may be "
-            "by chance.",
+            "That equals the best of the others, mid (paired 95% interval 0.0 to 0.0 points; "
+            "McNemar's exact p = 1.000); the interval includes zero, so what differs may be due "
+            "to chance.",
         ),
         (
             first(905),
             {"mid": first(900)},
             "0.5 points more than mid (paired 95% interval +0.2 to +1.0 points; McNemar's exact "
-            "p = 0.062); few texts decide it.",
+            "p = 0.062), based on few texts.",
         ),
     ],
 )
@@ -188,7 +188,7 @@ def test_the_verdict_may_be_about_another_metric():
 
 def test_systems_on_other_rows_are_not_compared():
     other = evaluate(np.eye(2)[[0, 0, 0]], [0, 1, 0], ["a", "b"])
-    with pytest.raises(MinllamaError, match="evaluations are of other rows"):
+    with pytest.raises(MinllamaError, match="evaluations have different rows"):
         verdict(system([True] * 3), {"other": other})
 
 
@@ -208,16 +208,16 @@ def test_what_is_not_defined_is_not_best():
     assert [(value.text, value.best) for value in (*own.values, *other.values)] == [
         ("–", False)
     ] * 2
-    assert undefined(first(700)) == "ROC AUC and AP are not defined: all texts are of one class."
+    assert undefined(first(700)) == "ROC AUC and AP are undefined: all texts have the same class."
 
 
 @pytest.mark.parametrize(
     ("gold", "shown", "said"),
     [
         ([0, 1, 2, 3, 3], True, None),
-        ([0, 1, 1, 3, 3], False, "ROC AUC and AP are not defined: there are no texts of c."),
-        ([0, 1, 1, 1, 1], False, "ROC AUC and AP are not defined: there are no texts of c, d."),
-        ([1] * 5, False, "ROC AUC and AP are not defined: all texts are of one class."),
+        ([0, 1, 1, 3, 3], False, "ROC AUC and AP are undefined: there are no texts of c."),
+        ([0, 1, 1, 1, 1], False, "ROC AUC and AP are undefined: there are no texts of c, d."),
+        ([1] * 5, False, "ROC AUC and AP are undefined: all texts have the same class."),
     ],
 )
 def test_of_more_classes_rankings_are_shown_where_all_occur(gold, shown, said):

@@ -37,9 +37,9 @@ def test_a_summary_says_metrics_intervals_and_classes():
     lines = summary(result, {"majority class": result}).splitlines()
     assert " ".join(" ".join(lines[:3]).split()).split(" ", 1) == [
         "dev:",
-        "Right on 3 of 4 texts. That is level with majority class (paired 95% interval 0.0 to 0.0 "
-        "points; McNemar's exact p = 1.000); the interval holds zero, so what differs may be by "
-        "chance.",
+        "Right on 3 of 4 texts. That equals majority class (paired 95% interval 0.0 to 0.0 "
+        "points; McNemar's exact p = 1.000); the interval includes zero, so what differs may be "
+        "due to chance.",
     ]
     assert [line.split() for line in lines[3:]] == [
         [],
@@ -74,7 +74,7 @@ def test_rankings_of_more_classes_are_shown_where_all_occur():
     assert next(line for line in lines if line[:1] == ["c"])[:3] == ["c", "1.000", "1.000"]
     result = evaluate(probabilities, [0, 1, 1, 1], ["a", "b", "c"], bootstrap=0)
     shown = summary(result)
-    assert "AUC and AP are not defined: there are no texts of c." in shown
+    assert "AUC and AP are undefined: there are no texts of c." in shown
     assert "interval" not in shown
     assert shown.splitlines()[-4].split()[:3] == ["class", "F1", "precision"]
 

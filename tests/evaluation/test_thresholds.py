@@ -94,9 +94,7 @@ def test_a_precision_that_nine_of_ten_reach_is_0_9():
     value, found = chosen("precision=0.9", p, gold)
     said = found.thresholds.predictions(np.stack([1 - p, p], 1))[:, 1]
     assert (said.sum(), (said & gold).sum()) == (10, 9)
-    assert found.notices == (
-        "threshold of 'yes': chosen on dev.csv by 9 texts with it; more would serve it",
-    )
+    assert found.notices == ("threshold of 'yes': chosen on dev.csv from only 9 texts with it",)
     assert value == 0.5  # between 0.479 and 0.521, in as few digits as there are
 
 
@@ -105,8 +103,8 @@ def test_a_precision_that_cannot_be_reached_is_said_with_the_best_that_can():
     gold = np.array([False, True, True, False, False])
     value, found = chosen("precision=0.95", p, gold)
     assert found.notices == (
-        "threshold of 'yes': a precision of 0.95 is not reached on dev.csv; the best is 0.667, "
-        "with a recall of 1.000, from 0.65 on, which is taken",
+        "threshold of 'yes': precision 0.95 is not reached on dev.csv; the best is 0.667, "
+        "with a recall of 1.000, from 0.65 on, which is used",
     )
     assert value == 0.65
     # All can be recalled, and nothing predicted has no precision.
@@ -120,7 +118,8 @@ def test_rows_of_one_class_cannot_choose(label):
     assert value == 0.5
     which = "every text" if label else "no text"
     assert found.notices == (
-        f"threshold of 'yes': {which} of dev.csv has this label, so f1 cannot choose; it is 0.5",
+        f"threshold of 'yes': {which} of dev.csv has this label, so f1 cannot be applied; using "
+        "0.5",
     )
 
 
@@ -175,13 +174,13 @@ def test_a_threshold_is_reached_by_the_probability_that_is_written_so():
 @pytest.mark.parametrize(
     ("threshold", "labels", "multi_label", "message"),
     [
-        (("0.3",), ["a", "b", "c"], False, "of 3 classes the likeliest is predicted"),
+        (("0.3",), ["a", "b", "c"], False, "not for 3 classes"),
         (("0.3", "0.4"), LABELS, False, "is there 2 times; give one$"),
         (("0.3", "0.4"), LABELS, True, "give one, or LABEL=THRESHOLD"),
         (("x=0.3",), LABELS, True, "'x=0.3': no such label or rule; give LABEL=0.3 with one of no"),
         (("x=0.3",), LABELS, False, "'x=0.3': no such label or rule"),
         (("no=0.3", "no=0.4"), LABELS, True, "twice for 'no'"),
-        (("precision=0.9",), ["precision", "b"], True, "'precision' is a label as well"),
+        (("precision=0.9",), ["precision", "b"], True, "'precision' is also a label; give"),
     ],
 )
 def test_thresholds_that_the_task_cannot_have_are_refused(threshold, labels, multi_label, message):
@@ -196,8 +195,8 @@ def test_thresholds_that_the_task_cannot_have_are_refused(threshold, labels, mul
         ("1.5", r"must be in \[0, 1\], not 1.5"),
         ("-0.1", r"must be in \[0, 1\]"),
         ("nan", r"must be in \[0, 1\]"),
-        ("precision=0", "a precision is above 0 and at most 1"),
-        ("recall=1.1", "a recall is above 0 and at most 1"),
+        ("precision=0", "precision must be in (0, 1]"),
+        ("recall=1.1", "recall must be in (0, 1]"),
         ("best", "f1, macro-f1, accuracy, balanced-accuracy, precision=0.9"),
         ("30%", "not '30%'"),
         ("", "empty string"),
@@ -209,7 +208,7 @@ def test_what_is_no_threshold_is_refused_at_birth(threshold, message):
 
 
 def test_nothing_is_chosen_on_what_is_measured():
-    with pytest.raises(OptionError, match="f1 is chosen on the dev texts while training, never"):
+    with pytest.raises(OptionError, match="f1 is chosen on the dev split in training, not"):
         fixed_thresholds(ThresholdOptions(threshold="f1"), LABELS, multi_label=False)
 
 
@@ -217,8 +216,8 @@ def test_nothing_is_chosen_on_what_is_measured():
     ("positive", "labels", "multi_label", "message"),
     [
         ("maybe", LABELS, False, "'maybe' is none of the classes 'no' and 'yes'"),
-        ("a", ["a", "b", "c"], False, "names one of two classes, and these are 3 classes"),
-        ("no", LABELS, True, "these are texts with any number of labels"),
+        ("a", ["a", "b", "c"], False, "is for two classes, and these are 3 classes"),
+        ("no", LABELS, True, "these are multi-label texts"),
     ],
 )
 def test_the_positive_class_is_one_of_two(positive, labels, multi_label, message):
@@ -285,8 +284,8 @@ def test_numbers_by_label_are_taken_from_python():
     assert as_thresholds(0.3, LABELS, 1) == Thresholds((0.3,), 1)
     assert as_thresholds({"no": 1}, LABELS, None) == Thresholds((1.0, 0.5))
     for value, message in (
-        ({"no": 0.3}, "there is no threshold for 'no'; there are for yes"),
-        (2, "a number from 0 to 1, not 2"),
+        ({"no": 0.3}, "no label 'no' to set a threshold for; the labels are yes"),
+        (2, "a number in [0, 1], not 2"),
         (True, "not True"),
         (float("nan"), "not nan"),
         ("0.5", "not '0.5'"),

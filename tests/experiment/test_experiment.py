@@ -96,7 +96,7 @@ def test_a_head_on_the_last_token_after_all_layers_is_in_peft_s_file(make_experi
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS"
     assert "score" in config["modules_to_save"]
-    assert "in PEFT's file as well" in (folder / "README.md").read_text()
+    assert "also in PEFT's file" in (folder / "README.md").read_text()
     with unwarned(), torch.no_grad():
         plain = LlamaForSequenceClassification.from_pretrained(base, num_labels=2, pad_token_id=0)
         theirs = PeftModel.from_pretrained(plain, folder).eval()
@@ -115,7 +115,7 @@ OTHER_HEADS = {
     "layer": ({"layer": "1", "pooling": "last"}, "it runs 1 of 2 layers"),
     "looking ahead": (
         {"layer": "all", "pooling": "last", "bidirectional": True},
-        "its tokens look ahead",
+        "its attention is bidirectional",
     ),
 }
 
@@ -127,7 +127,10 @@ def test_the_card_says_why_a_head_is_in_no_file_of_peft(make_experiment, case):
     assert run_experiment(experiment).classifier.score.bias.any()
     config = json.loads((experiment.output / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"
-    assert f"alone, for {reason}, and" in (experiment.output / "README.md").read_text()
+    assert (
+        f"only in `head.safetensors`, because {reason}, which"
+        in (experiment.output / "README.md").read_text()
+    )
 
 
 def test_dev_is_read_once_after_training(make_experiment, monkeypatch):
@@ -184,7 +187,7 @@ def test_label_words_and_several_labels_exclude_each_other(make_experiment, tmp_
 @pytest.mark.parametrize("option", ["ordinal", "self_distillation"])
 def test_targets_in_parts_are_for_what_is_trained_by_steps(make_experiment, method, option):
     experiment = make_experiment(method, training={option: 0.5})
-    with pytest.raises(MinllamaError, match=f"--method {method} has no use for .*lora or full"):
+    with pytest.raises(MinllamaError, match=f"--method {method} does not use .*lora or full"):
         run_experiment(experiment)
     assert not experiment.output.exists()
 
@@ -314,7 +317,7 @@ def test_layers_race_for_a_frozen_head(balanced, base, labelled_files, monkeypat
     raced = [line for line in heard.lines if line.startswith("after 4 texts")]
     assert len(raced) == (0 if balanced else 1)
     if raced:
-        assert f"layers {chosen.layer} were read of the others" in raced[0]
+        assert f"layers {chosen.layer}" in raced[0]
 
 
 def test_the_rows_that_a_head_starts_from_have_all_classes(monkeypatch):

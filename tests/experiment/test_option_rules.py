@@ -101,7 +101,7 @@ def test_what_would_be_ignored_is_refused(
 
 def test_label_words_have_no_layer_and_no_head() -> None:
     options = {"layer": "3", "dropout": 0.5, "head_lr": 0.1}
-    with pytest.raises(OptionError, match="--method lora --objective label-words has no use for"):
+    with pytest.raises(OptionError, match="--method lora --objective label-words does not use"):
         check_uses(experiment(objective="label-words", **options))
 
 
@@ -109,9 +109,9 @@ def test_all_that_is_idle_is_named_at_once() -> None:
     with pytest.raises(OptionError) as caught:
         check_uses(experiment(method="frozen", score="pmi", r=3, epochs=9))
     assert str(caught.value) == (
-        "--method frozen has no use for --score (for --method zero-shot or --objective "
-        "label-words), --epochs (for --method lora or full), --r (for --method lora); leave away "
-        "what it does not use, or choose what does"
+        "--method frozen does not use --score (for --method zero-shot or --objective "
+        "label-words), --epochs (for --method lora or full), --r (for --method lora); omit "
+        "these options, or choose a method that uses them"
     )
 
 

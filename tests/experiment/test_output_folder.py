@@ -47,7 +47,7 @@ def test_a_run_that_was_cut_and_resumed_equals_the_uncut_one(
     with pytest.raises(KeyboardInterrupt):
         run_experiment(cut_run, say=Heard(interrupt_after=cut))
     assert not (tmp_path / "cut" / "classifier.json").exists()
-    with pytest.raises(MinllamaError, match="--resume goes on with it, --force replaces it"):
+    with pytest.raises(MinllamaError, match="--resume continues it, --force replaces it"):
         run_experiment(cut_run)
     outcome = run_experiment(cut_run, resume=True)
     assert outcome.training.resumed_from == (cut if cut != "reading dev" else 6)
@@ -97,7 +97,7 @@ def test_a_run_does_not_go_on_with_another_base(make_experiment, base, tmp_path,
         config = config.replace(rope_theta=500.0)
     other = tmp_path / "other"
     write_huggingface(other, config, llama.state_dict(), vocabulary=checkpoint.vocabulary)
-    said = "its weights are not the same" if change == "weights" else "rope_theta was 10000.0, now"
+    said = "its weights differ" if change == "weights" else "rope_theta was 10000.0, now"
     with pytest.raises(CheckpointError, match=said):
         run_experiment(make_experiment(method, model=str(other)), resume=True)
 
@@ -139,11 +139,15 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_is_begun_anew(
     for name in left:  # a choice of layer whose head was not kept would start with a random one
         (tmp_path / "run" / name).write_text('{"layer": 1, "pooling": "mean"}\n')
     if "metrics.jsonl" in left:
-        with pytest.raises(MinllamaError, match="left no checkpoint is there; --force starts anew"):
+        with pytest.raises(
+            MinllamaError, match="contains a run without a checkpoint; --force starts again"
+        ):
             run_experiment(make_experiment())
     heard = Heard()
     outcome = run_experiment(make_experiment(), resume=True, say=heard)
-    assert heard.lines[0].endswith("was cut before its first checkpoint; it begins anew")
+    assert heard.lines[0].endswith(
+        "was cut before its first checkpoint; starting from the beginning"
+    )
     assert outcome.training.resumed_from == 0
     (state, *rest), (expected, *others) = map(results, (tmp_path / "run", tmp_path / "uncut"))
     assert all(torch.equal(state[name], expected[name]) for name in expected)
@@ -153,9 +157,11 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_is_begun_anew(
 def test_a_run_that_has_ended_is_not_gone_on_with(make_experiment, tmp_path):
     run_experiment(make_experiment())
     before = contents(tmp_path / "run")
-    with pytest.raises(MinllamaError, match="no checkpoint to go on from; --force replaces it"):
+    with pytest.raises(
+        MinllamaError, match="without a checkpoint to resume from; --force replaces it"
+    ):
         run_experiment(make_experiment(), resume=True)
-    with pytest.raises(MinllamaError, match="an earlier run is there; --force replaces it"):
+    with pytest.raises(MinllamaError, match="an earlier run; --force replaces it"):
         run_experiment(make_experiment())
     assert contents(tmp_path / "run") == before
 
@@ -169,7 +175,7 @@ def test_an_old_classifier_is_kept_unless_it_is_replaced_as_a_whole(
 ):
     run_experiment(make_experiment("frozen"))
     before = contents(tmp_path / "run")
-    with pytest.raises(MinllamaError, match="an earlier run is there; --force replaces it"):
+    with pytest.raises(MinllamaError, match="an earlier run; --force replaces it"):
         run_experiment(make_experiment("lora"))
 
     def fails(folder, report):
@@ -250,7 +256,7 @@ def test_names_of_layers_that_are_not_there_are_found_before_texts_are_computed(
     experiment = make_experiment(objective=objective)
     experiment = dataclasses.replace(experiment, lora=LoRAOptions(target_modules=("nosuch",)))
     heard = Heard()
-    with pytest.raises(OptionError, match="no linear layer is called 'nosuch'; there are"):
+    with pytest.raises(OptionError, match="no linear layer is named 'nosuch'; there are"):
         run_experiment(experiment, say=heard)
     assert heard.titles == []
     assert not experiment.output.exists()
@@ -272,9 +278,9 @@ def test_names_in_layers_that_cannot_come_to_run_are_found_before_texts_are_comp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"training": {"ordinal": 0.5}}, "no order of classes; leave out --ordinal"),
-        ({"objective": "label-words"}, "for texts with several use --method frozen, or lora"),
-        ({"method": "zero-shot"}, "for texts with several use --method frozen, or lora"),
+        ({"training": {"ordinal": 0.5}}, "no order; omit --ordinal"),
+        ({"objective": "label-words"}, "for several use --method frozen, or lora"),
+        ({"method": "zero-shot"}, "for several use --method frozen, or lora"),
     ],
 )
 def test_what_needs_one_label_is_refused_before_texts_with_several_are_read(
@@ -300,7 +306,7 @@ def test_files_of_no_run_are_not_replaced(make_experiment, tmp_path, method, nam
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).write_text("mine")
     (tmp_path / "run" / "notes.txt").write_text("are in nobody's way")
-    with pytest.raises(MinllamaError, match=f"{name} would be replaced, and are of no run"):
+    with pytest.raises(MinllamaError, match=f"{name} would be replaced, but are not part of a run"):
         run_experiment(make_experiment(method))
     assert (tmp_path / "run" / name).read_text() == "mine"
     assert names_in(tmp_path / "run") == {name, "notes.txt"}
@@ -311,7 +317,7 @@ def test_a_run_is_not_written_over_its_base(make_experiment, base, tmp_path):
     shutil.copytree(base, folder)
     before = names_in(folder)
     for model in (folder, folder / "model.safetensors"):
-        with pytest.raises(MinllamaError, match="the base model lies there"):
+        with pytest.raises(MinllamaError, match="contains the base model"):
             run_experiment(make_experiment("full", model=str(model)), force=True)
     assert names_in(folder) == before
 

@@ -95,7 +95,7 @@ def test_a_chat_is_said_to_be_one():
     classifier = zero_shot()
     assert described(classifier).endswith(r', prompt "Text: {text}\nis"]')
     classifier.prompt = PromptOptions(prompt="{text}?", chat=True)
-    assert described(classifier).endswith(', asked in a chat "{text}?"]')
+    assert described(classifier).endswith(', in a chat "{text}?"]')
 
 
 def test_a_head_says_its_layer_and_temperature():
@@ -210,7 +210,7 @@ def test_another_input_or_classifier_is_refused(rows, tmp_path):
         changed.write_text("".join([*lines[:i], "new\n", *lines[i + 1 :]]))
         with pytest.raises(DataError, match=f"row {i} where .* no such row with that text"):
             lines_of(classifier, changed, done=done)
-    for kept, message in ((3, "4 records of the rows before number 4, and .* has 3"), (4, "row 5")):
+    for kept, message in ((3, "4 records before row 4, but .* has 3"), (4, "row 5")):
         changed.write_text("".join(lines[:kept]))
         with pytest.raises(DataError, match=message):
             lines_of(classifier, changed, done=done)
@@ -220,7 +220,7 @@ def test_another_input_or_classifier_is_refused(rows, tmp_path):
     for another in (nearly, *others, zero_shot()):
         if another in others:
             another.score.weight.data.normal_(std=2.0)
-        with pytest.raises(DataError, match="this classifier says something else"):
+        with pytest.raises(DataError, match="this classifier predicts something else"):
             lines_of(another, rows, done=done)
 
 
@@ -232,7 +232,7 @@ def test_a_run_goes_on_in_another_precision_and_not_with_another_classifier(rows
     assert len(lines_of(classifier, rows, done=read_done(output))) == 5
     nearly = embedding()
     nearly.score.weight.data[0, 0] += 1e-6
-    with pytest.raises(DataError, match="this classifier says something else"):
+    with pytest.raises(DataError, match="this classifier predicts something else"):
         lines_of(nearly, rows, done=read_done(output))
 
 
@@ -272,7 +272,7 @@ def test_columns_are_those_of_the_row_and_of_the_whole_run(tmp_path):
     output.write_text(kept[0])
     assert lines_of(classifier, path, columns=["id"], done=read_done(output)) == kept[1:]
     for other in ([], ["answer"], ["all"]):
-        with pytest.raises(DataError, match="the --keep-columns that the run began with"):
+        with pytest.raises(DataError, match="the run's original --keep-columns"):
             lines_of(classifier, path, columns=other, done=read_done(output))
 
 
@@ -281,11 +281,11 @@ def test_records_that_are_missing_or_out_of_order_are_found(rows, tmp_path):
     lines = lines_of(classifier, rows)
     for missing in range(6):
         output.write_text("".join([*lines[:missing], *lines[missing + 1 : 7]]))
-        with pytest.raises(DataError, match=r"3 records of the rows before|no such row"):
+        with pytest.raises(DataError, match=r"3 records before|no such row"):
             lines_of(classifier, rows, done=read_done(output))
     for order in ((0, 2, 1), (0, 1, 1), (1, 0)):
         output.write_text("".join(lines[i] for i in order))
-        with pytest.raises(DataError, match=r"line \d: not a prediction .*row \d behind row \d"):
+        with pytest.raises(DataError, match=r"line \d: not a prediction .*row \d after row \d"):
             read_done(output)
 
 

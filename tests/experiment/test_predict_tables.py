@@ -331,9 +331,9 @@ def test_other_runs_are_refused_and_the_output_is_kept(rows, tmp_path, output_fo
         "classifier": (nearly, rows, ["id"]),
         "other classifier|something else": (embedding(labels=("a", "b", "c")), rows, ["id"]),
         "score|classifier": (zero_shot(), rows, ["id"]),
-        "the --keep-columns that the run": (embedding(), rows, ["n"]),
-        "give the --keep-columns that the run": (embedding(), rows, []),
-        "--keep-columns that the run began": (embedding(), rows, ["all"]),
+        "the run's original --keep-columns": (embedding(), rows, ["n"]),
+        "give the run's original --keep-columns": (embedding(), rows, []),
+        "run's original --keep-columns": (embedding(), rows, ["all"]),
         "no such row with that text": (embedding(), tmp_path / "other.jsonl", ["id"]),
     }
     lines = rows.read_text().splitlines(keepends=True)
@@ -378,7 +378,7 @@ def test_notes_without_an_end_of_line_are_no_header_that_was_cut(rows, tmp_path,
     if content.startswith(b"\xef\xbb"):
         assert lines_of(embedding(), rows, output_format="csv", done=read_done(output, "csv"))
         return
-    with pytest.raises(DataError, match="no table that `minllama classify` began"):
+    with pytest.raises(DataError, match="not a table that `minllama classify` started"):
         written(embedding(), rows, output, output_format="csv")
     assert output.read_bytes() == content
 

@@ -164,14 +164,14 @@ def test_the_command_line_shows_and_uses_them(run: Any, base: Path, tmp_path: Pa
     given = ("generate", "a", "-m", folder, "--max-new-tokens", 9, "--seed", 1)
     status, _, err = run(*given, "--generation-config")
     assert status == 2
-    assert "m says nothing about sampling; leave it out" in err
+    assert "m recommends no sampling options; omit it" in err
     assert "sampling" not in run("info", folder)[1]
     says(folder, **say, do_sample=True, temperature=5.0, top_k=7, num_beams=4, typical_p=1.0)
     shown = "temperature 5, top_k 7; not supported here: num_beams 4"
     assert f"sampling     {shown} (with --generation-config)\n" in run("info", folder)[1]
     status, out, err = run(*given, "--generation-config")
     assert status == 0, err
-    assert f"sampling by {folder}/generation_config.json: {shown}\n" in err
+    assert f"sampling options of {folder}/generation_config.json: {shown}\n" in err
     assert out == run(*given, "--temperature", 5, "--top-k", 7)[1]
     assert out != run(*given)[1]
     top_p = run(*given, "--generation-config", "--top-p", 0.5)
@@ -179,7 +179,7 @@ def test_the_command_line_shows_and_uses_them(run: Any, base: Path, tmp_path: Pa
     greedy = run(*given, "--generation-config", "--temperature", 0)
     assert greedy[:2] == (0, run(*given)[1])
     status, _, err = run(*given, "--generation-config", "--temperature", 0, "--top-p", 0.5)
-    assert (status, "filter what is drawn" in err) == (2, True)
+    assert (status, "filter samples, but at temperature 0 nothing is sampled" in err) == (2, True)
     (folder / "generation_config.json").write_text('{"do_sample": 3}')
     assert "do_sample is 3" in run("info", folder)[1]
 

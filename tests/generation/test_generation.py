@@ -189,10 +189,10 @@ def test_stop_tokens_by_id_or_text_end_whatever_else_does(token, model, tokenize
         ([258], "holds 258, and the tokenizer knows 0 to 257"),
         (["<none>"], "'<none>' is not one token of this vocabulary"),
         (["ab"], "'ab' is not one token"),
-        ([-1], "holds -1, and token ids are >= 0"),
-        ([True], "holds True, which is no token"),
-        ([""], "holds '', which is no token"),
-        ([1.5], "must be a list of token ids or of tokens' texts"),
+        ([-1], "contains -1, but token ids are >= 0"),
+        ([True], "contains True, which is not a token"),
+        ([""], "contains '', which is not a token"),
+        ([1.5], "must be a list of token ids or token texts"),
         (b"a", "must be a list of token ids"),
         ({"a": 1}, "must be a list of token ids"),
     ],
@@ -302,7 +302,7 @@ def test_what_cannot_work_is_refused_before_any_work(model, tokenizer, monkeypat
         generate(model, tokenizer, "a" * 300)
     with pytest.raises(OptionError, match="unknown option max_tokens; known are"):
         generate(model, tokenizer, "a", max_tokens=3)
-    with pytest.raises(OptionError, match="cannot both constrain"):
+    with pytest.raises(OptionError, match="exclude each other"):
         generate(model, tokenizer, "a", regex="a", json_schema="{}")
 
 

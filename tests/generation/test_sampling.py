@@ -86,8 +86,8 @@ def test_min_p_is_relative_to_the_likeliest():
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     logits = torch.tensor([[2.0, -2.0, 3.0], [2.0, -2.0, 3.0]])
-    penalised = apply_repetition_penalty(logits, [[0, 1, 0], [2]], 2.0)
-    assert penalised.tolist() == [[1.0, -4.0, 3.0], [2.0, -2.0, 1.5]]
+    penalized = apply_repetition_penalty(logits, [[0, 1, 0], [2]], 2.0)
+    assert penalized.tolist() == [[1.0, -4.0, 3.0], [2.0, -2.0, 1.5]]
     assert logits[0, 0] == 2.0
     theirs = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[3, 9, 3]]), LOGITS.clone())
     torch.testing.assert_close(apply_repetition_penalty(LOGITS, [[3, 9, 3]], 1.3), theirs)

@@ -463,7 +463,7 @@ def test_all_of_it_can_be_dropped():
 
 
 @pytest.mark.parametrize("kind", ["int4", "int4 without mins", "int8", "int8 with mins"])
-def test_quantised_products_of_many_rows_and_blocks(kind, at_level):
+def test_quantized_products_of_many_rows_and_blocks(kind, at_level):
     torch.manual_seed(0)
     parts = quantize(torch.randn(40, 13 * 32), 8 if kind.startswith("int8") else 4)
     if kind == "int4 without mins":
@@ -487,7 +487,7 @@ def test_quantised_products_of_many_rows_and_blocks(kind, at_level):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 2, 9])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_no_number_is_none_in_quantised_products(bits, rows, value, at_level):
+def test_what_is_no_number_is_none_in_quantized_products(bits, rows, value, at_level):
     weight = QuantizedWeight(*quantize(torch.randn(40, 96), bits))
     for place in (0, 13, 31, 64, 95):
         x = torch.randn(rows, 96)

@@ -115,7 +115,7 @@ def test_a_level_that_the_processor_lacks_is_refused(monkeypatch):
     stated = hardware.Capabilities(2, frozenset())
     monkeypatch.setattr(hardware, "stated", lambda: stated)
     assert hardware.level_of(2) == 2
-    with pytest.raises(OptionError, match=r"states avx512, which .* state at most avx2"):
+    with pytest.raises(OptionError, match=r"states avx512, which .* support; use at most avx2"):
         hardware.level_of(1)
 
 

@@ -164,23 +164,23 @@ def test_the_defaults_are_those_of_the_options() -> None:
     [
         (
             {"target_modules": "query"},
-            r"no linear layer is called 'query'; there are compute_query \(q_proj\), compute_key "
+            r"no linear layer is named 'query'; there are compute_query \(q_proj\), compute_key "
             r"\(k_proj\), compute_value \(v_proj\), compute_output \(o_proj\), w1 \(gate_proj\), "
-            r"w2 \(down_proj\), w3 \(up_proj\), whole names such as "
+            r"w2 \(down_proj\), w3 \(up_proj\), full names such as "
             r"layers.0.attention.compute_query, and all-linear",
         ),
-        ({"target_modules": ["w1", "lm_head"]}, "no linear layer is called 'lm_head'"),
-        ({"target_modules": "output"}, "no linear layer is called 'output'"),
-        ({"target_modules": "tok_embeddings"}, "no linear layer is called 'tok_embeddings'"),
+        ({"target_modules": ["w1", "lm_head"]}, "no linear layer is named 'lm_head'"),
+        ({"target_modules": "output"}, "no linear layer is named 'output'"),
+        ({"target_modules": "tok_embeddings"}, "no linear layer is named 'tok_embeddings'"),
         ({"target_modules": "w(1"}, "neither a name nor a regular expression"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"layers_to_transform": 2}, "layers_to_transform must be from 0 to 1, not 2"),
         ({"layers_to_transform": [0, -1]}, "must be from 0 to 1, not -1"),
         (
             {"target_modules": "layers.0.feed_forward.w1", "layers_to_transform": 1},
-            "names nothing in the layers that take part",
+            "matches nothing in the selected layers",
         ),
-        ({"layers_to_transform": []}, "names nothing in the layers"),
+        ({"layers_to_transform": []}, "matches nothing in the selected layers"),
         ({"r": 0}, "r must be >= 1"),
         ({"adapter_name": "a.b"}, "adapter_name must be letters"),
     ],
@@ -197,7 +197,9 @@ def test_what_cannot_be_adapted_is_refused_before_anything_changes(
 
 
 def test_a_module_without_a_llama_is_refused() -> None:
-    with pytest.raises(MinllamaError, match="a Linear holds no Llama; give a Llama or a classifie"):
+    with pytest.raises(
+        MinllamaError, match="a Linear contains no Llama; give a Llama or a classifie"
+    ):
         add_lora_wrapper(nn.Linear(2, 2))
 
 
@@ -267,13 +269,15 @@ def test_adapters_that_are_not_there_are_refused() -> None:
     before = logits(model)
     with pytest.raises(MinllamaError, match="there is no adapter 'b'; there are a"):
         set_adapters(model, {"a": 0.0, "b": 1.0})
-    with pytest.raises(MinllamaError, match="the share of adapter 'a' must be finite, not nan"):
+    with pytest.raises(MinllamaError, match="the weight of adapter 'a' must be finite, not nan"):
         set_adapters(model, {"a": float("nan")})
     with pytest.raises(MinllamaError, match="an adapter 'a' is there already"):
         add_lora_wrapper(model, adapter_name="a")
     assert torch.equal(logits(model), before)
     for use in (set_adapters, merge_lora, remove_lora_wrapper):
-        with pytest.raises(MinllamaError, match=r"has no adapters; add_lora_wrapper\(\)"):
+        with pytest.raises(
+            MinllamaError, match=r"has no adapters; add one with add_lora_wrapper\(\)"
+        ):
             use(our_model(), *(["a"] if use is set_adapters else []))
 
 
@@ -323,7 +327,7 @@ def test_merging_is_all_or_nothing() -> None:
     weights = copy.deepcopy(model.state_dict())
     for undo in (merge_lora, remove_lora_wrapper):
         with pytest.raises(
-            MinllamaError, match=r"layers.1.feed_forward.w2: the merged weight holds NaN"
+            MinllamaError, match=r"layers.1.feed_forward.w2: the merged weight has NaN"
         ):
             undo(model)
         for name, tensor in model.state_dict().items():

@@ -336,7 +336,7 @@ def test_the_weight_that_is_merged_into_is_not_written_to() -> None:
 def test_a_weight_that_float16_cannot_hold_is_refused() -> None:
     layer = random_layer(dtype=torch.float16)
     layer.adapter("default").lora_B.data.fill_(1e6)
-    with pytest.raises(MinllamaError, match="NaN or infinity in float16"):
+    with pytest.raises(MinllamaError, match="NaN or infinite values in float16"):
         layer.merge()
     assert not layer.is_merged
 

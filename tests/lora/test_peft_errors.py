@@ -65,7 +65,7 @@ def refusal(adapter: Path, model: Llama | None = None) -> str:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"peft_type": "IA3"}, "an adapter of type 'IA3'; only LORA is read"),
+        ({"peft_type": "IA3"}, "an adapter of type 'IA3'; only LORA"),
         ({"peft_type": None}, "an adapter of type None"),
         ({"bias": "all"}, "not supported: bias='all'; merge the adapter into its base"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
@@ -95,7 +95,7 @@ def refusal(adapter: Path, model: Llama | None = None) -> str:
         ({"target_modules": [1]}, "target_modules must be a list of names"),
         ({"exclude_modules": {"a": 1}}, "exclude_modules must be a list of names"),
         ({"modules_to_save": "score"}, "modules_to_save must be a list of names"),
-        ({"layers_to_transform": ["a"]}, "layers_to_transform must be whole numbers"),
+        ({"layers_to_transform": ["a"]}, "layers_to_transform must be integers"),
         ({"rank_pattern": [1]}, "rank_pattern must be an object"),
         ({"rank_pattern": {"q_proj": "x"}}, "r must be an integer"),
         ({"alpha_pattern": {"(q|v_proj": 3}}, "'(q|v_proj' is no regular expression"),
@@ -159,10 +159,10 @@ def test_a_folder_without_an_adapter_is_refused(adapter: Path) -> None:
 def test_an_adapter_of_another_base_lists_every_difference(adapter: Path) -> None:
     message = refusal(adapter, our_model(dim=24, n_layers=1))
     for line in (
-        f"{QUERY}.lora_A.weight has shape (8, 32) where the config says (8, 24)",
-        f"{QUERY}.lora_B.weight has shape (32, 8) where the config says (24, 8)",
+        f"{QUERY}.lora_A.weight has shape (8, 32) but the config implies (8, 24)",
+        f"{QUERY}.lora_B.weight has shape (32, 8) but the config implies (24, 8)",
         "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight is unexpected",
-        "load the base model that its adapter_config.json names",
+        "load the base model that adapter_config.json names",
     ):
         assert line in message
 
@@ -177,14 +177,14 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed(adapter: Path) -> N
     message = refusal(adapter)
     assert f"{QUERY}.lora_B.weight is missing" in message
     assert f"{QUERY}.lora_magnitude_vector is unexpected" in message
-    assert "v_proj.lora_A.weight has shape (2, 3) where the config says (8, 32)" in message
+    assert "v_proj.lora_A.weight has shape (2, 3) but the config implies (8, 32)" in message
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"r": 4}, f"{QUERY}.lora_A.weight has shape (8, 32) where the config says (4, 32)"),
-        ({"r": 10**12}, "where the config says (1000000000000, 32)"),
+        ({"r": 4}, f"{QUERY}.lora_A.weight has shape (8, 32) but the config implies (4, 32)"),
+        ({"r": 10**12}, "but the config implies (1000000000000, 32)"),
         ({"use_dora": True}, f"{QUERY}.lora_magnitude_vector is missing"),
         ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight is unexpected"),
         (
@@ -209,7 +209,7 @@ def test_a_config_that_its_tensors_contradict_is_refused(
 def test_a_misshapen_head_is_refused(adapter: Path, shape: tuple[int, ...]) -> None:
     set_config(adapter, task_type="SEQ_CLS")
     set_tensors(adapter, lambda tensors: tensors.update({HEAD: torch.ones(shape)}))
-    assert f"score.weight has shape {shape} where the config says (" in refusal(adapter)
+    assert f"score.weight has shape {shape} but the config implies (" in refusal(adapter)
 
 
 def test_a_head_that_no_config_speaks_of_is_refused(adapter: Path) -> None:
@@ -219,13 +219,13 @@ def test_a_head_that_no_config_speaks_of_is_refused(adapter: Path) -> None:
 
 def test_numbers_that_are_none_are_refused(adapter: Path) -> None:
     set_tensors(adapter, lambda tensors: tensors[f"{QUERY}.lora_A.weight"][0, :2].fill_(torch.nan))
-    assert f"{QUERY}.lora_A.weight holds 2 NaN or infinite of 256 numbers" in refusal(adapter)
+    assert f"{QUERY}.lora_A.weight has 2 NaN or infinite values of 256" in refusal(adapter)
 
 
 def test_an_empty_adapter_is_refused(adapter: Path) -> None:
     set_config(adapter, target_modules="nothing")
     save_file({}, adapter / "adapter_model.safetensors")
-    assert "it holds no tensors" in refusal(adapter)
+    assert "it contains no tensors" in refusal(adapter)
 
 
 def test_damaged_weights_are_refused(adapter: Path) -> None:
@@ -233,7 +233,7 @@ def test_damaged_weights_are_refused(adapter: Path) -> None:
     whole = path.read_bytes()
     for content in (b"", whole[:5], whole[:200], whole[:-1]):
         path.write_bytes(content)
-        assert "not a whole safetensors file" in refusal(adapter)
+        assert "not a complete safetensors file" in refusal(adapter)
 
 
 def test_pickled_weights_are_read_without_running_them(adapter: Path, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_pickled_weights_are_read_without_running_them(adapter: Path, tmp_path: 
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({**tensors, "x": Evil()}, adapter / "adapter_model.bin")
-    assert "was refused: its pickle calls" in refusal(adapter)
+    assert "is refused: its pickle calls" in refusal(adapter)
     assert not (tmp_path / "ran").exists()
 
 

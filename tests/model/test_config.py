@@ -63,19 +63,19 @@ def test_head_dim_need_not_be_dim_over_heads() -> None:
     ("changes", "message"),
     [
         ({"n_kv_heads": 4}, "n_heads (6) must be divisible by n_kv_heads (4)"),
-        ({"dim": 50}, "dim (50) must be divisible by n_heads (6), or head_dim be given"),
-        ({"head_dim": 7}, "head_dim (7) must be even: rotary embeddings turn pairs"),
-        ({"dim": 42}, "head_dim (7) must be even: rotary embeddings turn pairs"),
-        ({"dim": 0}, "dim must be a whole number above 0, not 0"),
-        ({"n_layers": -1}, "n_layers must be a whole number above 0, not -1"),
-        ({"n_heads": 6.0}, "n_heads must be a whole number above 0, not 6.0"),
-        ({"n_heads": 0}, "n_heads must be a whole number above 0, not 0"),
-        ({"vocab_size": None}, "vocab_size must be a whole number above 0, not None"),
-        ({"vocab_size": True}, "vocab_size must be a whole number above 0, not True"),
-        ({"max_seq_len": "8k"}, "max_seq_len must be a whole number above 0, not '8k'"),
-        ({"n_kv_heads": 0}, "n_kv_heads must be a whole number above 0, not 0"),
-        ({"head_dim": 0}, "head_dim must be a whole number above 0, not 0"),
-        ({"hidden_dim": -5}, "hidden_dim must be a whole number above 0, not -5"),
+        ({"dim": 50}, "dim (50) must be divisible by n_heads (6); or set head_dim"),
+        ({"head_dim": 7}, "head_dim (7) must be even: rotary embeddings rotate pairs"),
+        ({"dim": 42}, "head_dim (7) must be even: rotary embeddings rotate pairs"),
+        ({"dim": 0}, "dim must be an integer above 0, not 0"),
+        ({"n_layers": -1}, "n_layers must be an integer above 0, not -1"),
+        ({"n_heads": 6.0}, "n_heads must be an integer above 0, not 6.0"),
+        ({"n_heads": 0}, "n_heads must be an integer above 0, not 0"),
+        ({"vocab_size": None}, "vocab_size must be an integer above 0, not None"),
+        ({"vocab_size": True}, "vocab_size must be an integer above 0, not True"),
+        ({"max_seq_len": "8k"}, "max_seq_len must be an integer above 0, not '8k'"),
+        ({"n_kv_heads": 0}, "n_kv_heads must be an integer above 0, not 0"),
+        ({"head_dim": 0}, "head_dim must be an integer above 0, not 0"),
+        ({"hidden_dim": -5}, "hidden_dim must be an integer above 0, not -5"),
         ({"norm_eps": 0}, "norm_eps must be a finite number above 0, not 0"),
         ({"norm_eps": math.nan}, "norm_eps must be a finite number above 0, not nan"),
         ({"rope_theta": -1.0}, "rope_theta must be a finite number above 0, not -1.0"),
@@ -88,7 +88,7 @@ def test_head_dim_need_not_be_dim_over_heads() -> None:
         ),
         (
             {"dim": 2**63},
-            "dim (9223372036854775808) is above 9007199254740992, the most there can be",
+            "dim (9223372036854775808) exceeds the limit of 9007199254740992",
         ),
         ({"dropout": "0.1"}, "dropout must be in [0, 1), not '0.1'"),
         ({"dropout": 1}, "dropout must be in [0, 1), not 1"),
@@ -118,8 +118,7 @@ def test_a_contradiction_is_named_with_its_numbers(changes: dict[str, Any], mess
     [
         (
             {"kind": "longrope"},
-            "rope scaling 'longrope' is not known; "
-            "known are linear, dynamic, yarn, llama3, factors",
+            "rope scaling 'longrope' is unknown; known: linear, dynamic, yarn, llama3, factors",
         ),
         (
             {"kind": "linear", "factor": 0},
@@ -135,12 +134,12 @@ def test_a_contradiction_is_named_with_its_numbers(changes: dict[str, Any], mess
         ),
         (
             {"kind": "llama3", "original_max_seq_len": 10**300},
-            f"rope scaling: original_max_seq_len (1{'0' * 39}... (301 characters)) is above "
-            "9007199254740992, the most there can be",
+            f"rope scaling: original_max_seq_len (1{'0' * 39}... (301 characters)) exceeds the "
+            "limit of 9007199254740992",
         ),
         (
             {"kind": "yarn", "original_max_seq_len": 64.5},
-            "rope scaling: original_max_seq_len must be a whole number above 0, not 64.5",
+            "rope scaling: original_max_seq_len must be an integer above 0, not 64.5",
         ),
         (
             {"kind": "llama3", "original_max_seq_len": 64, "high_freq_factor": "4"},
@@ -150,7 +149,7 @@ def test_a_contradiction_is_named_with_its_numbers(changes: dict[str, Any], mess
         ({"kind": "llama3", "factor": 8.0}, "rope scaling 'llama3' needs original_max_seq_len"),
         (
             {"kind": "yarn", "original_max_seq_len": -1},
-            "rope scaling: original_max_seq_len must be a whole number above 0, not -1",
+            "rope scaling: original_max_seq_len must be an integer above 0, not -1",
         ),
         (
             {

@@ -92,7 +92,9 @@ def test_truncate_takes_a_length_for_each_row():
 @pytest.mark.parametrize("lengths", [-1, [-1, 0], [1], [1, 1, 1]])
 def test_lengths_that_no_cache_has_are_refused(lengths):
     cache = filled([4, 2])
-    with pytest.raises(MinllamaError, match="of 2 rows is cut to as many lengths of 0 or more"):
+    with pytest.raises(
+        MinllamaError, match="of 2 sequences must be truncated to as many lengths >= 0"
+    ):
         cache.truncate(lengths)
     assert cache.lengths == [4, 2]
 

@@ -19,7 +19,7 @@ def test_layer_states_equal_transformers_hidden_states(tmp_path):
     assert len(states) == len(expected) == 4
     for state, hidden in zip(states[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(state, hidden, atol=1e-4, rtol=0)
-    # Transformers' last one is normalised.
+    # Transformers' last one is normalized.
     torch.testing.assert_close(ours.norm(states[-1]), expected[-1], atol=1e-4, rtol=0)
 
 
@@ -108,7 +108,7 @@ def uneven_cache(model):
         (lambda m: {"attention_mask": tree_mask()}, "needs positions"),
         (
             lambda m: {"attention_mask": tree_mask(), "cache": m.new_cache(2, 16)},
-            "positions and an attention_mask of shape .* belong together",
+            "both positions and an attention_mask of shape",
         ),
         (
             lambda m: {
@@ -116,7 +116,7 @@ def uneven_cache(model):
                 "positions": TREE_POSITIONS,
                 "cache": uneven_cache(m),
             },
-            "needs rows of one length",
+            "needs sequences of equal length",
         ),
         (
             lambda m: {"attention_mask": tree_mask(), "positions": TREE_POSITIONS + 60},
@@ -128,7 +128,7 @@ def uneven_cache(model):
                 "positions": TREE_POSITIONS,
                 "logits": "last",
             },
-            "no real token, so no last one",
+            "a sequence without tokens, so there is no last one",
         ),
         (lambda m: {"attention_mask": torch.ones(2, 8, 7)}, r"or the mask \(B, T, T\)"),
     ],

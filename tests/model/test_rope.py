@@ -171,5 +171,5 @@ def test_dynamic_scaling_leaves_short_texts_alone_and_stretches_long_ones():
 
 
 def test_an_unknown_scaling_is_named():
-    with pytest.raises(MinllamaError, match=r"'longrope' is not known; known are linear, dynamic"):
+    with pytest.raises(MinllamaError, match=r"'longrope' is unknown; known: linear, dynamic"):
         RopeScaling("longrope", factor=2.0)

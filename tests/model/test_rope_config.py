@@ -174,7 +174,7 @@ def test_null_counts_as_not_said_where_transformers_fails(
                 "rope_scaling": KINDS["linear"],
                 "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
             },
-            "rope_scaling counts and has no rope_theta, .* says 500000.0",
+            "rope_scaling takes precedence but has no rope_theta, .* has 500000.0",
         ),
         # it would look for a type one level higher, and find none
         (
@@ -182,9 +182,9 @@ def test_null_counts_as_not_said_where_transformers_fails(
             "settings of its own for full_attention",
         ),
         # its Llama ignores it, and vLLM's does not
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, not 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"rope_scaling": {"factor": 4.0}}, "has a factor and no rope_type"),
+        ({"rope_scaling": {"factor": 4.0}}, "has a factor but no rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "'linear' has no factor"),
         ({"rope_scaling": {"type": "linear", "factor": None}}, "'linear' has no factor"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a finite number"),
@@ -210,7 +210,7 @@ def test_what_is_overridden_is_said_and_what_is_not_read_is_listed() -> None:
     said = rope_contradiction(raw)
     assert said is not None
     assert "rope_scaling (linear) counts" in said
-    assert "rope_parameters beside it says rope_type 'yarn', factor 2.0" in said
+    assert "rope_parameters beside it has rope_type 'yarn', factor 2.0" in said
     assert ignored_keys(raw) == [f"rope_scaling.{ORIGINAL}"]
     agreeing = raw_config("scaling beside default", "linear", "nowhere", "nowhere")
     assert rope_contradiction(agreeing) is None

@@ -81,8 +81,8 @@ def test_values_up_to_the_ends_of_a_range_are_taken(name: str, value: Any) -> No
         ("regex", b"a", "regex must be a string, not b'a'"),
         ("stop", 3, "stop must be a list of strings, not 3"),
         ("stop", ["a", 3], "stop must be a list of strings, not ['a', 3]"),
-        ("stop", ["a", ""], "stop holds an empty string, which would match everywhere"),
-        ("stop", "", "stop holds an empty string, which would match everywhere"),
+        ("stop", ["a", ""], "stop contains an empty string, which would match everywhere"),
+        ("stop", "", "stop contains an empty string, which would match everywhere"),
     ],
 )
 def test_a_value_out_of_range_or_of_another_type_is_refused(
@@ -98,7 +98,7 @@ def test_an_option_error_is_one_that_the_user_can_mend() -> None:
 
 
 def test_two_constraints_on_one_text_are_refused() -> None:
-    with pytest.raises(OptionError, match="json_schema and regex cannot both"):
+    with pytest.raises(OptionError, match="json_schema and regex exclude each other"):
         GenerationOptions(json_schema="{}", regex="a")
 
 

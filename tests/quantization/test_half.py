@@ -147,4 +147,4 @@ def test_a_gguf_file_of_halves_is_kept_too(tmp_path, capsys):
         assert torch.allclose(kept(ids).logits, wide(ids).logits, atol=1e-5)
     with pytest.raises(SystemExit):
         cli.main(["info", str(tmp_path / "m.gguf")])
-    assert "the file's numbers, widened to float32" in capsys.readouterr().out
+    assert "the file's half-precision weights, computed in float32" in capsys.readouterr().out

@@ -181,10 +181,10 @@ def test_a_file_of_k_quants_is_computed_with_in_its_blocks(tmp_path, capfd, most
     if library() is not None:
         with pytest.raises(SystemExit):
             cli.main(["info", str(path)])
-        assert "the file's blocks, Q6_K in 8 bits (" in capfd.readouterr().out
+        assert "the file's quantized blocks, Q6_K in 8 bits (" in capfd.readouterr().out
 
 
-def test_large_matrices_are_quantised_in_slices(monkeypatch):
+def test_large_matrices_are_quantized_in_slices(monkeypatch):
     values = random(40, 64)
     whole = {bits: quantize(values, bits) for bits in (4, 8)}
     monkeypatch.setattr("minllama.quantization.modules.SLICE", 16)
@@ -246,7 +246,7 @@ def error_bound(x, weight):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_those_of_the_dequantised_weight(bits, rows, dtype):
+def test_products_are_those_of_the_dequantized_weight(bits, rows, dtype):
     layer = QuantizedLinear(*quantize(random(40, 64), bits), bias=nn.Parameter(random(40)))
     x = random(rows, 2, 64, seed=1).to(dtype)
     with torch.inference_mode():
@@ -314,7 +314,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(("how", "far"), [("int8", 0.03), ("int4", 0.7)])
-def test_a_quantised_llama_is_near_the_one_it_was(folder, how, far):
+def test_a_quantized_llama_is_near_the_one_it_was(folder, how, far):
     exact, near = load_pretrained(folder), load_pretrained(folder, quantize=how, dtype="float32")
     assert isinstance(near.layers[0].feed_forward.w2, QuantizedLinear)
     assert near.layers[0].feed_forward.w2.bits == (4 if how == "int4" else 8)
@@ -367,7 +367,7 @@ def test_keys_are_rounded_only_where_compiled_code_reads_them(folder):
     assert engine_for(model).cache_dtype == torch.float32
 
 
-def test_adapters_learn_beside_quantised_weights(folder):
+def test_adapters_learn_beside_quantized_weights(folder):
     model = load_pretrained(folder, quantize="int4", dtype="float32")
     before = model.layers[1].feed_forward.w2.quants.clone()
     names = add_lora_wrapper(model, "all-linear", r=4)
@@ -411,7 +411,7 @@ def test_a_matrix_too_small_for_scales_stays_in_numbers(how, largest):
 
 @pytest.mark.parametrize("how", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_quantised_model_is_saved_in_the_numbers_that_it_computes_with(
+def test_a_quantized_model_is_saved_in_the_numbers_that_it_computes_with(
     folder, tmp_path, how, dtype
 ):
     model = load_pretrained(folder, quantize=how, dtype=dtype)
@@ -428,16 +428,16 @@ def test_a_quantised_model_is_saved_in_the_numbers_that_it_computes_with(
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_an_adapter_on_quantised_weights_is_that_on_their_numbers(folder, use_dora):
-    quantised, dense = (
+def test_an_adapter_on_quantized_weights_is_that_on_their_numbers(folder, use_dora):
+    quantized, dense = (
         load_pretrained(folder, quantize="int8", dtype="float32"),
         our_model(dim=64, hidden_dim=96, vocab_size=61),
     )
-    for name, module in quantised.named_modules():
+    for name, module in quantized.named_modules():
         if isinstance(module, QuantizedWeight):
             dense.get_submodule(name).weight.data = module.dequantize()
     ids, logits = random_ids(2, 9), []
-    for model in (quantised, dense):
+    for model in (quantized, dense):
         torch.manual_seed(3)
         add_lora_wrapper(model, "all-linear", r=4, use_dora=use_dora)
         for name, parameter in model.named_parameters():
@@ -446,7 +446,7 @@ def test_an_adapter_on_quantised_weights_is_that_on_their_numbers(folder, use_do
         logits.append(model(ids).logits)
     assert torch.allclose(*logits, atol=2e-3)
     with pytest.raises(MinllamaError, match="without quantize"):
-        merge_lora(quantised)
+        merge_lora(quantized)
 
 
 @pytest.mark.skipif(library() is None, reason="minllama was installed without a C++ compiler")

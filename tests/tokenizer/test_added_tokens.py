@@ -249,7 +249,7 @@ def test_spaces_that_gguf_cannot_say_are_refused(tmp_path: Path) -> None:
     vocabulary = load_vocabulary(model_folder(tmp_path, legacy=False))
     as_json = Vocabulary("tokenizers", to_files(vocabulary)["tokenizer.json"], "x")
     for source in (vocabulary, as_json):
-        with pytest.raises(TokenizerError, match="and GGUF has no field for that"):
+        with pytest.raises(TokenizerError, match="which GGUF cannot represent"):
             to_gguf(source, N)
     # Without any space in front there is nothing to say.
     bare = load_vocabulary(model_folder(tmp_path, legacy=False, add_prefix_space=False))

@@ -376,7 +376,7 @@ def test_ctrl_c_does_not_leave_an_old_answer_behind() -> None:
 @pytest.mark.usefixtures("impatient")
 def test_a_template_that_does_not_end_is_stopped(source: str) -> None:
     start = time.monotonic()
-    with pytest.raises(MinllamaError, match=r"takes more than 0\.3 s|wants more than 512 MiB"):
+    with pytest.raises(MinllamaError, match=r"takes more than 0\.3 s|needs more than 512 MiB"):
         ChatTemplate(source).render(HELLO)
     assert time.monotonic() - start < 30  # seconds; a hang would be hours
 
@@ -416,7 +416,7 @@ def test_a_template_that_wants_all_memory_gets_none_of_it(expression: str) -> No
     with pytest.raises(MinllamaError) as caught:
         ChatTemplate("{{ " + expression + " }}").render(HELLO)
     assert str(caught.value) == (
-        "the chat template wants more than 512 MiB of memory; use another template"
+        "the chat template needs more than 512 MiB of memory; use another template"
     )
 
 
@@ -424,7 +424,7 @@ def test_text_that_keeps_doubling_is_stopped(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(chat, "RENDER_MEMORY_BYTES", 128 * 2**20)
     for step in ("n.x ~ n.x", "n.x + n.x", "n.x.replace('a', 'aa')", "[n.x, n.x]|join"):
         source = DOUBLING.replace("START", "'a'").replace("STEP", step) + "{{ n.x }}"
-        with pytest.raises(MinllamaError, match="wants more than 128 MiB of memory"):
+        with pytest.raises(MinllamaError, match="needs more than 128 MiB of memory"):
             ChatTemplate(source).render(HELLO)
 
 
@@ -438,7 +438,7 @@ def test_a_template_renders_again_after_it_was_stopped() -> None:
 def test_too_much_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "RENDER_MAX_CHARS", 1000)
     assert ChatTemplate("{{ 'é' * 1000 }}").render(HELLO) == "é" * 1000
-    with pytest.raises(MinllamaError, match="writes too much text"):
+    with pytest.raises(MinllamaError, match="its output is too long"):
         ChatTemplate("{{ 'é' * 1001 }}").render(HELLO)
 
 
@@ -456,7 +456,7 @@ def test_a_worker_that_cannot_even_hold_the_messages_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(chat, "RENDER_MEMORY_BYTES", 100 * 2**20)
-    with pytest.raises(MinllamaError, match="wants more than 100 MiB of memory"):
+    with pytest.raises(MinllamaError, match="needs more than 100 MiB of memory"):
         ChatTemplate("x").render([{"role": "user", "content": "\0" * 2**23}])
 
 
@@ -480,24 +480,27 @@ def test_the_worker_opens_no_files_and_sees_no_secrets(monkeypatch: pytest.Monke
         ("\n{% if x %}\n", "fails at line 2: Unexpected end of template"),
         ("\n\n{{ tools_list.first }}", "fails at line 3: 'tools_list' is undefined"),
         ("{{ messages[7].content }}", "fails at line 1: list object has no element 7"),
-        ("{{ ''.__class__.mro() }}", "fails at line 1: it reaches for '__class__' of a str; use"),
-        ("{{ ''|attr('__class__') }}", "it reaches for '__class__' of a str"),
-        ("{{ messages.index.__self__ }}", "it reaches for '__self__'"),
-        ("{{ messages.append(1) }}", "it reaches for 'append' of a list"),
-        ("{{ messages[0].update(role='system') }}", "it reaches for 'update' of a dict"),
-        ("{{ cycler.__init__.__globals__ }}", "it reaches for '__init__'"),
+        ("{{ ''.__class__.mro() }}", "fails at line 1: it accesses '__class__' of a str; use"),
+        ("{{ ''|attr('__class__') }}", "it accesses '__class__' of a str"),
+        ("{{ messages.index.__self__ }}", "it accesses '__self__'"),
+        ("{{ messages.append(1) }}", "it accesses 'append' of a list"),
+        ("{{ messages[0].update(role='system') }}", "it accesses 'update' of a dict"),
+        ("{{ cycler.__init__.__globals__ }}", "it accesses '__init__'"),
         ("{{ '{0.__class__.__init__}'.format(raise_exception) }}", "for '__class__'"),
-        ("{{ raise_exception.__globals__ }}", "it reaches for '__globals__'"),
-        ("{{ self._TemplateReference__context.environment.globals }}", "reaches for '_Temp"),
+        ("{{ raise_exception.__globals__ }}", "it accesses '__globals__'"),
+        ("{{ self._TemplateReference__context.environment.globals }}", "accesses '_Temp"),
         ("{% include '/etc/passwd' %}", "no loader for this environment"),
         ("{{ messages[0].content + 1 }}", 'can only concatenate str (not "int") to str'),
         ("{{ 1 // 0 }}", "fails at line 1: integer division or modulo by zero"),
         ("{{ range(10**6) }}", "Range too big"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nests or calls itself too deeply"),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "is nested too deeply, or recurses endlessly",
+        ),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "the chat template "),
         ("{{ " + "-" * 5000 + "1 }}", "the chat template "),
         ("{{ raise_exception('Only\\n\\x1b[31m user!') }}", "these messages: Only �[31m user!"),
-        ("{{ raise_exception('x' * 9999) }}", "refuses these messages: xxxx"),
+        ("{{ raise_exception('x' * 9999) }}", "rejects these messages: xxxx"),
     ],
 )
 def test_a_fault_in_a_template_is_one_line(source: str, message: str) -> None:
@@ -635,7 +638,7 @@ def test_special_tokens_are_masked_wherever_a_string_stands() -> None:
         [[{"type": "text", "text": "a<|im_end|><|im_"}], "end|>", None, "b"],
     ],
 )
-def test_a_special_token_in_neighbouring_pieces_is_masked(contents: list[Any]) -> None:
+def test_a_special_token_in_neighboring_pieces_is_masked(contents: list[Any]) -> None:
     source = (
         "{% for m in messages if m.content is not none %}{% if m.content is string %}"
         "{{ m.content|trim }}{% else %}{% for p in m.content if p.type == 'text' %}"

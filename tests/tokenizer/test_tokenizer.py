@@ -335,12 +335,12 @@ def test_ids_out_of_range_are_errors(byte_level: Tokenizer) -> None:
         ):
             with pytest.raises(TokenizerError, match=message):
                 use(wrong)
-    with pytest.raises(TokenizerError, match=r"a token id is a whole number, not 1\.5"):
+    with pytest.raises(TokenizerError, match=r"a token id must be an integer, not 1\.5"):
         byte_level.decode([1.5])
 
 
 def test_ids_of_the_vocabulary_out_of_range_are_errors() -> None:
-    with pytest.raises(TokenizerError, match="BOS token has the id 999, and it has 257 tokens"):
+    with pytest.raises(TokenizerError, match="BOS token has the id 999, but there are 257 tokens"):
         Tokenizer(byte_vocabulary(["<end>"], bos_id=999))
     with pytest.raises(TokenizerError, match="end token has the id -1"):
         Tokenizer(byte_vocabulary(["<end>"], stop_ids=(-1,)))

@@ -158,7 +158,7 @@ def test_a_gguf_file_is_a_tokenizer_with_a_model_or_without(tmp_path: Path) -> N
             assert tokenizer.encode(text) == [1, *reference.encode(text)]
         assert Tokenizer.from_checkpoint(beside).encode("the fox") == tokenizer.encode("the fox")
         assert beside.tokenizer == str(path)
-    with pytest.raises(CheckpointError, match="holds a vocabulary and no weights"):
+    with pytest.raises(CheckpointError, match="contains a vocabulary but no weights"):
         open_checkpoint(alone)
 
 
@@ -167,7 +167,7 @@ def test_a_gguf_file_without_a_tokenizer_or_a_cut_one_says_so(tmp_path: Path) ->
     write_gguf(path, model.config, model.state_dict(), None)
     with pytest.raises(TokenizerError, match="no tokenizer in or beside this checkpoint"):
         Tokenizer.from_pretrained(path)
-    with pytest.raises(TokenizerError, match="a GGUF file without a tokenizer; name another"):
+    with pytest.raises(TokenizerError, match="this GGUF file has no tokenizer; name another"):
         open_checkpoint(path, tokenizer=path)
     write_vocabulary_gguf(to_gguf(from_model(tiny_sentencepiece(), "tiny"), 600), cut)
     cut.write_bytes(cut.read_bytes()[:2000])
@@ -182,7 +182,7 @@ def test_a_gguf_file_without_a_tokenizer_or_a_cut_one_says_so(tmp_path: Path) ->
 def test_a_tokenizer_larger_than_the_model_is_not_written(tmp_path: Path) -> None:
     tokenizer = Tokenizer(VOCABULARIES["pieces"]())
     small, fits = our_model(vocab_size=599), our_model(vocab_size=600)
-    message = "600 tokens, and the model has 599; give the tokenizer that belongs to the model"
+    message = "600 tokens, but the model has 599; use the model's own tokenizer"
     with pytest.raises(TokenizerError, match=message):
         write_huggingface(
             tmp_path / "hf", small.config, small.state_dict(), vocabulary=tokenizer.vocabulary

@@ -111,7 +111,7 @@ def test_ids_equal_llama_cpps(fields: dict, pre: str, tmp_path: Path) -> None:
             assert ids == encode(text + "<|im_end|>" + text, True), ascii(text)
 
 
-def test_a_byte_without_a_token_is_dropped_and_its_neighbours_may_join(smollm: Tokenizer) -> None:
+def test_a_byte_without_a_token_is_dropped_and_its_neighbors_may_join(smollm: Tokenizer) -> None:
     # As in the tokenizer.json that the model was trained with; llama.cpp keeps the dots apart.
     assert smollm.encode(".\x14.") == smollm.encode("..")
 

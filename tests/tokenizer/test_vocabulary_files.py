@@ -1,4 +1,4 @@
-"""Tokenizer files as others write them: recognised, read, and refused where they are damaged."""
+"""Tokenizer files as others write them: recognized, read, and refused where they are damaged."""
 
 import base64
 import random
@@ -51,7 +51,7 @@ def tokenizer_bin(model: bytes) -> bytes:
 # A file is what its content says
 
 
-def test_files_are_recognised_by_content(tmp_path: Path) -> None:
+def test_files_are_recognized_by_content(tmp_path: Path) -> None:
     contents = {
         "SentencePiece": tiny_sentencepiece(),
         "tiktoken (Llama 3)": tiny_ranks(),
@@ -71,7 +71,7 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path: Path) -> None:
         (b"", "the file is empty"),
         (b" \n", "the file is empty"),
         (b"GGUF\x03\x00\x00\x00", "is a GGUF file; open it with Tokenizer.from_pretrained"),
-        (b"just some text\n", "not a tokenizer, or damaged; known are tokenizer.json"),
+        (b"just some text\n", "not a tokenizer, or damaged; known: tokenizer.json"),
         (b"\x0a\x00", "not a tokenizer, or damaged"),
         (b"{", "not readable as JSON"),
         (b"{}", "it has no model"),
@@ -86,7 +86,7 @@ def test_what_is_no_tokenizer_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(TokenizerError, match="no such file or folder"):
         load_vocabulary(tmp_path / "absent")
-    with pytest.raises(TokenizerError, match=r"no tokenizer in this folder; known are tokenizer"):
+    with pytest.raises(TokenizerError, match=r"no tokenizer in this folder; known: tokenizer"):
         load_vocabulary(tmp_path)
     assert find_vocabulary(tmp_path) is None
 
@@ -164,13 +164,13 @@ def test_a_tokenizer_bin_written_byte_by_byte() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\x01\x00", "not a whole tokenizer.bin \\(2 bytes\\)"),
-        (struct.pack("<i", -1), "longest token is said to have -1 bytes"),
+        (b"\x01\x00", "not a complete tokenizer.bin \\(2 bytes\\)"),
+        (struct.pack("<i", -1), "longest token allegedly has -1 bytes"),
         (struct.pack("<ifi", 4, 0.0, 5), "token 0 has 5 bytes"),
         (struct.pack("<ifi", 4, 0.0, 0), "token 0 has 0 bytes"),
         (struct.pack("<ifi", 4, float("nan"), 1) + b"a", "the score nan"),
-        (struct.pack("<ifi", 4, 0.0, 2) + b"a", "cut off in token 0"),
-        (struct.pack("<ifi", 4, 0.0, 1) + b"a\x00", "cut off in token 1"),
+        (struct.pack("<ifi", 4, 0.0, 2) + b"a", "truncated in token 0"),
+        (struct.pack("<ifi", 4, 0.0, 1) + b"a\x00", "truncated in token 1"),
         (struct.pack("<ifi", 4, 0.0, 1) + b"\xff", "token 0 is not UTF-8"),
         (struct.pack("<ifi", 4, 0.0, 1) + b"a", "token 0 is 'a', where <unk> is due"),
     ],
@@ -217,7 +217,7 @@ def test_llama_3s_special_tokens_have_metas_ids() -> None:
     [
         ([b"YQ== 0", b"!!! 1"], "line 2 is not a base64 token and its rank"),
         ([b"YQ== 0", b"Yg=="], "line 2 is not"),
-        ([b"YQ== 0", b"Yg== 2"], "2 tokens whose ranks are not 0 to 1"),
+        ([b"YQ== 0", b"Yg== 2"], "2 tokens, but their ranks are not 0 to 1"),
         ([b"YQ== 0", b"Yg== 1"], "no token for the byte 0x00"),
     ],
 )

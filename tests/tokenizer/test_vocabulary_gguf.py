@@ -107,8 +107,8 @@ def test_read_back_it_gives_the_same_ids(name: str) -> None:
 @pytest.mark.parametrize(
     ("legacy", "message"),
     [
-        (True, "it puts no space before a text that begins with one, and GGUF has no field"),
-        (False, "it puts a space before the first text between special tokens only, and GGUF has"),
+        (True, "it adds no space before a text that starts with one, which GGUF cannot"),
+        (False, "it adds a space only before the first text between special tokens, which GGUF"),
     ],
 )
 def test_spaces_of_transformers_5_are_refused_with_a_way_that_works(
@@ -124,7 +124,9 @@ def test_spaces_of_transformers_5_are_refused_with_a_way_that_works(
     transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(folder)
     with pytest.raises(TokenizerError, match=message) as error:
         to_gguf(load_vocabulary(folder), 600)
-    assert "put the tokenizer.model that it was made from in the place of token" in str(error.value)
+    assert "replace tokenizer.json with the tokenizer.model that it was converted from" in str(
+        error.value
+    )
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(model.read_bytes())
     fields = to_gguf(load_vocabulary(folder), 600)
@@ -194,7 +196,7 @@ def test_the_default_models_fields_survive_unchanged(fields: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
-def test_every_pre_tokenizer_is_recognised_again(bytes_fields: dict[str, Any], pre: str) -> None:
+def test_every_pre_tokenizer_is_recognized_again(bytes_fields: dict[str, Any], pre: str) -> None:
     bytes_fields[GGML + "pre"] = pre
     assert to_gguf(from_gguf(bytes_fields, "x"), 259)[GGML + "pre"] == pre
 
@@ -395,7 +397,7 @@ def test_merges_that_are_no_pairs_of_tokens_are_an_error(
         (
             "token_type",
             [2, 3, 3, 6, *[1] * 596],
-            "byte tokens must be <0x00> to <0xFF>, all or none",
+            "byte tokens must be all or none of <0x00> to <0xFF>",
         ),
         ("tokens", [""] * 600, "token 0 is empty"),
         ("tokens", ["a"] * 600, "tokens 0 and 1 are both 'a'"),
@@ -419,7 +421,9 @@ def test_the_unknown_token_is_found_by_field_type_or_name(pieces_fields: dict[st
     pieces_fields[GGML + "token_type"][0] = 1
     assert Tokenizer(from_gguf(pieces_fields, "x")).special_tokens["<unk>"] == 0
     pieces_fields[GGML + "tokens"][0] = "other"
-    with pytest.raises(TokenizerError, match="0 unknown tokens where SentencePiece needs one"):
+    with pytest.raises(
+        TokenizerError, match="0 unknown tokens, but SentencePiece needs exactly one"
+    ):
         from_gguf(pieces_fields, "x")
 
 
@@ -436,18 +440,18 @@ def changed(**changes: Any) -> Vocabulary:
 
 def test_what_gguf_cannot_say_is_refused() -> None:
     assert to_gguf(changed(), 256)[GGML + "pre"] == "gpt-2"
-    with pytest.raises(TokenizerError, match="its pre_tokenizer is none that GGUF has a name for"):
+    with pytest.raises(TokenizerError, match="GGUF has no name for its pre_tokenizer; known:"):
         to_gguf(changed(pre_tokenizer={"type": "Whitespace"}), 256)
-    with pytest.raises(TokenizerError, match="it normalizes the text"):
+    with pytest.raises(TokenizerError, match="it normalizes text"):
         to_gguf(changed(normalizer={"type": "NFC"}), 256)
-    with pytest.raises(TokenizerError, match="as gpt-2 does, and differs from it in ignore_merges"):
+    with pytest.raises(TokenizerError, match="like gpt-2, but differs in ignore_merges"):
         to_gguf(changed(model={"ignore_merges": True}), 256)
     prefixed = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
-    with pytest.raises(TokenizerError, match="its pre_tokenizer is none"):
+    with pytest.raises(TokenizerError, match="GGUF has no name for its pre_tokenizer"):
         to_gguf(changed(pre_tokenizer=prefixed), 256)
-    with pytest.raises(TokenizerError, match="a SentencePiece model other than BPE"):
+    with pytest.raises(TokenizerError, match="not a BPE model"):
         to_gguf(from_model(tiny_sentencepiece(model_type="unigram"), "tiny"), 600)
-    with pytest.raises(TokenizerError, match="it normalizes the text"):
+    with pytest.raises(TokenizerError, match="it normalizes text"):
         to_gguf(from_model(tiny_sentencepiece(normalization_rule_name="nfkc"), "tiny"), 600)
 
 

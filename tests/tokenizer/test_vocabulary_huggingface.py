@@ -208,7 +208,7 @@ def test_an_id_that_no_token_can_have_is_named(tmp_path: Path, name: str, file: 
 def test_a_key_that_is_no_id_is_named(tmp_path: Path, key: str) -> None:
     decoder = {key: {"content": "<|new|>", "special": True}}
     write_folder(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
-    with pytest.raises(TokenizerError, match=r"'<.new.>' has the id '.*which is none that"):
+    with pytest.raises(TokenizerError, match=r"'<.new.>' has the id '.*which is not a valid token"):
         load_vocabulary(tmp_path)
 
 
@@ -304,7 +304,7 @@ def test_tokens_listed_beside_a_tokenizer_model_are_added(tmp_path: Path) -> Non
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert 600 not in Tokenizer(load_vocabulary(tmp_path)).encode("x<|a|>")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|a|>": 700}))
-    with pytest.raises(TokenizerError, match="has the id 601; the next that is free is 600"):
+    with pytest.raises(TokenizerError, match="has the id 601; the next free id is 600"):
         load_vocabulary(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<s>": 5}))
     with pytest.raises(TokenizerError, match="'<s>' has the id 5, and 1 in the model"):
@@ -350,7 +350,10 @@ BAD_JSON = {
         {"model": {"vocab": {"a": 0}, "continuing_subword_prefix": "##"}},
         "has a continuing_subword_prefix",
     ),
-    "unknown token": ({"model": {"vocab": {"a": 0}, "unk_token": []}}, "unk_token is no text"),
+    "unknown token": (
+        {"model": {"vocab": {"a": 0}, "unk_token": []}},
+        "unk_token is not a string; download",
+    ),
 }
 
 
@@ -486,7 +489,7 @@ def test_pieces_that_merges_cannot_say_have_no_tokenizer_json() -> None:
 
     assert "tokenizer.json" in files_of()
     assert "tokenizer.json" in files_of(**{"[PAD6]": 5})
-    assert "tokenizer.json" not in files_of(ab=5)  # a step towards `abb`, and no token itself
+    assert "tokenizer.json" not in files_of(ab=5)  # a step toward `abb`, and no token itself
     assert "tokenizer.json" not in files_of(b=None)  # SentencePiece still makes `ab`
     assert "tokenizer.json" not in files_of(step=0.0)  # the leftmost pair, not the best, is joined
 

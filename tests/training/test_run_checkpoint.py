@@ -257,7 +257,9 @@ def test_a_cut_run_is_not_started_over_by_mistake(tmp_path, uncut):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, progress=CutProgress(5))
     before = outcome(tmp_path)
-    with pytest.raises(MinllamaError, match="of a run that was cut after 5 steps: resume it, or"):
+    with pytest.raises(
+        MinllamaError, match="of a run that was interrupted after 5 steps: resume it, or"
+    ):
         run(tmp_path)
     assert outcome(tmp_path) == before
     remove_checkpoint(tmp_path)
@@ -480,7 +482,7 @@ def test_a_damaged_file_is_an_error_of_one_line(file, damage, copied):
         run(copied, classifier, resume=True)
     message = str(caught.value)
     assert message.startswith(f"{copied / 'checkpoint'}: the checkpoint is damaged (")
-    assert message.endswith("); delete it to start anew")
+    assert message.endswith("); delete it to start again")
     assert "\n" not in message
     assert same(trained(classifier), before)
 
@@ -504,7 +506,7 @@ def test_a_damaged_file_is_an_error_of_one_line(file, damage, copied):
 def test_a_state_that_says_nonsense_is_an_error_of_one_line(changes, copied):
     path = copied / "checkpoint" / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(CheckpointError, match=r"checkpoint: .* delete it to start anew$"):
+    with pytest.raises(CheckpointError, match=r"checkpoint: .* delete it to start again$"):
         run(copied, resume=True)
 
 
@@ -538,17 +540,17 @@ def changed_base(value=1.0):
     [
         ({"options": {"lr": 0.01, "seed": 3}}, "lr was 0.02, now 0.01; seed was 0, now 3;"),
         ({"settings": {"model": "b"}}, 'model was null, now "b";'),
-        ({"train": make_dataset(23)}, "training texts, their tokens or labels are not the same;"),
+        ({"train": make_dataset(23)}, "training texts, their tokens or labels differ;"),
         (
             {"train": dataclasses.replace(TRAIN, labels=[*TRAIN.labels[:-1], 2])},
-            "training texts, their tokens or labels are not the same;",
+            "training texts, their tokens or labels differ;",
         ),
-        ({"dev": make_dataset(9, 2)}, "dev texts or labels are not the same;"),
-        ({"dev": None}, "dev texts or labels are not the same;"),
-        ({"classifier": changed_base()}, "weights of the frozen base are not the same;"),
+        ({"dev": make_dataset(9, 2)}, "dev texts or labels differ;"),
+        ({"dev": None}, "dev texts or labels differ;"),
+        ({"classifier": changed_base()}, "weights of the frozen base differ;"),
         (
             {"classifier": TinyClassifier().requires_grad_(True)},
-            "trained parameters are not the same; weights of the frozen base are not the same;",
+            "trained parameters differ; weights of the frozen base differ;",
         ),
     ],
 )
@@ -557,8 +559,8 @@ def test_another_run_is_refused_and_what_differs_is_named(arguments, message, co
     with pytest.raises(CheckpointError) as caught:
         run(copied, resume=True, **arguments)
     assert str(caught.value) == (
-        f"{copied / 'checkpoint'}: cannot resume: {message} "
-        "resume with what the run was started with, or start anew in another folder"
+        f"{copied / 'checkpoint'}: cannot resume: {message} resume with the settings of the run, "
+        "or start again in another folder"
     )
     assert outcome(copied) == before
 
@@ -576,7 +578,7 @@ def test_differences_are_named_in_both_directions():
     assert differences(old, new) == [
         f'b was "{"x" * 56}..., now null',
         "c was null, now true",
-        "data are not the same",
+        "data differ",
         "r was 8, now 4",
         'model was {"m": 1}, now null',
     ]

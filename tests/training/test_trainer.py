@@ -44,7 +44,7 @@ def options(**changes):
 # Targets in parts.
 
 
-def test_ordinal_targets_fall_to_neighbours():
+def test_ordinal_targets_fall_to_neighbors():
     # With a deviation of one class: exp(-1/2) beside, exp(-2) two away, over their sum.
     data = make_dataset()
     near, far = math.exp(-0.5), math.exp(-2)
@@ -62,7 +62,7 @@ def test_ordinal_targets_fall_to_neighbours():
     weighted = Loss(data, balanced=True, device=CPU, ordinal=1.0)
     mine = weighted.weights[torch.tensor(gold)]
     torch.testing.assert_close(weighted.summed(logits, texts), (mine * torch.stack(expected)).sum())
-    assert weighted.normaliser(texts) == pytest.approx(mine.sum().item())
+    assert weighted.normalizer(texts) == pytest.approx(mine.sum().item())
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -85,7 +85,7 @@ def test_a_prior_has_its_share_of_the_target(multi_label):
 
 
 def test_ordinal_classes_need_one_label_a_text():
-    with pytest.raises(MinllamaError, match="leave out --ordinal"):
+    with pytest.raises(MinllamaError, match="needs plain greedy decoding; omit --ordinal"):
         Loss(make_dataset(multi_label=True), balanced=False, device=CPU, ordinal=1.0)
 
 
@@ -198,7 +198,7 @@ def test_balanced_losses_are_those_of_torch_with_these_weights(multi_label):
     labels = [(0,), (0, 2), (), (1, 0), (0,), (1,), (0,)] if multi_label else [0, 0, 1, 0, 2, 1, 0]
     data = Dataset(["x"] * 7, labels, ["a", "b", "c", "d"], "x", multi_label)
     loss, logits, texts = Loss(data, balanced=True, device=CPU), torch.randn(5, 4), [6, 1, 3, 2, 4]
-    found = loss.summed(logits, texts) / loss.normaliser(texts)
+    found = loss.summed(logits, texts) / loss.normalizer(texts)
     if multi_label:
         weights = torch.tensor([2 / 5, 5 / 2, 6.0, 1.0])  # without / with
         gold = torch.tensor([[i in labels[t] for i in range(4)] for t in texts]).float()
@@ -304,7 +304,7 @@ def test_passes_are_small_where_gradients_are():
     assert run._max_tokens(classifier, CPU) == 768
     classifier.llama.requires_grad_(True)
     assert run._max_tokens(classifier, torch.device("cuda")) == math.inf
-    # Quantised weights are no parameters.
+    # Quantized weights are no parameters.
     classifier.requires_grad_(False)
     classifier.score.requires_grad_(True)
     classifier.llama = nn.Module()
@@ -555,8 +555,9 @@ def test_a_loss_or_gradient_that_is_no_number_stops_before_the_weights_change(wh
         fit(classifier, make_dataset(), None, options(save_every=2), folder=run)
     what = "the loss" if where == "loss" else "a gradient"
     assert str(caught.value) == (
-        f"training has diverged: {what} is no finite number at step 5 of 6; use a lr lower than "
-        f"0.01, or float32 without autocast; {run / 'checkpoint'} holds the run before it"
+        f"training has diverged: {what} is not a finite number at step 5 of 6; use a learning "
+        f"rate (--lr) below 0.01, or float32 without autocast; {run / 'checkpoint'} has the "
+        "state before it"
     )
     assert same(trained(classifier), classifier.before)
     resumed = TinyClassifier()
@@ -571,10 +572,10 @@ def frozen():
 @pytest.mark.parametrize(
     ("make", "changes", "arguments", "message"),
     [
-        (TinyClassifier, {"lr": None}, {}, "lr is not set: 3e-4 suits LoRA"),
-        (TinyClassifier, {"patience": 1}, {"dev": None}, "patience counts evaluations, and there"),
-        (TinyClassifier, {}, {"resume": True}, "resume needs the folder of a run"),
-        (TinyClassifier, {"tensorboard": True}, {}, "tensorboard needs the folder of a run"),
+        (TinyClassifier, {"lr": None}, {}, "lr is not set; try 3e-4 for LoRA"),
+        (TinyClassifier, {"patience": 1}, {"dev": None}, "patience needs a"),
+        (TinyClassifier, {}, {"resume": True}, "resume needs a run"),
+        (TinyClassifier, {"tensorboard": True}, {}, "tensorboard needs a run"),
         (frozen, {}, {}, "nothing to train"),
         (lambda: TinyClassifier(("a", "b")), {}, {}, r"texts 0: its labels \(bad, good, so-so\)"),
         (

@@ -1,1 +1,1 @@
-"""A classifier in a folder: its manifest, head, adapters and model card."""
+"""Save and load classifiers: manifest, head, adapters and model card."""

@@ -1,6 +1,6 @@
-"""The model below a classifier: told apart from every other, and opened as the same or refused.
+"""Identify a classifier's base model, and open the same one or refuse another.
 
-Knows nothing of what stands on it, a head, an adapter or label words.
+Loading and saving a classifier call it.
 """
 
 from collections.abc import Mapping
@@ -72,13 +72,13 @@ def identity_of_source(llama: Llama, words: Tokenizer, tokenizer: str | None) ->
     path, vocabulary = checkpoint.path, getattr(words, "vocabulary", None)
     stored = comparable_config(checkpoint.config)
     if changes := config_changes(stored, comparable_config(llama.config)):
-        raise MinllamaError(f"it is not the one in {path}: {listed(changes)}")
+        raise MinllamaError(f"it differs from the one in {path}: {listed(changes)}")
     of_words = None if vocabulary is None else tokenizer_digest(vocabulary)
     if of_words != _tokenizer_of(checkpoint):
-        raise MinllamaError(f"its tokenizer is not that of {tokenizer or path}")
+        raise MinllamaError(f"its tokenizer differs from that of {tokenizer or path}")
     weights = weights_digest_of_source(llama, checkpoint)
     if weights is None:
-        raise MinllamaError(f"its weights are not those in {path}")
+        raise MinllamaError(f"its weights differ from those in {path}")
     return Identity(weights, stored, of_words)
 
 
@@ -107,8 +107,8 @@ def load_same(
             return llama
         changes.append("its weights differ")
     raise CheckpointError(
-        f"{checkpoint.path} is not the model that it was made with: {listed(changes)}; "
-        "bring that one back, or train the classifier again"
+        f"{checkpoint.path} is not the classifier's base model: {listed(changes)}; restore that "
+        "model, or train the classifier again"
     )
 
 

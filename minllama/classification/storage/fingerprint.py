@@ -1,8 +1,8 @@
-"""Which model is this? Its config, and digests of all of its numbers and of its tokenizer.
+"""Fingerprint a model: its config, and digests of all of its weights and of its tokenizer.
 
-Numbers are digested as a checkpoint gives them, under our names and in our layout, before they get
-the dtype that a model runs in: the same model in another format is the same one, and a model with
-one other number is not. Knows nothing of classifiers.
+Weights are digested as a checkpoint provides them, under minllama's names and in its layout, before
+conversion to the dtype in use: the same model in another format has the same fingerprint, and a
+single changed value changes it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from minllama.checkpoints.types import Checkpoint
 from minllama.lora import lora_layers
 from minllama.model.config import LlamaConfig
 from minllama.model.llama import Llama
-from minllama.quantization.modules import QuantizedWeight, quantised_weights, quantized
+from minllama.quantization.modules import QuantizedWeight, quantized, quantized_weights
 from minllama.tokenizer.vocabulary import Vocabulary
 
 # The first is said in classifier.json, for a checkpoint does not; the second is training's.
@@ -75,7 +75,7 @@ def weights_digest_of_source(llama: Llama, checkpoint: Checkpoint) -> str | None
     Adapters are left out, merged ones as well.
     """
     digest = WeightsDigest(checkpoint)
-    stored, dense, weights = digest.checkpoint.tensors, _dense_tensors(llama), _quantised(llama)
+    stored, dense, weights = digest.checkpoint.tensors, _dense_tensors(llama), _quantized(llama)
     if stored.keys() != dense.keys() | weights.keys():
         return None
     for name, tensor in dense.items():
@@ -102,7 +102,7 @@ def comparable_config(config: LlamaConfig) -> dict[str, Any]:
 def config_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two configs, as a person would say it."""
     return [
-        f"its {name} is {now.get(name)} and was {was.get(name)}"
+        f"its {name} is {now.get(name)}, was {was.get(name)}"
         for name in dict.fromkeys((*was, *now))
         if was.get(name) != now.get(name)
     ]
@@ -135,22 +135,22 @@ def _digest(name: str, tensor: Tensor) -> bytes:
 def base_tensors(llama: Llama) -> dict[str, Tensor]:
     """The weights of a Llama without its adapters, by the names that a checkpoint has for them.
 
-    Those of quantised modules are what these compute with, in float32.
+    Those of quantized modules are what these compute with, in float32.
     """
-    numbers = {name: weight.dequantize() for name, weight in _quantised(llama).items()}
+    numbers = {name: weight.dequantize() for name, weight in _quantized(llama).items()}
     return {**_dense_tensors(llama), **numbers}
 
 
-def _quantised(llama: Llama) -> dict[str, QuantizedWeight]:
-    """The quantised matrices of a Llama, by the names of what they stand for."""
+def _quantized(llama: Llama) -> dict[str, QuantizedWeight]:
+    """The quantized matrices of a Llama, by the names of what they stand for."""
     return {
-        name.replace(".base.", "."): weight for name, weight in quantised_weights(llama).items()
+        name.replace(".base.", "."): weight for name, weight in quantized_weights(llama).items()
     }
 
 
 def _dense_tensors(llama: Llama) -> dict[str, Tensor]:
     """The weights that are in numbers, without adapters."""
-    layers, weights = lora_layers(llama), _quantised(llama)
+    layers, weights = lora_layers(llama), _quantized(llama)
     tensors = {}
     for name, tensor in llama.state_dict().items():
         if ".adapters." in name:

@@ -1,6 +1,6 @@
-"""The head of a classifier as a file: its numbers, and the labels that its rows stand for.
+"""Save and load a classifier's head, with the labels of its rows.
 
-Also the digests by which `classifier.json` knows the files beside it. Knows nothing of the rest.
+Also computes the digests by which `classifier.json` identifies the files beside it.
 """
 
 import hashlib
@@ -45,15 +45,15 @@ def read_head(folder: Path, classifier: LlamaEmbeddingClassifier, digest: Any) -
         names = (file.metadata() or {}).get("labels")
     if names != json.dumps(list(classifier.labels)):
         raise CheckpointError(
-            f"{path}: its rows stand for the labels {names}, and {CLASSIFIER_FILE} says "
-            f"{json.dumps(list(classifier.labels))}; bring back the files as they were saved"
+            f"{path}: its rows are for the labels {names}, but {CLASSIFIER_FILE} has "
+            f"{json.dumps(list(classifier.labels))}; restore the original files"
         )
     for name, parameter in classifier.score.named_parameters():
         lazy = stored.get(f"score.{name}")
         if lazy is None or lazy.shape != tuple(parameter.shape):
             raise CheckpointError(
                 f"{path}: score.{name} must be of shape {tuple(parameter.shape)}, not "
-                f"{None if lazy is None else lazy.shape}; bring back the file as it was saved"
+                f"{None if lazy is None else lazy.shape}; restore the original file"
             )
         parameter.data.copy_(lazy.load())
 
@@ -61,11 +61,11 @@ def read_head(folder: Path, classifier: LlamaEmbeddingClassifier, digest: Any) -
 def check_digest(path: Path, digest: Any) -> None:
     """Raise a CheckpointError where a file is missing, or is not the one of this SHA-256."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: is missing; bring back the folder as it was saved")
+        raise CheckpointError(f"{path}: is missing; restore the original folder")
     if sha256_of(path) != digest:
         raise CheckpointError(
-            f"{path}: is not the file that was saved with {CLASSIFIER_FILE} (its SHA-256 differs); "
-            "bring back the folder as it was saved"
+            f"{path}: was not saved with {CLASSIFIER_FILE} (its SHA-256 differs); restore the "
+            "original folder"
         )
 
 

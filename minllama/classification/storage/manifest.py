@@ -1,6 +1,6 @@
-"""`classifier.json`: what a classifier is, as JSON, and the classifier that such a file describes.
+"""Read and write `classifier.json`, the manifest of a saved classifier.
 
-Knows nothing of the files beside it: weights, adapters and heads are others' to read.
+`minllama.classification.storage.save_load` calls it, and reads weights, adapters and heads itself.
 """
 
 import dataclasses
@@ -140,7 +140,7 @@ def build(
     classifier.temperature = _positive(content["temperature"])
     if (thresholds := content.get("thresholds")) is not None:
         if classifier.scale is not None:
-            raise ValueError("thresholds are for classes, and scale is for numbers")
+            raise ValueError("thresholds are for classes, scale is for numbers")
         classifier.decision = read(thresholds, labels, multi_label=classifier.multi_label)
     return classifier
 
@@ -162,7 +162,7 @@ def in_words(path: Path) -> list[tuple[str, str]]:
         has_numbers = content.get("scale") is not None
         lines = [
             ("classifier", str(path.parent)),
-            ("gives", "a number for each text" if has_numbers else gives),
+            ("gives", "a number per text" if has_numbers else gives),
             ("labels", ", ".join(labels)),
             ("by", how),
             ("base", str(base["model"] or "default") if content["weights"] != "full" else "own"),
@@ -174,7 +174,7 @@ def in_words(path: Path) -> list[tuple[str, str]]:
             lines.append(("temperature", temperature))
             lines.append(("predicted", _predicted(content.get("thresholds"), labels, many)))
         if not isinstance(content["sha256"], dict):
-            raise TypeError("sha256 is not what it should be")
+            raise TypeError("sha256 is not valid")
     check_unchanged(path, content)  # last, for the others say what it is that differs
     return lines
 
@@ -185,7 +185,7 @@ def _prompt(options: Mapping[str, Any]) -> str:
     if not options.get("chat"):
         return said
     own = options.get("chat_template") is not None
-    return f"{said} in {'a chat template that was chosen for it' if own else 'a chat'}"
+    return f"{said} in {'a custom chat template' if own else 'a chat'}"
 
 
 def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:
@@ -194,7 +194,9 @@ def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:
         return one_line(read(thresholds, labels, multi_label=multi_label), labels)
     if multi_label:
         return f"threshold {DEFAULT:g} for each label"
-    return f"threshold {DEFAULT:g} for {labels[1]!r}" if len(labels) == 2 else "the likeliest class"
+    return (
+        f"threshold {DEFAULT:g} for {labels[1]!r}" if len(labels) == 2 else "the most likely class"
+    )
 
 
 def write_description(path: Path, content: Mapping[str, Any]) -> None:
@@ -213,15 +215,15 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(
-            f"{path.parent}: there is no {CLASSIFIER_FILE}; name the folder of a classifier that "
-            "`minllama train` or save_pretrained() wrote"
+            f"{path.parent}: no {CLASSIFIER_FILE}; name a classifier's folder that `minllama "
+            "train` or save_pretrained() wrote"
         )
     try:
         content = read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); bring it back as it was") from error
+        raise CheckpointError(f"{path}: not JSON ({error}); restore the original file") from error
     if not isinstance(content, dict) or content.get("version") not in VERSIONS:
         raise CheckpointError(
             f"{path}: not a classifier of version {' or '.join(map(str, VERSIONS))}; use the "
@@ -246,8 +248,8 @@ def check_unchanged(path: Path, content: Mapping[str, Any]) -> None:
     """Raise a CheckpointError where classifier.json is not as it was written."""
     if content["sha256"].get(CLASSIFIER_FILE) != _digest(content):
         raise CheckpointError(
-            f"{path}: it was changed after it was saved (its SHA-256 differs); bring it back as it "
-            "was, or train the classifier again"
+            f"{path}: changed after it was saved (its SHA-256 differs); restore the original, or "
+            "train the classifier again"
         )
 
 
@@ -275,12 +277,12 @@ class described_by:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, KeyError):
-            raise CheckpointError(f"{self._path}: {error} is missing; bring it back") from error
+            raise CheckpointError(f"{self._path}: {error} is missing; restore it") from error
         if isinstance(error, MinllamaError):
             raise CheckpointError(f"{self._path}: {error}") from error
         if isinstance(error, TypeError | ValueError | AttributeError):
             line = str(error).splitlines()[0]
-            raise CheckpointError(f"{self._path}: {line}; bring it back as it was") from error
+            raise CheckpointError(f"{self._path}: {line}; restore the original file") from error
 
 
 def _positive(value: Any) -> float:

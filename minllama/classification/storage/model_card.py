@@ -1,7 +1,6 @@
-"""The model card of a saved classifier: what it is, how to use it, how it fared.
+"""Write the model card of a saved classifier: description, usage, evaluation, training.
 
-In the words of Mitchell et al. 2019, as Hugging Face reads them: a README.md whose front matter
-programs understand. Knows nothing of files.
+Follows Mitchell et al. 2019 in Hugging Face's format: a README.md with YAML front matter.
 """
 
 import json
@@ -14,9 +13,9 @@ from minllama.classification.zero_shot import LlamaZeroShotClassifier
 from minllama.evaluation.thresholds import one_line
 
 KINDS = {
-    "base": "the base model as it is",
+    "base": "the unchanged base model",
     "adapter": "low-rank adapters (LoRA, in PEFT's files) beside the frozen base model",
-    "full": "a model of its own, all weights in this folder",
+    "full": "a complete model with all weights in this folder",
 }
 
 
@@ -47,26 +46,29 @@ def model_card(
     lines += ["from minllama import load_classifier", ""]
     method = "predict_proba" if classifier.scale is None else "predict"
     lines += [f'load_classifier("{name}").{method}(["..."])', "```", ""]
-    lines += ["## What it is", "", *_facts(classifier, content), ""]
+    lines += ["## Description", "", *_facts(classifier, content), ""]
     if metrics:
-        lines += ["## How it fared", "", *_table(metrics), ""]
+        lines += ["## Evaluation", "", *_table(metrics), ""]
         for split, verdict in (verdicts or {}).items():
             lines += [f"{_one_line(split)}: {_one_line(verdict)}", ""]
-        lines += ["`metrics.json` and `report.html` say more, where they are in this folder.", ""]
+        lines += [
+            "For details see `metrics.json` and `report.html`, if they are in this folder.",
+            "",
+        ]
     if content["training"]:
-        lines += ["## How it came about", "", "```json"]
+        lines += ["## Training", "", "```json"]
         lines += [json.dumps(content["training"], indent=2, default=str), "```", ""]
-    lines += ["## Limits", "", _limits(classifier), ""]
+    lines += ["## Limitations", "", _limits(classifier), ""]
     return "\n".join(lines)
 
 
 def _sentence(classifier: Classifier, content: Mapping[str, Any]) -> str:
     if classifier.scale is not None:
-        return f"Gives a text a number. It is {KINDS[content['weights']]}."
+        return f"Predicts a number for a text. It is {KINDS[content['weights']]}."
     how_many = "any number of" if classifier.multi_label else "one of"
     return (
-        f"Gives a text {how_many} {len(classifier.labels)} labels. "
-        f"It is {KINDS[content['weights']]}."
+        f"Assigns {how_many} {len(classifier.labels)} labels to a text. It is "
+        f"{KINDS[content['weights']]}."
     )
 
 
@@ -91,7 +93,7 @@ def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
         facts["examples in the prompt"] = str(len(content["shots"]))
     else:
         n_layers = classifier.llama.config.n_layers
-        facts["layers that run"] = f"{content['layer']} of {n_layers}"
+        facts["layers used"] = f"{content['layer']} of {n_layers}"
         facts["pooling"] = f"`{content['pooling']}`"
         if content["weights"] == "adapter":
             facts["head"] = _where_head_is(classifier)
@@ -101,20 +103,24 @@ def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
 def _threshold(classifier: Classifier) -> str:
     if classifier.decision is not None:
         return one_line(classifier.decision, classifier.labels)
-    return "each label from 0.5 on" if classifier.multi_label else "the likelier class"
+    return (
+        "each label with a probability of at least 0.5"
+        if classifier.multi_label
+        else "the more likely class"
+    )
 
 
 def _where_head_is(classifier: Classifier) -> str:
     assert isinstance(classifier, LlamaEmbeddingClassifier)
     if reason := classifier.unlike_transformers:
         return (
-            f"in `head.safetensors` alone, for {reason}, and PEFT's files have no words for that: "
+            f"only in `head.safetensors`, because {reason}, which PEFT's files cannot represent: "
             "PEFT loads the adapter as one of a language model"
         )
     return (
-        "in PEFT's file as well (`score`, task SEQ_CLS): on transformers' "
-        "LlamaForSequenceClassification PEFT makes the same logits of the prompt's token ids, "
-        "before the temperature"
+        "also in PEFT's file (`score`, task SEQ_CLS): on transformers' "
+        "LlamaForSequenceClassification, PEFT computes the same logits from the prompt's token "
+        "ids, before the temperature"
     )
 
 
@@ -131,14 +137,14 @@ def _table(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
 def _limits(classifier: Classifier) -> str:
     if classifier.scale is not None:
         return (
-            "It gives every text a number, be it of another language, of another kind, or no text "
-            "at all, and outside the range of its training texts as well."
+            "It predicts a number for any input, even in another language or of another kind, "
+            "and also outside the range of its training data."
         )
     return (
-        "It knows the labels above and no others, and gives every text one of them or a "
-        "probability for each, be it of another language, of another kind, or no text at all. "
+        "It predicts only the labels above, for any input, even in another language or of "
+        "another kind. "
         + (
-            "Its probabilities were calibrated on texts like those it was evaluated on."
+            "Its probabilities were calibrated on texts like those of its evaluation."
             if classifier.temperature != 1.0
             else "Its probabilities are not calibrated."
         )

@@ -1,13 +1,14 @@
-"""A classifier in a folder: written whole, and read back as it was or refused.
+"""Save a classifier in a folder atomically, and load it unchanged or refuse it.
 
-- `classifier.json`: what it is: labels, prompt, pooling, calibration, the base model and its
-  identity, the digests of the next three and of itself, the settings of its training.
-- `head.safetensors`: the head, with the labels that its rows stand for.
+- `classifier.json`: the manifest: labels, prompt, pooling, calibration, the base model and its
+  fingerprint, digests of the next three files and of itself, the settings of its training.
+- `head.safetensors`: the head, with the labels of its rows.
 - `adapter_config.json`, `adapter_model.safetensors`: LoRA, in PEFT's files.
-- or `config.json`, `model.safetensors` and the tokenizer: a whole model of its own.
+- or `config.json`, `model.safetensors` and the tokenizer: a complete model.
 - `README.md`: a model card.
 
-Nothing in it is run, and nothing is filled in: what is missing or changed is an error.
+Nothing in it is executed, and no default replaces a missing value: what is missing or changed is an
+error.
 """
 
 import os
@@ -161,15 +162,15 @@ def _adapter_to_save(llama: Llama) -> str | None:
         return None
     if len(active) > 1:
         raise MinllamaError(
-            f"several adapters take part ({', '.join(active)}), and one can be saved; switch to it "
-            "with set_adapters(), or merge them with merge_classifier()"
+            f"several adapters are active ({', '.join(active)}), but only one can be saved; "
+            "select it with set_adapters(), or merge them with merge_classifier()"
         )
     (name,) = active
     if any(layer.active != {name: 1.0} for layer in layers if name in layer.adapters):
         raise MinllamaError(
-            f"the adapter {name!r} takes part with a share other than 1, or in some layers only, "
-            f"and its files cannot say so; set_adapters(model, {name!r}) gives it its whole share, "
-            "merge_classifier() keeps what it is now"
+            f"the adapter {name!r} is active with a weight other than 1, or only in some layers, "
+            f"which its files cannot represent; call set_adapters(model, {name!r}) for full "
+            "weight, or merge_classifier() to keep its current effect"
         )
     return name
 
@@ -188,8 +189,8 @@ def _identity_to_name(
         if adapter is None:
             return None
         raise MinllamaError(
-            f"the model below the adapter is in no file that could be named: {error}; save it "
-            "with save_pretrained() and load it from there, or merge the adapter"
+            f"the adapter's base model is not in a file: {error}; save it with save_pretrained() "
+            "and load it from there, or merge the adapter"
         ) from error
 
 
@@ -280,7 +281,7 @@ def load_classifier(
         tokenizer: the same of its tokenizer, if that is not the model's own.
         dtype: of the base's weights; None for that of the training, which gives the same numbers,
             unless this machine only emulates it.
-        device: None for the GPU where there is one.
+        device: None for a GPU if there is one.
         quantize: "int8", "int4" or "stored" for a base in so many bits, "none" for numbers in the
             dtype, "auto" for what reads texts fastest here; None for what it was in training.
 
@@ -305,7 +306,7 @@ def load_classifier_with(folder: str | os.PathLike[str], options: LoadOptions) -
         labels, prompt = content["labels"], PromptOptions(**content["prompt"])
         if weights == "full" and model is not None:
             raise OptionError(
-                f"{folder}: holds all of its weights and needs no base; leave --base {model} away"
+                f"{folder}: contains all of its weights and needs no base; omit --base {model}"
             )
         source = path.parent if weights == "full" else (model or source_of(base["model"]))
         identity = Identity(**base["identity"])
@@ -383,9 +384,7 @@ def merge_classifier(classifier: Classifier, *, dtype: torch.dtype | None = None
         MinllamaError: it has no adapter, or the merged weights are not finite.
     """
     if not adapter_names(classifier.llama):
-        raise MinllamaError(
-            "the classifier has no adapter to merge; copy its folder, or use it as it is"
-        )
+        raise MinllamaError("the classifier has no adapter to merge; use it unchanged")
     llama = classifier.llama
     prompts = [classifier.encode(text) for text in SAMPLE]
     with evaluating(classifier), torch.no_grad():
@@ -412,13 +411,13 @@ def _open_base(
         checkpoint = open_checkpoint(source, tokenizer=options.tokenizer)
         has_words = checkpoint.vocabulary is not None
     except MinllamaError as error:
-        remedy = "; name where it is now with --base" if content["weights"] != "full" else ""
+        remedy = "; if it has moved, name it with --base" if content["weights"] != "full" else ""
         remedy += ", its tokenizer with --tokenizer" if remedy and options.tokenizer else ""
         raise CheckpointError(
             f"{path}: its base model cannot be opened: {error}{remedy}"
         ) from error
     if not has_words:
-        raise CheckpointError(f"{checkpoint.path}: there is no tokenizer, and {path} needs one")
+        raise CheckpointError(f"{checkpoint.path}: no tokenizer, but {path} needs one")
     with described_by(path):
         trained_on = content["base"]["dtype"], content["base"].get("quantize")
         weights = resolve_weight_format(checkpoint, options, "read", trained_on=trained_on)

@@ -1,7 +1,7 @@
-"""What each field of a `classifier.json` must be, before anything is made of it.
+"""Check the fields of a `classifier.json` before anything is built from it.
 
-A file that says the right digest of itself may still hold anything. Fields that are not listed are
-left alone: a later version may have them.
+A file with a correct digest of itself may still contain anything. Unknown fields are ignored, so
+that later versions can add some.
 """
 
 import math
@@ -131,13 +131,13 @@ _ZERO_SHOT: dict[str, Rule] = {
 }
 _EMBEDDING: dict[str, Rule] = {
     "pooling": _one_of(*POOLINGS),
-    "layer": ("a whole number", lambda value: type(value) is int and 0 < value < 2**31),
+    "layer": ("an integer", lambda value: type(value) is int and 0 < value < 2**31),
     "dropout": ("a number from 0 to 1", _within(0, 1)),
 }
 _OPTIONAL: dict[str, Rule] = {
     "thresholds": _OBJECT,  # of which `minllama.evaluation.thresholds.read` knows more
     "scale": _OBJECT,
-    "pad_id": ("a whole number", lambda value: type(value) is int and abs(value) < 2**31),
+    "pad_id": ("an integer", lambda value: type(value) is int and abs(value) < 2**31),
     "tokenizer_eos": _FLAG,
 }
 _SCALE: dict[str, Rule] = {

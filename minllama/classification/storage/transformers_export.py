@@ -1,7 +1,7 @@
-"""A `LlamaEmbeddingClassifier` -> a folder that transformers' LlamaForSequenceClassification loads.
+"""Export a `LlamaEmbeddingClassifier` to a folder for transformers' LlamaForSequenceClassification.
 
-That has a linear head without a bias on the last token after all layers, and nothing else: what a
-classifier has besides is folded into the head's weights, or refused. Called by `minllama merge`.
+That class has only a linear head without bias on the last token of the last layer: whatever else a
+classifier has is folded into the head's weights, or refused. `minllama merge` calls it.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ def check_exportable(classifier: Classifier) -> LlamaEmbeddingClassifier:
             else "use it with minllama"
         )
         raise MinllamaError(
-            f"{SEQUENCE_CLASSIFIER} cannot compute this classifier: {reason}; {remedy}, or merge "
-            "without --to"
+            f"{SEQUENCE_CLASSIFIER} cannot represent this classifier: {reason}; {remedy}, or "
+            "merge without --to"
         )
     assert isinstance(classifier, LlamaEmbeddingClassifier)
     return classifier
@@ -56,7 +56,7 @@ def check_exportable(classifier: Classifier) -> LlamaEmbeddingClassifier:
 
 def _why_not(classifier: Classifier) -> str | None:
     if not isinstance(classifier, LlamaEmbeddingClassifier):
-        return "it scores label words, and has no head"
+        return "it scores label words and has no head"
     if reason := unlike_transformers(classifier.llama, classifier.layer, classifier.pooling):
         return reason
     bias = classifier.score.bias
@@ -67,7 +67,7 @@ def _why_not(classifier: Classifier) -> str | None:
         # could add the same number to each.
         if offset == 0:
             return None
-        return f"it adds {offset:g} to the product with its head, and {HEAD_WEIGHT} has no bias"
+        return f"its logits have an offset of {offset:g}, but {HEAD_WEIGHT} has no bias"
     if bias is None or not bias.any():
         return None
     is_shift = not classifier.multi_label and len(bias.unique()) == 1
@@ -168,38 +168,40 @@ def _notes(classifier: LlamaEmbeddingClassifier, words: _Words) -> list[str]:
     notes, prompt = [], classifier.prompt
     if classifier.temperature != 1 and classifier.scale is None:
         notes.append(
-            f"the temperature {classifier.temperature:.4g} is folded into the head: its logits "
-            "are divided by it already"
+            f"the logits include the temperature {classifier.temperature:.4g}, which is folded "
+            "into the head"
         )
     if set(classifier.thresholds.values()) - {DEFAULT}:
         assert classifier.decision is not None
-        instead = "gives scores alone" if classifier.multi_label else "names the likeliest class"
+        instead = "gives only scores" if classifier.multi_label else "names the most likely class"
         notes.append(
-            f"{one_line(classifier.decision, classifier.labels, every=True)}: has no place in the "
-            f"files; hold the probabilities against it, for transformers {instead}"
+            f"{one_line(classifier.decision, classifier.labels, every=True)}: cannot be stored "
+            f"in the files; apply it to the probabilities, since transformers {instead}"
         )
     if prompt.chat or prompt.prompt != "{text}":
-        chat = "the chat template" if prompt.chat_template is None else "its own chat template"
+        chat = "the chat template" if prompt.chat_template is None else "its custom chat template"
         how = f"in {chat}, without a further BOS" if prompt.chat else "as it is"
         notes.append(
-            f"texts must be put into the prompt {prompt.prompt!r} first ({how}), which "
-            "transformers does not do by itself"
+            f"texts must first be put into the prompt {prompt.prompt!r} ({how}), which "
+            "transformers does not do"
         )
     if prompt.undo_treebank:
-        notes.append("a treebank's spacing and brackets must be undone first")
+        notes.append("treebank tokenization must be undone first")
     limit = classifier.template.max_len
     if limit < classifier.llama.config.context_len:
-        notes.append(f"texts were cut to {limit} tokens; give the tokenizer max_length={limit}")
+        notes.append(
+            f"texts were truncated to {limit} tokens; give the tokenizer max_length={limit}"
+        )
     if words.pad_id is None:
-        notes.append("the vocabulary has no token to pad with, so texts go one at a time")
+        notes.append("the vocabulary has no padding token, so use a batch size of 1")
     return notes
 
 
 def _card(classifier: LlamaEmbeddingClassifier, notes: list[str], *, name: str) -> str:
     """README.md."""
-    what = "a number for each text" if classifier.scale is not None else "labels for texts"
+    what = "a number per text" if classifier.scale is not None else "labels for texts"
     lines = ["---", "library_name: transformers", "pipeline_tag: text-classification", "---", ""]
-    lines += [f"# {name}", "", f"A {SEQUENCE_CLASSIFIER} that gives {what}.", "", "```python"]
+    lines += [f"# {name}", "", f"A {SEQUENCE_CLASSIFIER} that predicts {what}.", "", "```python"]
     lines += ["from transformers import pipeline", ""]
     lines += [f'pipeline("text-classification", "{name}")("...")', "```", ""]
     lines += [f"- {note}" for note in notes]

@@ -1,8 +1,8 @@
-"""Sequence classifiers of transformers and PEFT -> a `LlamaEmbeddingClassifier`.
+"""Load sequence classifiers of transformers and PEFT as a `LlamaEmbeddingClassifier`.
 
-Read are a folder of `LlamaForSequenceClassification`, and one of a PEFT adapter for it (task
-SEQ_CLS) beside a base model. Their head is linear, without a bias, on the last token that is no
-padding, after all layers. Knows nothing of classifiers in folders of ours.
+Supports a folder of `LlamaForSequenceClassification`, and a PEFT adapter for it (task SEQ_CLS) with
+its base model. Their head is linear without bias, on the last non-padding token after all layers.
+`minllama.classification.storage.save_load` calls it.
 """
 
 import os
@@ -57,14 +57,13 @@ def load_sequence_classifier(folder: Path, options: LoadOptions) -> LlamaEmbeddi
         return _load_adapter_classifier(folder, options)
     if options.base is not None:
         raise OptionError(
-            f"{folder}: holds all of its weights and needs no base; leave --base {options.base} "
-            "away"
+            f"{folder}: contains all of its weights and needs no base; omit --base {options.base}"
         )
     checkpoint = open_checkpoint(folder, tokenizer=options.tokenizer)
     if checkpoint.head is None:
         raise CheckpointError(
-            f"{folder}: a language model (LlamaForCausalLM) and no classifier; train one on it "
-            "with `minllama train --model`, or name labels with `minllama classify --labels`"
+            f"{folder}: a language model (LlamaForCausalLM), not a classifier; train one with "
+            "`minllama train --model`, or give labels with `minllama classify --labels`"
         )
     weight = _stored_head(checkpoint)
     words = _words_of(checkpoint, SEQUENCE_CLASSIFIER)
@@ -77,20 +76,20 @@ def _load_adapter_classifier(folder: Path, options: LoadOptions) -> LlamaEmbeddi
     config = read_adapter_config(folder)
     if not config.has_head:
         raise CheckpointError(
-            f"{folder}: a PEFT adapter of task {config.task_type}, without a head of labels; only "
-            f"one of task {CLASSIFICATION} is a classifier"
+            f"{folder}: a PEFT adapter of task {config.task_type}, without a classification "
+            f"head; only task {CLASSIFICATION} is supported"
         )
     source = options.base or config.base_model_name
     if source is None:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: names no base_model_name_or_path; name the base model with "
-            "--base"
+            f"{folder / CONFIG_FILE}: no base_model_name_or_path; name the base model with --base"
         )
     try:
         checkpoint = open_checkpoint(source, tokenizer=options.tokenizer)
     except MinllamaError as error:
         raise CheckpointError(
-            f"{folder}: its base model cannot be opened: {error}; name where it is now with --base"
+            f"{folder}: its base model cannot be opened: {error}; if it has moved, name it with "
+            "--base"
         ) from error
     words = _words_beside(folder, options) or _words_of(
         checkpoint, f"PEFT {CLASSIFICATION} adapter"
@@ -131,19 +130,19 @@ def _stored_head(checkpoint: Checkpoint) -> Tensor:
     if stored is None or len(stored.shape) != 2 or stored.shape[1] != dim or not stored.shape[0]:
         found = "is missing" if stored is None else f"is of shape {stored.shape}"
         raise CheckpointError(
-            f"{path}: a {SEQUENCE_CLASSIFIER} whose {HEAD_WEIGHT} {found}, where (labels, {dim}) "
-            "should be; the file is incomplete: download it again"
+            f"{path}: a {SEQUENCE_CLASSIFIER} whose {HEAD_WEIGHT} {found}, not (labels, {dim}); "
+            "the file is incomplete: download it again"
         )
     if HEAD_BIAS in checkpoint.tensors:
         raise CheckpointError(
-            f"{path}: a {SEQUENCE_CLASSIFIER} with a {HEAD_BIAS}, which transformers would leave "
-            "out of its logits; remove it from the file to have those, for one of the two is wrong"
+            f"{path}: a {SEQUENCE_CLASSIFIER} with a {HEAD_BIAS}, which transformers ignores; "
+            "remove it from the file to get the same logits"
         )
     weight = stored.load().float()
     if not weight.isfinite().all():
         raise CheckpointError(
-            f"{path}: {HEAD_WEIGHT} holds NaN or infinity; its training diverged, or the file is "
-            "damaged"
+            f"{path}: {HEAD_WEIGHT} has NaN or infinite values; its training diverged, or the "
+            "file is damaged"
         )
     return weight
 

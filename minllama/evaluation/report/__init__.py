@@ -1,7 +1,4 @@
-"""Predictions and their metrics, for people to look at: a page, files, a summary in the terminal.
-
-Takes plain values. Knows nothing of models, and nothing of how predictions are made.
-"""
+"""Reports of predictions and metrics: an HTML page, JSON files, a summary in the terminal."""
 
 from minllama.evaluation.report.content import Report, ReportedSplit, ReportedValues
 from minllama.evaluation.report.files import write_report

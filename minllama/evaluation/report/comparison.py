@@ -1,6 +1,6 @@
-"""A classifier beside the baselines: which metrics are compared, how they are written, who is best.
+"""Compare a classifier with the baselines: metrics, their formatting, and a verdict.
 
-Systems on the same rows are compared row by row. Knows nothing of pages or terminals.
+The page and the terminal summary show the results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,11 +93,11 @@ def undefined(evaluation: Evaluation) -> str | None:
     if not names or (len(evaluation.per_class) == 1 and not many):
         return None
     if len(names) == len(evaluation.per_class) and not many:
-        return "ROC AUC and AP are not defined: all texts are of one class."
+        return "ROC AUC and AP are undefined: all texts have the same class."
     listed = first_few(names, 3)
     if not many:
-        return f"ROC AUC and AP are not defined: there are no texts of {listed}."
-    return f"ROC AUC and AP are not defined for {listed}: all texts have the label, or none has."
+        return f"ROC AUC and AP are undefined: there are no texts of {listed}."
+    return f"ROC AUC and AP are undefined for {listed}: all texts have the label, or none has."
 
 
 def written(evaluation: Evaluation, metric: str) -> str:
@@ -185,7 +185,7 @@ def beside(paired: Paired, name: str, metric: str = "accuracy", *, among: int = 
     unit = " points" if of.form == "{:.1%}" else ""
     is_level = float(size) == 0
     if is_level:
-        said = f"That is level with {name}"
+        said = f"That equals {name}"
     else:
         said = f"That is {size}{unit} {'more' if found.value > 0 else 'less'} than {name}"
     said += f" (paired 95% interval {_ends(found, of)}{unit}"
@@ -193,9 +193,9 @@ def beside(paired: Paired, name: str, metric: str = "accuracy", *, among: int = 
         said += f"; McNemar's exact {p_value(paired.p_value)}"
     if found.may_be_chance:
         what = "what differs" if is_level else "this"
-        return f"{said}); the interval holds zero, so {what} may be by chance."
+        return f"{said}); the interval includes zero, so {what} may be due to chance."
     if metric == "accuracy" and paired.p_value > SURE:
-        return f"{said}); few texts decide it."
+        return f"{said}), based on few texts."
     return f"{said})."
 
 
@@ -227,7 +227,7 @@ def _alone(evaluation: Evaluation, metric: str) -> str:
             f"{METRICS[metric].title} {written(evaluation, metric)} on {evaluation.count:,} texts."
         )
     right = round(evaluation.accuracy * evaluation.count)
-    what = "All labels are right for" if evaluation.multi_label else "Right on"
+    what = "All labels are correct for" if evaluation.multi_label else "Right on"
     return f"{what} {right:,} of {evaluation.count:,} texts."
 
 

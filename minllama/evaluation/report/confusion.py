@@ -1,13 +1,10 @@
-"""Which classes are taken for which: a confusion matrix as cells, and its largest entries as pairs.
-
-Knows nothing of HTML.
-"""
+"""Confusion matrix as table cells, and its largest off-diagonal entries."""
 
 from dataclasses import dataclass
 
 from minllama.evaluation.metrics import Evaluation
 
-MAX_WITH_NUMBERS = 25  # classes; above, a cell has only its colour
+MAX_WITH_NUMBERS = 25  # classes; above, a cell has only its color
 MAX_WITH_CELLS = 100  # classes; above, only the pairs are shown
 MAX_PAIRS = 12
 MIN_PAIRS_CLASSES = 7  # with fewer classes the matrix says it all

@@ -1,7 +1,4 @@
-"""What a report is about: predictions, their evaluations, and how they came about.
-
-Plain values only; everything that is shown is in here. Knows nothing of files, HTML or terminals.
-"""
+"""The content of a report: predictions, evaluations, settings and history, as plain values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
-"""Charts as SVG that stands inside a page and takes the page's fonts and colours.
+"""Charts as inline SVG with the page's fonts and colors.
 
-Drawn by matplotlib without its global state. Knows nothing of pages: numbers in, markup out.
+Drawn by matplotlib without its global state: numbers in, markup out.
 """
 
 import io
@@ -13,7 +13,7 @@ from typing import Any
 from minllama.errors import optional_import
 from minllama.evaluation.metrics import CalibrationBin
 
-# Colours of the drawing -> variables of the page's style sheet, which knows light from dark.
+# Colors of the drawing -> variables of the page's style sheet, which knows light from dark.
 INK, MUTED, LINE, ACCENT, WARM = "#000001", "#000002", "#000003", "#000004", "#000005"
 VARIABLES = {
     INK: "var(--ink)",
@@ -134,7 +134,7 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float,
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS points, each the mean of its neighbours."""
+    """At most MAX_POINTS points, each the mean of its neighbors."""
     size = math.ceil(len(points) / MAX_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [
@@ -203,7 +203,7 @@ def _figure(heights: Sequence[int] = (1,)) -> Iterator[Any]:
 
 
 def _svg(figure: Any) -> str:
-    """The figure as an `<svg>` element without a size, in the page's colours and font."""
+    """The figure as an `<svg>` element without a size, in the page's colors and font."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", transparent=True, metadata=nothing)

@@ -1,6 +1,6 @@
-"""A report as files: `report.html` for people, `metrics.json` and `predictions.jsonl` for programs.
+"""Write a report's files: `report.html`, `metrics.json` and `predictions.jsonl`.
 
-They are written together: all three are new, or all three are old.
+All three are replaced together.
 """
 
 import dataclasses

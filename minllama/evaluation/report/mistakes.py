@@ -1,7 +1,4 @@
-"""The most confident mistakes: what to read first in order to understand a classifier.
-
-Knows nothing of HTML.
-"""
+"""The most confident mistakes, which help most to understand a classifier."""
 
 from dataclasses import dataclass
 
@@ -67,7 +64,7 @@ def _reason(
     probabilities = split.probabilities[row]
     if not report.multi_label:
         sure, wanted = roughly(probabilities[blamed]), roughly(probabilities[gold.argmax()])
-        return f"{sure} sure, {wanted} for the gold label"
+        return f"{sure} confidence, {wanted} for the gold label"
     truth = "a gold label" if gold[blamed] else "no gold label"
     return f"{roughly(probabilities[blamed])} for {report.label_names[blamed]}, {truth}"
 

@@ -1,6 +1,6 @@
-"""A report as one HTML page that needs nothing else: no script, no font, no image from elsewhere.
+"""Render a report as one self-contained HTML page, without external scripts, fonts or images.
 
-Texts, names and settings are data, never markup: Jinja escapes them all. Knows nothing of files.
+Jinja escapes all texts, names and settings.
 """
 
 import re
@@ -111,7 +111,7 @@ def _facts(report: Report) -> list[str]:
     classes = len(report.label_names)
     facts = [f"{classes} {'labels' if report.multi_label else 'classes'}"]
     if report.has_numbers:
-        facts = ["a number for each text"]
+        facts = ["a number per text"]
     if report.thresholds is not None:
         facts.append(one_line(report.thresholds, report.label_names))
     if report.created is not None:
@@ -167,7 +167,7 @@ def _split(report: Report, split: ReportedSplit | ReportedValues) -> dict[str, A
 
 def _tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """Title, value and a line below."""
-    whole = "of whole label sets" if evaluation.multi_label else ""
+    whole = "of complete label sets" if evaluation.multi_label else ""
     return [
         ("Accuracy", percent(evaluation.accuracy), _interval(evaluation, "accuracy") or whole),
         ("Macro F1", decimal(evaluation.macro_f1), _interval(evaluation, "macro_f1")),
@@ -175,7 +175,7 @@ def _tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
         (
             "Calibration error",
             decimal(evaluation.calibration_error),
-            "mean gap of confidence and accuracy",
+            "mean gap between confidence and accuracy",
         ),
     ]
 

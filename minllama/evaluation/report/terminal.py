@@ -1,7 +1,4 @@
-"""A summary of an evaluation that fits a terminal of 80 columns, and plain text elsewhere.
-
-Knows nothing of pages or files.
-"""
+"""Print a summary of an evaluation: 80 columns in a terminal, plain text elsewhere."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -105,8 +102,8 @@ def print_paired(
     console.print(_text(f"other: {names[1]}"))
     _print_table(console, table)
     counts = (
-        f"Of {paired.count:,} texts {paired.only_first:,} are right by this one alone and "
-        f"{paired.only_second:,} by the other alone"
+        f"Of {paired.count:,} texts {paired.only_first:,} are correct only here and "
+        f"{paired.only_second:,} only with the other"
     )
     if headline != "accuracy":  # whose sentence says it
         counts += f" (McNemar's exact {p_value(paired.p_value)})"

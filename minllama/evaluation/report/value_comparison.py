@@ -1,6 +1,6 @@
-"""Predicted numbers in words: metrics of several systems, and a verdict.
+"""Compare regression results of several systems, and state a verdict.
 
-Plain values only. What `minllama.evaluation.report.comparison` does for classes.
+`minllama.evaluation.report.comparison` does the same for classes.
 """
 
 import math
@@ -62,11 +62,11 @@ def interval(evaluation: RegressionEvaluation, metric: str) -> tuple[str, str] |
 def verdict(evaluation: RegressionEvaluation, others: Mapping[str, RegressionEvaluation]) -> str:
     """The mean error in a sentence, and in a second one whether it is less than that of others."""
     off = in_unit(evaluation.mae)
-    sentence = f"Off by {off} on average on {evaluation.count:,} texts."
+    sentence = f"The mean absolute error is {off} on {evaluation.count:,} texts."
     if not others:
         return sentence
     name, best = min(others.items(), key=lambda item: item[1].mae)
-    sentence += f" The best of the others, {name}, is off by {in_unit(best.mae)}"
+    sentence += f" That of the best other, {name}, is {in_unit(best.mae)}"
     if best.difference is None:
         return f"{sentence}."
     less, low, high = best.difference

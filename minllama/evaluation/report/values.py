@@ -1,7 +1,4 @@
-"""The report of predicted numbers: what is shown of a split, on the page, in a terminal, in files.
-
-Plain values only. What the rest of this package does for classes.
-"""
+"""The report of a regression: on the page, in the terminal, in files."""
 
 import json
 from collections.abc import Iterator, Mapping

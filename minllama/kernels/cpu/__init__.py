@@ -1,6 +1,6 @@
-"""Compiled code for a CPU, with plain interfaces: the library, its structs, single operations.
+"""Compiled code for CPUs: the library, its structs, and single operations.
 
-Built when the package is installed, where there is a C++ compiler; whatever it computes, the
-modules of `minllama.model.llama` compute without it, only slower. Knows nothing of models:
-`minllama.engine.cpu` describes one to it.
+It is built at installation if there is a C++ compiler; without it the modules of
+`minllama.model.llama` compute the same, only slower. `minllama.engine.cpu` calls it for whole
+forward passes.
 """

@@ -1,4 +1,4 @@
-"""Causal attention of whole sequences on a CPU, with gradients, by compiled code."""
+"""Causal attention of whole sequences on a CPU, with gradients, in compiled code."""
 
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ LONGEST = {2: 64, 1: 512, 0: 64}
 
 
 class Packed(Protocol):
-    """Sequences in one row, see `minllama.model.attention_layout.PackedSequences`."""
+    """Packed sequences, see `minllama.model.attention_layout.PackedSequences`."""
 
     @property
     def starts(self) -> Tensor: ...
@@ -53,13 +53,13 @@ def causal_attention(
 ) -> Tensor:
     """softmax(Q K^T / sqrt(C)) V, each query seeing the keys of its text up to its own.
 
-    In float32 within, whatever the dtype. torch's own takes a third of a training step on short
+    Computed in float32, whatever the dtype. torch's own takes a third of a training step on short
     sequences, nearly all of it in the backward pass.
 
     Args:
         query: (B, T, H, C).
         key, value: (B, T, K, C); each of the K heads serves H / K query heads.
-        packed: where the sequences lie in the only row; None: each row is one.
+        packed: the sequences' boundaries in the only row; None if each row is one sequence.
 
     Returns:
         (B, T, H, C).
@@ -139,7 +139,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def _with_whole_heads(x: Tensor) -> Tensor:
-    """The same numbers, those of a head side by side."""
+    """The same values, those of a head contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -1,4 +1,4 @@
-"""The compiled library: where it is, which instructions it uses, and calls into it."""
+"""Load the compiled library, choose its instruction level, and call its functions."""
 
 import ctypes
 import functools
@@ -15,7 +15,7 @@ from minllama.kernels.hardware import level_of
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library; None where the package was installed without a C++ compiler."""
+    """The compiled library; None if the package was installed without a C++ compiler."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_step{suffix}")
         if path.exists():
@@ -25,8 +25,8 @@ def library() -> ctypes.CDLL | None:
                 return None
             if not _is_of_this_version(found):
                 warnings.warn(
-                    f"{path.name} was compiled from another version of minllama and is not used, "
-                    "which is slower; install the package again (here: make native)",
+                    f"{path.name} was compiled from another version of minllama and is ignored, "
+                    "which is slower; reinstall the package (in a source tree: make native)",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -52,7 +52,7 @@ def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> N
 
     Args:
         name: without its prefix.
-        arguments: what it takes, by reference.
+        arguments: the structs to pass, by reference.
         level: index into `hardware.LEVELS`; None for the best.
 
     Raises:
@@ -63,7 +63,7 @@ def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> N
     threads = ctypes.c_int64(torch.get_num_threads())
     level = best_level() if level is None else level
     if getattr(found, f"minllama_{name}")(*map(ctypes.byref, arguments), threads, level):
-        raise MinllamaError("no memory is left; give fewer or shorter texts at a time")
+        raise MinllamaError("out of memory; use fewer or shorter texts per batch")
 
 
 def _is_of_this_version(found: ctypes.CDLL) -> bool:
@@ -78,7 +78,7 @@ def _is_of_this_version(found: ctypes.CDLL) -> bool:
 
 
 def _use_torchs_threads(found: ctypes.CDLL) -> None:
-    """Run on the threads of the OpenMP library that torch has loaded, where it is GNU's."""
+    """Use the threads of the OpenMP library that torch has loaded, if it is GNU's."""
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

@@ -1,10 +1,10 @@
-"""Linear layers whose memory does not grow with the shapes that they meet.
+"""Linear layers in half precision whose memory does not grow with the number of shapes.
 
-torch multiplies bfloat16 and float16 on a CPU with oneDNN, which compiles a primitive for each
-number of rows and keeps it, with scratch memory in proportion to the rows: 2 MB for each of the
-four shapes of matrix of a 135M model at 3,000 rows, so that a long file of texts, whose batches
-all have other numbers of tokens, takes gigabytes. Here such a product is computed in chunks of
-CHUNK rows, the last one padded to a multiple of STEP: CHUNK / STEP numbers of rows in all.
+torch multiplies bfloat16 and float16 on CPUs with oneDNN, which compiles and keeps a primitive for
+each number of rows, with scratch memory proportional to the rows: 2 MB for each of the four matrix
+shapes of a 135M model at 3,000 rows. A long file of texts, whose batches all have different numbers
+of tokens, then takes gigabytes. Here such a matmul is computed in chunks of CHUNK rows, the last
+one padded to a multiple of STEP, so that there are only CHUNK / STEP numbers of rows.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ STEP = 32
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether it is a product in a half precision on a CPU, with a weight that is not trained."""
+    """Whether this is a half-precision matmul on a CPU with a frozen weight."""
     is_half = x.device.type == "cpu" and x.dtype in HALVES and weight.dtype == x.dtype
     is_trained = weight.requires_grad and torch.is_grad_enabled()
     return is_half and not is_trained and is_plain(x) and is_plain(weight)
@@ -37,7 +37,7 @@ register("linear", serves, linear)
 
 
 def product(x: Tensor, matrix: Tensor) -> Tensor:
-    """Give x M in chunks, where both are of a half precision on a CPU; no gradients.
+    """Compute x M in chunks, for half precision on a CPU; no gradients.
 
     Args:
         x: (..., in).

@@ -1,4 +1,4 @@
-"""What a low-rank adapter adds to a linear layer on a CPU, with gradients, by compiled code."""
+"""The low-rank update of a linear layer on a CPU, with gradients, in compiled code."""
 
 from typing import Any
 
@@ -22,15 +22,15 @@ def low_rank_product(
     dropout: float = 0.0,
     onto: Tensor | None = None,
 ) -> Tensor:
-    """Give scale * B (A dropout(x)), computed in float32, in x's dtype.
+    """Compute scale * B (A dropout(x)) in float32; the result has x's dtype.
 
     Args:
         x: (..., in).
         a: lora_A (R, in).
         b: lora_B (out, R).
         scale: factor on all of it.
-        dropout: probability with which each number of x is taken for zero; the others grow by
-            1 / (1 - dropout). Which ones depends on torch's random numbers.
+        dropout: probability of zeroing each element of x; the others are scaled by 1 / (1 -
+            dropout). Uses torch's random numbers.
         onto: (..., out), contiguous and of x's dtype, to which the result is added, in place.
 
     Returns:
@@ -48,7 +48,7 @@ def low_rank_product(
 def _add_low_rank(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Y + scale * B (A dropout(x)), written to y where that may be."""
+    """Compute y + scale * B (A dropout(x)), in place if possible."""
     # A view (as a layer with a bias gives) belongs to what it was made by: none is written to.
     if y.dtype == x.dtype and not y._is_view() and y.is_contiguous():
         return low_rank_product(x, a, b, scale, dropout=dropout, onto=y)

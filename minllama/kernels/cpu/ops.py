@@ -1,9 +1,9 @@
-"""What stands between large matrix products, in one pass over memory each, with gradients.
+"""Operations between large matmuls on a CPU, each in one pass over memory, with gradients.
 
-Norms, the gate of the feed-forward and rotations on a CPU: torch computes each in several passes,
-with copies in float32 that are kept for the backward pass. Here only the inputs are kept, and what
-is cheap is computed again. `serves` says where; elsewhere the plain equations of
-`minllama.model.llama` and `minllama.model.rope` are computed.
+Norms, SwiGLU and RoPE: torch computes each in several passes, with float32 copies that are kept for
+the backward pass. Here only the inputs are kept, and cheap intermediate results are recomputed.
+`serves` decides where these are used; elsewhere the plain equations of `minllama.model.llama` and
+`minllama.model.rope` are.
 """
 
 import ctypes
@@ -42,25 +42,25 @@ SOME_ROWS = 96  # measured on two Zen 4 cores
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the operations here take this tensor."""
+    """Whether the operations here support this tensor."""
     # Devices first: elsewhere torch.compile need not understand the rest.
     is_known = x.device.type == "cpu" and x.dtype in KINDS
     return is_known and library() is not None and is_plain(x)
 
 
 def floats(*shape: int) -> Tensor:
-    """Room for what compiled code writes: float32 on the CPU, whatever torch's own default is."""
+    """Allocate an output of compiled code: float32 on the CPU, whatever torch's default."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def unfit(operation: str, *tensors: Tensor) -> MinllamaError:
-    """What to raise for shapes that compiled code would read or write beyond."""
+    """The error for shapes with which compiled code would access memory out of bounds."""
     shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors)
-    return MinllamaError(f"{operation}: tensors of shapes {shapes} do not fit one another")
+    return MinllamaError(f"{operation}: tensors of shapes {shapes} do not match")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Give x / RMS(x) * weight over the last dimension, in x's dtype: (..., D) -> (..., D)."""
+    """Compute x / RMS(x) * weight over the last dimension, in x's dtype: (..., D) -> (..., D)."""
     if x.shape[-1:] != weight.shape:
         raise unfit("rms_norm", x, weight)
     y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
@@ -101,29 +101,31 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
 
 
 def can_pack(raw: Tensor) -> bool:
-    """Whether `pack` takes these bytes."""
+    """Whether `pack` supports these bytes."""
     return raw.device.type == "cpu" and library() is not None and is_plain(raw)
 
 
 def pack(raw: Tensor, rows: int, bits: int, has_mins: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Blocks of 32 as GGUF files have them, in the panels of `minllama.quantization.modules`.
+    """Convert a GGUF file's blocks of 32 to the tiles of `minllama.quantization.modules`.
 
     Args:
-        raw: (n, block_bytes) uint8, row after row: a float16 scale, a min where there are mins, and
-            the numbers, in 4 bits with the low halves of the bytes before the high ones.
+        raw: (n, block_bytes) uint8, row after row: a float16 scale, an optional min, and the
+            values, in 4 bits with the low halves of the bytes before the high ones.
         rows: of the matrix.
         bits: 4, or 8, which are signed.
         has_mins: whether there are mins.
 
     Returns:
-        What `minllama.quantization.modules.Parts` begins with.
+        The first parts of `minllama.quantization.modules.Parts`.
 
     Raises:
         MinllamaError: these are no such bytes.
     """
     raw, block_bytes = raw.contiguous(), 2 + 2 * has_mins + 4 * bits
     if raw.dtype != torch.uint8 or raw.shape[1:] != (block_bytes,) or len(raw) % rows:
-        raise MinllamaError(f"{rows} rows of blocks do not fit {tuple(raw.shape)} {raw.dtype}")
+        raise MinllamaError(
+            f"{rows} rows of quantized blocks do not match {tuple(raw.shape)} {raw.dtype}"
+        )
     blocks, panels = len(raw) // rows, -(-rows // 16)
     quants = torch.empty(panels, blocks, bits, 16, 4, dtype=torch.uint8, device="cpu")
     scales = torch.empty(panels, blocks, 16, dtype=torch.float16, device="cpu")
@@ -144,11 +146,11 @@ def pack(raw: Tensor, rows: int, bits: int, has_mins: bool) -> tuple[Tensor, Ten
 
 @functools.cache
 def most_rows(dtype: torch.dtype) -> float:
-    """Rows of a dtype up to which `product` beats dequantizing a weight and torch's product.
+    """The number of rows up to which `product` is faster than dequantizing and torch's matmul.
 
-    All with vector instructions, which multiply integers faster than float32, but few without them
-    and beside matrix instructions (AMX) for the dtype, and some where vector instructions multiply
-    bfloat16: of all rows from these on torch's product is faster.
+    Unlimited with vector instructions, which multiply integers faster than float32; few without
+    them, or if the processor has matrix instructions (AMX) for the dtype; more if it has vector
+    instructions for bfloat16.
     """
     if best_level() == 0 or has_amx(dtype):
         return FEW_ROWS
@@ -156,7 +158,7 @@ def most_rows(dtype: torch.dtype) -> float:
 
 
 def product(weight: Any, x: Tensor) -> Tensor:
-    """Give x W^T with a quantised W as it is: (..., in) -> (..., out), float32."""
+    """Compute x W^T with a quantized W: (..., in) -> (..., out), float32."""
     if x.shape[-1] != weight.in_features:
         raise MinllamaError(f"a weight of {weight.in_features} columns times {tuple(x.shape)}")
     x = x.float().contiguous()
@@ -173,7 +175,7 @@ def product(weight: Any, x: Tensor) -> Tensor:
 
 
 def dense_product(weight: Tensor, x: Tensor) -> Tensor:
-    """Give x W^T of a few rows, with a W (out, in) in numbers: (..., in) -> (..., out), float32."""
+    """Compute x W^T for a few rows, with a dense W (out, in): (..., in) -> (..., out), float32."""
     if x.shape[-1] != weight.shape[1]:
         raise unfit("dense_product", weight, x)
     x, weight = x.float().contiguous(), weight.contiguous()

@@ -1,4 +1,4 @@
-"""The structs of `model.h` for ctypes: the same fields in the same order."""
+"""The ctypes counterparts of the structs in `model.h`: the same fields in the same order."""
 
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from typing import Any
@@ -27,7 +27,7 @@ class Linear(Structure):
 
 
 def quantized_linear(weight: Any) -> Linear:
-    """How a `minllama.quantization.modules.QuantizedWeight` lies in memory."""
+    """Memory layout of a `minllama.quantization.modules.QuantizedWeight`."""
     return Linear(
         weight=weight.quants.data_ptr(),
         scales=weight.scales.data_ptr(),
@@ -39,7 +39,7 @@ def quantized_linear(weight: Any) -> Linear:
 
 
 def dense_linear(weight: Tensor) -> Linear:
-    """How a matrix (out, in) of numbers lies in memory."""
+    """Memory layout of a dense matrix (out, in)."""
     rows, columns = weight.shape
     return Linear(weight=weight.data_ptr(), kind=KINDS[weight.dtype], in_dim=columns, out_dim=rows)
 

@@ -1,17 +1,18 @@
-"""What one token of each row goes through, in kernels that each read their weights once.
+"""Triton kernels of a decode step, each of which reads its weights once.
 
-A step of one row is bound by how fast memory gives the weights, so each product does in passing
-what stands between it and the next: the norm before it, the rotation, SwiGLU, the residual after
-it. The norm's factor is one number per row, so it is applied to the finished sums (RMSNorm,
-Zhang & Sennrich 2019, eq. 4). Attention over the cache is split between programs, each of which
-keeps its own softmax, and put together again (Dao et al. 2023, Flash-Decoding).
+A step for one sequence is bound by memory bandwidth, so each matmul also computes what is between
+it and the next: the norm before it, RoPE, SwiGLU, the residual after it. The norm's factor is one
+number per row, so it is applied to the finished sums (RMSNorm, Zhang & Sennrich 2019, eq. 4).
+Attention over the cache is split between programs with separate softmaxes, which are then combined
+(Dao et al. 2023, Flash-Decoding).
 
-On compute capability 9.0 and up a kernel starts while the one before it still runs (`EARLY`,
-programmatic dependent launch): it fetches weights, which nobody writes, and waits for the rest.
+On compute capability 9.0 and up a kernel starts while the previous one still runs (`EARLY`,
+programmatic dependent launch): it prefetches weights, which no kernel writes, and waits for the
+rest.
 
-Shapes: D model width, H heads, K key/value heads, C head width, F hidden width. Activations are
-float32 between kernels in a step of one row, and in the model's dtype before torch's products in
-one of several. ROWS of a matrix, which its height is a multiple of, go to each program.
+Shapes: D model width, H heads, K key/value heads, C head width, F hidden width. Activations between
+kernels are float32 for one sequence, and in the model's dtype before torch's matmuls for several.
+Each program computes ROWS rows of a matrix, whose height is a multiple of that.
 """
 
 import triton
@@ -21,14 +22,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _begin(EARLY: tl.constexpr):
-    """Let the next kernel start; before anything else."""
+    """Let the next kernel start; call it first."""
     if EARLY:
         gdc_launch_dependents()
 
 
 @triton.jit
 def _wait(EARLY: tl.constexpr):
-    """Wait for what earlier kernels write; each kernel must, for the next relies on it."""
+    """Wait for the writes of earlier kernels; every kernel must, since the next relies on it."""
     if EARLY:
         gdc_wait()
 
@@ -66,7 +67,7 @@ def _product(
     NORM: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """ROWS products of a matrix (., N) with x (N,), normalised before where NORM: float32."""
+    """ROWS products of a matrix (., N) with x (N,), normalized before where NORM: float32."""
     tile = _tile(matrix, first, 0, N, ROWS, BLOCK)
     if NORM:
         weight = _piece(gain, 0, N, BLOCK)
@@ -135,11 +136,10 @@ def turn(
 
 @triton.jit
 def _place(places, layer, row, head, position, like, C: tl.constexpr, LAYERS: tl.constexpr):
-    """Where a row's key (and with layer + LAYERS its value) of a head and position lies.
+    """Address of a sequence's key (with layer + LAYERS its value) of a head and position.
 
-    Places: the addresses of each layer's keys, of each layer's values, of the table of rotations,
-    and how many numbers rows and heads are apart; in memory, so that a captured graph serves every
-    cache.
+    The addresses of each layer's keys and values and of the table of rotations, and the strides of
+    sequences and heads, are in memory, so that a captured graph works for every cache.
     """
     start = tl.load(places + layer).to(tl.pointer_type(like.dtype.element_ty))
     aligned: tl.constexpr = C & -C  # strides are multiples of the heads' width
@@ -157,7 +157,7 @@ def _table(places, LAYERS: tl.constexpr):
 
 @triton.jit
 def embed(ids, table, h, vocab_size, D: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """Rows of a matrix by their numbers, (B,) -> (B, D); NaN for numbers that it does not have."""
+    """Rows of a matrix by index, (B,) -> (B, D); NaN for invalid indices."""
     _begin(EARLY)
     _wait(EARLY)
     row = tl.program_id(0)
@@ -193,7 +193,7 @@ def project_query_key_value(
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One row's query, rotated, and its key and value, which go straight into the cache."""
+    """One sequence's rotated query, and its key and value, which are written to the cache."""
     _begin(EARLY)
     start = tl.program_id(0) * ROWS
     if start < H * C:
@@ -295,11 +295,11 @@ def attend(
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One part of the slots of one row, for the H / K queries that share a key head.
+    """Attention over one part of a sequence's slots, for the H / K queries that share a key head.
 
-    Writes their values weighted by the softmax within the part, not divided by its sum:
-    partial (B, H, SPLITS, C), its largest score and its sum, (B, H, SPLITS), all float32. With one
-    part alone, `partial` is the result (B, H, C) in its own dtype.
+    Writes the values weighted by the part's softmax, not divided by its sum: partial (B, H, SPLITS,
+    C), its largest score and its sum, (B, H, SPLITS), all float32. With only one part, `partial` is
+    the result (B, H, C) in its own dtype.
     """
     _begin(EARLY)
     _wait(EARLY)
@@ -375,7 +375,7 @@ def add_product(
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """H += W x + b, one row."""
+    """H += W x + b, for one sequence."""
     _begin(EARLY)
     first = tl.program_id(0) * ROWS
     found = _product(matrix, first, x, x, 0.0, N, ROWS, BLOCK, False, EARLY)
@@ -400,7 +400,7 @@ def gate(
     BIAS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """SiLU(W1 x) * W3 x (Shazeer 2020, eq. 6) of one normalised row: (D,) -> (F,)."""
+    """SiLU(W1 x) * W3 x (Shazeer 2020, eq. 6) of one normalized state: (D,) -> (F,)."""
     _begin(EARLY)
     first = tl.program_id(0) * ROWS
     one = _tile(w1, first, 0, D, ROWS, BLOCK)
@@ -438,7 +438,7 @@ def project_vocabulary(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Logits of one row, normalised before: (D,) -> (V,)."""
+    """Logits of one state, with the norm: (D,) -> (V,)."""
     _begin(EARLY)
     first = tl.program_id(0) * ROWS
     found = _product(matrix, first, h, gain, eps, D, ROWS, BLOCK, True, EARLY)
@@ -446,7 +446,7 @@ def project_vocabulary(
 
 
 @triton.jit
-def add_and_normalise(
+def add_and_normalize(
     h,
     x,
     gain,
@@ -457,7 +457,7 @@ def add_and_normalise(
     ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """H += x where ADD, and RMSNorm of it: (B, D), `normal` in its own dtype."""
+    """H += x if ADD, and its RMSNorm: (B, D), `normal` in its own dtype."""
     _begin(EARLY)
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
@@ -474,7 +474,7 @@ def add_and_normalise(
 
 @triton.jit
 def swiglu(u, v, gated, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """SiLU(u) * v, n numbers each."""
+    """SiLU(u) * v, of n elements each."""
     _begin(EARLY)
     _wait(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

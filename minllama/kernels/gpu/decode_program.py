@@ -1,8 +1,9 @@
-"""The kernels of a step in order: one token of each row through a whole Llama on a GPU.
+"""Launch the kernels of a decode step in order: one token per sequence through a Llama on a GPU.
 
-The walk of `minllama.model.llama`, for one row of a dense model in products that do in passing what
-lies between them, for several rows and for weights in blocks around whole products. All that it
-reads and writes lies where it lay at the step before, so that it can be captured in a CUDA graph.
+Computes the forward pass of `minllama.model.llama`: with fused matmuls for one sequence and dense
+weights; with separate matmuls for several sequences and for quantized weights. All addresses stay
+the same from step to step, so that it can be captured in a CUDA graph. `minllama.engine.cuda_graph`
+calls it.
 """
 
 import functools
@@ -27,13 +28,13 @@ MOST_PARTS = 32
 
 
 class Layer(NamedTuple):
-    """What a layer computes with.
+    """The weights of a layer.
 
     Attributes:
         attention_norm, ffn_norm: (D,).
-        weights: of query, key, value, output, w1, w2, w3: a tensor (out, in), or a weight in blocks
+        weights: of query, key, value, output, w1, w2, w3: a tensor (out, in), or a quantized weight
             (`minllama.quantization.modules.QuantizedWeight`).
-        biases: theirs; None where there is none.
+        biases: of the weights; None without.
     """
 
     attention_norm: Tensor
@@ -43,7 +44,7 @@ class Layer(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What a Llama computes with; `embedding` and `head` may be the same."""
+    """The weights of a Llama; `embedding` and `head` may be the same."""
 
     config: Any
     dtype: torch.dtype
@@ -54,20 +55,21 @@ class Model(NamedTuple):
     norm: Tensor
 
     def takes_one_row(self, n: int) -> bool:
-        """Whether products do in passing what is between them: of one row, with no blocks."""
+        """Whether to use the fused kernels: for one sequence and dense weights."""
         weights = [self.embedding, self.head, *(w for layer in self.layers for w in layer.weights)]
         return n == 1 and all(isinstance(weight, Tensor) for weight in weights)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What a step of so many rows reads and writes, always in the same place.
+    """The buffers of a step for a number of sequences, always at the same addresses.
 
     Attributes:
         ids: (B,) the tokens.
-        lengths: (B,) how many each row had before, negative where it is none; the walk counts on.
+        lengths: (B,) tokens of each sequence before the step, negative for unused ones; the step
+            increments them.
         hidden: (B, D) after the last norm, in the model's dtype.
-        logits: (B, V), float32 for one row of a dense model, else in the model's dtype.
+        logits: (B, V), float32 for one sequence of a dense model, else in the model's dtype.
         h: (B, D) float32, the residual stream.
         query, attended, gated: (B, H * C), the same, (B, F).
         partial, peak, total: of the parts of attention, float32; see `kernels.attend`.
@@ -117,7 +119,7 @@ class Walk:
     """Launches every kernel of a step on the current stream.
 
     Args:
-        model: what is computed with.
+        model: the weights.
         places: addresses of each layer's keys, of each layer's values and of the rotations, and two
             strides of the cache, int64 on the device; see `kernels`.
         early: products start while the kernel before them still runs.
@@ -148,7 +150,7 @@ class Walk:
         rows.lengths.add_(1)
 
     def _launch(self, name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        """One of the kernels, by its name."""
+        """A kernel by name."""
         if self._early and name in STREAMING:
             # An option of NVIDIA's compiler, which others and the interpreter do not know.
             constants["launch_pdl"] = True
@@ -253,7 +255,7 @@ class Walk:
     def _project_vocabulary(self, rows: Rows) -> None:
         config, h = self._config, rows.h
         self._launch(
-            "add_and_normalise",
+            "add_and_normalize",
             (1,),
             h,
             h,
@@ -299,9 +301,9 @@ class Walk:
         h, eps = rows.h, config.norm_eps
         heads = config.n_heads + 2 * config.n_kv_heads
 
-        def normalise(gain: Tensor, x: Tensor | None) -> Tensor:
+        def normalize(gain: Tensor, x: Tensor | None) -> Tensor:
             self._launch(
-                "add_and_normalise",
+                "add_and_normalize",
                 (n,),
                 h,
                 h if x is None else x,
@@ -320,7 +322,7 @@ class Walk:
                 functools.partial(_product, weight, bias)
                 for weight, bias in zip(layer.weights, layer.biases, strict=True)
             ]
-            normal = normalise(layer.attention_norm, x)
+            normal = normalize(layer.attention_norm, x)
             query = product[0](normal)
             self._launch(
                 "turn_and_keep",
@@ -335,7 +337,7 @@ class Walk:
                 BLOCK=support.power_of_two(config.head_dim),
             )
             self._attend(rows, number, query)
-            normal = normalise(layer.ffn_norm, product[3](rows.attended))
+            normal = normalize(layer.ffn_norm, product[3](rows.attended))
             total = n * config.hidden_dim
             self._launch(
                 "swiglu",
@@ -347,11 +349,11 @@ class Walk:
                 BLOCK=1024,
             )
             x = product[5](rows.gated)
-        rows.logits.copy_(_product(self._model.head, None, normalise(self._model.norm, x)))
+        rows.logits.copy_(_product(self._model.head, None, normalize(self._model.norm, x)))
 
 
 def _product(weight: Any, bias: Tensor | None, x: Tensor) -> Tensor:
-    """W x + b of some rows: (B, in) -> (B, out)."""
+    """W x + b for several sequences: (B, in) -> (B, out)."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
     y = launch.product(weight, x)
@@ -359,7 +361,7 @@ def _product(weight: Any, bias: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _biases(stand_in: Tensor, *biases: Tensor | None) -> Sequence[Tensor]:
-    """Where there is no bias a tensor that a kernel does not read."""
+    """A placeholder that the kernel does not read if there is no bias."""
     return [stand_in if bias is None else bias for bias in biases]
 
 
@@ -369,12 +371,12 @@ def _columns(n: int) -> int:
 
 
 def _rows(height: int, width: int) -> int:
-    """Rows of a weight that go to one program: a power of two that divides the height."""
+    """Rows of a weight per program: a power of two that divides its height."""
     columns = _columns(width)
     most = max(4 if columns >= WIDE else 2, TILE // columns)
     return min(most, height & -height)
 
 
 def _warps(width: int) -> int:
-    """Warps of a program of one-row products."""
+    """Warps per program, for one sequence."""
     return 8 if _columns(width) >= WIDE else 4

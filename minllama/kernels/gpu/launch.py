@@ -1,8 +1,8 @@
-"""Operations on a GPU, launched where Triton compiles for it; no gradients.
+"""Register GPU implementations of the model's operations, where Triton works; no gradients.
 
-Triton comes with torch's CUDA builds. It is imported when something is first computed on a GPU, and
-compiles each kernel when it is first used, for which it needs a C compiler; elsewhere, and without,
-the plain equations of the model are computed.
+Triton comes with torch's CUDA builds. It is imported at the first operation on a GPU and compiles
+each kernel on first use, for which it needs a C compiler; otherwise the plain equations of the
+model are used.
 """
 
 import functools
@@ -19,7 +19,7 @@ from minllama.kernels.gpu.support import OLDEST, on, warn
 
 @functools.cache
 def works(device: torch.device) -> bool:
-    """Whether the kernels run on a device; where they might but do not, a warning says why."""
+    """Whether the kernels work on a device; warns if they should but do not."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
     is_old = torch.cuda.get_device_capability(device) < OLDEST
@@ -31,13 +31,13 @@ def works(device: torch.device) -> bool:
     except torch.OutOfMemoryError:
         raise  # which may pass
     except Exception as error:  # of a compiler, a driver or a library, each with its own classes
-        warn("this GPU computes without kernels of its own", error)
+        warn("not using GPU kernels", error)
         return False
     return True
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the operations below take this tensor: they have no gradients."""
+    """Whether the operations below support this tensor: they have no gradients."""
     return x.is_cuda and not (torch.is_grad_enabled() and x.requires_grad) and works(x.device)
 
 
@@ -56,14 +56,14 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def product(weight: Any, x: Tensor) -> Tensor:
-    """Give x W^T with a weight in blocks: (..., in) -> (..., out), in x's dtype."""
+    """Compute x W^T with a quantized weight: (..., in) -> (..., out), in x's dtype."""
     with on(x.device):
         y: Tensor = _operations().product(weight, x)
         return y
 
 
 def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) of a weight in blocks."""
+    """Dequantize a weight to a matrix (out, in)."""
     with on(weight.scales.device):
         y: Tensor = _operations().take_apart(weight, dtype)
         return y

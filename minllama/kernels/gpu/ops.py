@@ -1,7 +1,7 @@
-"""What stands between large products on a GPU, and products of weights in blocks; no gradients.
+"""Operations between large matmuls on a GPU, and matmuls with quantized weights; no gradients.
 
-One pass over memory each. A weight in blocks is a `minllama.quantization.modules.QuantizedWeight`,
-whose panels the kernels read as they are.
+Each is one pass over memory. Quantized weights are `minllama.quantization.modules.QuantizedWeight`,
+whose tiles the kernels read directly.
 """
 
 from typing import Any
@@ -54,7 +54,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def product(weight: Any, x: Tensor) -> Tensor:
-    """Give x W^T with a weight in blocks: (..., in) -> (..., out), in x's dtype."""
+    """Compute x W^T with a quantized weight: (..., in) -> (..., out), in x's dtype."""
     if x.shape[-1] != weight.in_features:
         raise unfit("product", weight.scales, x)
     rows = x.numel() // weight.in_features
@@ -78,7 +78,7 @@ def product(weight: Any, x: Tensor) -> Tensor:
 
 
 def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
-    """The matrix (out, in) of a weight in blocks."""
+    """Dequantize a weight to a matrix (out, in)."""
     y = torch.empty(
         weight.out_features, weight.in_features, dtype=dtype, device=weight.scales.device
     )
@@ -97,6 +97,6 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _described(weight: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Four or eight columns of a row in each word, scales, and mins or what stands in for them."""
+    """The quants as words of four or eight columns, the scales, and the mins or a placeholder."""
     mins = weight.scales if weight.mins is None else weight.mins
     return weight.quants.view(torch.int32), weight.scales, mins

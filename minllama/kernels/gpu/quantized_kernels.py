@@ -1,7 +1,7 @@
-"""Products with weights in blocks of 8 and 4 bits, and such weights taken apart.
+"""Matmuls with weights quantized to 8 and 4 bits, and dequantization.
 
-A weight lies as `minllama.quantization.modules.QuantizedWeight` has it: panels of 16 rows, so that
-programs next to one another read words next to one another.
+A weight has the layout of `minllama.quantization.modules.QuantizedWeight`: tiles of 16 rows, so
+that neighboring programs read neighboring words.
 """
 
 import triton
@@ -10,9 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def _levels(words, number: tl.constexpr, BITS: tl.constexpr):
-    """Column `number` of those that each word of a panel holds, as float32.
+    """Column `number` of each word of a tile, as float32.
 
-    In 8 bits its bytes in order, four columns; in 4 bits their low halves, then their high ones.
+    In 8 bits a word has four columns in order; in 4 bits the low halves of its bytes, then the high
+    ones.
     """
     shift: tl.constexpr = 8 * number if BITS == 8 else 8 * (number % 4) + 4 * (number // 4)
     mask: tl.constexpr = 255 if BITS == 8 else 15
@@ -42,12 +43,12 @@ def block_product(
     BITS: tl.constexpr,
     MINS: tl.constexpr,
 ):
-    """A panel's 16 products with each row of x: (rows, 32 BLOCKS) -> (rows, n_out).
+    """Multiply a tile's 16 rows with each row of x: (rows, 32 BLOCKS) -> (rows, n_out).
 
     Args:
-        quants: (panels, BLOCKS, 32 / columns of a word, 16) int32, as in `QuantizedWeight`.
-        scales, mins: (panels, BLOCKS, 16) float16; mins are not read unless MINS.
-        AT_ONCE: blocks that are read at a time.
+        quants: (tiles, BLOCKS, 32 / columns of a word, 16) int32, as in `QuantizedWeight`.
+        scales, mins: (tiles, BLOCKS, 16) float16; mins are not read unless MINS.
+        AT_ONCE: blocks per iteration.
     """
     columns: tl.constexpr = 4 if BITS == 8 else 8  # of a word
     words: tl.constexpr = 32 // columns  # of a block's row
@@ -88,7 +89,7 @@ def take_apart(
     BITS: tl.constexpr,
     MINS: tl.constexpr,
 ):
-    """The numbers of a panel's 16 rows, in some of its blocks: y is (n_out, 32 BLOCKS)."""
+    """Dequantize some blocks of a tile's 16 rows: y is (n_out, 32 BLOCKS)."""
     columns: tl.constexpr = 4 if BITS == 8 else 8
     words: tl.constexpr = 32 // columns
     panel = tl.program_id(0).to(tl.int64)

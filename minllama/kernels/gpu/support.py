@@ -1,4 +1,4 @@
-"""What launching kernels on a GPU needs: the device, sizes, a warning where it cannot be done."""
+"""What launching kernels on a GPU needs: the device, sizes, and a warning if it is not possible."""
 
 import contextlib
 import warnings
@@ -10,18 +10,18 @@ OLDEST = (8, 0)  # compute capability: Ampere, the first with bfloat16
 
 
 def warn(what: str, error: Exception) -> None:
-    """Say once what is slower from now on, and why."""
+    """Warn once that something will be slower, and why."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     warnings.warn(f"{what}, which is slower: {reason}", RuntimeWarning, stacklevel=3)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not less: what Triton's blocks are."""
+    """The smallest power of two that is not less, as Triton's block sizes must be."""
     return 1 << (n - 1).bit_length()
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Where kernels are launched on this device: Triton takes the current one."""
+    """Context in which kernels launch on this device: Triton uses the current one."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return contextlib.nullcontext()
     return torch.cuda.device(device)
