@@ -108,9 +108,7 @@ def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise MinllamaError(
-            f"dtype {dtype!r} is none that a model runs in; use float32 or bfloat16"
-        )
+        raise MinllamaError(f"dtype {dtype!r} is not supported; use float32 or bfloat16")
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -193,7 +191,7 @@ def slow_dtype(dtype: torch.dtype | str | None, device: torch.device | str | Non
     }
     if dtype is None or is_fast.get(dtype, True):
         return None
-    return f"this CPU only emulates {dtype}; float32 is faster for long passes and training"
+    return f"this CPU only emulates {dtype}; float32 is faster for prefill and training"
 
 
 def warn_if_slow(dtype: torch.dtype | str | None, device: torch.device | str | None) -> None:
