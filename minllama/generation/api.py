@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from minllama.engine.base import Engine
+from minllama.engine.sequence import Constraint, FinishReason, Token
 from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.generation.decode import (
     BYTES,
     DECODE_BYTES,
-    Constraint,
     Decoder,
-    FinishReason,
-    Token,
     plain_list,
     token_ids,
 )
