@@ -9,23 +9,29 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from minllama.engine.base import Engine
+from minllama.engine.choice import (
+    Arriving,
+    Choice,
+    accepted,
+    choice_of,
+    choose,
+    end_without_token,
+    sampled,
+)
 from minllama.engine.prefix_cache import PrefixCache
 from minllama.engine.sequence import (
-    FinishReason,
     Request,
-    Sampler,
     Sequence,
     Token,
     samples_of,
 )
 from minllama.errors import MinllamaError, OptionError
-from minllama.model.attention_layout import NOT_FINITE
 from minllama.model.kv_cache import KVCache
 
 SPARE_TOKENS = 512  # slots that a cache has beyond twice its longest sequence
@@ -42,23 +48,6 @@ class _Prefill:
 
     samples: list[list[Sequence]]
     cache: KVCache
-
-
-class _Choice(NamedTuple):
-    """How the next tokens of some sequences are chosen; the same until one joins or leaves.
-
-    Attributes:
-        samplers: each with the number of tokens to choose from (None for all) and the slots of its
-            sequences; None for the slots where it is the only one.
-        constrained: slots of sequences that have a constraint.
-        logprobs: slots of sequences that report log-probabilities.
-        may_run_ahead: no choice depends on the one before but by the forward pass.
-    """
-
-    samplers: list[tuple[Sampler, int | None, Tensor | None]]
-    constrained: list[int]
-    logprobs: list[int]
-    may_run_ahead: bool
 
 
 class Scheduler:
@@ -115,7 +104,7 @@ class Scheduler:
         self._cache: KVCache | None = None  # a row for each running sequence
         self._logits: Tensor | None = None  # (B, V) of running sequences whose last token was read
         self._drafts: list[int] = []  # what was read after the last token of the only sequence
-        self._choice: _Choice | None = None  # of the running sequences
+        self._choice: Choice | None = None  # of the running sequences
         self._is_lent = False  # the cache is the caller's, who may look at it between two steps
         self._is_ahead = False  # a lent cache is shown without its last token
 
@@ -218,7 +207,7 @@ class Scheduler:
         """
         if self._full:
             full, self._full = self._full, []
-            return [_end_without_token(sequence, "length") for sequence in full]
+            return [end_without_token(sequence, "length") for sequence in full]
         if self._running and self._logits is None:
             # Kept until tokens were chosen: what fails meanwhile may be tried again.
             self._logits = self._decode()
@@ -230,7 +219,7 @@ class Scheduler:
         if read is not None:
             prefill, logits = read
             sequences = [sequence for samples in prefill.samples for sequence in samples]
-            tokens += self._choose(sequences, logits, _choice_of(sequences, self._device))
+            tokens += choose(sequences, logits, choice_of(sequences, self._device))
             self._join(sequences, prefill.cache)
         for token in tokens:
             if token.finish_reason is not None:
@@ -277,7 +266,7 @@ class Scheduler:
         running, logits = self._running, self._logits
         assert logits is not None
         if self._choice is None:
-            self._choice = _choice_of(running, self._device)
+            self._choice = choice_of(running, self._device)
         choice = self._choice
         if self._drafts:
             tokens = self._choose_drafted(running[0], logits)
@@ -287,43 +276,19 @@ class Scheduler:
             and choice.may_run_ahead
             and all(sequence.remaining > 1 for sequence in running)
         ):
-            chosen = _sampled(running, logits, choice)
-            arriving = _Arriving(chosen)
+            chosen = sampled(running, logits, choice)
+            arriving = Arriving(chosen)
             self._logits = self._decode(chosen)
-            tokens = list(map(_accepted, running, arriving.ids()))
+            tokens = list(map(accepted, running, arriving.ids()))
             if self._is_lent:
                 assert self._cache is not None
                 self._cache.truncate(len(running[0].ids) - 1)
                 self._is_ahead = True
             return tokens
         else:
-            tokens = self._choose(running, logits, choice)
+            tokens = choose(running, logits, choice)
         self._logits = None
         return tokens
-
-    def _choose(self, sequences: list[Sequence], logits: Tensor, choice: _Choice) -> list[Token]:
-        """The next token of each of B sequences by (B, V) logits."""
-        if not (choice.constrained or choice.logprobs):
-            chosen = _sampled(sequences, logits, choice).tolist()
-            return list(map(_accepted, sequences, chosen))
-        logprobs = _logprobs(sequences, logits, choice)
-        if choice.constrained:
-            logits = logits.clone()
-        failed: dict[int, MinllamaError] = {}
-        for slot in choice.constrained:
-            constraint, n_tokens = sequences[slot].constraint, sequences[slot].request.n_tokens
-            assert constraint is not None
-            try:
-                constraint.forbid(logits[slot, :n_tokens])
-            except MinllamaError as error:
-                failed[slot] = error
-        chosen = _sampled(sequences, logits, choice).tolist()
-        return [
-            _end_without_token(sequence, "error", failed[slot])
-            if slot in failed
-            else _accepted(sequence, token_id, logprobs.get(slot))
-            for slot, (sequence, token_id) in enumerate(zip(sequences, chosen, strict=True))
-        ]
 
     def _choose_drafted(self, sequence: Sequence, logits: Tensor) -> list[Token]:
         """The likeliest tokens: as many as the drafts foretold, and one more."""
@@ -332,7 +297,7 @@ class Scheduler:
         for place, token_id in enumerate(
             logits[:, : sequence.request.n_tokens].argmax(-1).tolist()
         ):
-            tokens.append(_accepted(sequence, token_id))
+            tokens.append(accepted(sequence, token_id))
             if sequence.has_ended or self._drafts[place : place + 1] != [token_id]:
                 break
         # What was read of wrong drafts is forgotten; as always, the last token is not read yet.
@@ -479,110 +444,6 @@ def _keep_rows(entries: list[Any], cache: KVCache, keeps: Callable[[Any], bool])
                 entries[slot], kept[slot] = last, moved
             cache.drop_row(slot)
     return kept
-
-
-def _choice_of(sequences: list[Sequence], device: torch.device) -> _Choice:
-    groups: list[tuple[Sampler, int | None, list[int]]] = []
-    for slot, sequence in enumerate(sequences):
-        sampler, n_tokens = sequence.request.sampler, sequence.request.n_tokens
-        for other, n_others, slots in groups:
-            if n_others == n_tokens and (other is sampler or other == sampler):
-                slots.append(slot)
-                break
-        else:
-            groups.append((sampler, n_tokens, [slot]))
-    return _Choice(
-        samplers=[
-            (sampler, n_tokens, None if len(groups) == 1 else torch.tensor(slots, device=device))
-            for sampler, n_tokens, slots in groups
-        ],
-        constrained=[slot for slot, s in enumerate(sequences) if s.constraint is not None],
-        logprobs=[slot for slot, s in enumerate(sequences) if s.request.logprobs is not None],
-        may_run_ahead=not any(
-            s.constraint is not None
-            or s.drafter is not None
-            or s.request.logprobs is not None
-            or s.request.sampler.needs_history
-            for s in sequences
-        ),
-    )
-
-
-def _sampled(sequences: list[Sequence], logits: Tensor, choice: _Choice) -> Tensor:
-    """(B,) tokens by (B, V) logits, on the device."""
-    if len(choice.samplers) == 1:
-        sampler, n_tokens, _ = choice.samplers[0]
-        return sampler(logits if n_tokens is None else logits[:, :n_tokens], sequences)
-    chosen = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
-    for sampler, n_tokens, slots in choice.samplers:
-        assert slots is not None
-        some = [sequences[slot] for slot in slots.tolist()]
-        chosen[slots] = sampler(logits[slots, :n_tokens], some).long()
-    return chosen
-
-
-def _logprobs(sequences: list[Sequence], logits: Tensor, choice: _Choice) -> dict[int, Tensor]:
-    """Log-probabilities (V,) of the slots that report them."""
-    found = {}
-    for n_tokens in {sequences[slot].request.n_tokens for slot in choice.logprobs}:
-        slots = [s for s in choice.logprobs if sequences[s].request.n_tokens == n_tokens]
-        rows = logits if len(slots) == len(sequences) else logits[slots]
-        found.update(zip(slots, rows[:, :n_tokens].float().log_softmax(-1), strict=True))
-    return found
-
-
-def _accepted(sequence: Sequence, token_id: int, logprobs: Tensor | None = None) -> Token:
-    """Add a token that was chosen, and end the sequence where it ends with it."""
-    if token_id < 0:
-        return _end_without_token(sequence, "error", MinllamaError(NOT_FINITE))
-    reason: FinishReason | None = None
-    if sequence.constraint is not None:
-        try:
-            sequence.constraint.accept(token_id)
-            # A constraint that is met ends a sequence even where end tokens do not.
-            reason = "stop" if sequence.constraint.is_complete() else None
-        except MinllamaError as error:
-            return _end_without_token(sequence, "error", error)
-    request = sequence.request
-    sequence.ids.append(token_id)
-    sequence.remaining -= 1
-    if token_id in request.stop_ids:
-        reason = "stop"
-    elif sequence.remaining == 0:
-        reason = reason or "length"
-    if reason is not None:
-        sequence.finish(reason)
-    if logprobs is None:
-        return Token(sequence.index, token_id, None, (), reason)
-    values, ids = logprobs.topk(min(request.logprobs or 0, len(logprobs)))
-    alternatives = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(sequence.index, token_id, logprobs[token_id].item(), alternatives, reason)
-
-
-def _end_without_token(
-    sequence: Sequence, reason: FinishReason, error: MinllamaError | None = None
-) -> Token:
-    sequence.finish(reason, error)
-    return Token(sequence.index, None, finish_reason=reason)
-
-
-class _Arriving:
-    """Token ids on their way from the device, for which only who asks for them waits."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self._event = None
-        self._ids = ids
-        if ids.is_cuda:
-            self._ids = torch.empty_like(ids, device="cpu", pin_memory=True)
-            self._ids.copy_(ids, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(ids.device))
-
-    def ids(self) -> list[int]:
-        if self._event is not None:
-            self._event.synchronize()
-        found: list[int] = self._ids.tolist()
-        return found
 
 
 def pays_to_run_ahead(device: torch.device) -> bool:
