@@ -353,7 +353,8 @@ class Scheduler:
             n_running += len(samples)
             if n_running > self._most_running:
                 break
-            hit = self.prefix_cache.find(prompt, request.salt) if self.prefix_cache else None
+            prefixes = self.prefix_cache
+            hit = None if prefixes is None else prefixes.find(prompt, request.salt)
             known = hit[1] if hit else 0
             n_tokens += len(prompt) - known
             longest = max(known_len, known) + max(new_len, len(prompt) - known)

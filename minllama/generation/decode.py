@@ -80,6 +80,48 @@ class OptionsSampler:
         return choose_tokens(logits, options, draws, histories)
 
 
+def request_of(
+    ids: list[int],
+    options: GenerationOptions,
+    *,
+    stop_ids: Collection[int] = (),
+    n_tokens: int | None = None,
+    make_constraint: Callable[[], Constraint] | None = None,
+    seed: str | None = None,
+    salt: str = "",
+    name: str = "the prompt",
+) -> Request:
+    """A request to a scheduler, by options; the arguments are those of `Decoder` and `Request`.
+
+    Args:
+        ids: token ids of the prompt.
+        options: how to choose and when to end.
+        stop_ids: tokens that end a sequence, as for `Decoder`.
+        seed: None draws what a `Decoder` of this prompt alone draws.
+
+    Raises:
+        OptionError: `options.stop_token_ids` holds a text.
+    """
+    if seed is None:
+        number = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
+        seed = f"{number}/0"
+    most_drafts = options.prompt_lookup
+    return Request(
+        ids=ids,
+        sampler=OptionsSampler.of(options),
+        max_new_tokens=options.max_new_tokens,
+        n=options.n,
+        seed=seed,
+        stop_ids=_all_stop_ids(options, stop_ids),
+        n_tokens=n_tokens,
+        logprobs=options.logprobs,
+        make_constraint=make_constraint,
+        make_drafter=partial(PromptLookup, most_drafts) if most_drafts else None,
+        salt=salt,
+        name=name,
+    )
+
+
 class Decoder:
     """Continues a batch of prompts; iterating gives each step's tokens.
 
@@ -124,27 +166,20 @@ class Decoder:
     ) -> None:
         engine = engine_for(model) if isinstance(model, Llama) else model
         listed = [token_ids(prompt) for prompt in prompts]
-        ends = () if options.ignore_eos else stop_ids
-        self.stop_ids = frozenset((*ends, *_further_stop_ids(options)))
+        self.stop_ids = _all_stop_ids(options, stop_ids)
         self.timings = Timings()
         self.scheduler = Scheduler(engine)
         self._sequences: list[SequenceState] = []
         seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
         distinct_rows = distinct_rows or options.seed is None
-        sampler = OptionsSampler.of(options)
-        has_drafts = options.prompt_lookup > 0 and len(listed) == 1
         requests = [
-            Request(
-                ids=ids,
-                sampler=sampler,
-                max_new_tokens=options.max_new_tokens,
-                n=options.n,
-                seed=f"{seed}/{number if distinct_rows else 0}",
-                stop_ids=self.stop_ids,
+            request_of(
+                ids,
+                options,
+                stop_ids=stop_ids,
                 n_tokens=n_tokens,
-                logprobs=options.logprobs,
                 make_constraint=make_constraint,
-                make_drafter=partial(PromptLookup, options.prompt_lookup) if has_drafts else None,
+                seed=f"{seed}/{number if distinct_rows else 0}",
                 name=f"prompt {number + 1} of {len(listed)}" if len(listed) > 1 else "the prompt",
             )
             for number, ids in enumerate(listed)
@@ -212,15 +247,17 @@ def _token_id(value: Any) -> int:
     return int(operator.index(value))
 
 
-def _further_stop_ids(options: GenerationOptions) -> list[int]:
-    """The ids in `stop_token_ids`.
+def _all_stop_ids(options: GenerationOptions, stop_ids: Collection[int]) -> frozenset[int]:
+    """The ids that end a sequence.
 
     Raises:
-        OptionError: it holds the text of a token, which needs a tokenizer.
+        OptionError: `stop_token_ids` holds the text of a token, which needs a tokenizer.
     """
-    if names := [token for token in options.stop_token_ids if isinstance(token, str)]:
+    further = options.stop_token_ids
+    if names := [token for token in further if isinstance(token, str)]:
         raise OptionError(f"stop_token_ids: {names[0]!r} is a text; give its id here")
-    return [token for token in options.stop_token_ids if isinstance(token, int)]
+    ends = () if options.ignore_eos else stop_ids
+    return frozenset((*ends, *(token for token in further if isinstance(token, int))))
 
 
 def _check_cache(cache: KVCache, prompts: Sequence[Sequence[int]], n: int) -> None:
