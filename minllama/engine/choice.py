@@ -33,7 +33,7 @@ class Choice(NamedTuple):
         groups: of sequences whose samplers are equal.
         constrained: slots of sequences that have a constraint.
         logprobs: slots of sequences that report log-probabilities.
-        may_run_ahead: no choice depends on the one before but by the forward pass.
+        may_run_ahead: the next tokens can be read before anybody on the host has seen them.
     """
 
     groups: list[SamplerGroup]
@@ -62,10 +62,7 @@ def choice_of(sequences: list[Sequence], device: torch.device) -> Choice:
         constrained=[slot for slot, s in enumerate(sequences) if s.constraint is not None],
         logprobs=[slot for slot, s in enumerate(sequences) if s.request.logprobs is not None],
         may_run_ahead=not any(
-            s.constraint is not None
-            or s.drafter is not None
-            or s.request.logprobs is not None
-            or s.request.sampler.needs_history
+            s.constraint is not None or s.drafter is not None or s.request.logprobs is not None
             for s in sequences
         ),
     )

@@ -61,13 +61,9 @@ class Drafter(Protocol):
 
 
 class Sampler(Protocol):
-    """Chooses next tokens. Sequences whose samplers are equal are given to it together."""
+    """Chooses next tokens; any callable. Sequences whose samplers are equal are given together."""
 
-    @property
-    def needs_history(self) -> bool:
-        """Whether it reads `Sequence.ids`: then no token is chosen before the last is known."""
-
-    def __call__(self, logits: Tensor, sequences: "list[Sequence]") -> Tensor:
+    def __call__(self, logits: Tensor, sequences: "list[Sequence]", /) -> Tensor:
         """(B, V) logits of B sequences to (B,) ids on the same device, without waiting for it.
 
         -1 where no token can be chosen, since logits are NaN or infinite.

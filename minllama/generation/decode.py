@@ -68,11 +68,7 @@ class OptionsSampler:
         names = {option.name for option in fields(SamplingOptions)} - {"seed"}
         return cls(SamplingOptions(**{name: getattr(options, name) for name in names}))
 
-    @property
-    def needs_history(self) -> bool:
-        return self.options.repetition_penalty != 1.0
-
-    def __call__(self, logits: Tensor, sequences: list[SequenceState]) -> Tensor:
+    def __call__(self, logits: Tensor, sequences: list[SequenceState], /) -> Tensor:
         """(B, V) logits of B sequences to (B,) ids, on the device."""
         options = self.options
         draws = [s.draws.random() for s in sequences] if options.temperature else []

@@ -90,9 +90,13 @@ class Case:
         return found
 
 
+KINDS = ["greedy", "greedy", "sampled", "filtered", "penalty", "lookup"]
+
+
 @st.composite
-def cases(draw: Any) -> Case:
-    kind = draw(st.sampled_from(["greedy", "greedy", "sampled", "filtered", "penalty", "lookup"]))
+def cases(draw: Any, *, plain: bool = False) -> Case:
+    """A case; a plain one lets a GPU run ahead of the host."""
+    kind = draw(st.sampled_from(KINDS[: 5 if plain else 6]))
     options: dict[str, Any] = {"max_new_tokens": draw(st.integers(1, 14)), "seed": 3}
     if kind in ("sampled", "filtered"):
         options["temperature"] = draw(st.sampled_from([0.7, 1.5]))
@@ -103,9 +107,9 @@ def cases(draw: Any) -> Case:
     if kind == "lookup":
         options["prompt_lookup"] = 4
     else:
-        options["logprobs"] = draw(st.sampled_from([None, None, 0, 2]))
+        options["logprobs"] = None if plain else draw(st.sampled_from([None, None, 0, 2]))
         options["n"] = draw(st.integers(1, 3))
-    is_constrained = kind != "lookup" and draw(st.booleans())
+    is_constrained = not plain and kind != "lookup" and draw(st.booleans())
     length = draw(st.sampled_from([1, 2, 5, 17, 40, CONTEXT - 2, CONTEXT]))
     ids = random_ids(1, length, seed=draw(st.integers(0, 2)))[0].tolist()
     return Case(
@@ -152,7 +156,10 @@ def assert_same_tokens(found: list[Any], expected: list[Any]) -> None:
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
-    entries=st.lists(cases(), min_size=1, max_size=7),
+    entries=st.one_of(
+        st.lists(cases(), min_size=1, max_size=7),
+        st.lists(cases(plain=True), min_size=2, max_size=9),
+    ),
     budget=st.sampled_from([None, None, 4, 7, 16, 50]),
     prefix_bytes=st.sampled_from([None, 0, 20_000, 10**9]),
     backend=st.sampled_from([None, "eager"]),
@@ -184,8 +191,8 @@ def asked(ids: list[int], max_new_tokens: int, **options: Any) -> Request:
     return request_of(ids, GenerationOptions(max_new_tokens=max_new_tokens, **options))
 
 
-def tokens_of(ids: list[int], n: int) -> list[int]:
-    steps = Decoder(MODEL, [ids], GenerationOptions(max_new_tokens=n))
+def tokens_of(ids: list[int], n: int, **options: Any) -> list[int]:
+    steps = Decoder(MODEL, [ids], GenerationOptions(max_new_tokens=n, **options))
     return [token.id for (token,) in steps]
 
 
@@ -210,6 +217,30 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(type(ENGINES[None]), "forward", seen)
     return sizes
+
+
+def test_what_was_read_ahead_stays_with_its_sequence():
+    """Where the others end, by a stop token, by their limit or by being cancelled."""
+    engine, requests = ENGINES[None], [(LONG[: 2 + i], 4 + 3 * i) for i in range(6)]
+    drawn = {"temperature": 1.0, "seed": 5}
+    expected = [tokens_of(*request, **drawn) for request in requests]
+    for ends in ("length", "stop", "cancel"):
+        scheduler = Scheduler(engine)
+        scheduler._runs_ahead = True
+        for number, (ids, n) in enumerate(requests):
+            stop_ids = expected[number][3:4] if ends == "stop" and number % 2 else []
+            options = GenerationOptions(max_new_tokens=n if ends == "length" else 19, **drawn)
+            scheduler.add(request_of(ids, options, stop_ids=stop_ids))
+        found: dict[int, list[int]] = {number: [] for number in range(6)}
+        while scheduler.is_busy:
+            for token in scheduler.step():
+                found[token.row].append(token.id)
+            for sequence in scheduler.running if ends == "cancel" else []:
+                if len(found[sequence.index]) == requests[sequence.index][1]:
+                    scheduler.cancel(sequence)
+        for number, ids in found.items():
+            assert len(ids) >= 4
+            assert ids[: len(expected[number])] == expected[number][: len(ids)]
 
 
 def test_sequences_of_different_options_share_a_forward_pass(passes):
