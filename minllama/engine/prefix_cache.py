@@ -28,7 +28,8 @@ class PrefixCache:
 
     A prompt whose beginning is found gets the same logits as one that is read from its start, but
     for the last bits of a sum, which depend on how many tokens a forward pass reads at once: the
-    same tokens in float32, and in half precision but for near ties.
+    same tokens in float32, and in half precision but for near ties. Dynamic RoPE scaling turns keys
+    by the length of what was read: beyond the original context a hit is not a miss there.
 
     Args:
         max_bytes: of all entries together.

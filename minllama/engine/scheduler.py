@@ -105,6 +105,7 @@ class Scheduler:
         self._logits: Tensor | None = None  # (B, V) of running sequences whose last token was read
         self._drafts: list[int] = []  # what was read after the last token of the only sequence
         self._choice: Choice | None = None  # of the running sequences
+        self._n_read = 0  # tokens, in this step
         self._is_lent = False  # the cache is the caller's, who may look at it between two steps
         self._is_ahead = False  # a lent cache is shown without its last token
 
@@ -205,6 +206,7 @@ class Scheduler:
         Raises:
             MinllamaError: the model has changed since the engine was opened.
         """
+        self._n_read = 0
         if self._full:
             full, self._full = self._full, []
             return [end_without_token(sequence, "length") for sequence in full]
@@ -252,6 +254,7 @@ class Scheduler:
             ids = torch.tensor(newest, device=self._device)
         else:
             ids = chosen.clamp(min=0).unsqueeze(-1)  # -1 is refused when it arrives
+        self._n_read += ids.numel()
         which: Literal["all", "last"] = "all" if drafts else "last"
         logits = self.engine.forward(ids, cache, logits=which).logits
         assert logits is not None
@@ -274,6 +277,7 @@ class Scheduler:
             self._runs_ahead
             and may_run_ahead
             and choice.may_run_ahead
+            and self._n_read + len(running) <= self._budget
             and all(sequence.remaining > 1 for sequence in running)
         ):
             chosen = sampled(running, logits, choice)
@@ -334,7 +338,9 @@ class Scheduler:
         output = self.engine.forward(
             ids, cache, attention_mask=mask, logits="last" if is_end else None
         )
-        self.prefill_tokens += sum(map(len, new))
+        n_read = sum(map(len, new))
+        self.prefill_tokens += n_read
+        self._n_read += n_read
         if not is_end:
             return None
         self._prefill = None

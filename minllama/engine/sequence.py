@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from minllama.errors import ContextError, MinllamaError
+from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.model.config import LlamaConfig
 
 FinishReason = Literal["stop", "length", "error"]
@@ -111,8 +111,11 @@ class Request:
         Raises:
             ContextError: it is longer than the context.
             MinllamaError: it is empty, or holds ids that the vocabulary has not.
+            OptionError: `n` is less than 1.
         """
         ids = self.ids
+        if self.n < 1:
+            raise OptionError(f"n must be 1 or more, not {self.n}")
         if not ids:
             raise MinllamaError(f"{self.name} is empty; give at least one token to continue")
         if len(ids) > config.context_len:

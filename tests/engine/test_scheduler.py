@@ -251,9 +251,11 @@ def test_sequences_of_different_options_share_a_forward_pass(passes):
     assert passes == [12, 3, 3, 3, 3]
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True])
 @pytest.mark.parametrize("budget", [3, 8, 21])
-def test_no_step_reads_more_than_the_budget(budget, passes):
+def test_no_step_reads_more_than_the_budget(budget, runs_ahead, passes):
     scheduler = Scheduler(ENGINES[None], token_budget=budget)
+    scheduler._runs_ahead = runs_ahead
     for number, length in enumerate([2, 1, 30, 5, 5, 5, 1, 1, 12]):
         scheduler.add(asked(LONG[:length], 5 + number))
     reads = []
