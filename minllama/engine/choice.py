@@ -17,13 +17,13 @@ class SamplerGroup(NamedTuple):
         sampler: the one.
         n_tokens: it chooses from those below; None for all.
         slots: of its sequences in the batch.
-        index: the slots, (N,), on the device; None where the group is the whole batch.
+        places: the slots, (N,), on the device; None where the group is the whole batch.
     """
 
     sampler: Sampler
     n_tokens: int | None
     slots: list[int]
-    index: Tensor | None
+    places: Tensor | None
 
 
 class Choice(NamedTuple):
@@ -72,7 +72,7 @@ def choose(sequences: list[Sequence], logits: Tensor, choice: Choice) -> list[To
     """The next token of each of B sequences by (B, V) logits."""
     if not (choice.constrained or choice.logprobs):
         chosen = sampled(sequences, logits, choice).tolist()
-        return list(map(accepted, sequences, chosen))
+        return [accepted(s, token_id) for s, token_id in zip(sequences, chosen, strict=True)]
     logprobs = _logprobs(sequences, logits, choice)
     if choice.constrained:
         logits = logits.clone()
@@ -99,9 +99,9 @@ def sampled(sequences: list[Sequence], logits: Tensor, choice: Choice) -> Tensor
         sampler, n_tokens, _, _ = choice.groups[0]
         return sampler(logits if n_tokens is None else logits[:, :n_tokens], sequences)
     chosen = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
-    for sampler, n_tokens, slots, index in choice.groups:
+    for sampler, n_tokens, slots, places in choice.groups:
         some = [sequences[slot] for slot in slots]
-        chosen[index] = sampler(logits[index, :n_tokens], some).long()
+        chosen[places] = sampler(logits[places, :n_tokens], some).long()
     return chosen
 
 

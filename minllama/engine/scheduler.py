@@ -283,7 +283,8 @@ class Scheduler:
             chosen = sampled(running, logits, choice)
             arriving = Arriving(chosen)
             self._logits = self._decode(chosen)
-            tokens = list(map(accepted, running, arriving.ids()))
+            ids = arriving.ids()
+            tokens = [accepted(s, token_id) for s, token_id in zip(running, ids, strict=True)]
             if self._is_lent:
                 assert self._cache is not None
                 self._cache.truncate(len(running[0].ids) - 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 from minllama.engine.base import Engine
 from minllama.engine.choose import engine_for
 from minllama.engine.scheduler import Scheduler
-from minllama.engine.sequence import Constraint, Request, Token
+from minllama.engine.sequence import Constraint, Request, Sampler, Token
 from minllama.engine.sequence import Sequence as SequenceState
 from minllama.errors import MinllamaError, OptionError
 from minllama.generation.sampling import choose_tokens
@@ -83,6 +83,7 @@ def request_of(
     stop_ids: Collection[int] = (),
     n_tokens: int | None = None,
     make_constraint: Callable[[], Constraint] | None = None,
+    sampler: Sampler | None = None,
     seed: str | None = None,
     salt: str = "",
     name: str = "the prompt",
@@ -96,15 +97,18 @@ def request_of(
         seed: None draws what a `Decoder` of this prompt alone draws.
 
     Raises:
-        OptionError: `options.stop_token_ids` holds a text.
+        OptionError: `options.stop_token_ids` holds a text, or there are both draft tokens, which
+            foretell the likeliest ones, and a sampler.
     """
+    most_drafts = options.prompt_lookup
+    if most_drafts and sampler is not None:
+        raise OptionError("prompt_lookup is for the likeliest tokens alone; leave out sampler")
     if seed is None:
         number = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
         seed = f"{number}/0"
-    most_drafts = options.prompt_lookup
     return Request(
         ids=ids,
-        sampler=OptionsSampler.of(options),
+        sampler=OptionsSampler.of(options) if sampler is None else sampler,
         max_new_tokens=options.max_new_tokens,
         n=options.n,
         seed=seed,
@@ -136,8 +140,8 @@ class Decoder:
         n_tokens: only ids below this are chosen, where the model's vocabulary is padded beyond the
             tokenizer's; None for all.
         make_constraint: gives each row a constraint of its own.
-        distinct_rows: with a seed, equal prompts draw different samples; otherwise each gets what
-            it would get alone.
+        sampler: any callable from logits (B, V) and the B sequences to token ids (B,), which takes
+            the place of what `options` says on sampling (see `minllama.engine.sequence.Sampler`).
 
     Attributes:
         timings: tokens and seconds so far.
@@ -146,6 +150,7 @@ class Decoder:
     Raises:
         MinllamaError: a prompt is empty or longer than the context, or the cache is not of its
             beginning; nothing has been computed.
+        OptionError: as `request_of` does.
     """
 
     def __init__(
@@ -158,7 +163,7 @@ class Decoder:
         cache: KVCache | None = None,
         n_tokens: int | None = None,
         make_constraint: Callable[[], Constraint] | None = None,
-        distinct_rows: bool = False,
+        sampler: Sampler | None = None,
     ) -> None:
         engine = engine_for(model) if isinstance(model, Llama) else model
         listed = [token_ids(prompt) for prompt in prompts]
@@ -167,7 +172,8 @@ class Decoder:
         self.scheduler = Scheduler(engine)
         self._sequences: list[SequenceState] = []
         seed = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
-        distinct_rows = distinct_rows or options.seed is None
+        # With a seed, equal prompts draw what each would draw alone.
+        distinct = options.seed is None
         requests = [
             request_of(
                 ids,
@@ -175,7 +181,8 @@ class Decoder:
                 stop_ids=stop_ids,
                 n_tokens=n_tokens,
                 make_constraint=make_constraint,
-                seed=f"{seed}/{number if distinct_rows else 0}",
+                sampler=sampler,
+                seed=f"{seed}/{number if distinct else 0}",
                 name=f"prompt {number + 1} of {len(listed)}" if len(listed) > 1 else "the prompt",
             )
             for number, ids in enumerate(listed)
