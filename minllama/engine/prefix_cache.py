@@ -37,7 +37,6 @@ class PrefixCache:
     Attributes:
         max_bytes: as given.
         nbytes: of all entries at present.
-        hits, misses: of lookups so far.
 
     Raises:
         OptionError: `max_bytes` is negative.
@@ -46,7 +45,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         if max_bytes < 0:
             raise OptionError(f"max_bytes of a prefix cache must be 0 or more, not {max_bytes}")
-        self.max_bytes, self.nbytes, self.hits, self.misses = max_bytes, 0, 0, 0
+        self.max_bytes, self.nbytes = max_bytes, 0
         self._entries: OrderedDict[int, _Entry] = OrderedDict()  # the latest used last
         self._next_key = 0
 
@@ -71,9 +70,7 @@ class PrefixCache:
                 if shared > longest:
                     best, longest = key, shared
         if best is None:
-            self.misses += 1
             return None
-        self.hits += 1
         self._entries.move_to_end(best)
         return self._entries[best].cache, longest
 

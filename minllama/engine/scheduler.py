@@ -200,8 +200,8 @@ class Scheduler:
 
         Returns:
             One token for each running sequence, and the first of those whose prompts were read to
-            the end; several for one whose drafts were right. Sequences that end in this step say so
-            in their last token, and have left.
+            the end; several for one whose drafts were right; none where a step could only read a
+            part of a prompt. Sequences that end have that in their last token, and have left.
 
         Raises:
             MinllamaError: the model has changed since the engine was opened.
@@ -381,6 +381,8 @@ class Scheduler:
         for row, hit in enumerate(found):
             if hit is not None:
                 cache.load_prefix(row, *hit)
+                for sequence in started[row]:
+                    sequence.cached_tokens = hit[1]
         return _Prefill(started, cache)
 
     def _for_all_samples(self, prefill: _Prefill, logits: Tensor) -> tuple[_Prefill, Tensor]:

@@ -143,6 +143,7 @@ class Sequence:
         draws: its own random numbers.
         constraint: its own, or None.
         drafter: its own, or None.
+        cached_tokens: of the prompt, that a prefix cache had.
         has_ended: it gets no more tokens: it is finished, or was cancelled.
         finish_reason: why it ended; None before, and if it was cancelled.
         error: what ended it, where that was an error.
@@ -155,6 +156,7 @@ class Sequence:
     draws: random.Random
     constraint: Constraint | None = None
     drafter: Drafter | None = None
+    cached_tokens: int = 0
     has_ended: bool = False
     finish_reason: FinishReason | None = None
     error: MinllamaError | None = field(default=None, repr=False)
