@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from minllama.engine.base import Engine
+from minllama.engine.sequence import Constraint, FinishReason, Sampler, Token
 from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.generation.decode import (
     BYTES,
     DECODE_BYTES,
-    Constraint,
     Decoder,
-    FinishReason,
-    Token,
     plain_list,
     token_ids,
 )
@@ -98,6 +96,7 @@ class TextStream:
         prompts: texts, or token ids where the caller has encoded them.
         options: how to choose and when to end.
         cache: for one prompt whose beginning it already holds (see `Decoder`).
+        sampler: any callable that chooses tokens in the place of `options` (see `Decoder`).
 
     Attributes:
         results: one for each row, prompt * n + sample.
@@ -116,6 +115,7 @@ class TextStream:
         options: GenerationOptions,
         *,
         cache: KVCache | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         context_len = model.config.context_len
         prompt_ids = [
@@ -134,6 +134,7 @@ class TextStream:
             cache=cache,
             n_tokens=tokenizer.vocab_size,
             make_constraint=_constraints(tokenizer, options, model.config.vocab_size),
+            sampler=sampler,
         )
         self.timings = self._decoder.timings
         self.results = [
@@ -186,6 +187,8 @@ def generate(
     tokenizer: Tokenizer,
     prompts: Prompt | Sequence[Prompt],
     options: GenerationOptions | None = None,
+    *,
+    sampler: Sampler | None = None,
     **changes: Any,
 ) -> list[Generation]:
     """Continue one prompt or several.
@@ -196,6 +199,8 @@ def generate(
         prompts: a text, token ids, or a sequence of either; they share one batch, and each gets the
             tokens that it would get alone (in half precision but for near ties).
         options: how to choose and when to end; None for the defaults.
+        sampler: any callable from logits (B, V) and the B sequences to token ids (B,), which takes
+            the place of temperature and what belongs to it (see `Decoder`).
         changes: single options by name, on top of `options`.
 
     Returns:
@@ -204,7 +209,9 @@ def generate(
     Raises:
         MinllamaError: a prompt is empty or longer than the context, or an option is wrong.
     """
-    stream = TextStream(model, tokenizer, _as_list(prompts), _options(options, changes))
+    stream = TextStream(
+        model, tokenizer, _as_list(prompts), _options(options, changes), sampler=sampler
+    )
     for _ in stream:
         pass
     return stream.results
@@ -215,10 +222,14 @@ def stream(
     tokenizer: Tokenizer,
     prompts: Prompt | Sequence[Prompt],
     options: GenerationOptions | None = None,
+    *,
+    sampler: Sampler | None = None,
     **changes: Any,
 ) -> TextStream:
     """As `generate`, but piece by piece: iterate over what it returns."""
-    return TextStream(model, tokenizer, _as_list(prompts), _options(options, changes))
+    return TextStream(
+        model, tokenizer, _as_list(prompts), _options(options, changes), sampler=sampler
+    )
 
 
 def check_can_fit(text: str, tokenizer: Tokenizer, context_len: int) -> None:

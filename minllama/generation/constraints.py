@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minllama.engine.sequence import Constraint
 from minllama.errors import MinllamaError, OptionError
-from minllama.generation.decode import Constraint
 from minllama.options import GenerationOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 

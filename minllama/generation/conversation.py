@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from minllama.engine.base import Engine
 from minllama.engine.choose import engine_for
+from minllama.engine.prefix_cache import common_length
 from minllama.errors import MinllamaError
 from minllama.generation.api import Piece, TextStream, check_can_fit
 from minllama.model.kv_cache import KVCache
@@ -106,7 +107,7 @@ class Conversation:
             room = min(len(prompt_ids), self.model.config.context_len)
             self._cache = self._open_engine().new_cache(1, room)
         # The last token of the prompt is always read: its logits begin the answer.
-        self._cache.truncate(min(_common_len(self._read_ids, prompt_ids), len(prompt_ids) - 1))
+        self._cache.truncate(min(common_length(self._read_ids, prompt_ids), len(prompt_ids) - 1))
         return self._cache
 
 
@@ -185,12 +186,3 @@ def encode_messages(
     rendered, masked = template.render_masked(messages, tokenizer.special_tokens)
     check_can_fit(rendered, tokenizer, context_len)
     return tokenizer.encode_chat(rendered, masked)
-
-
-def _common_len(one: list[int], other: list[int]) -> int:
-    shared = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        shared += 1
-    return shared

@@ -64,6 +64,16 @@ class KVCache:
         return len(self.lengths)
 
     @property
+    def rows(self) -> int:
+        """Rows that there is memory for, of which the first `batch_size` are in use."""
+        return len(self.keys[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(stored.nbytes for stored in (*self.keys, *self.values))
+
+    @property
     def max_len(self) -> int:
         """Filled slots of the longest sequence."""
         return max(self.lengths, default=0)
@@ -170,10 +180,53 @@ class KVCache:
     def grow(self, capacity: int) -> None:
         """Grow to `capacity` tokens per sequence; the content stays."""
         if capacity > self.capacity:
-            keys = [self._repeat(stored, 1, capacity) for stored in self.keys]
-            values = [self._repeat(stored, 1, capacity) for stored in self.values]
+            self.resize(self.rows, capacity)
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Reallocate: memory for so many rows of up to `capacity` tokens; what is stored stays.
+
+        Args:
+            rows: at least `batch_size`.
+            capacity: at least `max_len`.
+        """
+        if rows <= self.rows and capacity <= self.capacity:
+            # Tensor by tensor, so that less than one is needed besides. If any allocation fails it
+            # is the first, before which nothing has changed: each gives back more than the next.
+            for tensors in (self.keys, self.values):
+                for layer, stored in enumerate(tensors):
+                    tensors[layer] = self._copied(stored, rows, capacity)
+        else:
+            keys = [self._copied(stored, rows, capacity) for stored in self.keys]
+            values = [self._copied(stored, rows, capacity) for stored in self.values]
             # Both or none: memory may run out between them.
-            self.keys, self.values, self.capacity = keys, values, capacity
+            self.keys, self.values = keys, values
+        self.capacity, self.engine_state = capacity, None  # which may hold what was stored before
+
+    def append(self, other: "KVCache", capacity: int) -> None:
+        """Add copies of another cache's rows after its own; memory for rows grows by doubling.
+
+        Args:
+            other: of the same model and dtype.
+            capacity: at least so many tokens a row, and no less than there are.
+        """
+        batch, filled = self.batch_size, other.max_len
+        end, capacity = batch + other.batch_size, max(capacity, self.capacity, filled)
+        rows = self.rows if end <= self.rows else max(end, 2 * self.rows)
+        if (rows, capacity) != (self.rows, self.capacity):
+            self.resize(rows, capacity)
+        for mine, theirs in zip(
+            (*self.keys, *self.values), (*other.keys, *other.values), strict=True
+        ):
+            mine[batch:end, :, :filled] = theirs[: other.batch_size, :, :filled]
+        self.lengths = self.lengths + other.lengths
+
+    def load_prefix(self, row: int, source: "KVCache", length: int) -> None:
+        """Let a row begin with the first `length` tokens of the only row of another cache."""
+        for mine, theirs in zip(
+            (*self.keys, *self.values), (*source.keys, *source.values), strict=True
+        ):
+            mine[row, :, :length] = theirs[0, :, :length]
+        self.lengths[row] = length
 
     def drop_row(self, row: int) -> None:
         """Remove a sequence: the last one replaces it, and the batch shrinks by one."""
@@ -187,18 +240,29 @@ class KVCache:
 
     def repeated(self, n: int, capacity: int) -> "KVCache":
         """A new cache with every sequence repeated `n` times, and space for `capacity` tokens."""
+        return self.select_rows([row for row in range(self.batch_size) for _ in range(n)], capacity)
+
+    def select_rows(self, rows: Sequence[int], capacity: int) -> "KVCache":
+        """A new cache with copies of these rows, and room for `capacity` tokens."""
         copy = object.__new__(KVCache)
         copy.capacity = capacity
         copy.engine_state = None
-        copy.lengths = [length for length in self.lengths for _ in range(n)]
-        copy.keys = [self._repeat(stored, n, capacity) for stored in self.keys]
-        copy.values = [self._repeat(stored, n, capacity) for stored in self.values]
+        copy.lengths = [self.lengths[row] for row in rows]
+        copy.keys = [self._copied(stored, len(rows), capacity, rows) for stored in self.keys]
+        copy.values = [self._copied(stored, len(rows), capacity, rows) for stored in self.values]
         return copy
 
-    def _repeat(self, stored: Tensor, n: int, capacity: int) -> Tensor:
-        batch, heads, _, width = stored.shape
-        filled = min(self.max_len, capacity)
+    def _copied(
+        self, stored: Tensor, n_rows: int, capacity: int, rows: Sequence[int] | None = None
+    ) -> Tensor:
+        """A copy (n_rows, K, capacity, C) of some rows, or of all that are in use."""
+        _, heads, _, width = stored.shape
         with torch.inference_mode(False):
-            grown = stored.new_zeros(batch * n, heads, capacity, width)
-        grown[:, :, :filled] = stored[:, :, :filled].repeat_interleave(n, dim=0)
-        return grown
+            copy = stored.new_zeros(n_rows, heads, capacity, width)
+        if rows is None:
+            filled = min(self.max_len, capacity)
+            copy[: self.batch_size, :, :filled] = stored[: self.batch_size, :, :filled]
+        else:
+            filled = min(max((self.lengths[row] for row in rows), default=0), capacity)
+            copy[:, :, :filled] = stored[list(rows), :, :filled]
+        return copy

@@ -29,9 +29,7 @@ def decode(model, prompts, *, stop_ids=(), cache=None, **options):
 @pytest.fixture(params=[False, True], ids=["", "ahead"])
 def ahead(request, monkeypatch):
     """Also with the next step computed before a token is seen, as on a GPU."""
-    monkeypatch.setattr(
-        "minllama.generation.decode._pays_to_run_ahead", lambda device: request.param
-    )
+    monkeypatch.setattr("minllama.engine.scheduler.pays_to_run_ahead", lambda device: request.param)
 
 
 def greedy_without_cache(model, prompt, n):
@@ -147,7 +145,7 @@ def test_a_cache_that_holds_the_beginning_is_continued():
 
 
 def test_a_small_cache_grows_as_the_texts_do(monkeypatch):
-    monkeypatch.setattr("minllama.generation.decode._ROOM", 1)
+    monkeypatch.setattr("minllama.engine.scheduler.SPARE_TOKENS", 1)
     model = our_model()
     grown = decode(model, PROMPTS, max_new_tokens=40)
     monkeypatch.undo()
@@ -162,7 +160,7 @@ def test_a_generous_limit_costs_no_memory_before_it_is_used():
     model = our_model(max_seq_len=100_000)
     decoder = Decoder(model, [[1]], GenerationOptions(max_new_tokens=90_000))
     next(iter(decoder))
-    assert decoder._cache.capacity < 1000
+    assert decoder.scheduler.nbytes < model.new_cache(1, 1000).nbytes
 
 
 def test_a_cache_of_another_prompt_is_refused():
@@ -279,7 +277,7 @@ def test_a_generation_that_nobody_reads_any_more_leaves_the_cache_to_the_next(ah
 
 
 def test_the_next_step_begins_before_a_token_is_seen(monkeypatch):
-    monkeypatch.setattr("minllama.generation.decode._pays_to_run_ahead", lambda device: True)
+    monkeypatch.setattr("minllama.engine.scheduler.pays_to_run_ahead", lambda device: True)
     model = our_model()
     passes, forward = [], CpuEngine.forward
 

@@ -484,3 +484,23 @@ def test_a_constraint_that_the_library_gives_up_on_is_an_error_and_no_early_end(
     with pytest.raises(OptionError, match="regex cannot be followed: lexer error: too many"):
         generate(model, tokenizer, "a", regex=regex)
     assert capfd.readouterr().err == ""
+
+
+def test_any_callable_is_a_sampler(model, tokenizer):
+    seen = []
+
+    def second_best(logits, sequences):
+        seen.append([len(sequence.ids) for sequence in sequences])
+        return logits.topk(2).indices[:, 1]
+
+    results = generate(model, tokenizer, ["abc", "d"], max_new_tokens=4, sampler=second_best)
+    with torch.no_grad():
+        for result in results:
+            ids = torch.tensor([result.prompt_ids + result.token_ids])
+            ranked = model(ids).logits[0, :, : tokenizer.vocab_size].argsort(-1, descending=True)
+            expected = ranked[len(result.prompt_ids) - 1 : -1, 1].tolist()
+            assert result.token_ids == expected
+    assert len(seen[0]) == 2
+    assert seen[1] == [n + 1 for n in seen[0]]
+    with pytest.raises(OptionError, match="prompt_lookup is for the likeliest tokens alone"):
+        generate(model, tokenizer, "abc", prompt_lookup=3, sampler=second_best)

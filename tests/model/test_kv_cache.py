@@ -119,15 +119,15 @@ def test_a_cache_grows_and_keeps_what_it_holds():
 
 def test_a_growth_that_fails_changes_nothing(monkeypatch):
     cache = KVCache(CONFIG, 1, 4)
-    repeat, calls = KVCache._repeat, []
+    copied, calls = KVCache._copied, []
 
     def fails(self, *args):
         calls.append(1)
         if len(calls) > CONFIG.n_layers:  # the keys are there, the values are not
             raise MemoryError
-        return repeat(self, *args)
+        return copied(self, *args)
 
-    monkeypatch.setattr(KVCache, "_repeat", fails)
+    monkeypatch.setattr(KVCache, "_copied", fails)
     with pytest.raises(MemoryError):
         cache.grow(8)
     assert {stored.shape[2] for stored in (*cache.keys, *cache.values)} == {cache.capacity} == {4}

@@ -467,5 +467,5 @@ def test_generation_keeps_halves_beside_weights_in_few_bits_and_nowhere_else(fol
         assert torch.allclose(*found, atol=0.02)
         assert not torch.equal(*found)
     decoder = Decoder(near, [[1, 2, 3]], GenerationOptions(max_new_tokens=2))
-    list(decoder)
-    assert decoder._cache.keys[0].dtype == torch.float16
+    next(iter(decoder))
+    assert decoder.scheduler._cache.keys[0].dtype == torch.float16
