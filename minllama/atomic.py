@@ -13,6 +13,7 @@ or where that file cannot be created, concurrent runs are not kept apart.
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -200,6 +201,19 @@ def _lock(path: Path) -> int | None:
             return descriptor
         os.close(descriptor)
     return None
+
+
+def sha256_of(content: Path | str | bytes) -> str:
+    """The SHA-256 of a file, of a text in UTF-8 or of bytes, in 64 hexadecimal digits.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()
 
 
 def is_being_written(temporary: Path) -> bool:

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minllama.atomic import sha256_of
 from minllama.classification.prompts import EncodedPrompt, PromptTemplate
 from minllama.data.texts import checked_texts
 from minllama.data.treebank import undo_treebank
@@ -26,6 +26,7 @@ from minllama.evaluation.regression import TargetScale
 from minllama.evaluation.thresholds import DEFAULT, Thresholds, as_thresholds, positive_class
 from minllama.generation.conversation import template_source
 from minllama.model.llama import Llama
+from minllama.model.mode import evaluating
 from minllama.options import PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
@@ -247,7 +248,7 @@ class Classifier(nn.Module, ABC):
         after = (self.positive, self.thresholds)
         if self.digest is not None and before != after:  # its labels are no longer those
             said = f"{self.digest} {after}".encode("utf-8", "backslashreplace")
-            self.digest = hashlib.sha256(said).hexdigest()
+            self.digest = sha256_of(said)
 
     def _as_decision(self, value: float | Mapping[str, float]) -> Thresholds:
         if self.scale is not None:
@@ -288,21 +289,6 @@ class Classifier(nn.Module, ABC):
 
     def _begin(self, n_texts: int) -> None:
         """Called before the batches of one prediction."""
-
-
-class evaluating:
-    """Evaluation mode for as long as it lasts; then the mode that was."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __enter__(self) -> None:
-        self._training = [module for module in self._module.modules() if module.training]
-        self._module.eval()
-
-    def __exit__(self, *error: object) -> None:
-        for module in self._training:
-            module.training = True
 
 
 def probabilities(

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minllama.classification.base import Classifier, as_prompt, checked_labels, make_template
-from minllama.classification.label_scoring import padded
 from minllama.classification.prompts import EncodedPrompt
 from minllama.engine.packing import hidden_states
 from minllama.errors import MinllamaError
 from minllama.evaluation.regression import TargetScale
 from minllama.model.attention_layout import check_inputs, last_tokens
+from minllama.model.inputs import padded
 from minllama.model.llama import Llama
 from minllama.options import POOLINGS, PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minllama.classification.base import evaluating
 from minllama.classification.embedding import LlamaEmbeddingClassifier, Pooling, normalized, pool
-from minllama.classification.label_scoring import padded
 from minllama.data.texts import checked_texts
 from minllama.engine.packing import layer_states
 from minllama.errors import optional_import
+from minllama.model.inputs import padded
+from minllama.model.mode import evaluating
 
 Choice = tuple[int, Pooling]
 Features = dict[Choice, NDArray[np.float32]]

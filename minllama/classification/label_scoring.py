@@ -15,6 +15,7 @@ from torch import Tensor
 from minllama.classification.prompts import EncodedPrompt
 from minllama.engine.choose import engine_for
 from minllama.engine.packing import hidden_states
+from minllama.model.inputs import padded
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama
 from minllama.quantization.modules import rows_of
@@ -211,14 +212,3 @@ def _tree_view(
         # Padding needs a position in the context too, and the row's end is one.
         positions[row, end:] = start
     return sees, positions + cached_len
-
-
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """Rows of ids, padded on the right: (B, T), and the (B, T) mask, None where all are as long."""
-    lengths = [len(row) for row in rows]
-    length = max(lengths)
-    # Which id pads is of no account: the mask says what is real.
-    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows])
-    if min(lengths) == length:
-        return ids, None
-    return ids, torch.arange(length) < torch.tensor(lengths).unsqueeze(-1)

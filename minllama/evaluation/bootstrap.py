@@ -3,12 +3,13 @@
 Follows Efron & Tibshirani 1993, ch. 13.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minllama.evaluation import registry
 from minllama.evaluation.ranking import Ranking
 
 INTERVAL = (0.025, 0.975)
@@ -44,6 +45,18 @@ class ScoredRows:
         """(N,), true where all that is predicted is gold, and all that is gold is predicted."""
         return np.asarray((self.gold == self.predicted).all(1))
 
+    def taken(self, indices: NDArray[np.int64]) -> "ScoredRows":
+        """These rows, each as often as its index is there."""
+        return replace(
+            self,
+            gold=self.gold[indices],
+            predicted=self.predicted[indices],
+            losses=self.losses[indices],
+            briers=self.briers[indices],
+            ranked=self.ranked[indices],
+            ranked_gold=self.ranked_gold[indices],
+        )
+
     @cached_property
     def drawn(self) -> dict[str, NDArray[np.float64]]:
         """What `draws` gives with the own rounds and seed."""
@@ -72,8 +85,12 @@ def draws(rows: ScoredRows, *, rounds: int, seed: int) -> dict[str, NDArray[np.f
     ranking = Ranking(rows.ranked, rows.ranked_gold) if rows.ranked.size else None
     n_ranked = min(rounds, max(FEWEST_DRAWS, MOST_RANKED // max(rows.ranked.size, 1)))
     ranked = np.full((n_ranked if ranking else 0, 2), np.nan)
+    further: dict[str, list[float]] = {}
     for i in range(rounds):
-        times_drawn = np.bincount(random.integers(n, size=n), minlength=n)
+        indices = np.asarray(random.integers(n, size=n))
+        times_drawn = np.bincount(indices, minlength=n)
+        for name, value in _further(rows, indices).items():
+            further.setdefault(name, []).append(np.nan if value is None else value)
         sums[i] = table @ times_drawn
         if ranking is not None and i < n_ranked:
             measured = np.stack(ranking.measured(times_drawn))  # (2, R)
@@ -92,7 +109,14 @@ def draws(rows: ScoredRows, *, rounds: int, seed: int) -> dict[str, NDArray[np.f
     }
     if ranking is not None:
         values["roc_auc"], values["average_precision"] = ranked.T
-    return values
+    return values | {name: np.array(drawn) for name, drawn in further.items()}
+
+
+def _further(rows: ScoredRows, indices: NDArray[np.int64]) -> dict[str, float | None]:
+    """The metrics of drawn rows that are not made of sums; mostly there are none."""
+    if not any(m.compute for m in registry.metrics(of_numbers=False).values()):
+        return {}
+    return registry.computed(of_numbers=False, arguments=(rows.taken(indices),))
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float] | None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minllama.errors import MinllamaError, optional_import
+from minllama.evaluation import registry
 from minllama.evaluation.bootstrap import ScoredRows, intervals
 from minllama.evaluation.ranking import Ranking, mean_of_defined
 from minllama.evaluation.thresholds import DEFAULT, Thresholds, positive_class
@@ -87,17 +88,29 @@ class Evaluation:
     average_precision: float | None
     positive: str | None  # the positive class, where there are two
     rows: ScoredRows = dataclasses.field(repr=False)  # what comparisons need; not in `to_dict`
+    further: dict[str, float | None]  # the registry's other metrics
+
+    def value(self, metric: str) -> float | None:
+        """A metric by its name; None where it is undefined."""
+        if metric in self.further:
+            return self.further[metric]
+        found: float | None = getattr(self, metric)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the rows, as plain values that JSON can hold."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "rows"]
+        names = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.name not in ("rows", "further")
+        ]
         fields = {name: getattr(self, name) for name in names}
         fields["label_names"] = list(self.label_names)
         fields["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
         fields["per_class"] = [dataclasses.asdict(metrics) for metrics in self.per_class]
         fields["confusion"] = self.confusion.tolist()
         fields["bins"] = [dataclasses.asdict(bin_) for bin_ in self.bins]
-        return fields
+        return fields | self.further
 
 
 def evaluate(
@@ -183,6 +196,7 @@ def _measured(
         average_precision=mean_of_defined(average_precision),
         positive=positive,
         rows=rows,
+        further=registry.computed(of_numbers=False, arguments=(rows,)),
     )
 
 

@@ -113,8 +113,8 @@ def _differences(first: Evaluation, second: Evaluation) -> dict[str, Difference]
     if first.positive != second.positive:
         names -= {"roc_auc", "average_precision"}
     for name in names:
-        values = getattr(first, name), getattr(second, name)
+        own, others = first.value(name), second.value(name)
         ends = interval(drawn[name] - other[name])
-        if ends is not None and None not in values:
-            found[name] = Difference(values[0] - values[1], *ends)
+        if ends is not None and own is not None and others is not None:
+            found[name] = Difference(own - others, *ends)
     return {name: found[name] for name in drawn if name in found}  # in the order of the metrics

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minllama.errors import MinllamaError, optional_import
+from minllama.evaluation import registry
 from minllama.evaluation.bootstrap import INTERVAL
 
 Values = NDArray[np.float64]
 
-# Metric of RegressionEvaluation -> whether less of it is better.
-METRICS = {"mae": True, "rmse": True, "r2": False, "pearson": False, "spearman": False}
+METRICS = registry.metrics(of_numbers=True)
 LARGEST_TARGET = 1e100  # of which sums of squares are floats still
 RIDGE_PENALTY = 1.0  # of |w|^2 beside the summed squared errors, as scikit-learn's Ridge has it
 
@@ -71,6 +71,7 @@ class RegressionEvaluation:
         intervals: metric -> 95% interval, or nothing.
         difference: of another system's: by how much the classifier's mean absolute error is less
             than this one, and the 95% interval of that, paired by rows; None where not compared.
+        further: metrics of the registry that are no fields.
     """
 
     count: int
@@ -83,12 +84,21 @@ class RegressionEvaluation:
     target_std: float
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     difference: tuple[float, float, float] | None = None
+    further: dict[str, float | None] = field(default_factory=dict)
+
+    def value(self, metric: str) -> float | None:
+        """A metric by its name; None where it is undefined."""
+        if metric in self.further:
+            return self.further[metric]
+        found: float | None = getattr(self, metric)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values that JSON can hold."""
         values = dataclasses.asdict(self)
         values["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
-        return values
+        del values["further"]
+        return {**values, **self.further}
 
 
 def evaluate_regression(
@@ -138,6 +148,7 @@ def evaluate_regression(
         r2=metrics["r2"],
         pearson=metrics["pearson"],
         spearman=metrics["spearman"],
+        further={name: metrics[name] for name in metrics if METRICS[name].compute is not None},
     )
 
 
@@ -147,7 +158,7 @@ class _Rows:
     def __init__(self, p: Values, y: Values) -> None:
         order = np.argsort(p, kind="stable")  # what is read in order is read faster
         p, y = p[order], y[order]
-        self.n = len(y)
+        self.n, self._p, self._y = len(y), p, y
         # The place of each value among the different ones, from which ranks follow in any draw.
         self._places = [np.unique(values, return_inverse=True)[1] for values in (p, y)]
         errors = p - y
@@ -171,7 +182,15 @@ class _Rows:
             "r2": self._r2(squared, y_scatter) if y_varies else None,
             "pearson": _share(shared, p_scatter, y_scatter) if varies else None,
             "spearman": self._spearman(counts, of_places) if varies else None,
+            **self._further(counts),
         }
+
+    def _further(self, counts: Values) -> dict[str, float | None]:
+        """The metrics that are not made of sums; mostly there are none."""
+        if not any(metric.compute for metric in METRICS.values()):
+            return {}
+        drawn = np.repeat(np.arange(self.n), counts.astype(np.int64))
+        return registry.computed(of_numbers=True, arguments=(self._p[drawn], self._y[drawn]))
 
     def _r2(self, squared: float, scatter: float) -> float | None:
         scatter *= self._unit_of_y**2

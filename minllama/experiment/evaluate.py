@@ -16,15 +16,13 @@ from minllama.data import Dataset
 from minllama.errors import CheckpointError
 from minllama.evaluation.baselines import Baseline
 from minllama.evaluation.metrics import Evaluation, evaluate
+from minllama.evaluation.registry import may_be_missing, on_card
 from minllama.evaluation.report import ReportedSplit, ReportedValues
 from minllama.evaluation.report.files import METRICS_FILE
 from minllama.evaluation.thresholds import Chosen, Thresholds, choose_thresholds
 from minllama.experiment.evaluate_values import value_headlines
 from minllama.options.evaluation import ThresholdOptions
 from minllama.text import VERSION, printable
-
-HEADLINES = ("accuracy", "macro_f1", "log_loss", "calibration_error")
-WHERE_DEFINED = ("roc_auc", "average_precision")
 
 
 def evaluate_classifier(
@@ -112,7 +110,7 @@ def headlines(split: ReportedSplit | ReportedValues) -> dict[str, float]:
         return {}
     if isinstance(split, ReportedValues):
         return value_headlines(split.evaluation)
-    values = {name: getattr(split.evaluation, name) for name in (*HEADLINES, *WHERE_DEFINED)}
+    values = {name: split.evaluation.value(name) for name in on_card(of_numbers=False)}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -129,8 +127,11 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
         if any("mae" in values for values in measured.values()):
             return {name: value_headlines(values) for name, values in measured.items()}
         return {
-            name: {metric: float(values[metric]) for metric in HEADLINES}
-            | {m: float(values[m]) for m in WHERE_DEFINED if values.get(m) is not None}
+            name: {
+                metric: float(values[metric])
+                for metric in on_card(of_numbers=False)
+                if not may_be_missing(metric) or values.get(metric) is not None
+            }
             for name, values in measured.items()
         }
     except FileNotFoundError:

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from minllama.classification.base import Classifier
 from minllama.data import Dataset
+from minllama.evaluation.registry import on_card
 from minllama.evaluation.regression import ValueBaseline, evaluate_regression, fit_value_baselines
 from minllama.evaluation.report import ReportedValues
 from minllama.experiment.splits import Splits
-
-HEADLINES = ("mae", "rmse", "r2", "spearman")
 
 
 def evaluate_values(
@@ -85,7 +84,7 @@ def evaluate_value_splits(
 def value_headlines(evaluation: Any) -> dict[str, float]:
     """The few numbers that a model card shows, of an evaluation or of what a report says of it."""
     found = {
-        name: evaluation[name] if isinstance(evaluation, Mapping) else getattr(evaluation, name)
-        for name in HEADLINES
+        name: evaluation[name] if isinstance(evaluation, Mapping) else evaluation.value(name)
+        for name in on_card(of_numbers=True)
     }
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -3,9 +3,8 @@
 `minllama.lora.layer` has the arithmetic, `minllama.lora.peft_files` the files.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from minllama.errors import MinllamaError
 from minllama.lora.layer import LoRAAdapter, LoRALayer, check_adapter_name
 from minllama.lora.targets import ALL_LINEAR, matching_modules
 from minllama.model.llama import Llama
+from minllama.model.mode import evaluating
 from minllama.options import LoRAOptions
 from minllama.quantization.modules import AnyLinear
 
@@ -157,7 +157,7 @@ def merge_lora(
     if is_merged(llama):
         raise MinllamaError("the adapters are already merged; undo it with unmerge_lora()")
     _check_mergeable(layers)
-    with _without_dropout(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         before = _logits(llama, sample)
         for layer in layers.values():
             layer.merge()
@@ -278,14 +278,3 @@ def _logits(llama: Llama, sample: Tensor | Callable[[], Tensor] | None) -> Tenso
         return None
     logits: Tensor = llama(sample).logits if isinstance(sample, Tensor) else sample()
     return logits.float()
-
-
-@contextlib.contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,13 +1,17 @@
 """Options of classifiers: method, objective, how label words are scored, how texts are pooled."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import ClassVar
 
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, Range, option
 
-CLASS_METRICS = ("accuracy", "macro_f1", "log_loss")
-VALUE_METRICS = ("rmse", "mae", "r2", "pearson", "spearman")  # of regression
+# The table of metrics is in a package above this one, and as light to import.
+_registry = import_module("minllama.evaluation.registry")
+CLASS_METRICS: tuple[str, ...] = _registry.selecting(of_numbers=False)
+VALUE_METRICS: tuple[str, ...] = _registry.selecting(of_numbers=True)
+HEADLINES: tuple[str, ...] = _registry.headlines()
 METHODS = ("zero-shot", "frozen", "lora", "full")
 OBJECTIVES = ("head", "label-words", "regression")
 SCORES = ("sum", "token-mean", "byte-mean", "pmi", "contextual", "batch")

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, option
+from minllama.options.classification import HEADLINES
 
 THRESHOLD_METRICS = ("f1", "macro-f1", "accuracy", "balanced-accuracy")
 THRESHOLD_GOALS = ("precision", "recall")
@@ -82,5 +83,5 @@ class ReportOptions(CheckedOptions):
         None,
         "metric that the report states first and compares systems by (default accuracy; in "
         "training, --metric)",
-        choices=("accuracy", "macro_f1", "micro_f1", "log_loss", "brier"),
+        choices=HEADLINES,
     )

@@ -115,8 +115,10 @@ class TrainingOptions(CheckedOptions):
     )
     metric: str = option(
         "accuracy",
-        "metric on the dev split that selects the best weights: accuracy, macro_f1 or log_loss; "
-        "for regression rmse (its default), mae, r2, pearson or spearman",
+        "metric on the dev split that selects the best weights: "
+        f"{', '.join(CLASS_METRICS[:-1])} or {CLASS_METRICS[-1]}; for regression "
+        f"{VALUE_METRICS[0]} (its default), {', '.join(VALUE_METRICS[1:-1])} or "
+        f"{VALUE_METRICS[-1]}",
         choices=(*CLASS_METRICS, *VALUE_METRICS),
     )
     keep: str = option(

@@ -3,7 +3,7 @@
 A training run uses one object for everything that depends on the kind of labels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,11 +15,11 @@ from minllama.classification.prompts import EncodedPrompt
 from minllama.data import Dataset
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation.metrics import Evaluation, evaluate
+from minllama.evaluation.registry import logged
 from minllama.evaluation.regression import RegressionEvaluation, TargetScale, evaluate_regression
 from minllama.options import CLASS_METRICS, VALUE_METRICS, TrainingOptions
 from minllama.training.losses import Loss, SquaredError, StepLoss
 
-LESS_IS_BETTER = ("log_loss", "rmse", "mae")
 WORST = -1.0  # a correlation or an R2 that is not defined: no better than any other
 
 
@@ -150,17 +150,12 @@ class ClassObjective:
         )
 
     def dev_row(self, evaluation: Evaluation) -> dict[str, float]:
-        metrics = {
-            "dev_loss": evaluation.log_loss,
-            "dev_accuracy": evaluation.accuracy,
-            "dev_macro_f1": evaluation.macro_f1,
-        }
-        if evaluation.multi_label:
-            metrics["dev_micro_f1"] = evaluation.micro_f1
-        return metrics
+        names = logged(of_numbers=False, multi_label=evaluation.multi_label)
+        return {"dev_loss": evaluation.log_loss, **_defined(evaluation, names)}
 
     def merit(self, evaluation: Evaluation, metric: str) -> float:
-        return float(getattr(evaluation, metric))
+        value = evaluation.value(metric)
+        return WORST if value is None else float(value)
 
 
 class ValueObjective:
@@ -184,9 +179,16 @@ class ValueObjective:
     def dev_row(self, evaluation: RegressionEvaluation) -> dict[str, float]:
         """The loss is that of training; metrics are in the unit of the targets."""
         loss = (evaluation.rmse / self._scale.std) ** 2
-        named = {f"dev_{name}": getattr(evaluation, name) for name in VALUE_METRICS}
-        return {"dev_loss": loss, **{name: v for name, v in named.items() if v is not None}}
+        return {"dev_loss": loss, **_defined(evaluation, logged(of_numbers=True))}
 
     def merit(self, evaluation: RegressionEvaluation, metric: str) -> float:
-        value: float | None = getattr(evaluation, metric)
+        value = evaluation.value(metric)
         return WORST if value is None else value
+
+
+def _defined(
+    evaluation: Evaluation | RegressionEvaluation, names: Iterable[str]
+) -> dict[str, float]:
+    """The metrics of an evaluation that are defined, by their names in a training's log."""
+    values = {f"dev_{name}": evaluation.value(name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}

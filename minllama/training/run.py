@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from minllama.data import Dataset
 from minllama.errors import MinllamaError
 from minllama.evaluation.metrics import Evaluation
+from minllama.evaluation.registry import METRICS
 from minllama.evaluation.regression import RegressionEvaluation
 from minllama.kernels.hardware import fast_bfloat16
 from minllama.options import TrainingOptions
-from minllama.training.objective import LESS_IS_BETTER, Trainable, objective_of
+from minllama.training.objective import Trainable, objective_of
 from minllama.training.optimizer import AdamW
 from minllama.training.progress import Progress
 from minllama.training.run_checkpoint import (
@@ -220,7 +221,8 @@ class TrainingRun:
         """Keep the weights if they are the best so far; else count toward `patience`."""
         state, options = self.state, self._options
         value = self._objective.merit(evaluation, options.metric)
-        sign = -1 if options.metric in LESS_IS_BETTER else 1
+        known = {metric.name: metric for metric in METRICS}
+        sign = -1 if known[options.metric].less_is_better else 1
         if state.best_metric is None or sign * value > sign * state.best_metric:
             state.best_step, state.best_metric, state.without_gain = state.step, value, 0
             if options.keep == "best":

@@ -18,7 +18,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from minllama.atomic import atomic_file, atomic_folder, is_being_written, remove, temporaries
+from minllama.atomic import (
+    atomic_file,
+    atomic_folder,
+    is_being_written,
+    remove,
+    sha256_of,
+    temporaries,
+)
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.text import cut
 
@@ -380,9 +387,7 @@ def _whole_step(path: Path) -> int | None:
 
 
 def _description(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from minllama.data import Dataset
 from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError, OptionError, optional_import
 from minllama.model.llama import Llama
+from minllama.model.mode import mode_restored
 from minllama.options import TrainingOptions
 from minllama.training.losses import check_ordinal
 from minllama.training.malloc import give_back_freed_memory
@@ -211,11 +212,10 @@ def _check(
 @contextlib.contextmanager
 def _prepared(classifier: Trainable, options: TrainingOptions) -> Iterator[None]:
     """Enable training mode, gradient checkpointing and a separate random state within the block."""
-    modes = [(module, module.training) for module in classifier.modules()]
     llamas = [module for module in classifier.modules() if isinstance(module, Llama)]
     flags = [llama.gradient_checkpointing for llama in llamas]
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=gpus):
+    with torch.random.fork_rng(devices=gpus), mode_restored(classifier):
         try:
             for llama in llamas:
                 llama.gradient_checkpointing |= options.gradient_checkpointing
@@ -225,8 +225,6 @@ def _prepared(classifier: Trainable, options: TrainingOptions) -> Iterator[None]
         finally:
             for llama, flag in zip(llamas, flags, strict=True):
                 llama.gradient_checkpointing = flag
-            for module, training in modes:
-                module.training = training
 
 
 def _open_folder(run: TrainingRun, folder: Path, fingerprint: Fingerprint, resume: bool) -> None:

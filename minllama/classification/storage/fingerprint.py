@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minllama.atomic import sha256_of
 from minllama.checkpoints.types import Checkpoint
 from minllama.lora import lora_layers
 from minllama.model.config import LlamaConfig
@@ -120,7 +121,7 @@ def tokenizer_digest(vocabulary: Vocabulary) -> str:
     if vocabulary.form == "tokenizers":
         # Who writes a tokenizer.json again lays it out in another way.
         data = json.dumps(json.loads(data), sort_keys=True).encode()
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode() + data).hexdigest()
+    return sha256_of(json.dumps(settings, sort_keys=True).encode() + data)
 
 
 def _digest(name: str, tensor: Tensor) -> bytes:

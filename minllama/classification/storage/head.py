@@ -3,7 +3,6 @@
 Also computes the digests by which `classifier.json` identifies the files beside it.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minllama.atomic import sha256_of
 from minllama.checkpoints.huggingface import read_safetensors
 from minllama.classification.embedding import LlamaEmbeddingClassifier
 from minllama.classification.storage.manifest import CLASSIFIER_FILE
@@ -67,12 +67,6 @@ def check_digest(path: Path, digest: Any) -> None:
             f"{path}: was not saved with {CLASSIFIER_FILE} (its SHA-256 differs); restore the "
             "original folder"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _on_disk(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from minllama.atomic import sha256_of
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import LlamaEmbeddingClassifier
 from minllama.classification.storage import schema
@@ -263,7 +263,7 @@ def _digest(content: Mapping[str, Any]) -> str:
     others = {name: sha for name, sha in content["sha256"].items() if name != CLASSIFIER_FILE}
     said = {key: content[key] for key in content if key not in FOR_PEOPLE}
     text = json.dumps({**said, "base": base, "sha256": others}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of(text)
 
 
 class described_by:

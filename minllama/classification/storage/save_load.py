@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from minllama.atomic import atomic_folder
+from minllama.atomic import atomic_folder, sha256_of
 from minllama.checkpoints.huggingface import WEIGHT_FILES, write_files
 from minllama.checkpoints.open import open_checkpoint, read_tokenizer
 from minllama.checkpoints.peft import WEIGHTS_FILE
 from minllama.checkpoints.peft_config import CONFIG_FILE
 from minllama.checkpoints.resolve import canonical_name, folder_of, source_of
 from minllama.checkpoints.weight_format import resolve_weight_format, warn_if_slow
-from minllama.classification.base import Classifier, evaluating
+from minllama.classification.base import Classifier
 from minllama.classification.embedding import LlamaEmbeddingClassifier
 from minllama.classification.storage.base_model import (
     Identity,
@@ -39,7 +39,6 @@ from minllama.classification.storage.head import (
     HEAD_FILE,
     check_digest,
     read_head,
-    sha256_of,
     write_head,
 )
 from minllama.classification.storage.manifest import (
@@ -63,6 +62,7 @@ from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wr
 from minllama.lora.peft_files import FILES as ADAPTER_FILES
 from minllama.lora.peft_files import load_adapter, write_adapter
 from minllama.model.llama import Llama
+from minllama.model.mode import evaluating
 from minllama.options import PromptOptions
 from minllama.options.loading import LoadOptions
 from minllama.quantization.modules import replace_by_numbers

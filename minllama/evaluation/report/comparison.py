@@ -8,38 +8,14 @@ from dataclasses import dataclass
 
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.paired import Difference, Paired, compare
+from minllama.evaluation.registry import Metric, metrics
 from minllama.text import first_few
 
 OWN = "this classifier"
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a field of `Evaluation` is shown."""
-
-    title: str
-    form: str = "{:.3f}"
-    less_is_better: bool = False
-
-    def difference(self, value: float, *, sign: bool = True) -> str:
-        """A difference of two values as people read it, shares of texts in points."""
-        text = f"{100 * value:+.1f}" if self.form == "{:.1%}" else f"{value:+.3f}"
-        return text if sign and float(text) != 0 else text[1:]
-
-
-METRICS = {
-    "accuracy": Metric("Accuracy", "{:.1%}"),
-    "macro_f1": Metric("Macro F1"),
-    "micro_f1": Metric("Micro F1"),
-    "roc_auc": Metric("ROC AUC"),
-    "average_precision": Metric("AP"),
-    "log_loss": Metric("Log-loss", less_is_better=True),
-    "brier": Metric("Brier", less_is_better=True),
-    "calibration_error": Metric("ECE", less_is_better=True),
-}
-
-
-RANKING = ("roc_auc", "average_precision")
+METRICS = metrics(of_numbers=False)
+RANKING = tuple(name for name, metric in METRICS.items() if metric.is_ranking)
 MISSING = "–"  # a value that is not defined
 SURE = 0.05  # from this p value on an exact test is not sure
 
@@ -75,9 +51,9 @@ class Row:
 
 
 def compared(evaluation: Evaluation) -> list[str]:
-    """The metrics of decisions that are shown. With one label a text, micro F1 is the accuracy."""
-    shown = [name for name in METRICS if name not in RANKING]
-    return [name for name in shown if name != "micro_f1" or evaluation.multi_label]
+    """The metrics of decisions that are shown."""
+    shown = [metric for metric in METRICS.values() if not metric.is_ranking]
+    return [m.name for m in shown if evaluation.multi_label or not m.only_multi_label]
 
 
 def ranking(evaluation: Evaluation) -> list[str]:
@@ -102,7 +78,7 @@ def undefined(evaluation: Evaluation) -> str | None:
 
 def written(evaluation: Evaluation, metric: str) -> str:
     """The metric as people read it."""
-    value = getattr(evaluation, metric)
+    value = evaluation.value(metric)
     return MISSING if value is None else METRICS[metric].form.format(value)
 
 
@@ -165,8 +141,11 @@ def verdict(
     if not others:
         return sentence
     sign = -1 if METRICS[metric].less_is_better else 1
-    name, best = max(others.items(), key=lambda item: sign * getattr(item[1], metric))
-    return f"{sentence} {beside(compare(evaluation, best), name, metric, among=len(others))}"
+    name, best = max(others.items(), key=lambda item: sign * (item[1].value(metric) or 0.0))
+    paired = compare(evaluation, best)
+    if metric not in paired.differences:  # undefined for one of the two
+        return sentence
+    return f"{sentence} {beside(paired, name, metric, among=len(others))}"
 
 
 def beside(paired: Paired, name: str, metric: str = "accuracy", *, among: int = 2) -> str:
@@ -237,7 +216,7 @@ def _ends(found: Difference, metric: Metric) -> str:
 
 def _as_written(evaluation: Evaluation, metric: str) -> float | None:
     """What looks equal is equally good."""
-    value = getattr(evaluation, metric)
+    value = evaluation.value(metric)
     return None if value is None else round(float(value), 3)
 
 

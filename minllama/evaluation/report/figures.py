@@ -12,6 +12,7 @@ from typing import Any
 
 from minllama.errors import optional_import
 from minllama.evaluation.metrics import CalibrationBin
+from minllama.evaluation.registry import curves
 
 # Colors of the drawing -> variables of the page's style sheet, which knows light from dark.
 INK, MUTED, LINE, ACCENT, WARM = "#000001", "#000002", "#000003", "#000004", "#000005"
@@ -28,14 +29,6 @@ MAX_POINTS = 400  # of a curve: more would not be seen, and make the page heavy
 SMOOTHING = 0.05  # share of the curve's length over which the loss is averaged
 
 DEV_LOSSES = ("dev_loss", "dev_log_loss")
-DEV_METRICS = {
-    "dev_accuracy": "accuracy",
-    "dev_macro_f1": "macro F1",
-    "dev_micro_f1": "micro F1",
-    "dev_r2": "R²",
-    "dev_pearson": "Pearson",
-    "dev_spearman": "Spearman",
-}
 
 
 def reliability_diagram(bins: Sequence[CalibrationBin], *, multi_label: bool = False) -> str:
@@ -88,7 +81,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 def metric_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
     """The metrics on dev, the best of each marked; `None` without any."""
-    series = {name: _series(history, key) for key, name in DEV_METRICS.items()}
+    series = {name: _series(history, key) for key, name in curves().items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return None

@@ -10,8 +10,7 @@ from typing import NamedTuple
 from minllama.evaluation.regression import METRICS, RegressionEvaluation
 from minllama.evaluation.report.comparison import OWN
 
-TITLES = {"mae": "MAE", "rmse": "RMSE", "r2": "R²", "pearson": "Pearson", "spearman": "Spearman"}
-IN_UNIT = ("mae", "rmse")  # the others are shares and correlations
+TITLES = {name: metric.title for name, metric in METRICS.items()}
 DIGITS = 4  # significant ones of what is in the unit of the targets
 
 
@@ -26,7 +25,7 @@ def written(value: float | None, metric: str = "mae") -> str:
     """A number for people: to some significant digits in the unit, else to three decimals."""
     if value is None:
         return "–"
-    return in_unit(value) if metric in IN_UNIT else f"{value:.3f}"
+    return in_unit(value) if METRICS[metric].in_unit else f"{value:.3f}"
 
 
 def in_unit(value: float) -> str:
@@ -43,10 +42,10 @@ def systems(
     """The regression and the others, the best of each metric marked."""
     rows = {OWN: evaluation, **others}
     cells: dict[str, list[Cell]] = {title: [] for title in rows}
-    for metric, less_is_better in METRICS.items():
-        values = {title: getattr(row, metric) for title, row in rows.items()}
+    for metric, about in METRICS.items():
+        values = {title: row.value(metric) for title, row in rows.items()}
         known = [value for value in values.values() if value is not None]
-        best = written((min if less_is_better else max)(known), metric) if known else None
+        best = written((min if about.less_is_better else max)(known), metric) if known else None
         for title, value in values.items():
             text = written(value, metric)
             cells[title].append(Cell(text, value is not None and text == best))

@@ -8,6 +8,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from minllama.evaluation.registry import on_card
 from minllama.evaluation.regression import METRICS, RegressionEvaluation
 from minllama.evaluation.report.comparison import OWN
 from minllama.evaluation.report.content import ReportedValues
@@ -57,8 +58,8 @@ def shown_on_page(split: ReportedValues) -> dict[str, Any]:
     return shown | {
         "verdict": split.verdict,
         "tiles": [
-            (TITLES[name], written(getattr(evaluation, name), name), _range(evaluation, name))
-            for name in ("mae", "rmse", "r2", "spearman")
+            (TITLES[name], written(evaluation.value(name), name), _range(evaluation, name))
+            for name in on_card(of_numbers=True)
         ],
         "metrics": [TITLES[name] for name in METRICS],
         "systems": systems(evaluation, split.others),
