@@ -87,9 +87,9 @@ def save_model(model: LlamaPreTrainedModel, folder: str | os.PathLike[str]) -> N
 
 
 def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | None:
-    """What to say of a half precision that this machine only emulates; None where it is no such.
+    """The warning about a half precision that this machine only emulates; None otherwise.
 
-    It is not refused: weights take half the memory, and decoding reads them in half the time.
+    It is not refused: weights need half the memory, and decoding reads them in half the time.
     """
     where = usable_device(device)
     if dtype == "bfloat16" and where.type == "cuda" and not fast_bfloat16(where):
@@ -106,7 +106,7 @@ def slow_dtype(dtype: str | None, device: torch.device | str | None) -> str | No
 
 
 def warn_if_slow(dtype: torch.dtype | str | None, device: torch.device | str | None) -> None:
-    """Warn whoever calls minllama of a half precision that this machine only emulates."""
+    """Warn the caller about a half precision that this machine only emulates."""
     asked = None if dtype is None else str(dtype).removeprefix("torch.")
     if (slow := slow_dtype(asked, device)) is not None:
         warn_caller(slow, SlowDtypeWarning)
@@ -115,8 +115,8 @@ def warn_if_slow(dtype: torch.dtype | str | None, device: torch.device | str | N
 class without_initial_values(TorchFunctionMode):
     """Modules that are built within are not filled with initial values: theirs are to be assigned.
 
-    On the meta device there is nothing to fill, and trying to would import torch's reference
-    operators, which takes 0.7 seconds.
+    On the meta device initialization has no effect, but would import torch's reference operators,
+    which takes 0.7 seconds.
     """
 
     def __torch_function__(
@@ -131,11 +131,11 @@ class without_initial_values(TorchFunctionMode):
 def best_form(
     checkpoint: Checkpoint, device: torch.device | str
 ) -> tuple[torch.dtype | None, str | None]:
-    """The dtype and the word of `QUANTIZE` that generate fastest here, at no loss that counts.
+    """The dtype and weight format that generate fastest here, without notable loss.
 
-    On a CPU for which the package was compiled, weights run as they are stored: GGUF's blocks,
-    bfloat16 where the machine is good at it, and else halves that are widened for float32
-    arithmetic (`minllama.quantization.half`). Decoding computes in float32 on each.
+    With compiled code for the CPU, weights are used as stored: GGUF's quantized blocks, bfloat16 if
+    the machine is fast at it, else half precision that is upcast for float32 arithmetic
+    (`minllama.quantization.half`). Decoding always computes in float32.
     """
     if torch.device(device).type != "cpu" or library() is None:
         return None, None
@@ -148,12 +148,13 @@ def best_form(
 
 
 def long_dtype(model: nn.Module) -> torch.dtype | None:
-    """What long passes through a quantized model on this CPU are fastest in; None for its own.
+    """The fastest dtype for long forward passes through a quantized model on this CPU; None for its
+    own.
 
-    bfloat16 where the hardware multiplies it: matrices are dequantized to it one by one. Decoding
-    and short passes stay in float32, with integers. On the default model that costs 0.1% of
-    perplexity and no accuracy; a fifth of the greedy tokens behind such a pass differ, as near ties
-    fall otherwise (docs/benchmarks.md).
+    bfloat16 if the hardware multiplies it: matrices are dequantized to it one by one. Decoding and
+    short passes stay in float32, with integers. On the default model that costs 0.1% of perplexity
+    and no accuracy; a fifth of the greedy tokens after such a pass differ because of near ties
+    (docs/benchmarks.md).
     """
     layers = getattr(model, "layers", ())
     linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
@@ -168,8 +169,8 @@ def reading_form(
 ) -> tuple[torch.dtype, str | None]:
     """The dtype and the word of `QUANTIZE` that read whole texts fastest, as classifiers do.
 
-    Of weights that are not trained: bfloat16 where the hardware multiplies it, else GGUF's blocks
-    where whole numbers are multiplied faster than float32, which takes a fifth of the memory too.
+    For frozen weights: bfloat16 if the hardware multiplies it, else GGUF's quantized blocks if
+    integers are multiplied faster than float32, which also needs only a fifth of the memory.
     """
     if fast_bfloat16(device):
         return torch.bfloat16, None
@@ -180,7 +181,7 @@ def reading_form(
 
 
 def has_blocks(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has matrices in blocks, which can be computed with."""
+    """Whether a checkpoint has quantized matrices that can be used directly."""
     tensors = checkpoint.tensors.values()
     return any(tensor.blocks is not None for tensor in tensors if len(tensor.shape) == 2)
 
@@ -197,26 +198,25 @@ def load_weights(
     device: torch.device | str | None = None,
     quantize: str | None = None,
 ) -> str | None:
-    """Give `module`, built on the meta device, the weights of `checkpoint`.
+    """Load the weights of `checkpoint` into `module`, which was built on the meta device.
 
-    Matrices of the right dtype stay as they were read, memory-mapped where the format allows;
-    others are converted one at a time. A file of which none stays is let go of.
+    Matrices of the right dtype stay memory-mapped if the format allows; others are converted one at
+    a time. A file of which none stays mapped is closed.
 
     Args:
-        module: whose parameters they become.
-        checkpoint: where they are.
-        dtype: of what is computed with; None for what suits the device.
+        module: receives the weights.
+        checkpoint: to load.
+        dtype: of the weights; None for the device's default.
         device: None for a GPU if there is one.
-        quantize: a word of `QUANTIZE`: matrices become quantized modules, which take the place of
-            the linear layers and embeddings of the same names. Or "auto": `best_form`, where no
-            dtype is given.
+        quantize: one of `QUANTIZE`: quantized modules replace the linear layers and embeddings. Or
+            "auto": `best_form`, if no dtype is given.
 
     Returns:
-        The word of `QUANTIZE` by which matrices became quantized modules; None where none did.
+        The one of `QUANTIZE` that was applied; None for dense weights.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, misshapen (all are listed, with both
-            shapes) or hold NaN or infinity; or so it is not a language model.
+            shapes) or have NaN or infinite values; or it is not a language model.
     """
     device = usable_device(device)
     if quantize == "auto":
@@ -261,7 +261,7 @@ def load_weights(
 def _stays_half(
     stored: Tensor, tensor: LazyTensor, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether a matrix is kept in the half precision that it has, to be widened as it is used."""
+    """Whether a matrix stays in half precision, to be upcast when it is used."""
     is_half = stored.dtype in HALVES and len(tensor.shape) == 2
     return is_half and dtype == torch.float32 and device.type == "cpu" and library() is not None
 
@@ -270,7 +270,7 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
     """Compare a checkpoint's tensors with the names and shapes that a module has.
 
     Raises:
-        CheckpointError: one line that lists every difference; or so it is not a language model.
+        CheckpointError: lists every difference; or it is not a language model.
     """
     checkpoint.check_language_model()
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
@@ -301,10 +301,10 @@ def _check_finite(name: str, stored: Tensor, tensor: Tensor, checkpoint: Checkpo
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device of that name; None for the GPU where there is one.
+    """The device of that name; None for a GPU if there is one.
 
     Raises:
-        MinllamaError: this machine or this torch has none of that name.
+        MinllamaError: this machine or torch build does not have it.
     """
     if device is None:
         return default_device()

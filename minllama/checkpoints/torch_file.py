@@ -257,7 +257,7 @@ def _no_storage(key: Any, dtype: torch.dtype, count: int) -> Tensor:
 
 
 def _storages(record: Callable[[Any, int], Tensor]) -> Storages:
-    """The numbers of each storage, once, from its bytes; `record` takes a key and their count."""
+    """The values of each storage, read once; `record` takes a key and their count."""
     known: dict[Any, Tensor] = {}
 
     def numbers(key: Any, dtype: torch.dtype, count: int) -> Tensor:

@@ -25,7 +25,7 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
         seed: of the draw.
 
     Returns:
-        The training side, which carries the data set's notices, and what is set aside.
+        The training part, with the dataset's notices, and the held-out part.
 
     Raises:
         DataError: no class has two texts.
@@ -126,7 +126,7 @@ def sample_balanced(dataset: Dataset, n: int, seed: int) -> Dataset:
 def check_splits(
     train: Dataset, dev: Dataset | None = None, test: Dataset | None = None
 ) -> list[Notice]:
-    """Whether something can be learned from `train` and measured on the others.
+    """Check that `train` can be learned from, and the others evaluated on.
 
     Returns:
         What a person should hear about: classes that no training example has, names that a person
@@ -217,7 +217,7 @@ def duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
 
 
 def one_class(split: Dataset) -> list[Notice]:
-    """A word of caution where all rows have one label, as in files whose answers are kept back."""
+    """A notice if all rows have the same label, as in files with hidden labels."""
     used = [name for name, n in zip(split.label_names, split.class_counts(), strict=True) if n]
     if split.multi_label or len(used) != 1 or len(split) < 2:
         return []

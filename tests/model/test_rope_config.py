@@ -197,7 +197,10 @@ def test_null_counts_as_not_said_where_transformers_fails(
             "rope_parameters is 'x', not a JSON object",
         ),
         ({"rope_theta": 10**400}, "rope_theta must be a finite number above 0"),
-        ({"rope_scaling": {**KINDS["yarn"], ORIGINAL: 10**300}}, "is above 9007199254740992"),
+        (
+            {"rope_scaling": {**KINDS["yarn"], ORIGINAL: 10**300}},
+            "exceeds the limit of 9007199254740992",
+        ),
     ],
 )
 def test_what_is_not_clear_is_refused(changes: dict[str, Any], message: str) -> None:
