@@ -229,9 +229,10 @@ def tell(
 def open_model(args: argparse.Namespace) -> "tuple[Llama, Tokenizer]":
     """The checkpoint that the arguments name, and its tokenizer."""
     from minllama.cli.open import open_model as open_checkpoint_and_model
+    from minllama.options.loading import LoadOptions
 
     model, tokenizer, _ = open_checkpoint_and_model(
-        args.pretrained_model_path, args.tokenizer, None, device(args)
+        args.pretrained_model_path, LoadOptions(tokenizer=args.tokenizer, device=device(args))
     )
     return model, tokenizer
 

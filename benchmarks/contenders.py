@@ -65,11 +65,13 @@ def form_to_read(dtype: str | None = None) -> dict[str, Any]:
 
     In another dtype than it would be of its own accord, all weights are in numbers of that.
     """
-    from minllama.checkpoints.load import reading_form
     from minllama.checkpoints.open import open_checkpoint
+    from minllama.checkpoints.weight_format import resolve_weight_format
+    from minllama.options.loading import LoadOptions
 
-    found, quantize = reading_form(open_checkpoint(None), "cpu")
-    own = str(found).removeprefix("torch.")
+    options = LoadOptions(device="cpu", quantize="auto")
+    found = resolve_weight_format(open_checkpoint(None), options, "read")
+    own, quantize = str(found.dtype).removeprefix("torch."), found.quantize
     same = dtype is None or dtype == own
     return {"dtype": dtype or own, "quantize": quantize if same else None}
 

@@ -31,6 +31,9 @@ os.environ.update(
 import torch
 from result_files import Results
 
+# Whoever imported it before: a child that is forked from several threads waits for all but its own.
+torch.set_num_threads(1)
+
 for library in ("sklearn.linear_model", "matplotlib.pyplot", "pyarrow.parquet", "rich.console"):
     with suppress(ImportError):
         import_module(library)

@@ -6,6 +6,8 @@ Names are imported on first use, so that the command line's help needs no torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from minllama.text import VERSION
+
 if TYPE_CHECKING:
     from minllama.checkpoints.open import open_checkpoint
     from minllama.checkpoints.types import Checkpoint
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from minllama.tokenizer.tokenizer import Tokenizer
     from minllama.training.optimizer import AdamW
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
     "model.kv_cache": ("KVCache",),

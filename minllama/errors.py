@@ -10,9 +10,19 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from minllama.text import one_line
+
+# The library that a module comes with, where it is not called like it.
+LIBRARY_OF = {
+    "scipy": "scikit-learn",
+    "sklearn": "scikit-learn",
+    "threadpoolctl": "scikit-learn",
+    "torch": "tensorboard",  # of which torch.utils.tensorboard is a part
+}
 
 
 class MinllamaError(Exception):
@@ -51,6 +61,37 @@ class SlowDtypeWarning(UserWarning):
 
 class CheckpointWarning(UserWarning):
     """A checkpoint contradicts itself; the message says which reading is used."""
+
+
+def optional_import(
+    name: str, needs: str, *, extra: str = "train", kind: type[MinllamaError] = MinllamaError
+) -> Any:
+    """A module of a library that is installed with one of minllama's extras only.
+
+    Args:
+        name: of the module, such as "sklearn.linear_model".
+        needs: what needs it, with its verb: "reports need".
+        extra: the extra.
+        kind: of the error.
+
+    Raises:
+        MinllamaError: of that kind; the library is not installed.
+    """
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise missing_library(name, needs, extra=extra, kind=kind) from error
+
+
+def missing_library(
+    name: str, needs: str, *, extra: str = "train", kind: type[MinllamaError] = MinllamaError
+) -> MinllamaError:
+    """The error of a library that is not installed; see `optional_import`."""
+    root = name.partition(".")[0]
+    return kind(
+        f"{needs} the library {LIBRARY_OF.get(root, root)}; install it with: "
+        f"python -m pip install 'minllama[{extra}]'"
+    )
 
 
 def warn_caller(message: str, category: type[Warning]) -> None:

@@ -16,6 +16,7 @@ from minllama.checkpoints.open import open_checkpoint
 from minllama.generation.api import generate
 from minllama.model.llama import load_pretrained
 from minllama.tokenizer.tokenizer import Tokenizer
+from minllama.training.run import TrainingRun
 from tests.experiment_cases import examples, write_labelled
 from tests.tiny import our_model
 
@@ -236,16 +237,14 @@ def test_help_is_quick_and_names_every_argument():
 
 
 def test_an_interrupted_training_says_how_it_goes_on(files, base, capsys, monkeypatch):
-    from minllama.training import run
-
-    take = run.TrainingRun._take_step
+    take = TrainingRun._take_step
 
     def interrupted(self):
         if self.state.step == 2:
             raise KeyboardInterrupt
         take(self)
 
-    monkeypatch.setattr(run.TrainingRun, "_take_step", interrupted)
+    monkeypatch.setattr(TrainingRun, "_take_step", interrupted)
     assert run(files, "lora", "--epochs", 1, "--batch_size", 8, model=base) == 130
     assert "--resume is for methods" in capsys.readouterr().err
     monkeypatch.undo()

@@ -32,6 +32,7 @@ from minllama.checkpoints.huggingface_head import (
     head_from_huggingface,
     said_of_head,
 )
+from minllama.checkpoints.json_object import read_object
 from minllama.checkpoints.state_dict import (
     add_zero_biases,
     check_extent,
@@ -49,7 +50,6 @@ from minllama.errors import (
     naming,
     warn_caller,
 )
-from minllama.json_file import read_object
 from minllama.model.config import LlamaConfig
 from minllama.tokenizer.size import check_fits, count_tokens
 from minllama.tokenizer.vocabulary import Vocabulary
@@ -262,10 +262,6 @@ def write_files(
         MinllamaError: as there.
         OSError: the folder cannot be written.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     check_writable(config, tensors)
     if vocabulary is not None:
         check_fits(count_tokens(vocabulary), config.vocab_size, vocabulary.origin)
@@ -276,18 +272,44 @@ def write_files(
     stated_dtype = str(dtype or first.dtype).removeprefix("torch.")
     raw_config = config_to_huggingface(config, stated_dtype, vocabulary) | dict(settings or {})
     names = {name: their_name(name) for name in tensors} | {name: name for name in head or {}}
-    of_llama, tensors = tensors, {**tensors, **(head or {})}
+    _write_json(folder / "config.json", raw_config)
+    _write_shards(folder, {**tensors, **(head or {})}, names, config, dtype)
+    if vocabulary is not None:
+        _write_vocabulary(folder, vocabulary, generation or {})
+
+
+def _write_shards(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    config: LlamaConfig,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write tensors to model.safetensors, or to shards of it and their index.
+
+    Args:
+        folder: has config.json already, whose permissions the files get.
+        tensors: by our names, and a head's by Hugging Face's.
+        names: theirs, of each.
+        config: of the model.
+        dtype: of what is written; None for each tensor's own.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     # Shards are planned on shapes alone: meta tensors have no numbers.
     plan = split_torch_state_dict_into_shards(
         {name: t.to("meta", dtype or t.dtype) for name, t in tensors.items()},
         max_shard_size=MAX_SHARD_SIZE,
         filename_pattern="model{suffix}.safetensors",
     )
-    _write_json(folder / "config.json", raw_config)
     for file, of_file in plan.filename_to_tensors.items():
         shard = {
             names[name]: (
-                for_huggingface(name, tensors[name], config) if name in of_llama else tensors[name]
+                for_huggingface(name, tensors[name], config)
+                if names[name] != name
+                else tensors[name]  # of a head
             ).to(dtype=dtype)
             for name in of_file
         }
@@ -301,8 +323,6 @@ def write_files(
         where = {names[name]: file for name, file in plan.tensor_to_filename.items()}
         index = {"metadata": plan.metadata, "weight_map": dict(sorted(where.items()))}
         _write_json(folder / "model.safetensors.index.json", index)
-    if vocabulary is not None:
-        _write_vocabulary(folder, vocabulary, generation or {})
 
 
 def _check_kept_tokenizer(folder: Path, config: LlamaConfig) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minllama.checkpoints.json_object import read_object
 from minllama.checkpoints.state_dict import add_zero_biases, check_extent, has_bias, translate
 from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
 from minllama.checkpoints.wrapped import load_state_dict, without_wrappers
 from minllama.errors import CheckpointError, naming
-from minllama.json_file import read_object
 from minllama.model.config import LlamaConfig, RopeScaling, meta_hidden_dim
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")

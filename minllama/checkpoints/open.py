@@ -36,6 +36,7 @@ from minllama.checkpoints.peft_config import CONFIG_FILE, read_adapter_config
 from minllama.checkpoints.resolve import canonical_name, resolve_source, source_of
 from minllama.checkpoints.types import Checkpoint, LazyTensor
 from minllama.errors import CheckpointError, TokenizerError
+from minllama.text import first_few
 from minllama.tokenizer.load import find_vocabulary, load_vocabulary
 from minllama.tokenizer.vocabulary import Vocabulary
 
@@ -224,7 +225,6 @@ def _reader_of_folder(path: Path) -> Callable[[Path], Checkpoint]:
 
 def _only_one(folder: Path, models: list[Path]) -> Path:
     if len(models) > 1:
-        names = ", ".join(model.name for model in models[:20])
-        more = f" and {len(models) - 20} more" if len(models) > 20 else ""
-        raise CheckpointError(f"{folder}: contains several GGUF files; name one of {names}{more}")
+        names = first_few((model.name for model in models), 20)
+        raise CheckpointError(f"{folder}: contains several GGUF files; name one of {names}")
     return models[0]

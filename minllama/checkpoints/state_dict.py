@@ -14,6 +14,7 @@ from torch import Tensor
 from minllama.checkpoints.types import LazyTensor
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.model.config import LlamaConfig
+from minllama.text import first_few
 
 # Rotary tables are built for the whole context; the longest of real models is ten million tokens.
 MAX_CONTEXT = 2**24
@@ -85,8 +86,7 @@ def differences(
 
 def listed(problems: list[str]) -> str:
     """`problems` for one line, the first MAX_LISTED of them."""
-    more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-    return "; ".join(problems[:MAX_LISTED]) + more
+    return first_few(problems, MAX_LISTED, "; ")
 
 
 def check_writable(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:

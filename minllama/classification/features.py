@@ -22,7 +22,7 @@ from minllama.classification.embedding import LlamaEmbeddingClassifier, Pooling,
 from minllama.classification.label_scoring import padded
 from minllama.data.texts import checked_texts
 from minllama.engine.packing import layer_states
-from minllama.errors import MinllamaError
+from minllama.errors import optional_import
 
 Choice = tuple[int, Pooling]
 Features = dict[Choice, NDArray[np.float32]]
@@ -327,14 +327,10 @@ def _fitting() -> Iterator[None]:
     Raises:
         MinllamaError: scikit-learn is missing.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from threadpoolctl import threadpool_limits
-    except ImportError as error:
-        raise MinllamaError(
-            "fitting a head needs the library scikit-learn; "
-            "install it with: python -m pip install 'minllama[train]'"
-        ) from error
+    optional_import("sklearn", "fitting a head needs")
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
+
     with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield

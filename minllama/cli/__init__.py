@@ -16,11 +16,10 @@ from typing import Any, TextIO
 
 import click
 
-from minllama import __version__
 from minllama.cli.grouped import did_you_mean, usage_message
 from minllama.cli.limits import keep_to_granted_cpus
 from minllama.errors import CheckpointWarning, MinllamaError
-from minllama.text import one_line
+from minllama.text import VERSION, one_line
 
 COMMANDS = {
     "generate": "Continue a prompt, and print the text as it is generated.",
@@ -78,7 +77,7 @@ class _LazyGroup(click.Group):
 
 
 @click.command(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="minllama", message="%(prog)s %(version)s")
+@click.version_option(VERSION, prog_name="minllama", message="%(prog)s %(version)s")
 def cli() -> None:
     """Run, train and evaluate small Llama models for generation and classification."""
 

@@ -18,6 +18,7 @@ from minllama.cli.open import (
     generation_config_option,
     model_options,
     open_model,
+    pick,
     quantize_option,
     recommended,
     template_options,
@@ -26,6 +27,7 @@ from minllama.cli.open import (
 from minllama.cli.prompt_text import read_system
 from minllama.errors import ContextError, MinllamaError
 from minllama.options import GenerationOptions
+from minllama.options.loading import LoadOptions
 from minllama.text import escaped, one_line
 
 
@@ -46,15 +48,11 @@ def command(
     system_file: str | None,
     chat_template: str | None,
     source: str | None,
-    tokenizer: str | None,
-    base: str | None,
-    dtype: str | None,
-    device: str | None,
-    quantize: str,
     generation_config: bool,
     **options: Any,
 ) -> None:
     """Chat with a model: /help lists the commands, Ctrl-C stops an answer."""
+    loading = pick(LoadOptions, options)
     checked = GenerationOptions(**options)
     if not generation_config:
         check_sampling(checked.temperature)
@@ -63,8 +61,8 @@ def command(
     with ended_by_interrupts():
         from minllama.generation.conversation import Conversation
 
-    warn_of_slow_dtype(dtype, device)
-    model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize, base=base)
+    warn_of_slow_dtype(loading.dtype, loading.device)
+    model, words, checkpoint = open_model(source, loading)
     if generation_config:
         checked = recommended(options, checkpoint)
     template = chosen_template(chat_template, words)

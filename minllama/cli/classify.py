@@ -4,10 +4,12 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from minllama.atomic import only_run
 from minllama.cli.deciding import decide
 from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
@@ -27,7 +29,6 @@ from minllama.cli.open import (
 )
 from minllama.cli.output_file import OutputFile
 from minllama.errors import DataError, MinllamaError, OptionError
-from minllama.lock import only_run
 from minllama.options import (
     CORRECTED,
     OUTPUT_FORMATS,
@@ -37,6 +38,7 @@ from minllama.options import (
     names_of,
 )
 from minllama.options.evaluation import ThresholdOptions
+from minllama.options.loading import LoadOptions
 from minllama.text import printable
 
 if TYPE_CHECKING:
@@ -140,19 +142,14 @@ def command(
     resume: bool,
     force: bool,
     as_json: bool,
-    base: str | None,
     source: str | None,
-    tokenizer: str | None,
-    dtype: str | None,
-    device: str | None,
-    quantize: str | None,
     **values: Any,
 ) -> None:
     """Label texts with CLASSIFIER (a folder that `minllama train` wrote), or with --labels."""
     _check_idle(bool(texts), labels_file, score=values["score"])
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
-    threshold = pick(ThresholdOptions, values)
+    threshold, loading = pick(ThresholdOptions, values), pick(LoadOptions, values)
     file = OutputFile.of(output, output_format, has_mark=bom)
     _check_input(texts, rows, file, resume=resume, force=force)
     columns = _kept_columns(keep_columns, file.output_format)
@@ -168,12 +165,12 @@ def command(
             raise OptionError(
                 f"{flags}: determined by the CLASSIFIER; omit {'it' if len(own) == 1 else 'them'}"
             )
-        made = _load(classifier, base, tokenizer, dtype, device, quantize)
+        made = _load(classifier, loading)
     else:
-        if base is not None:
+        if loading.base is not None:
             raise OptionError("--base is for a CLASSIFIER; with --labels, use --model")
         names = _names(labels, labels_file, data.encoding)
-        made = _zero_shot(names, options, prompt, source, tokenizer, dtype, device, quantize)
+        made = _zero_shot(names, options, prompt, source, loading)
         _learn_prior(made, options, rows, data)
     decide(made, threshold)
     if texts:
@@ -240,21 +237,12 @@ def _check_texts(texts: tuple[str, ...]) -> None:
             raise DataError(f"{where}: {error}; give another text, or omit it") from error
 
 
-def _load(
-    folder: str,
-    base: str | None,
-    tokenizer: str | None,
-    dtype: str | None,
-    device: str | None,
-    quantize: str | None,
-) -> "Classifier":
+def _load(folder: str, loading: LoadOptions) -> "Classifier":
     with ended_by_interrupts():
-        from minllama.classification import load_classifier
+        from minllama.classification.storage.save_load import load_classifier_with
 
-    warn_of_slow_dtype(dtype, device)
-    return load_classifier(
-        folder, model=base, tokenizer=tokenizer, dtype=dtype, device=device, quantize=quantize
-    )
+    warn_of_slow_dtype(loading.dtype, loading.device)
+    return load_classifier_with(folder, loading)
 
 
 def _names(labels: str | None, labels_file: str | None, encoding: str | None) -> list[str]:
@@ -281,22 +269,19 @@ def _zero_shot(
     options: ZeroShotOptions,
     prompt: PromptOptions,
     source: str | None,
-    tokenizer: str | None,
-    dtype: str | None,
-    device: str | None,
-    quantize: str | None,
+    loading: LoadOptions,
 ) -> "Classifier":
     with ended_by_interrupts():
-        from minllama.checkpoints.load import usable_device
-        from minllama.experiment.build import make_zero_shot, weights_form
+        from minllama.checkpoints.load import load_with
+        from minllama.checkpoints.weight_format import resolve_weight_format
+        from minllama.experiment.build import make_zero_shot
         from minllama.model.llama import Llama
 
-    warn_of_slow_dtype(dtype, device)
-    checkpoint, words = open_words(source, tokenizer)
+    warn_of_slow_dtype(loading.dtype, loading.device)
+    checkpoint, words = open_words(source, loading)
     prompt = with_template(prompt, words)
-    where, wanted = usable_device(device), None if quantize == "none" else quantize or "auto"
-    weights, how = weights_form("zero-shot", checkpoint, where, dtype, wanted)
-    model = Llama.from_checkpoint(checkpoint, dtype=weights, device=where, quantize=how)
+    loading = replace(loading, quantize=loading.quantize or "auto")
+    model = load_with(Llama, checkpoint, resolve_weight_format(checkpoint, loading, "read"))
     return make_zero_shot(model, words, names, prompt, options)
 
 

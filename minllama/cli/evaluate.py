@@ -23,6 +23,7 @@ from minllama.cli.open import (
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.options import DataOptions
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
+from minllama.options.loading import LoadOptions
 from minllama.text import one_line
 
 if TYPE_CHECKING:
@@ -85,18 +86,13 @@ def command(
     output: str | None,
     force: bool,
     seed: int,
-    base: str | None,
-    tokenizer: str | None,
-    dtype: str | None,
-    device: str | None,
-    quantize: str | None,
     **values: Any,
 ) -> None:
     """Evaluate CLASSIFIER, a folder that `minllama train` wrote, on labeled texts."""
-    data = pick(DataOptions, values)
+    data, loading = pick(DataOptions, values), pick(LoadOptions, values)
     _check(against, against_base, output, force=force)
     with ended_by_interrupts():
-        from minllama.classification import load_classifier
+        from minllama.classification.storage.save_load import load_classifier_with
         from minllama.cli.waiting import ConsoleSay
         from minllama.evaluation.report import print_summary
         from minllama.experiment import check_libraries
@@ -106,15 +102,18 @@ def command(
             check_libraries()
 
     began = datetime.now(UTC).astimezone()
-    warn_of_slow_dtype(dtype, device)
-    form = {"dtype": dtype, "device": device, "quantize": quantize}
-    loaded = load_classifier(classifier, model=base, tokenizer=tokenizer, **form)
+    warn_of_slow_dtype(loading.dtype, loading.device)
+    loaded = load_classifier_with(classifier, loading)
     decide(loaded, pick(ThresholdOptions, values), more_of_classes=("against", "against_base"))
     split, notes = _read(source, data, loaded, classifier)
     say = ConsoleSay()
     for line in (described(loaded), *notes):
         say.say(line)
-    other = None if against is None else _open(against, split, {"model": against_base, **form})
+    other = (
+        None
+        if against is None
+        else _open(against, split, dataclasses.replace(loading, base=against_base, tokenizer=None))
+    )
     headline = pick(ReportOptions, values).headline or "accuracy"
     try:
         reported = _measured(loaded, split, other, headline, seed, say)
@@ -181,7 +180,7 @@ def _read(
     return split, [str(notice) for notice in (*split.notices, *one_class(split))]
 
 
-def _open(against: str, split: "Dataset", loading: dict[str, Any]) -> "Other":
+def _open(against: str, split: "Dataset", loading: LoadOptions) -> "Other":
     from minllama.experiment.compare import open_other
 
     try:

@@ -17,6 +17,7 @@ from minllama.cli.open import (
     generation_config_option,
     model_options,
     open_model,
+    pick,
     quantize_option,
     recommended,
     template_options,
@@ -25,7 +26,8 @@ from minllama.cli.open import (
 from minllama.cli.prompt_text import MARK, PromptText, read_system, read_text
 from minllama.errors import MinllamaError
 from minllama.options import GenerationOptions
-from minllama.text import escaped, one_line
+from minllama.options.loading import LoadOptions
+from minllama.text import escaped, first_few, one_line
 
 if TYPE_CHECKING:
     from minllama.generation.api import Generation, TextStream, TokenLogprob
@@ -65,11 +67,6 @@ def command(
     chat_template: str | None,
     as_json: bool,
     source: str | None,
-    tokenizer: str | None,
-    base: str | None,
-    dtype: str | None,
-    device: str | None,
-    quantize: str,
     generation_config: bool,
     **options: Any,
 ) -> None:
@@ -77,6 +74,7 @@ def command(
 
     Piped or redirected input is put before PROMPT.
     """
+    loading = pick(LoadOptions, options)
     # Check everything that needs no torch before importing it.
     options["json_schema"] = _schema(options["json_schema"])
     if as_json and options["logprobs"] is None and not options["prompt_lookup"]:
@@ -93,8 +91,8 @@ def command(
     with ended_by_interrupts():
         from minllama.generation.api import TextStream
 
-    warn_of_slow_dtype(dtype, device)
-    model, words, checkpoint = open_model(source, tokenizer, dtype, device, quantize, base=base)
+    warn_of_slow_dtype(loading.dtype, loading.device)
+    model, words, checkpoint = open_model(source, loading)
     if generation_config:
         checked = recommended(options, checkpoint)
     text = prompt_text.whole()
@@ -160,8 +158,7 @@ def _note_special_tokens(text: str, words: "Tokenizer", options: str) -> None:
 
     spelled = spelled_special(text, words)
     if spelled:
-        listed = ", ".join(map(escaped, spelled[:3]))
-        listed += f" and {len(spelled) - 3} more" if len(spelled) > 3 else ""
+        listed = first_few(map(escaped, spelled), 3)
         notice = f"read as plain text: {listed} (special tokens with {options})"
         click.echo(one_line(notice), err=True)
 

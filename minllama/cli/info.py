@@ -8,7 +8,8 @@ import click
 
 from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import base_option, debug_option, ended_by_interrupts
-from minllama.text import escaped, one_line, printable
+from minllama.options.loading import LoadOptions
+from minllama.text import cut, escaped, first_few, one_line, printable
 
 if TYPE_CHECKING:
     from minllama.checkpoints.types import Checkpoint
@@ -97,8 +98,8 @@ def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         SEQUENCE_CLASSIFIER,
         SEVERAL_LABELS,
     )
-    from minllama.data.records import listed
     from minllama.errors import naming
+    from minllama.text import listed
 
     with naming(checkpoint.path):
         weight = checkpoint.tensors.get(HEAD_WEIGHT)
@@ -118,14 +119,14 @@ def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
 
 def _runs_as(checkpoint: "Checkpoint") -> str:
     """How `generate` computes with the file on this machine by default."""
-    from minllama.checkpoints.load import best_form, has_blocks
+    from minllama.checkpoints.weight_format import has_blocks, resolve_weight_format
     from minllama.engine import cuda_graph
     from minllama.kernels.cpu.library import best_level, library
     from minllama.kernels.gpu import launch as gpu
-    from minllama.kernels.hardware import LEVELS, default_device, default_dtype, fast_bfloat16
+    from minllama.kernels.hardware import LEVELS, fast_bfloat16
 
-    device = default_device()
-    dtype, quantize = best_form(checkpoint, device)
+    weights = resolve_weight_format(checkpoint, LoadOptions(quantize="auto"))
+    device, quantize = weights.device, weights.quantize
     if quantize is not None and not has_blocks(checkpoint):
         return f"the file's half-precision weights, computed in float32 ({LEVELS[best_level()]})"
     if quantize is not None:
@@ -133,7 +134,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         blocks = "the file's quantized blocks" + (f", {others} in 8 bits" if others else "")
         text = f"{blocks} ({LEVELS[best_level()]})"
         return f"{text}; long forward passes in bfloat16" if fast_bfloat16(device) else text
-    name = str(dtype or default_dtype(device)).removeprefix("torch.")
+    name = str(weights.dtype).removeprefix("torch.")
     if device.type != "cpu":
         has_steps = cuda_graph.knows(checkpoint.config) and gpu.works(device)
         steps = "; decode steps in CUDA graphs" if has_steps else ""
@@ -200,9 +201,7 @@ def _vocabulary(vocabulary: "Vocabulary | None") -> list[tuple[str, str]]:
 
 def _templates(vocabulary: "Vocabulary") -> str:
     template, names = vocabulary.chat_template, sorted(vocabulary.chat_templates)
-    cut = [name if len(name) <= 40 else name[:37] + "..." for name in names[:MAX_TEMPLATES]]
-    shown = ", ".join(map(escaped, cut))
-    shown += f" and {len(names) - len(cut)} more" if len(names) > len(cut) else ""
+    shown = first_few((escaped(cut(name, 40)) for name in names), MAX_TEMPLATES)
     if template is None:
         return f"none by default; by name: {shown}" if names else "none"
     text = f"chat, {len(template):,} characters"

@@ -1,16 +1,24 @@
 """`minllama merge`: merge a classifier's adapter into its weights."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from minllama.atomic import check_folder_writable, check_replaceable
 from minllama.cli.convert import write
 from minllama.cli.grouped import GroupedCommand, option
-from minllama.cli.open import classifier_options, debug_option, ended_by_interrupts, torch_dtype
+from minllama.cli.open import (
+    classifier_options,
+    debug_option,
+    ended_by_interrupts,
+    pick,
+    torch_dtype,
+)
 from minllama.errors import MinllamaError
+from minllama.options.loading import LoadOptions
 from minllama.text import one_line
 
 if TYPE_CHECKING:
@@ -38,43 +46,39 @@ def command(
     dst: str,
     target: str | None,
     force: bool,
-    base: str | None,
-    tokenizer: str | None,
-    dtype: str | None,
-    device: str | None,
+    **values: Any,
 ) -> None:
     """Write CLASSIFIER to DST as a complete model that needs no base model.
 
     A PEFT adapter's folder becomes a Hugging Face folder, as with minllama convert.
     """
+    loading = pick(LoadOptions, values)
     _check_target(dst, force=force)
     with ended_by_interrupts():
         from minllama.checkpoints.open import CLASSIFIER_FILE, open_checkpoint
         from minllama.checkpoints.peft import is_adapter
         from minllama.checkpoints.peft_config import read_adapter_config
         from minllama.checkpoints.resolve import folder_of, source_of
-        from minllama.classification import load_classifier
-        from minllama.classification.storage.save_load import form_in_training
+        from minllama.classification.storage.save_load import (
+            load_classifier_with,
+            weight_format_in_training,
+        )
         from minllama.experiment.output_folder import RECORDS, check_not_base
 
     source = folder_of(classifier)
     is_of_peft = not (source / CLASSIFIER_FILE).is_file() and is_adapter(source)
     if is_of_peft and not read_adapter_config(source).has_head:
-        write(open_checkpoint(source, tokenizer=tokenizer, base=base), dst, "hf", dtype)
+        checkpoint = open_checkpoint(source, tokenizer=loading.tokenizer, base=loading.base)
+        write(checkpoint, dst, "hf", loading.dtype)
         return
-    loaded = load_classifier(
-        source,
-        model=base,
-        tokenizer=tokenizer,
-        dtype=dtype,
-        device=device,
-        quantize=form_in_training(source),
-    )
+    as_trained = replace(loading, quantize=weight_format_in_training(source))
+    loaded = load_classifier_with(source, as_trained)
+    dtype = torch_dtype(loading.dtype)
     check_not_base(Path(dst), loaded.llama.source and source_of(loaded.llama.source))
     if target == "hf":
-        _write_for_transformers(loaded, dst, torch_dtype(dtype), removes=RECORDS)
+        _write_for_transformers(loaded, dst, dtype, removes=RECORDS)
     else:
-        _write_merged(loaded, source, dst, torch_dtype(dtype))
+        _write_merged(loaded, source, dst, dtype)
 
 
 def _check_target(dst: str, *, force: bool) -> None:

@@ -20,6 +20,7 @@ from click.core import ParameterSource
 from minllama.cli.grouped import Command, option
 from minllama.errors import OptionError
 from minllama.options import QUANTIZE, CheckedOptions, group_of
+from minllama.options.loading import LoadOptions
 from minllama.text import escaped, one_line
 
 if TYPE_CHECKING:
@@ -313,7 +314,7 @@ def dataclass_options(
 
     def decorate(command: Command) -> Command:
         hints = typing.get_type_hints(options)
-        for field in reversed(dataclasses.fields(options)):
+        for field in reversed(dataclasses.fields(options)):  # type: ignore[arg-type]
             if field.name not in skip:
                 default = (defaults or {}).get(field.name, field.default)
                 command = _click_option(options, field, hints[field.name], default)(command)
@@ -378,12 +379,7 @@ def ended_by_interrupts() -> Iterator[None]:
 
 def open_model(
     source: str | None,
-    tokenizer: str | None,
-    dtype: str | None,
-    device: str | None,
-    quantize: str = "none",
-    *,
-    base: str | None = None,
+    loading: LoadOptions,
 ) -> "tuple[Llama, Tokenizer, Checkpoint]":
     """Open the model and tokenizer that the shared options name.
 
@@ -391,18 +387,17 @@ def open_model(
         MinllamaError: they cannot be opened, or there is no tokenizer.
     """
     with ended_by_interrupts():
+        from minllama.checkpoints.load import load_with
+        from minllama.checkpoints.weight_format import resolve_weight_format
         from minllama.model.llama import Llama
 
     # Tokenizer first: it loads fast, and a damaged one is found before gigabytes are read.
-    checkpoint, words = open_words(source, tokenizer, base=base)
-    how = None if quantize == "none" else quantize
-    model = Llama.from_checkpoint(checkpoint, dtype=torch_dtype(dtype), device=device, quantize=how)
+    checkpoint, words = open_words(source, loading)
+    model = load_with(Llama, checkpoint, resolve_weight_format(checkpoint, loading))
     return model, words, checkpoint
 
 
-def open_words(
-    source: str | None, tokenizer: str | None, *, base: str | None = None
-) -> "tuple[Checkpoint, Tokenizer]":
+def open_words(source: str | None, loading: LoadOptions) -> "tuple[Checkpoint, Tokenizer]":
     """Open the checkpoint that the shared options name, and read only its tokenizer.
 
     Raises:
@@ -412,16 +407,21 @@ def open_words(
         from minllama.checkpoints.open import open_checkpoint
         from minllama.tokenizer.tokenizer import Tokenizer
 
-    checkpoint = open_checkpoint(source, tokenizer=tokenizer, base=base)
+    checkpoint = open_checkpoint(source, tokenizer=loading.tokenizer, base=loading.base)
     checkpoint.check_language_model()  # before its tokenizer, which may be missing
     return checkpoint, Tokenizer.from_checkpoint(checkpoint)
 
 
-def warn_of_slow_dtype(dtype: str | None, device: str | None, *, option: str | None = None) -> None:
+def warn_of_slow_dtype(
+    dtype: "torch.dtype | str | None",
+    device: "torch.device | str | None",
+    *,
+    option: str | None = None,
+) -> None:
     """Print a warning if this machine only emulates the requested half precision."""
     if dtype is None:
         return
-    from minllama.checkpoints.load import slow_dtype
+    from minllama.checkpoints.weight_format import slow_dtype
 
     if (warning := slow_dtype(dtype, device)) is not None:
         click.echo(f"{option or f'--dtype {dtype}'}: {warning}", err=True)

@@ -13,14 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from minllama.errors import MinllamaError, OptionError
+from minllama.errors import MinllamaError, OptionError, missing_library
 from minllama.options import OUTPUT_ENDINGS
 
 if TYPE_CHECKING:
     from minllama.experiment.resume import Done
 
 STANDARD_OUTPUT = "-"
-INSTALL = "pip install 'minllama[train]'"
 
 
 def _format_of(output: str) -> str:
@@ -129,7 +128,7 @@ class OutputFile:
                 "or jsonl"
             )
         if find_spec("pyarrow") is None:
-            raise MinllamaError(f"{path}: Parquet needs pyarrow; install it with: {INSTALL}")
+            raise missing_library("pyarrow", f"{path}: Parquet needs")
 
     def done(self) -> "Done":
         """The rows that an interrupted run has written.

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minllama.cli.grouped import GroupedCommand, option
+from minllama.cli.grouped import Command, GroupedCommand, option
 from minllama.cli.open import (
     INTERRUPTED,
-    Command,
     dataclass_options,
     debug_option,
     ended_by_interrupts,

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minllama.data.records import RawRow, Table, listed, numbered
-from minllama.errors import DataError
+from minllama.data.records import RawRow, Table, numbered
+from minllama.errors import DataError, optional_import
+from minllama.text import first_line, listed
 
 ROWS_AT_ONCE = 1000
 BYTES_AT_ONCE = 2**24  # of cells that become Python's
 EXAMPLE_ID = "stanfordnlp/imdb:train"
-INSTALL = "pip install 'minllama[train]'"
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,13 @@ def parse_hub_id(name: str) -> HubDataset | None:
 
 
 def parquet_table(path: Path, name: str) -> Table:
-    """The rows of a Parquet file, with one batch in memory at a time."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(f"{name}: Parquet needs pyarrow; install it with: {INSTALL}") from error
+    """The rows of a Parquet file, a batch in memory at a time."""
+    optional_import("pyarrow", f"{name}: Parquet needs", kind=DataError)
+    import pyarrow as pa
+    from pyarrow import parquet
 
     def refusal(error: Exception) -> DataError:
-        return DataError(f"{name}: damaged, or not a Parquet file ({_first_line(error)})")
+        return DataError(f"{name}: damaged, or not a Parquet file ({first_line(error)})")
 
     def batches() -> Iterator[Any]:
         try:
@@ -108,14 +106,9 @@ def _rows_at_once(file: Any) -> int:
 
 
 def hub_table(hub_dataset: HubDataset, name: str) -> Table:
-    """The rows of a Hugging Face dataset, downloaded once into the cache of `datasets`."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{name}: no such file, and Hugging Face datasets need the library datasets; install "
-            f"it with: {INSTALL}"
-        ) from error
+    """The rows of a data set on the hub, downloaded once into the cache of `datasets`."""
+    needs = f"{name}: no such file, and Hugging Face datasets need"
+    datasets = optional_import("datasets", needs, kind=DataError)
     quiet = not sys.stderr.isatty() and not datasets.utils.are_progress_bars_disabled()
     if quiet:
         datasets.disable_progress_bars()
@@ -163,7 +156,7 @@ def _reason(hub_dataset: HubDataset, error: Exception) -> str:
     """Why a data set cannot be had, and the remedy, in one line."""
     import datasets
 
-    line = _first_line(error)
+    line = first_line(error)
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         return (
             f"no such file, and no accessible dataset of that name on Hugging Face ({line}); "
@@ -337,7 +330,3 @@ def _with_short_numbers(batch: Any) -> Any:
             exact = batch.column(i).cast(pa.string()).cast(pa.float64())
             batch = batch.set_column(i, pa.field(field.name, pa.float64()), exact)
     return batch
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0].rstrip(".") or type(error).__name__

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from minllama.data.records import shown
+from minllama.text import shown
 
 MAX_DIGITS = 300  # of a number that is compared by its value
 # Digits without leading zeros: 007 is a code, not a number.

@@ -5,9 +5,8 @@ If there is no unambiguous guess, the error lists the columns.
 
 from collections.abc import Collection, Mapping, Sequence
 
-from minllama.data.records import listed, shown
 from minllama.errors import DataError
-from minllama.text import printable
+from minllama.text import cut, listed, printable, shown
 
 # The first of each is taken even where others of the list are there.
 TEXT_NAMES = (
@@ -158,7 +157,7 @@ def _of_type(
     if others:
         remedy += f", or give --{what}-column one of {listed(others)}"
     kind = printable(types[column])
-    kind = kind if len(kind) <= 60 else f"{kind[:57]}..."
+    kind = cut(kind)
     return DataError(f"{name}: column {column!r} is {kind}, which cannot be a {what}; {remedy}")
 
 

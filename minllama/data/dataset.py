@@ -15,10 +15,11 @@ from minllama.data.label_names import read_label_names
 from minllama.data.labels import LabelReader
 from minllama.data.multi_hot import label_columns, names_of_columns
 from minllama.data.numbers import NumberReader
-from minllama.data.records import BadRow, BadRows, Record, Table, listed, shown
+from minllama.data.records import BadRow, BadRows, Record, Table
 from minllama.data.source import Source, open_table
 from minllama.errors import DataError, OptionError
 from minllama.options import DataOptions
+from minllama.text import listed, shown
 
 __all__ = [
     "Dataset",

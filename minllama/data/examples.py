@@ -13,10 +13,10 @@ from minllama.data.labels import UNLABELLED, LabelReader
 from minllama.data.look_alikes import alike_message, folded, look_alikes, told_apart
 from minllama.data.multi_hot import column_vector, is_surely_a_vector, vector_labels, vector_of
 from minllama.data.numbers import NumberReader
-from minllama.data.records import BadRow, BadRows, Record, first_few, shown
+from minllama.data.records import BadRow, BadRows, Record
 from minllama.errors import DataError
 from minllama.options import DataOptions
-from minllama.text import printable
+from minllama.text import first_few, printable, shown
 
 Labels = list[int] | list[tuple[int, ...]]
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from minllama.data.records import shown
+from minllama.text import shown
 
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
 _CALL = re.compile(r"(?:np\.|numpy\.)?(?:array|set|frozenset|list|tuple)\(")

@@ -12,8 +12,8 @@ from typing import Any
 from minllama.data.class_names import class_text, whole_number
 from minllama.data.encoding import advice_for, encoding_of
 from minllama.data.label_lists import read_list, split_names
-from minllama.data.records import listed, shown
 from minllama.errors import DataError, OptionError
+from minllama.text import listed, shown
 
 MAX_NAMES_BYTES = 2**24
 HEAD = 2**16  # of a file, to tell its encoding by

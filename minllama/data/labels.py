@@ -13,7 +13,7 @@ from minllama.data.class_names import class_text, is_number_like, is_truth, numb
 from minllama.data.label_lists import read_list, split_names
 from minllama.data.look_alikes import alike_message, folded
 from minllama.data.multi_hot import vector_of
-from minllama.data.records import first_few, listed, shown
+from minllama.text import first_few, listed, shown
 
 MOST_REFUSED = 1000  # different labels that are remembered
 UNLABELLED = -1  # the number that stands for no label in data sets without gold labels

@@ -14,8 +14,9 @@ from typing import Any
 
 from minllama.data.columns import LABEL_NAMES, TEXT_NAMES
 from minllama.data.encoding import BYTE_ORDER_MARK, CHUNK, UTF_8, advice_for, bad_bytes
-from minllama.data.records import RawRow, Table, numbered, shown
+from minllama.data.records import RawRow, Table, numbered
 from minllama.errors import DataError
+from minllama.text import shown
 
 # Far above any text that a model reads, far below what hurts: without a limit a file of another
 # kind, or a device, could be one endless line.

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from minllama.data.class_names import is_number_like
-from minllama.data.records import MAX_SHOWN
+from minllama.text import first_few
 
 # Drawn as nothing, beside the categories Cf and Cc: joiner, fillers, variation selectors.
 _FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
@@ -77,9 +77,8 @@ def alike_message(names: list[str], counts: Mapping[str, int]) -> str:
     for name, shown in zip(names, told_apart(names), strict=True):
         n = counts.get(name)
         told.append(shown if n is None else f"{shown} ({n:,} row{'s' * (n != 1)})")
-    more = f" and {len(told) - MAX_SHOWN} more" if len(told) > MAX_SHOWN else ""
     return (
-        f"{', '.join(told[:MAX_SHOWN])}{more} are different labels that differ only in "
+        f"{first_few(told)} are different labels that differ only in "
         f"{difference(names)}; are they the same?"
     )
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from minllama.data.label_names import names_of_option
-from minllama.data.records import listed, shown
 from minllama.errors import DataError
+from minllama.text import listed, shown
 
 _BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 

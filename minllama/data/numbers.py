@@ -9,7 +9,7 @@ import numbers
 import re
 from typing import Any
 
-from minllama.data.records import shown
+from minllama.text import shown
 
 # As Python's float(), but for its underscores, and for words: "nan" and "inf" are no targets.
 LARGEST = 1e100  # sums of squares are to be floats still

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from minllama.data.columns import LABEL_NAMES, TEXT_NAMES
 from minllama.data.delimited import cells_of
 from minllama.errors import DataError
-from minllama.text import printable
+from minllama.text import cut, printable
 
 LOOKED_AT = 20  # lines that tell a form
 PARQUET = b"PAR1"
@@ -96,8 +96,7 @@ def quoted(name: str) -> str:
 def seen(line: str) -> str:
     """The first line of a file for a message: quoted, printable and shortened."""
     line = re.sub(r"\s*\n\s*", " ", line.strip("\r\n\ufeff")).replace("\t", "<tab>")
-    text = printable(line)
-    return f"'{text}'" if len(text) <= 60 else f"'{text[:57]}...'"
+    return f"'{cut(printable(line))}'"
 
 
 def piped(program: str, name: str, new: str, *, compressed: bool) -> str:

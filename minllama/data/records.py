@@ -1,14 +1,13 @@
 """Tables of numbered records, good and bad: what every file format is read into."""
 
-import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minllama.errors import DataError
+from minllama.text import MAX_SHOWN, listed
 
-MAX_SHOWN = 10  # bad rows, or names, that an error spells out
 TOO_MANY = 100_000  # bad rows, where hardly any are good
 
 # One row of a file before it is numbered: its line, and its cells or what is wrong with it.
@@ -139,22 +138,3 @@ def _together(places: list[str]) -> str:
     # Many objects of a list may stand in one line.
     *numbers, last = dict.fromkeys(place.removeprefix(f"{unit} ") for place in places)
     return f"{unit}s {', '.join(numbers)} and {last}" if numbers else places[0]
-
-
-def shown(value: object) -> str:
-    """`value` in a message: quoted, on one line, and short."""
-    text = repr(value[:100] if isinstance(value, str | bytes) else value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first few of `names`, quoted."""
-    return first_few(map(shown, names))
-
-
-def first_few(items: Iterable[str]) -> str:
-    """The first few of them, and how many more there are."""
-    items = iter(items)
-    few = list(itertools.islice(items, MAX_SHOWN))
-    more = sum(1 for _ in items)
-    return ", ".join(few) + (f" and {more} more" if more else "")

@@ -15,10 +15,11 @@ from typing import TextIO
 from minllama.data.arrow import EXAMPLE_ID, HubDataset, hub_table, parquet_table, parse_hub_id
 from minllama.data.formats import table_of
 from minllama.data.other_forms import PARQUET, refuse_binary
-from minllama.data.records import Table, shown
+from minllama.data.records import Table
 from minllama.data.unpacking import Beginning, opened
 from minllama.errors import DataError, OptionError
 from minllama.options import DATA_FORMATS, DataOptions
+from minllama.text import shown
 
 STANDARD_INPUT = "-"
 

@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 
 from minllama.data.examples import Dataset, Notice, alike_names
-from minllama.data.records import listed
 from minllama.errors import DataError
+from minllama.text import listed
 
 
 def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:

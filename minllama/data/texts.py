@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any
 
-from minllama.data.records import MAX_SHOWN, shown
 from minllama.errors import DataError
+from minllama.text import first_few, shown
 
 
 def checked_texts(texts: Any, what: str = "texts") -> list[str]:
@@ -32,9 +32,8 @@ def checked_texts(texts: Any, what: str = "texts") -> list[str]:
         raise DataError(f"{what} must be a list of strings, not {shown(texts)}") from error
     wrong = [i for i, value in enumerate(values) if not isinstance(value, str)]
     if wrong:
-        told = ", ".join(f"{what}[{i}] is {_named(values[i])}" for i in wrong[:MAX_SHOWN])
-        more = f" and {len(wrong) - MAX_SHOWN} more" if len(wrong) > MAX_SHOWN else ""
-        raise DataError(f"{told}{more}: not a string; give a text instead, or omit it")
+        told = first_few(f"{what}[{i}] is {_named(values[i])}" for i in wrong)
+        raise DataError(f"{told}: not a string; give a text instead, or omit it")
     return values
 
 

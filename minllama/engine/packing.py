@@ -57,7 +57,7 @@ def forward(
     Raises:
         MinllamaError: as `Llama.forward` does.
     """
-    check_inputs(ids, attention_mask)
+    check_inputs(ids, attention_mask, llama.config.vocab_size)
     check_logits(logits, attention_mask)
     selected = selected_positions(ids, attention_mask, logits)
     flat = None if selected is None else selected.flatten()
@@ -214,7 +214,7 @@ def _laid_out(
 ) -> tuple["Packing | None", AttentionLayout]:
     """How tokens are laid out for the layers: with a packing, as one row of the real ones."""
     mask = None if attention_mask is None else attention_mask.bool()
-    check_inputs(ids, mask)
+    check_inputs(ids, mask, llama.config.vocab_size)
     if cache is not None:
         cache.check_serves(llama.config, llama.dtype, llama.device)
     elif positions is None and (found := _packed(llama, ids, mask)) is not None:

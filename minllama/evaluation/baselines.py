@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minllama.data.texts import checked_texts
-from minllama.errors import MinllamaError
+from minllama.errors import MinllamaError, optional_import
 
 INVERSE_REGULARISATION = 3.0
 MANY_ROWS = 1000
@@ -83,19 +83,14 @@ class TfidfBaseline:
     def __init__(
         self, texts: Sequence[str], gold: NDArray[np.bool_], *, multi_label: bool, seed: int
     ) -> None:
-        try:
-            from sklearn.feature_extraction.text import TfidfVectorizer
-        except ImportError as error:
-            raise MinllamaError(
-                "baselines need the library scikit-learn; "
-                "install it with: python -m pip install 'minllama[train]'"
-            ) from error
+        of_text = optional_import("sklearn.feature_extraction.text", "baselines need")
+
         self._classes = gold.shape[1]
         # A regression, the columns that it tells apart, and which of its outputs they are.
         self._parts: list[tuple[Any, NDArray[np.int64]]] = []
         # What no regression tells apart: classes without a text, or with all of them.
         self._constant = gold.mean(0, dtype=np.float64)
-        self._vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        self._vectorizer = of_text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
         words_of = self._vectorizer.build_analyzer()
         if not any(words_of(text) for text in texts):
             return

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.errors import MinllamaError
+from minllama.errors import MinllamaError, optional_import
 from minllama.evaluation.bootstrap import ScoredRows, intervals
 from minllama.evaluation.ranking import Ranking, mean_of_defined
 from minllama.evaluation.thresholds import DEFAULT, Thresholds, positive_class
@@ -377,15 +377,9 @@ def _per_class(
     gold: NDArray[np.bool_], predicted: NDArray[np.bool_], names: Sequence[str]
 ) -> tuple[ClassMetrics, ...]:
     """Through scikit-learn, label by label: a matrix with one column would be two classes to it."""
-    try:
-        from sklearn.metrics import precision_recall_fscore_support
-    except ImportError as error:
-        raise MinllamaError(
-            "evaluation needs the library scikit-learn; "
-            "install it with: python -m pip install 'minllama[train]'"
-        ) from error
+    sklearn = optional_import("sklearn.metrics", "evaluation needs")
     of_label = [
-        precision_recall_fscore_support(*pair, labels=[True], average=None, zero_division=0)
+        sklearn.precision_recall_fscore_support(*pair, labels=[True], average=None, zero_division=0)
         for pair in zip(gold.T, predicted.T, strict=True)
     ]
     precision, recall, f1, support = np.array(of_label)[:, :, 0].T  # (C,) each

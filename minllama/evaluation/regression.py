@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.errors import MinllamaError
+from minllama.errors import MinllamaError, optional_import
 from minllama.evaluation.bootstrap import INTERVAL
 
 Values = NDArray[np.float64]
@@ -300,16 +300,11 @@ class RidgeBaseline:
     name = "TF-IDF + ridge"
 
     def __init__(self, texts: Sequence[str], targets: Sequence[float]) -> None:
-        try:
-            from sklearn.feature_extraction.text import TfidfVectorizer
-            from sklearn.linear_model import Ridge
-        except ImportError as error:
-            raise MinllamaError(
-                "baselines need the library scikit-learn; "
-                "install it with: python -m pip install 'minllama[train]'"
-            ) from error
+        of_text = optional_import("sklearn.feature_extraction.text", "baselines need")
+        from sklearn.linear_model import Ridge
+
         self._scale = TargetScale.of(targets)
-        self._vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+        self._vectorizer = of_text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
         words_of = self._vectorizer.build_analyzer()
         self._ridge: Any = None
         if any(words_of(text) for text in texts):

@@ -6,10 +6,11 @@ Nothing here parses arguments or prints.
 """
 
 from minllama.experiment.evaluate import evaluate_classifier
+from minllama.experiment.experiment import Experiment
 from minllama.experiment.option_rules import check_uses
 from minllama.experiment.reporter import Say
 from minllama.experiment.splits import Splits, load_splits
-from minllama.experiment.train import Experiment, Outcome, check_libraries, run_experiment
+from minllama.experiment.train import Outcome, check_libraries, run_experiment
 
 __all__ = [
     "Experiment",

@@ -1,16 +1,12 @@
 """Build and train a classifier, by method and objective."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-
 from minllama.atomic import atomic_file
-from minllama.checkpoints.load import reading_form
-from minllama.checkpoints.types import Checkpoint
 from minllama.classification import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import Pooling, check_layer
@@ -24,11 +20,9 @@ from minllama.classification.features import (
 from minllama.classification.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
 from minllama.data.label_names import checked_names, names_of_option, words_by_label
-from minllama.data.records import listed, shown
 from minllama.errors import CheckpointError, OptionError
 from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting, random_order
 from minllama.experiment.reporter import Say
-from minllama.kernels.hardware import fast_bfloat16
 from minllama.lora import add_lora_wrapper
 from minllama.model.llama import Llama
 from minllama.options import (
@@ -39,6 +33,7 @@ from minllama.options import (
     TrainingOptions,
     ZeroShotOptions,
 )
+from minllama.text import listed, shown
 from minllama.tokenizer.tokenizer import Tokenizer
 
 TRAINED = ("lora", "full")  # the methods that follow gradients
@@ -188,6 +183,21 @@ def make_head(
 
     if folder is not None and (known := _read_choice(folder)):
         return built(known)
+    classifier = _fitted(built, llama, fitting, train, options, say)
+    if folder is not None:
+        _write_choice(folder, (classifier.layer, classifier.pooling))
+    return classifier
+
+
+def _fitted(
+    built: Callable[[Choice], LlamaEmbeddingClassifier],
+    llama: Llama,
+    fitting: HeadFitting,
+    train: Dataset,
+    options: ClassifierOptions,
+    say: Say,
+) -> LlamaEmbeddingClassifier:
+    """A classifier on the layer and pooling that are best on training texts, its head fitted."""
     is_whole = options.method == "frozen"
     grows = options.layer == "auto" and not is_whole
     some = fitting.some_rows(MAX_ROWS if is_whole else STARTING_TEXTS)
@@ -207,8 +217,6 @@ def make_head(
     fitted = fitting.fit(features[choice], some, selected.penalty, bias=has_bias)
     fitted.put_into(classifier.score)
     classifier.shortened |= reader.shortened
-    if folder is not None:
-        _write_choice(folder, choice)
     return classifier
 
 
@@ -325,22 +333,3 @@ def training_options(
     if options.head_lr is None:
         changes["head_lr"] = HEAD_LEARNING_RATE
     return replace(options, **changes)
-
-
-def weights_form(
-    method: str,
-    checkpoint: Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype | str | None = None,
-    quantize: str | None = "auto",
-) -> tuple[torch.dtype | str, str | None]:
-    """The dtype and the word of `QUANTIZE` of a method's weights, where not all is said.
-
-    Frozen weights are only multiplied with, in what is fastest; weights that are trained take steps
-    that bfloat16 would round away.
-    """
-    if method == "full":
-        return dtype or torch.float32, None
-    if quantize == "auto":
-        return reading_form(checkpoint, device) if dtype is None else (dtype, None)
-    return dtype or (torch.bfloat16 if fast_bfloat16(device) else torch.float32), quantize

@@ -12,16 +12,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.classification import load_classifier
 from minllama.classification.base import Classifier, probabilities
 from minllama.classification.storage.manifest import CLASSIFIER_FILE
+from minllama.classification.storage.save_load import load_classifier_with
 from minllama.data import Dataset
 from minllama.data.class_names import same_classes
-from minllama.data.records import listed
 from minllama.errors import DataError, MinllamaError
 from minllama.evaluation.metrics import Evaluation, evaluate, predictions
 from minllama.evaluation.report.files import PREDICTIONS_FILE
 from minllama.evaluation.thresholds import DEFAULT, Thresholds
+from minllama.options.loading import LoadOptions
+from minllama.text import listed
 
 Predicted: TypeAlias = tuple[NDArray[np.floating[Any]], NDArray[np.bool_]]
 Progress: TypeAlias = Callable[[int], None] | None
@@ -54,14 +55,14 @@ class Other:
         return evaluate(p, split.labels, split.label_names, predicted=predicted, **kind)
 
 
-def open_other(other: str, split: Dataset, *, loading: Mapping[str, Any]) -> Other:
+def open_other(other: str, split: Dataset, *, loading: LoadOptions) -> Other:
     """Open what `other` names, for the rows of `split`.
 
     Args:
         other: the folder of a classifier or of a report, or a file of predictions: lines of JSON as
             `evaluate`, `train` and `classify` write them.
         split: the rows, whose labels are numbers of its `label_names`.
-        loading: arguments of `load_classifier`.
+        loading: how a classifier is opened.
 
     Raises:
         MinllamaError: it cannot be opened, its classes are others, or its texts are.
@@ -71,7 +72,7 @@ def open_other(other: str, split: Dataset, *, loading: Mapping[str, Any]) -> Oth
         report = path / PREDICTIONS_FILE  # as `evaluate --output` leaves it
         path, other = (report, str(report)) if report.is_file() else (path, other)
     if path.is_dir():
-        classifier = load_classifier(path, **loading)
+        classifier = load_classifier_with(path, loading)
         if classifier.scale is not None:
             raise MinllamaError(
                 f"{other}: predicts numbers, but the other classifier predicts classes; compare "

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import minllama
 from minllama.classification.base import Classifier, probabilities
 from minllama.data import Dataset
 from minllama.errors import CheckpointError
@@ -22,7 +21,7 @@ from minllama.evaluation.report.files import METRICS_FILE
 from minllama.evaluation.thresholds import Chosen, Thresholds, choose_thresholds
 from minllama.experiment.evaluate_values import value_headlines
 from minllama.options.evaluation import ThresholdOptions
-from minllama.text import printable
+from minllama.text import VERSION, printable
 
 HEADLINES = ("accuracy", "macro_f1", "log_loss", "calibration_error")
 WHERE_DEFINED = ("roc_auc", "average_precision")
@@ -164,7 +163,7 @@ def saved_verdicts(folder: Path) -> dict[str, str]:
 def versions() -> dict[str, str]:
     """What the numbers were made with."""
     return {
-        "minllama": minllama.__version__,
+        "minllama": VERSION,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

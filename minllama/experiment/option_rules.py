@@ -2,15 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from minllama.errors import OptionError
 from minllama.experiment.build import TRAINED
+from minllama.experiment.experiment import Experiment
 from minllama.options import CORRECTED, LoRAOptions, TrainingOptions, ZeroShotOptions, names_of
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
-
-if TYPE_CHECKING:
-    from minllama.experiment.train import Experiment
 
 
 class Use(NamedTuple):
@@ -24,10 +22,10 @@ class Use(NamedTuple):
 
     names: tuple[str, ...]
     purpose: str
-    takes_place: "Callable[[Experiment], bool]"
+    takes_place: Callable[[Experiment], bool]
 
 
-def check_uses(experiment: "Experiment", given: Collection[str] | None = None) -> None:
+def check_uses(experiment: Experiment, given: Collection[str] | None = None) -> None:
     """Refuse options that would change nothing, all of them in one line.
 
     Args:
@@ -57,7 +55,7 @@ def check_uses(experiment: "Experiment", given: Collection[str] | None = None) -
     )
 
 
-def _changed(experiment: "Experiment") -> Iterator[str]:
+def _changed(experiment: Experiment) -> Iterator[str]:
     groups = experiment.classifier, experiment.lora, experiment.training
     for group in (*groups, experiment.threshold, experiment.report):
         for field in dataclasses.fields(group):
@@ -65,20 +63,20 @@ def _changed(experiment: "Experiment") -> Iterator[str]:
                 yield field.name
 
 
-def _is_trained(experiment: "Experiment") -> bool:
+def _is_trained(experiment: Experiment) -> bool:
     return experiment.classifier.method in TRAINED
 
 
-def _has_words(experiment: "Experiment") -> bool:
+def _has_words(experiment: Experiment) -> bool:
     options = experiment.classifier
     return options.method == "zero-shot" or options.objective == "label-words"
 
 
-def _trains_head(experiment: "Experiment") -> bool:
+def _trains_head(experiment: Experiment) -> bool:
     return _is_trained(experiment) and not _has_words(experiment)
 
 
-def _has_classes(experiment: "Experiment") -> bool:
+def _has_classes(experiment: Experiment) -> bool:
     return experiment.classifier.objective != "regression"
 
 

@@ -20,7 +20,6 @@ from minllama.classification.base import MOST_NOTED, Classifier
 from minllama.classification.storage.fingerprint import comparable_config
 from minllama.data import BadRows, Row, stream_rows
 from minllama.data.lines import SEPARATOR
-from minllama.data.records import listed
 from minllama.data.source import Source
 from minllama.errors import DataError, OptionError
 from minllama.evaluation.metrics import predictions
@@ -29,6 +28,7 @@ from minllama.evaluation.thresholds import one_line
 from minllama.experiment.resume import Done, check_same, chunk_of, other_input, rows_still_to_do
 from minllama.experiment.table_output import ALL_COLUMNS, TableOutput
 from minllama.options import DataOptions
+from minllama.text import listed
 
 DIGITS = 16  # of a classifier's digest in each record
 

@@ -1,7 +1,7 @@
 """Write the report of an experiment: results on dev and test, baselines, settings."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,14 @@ from minllama.experiment.evaluate import (
     versions,
 )
 from minllama.experiment.evaluate_values import evaluate_value_splits
+from minllama.experiment.experiment import Experiment
 from minllama.experiment.predict import score_of, shortened_texts
 from minllama.experiment.reporter import Say
 from minllama.experiment.splits import Splits
 from minllama.training.trainer import TrainingResult
 
-if TYPE_CHECKING:
-    from minllama.experiment.train import Experiment
 
-
-def settings_for_people(experiment: "Experiment") -> dict[str, Any]:
+def settings_for_people(experiment: Experiment) -> dict[str, Any]:
     """What the experiment was made from, for people."""
     files = {
         "train": experiment.train,
@@ -39,7 +37,7 @@ def settings_for_people(experiment: "Experiment") -> dict[str, Any]:
     return {"files": files, **shown, **settings_of_run(experiment)}
 
 
-def settings_of_run(experiment: "Experiment") -> dict[str, Any]:
+def settings_of_run(experiment: Experiment) -> dict[str, Any]:
     """What a training depends on beside its texts, wherever these are read from."""
     options = experiment.classifier
     groups: dict[str, Any] = {
@@ -79,7 +77,7 @@ def _chosen(classifier: Classifier) -> dict[str, Any]:
 
 
 def measure(
-    experiment: "Experiment",
+    experiment: Experiment,
     splits: Splits,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
@@ -131,7 +129,7 @@ def measure(
 
 
 def _classes_measured(
-    experiment: "Experiment",
+    experiment: Experiment,
     splits: Splits,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from minllama.data import Row, stream_rows
-from minllama.data.records import listed
 from minllama.data.source import Source
 from minllama.errors import DataError
 from minllama.experiment.resume import Done, check_table
@@ -25,6 +24,7 @@ from minllama.experiment.tables import (
     said_of,
 )
 from minllama.options import DataOptions
+from minllama.text import listed
 
 ALL_COLUMNS = "all"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from minllama.data.encoding import BYTE_ORDER_MARK
-from minllama.data.records import first_few, shown
+from minllama.text import first_few, shown
 
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 TABLES = (*DELIMITERS, "parquet")

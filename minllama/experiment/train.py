@@ -5,24 +5,23 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minllama.checkpoints.load import HALF_NAMES, usable_device
+from minllama.atomic import only_run
+from minllama.checkpoints.load import load_with
 from minllama.checkpoints.open import open_checkpoint
+from minllama.checkpoints.weight_format import Purpose, resolve_weight_format
 from minllama.classification import LlamaEmbeddingClassifier, save_classifier
 from minllama.classification.base import Classifier, probabilities
 from minllama.classification.calibration import fit_temperature
 from minllama.classification.storage.fingerprint import comparable_config
-from minllama.errors import MinllamaError, OptionError
+from minllama.errors import MinllamaError, optional_import
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report
 from minllama.evaluation.report.files import write_files
@@ -35,10 +34,10 @@ from minllama.experiment.build import (
     make_zero_shot,
     most_layers,
     training_options,
-    weights_form,
     without_shots,
 )
 from minllama.experiment.evaluate import choose_decision, evaluate_classifier, headlines
+from minllama.experiment.experiment import Experiment
 from minllama.experiment.option_rules import check_uses
 from minllama.experiment.output_folder import (
     check_not_base,
@@ -50,94 +49,13 @@ from minllama.experiment.predict import described
 from minllama.experiment.reporter import Say
 from minllama.experiment.reporting import measure, settings_for_people, settings_of_run
 from minllama.experiment.splits import Splits, load_splits
-from minllama.lock import only_run
 from minllama.lora.targets import matching_modules
 from minllama.model.llama import Llama
-from minllama.options import (
-    ClassifierOptions,
-    DataOptions,
-    LoRAOptions,
-    PromptOptions,
-    TrainingOptions,
-)
-from minllama.options.evaluation import ReportOptions, ThresholdOptions
-from minllama.quantization.modules import check_quantize
 from minllama.tokenizer.size import check_fits
 from minllama.tokenizer.tokenizer import Tokenizer
 from minllama.training.losses import check_ordinal
-from minllama.training.objective import check_metric
 from minllama.training.run_checkpoint import CHECKPOINT, digest
 from minllama.training.trainer import TrainingResult, fit, sample_of, summary_writer
-
-LIBRARIES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Everything that an experiment is made from.
-
-    Attributes:
-        train, dev, test: sources of labeled texts.
-        output: the folder of the classifier and its report.
-        model, tokenizer: sources of the base model; None for the default.
-        dtype, device: None for what suits the method and the machine.
-        quantize: a word of `QUANTIZE` for weights that are not trained, None for numbers in the
-            dtype, "auto" for what is fastest with this file and machine.
-        data, prompt, classifier, lora, training, threshold, report: options.
-        llama_changes: fields of LlamaConfig, such as `dropout`.
-    """
-
-    train: str
-    output: Path
-    dev: str | None = None
-    test: str | None = None
-    model: str | None = None
-    tokenizer: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    quantize: str | None = "auto"
-    data: DataOptions = field(default_factory=DataOptions)
-    prompt: PromptOptions = field(default_factory=PromptOptions)
-    classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
-    lora: LoRAOptions = field(default_factory=LoRAOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-    threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
-    report: ReportOptions = field(default_factory=ReportOptions)
-    llama_changes: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def has_head(self) -> bool:
-        """Whether what is trained is a head, and no label words."""
-        return self.classifier.method != "zero-shot" and self.classifier.objective != "label-words"
-
-    @property
-    def of_numbers(self) -> bool:
-        """Whether labels are numbers, and no classes."""
-        return self.classifier.objective == "regression"
-
-    @property
-    def headline(self) -> str:
-        """The metric that the report's verdict is about."""
-        metric = self.training.metric if self.classifier.method in TRAINED else "accuracy"
-        return self.report.headline or metric
-
-    def __post_init__(self) -> None:
-        is_default = self.training.metric == TrainingOptions.metric
-        if not (self.of_numbers and is_default):  # which then stands for that of numbers
-            check_metric(self.training.metric, of_numbers=self.of_numbers)
-        if self.classifier.method == "full" and self.dtype in HALF_NAMES:
-            raise OptionError(
-                f"full training takes steps too small for {self.dtype}; omit --dtype to use "
-                "float32 weights (multiplied in bfloat16 where the hardware is fast at it)"
-            )
-        if self.quantize == "auto":
-            return
-        check_quantize(self.quantize)
-        if self.quantize is not None and self.classifier.method == "full":
-            raise OptionError(
-                f"full training cannot update {self.quantize} weights; omit --quantize, or use "
-                "--method lora"
-            )
 
 
 @dataclass(frozen=True)
@@ -234,14 +152,8 @@ def check_libraries() -> None:
     Raises:
         MinllamaError: a library is not installed.
     """
-    for module, name in LIBRARIES.items():
-        try:
-            import_module(module)
-        except ImportError as error:
-            raise MinllamaError(
-                f"training and reports need the library {name}; "
-                "install it with: python -m pip install 'minllama[train]'"
-            ) from error
+    for module in ("sklearn", "matplotlib"):
+        optional_import(module, "training and reports need")
 
 
 def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
@@ -269,15 +181,11 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
     if options.method == "full":  # it is written with its tokenizer, at the end
         where = str(experiment.tokenizer or checkpoint.path)
         check_fits(tokenizer.vocab_size, checkpoint.config.vocab_size, where)
-    device = usable_device(experiment.device)
-    dtype, quantize = weights_form(
-        options.method, checkpoint, device, experiment.dtype, experiment.quantize
-    )
-    llama = Llama.from_checkpoint(
+    purpose: Purpose = "train" if options.method == "full" else "read"
+    llama = load_with(
+        Llama,
         checkpoint,
-        dtype=dtype,
-        device=device,
-        quantize=quantize,
+        resolve_weight_format(checkpoint, experiment.loading, purpose),
         **{**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})},
     )
     if options.method == "lora":  # names that are not there are found before texts are read

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from minllama.checkpoints.gguf_header import is_gguf, read_header
+from minllama.checkpoints.json_object import read_object
 from minllama.checkpoints.open import open_checkpoint
 from minllama.checkpoints.types import Checkpoint
 from minllama.errors import CheckpointError, CheckpointWarning, OptionError, warn_caller
-from minllama.json_file import read_object
 from minllama.options import GenerationOptions
 
 FILE = "generation_config.json"

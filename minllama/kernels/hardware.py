@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from minllama.errors import OptionError
+from minllama.errors import MinllamaError, OptionError
 
 VARIABLE = "MINLLAMA_CPU"
 LEVELS = ("portable", "AVX2", "AVX-512 VNNI")
@@ -127,6 +127,24 @@ def default_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name; None for the GPU where there is one.
+
+    Raises:
+        MinllamaError: this machine or this torch has none of that name.
+    """
+    if device is None:
+        return default_device()
+    try:
+        torch.zeros((), device=device).item()  # the meta device has tensors without numbers
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either where CUDA is absent
+        raise MinllamaError(
+            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0][:120]}); "
+            "use cpu, cuda or mps, whichever this machine has"
+        ) from error
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minllama.errors import ContextError, MinllamaError
+from minllama.kernels.dispatch import is_plain
 from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
 
@@ -86,7 +87,7 @@ def layout_of(
         MinllamaError: the sequences outgrow the context or the cache, or the arguments contradict
             one another.
     """
-    check_inputs(ids, mask)
+    check_inputs(ids, mask, config.vocab_size)
     mask = None if mask is None else mask.bool()
     if cache is not None:
         return layout_of_continuation(ids, mask, positions, cache, config)
@@ -222,8 +223,8 @@ def _checked_text_len(positions: Tensor, config: LlamaConfig) -> int:
     return int(last) + 1
 
 
-def check_inputs(ids: Tensor, mask: Tensor | None) -> None:
-    """Refuse ids that are not integers (B, T), and masks that are neither (B, T) nor (B, T, T)."""
+def check_inputs(ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
+    """Refuse ids that are not integers (B, T) in [0, V), and a mask not (B, T) nor (B, T, T)."""
     if ids.dtype not in (torch.int64, torch.int32):
         raise MinllamaError(f"ids must be int64 or int32, not {ids.dtype}")
     if ids.dim() != 2 or 0 in ids.shape:
@@ -233,6 +234,10 @@ def check_inputs(ids: Tensor, mask: Tensor | None) -> None:
             f"attention_mask has shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
             "be equal, or the mask (B, T, T) (with a cache, both cover the new tokens only)"
         )
+    if ids.is_cpu and is_plain(ids):  # to look at ids on a GPU is to wait for it
+        out_of_range = (ids.min() < 0) | (ids.max() >= vocab_size)
+        if is_plain(out_of_range) and out_of_range:  # without memory there is nothing to look at
+            raise MinllamaError(f"token ids must be from 0 to {vocab_size - 1}")
 
 
 def check_logits(logits: str | Tensor | None, mask: Tensor | None) -> None:

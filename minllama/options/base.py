@@ -173,7 +173,7 @@ def group_of(options: type[CheckedOptions], field: "dataclasses.Field[Any]") -> 
     classes = [
         kind for kind in options.__mro__ if field.name in vars(kind).get("__annotations__", ())
     ]
-    return str(classes[-1].group)
+    return str(getattr(classes[-1], "group"))  # noqa: B009
 
 
 def names_of(options: type[CheckedOptions]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minllama.errors import MinllamaError
-from minllama.text import printable
+from minllama.text import cut, printable
 
 RENDER_SECONDS = 5.0  # most take well under a millisecond
 RENDER_MEMORY_BYTES = 512 * 2**20
@@ -251,8 +251,7 @@ def _fault_line(reply: dict[str, Any]) -> str:
 def _one_line(words: str) -> str:
     """A template's own words: no control characters for the terminal, and not too many."""
     words = " ".join(str(words)[: 2 * _FAULT_CHARS].split())
-    words = printable(words)
-    return words if len(words) <= _FAULT_CHARS else words[: _FAULT_CHARS - 3] + "..."
+    return cut(printable(words), _FAULT_CHARS)
 
 
 def _checked_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:

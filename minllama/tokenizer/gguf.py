@@ -74,11 +74,7 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
         },
     )
     bos_id, eos_id = vocabulary.bos_id, vocabulary.eos_id
-    found = (TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED)
-    ends = {*ENDS, *LATER_ENDS}
-    known = (i for i, text in enumerate(tokens) if text in ends and types[i] in found)
-    further = dict.fromkeys((reader.token("eot"), reader.token("eom"), *known))
-    stop_ids = tuple(i for i in further if i is not None and i != eos_id)
+    stop_ids = _stop_ids(reader, tokens, types, eos_id)
     for token_id in (bos_id, eos_id, *stop_ids):
         # Some converters leave them ordinary; text must not become them all the same.
         if token_id is not None and types[token_id] != TokenType.UNKNOWN:
@@ -92,6 +88,17 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
         add_eos=vocabulary.add_eos and eos_id is not None,
         stop_ids=stop_ids,
     )
+
+
+def _stop_ids(
+    reader: "_Fields", tokens: list[str], types: list[int], eos_id: int | None
+) -> tuple[int, ...]:
+    """Tokens besides `eos_id` that end a text: those that the fields name, and known ones."""
+    found = (TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED)
+    ends = {*ENDS, *LATER_ENDS}
+    known = (i for i, text in enumerate(tokens) if text in ends and types[i] in found)
+    further = dict.fromkeys((reader.token("eot"), reader.token("eom"), *known))
+    return tuple(i for i in further if i is not None and i != eos_id)
 
 
 def _control(model: str, types: list[int], token_id: int) -> int | None:

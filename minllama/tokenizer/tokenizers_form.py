@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from minllama.errors import TokenizerError
-from minllama.json_file import parse_json
+from minllama.text import parse_json
 from minllama.tokenizer.bounds import find_excess
 from minllama.tokenizer.vocabulary import MAX_VOCAB_SIZE, ListedToken, TokenFlags
 

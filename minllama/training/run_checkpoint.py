@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minllama.atomic import atomic_file, atomic_folder, is_being_written, remove, temporaries
 from minllama.errors import CheckpointError, MinllamaError
+from minllama.text import cut
 
 CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
 STATE, WEIGHTS, MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"
@@ -354,8 +355,7 @@ def digest(parts: Iterable[bytes]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return cut(json.dumps(value, ensure_ascii=False))
 
 
 def _line(row: Row) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minllama.atomic import only_run
 from minllama.classification.prompts import EncodedPrompt
 from minllama.data import Dataset
 from minllama.data.texts import checked_texts
-from minllama.errors import MinllamaError, OptionError
-from minllama.lock import only_run
+from minllama.errors import MinllamaError, OptionError, optional_import
 from minllama.model.llama import Llama
 from minllama.options import TrainingOptions
 from minllama.training.losses import check_ordinal
@@ -253,14 +253,8 @@ def summary_writer() -> Any:
     Raises:
         MinllamaError: the library is missing.
     """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MinllamaError(
-            "tensorboard needs the library tensorboard; "
-            "install it with: python -m pip install 'minllama[tensorboard]'"
-        ) from error
-    return SummaryWriter
+    module = "torch.utils.tensorboard"
+    return optional_import(module, "tensorboard needs", extra="tensorboard").SummaryWriter
 
 
 def _open_board(folder: Path, step: int) -> Any:

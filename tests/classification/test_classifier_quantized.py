@@ -1,5 +1,6 @@
 """Classifiers on quantized weights: the same answers, the same base, and what was said kept."""
 
+import functools
 import json
 import shutil
 
@@ -8,21 +9,25 @@ import pytest
 import torch
 
 from minllama.checkpoints.gguf import write_gguf
-from minllama.checkpoints.load import reading_form
 from minllama.checkpoints.open import open_checkpoint
+from minllama.checkpoints.weight_format import resolve_weight_format
 from minllama.classification import LlamaEmbeddingClassifier, load_classifier
 from minllama.classification.storage.fingerprint import (
     base_tensors,
     weights_digest,
     weights_digest_of_source,
 )
-from minllama.classification.storage.save_load import SAMPLE, form_in_training, merge_classifier
+from minllama.classification.storage.save_load import (
+    SAMPLE,
+    merge_classifier,
+    weight_format_in_training,
+)
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.experiment import run_experiment
-from minllama.experiment.build import weights_form
 from minllama.kernels.cpu import library
 from minllama.lora import add_lora_wrapper, lora_parameters, merge_lora
 from minllama.model.llama import load_pretrained
+from minllama.options.loading import LoadOptions
 from minllama.quantization.modules import QuantizedWeight
 from minllama.tokenizer.tokenizer import Tokenizer
 from tests.experiment_cases import Heard
@@ -116,7 +121,7 @@ def test_merging_keeps_what_the_adapter_was_trained_beside(blocks, tmp_path, how
 @pytest.mark.parametrize("how", [None, "int8"])
 def test_the_form_of_training_is_that_of_merging(blocks, tmp_path, how):
     classifier_on(blocks, how, adapter=True).save_pretrained(tmp_path)
-    word = form_in_training(tmp_path)
+    word = weight_format_in_training(tmp_path)
     assert word == (how or "none")
     assert bool(quantized(load_classifier(tmp_path, device="cpu", quantize=word))) == bool(how)
 
@@ -157,6 +162,13 @@ def test_a_quantized_model_that_is_in_no_file_is_written_in_numbers(blocks, tmp_
 # ------------------------------------------------------------------ what is chosen
 
 
+def weight_format(checkpoint, purpose, dtype=None, quantize="auto", **trained):
+    options = LoadOptions(dtype=dtype, device=CPU, quantize=quantize)
+    found = resolve_weight_format(checkpoint, options, purpose, **trained)
+    assert (found.device.type, found.is_chosen) == ("cpu", False)
+    return found.dtype, found.quantize
+
+
 @pytest.mark.skipif(library.library() is None, reason="needs the compiled code")
 @pytest.mark.parametrize(
     ("level", "features", "expected"),
@@ -173,19 +185,33 @@ def test_a_quantized_model_that_is_in_no_file_is_written_in_numbers(blocks, tmp_
 def test_the_form_to_read_in_is_the_fastest(blocks, as_cpu, level, features, expected):
     as_cpu(*features, level=level)
     checkpoint = open_checkpoint(blocks)
-    assert reading_form(checkpoint, CPU) == expected
-    for method in ("zero-shot", "frozen", "lora"):
-        assert weights_form(method, checkpoint, CPU) == expected
-    assert weights_form("full", checkpoint, CPU) == (torch.float32, None)
+    assert weight_format(checkpoint, "read") == expected
+    assert weight_format(checkpoint, "train") == (torch.float32, None)
 
 
 def test_what_is_said_is_done(blocks, as_cpu):
     as_cpu(level="avx2")
     checkpoint = open_checkpoint(blocks)
-    assert weights_form("lora", checkpoint, CPU, "float32") == ("float32", None)
-    assert weights_form("lora", checkpoint, CPU, None, None) == (torch.float32, None)
-    assert weights_form("lora", checkpoint, CPU, None, "int4") == (torch.float32, "int4")
-    assert weights_form("lora", checkpoint, CPU, "bfloat16", "int8") == ("bfloat16", "int8")
+    read = functools.partial(weight_format, checkpoint, "read")
+    assert read("float32") == (torch.float32, None)
+    assert read(None, None) == read(None, "none") == (torch.float32, None)
+    assert read(None, "int4") == (torch.float32, "int4")
+    assert read("bfloat16", "int8") == (torch.bfloat16, "int8")
+
+
+@pytest.mark.skipif(library.library() is None, reason="needs the compiled code")
+def test_what_a_classifier_was_trained_on_stands_for_what_is_not_said(blocks, as_cpu):
+    as_cpu("bf16", level="avx2")
+    checkpoint = open_checkpoint(blocks)
+    on = functools.partial(weight_format, checkpoint, "read", trained_on=("bfloat16", "int8"))
+    assert on(None, None) == (torch.bfloat16, "int8")
+    assert on(None, "none") == (torch.bfloat16, None)
+    assert on("float32", None) == (torch.float32, "int8")
+    assert on(None, "auto") == (torch.bfloat16, None)
+    assert on("float32", "auto") == (torch.float32, None)
+    as_cpu(level="avx2")  # which only emulates it: then what reads fastest, unless bits are named
+    assert on(None, None) == on(None, "auto") == (torch.float32, "stored")
+    assert on(None, "int4") == (torch.float32, "int4")
 
 
 def test_a_half_precision_of_the_training_is_left_where_it_is_slow(base, tmp_path, as_cpu):

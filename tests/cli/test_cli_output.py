@@ -143,7 +143,7 @@ def test_without_pyarrow_parquet_is_refused_before_a_model_is_opened(
     given = ("-i", rows, "-o", "out.parquet")
     status, _, err = classify(*given, model=tmp_path / "nowhere")
     assert (status, err.count("\n")) == (2, 1)
-    assert "Parquet needs pyarrow; install it with: pip install" in err
+    assert "Parquet needs the library pyarrow; install it with: python -m pip install" in err
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.parquet"])

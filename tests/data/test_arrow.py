@@ -216,7 +216,9 @@ def test_parquet_comes_from_files_only(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = tmp_path / "x.parquet"
     path.touch()
-    with pytest.raises(DataError, match=r"Parquet needs pyarrow; .*: pip install 'minllama\[train"):
+    with pytest.raises(
+        DataError, match=r"needs the library pyarrow; .* pip install 'minllama\[train"
+    ):
         load_dataset(path)
 
 
@@ -366,7 +368,5 @@ def test_without_the_network_it_is_said() -> None:
 
 def test_without_the_library_for_the_hub_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        DataError, match=r"need the library datasets; install it with: pip install 'minllama\[tr"
-    ):
+    with pytest.raises(DataError, match=r"need the library datasets; .* pip install 'minllama\[tr"):
         load_dataset("org/reviews:train")

@@ -182,7 +182,34 @@ def take_a_training_step(model):
     optimizer.step()
 
 
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrize_the_norm(model):
+    nn.utils.parametrize.register_parametrization(model.norm, "weight", Twice())
+
+
+def give_a_bias(model):
+    model.layers[1].feed_forward.w1.bias = nn.Parameter(torch.randn(96))
+
+
+def put_a_module_in(model):
+    model.layers[1].feed_forward.w1 = nn.Linear(64, 96, bias=False)
+
+
+def load_into_its_owner(model):
+    owner = nn.Sequential(model)
+    state = {name: 2 * x for name, x in owner.state_dict().items()}
+    owner.load_state_dict(state, assign=True)
+
+
 CHANGES = {
+    "parametrized": parametrize_the_norm,
+    "a bias": give_a_bias,
+    "a module": put_a_module_in,
+    "loaded into its owner": load_into_its_owner,
     "replaced": replace_a_weight,
     "written to": write_to_a_weight,
     "trained": take_a_training_step,
@@ -215,14 +242,8 @@ def test_an_engine_refuses_a_model_that_has_changed(how, backend):
 
 
 UNHARMED = {
-    "replaced",
-    "written to",
-    "trained",
-    "loaded",
-    "assigned",
-    "other data",
-    "converted",
-    "training mode",
+    *("replaced", "written to", "trained", "loaded", "assigned", "other data", "converted"),
+    *("training mode", "a bias", "a module", "loaded into its owner"),
 }
 
 

@@ -351,7 +351,7 @@ def test_templates_and_styles_are_in_the_package():
     package = ROOT / "minllama"
     data = [
         path.relative_to(package).as_posix()
-        for path in (package / "report").iterdir()
+        for path in (package / "evaluation" / "report").iterdir()
         if path.suffix not in (".py", ".pyc") and path.is_file()
     ]
     assert len(data) == 4

@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
+from minllama.engine.base import Engine
 from minllama.errors import ContextError, MinllamaError
 from minllama.generation.api import generate
 from minllama.generation.conversation import Conversation
@@ -73,9 +74,9 @@ def test_megabytes_are_refused_before_anything_is_made_for_them(model, tokenizer
         with pytest.raises(ContextError, match="more than a context of 256 tokens can hold"):
             say(conversation, "x" * 10_000)
     made = []
-    new_cache = type(model).new_cache
+    new_cache = Engine.new_cache
     monkeypatch.setattr(
-        type(model), "new_cache", lambda *args, **form: made.append(args[1:]) or new_cache(*args)
+        Engine, "new_cache", lambda *args: made.append(args[1:]) or new_cache(*args)
     )
     with pytest.raises(ContextError, match="the prompt has 1004 tokens"):
         say(conversation, "x" * 1000)

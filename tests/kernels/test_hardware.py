@@ -11,14 +11,16 @@ import torch
 
 from minllama import load_pretrained
 from minllama.checkpoints.gguf import write_gguf
-from minllama.checkpoints.load import best_form, reading_form
 from minllama.checkpoints.open import open_checkpoint
+from minllama.checkpoints.weight_format import WeightFormat, resolve_weight_format
 from minllama.cli.open import warn_of_slow_dtype
-from minllama.engine.packing import layer_states
+from minllama.engine.choose import engine_for
+from minllama.engine.packing import forward, layer_states
 from minllama.errors import OptionError
 from minllama.kernels import hardware
 from minllama.kernels.cpu.library import best_level, library
 from minllama.kernels.cpu.ops import most_rows
+from minllama.options.loading import LoadOptions
 from minllama.quantization.modules import QuantizedLinear
 from tests.tiny import our_model, random_ids
 
@@ -186,17 +188,20 @@ def test_beside_quantized_weights_a_cpu_computes_in_float32(tmp_path, as_cpu, fe
 def test_auto_computes_long_passes_in_bfloat16_where_that_is_fast(tmp_path, as_cpu, features):
     path = q8_0_file(tmp_path / "m.gguf")
     as_cpu(*features)
-    assert best_form(open_checkpoint(path), "cpu") == (torch.float32, "stored")
+    chosen = resolve_weight_format(
+        open_checkpoint(path), LoadOptions(device="cpu", quantize="auto")
+    )
+    assert (chosen.dtype, chosen.quantize) == (torch.float32, "stored")
     auto, exact = load_pretrained(path, quantize="auto"), load_pretrained(path, quantize="stored")
     assert auto.dtype == torch.float32
     assert auto.long_dtype is (torch.bfloat16 if features else None)
     few, many = random_ids(1, 20), random_ids(4, 100)
     with torch.inference_mode():
-        caches = [model.new_cache(1, 200) for model in (auto, exact)]
-        short = [m(few, cache=c).logits for m, c in zip((auto, exact), caches, strict=True)]
+        engines = [engine_for(model) for model in (auto, exact)]
+        short = [e.forward(few, e.new_cache(1, 200), logits="all").logits for e in engines]
         assert torch.equal(*short)  # a short pass is the same code
-        near, right = auto(many).logits, exact(many).logits
-        rounded = load_pretrained(path, dtype="bfloat16")(many).logits
+        near, right = forward(auto, many).logits, forward(exact, many).logits
+        rounded = forward(load_pretrained(path, dtype="bfloat16"), many).logits
     assert near.dtype == torch.float32
     off, most = (near - right).abs().mean(), (rounded - right).abs().mean()
     assert off < 1.1 * most  # as far as a model that is bfloat16 altogether, which also rounds ends
@@ -211,7 +216,7 @@ def test_gradients_are_computed_in_the_models_own_dtype(tmp_path, as_cpu):
     path = q8_0_file(tmp_path / "m.gguf")
     auto, exact = load_pretrained(path, quantize="auto"), load_pretrained(path, quantize="stored")
     ids = random_ids(4, 100)
-    assert torch.equal(auto(ids).logits, exact(ids).logits)
+    assert torch.equal(forward(auto, ids).logits, forward(exact, ids).logits)
 
 
 @needs_library
@@ -226,4 +231,6 @@ def test_a_given_dtype_is_for_all_passes(tmp_path, as_cpu):
 def test_texts_are_read_in_bfloat16_where_that_is_fast(tmp_path, as_cpu):
     path = q8_0_file(tmp_path / "m.gguf")
     as_cpu("bf16")
-    assert reading_form(open_checkpoint(path), "cpu") == (torch.bfloat16, None)
+    options = LoadOptions(device="cpu", quantize="auto")
+    read = resolve_weight_format(open_checkpoint(path), options, "read")
+    assert read == WeightFormat(torch.device("cpu"), torch.bfloat16)

@@ -7,8 +7,8 @@ from torch import nn
 from minllama import cli
 from minllama.checkpoints.gguf import write_gguf
 from minllama.checkpoints.huggingface import write_huggingface
-from minllama.checkpoints.load import best_form
 from minllama.checkpoints.open import open_checkpoint
+from minllama.checkpoints.weight_format import resolve_weight_format
 from minllama.engine.cpu import NativeStep, can_run
 from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.library import best_level, library
@@ -16,6 +16,7 @@ from minllama.kernels.cpu.linear import HALVES
 from minllama.lora import add_lora_wrapper, lora_parameters
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import load_pretrained
+from minllama.options.loading import LoadOptions
 from minllama.quantization.half import WidenedEmbedding, WidenedLinear, widened_product
 from tests.tiny import our_model, random_ids
 
@@ -121,7 +122,7 @@ def test_only_matrices_in_halves_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("stored", "is_fast", "expected"),
     [
-        ("float32", False, (None, None)),
+        ("float32", False, (torch.float32, None)),
         ("bfloat16", False, (torch.float32, "stored")),
         ("bfloat16", True, (torch.bfloat16, None)),
         ("float16", False, (torch.float32, "stored")),
@@ -131,7 +132,8 @@ def test_only_matrices_in_halves_are_kept(tmp_path):
 def test_halves_are_kept_where_they_generate_fastest(tmp_path, as_cpu, stored, is_fast, expected):
     as_cpu(*(["bf16"] if is_fast else []))
     checkpoint = open_checkpoint(write(tmp_path / "model", getattr(torch, stored)))
-    assert best_form(checkpoint, "cpu") == expected
+    chosen = resolve_weight_format(checkpoint, LoadOptions(device="cpu", quantize="auto"))
+    assert (chosen.dtype, chosen.quantize) == expected
 
 
 @needs_library

@@ -16,7 +16,7 @@ from minllama.generation.decode import Decoder
 from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.library import library
 from minllama.lora import add_lora_wrapper, merge_lora
-from minllama.model.llama import Llama, load_pretrained
+from minllama.model.llama import Embedding, Llama, load_pretrained
 from minllama.options import GenerationOptions
 from minllama.quantization.gguf_blocks import (
     Q4_0,
@@ -34,7 +34,6 @@ from minllama.quantization.modules import (
     QuantizedLinear,
     QuantizedWeight,
     packed,
-    project,
     quantize,
     quantized,
     rows_of,
@@ -298,10 +297,10 @@ def test_an_id_that_is_none_is_refused(id):
 
 def test_a_head_and_its_rows_are_those_of_its_matrix():
     embedding = QuantizedEmbedding(*quantize(random(20, 32), 8))
-    x, plain = random(3, 32), nn.Embedding(20, 32)
-    off = (project(embedding, x) - x @ embedding.dequantize().T).abs()
+    x, plain = random(3, 32), Embedding(20, 32)
+    off = (embedding.as_linear(x) - x @ embedding.dequantize().T).abs()
     assert (off <= error_bound(x, embedding.dequantize())).all()
-    assert torch.equal(project(plain, x), x @ plain.weight.T)
+    assert torch.equal(plain.as_linear(x), x @ plain.weight.T)
     ids = torch.tensor([4, 19])
     assert torch.equal(rows_of(embedding, ids), embedding.dequantize()[ids])
     assert torch.equal(rows_of(plain, ids), plain.weight[ids])

@@ -10,7 +10,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from minllama import Tokenizer
 from minllama.errors import TokenizerError
-from minllama.json_file import parse_json, read_json
+from minllama.text import parse_json, read_json
 from minllama.tokenizer import byte_level
 from minllama.tokenizer.bounds import MAX_GROWTH, charsmap_growth, find_excess
 from minllama.tokenizer.huggingface import from_tokenizer_json

@@ -147,7 +147,7 @@ def test_one_of_several_templates_is_chosen_by_name_or_given(tmp_path: Path) -> 
         chat_template(tokenizer)
     assert str(caught.value) == (
         "this model has chat templates called 'rag', 'tool_use', and none is its default; choose "
-        "one by --chat-template NAME (of generate and chat)"
+        "one by --chat-template NAME"
     )
     assert chat_template(tokenizer, "rag").render(HELLO) == "R"
     assert chat_template(tokenizer, "{{ messages[0].content }}!").render(HELLO) == "hi!"

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import resource, sys, torch
-from minllama.heap import give_back_freed_memory
+from minllama.training.malloc import give_back_freed_memory
 if sys.argv[1] == "give back":
     assert give_back_freed_memory()
 torch.empty(30 * 2**18).zero_()  # 30 MiB: glibc keeps blocks of this size from now on

@@ -288,7 +288,7 @@ def test_only_what_is_trained_is_stored_and_the_best_is_written_once(tmp_path):
 KILLED_AT_RANDOM = """
 import os, random, signal, time
 from pathlib import Path
-from test_training_state import run, saved_step, whole_step
+from tests.training.test_run_checkpoint import run, saved_step, whole_step
 
 run(Path("warm"))  # what is imported late is imported now
 began = time.perf_counter()
@@ -319,8 +319,8 @@ KILLED_EVERYWHERE = """
 import os, shutil, signal, sys
 from pathlib import Path
 from minllama import atomic
-from minllama.training_state import CheckpointFolder
-from test_training_state import run, whole_step
+from minllama.training.run_checkpoint import CheckpointFolder
+from tests.training.test_run_checkpoint import run, whole_step
 
 folder, how, stride = Path("run"), sys.argv[1], int(sys.argv[2])
 checkpoint, kept, save = folder / "checkpoint", Path("kept"), CheckpointFolder.save

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from minllama.checkpoints.load import load_with
 from minllama.checkpoints.open import open_checkpoint
 from minllama.checkpoints.resolve import source_of
 from minllama.checkpoints.state_dict import listed
 from minllama.checkpoints.types import Checkpoint
+from minllama.checkpoints.weight_format import WeightFormat
 from minllama.classification.storage.fingerprint import (
     WeightsDigest,
     comparable_config,
@@ -85,10 +85,8 @@ def identity_of_source(llama: Llama, words: Tokenizer, tokenizer: str | None) ->
 def load_same(
     checkpoint: Checkpoint,
     expected: Identity,
+    weights: WeightFormat,
     *,
-    dtype: torch.dtype | str,
-    device: torch.device | str | None,
-    quantize: str | None,
     causal: bool,
 ) -> Llama:
     """The model of a checkpoint, which must be of that identity.
@@ -104,9 +102,7 @@ def load_same(
         changes.append("its tokenizer differs")
     if not changes:
         digest = WeightsDigest(checkpoint)
-        llama = Llama.from_checkpoint(
-            digest.checkpoint, dtype=dtype, device=device, quantize=quantize, causal=causal
-        )
+        llama = load_with(Llama, digest.checkpoint, weights, causal=causal)
         if digest.hexdigest() == expected.weights:
             return llama
         changes.append("its weights differ")

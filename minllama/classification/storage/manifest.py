@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import minllama
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import LlamaEmbeddingClassifier
 from minllama.classification.storage import schema
@@ -21,9 +20,9 @@ from minllama.classification.zero_shot import LlamaZeroShotClassifier
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.evaluation.regression import TargetScale
 from minllama.evaluation.thresholds import DEFAULT, one_line, read, saved
-from minllama.json_file import read_json
 from minllama.model.llama import Llama
 from minllama.options import PromptOptions
+from minllama.text import VERSION, read_json
 from minllama.tokenizer.tokenizer import Tokenizer
 
 CLASSIFIER_FILE = "classifier.json"
@@ -47,7 +46,7 @@ def describe(
     content: dict[str, Any] = {
         "format": "minllama classifier",
         "version": VERSIONS[0],
-        "minllama": minllama.__version__,
+        "minllama": VERSION,
         "labels": list(classifier.labels),
         "multi_label": classifier.multi_label,
         "temperature": classifier.temperature,

@@ -13,19 +13,19 @@ error.
 
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from minllama.atomic import atomic_folder
 from minllama.checkpoints.huggingface import WEIGHT_FILES, write_files
-from minllama.checkpoints.load import reading_form, slow_dtype, usable_device, warn_if_slow
 from minllama.checkpoints.open import open_checkpoint, read_tokenizer
 from minllama.checkpoints.peft import WEIGHTS_FILE
 from minllama.checkpoints.peft_config import CONFIG_FILE
 from minllama.checkpoints.resolve import canonical_name, folder_of, source_of
-from minllama.checkpoints.types import Checkpoint
+from minllama.checkpoints.weight_format import resolve_weight_format, warn_if_slow
 from minllama.classification.base import Classifier, evaluating
 from minllama.classification.embedding import LlamaEmbeddingClassifier
 from minllama.classification.storage.base_model import (
@@ -54,16 +54,17 @@ from minllama.classification.storage.manifest import (
 )
 from minllama.classification.storage.model_card import model_card
 from minllama.classification.storage.transformers_folder import (
-    Wanted,
     is_sequence_classifier,
     load_sequence_classifier,
 )
 from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
+from minllama.kernels.hardware import usable_device
 from minllama.lora import adapter_names, lora_layers, merge_lora, remove_lora_wrapper
 from minllama.lora.peft_files import FILES as ADAPTER_FILES
 from minllama.lora.peft_files import load_adapter, write_adapter
 from minllama.model.llama import Llama
 from minllama.options import PromptOptions
+from minllama.options.loading import LoadOptions
 from minllama.quantization.modules import replace_by_numbers
 from minllama.tokenizer.huggingface import FILES as TOKENIZER_FILES
 from minllama.tokenizer.tokenizer import Tokenizer
@@ -287,11 +288,18 @@ def load_classifier(
     Raises:
         MinllamaError: a file is missing, damaged or changed, or the base model is another one.
     """
-    folder = folder_of(folder)
+    options = LoadOptions(
+        dtype=dtype, device=device, quantize=quantize, base=model, tokenizer=tokenizer
+    )
+    return load_classifier_with(folder, options)
+
+
+def load_classifier_with(folder: str | os.PathLike[str], options: LoadOptions) -> Classifier:
+    """Read a classifier in a folder; see `load_classifier`."""
+    folder, model = folder_of(folder), options.base
     path = folder / CLASSIFIER_FILE
     if _is_foreign(folder):
-        wanted = Wanted(model, tokenizer, dtype, device, quantize)
-        return load_sequence_classifier(path.parent, wanted)
+        return load_sequence_classifier(path.parent, options)
     content = read_checked(path)
     base, weights, digests = content["base"], content["weights"], content["sha256"]
     with described_by(path):
@@ -302,10 +310,10 @@ def load_classifier(
             )
         source = path.parent if weights == "full" else (model or source_of(base["model"]))
         identity = Identity(**base["identity"])
-    form = Form(dtype, quantize, usable_device(device))
-    warn_if_slow(dtype, form.device)
-    source_of_words = tokenizer or base["tokenizer"]
-    llama, words = _open_base(path, source, source_of_words, content, identity, form)
+    device, source_of_words = usable_device(options.device), options.tokenizer or base["tokenizer"]
+    warn_if_slow(options.dtype, device)
+    options = replace(options, device=device, tokenizer=source_of_words)
+    llama, words = _open_base(path, source, content, identity, options)
     if weights == "adapter":
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             check_digest(path.parent / name, digests.get(name))
@@ -320,7 +328,7 @@ def load_classifier(
     return classifier.eval()
 
 
-def form_in_training(folder: str | os.PathLike[str]) -> str:
+def weight_format_in_training(folder: str | os.PathLike[str]) -> str:
     """The word for `quantize` that gives a saved classifier's base the bits that it was trained in.
 
     Raises:
@@ -392,56 +400,27 @@ def merge_classifier(classifier: Classifier, *, dtype: torch.dtype | None = None
         return float((classifier.compute_logits(prompts) - before).abs().max())
 
 
-class Form(NamedTuple):
-    """How somebody wants the base's weights; see `load_classifier`."""
-
-    dtype: torch.dtype | str | None
-    quantize: str | None
-    device: torch.device
-
-    def resolved(
-        self, checkpoint: Checkpoint, base: Mapping[str, Any]
-    ) -> tuple[torch.dtype | str, str | None]:
-        """Dtype and word of `QUANTIZE` that are meant, by what was in training and this machine."""
-        fastest = reading_form(checkpoint, self.device)
-        if self.quantize == "auto":
-            return fastest if self.dtype is None else (self.dtype, None)
-        is_slow = slow_dtype(base["dtype"], self.device) is not None
-        if self.dtype is None and self.quantize is None and is_slow:
-            return fastest
-        of_training = torch.float32 if is_slow else base["dtype"]
-        quantize = base.get("quantize") if self.quantize is None else self.quantize
-        return self.dtype or of_training, None if quantize == "none" else quantize
-
-
 def _open_base(
     path: Path,
     source: Any,
-    tokenizer: Any,
     content: Mapping[str, Any],
     identity: Identity,
-    form: Form,
+    options: LoadOptions,
 ) -> tuple[Llama, Tokenizer]:
     try:
-        checkpoint = open_checkpoint(source, tokenizer=tokenizer)
+        checkpoint = open_checkpoint(source, tokenizer=options.tokenizer)
         has_words = checkpoint.vocabulary is not None
     except MinllamaError as error:
         remedy = "; if it has moved, name it with --base" if content["weights"] != "full" else ""
-        remedy += ", its tokenizer with --tokenizer" if remedy and tokenizer else ""
+        remedy += ", its tokenizer with --tokenizer" if remedy and options.tokenizer else ""
         raise CheckpointError(
             f"{path}: its base model cannot be opened: {error}{remedy}"
         ) from error
     if not has_words:
         raise CheckpointError(f"{checkpoint.path}: no tokenizer, but {path} needs one")
     with described_by(path):
-        dtype, quantize = form.resolved(checkpoint, content["base"])
+        trained_on = content["base"]["dtype"], content["base"].get("quantize")
+        weights = resolve_weight_format(checkpoint, options, "read", trained_on=trained_on)
     with naming(path):
-        llama = load_same(
-            checkpoint,
-            identity,
-            dtype=dtype,
-            device=form.device,
-            quantize=quantize,
-            causal=bool(content["causal"]),
-        )
+        llama = load_same(checkpoint, identity, weights, causal=bool(content["causal"]))
     return llama, Tokenizer.from_checkpoint(checkpoint)

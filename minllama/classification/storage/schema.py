@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from minllama.options import POOLINGS, QUANTIZE, SCORES
+from minllama.text import cut
 
 # What it must be, in words, and whether a value is that.
 Rule = tuple[str, Callable[[Any], bool]]
@@ -43,7 +44,7 @@ def _check_fields(content: Mapping[str, Any], rules: Mapping[str, Rule], prefix:
     for name, (words, holds) in rules.items():
         if not holds(content[name]):
             shown = repr(content[name])
-            shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+            shown = cut(shown)
             raise ValueError(f"{prefix}{name} must be {words}, not {shown}")
 
 

@@ -6,7 +6,6 @@ its base model. Their head is linear without bias, on the last non-padding token
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,41 +20,26 @@ from minllama.checkpoints.huggingface_head import (
     SEVERAL_LABELS,
     SequenceHead,
 )
-from minllama.checkpoints.load import usable_device, warn_if_slow
+from minllama.checkpoints.load import load_with
 from minllama.checkpoints.open import open_checkpoint
 from minllama.checkpoints.peft_config import CLASSIFICATION, CONFIG_FILE, read_adapter_config
 from minllama.checkpoints.types import Checkpoint
+from minllama.checkpoints.weight_format import resolve_weight_format, warn_if_slow
 from minllama.classification.embedding import LlamaEmbeddingClassifier
 from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
 from minllama.evaluation.regression import TargetScale
-from minllama.kernels.hardware import default_dtype
 from minllama.lora.peft_files import load_adapter
 from minllama.model.llama import Llama
+from minllama.options.loading import LoadOptions
 from minllama.tokenizer.load import find_vocabulary
 from minllama.tokenizer.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """How somebody wants a model: the arguments of `load_classifier`."""
-
-    model: str | os.PathLike[str] | None
-    tokenizer: str | os.PathLike[str] | None
-    dtype: torch.dtype | str | None
-    device: torch.device | str | None
-    quantize: str | None
-
-    def llama_of(self, checkpoint: Checkpoint) -> Llama:
-        """The Llama below a head; in the dtype that suits the device where nothing is said."""
-        device = usable_device(self.device)
-        warn_if_slow(self.dtype, device)
-        quantize = None if self.quantize == "none" else self.quantize
-        dtype = self.dtype
-        if dtype is None and quantize is None:
-            dtype = default_dtype(device)
-        return Llama.from_checkpoint(
-            checkpoint.without_head(), dtype=dtype, device=device, quantize=quantize
-        )
+def _llama_of(checkpoint: Checkpoint, options: LoadOptions) -> Llama:
+    """The Llama below a head; in the dtype that suits the device where nothing is said."""
+    warn_if_slow(options.dtype, options.device)
+    below = checkpoint.without_head()
+    return load_with(Llama, below, resolve_weight_format(below, options))
 
 
 def is_sequence_classifier(folder: Path) -> bool:
@@ -63,19 +47,19 @@ def is_sequence_classifier(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG_FILE, "config.json"))
 
 
-def load_sequence_classifier(folder: Path, wanted: Wanted) -> LlamaEmbeddingClassifier:
+def load_sequence_classifier(folder: Path, options: LoadOptions) -> LlamaEmbeddingClassifier:
     """Open a sequence classifier that transformers or PEFT wrote, in evaluation mode.
 
     Raises:
         MinllamaError: it is of another kind, damaged, or has no tokenizer.
     """
     if (folder / CONFIG_FILE).is_file():
-        return _load_adapter_classifier(folder, wanted)
-    if wanted.model is not None:
+        return _load_adapter_classifier(folder, options)
+    if options.base is not None:
         raise OptionError(
-            f"{folder}: contains all of its weights and needs no base; omit --base {wanted.model}"
+            f"{folder}: contains all of its weights and needs no base; omit --base {options.base}"
         )
-    checkpoint = open_checkpoint(folder, tokenizer=wanted.tokenizer)
+    checkpoint = open_checkpoint(folder, tokenizer=options.tokenizer)
     if checkpoint.head is None:
         raise CheckpointError(
             f"{folder}: a language model (LlamaForCausalLM), not a classifier; train one with "
@@ -83,32 +67,34 @@ def load_sequence_classifier(folder: Path, wanted: Wanted) -> LlamaEmbeddingClas
         )
     weight = _stored_head(checkpoint)
     words = _words_of(checkpoint, SEQUENCE_CLASSIFIER)
-    llama = wanted.llama_of(checkpoint)
+    llama = _llama_of(checkpoint, options)
     with naming(folder / "config.json"):
         return _made(llama, words, checkpoint.head, weight)
 
 
-def _load_adapter_classifier(folder: Path, wanted: Wanted) -> LlamaEmbeddingClassifier:
+def _load_adapter_classifier(folder: Path, options: LoadOptions) -> LlamaEmbeddingClassifier:
     config = read_adapter_config(folder)
     if not config.has_head:
         raise CheckpointError(
             f"{folder}: a PEFT adapter of task {config.task_type}, without a classification "
             f"head; only task {CLASSIFICATION} is supported"
         )
-    source = wanted.model or config.base_model_name
+    source = options.base or config.base_model_name
     if source is None:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: no base_model_name_or_path; name the base model with --base"
         )
     try:
-        checkpoint = open_checkpoint(source, tokenizer=wanted.tokenizer)
+        checkpoint = open_checkpoint(source, tokenizer=options.tokenizer)
     except MinllamaError as error:
         raise CheckpointError(
             f"{folder}: its base model cannot be opened: {error}; if it has moved, name it with "
             "--base"
         ) from error
-    words = _words_beside(folder, wanted) or _words_of(checkpoint, f"PEFT {CLASSIFICATION} adapter")
-    llama = wanted.llama_of(checkpoint)
+    words = _words_beside(folder, options) or _words_of(
+        checkpoint, f"PEFT {CLASSIFICATION} adapter"
+    )
+    llama = _llama_of(checkpoint, options)
     weight = load_adapter(llama, folder).head
     assert weight is not None, "an adapter with a head has its tensor"
     head = _head_of_base(checkpoint, len(weight))
@@ -116,9 +102,9 @@ def _load_adapter_classifier(folder: Path, wanted: Wanted) -> LlamaEmbeddingClas
         return _made(llama, words, head, weight)
 
 
-def _words_beside(folder: Path, wanted: Wanted) -> Tokenizer | None:
+def _words_beside(folder: Path, options: LoadOptions) -> Tokenizer | None:
     """The tokenizer that lies beside an adapter, unless another one is named."""
-    vocabulary = None if wanted.tokenizer is not None else find_vocabulary(folder)
+    vocabulary = None if options.tokenizer is not None else find_vocabulary(folder)
     if vocabulary is None:
         return None
     tokenizer = Tokenizer(vocabulary)

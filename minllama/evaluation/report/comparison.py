@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.paired import Difference, Paired, compare
+from minllama.text import first_few
 
 OWN = "this classifier"
 
@@ -93,7 +94,7 @@ def undefined(evaluation: Evaluation) -> str | None:
         return None
     if len(names) == len(evaluation.per_class) and not many:
         return "ROC AUC and AP are undefined: all texts have the same class."
-    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    listed = first_few(names, 3)
     if not many:
         return f"ROC AUC and AP are undefined: there are no texts of {listed}."
     return f"ROC AUC and AP are undefined for {listed}: all texts have the label, or none has."

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from minllama.errors import MinllamaError
+from minllama.errors import optional_import
 from minllama.evaluation.metrics import CalibrationBin
 
 # Colors of the drawing -> variables of the page's style sheet, which knows light from dark.
@@ -172,16 +172,12 @@ def _integers(most: int) -> Any:
 @contextmanager
 def _figure(heights: Sequence[int] = (1,)) -> Iterator[Any]:
     """A figure with one plot above the other, drawn in matplotlib's own style, not the user's."""
-    try:
-        from matplotlib import rc_context, rcParamsDefault
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MinllamaError(
-            "reports need the library matplotlib; "
-            "install it with: python -m pip install 'minllama[train]'"
-        ) from error
+    matplotlib = optional_import("matplotlib", "reports need")
+    from matplotlib.figure import Figure
+
+    defaults = matplotlib.rcParamsDefault
     style = {
-        **{key: value for key, value in rcParamsDefault.items() if not key.startswith("backend")},
+        **{key: value for key, value in defaults.items() if not key.startswith("backend")},
         "svg.fonttype": "none",  # text stays text, in the page's font
         "svg.hashsalt": "minllama",  # the same drawing gives the same bytes
         "text.parse_math": False,
@@ -200,7 +196,7 @@ def _figure(heights: Sequence[int] = (1,)) -> Iterator[Any]:
         "xtick.labelcolor": MUTED,
         "ytick.labelcolor": MUTED,
     }
-    with rc_context(style):
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=SIZE, layout="constrained")
         figure.subplots(len(heights), height_ratios=heights, sharex=False)
         yield figure

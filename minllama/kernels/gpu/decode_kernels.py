@@ -259,6 +259,21 @@ def turn_and_keep(
             tl.store(where + channels, x.to(query.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _add_to_softmax(largest, weights, found, scores, v, PRECISION: tl.constexpr):
+    """A running softmax over values, and that with further scores (Milakov & Gimelshein 2018).
+
+    Largest score (GROUP), sum of the weights (GROUP) and weighted values (GROUP, BLOCK), of scores
+    (GROUP, SLOTS) and values (SLOTS, BLOCK).
+    """
+    higher = tl.maximum(largest, tl.max(scores, axis=1))
+    shrunk = tl.exp(largest - higher)
+    e = tl.exp(scores - higher[:, None])
+    weights = weights * shrunk + tl.sum(e, axis=1)
+    found = found * shrunk[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
+    return higher, weights, found
+
+
 @triton.jit(do_not_specialize=["layer"])
 def attend(
     query,
@@ -291,10 +306,8 @@ def attend(
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.maximum(tl.load(lengths + row) + 1, 0).to(tl.int32)
     part = tl.cdiv(tl.cdiv(length, SPLITS), SLOTS) * SLOTS
-    begin = split * part
-    end = tl.minimum(begin + part, length)
-    members = tl.arange(0, GROUP)
-    channels = tl.arange(0, BLOCK)
+    begin, end = split * part, tl.minimum(split * part + part, length)
+    members, channels = tl.arange(0, GROUP), tl.arange(0, BLOCK)
     heads = head * (H // K) + members
     inside = (members[:, None] < H // K) & (channels[None, :] < C)
     at = (row * H + heads)[:, None] * C + channels[None, :]
@@ -312,12 +325,7 @@ def attend(
         v = tl.load(values + where, mask=there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (GROUP, SLOTS)
         scores = tl.where(slots[None, :] < end, scores, float("-inf"))
-        higher = tl.maximum(largest, tl.max(scores, axis=1))
-        shrunk = tl.exp(largest - higher)
-        e = tl.exp(scores - higher[:, None])
-        weights = weights * shrunk + tl.sum(e, axis=1)
-        found = found * shrunk[:, None] + tl.dot(e.to(v.dtype), v, input_precision=PRECISION)
-        largest = higher
+        largest, weights, found = _add_to_softmax(largest, weights, found, scores, v, PRECISION)
     if SPLITS == 1:
         found = found / tl.where(weights > 0, weights, 1.0)[:, None]
         tl.store(partial + at, found.to(partial.dtype.element_ty), mask=inside)

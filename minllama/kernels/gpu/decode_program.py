@@ -200,49 +200,60 @@ class Walk:
         }
 
     def _one_row(self, rows: Rows) -> None:
-        config, h = self._config, rows.h
-        eps, dim = config.norm_eps, config.dim
-        of_dim = {"D": dim, "BLOCK": _columns(dim)}
         for number, layer in enumerate(self._model.layers):
-            query, key, value, output, w1, w2, w3 = layer.weights
-            b_query, b_key, b_value, b_output, b1, b2, b3 = layer.biases
-            n_rows = _rows(config.head_dim, dim)
-            self._launch(
-                "project_query_key_value",
-                ((len(query) + 2 * len(key)) // n_rows,),
-                h,
-                layer.attention_norm,
-                *(query, key, value),
-                *_biases(query, b_query, b_key, b_value),
-                rows.query,
-                self._places,
-                rows.lengths,
-                number,
-                eps,
-                **of_dim,
-                **self._heads(),
-                ROWS=n_rows,
-                BIAS=b_query is not None,
-                num_warps=_warps(dim),
-            )
+            output, w2 = layer.weights[3], layer.weights[5]
+            self._project_query_key_value(rows, number)
             self._attend(rows, number, rows.query)
-            self._add_product(rows.attended, output, b_output, h)
-            n_rows = max(1, _rows(len(w1), dim) // 2)  # of each of two matrices
-            self._launch(
-                "gate",
-                (len(w1) // n_rows,),
-                h,
-                layer.ffn_norm,
-                *(w1, w3),
-                *_biases(w1, b1, b3),
-                rows.gated,
-                eps,
-                **of_dim,
-                ROWS=n_rows,
-                BIAS=b1 is not None,
-                num_warps=_warps(dim),
-            )
-            self._add_product(rows.gated, w2, b2, h)
+            self._add_product(rows.attended, output, layer.biases[3], rows.h)
+            self._gate(rows, layer)
+            self._add_product(rows.gated, w2, layer.biases[5], rows.h)
+        self._project_vocabulary(rows)
+
+    def _project_query_key_value(self, rows: Rows, number: int) -> None:
+        config, layer = self._config, self._model.layers[number]
+        query, key, value = layer.weights[:3]
+        b_query, b_key, b_value = layer.biases[:3]
+        n_rows = _rows(config.head_dim, config.dim)
+        self._launch(
+            "project_query_key_value",
+            ((len(query) + 2 * len(key)) // n_rows,),
+            rows.h,
+            layer.attention_norm,
+            *(query, key, value),
+            *_biases(query, b_query, b_key, b_value),
+            rows.query,
+            self._places,
+            rows.lengths,
+            number,
+            config.norm_eps,
+            **self._of_dim(),
+            **self._heads(),
+            ROWS=n_rows,
+            BIAS=b_query is not None,
+            num_warps=_warps(config.dim),
+        )
+
+    def _gate(self, rows: Rows, layer: Layer) -> None:
+        config, w1, w3 = self._config, layer.weights[4], layer.weights[6]
+        b1, b3 = layer.biases[4], layer.biases[6]
+        n_rows = max(1, _rows(len(w1), config.dim) // 2)  # of each of two matrices
+        self._launch(
+            "gate",
+            (len(w1) // n_rows,),
+            rows.h,
+            layer.ffn_norm,
+            *(w1, w3),
+            *_biases(w1, b1, b3),
+            rows.gated,
+            config.norm_eps,
+            **self._of_dim(),
+            ROWS=n_rows,
+            BIAS=b1 is not None,
+            num_warps=_warps(config.dim),
+        )
+
+    def _project_vocabulary(self, rows: Rows) -> None:
+        config, h = self._config, rows.h
         self._launch(
             "add_and_normalize",
             (1,),
@@ -250,20 +261,23 @@ class Walk:
             h,
             self._model.norm,
             rows.hidden,
-            eps,
-            D=dim,
-            BLOCK=support.power_of_two(dim),
+            config.norm_eps,
+            D=config.dim,
+            BLOCK=support.power_of_two(config.dim),
             ADD=False,
         )
-        n_rows = _rows(config.vocab_size, dim)
+        n_rows = _rows(config.vocab_size, config.dim)
         self._launch(
             "project_vocabulary",
             (config.vocab_size // n_rows,),
-            *(h, self._model.norm, self._model.head, rows.logits, eps),
-            **of_dim,
+            *(h, self._model.norm, self._model.head, rows.logits, config.norm_eps),
+            **self._of_dim(),
             ROWS=n_rows,
-            num_warps=_warps(dim),
+            num_warps=_warps(config.dim),
         )
+
+    def _of_dim(self) -> dict[str, int]:
+        return {"D": self._config.dim, "BLOCK": _columns(self._config.dim)}
 
     def _add_product(self, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> None:
         out, n = weight.shape

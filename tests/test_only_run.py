@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from minllama.atomic import atomic_folder
+from minllama.atomic import atomic_folder, only_run
 from minllama.errors import MinllamaError
-from minllama.lock import only_run
 from minllama.training.run_checkpoint import has_checkpoint
 
 pytest.importorskip("fcntl")
 
 HOLDER = """
 import sys, time
-from minllama.lock import only_run
+from minllama.atomic import only_run
 with only_run(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -94,7 +93,7 @@ def test_runs_that_take_turns_are_never_two_at_once(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from minllama.errors import MinllamaError
-from minllama.lock import only_run
+from minllama.atomic import only_run
 folder, done = Path(sys.argv[1]), 0
 while done < 100:
     try:

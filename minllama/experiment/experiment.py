@@ -1,0 +1,100 @@
+"""Everything that an experiment is made from, as one value that is checked at birth."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minllama.checkpoints.weight_format import HALF_NAMES
+from minllama.errors import OptionError
+from minllama.experiment.build import TRAINED
+from minllama.options import (
+    ClassifierOptions,
+    DataOptions,
+    LoRAOptions,
+    PromptOptions,
+    TrainingOptions,
+)
+from minllama.options.evaluation import ReportOptions, ThresholdOptions
+from minllama.options.loading import LoadOptions
+from minllama.quantization.modules import check_quantize
+from minllama.training.objective import check_metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that an experiment is made from.
+
+    Attributes:
+        train, dev, test: sources of labelled texts.
+        output: the folder of the classifier and its report.
+        model, tokenizer: sources of the base model; None for the default.
+        dtype, device: None for what suits the method and the machine.
+        quantize: a word of `QUANTIZE` for weights that are not trained, None for numbers in the
+            dtype, "auto" for what is fastest with this file and machine.
+        data, prompt, classifier, lora, training, threshold, report: options.
+        llama_changes: fields of LlamaConfig, such as `dropout`.
+    """
+
+    train: str
+    output: Path
+    dev: str | None = None
+    test: str | None = None
+    model: str | None = None
+    tokenizer: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    quantize: str | None = "auto"
+    data: DataOptions = field(default_factory=DataOptions)
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
+    report: ReportOptions = field(default_factory=ReportOptions)
+    llama_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether what is trained is a head, and no label words."""
+        return self.classifier.method != "zero-shot" and self.classifier.objective != "label-words"
+
+    @property
+    def loading(self) -> LoadOptions:
+        """How the base model is opened."""
+        return LoadOptions(
+            dtype=self.dtype,
+            device=self.device,
+            quantize=self.quantize,
+            tokenizer=self.tokenizer,
+        )
+
+    @property
+    def of_numbers(self) -> bool:
+        """Whether labels are numbers, and no classes."""
+        return self.classifier.objective == "regression"
+
+    @property
+    def headline(self) -> str:
+        """The metric that the report's verdict is about."""
+        metric = self.training.metric if self.classifier.method in TRAINED else "accuracy"
+        return self.report.headline or metric
+
+    def __post_init__(self) -> None:
+        is_default = self.training.metric == TrainingOptions.metric
+        if not (self.of_numbers and is_default):  # which then stands for that of numbers
+            check_metric(self.training.metric, of_numbers=self.of_numbers)
+        if self.classifier.method == "full" and self.dtype in HALF_NAMES:
+            raise OptionError(
+                f"full training takes steps that {self.dtype} rounds away; leave --dtype away: "
+                "weights are float32 then, and multiplied in bfloat16 where the hardware is good "
+                "at it"
+            )
+        if self.quantize == "auto":
+            return
+        check_quantize(self.quantize)
+        if self.quantize is not None and self.classifier.method == "full":
+            raise OptionError(
+                f"full training changes all weights, which {self.quantize} cannot follow; leave "
+                "--quantize away, or use --method lora"
+            )
