@@ -111,14 +111,14 @@ class without_initial_values(TorchFunctionMode):
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightFormat) -> str | None:
-    """Give `module`, built on the meta device, the weights of `checkpoint`.
+    """Load the weights of `checkpoint` into `module`, which was built on the meta device.
 
     Matrices of the right dtype stay memory-mapped if the format allows; others are converted one at
     a time. A file of which none stays mapped is closed.
 
     Args:
-        module: whose parameters they become.
-        checkpoint: where they are.
+        module: receives the weights.
+        checkpoint: to load.
         weights: the format that they get. Quantized modules take the place of the linear layers and
             embeddings of the same names.
 

@@ -286,7 +286,7 @@ class _Machine:
             return OtherValue(name)
         if name in _OTHER_TENSORS:
             return OtherTensor(name.rpartition("_rebuild_")[2])
-        raise DamagedPickle(f"it calls {name} with other arguments than torch does does")
+        raise DamagedPickle(f"it calls {name} with other arguments than torch does")
 
     def storage(self, kind: Any, dtype: Any, key: Any, _: Any, count: Any, view: Any = None) -> Any:
         """The values of the storage with a persistent id."""

@@ -52,7 +52,7 @@ def parse_hub_id(name: str) -> HubDataset | None:
 
 
 def parquet_table(path: Path, name: str) -> Table:
-    """The rows of a Parquet file, a batch in memory at a time."""
+    """The rows of a Parquet file, with one batch in memory at a time."""
     optional_import("pyarrow", f"{name}: Parquet needs", kind=DataError)
     import pyarrow as pa
     from pyarrow import parquet
@@ -106,7 +106,7 @@ def _rows_at_once(file: Any) -> int:
 
 
 def hub_table(hub_dataset: HubDataset, name: str) -> Table:
-    """The rows of a data set on the hub, downloaded once into the cache of `datasets`."""
+    """The rows of a Hugging Face dataset, downloaded once into the cache of `datasets`."""
     needs = f"{name}: no such file, and Hugging Face datasets need"
     datasets = optional_import("datasets", needs, kind=DataError)
     quiet = not sys.stderr.isatty() and not datasets.utils.are_progress_bars_disabled()

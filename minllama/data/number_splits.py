@@ -10,18 +10,18 @@ from minllama.errors import DataError
 
 
 def random_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Set a part of the examples aside; equal texts stay together.
+    """Hold out a part of the examples; equal texts stay together.
 
     Args:
         dataset: with numeric targets.
-        fraction: of its different texts that is set aside, between 0 and 1; at least one.
+        fraction: of its distinct texts to hold out, between 0 and 1; at least one text.
         seed: of the draw.
 
     Returns:
         The training part, with the dataset's notices, and the held-out part.
 
     Raises:
-        DataError: there are no two different texts.
+        DataError: all texts are equal.
     """
     assert 0 < fraction < 1, fraction
     texts = list(dict.fromkeys(dataset.texts))

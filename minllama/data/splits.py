@@ -13,15 +13,15 @@ from minllama.text import listed
 
 
 def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Set a part of the examples aside, the same part of every class.
+    """Hold out a part of the examples, the same fraction of every class.
 
     Equal texts stay together, so that no text is on both sides. A class with only one text keeps
-    it for training; of two or more at least one goes to each side. With several labels a text
-    counts for the rarest of them. Both sides keep the order of the data set.
+    it for training; of two or more at least one goes to each side. A text with several labels
+    counts for the rarest of them. Both sides keep the order of the dataset.
 
     Args:
         dataset: with labels.
-        fraction: of each class's texts that is set aside, between 0 and 1.
+        fraction: of each class's texts to hold out, between 0 and 1.
         seed: of the draw.
 
     Returns:

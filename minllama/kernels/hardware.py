@@ -130,10 +130,10 @@ def default_device() -> torch.device:
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device of that name; None for the GPU where there is one.
+    """The device of that name; None for a GPU if there is one.
 
     Raises:
-        MinllamaError: this machine or this torch has none of that name.
+        MinllamaError: this machine or torch build does not have it.
     """
     if device is None:
         return default_device()
@@ -142,8 +142,8 @@ def usable_device(device: torch.device | str | None) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:  # torch raises either where CUDA is absent
         raise MinllamaError(
-            f"device {str(device)!r} cannot be used here ({str(error).splitlines()[0][:120]}); "
-            "use cpu, cuda or mps, whichever this machine has"
+            f"device {str(device)!r} is not usable on this machine "
+            f"({str(error).splitlines()[0][:120]}); use one that it has of cpu, cuda and mps"
         ) from error
 
 
