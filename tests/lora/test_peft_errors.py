@@ -148,7 +148,7 @@ def test_damaged_configs_are_refused(adapter: Path, content: bytes, words: str) 
 
 
 def test_a_folder_without_an_adapter_is_refused(adapter: Path) -> None:
-    assert "there is no adapter_config.json; name the folder of a PEFT" in refusal(adapter / "x")
+    assert "no adapter_config.json; name a PEFT" in refusal(adapter / "x")
     (adapter / "adapter_model.safetensors").unlink()
     assert "neither adapter_model.safetensors nor adapter_model.bin" in refusal(adapter)
     (adapter / "adapter_config.json").unlink()

@@ -190,7 +190,7 @@ def test_null_counts_as_not_said_where_transformers_fails(
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a finite number"),
         ({"rope_scaling": {"type": "llama3", "factor": 2}}, "no low_freq_factor, high_freq"),
         ({"rope_scaling": {"type": ["linear"], "factor": 2}}, r"rope scaling \['linear'\]"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope' is not known"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope' is unknown"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', not a JSON object"),
         (
             {"rope_scaling": KINDS["linear"], "rope_parameters": "x"},
