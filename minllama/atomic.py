@@ -331,10 +331,10 @@ def _one_line_errors(target: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_run(place: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold the lock of a file or folder that is to be written, for as long as the block runs.
+    """Hold the lock of an output file or folder while the block runs.
 
-    The file `.NAME.lock` beside it holds the number of the process, and goes at the end. Within the
-    block the same thread may ask again.
+    The file `.NAME.lock` beside it has the process id, and is removed at the end. The lock is
+    reentrant within a thread.
 
     Raises:
         MinllamaError: another run has it.
@@ -369,7 +369,7 @@ def only_run(place: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file or folder; False where somebody else has, None where there are no locks."""
+    """Lock an open file or folder; False if another process has, None without lock support."""
     try:
         if sys.platform == "win32":
             os.lseek(descriptor, 2**30, os.SEEK_SET)  # a byte behind the content, which stays free
@@ -382,7 +382,7 @@ def try_lock(descriptor: int) -> bool | None:
 
 
 def _acquired(file: Path, place: str | os.PathLike[str]) -> int | None:
-    """A descriptor that holds the lock of a file, made if need be; None where none can be had."""
+    """A descriptor that holds the lock of a file, created if needed; None if impossible."""
     for _ in range(100):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -414,7 +414,7 @@ def _is_still(file: Path, descriptor: int) -> bool:
 
 
 def _release(file: Path, descriptor: int) -> None:
-    """Remove the file while it is locked, and let go of it."""
+    """Remove the file while it is locked, then release the lock."""
     try:
         with contextlib.suppress(OSError):  # Windows does not remove what is open
             file.unlink()
@@ -425,6 +425,6 @@ def _release(file: Path, descriptor: int) -> None:
 def _taken(place: str | os.PathLike[str], owner: str) -> MinllamaError:
     process = f" (process {owner})" if owner.isdigit() else ""
     return MinllamaError(
-        f"{os.fspath(place)}: another run{process} is writing there; wait until it has ended, or "
-        "name another place"
+        f"{os.fspath(place)}: another run{process} is writing there; wait until it ends, or name "
+        "another output"
     )

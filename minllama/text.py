@@ -78,15 +78,14 @@ def _shown(char: str) -> str:
 
 
 def parse_json(data: bytes, *, max_entries: int = MAX_JSON_ENTRIES) -> Any:
-    """What a JSON document in UTF-8 holds.
+    """Parse a JSON document in UTF-8.
 
     Args:
         data: the document.
         max_entries: the most values, of lists and objects together, that it may have.
 
     Raises:
-        ValueError: it is damaged, nested too deeply, of more entries, or not text; why, in one
-            line.
+        ValueError: it is damaged, nested too deeply, has too many entries, or is not text.
     """
     if sum(map(data.count, (b",", b"[", b"{"))) > max_entries:
         raise ValueError(f"more than {max_entries:,} entries")
@@ -98,21 +97,23 @@ def parse_json(data: bytes, *, max_entries: int = MAX_JSON_ENTRIES) -> Any:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except UnicodeEncodeError as error:
-        raise ValueError("it holds half of a character (a lone surrogate)") from error
+        raise ValueError("it contains half of a character (a lone surrogate)") from error
     return content
 
 
 def read_json(
     path: Path, *, max_bytes: int = MAX_JSON_BYTES, max_entries: int = MAX_JSON_ENTRIES
 ) -> Any:
-    """What a file of JSON holds; see `parse_json`.
+    """Parse a JSON file; see `parse_json`.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is damaged, or far larger than such a file is.
+        ValueError: it is damaged, or far larger than such a file should be.
     """
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
-        raise ValueError(f"more than {max_bytes // 2**20} MiB, far larger than such a file is")
+        raise ValueError(
+            f"more than {max_bytes // 2**20} MiB, far larger than such a file should be"
+        )
     return parse_json(data, max_entries=max_entries)

@@ -103,11 +103,11 @@ class GGUFFile:
     data: Tensor
 
     def raw(self, tensor: GGUFTensor) -> Tensor:
-        """The bytes of one tensor, (n_bytes,) uint8, as they lie in the file."""
+        """The bytes of one tensor, (n_bytes,) uint8, as in the file."""
         return self.data[tensor.offset : tensor.offset + tensor.n_bytes]
 
     def lazy(self, tensor: GGUFTensor) -> LazyTensor:
-        """Where one tensor is, for whoever wants it."""
+        """A `LazyTensor` of one tensor in the file."""
         blocks = None if tensor.type in DTYPES else lambda: (tensor.type, self.raw(tensor))
         load = partial(self.load, tensor)
         return LazyTensor(tensor.shape, tensor.type.words, tensor.n_bytes, load, blocks)
@@ -132,8 +132,8 @@ def open_gguf(path: Path) -> GGUFFile:
 def read_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file; nothing but its header is read.
 
-    A tensor of an unknown name keeps it, for the loader to refuse. A missing bias beside others is
-    zero.
+    A tensor with an unknown name keeps it, so that the loader refuses it. A missing bias beside
+    others is zero.
 
     Raises:
         CheckpointError: the file is truncated or damaged, or its model is not a Llama.
@@ -184,7 +184,7 @@ def read_gguf(path: Path) -> Checkpoint:
 
 
 def read_gguf_vocabulary(path: Path) -> Vocabulary | None:
-    """The tokenizer in a GGUF file, which may hold nothing else; None where it has none.
+    """The tokenizer in a GGUF file, which may contain nothing else; None without one.
 
     Raises:
         CheckpointError: the file is truncated or damaged.
@@ -202,7 +202,7 @@ def read_gguf_vocabulary(path: Path) -> Vocabulary | None:
 
 
 def gguf_models(folder: Path) -> list[Path]:
-    """The GGUF files in a folder, of a model in parts the first that is there, by name."""
+    """The GGUF files in a folder by name; of a split model the first existing part."""
     models: dict[str, Path] = {}
     for path in sorted(folder.glob("*.gguf")):
         if is_gguf(path):
@@ -212,7 +212,7 @@ def gguf_models(folder: Path) -> list[Path]:
 
 
 def _open_parts(path: Path) -> list[GGUFFile]:
-    """The file at `path`, or all the parts of the model that it is one of, in order.
+    """The file at `path`, or all parts of its split model in order.
 
     Raises:
         CheckpointError: a part is missing, or is of another model; the message names it.
@@ -277,16 +277,16 @@ def write_gguf(
 
     Args:
         path: the file.
-        config: what the Llama is.
-        tensors: ours, by our names; each is read once, in turn.
-        vocabulary: its tokenizer; `None` writes a file that only takes token ids.
-        dtype: of the matrices. Norms and biases are float32 always, and a matrix whose rows Q8_0
-            cannot hold (not a multiple of 32) is float16.
-        further: fields that say something else of the model, `general.sampling.temp`.
+        config: of the model.
+        tensors: in minllama's naming and layout; each is read once, in order.
+        vocabulary: of the tokenizer; `None` writes a file without one.
+        dtype: of the matrices. Norms and biases are always float32, and a matrix whose rows are not
+            a multiple of 32 is float16 instead of Q8_0.
+        further: additional fields, such as `general.sampling.temp`.
 
     Raises:
-        MinllamaError: GGUF has no words for this config, a tensor disagrees with the config or
-            does not fit `dtype`, or the file cannot be written.
+        MinllamaError: GGUF cannot represent this config, a tensor contradicts the config or
+            overflows `dtype`, or the file cannot be written.
     """
     import numpy
     from gguf import GGMLQuantizationType
@@ -357,7 +357,7 @@ def _vocabulary_fields(vocabulary: Vocabulary | None, config: LlamaConfig) -> di
 
 
 def _new_writer(path: str | PathLike[str]) -> "GGUFWriter":
-    """The package's writer, which leaves out empty lists; llama.cpp wants merges to be there."""
+    """The package's writer, which omits empty lists, although llama.cpp needs merges."""
     from gguf import GGUFValueType, GGUFWriter
 
     class Writer(GGUFWriter):

@@ -30,9 +30,9 @@ NEUTRAL = {
 
 
 class Keys:
-    """The `llama.*` keys of one file, each checked for its type, and noted once it was asked for.
+    """The `llama.*` keys of one file, with type checks; keeps track of the keys that were read.
 
-    A key that may differ from layer to layer (a list) must not: minllama's layers are all alike.
+    Keys with a value per layer (a list) are refused: minllama's layers are equal.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ class Keys:
         return value
 
     def unread(self) -> list[str]:
-        """The `llama.*` keys that were not asked for."""
+        """The `llama.*` keys that were not read."""
         prefix = f"{ARCHITECTURE}."
         return sorted(k for k in self.fields if k.startswith(prefix) and k not in self.asked)
 
@@ -75,10 +75,10 @@ class Keys:
 
 
 def check_architecture(fields: Mapping[str, Any]) -> None:
-    """Refuse what is no Llama, or a part of one.
+    """Refuse anything but a Llama.
 
     Raises:
-        CheckpointError: the message names what it is instead.
+        CheckpointError: the message names the architecture.
     """
     architecture = fields.get("general.architecture")
     if architecture is None:
@@ -93,10 +93,10 @@ def check_architecture(fields: Mapping[str, Any]) -> None:
 
 
 def check_has_weights(fields: Mapping[str, Any], n_tensors: int) -> None:
-    """Refuse a file that holds a vocabulary and nothing else, as llama.cpp's --vocab-only writes.
+    """Refuse a file that contains only a vocabulary, as llama.cpp's --vocab-only writes.
 
     Raises:
-        CheckpointError: the message says what it is good for.
+        CheckpointError: the message says how to use it.
     """
     if n_tensors == 0 and "tokenizer.ggml.tokens" in fields:
         raise CheckpointError(
@@ -118,14 +118,14 @@ def config_from_keys(
 
     Args:
         keys: the file's.
-        vocab_size: rows of its embedding, for files that do not state the number.
-        rope_freqs: the content of `rope_freqs.weight`, (C / 2,); `None` where there is none.
+        vocab_size: rows of its embedding, for files without the key.
+        rope_freqs: the content of `rope_freqs.weight`, (C / 2,); `None` without it.
         tie_embeddings: whether the file has no output matrix.
         attention_bias: whether it has biases there.
         ffn_bias: whether it has biases there.
 
     Raises:
-        MinllamaError: a key is missing, or says what our Llama does not compute.
+        MinllamaError: a key is missing, or has a value that minllama does not support.
     """
     if (n_experts := keys.integer("expert_count", 0)) > 0:
         raise CheckpointError(
@@ -161,10 +161,10 @@ def config_from_keys(
 
 
 def keys_from_config(config: LlamaConfig) -> tuple[dict[str, Any], list[float] | None]:
-    """The inverse of `config_from_keys`: keys with their `llama.`, and rope_freqs or `None`.
+    """The inverse of `config_from_keys`: keys with the prefix `llama.`, and rope_freqs or `None`.
 
     Raises:
-        MinllamaError: llama.cpp has no words for this config; the message names the field.
+        MinllamaError: llama.cpp cannot represent this config; the message names the field.
     """
     keys: dict[str, Any] = {
         "block_count": config.n_layers,
@@ -195,9 +195,9 @@ def llama3_divisors(
 ) -> list[float]:
     """Divisor of each rotary frequency by Llama 3.1's rule, (C / 2,).
 
-    Frequencies that turn fewer than `low` times over the original context are divided by `factor`,
-    those that turn more than `high` times stay, and those between are blended (Meta's reference
-    code, `apply_scaling`).
+    Frequencies with fewer than `low` rotations over the original context are divided by `factor`,
+    those with more than `high` stay, and those between are interpolated (Meta's reference code,
+    `apply_scaling`).
     """
     divisors = []
     for pair in range(head_dim // 2):
@@ -251,7 +251,7 @@ def _scaling_from_keys(
 
 
 def _scaling_from_divisors(keys: Keys, config: LlamaConfig, divisors: list[float]) -> RopeScaling:
-    """Llama 3.1's rule where the divisors follow it, else the divisors themselves."""
+    """Llama 3.1's rule if the divisors follow it, else the divisors themselves."""
     if len(divisors) != config.head_dim // 2:
         raise CheckpointError(
             f"rope_freqs.weight has {len(divisors)} divisors for {config.head_dim // 2} "

@@ -37,14 +37,14 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where one tensor lies in a GGUF file.
+    """The position of one tensor in a GGUF file.
 
     Attributes:
         name: its name there, `blk.0.attn_q.weight`.
         shape: outermost dimension first, as torch counts (the file counts the other way).
-        type: how its numbers are stored.
-        offset: of its first byte, from the file's beginning.
-        n_bytes: the bytes that it takes.
+        type: its storage format.
+        offset: of its first byte from the start of the file.
+        n_bytes: its size in bytes.
     """
 
     name: str
@@ -55,9 +55,9 @@ class GGUFTensor:
 
 
 class Numbers(Sequence[Any]):
-    """An array of numbers as it lies in the file: Python's list has nine bytes or more for each.
+    """An array of numbers as stored in the file: a Python list needs nine bytes or more for each.
 
-    (In the machine's byte order, which is the file's wherever its tensors can be read.)
+    (In the machine's byte order, which must be the file's.)
     """
 
     def __init__(self, content: bytes, code: str) -> None:
@@ -82,11 +82,11 @@ class Numbers(Sequence[Any]):
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says before its numbers.
+    """The header of a GGUF file.
 
     Attributes:
         fields: key -> plain Python value; an array is a list, or a `Numbers`.
-        tensors: name -> where it lies.
+        tensors: name -> position.
     """
 
     fields: dict[str, Any]
@@ -94,7 +94,7 @@ class GGUFHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether `path` is a file that begins as GGUF does."""
+    """Whether `path` is a file that starts like GGUF."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -148,7 +148,7 @@ class _Parser:
         return GGUFHeader(fields, self.placed(infos, fields.get("general.alignment")))
 
     def tensor_info(self) -> GGUFTensor:
-        """One tensor's entry; its offset is from the first tensor's still."""
+        """One tensor's entry, with an offset relative to the first tensor."""
         name = self.string()
         n_dims = self.u32()
         if not 1 <= n_dims <= MAX_DIMS:
@@ -166,7 +166,7 @@ class _Parser:
         return GGUFTensor(name, shape, stored, self.u64(), stored.n_bytes(shape))
 
     def placed(self, infos: list[GGUFTensor], alignment: Any) -> dict[str, GGUFTensor]:
-        """The tensors by name, offsets from the file's beginning, each inside the file."""
+        """The tensors by name, with offsets from the start of the file, within its size."""
         if alignment is None:
             alignment = DEFAULT_ALIGNMENT
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -221,7 +221,7 @@ class _Parser:
         return value
 
     def count(self, of_what: str, min_bytes: int) -> int:
-        """A count of things that take `min_bytes` each at the least, and so must fit the rest."""
+        """A count of items of at least `min_bytes` each, checked against the rest of the file."""
         count = self.u64()
         if count * min_bytes > self.size - self.offset:
             self.fail(f"is truncated or damaged: it announces {count} {of_what}; download it again")
@@ -237,7 +237,7 @@ class _Parser:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """`count` strings; a vocabulary has tens of thousands, hence a loop without our calls."""
+        """`count` strings; a vocabulary has tens of thousands, hence a plain loop."""
         self.strings_left -= count
         if self.strings_left < 0:
             self.fail(f"has more than {MAX_STRINGS} strings; the file is damaged")

@@ -92,7 +92,7 @@ def is_huggingface(path: Path) -> bool:
 
 
 def has_weights(path: Path) -> bool:
-    """Whether a folder holds weights in files of Hugging Face's names."""
+    """Whether a folder contains weights in files with Hugging Face's names."""
     return any(WEIGHT_FILES.fullmatch(file.name) for file in path.iterdir())
 
 
@@ -137,7 +137,7 @@ def read_huggingface(path: Path) -> Checkpoint:
 
 
 def declared_head(path: Path) -> SequenceHead:
-    """What the config.json in a folder says of a head, whether the folder holds one or not.
+    """The head that the config.json in a folder describes, whether its weights exist or not.
 
     Raises:
         CheckpointError: it is damaged.
@@ -152,10 +152,10 @@ def declared_head(path: Path) -> SequenceHead:
 def _with_head(
     config: LlamaConfig, tensors: dict[str, LazyTensor], ignored: list[str], path: Path
 ) -> LlamaConfig:
-    """Settle what a tied config means where the file has an output matrix of its own.
+    """Resolve a tied config if the file has an output matrix as well.
 
-    As in transformers 5: one that equals the embedding is the embedding, another one counts, and
-    where the embedding is missing it stands for both.
+    As in transformers 5: if it equals the embedding they are tied, otherwise it is used; if the
+    embedding is missing, it is used for both.
     """
     if not config.tie_embeddings or OUTPUT not in tensors:
         return config
@@ -221,16 +221,16 @@ def write_huggingface(
 
     Args:
         folder: the target; other files in an existing folder are kept.
-        config: what the Llama is.
+        config: of the model.
         tensors: ours, by our names; read one shard at a time.
-        vocabulary: its tokenizer's files are written too; None leaves those that are there.
-        dtype: of the weights; None for as they are.
-        generation: what generation_config.json says beside the ids of tokens; needs a vocabulary.
+        vocabulary: also write the tokenizer's files; None keeps existing ones.
+        dtype: of the weights; None for the current one.
+        generation: settings for generation_config.json besides token ids; needs a vocabulary.
 
     Raises:
-        MinllamaError: the format has no words for this config, the tensors disagree with it, the
-            tokenizer, or the one that the folder keeps, has more tokens than the model has rows,
-            or the folder cannot be written.
+        MinllamaError: the format cannot represent this config, the tensors contradict it, the
+            tokenizer (or an existing one in the folder) has more tokens than the model has rows, or
+            the folder cannot be written.
     """
     if vocabulary is None:
         _check_kept_tokenizer(Path(folder), config)
@@ -251,12 +251,12 @@ def write_files(
     settings: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the files of `write_huggingface` into a folder that is there.
+    """Write the files of `write_huggingface` into an existing folder.
 
     Args:
         folder, config, tensors, vocabulary, dtype, generation: as there.
         head: further tensors, by Hugging Face's names.
-        settings: what config.json says of that head, in the place of what it says otherwise.
+        settings: entries of config.json for that head, which override others.
 
     Raises:
         MinllamaError: as there.
@@ -326,7 +326,7 @@ def _write_shards(
 
 
 def _check_kept_tokenizer(folder: Path, config: LlamaConfig) -> None:
-    """A TokenizerError where the tokenizer in `folder` has more tokens than the model has rows."""
+    """Raise TokenizerError if the tokenizer in `folder` has more tokens than the model has rows."""
     from minllama.tokenizer.load import find_vocabulary
 
     try:
@@ -338,9 +338,9 @@ def _check_kept_tokenizer(folder: Path, config: LlamaConfig) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which none overlaps another in memory, as safetensors demands.
+    """Contiguous tensors that do not overlap in memory, as safetensors requires.
 
-    They do where a file that torch.save wrote keeps one matrix under two names.
+    They overlap if a file of torch.save has one matrix under two names.
     """
     apart = {name: tensor.contiguous() for name, tensor in tensors.items()}
     end = 0
@@ -352,14 +352,14 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def their_name(ours: str) -> str:
-    """Hugging Face's name of one of our tensors."""
+    """Hugging Face's name of a tensor."""
     theirs = translate(ours, NAMES)
     assert theirs is not None, f"not a tensor of a Llama: {ours}"
     return theirs
 
 
 def rotated_heads(ours: str, config: LlamaConfig) -> int | None:
-    """How many heads the rows of a tensor belong to, if they are rotated; None if not."""
+    """The number of heads of a tensor's rows, if they are rotated; None if not."""
     if ".compute_query." in ours:
         return config.n_heads
     if ".compute_key." in ours:
@@ -371,7 +371,7 @@ def to_interleaved(rows: Tensor, n_heads: int) -> Tensor:
     """Half-split rows (x0 x2 ... x1 x3 ...) of each head to interleaved ones (x0 x1 x2 x3 ...).
 
     (n_heads * C, ...) -> the same shape. Hugging Face rotates channel i with i + C/2, Meta rotates
-    2i with 2i + 1: the same function once the rows of W_q and W_k are in the other order.
+    2i with 2i + 1: the same function after permuting the rows of W_q and W_k.
     """
     halves: Tensor = rows.unflatten(0, (n_heads, 2, -1))
     return halves.transpose(1, 2).flatten(0, 2)
@@ -384,7 +384,7 @@ def to_half_split(rows: Tensor, n_heads: int) -> Tensor:
 
 
 def for_huggingface(ours: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
-    """One of our tensors with its rows in Hugging Face's order."""
+    """A tensor with its rows in Hugging Face's order."""
     n_heads = rotated_heads(ours, config)
     return tensor if n_heads is None else to_half_split(tensor, n_heads)
 

@@ -74,7 +74,8 @@ def config_from_huggingface(raw: dict[str, Any]) -> LlamaConfig:
     """A LlamaConfig from the content of a config.json.
 
     Raises:
-        MinllamaError: it is not a Llama, lacks a key, or computes something that ours does not.
+        MinllamaError: it is not a Llama, lacks a key, or needs something that minllama does not
+            support.
     """
     model_type = raw.get("model_type")
     if model_type != "llama":
@@ -113,7 +114,7 @@ def ignored_keys(raw: dict[str, Any]) -> list[str]:
 
 
 def rope_contradiction(raw: dict[str, Any]) -> str | None:
-    """What `rope_parameters` say that `rope_scaling` beside them overrides, for a warning."""
+    """The `rope_parameters` that `rope_scaling` overrides, for a warning."""
     scaling, parameters = raw.get("rope_scaling"), raw.get("rope_parameters")
     if not scaling or not parameters:
         return None
@@ -136,7 +137,7 @@ def rope_contradiction(raw: dict[str, Any]) -> str | None:
 
 
 def _rope_key(raw: Mapping[str, Any]) -> str:
-    """Which of a config's two keys counts: as in transformers 5, the older one where it is set."""
+    """The key that takes precedence: as in transformers 5, the older one if it is set."""
     return "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
 
 
@@ -148,7 +149,7 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_rope(rope: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
-    """Refuse rotary settings that no Llama has, or whose meaning depends on who reads them."""
+    """Refuse rotary settings that are not a Llama's, or ambiguous."""
     if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
         raise MinllamaError(
             f"{_rope_key(raw)} has separate settings for {', '.join(nested)[:100]}, but all "
@@ -219,10 +220,10 @@ def _scaling_from_huggingface(
 def config_to_huggingface(
     config: LlamaConfig, dtype: str, vocabulary: Vocabulary | None
 ) -> dict[str, Any]:
-    """The content of a config.json, in the form that old and new transformers read alike.
+    """The content of a config.json that old and new versions of transformers read the same.
 
     Raises:
-        MinllamaError: the format has no words for this config.
+        MinllamaError: the format cannot represent this config.
     """
     if not config.causal:
         raise MinllamaError("a Hugging Face Llama is always causal, but this one is bidirectional")
@@ -252,14 +253,14 @@ def config_to_huggingface(
 
 
 def eos_ids(vocabulary: Vocabulary) -> int | list[int] | None:
-    """One id, or the list that transformers takes where several tokens end a text."""
+    """One id, or a list if several tokens end a text."""
     ids = dict.fromkeys([vocabulary.eos_id, *vocabulary.stop_ids])
     several = [i for i in ids if i is not None]
     return several if len(several) > 1 else vocabulary.eos_id
 
 
 def _first_given(*values: Any) -> Any:
-    """The first of the values that is said: null counts as not said."""
+    """The first value that is not null."""
     return next((value for value in values if value is not None), None)
 
 

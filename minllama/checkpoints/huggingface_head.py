@@ -27,12 +27,12 @@ PROBLEM_TYPES = (REGRESSION, ONE_LABEL, SEVERAL_LABELS)
 
 @dataclass(frozen=True)
 class SequenceHead:
-    """What config.json says of a sequence classifier's head.
+    """The settings of a sequence classifier's head in config.json.
 
     Attributes:
-        labels: names of its outputs, in order; None where it does not say (they are LABEL_0 ...).
-        problem_type: one of PROBLEM_TYPES; None where it does not say.
-        pad_id: the id whose last run in a row is padding; None for none.
+        labels: names of its outputs, in order; None if not given (LABEL_0 ...).
+        problem_type: one of PROBLEM_TYPES; None if not given.
+        pad_id: the id whose last run in a sequence is padding; None for none.
     """
 
     labels: tuple[str, ...] | None
@@ -55,7 +55,7 @@ class SequenceHead:
         return self.labels
 
     def problem_of(self, n_outputs: int) -> str:
-        """The problem type, which follows from the outputs where it is not said.
+        """The problem type; derived from the outputs if not given.
 
         One output is a number then, as transformers' loss has it.
 
@@ -73,14 +73,14 @@ class SequenceHead:
 
 
 def head_from_huggingface(raw: Mapping[str, Any], tensors: Collection[str]) -> SequenceHead | None:
-    """The head that config.json and the names of the tensors tell of; None for a language model's.
+    """The head according to config.json and the tensors' names; None for a language model.
 
     Args:
         raw: the content of config.json.
         tensors: the names in the weight files.
 
     Raises:
-        MinllamaError: it is of a kind that is not run, or what is said of it is damaged.
+        MinllamaError: the kind of head is not supported, or its settings are damaged.
     """
     architecture = _architecture(raw)
     if architecture in OTHER_HEADS:
@@ -103,7 +103,7 @@ def head_from_huggingface(raw: Mapping[str, Any], tensors: Collection[str]) -> S
 
 
 def said_of_head(raw: Mapping[str, Any]) -> SequenceHead:
-    """What config.json says of a sequence classifier's head, whether there is one or not.
+    """The head settings in config.json, whether there is a head or not.
 
     Raises:
         MinllamaError: it is damaged.
@@ -114,7 +114,7 @@ def said_of_head(raw: Mapping[str, Any]) -> SequenceHead:
 def head_to_huggingface(
     labels: Collection[str], problem_type: str, pad_id: int | None
 ) -> dict[str, Any]:
-    """What config.json says of a sequence classifier's head."""
+    """The settings of a sequence classifier's head in config.json."""
     return {
         "architectures": [SEQUENCE_CLASSIFIER],
         "id2label": {str(i): label for i, label in enumerate(labels)},

@@ -18,7 +18,9 @@ def read_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); get it again") from error
+        raise CheckpointError(
+            f"{path}: not readable as JSON ({error}); download it again"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; get it again")
+        raise CheckpointError(f"{path}: not a JSON object; download it again")
     return content

@@ -83,7 +83,7 @@ VERSIONED_ORDER = (
 
 
 def is_torch_checkpoint(path: Path) -> bool:
-    """Whether `path` is a file of torch.save's, other than a bare state dict.
+    """Whether `path` is a file of torch.save other than a plain state dict.
 
     A bare state dict (Meta's consolidated.00.pth, a pytorch_model.bin) is a part of a folder.
     """
@@ -96,11 +96,11 @@ def is_torch_checkpoint(path: Path) -> bool:
 def read_torch_checkpoint(path: Path) -> Checkpoint:
     """Open a training checkpoint of llama2.c or of the course: `model_args` and `model`.
 
-    The output is tied where it equals the embedding. Arguments that say nothing about the model are
-    listed as ignored; a tensor of an unknown name keeps it, for the loader to refuse.
+    The output is tied if it equals the embedding. Arguments that do not describe the model are
+    listed as ignored; a tensor with an unknown name keeps it, so that the loader refuses it.
 
     Raises:
-        CheckpointError: the file is damaged, is not such a checkpoint, or its pickle holds code.
+        CheckpointError: the file is damaged, is not such a checkpoint, or its pickle contains code.
     """
     from minllama.tokenizer.load import find_vocabulary
 
@@ -133,7 +133,7 @@ def read_torch_checkpoint(path: Path) -> Checkpoint:
 
 
 def config_from_args(args: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LlamaConfig:
-    """A LlamaConfig from `model_args` and, where these leave something open, from the tensors.
+    """A LlamaConfig from `model_args` and, for missing values, from the tensors.
 
     Raises:
         MinllamaError: an argument is missing, or they contradict one another.
@@ -179,13 +179,13 @@ def _is_tied(tensors: Mapping[str, Tensor]) -> bool:
 
 @dataclass(frozen=True)
 class BinLayout:
-    """How one `.bin` lays out its numbers.
+    """The layout of a `.bin` file.
 
     Attributes:
         version: 0 for the legacy export, 1, or 2.
-        config: what its header says.
-        header_bytes: where the numbers begin.
-        group_size: values that share a scale (version 2); 0 where all is float32.
+        config: from its header.
+        header_bytes: offset of the weights.
+        group_size: values that share a scale (version 2); 0 for float32.
     """
 
     version: int
@@ -207,7 +207,7 @@ class BinLayout:
                 yield f"{part}.weight", shapes[f"{part}.weight"]
 
     def n_bytes(self, shape: tuple[int, ...]) -> int:
-        """The bytes that a tensor of that shape takes."""
+        """The size in bytes of a tensor of that shape."""
         numel = math.prod(shape)
         if self.group_size and len(shape) == 2:
             return numel + 4 * (numel // self.group_size)
@@ -225,10 +225,10 @@ class BinLayout:
 
 
 def is_llama2c_bin(path: Path) -> bool:
-    """Whether `path` begins like a `.bin` of llama2.c's.
+    """Whether `path` starts like a `.bin` of llama2.c.
 
-    The legacy export has no magic number: seven whole numbers that fit each other have to do, so
-    this is to be asked after all other formats.
+    The legacy export has no magic number: seven consistent integers must suffice, so check all
+    other formats first.
     """
     if not path.is_file():
         return False
@@ -254,7 +254,7 @@ def read_llama2c_bin(path: Path) -> Checkpoint:
     """Open a `.bin` of llama2.c's: legacy, version 1 (float32) or version 2 (int8 in groups).
 
     Raises:
-        CheckpointError: the header makes no sense, or the file is not as long as it says.
+        CheckpointError: the header is invalid, or does not match the file's size.
     """
     with naming(path):
         layout = _bin_layout(path)
@@ -286,7 +286,7 @@ def read_llama2c_bin(path: Path) -> Checkpoint:
 
 
 def _vocabulary_beside(path: Path, vocab_size: int) -> Vocabulary | None:
-    """The tokenizer in the file's folder, where it can be the model's: nothing but chance says so.
+    """The tokenizer in the file's folder, if its size matches the model.
 
     llama2.c keeps models with vocabularies of their own in one folder.
     """
@@ -311,8 +311,8 @@ def write_llama2c_bin(
 
     Args:
         path: the file.
-        config: what the Llama is.
-        tensors: ours, by our names; each is read once, in turn.
+        config: of the model.
+        tensors: in minllama's naming and layout; each is read once, in order.
 
     Raises:
         MinllamaError: run.c would compute something else than this model, a tensor disagrees with
@@ -393,7 +393,7 @@ def _bin_config(ints: list[int], tied: bool) -> LlamaConfig:
 
 
 def _numbers(raw: Tensor, shape: tuple[int, ...], group_size: int) -> Tensor:
-    """float32 as it is, or from groups: all of the int8 quants, then a float32 scale for each."""
+    """float32 values, or dequantized groups: all int8 quants, then a float32 scale for each."""
     if not group_size:
         return view_as(raw, torch.float32).view(shape)
     numel = math.prod(shape)

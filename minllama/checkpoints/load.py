@@ -97,8 +97,8 @@ def save_model(model: LlamaPreTrainedModel, folder: str | os.PathLike[str]) -> N
 class without_initial_values(TorchFunctionMode):
     """Modules that are built within are not filled with initial values: theirs are to be assigned.
 
-    On the meta device there is nothing to fill, and trying to would import torch's reference
-    operators, which takes 0.7 seconds.
+    On the meta device initialization has no effect, but would import torch's reference operators,
+    which takes 0.7 seconds.
     """
 
     def __torch_function__(
@@ -111,23 +111,23 @@ class without_initial_values(TorchFunctionMode):
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightFormat) -> str | None:
-    """Give `module`, built on the meta device, the weights of `checkpoint`.
+    """Load the weights of `checkpoint` into `module`, which was built on the meta device.
 
-    Matrices of the right dtype stay as they were read, memory-mapped where the format allows;
-    others are converted one at a time. A file of which none stays is let go of.
+    Matrices of the right dtype stay memory-mapped if the format allows; others are converted one at
+    a time. A file of which none stays mapped is closed.
 
     Args:
-        module: whose parameters they become.
-        checkpoint: where they are.
+        module: receives the weights.
+        checkpoint: to load.
         weights: the format that they get. Quantized modules take the place of the linear layers and
             embeddings of the same names.
 
     Returns:
-        The word of `QUANTIZE` by which matrices became quantized modules; None where none did.
+        The one of `QUANTIZE` that was applied; None for dense weights.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, misshapen (all are listed, with both
-            shapes) or hold NaN or infinity; or so it is not a language model.
+            shapes) or have NaN or infinite values; or it is not a language model.
     """
     device, dtype, quantize = weights.device, weights.dtype, weights.quantize
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -174,7 +174,7 @@ def _quantized(
 def _stays_half(
     stored: Tensor, tensor: LazyTensor, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether a matrix is kept in the half precision that it has, to be widened as it is used."""
+    """Whether a matrix stays in half precision, to be upcast when it is used."""
     is_half = stored.dtype in HALVES and len(tensor.shape) == 2
     return is_half and dtype == torch.float32 and device.type == "cpu" and library() is not None
 
@@ -183,7 +183,7 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
     """Compare a checkpoint's tensors with the names and shapes that a module has.
 
     Raises:
-        CheckpointError: one line that lists every difference; or so it is not a language model.
+        CheckpointError: lists every difference; or it is not a language model.
     """
     checkpoint.check_language_model()
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}

@@ -80,7 +80,7 @@ def read_meta(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: a file is missing or damaged, shards do not fit each other, or params.json
-            has a key that is not known.
+            has an unknown key.
     """
     from minllama.tokenizer.load import find_vocabulary
 
@@ -133,7 +133,7 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
 
 
 def _known_params(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that say something; an error where one says what is not computed here."""
+    """The relevant keys; raises an error for unsupported ones."""
     given = {key: value for key, value in params.items() if value is not None}
     for key, what in OTHERS.items():
         if key in given:
@@ -197,7 +197,7 @@ def _shard_files(folder: Path) -> list[Path]:
 def _joined(
     shards: list[dict[str, Tensor]], params: Mapping[str, Any]
 ) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Every tensor over all shards, by our name, and the names of what is not read."""
+    """Every tensor over all shards, by minllama's name, and the names of ignored ones."""
     tensors, ignored = {}, []
     for shard in shards:
         if lacking := set(shards[0]) ^ set(shard):
@@ -215,7 +215,7 @@ def _joined(
 
 
 def _cut_dim(ours: str, part: Tensor, params: Mapping[str, Any]) -> int | None:
-    """The dimension along which a tensor was cut; `None` where each shard has it whole."""
+    """The dimension along which a tensor is sharded; `None` if each shard has all of it."""
     module = ours.split(".")[-2] if "." in ours else ours
     if ours.endswith(".bias") and part.dim() == 1:  # one for each row
         return 0 if module in CUT_ROWS else None

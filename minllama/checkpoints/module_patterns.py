@@ -39,14 +39,14 @@ print(json.dumps({"found": [first(name) for name in names]}))
 
 
 def first_matches(what: str, keys: Sequence[str], names: Sequence[str]) -> list[int | None]:
-    """Number of the first key that matches each of the modules' names, as in PEFT 0.21.
+    """Index of the first key that matches each module's name, as in PEFT 0.21.
 
-    There a key is put behind an optional `.*` that ends in a dot, and matched from the name's
-    beginning to its end: it is the whole name, or what follows a dot in it; a dot in the key is any
-    character, and `^` is the beginning of the whole.
+    PEFT matches a key, after an optional `.*` that ends in a dot, with the full name: so it matches
+    the full name or what follows a dot in it; a dot in the key matches any character, and `^` the
+    start of the name.
 
     Raises:
-        CheckpointError: a key is no regular expression, or takes too long.
+        CheckpointError: a key is not a regular expression, or takes too long.
     """
     if len(keys) > MAX_PATTERNS:
         raise CheckpointError(f"{what}: {len(keys)} keys, but at most {MAX_PATTERNS} are supported")

@@ -71,16 +71,15 @@ def open_checkpoint(
     """Open a checkpoint; headers are read, weights are not, nor is its own vocabulary.
 
     Args:
-        source: a file, a folder or a Hugging Face id; None for the embedded default model. Of a
-            PEFT adapter's folder, the model that it makes of its base.
-        tokenizer: file or folder of the tokenizer, or of a checkpoint that has one, where it does
-            not lie in or beside the checkpoint.
-        base: the model that an adapter is for, where its adapter_config.json names none or it has
-            moved.
+        source: a file, a folder or a Hugging Face id; None for the embedded default model. A PEFT
+            adapter's folder is merged into its base.
+        tokenizer: file or folder of the tokenizer, or of a checkpoint that has one, if it is not in
+            or beside the checkpoint.
+        base: the base model of an adapter, if its adapter_config.json names none or it has moved.
 
     Raises:
         CheckpointError: it is missing, damaged, of an unknown format, or not a Llama.
-        TokenizerError: the tokenizer that was named apart is damaged.
+        TokenizerError: the given tokenizer is damaged.
     """
     path = resolve_source(source)
     folder = _adapter_folder(path)
@@ -104,11 +103,11 @@ def open_checkpoint(
 def read_tokenizer(source: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary of a file or folder: a tokenizer's own, or a GGUF file's.
 
-    A folder with no tokenizer but one GGUF file stands for that file.
+    A folder without a tokenizer but with one GGUF file means that file.
 
     Raises:
         CheckpointError: a GGUF file is truncated or damaged.
-        TokenizerError: none is there, or it is damaged.
+        TokenizerError: it is missing or damaged.
     """
     path = Path(source)
     if path.is_dir() and find_vocabulary(path) is None and (models := gguf_models(path)):
@@ -138,7 +137,7 @@ def vocabulary_of(source: str | os.PathLike[str] | None) -> Vocabulary | None:
 
 
 def _lone_vocabulary(path: Path) -> Vocabulary | None:
-    """The vocabulary in a folder or file that is no checkpoint, `None` where there is none."""
+    """The vocabulary in a folder or file that is not a checkpoint, `None` without one."""
     if path.is_dir():
         # Of a folder that is neither, the checkpoint's error says more.
         is_one = find_vocabulary(path) is not None or bool(gguf_models(path))
@@ -150,7 +149,7 @@ def _lone_vocabulary(path: Path) -> Vocabulary | None:
 
 
 def _adapter_folder(path: Path) -> Path | None:
-    """The folder of the PEFT adapter that `path` is, or is a file of; None where it is none.
+    """The PEFT adapter's folder that `path` is, or that contains it; None for anything else.
 
     As in transformers, an adapter goes before a whole model in the same folder.
     """

@@ -48,7 +48,7 @@ _NAMED_KEYS = (
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """One adapter on disk, held against the model that it is for.
+    """One adapter on disk, checked against its model.
 
     Attributes:
         path: its weights file.
@@ -63,7 +63,7 @@ class StoredAdapter:
     tensors: dict[str, LazyTensor]
 
     def parameter(self, module: str, name: str, config: LlamaConfig) -> Tensor:
-        """A parameter of a module's adapter, float32, its rows in our order."""
+        """A parameter of a module's adapter, float32, with rows in minllama's order."""
         tensor = self._finite(f"{PREFIX}{their_module_name(module)}.{KEYS[name]}")
         n_heads = rotated_heads(f"{module}.", config)
         if n_heads is None or name == "lora_A":  # whose rows are not channels of q or k
@@ -71,7 +71,7 @@ class StoredAdapter:
         return to_interleaved(tensor, n_heads)
 
     def head(self) -> Tensor | None:
-        """The head of a sequence classifier, (classes, D) float32; None where there is none."""
+        """The head of a sequence classifier, (classes, D) float32; None without one."""
         return self._finite(HEAD_KEY) if HEAD_KEY in self.tensors else None
 
     def _finite(self, key: str) -> Tensor:
@@ -103,11 +103,12 @@ def read_adapter(
         folder: that of adapter_config.json; weights as safetensors, or pickled (read by torch's
             restricted unpickler).
         shapes: our name of each linear layer that can be adapted -> (outputs, inputs).
-        config: of the model that it is for.
+        config: of its model.
 
     Raises:
-        CheckpointError: a file is missing or damaged; it asks for what minllama does not compute;
-            it does not fit the model (each missing, unexpected and misshapen tensor is listed).
+        CheckpointError: a file is missing or damaged; it needs something that minllama does not
+            support; it does not fit the model (missing, unexpected and misshapen tensors are
+            listed).
     """
     adapter_config = read_adapter_config(folder)
     path, stored = _stored_tensors(folder)
@@ -137,7 +138,7 @@ def read_adapter(
 
 
 def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
-    """The checkpoint that an adapter makes of its base: each adapted matrix has its delta added.
+    """The base checkpoint with the adapter's updates added to its matrices.
 
     Raises:
         CheckpointError: as for `read_adapter`.
@@ -201,7 +202,7 @@ def _stored_tensors(folder: Path) -> tuple[Path, dict[str, LazyTensor]]:
 
 
 def _saved_keys(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """`tensors` by the keys that PEFT saves, where they have those of a model that is in training.
+    """`tensors` by the keys that PEFT saves, if they have those of a model in training.
 
     Those have wrappers around the model, and an adapter's name: `lora_A.default.weight`.
     """

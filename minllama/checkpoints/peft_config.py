@@ -71,18 +71,18 @@ _WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is, in PEFT's terms; modules have Hugging Face's names.
+    """An adapter's config in PEFT's terms; modules have Hugging Face's names.
 
     Attributes:
         options: rank, scale and kind.
-        targets: names, or ends of names, of the modules it adapts; None where a regular expression
-            says it. That of a stranger is not run, for it may never end; what the file holds tells.
+        targets: names, or ends of names, of the adapted modules; None for a regular expression,
+            which is untrusted and not evaluated; the file's tensors determine the modules instead.
         excluded: names that `targets` does not mean.
-        layers: numbers of the layers that it is in; None for all.
-        ranks, alphas: regular expression -> rank or lora_alpha of the modules that it matches,
-            where no earlier one does.
+        layers: indices of the adapted layers; None for all.
+        ranks, alphas: regular expression -> rank or lora_alpha of the modules that it matches and
+            no earlier one does.
         task_type: SEQ_CLS, CAUSAL_LM, FEATURE_EXTRACTION or None.
-        base_model_name: what it was trained on; None where it does not say.
+        base_model_name: its base model; None if not given.
     """
 
     options: LoRAOptions
@@ -96,7 +96,7 @@ class AdapterConfig:
     base_model_name: str | None = None
 
     def adapts(self, module: str) -> bool:
-        """Whether a linear layer, `model.layers.0.self_attn.q_proj`, is one of those adapted."""
+        """Whether a linear layer, such as `model.layers.0.self_attn.q_proj`, is adapted."""
         assert self.targets is not None
         if any(_is_called(module, name) for name in self.excluded):
             return False
@@ -107,13 +107,13 @@ class AdapterConfig:
         return "all-linear" in self.targets or any(_is_called(module, t) for t in self.targets)
 
     def options_of(self, modules: Sequence[str]) -> list[LoRAOptions]:
-        """The options of each module: its own rank and scale, where it has them.
+        """The options of each module: with its own rank and scale, if it has them.
 
         Args:
             modules: whole names, as PEFT sees them from the model's root.
 
         Raises:
-            MinllamaError: a pattern cannot be matched, or gives what is no rank or scale.
+            MinllamaError: a pattern cannot be matched, or its value is not a rank or scale.
         """
         ranks = _matched("rank_pattern", self.ranks, modules, self.options.r)
         alphas = _matched("alpha_pattern", self.alphas, modules, self.options.lora_alpha)
@@ -127,7 +127,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read a folder's adapter_config.json.
 
     Raises:
-        CheckpointError: it is missing or damaged, or asks for what minllama does not compute.
+        CheckpointError: it is missing or damaged, or needs something that minllama does not
+            support.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -166,12 +167,12 @@ def write_adapter_config(folder: Path, config: AdapterConfig) -> None:
 def describe(
     modules: Mapping[str, LoRAOptions], *, base_model_name: str | None, has_head: bool
 ) -> AdapterConfig:
-    """The config of an adapter from what each of its modules is.
+    """The config of an adapter from the options of its modules.
 
     Args:
         modules: Hugging Face's name -> options, which agree in all but rank and scale.
-        base_model_name: what it was trained on.
-        has_head: a sequence classifier's head comes with it.
+        base_model_name: its base model.
+        has_head: whether it includes a sequence classifier's head.
     """
     ranks = {name: options.r for name, options in modules.items()}
     alphas = {name: options.lora_alpha for name, options in modules.items()}
@@ -304,5 +305,5 @@ def _commonest(values: Mapping[str, Any]) -> Any:
 
 
 def _plain(number: float) -> float:
-    """4 rather than 4.0: PEFT says that lora_alpha is an integer, and some readers insist."""
+    """4 rather than 4.0: lora_alpha is an integer in PEFT, and some readers require it."""
     return int(number) if number == int(number) else number

@@ -77,7 +77,7 @@ _ENCODE = "_codecs.encode"  # by which protocol 2 has bytes
 
 
 class RefusedPickle(Exception):
-    """A pickle that calls something else; its text is the name."""
+    """A pickle calls something else; the message is its name."""
 
 
 class DamagedPickle(ValueError):
@@ -91,7 +91,7 @@ class OtherTensor(NamedTuple):
 
 
 class OtherValue(NamedTuple):
-    """What is no part of a checkpoint that is read: a number or an array of numpy's, bytes."""
+    """A value that is not part of a checkpoint: a NumPy number or array, bytes."""
 
     kind: str
 
@@ -108,15 +108,15 @@ _MARK = object()
 
 
 def read_pickle(file: BytesIO, storages: Storages) -> Any:
-    """What the pickle at the file's position stands for: plain values, and tensors over storages.
+    """The content of the pickle at the file's position: plain values, and tensors over storages.
 
-    An OrderedDict or Counter is a dict, a set a list, a parameter a tensor; attributes are left
-    out, and numpy's numbers and arrays only named. Keys other than words and small numbers are
-    written out.
+    An OrderedDict or Counter becomes a dict, a set a list, a parameter a tensor; attributes are
+    dropped, and NumPy's numbers and arrays only named. Keys other than strings and small integers
+    are converted to strings.
 
     Raises:
-        RefusedPickle: it names what is not part of a state dict.
-        ValueError: it is damaged, or so large that it cannot be one.
+        RefusedPickle: it names something that is not part of a state dict.
+        ValueError: it is damaged, or too large for a state dict.
     """
     return _Machine(storages).run(file)
 
@@ -286,10 +286,10 @@ class _Machine:
             return OtherValue(name)
         if name in _OTHER_TENSORS:
             return OtherTensor(name.rpartition("_rebuild_")[2])
-        raise DamagedPickle(f"it calls {name} with other arguments than torch does does")
+        raise DamagedPickle(f"it calls {name} with other arguments than torch does")
 
     def storage(self, kind: Any, dtype: Any, key: Any, _: Any, count: Any, view: Any = None) -> Any:
-        """The numbers of the storage that a persistent id names."""
+        """The values of the storage with a persistent id."""
         if kind not in ("storage", b"storage") or type(count) is not int or not _is_scalar(key):
             raise DamagedPickle("a reference is not to a storage")
         numbers = self.storages(key, _expect(dtype, torch.dtype), count)
@@ -302,7 +302,7 @@ class _Machine:
 
 
 def _named(module: str, attribute: str) -> Any:
-    """What a pickle may name; in Python 2's words as well."""
+    """Names that a pickle may use, also with Python 2's module names."""
     module = {"__builtin__": "builtins"}.get(module, module)
     name = f"{module}.{attribute}"
     if module in ("torch", "torch.cuda", "torch.storage") and attribute in _STORAGES:
@@ -315,7 +315,7 @@ def _named(module: str, attribute: str) -> Any:
 
 
 def _tensor(numbers: Any, offset: Any, size: Any, stride: Any) -> Tensor:
-    """A view of a storage's numbers, (count,), that does not leave it."""
+    """A view of a storage's values, (count,), within its bounds."""
     numbers = _expect(numbers, Tensor)
     if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
         raise DamagedPickle("a shape contains something other than integers")
@@ -345,8 +345,8 @@ def _is_scalar(value: Any) -> bool:
 def _key(value: Any) -> Any:
     """A key of a dict.
 
-    To hash a deep nest of tuples ends the process, and numbers can be made to collide: what is
-    neither a word nor small is written out.
+    Hashing deeply nested tuples crashes the process, and numbers can be made to collide: anything
+    but strings and small integers is converted to a string.
     """
     if isinstance(value, str | bytes | None) or (isinstance(value, int) and 0 <= value < 2**32):
         return value

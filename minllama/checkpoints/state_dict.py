@@ -148,7 +148,7 @@ def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None
         if size > widest:
             raise CheckpointError(
                 f"the config has {name} {size}, but no tensor is wider than {widest}; its config "
-                "is of another model"
+                "is from another model"
             )
     if config.max_seq_len > MAX_CONTEXT:
         raise CheckpointError(

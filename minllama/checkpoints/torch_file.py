@@ -50,11 +50,11 @@ def _is_magic(start: bytes) -> bool:
 def load_torch_file(path: Path) -> dict[str, Any]:
     """The dict in a file that `torch.save` wrote; its tensors are on the CPU, memory-mapped.
 
-    In files from before torch 1.6 numbers may lie off their alignment; those are copied.
+    In files from before torch 1.6 data may be unaligned; it is copied.
 
     Raises:
-        CheckpointError: the file is missing, empty, cut off or damaged; its pickle calls for code;
-            it holds something other than a dict with string keys.
+        CheckpointError: the file is missing, empty, truncated or damaged; its pickle contains
+            code; it contains something other than a dict with string keys.
     """
     try:
         # Opening a pipe would wait for its writer.
@@ -257,7 +257,7 @@ def _no_storage(key: Any, dtype: torch.dtype, count: int) -> Tensor:
 
 
 def _storages(record: Callable[[Any, int], Tensor]) -> Storages:
-    """The numbers of each storage, once, from its bytes; `record` takes a key and their count."""
+    """The values of each storage, read once; `record` takes a key and their count."""
     known: dict[Any, Tensor] = {}
 
     def numbers(key: Any, dtype: torch.dtype, count: int) -> Tensor:

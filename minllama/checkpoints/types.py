@@ -45,24 +45,23 @@ class LazyTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One Llama on disk: its config, its tensors under our names, and where its vocabulary is.
+    """One Llama on disk: its config, its tensors in minllama's naming, and its vocabulary.
 
     Attributes:
         path: the file or folder that was opened.
-        format: its format, for people: `Hugging Face`, `GGUF`.
-        config: what the Llama is.
-        tensors: name in our model (`layers.0.attention.compute_query.weight`) -> where its
-            numbers are. q and k are laid out for interleaved rotation, as the model has them.
-        read_vocabulary: reads its tokenizer, from what was opened; see `vocabulary`.
-        ignored: keys and tensors of the file that were not read, for people.
-        source: how to name it again, here or elsewhere: `default`, a Hugging Face id, or the
-            absolute path.
-        tokenizer: the same of its tokenizer, where that was named apart; None for its own.
-        ends_at_bos: the model learned from texts one behind the other, of which each ends where the
-            next begins, and from no end of a text.
-        head: what it has in the place of a language model's head, whose tensors are among
+        format: its format, for display: `Hugging Face`, `GGUF`.
+        config: of the model.
+        tensors: minllama's name (`layers.0.attention.compute_query.weight`) -> position of its
+            data. q and k are laid out for interleaved rotation, as in the model.
+        read_vocabulary: reads its tokenizer; see `vocabulary`.
+        ignored: keys and tensors of the file that were not read, for display.
+        source: its name for reopening it: `default`, a Hugging Face id, or the absolute path.
+        tokenizer: likewise for a separate tokenizer; None for its own.
+        ends_at_bos: the model was trained on concatenated texts, each of which ends where the next
+            begins, without EOS.
+        head: the classification head that replaces a language model's head, whose tensors are among
             `tensors` by their own names; None for a language model.
-        base_path: of an adapter, the file or folder of its base; None for a whole model.
+        base_path: of an adapter, the file or folder of its base; None for a complete model.
     """
 
     path: Path
@@ -79,7 +78,7 @@ class Checkpoint:
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """Its tokenizer, read when it is first asked for; None where none lies in or beside it.
+        """Its tokenizer, read on first access; None if there is none in or beside it.
 
         Raises:
             TokenizerError: it is damaged, or of a kind that is not known.
@@ -91,7 +90,7 @@ class Checkpoint:
         return dataclasses.replace(vocabulary, stop_ids=stop_ids)
 
     def check_language_model(self) -> None:
-        """Refuse a checkpoint that has something else in the place of a language model's head.
+        """Refuse a checkpoint that has another head than a language model's.
 
         Raises:
             CheckpointError: says what it is, and what opens it.

@@ -1,7 +1,7 @@
-"""What weights are loaded as: a dtype, a device, and dense or quantized, resolved in one place.
+"""Resolve the format that weights are loaded in: device, dtype, and dense or quantized.
 
-By what somebody asked for (`LoadOptions`), the file, the machine (`kernels.hardware`) and what the
-model is for. Whoever opens a model asks `resolve_weight_format`, and hands on what it says.
+Depends on the options (`LoadOptions`), the file, the machine (`kernels.hardware`) and the purpose
+of the model. Everything that loads a model calls `resolve_weight_format`.
 """
 
 import math
@@ -24,22 +24,22 @@ from minllama.kernels.hardware import (
 from minllama.options.loading import LoadOptions
 from minllama.quantization.modules import QuantizedLinear, check_quantize
 
-# What a model is for: `generate` continues texts, `read` classifies them with weights that stay as
-# they are (adapters and heads may be trained beside them), `train` changes all weights.
+# The purpose of a model: `generate` continues texts, `read` classifies them with frozen weights
+# (adapters and heads may be trained), `train` changes all weights.
 Purpose = Literal["generate", "read", "train"]
 HALF_NAMES = {"bfloat16", "float16", "BF16", "F16"}
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """What weights are loaded as.
+    """The format that weights are loaded in.
 
     Attributes:
-        device: where they are.
-        dtype: of dense weights, and of what is computed beside quantized ones.
-        quantize: a word of `QUANTIZE`; None for dense weights.
-        is_chosen: nobody asked for a dtype or a format, and the model is to generate: an engine may
-            compute passes over many tokens in another dtype (`long_dtype`).
+        device: of the weights.
+        dtype: of dense weights, and of computation with quantized ones.
+        quantize: one of `QUANTIZE`; None for dense weights.
+        is_chosen: neither dtype nor format was requested, and the model is to generate: an engine
+            may compute long forward passes in another dtype (`long_dtype`).
     """
 
     device: torch.device
@@ -55,21 +55,21 @@ def resolve_weight_format(
     *,
     trained_on: tuple[str, str | None] | None = None,
 ) -> WeightFormat:
-    """What the weights of a checkpoint are to be loaded as.
+    """Choose the format in which a checkpoint's weights are loaded.
 
-    What somebody asked for is done. Weights that are trained are dense and float32, for their steps
-    are such that half precision would round them away.
+    Requested options take precedence. Trained weights are dense and float32, since half precision
+    would lose small steps.
 
     Args:
-        checkpoint: whose weights they are.
-        options: what was asked for.
-        purpose: what the model is for.
-        trained_on: dtype and `quantize` of the base that a saved classifier was trained on, which
-            then stand for what was not asked for, so that it gives the same numbers. But a dtype
-            that this machine only emulates does not.
+        checkpoint: of the weights.
+        options: as given.
+        purpose: of the model.
+        trained_on: dtype and `quantize` of the base that a saved classifier was trained on: the
+            defaults, so that results are equal, except for a dtype that this machine only
+            emulates.
 
     Raises:
-        MinllamaError: there is no such device, dtype or word here.
+        MinllamaError: the device, dtype or weight format is not available.
     """
     device = usable_device(options.device)
     dtype, quantize = options.dtype, options.quantize
@@ -96,7 +96,7 @@ def resolve_weight_format(
 
 
 def _dtype_beside(quantize: str | None, device: torch.device, purpose: Purpose) -> torch.dtype:
-    """The dtype of weights of which only that much is known."""
+    """The default dtype for this weight format, device and purpose."""
     if purpose == "train":
         return torch.float32
     if purpose == "read" or (quantize is not None and device.type != "cpu"):
@@ -116,11 +116,11 @@ def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
 def _fastest_to_generate(
     checkpoint: Checkpoint, device: torch.device
 ) -> tuple[torch.dtype | None, str | None]:
-    """The dtype and the word of `QUANTIZE` that generate fastest here, at no loss that counts.
+    """The dtype and weight format that generate fastest here, without notable loss.
 
-    On a CPU for which the package was compiled, weights run as they are stored: GGUF's blocks,
-    bfloat16 where the machine is good at it, and else halves that are widened for float32
-    arithmetic (`minllama.quantization.half`). Decoding computes in float32 on each.
+    With compiled code for the CPU, weights are used as stored: GGUF's quantized blocks, bfloat16 if
+    the machine is fast at it, else half precision that is upcast for float32 arithmetic
+    (`minllama.quantization.half`). Decoding always computes in float32.
     """
     if device.type != "cpu" or library() is None:
         return None, None
@@ -135,10 +135,10 @@ def _fastest_to_generate(
 def _fastest_to_read(
     checkpoint: Checkpoint, device: torch.device
 ) -> tuple[torch.dtype, str | None]:
-    """The dtype and the word of `QUANTIZE` that read whole texts fastest, as classifiers do.
+    """The dtype and weight format that process whole texts fastest, as classifiers do.
 
-    Of weights that are not trained: bfloat16 where the hardware multiplies it, else GGUF's blocks
-    where whole numbers are multiplied faster than float32, which takes a fifth of the memory too.
+    For frozen weights: bfloat16 if the hardware multiplies it, else GGUF's quantized blocks if
+    integers are multiplied faster than float32, which also needs only a fifth of the memory.
     """
     if fast_bfloat16(device):
         return torch.bfloat16, None
@@ -149,12 +149,12 @@ def _fastest_to_read(
 
 
 def long_dtype(model: nn.Module) -> torch.dtype | None:
-    """What long passes through a quantized model on this CPU are fastest in; None for its own.
+    """The fastest dtype for long forward passes of a quantized model on this CPU; None for its own.
 
-    bfloat16 where the hardware multiplies it: matrices are dequantized to it one by one. Decoding
-    and short passes stay in float32, with integers. On the default model that costs 0.1% of
-    perplexity and no accuracy; a fifth of the greedy tokens behind such a pass differ, as near ties
-    fall otherwise (docs/benchmarks.md).
+    bfloat16 if the hardware multiplies it: matrices are dequantized to it one by one. Decoding and
+    short passes stay in float32, with integers. On the default model that costs 0.1% of perplexity
+    and no accuracy; a fifth of the greedy tokens after such a pass differ because of near ties
+    (docs/benchmarks.md).
     """
     layers = getattr(model, "layers", ())
     linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
@@ -165,7 +165,7 @@ def long_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def has_blocks(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has matrices in blocks, which can be computed with."""
+    """Whether a checkpoint has quantized matrices that can be used directly."""
     tensors = checkpoint.tensors.values()
     return any(tensor.blocks is not None for tensor in tensors if len(tensor.shape) == 2)
 
@@ -175,9 +175,9 @@ def _formats_of_matrices(checkpoint: Checkpoint) -> set[str]:
 
 
 def slow_dtype(dtype: torch.dtype | str | None, device: torch.device | str | None) -> str | None:
-    """What to say of a half precision that this machine only emulates; None where it is no such.
+    """The warning about a half precision that this machine only emulates; None otherwise.
 
-    It is not refused: weights take half the memory, and decoding reads them in half the time.
+    It is not refused: weights need half the memory, and decoding reads them in half the time.
     """
     where = usable_device(device)
     dtype = None if dtype is None else str(dtype).removeprefix("torch.")
@@ -195,6 +195,6 @@ def slow_dtype(dtype: torch.dtype | str | None, device: torch.device | str | Non
 
 
 def warn_if_slow(dtype: torch.dtype | str | None, device: torch.device | str | None) -> None:
-    """Warn whoever calls minllama of a half precision that this machine only emulates."""
+    """Warn the caller about a half precision that this machine only emulates."""
     if (slow := slow_dtype(dtype, device)) is not None:
         warn_caller(slow, SlowDtypeWarning)

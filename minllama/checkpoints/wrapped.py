@@ -54,15 +54,15 @@ def inner_state_dict(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]
 
 
 def without_wrappers(tensors: Mapping[str, T], *roots: str) -> dict[str, T]:
-    """`tensors` without what wrappers have put into their names.
+    """`tensors` without the prefixes of wrappers in their names.
 
     Args:
-        tensors: by the names that a file has.
-        roots: names of a tensor as a model has them, the likeliest first. What stands before the
-            first that is there goes, where it stands before every other name as well.
+        tensors: by the names in a file.
+        roots: possible names of a tensor in the model, most likely first. A prefix of the first
+            one found is removed if all other names have it as well.
     """
     plain = {_without_segments(name): tensor for name, tensor in tensors.items()}
-    if len(plain) < len(tensors):  # with and without: which of the two is meant is not ours to say
+    if len(plain) < len(tensors):  # with and without prefix: ambiguous
         return dict(tensors)
     for root in roots:
         found = [name for name in plain if name == root or name.endswith(f".{root}")]

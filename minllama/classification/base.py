@@ -40,25 +40,25 @@ class Classifier(nn.Module, ABC):
     """Texts -> log-odds and probabilities of C classes.
 
     Args:
-        llama: what reads the texts; held, not copied.
+        llama: the model; not copied.
         tokenizer: that of the Llama.
         labels: C different names of classes.
         multi_label: a text may have any number of them: a sigmoid each instead of one softmax.
         template: the frame around a text.
-        prompt: the options that the template was made from.
+        prompt: the options of the template.
 
     Attributes:
         temperature: logits are divided by it before they become probabilities (Guo et al. 2017,
             sec. 4.2); 1 until it is fitted.
-        decision: from which probability on labels are predicted, and which of two classes is the
-            positive one; None for the likeliest class, or each label from 0.5 on.
+        decision: the thresholds at which labels are predicted, and the positive class of two; None
+            for the most likely class, or each label with at least 0.5.
         shortened: the hash of each text that was too long and has been read in part, up to
             MOST_NOTED of them.
-        scale: of the one output where that is a number and no class's; None for classes.
-        digest: SHA-256 of the description that it was read from; None where it was made here.
+        scale: of the output of a regression; None for classes.
+        digest: SHA-256 of the manifest that it was loaded from; None for a new classifier.
 
     Raises:
-        MinllamaError: the labels are none, or not different.
+        MinllamaError: there are no labels, or duplicates.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class Classifier(nn.Module, ABC):
             prompts: B encoded texts.
 
         Returns:
-            (B, C), float32. Log-softmax over the classes makes log-probabilities, the sigmoid
-            where `multi_label`.
+            (B, C), float32. Log-softmax over the classes gives log-probabilities, or the sigmoid
+            if `multi_label`.
         """
 
     def encode(self, text: str) -> EncodedPrompt:
         """A text in its prompt, as token ids.
 
         Raises:
-            MinllamaError: it is empty and nothing stands around it, it cannot be encoded, it is no
-                string, or the tokenizer is of another model.
+            MinllamaError: the text and its prompt are empty, it cannot be encoded, it is not a
+                string, or the tokenizer is for another model.
         """
         checked_texts([text])
         encoded = self.template.encode(undo_treebank(text) if self.prompt.undo_treebank else text)
@@ -132,11 +132,11 @@ class Classifier(nn.Module, ABC):
 
         Args:
             texts: N strings.
-            progress: is told how many more texts are done.
+            progress: receives the number of texts just completed.
 
         Raises:
-            MinllamaError: a text cannot be encoded, has no tokens, or is no string (a DataError
-                that tells its place); or it is one string.
+            MinllamaError: a text cannot be encoded, has no tokens, or is not a string (a DataError
+                with its index); or `texts` is one string.
         """
         texts = checked_texts(texts)
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
@@ -153,10 +153,10 @@ class Classifier(nn.Module, ABC):
     def predict_proba(
         self, texts: Sequence[str], *, progress: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
-        """(N, C) probabilities, which sum to one in each row unless `multi_label`.
+        """(N, C) probabilities, which sum to one per row unless `multi_label`.
 
         Raises:
-            MinllamaError: as `predict_logits`; or it gives numbers.
+            MinllamaError: as `predict_logits`; or it predicts numbers.
         """
         if self.scale is not None:
             raise MinllamaError(
@@ -172,7 +172,7 @@ class Classifier(nn.Module, ABC):
         """(N,) numbers, in the unit of the targets.
 
         Raises:
-            MinllamaError: as `predict_logits`; or it gives classes.
+            MinllamaError: as `predict_logits`; or it predicts classes.
         """
         if self.scale is None:
             raise MinllamaError(
@@ -183,15 +183,15 @@ class Classifier(nn.Module, ABC):
     def predict(
         self, texts: Sequence[str], *, threshold: float | Mapping[str, float] | None = None
     ) -> list[Any]:
-        """The class of each text, by the thresholds; a tuple of all that are there for multi-label.
+        """The class of each text, by the thresholds; a tuple of labels for multi-label.
 
-        Without thresholds it is the likeliest class, or all labels from 0.5 on. A float each where
-        it gives numbers.
+        Without thresholds, the most likely class, or all labels with at least 0.5. Floats for a
+        regression.
 
         Args:
             texts: N strings.
-            threshold: in the place of the classifier's own: that of the positive class of two, or
-                of every label, or label -> threshold.
+            threshold: instead of the classifier's own: that of the positive class of two, or of
+                every label, or label -> threshold.
 
         Raises:
             MinllamaError: as `predict_logits`; or such a threshold cannot be.
@@ -207,7 +207,7 @@ class Classifier(nn.Module, ABC):
 
     @property
     def positive(self) -> str | None:
-        """The positive one of two classes, the second where nobody chose; None elsewhere."""
+        """The positive class of two, by default the second; None otherwise."""
         if self.decision is not None and self.decision.positive is not None:
             return self.labels[self.decision.positive]
         number = positive_class(self.labels, None, multi_label=self.multi_label)
@@ -215,10 +215,10 @@ class Classifier(nn.Module, ABC):
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """Label -> the probability from which on it is predicted.
+        """Label -> the probability at which it is predicted.
 
-        Of two classes the positive one has a threshold; of more classes none has, the likeliest is
-        predicted. May be set, to such a mapping or to one number.
+        With two classes the positive one has a threshold; with more classes none has, and the most
+        likely is predicted. Can be set to such a mapping or to one number.
         """
         if self.decision is not None:
             return self.decision.by_label(self.labels)
@@ -231,7 +231,7 @@ class Classifier(nn.Module, ABC):
 
     @property
     def threshold(self) -> float | None:
-        """The threshold that all labels have that have one; None where they have several or none.
+        """The common threshold; None if there are several or none.
 
         May be set.
         """
@@ -243,7 +243,7 @@ class Classifier(nn.Module, ABC):
         self.decide_by(self._as_decision(value))
 
     def decide_by(self, decision: Thresholds | None) -> None:
-        """Predict by these thresholds from now on. Probabilities stay what they are."""
+        """Predict by these thresholds from now on; probabilities do not change."""
         before, self.decision = (self.positive, self.thresholds), decision
         after = (self.positive, self.thresholds)
         if self.digest is not None and before != after:  # its labels are no longer those
@@ -273,7 +273,9 @@ class Classifier(nn.Module, ABC):
         import_module("minllama.classification.storage.save_load").save_classifier(self, folder)
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of texts of alike lengths, the longest first, so that memory is known at once."""
+        """Indices of batches of texts of similar length, longest first, so that the memory peak is
+        first.
+        """
         limit = BATCH_TOKENS.get(self.llama.device.type, BATCH_TOKENS_ELSEWHERE)
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         start = 0
@@ -284,7 +286,9 @@ class Classifier(nn.Module, ABC):
 
     @contextlib.contextmanager
     def steady(self) -> Iterator[None]:
-        """A promise that the weights stay as they are: what all prompts share is read once."""
+        """While the block runs, weights do not change, so the shared prefix of prompts is computed
+        once.
+        """
         yield
 
     def _begin(self, n_texts: int) -> None:
@@ -294,14 +298,14 @@ class Classifier(nn.Module, ABC):
 def probabilities(
     logits: NDArray[np.float32], temperature: float = 1.0, *, multi_label: bool = False
 ) -> NDArray[np.float32]:
-    """softmax(logits / temperature) over (N, C), or the sigmoid where `multi_label`."""
+    """softmax(logits / temperature) over (N, C), or the sigmoid if `multi_label`."""
     scaled = torch.from_numpy(logits) / temperature
     result = scaled.sigmoid() if multi_label else scaled.softmax(-1)
     return np.asarray(result.numpy(), dtype=np.float32)
 
 
 def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
-    """The labels as a tuple, or an error that says what is wrong with them."""
+    """Check the labels, and return them as a tuple."""
     if isinstance(labels, str):
         raise MinllamaError(f"labels must be a list of strings, not the string {labels!r}")
     labels = tuple(labels)
@@ -316,10 +320,10 @@ def checked_labels(labels: Sequence[str]) -> tuple[str, ...]:
 def as_prompt(
     prompt: str | PromptOptions | None, default: str, tokenizer: Tokenizer
 ) -> PromptOptions:
-    """Prompt options, from them or from the template alone; `default` where there is none.
+    """Prompt options, given as such or as a template; `default` for None.
 
-    A chat template that is named is there in its own words: those of a name may change, and no
-    digest of the tokenizer knows them.
+    A named chat template is replaced by its source, since a name's template may change, and the
+    tokenizer's digest does not cover it.
 
     Raises:
         MinllamaError: there is no chat template of that name.
@@ -345,7 +349,7 @@ def make_template(
     shots: Sequence[tuple[str, str]] = (),
     eos: bool | None = False,
 ) -> PromptTemplate:
-    """The template that the options describe, within what the Llama can read."""
+    """The template for the options, limited to the Llama's context."""
     assert prompt.prompt is not None
     context_len = llama.config.context_len
     if prompt.undo_treebank:
@@ -366,6 +370,6 @@ def make_template(
 
 
 def _padded_len(prompt: EncodedPrompt) -> int:
-    """Tokens of its row: the prompt, and behind it at most the labels' tokens but the last."""
+    """Tokens of its sequence: the prompt, then at most the labels' tokens except the last."""
     inner = {label[:end] for label in prompt.continuations for end in range(1, len(label))}
     return len(prompt) + len(inner)

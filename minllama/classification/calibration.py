@@ -17,15 +17,15 @@ PRIOR_WIDTH = 0.5
 def fit_temperature(
     logits: NDArray[np.float32], labels: Sequence[Any], *, multi_label: bool = False
 ) -> float:
-    """The temperature at which the labels are likeliest; predictions stay what they are.
+    """The temperature that maximizes the likelihood of the labels; predictions do not change.
 
-    Of few rows it stays near 1: see PRIOR_WIDTH.
+    With few rows it stays near 1: see PRIOR_WIDTH.
 
     With several labels a text, probabilities on the two sides of 0.5 stay there.
 
     Args:
         logits: (N, C).
-        labels: N classes, or N collections of them where `multi_label`.
+        labels: N classes, or N collections of them if `multi_label`.
         multi_label: a sigmoid for each label instead of one softmax.
 
     Raises:

@@ -25,8 +25,9 @@ class LlamaEmbeddingClassifier(Classifier):
     """A linear head over one vector of each text.
 
     The vector is the hidden state of the text's last token, or a mean over its tokens, after the
-    last layer or after an earlier one, whose states often tell more. Hidden states are normalized
-    first: by the model's own norm after the last layer, by their root mean square after others.
+    last layer or an earlier one, whose states are often more informative. Hidden states are
+    normalized first: by the model's own norm after the last layer, by their root mean square after
+    others.
 
     Args:
         llama: causal or bidirectional.
@@ -34,18 +35,18 @@ class LlamaEmbeddingClassifier(Classifier):
         id2label: names of the C classes, by number or in order.
         pooling: `last` token, `mean` of all tokens, or `weighted-mean`, in which a token at
             position t weighs t (Muennighoff 2022, eq. 2).
-        layer: how many layers run, 1 to n_layers; None for all.
+        layer: number of layers to run, 1 to n_layers; None for all.
         dropout: probability of dropping an element of the vector in training.
         multi_label: a text may have any number of classes.
         bias: the head has one.
-        prompt: a template with `{text}`, or all options of a prompt; None for the text alone.
-        scale: the head's one output is a number, in this scale; None where outputs are classes.
-        pad_id: tokens of this id at the end of a text are passed over by the pooling `last`, as
-            transformers does it by its `pad_token_id`; None for no such id.
-        tokenizer_eos: a text ends as the tokenizer ends texts by itself; otherwise without EOS.
+        prompt: a template with `{text}`, or prompt options; None for the plain text.
+        scale: of the output of a regression head; None for classes.
+        pad_id: the pooling `last` skips tokens with this id at the end of a text, as transformers
+            does with `pad_token_id`; None for none.
+        tokenizer_eos: add EOS if the tokenizer does by default; otherwise no EOS.
 
     Attributes:
-        score: the head, Linear(D, C) in float32; Normal(0, 0.02) and zero at first.
+        score: the head, Linear(D, C) in float32; initialized with Normal(0, 0.02) and zero.
 
     Raises:
         MinllamaError: labels, pooling or layer cannot be.
@@ -101,9 +102,9 @@ class LlamaEmbeddingClassifier(Classifier):
 
     @property
     def unlike_transformers(self) -> str | None:
-        """Why transformers' LlamaForSequenceClassification makes other logits of the same ids.
+        """Why transformers' LlamaForSequenceClassification computes other logits for the same ids.
 
-        None where it makes the same, before the temperature.
+        None if it computes the same, before the temperature.
         """
         if reason := unlike_transformers(self.llama, self.layer, self.pooling):
             return reason
@@ -121,11 +122,12 @@ class LlamaEmbeddingClassifier(Classifier):
 
         Args:
             ids: (B, T).
-            attention_mask: (B, T), true at real tokens, padding on either side; None: all are.
+            attention_mask: (B, T), true at real tokens, padding on either side; None if all are
+                real.
 
         Returns:
             (B, C), float32: log-softmax, or log-sigmoid where `multi_label`; (B, 1), values, where
-            the head gives numbers.
+            a regression.
         """
         logits = self._head(self.compute_embeddings(ids, attention_mask))
         if self.scale is not None:
@@ -143,7 +145,7 @@ class LlamaEmbeddingClassifier(Classifier):
         """The vector of each text, before dropout and head: (B, T) -> (B, D), float32.
 
         Raises:
-            MinllamaError: a row has no real token.
+            MinllamaError: a sequence has no real token.
         """
         check_inputs(ids, attention_mask, self.llama.config.vocab_size)
         if attention_mask is not None:
@@ -168,7 +170,7 @@ class LlamaEmbeddingClassifier(Classifier):
 def _read_by_head(ids: Tensor, mask: Tensor | None, pad_id: int | None) -> Tensor | None:
     """Which tokens the pooling `last` chooses among: real ones that are not `pad_id`.
 
-    In a text of nothing else the first one, as in transformers. None for all.
+    In a text of only such tokens, the first one, as in transformers. None for all.
     """
     if pad_id is None:
         return mask
@@ -179,9 +181,9 @@ def _read_by_head(ids: Tensor, mask: Tensor | None, pad_id: int | None) -> Tenso
 
 
 def normalized(llama: Llama, h: Tensor, layer: int) -> Tensor:
-    """States after `layer` layers, (..., D), made comparable: float32, root mean square 1.
+    """Hidden states after `layer` layers, (..., D), normalized: float32, root mean square 1.
 
-    After the last layer it is the model's own norm that does it, which has weights besides.
+    After the last layer the model's own norm is used, which also has weights.
     """
     if layer == llama.config.n_layers:
         norm: Tensor = llama.norm(h)
@@ -190,7 +192,7 @@ def normalized(llama: Llama, h: Tensor, layer: int) -> Tensor:
 
 
 def pool(h: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """One vector for each row: (B, T, D) -> (B, D), of the real tokens alone."""
+    """Pool to one vector per sequence: (B, T, D) -> (B, D), over real tokens only."""
     if pooling == "last":
         return h.flatten(0, 1)[last_tokens(h, mask)]
     if mask is None:
@@ -202,7 +204,7 @@ def pool(h: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
 
 
 def unlike_transformers(llama: Llama, layer: int, pooling: Pooling) -> str | None:
-    """Why transformers' LlamaForSequenceClassification reads another vector; None if it does not.
+    """Why transformers' LlamaForSequenceClassification pools differently; None if it does not.
 
     Its head is on the last token after all layers, and has no bias.
     """
@@ -214,7 +216,7 @@ def unlike_transformers(llama: Llama, layer: int, pooling: Pooling) -> str | Non
 
 
 def check_layer(llama: Llama, layer: int | None) -> int:
-    """How many layers run, all for None, or an error that names the choice."""
+    """Check the number of layers to run; None means all."""
     n_layers = llama.config.n_layers
     if layer is None:
         return n_layers

@@ -38,12 +38,12 @@ MAX_ROWS = 10_000  # of a cross-validation; more would change no choice
 
 @dataclass(frozen=True)
 class Selection:
-    """What cross-validation chose.
+    """The result of cross-validation.
 
     Attributes:
         choice: layer and pooling.
-        penalty: weight of the squared head beside the mean loss.
-        accuracy: of the choice, on folds that it was not fitted to.
+        penalty: weight of the L2 regularization, relative to the mean loss.
+        accuracy: of the choice, on held-out folds.
         tried: accuracy over all folds of the finalists, under the penalties that were worth it.
     """
 
@@ -67,13 +67,13 @@ def extract_features(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Features:
-    """What the frozen Llama says of each text, for several layers and poolings in one pass.
+    """Compute features of texts for several layers and poolings in one forward pass.
 
     Args:
         classifier: its Llama and prompt are used; its own layer, pooling and head are not.
         texts: N strings.
         choices: layers and poolings.
-        progress: is told how many more texts are done.
+        progress: receives the number of texts just completed.
 
     Returns:
         For each choice (N, D) float32, in the order of the texts.
@@ -115,14 +115,14 @@ def select_features(
 ) -> Selection:
     """Compare layers, poolings and penalties by cross-validation.
 
-    All choices meet under one penalty, the best few under others too: weaker and stronger ones,
-    each way until it gets worse.
+    All choices are compared with one penalty, and the best few with weaker and stronger ones, in
+    each direction until it gets worse.
 
     Args:
         features: for each choice (N, D).
-        labels: N classes, or N collections of them where `multi_label`.
+        labels: N classes, or N collections of them if `multi_label`.
         n_classes: C.
-        balanced: classes weigh alike, however many examples they have.
+        balanced: classes have equal weight, whatever their numbers of examples.
         seed: of the folds.
     """
     tried: dict[tuple[int, Pooling, float], float] = {}
@@ -183,11 +183,12 @@ def _comparison(
     balanced: bool,
     seed: int,
 ) -> Iterator[Begin]:
-    """A cross-validation of choices, whose fits run side by side.
+    """Cross-validation of choices, with parallel fits.
 
     Yields:
-        What begins one, of a choice under a penalty on the first few folds, and gives what waits
-        for it: which of these folds' rows are right.
+        Start the fits of a choice with a penalty on the first few folds; returns a function that
+            waits
+        for the result: which of these folds' rows are correct.
     """
     target = _target(labels, n_classes, multi_label=multi_label)
     rows = np.random.default_rng(seed).permutation(len(target))[:MAX_ROWS]
@@ -217,18 +218,18 @@ def fit_head(
     balanced: bool = False,
     bias: bool = True,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Logistic regression on standardised features, as a head for features as they come.
+    """Logistic regression on standardized features, as a head for the original features.
 
     Args:
         features: (N, D).
-        labels: N classes, or N collections of them where `multi_label`.
+        labels: N classes, or N collections of them if `multi_label`.
         n_classes: C; one without an example gets a low constant.
-        penalty: weight of |W|^2 / 2 beside the mean loss.
+        penalty: weight of |W|^2 / 2 relative to the mean loss.
         bias: the head has one; without, features keep their mean, along which a small weight is as
             good.
 
     Returns:
-        Weight (C, D) and bias (C,), zero where there is none: the standardisation is folded into
+        Weight (C, D) and bias (C,), zero without one: the standardization is folded into
         them.
 
     Raises:
@@ -310,7 +311,7 @@ def _regression(
 
 @contextlib.contextmanager
 def _fits_side_by_side() -> Iterator[ThreadPoolExecutor]:
-    """Threads that fit heads, each by itself."""
+    """A pool of threads that fit heads in parallel."""
     with _fitting(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         try:
             yield pool
@@ -320,7 +321,7 @@ def _fits_side_by_side() -> Iterator[ThreadPoolExecutor]:
 
 @contextlib.contextmanager
 def _fitting() -> Iterator[None]:
-    """Where `_regression` is called: quietly, and on one thread, for its products are small.
+    """The context for `_regression`: no warnings, and one thread, since its matmuls are small.
 
     (SST-5's 8,544 rows on two cores: twice as fast as on two threads.)
 
@@ -345,7 +346,7 @@ def _right_in_fold(
     multi_label: bool,
     balanced: bool,
 ) -> NDArray[np.bool_]:
-    """Which rows of a fold a head is right about, in all classes, that was not fitted on them."""
+    """Which held-out rows of a fold a head predicts correctly."""
     mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
     x = (x - mean) / scale  # without the labels, so no fold learns of another's
     train = np.setdiff1d(np.arange(len(x)), fold)
@@ -359,7 +360,7 @@ def _right_in_fold(
 
 
 def _folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:
-    """Rows dealt out so that each fold has its share of every class (of every set of labels)."""
+    """Stratified folds: each has its share of every class (or set of labels)."""
     n_folds = max(2, min(FOLDS, len(target)))
     random = np.random.default_rng(seed)
     order = random.permutation(len(target))
@@ -371,7 +372,7 @@ def _folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:
 
 
 def _target(labels: Sequence[Any], n_classes: int, *, multi_label: bool) -> NDArray[np.bool_]:
-    """(N, C), true where the class is a label."""
+    """(N, C), true if the class is a label."""
     target = np.zeros((len(labels), n_classes), dtype=bool)
     for row, label in enumerate(labels):
         target[row, list(label) if multi_label else label] = True

@@ -25,13 +25,13 @@ MAX_LOGITS = 256  # rows of logits over the vocabulary at a time: 50 MB of float
 
 
 class SharedPrefix:
-    """The ids that all prompts begin with (an instruction, few-shot examples), read once.
+    """The shared prefix of all prompts (an instruction, few-shot examples), computed once.
 
-    Holds for the weights as they are now: make a new one after they have changed.
+    Valid for the current weights: create a new one after they change.
 
     Args:
-        llama: what reads them; causal.
-        ids: of the prefix; fewer than MIN_SHARED_LEN are not kept.
+        llama: the model, causal.
+        ids: of the prefix; it is not kept if shorter than MIN_SHARED_LEN.
     """
 
     def __init__(self, llama: Llama, ids: Sequence[int]) -> None:
@@ -42,14 +42,14 @@ class SharedPrefix:
         self._rows: KVCache | None = None
 
     def fits(self, prompts: Sequence[EncodedPrompt]) -> bool:
-        """Whether all prompts begin with it and go on behind it."""
+        """Whether all prompts start with it and are longer."""
         n = len(self.ids)
         return n > 0 and all(p.ids[:n] == self.ids and len(p) > n for p in prompts)
 
     def cache(self, batch_size: int, new_len: int) -> KVCache:
-        """A cache of `batch_size` rows that hold the prefix, with room for `new_len` tokens more.
+        """A cache of `batch_size` sequences with the prefix, and space for `new_len` more tokens.
 
-        The same one serves all batches: what the last one wrote behind the prefix is forgotten.
+        It is reused for all batches: what the last one wrote after the prefix is truncated.
         """
         n = len(self.ids)
         if self._one_row is None:
@@ -64,7 +64,7 @@ class SharedPrefix:
         return self._rows
 
     def forget_rows(self) -> None:
-        """Keep the prefix and no batch: the next one is as if none had been before."""
+        """Truncate the cache to the prefix."""
         self._rows = None
 
 
@@ -74,9 +74,9 @@ def compute_label_scores(
     """Log p(label | prompt) of each label: the sum over its tokens, in nats.
 
     Args:
-        llama: gradients flow to it, unless a prefix is given.
+        llama: receives gradients, unless a prefix is given.
         prompts: B of them, each with the continuations of C labels.
-        prefix: already read; used where all prompts begin with it.
+        prefix: precomputed; used if all prompts start with it.
 
     Returns:
         (B, C), float32.
@@ -111,8 +111,8 @@ def compute_label_scores(
 def _token_logits(llama: Llama, hidden: Tensor, ids: Tensor) -> Tensor:
     """The logit of one token at each hidden state: (..., D) and (...) -> (...), float32.
 
-    In float32 whatever the weights are: bfloat16's steps between logits of 16 to 32 are an eighth,
-    which is more than often lies between two labels.
+    Computed in float32 whatever the weights' dtype: bfloat16's resolution for logits of 16 to 32 is
+    an eighth, often more than the difference between two labels.
     """
     head = llama.tok_embeddings if llama.output is None else llama.output
     return (hidden.float() * rows_of(head, ids).float()).sum(-1)
@@ -125,7 +125,7 @@ class _Trie:
     Attributes:
         ids: N token ids.
         depths: N, from 0.
-        sees: (N, N), true where a token may look: at its ancestors and itself.
+        sees: (N, N), true where a token may attend: to its ancestors and itself.
         queries: for each label the nodes that predict its tokens; -1 is the prompt's last token.
     """
 
@@ -162,10 +162,10 @@ class _Layout:
 
     Attributes:
         ids: (B, T).
-        mask: (B, T), or (B, T, T) where there are nodes; None where nothing is padded.
-        positions: (B, T) beside a (B, T, T) mask; else None.
-        queries: (M,), numbers b * T + t of the tokens that predict one of a label.
-        tokens: (K, 3): of each token of each label its query, its id, and row * C + label.
+        mask: (B, T), or (B, T, T) with trie nodes; None without padding.
+        positions: (B, T) with a (B, T, T) mask; else None.
+        queries: (M,), flat indices of the tokens that predict a label's token.
+        tokens: (K, 3): for each token of each label its query, its id, and sequence * C + label.
     """
 
     def __init__(self, prompts: Sequence[EncodedPrompt], cached_len: int) -> None:
@@ -202,7 +202,7 @@ class _Layout:
 def _tree_view(
     tries: Sequence[_Trie], starts: Sequence[int], length: int, cached_len: int
 ) -> tuple[Tensor, Tensor]:
-    """The (B, T, T) mask and the (B, T) positions of prompts with nodes behind them."""
+    """The (B, T, T) mask and the (B, T) positions of prompts followed by trie nodes."""
     sees = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(tries), 1, 1)
     positions = torch.arange(length).repeat(len(tries), 1)
     for row, (trie, start) in enumerate(zip(tries, starts, strict=True)):

@@ -39,15 +39,15 @@ def raced_features(
     progress: Callable[[int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Features:
-    """Features of texts, for the choices whose layers may be the best and are worth reaching.
+    """Features of texts for the choices that remain in the layer search.
 
-    Where there are less than twice RACE_ROWS texts, or one layer, those of all choices; and with
-    `multi_label` or `balanced`, for a race is by right answers, each of which counts alike.
+    For all choices if there are less than twice RACE_ROWS texts, or one layer, or with
+    `multi_label` or `balanced`, since the search counts correct predictions, all of equal weight.
 
     Args:
         classifier, texts, choices, progress: as for `extract_features`.
         labels, multi_label, balanced, seed: as for `select_features`.
-        say: hears which layers stay, and why.
+        say: receives a message about the remaining layers.
     """
     n_texts, layers = len(texts), {layer for layer, _ in choices}
     if n_texts < 2 * RACE_ROWS or len(layers) == 1 or multi_label or balanced:
@@ -79,7 +79,7 @@ def worthwhile_layers(
     *,
     seed: int = 0,
 ) -> tuple[int, list[int]]:
-    """The shallowest layer that is not clearly worse than the best, and those to go on with.
+    """The shallowest layer within one standard error of the best, and the remaining layers.
 
     A layer is clearly worse if the best is right more often on texts that neither was fitted to, by
     more than one standard error of that difference; its best pooling counts.

@@ -12,17 +12,17 @@ from minllama.tokenizer.chat_template import ChatTemplate
 from minllama.tokenizer.tokenizer import Tokenizer
 
 PLACEHOLDER = "\ue0f0"
-"""Stands for the text in a frame: a private-use character, which no template writes."""
+"""Placeholder of the text in a template: a private-use character, which no template contains."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """What a classifier reads of one text.
+    """One text in its prompt, encoded.
 
     Attributes:
-        ids: the prompt's token ids, up to where the first label departs from it.
-        continuations: for each label, the ids that follow; empty where no labels are scored.
-        is_shortened: whether the text was, to fit.
+        ids: the prompt's token ids, up to where the labels diverge.
+        continuations: for each label, the ids that follow; empty if no labels are scored.
+        is_shortened: whether the text was truncated to fit.
     """
 
     ids: tuple[int, ...]
@@ -39,23 +39,22 @@ class PromptTemplate:
     Braces other than those of `{text}` and `{labels}` are text.
 
     Args:
-        template: holds `{text}` once, and perhaps `{labels}`.
+        template: contains `{text}` once, and optionally `{labels}`.
         tokenizer: of the model that reads the prompt.
-        labels: the label strings that may follow, joined by commas where `{labels}` stands.
-        names: what stands there where no labels follow.
-        shots: pairs of a text and its label string, which come first, an empty line behind each.
+        labels: the label strings that may follow; joined by commas, they replace `{labels}`.
+        names: replace `{labels}` if no labels follow.
+        shots: pairs of a text and its label string, which come first, separated by empty lines.
         chat: the frame is a user's message in the model's chat template, and the label its answer.
         system: the system message of that chat.
         chat_template: the name of one of the model's chat templates, or one in Jinja; None for its
             default.
         max_len: the most tokens of prompt and label together.
-        keep_end: shorten texts at their beginning instead of their end.
-        eos: the token that ends a text stands behind a prompt that is no chat; None for the
-            tokenizer's own way.
+        keep_end: truncate texts at their beginning instead of their end.
+        eos: append EOS to a prompt without chat template; None for the tokenizer's default.
 
     Raises:
-        MinllamaError: the template lacks `{text}`, or chat is asked of a model that has none, or
-            not the template of that name.
+        MinllamaError: the template lacks `{text}`, or the model has no chat template, or none of
+            that name.
     """
 
     def __init__(
@@ -101,12 +100,12 @@ class PromptTemplate:
     def encode(self, text: str) -> EncodedPrompt:
         """The prompt around `text`, with each label's continuation if there are labels.
 
-        Prompt and label are tokenized together, so a merge across their boundary is seen: the
-        shared ids end where the first of them departs. A text that makes the prompt longer than
-        `max_len` is shortened; the frame never is.
+        Prompt and label are tokenized together, so that merges across their boundary are correct:
+        the shared ids end where the first label diverges. A text that makes the prompt longer than
+        `max_len` is truncated; the template never is.
 
         Raises:
-            ContextError: the frame alone is too long.
+            ContextError: the template alone is too long.
             MinllamaError: a label adds no token, or two labels have the same tokens.
             TokenizerError: the text cannot be encoded.
         """

@@ -23,11 +23,11 @@ CHUNK = 4096  # rows that are widened to float64 at a time
 
 @dataclass(frozen=True)
 class ValueSelection:
-    """What leave-one-out errors chose.
+    """The result of leave-one-out cross-validation.
 
     Attributes:
         choice: layer and pooling.
-        penalty: weight of the squared head beside the mean squared error.
+        penalty: weight of the L2 regularization, relative to the mean squared error.
         r2: of each target by a head that was not fitted to it.
     """
 
@@ -57,8 +57,8 @@ def select_value_features(features: Features, targets: Matrix) -> ValueSelection
 def _left_out_errors(features: NDArray[np.float32], targets: Matrix) -> list[float]:
     """Mean squared leave-one-out error under each of PENALTIES.
 
-    With residuals e and the diagonal h of the hat matrix, the error of a row that is left out is
-    e / (1 - h), the intercept's share of h being 1 / N.
+    With residuals e and the diagonal h of the hat matrix, the error of a left-out row is e / (1 -
+    h); the intercept contributes 1 / N to h.
     """
     x, _, _ = _standardized(features)
     y = targets - targets.mean()
@@ -87,12 +87,12 @@ def _left_vectors(x: Matrix) -> tuple[Matrix, Matrix]:
 def fit_value_head(
     features: NDArray[np.float32], targets: Matrix, penalty: float
 ) -> tuple[NDArray[np.float32], float]:
-    """Ridge regression on standardized features, as a head for features as they come.
+    """Ridge regression on standardized features, as a head for the original features.
 
     Args:
         features: (N, D).
         targets: (N,).
-        penalty: weight of |w|^2 beside the mean squared error.
+        penalty: weight of |w|^2 relative to the mean squared error.
 
     Returns:
         Weight (D,) and bias: the standardization is folded into them.

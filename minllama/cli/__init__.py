@@ -87,6 +87,7 @@ def main(args: list[str] | None = None) -> None:
     state = State()
     keep_to_granted_cpus()
     _open_closed_streams()
+    _print_log()
     for stream in (sys.stdout, sys.stderr):
         # Replace characters that the terminal cannot show.
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -109,6 +110,20 @@ def _open_closed_streams() -> None:
                 os.dup2(null, number)
                 os.close(null)
             setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115  (until exit)
+
+
+def _print_log() -> None:
+    """Print the library's log messages to stderr, one line each."""
+    import logging
+
+    class Printer(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with suppress(OSError):  # stderr is full or closed
+                click.echo(f"minllama: {one_line(record.getMessage())}", err=True)
+
+    log = logging.getLogger("minllama")
+    if not log.handlers:
+        log.addHandler(Printer())
 
 
 def _as_messages(show: Callable[..., None]) -> Callable[..., None]:

@@ -39,7 +39,7 @@ class HubDataset:
 
 
 def parse_hub_id(name: str) -> HubDataset | None:
-    """`name` as a data set on the hub; None where it has not that form."""
+    """`name` as a Hugging Face dataset; None if it does not have that form."""
     match = re.fullmatch(
         r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<config>[\w.-]+))?"
         r"(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?",
@@ -52,7 +52,7 @@ def parse_hub_id(name: str) -> HubDataset | None:
 
 
 def parquet_table(path: Path, name: str) -> Table:
-    """The rows of a Parquet file, a batch in memory at a time."""
+    """The rows of a Parquet file, with one batch in memory at a time."""
     optional_import("pyarrow", f"{name}: Parquet needs", kind=DataError)
     import pyarrow as pa
     from pyarrow import parquet
@@ -106,7 +106,7 @@ def _rows_at_once(file: Any) -> int:
 
 
 def hub_table(hub_dataset: HubDataset, name: str) -> Table:
-    """The rows of a data set on the hub, downloaded once into the cache of `datasets`."""
+    """The rows of a Hugging Face dataset, downloaded once into the cache of `datasets`."""
     needs = f"{name}: no such file, and Hugging Face datasets need"
     datasets = optional_import("datasets", needs, kind=DataError)
     quiet = not sys.stderr.isatty() and not datasets.utils.are_progress_bars_disabled()
@@ -177,7 +177,7 @@ def _reason(hub_dataset: HubDataset, error: Exception) -> str:
 
 
 def _columns(schema: Any) -> tuple[list[str], dict[str, str], dict[str, str]]:
-    """The columns that are read; the types of those that hold no text, and of those left out."""
+    """The columns that are read; the types of those without text, and of dropped ones."""
     from pyarrow import types
 
     text = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
@@ -205,7 +205,7 @@ def _columns(schema: Any) -> tuple[list[str], dict[str, str], dict[str, str]]:
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:
-    """Names of the classes that columns number, as `datasets` keeps them beside the schema."""
+    """Class names of numeric columns, which `datasets` stores in the schema's metadata."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         found = {}
@@ -229,7 +229,7 @@ def _rows(batches: Iterator[Any]) -> Iterator[RawRow]:
 
 
 def _parts(batch: Any) -> Iterator[Any]:
-    """The rows of a batch, as many at a time as are some megabytes once they are Python's."""
+    """The rows of a batch, converted to Python objects in slices of a few megabytes."""
     start = total = 0
     for row, size in enumerate(_sizes(batch)):
         if total and total + size > BYTES_AT_ONCE:
@@ -240,7 +240,7 @@ def _parts(batch: Any) -> Iterator[Any]:
 
 
 def _decoded(batch: Any) -> Any:
-    """The same rows without dictionaries, which are slow to read one by one."""
+    """The same rows without dictionary encoding, which is slow to read row by row."""
     from pyarrow import types
 
     for index, field in enumerate(batch.schema):
@@ -250,7 +250,7 @@ def _decoded(batch: Any) -> Any:
 
 
 def _sizes(batch: Any) -> list[int]:
-    """How many bytes of text each row has, in lists, too; none where all are few."""
+    """Bytes of text per row, including lists; None if all are small."""
     lengths = [found for column in batch.columns if (found := _lengths(column)) is not None]
     if sum(len(some) * _largest(some) for _, some in lengths) <= BYTES_AT_ONCE:
         return []
@@ -269,7 +269,7 @@ def _largest(lengths: Any) -> int:
 
 
 def _lengths(column: Any) -> tuple[Sequence[int], Any] | None:
-    """The rows of a column's texts, and how many bytes each has; None of what holds none."""
+    """The rows of a column's texts, and their sizes in bytes; None without texts."""
     from pyarrow import compute, types
 
     if hasattr(column, "chunks"):  # of a table
@@ -309,7 +309,7 @@ def _values(batch: Any) -> list[dict[str, Any] | str]:
 
 
 def _with_written_days(batch: Any) -> list[Any]:
-    """The rows, with days and times as text, as other formats have them."""
+    """The rows, with dates and times as text, as in other formats."""
     from pyarrow import types
 
     rows: list[dict[str, Any]] = batch.to_pylist()
@@ -322,7 +322,7 @@ def _with_written_days(batch: Any) -> list[Any]:
 
 
 def _with_short_numbers(batch: Any) -> Any:
-    """Numbers of 32 bits as the shortest decimals that mean them, as other formats write them."""
+    """32-bit numbers as the shortest decimals that represent them, as in other formats."""
     import pyarrow as pa
 
     for i, field in enumerate(batch.schema):

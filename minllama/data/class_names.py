@@ -27,13 +27,13 @@ _TRUTH = ("false", "true")
 
 
 def class_text(value: Any) -> str | None:
-    """A scalar of a file as text, without white space around it; None where it is missing.
+    """A scalar as text, without surrounding white space; None if it is missing.
 
     Args:
-        value: text, a number, a truth value, a date, or None.
+        value: text, a number, a boolean, a date, or None.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it has another type.
     """
     match value:
         case None:
@@ -64,17 +64,17 @@ def class_text(value: Any) -> str | None:
 
 
 def whole_number(text: str) -> int | None:
-    """The whole number that a text writes, as `7`, `-7` or `7.0`; None for anything else."""
+    """Parse an integer such as `7`, `-7` or `7.0`; None for anything else."""
     return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
 
 
 def number(text: str) -> Decimal | None:
-    """The value of a number; None where a text is none, or has leading zeros."""
+    """Parse a number; None for other texts, and for numbers with leading zeros."""
     return Decimal(text) if _NUMBER.fullmatch(text) else None
 
 
 def is_number_like(text: str) -> bool:
-    """Whether a name could be taken for a number, leading zeros and all."""
+    """Whether a name looks like a number, also with leading zeros."""
     return _NUMBER_LIKE.fullmatch(text) is not None
 
 
@@ -84,10 +84,10 @@ def is_truth(text: str) -> bool:
 
 
 def same_classes(names: Sequence[str], others: Sequence[str]) -> dict[str, str] | None:
-    """Which of `others` each name is, where both list the same classes; None where they do not.
+    """The position in `others` of each name, if both list the same classes; else None.
 
-    A truth value or a number may be spelled in two ways, as by the files that two classifiers were
-    trained from; every other name is only itself.
+    Booleans and numbers may be spelled differently, as in files of different formats; other names
+    must be equal.
     """
     if set(names) == set(others):
         return {name: name for name in names}
@@ -98,7 +98,7 @@ def same_classes(names: Sequence[str], others: Sequence[str]) -> dict[str, str] 
 
 
 def _value(name: str) -> str | Decimal:
-    """What a name stands for, however it is spelled."""
+    """A name in normalized spelling."""
     if is_truth(name):
         return name.casefold()
     value = number(name)
@@ -106,10 +106,10 @@ def _value(name: str) -> str | Decimal:
 
 
 def class_names(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:
-    """The classes of which labels are written so, and the class of each text.
+    """The class names for labels written like this, and the class of each text.
 
-    Where all are whole numbers, `1` and `1.0` are one class; where all are truth values, `true` and
-    `True` are. Numbers are sorted by value; everything else by name.
+    If all are integers, `1` and `1.0` are the same class; if all are booleans, `true` and `True`
+    are. Numbers are sorted by value, everything else by name.
     """
     found = set(texts)
     name_of = {text: text for text in found}

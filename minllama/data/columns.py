@@ -48,15 +48,15 @@ def find_columns(
     no_label: Mapping[str, str] | None = None,
     header: str = "",
 ) -> tuple[str, str | None]:
-    """The columns of the text and of the label (None where there is none and none is needed).
+    """The text column and the label column (None if there is none and none is needed).
 
     Args:
         columns: all there are.
         name: of the source, for errors.
-        text_column, label_column: as asked for; None to guess by name, and else by elimination.
+        text_column, label_column: as given; None to guess by name, then by elimination.
         needs_label: whether a source without a label column is refused.
-        no_text, no_label: the types of columns that cannot hold one, as in `Table`.
-        header: what to do where the names are no names; empty where nothing is in doubt.
+        no_text, no_label: types of columns that cannot be one, as in `Table`.
+        header: advice for the case that the first line is not a header; empty if there is no doubt.
 
     Raises:
         DataError: a column is not there, or cannot be guessed.
@@ -100,7 +100,7 @@ def find_columns(
 
 
 def _without_days(left: list[str], no_text: Mapping[str, str]) -> list[str]:
-    """The columns that may be labels by elimination: days and times are where nothing else is."""
+    """Columns that may be labels by elimination: dates and times only if nothing else is."""
     return [column for column in left if not _is_day(no_text.get(column, ""))] or left
 
 
@@ -110,17 +110,17 @@ def _is_prose(column: str) -> bool:
 
 
 def is_known(column: str) -> bool:
-    """Whether columns of texts or of labels are called so."""
+    """Whether this is a usual name of a text or label column."""
     return is_text(column) or is_label(column)
 
 
 def is_text(column: str) -> bool:
-    """Whether columns of texts are called so."""
+    """Whether this is a usual name of a text column."""
     return column.lower() in TEXT_NAMES
 
 
 def is_label(column: str) -> bool:
-    """Whether columns of labels are called so."""
+    """Whether this is a usual name of a label column."""
     return column.lower() in LABEL_NAMES
 
 
@@ -162,7 +162,7 @@ def _of_type(
 
 
 def _as_strings(kind: str) -> str:
-    """What pandas makes strings of a column with."""
+    """The pandas expression that converts a column to strings."""
     if "binary" in kind.partition("<")[0]:
         return 'str.decode("utf-8")'
     return "map(str)" if "<" in kind else "astype(str)"
@@ -176,7 +176,7 @@ def tells_text(columns: Collection[str], text_column: str | None) -> bool:
 
 
 def _guessed(left: list[str], guesses: tuple[str, ...]) -> tuple[str | None, list[str]]:
-    """The column that is meant, or None and those that may be."""
+    """The chosen column, or None and the candidates."""
     found = [column for column in left if column.lower() in guesses]
     first = [column for column in found if column.lower() == guesses[0]]
     if len(first) == 1 or len(found) == 1:

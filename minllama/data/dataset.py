@@ -50,16 +50,16 @@ def load_dataset(
     Args:
         source: a path, `-` for standard input, or `owner/name[/config][@revision][:split]` on the
             Hugging Face hub.
-        options: format, columns, label names, what to do with bad rows.
-        label_names: the classes that are known already, of the training file or of a classifier;
-            a label that is none of them makes a bad row. None to take those of the file.
-        needs_labels: whether a row without a label is a bad row. If not, the labels are None
-            unless every row has one; rows whose label is none of those that are known are left
-            out with `skip_bad_rows`, where others have one.
-        numbers: labels are numbers, and no classes; one that is not finite makes a bad row.
+        options: format, columns, label names, handling of bad rows.
+        label_names: known classes, of the training file or a classifier; a row with any other label
+            is bad. None for the classes in the file.
+        needs_labels: whether a row without a label is bad. If not, labels are None unless every row
+            has one; with `skip_bad_rows`, rows with unknown labels are skipped if others have known
+            ones.
+        numbers: labels are numbers for a regression; a row with a non-finite one is bad.
 
     Raises:
-        DataError: the source cannot be read, holds no rows, or bad rows that are not to be skipped.
+        DataError: the source cannot be read, has no rows, or has bad rows that may not be skipped.
     """
     options = options or DataOptions()
     if numbers:
@@ -85,14 +85,14 @@ def load_dataset(
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One text of a stream, and the row that it came in.
+    """One text of a stream, with its row.
 
     Attributes:
-        index: how many rows of the source, good and bad, come before it.
-        place: where it stands, as people say it: `line 3`.
-        text: what is to be classified.
-        record: all of the row, by column.
-        column: the one of the text.
+        index: number of rows before it in the source, good and bad.
+        place: its position for messages, such as `line 3`.
+        text: to classify.
+        record: the complete row, by column.
+        column: name of the text column.
     """
 
     index: int
@@ -112,14 +112,14 @@ def stream_rows(
     """The texts of a source one by one, in constant memory (but for a .json list); labels unread.
 
     Args:
-        source: as for `load_dataset`; lines of text alone are one text each.
-        options: format, columns, what to do with bad rows.
-        start: leave out the rows whose index is less, to go on where an earlier run was cut.
+        source: as for `load_dataset`; in plain text, each line is a text.
+        options: format, columns, handling of bad rows.
+        start: skip rows with a lower index, to resume an interrupted run.
         bad_rows: counts those that are left out, with `skip_bad_rows`.
 
     Raises:
-        DataError: the source cannot be read; or, at its place in the stream, a bad row that is not
-            to be skipped.
+        DataError: the source cannot be read, or, when it is reached, a bad row that may not be
+            skipped.
     """
     options = options or DataOptions()
     bad_rows = BadRows() if bad_rows is None else bad_rows
@@ -147,16 +147,16 @@ def stream_rows(
 def count_rows(
     source: Source, options: DataOptions | None = None, *, start: int = 0
 ) -> tuple[int, BadRows]:
-    """Read through a source that will be streamed: how many good rows it has, and the bad ones.
+    """Count the good rows of a source before streaming it, and collect the bad ones.
 
-    So a bad row is found before hours of work, and progress can be told. Not for standard input.
+    So bad rows are found before hours of work, and progress is known. Not for standard input.
 
     Args:
         source, options: as for `stream_rows`.
         start: count the good rows from this index on.
 
     Raises:
-        DataError: the source cannot be read, has no rows, or bad rows that are not to be skipped.
+        DataError: the source cannot be read, has no rows, or has bad rows that may not be skipped.
     """
     options = options or DataOptions()
     name, bad_rows = str(source), BadRows()
@@ -175,10 +175,10 @@ def count_rows(
 def _columns_of(
     table: Table, enough: Callable[[Collection[str]], bool] | None = None
 ) -> tuple[Iterator[Record | BadRow], list[str] | None]:
-    """All rows of a table, and its columns; None where no row tells them.
+    """All rows of a table, and its columns; None without rows.
 
-    JSON objects need not all have the same keys: the first COLUMNS_FROM tell which there are, or
-    fewer where their columns are `enough`, so that a stream's first text does not wait for others.
+    JSON objects may have different keys: the first COLUMNS_FROM determine the columns, or fewer if
+    their columns are `enough`, so that the first text of a stream is not delayed.
     """
     if table.columns is not None:
         return table.rows, table.columns
@@ -258,7 +258,7 @@ def _several_columns(
 
 
 def _check_of_numbers(options: DataOptions) -> None:
-    """Refuse what is about classes where labels are numbers."""
+    """Refuse options for classes if labels are numbers."""
     for name in OF_CLASSES:
         if getattr(options, name) != getattr(DataOptions, name):
             flag = f"--{name.replace('_', '-')}"

@@ -33,11 +33,11 @@ def delimited_table(
 
     Args:
         lines: of the file.
-        usual: what separates in files of this name: a comma, or a tab.
-        separator: what does so here; None to tell by the line of names.
-        columns: their names, separated by commas, where no line holds them.
-        has_header: whether the first line holds names.
-        asked: names of columns that there should be.
+        usual: the usual separator of files with this name: a comma or a tab.
+        separator: as given; None to detect it from the header.
+        columns: their names, separated by commas, if there is no header.
+        has_header: whether the first line has column names.
+        asked: column names that must exist.
     """
     said = excel_separator(lines.peek())
     if said is not None:
@@ -50,16 +50,16 @@ def delimited_table(
 
 
 def excel_separator(line: str) -> str | None:
-    """The separator that a line such as `sep=;` says, which Excel reads and leaves out."""
+    """The separator in a line such as `sep=;`, which Excel reads and hides."""
     match = re.fullmatch(r'\ufeff?"?sep=([^"\r\n])"?[,;\t|]*\r?\n?', line, re.IGNORECASE)
     return match[1] if match else None
 
 
 def separator_of(line: str, usual: str, asked: Collection[str] = ()) -> str:
-    """What separates the names of columns in the first line of a file.
+    """Detect the separator of column names in the first line of a file.
 
-    The one with which most of them are names that are known; else the usual one where the line
-    has it, or a semicolon, as spreadsheets write in countries with a decimal comma, or a tab.
+    The one that yields most known names; else the usual one if it occurs, or a semicolon, as
+    spreadsheets write in countries with a decimal comma, or a tab.
     """
 
     def known(separator: str) -> int:
@@ -75,7 +75,7 @@ def separator_of(line: str, usual: str, asked: Collection[str] = ()) -> str:
 
 
 def cells_of(line: str, separator: str) -> list[str]:
-    """The cells of one line, without white space around them; none where quotes are misplaced."""
+    """The stripped cells of one line; none if quotes are misplaced."""
     if separator == "\t":
         return [cell.strip().strip('"') for cell in line.strip("\r\n\ufeff").split("\t")]
     try:
@@ -86,7 +86,7 @@ def cells_of(line: str, separator: str) -> list[str]:
 
 
 def is_known_name(cell: str, asked: Collection[str] = ()) -> bool:
-    """Whether a cell is what columns of texts or labels are called."""
+    """Whether a cell is a usual name of a text or label column."""
     return is_known(cell) or cell in asked
 
 
@@ -126,10 +126,10 @@ def _csv_rows(lines: Lines, separator: str) -> Rows:
 
 
 def _not_csv(message: str, taken: list[str], separator: str) -> tuple[int, str, int]:
-    """Where in a row that cannot be read the fault is, what it is, and how many lines it costs.
+    """For an unreadable row: the place of the fault, its description, and the lines to skip.
 
-    A quote that is never closed would take with it all up to the next one, or to the end: what
-    comes after its line is read anew.
+    An unclosed quote would consume everything up to the next one: lines after its own are read
+    again.
     """
     whole = len(taken)
     if message.startswith("new-line character"):
@@ -144,9 +144,9 @@ def _not_csv(message: str, taken: list[str], separator: str) -> tuple[int, str, 
 
 
 def _unclosed_quote(taken: list[str], separator: str) -> tuple[int, bool]:
-    """The line of a row whose quote is open where the row cannot be read on.
+    """The line of a row's unclosed quote.
 
-    The other value: whether it is a cell's first quote that was taken for the end of that one.
+    The other value: whether a cell's first quote was read as the end of it.
     """
     opened, inside = 0, False
     for number, line in enumerate(taken):
@@ -168,11 +168,11 @@ def _unclosed_quote(taken: list[str], separator: str) -> tuple[int, bool]:
 
 
 def _tsv_rows(lines: Lines, columns: str | None) -> Rows:
-    """A row a line, but for line breaks and tabs in cells that are quoted as a whole.
+    """One row per line, except for line breaks and tabs in fully quoted cells.
 
-    So do spreadsheets and pandas write them, while in most published data sets a quote is an
-    ordinary character. A quote at the beginning of a cell is taken for one of the first kind where
-    another closes it, all between them is doubled, and the row has as many cells as the first.
+    Spreadsheets and pandas write such cells, but in most published datasets a quote is an ordinary
+    character. A quote at the start of a cell counts as quoting if another closes it, all between
+    them are doubled, and the row has as many cells as the first.
     """
     reader = _QuotedCells(lines, None if columns is None else len(column_names(columns)))
     for line in lines:
@@ -195,7 +195,7 @@ class _QuotedCells:
     """Reads the rows of a TSV file that have quotes in them.
 
     Attributes:
-        width: how many cells a row has, once that is known.
+        width: number of cells per row, once known.
     """
 
     def __init__(self, lines: Lines, width: int | None) -> None:
@@ -204,7 +204,7 @@ class _QuotedCells:
         self._is_quoting = False  # whether a writer that quotes made the file
 
     def cells(self, line: str) -> list[str]:
-        """Those of a row that begins with this line, up to the line that it ends with."""
+        """The lines of a row that starts with this line."""
         plain = [_unquoted(cell) for cell in _without_end(line).split("\t")]
         cells, is_open, is_written = _cells_in(line)
         if is_open and (joined := self._over_lines(line, len(plain))):
@@ -216,7 +216,7 @@ class _QuotedCells:
         return cells
 
     def _over_lines(self, line: str, n_plain: int) -> list[str] | None:
-        """The cells where the quotes that this line opens are closed in one that follows."""
+        """The cells, if the quotes that this line opens are closed in a following line."""
         whole, each_is_a_row = line, n_plain == self.width != 1
         for n_more in range(1, MAX_QUOTED_LINES):
             following = self._lines.look(n_more)
@@ -244,8 +244,8 @@ class _QuotedCells:
 
 
 def _cells_in(text: str) -> tuple[list[str], bool, bool]:
-    """The cells of a row; whether one begins with a quote that may yet be closed, and whether one
-    holds what only a writer that quotes would write.
+    """The cells of a row; whether one starts with a quote that may be closed later, and whether one
+    shows that the writer quotes.
     """
     text = _without_end(text)
     cells, at, is_open, is_written = [], 0, False, False
@@ -323,7 +323,7 @@ def _table_without(lines: Lines, rows: Rows, given: str | None) -> Table:
 def _records(
     name: str, rows: Rows, columns: list[str], where: str, *, has_header: bool = True
 ) -> Iterator[RawRow]:
-    """The rows by column; the line of names is none, which stands in the midst of joined files."""
+    """The rows by column, skipping repeated headers of concatenated files."""
     header = [column.lower() for column in columns]
     for number, cells in rows:
         if isinstance(cells, str):
@@ -346,7 +346,7 @@ def _records(
 
 
 def _is_header(cells: list[str], header: list[str], columns: list[str]) -> bool:
-    """Whether a row repeats the names of the columns, or is made of such names alone."""
+    """Whether a row repeats the header, or consists of usual column names."""
     if len(cells) == 1:  # a text may be one word
         return cells == columns and cells[0].lower() in TEXT_NAMES
     # Most rows are told by their first cell.

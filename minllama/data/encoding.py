@@ -43,10 +43,10 @@ _MARKED = "minllama.marked"
 
 
 def encoding_of(head: bytes, asked: str | None, name: str) -> str:
-    """The encoding of a stream that begins with `head`: by its mark, as asked, or UTF-8.
+    """The encoding of a stream that starts with `head`: by its byte order mark, as given, or UTF-8.
 
     Raises:
-        DataError: it cannot be the one that was asked for.
+        DataError: it cannot have the given encoding.
     """
     for mark, marked in _MARKS:
         if head.startswith(mark):
@@ -69,7 +69,7 @@ def _byte_order(head: bytes, width: int) -> str:
 
 
 def _wide_text(head: bytes) -> str | None:
-    """UTF-16 without a mark: every other byte of its beginning is zero, or many of them are."""
+    """Detect UTF-16 without a byte order mark: many of every other byte are zero."""
     start = head[:256]
     even, odd = start[::2].count(0), start[1::2].count(0)
     if len(start) < 8 or 3 * max(even, odd) < len(start) or min(even, odd):
@@ -87,9 +87,9 @@ def _is_single_byte(encoding: str) -> bool:
 def as_utf8(stream: io.BufferedReader, encoding: str, name: str) -> io.BufferedReader:
     """The same text in UTF-8.
 
-    Bytes that are no text in `encoding` come out as UTF-8 of lone surrogates, U+DC00 and the byte:
-    not UTF-8 either, so that the reader of the lines finds them there (`bad_bytes`). Where all of
-    the stream `name` turns out to be UTF-8 already, reading it ends with a DataError.
+    Bytes invalid in `encoding` become lone surrogates, U+DC00 plus the byte, which the line reader
+    finds as invalid UTF-8 (`bad_bytes`). If the whole stream `name` turns out to be UTF-8 already,
+    reading it ends with a DataError.
     """
     if encoding == UTF_8:
         return stream
@@ -122,7 +122,9 @@ class _Transcoded(io.RawIOBase):
 
 
 class _Utf8Check:
-    """Whether bytes of another encoding are UTF-8, which no chance brings where they are many."""
+    """Whether bytes of another encoding are valid UTF-8, which is unlikely by chance if there are
+    many.
+    """
 
     def __init__(self, encoding: str, name: str) -> None:
         is_wide = encoding.startswith(("utf-16", "utf-32"))
@@ -131,7 +133,7 @@ class _Utf8Check:
         self._encoding, self._name = encoding, name
 
     def see(self, data: bytes) -> None:
-        """Look at the next bytes, of which none are the end.
+        """Check the next bytes; none at the end.
 
         Raises:
             DataError: it is the end, and all of them are UTF-8.
@@ -163,7 +165,7 @@ codecs.register_error(_MARKED, _mark_bytes)
 
 
 def bad_bytes(data: bytes, start: int, encoding: str, *, before: int = 0) -> str:
-    """What is wrong at `start` of a line of a stream that is UTF-8, or was made so.
+    """Describe the fault at `start` of a line of a stream in UTF-8, or converted to it.
 
     Args:
         data: the line, from `before` bytes of UTF-8, or characters of another encoding, on.
@@ -188,7 +190,7 @@ def advice_for(evidence: bytes) -> str:
 
 
 def guessed_encoding(evidence: bytes) -> str | None:
-    """The encoding in which these bytes look most like words; None where they do in none."""
+    """The encoding in which these bytes look most like words; None if they do in none."""
     best, guess = 0.2, None
     for encoding in _CANDIDATES:
         try:
@@ -203,7 +205,7 @@ def guessed_encoding(evidence: bytes) -> str | None:
 
 
 def _likeness(text: str, encoding: str) -> float:
-    """How much the characters beyond ASCII look like words, on average: 1 at most."""
+    """How much the non-ASCII characters look like words, on average: 1 at most."""
     places = [i for i, c in enumerate(text) if c > "\x7f"]
     scores = [
         _score(text[i], text[i - 1 : i] or " ", text[i + 1 : i + 2] or " ", encoding)
@@ -241,7 +243,7 @@ def _score(char: str, before: str, after: str, encoding: str) -> float:
 
 
 def _score_of_han(char: str, encoding: str) -> float:
-    """The first level of a character set holds the common ones, in rows of their own."""
+    """The first level of a character set has the common characters."""
     rows = {
         "gb18030": (0xB0, 0xD7),
         "big5": (0xA4, 0xC6),

@@ -23,12 +23,12 @@ Labels = list[int] | list[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that a person should hear about, and that is no error.
+    """Something that the user should know, but that is not an error.
 
     Attributes:
-        kind: what it is about, for programs.
+        kind: its topic, for programs.
         message: one line, for people.
-        count: of the rows, texts or classes that it is about.
+        count: of the rows, texts or classes concerned.
     """
 
     kind: Literal[
@@ -58,15 +58,15 @@ class Dataset:
 
     Attributes:
         texts: N strings, none of them blank.
-        labels: N classes, 0..len(label_names)-1, or N tuples of them; None without labels. Where
-            there are numbers, these: see `targets`.
+        labels: N class ids, 0..len(label_names)-1, or N tuples of them; None without labels.
+            Numbers for a regression: see `targets`.
         label_names: the names of the classes, in order.
-        source: what it was read from.
+        source: the name of its source.
         multi_label: whether a text has any number of labels, as a tuple, rather than one.
-        notices: what was left out, and the like.
-        label_column: where the labels stand in the source; None where no column holds them.
-        part: which of its rows these are, where they are not all.
-        has_numbers: labels are numbers, the targets of a regression, and there are no classes.
+        notices: about skipped rows and the like.
+        label_column: the source's label column; None if labels are not in a column.
+        part: which of the source's rows these are, if not all.
+        has_numbers: labels are numbers, the targets of a regression.
     """
 
     texts: list[str]
@@ -84,12 +84,12 @@ class Dataset:
 
     @property
     def called(self) -> str:
-        """What these rows are called in notices, which are not about others of the source."""
+        """The name of these rows in notices."""
         return f"{self.source} ({self.part})" if self.part else self.source
 
     @property
     def targets(self) -> list[float]:
-        """The labels where they are numbers."""
+        """The labels of a regression."""
         assert self.has_numbers
         assert self.labels is not None
         targets: Any = self.labels
@@ -118,16 +118,15 @@ class Dataset:
 
 
 class Examples:
-    """Collects the examples of one source, and its bad rows.
+    """Collect the examples and bad rows of one source.
 
     Args:
-        text_column: holds the text.
-        label_columns: hold the labels: one column; or several of zeros and ones, one a label; or
-            none.
+        text_column: of the text.
+        label_columns: of the labels: one column; several of zeros and ones, one per label; or none.
         reader: of label cells: classes, or numbers.
         options: of these `multi_label`, `label_lists` and `skip_bad_rows`.
-        needs_labels: whether a row without a label is a bad row.
-        declared: the names of classes stand beside the numbers, so that lists hold no vectors.
+        needs_labels: whether a row without a label is bad.
+        declared: the file declares names for the class ids, so lists are not vectors.
     """
 
     def __init__(
@@ -191,7 +190,7 @@ class Examples:
         self._take(place, text, value)
 
     def _value_of(self, row: Record) -> Any:
-        """The label cell of a row, a written list as a list."""
+        """The label cell of a row, with a list in text parsed."""
         columns = self._label_columns
         if self._options.label_columns is not None:
             return column_vector([row.values.get(name) for name in columns], columns)
@@ -200,7 +199,7 @@ class Examples:
         return self._reader.unfolded(row.values.get(columns[0]))
 
     def _may_be_vectors(self, value: Any) -> bool:
-        """Whether this row and all before it may be vectors, as far as that is not decided."""
+        """Track whether this row and all earlier ones may be multi-hot vectors."""
         if value is None or (isinstance(value, str) and not value.strip()):
             return bool(self._held)  # says nothing
         vector = vector_of(value)
@@ -235,9 +234,9 @@ class Examples:
         self._cells.append(cells)
 
     def _may_be_without(self, value: Any) -> bool:
-        """Whether a cell without a label is a row of none: asked for, and in no format an error.
+        """Whether an empty label cell means a row without labels.
 
-        Tables write what is missing as an empty cell, as null or as NaN, and all mean the same.
+        Missing values may be empty cells, null or NaN.
         """
         asked = self._many and self._options.label_columns is None
         return asked and not self._reader.is_placeholder(value)
@@ -266,7 +265,7 @@ class Examples:
         return cells
 
     def _name_places(self, n: int) -> None:
-        """Give the places of vectors the names of the classes, or their numbers."""
+        """Name the elements of vectors by the classes' names or ids."""
         if self._options.label_columns is not None:
             self._vector_names = self._label_columns
             return
@@ -287,7 +286,7 @@ class Examples:
         return "no label"
 
     def _check_kind(self, value: Any) -> None:
-        """Refuse a list behind single labels: it would make a text of each class a set of them."""
+        """Refuse a list after rows with single labels: all of them would become lists."""
         if self._has_lists is None:
             self._has_lists = isinstance(value, list)
         if isinstance(value, list) and not self._has_lists and not self._many:
@@ -297,15 +296,15 @@ class Examples:
             )
 
     def dataset(self, name: str, remedies: Sequence[str] = ()) -> Dataset:
-        """What was collected.
+        """The collected dataset.
 
         Args:
             name: of the source.
-            remedies: what may help with its bad rows.
+            remedies: advice for its bad rows.
 
         Raises:
-            DataError: bad rows that are not to be skipped, or no others; or lists that may be read
-                in two ways.
+            DataError: there are bad rows that may not be skipped, or no good ones; or lists are
+                ambiguous.
         """
         said = self._decide(name)
         bad_rows, notices = self.bad_rows, []
@@ -358,7 +357,7 @@ class Examples:
         return replace(found, notices=tuple(notices))
 
     def _decide(self, name: str) -> list[Notice]:
-        """Whether lists of zeros and ones are vectors, where no other row has said so.
+        """Decide whether lists of zeros and ones are vectors, if no other row has decided it.
 
         Raises:
             DataError: they may be that or labels.
@@ -388,7 +387,7 @@ class Examples:
         return said
 
     def _white_space(self, name: str, given: list[list[str]]) -> list[Notice]:
-        """Labels that stand in the same source with and without white space around them."""
+        """Labels that occur both with and without surrounding white space."""
         padded: dict[str, dict[str, int]] = {}
         for (text, label), n in self._class_reader.padded.items():
             if n:
@@ -419,7 +418,7 @@ class Examples:
         return notices
 
     def _leave_out_unread(self, name: str) -> Notice:
-        """Leave out the rows whose labels are none; those without one stay, to be predicted."""
+        """Skip rows with unknown labels; rows without one stay, to be predicted."""
         bad, self._unread = self._unread, BadRows()
         total = len(self._texts)
         kept = [row for row in range(total) if row not in self._unread_rows]
@@ -469,7 +468,7 @@ def _numbers_as_names(name: str, positions: Mapping[int, str]) -> Notice:
 
 
 def alike_names(dataset: Dataset) -> list[Notice]:
-    """A word for class names that a person may not tell apart, with how many rows have each."""
+    """A notice of look-alike class names, with their numbers of rows."""
     counts = dict(zip(dataset.label_names, dataset.class_counts(), strict=True))
     notices = []
     if blank := [name for name in dataset.label_names if not folded(name)]:
@@ -495,7 +494,7 @@ def text_of(row: Record | BadRow, column: str) -> str:
     """The text of a row.
 
     Raises:
-        ValueError: it has none that can be used; says why.
+        ValueError: it has no usable text; the message says why.
     """
     if isinstance(row, BadRow):
         raise ValueError(row.reason)
@@ -510,10 +509,10 @@ def text_of(row: Record | BadRow, column: str) -> str:
 
 
 def check_text(text: str) -> None:
-    """Whether a text can be classified: what a row of a file must have, and any other text.
+    """Check that a text can be classified, from a file or elsewhere.
 
     Raises:
-        ValueError: it cannot; says why.
+        ValueError: it cannot; the message says why.
     """
     if not text.strip():
         raise ValueError("the text is empty")

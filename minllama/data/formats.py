@@ -39,14 +39,14 @@ def table_of(
     """The rows of a stream.
 
     Args:
-        beginning: of it.
-        kind: one of `DATA_FORMATS`, or `lines` for text with labels or without; None to tell by
-            the first lines.
+        beginning: its first bytes.
+        kind: one of `DATA_FORMATS`, or `lines` for text with or without labels; None to detect it
+            from the first lines.
         options: encoding, separator, columns.
         labelled: lines must have labels.
 
     Raises:
-        DataError: it is in another format, with what to do.
+        DataError: it is in another format; the message says what to do.
     """
     name = beginning.name
     refuse_binary(beginning.head, name)
@@ -81,7 +81,7 @@ def table_of(
 
 
 def _shown_text(head: bytes, encoding: str, options: DataOptions) -> tuple[str, str]:
-    """The beginning as text, to tell its form, and what to do where it is not in the encoding."""
+    """Decode the beginning to detect its format, with advice if it is not in the encoding."""
     advice = ""
     try:  # the last character may be cut
         text = codecs.getincrementaldecoder(encoding)().decode(head)
@@ -105,7 +105,7 @@ def _check_line_ends(text: str, name: str) -> None:
 
 
 def _first_lines(text: str) -> list[str]:
-    """The first ones that are not blank; the last of them may be cut."""
+    """The first non-blank lines; the last may be incomplete."""
     lines = text.split("\n")
     whole = [line for line in lines[:-1] if line.strip()]
     # One line tells little: the next may be the last, without an end.
@@ -115,7 +115,7 @@ def _first_lines(text: str) -> list[str]:
 def _kind_of(
     text: str, kind: str | None, options: DataOptions, name: str, *, labelled: bool
 ) -> str:
-    """One of the formats of text, where the name or nothing told that lines are `lines`."""
+    """Choose between the line formats if only `lines` is known."""
     has_columns = options.no_header or bool(options.columns or options.separator)
     if kind in ("labelled", "text", "json", "jsonl") and has_columns:
         raise OptionError(
@@ -143,10 +143,10 @@ def _kind_of(
 
 
 def _check_kind(kind: str, lines: list[str], options: DataOptions, name: str) -> None:
-    """Refuse what is beyond doubt in another format than the one that the name tells.
+    """Refuse content that is clearly in another format than the file name says.
 
     Raises:
-        DataError: says which.
+        DataError: the message names the format.
     """
     objects, tables = ("json", "jsonl"), ("csv", "tsv")
     # Of tables the line of names tells enough.
@@ -175,7 +175,7 @@ def _says_other_format(found: str, first: str, name: str, *, labelled: bool) -> 
 
 
 def _check_no_labels(lines: list[str], kind: str | None, name: str) -> None:
-    """Refuse texts that may be something else, where nothing says that they are texts."""
+    """Refuse content that may not be plain texts, if nothing says that it is."""
     if is_fasttext(lines):
         raise DataError(
             f"{name}: the first line is {seen(lines[0])}, with fastText labels before the text; "
@@ -193,7 +193,7 @@ def _unclear(line: str, name: str) -> DataError:
 
 
 def _recognized(lines: list[str], options: DataOptions, name: str) -> str | None:
-    """The format that lines are in beyond doubt; None for lines of text.
+    """The format that the lines are clearly in; None for lines of text.
 
     Raises:
         DataError: they may be in one.
@@ -216,7 +216,7 @@ def _recognized(lines: list[str], options: DataOptions, name: str) -> str | None
 
 
 def _has_header(lines: list[str], separator: str, options: DataOptions, name: str) -> bool:
-    """Whether the first line names columns, of texts or of labels among them.
+    """Whether the first line is a header with usual names of text or label columns.
 
     Raises:
         DataError: it may, and the second line has not as many cells.
@@ -248,9 +248,9 @@ def _is_json_object(line: str) -> bool:
 def _json_table(
     stream: io.BufferedReader, kind: str, text: str, beginning: Beginning, encoding: str
 ) -> Table:
-    """A list of objects, objects over several lines, or one object a line, by what is there.
+    """Choose between a JSON list, multi-line objects and JSON Lines, by content.
 
-    In files of lines a list may be a (bad) row, as all that is no object.
+    In line-based files a list may be a (bad) row, like everything that is not an object.
     """
     lines = _first_lines(text)
     first = lines[0].strip() if lines else ""

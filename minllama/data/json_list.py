@@ -24,11 +24,11 @@ def json_list_table(stream: io.BufferedReader, name: str, encoding: str = UTF_8)
 
 
 class _Text:
-    """The part of a stream that is being parsed, and where it is.
+    """The buffered part of a stream, and the parser's position.
 
     Attributes:
-        text: what was read and not let go of.
-        at: the place in it up to which it was parsed.
+        text: the buffer.
+        at: the parser's position in it.
     """
 
     def __init__(self, stream: io.BufferedReader, name: str, encoding: str) -> None:
@@ -53,13 +53,13 @@ class _Text:
         return self._line
 
     def line_and_column(self, position: int) -> tuple[int, int]:
-        """Of a place behind that, from 1."""
+        """Column of a later position, from 1."""
         before = self.text.rfind("\n", 0, position)
         column = position - before if before >= 0 else self._column + position + 1
         return self.line() + self.text.count("\n", self.at, position), column
 
     def skip_blank(self) -> str:
-        """Go on to the next character that is no white space; empty at the end."""
+        """Advance to the next non-space character; empty at the end."""
         while True:
             match = _BLANK.match(self.text, self.at)
             assert match is not None
@@ -92,7 +92,7 @@ class _Text:
         return True
 
     def _bytes(self, held: int) -> bytes:
-        """What comes next: twice as much each time, so that long objects are not parsed often."""
+        """Read more: twice as much each time, so that long objects are not parsed often."""
         parts: list[bytes] = []
         size = 0
         with reading(self.name):
@@ -128,7 +128,7 @@ class _Text:
 
 
 def _objects(text: _Text) -> Iterator[RawRow]:
-    """The values one by one, since the parser of whole lists does not tell their lines."""
+    """The values one by one, since the parser of complete lists does not report lines."""
     is_list = text.skip_blank() == "["
     if is_list:
         text.at += 1
@@ -154,7 +154,7 @@ def _objects(text: _Text) -> Iterator[RawRow]:
 
 
 def _value(text: _Text) -> object:
-    """The value that begins here, for which more is read as long as it is not whole."""
+    """The value at this position; reads more until it is complete."""
     decoder = json.JSONDecoder()
     while True:
         try:

@@ -33,10 +33,10 @@ def read_list(text: str, *, bare_words: bool) -> list[Any] | None:
         bare_words: whether `[a, b]` is a list, too, and not the name of something.
 
     Returns:
-        Strings, numbers, truth values and None; None for a text that is no list.
+        Strings, numbers, booleans and None; None for a text that is not a list.
 
     Raises:
-        ValueError: it begins as a list and is none, is cut by `...`, or holds another list.
+        ValueError: it starts like a list but is none, is abbreviated by `...`, or is nested.
     """
     text = text.strip()
     if text.endswith(")") and (call := _CALL.match(text)) is not None:  # array(['a'], dtype=object)
@@ -71,11 +71,11 @@ def read_list(text: str, *, bare_words: bool) -> list[Any] | None:
 
 
 class _Bare(str):
-    """A word of a list without quotes."""
+    """An unquoted list element."""
 
 
 def _items(inside: str) -> list[Any] | None:
-    """What stands between the brackets; None where it is no list."""
+    """The text between the brackets; None if it is not a list."""
     items: list[Any] = []
     position, size = 0, len(inside)
     while position < size:
@@ -114,7 +114,7 @@ def _skip(text: str, position: int) -> int:
 
 
 def _number(text: str) -> Any:
-    """A number by its value where that is all that the text says; else the text: 007, 4.50."""
+    """A number by value if it is in normal spelling; else the text: 007, 4.50."""
     if re.fullmatch(r"-?(0|[1-9][0-9]{0,17})", text, re.ASCII):
         return int(text)
     value = float(text) if len(text) < 30 else 0.0
@@ -138,17 +138,17 @@ def _unescaped(text: str) -> str:
 
 
 def split_names(text: str, separator: str = ",") -> list[str]:
-    """The names of a text that a separator parts; quoted, as in CSV, a name may hold it.
+    """Split names at a separator; a quoted name may contain it, as in CSV.
 
     Args:
         text: `good,bad`, or `very good,"bad, awful"`. Quotes within a name are part of it.
         separator: one or more characters.
 
     Returns:
-        The names without white space around them; an empty one where nothing stands.
+        The stripped names, including empty ones.
 
     Raises:
-        ValueError: a quote is opened and not closed, or text follows where one is closed.
+        ValueError: a quote is not closed, or text follows a closing quote.
     """
     names, position = [], 0
     while True:
@@ -166,7 +166,7 @@ def split_names(text: str, separator: str = ",") -> list[str]:
 
 
 def _quoted_name(text: str, start: int, separator: str) -> tuple[str, int] | None:
-    """A name in quotes and where it ends; None where none begins here."""
+    """A quoted name and its end; None if none starts here."""
     closing = _MARKS.get(text[start : start + 1])
     if closing is None:
         return None
@@ -192,7 +192,7 @@ def _quoted_name(text: str, start: int, separator: str) -> tuple[str, int] | Non
 
 
 def joined_names(names: Sequence[str]) -> str:
-    """The names as `split_names` reads them: separated by commas, quoted where that is needed."""
+    """Join names as `split_names` reads them: separated by commas, quoted if needed."""
 
     def quoted(name: str) -> str:
         doubled = name.replace('"', '""')

@@ -21,10 +21,10 @@ _WRITTEN = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?", re.ASCII)  # a number as a key
 
 
 class LabelNames(dict[int, str]):
-    """The name of each number, in the order of the numbers.
+    """The class names, in the order of their ids.
 
     Attributes:
-        codes: names of numbers that the file writes with leading zeros, as 01, by what it writes.
+        codes: names of ids that the file writes with leading zeros, such as 01.
     """
 
     codes: dict[str, str]
@@ -35,7 +35,7 @@ def names_of_option(text: str, flag: str) -> list[str]:
 
     Args:
         text: `good,bad`; `very good,"bad, awful"` as in CSV; or a JSON list.
-        flag: the option, as people type it.
+        flag: the option in command-line spelling.
 
     Raises:
         OptionError: a quote is not closed, or a name is empty or there twice.
@@ -54,7 +54,7 @@ def names_of_option(text: str, flag: str) -> list[str]:
 
 
 def checked_names(names: list[str], where: str) -> list[str]:
-    """The names, none of them empty or there twice.
+    """The names, all distinct and not empty.
 
     Raises:
         OptionError: one is.
@@ -91,7 +91,7 @@ def read_labels_file(path: str | os.PathLike[str], encoding: str | None = None) 
 
 
 def words_by_label(text: str) -> Mapping[str, str] | None:
-    """The JSON object {label: word} that a text writes; None where it is none."""
+    """Parse a JSON object {label: word}; None for other texts."""
     if not text.lstrip().startswith("{"):
         return None
     try:
@@ -103,23 +103,23 @@ def words_by_label(text: str) -> Mapping[str, str] | None:
 
 
 def read_label_names(path: str | os.PathLike[str], encoding: str | None = None) -> LabelNames:
-    """The file of `--label-names`: the name of each number, in the order of the numbers.
+    """Read the file of `--label-names`: class names in the order of their ids.
 
-    It holds a list of names in order, or an object {name: number} or {number: name}.
+    It contains a list of names in order, or an object {name: id} or {id: name}.
 
     Args:
         path: of the file.
         encoding: of a file that is not UTF-8.
 
     Raises:
-        DataError: it cannot be read, or is not of that form.
+        DataError: it cannot be read, or has another form.
     """
     name, text = _text_of(path, encoding)
     return _names_of_json(text, name)
 
 
 def _text_of(path: str | os.PathLike[str], encoding: str | None) -> tuple[str, str]:
-    """What errors call a file, and its content."""
+    """A file's name for messages, and its content."""
     name = str(path) if str(path).isprintable() else shown(str(path))
     try:
         with Path(path).expanduser().open("rb") as file:
@@ -133,7 +133,7 @@ def _text_of(path: str | os.PathLike[str], encoding: str | None) -> tuple[str, s
 
 
 def _decoded(data: bytes, encoding: str | None, name: str) -> str:
-    """Bytes as text: UTF-8 where they are that, whatever the rows are in that they belong to."""
+    """Decode bytes: UTF-8 if valid, whatever the encoding of the data file."""
     asked = encoding_of(data[:HEAD], encoding, name)
     # UTF-16 of ASCII is UTF-8, too, with zeros; so is ISO-2022, with escapes.
     is_asked = encoding is not None and (b"\0" in data or b"\x1b" in data)

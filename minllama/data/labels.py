@@ -20,9 +20,9 @@ UNLABELLED = -1  # the number that stands for no label in data sets without gold
 
 
 class WrittenVector(list[Any]):
-    """Zeros and ones that a text lists where a row has one label: a multi-hot vector, or refused.
+    """A list of zeros and ones in a single-label row: a multi-hot vector, or refused.
 
-    Whether it can be one is seen from other rows.
+    Other rows decide whether it is one.
     """
 
 
@@ -31,15 +31,15 @@ class LabelReader:
 
     Args:
         known: names of all classes, in order; None to learn them from the cells (`class_names`).
-        numbers: which name a number stands for; None for positions in `known`.
-        codes: which name stands for a text such as `01`, which is not a number.
-        separator: between the labels of one cell; None where a row has one label.
+        numbers: the name of each number; None for positions in `known`.
+        codes: the name of a text such as `01`, which is not a number.
+        separator: between the labels of one cell; None for one label per row.
 
     Attributes:
         known: as given, or the names of `numbers`.
         index_of: the class of each of them.
-        by_position: numbers that were taken for names by their places among `known`, and the names.
-        padded: how often each name stood with white space around it, as (text, name).
+        by_position: numbers that were read as positions in `known`, with the names.
+        padded: how often each name had surrounding white space, as (text, name).
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class LabelReader:
         self._hint = ""
 
     def know(self, names: Sequence[str] | None) -> None:
-        """Take these for the names of all classes."""
+        """Set the names of all classes."""
         self.known = None if names is None else list(names)
         self.index_of: dict[str, int] = {name: i for i, name in enumerate(names or ())}
         self._by_value: dict[Decimal, str | None] = {}
@@ -77,14 +77,14 @@ class LabelReader:
                 self._truths[name.casefold()] = name
 
     def named_places(self) -> list[str] | None:
-        """The names of the numbers 0 to n-1 in order; None where others are named, or none is."""
+        """The names of the numbers 0 to n-1 in order; None if others or none are named."""
         if not self._numbers or sorted(self._numbers) != list(range(len(self._numbers))):
             return None
         return [self._numbers[i] for i in range(len(self._numbers))]
 
     @property
     def hint(self) -> str:
-        """What else may help with labels that were refused; empty where nothing does."""
+        """More advice for refused labels; may be empty."""
         alike: dict[str, list[str]] = {}
         for name in self.known or ():
             alike.setdefault(folded(name), []).append(name)
@@ -96,10 +96,10 @@ class LabelReader:
         return "; ".join(filter(None, (self._hint, first_few(pairs))))
 
     def unfolded(self, value: Any) -> Any:
-        """A cell, with the list in the place of the text that writes one.
+        """A cell, with a list in text parsed.
 
         Raises:
-            ValueError: it writes no proper list, or one of several labels where a row has one.
+            ValueError: it is not a valid list, or has several labels where rows have one.
         """
         if not isinstance(value, str) or value.strip() in self.index_of:
             return value
@@ -121,10 +121,10 @@ class LabelReader:
         return items[0]
 
     def read(self, value: Any) -> list[str] | None:
-        """The labels that a cell holds, names wherever they are known; None for no label at all.
+        """The labels of a cell, as names if known; None without a label.
 
         Raises:
-            ValueError: the cell is no label, or not one of the known classes; says why.
+            ValueError: the cell is not a label, or not a known class; the message says why.
         """
         if isinstance(value, WrittenVector):
             raise _several(value, value)
@@ -158,7 +158,7 @@ class LabelReader:
         return labels
 
     def is_placeholder(self, value: Any) -> bool:
-        """Whether a cell is the number that stands for no label."""
+        """Whether a cell is the number that means no label."""
         cells = value if isinstance(value, list) else [value]
         return len(cells) == 1 and self._is_unlabelled(class_text(cells[0]))
 

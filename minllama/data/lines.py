@@ -28,15 +28,15 @@ Problem = tuple[int, str]  # line and reason
 
 
 class Lines:
-    """The lines of a stream as text, and what was wrong with them.
+    """The lines of a stream as text, and their problems.
 
-    A line that is not UTF-8 is handed on with replacement characters and the problem is kept until
-    it is taken: a CSV row can span lines, and all of it must be read before it can be refused.
+    A line that is not UTF-8 is returned with replacement characters, and the problem is kept until
+    it is queried: a CSV row can span lines, and must be read completely before it is refused.
 
     Attributes:
         name: of the stream, in errors.
         number: of the line handed out last, from 1.
-        remedies: what may help with the lines that were bad, each said once.
+        remedies: advice for bad lines, without repetitions.
     """
 
     def __init__(self, stream: io.BufferedReader, name: str, encoding: str = UTF_8) -> None:
@@ -75,7 +75,7 @@ class Lines:
         return self._ahead[0][0]
 
     def look(self, offset: int) -> str:
-        """The line `offset` lines after the one handed out last, which stays where it is."""
+        """Peek at the line `offset` lines after the last one."""
         while len(self._ahead) < offset:
             if self._ahead and not self._ahead[-1][0]:
                 return ""
@@ -83,11 +83,11 @@ class Lines:
         return self._ahead[offset - 1][0]
 
     def mark(self) -> None:
-        """Remember the lines that are handed out from here on, and no earlier ones."""
+        """Remember the lines from here on, and forget earlier ones."""
         self._marked = []
 
     def rewind(self, n_kept: int) -> None:
-        """Hand out again the lines since the mark, but for the first `n_kept`."""
+        """Return the lines since the mark again, except the first `n_kept`."""
         lines = (self._marked or [])[n_kept:]
         self._ahead.extendleft(reversed(lines))
         self._marked = []
@@ -139,7 +139,7 @@ class Lines:
 
 @contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
-    """Say it in one line where a stream cannot be read on."""
+    """Raise a one-line error if the stream cannot be read."""
     try:
         yield
     except (OSError, EOFError, zlib.error, UnicodeError) as error:  # the middle two from gzip
@@ -162,7 +162,7 @@ def labelled_table(lines: Lines) -> Table:
 
 
 def text_table(lines: Lines) -> Table:
-    """Lines of text alone: the column `text`."""
+    """Lines of plain text: the column `text`."""
     return _table(lines, ["text"], lambda line: {"text": line})
 
 
@@ -196,12 +196,12 @@ def _json_object(line: str) -> dict[str, Any] | str:
 
 
 def checked_object(value: Any) -> dict[str, Any] | str:
-    """`value`, or why it is no row."""
+    """`value`, or why it is not a row."""
     return value if isinstance(value, dict) else f"{shown(value)} is not a JSON object"
 
 
 def not_json(error: ValueError | RecursionError, column: int | None = None) -> str:
-    """Why something is no JSON; `column` where the error does not know its place in the line."""
+    """Why something is not JSON; `column` if the error does not have its position in the line."""
     match error:
         case json.JSONDecodeError():
             return f"not JSON ({error.msg} at character {column or error.colno})"

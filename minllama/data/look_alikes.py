@@ -25,7 +25,7 @@ def look_alikes(names: Iterable[str]) -> list[list[str]]:
 
 
 def folded(name: str) -> str:
-    """What names have in common that are alike."""
+    """The key that look-alike names share."""
     text = _without_spaces(_visible(unicodedata.normalize("NFKC", name))).casefold()
     text = unicodedata.normalize("NFKC", text)
     if not is_number_like(text):
@@ -37,7 +37,7 @@ def folded(name: str) -> str:
 
 
 def difference(names: list[str]) -> str:
-    """In what names differ that are alike, in words."""
+    """What look-alike names differ in, for a message."""
     if len({name.casefold() for name in names}) == 1:
         return "case"
     if len({_without_spaces(name) for name in names}) == 1:
@@ -52,7 +52,7 @@ def difference(names: list[str]) -> str:
 
 
 def told_apart(names: list[str]) -> list[str]:
-    """The names quoted, with what is invisible or not in all of them as escapes."""
+    """The names quoted, with escapes for invisible or differing characters."""
     common = set(names[0]).intersection(*names[1:])
     letters = difference(names) == "case"
 
@@ -67,11 +67,11 @@ def told_apart(names: list[str]) -> list[str]:
 
 
 def alike_message(names: list[str], counts: Mapping[str, int]) -> str:
-    """That names are alike, with how many rows have each.
+    """A message about look-alike names, with their numbers of rows.
 
     Args:
-        names: two or more that are alike.
-        counts: rows of each; a name that is missing has none to tell.
+        names: two or more look-alikes.
+        counts: rows of each; may lack names.
     """
     told = []
     for name, shown in zip(names, told_apart(names), strict=True):

@@ -11,7 +11,7 @@ _BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 
 
 def vector_of(value: Any) -> tuple[int, ...] | None:
-    """A list of two or more zeros and ones as such; None for anything else."""
+    """A list of two or more zeros and ones; None for anything else."""
     if not isinstance(value, list) or len(value) < 2:
         return None
     if not all(isinstance(v, int | float) and v in (0, 1) for v in value):
@@ -22,13 +22,14 @@ def vector_of(value: Any) -> tuple[int, ...] | None:
 def is_surely_a_vector(vectors: Sequence[tuple[int, ...]]) -> bool:
     """Whether lists of zeros and ones cannot be read as lists of the labels 0 and 1.
 
-    Those hold each label once, so that [1, 0] may be either, and [1, 1] and [1, 0, 0] may not.
+    Lists of labels have each label once, so [1, 0] may be either, but [1, 1] and [1, 0, 0] are
+    vectors.
     """
     return any(len(set(vector)) < len(vector) for vector in vectors)
 
 
 def vector_labels(value: Any, names: Sequence[str]) -> list[str]:
-    """The labels at whose places ones stand.
+    """The labels whose elements are one.
 
     Raises:
         ValueError: the value is no vector of as many zeros and ones as there are names.
@@ -46,7 +47,7 @@ def vector_labels(value: Any, names: Sequence[str]) -> list[str]:
 
 
 def names_of_columns(text: str) -> list[str]:
-    """The names of `--label-columns`: separated by commas, quoted where they hold one.
+    """The names of `--label-columns`: separated by commas, quoted if they contain one.
 
     Raises:
         OptionError: a quote is not closed, or a name is empty or there twice.
@@ -70,7 +71,7 @@ def label_columns(text: str, columns: Sequence[str], name: str) -> list[str]:
 
 
 def column_vector(values: Sequence[Any], columns: Sequence[str]) -> list[int] | None:
-    """The zeros and ones of a row's label columns; None where all are missing, or -1.
+    """The zeros and ones of a row's label columns; None if all are missing or -1.
 
     Raises:
         ValueError: one is neither 0 nor 1; names its column.

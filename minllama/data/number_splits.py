@@ -10,18 +10,18 @@ from minllama.errors import DataError
 
 
 def random_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Set a part of the examples aside; equal texts stay together.
+    """Hold out a part of the examples; equal texts stay together.
 
     Args:
-        dataset: with numbers.
-        fraction: of its different texts that is set aside, between 0 and 1; at least one.
+        dataset: with numeric targets.
+        fraction: of its distinct texts to hold out, between 0 and 1; at least one text.
         seed: of the draw.
 
     Returns:
-        The training side, which carries the data set's notices, and what is set aside.
+        The training part, with the dataset's notices, and the held-out part.
 
     Raises:
-        DataError: there are no two different texts.
+        DataError: all texts are equal.
     """
     assert 0 < fraction < 1, fraction
     texts = list(dict.fromkeys(dataset.texts))
@@ -41,10 +41,10 @@ def random_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset,
 def check_number_splits(
     train: Dataset, dev: Dataset | None = None, test: Dataset | None = None
 ) -> list[Notice]:
-    """Whether something can be learned from `train` and measured on the others.
+    """Check that `train` can be learned from, and the others evaluated on.
 
     Returns:
-        What a person should hear about: equal texts with different numbers, rows of `dev` and
+        Notices: equal texts with different numbers, rows of `dev` and
         `test` whose text is in `train` or in each other, and splits of one number.
 
     Raises:
@@ -68,7 +68,7 @@ def check_number_splits(
 
 
 def one_number(split: Dataset) -> list[Notice]:
-    """A word of caution where all rows have one number, as in files whose answers are kept back."""
+    """A notice if all rows have the same number, as in files with hidden labels."""
     if split.labels is None or len(split) < 2 or len(set(split.targets)) > 1:
         return []
     message = (

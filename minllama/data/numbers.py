@@ -23,14 +23,14 @@ class NumberReader:
     hint = ""
 
     def unfolded(self, value: Any) -> Any:
-        """The cell as it is: a list is not a number."""
+        """The unchanged cell: a list is not a number."""
         return value
 
     def read(self, value: Any) -> list[float] | None:
-        """The number that a cell holds; None for an empty cell.
+        """The number in a cell; None for an empty cell.
 
         Raises:
-            ValueError: it holds no finite number; says why.
+            ValueError: it is not a finite number; the message says why.
         """
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
@@ -47,7 +47,7 @@ def number_of(value: Any) -> float:
     """A cell as a finite number.
 
     Raises:
-        ValueError: it is none; says why.
+        ValueError: it is not a number; the message says why.
     """
     if isinstance(value, str):
         text = value.strip()

@@ -55,10 +55,10 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
 
 
 def refuse_binary(head: bytes, name: str) -> None:
-    """Refuse what begins as another kind of file does.
+    """Refuse content that starts like another kind of file.
 
     Raises:
-        DataError: says which kind, and what to do.
+        DataError: the message says which kind, and what to do.
     """
     for signature, what, remedy in _SIGNATURES:
         if head.startswith(signature):
@@ -89,18 +89,18 @@ def _zip(head: bytes, name: str) -> DataError:
 
 
 def quoted(name: str) -> str:
-    """A file's name as a shell takes it; FILE where it cannot be shown on one line."""
+    """A file's name quoted for a shell; FILE if it cannot be shown on one line."""
     return shlex.quote(name) if name.isprintable() and name != "standard input" else "FILE"
 
 
 def seen(line: str) -> str:
-    """The first line of a file in a message: quoted, printable and cut."""
+    """The first line of a file for a message: quoted, printable and shortened."""
     line = re.sub(r"\s*\n\s*", " ", line.strip("\r\n\ufeff")).replace("\t", "<tab>")
     return f"'{cut(printable(line))}'"
 
 
 def piped(program: str, name: str, new: str, *, compressed: bool) -> str:
-    """How to run a program that reads lines of the file and writes others."""
+    """The command that converts the file's lines with a program."""
     if name == "standard input":
         return f"pipe it through: {program}"
     if compressed:
@@ -114,11 +114,11 @@ def refuse_other_labels(
     """Refuse lines of text that should be `label ||| sentence`, and are nowhere so.
 
     Args:
-        lines: the first ones that are not blank.
+        lines: the first non-blank ones.
         advice: of their encoding.
 
     Raises:
-        DataError: shows the first line, and says how to read or convert the file.
+        DataError: the message shows the first line, and how to read or convert the file.
     """
     remedy = _remedy_for_labels(lines, name, compressed=compressed)
     remedy += f"; {advice}" if advice else ""
@@ -129,7 +129,7 @@ def refuse_other_labels(
 
 
 def is_fasttext(lines: Sequence[str]) -> bool:
-    """Whether each line begins with labels as fastText writes them."""
+    """Whether each line starts with fastText labels."""
     return bool(lines) and all(line.startswith("__label__") for line in lines)
 
 
@@ -172,7 +172,7 @@ def _remedy_for_labels(lines: Sequence[str], name: str, *, compressed: bool) -> 
 
 
 def _few_labels(matches: Iterable[re.Match[str] | None]) -> bool:
-    """Whether each line has what may be a label, and some have the same."""
+    """Whether each line has a possible label, and some share one."""
     found = ["" if match is None else match[0] for match in matches]
     if len(found) < 2 or "" in found:
         return False
@@ -183,7 +183,7 @@ def _few_labels(matches: Iterable[re.Match[str] | None]) -> bool:
 
 
 def _columns_of(lines: Sequence[str], separator: str) -> str | None:
-    """What to call the columns of lines that hold a text and a label; None where they do not."""
+    """Column names for lines with a text and a label; None for other lines."""
     rows = [cells_of(line, separator) for line in lines]
     width = len(rows[0])
     if width < 2 or any(len(row) != width for row in rows):
@@ -197,13 +197,13 @@ def _columns_of(lines: Sequence[str], separator: str) -> str | None:
 
 
 def refuse_other_json(line: str, name: str, *, compressed: bool) -> None:
-    """Refuse an object that holds all rows, one object per row is expected.
+    """Refuse one JSON object that contains all rows.
 
     Args:
-        line: the beginning of a file, of which the first value is looked at.
+        line: the beginning of a file; its first value is checked.
 
     Raises:
-        DataError: shows its beginning, and says how to convert the file.
+        DataError: the message shows its beginning, and how to convert the file.
     """
     keys = _keys_of_tables(line)
     if not keys:
@@ -234,7 +234,7 @@ def as_python_wrote(name: str, *, compressed: bool) -> str:
 
 
 def _keys_of_tables(line: str) -> tuple[str, str] | None:
-    """The first key of an object whose values are lists or objects, and how rows are in it."""
+    """The first key whose value is a list or object, and how it contains the rows."""
     text = line.removeprefix("\ufeff").lstrip()
     first = re.match(r'\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*(?:([\[{])\s*([^\s]?))?', text)
     if first is None:

@@ -86,7 +86,7 @@ def open_table(
 
 
 def _refuse_for(options: DataOptions, name: str) -> None:
-    """Refuse what is said of text where there is none.
+    """Refuse options for text files if the source is not one.
 
     Raises:
         OptionError: names it.

@@ -13,19 +13,19 @@ from minllama.text import listed
 
 
 def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Set a part of the examples aside, the same part of every class.
+    """Hold out a part of the examples, the same fraction of every class.
 
     Equal texts stay together, so that no text is on both sides. A class with only one text keeps
-    it for training; of two or more at least one goes to each side. With several labels a text
-    counts for the rarest of them. Both sides keep the order of the data set.
+    it for training; of two or more at least one goes to each side. A text with several labels
+    counts for the rarest of them. Both sides keep the order of the dataset.
 
     Args:
         dataset: with labels.
-        fraction: of each class's texts that is set aside, between 0 and 1.
+        fraction: of each class's texts to hold out, between 0 and 1.
         seed: of the draw.
 
     Returns:
-        The training side, which carries the data set's notices, and what is set aside.
+        The training part, with the dataset's notices, and the held-out part.
 
     Raises:
         DataError: no class has two texts.
@@ -126,7 +126,7 @@ def sample_balanced(dataset: Dataset, n: int, seed: int) -> Dataset:
 def check_splits(
     train: Dataset, dev: Dataset | None = None, test: Dataset | None = None
 ) -> list[Notice]:
-    """Whether something can be learned from `train` and measured on the others.
+    """Check that `train` can be learned from, and the others evaluated on.
 
     Returns:
         What a person should hear about: classes that no training example has, names that a person
@@ -217,7 +217,7 @@ def duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
 
 
 def one_class(split: Dataset) -> list[Notice]:
-    """A word of caution where all rows have one label, as in files whose answers are kept back."""
+    """A notice if all rows have the same label, as in files with hidden labels."""
     used = [name for name, n in zip(split.label_names, split.class_counts(), strict=True) if n]
     if split.multi_label or len(used) != 1 or len(split) < 2:
         return []

@@ -23,7 +23,7 @@ class Baseline(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name for display."""
 
     def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(N, C): the probability of each class for each text."""
@@ -43,7 +43,7 @@ def fit_baselines(
         texts: N training texts.
         labels: N classes, or for `multi_label` N collections of classes; 0 to `classes` - 1.
         classes: how many there are, whether or not each has a text.
-        multi_label: each text has any number of labels.
+        multi_label: texts may have any number of labels.
         seed: of the order in which logistic regression visits the texts.
 
     Raises:

@@ -42,7 +42,7 @@ class ScoredRows:
 
     @property
     def right(self) -> NDArray[np.bool_]:
-        """(N,), true where all that is predicted is gold, and all that is gold is predicted."""
+        """(N,), true if the predicted and gold label sets are equal."""
         return np.asarray((self.gold == self.predicted).all(1))
 
     def taken(self, indices: NDArray[np.int64]) -> "ScoredRows":
@@ -59,18 +59,18 @@ class ScoredRows:
 
     @cached_property
     def drawn(self) -> dict[str, NDArray[np.float64]]:
-        """What `draws` gives with the own rounds and seed."""
+        """The result of `draws` with these rounds and seed."""
         return draws(self, rounds=self.rounds or ROUNDS, seed=self.seed)
 
 
 def draws(rows: ScoredRows, *, rounds: int, seed: int) -> dict[str, NDArray[np.float64]]:
     """The metrics of N rows drawn with replacement, `rounds` times: name -> values.
 
-    The same seed and number of rows give the same draws, so that two systems' values are pairs.
-    Values of a ranking are NaN where a draw leaves it undefined, and may be fewer than `rounds`.
+    The same seed and number of rows give the same resamples, so that two systems' values are
+    paired. Ranking metrics are NaN if undefined for a resample, and may be fewer than `rounds`.
 
-    Most metrics are made of sums over rows, so a draw is a vector of how often each row is in it,
-    and one sparse product with that vector gives all sums.
+    Most metrics are functions of sums over rows, so a resample is a vector of row counts, and one
+    sparse product with it gives all sums.
     """
     from scipy.sparse import csr_array, vstack
 
@@ -120,7 +120,7 @@ def _further(rows: ScoredRows, indices: NDArray[np.int64]) -> dict[str, float | 
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
-    """The middle 95% of what was drawn; None where nothing is defined."""
+    """The middle 95% of the resampled values; None if none is defined."""
     defined = values[~np.isnan(values)]
     if not len(defined):
         return None
@@ -129,7 +129,7 @@ def interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
 
 
 def intervals(rows: ScoredRows) -> dict[str, tuple[float, float]]:
-    """The 95% interval of each metric; none without draws."""
+    """The 95% interval of each metric; empty without resamples."""
     if not rows.rounds:
         return {}
     ends = {name: interval(values) for name, values in rows.drawn.items()}

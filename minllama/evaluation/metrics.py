@@ -27,7 +27,7 @@ Label: TypeAlias = int | Sequence[int] | None  # None, or -1: nobody has said
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """How one class fared; the first three are `None` where it is neither gold nor predicted."""
+    """The metrics of one class; the first three are `None` if it is neither gold nor predicted."""
 
     name: str
     precision: float | None
@@ -43,7 +43,7 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """The predictions with a confidence in (low, high]; `None` where there are none."""
+    """The predictions with a confidence in (low, high]; `None` if there are none."""
 
     low: float
     high: float
@@ -57,14 +57,13 @@ class Evaluation:
     """The metrics of one set of predictions.
 
     Macro averages are over the classes that occur, as gold labels or as predictions: what
-    scikit-learn does by default. In a multi-label task `accuracy` is the share of rows whose whole
-    set of labels is right, and log-loss, Brier score and calibration look at each (row, label) pair
-    as a yes-or-no prediction of its own.
+    scikit-learn does by default. In a multi-label task `accuracy` is the fraction of rows with the
+    exact label set, and log-loss, Brier score and calibration treat each (row, label) pair as a
+    binary prediction.
 
-    ROC AUC and average precision, as scikit-learn has them, are those of the positive class where
-    there are two. Of more classes each stands against the rest, and they are the mean over classes
-    (one-vs-rest, macro), defined where each class is that of some rows. In a multi-label task they
-    are the mean over the labels that some rows have and others have not.
+    ROC AUC and average precision follow scikit-learn: for two classes, of the positive one; for
+    more, the mean over classes (one-vs-rest, macro), defined if each class has rows. In a
+    multi-label task they are the mean over labels that some rows have and others do not.
     """
 
     label_names: tuple[str, ...]
@@ -98,7 +97,7 @@ class Evaluation:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the rows, as plain values that JSON can hold."""
+        """Everything except the rows, as plain values for JSON."""
         names = [
             field.name
             for field in dataclasses.fields(self)
@@ -130,15 +129,15 @@ def evaluate(
         probabilities: (N, C); each row sums to one, unless `multi_label`.
         labels: N classes, or for `multi_label` N collections of classes; 0 to C - 1.
         label_names: C different names.
-        multi_label: each row has any number of labels.
-        thresholds: from which probability on labels are predicted, and which class is the positive
-            one; None for the likeliest class, or each label from 0.5 on.
-        predicted: (N, C), true where the class is predicted, where that is known otherwise.
-        bootstrap: how often the rows are drawn anew for the 95% intervals; 0 for no intervals.
+        multi_label: rows may have any number of labels.
+        thresholds: at which labels are predicted, and the positive class; None for the most likely
+            class, or each label with at least 0.5.
+        predicted: (N, C), true where the class is predicted, if already known.
+        bootstrap: number of resamples for the 95% intervals; 0 for no intervals.
         seed: of those draws.
 
     Raises:
-        MinllamaError: there are no rows, or rows without a label; probabilities are none;
+        MinllamaError: there are no rows, or rows without a label; probabilities are invalid;
             scikit-learn is missing.
     """
     probabilities = checked_probabilities(probabilities, len(label_names), multi_label=multi_label)
@@ -171,7 +170,7 @@ def _measured(
     multi_label: bool,
     positive: str | None,
 ) -> Evaluation:
-    """The metrics of rows whose classes and calibration are measured already."""
+    """The metrics of rows, given the metrics of classes and the calibration."""
     gold, predicted = rows.gold, rows.predicted
     occurring = [metrics for metrics in per_class if metrics.f1 is not None]
     hits, sizes = (gold & predicted).sum(), gold.sum() + predicted.sum()
@@ -206,11 +205,12 @@ def predictions(
     multi_label: bool = False,
     thresholds: Thresholds | None = None,
 ) -> NDArray[np.bool_]:
-    """What is predicted: the likeliest class (the first of equals), or each label from 0.5 on.
+    """The predictions: the most likely class (the first of equals), or each label with at least
+    0.5.
 
     Args:
         probabilities: (N, C).
-        multi_label: each row has any number of labels.
+        multi_label: rows may have any number of labels.
         thresholds: from which probability on labels are predicted instead.
 
     Returns:
@@ -226,9 +226,7 @@ def predictions(
 def _bins(
     probabilities: NDArray[np.float64], gold: NDArray[np.bool_], *, multi_label: bool
 ) -> tuple[CalibrationBin, ...]:
-    """Of each label's probability; else of how sure the likeliest class is, whatever is predicted
-    from a threshold on.
-    """
+    """Calibration of each label's probability, or of that of the most likely class."""
     if multi_label:
         return calibration_bins(probabilities.ravel(), gold.ravel())
     likeliest = gold[np.arange(len(gold)), probabilities.argmax(1)]
@@ -245,8 +243,8 @@ def calibration_bins(
 
     Args:
         confidences: (N,), in 0 to 1.
-        right: (N,), whether the prediction came true.
-        bins: their number; each holds its upper edge, the first one zero as well.
+        right: (N,), whether the prediction is correct.
+        bins: their number; each includes its upper edge, the first one also zero.
     """
     places = np.clip(np.ceil(confidences.astype(np.float64) * bins).astype(np.int64) - 1, 0, None)
     counts = np.bincount(places, minlength=bins)
@@ -277,7 +275,7 @@ def calibration_error(bins: Sequence[CalibrationBin]) -> float:
 def checked_probabilities(
     probabilities: NDArray[np.floating[Any]], classes: int, *, multi_label: bool
 ) -> NDArray[np.float64]:
-    """(N, classes) probabilities in float64, or an error that names the first row that is none."""
+    """Check (N, classes) probabilities, and return them in float64."""
     probabilities = np.asarray(probabilities, dtype=np.float64)
     if probabilities.ndim != 2 or probabilities.shape[1] != classes:
         raise MinllamaError(
@@ -306,14 +304,14 @@ def checked_probabilities(
 
 
 def is_labelled(label: Label) -> bool:
-    """Whether somebody has said what the label is; an empty collection says `none of them`."""
+    """Whether a label is given; an empty collection means no labels."""
     return label is not None and not (isinstance(label, int | np.integer) and label < 0)
 
 
 def _gold(
     labels: Sequence[Label], shape: tuple[int, ...], *, multi_label: bool
 ) -> NDArray[np.bool_]:
-    """(N, C), true where the class is a gold label."""
+    """(N, C), true if the class is a gold label."""
     rows, classes = shape
     if len(labels) != rows:
         raise MinllamaError(
@@ -374,7 +372,7 @@ def _brier_scores(
 def _confusion(
     gold: NDArray[np.bool_], predicted: NDArray[np.bool_], *, multi_label: bool
 ) -> NDArray[np.int64]:
-    """(C, C) rows by gold and predicted class; multi-label: (C, 2, 2), a table for each label."""
+    """(C, C) counts by gold and predicted class; multi-label: (C, 2, 2), one table per label."""
     from sklearn.metrics import confusion_matrix
 
     if multi_label:  # not multilabel_confusion_matrix, which takes a lone column for two classes
@@ -418,7 +416,7 @@ def _ranked_columns(
     *,
     multi_label: bool,
 ) -> tuple[int | None, list[int]]:
-    """The positive class of two, and the classes whose ranking is measured: (N, C) gold labels."""
+    """The positive class of two, and the classes with ranking metrics: (N, C) gold labels."""
     if multi_label:
         return None, list(range(len(names)))
     if len(names) > 2:  # a mean over some of the classes would be another measure

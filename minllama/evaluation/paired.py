@@ -18,7 +18,7 @@ from minllama.evaluation.metrics import Evaluation
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of the first system less that of the second, with its 95% interval."""
+    """The difference of a metric of the first system and the second, with its 95% interval."""
 
     value: float
     low: float
@@ -26,20 +26,20 @@ class Difference:
 
     @property
     def may_be_chance(self) -> bool:
-        """Whether the interval holds zero."""
+        """Whether the interval includes zero."""
         return self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
 class Paired:
-    """The first of two systems beside the second, on the same rows.
+    """A comparison of two systems on the same rows.
 
     Attributes:
         count: rows.
-        differences: by the metric's name; what is undefined is not there.
-        only_first, only_second: rows that one alone gets right: McNemar's b and c.
-        p_value: of McNemar's exact test, two-sided: how likely b and c are to be at least as
-            unequal if each such row were a coin's toss.
+        differences: by the metric's name, without undefined ones.
+        only_first, only_second: rows that only one system gets right: McNemar's b and c.
+        p_value: of McNemar's exact test, two-sided: the probability that b and c differ at least
+            this much by chance.
     """
 
     count: int
@@ -49,7 +49,7 @@ class Paired:
     p_value: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values that JSON can hold."""
+        """Everything as plain values for JSON."""
         return {
             "count": self.count,
             "differences": {
@@ -65,10 +65,10 @@ class Paired:
 def compare(first: Evaluation, second: Evaluation) -> Paired:
     """Compare two evaluations of the same rows.
 
-    Draws are as many as for the intervals of the first, with its seed.
+    Uses the number of resamples and the seed of the first evaluation.
 
     Raises:
-        MinllamaError: they are not of the same rows, or not of the same classes.
+        MinllamaError: they have different rows or classes.
     """
     one, two = first.rows, second.rows
     if first.label_names != second.label_names or first.multi_label != second.multi_label:
@@ -93,9 +93,9 @@ def compare(first: Evaluation, second: Evaluation) -> Paired:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The exact two-sided p value of that many rows that one system alone gets right.
+    """The exact two-sided p-value for these numbers of rows that only one system gets right.
 
-    Under the hypothesis of equal accuracy each such row is a coin's toss; 1 where there is none.
+    Under the null hypothesis each such row is a fair coin toss; 1 without such rows.
     """
     from scipy.special import bdtr
 

@@ -7,21 +7,21 @@ from numpy.typing import NDArray
 
 
 class Scores(NamedTuple):
-    """Both measures of C labels, each (C,); NaN where all rows or none have the label."""
+    """Both metrics of C labels, each (C,); NaN if all rows or none have the label."""
 
     roc_auc: NDArray[np.float64]
     average_precision: NDArray[np.float64]
 
 
 class Ranking:
-    """The rows of each label, sorted by probability once, so that weights can be tried quickly.
+    """The rows of each label, sorted by probability once, to evaluate many weightings quickly.
 
-    Rows of equal probability are one step of the curves, as in scikit-learn: neither measure
-    depends on the order that they are in.
+    Rows of equal probability are one step of the curves, as in scikit-learn, so their order does
+    not matter.
 
     Args:
         scores: (N, C) probabilities.
-        gold: (N, C), true where the row has the label.
+        gold: (N, C), true if the row has the label.
     """
 
     def __init__(self, scores: NDArray[np.float64], gold: NDArray[np.bool_]) -> None:
@@ -29,7 +29,7 @@ class Ranking:
         self._labels = [_Ranked(*columns) for columns in zip(scores.T, gold.T, strict=True)]
 
     def measured(self, weights: NDArray[np.number] | None = None) -> Scores:
-        """Both measures, each row counted as often as its weight says: (N,), or once."""
+        """Both metrics with weights of rows, (N,), or weight 1."""
         w = np.ones(self._rows, dtype=np.int64) if weights is None else weights
         pairs = [label.measured(w) for label in self._labels]
         roc_auc, average_precision = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
@@ -37,9 +37,9 @@ class Ranking:
 
 
 class _Ranked:
-    """One label: the places of the rows that have it, among all rows in order of probability.
+    """One label: the ranks of the rows that have it, by probability.
 
-    Both measures are sums over those P rows, of what is ranked no lower than each.
+    Both metrics are sums over those P rows, of the weight ranked no lower than each.
     """
 
     def __init__(self, scores: NDArray[np.float64], gold: NDArray[np.bool_]) -> None:
@@ -76,6 +76,6 @@ class _Ranked:
 
 
 def mean_of_defined(values: NDArray[np.float64]) -> float | None:
-    """The mean of those that are numbers; None where none is."""
+    """The mean of the defined values; None if none is."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else None

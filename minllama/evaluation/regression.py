@@ -23,10 +23,10 @@ RIDGE_PENALTY = 1.0  # of |w|^2 beside the summed squared errors, as scikit-lear
 
 @dataclass(frozen=True)
 class TargetScale:
-    """What a head's output is measured in: value = mean + std * output.
+    """The scale of a head's output: value = mean + std * output.
 
     Attributes:
-        mean, std: of the training targets; 0 and 1 for a head that gives values themselves.
+        mean, std: of the training targets; 0 and 1 for a head that predicts values directly.
     """
 
     mean: float = 0.0
@@ -39,7 +39,7 @@ class TargetScale:
 
     @classmethod
     def of(cls, targets: Sequence[float]) -> Self:
-        """The scale on which targets have mean 0 and standard deviation 1 (0 where all are one)."""
+        """The scale on which targets have mean 0 and standard deviation 1 (0 if all are equal)."""
         values = np.asarray(targets, dtype=np.float64)
         largest = float(np.abs(values).max(initial=0.0)) or 1.0
         # Divided first: squares of large numbers are beyond all floats.
@@ -47,31 +47,30 @@ class TargetScale:
         return cls(float((values / largest).mean() * largest), std or 1.0)
 
     def standardized(self, targets: Sequence[float] | Values) -> Values:
-        """Targets as a head is to give them."""
+        """Targets in the scale of the head's output."""
         return (np.asarray(targets, dtype=np.float64) - self.mean) / self.std
 
     def values(self, outputs: NDArray[np.floating[Any]]) -> Values:
-        """What a head gave, in the unit of the targets."""
+        """A head's output, in the unit of the targets."""
         return self.mean + self.std * np.asarray(outputs, dtype=np.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class RegressionEvaluation:
-    """The metrics of one set of predicted numbers, in the unit of the targets.
+    """The metrics of a regression, in the unit of the targets.
 
     Attributes:
         count: of the rows.
         mae: mean absolute error.
         rmse: root of the mean squared error.
-        r2: 1 less the share of the targets' variance that is left over; None where all targets are
-            the same number.
-        pearson, spearman: correlation of values, and of their ranks; None where predictions or
-            targets are all the same.
+        r2: the explained fraction of the targets' variance; None if all targets are equal.
+        pearson, spearman: correlation of values, and of their ranks; None if predictions or targets
+            are all equal.
         target_mean, target_std: of the rows' targets.
         intervals: metric -> 95% interval, or nothing.
-        difference: of another system's: by how much the classifier's mean absolute error is less
-            than this one, and the 95% interval of that, paired by rows; None where not compared.
-        further: metrics of the registry that are no fields.
+        difference: for another system: its mean absolute error minus the classifier's, with the
+            paired 95% interval; None if not compared.
+        further: metrics of the registry that are not fields.
     """
 
     count: int
@@ -94,7 +93,7 @@ class RegressionEvaluation:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values that JSON can hold."""
+        """Everything as plain values for JSON."""
         values = dataclasses.asdict(self)
         values["intervals"] = {name: list(ends) for name, ends in self.intervals.items()}
         del values["further"]
@@ -114,12 +113,12 @@ def evaluate_regression(
     Args:
         predicted: (N,), in the unit of the targets.
         targets: N finite numbers.
-        own: (N,), predictions that those are compared with, row by row.
-        bootstrap: how often rows are drawn anew for the 95% intervals; 0 for none.
+        own: (N,), predictions to compare with, row by row.
+        bootstrap: number of resamples for the 95% intervals; 0 for no intervals.
         seed: of those draws.
 
     Raises:
-        MinllamaError: there are no rows, not as many of each, or numbers that are not finite.
+        MinllamaError: there are no rows, different numbers of each, or non-finite values.
     """
     p, y = np.asarray(predicted, dtype=np.float64), np.asarray(targets, dtype=np.float64)
     if p.shape != y.shape or p.ndim != 1:
@@ -153,7 +152,7 @@ def evaluate_regression(
 
 
 class _Rows:
-    """Predictions and targets (N,), and their metrics where each row counts so and so often."""
+    """Predictions and targets (N,), and their metrics for weighted rows."""
 
     def __init__(self, p: Values, y: Values) -> None:
         order = np.argsort(p, kind="stable")  # what is read in order is read faster
@@ -169,7 +168,7 @@ class _Rows:
         self._columns = np.stack(columns, axis=1)
 
     def metrics(self, counts: Values) -> dict[str, float | None]:
-        """All metrics of N rows; None for one that is not defined."""
+        """All metrics of N rows; None for undefined ones."""
         n = self.n
         absolute, squared, *moments = (counts @ self._columns).tolist()
         of_places = [np.bincount(places, weights=counts) for places in self._places]
@@ -197,7 +196,7 @@ class _Rows:
         return 1 - squared / scatter if scatter else None
 
     def _spearman(self, counts: Values, of_places: list[NDArray[Any]]) -> float:
-        """Pearson's correlation of ranks, whose mean is (N + 1) / 2 in any draw."""
+        """Pearson's correlation of ranks, whose mean is (N + 1) / 2 in any resample."""
         middle = (self.n + 1) / 2
         ranked = [_ranks_of_places(drawn) - middle for drawn in of_places]
         rows = [ranks[places] for ranks, places in zip(ranked, self._places, strict=True)]
@@ -206,7 +205,7 @@ class _Rows:
 
 
 def _unit(values: Values) -> float:
-    """A number that makes the largest deviation from the mean 1; 1 where there is none."""
+    """The factor that scales the largest deviation from the mean to 1; 1 without deviation."""
     return float(np.abs(values - values.mean()).max()) or 1.0
 
 
@@ -224,7 +223,7 @@ def _share(shared: float, a: float, b: float) -> float:
 
 
 def _ranks_of_places(counts: NDArray[Any]) -> Values:
-    """The rank of each value, from the least, of which so many are there: the mean of its ranks."""
+    """The mean rank of each value, given the counts of values in ascending order."""
     return np.asarray(np.cumsum(counts) - (counts - 1) / 2, dtype=np.float64)
 
 
@@ -235,7 +234,7 @@ def ranks(values: Values) -> Values:
 
 
 def _draws(n: int, rounds: int, seed: int) -> Iterator[Values]:
-    """How often each of n rows is in a draw of n, again and again."""
+    """The row counts of resamples of n rows."""
     random = np.random.default_rng(seed)
     for _ in range(rounds):
         yield np.bincount(random.integers(n, size=n), minlength=n).astype(np.float64)
@@ -246,8 +245,8 @@ def _intervals(
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap over rows (Efron & Tibshirani 1993, ch. 13).
 
-    A draw in which a metric is not defined counts for the others; a metric that is not defined for
-    all rows, or for half of the draws, has no interval.
+    A resample for which a metric is undefined still counts for the others; a metric that is
+    undefined for all rows, or for half of the resamples, has no interval.
     """
     drawn: dict[str, list[float]] = {name: [] for name in metrics}
     for counts in _draws(rows.n, rounds, seed):
@@ -267,7 +266,8 @@ def _difference(
 ) -> tuple[float, float, float]:
     """How much less `own` is off than p, on average, and the 95% interval of that.
 
-    Both read the same rows, so a draw is of rows: what is hard for both moves no difference.
+    Both systems use the same resampled rows, so rows that are hard for both do not affect the
+    difference.
     """
     gains = np.abs(p - y) - np.abs(np.asarray(own, dtype=np.float64) - y)
     means = [float(counts @ gains) / len(y) for counts in _draws(len(y), rounds, seed)]
@@ -276,11 +276,11 @@ def _difference(
 
 
 class ValueBaseline(Protocol):
-    """Something that gives numbers for texts, after it was fitted."""
+    """A baseline that predicts numbers for texts after fitting."""
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name for display."""
 
     def predict_values(self, texts: Sequence[str]) -> Values:
         """(N,), in the unit of the targets."""
@@ -302,7 +302,7 @@ def fit_value_baselines(texts: Sequence[str], targets: Sequence[float]) -> list[
 
 
 class MeanBaseline:
-    """Gives every text the mean of the training targets."""
+    """Predicts the mean of the training targets."""
 
     name = "mean of the training rows"
 

@@ -27,10 +27,9 @@ class Thresholds:
     """Thresholds of a task of two classes, or of one with any number of labels.
 
     Attributes:
-        values: of each label in order, or of the positive class alone; 0 to 1.
-        positive: the number of the positive class of two; None where a text may have any number
-            of labels.
-        how: how they came about, for people; "" where they were given.
+        values: of each label in order, or only of the positive class; 0 to 1.
+        positive: the id of the positive class of two; None for multi-label.
+        how: their origin, for display; "" if they were given.
     """
 
     values: tuple[float, ...]
@@ -38,7 +37,7 @@ class Thresholds:
     how: str = ""
 
     def predictions(self, probabilities: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-        """(N, C), true where the class is predicted: from its threshold on.
+        """(N, C), true if the class's probability reaches its threshold.
 
         Both are compared as float32, which probabilities are: 0.3 is reached by 0.3.
         """
@@ -57,14 +56,14 @@ class Thresholds:
 
 
 class Chosen(NamedTuple):
-    """Thresholds, and what a person should hear of how they were found."""
+    """Thresholds, and notices on how they were chosen."""
 
     thresholds: Thresholds
     notices: tuple[str, ...]
 
 
 def positive_class(labels: Sequence[str], name: str | None, *, multi_label: bool) -> int | None:
-    """The number of the positive class: the one named, or the second of two; None without one.
+    """The id of the positive class: the given one, or the second of two; None without one.
 
     Raises:
         OptionError: one is named that is no label, or the task has no positive class.
@@ -85,7 +84,7 @@ def positive_class(labels: Sequence[str], name: str | None, *, multi_label: bool
 
 
 def _as_labelled(name: str, labels: Sequence[str]) -> str:
-    """A label's name as the task has it: `True` of a file is the class `true`, typed here too."""
+    """A label's name in the task's spelling: `True` means the class `true`, as in files."""
     same = [label for label in labels if is_truth(label) and label.casefold() == name.casefold()]
     return same[0] if len(same) == 1 and name not in labels else name
 
@@ -93,10 +92,10 @@ def _as_labelled(name: str, labels: Sequence[str]) -> str:
 def _of_two(
     options: ThresholdOptions, labels: Sequence[str], *, multi_label: bool
 ) -> ThresholdOptions:
-    """The options where `praise=0.3` of two classes says also which one is positive.
+    """The options, in which `praise=0.3` with two classes also selects the positive one.
 
     Raises:
-        OptionError: another one is said to be.
+        OptionError: --positive names another one.
     """
     if multi_label or len(labels) != 2 or len(options.threshold) != 1:
         return options
@@ -117,13 +116,13 @@ def check_thresholds(
     """Refuse, before any work, thresholds that this task cannot have.
 
     Args:
-        options: what was asked for.
+        options: as given.
         labels: C names.
         multi_label: each text has any number of them.
-        can_choose: there are rows set aside to choose on.
+        can_choose: there are held-out rows to choose on.
 
     Raises:
-        OptionError: says what is wrong.
+        OptionError: an option is invalid.
     """
     options = _of_two(options, labels, multi_label=multi_label)
     positive = positive_class(labels, options.positive, multi_label=multi_label)
@@ -149,16 +148,16 @@ def fixed_thresholds(
     multi_label: bool,
     own: Thresholds | None = None,
 ) -> Thresholds | None:
-    """The thresholds that the options give as numbers, in the place of those that a classifier has.
+    """The thresholds that the options give as numbers, or a classifier's own.
 
     Args:
-        options: what was asked for.
+        options: as given.
         labels: C names.
         multi_label: each text has any number of them.
-        own: what the options say nothing of stays as it is here.
+        own: the classifier's thresholds, kept for labels without an option.
 
     Raises:
-        OptionError: they cannot be had without rows to choose on; see `check_thresholds`.
+        OptionError: they need rows to choose on; see `check_thresholds`.
     """
     check_thresholds(options, labels, multi_label=multi_label, can_choose=False)
     options = _of_two(options, labels, multi_label=multi_label)
@@ -183,18 +182,18 @@ def choose_thresholds(
     multi_label: bool,
     source: str,
 ) -> Chosen | None:
-    """The thresholds that the options give, or that are best by them on these rows.
+    """The thresholds that the options give, or that are best on these rows.
 
     Args:
-        options: what was asked for.
-        probabilities: (N, C) of rows that are not those to be evaluated.
-        gold: (N, C), true where the row has the class.
+        options: as given.
+        probabilities: (N, C), of rows that are not evaluated.
+        gold: (N, C), true if the row has the class.
         labels: C names.
         multi_label: each text has any number of them; each has a threshold of its own.
-        source: of the rows, for people.
+        source: of the rows, for messages.
 
     Returns:
-        None where the options say nothing.
+        None without such options.
 
     Raises:
         OptionError: see `check_thresholds`.
@@ -265,9 +264,9 @@ def _best(rule: str, probabilities: NDArray[np.floating[Any]], gold: NDArray[np.
 def _cuts(
     probabilities: NDArray[np.floating[Any]], gold: NDArray[np.bool_]
 ) -> tuple[list[float], NDArray[np.float64], NDArray[np.float64]]:
-    """Each threshold that gives another set of predictions, with its hits and false alarms.
+    """All thresholds with different predictions, with their true and false positives.
 
-    They lie between two probabilities that are there, or the last one above all of them.
+    Each is between two occurring probabilities, or above all of them.
     """
     values, groups = np.unique(probabilities.astype(np.float32), return_inverse=True)
     hits = np.bincount(groups, weights=gold)[::-1].cumsum()  # from the likeliest group on
@@ -330,12 +329,12 @@ def _rules(
     multi_label: bool,
     own: Thresholds | None = None,
 ) -> list[float | str]:
-    """A number or the words of a rule for each threshold: of each label, or of the positive class.
+    """A number or rule for each threshold: of each label, or of the positive class.
 
-    Where nothing is said of a label it is what it has of its own, or 0.5.
+    Labels without an option keep their own threshold, or 0.5.
 
     Raises:
-        OptionError: a label is not there, or is there twice, or is also a word of a rule.
+        OptionError: a label is unknown, given twice, or also the name of a rule.
     """
     of_all: list[float | str] = []
     of_label: dict[str, float | str] = {}
@@ -358,7 +357,7 @@ def _rules(
 
 
 def _rule(text: str, labels: Sequence[str]) -> tuple[str | None, float | str]:
-    """The label that a threshold is of, None for all of them, and a number or the words of a rule.
+    """The label of a threshold, None for all, and its number or rule.
 
     Raises:
         OptionError: it is neither, or both.
@@ -385,7 +384,7 @@ def _rule(text: str, labels: Sequence[str]) -> tuple[str | None, float | str]:
 
 
 def saved(thresholds: Thresholds, labels: Sequence[str]) -> dict[str, Any]:
-    """Thresholds as JSON holds them."""
+    """Thresholds as a value for JSON."""
     return {
         "values": thresholds.by_label(labels),
         "positive": None if thresholds.positive is None else labels[thresholds.positive],
@@ -394,10 +393,10 @@ def saved(thresholds: Thresholds, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def read(content: Mapping[str, Any], labels: Sequence[str], *, multi_label: bool) -> Thresholds:
-    """Thresholds from what `saved` made.
+    """Thresholds from the result of `saved`.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not of that kind.
+        KeyError, TypeError, ValueError: it is not such a value.
     """
     values, positive, how = content["values"], content["positive"], content["how"]
     if not isinstance(values, dict) or not isinstance(how, str):
@@ -421,12 +420,12 @@ def read(content: Mapping[str, Any], labels: Sequence[str], *, multi_label: bool
 
 
 def one_line(thresholds: Thresholds, labels: Sequence[str], *, every: bool = False) -> str:
-    """The thresholds for people: `threshold 0.31 for 'praise' (f1 on dev.csv)`.
+    """The thresholds for display: `threshold 0.31 for 'praise' (f1 on dev.csv)`.
 
     Args:
         thresholds: of the labels.
         labels: all of them.
-        every: each one, also where there are many.
+        every: list all of them, even if there are many.
     """
     named = thresholds.by_label(labels)
     how = f" ({thresholds.how})" if thresholds.how else ""
@@ -442,10 +441,10 @@ def one_line(thresholds: Thresholds, labels: Sequence[str], *, every: bool = Fal
 def as_thresholds(
     value: float | Mapping[str, float], labels: Sequence[str], positive: int | None
 ) -> Thresholds:
-    """Thresholds from what a caller in Python gives: one number, or numbers by label.
+    """Thresholds from Python values: one number, or numbers by label.
 
     Raises:
-        MinllamaError: it is not from 0 to 1, or names what has no threshold.
+        MinllamaError: it is not in [0, 1], or names a label without threshold.
     """
     names = list(labels) if positive is None else [labels[positive]]
     given = dict(value) if isinstance(value, Mapping) else dict.fromkeys(names, value)

@@ -49,14 +49,14 @@ LAYER_FILE = "layer.json"
 
 
 def label_words_of(text: str | None, labels: Sequence[str]) -> tuple[str, ...]:
-    """The words of `--label-words` in the order of the labels, which it is where it is not given.
+    """The words of `--label-words` in the order of the labels.
 
     Args:
         text: separated by commas and quoted as in CSV, a JSON list, or a JSON object {label: word}.
         labels: the names of the classes.
 
     Raises:
-        OptionError: there are not as many as labels, or they are not words.
+        OptionError: there are not as many as labels, or they are not strings.
     """
     if text is None:
         return tuple(labels)
@@ -88,7 +88,7 @@ def make_zero_shot(
     train: Dataset | None = None,
     seed: int = 0,
 ) -> LlamaZeroShotClassifier:
-    """A zero-shot classifier, with examples and prior from training texts where it wants them.
+    """A zero-shot classifier, with examples and prior from training texts if needed.
 
     Raises:
         MinllamaError: options contradict one another, or want a training file that is not there.
@@ -121,7 +121,7 @@ def make_zero_shot(
 
 
 def without_shots(train: Dataset, shots: Sequence[tuple[str, str]]) -> Dataset:
-    """What is left to learn from: not what prompts show with its answer, which would be copied.
+    """The training texts without the examples in prompts, whose answers would be copied.
 
     Raises:
         OptionError: nothing is.
@@ -155,17 +155,17 @@ def make_head(
     say: Say,
     folder: Path | None = None,
 ) -> LlamaEmbeddingClassifier:
-    """A classifier with a head that is fitted on frozen features, on the best layer if so asked.
+    """A classifier with a head fitted on frozen features, on the best layer if requested.
 
-    For `frozen` that is all; `lora` and `full` go on from there: a head that fits keeps the first
-    gradients from tearing at good features (Kumar et al. 2022).
+    For `frozen` that is all; `lora` and `full` continue from there: a fitted head keeps the first
+    gradients from distorting good features (Kumar et al. 2022).
 
     Args:
-        balanced: classes weigh alike in the fit.
+        balanced: classes have equal weight in the fit.
         seed: of folds and draws.
-        say: hears what is done and what was chosen.
-        folder: of a run that can be gone on with: where the choice is written down, and read if
-            it is there. The head is then not fitted again: the run's checkpoint holds it.
+        say: receives messages about progress and choices.
+        folder: of a resumable run: the choice is written there, and read if it exists. The head is
+            then not fitted again: the run's checkpoint has it.
     """
     fitting = head_fitting(train, balanced=balanced, seed=seed)
 
@@ -237,8 +237,8 @@ def _selected(
         fitting: compares the choices.
         some: the texts.
         by: how they are read.
-        options: say what may be chosen.
-        grows: layers may be added to the best, whose features are then there too.
+        options: limit the choice.
+        grows: layers may be added to the best one.
     """
     llama = by.reader.llama
     choices = _choices(llama, options)
@@ -253,7 +253,7 @@ def _selected(
 
 
 def _with_more_layers(choice: Choice, llama: Llama) -> Choice:
-    """The choice of a run that trains the layers that its features come from."""
+    """The choice for a run that trains the layers of its features."""
     layer, pooling = choice
     n_layers = llama.config.n_layers
     return min(n_layers, layer + n_layers // LAYERS_TO_LEARN), pooling
@@ -269,7 +269,7 @@ def _choices(llama: Llama, options: ClassifierOptions) -> list[Choice]:
 
 
 def most_layers(llama: Llama, options: ClassifierOptions) -> int:
-    """How many layers a classifier may come to run, before it is known how many it does."""
+    """An upper bound of the layers a classifier will run, before it is known."""
     if options.objective == "label-words":
         return llama.config.n_layers
     deepest = max(_choices(llama, options))
@@ -293,10 +293,10 @@ def _write_choice(folder: Path, choice: Choice) -> None:
 
 
 def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> list[str]:
-    """Let the parameters that the method trains want gradients, and no others.
+    """Enable gradients for exactly the parameters that the method trains.
 
     Returns:
-        The names of the LoRA layers; none with `full`.
+        The names of the LoRA layers; empty for `full`.
     """
     llama = classifier.llama
     if method == "full":

@@ -45,7 +45,7 @@ class Other:
     def evaluate(
         self, split: Dataset, own: Evaluation, *, seed: int = 0, progress: Progress = None
     ) -> Evaluation:
-        """Its evaluation on the rows of `split`, with the positive class that `own` has."""
+        """Its evaluation on the rows of `split`, with the positive class of `own`."""
         assert split.labels is not None
         p, predicted = self.predict(progress)
         decision = None
@@ -56,16 +56,16 @@ class Other:
 
 
 def open_other(other: str, split: Dataset, *, loading: LoadOptions) -> Other:
-    """Open what `other` names, for the rows of `split`.
+    """Open the other system for the rows of `split`.
 
     Args:
         other: the folder of a classifier or of a report, or a file of predictions: lines of JSON as
             `evaluate`, `train` and `classify` write them.
-        split: the rows, whose labels are numbers of its `label_names`.
+        split: the rows, with labels as ids of its `label_names`.
         loading: how a classifier is opened.
 
     Raises:
-        MinllamaError: it cannot be opened, its classes are others, or its texts are.
+        MinllamaError: it cannot be opened, or its classes or texts differ.
     """
     path = Path(other)
     if path.is_dir() and not (path / CLASSIFIER_FILE).exists():
@@ -90,7 +90,7 @@ def open_other(other: str, split: Dataset, *, loading: LoadOptions) -> Other:
 
 
 def _matched(other: str, labels: Sequence[str], multi_label: bool, split: Dataset) -> list[str]:
-    """What the other calls the classes of the split, in their order; refuses other classes."""
+    """The other system's names of the split's classes, in order; refuses other classes."""
     if multi_label != split.multi_label:
         kinds = "one label", "any number of labels"
         raise MinllamaError(
@@ -120,9 +120,9 @@ def _predicted(
 
 
 def _read(other: str, split: Dataset) -> Predicted:
-    """Probabilities and predictions of a file's rows, which are those of the split.
+    """Probabilities and predictions of a file's rows, which must be those of the split.
 
-    Of a file that holds several splits it is the one with these texts.
+    If a file contains several splits, the one with these texts is used.
     """
     splits: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(other):
@@ -181,7 +181,7 @@ def _lines(other: str, file: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _unlike(rows: Sequence[Mapping[str, Any]], split: Dataset) -> str | None:
-    """How the rows of a file are not those of the split; None where they are."""
+    """How the rows of a file differ from the split's; None if they do not."""
     if len(rows) != len(split):
         return f"has predictions of {len(rows):,} texts, but {split.source} has {len(split):,}"
     for i, (row, text) in enumerate(zip(rows, split.texts, strict=True)):

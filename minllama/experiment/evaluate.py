@@ -38,19 +38,19 @@ def evaluate_classifier(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> ReportedSplit:
-    """Predict a split and, where it has labels, evaluate the predictions.
+    """Predict a split and, if it has labels, evaluate the predictions.
 
     Args:
-        classifier: what predicts.
-        split: its labels are numbers of the classifier's labels; or None.
+        classifier: to evaluate.
+        split: with ids of the classifier's labels, or None as labels.
         name: of the split.
-        logits: (N, C), where they were computed before; else they are.
+        logits: (N, C), if already computed.
         others: evaluations of other systems on the same rows.
-        baselines: predict the same rows.
+        baselines: to evaluate on the same rows.
         thresholds: of baselines, by their names; the classifier has its own.
         headline: the metric that the verdict is about.
         seed: of the intervals' draws.
-        progress: is told how many more texts are done.
+        progress: receives the number of texts just completed.
     """
     if logits is None:
         logits = classifier.predict_logits(split.texts, progress=progress)
@@ -72,7 +72,7 @@ def evaluate_classifier(
 def choose_decision(
     options: ThresholdOptions, probabilities: NDArray[np.floating[Any]], dev: Dataset
 ) -> Chosen | None:
-    """Thresholds by the options, chosen on dev: (N, C) probabilities; None where they say nothing.
+    """Thresholds by the options, chosen on dev: (N, C) probabilities; None without options.
 
     Raises:
         OptionError: such thresholds cannot be; see
@@ -91,7 +91,7 @@ def baseline_decisions(
     """The baselines' thresholds, chosen on dev as the classifier's are; a number is not for them.
 
     Returns:
-        Name -> thresholds; nothing where the options say nothing.
+        Name -> thresholds; empty without options.
     """
     found = {}
     for baseline in baselines:
@@ -105,7 +105,7 @@ def baseline_decisions(
 
 
 def headlines(split: ReportedSplit | ReportedValues) -> dict[str, float]:
-    """The few numbers that a model card shows."""
+    """The metrics for a model card."""
     if split.evaluation is None:
         return {}
     if isinstance(split, ReportedValues):
@@ -115,7 +115,7 @@ def headlines(split: ReportedSplit | ReportedValues) -> dict[str, float]:
 
 
 def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
-    """The headlines of each split in the report that lies in `folder`; empty where none does.
+    """The main metrics of each split in the report in `folder`; empty without one.
 
     Raises:
         CheckpointError: its metrics.json is damaged.
@@ -143,7 +143,7 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def saved_verdicts(folder: Path) -> dict[str, str]:
-    """The verdict on each split in the report that lies in `folder`; empty where none does.
+    """The verdict on each split in the report in `folder`; empty without one.
 
     Raises:
         CheckpointError: its metrics.json is damaged.
@@ -162,7 +162,7 @@ def saved_verdicts(folder: Path) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers were made with."""
+    """The versions of software and hardware."""
     return {
         "minllama": VERSION,
         "torch": torch.__version__,

@@ -27,16 +27,16 @@ def evaluate_values(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> ReportedValues:
-    """Predict a split and, where it has numbers, evaluate the predictions.
+    """Predict a split and, if it has targets, evaluate the predictions.
 
     Args:
-        classifier: what predicts.
-        split: its labels are numbers; or None.
+        classifier: to evaluate.
+        split: with numbers or None as labels.
         name: of the split.
-        logits: (N, 1), where they were computed before; else they are.
-        baselines: predict the same rows.
+        logits: (N, 1), if already computed.
+        baselines: to evaluate on the same rows.
         seed: of the intervals' draws.
-        progress: is told how many more texts are done.
+        progress: receives the number of texts just completed.
     """
     if logits is None:
         logits = classifier.predict_logits(split.texts, progress=progress)
@@ -62,13 +62,13 @@ def evaluate_value_splits(
     dev_logits: NDArray[np.float32],
     progress: Callable[[int], None] | None = None,
 ) -> list[ReportedValues]:
-    """Evaluate dev, and test where there is one, beside baselines that are fitted on train.
+    """Evaluate dev and, if given, test, with baselines fitted on train.
 
     Args:
-        classifier: what predicts.
+        classifier: to evaluate.
         splits: the data of an experiment.
         dev_logits: (N, 1), those of dev.
-        progress: is told how many more texts of test are done.
+        progress: receives the number of test texts just completed.
     """
     baselines = fit_value_baselines(splits.train.texts, splits.train.targets)
     reported = [
@@ -82,7 +82,7 @@ def evaluate_value_splits(
 
 
 def value_headlines(evaluation: Any) -> dict[str, float]:
-    """The few numbers that a model card shows, of an evaluation or of what a report says of it."""
+    """The metrics for a model card, from an evaluation or a report."""
     found = {
         name: evaluation[name] if isinstance(evaluation, Mapping) else evaluation.value(name)
         for name in on_card(of_numbers=True)

@@ -1,4 +1,4 @@
-"""Everything that an experiment is made from, as one value that is checked at birth."""
+"""The options of an experiment, as one value that is checked on construction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,15 +23,15 @@ from minllama.training.objective import check_metric
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """Everything that an experiment is made from.
+    """The options of an experiment.
 
     Attributes:
-        train, dev, test: sources of labelled texts.
+        train, dev, test: sources of labeled texts.
         output: the folder of the classifier and its report.
         model, tokenizer: sources of the base model; None for the default.
-        dtype, device: None for what suits the method and the machine.
-        quantize: a word of `QUANTIZE` for weights that are not trained, None for numbers in the
-            dtype, "auto" for what is fastest with this file and machine.
+        dtype, device: None for the method's and machine's default.
+        quantize: one of `QUANTIZE` for frozen weights, None for dense weights, "auto" for the
+            fastest with this file and machine.
         data, prompt, classifier, lora, training, threshold, report: options.
         llama_changes: fields of LlamaConfig, such as `dropout`.
     """
@@ -56,7 +56,7 @@ class Experiment:
 
     @property
     def has_head(self) -> bool:
-        """Whether what is trained is a head, and no label words."""
+        """Whether a head is trained, not label words."""
         return self.classifier.method != "zero-shot" and self.classifier.objective != "label-words"
 
     @property
@@ -71,7 +71,7 @@ class Experiment:
 
     @property
     def of_numbers(self) -> bool:
-        """Whether labels are numbers, and no classes."""
+        """Whether labels are numbers."""
         return self.classifier.objective == "regression"
 
     @property
@@ -82,11 +82,11 @@ class Experiment:
 
     def __post_init__(self) -> None:
         is_default = self.training.metric == TrainingOptions.metric
-        if not (self.of_numbers and is_default):  # which then stands for that of numbers
+        if not (self.of_numbers and is_default):  # the default means rmse for regression
             check_metric(self.training.metric, of_numbers=self.of_numbers)
         if self.classifier.method == "full" and self.dtype in HALF_NAMES:
             raise OptionError(
-                f"full training takes steps that {self.dtype} rounds away; leave --dtype away: "
+                f"full training takes steps that {self.dtype} rounds away; omit --dtype: "
                 "weights are float32 then, and multiplied in bfloat16 where the hardware is good "
                 "at it"
             )
@@ -95,6 +95,6 @@ class Experiment:
         check_quantize(self.quantize)
         if self.quantize is not None and self.classifier.method == "full":
             raise OptionError(
-                f"full training changes all weights, which {self.quantize} cannot follow; leave "
-                "--quantize away, or use --method lora"
+                f"full training cannot update {self.quantize} weights; omit --quantize, or use "
+                "--method lora"
             )

@@ -35,7 +35,7 @@ Vectors: TypeAlias = NDArray[np.float32]
 
 
 class Selected(NamedTuple):
-    """The best layer and pooling, under the best penalty, and how good that is, in words."""
+    """The best layer and pooling, with the best penalty, and a description of the result."""
 
     choice: Choice
     penalty: float
@@ -43,7 +43,7 @@ class Selected(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """With what texts are read, and who hears of it."""
+    """The tokenizer and prompt, and the reporter."""
 
     reader: LlamaEmbeddingClassifier  # of any layer: prompt and Llama count
     progress: Callable[[int], None]  # is told how many more texts are done
@@ -57,17 +57,17 @@ class FittedHead(NamedTuple):
     bias: Vectors  # (C,); zeros where the head has none
 
     def put_into(self, score: nn.Linear) -> None:
-        """Give a classifier's head these numbers."""
+        """Set the weights of a classifier's head."""
         score.weight.data.copy_(torch.from_numpy(self.weight))
         if score.bias is not None:
             score.bias.data.copy_(torch.from_numpy(self.bias))
 
 
 class HeadFitting(Protocol):
-    """What is asked of the fit of a head on one training set."""
+    """The interface for fitting a head on one training set."""
 
     def head(self, llama: Llama, choice: Choice) -> dict[str, Any]:
-        """Arguments of `LlamaEmbeddingClassifier` that say what the head gives."""
+        """Arguments of `LlamaEmbeddingClassifier` for the kind of head."""
 
     def some_rows(self, n: int) -> Dataset:
         """About `n` training texts, drawn at random."""
@@ -79,15 +79,15 @@ class HeadFitting(Protocol):
         """The best of the choices."""
 
     def fit(self, features: Vectors, some: Dataset, penalty: float, *, bias: bool) -> FittedHead:
-        """The head that fits these features, (N, D), of the texts' labels."""
+        """Fit a head to features, (N, D), and labels."""
 
 
 def head_fitting(train: Dataset, *, balanced: bool, seed: int) -> HeadFitting:
-    """The fit that suits the labels of a training set.
+    """The implementation for the kind of labels of a training set.
 
     Args:
         train: with labels.
-        balanced: classes weigh alike.
+        balanced: classes have equal weight.
         seed: of folds and draws.
     """
     if train.has_numbers:

@@ -12,12 +12,12 @@ from minllama.options.evaluation import ReportOptions, ThresholdOptions
 
 
 class Use(NamedTuple):
-    """What some options are for.
+    """The purpose of some options.
 
     Attributes:
         names: of the options.
-        purpose: that, in the words of the command line.
-        takes_place: whether an experiment comes to it.
+        purpose: in command-line terms.
+        takes_place: whether it applies to an experiment.
     """
 
     names: tuple[str, ...]
@@ -30,11 +30,10 @@ def check_uses(experiment: Experiment, given: Collection[str] | None = None) -> 
 
     Args:
         experiment: with all its options.
-        given: the names of those that somebody has chosen; None for those that differ from their
-            defaults.
+        given: names of the options given; None for those that differ from their defaults.
 
     Raises:
-        OptionError: names each, and what it is for.
+        OptionError: lists each with its purpose.
     """
     chosen = set(_changed(experiment) if given is None else given)
     unused: dict[str, list[str]] = {}

@@ -19,14 +19,14 @@ RESULTS = (CLASSIFIER_FILE, METRICS_FILE)  # of a run that has come to its end
 
 
 def check_output(output: Path, method: str, *, resume: bool, force: bool) -> bool:
-    """Refuse to lose an earlier run, or to go on with none.
+    """Refuse to overwrite an earlier run, or to resume without one.
 
     Returns:
-        Whether there is a checkpoint to go on from, as is wanted with `resume`. False also where a
-        run was cut before its first: it then begins again, and nothing is lost.
+        Whether there is a checkpoint to resume from. False also if a
+        run was interrupted before its first checkpoint: it then starts from the beginning.
 
     Raises:
-        MinllamaError: says what is there, or what is not.
+        MinllamaError: there is an earlier run, or nothing to resume.
     """
     check_replaceable(output)
     if resume and force:
@@ -54,10 +54,10 @@ def check_output(output: Path, method: str, *, resume: bool, force: bool) -> boo
 
 
 def check_not_base(output: Path, model: str | None) -> None:
-    """Refuse to write where the base model lies: its files would be taken for the run's own.
+    """Refuse to write into the base model's folder: its files would be mistaken for the run's.
 
     Raises:
-        MinllamaError: it lies there.
+        MinllamaError: it is the base model's folder.
     """
     if model is None:
         return
@@ -86,7 +86,7 @@ def _is_resumable(output: Path, method: str) -> bool:
 
 @contextlib.contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """The folder is there, and can be replaced; one that was made for nothing goes again.
+    """Check that the folder can be written; a folder created for the check is removed.
 
     Raises:
         MinllamaError: it cannot be written; better now than after hours of work.
@@ -106,14 +106,14 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def remove_earlier_run(output: Path) -> None:
-    """What could be taken for this run's; classifier and report stay until they are replaced."""
+    """Remove files of an earlier run; classifier and report stay until they are replaced."""
     for name in (LAYER_FILE, METRICS):
         (output / name).unlink(missing_ok=True)
     remove_checkpoint(output)
 
 
 def copy_records(source: Path, target: Path) -> None:
-    """Take the records along to where a classifier is written anew, those that are there."""
+    """Copy existing records to a classifier's new folder."""
     for name in RECORDS:
         if (source / name).is_file():
             shutil.copy2(source / name, target / name)

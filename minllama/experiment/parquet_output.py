@@ -27,10 +27,10 @@ JSON: Kind = ("json",)
 
 
 def write_parquet(lines: Path, output: Path) -> Layout | None:
-    """Make a Parquet file of a file of JSON lines, whole or not at all.
+    """Convert a JSON Lines file to Parquet, atomically.
 
     Returns:
-        Its columns; None where there are no lines, and so no file.
+        Its columns; None without lines, and then no file is written.
 
     Raises:
         MinllamaError: it cannot be written.
@@ -64,10 +64,10 @@ def write_parquet(lines: Path, output: Path) -> Layout | None:
 
 
 def records_in(output: Path) -> Iterator[dict[str, Any]]:
-    """The records that a Parquet file was made of; a kept column of several kinds holds text.
+    """The records of a Parquet file; kept columns of mixed types are text.
 
     Raises:
-        DataError: it is damaged, or not of predictions.
+        DataError: it is damaged, or does not contain predictions.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -91,7 +91,7 @@ def records_in(output: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_lines(records: Iterable[Mapping[str, Any]], lines: Path) -> int:
-    """Write records as JSON lines, whole or not at all: how many bytes they are."""
+    """Write records as JSON Lines, atomically; returns the size in bytes."""
     with atomic_file(lines) as temporary:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
             for record in records:
@@ -113,7 +113,7 @@ def _records(lines: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def _columns(lines: Path) -> tuple[Layout | None, list[Kind]]:
-    """The columns of a file of JSON lines, and what all of its rows hold there."""
+    """The columns of a JSON Lines file, and their types over all rows."""
     first: dict[str, Any] | None = None
     kept: dict[str, Kind] = {}
     said: dict[str, Kind] = {}
@@ -165,7 +165,7 @@ def _kind(value: Any) -> Kind:
 
 
 def _merged(one: Kind, other: Kind) -> Kind:
-    """What holds values of both kinds without changing any."""
+    """The type that can represent values of both types."""
     if not one or not other or one == other:
         return one or other
     match sorted((one, other), key=lambda kind: str(kind[0])):
@@ -198,7 +198,7 @@ def _arrow_type(kind: Kind) -> Any:
 
 
 def _stored(value: Any, kind: Kind) -> Any:
-    """A value as Arrow takes it for a column of this kind."""
+    """A value for an Arrow column of this type."""
     if value is None:
         return None
     match kind:

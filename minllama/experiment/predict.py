@@ -45,27 +45,27 @@ def predict_stream(
     progress: Callable[[int], None] | None = None,
     notices: list[str] | None = None,
 ) -> Iterator[list[str]]:
-    """Classify the rows of a source: for each few hundred of them their lines, in their order.
+    """Classify the rows of a source; yields their lines in order, a few hundred at a time.
 
-    Lines of JSON come for Parquet, too, which is made of them. The first line of CSV and TSV has
-    the line of names before it, where a file is begun.
+    For Parquet, JSON lines are returned as well. The first line of a new CSV or TSV file includes
+    the header.
 
     Args:
         classifier: of either kind.
         source: as for `stream_rows`.
-        data: format, columns, what to do with bad rows.
+        data: format, columns, handling of bad rows.
         output_format: one of OUTPUT_FORMATS.
         columns: those of the source that its records carry along; ALL_COLUMNS for all.
-        done: what the output holds that is gone on with. Its last chunk is computed again, since
-            rounding depends on the company that a text is in; only what is behind it is given.
+        done: the rows already in a resumed output. Its last chunk is computed again, since rounding
+            depends on a text's batch; only later lines are returned.
         bad_rows: counts those that are left out.
-        progress: is told how many more texts are done.
-        notices: takes what people should know of the output, once it has begun.
+        progress: receives the number of texts just completed.
+        notices: receives notes about the output.
 
     Raises:
-        DataError: the source cannot be read or has no such column, a bad row that is not to be
-            skipped, or `done` is not what this classifier says of this source.
-        OptionError: labels cannot be told from the text in lines of `label ||| text`.
+        DataError: the source cannot be read or lacks a column, a bad row may not be skipped, or
+            `done` does not match this classifier and source.
+        OptionError: labels cannot be written in lines of `label ||| text`.
     """
     check_format(classifier, output_format)
     done = done or Done()
@@ -98,7 +98,7 @@ def answers(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> NDArray[np.floating[Any]]:
-    """What a classifier says of texts: (N, C) probabilities, or (N,) numbers."""
+    """A classifier's predictions: (N, C) probabilities, or (N,) numbers."""
     if classifier.scale is not None:
         return classifier.predict_values(texts, progress=progress)
     return classifier.predict_proba(texts, progress=progress)
@@ -108,7 +108,7 @@ def check_format(classifier: Classifier, output_format: str) -> None:
     """Whether lines of this format can be read back.
 
     Raises:
-        OptionError: a label holds what would end it in a line of `label ||| text`.
+        OptionError: a label cannot be written in a line of `label ||| text`.
     """
     if output_format != "labelled" or classifier.scale is not None:
         return
@@ -129,7 +129,7 @@ def prediction_lines(
     output_format: str,
     columns: Sequence[str] = (),
 ) -> Iterator[str]:
-    """One line for each row of `answers`; `digest` is `digest_of` the classifier."""
+    """One line per row of `answers`; `digest` is `digest_of` the classifier."""
     if classifier.scale is not None:
         for row, value in zip(rows, probabilities.tolist(), strict=True):
             if output_format == "labelled":
@@ -157,14 +157,14 @@ def _json_line(said: dict[str, Any], digest: str, row: Row, columns: Sequence[st
 
 
 def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) -> None:
-    """Refuse, before anything is computed, names of columns that none of the first rows has."""
+    """Refuse column names that none of the first rows has, before anything is computed."""
     known = {name: None for row in rows for name in row.record}
     if missing := [name for name in columns if name not in (*known, ALL_COLUMNS)]:
         raise DataError(f"{source}: no column {listed(missing)} to keep; there are {listed(known)}")
 
 
 def _carried(row: Row, columns: Sequence[str]) -> dict[str, Any]:
-    """What a row says beside its text, by column; null where it lacks one."""
+    """The kept columns of a row; null for missing ones."""
     if ALL_COLUMNS in columns:
         return {name: _plain(row.record[name]) for name in row.record if name != row.column}
     return {name: _plain(row.record.get(name)) for name in columns}
@@ -180,7 +180,7 @@ def _plain(value: Any) -> Any:
 
 
 def digest_of(classifier: Classifier) -> str:
-    """What tells a classifier from others, but for its base's weights: the same on any machine."""
+    """A digest of a classifier without its base's weights, equal on all machines."""
     if classifier.digest is not None:
         return classifier.digest[:DIGITS]
     found = hashlib.sha256()
@@ -210,7 +210,9 @@ def digest_of(classifier: Classifier) -> str:
 def record(
     classifier: Classifier, row: Row, probabilities: Any, names: list[str]
 ) -> dict[str, Any]:
-    """What is said of one text: its row, label and probabilities, and how a zero-shot scored."""
+    """The record of one text: its row, label and probabilities, and the score of a zero-shot
+    classifier.
+    """
     said: dict[str, Any] = {
         "index": row.index,
         "text": row.text,
@@ -231,7 +233,7 @@ def score_of(classifier: Classifier) -> str | None:
 
 
 def described(classifier: Classifier) -> str:
-    """How a classifier's probabilities come about, in one line."""
+    """A one-line description of a classifier, for display."""
     temperature = f"temperature {classifier.temperature:.3g}"
     if classifier.decision is not None:
         temperature += f", {one_line(classifier.decision, classifier.labels)}"
@@ -248,11 +250,11 @@ def described(classifier: Classifier) -> str:
 def shortened_texts(
     classifier: Classifier, texts: Iterable[str] | None = None, source: Source | None = None
 ) -> str | None:
-    """How many texts the classifier has read in part, for people; None where it read all of each.
+    """A message about the number of truncated texts; None without any.
 
     Args:
         classifier: has read them.
-        texts: of which to say it; None for all that it has read.
+        texts: to report on; None for all.
         source: of the texts.
     """
     seen = classifier.shortened

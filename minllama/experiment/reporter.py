@@ -9,15 +9,15 @@ from minllama.training.progress import Progress
 
 
 class Say:
-    """Hears what a run has to say; this one keeps it to itself."""
+    """Receives messages of a run; this one discards them."""
 
     def say(self, line: str) -> None:
-        """Something to know."""
+        """Report a message."""
 
     def advance(self, title: str, total: int) -> Callable[[int], None]:
-        """A part of the work begins; what is returned hears of each few of its `total` texts."""
+        """Start a part of the work; the returned function receives counts of texts done."""
         return lambda done: None
 
     def progress(self) -> Progress | None:
-        """What hears of each training step."""
+        """The object that receives each training step."""
         return None

@@ -27,7 +27,7 @@ from minllama.training.trainer import TrainingResult
 
 
 def settings_for_people(experiment: Experiment) -> dict[str, Any]:
-    """What the experiment was made from, for people."""
+    """The experiment's settings, for display."""
     files = {
         "train": experiment.train,
         "dev": experiment.dev or "held out of train",
@@ -38,7 +38,7 @@ def settings_for_people(experiment: Experiment) -> dict[str, Any]:
 
 
 def settings_of_run(experiment: Experiment) -> dict[str, Any]:
-    """What a training depends on beside its texts, wherever these are read from."""
+    """What a training depends on besides its texts."""
     options = experiment.classifier
     groups: dict[str, Any] = {
         "model": {
@@ -65,7 +65,7 @@ def settings_of_run(experiment: Experiment) -> dict[str, Any]:
 
 
 def _chosen(classifier: Classifier) -> dict[str, Any]:
-    """What the run found out that the classifier is now."""
+    """The results of the run that are part of the classifier."""
     chosen: dict[str, Any] = {"temperature": float(f"{classifier.temperature:.4g}")}
     if (scale := classifier.scale) is not None:
         chosen = {"mean of the targets": scale.mean, "their standard deviation": scale.std}
@@ -86,17 +86,17 @@ def measure(
     notes: list[str],
     say: Say,
 ) -> Report:
-    """Evaluate dev and test beside baselines that are fitted on train.
+    """Evaluate dev and test, with baselines fitted on train.
 
     Args:
-        experiment: what was done.
+        experiment: its options.
         splits: its data.
-        classifier: what came of it.
+        classifier: its result.
         dev_logits: (N, C), those of dev.
         beside: evaluations of other systems on dev, by name.
-        result: of the training; None where no gradient was followed.
-        notes: what a reader must know beside what the splits say.
-        say: what the person hears.
+        result: of the training; None without gradient steps.
+        notes: in addition to those of the splits.
+        say: receives messages.
     """
     if splits.train.has_numbers:
         progress = None if splits.test is None else say.advance("reading test", len(splits.test))

@@ -37,14 +37,14 @@ RECORD_BEGINS = b'{"index": '
 
 @dataclass(frozen=True)
 class Done:
-    """What an output holds already, of a run that was cut.
+    """The rows that an interrupted run has written.
 
     Attributes:
-        records: those of its last chunk, in order; empty where it holds none.
-        n_before: how many come before them.
-        end: where the last whole record ends, in bytes.
-        header: the names of a table's columns; None for JSON lines, or where they are incomplete.
-        begun: what follows the last whole row of a table.
+        records: of its last chunk, in order; may be empty.
+        n_before: number of records before them.
+        end: end of the last complete record, in bytes.
+        header: the column names of a table; None for JSON Lines, or if incomplete.
+        begun: the incomplete row after the last complete one of a table.
     """
 
     records: tuple[Mapping[str, Any], ...] = ()
@@ -55,7 +55,7 @@ class Done:
 
     @property
     def start(self) -> int:
-        """The index of the row at which a run that goes on begins to compute."""
+        """The index of the first row that a resumed run computes."""
         return chunk_of(self.records[-1]["index"]) * CHUNK if self.records else 0
 
 
@@ -64,7 +64,7 @@ def chunk_of(index: int) -> int:
 
 
 def rows_still_to_do(rows: Iterator[Row], done: Done, source: Source) -> Iterator[Row]:
-    """The rows that are still to be computed, once those before them are found to be done.
+    """The rows still to be computed, after checking earlier ones.
 
     Raises:
         DataError: the output has not as many records of these.
@@ -85,14 +85,14 @@ def rows_still_to_do(rows: Iterator[Row], done: Done, source: Source) -> Iterato
 
 
 def read_done(output: Path, output_format: str = "jsonl") -> Done:
-    """What a file holds of a run that is to be resumed: nothing if it is not there.
+    """Read what a resumed run has written; empty without a file.
 
     Args:
         output: JSON lines, or a table of CSV or TSV.
-        output_format: which of these it is.
+        output_format: one of these.
 
     Raises:
-        DataError: it cannot be read, or holds something else, or records out of order.
+        DataError: it cannot be read, is not from such a run, or has records out of order.
     """
     try:
         with output.open("rb") as file:
@@ -106,7 +106,7 @@ def read_done(output: Path, output_format: str = "jsonl") -> Done:
 
 
 class _Records:
-    """Takes the records of an output in order, and keeps those of the last chunk."""
+    """Collects the records of an output in order, keeping those of the last chunk."""
 
     def __init__(self) -> None:
         self.last: list[Mapping[str, Any]] = []
@@ -122,10 +122,10 @@ class _Records:
 
 
 def done_of_records(records: Iterable[Mapping[str, Any]], output: Path) -> Done:
-    """What the records of a run are that is to be resumed.
+    """Check the records of a resumed run.
 
     Raises:
-        DataError: they are out of order, or no predictions.
+        DataError: they are out of order, or not predictions.
     """
     kept = _Records()
     for number, found in enumerate(records, start=1):
@@ -197,13 +197,13 @@ def check_same(
     source: Source,
     unit: float = 1.0,
 ) -> None:
-    """Refuse records that are not what is said now of the first rows of their chunk.
+    """Refuse records that differ from the current predictions for the first rows of their chunk.
 
     Args:
-        records: those that are there.
-        lines: what is said now.
+        records: the existing ones.
+        lines: the current predictions.
         source: of the rows.
-        unit: of numbers, as 1 is of probabilities: their standard deviation.
+        unit: the scale of the numbers (1 for probabilities): their standard deviation.
     """
     for number, record in enumerate(records):
         now = json.loads(lines[number]) if number < len(lines) else {}
@@ -219,7 +219,7 @@ def check_same(
 
 
 def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any], unit: float) -> bool:
-    """Whether two records of a row are by one classifier, but for rounding."""
+    """Whether two records of a row are from the same classifier, up to rounding."""
     if "value" in record or "value" in now:
         if record.get("classifier") != now["classifier"] or not {"value"} <= now.keys():
             return False
@@ -238,7 +238,7 @@ def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any], unit: float) ->
 
 
 def _has_same_columns(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the kept columns of two records are the same, as far as cells of tables can tell."""
+    """Whether the kept columns of two records are equal, up to the precision of table cells."""
     was, is_now = record.get(KEPT) or None, now.get(KEPT) or None
     if was is None or is_now is None:
         return was is is_now
@@ -252,12 +252,12 @@ def check_table(done: Done, layout: Layout, delimiter: str) -> tuple[Mapping[str
     """The last records of a table that is resumed, with the names of the input's columns.
 
     Args:
-        done: what the table holds.
+        done: the table's rows.
         layout: the columns of the run that resumes it.
         delimiter: between its cells.
 
     Raises:
-        DataError: the table has other columns, or is none of predictions.
+        DataError: the table has other columns, or no predictions.
     """
     if done.header is None:
         first = row_of(layout.names, delimiter).encode()

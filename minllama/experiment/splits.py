@@ -23,12 +23,12 @@ FEW_CLASSES = 10  # numbers up to here are usual names of classes
 
 @dataclass(frozen=True)
 class Splits:
-    """What is learned from, what is chosen and calibrated on, and what is kept aside.
+    """The splits to train on, to select and calibrate on, and to test on.
 
     Attributes:
         train, dev: with labels.
-        test: None without one; its labels are None where it has none, or only placeholders.
-        notices: what a person should hear about.
+        test: None without one; its labels are None if there are none or only placeholders.
+        notices: for the user.
     """
 
     train: Dataset
@@ -48,14 +48,14 @@ def load_splits(
     numbers: bool = False,
     seed: int,
 ) -> Splits:
-    """Read the files; without a dev file a part of every training class is set aside.
+    """Read the files; without a dev file, hold out a part of every training class.
 
     Args:
         train, dev, test: as `load_dataset` takes them.
         options: format, columns, label names.
-        dev_fraction: the part that is set aside.
+        dev_fraction: the held-out part.
         per_class: how many training examples of each class to keep; 0 for all.
-        numbers: labels are numbers; what is set aside is then drawn from all texts.
+        numbers: labels are numbers; held-out rows are then drawn from all texts.
         seed: of these draws.
 
     Raises:
@@ -100,10 +100,9 @@ def load_splits(
 
 
 def without_placeholders(split: Dataset) -> Dataset:
-    """The split, without its labels where all are the same one, and with a notice that says so.
+    """The split; if all labels are equal, without them and with a notice.
 
-    So it is in test files whose answers are kept back; an accuracy would be a number that means
-    nothing.
+    Test files with hidden labels look like this; an accuracy would be meaningless.
     """
     if split.labels is None or len(split) < 2 or len(set(split.labels)) > 1:
         return split
@@ -114,7 +113,7 @@ def without_placeholders(split: Dataset) -> Dataset:
 
 
 def _hint_of_numbers(train: Dataset) -> list[str]:
-    """A word about labels that may be numbers, and are taken for classes."""
+    """A notice about numeric labels that are used as classes."""
     names = train.label_names
     if len(names) <= FEW_CLASSES or not all(map(is_number, names)):
         return []

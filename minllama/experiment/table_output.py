@@ -30,12 +30,12 @@ ALL_COLUMNS = "all"
 
 
 class TableOutput:
-    """Turns the lines of one run into rows; for other formats it leaves them as they are.
+    """Converts the JSON lines of one run to rows; for other formats they are unchanged.
 
     Args:
         output_format: one of OUTPUT_FORMATS.
-        source, data: where the rows come from.
-        columns: those of the source that are asked for; ALL_COLUMNS for all.
+        source, data: of the rows.
+        columns: of the source to keep; ALL_COLUMNS for all.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class TableOutput:
         Args:
             line: the first one.
             rows: the first ones.
-            done: what the output holds of a run that is resumed.
-            notices: takes what people should know of the columns.
+            done: the rows already in a resumed output.
+            notices: receives notes about the columns.
 
         Returns:
             The records of `done` as lines of JSON have them.
@@ -98,7 +98,7 @@ class TableOutput:
         return {name: None for row in of_all for name in row.record if name != row.column}
 
     def rows(self, lines: list[str]) -> list[str]:
-        """The lines as rows, the first of which has the names of the columns before it."""
+        """The lines as rows; the first one includes the header."""
         if self._layout is None or self._delimiter is None:
             return lines
         rows = [self._row(json.loads(line), self._layout, self._delimiter) for line in lines]

@@ -29,9 +29,9 @@ class Layout:
     """The columns of a table of predictions.
 
     Attributes:
-        kept: those that are the input's, as it calls them.
-        shown: the same, as the table calls them.
-        said: the others.
+        kept: the input's columns, by their names there.
+        shown: the same, by their names in the table.
+        said: the columns of the predictions.
     """
 
     kept: tuple[str, ...]
@@ -43,12 +43,12 @@ class Layout:
         return (*self.shown, *self.said)
 
     def values(self, record: Mapping[str, Any]) -> list[Any]:
-        """What a record holds for each column; None where it holds nothing."""
+        """A record's value for each column; None for missing ones."""
         kept, said = record.get(KEPT, {}), said_of(record)
         return [*map(kept.get, self.kept), *map(said.get, self.said)]
 
     def notice(self) -> str | None:
-        """Which kept columns have another name in the table, for people; None where none has."""
+        """A message about kept columns with other names in the table; None without any."""
         renamed = [
             f"{shown(of_input)} is named {shown(name)} in the table"
             for of_input, name in zip(self.kept, self.shown, strict=True)
@@ -58,7 +58,7 @@ class Layout:
 
 
 def layout_of(record: Mapping[str, Any], kept: Iterable[str]) -> Layout:
-    """The columns of a table that begins with this record and keeps these columns of the input."""
+    """The columns of a table that starts with this record and keeps these input columns."""
     said = tuple(said_of(record))
     kept = tuple(dict.fromkeys(kept))
     others: list[str] = []
@@ -72,7 +72,7 @@ def layout_of(record: Mapping[str, Any], kept: Iterable[str]) -> Layout:
 
 
 def said_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record, one value each, but for the kept columns."""
+    """The fields of a record, one value each, without the kept columns."""
     said: dict[str, Any] = {}
     for field, value in record.items():
         if field == KEPT:
@@ -86,10 +86,10 @@ def said_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_of(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """The record that a row was made of; kept columns by the names that the table has for them.
+    """The record of a row; kept columns by their names in the table.
 
     Raises:
-        ValueError: it is no prediction; says why.
+        ValueError: it is not a prediction; the message says why.
     """
     if len(values) != len(names):
         raise ValueError(f"columns: {len(values)} here, {len(names)} in the first line")
@@ -110,7 +110,7 @@ def record_of(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
 
 
 def check_header(names: Sequence[str]) -> None:
-    """Whether a table of these columns is one of predictions.
+    """Check that these are the columns of predictions.
 
     Raises:
         ValueError: it is not.
@@ -123,7 +123,7 @@ def check_header(names: Sequence[str]) -> None:
 
 
 def cell_of(value: Any) -> str:
-    """A value as it is written into a cell: text as it is, nothing for None, else as JSON."""
+    """A value as a cell: text unchanged, empty for None, else JSON."""
     if value is None:
         return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
@@ -147,7 +147,7 @@ def cells_of(row: bytes, delimiter: str) -> tuple[str, ...]:
     """The cells of a whole row.
 
     Raises:
-        ValueError: it is no UTF-8, or no row of such a table.
+        ValueError: it is not UTF-8, or not a row of such a table.
     """
     text = row.decode()
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the module's own global
@@ -159,9 +159,9 @@ def cells_of(row: bytes, delimiter: str) -> tuple[str, ...]:
 
 
 def rows_in(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The rows of a table and the lines they begin at; an incomplete last one has no end.
+    """The rows of a table and their first lines; an incomplete last one has no end.
 
-    A row ends with the first line at whose end all quotes are closed: they are written in pairs.
+    A row ends with the first line with balanced quotes: they are written in pairs.
     """
     parts: list[bytes] = []
     start, quotes = 1, 0
@@ -176,7 +176,7 @@ def rows_in(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def is_whole(row: bytes) -> bool:
-    """Whether a row of `rows_in` has its end."""
+    """Whether a row of `rows_in` is complete."""
     return row.endswith(b"\n") and row.count(b'"') % 2 == 0
 
 

@@ -60,13 +60,13 @@ from minllama.training.trainer import TrainingResult, fit, sample_of, summary_wr
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of an experiment.
+    """The result of an experiment.
 
     Attributes:
         classifier: trained and calibrated.
         splits: the data.
         report: as it was written.
-        training: None where no gradient was followed.
+        training: None without gradient steps.
     """
 
     classifier: Classifier
@@ -81,16 +81,16 @@ def run_experiment(
     """Read, train, calibrate, evaluate, and write classifier and report.
 
     Args:
-        experiment: what to do.
-        resume: go on with the run that was cut in the output folder, from its checkpoint; from the
-            beginning if it was cut before the first.
-        force: replace what an earlier run left there.
-        say: what the person hears.
+        experiment: its options.
+        resume: continue the interrupted run in the output folder from its checkpoint, or from the
+            beginning if there is none.
+        force: replace an earlier run in it.
+        say: receives messages.
 
     Raises:
-        MinllamaError: anything that the user can mend, another run in the output folder as well;
-            that then holds no classifier, or the old one.
-        KeyboardInterrupt: it came; a training that has begun can be resumed.
+        MinllamaError: anything that the user can fix, including another run in the output folder,
+            which then contains no classifier, or the old one.
+        KeyboardInterrupt: training can be resumed afterwards.
     """
     check_uses(experiment)
     check_not_base(experiment.output, experiment.model)
@@ -99,7 +99,7 @@ def run_experiment(
 
 
 def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outcome:
-    """As `run_experiment`, in a folder where no other run is."""
+    """Like `run_experiment`, in a folder without another run."""
     began, started = datetime.now(UTC).astimezone(), time.perf_counter()
     training = experiment.training
     method, is_asked = experiment.classifier.method, resume
@@ -147,7 +147,7 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outc
 
 
 def check_libraries() -> None:
-    """Find out before hours of work what a report will miss after them.
+    """Check, before hours of work, for libraries that the report needs.
 
     Raises:
         MinllamaError: a library is not installed.
@@ -157,7 +157,7 @@ def check_libraries() -> None:
 
 
 def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
-    """Refuse what needs one label a text: asked as soon as it is known how many there may be."""
+    """Refuse options that need one label per text, as soon as the labels are known."""
     options = experiment.classifier
     if multi_label and (options.method == "zero-shot" or options.objective == "label-words"):
         raise MinllamaError(
@@ -201,7 +201,7 @@ def _train(
     resume: bool,
     say: Say,
 ) -> tuple[Classifier, dict[str, Evaluation], TrainingResult | None]:
-    """The classifier, what it was before its training, and how that went."""
+    """The classifier, its evaluation before training, and the training's result."""
     options = experiment.classifier
     training, train = experiment.training, splits.train
     settings = _settings_to_go_on_with(experiment, llama)
@@ -252,7 +252,7 @@ def _train(
 
 
 def _before(experiment: Experiment, splits: Splits, classifier: Classifier, say: Say) -> Evaluation:
-    """What label words alone come to on dev."""
+    """Evaluate zero-shot label words on dev."""
     # Thresholds are chosen after the training; which class is the positive one is known.
     at_first = dataclasses.replace(experiment.threshold, threshold=())
     classifier.decide_by(fixed_thresholds(at_first, classifier.labels, multi_label=False))
@@ -266,10 +266,10 @@ def _before(experiment: Experiment, splits: Splits, classifier: Classifier, say:
 def _calibrate(
     classifier: Classifier, splits: Splits, experiment: Experiment, say: Say
 ) -> tuple[NDArray[np.float32], list[str]]:
-    """Fit the temperature on dev, unless it is not wanted, and choose thresholds where they are.
+    """Fit the temperature on dev, unless disabled, and choose thresholds if requested.
 
     Returns:
-        Dev's logits, (N, C), and what a reader of the report must know of it.
+        Dev's logits, (N, C), and notes for the report.
     """
     dev, options, notes = splits.dev, experiment.classifier, list[str]()
     assert dev.labels is not None
@@ -298,7 +298,7 @@ def _calibrate(
 
 
 def _settings_to_go_on_with(experiment: Experiment, llama: Llama) -> dict[str, Any]:
-    """Those that must be the same: of the base not how it is called, but what it is.
+    """Settings that must be equal to resume: of the base its fingerprint, not its name.
 
     Args:
         llama: the base, before anything is done to it. Of its tokenizer the tokens of the training

@@ -130,10 +130,10 @@ def default_device() -> torch.device:
 
 
 def usable_device(device: torch.device | str | None) -> torch.device:
-    """The device of that name; None for the GPU where there is one.
+    """The device of that name; None for a GPU if there is one.
 
     Raises:
-        MinllamaError: this machine or this torch has none of that name.
+        MinllamaError: this machine or torch build does not have it.
     """
     if device is None:
         return default_device()

@@ -374,7 +374,7 @@ def choose_tokens(logits: Tensor, temperature: float, draws: list[float]) -> Ten
 
     Args:
         logits: (B, V).
-        temperature: 0 for the likeliest.
+        temperature: 0 for the most likely.
         draws: one number in [0, 1) per sequence.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How somebody wants a model's weights, as one value instead of an argument for each."""
+"""How to load a model: dtype, device, weight format, base and tokenizer, as one value."""
 
 import os
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ if TYPE_CHECKING:  # an option names them, and loads nothing heavy
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """How a model is opened, as far as somebody has said it; None where not.
+    """How to load a model, as far as specified; None for defaults.
 
     Attributes:
         dtype: of the weights, torch's or its name.
-        device: where they are to be.
-        quantize: a word of `QUANTIZE`, "none" for dense weights, "auto" for what is fastest with
-            file and machine; None for what a classifier was trained on, and dense elsewhere.
-        base: of an adapter or classifier, where it is now.
-        tokenizer: file or folder of the tokenizer, where none is beside the model.
+        device: of the weights.
+        quantize: one of `QUANTIZE`, "none" for dense weights, "auto" for the fastest with this file
+            and machine; None for the format a classifier was trained on, and dense elsewhere.
+        base: base model of an adapter or classifier, if it has moved.
+        tokenizer: file or folder of the tokenizer, if there is none beside the model.
     """
 
     dtype: "torch.dtype | str | None" = None

@@ -32,7 +32,7 @@ class Codec(abc.ABC):
 
     Attributes:
         tokens: id -> the bytes that it stands for; of special tokens, those of their text.
-        special: text -> id of the tokens that a text becomes only when asked.
+        special: text -> id of tokens that are only parsed on request.
         space_ids: ids whose first byte, a space, belongs to the tokenizer and not to the text
             where they come first; empty for vocabularies that put no space there.
         spaces_stretches: that space stands behind special tokens as well, not only where a whole

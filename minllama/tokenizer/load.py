@@ -21,7 +21,7 @@ def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     """The vocabulary in a file or folder.
 
     Raises:
-        TokenizerError: none is there, or it is damaged.
+        TokenizerError: it is missing or damaged.
     """
     path = Path(path)
     try:

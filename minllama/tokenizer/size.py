@@ -22,9 +22,9 @@ def count_tokens(vocabulary: Vocabulary) -> int:
 
 
 def check_fits(n_tokens: int, vocab_size: int, where: str) -> None:
-    """A TokenizerError where a tokenizer has more tokens than a model has rows for.
+    """Raise TokenizerError if a tokenizer has more tokens than a model has rows.
 
-    Such a pair cannot be written: the model would be asked for rows that it does not have.
+    Such a pair is refused: token ids would be out of range.
     """
     if n_tokens > vocab_size:
         raise TokenizerError(

@@ -26,24 +26,23 @@ class Tokenizer:
     """The tokenizer of one vocabulary.
 
     Attributes:
-        vocabulary: what it was made from.
+        vocabulary: the one it was built from.
         vocab_size: number of tokens; the ids are those below it.
-        bos_id: id of the token that begins a text; `None` where there is none.
+        bos_id: id of the BOS token; `None` without one.
         eos_id: id of the token that ends a text.
-        pad_id: an id to fill rows with: the checkpoint's own if it is a special token, else
-            `eos_id`, else another special token; never one that text becomes. `None` where the
-            vocabulary has no special token at all.
+        pad_id: an id for padding: the checkpoint's own if it is a special token, else `eos_id`,
+            else another special token; never one of plain text. `None` without special tokens.
         stop_ids: the ids that end a generation, `eos_id` and further ones.
-        add_bos: `encode` puts BOS in front unless told otherwise.
-        add_eos: `encode` puts EOS behind unless told otherwise.
-        chat_template: Jinja source that renders messages; `None` where there is none.
+        add_bos: whether `encode` prepends BOS by default.
+        add_eos: whether `encode` appends EOS by default.
+        chat_template: Jinja source that renders messages; `None` without one.
         special_tokens: text -> id of the tokens that plain text never becomes.
-        source: what it was loaded from by itself, as `canonical_name` has it; None for a
-            checkpoint's own, and for one that was made in memory.
+        source: where it was loaded from separately, as a `canonical_name`; None for a checkpoint's
+            own tokenizer, and for one created in memory.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        """Build it; a TokenizerError where the vocabulary is damaged or contradicts itself."""
+        """Build the tokenizer; raises TokenizerError if the vocabulary is damaged."""
         self.vocabulary = vocabulary
         self.source: str | None = None
         self._codec = open_codec(vocabulary)
@@ -97,7 +96,7 @@ class Tokenizer:
         """The tokenizer that an open `minllama.Checkpoint` has.
 
         Raises:
-            TokenizerError: it has none, or a damaged one.
+            TokenizerError: it has no tokenizer, or a damaged one.
         """
         try:
             vocabulary = checkpoint.vocabulary
@@ -113,12 +112,12 @@ class Tokenizer:
         return tokenizer
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the tokenizer's files of a Hugging Face folder, all of them or none.
+        """Write the tokenizer's files of a Hugging Face folder, atomically.
 
-        They take the place of another tokenizer's there; what else lies in the folder stays.
+        They replace those of another tokenizer; other files in the folder are kept.
 
         Raises:
-            MinllamaError: the folder cannot be written, or holds a model with fewer tokens.
+            MinllamaError: the folder cannot be written, or contains a model with fewer tokens.
         """
         files = to_files(self.vocabulary)
         vocab_size = stated_vocab_size(Path(folder))
@@ -141,15 +140,16 @@ class Tokenizer:
 
         Args:
             text: any text without lone surrogates.
-            bos: put BOS in front; `None` for the checkpoint's own way.
-            eos: put EOS behind; `None` for the checkpoint's own way.
-            max_len: the most ids to return; BOS and EOS count, and stay when text is cut.
-            special: special tokens in the text, such as `<|im_start|>`, become these tokens;
-                otherwise they are text as any other.
+            bos: prepend BOS; `None` for the checkpoint's default.
+            eos: append EOS; `None` for the checkpoint's default.
+            max_len: maximum number of ids, including BOS and EOS, which stay when the text is
+                truncated.
+            special: parse special tokens in the text, such as `<|im_start|>`; otherwise they are
+                plain text.
 
         Raises:
-            TokenizerError: `text` is no string or holds a lone surrogate, the vocabulary lacks the
-                token that `bos` or `eos` asks for, or max_len leaves no room for them.
+            TokenizerError: `text` is not a string or has a lone surrogate, the vocabulary lacks the
+                token of `bos` or `eos`, or max_len is too small for them.
         """
         _check_text(text)
         front = self._around(self.bos_id, self.add_bos if bos is None else bos, "begins")
@@ -172,7 +172,7 @@ class Tokenizer:
         max_len: int | None = None,
         special: bool = False,
     ) -> list[list[int]]:
-        """Ids of each text, as `encode` gives them."""
+        """Ids of each text; see `encode`."""
         if isinstance(texts, str):
             raise TokenizerError("encode_batch takes a list of texts, not one; use encode")
         return [
@@ -183,9 +183,9 @@ class Tokenizer:
         """Ids of a rendered chat, without a further BOS or EOS.
 
         Args:
-            rendered: what a chat template gave. Special tokens in it are meant as such.
-            masked: placeholder in `rendered` -> what a user wrote there, which is plain text even
-                where it looks like a special token.
+            rendered: a chat template's output; special tokens in it are parsed.
+            masked: placeholder in `rendered` -> the user's text, which stays plain text even if it
+                looks like a special token.
 
         Raises:
             TokenizerError: as in `encode`.
@@ -211,7 +211,7 @@ class Tokenizer:
         Args:
             ids: of tokens, in order.
             skip_special: leave special tokens out.
-            continuation: the ids go on with a text, so that a space at their beginning is one.
+            continuation: the ids continue a text, so that a leading space is kept.
 
         Raises:
             TokenizerError: an id is out of range.
@@ -226,11 +226,11 @@ class Tokenizer:
         return StreamDecoder(self._codec, skip_special=skip_special, continuation=continuation)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for; of a special token, those of its text."""
+        """The bytes of one token; of a special token, those of its text."""
         return self._codec.tokens[_checked_id(token_id, self.vocab_size)]
 
     def token_text(self, token_id: int) -> str:
-        """One token for people: its text, with U+FFFD where it holds a part of a character."""
+        """One token for display: its text, with U+FFFD for parts of characters."""
         return self.token_bytes(token_id).decode(errors="replace")
 
     def _around(self, token_id: int | None, wanted: bool, does: str) -> list[int]:
@@ -250,9 +250,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Ids to text as they come: what it gives, joined, is `decode` of them all.
+    """Decode ids one by one: the joined pieces equal `decode` of all ids.
 
-    Holds back the bytes of a character until it is whole. Made by `Tokenizer.stream_decoder`.
+    Buffers the bytes of incomplete characters. Created by `Tokenizer.stream_decoder`.
     """
 
     def __init__(self, codec: Codec, *, skip_special: bool, continuation: bool) -> None:
@@ -265,7 +265,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The whole characters that this token completes; often none.
+        """The characters that this token completes; often none.
 
         Raises:
             TokenizerError: the id is out of range.
@@ -277,7 +277,7 @@ class StreamDecoder:
         return self._utf8.decode(b"".join(map(self._bytes_of, ids)))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never became whole."""
+        """The rest at the end: U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", final=True)
 
     def _bytes_of(self, token_id: int) -> bytes:

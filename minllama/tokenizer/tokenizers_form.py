@@ -22,7 +22,7 @@ class DecoderKind(NamedTuple):
 
     Attributes:
         byte_level: a character is a byte, in GPT-2's alphabet; otherwise SentencePiece's pieces.
-        strips_space: the first token's leading space is the tokenizer's, not the text's.
+        strips_space: the first token's leading space is not part of the text.
     """
 
     byte_level: bool
@@ -30,7 +30,7 @@ class DecoderKind(NamedTuple):
 
 
 def read_json(data: bytes, where: str) -> Any:
-    """What a JSON file holds; a TokenizerError where it is damaged."""
+    """Parse a JSON file; raises TokenizerError if it is damaged."""
     try:
         return parse_json(data, max_entries=MAX_ENTRIES)
     except ValueError as error:
@@ -85,12 +85,12 @@ def token_ids(raw: Json) -> dict[str, int]:
 
 
 def special_ids(raw: Json) -> set[int]:
-    """Ids of the tokens that a text becomes only when asked."""
+    """Ids of tokens that are only parsed on request."""
     return {token["id"] for token in raw["added_tokens"] if token.get("special")}
 
 
 def components(component: Any, key: str) -> list[Json]:
-    """A component alone, or those of a Sequence, which holds them under `key`."""
+    """A component, or those of a Sequence, which are under `key`."""
     sequence = isinstance(component, dict) and component.get("type") == "Sequence"
     parts = _listed(component.get(key)) if sequence else [component]
     return [part for part in parts if isinstance(part, dict) and "type" in part]
@@ -100,7 +100,7 @@ def decoder_kind(decoder: Json | None, where: str) -> DecoderKind:
     """How tokens are spelled, from the `decoder` of a tokenizer.json.
 
     Raises:
-        TokenizerError: it is of a kind that no Llama has.
+        TokenizerError: it is of a kind that is not supported for a Llama.
     """
     parts = {str(part["type"]): part for part in components(decoder, "decoders")}
     if "ByteLevel" in parts:
@@ -119,7 +119,7 @@ def decoder_kind(decoder: Json | None, where: str) -> DecoderKind:
 
 
 def template_ids(raw: Json) -> tuple[int | None, int | None]:
-    """Ids of the tokens that its post-processor puts before and behind a text."""
+    """Ids of the tokens that its post-processor puts before and after a text."""
     ids = token_ids(raw)
     for part in components(raw.get("post_processor"), "processors"):
         if part["type"] == "TemplateProcessing":
@@ -132,7 +132,7 @@ def template_ids(raw: Json) -> tuple[int | None, int | None]:
 
 
 def with_template(raw: Json, bos_id: int | None, eos_id: int | None) -> Json:
-    """`raw` with a post-processor that puts these tokens before and behind a text, and no other."""
+    """`raw` with a post-processor that puts exactly these tokens before and after a text."""
     if template_ids(raw) == (bos_id, eos_id):
         return raw
     texts = {token_id: text for text, token_id in token_ids(raw).items()}
@@ -162,10 +162,10 @@ def with_template(raw: Json, bos_id: int | None, eos_id: int | None) -> Json:
 def with_added_tokens(
     raw: Json, added: Sequence[ListedToken], special: Collection[str], where: str
 ) -> Json:
-    """`raw` with tokens that a Hugging Face folder lists beside it, and some made special.
+    """`raw` with the added tokens of a Hugging Face folder, some of them special.
 
-    As in transformers, what the list says of a token that is there already counts before what
-    `raw` says; but the id is that of `raw`.
+    As in transformers, the list takes precedence over `raw` for existing tokens, except for their
+    ids.
 
     Args:
         raw: the content of a tokenizer.json.
@@ -274,7 +274,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _special_name(item: Any) -> str | None:
-    """Text of the special token that an item of a template stands for; `None` for the text."""
+    """Text of the special token of a template item; `None` for the text itself."""
     token = item.get("SpecialToken") if isinstance(item, dict) else None
     name = token.get("id") if isinstance(token, dict) else None
     return name if isinstance(name, str) else None

@@ -16,7 +16,7 @@ MAX_VOCAB_SIZE = 2**22
 
 
 class TokenType(enum.IntEnum):
-    """What a token is for. The numbers are SentencePiece's, which GGUF took over."""
+    """The type of a token, with SentencePiece's numbers, which GGUF also uses."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -30,9 +30,9 @@ class TokenFlags(NamedTuple):
     """How an added token is found in a text, by the names that Hugging Face has for it.
 
     Attributes:
-        lstrip: it takes in the white space before it.
-        rstrip: it takes in the white space behind it.
-        single_word: it is found only where no letter or digit touches it.
+        lstrip: it includes the white space before it.
+        rstrip: it includes the white space after it.
+        single_word: it matches only without an adjacent letter or digit.
     """
 
     lstrip: bool = False
@@ -47,8 +47,8 @@ class ListedToken(NamedTuple):
         token_id: its id.
         text: its text.
         special: plain text never becomes it.
-        flags: how it is found; None where the file does not say.
-        normalized: it is found in the normalized text; None where the file does not say.
+        flags: how it is matched; None if not given.
+        normalized: it is matched in the normalized text; None if not given.
     """
 
     token_id: int
@@ -60,25 +60,25 @@ class ListedToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """One tokenizer, serialized, and what its checkpoint says about it.
+    """One serialized tokenizer, and its settings in the checkpoint.
 
     Attributes:
-        form: which library reads `data`: a SentencePiece ModelProto, a `tokenizer.json`, or
-            tiktoken's lines of base64 token and rank (Llama 3's `tokenizer.model`).
+        form: the format of `data`: a SentencePiece ModelProto, a `tokenizer.json`, or tiktoken's
+            lines of base64 token and rank (Llama 3's `tokenizer.model`).
         data: the serialized vocabulary.
-        origin: where it came from, for people: `tokenizer.json`, `GGUF gpt2 (smollm)`.
-        bos_id: id of the token that begins a text; `None` where there is none.
+        origin: its source, for messages: `tokenizer.json`, `GGUF gpt2 (smollm)`.
+        bos_id: id of the BOS token; `None` without one.
         eos_id: id of the token that ends a text.
-        pad_id: id that the checkpoint declares for padding; `None` where it declares none.
+        pad_id: the checkpoint's id for padding; `None` without one.
         stop_ids: further ids that end a generation, such as the end of a chat turn.
-        add_bos: texts are encoded with `bos_id` in front unless the caller says otherwise.
-        add_eos: texts are encoded with `eos_id` behind unless the caller says otherwise.
-        chat_template: Jinja source that renders messages; `None` where there is none.
-        chat_templates: name -> source of further templates, of which one is to be chosen.
+        add_bos: whether texts are encoded with `bos_id` in front by default.
+        add_eos: whether texts are encoded with `eos_id` at the end by default.
+        chat_template: Jinja source that renders messages; `None` without one.
+        chat_templates: name -> source of further templates to choose from.
         named_tokens: name -> text of the tokens that templates may write (`unk_token`), or a list
-            of texts; an empty text where the checkpoint says that there is none.
-        flags: id -> flags of the added tokens that have any, for SentencePiece models, which have
-            no room for them; a tokenizer.json holds its own.
+            of texts; an empty text if the checkpoint says that there is none.
+        flags: id -> flags of the added tokens that have any, for SentencePiece models, which cannot
+            store them; a tokenizer.json has its own.
         legacy: a SentencePiece model puts its space in front of each stretch of text between added
             tokens; otherwise only in front of a whole text that begins with none (transformers'
             `legacy`).

@@ -68,8 +68,8 @@ def test_a_missing_key_is_named(write: Callable[..., Path], key: str) -> None:
         (("llama.attention.head_count_kv", U32, 3), r"divisible by n_kv_heads \(3\)"),
         (("llama.attention.value_length", U32, 16), "value_length is 16 but heads are 8 wide"),
         (("llama.rope.dimension_count", U32, 4), "dimension_count is 4 but heads are 8 wide"),
-        (("llama.embedding_length", U64, 2**62), "is above 9007199254740992"),
-        (("llama.feed_forward_length", U64, 2**63), "is above 9007199254740992"),
+        (("llama.embedding_length", U64, 2**62), "exceeds the limit of 9007199254740992"),
+        (("llama.feed_forward_length", U64, 2**63), "exceeds the limit of 9007199254740992"),
         (("llama.context_length", U64, 2**63), "exceed(s)? the limit"),
         (("llama.attention.layer_norm_rms_epsilon", F32, float("nan")), "norm_eps"),
         (("llama.rope.freq_base", F32, float("inf")), "rope_theta"),
@@ -89,7 +89,7 @@ def test_a_key_that_cannot_be_is_refused(
 
 
 def test_divisors_of_another_model_are_refused(write: Callable[..., Path]) -> None:
-    with pytest.raises(CheckpointError, match="holds 3 divisors for 4 frequencies"):
+    with pytest.raises(CheckpointError, match="has 3 divisors for 4 frequencies"):
         read_gguf(write(tensors=with_rope_freqs([1, 2, 3])))
     with pytest.raises(CheckpointError, match="each of factors"):
         read_gguf(write(tensors=with_rope_freqs([1, 2, float("nan"), 3])))
@@ -161,7 +161,10 @@ HEAD = b"GGUF" + struct.pack("<I", 3)
             "type 9",
         ),
         (HEAD + struct.pack("<QQQ", 0, 1, 2) + b"\xff\xfe" + bytes(9), "not UTF-8"),
-        (HEAD + struct.pack("<QQ", 0, 2) + (string("k") + struct.pack("<IB", U8, 1)) * 2, "twice"),
+        (
+            HEAD + struct.pack("<QQ", 0, 2) + (string("k") + struct.pack("<IB", U8, 1)) * 2,
+            "duplicate key",
+        ),
     ],
 )
 def test_a_hostile_header_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -219,7 +222,7 @@ def test_a_value_far_above_any_real_one_is_one_line_though_the_file_holds_it(
 
 def test_a_tensor_that_is_there_twice_is_one_line(write: Callable[..., Path]) -> None:
     tensors = stored_f32(random_tensors())
-    with pytest.raises(CheckpointError, match=r"the tensor 'token_embd\.weight' twice"):
+    with pytest.raises(CheckpointError, match=r"duplicate tensor 'token_embd\.weight'"):
         read_gguf(write(tensors=[*tensors, tensors[0]]))
 
 

@@ -116,7 +116,7 @@ def test_an_adapter_is_downloaded_with_its_base(run: Run, hub: Hub) -> None:
     ("arguments", "message"),
     [
         (("classify", "org/none", "--text", "a"), "org/none: no such local path, and no such repo"),
-        (("classify", "no-folder", "--text", "a"), "no-folder: there is no classifier.json"),
+        (("classify", "no-folder", "--text", "a"), "no-folder: no classifier.json"),
         (("classify", "org/base", "--text", "a"), "a language model (LlamaForCausalLM), not a"),
         (("info", "org/none"), "org/none: no such local path, and no such repository"),
     ],

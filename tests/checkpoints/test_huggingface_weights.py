@@ -173,7 +173,7 @@ def test_biases_and_a_config_that_disagree_are_refused(tmp_path: Path) -> None:
     ):
         load_pretrained(tmp_path / "all")
     edit_config(tmp_path / "all", attention_bias=True, mlp_bias="DELETE")
-    with pytest.raises(CheckpointError, match=r"biases \(model.layers.0.mlp.* not say mlp_bias"):
+    with pytest.raises(CheckpointError, match=r"biases \(model.layers.0.mlp.* not set mlp_bias"):
         load_pretrained(tmp_path / "all")
     both(tmp_path / "none")
     edit_config(tmp_path / "none", attention_bias=True)

@@ -197,7 +197,7 @@ def test_a_cut_pt_is_one_line_and_a_bare_state_dict_is_not_taken_for_one(path: P
     assert is_torch_checkpoint(path)
     path.write_bytes(content[: len(content) // 2])
     assert is_torch_checkpoint(path)
-    with pytest.raises(CheckpointError, match="cut off or damaged"):
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
         open_checkpoint(path)
     torch.save(state_of(CONFIG), path)
     assert not is_torch_checkpoint(path)

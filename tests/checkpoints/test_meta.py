@@ -322,8 +322,11 @@ def refused(folder: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"moe_args": {"num_experts": 8}}, "moe_args is not read: it is a mixture of experts"),
-        ({"quantization_args": {}, "lora_args": {}}, "quantization_args is not read: its weights"),
+        ({"moe_args": {"num_experts": 8}}, "moe_args is not supported: it is a mixture of experts"),
+        (
+            {"quantization_args": {}, "lora_args": {}},
+            "quantization_args is not supported: its weights",
+        ),
         ({"quantization_args": {"scheme": "8da4w"}}, "weights are quantized"),
         ({"vision_chunk_size": 560}, "it has a vision encoder"),
         ({"depth_of_field": 3, "dim": "x"}, "depth_of_field: unknown to minllama"),

@@ -98,8 +98,8 @@ def test_a_pattern_that_never_ends_is_refused_in_time(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["q_proj", "(q"], r"'\(q' is no regular expression"),
-        (["*"], "is no regular expression"),
+        (["q_proj", "(q"], r"'\(q' is not a regular expression"),
+        (["*"], "is not a regular expression"),
         (["a" * 2000], "has 2000 characters, but at most 1000 are supported"),
         (["a"] * 20_000, "20000 keys, but at most 10000 are supported"),
     ],

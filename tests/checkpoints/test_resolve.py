@@ -130,7 +130,7 @@ def test_an_existing_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("model", "model: no such file or folder; name a checkpoint's path, or a Hugging Face id"),
+        ("model", "model: no such file or folder; name a checkpoint's path or a Hugging Face id"),
         ("./org/model", "./org/model: no such file or folder"),
         ("../org/model", "../org/model: no such file or folder"),
         ("/org/model", "/org/model: no such file or folder"),

@@ -120,7 +120,7 @@ def test_what_is_no_file_of_torch_s_is_one_line(path: Path) -> None:
         archive.writestr("x/y.txt", "z")
     refused(path, "a zip archive, but was not written by torch.save")
     torch.save([torch.ones(2)], path)
-    refused(path, "holds a list, not a state dict")
+    refused(path, "contains a list, not a state dict")
     torch.save({1: torch.ones(2)}, path)
     refused(path, "not a state dict")
 

@@ -114,7 +114,7 @@ def test_a_state_dict_inside_a_training_checkpoint_is_read(
         (lambda s: {"model": s, "module": s}, "tensors are in 'model', 'module'"),
         (lambda s: {"epoch": 3, "config": {}}, "contains no tensors, only 'epoch', 'config'; save"),
         (lambda s: {**s, "epoch": 3}, "'epoch' is of type int, not a tensor; save the model's"),
-        (lambda s: {"state_dict": {**s, 7: 8}}, "'state_dict' has keys that are no names"),
+        (lambda s: {"state_dict": {**s, 7: 8}}, "'state_dict' has keys that are not tensor names"),
     ],
 )
 def test_what_is_not_unmistakable_is_one_line_with_the_way(

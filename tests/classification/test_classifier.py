@@ -289,7 +289,7 @@ def test_what_cannot_be_a_head_is_said():
         PromptOptions(max_len=1)
     with pytest.raises(MinllamaError, match="no tokens"):
         embedding().predict(["fine", ""])
-    with pytest.raises(MinllamaError, match="no real token"):
+    with pytest.raises(MinllamaError, match="a sequence without tokens"):
         embedding()(random_ids(1, 3), torch.zeros(1, 3))
 
 

@@ -204,7 +204,7 @@ def test_of_several_adapters_the_active_one_is_saved(base, tmp_path):
         after = load_classifier(tmp_path / name, device="cpu")
         np.testing.assert_array_equal(after.predict_proba(TEXTS), classifier.predict_proba(TEXTS))
     set_adapters(classifier, ["default", "other"])
-    with pytest.raises(MinllamaError, match=r"several adapters take part \(default, other\)"):
+    with pytest.raises(MinllamaError, match=r"several adapters are active \(default, other\)"):
         classifier.save_pretrained(tmp_path / "both")
 
 
@@ -219,7 +219,7 @@ def test_an_adapter_that_takes_part_in_part_is_refused_and_can_be_merged(base, t
     classifier = embedding(base, adapter=True)
     act(classifier)
     before = classifier.predict_proba(TEXTS)
-    with pytest.raises(MinllamaError, match=r"^the adapter 'default' takes part [^\n]*$"):
+    with pytest.raises(MinllamaError, match=r"^the adapter 'default' is active [^\n]*$"):
         classifier.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     merge_classifier(classifier)

@@ -40,7 +40,7 @@ def test_what_is_no_text_is_told_by_its_place(make, name):
         assert str(caught.value) == (
             f"texts[1] is {said}: not a string; give a text instead, or omit it"
         )
-    with pytest.raises(DataError, match=r"is .*: no string"):
+    with pytest.raises(DataError, match=r"is .*: not a string"):
         classifier.encode(value)
 
 

@@ -466,7 +466,12 @@ def test_a_bias_that_cancels_the_mean_of_the_targets_is_no_offset(minllama, tmp_
 @pytest.mark.parametrize(
     ("multi_label", "names", "threshold", "said"),
     [
-        (False, ["no", "yes"], 0.31, ["threshold 0.31 for 'yes': has no place", "likeliest class"]),
+        (
+            False,
+            ["no", "yes"],
+            0.31,
+            ["threshold 0.31 for 'yes': cannot be stored", "most likely class"],
+        ),
         (True, list(NAMES), 0.2, ["threshold 0.2 for each label: cannot be stored", "only scores"]),
         (
             *(True, list("abcdefgh"), {name: i / 10 for i, name in enumerate("abcdefgh", 1)}),

@@ -103,7 +103,7 @@ WRONG = {
     ),
     "model": (("--method", "frozen", "-m", "./nowhere"), "no such file or folder"),
     "output": (("--method", "frozen", "-o", ""), "--output is empty"),
-    "resume": (("--resume",), "there is no checkpoint to go on from"),
+    "resume": (("--resume",), "no checkpoint to resume from"),
     "both": (("--resume", "--force"), "give one of them"),
     "idle": (
         ("--train", "is never read", "--method", "frozen", "--label-words", "a,b", "--r", "8"),
@@ -113,7 +113,7 @@ WRONG = {
         ("--train", "one.txt", "--dev", "one.txt"),
         "a classifier needs examples of at least two classes",
     ),
-    "no rows": (("--train", "empty.txt"), "holds no rows"),
+    "no rows": (("--train", "empty.txt"), ": no rows"),
     "no text": (("--train", "blank.txt"), "line 1: the text is empty"),
     "two files": (
         ("--train", "a.txt", "--train", "b.txt"),
@@ -279,7 +279,7 @@ CONTRADICTIONS = {
     "texts and file": (("--text", "a", "-i", "rows.txt"), "one of them"),
     "no classifier": (("--text", "a"), "give either a CLASSIFIER or --labels"),
     "one label": (("--labels", "a", "--text", "a"), "only one label"),
-    "the same label": (("--labels", "a, a", "--text", "a"), "is there twice"),
+    "the same label": (("--labels", "a, a", "--text", "a"), "is given twice"),
     "empty label": (("--labels", "a,,b", "--text", "a"), "must not be blank"),
     "a quote": (("--labels", 'a,"b', "--text", "a"), "a quote is not closed"),
     "labels twice": (("--labels", "a,b", "--labels-file", "x", "--text", "a"), "give one of them"),
@@ -297,7 +297,10 @@ CONTRADICTIONS = {
         ("--labels", "a,b", "-i", "rows.txt", "--resume"),
         "--output file in JSON",
     ),
-    "resume labelled": (("--labels", "a,b", "-i", "r", "-o", "x.txt", "--resume"), "of JSON lines"),
+    "resume labelled": (
+        ("--labels", "a,b", "-i", "r", "-o", "x.txt", "--resume"),
+        "file in JSON Lines",
+    ),
     "both": (("--labels", "a,b", "-i", "r", "-o", "x", "--resume", "--force"), "give one of them"),
     "a folder": (("--labels", "a,b", "-i", "rows.txt", "-o", "."), ". is a folder"),
     "rows without a file": (
@@ -327,7 +330,7 @@ def test_a_classifier_has_its_own_model_and_prompt(run, trained, base):
     for options in (("--prompt", "{text}!"), ("--score", "pmi"), ("-m", base), ("--chat",)):
         assert refused(
             run("classify", trained / "lora", "--text", "a", *options),
-            "has its own",
+            "determined by the CLASSIFIER",
             options[0][:2],
         )
 
@@ -432,7 +435,7 @@ def test_texts_that_are_read_in_part_are_told_of(run, base, labelled_files, tmp_
             ("--score", "contextual", "--prompt", "{text}", "--text", "x"),
             "needs a prompt with words around the text",
         ),
-        (("--score", "batch", "-i", "empty.txt"), "empty.txt: holds no rows; give a file"),
+        (("--score", "batch", "-i", "empty.txt"), "empty.txt: no rows; give a file"),
     ],
 )
 def test_scores_that_cannot_be_had_say_why(run, base, tmp_path, monkeypatch, options, message):

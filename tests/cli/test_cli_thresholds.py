@@ -186,7 +186,7 @@ def test_classify_and_evaluate_go_by_the_threshold_and_an_option_overrides_it(
         (("--threshold", "f1"), "f1 is chosen on the dev split in training, not on"),
         (("--threshold", "2"), "threshold must be in [0, 1], not 2"),
         (("--threshold", "ugly=0.2"), "no such label or rule"),
-        (("--positive", "ugly"), "'ugly' is none of the classes"),
+        (("--positive", "ugly"), "'ugly' is not one of the classes"),
         (("--against", "nowhere"), "no such file or folder"),
         (("--against-base", "x"), "name it with --against"),
     ],
@@ -365,9 +365,9 @@ def test_what_cannot_be_compared_is_refused_in_a_line(run, made, data, tmp_path)
     assert refused(against("names", renamed), "lacks 'good' and has 'Good'", "different classes")
     later = [*lines[:-1], lines[-1].replace('"good": 0', '"Good": 0')]
     assert refused(against("later", later), "row 30 has different classes")
-    assert refused(against("text", ["no JSON"]), "line 1 is no prediction")
+    assert refused(against("text", ["no JSON"]), "line 1 is not a prediction")
     assert refused(against("none", []), "predictions of 0 texts")
-    assert refused(against("null", ["null"]), "line 1 is no prediction")
+    assert refused(against("null", ["null"]), "line 1 is not a prediction")
     broken = [
         json.dumps(json.loads(line) | {"probabilities": {"bad": 9, "good": 9}}) for line in lines
     ]

@@ -52,8 +52,8 @@ def refusal(path: Path, options: DataOptions | None = None) -> str:
         (
             "x.txt",
             b"1 ||| a\n-1 ||| b\n",
-            ", line 2: label -1 means no label (where it is a class, "
-            f"name it in a file for --label-names){MEND}",
+            ", line 2: label -1 means no label (if it is a class, name it in a file for "
+            f"--label-names){MEND}",
         ),
         ("x.csv", b"text,label\na,b,c\n", f", line 2: columns: 3 here, 2 in the first line{MEND}"),
         ("x.csv", b"text,label\na,b\nc\n", f", line 3: columns: 1 here, 2 in the first line{MEND}"),

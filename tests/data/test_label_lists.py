@@ -248,11 +248,11 @@ def test_a_column_for_each_label_is_read_by_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cells", "reason"),
     [
-        ("2,0", "column 'a' holds '2', neither 0 nor 1"),
-        ("0,", "column 'b' holds nothing, neither 0 nor 1"),
+        ("2,0", "column 'a' contains '2', not 0 or 1"),
+        ("0,", "column 'b' contains nothing, not 0 or 1"),
         (",", "no label"),
         ("-1,-1", "no label"),
-        ("1,yes", "column 'b' holds 'yes', neither 0 nor 1"),
+        ("1,yes", "column 'b' contains 'yes', not 0 or 1"),
     ],
 )
 def test_cells_of_label_columns_are_0_or_1(tmp_path: Path, cells: str, reason: str) -> None:
@@ -267,7 +267,7 @@ def test_label_columns_that_cannot_be_are_refused(tmp_path: Path) -> None:
     path = columns(tmp_path / "x.csv", "text,a,b", "x,1,0")
     with pytest.raises(DataError, match="no column 'c'; choose --label-columns from 'text'"):
         load_dataset(path, DataOptions(label_columns="a,c"))
-    with pytest.raises(OptionError, match="never closed"):
+    with pytest.raises(OptionError, match="not closed"):
         load_dataset(path, DataOptions(label_columns='a,"b'))
     with pytest.raises(OptionError, match="omit --label-column, --label-lists"):
         DataOptions(label_columns="a,b", label_column="a", label_lists="labels")

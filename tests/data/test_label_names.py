@@ -260,7 +260,7 @@ def test_label_words_may_be_given_by_label() -> None:
     assert label_words_of(words, ["pos", "neg"]) == ("great", "bad, awful")
     with pytest.raises(OptionError, match="has words for 'neg', 'pos', but the labels are 'pos'"):
         label_words_of(words, ["pos", "other"])
-    with pytest.raises(OptionError, match="'x' is there twice"):
+    with pytest.raises(OptionError, match="'x' is given twice"):
         label_words_of('{"a": "x", "b": "x"}', ["a", "b"])
 
 

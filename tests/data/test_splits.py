@@ -244,7 +244,7 @@ def test_a_sample_of_several_labels_has_texts_without_any() -> None:
 
 
 def test_one_label_beside_several_is_told_as_what_it_is() -> None:
-    with pytest.raises(DataError, match="gives one label per text and"):
+    with pytest.raises(DataError, match="has one label per text, but"):
         check_splits(several((0,), (1, 2)), replace(dataset(1, 1, 1), label_names=["a", "b", "c"]))
 
 

@@ -160,7 +160,7 @@ def test_a_full_cache_and_other_rows_are_refused():
     engine = engine_for(our_model(**SHAPE))
     cache = begun(engine, capacity=8)
     continued(engine, cache, quick=True)
-    with pytest.raises(MinllamaError, match="the cache holds 8 tokens a row"):
+    with pytest.raises(MinllamaError, match="the cache has room for 8 tokens per sequence"):
         engine.forward(random_ids(3, 1), cache)
     with pytest.raises(MinllamaError, match="2 sequences for a cache of 3"):
         engine.forward(random_ids(2, 1), cache)

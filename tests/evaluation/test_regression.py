@@ -358,7 +358,7 @@ def test_kinds_are_not_mixed(tmp_path):
         fit(embedding(labels=["1", "2"]), numbers, None, dataclasses.replace(options, metric="mae"))
     with pytest.raises(MinllamaError, match="without --objective regression"):
         fit(embedding(labels=["1"], scale=TargetScale()), classes, None, options)
-    with pytest.raises(OptionError, match="metric accuracy is none of numbers"):
+    with pytest.raises(OptionError, match="metric accuracy is not for numbers"):
         fit(embedding(labels=["x"], scale=TargetScale()), numbers, None, options)
     with pytest.raises(MinllamaError, match="one output"):
         embedding(labels=["a", "b"], scale=TargetScale())
@@ -527,7 +527,7 @@ def test_the_page_is_whole_and_texts_are_data_in_it():
         ({"method": "zero-shot", "objective": "regression"}, "needs a head"),
         ({"objective": "regression", "training": {"metric": "accuracy"}}, None),
         ({"objective": "regression", "training": {"metric": "macro_f1"}}, "none of numbers"),
-        ({"objective": "head", "training": {"metric": "rmse"}}, "none of classes"),
+        ({"objective": "head", "training": {"metric": "rmse"}}, "not for classes"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(make_experiment, options, message):

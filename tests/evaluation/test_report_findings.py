@@ -58,7 +58,7 @@ def test_mistakes_come_in_the_order_of_confidence():
         ("seventy", 4, ["yes"], ["no"]),
         ("sixty", 2, ["no"], ["yes"]),
     ]
-    assert mistakes[0].reason == "over 99% sure, under 1% for the gold label"
+    assert mistakes[0].reason == "over 99% confidence, under 1% for the gold label"
     assert mistakes[2].reason == "60% sure, 40% for the gold label"
 
 
@@ -165,7 +165,7 @@ def last(n, rows=1000):
 def test_the_verdict_compares_with_the_best_of_the_others_row_by_row(own, others, sentence):
     text = verdict(own, others)
     assert text.endswith(sentence)
-    assert ("chance" in text) == ("holds zero" in text)
+    assert ("chance" in text) == ("includes zero" in text)
 
 
 def test_the_verdict_may_be_about_another_metric():

@@ -215,7 +215,7 @@ def test_nothing_is_chosen_on_what_is_measured():
 @pytest.mark.parametrize(
     ("positive", "labels", "multi_label", "message"),
     [
-        ("maybe", LABELS, False, "'maybe' is none of the classes 'no' and 'yes'"),
+        ("maybe", LABELS, False, "'maybe' is not one of the classes 'no' and 'yes'"),
         ("a", ["a", "b", "c"], False, "is for two classes, and these are 3 classes"),
         ("no", LABELS, True, "these are multi-label texts"),
     ],

@@ -120,7 +120,7 @@ def test_a_damaged_choice_of_layer_is_refused(make_experiment, tmp_path, content
 
 
 def test_resume_needs_a_checkpoint_and_a_method_that_is_trained(make_experiment):
-    with pytest.raises(MinllamaError, match="no checkpoint to go on from"):
+    with pytest.raises(MinllamaError, match="without a checkpoint to resume from"):
         run_experiment(make_experiment(), resume=True)
     with pytest.raises(OptionError, match="frozen has none"):
         run_experiment(make_experiment("frozen"), resume=True)
@@ -146,7 +146,7 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_is_begun_anew(
     heard = Heard()
     outcome = run_experiment(make_experiment(), resume=True, say=heard)
     assert heard.lines[0].endswith(
-        "was cut before its first checkpoint; starting from the beginning"
+        "was interrupted before its first checkpoint; starting from the beginning"
     )
     assert outcome.training.resumed_from == 0
     (state, *rest), (expected, *others) = map(results, (tmp_path / "run", tmp_path / "uncut"))
@@ -270,7 +270,7 @@ def test_names_in_layers_that_cannot_come_to_run_are_found_before_texts_are_comp
     only_last = LoRAOptions(target_modules=("layers.1.feed_forward.w1",))
     heard = Heard(interrupt_after=1)
     refused = OptionError if layer == "1" else KeyboardInterrupt
-    with pytest.raises(refused, match="names nothing" if layer == "1" else None):
+    with pytest.raises(refused, match="matches nothing" if layer == "1" else None):
         run_experiment(dataclasses.replace(experiment, lora=only_last), say=heard)
     assert (heard.titles == []) == (layer == "1")
 

@@ -83,7 +83,7 @@ def test_several_rows_go_on_as_they_do_alone():
     ],
 )
 def test_what_drafts_cannot_serve_is_refused(clash, name):
-    with pytest.raises(OptionError, match=f"leave out {name}"):
+    with pytest.raises(OptionError, match=f"omit {name}"):
         GenerationOptions(prompt_lookup=4, **clash)
 
 

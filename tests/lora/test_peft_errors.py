@@ -98,7 +98,7 @@ def refusal(adapter: Path, model: Llama | None = None) -> str:
         ({"layers_to_transform": ["a"]}, "layers_to_transform must be integers"),
         ({"rank_pattern": [1]}, "rank_pattern must be an object"),
         ({"rank_pattern": {"q_proj": "x"}}, "r must be an integer"),
-        ({"alpha_pattern": {"(q|v_proj": 3}}, "'(q|v_proj' is no regular expression"),
+        ({"alpha_pattern": {"(q|v_proj": 3}}, "'(q|v_proj' is not a regular expression"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path must be a string"),
     ],
 )
@@ -148,7 +148,7 @@ def test_damaged_configs_are_refused(adapter: Path, content: bytes, words: str) 
 
 
 def test_a_folder_without_an_adapter_is_refused(adapter: Path) -> None:
-    assert "there is no adapter_config.json; name the folder of a PEFT" in refusal(adapter / "x")
+    assert "no adapter_config.json; name a PEFT" in refusal(adapter / "x")
     (adapter / "adapter_model.safetensors").unlink()
     assert "neither adapter_model.safetensors nor adapter_model.bin" in refusal(adapter)
     (adapter / "adapter_config.json").unlink()
@@ -159,8 +159,8 @@ def test_a_folder_without_an_adapter_is_refused(adapter: Path) -> None:
 def test_an_adapter_of_another_base_lists_every_difference(adapter: Path) -> None:
     message = refusal(adapter, our_model(dim=24, n_layers=1))
     for line in (
-        f"{QUERY}.lora_A.weight has shape (8, 32) but the config implies (8, 24)",
-        f"{QUERY}.lora_B.weight has shape (32, 8) but the config implies (24, 8)",
+        f"{QUERY}.lora_A.weight has shape (8, 32), but the config implies (8, 24)",
+        f"{QUERY}.lora_B.weight has shape (32, 8), but the config implies (24, 8)",
         "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight is unexpected",
         "load the base model that adapter_config.json names",
     ):
@@ -177,13 +177,13 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed(adapter: Path) -> N
     message = refusal(adapter)
     assert f"{QUERY}.lora_B.weight is missing" in message
     assert f"{QUERY}.lora_magnitude_vector is unexpected" in message
-    assert "v_proj.lora_A.weight has shape (2, 3) but the config implies (8, 32)" in message
+    assert "v_proj.lora_A.weight has shape (2, 3), but the config implies (8, 32)" in message
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"r": 4}, f"{QUERY}.lora_A.weight has shape (8, 32) but the config implies (4, 32)"),
+        ({"r": 4}, f"{QUERY}.lora_A.weight has shape (8, 32), but the config implies (4, 32)"),
         ({"r": 10**12}, "but the config implies (1000000000000, 32)"),
         ({"use_dora": True}, f"{QUERY}.lora_magnitude_vector is missing"),
         ({"target_modules": ["q_proj"]}, "v_proj.lora_A.weight is unexpected"),
@@ -209,7 +209,7 @@ def test_a_config_that_its_tensors_contradict_is_refused(
 def test_a_misshapen_head_is_refused(adapter: Path, shape: tuple[int, ...]) -> None:
     set_config(adapter, task_type="SEQ_CLS")
     set_tensors(adapter, lambda tensors: tensors.update({HEAD: torch.ones(shape)}))
-    assert f"score.weight has shape {shape} but the config implies (" in refusal(adapter)
+    assert f"score.weight has shape {shape}, but the config implies (" in refusal(adapter)
 
 
 def test_a_head_that_no_config_speaks_of_is_refused(adapter: Path) -> None:

@@ -268,7 +268,7 @@ def test_two_adapters_are_loaded_beside_each_other(tmp_path: Path) -> None:
     assert_equal_logits(theirs, ours)  # the one loaded last is active
     set_adapters(ours, "mine")
     torch.testing.assert_close(logits(ours), plain_logits(tmp_path))
-    with pytest.raises(MinllamaError, match="an adapter 'theirs' is there already"):
+    with pytest.raises(MinllamaError, match="already an adapter 'theirs'"):
         load_adapter(ours, tmp_path / "adapter", adapter_name="theirs")
 
 

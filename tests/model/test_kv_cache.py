@@ -134,5 +134,7 @@ def test_a_growth_that_fails_changes_nothing(monkeypatch):
 
 
 def test_more_than_the_capacity_is_refused():
-    with pytest.raises(MinllamaError, match="holds 6 tokens a row: 4 are filled and 3 more"):
+    with pytest.raises(
+        MinllamaError, match="room for 6 tokens per sequence: 4 are filled, and 3 more"
+    ):
         filled([4, 2]).reserve(3)

@@ -126,8 +126,8 @@ def test_only_the_logits_asked_for_are_computed(monkeypatch):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (torch.tensor([[8], [0]]), "columns that 8 tokens do not have"),
-        (torch.tensor([[0], [-9]]), "columns that 8 tokens do not have"),
+        (torch.tensor([[8], [0]]), "positions that 8 tokens do not have"),
+        (torch.tensor([[0], [-9]]), "positions that 8 tokens do not have"),
         (torch.tensor([[0.5], [1.0]]), "integers, not torch.float32"),
         (torch.tensor([[True], [False]]), "integers, not torch.bool"),
         (torch.tensor([0, 1]), r"shape \(2,\); give \(B, N\), here \(2, N\)"),
@@ -329,7 +329,7 @@ def cache_of(model, batch_size=1, capacity=4):
         (lambda m: m.generate(random_ids(1, 4), 5, temperature=-1.0), "temperature must be >= 0"),
         (
             lambda m: m(random_ids(1, 5), cache=cache_of(m)),
-            "holds 4 tokens a row: 0 are filled and 5 more do not fit",
+            "room for 4 tokens per sequence: 0 are filled, and 5 more do not fit",
         ),
         (lambda m: m(random_ids(2, 2), cache=cache_of(m, 3)), "2 sequences for a cache of 3"),
         (
@@ -354,7 +354,7 @@ def cache_of(model, batch_size=1, capacity=4):
         (lambda m: m(random_ids(1, 2), logits="first"), "logits must be 'all', 'last'"),
         (
             lambda m: m(random_ids(1, 2), attention_mask=torch.zeros(1, 2), logits="last"),
-            "no real token",
+            "a sequence without tokens",
         ),
         (
             lambda m: m(random_ids(1, 2), positions=torch.tensor([[0, 64]])),

@@ -190,14 +190,17 @@ def test_null_counts_as_not_said_where_transformers_fails(
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a finite number"),
         ({"rope_scaling": {"type": "llama3", "factor": 2}}, "no low_freq_factor, high_freq"),
         ({"rope_scaling": {"type": ["linear"], "factor": 2}}, r"rope scaling \['linear'\]"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope' is not known"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, "'longrope' is unknown"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear', not a JSON object"),
         (
             {"rope_scaling": KINDS["linear"], "rope_parameters": "x"},
             "rope_parameters is 'x', not a JSON object",
         ),
         ({"rope_theta": 10**400}, "rope_theta must be a finite number above 0"),
-        ({"rope_scaling": {**KINDS["yarn"], ORIGINAL: 10**300}}, "is above 9007199254740992"),
+        (
+            {"rope_scaling": {**KINDS["yarn"], ORIGINAL: 10**300}},
+            "exceeds the limit of 9007199254740992",
+        ),
     ],
 )
 def test_what_is_not_clear_is_refused(changes: dict[str, Any], message: str) -> None:

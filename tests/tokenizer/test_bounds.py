@@ -61,7 +61,7 @@ EXCESSES = {
     "a long pattern": ({"pre_tokenizer": split("a" * 10**5)}, "100000 characters"),
     "a long template": (
         {"post_processor": {"type": "TemplateProcessing", "single": [{}] * 10**4}},
-        "puts 10000 tokens around",
+        "adds 10000 tokens",
     ),
     "many decoders": ({"decoder": sequence("decoders", *[BYTES] * 1000)}, "more than 32 decoders"),
     "a long token": ({"added_tokens": [{"id": 0, "content": "a" * 10**5}]}, "an added token"),

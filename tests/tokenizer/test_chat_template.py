@@ -448,7 +448,7 @@ def test_messages_too_long_to_render_are_not_blamed_on_the_template(
     monkeypatch.setattr(chat, "RENDER_MAX_CHARS", 1000)
     template = ChatTemplate("{{ messages[0].content[:5] }}")
     assert template.render([{"role": "user", "content": "é" * 985}]) == "é" * 5
-    with pytest.raises(MinllamaError, match=r"messages have 1001 characters, and 1000 can be"):
+    with pytest.raises(MinllamaError, match=r"messages have 1001 characters, but at most 1000"):
         template.render([{"role": "user", "content": "é" * 986}])
 
 
@@ -486,7 +486,7 @@ def test_the_worker_opens_no_files_and_sees_no_secrets(monkeypatch: pytest.Monke
         ("{{ messages.append(1) }}", "it accesses 'append' of a list"),
         ("{{ messages[0].update(role='system') }}", "it accesses 'update' of a dict"),
         ("{{ cycler.__init__.__globals__ }}", "it accesses '__init__'"),
-        ("{{ '{0.__class__.__init__}'.format(raise_exception) }}", "for '__class__'"),
+        ("{{ '{0.__class__.__init__}'.format(raise_exception) }}", "it accesses '__class__'"),
         ("{{ raise_exception.__globals__ }}", "it accesses '__globals__'"),
         ("{{ self._TemplateReference__context.environment.globals }}", "accesses '_Temp"),
         ("{% include '/etc/passwd' %}", "no loader for this environment"),
@@ -525,7 +525,7 @@ def test_a_fault_in_a_template_is_one_line(source: str, message: str) -> None:
         ([{"role": "user", "content": 3}], "content must be a string or a list of parts"),
         ([{"role": "user", "content": ["x"]}], "content must be a string or a list of parts"),
         ([{"role": "user", "content": "", 1: 2}], "messages[0]: the key 1 must be a string"),
-        ([{"role": "user", "content": b"x"}], "messages[0]: holds a bytes, which no template"),
+        ([{"role": "user", "content": b"x"}], "messages[0]: contains a bytes, which templates"),
     ],
 )
 def test_a_malformed_message_is_refused(messages: Any, message: str) -> None:

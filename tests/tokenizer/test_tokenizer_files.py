@@ -217,5 +217,5 @@ def test_convert_refuses_a_tokenizer_larger_than_the_model(
         main([*arguments, "--tokenizer", str(tmp_path / "words")])
     assert ended.value.code == 2
     told = capfd.readouterr().err
-    assert re.fullmatch(r"minllama: .*words: \d+ tokens, and the model has 61; .*\n", told)
+    assert re.fullmatch(r"minllama: .*words: \d+ tokens, but the model has 61; .*\n", told)
     assert not (tmp_path / "out").exists()

@@ -172,7 +172,7 @@ def test_a_tokenizer_bin_written_byte_by_byte() -> None:
         (struct.pack("<ifi", 4, 0.0, 2) + b"a", "truncated in token 0"),
         (struct.pack("<ifi", 4, 0.0, 1) + b"a\x00", "truncated in token 1"),
         (struct.pack("<ifi", 4, 0.0, 1) + b"\xff", "token 0 is not UTF-8"),
-        (struct.pack("<ifi", 4, 0.0, 1) + b"a", "token 0 is 'a', where <unk> is due"),
+        (struct.pack("<ifi", 4, 0.0, 1) + b"a", "token 0 is 'a', not <unk>"),
     ],
 )
 def test_a_damaged_tokenizer_bin_is_one_line(data: bytes, message: str) -> None:

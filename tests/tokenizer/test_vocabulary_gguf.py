@@ -353,7 +353,7 @@ def test_a_vocabulary_may_have_no_merges(bytes_fields: dict[str, Any], tmp_path:
 
 
 def test_an_unknown_kind_is_named_with_those_known(bytes_fields: dict[str, Any]) -> None:
-    with pytest.raises(TokenizerError, match=r"a\.gguf: unknown tokenizer 'bert'; known are 'llam"):
+    with pytest.raises(TokenizerError, match=r"a\.gguf: unknown tokenizer 'bert'; known: 'llam"):
         from_gguf(bytes_fields | {GGML + "model": "bert"}, Path("a.gguf"))
     known = "known are smollm, llama-bpe, gpt-2, default"
     with pytest.raises(TokenizerError, match=f"a: unknown pre-tokenizer 'kimi-k2'; {known}"):
@@ -428,7 +428,7 @@ def test_the_unknown_token_is_found_by_field_type_or_name(pieces_fields: dict[st
 
 
 def test_more_tokens_than_the_model_has_is_an_error() -> None:
-    with pytest.raises(TokenizerError, match="SentencePiece: 600 tokens, and the model has 599"):
+    with pytest.raises(TokenizerError, match="SentencePiece: 600 tokens, but the model has 599"):
         to_gguf(from_model(tiny_sentencepiece(), "tiny"), 599)
 
 

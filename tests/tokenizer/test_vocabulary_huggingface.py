@@ -286,7 +286,7 @@ def test_tokens_listed_beside_a_tokenizer_json_are_added(tmp_path: Path) -> None
     assert Tokenizer(load_vocabulary(tmp_path)).encode("<|new|>", special=True) == [259]
     decoder["300"] = {"content": "<|gap|>"}
     write_folder(tmp_path, tokenizer_config={"added_tokens_decoder": decoder})
-    with pytest.raises(TokenizerError, match=r"'<\|gap\|>' has the id 300, where 260 is due"):
+    with pytest.raises(TokenizerError, match=r"'<\|gap\|>' has the id 300, not 260"):
         load_vocabulary(tmp_path)
 
 
@@ -342,9 +342,9 @@ BAD_JSON = {
     "added tokens": ({"added_tokens": [{"id": 0}]}, "added_tokens is damaged"),
     "added id": (
         {"added_tokens": [added_token(9, "<s>", special=True)]},
-        "'<s>' has the id 9, where 0 is due",
+        "'<s>' has the id 9, not 0",
     ),
-    "decoder": ({"decoder": {"type": "WordPiece"}}, "its decoder is WordPiece; known are"),
+    "decoder": ({"decoder": {"type": "WordPiece"}}, "its decoder is WordPiece; known"),
     "no decoder": ({"decoder": None}, "its decoder is missing"),
     "prefix": (
         {"model": {"vocab": {"a": 0}, "continuing_subword_prefix": "##"}},

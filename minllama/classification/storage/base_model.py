@@ -28,12 +28,12 @@ from minllama.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Identity:
-    """What a model must be to be the same one, as classifier.json holds it.
+    """The fingerprint of a base model, as in classifier.json.
 
     Attributes:
-        weights: the digest of all its numbers.
-        config: all that its checkpoint says of it.
-        tokenizer: the digest of what makes ids of a text; None where it has none.
+        weights: digest of all weights.
+        config: from its checkpoint.
+        tokenizer: digest of the tokenizer; None without one.
     """
 
     weights: str
@@ -46,7 +46,7 @@ class Identity:
 
 
 def identity_of(checkpoint: Checkpoint) -> Identity:
-    """The identity of a checkpoint; all of its numbers are read."""
+    """The fingerprint of a checkpoint; reads all of its weights."""
     return Identity(
         weights_digest(checkpoint),
         comparable_config(checkpoint.config),
@@ -55,16 +55,15 @@ def identity_of(checkpoint: Checkpoint) -> Identity:
 
 
 def identity_of_source(llama: Llama, words: Tokenizer, tokenizer: str | None) -> Identity:
-    """The identity of the checkpoint that a model came from, which is compared with the model.
+    """The fingerprint of a model's checkpoint, after comparing it with the model.
 
     Args:
         llama: the model; adapters do not count.
         words: its tokenizer.
-        tokenizer: the path that it was read from, where it is not the checkpoint's own.
+        tokenizer: its path, if it is not the checkpoint's own.
 
     Raises:
-        MinllamaError: there is no such checkpoint (any more), or it holds another model or another
-            tokenizer.
+        MinllamaError: the checkpoint does not exist (any more), or has another model or tokenizer.
     """
     if llama.source is None:
         raise MinllamaError("it was made or merged in memory")
@@ -89,12 +88,12 @@ def load_same(
     *,
     causal: bool,
 ) -> Llama:
-    """The model of a checkpoint, which must be of that identity.
+    """Load a checkpoint's model, which must have that fingerprint.
 
-    Whatever form it is to have, what is stored is compared, so each is checked alike.
+    The stored weights are compared, whatever the weight format in use.
 
     Raises:
-        CheckpointError: it is another model; all that differs is told.
+        CheckpointError: it is another model; the message lists the differences.
     """
     checkpoint = checkpoint.without_head()
     changes = config_changes(expected.config, comparable_config(checkpoint.config))

@@ -30,10 +30,10 @@ CHUNK = 2**20  # numbers that are digested at a time, so that they stay in the c
 
 
 class WeightsDigest:
-    """The digest of a checkpoint's numbers, taken in a thread beside the one that loads them.
+    """The digest of a checkpoint's weights, computed in a thread while they are loaded.
 
     Attributes:
-        checkpoint: the same one; each of its tensors is digested when it is loaded.
+        checkpoint: the same one, whose tensors are digested as they are loaded.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -47,7 +47,7 @@ class WeightsDigest:
         self.checkpoint = dataclasses.replace(checkpoint, tensors=tensors)
 
     def hexdigest(self) -> str:
-        """SHA-256: 64 hexadecimal digits; of tensors that were not loaded, too, which are now."""
+        """SHA-256 in hexadecimal, including tensors that were not loaded."""
         total = hashlib.sha256()
         for name, tensor in self.checkpoint.tensors.items():
             if name not in self._digests:  # its blocks were taken as they are
@@ -66,12 +66,12 @@ class WeightsDigest:
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:
-    """The digest of all numbers of a checkpoint, of which nothing else is wanted."""
+    """The digest of all weights of a checkpoint, without loading a model."""
     return WeightsDigest(checkpoint).hexdigest()
 
 
 def weights_digest_of_source(llama: Llama, checkpoint: Checkpoint) -> str | None:
-    """The digest of a checkpoint's numbers; None where a Llama's base has others.
+    """The digest of a checkpoint's weights; None if the Llama's base differs from it.
 
     Adapters are left out, merged ones as well.
     """
@@ -92,7 +92,7 @@ def weights_digest_of_source(llama: Llama, checkpoint: Checkpoint) -> str | None
 
 
 def comparable_config(config: LlamaConfig) -> dict[str, Any]:
-    """What a checkpoint says of its Llama, as JSON gives it back."""
+    """A checkpoint's config, as it is after a round trip through JSON."""
     fields = dataclasses.asdict(config)
     said: dict[str, Any] = json.loads(
         json.dumps({name: value for name, value in fields.items() if name not in OF_USE})
@@ -101,7 +101,7 @@ def comparable_config(config: LlamaConfig) -> dict[str, Any]:
 
 
 def config_changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two configs, as a person would say it."""
+    """The differences between two configs, for a message."""
     return [
         f"its {name} is {now.get(name)}, was {was.get(name)}"
         for name in dict.fromkeys((*was, *now))
@@ -136,21 +136,21 @@ def _digest(name: str, tensor: Tensor) -> bytes:
 def base_tensors(llama: Llama) -> dict[str, Tensor]:
     """The weights of a Llama without its adapters, by the names that a checkpoint has for them.
 
-    Those of quantized modules are what these compute with, in float32.
+    Weights of quantized modules are dequantized, in float32.
     """
     numbers = {name: weight.dequantize() for name, weight in _quantized(llama).items()}
     return {**_dense_tensors(llama), **numbers}
 
 
 def _quantized(llama: Llama) -> dict[str, QuantizedWeight]:
-    """The quantized matrices of a Llama, by the names of what they stand for."""
+    """The quantized matrices of a Llama, by the names of their weights."""
     return {
         name.replace(".base.", "."): weight for name, weight in quantized_weights(llama).items()
     }
 
 
 def _dense_tensors(llama: Llama) -> dict[str, Tensor]:
-    """The weights that are in numbers, without adapters."""
+    """The dense weights, without adapters."""
     layers, weights = lora_layers(llama), _quantized(llama)
     tensors = {}
     for name, tensor in llama.state_dict().items():

@@ -31,10 +31,10 @@ def write_head(folder: Path, classifier: LlamaEmbeddingClassifier) -> None:
 
 
 def read_head(folder: Path, classifier: LlamaEmbeddingClassifier, digest: Any) -> None:
-    """Give the classifier the head that was saved.
+    """Load the saved head into the classifier.
 
     Raises:
-        CheckpointError: the file is missing, changed, or of other labels.
+        CheckpointError: the file is missing, changed, or for other labels.
     """
     from safetensors import safe_open
 
@@ -59,7 +59,7 @@ def read_head(folder: Path, classifier: LlamaEmbeddingClassifier, digest: Any) -
 
 
 def check_digest(path: Path, digest: Any) -> None:
-    """Raise a CheckpointError where a file is missing, or is not the one of this SHA-256."""
+    """Raise CheckpointError if a file is missing, or has another SHA-256."""
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing; restore the original folder")
     if sha256_of(path) != digest:

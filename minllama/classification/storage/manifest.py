@@ -41,7 +41,7 @@ def describe(
     tokenizer: str | None,
     training: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `classifier.json` holds, but for the digests of other files."""
+    """The content of `classifier.json`, without the digests of other files."""
     llama = classifier.llama
     content: dict[str, Any] = {
         "format": "minllama classifier",
@@ -97,7 +97,7 @@ def build(
     labels: list[str],
     prompt: PromptOptions,
 ) -> Classifier:
-    """The classifier that is described; a head has numbers that are still to be overwritten.
+    """Build the described classifier; the values of a head are loaded later.
 
     Raises:
         KeyError, TypeError, ValueError, MinllamaError: the description is damaged; see
@@ -146,10 +146,10 @@ def build(
 
 
 def in_words(path: Path) -> list[tuple[str, str]]:
-    """What classifier.json says of a classifier, as pairs of name and value, for people.
+    """The content of classifier.json as pairs of name and value, for display.
 
     Raises:
-        CheckpointError: it is missing, damaged, changed or of another version.
+        CheckpointError: it is missing, damaged, changed, or from another version.
     """
     content = read_description(path)
     with described_by(path):
@@ -180,7 +180,7 @@ def in_words(path: Path) -> list[tuple[str, str]]:
 
 
 def _prompt(options: Mapping[str, Any]) -> str:
-    """The frame around a text, for people."""
+    """The prompt template, for display."""
     said = json.dumps(options["prompt"], ensure_ascii=False)
     if not options.get("chat"):
         return said
@@ -189,7 +189,7 @@ def _prompt(options: Mapping[str, Any]) -> str:
 
 
 def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:
-    """From which probability on labels are predicted, for people."""
+    """The thresholds, for display."""
     if thresholds is not None:
         return one_line(read(thresholds, labels, multi_label=multi_label), labels)
     if multi_label:
@@ -200,7 +200,7 @@ def _predicted(thresholds: Any, labels: list[str], multi_label: bool) -> str:
 
 
 def write_description(path: Path, content: Mapping[str, Any]) -> None:
-    """Write classifier.json, with a digest of itself among those of the other files."""
+    """Write classifier.json, with digests of itself and the other files."""
     own = {CLASSIFIER_FILE: _digest(content)}
     content = {**content, "sha256": {**content["sha256"], **own}}
     text = json.dumps(content, indent=2, ensure_ascii=True, allow_nan=False, default=str)
@@ -208,10 +208,10 @@ def write_description(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What classifier.json holds.
+    """Read classifier.json.
 
     Raises:
-        CheckpointError: it is missing, damaged or of another version.
+        CheckpointError: it is missing, damaged, or from another version.
     """
     if not path.is_file():
         raise CheckpointError(
@@ -236,7 +236,7 @@ def read_checked(path: Path) -> dict[str, Any]:
     """As `read_description`, once each field is known to be of the right type and range.
 
     Raises:
-        CheckpointError: it is missing, damaged or of another version.
+        CheckpointError: it is missing, damaged, or from another version.
     """
     content = read_description(path)
     with described_by(path):
@@ -245,7 +245,7 @@ def read_checked(path: Path) -> dict[str, Any]:
 
 
 def check_unchanged(path: Path, content: Mapping[str, Any]) -> None:
-    """Raise a CheckpointError where classifier.json is not as it was written."""
+    """Raise CheckpointError if classifier.json was changed after it was saved."""
     if content["sha256"].get(CLASSIFIER_FILE) != _digest(content):
         raise CheckpointError(
             f"{path}: changed after it was saved (its SHA-256 differs); restore the original, or "
@@ -254,10 +254,9 @@ def check_unchanged(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of what is said of a classifier, however the JSON is laid out.
+    """SHA-256 of a manifest's content, independent of the JSON's layout.
 
-    Left out is what changes no number: where its base lies, which may move, and what is noted for
-    people.
+    Excluded is what does not affect results: the base's location, which may change, and notes.
     """
     base = {key: content["base"][key] for key in content["base"] if key not in WHERE}
     others = {name: sha for name, sha in content["sha256"].items() if name != CLASSIFIER_FILE}
@@ -267,7 +266,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 class described_by:
-    """Turns what is wrong with a description into one line that names its file."""
+    """Convert errors in a manifest to one line that names the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -27,14 +27,14 @@ def model_card(
     name: str,
     verdicts: Mapping[str, str] | None = None,
 ) -> str:
-    """README.md, from what classifier.json holds.
+    """README.md, from the content of classifier.json.
 
     Args:
-        classifier: what is saved.
+        classifier: to describe.
         content: that of classifier.json.
         metrics: split -> metric -> value.
         name: of the folder.
-        verdicts: split -> what the metrics come to, in a sentence or two.
+        verdicts: split -> a summary of the metrics in a sentence or two.
     """
     base = content["base"]["model"]
     lines = ["---", "library_name: minllama", "pipeline_tag: text-classification"]

@@ -84,25 +84,25 @@ def save_classifier(
     also: Callable[[Path], object] | None = None,
     removes: Collection[str] = (),
 ) -> None:
-    """Write a classifier; the folder appears whole or not at all, other files in it are kept.
+    """Save a classifier atomically; other files in the folder are kept.
 
-    A Llama whose weights are those of a checkpoint is named, not copied, with its adapter beside
-    it. One that was trained as a whole, or made in memory, is written too.
+    A base model that equals its checkpoint is referenced, not copied, and only its adapter is
+    saved. A fully trained model, or one created in memory, is saved as well.
 
     Args:
         classifier: of either kind.
-        folder: where to.
-        tokenizer: the file or folder that the tokenizer was read from, where it is not the
-            checkpoint's own; None for what it says of itself.
-        training: settings that it came about with, for people.
+        folder: the target.
+        tokenizer: the tokenizer's file or folder, if it is not the checkpoint's own; None for its
+            own record.
+        training: settings of its training, for the manifest and model card.
         metrics: split -> metric -> value, for the model card.
-        verdicts: split -> what these come to in a sentence, for the model card.
-        also: writes what else belongs into the folder that it is given, in the same step.
-        removes: names of what goes from the folder in this step.
+        verdicts: split -> a summary of the metrics, for the model card.
+        also: writes additional files into the folder that it receives, in the same atomic step.
+        removes: names of files to remove from the folder in this step.
 
     Raises:
-        MinllamaError: the folder cannot be written, several adapters take part or one in part, or
-            an adapter stands on a model that is in no file.
+        MinllamaError: the folder cannot be written, several adapters are active or one only partly,
+            or an adapter's base model is not in a file.
     """
     tokenizer = tokenizer or _tokenizer_elsewhere(classifier)
     if tokenizer is not None:
@@ -136,7 +136,7 @@ def save_classifier(
 
 
 def _tokenizer_elsewhere(classifier: Classifier) -> str | None:
-    """Where its tokenizer lies, if that is a place of its own."""
+    """The tokenizer's path, if it is separate."""
     source: str | None = getattr(classifier.tokenizer, "source", None)
     model = classifier.llama.source
     if source is None or source == model or source_of(source) is None or model is None:
@@ -151,10 +151,10 @@ def _tokenizer_elsewhere(classifier: Classifier) -> str | None:
 
 
 def _adapter_to_save(llama: Llama) -> str | None:
-    """The one adapter that takes part; None where none does.
+    """The active adapter; None without one.
 
     Raises:
-        MinllamaError: several do, or one in part, which PEFT's files have no words for.
+        MinllamaError: several are active, or one only partly, which PEFT's files cannot represent.
     """
     layers = lora_layers(llama).values()
     active = sorted({name for layer in layers for name in layer.active})
@@ -178,10 +178,10 @@ def _adapter_to_save(llama: Llama) -> str | None:
 def _identity_to_name(
     classifier: Classifier, tokenizer: str | None, adapter: str | None
 ) -> Identity | None:
-    """The identity of the checkpoint that the classifier stands on; None where it is in none.
+    """The fingerprint of the classifier's base checkpoint; None without one.
 
     Raises:
-        MinllamaError: it is in none, and an adapter's files do not hold it either.
+        MinllamaError: there is none, and an adapter's files do not contain the base.
     """
     try:
         return identity_of_source(classifier.llama, classifier.tokenizer, tokenizer)
@@ -195,7 +195,7 @@ def _identity_to_name(
 
 
 def _write_model(staging: Path, classifier: Classifier) -> Identity:
-    """Write the whole model, without adapters, and say what was written."""
+    """Write the complete model, without adapters, and return the names of its files."""
     vocabulary = getattr(classifier.tokenizer, "vocabulary", None)
     # Their files have no word for looking ahead; classifier.json says it.
     config = classifier.llama.config.replace(causal=True)
@@ -235,11 +235,11 @@ def _holds_model(folder: Path, llama: Llama) -> bool:
 
 
 def files_to_replace(folder: Path, *, is_own: bool) -> list[str]:
-    """What lies in a folder that a classifier of ours would take the place of, by name.
+    """The names of files in a folder that saving a classifier replaces.
 
     Args:
-        folder: need not be there.
-        is_own: its weights are written too.
+        folder: may not exist.
+        is_own: its weights are saved as well.
     """
     if not folder.is_dir():
         return []

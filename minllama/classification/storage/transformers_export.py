@@ -89,9 +89,9 @@ def save_for_transformers(
 
     Args:
         classifier: without an adapter (`merge_classifier`).
-        folder: where to.
-        also: writes what else belongs into the folder that it is given, in the same step.
-        removes: names of what goes from the folder in this step.
+        folder: the target.
+        also: writes additional files into the folder that it receives, in the same atomic step.
+        removes: names of files to remove from the folder in this step.
 
     Returns:
         What a person should hear, a line each.

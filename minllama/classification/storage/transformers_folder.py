@@ -103,7 +103,7 @@ def _load_adapter_classifier(folder: Path, options: LoadOptions) -> LlamaEmbeddi
 
 
 def _words_beside(folder: Path, options: LoadOptions) -> Tokenizer | None:
-    """The tokenizer that lies beside an adapter, unless another one is named."""
+    """The tokenizer beside an adapter, unless another one is given."""
     vocabulary = None if options.tokenizer is not None else find_vocabulary(folder)
     if vocabulary is None:
         return None

@@ -30,7 +30,7 @@ class Value:
 
 @dataclass(frozen=True)
 class System:
-    """The classifier, or something that it is compared with."""
+    """The classifier, or a system that it is compared with."""
 
     name: str
     own: bool  # the classifier
@@ -40,7 +40,7 @@ class System:
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of two systems, and how they differ, as people read it."""
+    """One metric of two systems, and their difference, formatted."""
 
     title: str
     first: str
@@ -57,13 +57,13 @@ def compared(evaluation: Evaluation) -> list[str]:
 
 
 def ranking(evaluation: Evaluation) -> list[str]:
-    """The metrics of rankings that are shown; of three classes or more where they are defined."""
+    """The ranking metrics to show; for three classes or more only if defined."""
     is_shown = evaluation.multi_label or evaluation.positive is not None
     return [*RANKING] if is_shown or evaluation.roc_auc is not None else []
 
 
 def undefined(evaluation: Evaluation) -> str | None:
-    """Which labels have no ranking to measure, and why, in a sentence; None where all have one."""
+    """A sentence about labels with undefined ranking metrics; None if all are defined."""
     many = evaluation.multi_label
     names = [metrics.name for metrics in evaluation.per_class if metrics.roc_auc is None]
     if not names or (len(evaluation.per_class) == 1 and not many):
@@ -77,13 +77,13 @@ def undefined(evaluation: Evaluation) -> str | None:
 
 
 def written(evaluation: Evaluation, metric: str) -> str:
-    """The metric as people read it."""
+    """The formatted metric."""
     value = evaluation.value(metric)
     return MISSING if value is None else METRICS[metric].form.format(value)
 
 
 def interval(evaluation: Evaluation, metric: str) -> tuple[str, str] | None:
-    """Both ends of the 95% interval as people read them, or `None` where there is none."""
+    """Both ends of the 95% interval, formatted; `None` without one."""
     ends = evaluation.intervals.get(metric)
     if ends is None:
         return None
@@ -96,12 +96,12 @@ def systems(
     others: Mapping[str, Evaluation],
     names: Sequence[str] | None = None,
 ) -> list[System]:
-    """The classifier and the others, the best of each metric marked.
+    """The classifier and the others, with the best of each metric marked.
 
     Args:
         evaluation: of the classifier.
         others: of other systems on the same rows, by name.
-        names: of the metrics; None for those of decisions.
+        names: of the metrics; None for the decision metrics.
     """
     rows = {OWN: evaluation, **others}
     best: dict[str, float | None] = {}
@@ -125,9 +125,9 @@ def systems(
 def verdict(
     evaluation: Evaluation, others: Mapping[str, Evaluation], metric: str = "accuracy"
 ) -> str:
-    """The metric in a sentence, and in a second one whether it beats the best of the others.
+    """A sentence with the metric, and one with the comparison to the best of the others.
 
-    That is by chance where the paired 95% interval of the difference holds zero, and only there.
+    The difference is called due to chance only if its paired 95% interval includes zero.
 
     Args:
         evaluation: of the classifier.
@@ -135,7 +135,7 @@ def verdict(
         metric: the headline, a name of `METRICS`.
 
     Raises:
-        MinllamaError: the best of the others was evaluated on other rows.
+        MinllamaError: the best of the others was evaluated on different rows.
     """
     sentence = _alone(evaluation, metric)
     if not others:
@@ -149,7 +149,7 @@ def verdict(
 
 
 def beside(paired: Paired, name: str, metric: str = "accuracy", *, among: int = 2) -> str:
-    """How the first of two systems compares with the second, in a sentence.
+    """A sentence that compares the first system with the second.
 
     Args:
         paired: the comparison.
@@ -215,7 +215,7 @@ def _ends(found: Difference, metric: Metric) -> str:
 
 
 def _as_written(evaluation: Evaluation, metric: str) -> float | None:
-    """What looks equal is equally good."""
+    """Values that are formatted equally count as equal."""
     value = evaluation.value(metric)
     return None if value is None else round(float(value), 3)
 

@@ -22,7 +22,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Pair:
-    """A class that is taken for another."""
+    """A class that is confused with another."""
 
     gold: str
     predicted: str
@@ -31,7 +31,7 @@ class Pair:
 
 
 def matrix(evaluation: Evaluation) -> list[list[Cell]] | None:
-    """Cells by gold and predicted class; `None` where they would be too many to look at."""
+    """Cells by gold and predicted class; `None` if there are too many."""
     names, table = evaluation.label_names, evaluation.confusion
     if evaluation.multi_label or len(names) > MAX_WITH_CELLS:
         return None
@@ -53,7 +53,7 @@ def matrix(evaluation: Evaluation) -> list[list[Cell]] | None:
 
 
 def pairs(evaluation: Evaluation) -> list[Pair]:
-    """The most frequent confusions, the most frequent first; none where classes are few."""
+    """The most frequent confusions, most frequent first; empty for few classes."""
     names, table = evaluation.label_names, evaluation.confusion
     if evaluation.multi_label or len(names) < MIN_PAIRS_CLASSES:
         return []

@@ -22,11 +22,11 @@ class ReportedSplit:
     """The predictions for one file of texts.
 
     Attributes:
-        name: what it is called: dev, test.
+        name: dev or test.
         texts: N.
         probabilities: (N, C).
         labels: N classes, or N collections of classes; `None` or -1 for rows without a label.
-        evaluation: of the rows that have a label; `None` where none has.
+        evaluation: of the labeled rows; `None` without any.
         others: evaluations of other systems on the same rows, by name: the baselines, the
             zero-shot start.
         headline: the metric that the verdict is about.
@@ -46,18 +46,18 @@ class ReportedSplit:
 
     @cached_property
     def paired(self) -> dict[str, Paired]:
-        """The classifier beside each of the others, row by row, by their names."""
+        """Paired comparisons with each of the others, by name."""
         own = self.evaluation
         return {} if own is None else {name: compare(own, it) for name, it in self.others.items()}
 
     @property
     def verdict(self) -> str:
-        """What the metrics come to, in a sentence or two; "" without an evaluation."""
+        """A summary in a sentence or two; "" without an evaluation."""
         own = self.evaluation
         return "" if own is None else verdict(own, self.others, self.headline)
 
     def gold(self, row: int) -> tuple[int, ...] | None:
-        """The classes that a row has, or `None` where nobody has said."""
+        """The gold classes of a row, or `None` without labels."""
         label = None if self.labels is None else self.labels[row]
         if not is_labelled(label):
             return None
@@ -66,10 +66,10 @@ class ReportedSplit:
 
 @dataclass(frozen=True, eq=False)
 class ReportedValues:
-    """The numbers that were predicted for one file of texts.
+    """The predicted numbers for one file of texts.
 
     Attributes:
-        name: what it is called: dev, test.
+        name: dev or test.
         texts: N.
         values: (N,).
         targets: N numbers; None without.
@@ -92,30 +92,30 @@ class ReportedValues:
 
     @property
     def verdict(self) -> str:
-        """What the metrics come to, in a sentence or two; "" without an evaluation."""
+        """A summary in a sentence or two; "" without an evaluation."""
         own = self.evaluation
         return "" if own is None else verdict_of_values(own, self.others)
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Everything that a report tells.
+    """The complete content of a report.
 
     Attributes:
         title: what was evaluated, in a few words.
         label_names: C different names.
-        splits: what was predicted, in the order of the page.
-        multi_label: each text has any number of labels.
+        splits: the predictions, in the order of the page.
+        multi_label: texts may have any number of labels.
         history: rows as training logs them: `step`, `loss`, and for some `dev_loss` or `dev_` and
-            the name of a metric of `Evaluation`. Empty where nothing was trained.
+            the name of a metric of `Evaluation`. Empty without training.
         settings: of the run; values may be mappings.
-        versions: of what was used, by name.
-        notes: what a reader must know about the data, such as duplicates; a line each.
+        versions: of the software, by name.
+        notes: about the data, such as duplicates; one line each.
         created: when the run began.
         seconds: how long it took.
-        score: how label words are scored; None where there are none.
-        thresholds: from which probability on labels are predicted; None for the likeliest class,
-            or each label from 0.5 on.
+        score: how label words are scored; None without label words.
+        thresholds: at which labels are predicted; None for the most likely class, or each label
+            with at least 0.5.
     """
 
     title: str
@@ -133,7 +133,7 @@ class Report:
 
     @property
     def has_numbers(self) -> bool:
-        """Whether numbers were predicted, and no classes."""
+        """Whether this is a regression."""
         return any(isinstance(split, ReportedValues) for split in self.splits)
 
     def predicted(self, split: ReportedSplit) -> NDArray[np.bool_]:

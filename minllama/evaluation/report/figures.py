@@ -80,7 +80,7 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def metric_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
-    """The metrics on dev, the best of each marked; `None` without any."""
+    """The metrics on dev, with the best of each marked; `None` without any."""
     series = {name: _series(history, key) for key, name in curves().items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
@@ -98,7 +98,7 @@ def metric_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 class Drawing:
-    """A plot that is being drawn, and what came of it."""
+    """A plot, and its SVG when it is done."""
 
     def __init__(self, axes: Any) -> None:
         self.axes = axes

@@ -29,7 +29,7 @@ DIGITS = 6  # significant ones of a probability: about what float32 holds
 def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
     """Write `report.html`, `metrics.json` and `predictions.jsonl` into `folder`.
 
-    What else is in the folder stays.
+    Other files in the folder are kept.
 
     Returns:
         The path of `report.html`.
@@ -43,7 +43,7 @@ def write_report(folder: str | os.PathLike[str], report: Report) -> Path:
 
 
 def write_files(folder: Path, report: Report) -> None:
-    """Write the files of `write_report` into a folder that is there."""
+    """Write the files of `write_report` into an existing folder."""
     # Half a character cannot be encoded: HTML has a reference for it that shows as �, and
     # JSON's own escape is what `backslashreplace` writes.
     (folder / PAGE_FILE).write_text(
@@ -61,7 +61,7 @@ def write_files(folder: Path, report: Report) -> None:
 
 
 def metrics_json(report: Report) -> str:
-    """Everything but the texts, with each row of a matrix on a line."""
+    """Everything except the texts, with one line per matrix row."""
     content = {
         "title": report.title,
         "created": None if report.created is None else report.created.isoformat(),
@@ -91,7 +91,7 @@ def metrics_json(report: Report) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: numbers that are not finite become null, unknowns strings."""
+    """The value for JSON: non-finite numbers become null, other types strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -108,7 +108,7 @@ def plain(value: Any) -> Any:
 def prediction_lines(report: Report, split: ReportedSplit) -> Iterator[str]:
     """For each text a line of JSON; with several labels a text, `label` and `predicted` are lists.
 
-    `label` is null for a text without a gold label, and `score` says how label words were scored.
+    `label` is null for a text without a gold label, and `score` is the scoring of label words.
     """
     names = report.label_names
 
@@ -133,7 +133,7 @@ def prediction_lines(report: Report, split: ReportedSplit) -> Iterator[str]:
 
 
 def _rounded(probabilities: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """To DIGITS significant digits, so that 0.3 is written so, and not 0.30000001192092896."""
+    """Round to DIGITS significant digits: 0.3, not 0.30000001192092896."""
     values = np.asarray(probabilities, dtype=np.float64)
     magnitude = np.floor(np.log10(np.maximum(values, 1e-300)))
     scale = 10.0 ** np.minimum(DIGITS - 1 - magnitude, 300)

@@ -14,7 +14,7 @@ MAX_TEXT = 5000  # characters of a text that are in the page at all
 
 @dataclass(frozen=True)
 class Mistake:
-    """One text whose label was missed."""
+    """One misclassified text."""
 
     row: int  # counted from 1
     gold: list[str]
@@ -70,7 +70,7 @@ def _reason(
 
 
 def roughly(probability: float) -> str:
-    """0.4857 -> 49%; but what is not certain is neither 0% nor 100%."""
+    """0.4857 -> 49%; never 0% or 100% unless exact."""
     if 0 < probability < 0.005:
         return "under 1%"
     if 0.995 <= probability < 1:
@@ -79,7 +79,7 @@ def roughly(probability: float) -> str:
 
 
 def folded(text: str) -> tuple[str, str, int]:
-    """The excerpt, the text if that is longer, and how much of it is left out."""
+    """The excerpt, the full text if longer, and the omitted length."""
     if len(text) <= EXCERPT * 1.2:  # no use in folding away a few words
         return text, "", 0
     excerpt = text[:EXCERPT]

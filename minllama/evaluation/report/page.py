@@ -62,12 +62,12 @@ def percent(value: float) -> str:
 
 
 def decimal(value: float | None) -> str:
-    """0.4857 -> 0.486; a dash where there is no value."""
+    """0.4857 -> 0.486; a dash without a value."""
     return "–" if value is None else f"{value:.3f}"
 
 
 def breakable(name: str) -> Markup:
-    """The name, escaped, with places where a long word may break: behind `_`, `.`, `/` and `-`."""
+    """The escaped name, with break opportunities in long words after `_`, `.`, `/` and `-`."""
 
     def broken(word: re.Match[str]) -> str:
         return re.sub("([_./-])", r"\1<wbr>", word[0])
@@ -122,7 +122,7 @@ def _facts(report: Report) -> list[str]:
 
 
 def _split(report: Report, split: ReportedSplit | ReportedValues) -> dict[str, Any]:
-    """What the template shows of one split."""
+    """The template's variables for one split."""
     if isinstance(split, ReportedValues):
         return shown_on_page(split)
     evaluation, names = split.evaluation, report.label_names

@@ -40,14 +40,14 @@ def print_summary(
     headline: str = "accuracy",
     console: "Console | None" = None,
 ) -> None:
-    """Print the metrics beside those of other systems, and how each class fared.
+    """Print the metrics, those of other systems, and the metrics of each class.
 
     Args:
         name: of the split.
         evaluation: of the classifier.
         others: of other systems on the same rows, by name.
-        headline: the metric that the first sentence is about.
-        console: where to print; standard output without it.
+        headline: the metric of the first sentence.
+        console: for the output; None for standard output.
     """
     from rich.console import Console
 
@@ -77,14 +77,14 @@ def print_paired(
     headline: str = "accuracy",
     console: "Console | None" = None,
 ) -> None:
-    """Print two systems on the same rows side by side, and what becomes of it.
+    """Print a comparison of two systems on the same rows.
 
     Args:
         names: of the two.
         first, second: their evaluations.
         paired: their comparison.
         headline: the metric that the sentence is about.
-        console: where to print; standard output without it.
+        console: for the output; None for standard output.
     """
     from rich.console import Console
 
@@ -194,14 +194,14 @@ def _table() -> "Table":
 
 
 def _words(words: str) -> "Text":
-    """A sentence, which may go on in the next line, with names from a file in it."""
+    """A sentence with names from a file, wrapped if needed."""
     from rich.text import Text
 
     return Text(printable(words))
 
 
 def _text(words: str) -> "Text":
-    """A name from a file: neither rich's markup nor what would steer the terminal."""
+    """A name from a file, without rich markup or terminal control characters."""
     from rich.text import Text
 
     return Text(printable(words), no_wrap=True, overflow="ellipsis")

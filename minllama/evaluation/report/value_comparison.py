@@ -22,7 +22,7 @@ class Cell(NamedTuple):
 
 
 def written(value: float | None, metric: str = "mae") -> str:
-    """A number for people: to some significant digits in the unit, else to three decimals."""
+    """A formatted number: with some significant digits in the unit, else three decimals."""
     if value is None:
         return "–"
     return in_unit(value) if METRICS[metric].in_unit else f"{value:.3f}"
@@ -39,7 +39,7 @@ def in_unit(value: float) -> str:
 def systems(
     evaluation: RegressionEvaluation, others: Mapping[str, RegressionEvaluation]
 ) -> list[tuple[str, list[Cell]]]:
-    """The regression and the others, the best of each metric marked."""
+    """The regression and the others, with the best of each metric marked."""
     rows = {OWN: evaluation, **others}
     cells: dict[str, list[Cell]] = {title: [] for title in rows}
     for metric, about in METRICS.items():
@@ -53,13 +53,13 @@ def systems(
 
 
 def interval(evaluation: RegressionEvaluation, metric: str) -> tuple[str, str] | None:
-    """Both ends of the 95% interval as people read them, or None where there is none."""
+    """Both ends of the 95% interval, formatted; None without one."""
     ends = evaluation.intervals.get(metric)
     return None if ends is None else (written(ends[0], metric), written(ends[1], metric))
 
 
 def verdict(evaluation: RegressionEvaluation, others: Mapping[str, RegressionEvaluation]) -> str:
-    """The mean error in a sentence, and in a second one whether it is less than that of others."""
+    """A sentence with the mean error, and one with the comparison to others."""
     off = in_unit(evaluation.mae)
     sentence = f"The mean absolute error is {off} on {evaluation.count:,} texts."
     if not others:

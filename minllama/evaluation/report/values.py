@@ -32,7 +32,7 @@ QUANTILES = {"least": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, 
 
 
 class Miss(NamedTuple):
-    """One text whose number was missed by much."""
+    """One text with a large error."""
 
     row: int  # counted from 1
     target: str
@@ -44,7 +44,7 @@ class Miss(NamedTuple):
 
 
 def shown_on_page(split: ReportedValues) -> dict[str, Any]:
-    """What the template shows of one split."""
+    """The template's variables for one split."""
     evaluation = split.evaluation
     shown: dict[str, Any] = {
         "name": split.name,
@@ -74,7 +74,7 @@ def _range(evaluation: RegressionEvaluation, metric: str) -> str:
 
 
 def _spread(values: NDArray[np.float64]) -> list[tuple[str, str]]:
-    """Quantiles of predicted numbers, in words."""
+    """Quantiles of predicted numbers, as text."""
     named = {**QUANTILES, "greatest": 1.0}
     if not len(values):
         return []
@@ -99,7 +99,7 @@ def scatter(split: ReportedValues) -> str:
 
 
 def worst_misses(split: ReportedValues) -> list[Miss]:
-    """The rows that are off by most."""
+    """The rows with the largest errors."""
     targets = np.asarray(split.targets, dtype=np.float64)
     errors = split.values - targets
     order = np.argsort(-np.abs(errors), kind="stable")[:MAX_MISSES]
@@ -113,7 +113,7 @@ def worst_misses(split: ReportedValues) -> list[Miss]:
 
 
 def value_lines(split: ReportedValues) -> Iterator[str]:
-    """For each text a line of JSON: its target as `label` (null without), and what is predicted."""
+    """One JSON line per text: its target as `label` (null without), and the prediction."""
     for i, text in enumerate(split.texts):
         row = {
             "split": split.name,
@@ -125,7 +125,7 @@ def value_lines(split: ReportedValues) -> Iterator[str]:
 
 
 def rounded(value: float) -> float:
-    """As float32 knows it, and no further digits."""
+    """With float32's digits."""
     return float(f"{value:.8g}")
 
 
@@ -135,7 +135,7 @@ def print_values(
     others: Mapping[str, RegressionEvaluation],
     console: "Console",
 ) -> None:
-    """Print the metrics beside those of other systems, as `print_summary` does for classes."""
+    """Print the metrics and those of other systems, as `print_summary` does for classes."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

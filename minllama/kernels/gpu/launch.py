@@ -19,7 +19,7 @@ from minllama.kernels.gpu.support import OLDEST, on, warn
 
 @functools.cache
 def works(device: torch.device) -> bool:
-    """Whether the kernels work on a device; warns if they should but do not."""
+    """Whether the kernels work on a device; logs why if they should but do not."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
     is_old = torch.cuda.get_device_capability(device) < OLDEST

@@ -1,18 +1,19 @@
-"""What launching kernels on a GPU needs: the device, sizes, and a warning if it is not possible."""
+"""What launching kernels on a GPU needs: the device, sizes, and a log message if it fails."""
 
 import contextlib
-import warnings
+import logging
 from typing import Any
 
 import torch
 
+logger = logging.getLogger("minllama")
 OLDEST = (8, 0)  # compute capability: Ampere, the first with bfloat16
 
 
 def warn(what: str, error: Exception) -> None:
-    """Warn once that something will be slower, and why."""
+    """Log that something will be slower, and why; nobody needs to act."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    warnings.warn(f"{what}, which is slower: {reason}", RuntimeWarning, stacklevel=3)
+    logger.warning("%s, which is slower: %s", what, reason)
 
 
 def power_of_two(n: int) -> int:
