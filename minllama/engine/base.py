@@ -1,4 +1,4 @@
-"""Engines: who computes the forward passes of a model that generates or is asked for scores.
+"""Engines compute the forward passes of a model for generation and scoring.
 
 `Engine` is what all of them answer to, and itself the one that runs the modules.
 `minllama.engine.choose.engine_for` opens the fastest one that computes exactly a model.
@@ -19,8 +19,8 @@ from minllama.model.llama import LlamaOutput
 class Engine:
     """A model made ready to run: here by its modules, which every other engine equals.
 
-    The model does not change while its engine is open; whoever changes it opens another one. A pass
-    over a prompt looks for changes (see `Snapshot` for what is seen), a decode step does not.
+    The model does not change while its engine is open; code that changes it opens another engine. A
+    pass over a prompt looks for changes (see `Snapshot` for what is seen), a decode step does not.
 
     Args:
         llama: a `minllama.Llama`.

@@ -151,7 +151,7 @@ def end_without_token(
 
 
 class Arriving:
-    """Token ids on their way from the device, for which only who asks for them waits."""
+    """Token ids on their way from the device; only reading them waits for it."""
 
     def __init__(self, ids: Tensor) -> None:
         self._event = None

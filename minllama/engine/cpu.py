@@ -68,7 +68,7 @@ KNOWN = (
 def can_run(llama: Any) -> bool:
     """Whether the native step computes what this Llama's modules do.
 
-    Plain and quantised layers on a CPU: no adapters; and what `is_supported` asks besides.
+    Plain and quantized layers on a CPU: no adapters; and what `is_supported` asks besides.
     """
     if library() is None or llama.device.type != "cpu" or llama.dtype not in KINDS:
         return False

@@ -4,7 +4,7 @@ The forward pass of `minllama.model.llama`, on the same weights and the same cac
 `minllama.kernels.gpu.decode_program`. Launched one by one its kernels would take longer than they
 run, so after the first step they are captured in a CUDA graph, one for each number of rows, and
 replayed. Graphs know addresses, not shapes: what changes from step to step (tokens, lengths, where
-the cache lies) is in memory that the kernels read. Knows nothing of what the tokens are for.
+the cache lies) is in memory that the kernels read.
 """
 
 import threading
@@ -43,7 +43,7 @@ NO_ROW = -(2**40)  # the length of a row that is only there to fill a graph's nu
 def can_run(llama: Any) -> bool:
     """Whether the graph step computes what this Llama's modules do.
 
-    Plain layers in the model's dtype and quantised ones, on a GPU that Triton compiles for; and
+    Plain layers in the model's dtype and quantized ones, on a GPU that Triton compiles for; and
     what `is_supported` asks besides.
     """
     return launch.works(llama.device) and computes(llama)

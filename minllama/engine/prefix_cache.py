@@ -24,7 +24,7 @@ class PrefixCache:
     """What sequences of one engine began with, by their tokens.
 
     Keys and values belong to the weights that they were computed by, and to the dtype that an
-    engine keeps them in: a prefix cache serves one engine, and is begun anew with another one.
+    engine keeps them in: a prefix cache serves one engine, and another engine needs a new one.
 
     A prompt whose beginning is found gets the same logits as one that is read from its start, but
     for the last bits of a sum, which depend on how many tokens a forward pass reads at once: the

@@ -2,7 +2,7 @@
 
 Each step reads one token of every running sequence, and with what is left of a token budget the
 prompts of those that wait. One scheduler serves the library's batches, samples and conversations;
-callers hand in requests and take tokens, and know nothing of caches.
+callers add requests and receive tokens; caches stay inside.
 """
 
 import math
@@ -147,7 +147,7 @@ class Scheduler:
         Raises:
             MinllamaError: the prompt is empty or longer than the context, or there is other work
                 beside a cache.
-            OptionError: more samples are asked for than may run at a time.
+            OptionError: more samples are requested than may run at a time.
         """
         request.check(self.engine.config)
         if request.n > self._most_running:
@@ -296,7 +296,7 @@ class Scheduler:
         return tokens
 
     def _choose_drafted(self, sequence: Sequence, logits: Tensor) -> list[Token]:
-        """The likeliest tokens: as many as the drafts foretold, and one more."""
+        """The most likely tokens: as many as the drafts foretold, and one more."""
         assert self._cache is not None
         tokens: list[Token] = []
         for place, token_id in enumerate(

@@ -26,8 +26,8 @@ class Token(NamedTuple):
         id: the token; None where the sequence ended with none: its prompt fills the context, or
             there was an error.
         logprob: its log-probability under the model (natural logarithm, before penalties,
-            temperature and filters); None unless asked for.
-        alternatives: the likeliest tokens and their log-probabilities, as many as asked for.
+            temperature and filters); None unless requested.
+        alternatives: the most likely tokens and their log-probabilities, as many as requested.
         finish_reason: why the sequence ends with it: `stop` (id is a stop id, or the constraint is
             met), `length`, or `error` (`Sequence.error`, of a scheduler only: generation raises
             it).
@@ -86,7 +86,7 @@ class Request:
         logprobs: report log-probabilities, and so many alternatives; None for neither.
         make_constraint: gives each sample a constraint of its own.
         make_drafter: gives each sample a drafter of its own. Drafts are for samplers that choose
-            the likeliest token; they are checked while the sequence runs alone.
+            the most likely token; they are checked while the sequence runs alone.
         salt: only requests of one salt share cached prefixes: by the time to its first token a
             caller could learn what others have sent.
         name: what errors call the prompt.

@@ -117,7 +117,7 @@ class Snapshot:
         if not self.is_current():
             raise MinllamaError(
                 "the model has changed since its engine was opened: open another one with "
-                "engine_for(model), and begin its caches anew"
+                "engine_for(model), and use new caches"
             )
 
 

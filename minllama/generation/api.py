@@ -1,8 +1,7 @@
 """From prompts to texts: generation as people use it, whole or streamed.
 
-Knows nothing of how tokens are computed (`minllama.generation.decode`) or chosen
-(`minllama.generation.sampling`), nor how they become text that stop strings end
-(`minllama.generation.stop_strings`).
+Encodes prompts, decodes them by `minllama.generation.decode`, and turns tokens into text that stop
+strings end (`minllama.generation.stop_strings`). The commands and users call it.
 """
 
 import builtins
@@ -48,13 +47,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One generated token's log-probability, and the likeliest alternatives'.
+    """One generated token's log-probability, and the most likely alternatives'.
 
     Attributes:
         id: the token.
         text: it for people: U+FFFD stands where it holds a part of a character.
         logprob: natural logarithm of its probability, before penalties, temperature and filters.
-        alternatives: ids of the likeliest tokens and their log-probabilities.
+        alternatives: ids of the most likely tokens and their log-probabilities.
         bytes: what the token stands for, as it is; those of neighbors, joined, are UTF-8.
     """
 
@@ -77,7 +76,7 @@ class Generation:
             other stop string are among them.
         finish_reason: `stop` (a stop token, a stop string) or `length` (max_new_tokens, or the end
             of the context).
-        logprobs: of each of `token_ids`; None unless asked for.
+        logprobs: of each of `token_ids`; None unless requested.
     """
 
     prompt_ids: list[int]
@@ -96,7 +95,7 @@ class TextStream:
         prompts: texts, or token ids where the caller has encoded them.
         options: how to choose and when to end.
         cache: for one prompt whose beginning it already holds (see `Decoder`).
-        sampler: any callable that chooses tokens in the place of `options` (see `Decoder`).
+        sampler: any callable that chooses tokens instead of `options` (see `Decoder`).
 
     Attributes:
         results: one for each row, prompt * n + sample.
@@ -235,8 +234,8 @@ def stream(
 def check_can_fit(text: str, tokenizer: Tokenizer, context_len: int) -> None:
     """Refuse a text so long that no way to split it into tokens would fit the context.
 
-    Megabytes that are to be refused anyway are not taken apart first, in minutes and gigabytes.
-    One that is only somewhat too long passes: `Decoder` counts its tokens.
+    Megabytes that are to be refused anyway are not tokenized first, which would take minutes and
+    gigabytes. One that is only somewhat too long passes: `Decoder` counts its tokens.
 
     Raises:
         ContextError: it is that long.

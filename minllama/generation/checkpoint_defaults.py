@@ -93,7 +93,7 @@ class SamplingDefaults:
         if temperature := self.options.get("temperature"):
             said = {"temperature": temperature, **said}
         else:
-            said = {"the likeliest token": "", **said}
+            said = {"the most likely token": "", **said}
         text = ", ".join(f"{name} {_shown(value)}".rstrip() for name, value in said.items())
         if self.idle:
             text += f"; without effect, as do_sample is not true: {', '.join(self.idle)}"

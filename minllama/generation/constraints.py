@@ -1,8 +1,9 @@
 """Generation held to a JSON schema or a regular expression, through the library llguidance.
 
 At every step the tokens that cannot lead to a valid text are forbidden, so that what comes out is
-valid by construction (unless it is cut by max_new_tokens). Where the library gives up, that is an
-error, never a text that ends early. Knows nothing of the decode loop.
+valid by construction (unless max_new_tokens truncates it). Where the library gives up, that is an
+error, never a text that ends early. The scheduler calls a constraint
+before and after each token.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A conversation with a model: messages so far, and one answer after another.
 
 Each answer reads only what is new since the last one: the cache of keys and values is kept, and cut
-back to where the new prompt departs from the old. Knows nothing of terminals or servers.
+back to where the new prompt departs from the old.
 """
 
 import reprlib

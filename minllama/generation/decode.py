@@ -98,11 +98,11 @@ def request_of(
 
     Raises:
         OptionError: `options.stop_token_ids` holds a text, or there are both draft tokens, which
-            foretell the likeliest ones, and a sampler.
+            foretell the most likely ones, and a sampler.
     """
     most_drafts = options.prompt_lookup
     if most_drafts and sampler is not None:
-        raise OptionError("prompt_lookup is for the likeliest tokens alone; leave out sampler")
+        raise OptionError("prompt_lookup is for the most likely tokens alone; leave out sampler")
     if seed is None:
         number = random.SystemRandom().getrandbits(64) if options.seed is None else options.seed
         seed = f"{number}/0"
@@ -223,7 +223,7 @@ def token_ids(prompt: Iterable[int]) -> list[int]:
     """A prompt's ids as a list of plain integers.
 
     Raises:
-        MinllamaError: it is not a sequence of whole numbers.
+        MinllamaError: it is not a sequence of integers.
     """
     listed = plain_list(prompt)
     try:

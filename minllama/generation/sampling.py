@@ -1,6 +1,6 @@
 """From logits to the next token.
 
-Knows nothing of models, texts or loops: each function takes and returns tensors.
+Each function takes logits or probabilities and returns tensors; the scheduler calls them.
 """
 
 import math
@@ -50,7 +50,7 @@ def choose_tokens(
     ids = None
     if options.top_k:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
-    elif options.top_p < 1:  # needs the likeliest tokens first; nothing else is worth a sort
+    elif options.top_p < 1:  # needs the most likely tokens first; nothing else is worth a sort
         logits, ids = logits.sort(-1, descending=True)
     largest = logits.amax(-1, keepdim=True)
     # Shifted before it is divided, so that a tiny temperature gives infinity only downwards.
@@ -116,7 +116,7 @@ def _first_above(sums: Tensor, aims: Tensor) -> Tensor:
 
 
 def _only_of_numbers(chosen: Tensor, largest: Tensor) -> Tensor:
-    """-1 in the place of what was chosen where the largest logit is NaN or infinity."""
+    """-1 instead of what was chosen if the largest logit is NaN or infinity."""
     return torch.where(largest < math.inf, chosen, -1)
 
 
@@ -160,25 +160,25 @@ def apply_top_p(probabilities: Tensor, top_p: float) -> Tensor:
         top_p: in (0, 1].
 
     Returns:
-        (B, V), zero outside the set; not normalised again.
+        (B, V), zero outside the set; not normalized again.
     """
     if top_p == 1.0:
         return probabilities
     before = probabilities.cumsum(-1) - probabilities  # mass of all likelier tokens
     keep = before < top_p
-    keep[:, 0] = True  # the likeliest stays, whatever the rounding
+    keep[:, 0] = True  # the most likely stays, whatever the rounding
     return probabilities * keep
 
 
 def apply_min_p(probabilities: Tensor, min_p: float) -> Tensor:
-    """Keep tokens at least `min_p` times as likely as the likeliest (Nguyen et al. 2024).
+    """Keep tokens at least `min_p` times as likely as the most likely (Nguyen et al. 2024).
 
     Args:
         probabilities: (B, V).
         min_p: in [0, 1].
 
     Returns:
-        (B, V), zero elsewhere; not normalised again.
+        (B, V), zero elsewhere; not normalized again.
     """
     if min_p == 0.0:
         return probabilities

@@ -1,7 +1,7 @@
 """Drafts from the text itself: what followed the last time that its newest tokens stood there.
 
 Prompt lookup decoding (Saxena 2023): a drafting model that costs nothing. Drafts are checked in one
-pass and change no token (Leviathan et al. 2023). Knows nothing of models: it knows token ids.
+pass and change no token (Leviathan et al. 2023).
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Generated tokens -> the text that a reader gets, which ends before a stop string.
 
 A stop string may hold special tokens, alone or among other text, whether or not the reader is shown
-them. Knows nothing of models: it takes one row's tokens as they come.
+them. It takes the tokens of one sequence as they are generated.
 """
 
 from collections.abc import Iterator

@@ -51,7 +51,7 @@ def test_a_tokenizer_of_another_model_beside_it_is_not_used(
     shared_data: Path, stories: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(shared_data / "tokenizer.model", tmp_path)
-    with pytest.warns(CheckpointWarning, match="has 32000 tokens, and the model knows 512"):
+    with pytest.warns(CheckpointWarning, match="has 32000 tokens, but the model has 512"):
         assert open_checkpoint(stories).vocabulary is None
     for target in ("hf", "gguf"):
         assert run("convert", stories, tmp_path / target, "--to", target) == 0
