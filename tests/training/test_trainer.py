@@ -21,7 +21,8 @@ from torch import nn
 from minllama.data import Dataset
 from minllama.errors import CheckpointError, MinllamaError, OptionError, SlowDtypeWarning
 from minllama.evaluation.metrics import evaluate
-from minllama.evaluation.report.figures import DEV_LOSSES, DEV_METRICS
+from minllama.evaluation.registry import curves
+from minllama.evaluation.report.figures import DEV_LOSSES
 from minllama.model.llama import load_pretrained
 from minllama.options import TrainingOptions
 from minllama.training import run
@@ -470,7 +471,7 @@ def test_rows_say_what_an_evaluation_says(multi_label, tmp_path):
     names |= {"micro_f1": "micro_f1"} if multi_label else {}
     found = {key.removeprefix("dev_"): row[key] for key in row if key.startswith("dev_")}
     assert found == {short: getattr(now, name) for short, name in names.items()}
-    assert {key for key in row if key.startswith("dev_")} <= {*DEV_LOSSES, *DEV_METRICS}
+    assert {key for key in row if key.startswith("dev_")} <= {*DEV_LOSSES, *curves()}
     assert read_metrics(tmp_path / "run") == list(result.history)
     losses = [row["loss"] for row in result.history]
     assert losses[-1] < losses[0]
