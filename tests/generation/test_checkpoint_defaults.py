@@ -69,7 +69,7 @@ def test_defaults_are_those_that_transformers_generates_with(
 def test_settings_of_samples_that_none_is_drawn_by_are_named(folder: Path) -> None:
     says(folder, temperature=0.7, top_p=0.5, repetition_penalty=1.2)
     assert str(sampling_defaults(open_checkpoint(folder))) == (
-        "the likeliest token, repetition_penalty 1.2; without effect, as do_sample is not true: "
+        "the most likely token, repetition_penalty 1.2; without effect, as do_sample is not true: "
         "temperature, top_p"
     )
 

@@ -502,5 +502,5 @@ def test_any_callable_is_a_sampler(model, tokenizer):
             assert result.token_ids == expected
     assert len(seen[0]) == 2
     assert seen[1] == [n + 1 for n in seen[0]]
-    with pytest.raises(OptionError, match="prompt_lookup is for the likeliest tokens alone"):
+    with pytest.raises(OptionError, match="prompt_lookup is for the most likely tokens alone"):
         generate(model, tokenizer, "abc", prompt_lookup=3, sampler=second_best)

@@ -56,6 +56,6 @@ def test_a_tokenizer_of_another_model_beside_it_is_not_used(
     for target in ("hf", "gguf"):
         assert run("convert", stories, tmp_path / target, "--to", target) == 0
         said = capfd.readouterr().err.splitlines()
-        assert ["name one with --tokenizer" in line for line in said] == [True, False]
+        assert ["name the right one with --tokenizer" in line for line in said] == [True, False]
     assert run("generate", "Once", "-m", stories) == 2
     assert "no tokenizer in or beside the model" in capfd.readouterr().err

@@ -58,7 +58,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_tensors_that_do_not_fit_are_refused(case):
-    with pytest.raises(MinllamaError, match=r"do not fit|times"):
+    with pytest.raises(MinllamaError, match=r"do not match|times"):
         WRONG[case]()
 
 
@@ -256,7 +256,7 @@ def test_an_update_is_seen_by_who_saved_the_weights_for_a_backward_pass():
 @pytest.mark.parametrize("changes", [{"n_layers": 1}, {"n_kv_heads": 1}, {"head_dim": 4}])
 def test_a_cache_of_another_model_is_refused(changes):
     model, other = our_model(), our_model(**changes)
-    with torch.inference_mode(), pytest.raises(MinllamaError, match="of another model"):
+    with torch.inference_mode(), pytest.raises(MinllamaError, match="for another model"):
         model(random_ids(1, 3), cache=other.new_cache(1, 8))
 
 

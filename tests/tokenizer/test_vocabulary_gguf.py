@@ -355,7 +355,7 @@ def test_a_vocabulary_may_have_no_merges(bytes_fields: dict[str, Any], tmp_path:
 def test_an_unknown_kind_is_named_with_those_known(bytes_fields: dict[str, Any]) -> None:
     with pytest.raises(TokenizerError, match=r"a\.gguf: unknown tokenizer 'bert'; known: 'llam"):
         from_gguf(bytes_fields | {GGML + "model": "bert"}, Path("a.gguf"))
-    known = "known are smollm, llama-bpe, gpt-2, default"
+    known = "known: smollm, llama-bpe, gpt-2, default"
     with pytest.raises(TokenizerError, match=f"a: unknown pre-tokenizer 'kimi-k2'; {known}"):
         from_gguf(bytes_fields | {GGML + "pre": "kimi-k2"}, "a")
 
