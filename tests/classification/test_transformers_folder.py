@@ -387,7 +387,7 @@ def exported(minllama, tmp_path, *options):
 def test_transformers_computes_the_same_probabilities(minllama, tmp_path, multi_label):
     ours = trained(tmp_path, multi_label=multi_label)
     theirs, said = exported(minllama, tmp_path)
-    assert "temperature 1.7 is folded" in said
+    assert "temperature 1.7, which is folded" in said
     assert list(theirs.config.id2label.values()) == list(NAMES)
     logits = their_logits(theirs, tmp_path / "out", TEXTS)
     torch.testing.assert_close(logits, torch.from_numpy(ours.predict_logits(TEXTS) / 1.7))

@@ -276,13 +276,16 @@ def test_classify_by_words_alone_names_its_score(run, base, rows, tmp_path):
 
 CONTRADICTIONS = {
     "nothing": ((), "give either texts with --text or a file"),
-    "texts and file": (("--text", "a", "-i", "rows.txt"), "one of them"),
+    "texts and file": (("--text", "a", "-i", "rows.txt"), "give either texts"),
     "no classifier": (("--text", "a"), "give either a CLASSIFIER or --labels"),
     "one label": (("--labels", "a", "--text", "a"), "only one label"),
     "the same label": (("--labels", "a, a", "--text", "a"), "is given twice"),
     "empty label": (("--labels", "a,,b", "--text", "a"), "must not be blank"),
     "a quote": (("--labels", 'a,"b', "--text", "a"), "a quote is not closed"),
-    "labels twice": (("--labels", "a,b", "--labels-file", "x", "--text", "a"), "give one of them"),
+    "labels twice": (
+        ("--labels", "a,b", "--labels-file", "x", "--text", "a"),
+        "exclude each other",
+    ),
     "no labels file": (("--labels-file", "nowhere", "--text", "a"), "No such file"),
     "base": (("--labels", "a,b", "--base", "x", "--text", "a"), "--labels, use --model"),
     "batch": (
@@ -305,10 +308,13 @@ CONTRADICTIONS = {
     "a folder": (("--labels", "a,b", "-i", "rows.txt", "-o", "."), ". is a folder"),
     "rows without a file": (
         ("--labels", "a,b", "--text", "a", "--text-column", "b", "--force"),
-        "--force, --text-column: for the rows of --input",
+        "--force, --text-column: only for the rows of --input",
     ),
-    "resume of a text": (("--labels", "a,b", "--text", "a", "--resume"), "--resume: for the rows"),
-    "json of rows": (("--labels", "a,b", "-i", "rows.txt", "--json"), "--json: for --text"),
+    "resume of a text": (
+        ("--labels", "a,b", "--text", "a", "--resume"),
+        "--resume: only for the rows",
+    ),
+    "json of rows": (("--labels", "a,b", "-i", "rows.txt", "--json"), "--json: only for --text"),
     "a correction of nothing": (
         ("--labels", "a,b", "--text", "a", "--prior-strength", "0.5"),
         "--prior-strength: only for --score pmi, contextual, batch",
@@ -549,7 +555,7 @@ def test_labels_of_any_kind_are_printed_on_one_line_each(run, base, tmp_path):
     assert "\u202e" not in result.out
     result = run("classify", tmp_path / "run", "-i", tmp_path / "train.jsonl", "--output-format",
                  "labelled")  # fmt: skip
-    assert refused(result, r"the label 'e\\nf' cannot be written in lines")
+    assert refused(result, r"the label 'e\nf' cannot be written in lines")
     result = run("evaluate", tmp_path / "run", "--data", tmp_path / "train.jsonl")
     assert result.status == 0, result.err
 

@@ -53,7 +53,7 @@ READ = {
 def test_the_name_says_the_format(classify, rows, tmp_path, name):
     status, out, err = classify("-i", rows, "-o", name, "--keep-columns", "all")
     assert (status, out) == (0, ""), err
-    assert "columns of the input, 'label' is called 'input_label' in the table\n" in err
+    assert "columns of the input, 'label' is named 'input_label' in the table\n" in err
     assert err.endswith("classified 9 texts, score sum\n")
     table = READ[name](tmp_path / name)
     expected = pd.read_csv(rows, dtype=str)
@@ -109,7 +109,10 @@ REFUSED = {
         ("-o", "/dev/null", "--output-format", "parquet"),
         "Parquet needs a regular file",
     ),
-    "json": (("-o", "out.csv", "--json"), "--json: for --text; --output-format is for --input"),
+    "json": (
+        ("-o", "out.csv", "--json"),
+        "--json: only for --text (--output-format is for --input)",
+    ),
     "a mark of lines": (
         ("-o", "out.jsonl", "--bom"),
         "--bom: only for CSV and TSV output; omit it",

@@ -179,7 +179,7 @@ def test_an_open_pipe_that_nobody_writes_to_is_left_out_and_a_slow_one_is_not(fo
         out, err = silent.stdout.read(), silent.stderr.read()  # its standard input stays open
         assert silent.wait(timeout=60) == 0
     assert json.loads(out)["prompt"] == "?"
-    assert b"nothing came through standard input in 1 s: left out (- waits for it)\n" in err
+    assert b"no data on standard input within 1 s: ignoring it (- waits for it)\n" in err
     reader, writer = os.pipe()
     os.set_blocking(reader, False)  # as some programs hand it on
     process = started(folder, "?", stdin=reader)
@@ -214,7 +214,7 @@ def test_special_tokens_in_a_prompt_are_said_and_made_tokens_on_request(run, fol
         assert tokenizer.decode(ids, skip_special=False) == f"<bos>{prompt}"
         assert "plain text" not in result.err
     assert "plain text" not in run("no markers < | >", *ONE).err
-    assert "(tokens with --special, without --chat)" in run(prompt, "--chat", *ONE).err
+    assert "(special tokens with --special, without --chat)" in run(prompt, "--chat", *ONE).err
     refused(
         run(prompt, "--chat", "--special"),
         "--special is for a prompt that is already in the model's chat format, and --chat "
@@ -237,8 +237,8 @@ def test_a_template_may_be_a_file_or_one_of_the_models(run, folder, tmp_path):
     (tmp_path / "empty").write_text("no template")
     for given, message in (
         ("none", "--chat-template none: neither a file nor a template of the model (default, sh"),
-        ("a\nb", "--chat-template a\\nb: no such file"),
-        (tmp_path, "no such file"),
+        ("a\nb", "--chat-template a\\nb: neither a file nor a template"),
+        (tmp_path, "neither a file nor a template"),
         (tmp_path / "empty", "not a Jinja template"),
     ):
         refused(run("hi", "--chat", "--chat-template", given), message)

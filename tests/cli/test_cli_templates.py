@@ -133,7 +133,7 @@ def test_train_keeps_it_and_no_other_command_needs_it(several, labelled_files, t
     status, _, err = run("train", *sources, *how, *chat, "loud", "-o", tmp_path / "run")
     assert status == 0, err
     assert load_classifier(tmp_path / "run").prompt.chat_template == LOUD
-    assert 'prompt       "{text}" in a chat template' in run("info", tmp_path / "run")[1]
+    assert 'prompt       "{text}" in a custom chat template' in run("info", tmp_path / "run")[1]
     assert run("classify", tmp_path / "run", "--text", TEXT)[0] == 0
 
 

@@ -214,7 +214,7 @@ def test_a_precision_out_of_reach_is_said(run, base, data, tmp_path):  # noqa: F
     )  # fmt: skip
     assert result.status == 0, result.err
     (line,) = [line for line in result.err.splitlines() if "not reached" in line]
-    assert "threshold of 'good': a precision of 0.99 is not reached on" in line
+    assert "threshold of 'good': precision 0.99 is not reached on" in line
     assert "the best is 0.5" in line
     notes = json.loads((tmp_path / "run" / "metrics.json").read_text())["notes"]
     assert line in notes
@@ -359,7 +359,7 @@ def test_what_cannot_be_compared_is_refused_in_a_line(run, made, data, tmp_path)
         (tmp_path / name).write_text("".join(f"{line}\n" for line in changed))
         return run(*arguments, tmp_path / name)
 
-    assert refused(against("short", lines[:-1]), "predictions of 29 texts, and", "has 30")
+    assert refused(against("short", lines[:-1]), "predictions of 29 texts, but", "has 30")
     assert refused(against("order", lines[::-1]), "texts differ from those of", "from row 1 on")
     renamed = [line.replace('"good"', '"Good"') for line in lines]
     assert refused(against("names", renamed), "lacks 'good' and has 'Good'", "different classes")

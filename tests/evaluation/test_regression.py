@@ -283,7 +283,7 @@ def test_a_part_is_set_aside_without_regard_to_numbers_and_no_text_is_on_both_si
     assert sorted(train.targets + dev.targets) == sorted(data.targets)
     assert random_split(data, 0.25, seed=3)[1].texts == dev.texts
     said = [str(notice) for notice in check_number_splits(data, dev)]
-    assert "different numbers: 20" in said[0]
+    assert "conflicting numbers: 20" in said[0]
     assert "10 of 10 rows have a text" in said[1]
     with pytest.raises(DataError, match="every row has the number"):
         check_number_splits(data.select([0, 0]))
@@ -481,7 +481,7 @@ def test_the_commands_give_numbers(make_experiment, minllama, tmp_path):  # noqa
             )
     for options in (("--headline", "brier"), ("--against", folder)):
         refused = minllama("evaluate", folder, "--data", train, *options, status=2).stderr
-        assert f"{options[0]}: for classes" in refused
+        assert f"{options[0]}: only for classes" in refused
     with pytest.raises(MinllamaError, match="predicts numbers; thresholds need class"):
         made.threshold = 0.3
     bad = rows(tmp_path / "bad.csv", "1", "good")
@@ -526,7 +526,7 @@ def test_the_page_is_whole_and_texts_are_data_in_it():
     [
         ({"method": "zero-shot", "objective": "regression"}, "needs a head"),
         ({"objective": "regression", "training": {"metric": "accuracy"}}, None),
-        ({"objective": "regression", "training": {"metric": "macro_f1"}}, "none of numbers"),
+        ({"objective": "regression", "training": {"metric": "macro_f1"}}, "not for numbers"),
         ({"objective": "head", "training": {"metric": "rmse"}}, "not for classes"),
     ],
 )

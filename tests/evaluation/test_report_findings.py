@@ -59,7 +59,7 @@ def test_mistakes_come_in_the_order_of_confidence():
         ("sixty", 2, ["no"], ["yes"]),
     ]
     assert mistakes[0].reason == "over 99% confidence, under 1% for the gold label"
-    assert mistakes[2].reason == "60% sure, 40% for the gold label"
+    assert mistakes[2].reason == "60% confidence, 40% for the gold label"
 
 
 def test_mistakes_of_several_labels_come_in_the_order_of_their_worst_label():

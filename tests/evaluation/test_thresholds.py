@@ -175,7 +175,7 @@ def test_a_threshold_is_reached_by_the_probability_that_is_written_so():
     ("threshold", "labels", "multi_label", "message"),
     [
         (("0.3",), ["a", "b", "c"], False, "not for 3 classes"),
-        (("0.3", "0.4"), LABELS, False, "is there 2 times; give one$"),
+        (("0.3", "0.4"), LABELS, False, "is given 2 times; give one$"),
         (("0.3", "0.4"), LABELS, True, "give one, or LABEL=THRESHOLD"),
         (("x=0.3",), LABELS, True, "'x=0.3': no such label or rule; give LABEL=0.3 with one of no"),
         (("x=0.3",), LABELS, False, "'x=0.3': no such label or rule"),
@@ -195,8 +195,8 @@ def test_thresholds_that_the_task_cannot_have_are_refused(threshold, labels, mul
         ("1.5", r"must be in \[0, 1\], not 1.5"),
         ("-0.1", r"must be in \[0, 1\]"),
         ("nan", r"must be in \[0, 1\]"),
-        ("precision=0", "precision must be in (0, 1]"),
-        ("recall=1.1", "recall must be in (0, 1]"),
+        ("precision=0", r"precision must be in \(0, 1\]"),
+        ("recall=1.1", r"recall must be in \(0, 1\]"),
         ("best", "f1, macro-f1, accuracy, balanced-accuracy, precision=0.9"),
         ("30%", "not '30%'"),
         ("", "empty string"),
@@ -285,7 +285,7 @@ def test_numbers_by_label_are_taken_from_python():
     assert as_thresholds({"no": 1}, LABELS, None) == Thresholds((1.0, 0.5))
     for value, message in (
         ({"no": 0.3}, "no label 'no' to set a threshold for; the labels are yes"),
-        (2, "a number in [0, 1], not 2"),
+        (2, r"a number in \[0, 1\], not 2"),
         (True, "not True"),
         (float("nan"), "not nan"),
         ("0.5", "not '0.5'"),

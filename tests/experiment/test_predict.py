@@ -208,7 +208,7 @@ def test_another_input_or_classifier_is_refused(rows, tmp_path):
     lines, changed = rows.read_text().splitlines(keepends=True), tmp_path / "changed.txt"
     for i in (4, 5):
         changed.write_text("".join([*lines[:i], "new\n", *lines[i + 1 :]]))
-        with pytest.raises(DataError, match=f"row {i} where .* no such row with that text"):
+        with pytest.raises(DataError, match=f"row {i} but .* no such row with that text"):
             lines_of(classifier, changed, done=done)
     for kept, message in ((3, "4 records before row 4, but .* has 3"), (4, "row 5")):
         changed.write_text("".join(lines[:kept]))

@@ -143,7 +143,7 @@ def test_kept_columns_that_are_called_as_ours_get_names_of_their_own(
     assert table["index"][0] == 0
     if output_format == "csv":
         (notice,) = notices
-        assert "'label' is called 'input_input_label' in the table, 'index' is called" in notice
+        assert "'label' is named 'input_input_label' in the table, 'index' is named" in notice
     # Resumed, the names are the same.
     before = output.read_bytes()
     assert written(embedding(), rows, output, output_format=output_format, **keep) == before

@@ -324,7 +324,7 @@ def cache_of(model, batch_size=1, capacity=4):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: m(random_ids(1, 65)), "65 tokens and the model's context 64"),
+        (lambda m: m(random_ids(1, 65)), "65 tokens, but the model's context is 64"),
         (lambda m: m.generate(random_ids(1, 60), 5), "make 65, but the context is 64"),
         (lambda m: m.generate(random_ids(1, 4), 5, temperature=-1.0), "temperature must be >= 0"),
         (
@@ -340,7 +340,7 @@ def cache_of(model, batch_size=1, capacity=4):
             lambda m: m(random_ids(1, 2), attention_mask=torch.tensor([[0, 1]]), cache=cache_of(m)),
             "padding must be on the right",
         ),
-        (lambda m: m(random_ids(1, 2)[0], logits="last"), r"of shape \(B, T\), neither 0"),
+        (lambda m: m(random_ids(1, 2)[0], logits="last"), r"shape \(B, T\), neither 0"),
         (
             lambda m: m(random_ids(2, 7), attention_mask=torch.ones(2, 6), logits="last"),
             r"attention_mask has shape \(2, 6\) and ids \(2, 7\)",

@@ -179,7 +179,7 @@ def test_null_counts_as_not_said_where_transformers_fails(
         # it would look for a type one level higher, and find none
         (
             {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
-            "settings of its own for full_attention",
+            "separate settings for full_attention",
         ),
         # its Llama ignores it, and vLLM's does not
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but"),
@@ -212,7 +212,7 @@ def test_what_is_overridden_is_said_and_what_is_not_read_is_listed() -> None:
     raw = raw_config("scaling beside yarn", "linear", "inside", "inside")
     said = rope_contradiction(raw)
     assert said is not None
-    assert "rope_scaling (linear) counts" in said
+    assert "rope_scaling (linear) is used" in said
     assert "rope_parameters beside it has rope_type 'yarn', factor 2.0" in said
     assert ignored_keys(raw) == [f"rope_scaling.{ORIGINAL}"]
     agreeing = raw_config("scaling beside default", "linear", "nowhere", "nowhere")
@@ -245,7 +245,7 @@ def test_a_contradiction_is_warned_of_when_the_folder_is_opened(tmp_path: Path) 
     file = tmp_path / "config.json"
     raw = json.loads(file.read_text())
     file.write_text(json.dumps({**raw, "rope_scaling": {"type": "linear", "factor": 4.0}}))
-    with pytest.warns(CheckpointWarning, match=r"config.json: rope_scaling \(linear\) counts"):
+    with pytest.warns(CheckpointWarning, match=r"config.json: rope_scaling \(linear\) is used"):
         assert load_pretrained(tmp_path).config.rope_scaling.factor == 4.0
     file.write_text(json.dumps({**raw, "rope_scaling": [4.0]}))
     with pytest.raises(CheckpointError, match=r"config.json: rope_scaling is \[4.0\]"):
