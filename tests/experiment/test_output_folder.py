@@ -120,7 +120,7 @@ def test_a_damaged_choice_of_layer_is_refused(make_experiment, tmp_path, content
 
 
 def test_resume_needs_a_checkpoint_and_a_method_that_is_trained(make_experiment):
-    with pytest.raises(MinllamaError, match="without a checkpoint to resume from"):
+    with pytest.raises(MinllamaError, match="no checkpoint to resume from"):
         run_experiment(make_experiment(), resume=True)
     with pytest.raises(OptionError, match="frozen has none"):
         run_experiment(make_experiment("frozen"), resume=True)

@@ -86,7 +86,7 @@ def test_a_prior_has_its_share_of_the_target(multi_label):
 
 
 def test_ordinal_classes_need_one_label_a_text():
-    with pytest.raises(MinllamaError, match="needs plain greedy decoding; omit --ordinal"):
+    with pytest.raises(MinllamaError, match="have no order; omit --ordinal"):
         Loss(make_dataset(multi_label=True), balanced=False, device=CPU, ordinal=1.0)
 
 
@@ -688,5 +688,5 @@ def test_metrics_are_lines_of_json(tmp_path):
     fit(TinyClassifier(), make_dataset(), None, options(), folder=tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(CheckpointError, match="only 6 of the 7 steps"):
+    with pytest.raises(CheckpointError, match="only 6 of the checkpoint's 7 steps"):
         read_metrics(tmp_path, 7)
