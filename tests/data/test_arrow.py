@@ -166,7 +166,7 @@ def test_columns_that_can_hold_no_label_are_named_with_their_type(tmp_path: Path
     assert "text" not in str(caught.value).partition("which")[2]  # the texts are no labels
     assert load_dataset(path, needs_labels=False).texts == ["a", "b"]
     path = write(tmp_path / "y.parquet", {"day": day})
-    with pytest.raises(DataError, match=r"which column holds the text\? there is none of that"):
+    with pytest.raises(DataError, match=r"which column holds the text\? no column has that"):
         load_dataset(path)
 
 

@@ -189,7 +189,9 @@ def test_a_list_of_zeros_and_ones_among_names_is_refused(tmp_path: Path) -> None
     path = tmp_path / "x.csv"
     for cells in (("a", "[0, 1, 0]"), ("[0, 1, 0]", "a"), ("[0, 1, 0]", "[1, 0]")):
         path.write_text("text,label\n" + "".join(f'some text,"{cell}"\n' for cell in cells))
-        with pytest.raises(DataError, match=r"a list of 3 labels, .*\[0, 1, 0\].*; --multi-label"):
+        with pytest.raises(
+            DataError, match=r"a list of 3 labels, .*\[0, 1, 0\].*; use --multi-label"
+        ):
             load_dataset(path)
 
 

@@ -523,7 +523,11 @@ def test_metrics_that_are_missing_are_an_error(rows, copied):
     path = copied / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.unlink() if rows is None else path.write_text("".join(lines[:rows]))
-    message = "metrics.jsonl: cannot be read" if rows is None else f"has only {rows} of the 6 steps"
+    message = (
+        "metrics.jsonl: cannot be read"
+        if rows is None
+        else f"has only {rows} of the checkpoint's 6 steps"
+    )
     with pytest.raises(CheckpointError, match=message):
         run(copied, resume=True)
 
