@@ -58,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--generated_sentence_high_temp_out", default="generated-sentence-temp-1.txt")
     add("--output", help="folder of the trained classifier (default runs/OPTION-EPOCHS-LR)")
     add("--force", action="store_true", help="replace an earlier run in that folder")
-    add("--resume", action="store_true", help="go on with a run in that folder that was cut")
+    add("--resume", action="store_true", help="continue an interrupted run in that folder")
     return parser
 
 
@@ -187,7 +187,7 @@ def train(args: argparse.Namespace) -> None:
         )
     except KeyboardInterrupt:
         if (Path(output) / "checkpoint").exists():
-            said = f"interrupted; {output} keeps what was trained: --resume goes on"
+            said = f"interrupted; {output} has a checkpoint: --resume continues it"
             print(said, file=sys.stderr)
         raise
     finally:

@@ -86,9 +86,8 @@ class Experiment:
             check_metric(self.training.metric, of_numbers=self.of_numbers)
         if self.classifier.method == "full" and self.dtype in HALF_NAMES:
             raise OptionError(
-                f"full training takes steps that {self.dtype} rounds away; omit --dtype: "
-                "weights are float32 then, and multiplied in bfloat16 where the hardware is good "
-                "at it"
+                f"full training takes steps too small for {self.dtype}; omit --dtype to use "
+                "float32 weights (multiplied in bfloat16 where the hardware is fast at it)"
             )
         if self.quantize == "auto":
             return
