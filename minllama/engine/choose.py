@@ -12,7 +12,7 @@ BACKENDS = ("cpu", "cuda_graph", "eager")
 
 
 def engine_for(llama: Any, backend: str | None = None) -> Engine:
-    """Open an engine for a model as it is now.
+    """Open an engine for the current state of a model.
 
     Args:
         llama: a `minllama.Llama`.
