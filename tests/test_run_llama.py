@@ -246,7 +246,7 @@ def test_an_interrupted_training_says_how_it_goes_on(files, base, capsys, monkey
 
     monkeypatch.setattr(TrainingRun, "_take_step", interrupted)
     assert run(files, "lora", "--epochs", 1, "--batch_size", 8, model=base) == 130
-    assert "--resume goes on" in capsys.readouterr().err
+    assert "--resume continues it" in capsys.readouterr().err
     monkeypatch.undo()
     assert run(files, "lora", "--epochs", 1, "--batch_size", 8, "--resume", model=base) == 0
     check_predictions(files)

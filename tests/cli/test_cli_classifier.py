@@ -121,7 +121,7 @@ WRONG = {
     ),
     "full in halves": (
         ("--method", "full", "--dtype", "bfloat16"),
-        "full training takes steps that bfloat16 rounds away; omit --dtype",
+        "full training takes steps too small for bfloat16; omit --dtype",
     ),
     "numbers in dev": (("--dev", "numbers.txt"), "--label-names FILE sets the names"),
 }
