@@ -157,7 +157,9 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_is_begun_anew(
 def test_a_run_that_has_ended_is_not_gone_on_with(make_experiment, tmp_path):
     run_experiment(make_experiment())
     before = contents(tmp_path / "run")
-    with pytest.raises(MinllamaError, match="without a checkpoint to resume from; --force replaces it"):
+    with pytest.raises(
+        MinllamaError, match="without a checkpoint to resume from; --force replaces it"
+    ):
         run_experiment(make_experiment(), resume=True)
     with pytest.raises(MinllamaError, match="an earlier run; --force replaces it"):
         run_experiment(make_experiment())
