@@ -43,6 +43,11 @@ class Engine:
         self.cache_dtype: torch.dtype = llama.dtype
         self.snapshot = Snapshot(llama)
 
+    @staticmethod
+    def runs(llama: Any) -> bool:
+        """Whether this kind of engine computes exactly what a model's modules do, on its device."""
+        return True
+
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """An empty cache of `rows` sequences of up to `capacity` tokens."""
         return KVCache(self.config, rows, capacity, dtype=self.cache_dtype, device=self.device)
@@ -70,9 +75,20 @@ class Engine:
             MinllamaError: the tokens do not fit into the context or the cache, or the model has
                 changed since the engine was opened.
         """
-        if ids.shape[1] > 1 or not cache.max_len:
-            self.snapshot.check()
+        self._check_model(ids, cache, logits)
         with torch.no_grad():
             return packing.forward(
                 self.llama, ids, attention_mask=attention_mask, cache=cache, logits=logits
             )
+
+    def _check_model(
+        self, ids: Tensor, cache: KVCache, logits: Literal["all", "last"] | None
+    ) -> None:
+        """Refuse a model that has changed, in a pass over a prompt.
+
+        A decode step does not look for changes, with draft tokens (whose logits are all read) or
+        without: it would take a tenth of it.
+        """
+        is_decode_step = cache.max_len > 0 and (ids.shape[1] == 1 or logits == "all")
+        if not is_decode_step:
+            self.snapshot.check()

@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 
-from minllama.engine import cpu, cuda_graph
 from minllama.engine.base import Engine
-from minllama.errors import OptionError
+from minllama.engine.cpu import CpuEngine
+from minllama.engine.cuda_graph import CudaGraphEngine
+from minllama.errors import MinllamaError, OptionError
 
-BACKENDS = ("cpu", "cuda_graph", "eager")
+ENGINES = (CpuEngine, CudaGraphEngine, Engine)  # a model gets the first one that runs it
+BACKENDS = tuple(engine.backend for engine in ENGINES)
 
 
 def engine_for(llama: Any, backend: str | None = None) -> Engine:
@@ -24,10 +26,9 @@ def engine_for(llama: Any, backend: str | None = None) -> Engine:
     """
     if backend not in (None, *BACKENDS):
         raise OptionError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    if backend == "eager" or (backend is None and torch.is_autocast_enabled(llama.device.type)):
-        return Engine(llama)  # autocast's dtypes are those of torch's operations
-    if backend == "cpu" or (backend is None and cpu.can_run(llama)):
-        return cpu.CpuEngine(llama)
-    if backend == "cuda_graph" or (backend is None and cuda_graph.can_run(llama)):
-        return cuda_graph.CudaGraphEngine(llama)
-    return Engine(llama)
+    if backend is None and torch.is_autocast_enabled(llama.device.type):
+        backend = Engine.backend  # autocast's dtypes are those of torch's operations
+    for engine in ENGINES:
+        if backend in (None, engine.backend) and engine.runs(llama):
+            return engine(llama)
+    raise MinllamaError(f"this model cannot run on the engine {backend!r}; use 'eager'")

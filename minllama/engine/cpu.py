@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from minllama.engine.base import Engine
 from minllama.engine.support import is_supported, linear_modules
-from minllama.errors import MinllamaError
 from minllama.kernels.cpu.library import call, library
 from minllama.kernels.cpu.ops import FEW_ROWS, floats, most_rows
 from minllama.kernels.cpu.structs import (
@@ -289,16 +288,15 @@ class CpuEngine(Engine):
     Numbers do not depend on the company that a sequence has in a decode step; in a pass of another
     length or kind they may differ in their last bits.
 
-    Raises:
-        MinllamaError: the compiled code does not compute what this model's modules do.
+    Args:
+        llama: a model that it `runs`: compiled code reads tensors by their address.
     """
 
     backend = "cpu"
+    runs = staticmethod(can_run)
 
     def __init__(self, llama: Any) -> None:
         super().__init__(llama)
-        if not can_run(llama):
-            raise MinllamaError("this model cannot run on the engine 'cpu'; use 'eager'")
         if llama.dtype == torch.float32 and llama.quantize is not None:
             # As in llama.cpp: half the memory, and half of what decoding a long text reads, for a
             # rounding that is small beside that of the weights.
@@ -324,9 +322,9 @@ class CpuEngine(Engine):
                 found = self._step.next_logits(ids, cache, table)
                 cache.advance([1] * len(ids))
                 return LlamaOutput(*found)
-        self.snapshot.check()
         if not is_short(ids, attention_mask, self.llama.long_dtype or self.llama.dtype):
             return super().forward(ids, cache, attention_mask=attention_mask, logits=logits)
+        self._check_model(ids, cache, logits)
         return self._short_pass(ids, cache, attention_mask, logits)
 
     def _short_pass(

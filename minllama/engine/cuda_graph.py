@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from minllama.engine.base import Engine
 from minllama.engine.support import is_supported, linear_modules
-from minllama.errors import MinllamaError
 from minllama.kernels.gpu import launch, support
 from minllama.kernels.gpu.decode_program import Layer, Model, Rows, Walk
 from minllama.model.attention_layout import check_continuation
@@ -303,16 +302,15 @@ def _weight(module: Any) -> Any:
 class CudaGraphEngine(Engine):
     """Decode steps of up to 128 sequences as one graph on a GPU; all else by the modules.
 
-    Raises:
-        MinllamaError: the kernels do not compute what this model's modules do, or not here.
+    Args:
+        llama: a model that it `runs`: kernels read tensors by their address.
     """
 
     backend = "cuda_graph"
+    runs = staticmethod(can_run)
 
     def __init__(self, llama: Any) -> None:
         super().__init__(llama)
-        if not can_run(llama):
-            raise MinllamaError("this model cannot run on the engine 'cuda_graph'; use 'eager'")
         self._step = step_of(llama)
 
     def forward(

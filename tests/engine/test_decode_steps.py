@@ -10,6 +10,7 @@ from torch import nn
 from minllama import AdamW, add_lora_wrapper
 from minllama.engine.choose import engine_for
 from minllama.engine.cpu import NativeStep
+from minllama.engine.support import Snapshot
 from minllama.errors import MinllamaError, OptionError
 from minllama.generation.sampling import SamplingOptions, choose_tokens
 from minllama.kernels.cpu.library import library
@@ -245,6 +246,20 @@ UNHARMED = {
     *("replaced", "written to", "trained", "loaded", "assigned", "other data", "converted"),
     *("training mode", "a bias", "a module", "loaded into its owner"),
 }
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_only_passes_over_a_prompt_look_for_changes(backend, monkeypatch):
+    looked = []
+    monkeypatch.setattr(Snapshot, "check", lambda snapshot: looked.append(snapshot))
+    engine = engine_for(our_model(**SHAPE), backend)
+    cache = begun(engine)
+    assert len(looked) == 1
+    engine.forward(random_ids(3, 1), cache)
+    engine.forward(random_ids(3, 4), cache, logits="all")  # draft tokens
+    assert len(looked) == 1
+    engine.forward(random_ids(3, 2), cache)  # the next turn of a conversation
+    assert len(looked) == 2
 
 
 def test_hooks_that_are_removed_again_are_no_change():
