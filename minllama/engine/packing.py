@@ -6,13 +6,14 @@ positions alone. Results are those of `minllama.model.llama`'s forward pass on p
 gradients; engines and classifiers call it. Positions are selected by their flat index b * T + t.
 """
 
+import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minllama.engine.support import has_hooks
 from minllama.kernels.cpu import attention, ops
@@ -23,7 +24,8 @@ from minllama.model.attention_layout import (
     check_inputs,
     check_logits,
     is_right_padded,
-    layout_of,
+    layout_of_continuation,
+    layout_of_whole,
     row_lens,
     selected_positions,
 )
@@ -57,12 +59,11 @@ def forward(
     Raises:
         MinllamaError: as `Llama.forward` does.
     """
-    check_inputs(ids, attention_mask, llama.config.vocab_size)
     check_logits(logits, attention_mask)
+    packing, layout = _laid_out(llama, ids, attention_mask, None, cache)
     selected = selected_positions(ids, attention_mask, logits)
     flat = None if selected is None else selected.flatten()
-    n_layers = len(llama.layers)
-    h = hidden_states(llama, n_layers, ids, attention_mask, cache=cache, selected=flat)
+    h = _hidden_states(llama, len(llama.layers), ids, packing, layout, cache, flat)
     h = llama.norm(h if selected is None else h.view(*selected.shape, -1))
     if cache is not None:
         cache.advance(row_lens(ids, attention_mask))
@@ -95,20 +96,36 @@ def hidden_states(
         MinllamaError: as `Llama.forward` does.
     """
     packing, layout = _laid_out(llama, ids, attention_mask, positions, cache)
+    return _hidden_states(llama, n_layers, ids, packing, layout, cache, selected)
+
+
+def _hidden_states(
+    llama: Llama,
+    n_layers: int,
+    ids: Tensor,
+    packing: "Packing | None",
+    layout: AttentionLayout,
+    cache: KVCache | None,
+    selected: Tensor | None,
+) -> Tensor:
+    """`hidden_states` of tokens that are laid out already."""
     tokens = ids if packing is None else packing.packed(ids)
     place = selected if packing is None or selected is None else packing.places(selected)
-    gathers = _can_select(llama, n_layers, place, tokens)
-    h = torch.empty(0)
-    for h in _layer_outputs(llama, tokens, layout, cache, n_layers - gathers):  # noqa: B007
-        pass
-    if gathers:
+    selects = _can_select(llama, n_layers, place, tokens)
+    h, rotation = _embedded(llama, tokens, layout)
+    for layer in llama.layers[: n_layers - selects]:
+        h = llama.run_layer(layer, h, rotation, layout, cache)
+    if selects:
+        layer = llama.layers[n_layers - 1]
+        assert isinstance(layer, LlamaLayer)
         assert place is not None
-        h = _last_layer(llama.layers[n_layers - 1], h, llama, layout, cache, place)
+        last = partial(_layer_at, layer, place)
+        h = llama.run_layer(last, h, rotation, layout, cache)
     h = h.to(llama.dtype)
     if selected is None:
         return h if packing is None else packing.padded(h)
     assert place is not None
-    h = h.squeeze(0) if gathers else h.flatten(0, 1).index_select(0, place)  # (M, D)
+    h = (h if selects else _at(h, place)).squeeze(0)  # (M, D)
     if packing is None:
         return h
     is_padding = packing.tokens[place] != packing.own(selected)
@@ -139,9 +156,14 @@ def layer_states(
     """
     packing, layout = _laid_out(llama, ids, attention_mask, positions, cache)
     tokens = ids if packing is None else packing.packed(ids)
-    for h in _layer_outputs(llama, tokens, layout, cache, len(llama.layers)):
-        h = h.to(llama.dtype)
-        yield h if packing is None else packing.padded(h)
+    h, rotation = _embedded(llama, tokens, layout)
+
+    def run(h: Tensor, layer: nn.Module) -> Tensor:
+        return llama.run_layer(layer, h, rotation, layout, cache)
+
+    for state in itertools.accumulate(llama.layers, run, initial=h):
+        state = state.to(llama.dtype)
+        yield state if packing is None else packing.padded(state)
 
 
 def dtype_of_pass(llama: Llama, n_tokens: int) -> torch.dtype:
@@ -152,43 +174,30 @@ def dtype_of_pass(llama: Llama, n_tokens: int) -> torch.dtype:
     return long if llama.device.type == "cpu" else llama.dtype
 
 
-def _layer_outputs(
-    llama: Llama, ids: Tensor, layout: AttentionLayout, cache: KVCache | None, n_layers: int
-) -> Iterator[Tensor]:
-    """The embeddings, then the output of each of the first layers: the loop of `Llama.forward`."""
+def _embedded(llama: Llama, ids: Tensor, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
+    """What the first layer reads, (B, T, D), and the rotation of all layers."""
     rotation = llama.rope(layout.positions, layout.text_len)
     h = llama.dropout(llama.tok_embeddings(ids)).to(dtype_of_pass(llama, ids.numel()))
-    yield h
-    for layer in llama.layers[:n_layers]:
-        h = llama.run_layer(layer, h, rotation, layout, cache)
-        yield h
+    return h, rotation
 
 
-def _last_layer(
-    layer: nn.Module,
+def _layer_at(
+    layer: LlamaLayer,
+    place: Tensor,
     x: Tensor,
-    llama: Llama,
+    rotation: Tensor,
     layout: AttentionLayout,
     cache: KVCache | None,
-    place: Tensor,
 ) -> Tensor:
     """`LlamaLayer.forward` at some tokens: (B, T, D) -> (1, M, D).
 
-    All are keys and values; behind the attention only these are computed.
+    All are keys and values; after the attention only these are computed.
     """
-    assert isinstance(layer, LlamaLayer)
-    rotation = llama.rope(layout.positions, layout.text_len)
-
-    def at_some(x: Tensor) -> Tensor:
-        attended = layer.attention.attend(layer.attention_norm(x), rotation, layout, cache)
-        projected = layer.attention.compute_output(_at(attended, place))
-        h: Tensor = _at(x, place) + layer.attention.resid_dropout(projected)
-        output: Tensor = h + layer.feed_forward(layer.ffn_norm(h))
-        return output
-
-    if llama.gradient_checkpointing and torch.is_grad_enabled():
-        return checkpoint(at_some, x, use_reentrant=False)  # type: ignore[no-any-return]
-    return at_some(x)
+    attended = layer.attention.attend(layer.attention_norm(x), rotation, layout, cache)
+    projected = layer.attention.compute_output(_at(attended, place))
+    h: Tensor = _at(x, place) + layer.attention.resid_dropout(projected)
+    output: Tensor = h + layer.feed_forward(layer.ffn_norm(h))
+    return output
 
 
 def _at(x: Tensor, place: Tensor) -> Tensor:
@@ -217,9 +226,10 @@ def _laid_out(
     check_inputs(ids, mask, llama.config.vocab_size)
     if cache is not None:
         cache.check_serves(llama.config, llama.dtype, llama.device)
-    elif positions is None and (found := _packed(llama, ids, mask)) is not None:
+        return None, layout_of_continuation(ids, mask, positions, cache, llama.config)
+    if positions is None and (found := _packed(llama, ids, mask)) is not None:
         return found
-    return None, layout_of(ids, mask, positions, cache, llama.config)
+    return None, layout_of_whole(ids, mask, positions, llama.config)
 
 
 def _packed(

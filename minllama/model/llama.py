@@ -10,6 +10,7 @@ H heads, K key/value heads, C head width, F hidden width, V vocabulary, R rank.
 
 import os
 import random
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -303,7 +304,7 @@ class Llama(LlamaPreTrainedModel):
         h = self.norm(h if selected is None else h.flatten(0, 1)[selected])
         return LlamaOutput(h, None if logits is None else self.compute_logits(h))
 
-    def run_layer(self, layer: nn.Module, h: Tensor, *arguments: Any) -> Tensor:
+    def run_layer(self, layer: Callable[..., Tensor], h: Tensor, *arguments: Any) -> Tensor:
         """One layer, (B, T, D) -> (B, T, D), with or without gradient checkpointing."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             h = checkpoint(layer, h, *arguments, use_reentrant=False)
