@@ -32,6 +32,7 @@ from minllama.engine.sequence import (
     samples_of,
 )
 from minllama.errors import MinllamaError, OptionError
+from minllama.model.inputs import padded
 from minllama.model.kv_cache import KVCache
 
 SPARE_TOKENS = 512  # slots that a cache has beyond twice its longest sequence
@@ -335,7 +336,7 @@ class Scheduler:
             end = len(prompt) if most is None else min(known + most, len(prompt))
             is_end = is_end and end == len(prompt)
             new.append(prompt[known:end])
-        ids, mask = _right_padded(new, self._device)
+        ids, mask = padded(new, self._device)
         output = self.engine.forward(
             ids, cache, attention_mask=mask, logits="last" if is_end else None
         )
@@ -459,13 +460,3 @@ def _keep_rows(entries: list[Any], cache: KVCache, keeps: Callable[[Any], bool])
 def pays_to_run_ahead(device: torch.device) -> bool:
     """Whether it computes by itself, so that it may go on while its choice is on its way here."""
     return device.type == "cuda"
-
-
-def _right_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """(B, T) ids with zeros behind shorter rows, and the mask of real ones; None if all are."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
-    if all(len(row) == longest for row in rows):
-        return ids, None
-    lens = torch.tensor([len(row) for row in rows], device=device)
-    return ids, torch.arange(longest, device=device) < lens.unsqueeze(-1)
