@@ -65,18 +65,21 @@ def model_options(command: Command) -> Command:
             common=True,
             help="File, folder or Hugging Face id (default: the embedded model).",
         ),
-        option(
-            "--tokenizer",
-            metavar="PATH",
-            group="Model",
-            help="Tokenizer file (also GGUF) or folder, if there is none beside the model.",
+        *_load_options(
+            tokenizer="Tokenizer file (also GGUF) or folder, if there is none beside the model.",
+            dtype="Data type of the weights; by default chosen for the command and machine.",
         ),
-        option(
-            "--dtype",
-            type=click.Choice(DTYPES),
-            group="Model",
-            help="Data type of the weights; by default chosen for the command and machine.",
-        ),
+    )
+    for add in reversed(options):
+        command = add(command)
+    return command
+
+
+def _load_options(*, tokenizer: str, dtype: str) -> tuple[Callable[[Command], Command], ...]:
+    """`--tokenizer`, `--dtype` and `--device`, with the help of the first two."""
+    return (
+        option("--tokenizer", metavar="PATH", group="Model", help=tokenizer),
+        option("--dtype", type=click.Choice(DTYPES), group="Model", help=dtype),
         option(
             "--device",
             metavar="DEVICE",
@@ -84,9 +87,6 @@ def model_options(command: Command) -> Command:
             help="cpu, cuda or mps; by default a GPU if there is one.",
         ),
     )
-    for add in reversed(options):
-        command = add(command)
-    return command
 
 
 def base_option(command: Command) -> Command:
@@ -130,23 +130,10 @@ def classifier_options(command: Command) -> Command:
             group="Model",
             help="The classifier's base model, if it has moved.",
         ),
-        option(
-            "--tokenizer",
-            metavar="PATH",
-            group="Model",
-            help="The classifier's tokenizer, if it has moved and is not the base model's own.",
-        ),
-        option(
-            "--dtype",
-            type=click.Choice(DTYPES),
-            group="Model",
-            help="Data type of the weights; by default as in training, for the same results.",
-        ),
-        option(
-            "--device",
-            metavar="DEVICE",
-            group="Model",
-            help="cpu, cuda or mps; by default a GPU if there is one.",
+        *_load_options(
+            tokenizer="The classifier's tokenizer, if it has moved and is not the base model's "
+            "own.",
+            dtype="Data type of the weights; by default as in training, for the same results.",
         ),
     )
     for add in reversed(options):

@@ -123,6 +123,12 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
+def value_of(evaluation: Any, metric: str) -> float | None:
+    """A metric of an `Evaluation` or `RegressionEvaluation`; None where it is undefined."""
+    further: dict[str, float | None] = evaluation.further
+    return further[metric] if metric in further else getattr(evaluation, metric)
+
+
 def metrics(*, of_numbers: bool) -> dict[str, Metric]:
     """Name -> metric, of classes or of numbers, in the order of tables."""
     return {metric.name: metric for metric in METRICS if metric.of_numbers == of_numbers}

@@ -87,10 +87,7 @@ class RegressionEvaluation:
 
     def value(self, metric: str) -> float | None:
         """A metric by its name; None where it is undefined."""
-        if metric in self.further:
-            return self.further[metric]
-        found: float | None = getattr(self, metric)
-        return found
+        return registry.value_of(self, metric)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON."""

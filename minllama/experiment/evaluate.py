@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from minllama.evaluation.thresholds import Chosen, Thresholds, choose_thresholds
 from minllama.experiment.evaluate_values import value_headlines
 from minllama.options.evaluation import ThresholdOptions
 from minllama.text import VERSION, printable
+
+T = TypeVar("T")
 
 
 def evaluate_classifier(
@@ -120,9 +122,8 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
     Raises:
         CheckpointError: its metrics.json is damaged.
     """
-    path = folder / METRICS_FILE
-    try:
-        splits = json.loads(path.read_bytes())["splits"]
+
+    def read(splits: dict[str, Any]) -> dict[str, dict[str, float]]:
         measured = {n: s["evaluation"] for n, s in splits.items() if s["evaluation"] is not None}
         if any("mae" in values for values in measured.values()):
             return {name: value_headlines(values) for name, values in measured.items()}
@@ -134,12 +135,8 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
             }
             for name, values in measured.items()
         }
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: damaged ({error}); delete it, or restore the original"
-        ) from error
+
+    return _of_saved_splits(folder, read)
 
 
 def saved_verdicts(folder: Path) -> dict[str, str]:
@@ -148,17 +145,29 @@ def saved_verdicts(folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: its metrics.json is damaged.
     """
+
+    def read(splits: dict[str, Any]) -> dict[str, str]:
+        verdicts = {name: split.get("verdict") for name, split in splits.items()}
+        return {name: v for name, v in verdicts.items() if v and isinstance(v, str)}
+
+    return _of_saved_splits(folder, read)
+
+
+def _of_saved_splits(folder: Path, read: Callable[[dict[str, Any]], dict[str, T]]) -> dict[str, T]:
+    """What `read` finds in the splits of the report in `folder`; empty without one.
+
+    Raises:
+        CheckpointError: its metrics.json is damaged.
+    """
     path = folder / METRICS_FILE
     try:
-        splits = json.loads(path.read_bytes())["splits"]
-        said = {name: split.get("verdict") for name, split in splits.items()}
+        return read(json.loads(path.read_bytes())["splits"])
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: damaged ({error}); delete it, or restore the original"
         ) from error
-    return {name: verdict for name, verdict in said.items() if verdict and isinstance(verdict, str)}
 
 
 def versions() -> dict[str, str]:
