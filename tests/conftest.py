@@ -31,9 +31,10 @@ OF_THE_PROCESSOR = {
         "lora_layer",
         "cpu",
         "cpu_refusals",
+        "decode_steps",
+        "dispatch",
         "packing",
         "quantization",
-        "short_pass",
         "half",
     )
 }

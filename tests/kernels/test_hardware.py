@@ -22,6 +22,7 @@ from minllama.kernels.cpu.library import best_level, library
 from minllama.kernels.cpu.ops import most_rows
 from minllama.options.loading import LoadOptions
 from minllama.quantization.modules import QuantizedLinear
+from tests.conftest import OF_THE_PROCESSOR, ROOT
 from tests.tiny import our_model, random_ids
 
 needs_library = pytest.mark.skipif(library() is None, reason="needs the compiled code")
@@ -234,3 +235,8 @@ def test_texts_are_read_in_bfloat16_where_that_is_fast(tmp_path, as_cpu):
     options = LoadOptions(device="cpu", quantize="auto")
     read = resolve_weight_format(open_checkpoint(path), options, "read")
     assert read == WeightFormat(torch.device("cpu"), torch.bfloat16)
+
+
+def test_the_files_of_tests_that_depend_on_the_processor_are_there() -> None:
+    """One that was renamed would no longer run as if on other processors."""
+    assert {path.name for path in (ROOT / "tests").rglob("test_*.py")} >= OF_THE_PROCESSOR
