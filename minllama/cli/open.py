@@ -310,6 +310,10 @@ def dataclass_options(
     return decorate
 
 
+# Of the options that hold several values, by the kind of one.
+_METAVARS = {str: "TEXT", int | str: "ID|TEXT", tuple[int | str, float]: "ID|TEXT=VALUE"}
+
+
 def _click_option(
     options: type[CheckedOptions], field: "dataclasses.Field[Any]", hint: Any, default: Any
 ) -> Callable[[Command], Command]:
@@ -328,7 +332,7 @@ def _click_option(
             *names, is_flag=True, flag_value=not default, default=default, help=text, **listed
         )
     if typing.get_origin(kind) is tuple:
-        metavar = "TEXT" if typing.get_args(kind)[0] is str else "ID|TEXT"
+        metavar = _METAVARS[typing.get_args(kind)[0]]
         return option(*names, multiple=True, default=default, help=text, **listed, metavar=metavar)
     if choices := field.metadata["choices"]:
         return option(*names, type=click.Choice(choices), default=default, help=text, **listed)

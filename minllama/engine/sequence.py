@@ -25,7 +25,7 @@ class Token(NamedTuple):
         row: index of the sequence: prompt * n + sample.
         id: the token; None where the sequence ended with none: its prompt fills the context, or
             there was an error.
-        logprob: its log-probability under the model (natural logarithm, before penalties,
+        logprob: its log-probability under the model (natural logarithm, before bias, penalties,
             temperature and filters); None unless requested.
         alternatives: the most likely tokens and their log-probabilities, as many as requested.
         finish_reason: why the sequence ends with it: `stop` (id is a stop id, or the constraint is

@@ -52,7 +52,7 @@ class TokenLogprob:
     Attributes:
         id: the token.
         text: it for people: U+FFFD stands where it holds a part of a character.
-        logprob: natural logarithm of its probability, before penalties, temperature and filters.
+        logprob: natural logarithm of its probability, before bias, penalties and all else.
         alternatives: ids of the most likely tokens and their log-probabilities.
         bytes: what the token stands for, as it is; those of neighbors, joined, are UTF-8.
     """
@@ -124,7 +124,11 @@ class TextStream:
             for p in prompts
         ]
         self._tokenizer = tokenizer
-        options = dataclasses.replace(options, stop_token_ids=_stop_ids(tokenizer, options))
+        options = dataclasses.replace(
+            options,
+            stop_token_ids=_stop_ids(tokenizer, options),
+            logit_bias=_biased_ids(tokenizer, options),
+        )
         self._decoder = Decoder(
             model,
             prompt_ids,
@@ -307,16 +311,32 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _stop_ids(tokenizer: Tokenizer, options: GenerationOptions) -> tuple[int, ...]:
     """The ids of `stop_token_ids`, and of the special tokens that are stop strings as a whole."""
     special = tokenizer.special_tokens
-    named = [_stop_id(tokenizer, token) for token in options.stop_token_ids]
+    remedy = "stop ends at any text"
+    named = [
+        _known_id(tokenizer, token, "stop_token_ids (--stop-token)", remedy)
+        for token in options.stop_token_ids
+    ]
     return tuple(dict.fromkeys(named + [special[text] for text in options.stop if text in special]))
 
 
-def _stop_id(tokenizer: Tokenizer, token: int | str) -> int:
+def _biased_ids(tokenizer: Tokenizer, options: GenerationOptions) -> tuple[tuple[int, float], ...]:
+    """`logit_bias` by ids alone."""
+    name, remedy = "logit_bias (--logit-bias)", "give the ids of its tokens"
+    return tuple(
+        (_known_id(tokenizer, token, name, remedy), value) for token, value in options.logit_bias
+    )
+
+
+def _known_id(tokenizer: Tokenizer, token: int | str, name: str, remedy: str) -> int:
+    """The id of a token that an option names by its id or text.
+
+    Raises:
+        OptionError: the vocabulary has no such token.
+    """
     if isinstance(token, int):
         if token >= tokenizer.vocab_size:
             raise OptionError(
-                f"stop_token_ids (--stop-token) holds {token}, and the tokenizer knows 0 to "
-                f"{tokenizer.vocab_size - 1}"
+                f"{name} holds {token}, and the tokenizer knows 0 to {tokenizer.vocab_size - 1}"
             )
         return token
     token_id = tokenizer.special_tokens.get(token)
@@ -326,8 +346,7 @@ def _stop_id(tokenizer: Tokenizer, token: int | str) -> int:
         token_id = next((i for i in all_ids if tokenizer.token_bytes(i) == spelled), None)
     if token_id is None:
         raise OptionError(
-            f"stop_token_ids (--stop-token): {reprlib.repr(token)} is not one token of this "
-            "vocabulary; stop ends at any text"
+            f"{name}: {reprlib.repr(token)} is not one token of this vocabulary; {remedy}"
         )
     return token_id
 

@@ -73,7 +73,9 @@ class OptionsSampler:
         options = self.options
         draws = [s.draws.random() for s in sequences] if options.temperature else []
         histories = [s.ids for s in sequences] if options.repetition_penalty != 1.0 else []
-        return choose_tokens(logits, options, draws, histories)
+        counts = options.frequency_penalty or options.presence_penalty
+        generated = [s.ids[len(s.request.ids) :] for s in sequences] if counts else []
+        return choose_tokens(logits, options, draws, histories, generated)
 
 
 def request_of(
@@ -97,9 +99,11 @@ def request_of(
         seed: None draws what a `Decoder` of this prompt alone draws.
 
     Raises:
-        OptionError: `options.stop_token_ids` holds a text, or there are both draft tokens, which
-            foretell the most likely ones, and a sampler.
+        OptionError: `options.stop_token_ids` or `options.logit_bias` holds a text, or the latter an
+            id beyond `n_tokens`, or there are both draft tokens, which foretell the most likely
+            ones, and a sampler.
     """
+    _check_biases(options, n_tokens)
     most_drafts = options.prompt_lookup
     if most_drafts and sampler is not None:
         raise OptionError("prompt_lookup is for the most likely tokens alone; leave out sampler")
@@ -166,6 +170,7 @@ class Decoder:
         sampler: Sampler | None = None,
     ) -> None:
         engine = engine_for(model) if isinstance(model, Llama) else model
+        _check_biases(options, engine.config.vocab_size)
         listed = [token_ids(prompt) for prompt in prompts]
         self.stop_ids = _all_stop_ids(options, stop_ids)
         self.timings = Timings()
@@ -261,6 +266,19 @@ def _all_stop_ids(options: GenerationOptions, stop_ids: Collection[int]) -> froz
         raise OptionError(f"stop_token_ids: {names[0]!r} is a text; give its id here")
     ends = () if options.ignore_eos else stop_ids
     return frozenset((*ends, *(token for token in further if isinstance(token, int))))
+
+
+def _check_biases(options: GenerationOptions, n_tokens: int | None) -> None:
+    """Refuse biases of what is no token.
+
+    Raises:
+        OptionError: there is the text of a token, which needs a tokenizer, or an unknown id.
+    """
+    for token, _ in options.logit_bias:
+        if isinstance(token, str):
+            raise OptionError(f"logit_bias: {reprlib.repr(token)} is a text; give its id here")
+        if n_tokens is not None and token >= n_tokens:
+            raise OptionError(f"logit_bias holds {token}, and the ids are 0 to {n_tokens - 1}")
 
 
 def _check_cache(cache: KVCache, prompts: Sequence[Sequence[int]], n: int) -> None:

@@ -4,6 +4,7 @@ Each function takes logits or probabilities and returns tensors; the scheduler c
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -23,25 +24,34 @@ def choose_tokens(
     options: SamplingOptions,
     uniforms: Sequence[float],
     histories: Sequence[Sequence[int]] = (),
+    generated: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """The next token of each row.
 
-    The order is the ecosystem's: repetition penalty, temperature, top-k, top-p, min-p, each on what
-    the one before has left.
+    The order is the ecosystem's: logit bias, repetition penalty, frequency and presence penalty,
+    temperature, top-k, top-p, min-p, each on what the one before has left. Those up to the
+    temperature change greedy choices too.
 
     Args:
         logits: (B, V); -inf for tokens that are not allowed.
         options: how to choose.
         uniforms: B numbers in [0, 1), one draw for each row; unused at temperature 0.
         histories: each row's tokens so far, for the repetition penalty.
+        generated: those of them that are not the prompt's, for the frequency and presence penalty.
 
     Returns:
         (B,) token ids; -1 where a row has NaN or infinity among its logits, which `check_chosen`
         refuses: to look at a number is to wait for a GPU.
     """
     logits = logits.float()
+    if options.logit_bias:
+        logits = apply_logit_bias(logits, options.logit_bias)
     if options.repetition_penalty != 1.0:
         logits = apply_repetition_penalty(logits, histories, options.repetition_penalty)
+    if options.frequency_penalty or options.presence_penalty:
+        logits = apply_count_penalties(
+            logits, generated, options.frequency_penalty, options.presence_penalty
+        )
     if options.temperature == 0.0:
         if logits.device.type == "cpu":
             return _likeliest(logits)
@@ -92,8 +102,7 @@ def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     device = weights.device
     if device.type == "mps":  # which has no float64
         weights = weights.cpu()
-    draws = torch.tensor(uniforms, dtype=torch.float64, pin_memory=weights.is_cuda)
-    draws = draws.to(weights.device, non_blocking=True).unsqueeze(-1)
+    draws = _on_device(uniforms, torch.float64, weights).unsqueeze(-1)
     blocks = weights.double()
     if missing := -blocks.shape[-1] % BLOCK:
         blocks = F.pad(blocks, (0, missing))
@@ -143,13 +152,75 @@ def apply_repetition_penalty(
     Returns:
         (B, V).
     """
-    logits = logits.clone()
-    for row, history in enumerate(histories):
-        known = sorted({token_id for token_id in history if token_id < logits.shape[-1]})
-        seen = torch.tensor(known, device=logits.device, dtype=torch.long)
-        old = logits[row, seen]
-        logits[row, seen] = torch.where(old > 0, old / penalty, old * penalty)
+    size = logits.shape[-1]
+    places = [
+        row * size + token_id
+        for row, history in enumerate(histories)
+        for token_id in set(history)
+        if token_id < size
+    ]
+    logits, seen = _copied(logits), _on_device(places, torch.long, logits)
+    old = logits.view(-1)[seen]
+    logits.view(-1)[seen] = torch.where(old > 0, old / penalty, old * penalty)
     return logits
+
+
+def apply_count_penalties(
+    logits: Tensor, generated: Sequence[Sequence[int]], frequency: float, presence: float
+) -> Tensor:
+    """Make tokens less likely by how often they were generated, as OpenAI's API and vLLM do.
+
+    logit - count * frequency - (presence if count > 0 else 0). Tokens of a prompt do not count.
+
+    Args:
+        logits: (B, V).
+        generated: each row's tokens after the prompt; those of which there is no logit count for
+            nothing.
+        frequency: in [-2, 2]; 0 changes nothing, negative numbers make repetitions likelier.
+        presence: likewise.
+
+    Returns:
+        (B, V).
+    """
+    size = logits.shape[-1]
+    places: list[int] = []
+    penalties: list[float] = []
+    for row, ids in enumerate(generated):
+        for token_id, count in Counter(ids).items():
+            if token_id < size:
+                places.append(row * size + token_id)
+                penalties.append(count * frequency + presence)
+    logits, seen = _copied(logits), _on_device(places, torch.long, logits)
+    logits.view(-1)[seen] -= _on_device(penalties, logits.dtype, logits)
+    return logits
+
+
+def apply_logit_bias(logits: Tensor, bias: Sequence[tuple[int | str, float]]) -> Tensor:
+    """Add to the logits of single tokens, in all rows; a forbidden token remains forbidden.
+
+    Args:
+        logits: (B, V).
+        bias: token ids, each once, and what to add; those of which there is no logit are left out.
+
+    Returns:
+        (B, V).
+    """
+    known = {i: value for i, value in bias if isinstance(i, int) and i < logits.shape[-1]}
+    columns = _on_device(list(known), torch.long, logits)
+    logits = logits.clone()
+    logits[:, columns] += _on_device(list(known.values()), logits.dtype, logits)
+    return logits
+
+
+def _copied(logits: Tensor) -> Tensor:
+    """A copy whose flat places are row * V + token, whatever the original is a part of."""
+    return logits.clone(memory_format=torch.contiguous_format)
+
+
+def _on_device(values: Sequence[float], dtype: torch.dtype, other: Tensor) -> Tensor:
+    """(N,) numbers where `other` is, on their way there without the host waiting for a GPU."""
+    listed = torch.tensor(values, dtype=dtype, pin_memory=other.is_cuda)
+    return listed.to(other.device, non_blocking=True)
 
 
 def apply_top_p(probabilities: Tensor, top_p: float) -> Tensor:

@@ -8,8 +8,10 @@ The other modules of this package define the options, by purpose. None imports t
 import dataclasses
 import math
 import numbers
+import reprlib
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +30,9 @@ GROUPS = (
     "Evaluation",
     "Output",
 )
+
+
+MAX_ID_DIGITS = 18  # of a token id that is given as text
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,8 @@ def _checked(name: str, value: Any, hint: Any, within: Range | None) -> Any:
         return None
     kind = next(kind for kind in kinds if kind is not types.NoneType)
     if typing.get_origin(kind) is tuple:
+        if typing.get_origin(typing.get_args(kind)[0]) is tuple:
+            return _checked_biases(name, value, within)
         if int in typing.get_args(typing.get_args(kind)[0]):
             return _checked_tokens(name, value)
         if isinstance(value, str):  # one string instead of a list
@@ -147,15 +154,52 @@ def _checked_tokens(name: str, value: Any) -> tuple[int | str, ...]:
     listed = isinstance(value, tuple | list | set | frozenset)
     if not listed or not all(isinstance(v, str | numbers.Integral) for v in value):
         raise OptionError(f"{name} must be a list of token ids or token texts, not {value!r}")
-    tokens: list[int | str] = []
-    for token in value:
-        if isinstance(token, bool) or token == "":
-            raise OptionError(f"{name} contains {token!r}, which is not a token")
-        is_id = not isinstance(token, str) or (token.isascii() and token.isdecimal())
-        tokens.append(int(token) if is_id else token)
-        if is_id and tokens[-1] < 0:  # type: ignore[operator]
-            raise OptionError(f"{name} contains {token}, but token ids are >= 0")
-    return tuple(tokens)
+    return tuple(_checked_token(name, token) for token in value)
+
+
+def _checked_token(name: str, token: Any) -> int | str:
+    """Convert to a token's id or its text; a string of digits is an id."""
+    if isinstance(token, bool) or token == "" or not isinstance(token, str | numbers.Integral):
+        raise OptionError(f"{name} contains {token!r}, which is not a token")
+    if isinstance(token, str) and not (token.isascii() and token.isdecimal()):
+        return token
+    if len(str(token)) > MAX_ID_DIGITS:
+        raise OptionError(f"{name} contains {token!s:.{MAX_ID_DIGITS}}..., but no id is so long")
+    if int(token) < 0:
+        raise OptionError(f"{name} contains {token}, but token ids are >= 0")
+    return int(token)
+
+
+def _checked_biases(
+    name: str, value: Any, within: Range | None
+) -> tuple[tuple[int | str, float], ...]:
+    """Convert a mapping of tokens to numbers, or pairs, or texts `ID=VALUE`, to sorted pairs."""
+    wrong = f"{name} must be a mapping of tokens to numbers, not {reprlib.repr(value)}"
+    pairs = value.items() if isinstance(value, Mapping) else value
+    if not isinstance(pairs, Iterable) or isinstance(pairs, str | bytes):
+        raise OptionError(wrong)
+    biases: dict[int | str, float] = {}
+    for pair in pairs:
+        if isinstance(pair, str):  # as typed on a command line
+            pair = _token_and_number(name, pair)
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise OptionError(wrong)
+        token = _checked_token(name, pair[0])
+        if token in biases:
+            raise OptionError(f"{name} holds the token {reprlib.repr(token)} twice; give it once")
+        biases[token] = _checked(f"{name} of {reprlib.repr(token)}", pair[1], float, within)
+    return tuple(sorted(biases.items(), key=lambda pair: (isinstance(pair[0], str), pair[0])))
+
+
+def _token_and_number(name: str, text: str) -> tuple[str, float]:
+    """The parts of `ID=VALUE`, of which the first may hold = too."""
+    token, equals, number = text.rpartition("=")
+    try:
+        return token, float(number if equals else "")
+    except ValueError:
+        raise OptionError(
+            f"{name} must be ID=VALUE, such as 42=-100, not {reprlib.repr(text)}"
+        ) from None
 
 
 _KIND_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}

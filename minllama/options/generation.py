@@ -35,6 +35,21 @@ class SamplingOptions(CheckedOptions):
         "divide positive logits of tokens already in the text by this, multiply negative ones",
         within=Range(0, low_open=True),
     )
+    frequency_penalty: float = option(
+        0.0,
+        "subtract this from a token's logit for each time that it was generated",
+        within=Range(-2, 2),
+    )
+    presence_penalty: float = option(
+        0.0,
+        "subtract this once from the logit of each token that was generated",
+        within=Range(-2, 2),
+    )
+    logit_bias: tuple[tuple[int | str, float], ...] = option(
+        (),
+        "add this, from -100 to 100, to the logit of a token, given by its id or text; repeatable",
+        within=Range(-100, 100),
+    )
     seed: int | None = option(
         None, "seed of the random number generator, for repeatable samples", within=Range(0)
     )
@@ -94,6 +109,9 @@ class GenerationOptions(SamplingOptions):
         alone = {
             "temperature": self.temperature != 0,
             "repetition_penalty": self.repetition_penalty != 1,
+            "frequency_penalty": self.frequency_penalty != 0,
+            "presence_penalty": self.presence_penalty != 0,
+            "logit_bias": bool(self.logit_bias),
             "logprobs": self.logprobs is not None,
             "json_schema": self.json_schema is not None,
             "regex": self.regex is not None,

@@ -269,6 +269,25 @@ def test_stop_tokens_and_special_tokens_on_the_command_line(run, folder):
     assert shown["text"] != tokenizer.decode(free, continuation=True)
 
 
+def test_biases_and_penalties_on_the_command_line(run):
+    given = ("a", "--json", "--max-new-tokens", 5, "--ignore-eos")
+    free = run(*given).record["tokens"]
+    biased = run(*given, "--logit-bias", "<eos>=-100", "--logit-bias", "==100").record
+    assert biased["text"] == "====="
+    held = run(*given, "--logit-bias", f"{free[0]}=-100").record["tokens"]
+    assert free[0] not in held
+    penalties = ("--frequency-penalty", "2", "--presence-penalty", "-2")
+    assert run(*given, *penalties).record["tokens"][0] == free[0]
+    refused(run("a", "--logit-bias", "<eos>"), "logit_bias must be ID=VALUE, such as 42=-100")
+    refused(run("a", "--logit-bias", "1=x"), "logit_bias must be ID=VALUE")
+    refused(run("a", "--logit-bias", "1=101"), "logit_bias of 1 must be in [-100, 100]")
+    refused(run("a", "--logit-bias", "261=1"), "holds 261, and the tokenizer knows 0 to 260")
+    refused(run("a", "--logit-bias", "<\n>=1"), "is not one token of this vocabulary")
+    refused(run("a", "--logit-bias", "1=1", "--logit-bias", "1=2"), "the token 1 twice")
+    refused(run("a", "--frequency-penalty", "nan"), "must be a finite number in [-2, 2]")
+    refused(run("a", "--prompt-lookup", 3, "--presence-penalty", 1), "omit presence_penalty")
+
+
 def test_json_logprobs_carry_ids_and_bytes(run):
     record = run("日", "--json", "--max-new-tokens", 20, "--logprobs", 2, "--ignore-eos").record
     tokenizer = Tokenizer.from_pretrained(record["model"])

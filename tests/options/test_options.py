@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minllama.errors import MinllamaError, OptionError
@@ -18,6 +19,9 @@ def test_the_defaults_are_greedy_and_filter_nothing() -> None:
         "top_p": 1.0,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "logit_bias": (),
         "seed": None,
     }
 
@@ -34,6 +38,11 @@ def test_the_defaults_are_greedy_and_filter_nothing() -> None:
         ("min_p", 0.0),
         ("min_p", 1.0),
         ("repetition_penalty", 0.01),
+        ("frequency_penalty", -2),
+        ("frequency_penalty", 2),
+        ("presence_penalty", -2.0),
+        ("presence_penalty", 2.0),
+        ("logit_bias", ((0, -100.0), (5, 100.0))),
         ("seed", None),
         ("seed", 0),
         ("max_new_tokens", 1),
@@ -69,6 +78,51 @@ def test_values_up_to_the_ends_of_a_range_are_taken(name: str, value: Any) -> No
         ("min_p", -0.01, "min_p must be in [0, 1], not -0.01"),
         ("min_p", 2, "min_p must be in [0, 1], not 2.0"),
         ("repetition_penalty", 0, "repetition_penalty must be > 0, not 0.0"),
+        ("frequency_penalty", 2.1, "frequency_penalty must be in [-2, 2], not 2.1"),
+        ("presence_penalty", -3, "presence_penalty must be in [-2, 2], not -3.0"),
+        (
+            "presence_penalty",
+            math.nan,
+            "presence_penalty must be a finite number in [-2, 2], not nan",
+        ),
+        (
+            "presence_penalty",
+            True,
+            "presence_penalty must be a number in [-2, 2], not True",
+        ),
+        ("logit_bias", {5: 101}, "logit_bias of 5 must be in [-100, 100], not 101.0"),
+        (
+            "logit_bias",
+            {" a": math.nan},
+            "logit_bias of ' a' must be a finite number in [-100, 100], not nan",
+        ),
+        (
+            "logit_bias",
+            {5: True},
+            "logit_bias of 5 must be a number in [-100, 100], not True",
+        ),
+        ("logit_bias", {5: "1"}, "logit_bias of 5 must be a number in [-100, 100], not '1'"),
+        ("logit_bias", {-1: 1}, "logit_bias contains -1, but token ids are >= 0"),
+        ("logit_bias", {True: 1}, "logit_bias contains True, which is not a token"),
+        ("logit_bias", {"": 1}, "logit_bias contains '', which is not a token"),
+        ("logit_bias", {1.0: 1}, "logit_bias contains 1.0, which is not a token"),
+        ("logit_bias", {5: 1, "5": 2}, "logit_bias holds the token 5 twice; give it once"),
+        (
+            "logit_bias",
+            {"9" * 5000: 1},
+            "logit_bias contains 999999999999999999..., but no id is so long",
+        ),
+        ("logit_bias", "5=1", "logit_bias must be a mapping of tokens to numbers, not '5=1'"),
+        ("logit_bias", 5, "logit_bias must be a mapping of tokens to numbers, not 5"),
+        ("logit_bias", [5], "logit_bias must be a mapping of tokens to numbers, not [5]"),
+        ("logit_bias", ["5"], "logit_bias must be ID=VALUE, such as 42=-100, not '5'"),
+        ("logit_bias", ["=5"], "logit_bias contains '', which is not a token"),
+        (
+            "logit_bias",
+            ["5=inf"],
+            "logit_bias of 5 must be a finite number in [-100, 100], not inf",
+        ),
+        ("logit_bias", None, "logit_bias must be a mapping of tokens to numbers, not None"),
         ("seed", -1, "seed must be >= 0, not -1"),
         ("seed", 1.5, "seed must be an integer >= 0, not 1.5"),
         ("max_new_tokens", 0, "max_new_tokens must be >= 1, not 0"),
@@ -107,6 +161,32 @@ def test_whole_numbers_become_floats_and_lists_become_tuples() -> None:
     assert type(options.temperature) is float
     assert options.stop == ("a", "b")
     assert GenerationOptions(stop="one").stop == ("one",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {7: 1, "3": -2, "==": 0.5},
+        {"==": 0.5, "3": -2, 7: 1},
+        [("==", 0.5), (7, 1), (3, -2)],
+        ("7=1", "===0.5", "3=-2"),
+        {np.int64(7): np.float32(1), 3: np.int32(-2), "==": np.float64(0.5)},
+        ((3, -2.0), (7, 1.0), ("==", 0.5)),
+    ],
+)
+def test_biases_are_sorted_pairs_however_they_were_given(given: Any) -> None:
+    options = GenerationOptions(logit_bias=given)
+    assert options.logit_bias == ((3, -2.0), (7, 1.0), ("==", 0.5))
+    assert all(type(value) is float for _, value in options.logit_bias)
+    assert hash(options) == hash(dataclasses.replace(options))
+
+
+@pytest.mark.parametrize(
+    "option", [{"frequency_penalty": 1}, {"presence_penalty": -1}, {"logit_bias": {1: 1}}]
+)
+def test_draft_tokens_are_for_the_logits_as_they_are(option: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"omit {next(iter(option))}"):
+        GenerationOptions(prompt_lookup=3, **option)
 
 
 def test_options_cannot_be_changed_once_they_are_checked() -> None:
