@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from minllama.evaluation.metrics import Evaluation, evaluate
     from minllama.evaluation.regression import RegressionEvaluation, evaluate_regression
     from minllama.evaluation.thresholds import Thresholds
-    from minllama.generation.api import Generation, TextStream, generate, stream
+    from minllama.generation.api import TextStream, generate, stream
     from minllama.generation.checkpoint_defaults import load_generation_options
     from minllama.generation.conversation import Conversation
+    from minllama.generation.sequence_text import Generation
     from minllama.lora import LoRALayer, add_lora_wrapper
     from minllama.model.config import LlamaConfig, RopeScaling
     from minllama.model.kv_cache import KVCache
@@ -70,8 +71,9 @@ _HOMES = {
         "TokenizerError",
     ),
     "evaluation.metrics": ("Evaluation", "evaluate"),
-    "generation.api": ("Generation", "TextStream", "generate", "stream"),
+    "generation.api": ("TextStream", "generate", "stream"),
     "generation.checkpoint_defaults": ("load_generation_options",),
+    "generation.sequence_text": ("Generation",),
     "model.llama": ("Llama", "LlamaPreTrainedModel", "load_pretrained"),
     "lora": ("LoRALayer", "add_lora_wrapper"),
     "training.optimizer": ("AdamW",),

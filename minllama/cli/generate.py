@@ -30,8 +30,9 @@ from minllama.options.loading import LoadOptions
 from minllama.text import escaped, first_few, one_line
 
 if TYPE_CHECKING:
-    from minllama.generation.api import Generation, TextStream, TokenLogprob
+    from minllama.generation.api import TextStream
     from minllama.generation.decode import Timings
+    from minllama.generation.sequence_text import Generation, TokenLogprob
     from minllama.tokenizer.tokenizer import Tokenizer
 
 

@@ -1,89 +1,32 @@
 """From prompts to texts: generation as people use it, whole or streamed.
 
-Encodes prompts, decodes them by `minllama.generation.decode`, and turns tokens into text that stop
-strings end (`minllama.generation.stop_strings`). The commands and users call it.
+Encodes prompts, decodes them by `minllama.generation.decode`, and turns tokens into text
+(`minllama.generation.sequence_text`). The commands and users call it.
 """
 
-import builtins
 import dataclasses
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from minllama.engine.base import Engine
-from minllama.engine.sequence import Constraint, FinishReason, Sampler, Token
+from minllama.engine.sequence import Constraint, Request, Sampler
 from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.generation.decode import (
     BYTES,
     DECODE_BYTES,
     Decoder,
     plain_list,
+    request_of,
     token_ids,
 )
-from minllama.generation.stop_strings import RowText
+from minllama.generation.sequence_text import Generation, Piece, SequenceText
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama
 from minllama.options import GenerationOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
-
-
-class Piece(NamedTuple):
-    """A bit of text of one row, as it is generated.
-
-    Attributes:
-        row: index of the row: prompt * n + sample.
-        text: whole characters; may be empty where a token ends within one, or where it might be
-            the beginning of a stop string.
-        finish_reason: set on a row's last piece: `stop` or `length`.
-    """
-
-    row: int
-    text: str
-    finish_reason: FinishReason | None = None
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """One generated token's log-probability, and the most likely alternatives'.
-
-    Attributes:
-        id: the token.
-        text: it for people: U+FFFD stands where it holds a part of a character.
-        logprob: natural logarithm of its probability, before bias, penalties and all else.
-        alternatives: ids of the most likely tokens and their log-probabilities.
-        bytes: what the token stands for, as it is; those of neighbors, joined, are UTF-8.
-    """
-
-    id: int
-    text: str
-    logprob: float
-    alternatives: tuple[tuple[int, float], ...] = ()
-    bytes: builtins.bytes = b""
-
-
-@dataclass
-class Generation:
-    """One finished text.
-
-    Attributes:
-        prompt_ids: what was continued.
-        text: the continuation, without the stop string or stop token that ended it.
-        token_ids: the tokens that were generated, without the stop token (an end token, one of
-            `stop_token_ids`, or a special token that is a stop string as a whole); those of any
-            other stop string are among them.
-        finish_reason: `stop` (a stop token, a stop string) or `length` (max_new_tokens, or the end
-            of the context).
-        logprobs: of each of `token_ids`; None unless requested.
-    """
-
-    prompt_ids: list[int]
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
-    logprobs: list[TokenLogprob] | None = None
 
 
 class TextStream:
@@ -123,12 +66,7 @@ class TextStream:
             else token_ids(p)
             for p in prompts
         ]
-        self._tokenizer = tokenizer
-        options = dataclasses.replace(
-            options,
-            stop_token_ids=_stop_ids(tokenizer, options),
-            logit_bias=_biased_ids(tokenizer, options),
-        )
+        options = _by_ids(tokenizer, options)
         self._decoder = Decoder(
             model,
             prompt_ids,
@@ -140,15 +78,12 @@ class TextStream:
             sampler=sampler,
         )
         self.timings = self._decoder.timings
-        self.results = [
-            Generation(list(ids), logprobs=None if options.logprobs is None else [])
+        self._texts = [
+            SequenceText(tokenizer, ids, options, stop_ids=self._decoder.stop_ids)
             for ids in prompt_ids
             for _ in range(options.n)
         ]
-        self._texts = [
-            RowText(tokenizer, options.stop, skip_special=options.skip_special_tokens)
-            for _ in self.results
-        ]
+        self.results = [text.result for text in self._texts]
 
     def plain_text(self, row: int) -> str:
         """The text of a row so far, without special tokens even where they are shown."""
@@ -157,32 +92,13 @@ class TextStream:
     def __iter__(self) -> Iterator[Piece]:
         for step in self._decoder:
             for token in step:
+                text = self._texts[token.row]
                 # A step may give a row several tokens, and a stop string end it before the last.
-                if not self._texts[token.row].stopped:
-                    yield self._piece(token)
-
-    def _piece(self, token: Token) -> Piece:
-        result, text = self.results[token.row], self._texts[token.row]
-        new, reason = "", token.finish_reason
-        ends = token.id in self._decoder.stop_ids
-        if token.id is not None and not ends:
-            result.token_ids.append(token.id)
-            if result.logprobs is not None and token.logprob is not None:
-                spelled = self._tokenizer.token_bytes(token.id)
-                shown = spelled.decode(errors="replace")
-                result.logprobs.append(
-                    TokenLogprob(token.id, shown, token.logprob, token.alternatives, spelled)
-                )
-            new = text.push(token.id)
-        if reason is not None and not text.stopped:
-            new += text.end(token.id if ends else None)
-        if text.stopped:
-            reason = "stop"
-            self._decoder.finish(token.row)
-        result.text += new
-        if reason is not None:
-            result.finish_reason = reason
-        return Piece(token.row, new, reason)
+                if not text.has_ended:
+                    piece = text.feed(token)
+                    if piece.finish_reason is not None:
+                        self._decoder.finish(token.row)
+                    yield piece
 
 
 def generate(
@@ -232,6 +148,47 @@ def stream(
     """As `generate`, but piece by piece: iterate over what it returns."""
     return TextStream(
         model, tokenizer, _as_list(prompts), _options(options, changes), sampler=sampler
+    )
+
+
+def text_request(
+    tokenizer: Tokenizer,
+    ids: list[int],
+    options: GenerationOptions,
+    vocab_size: int,
+    *,
+    make_constraint: Callable[[], Constraint] | None = None,
+    sampler: Sampler | None = None,
+    seed: str | None = None,
+    salt: str = "",
+    name: str = "the prompt",
+) -> Request:
+    """What a scheduler needs to continue a prompt as `generate` does; for a server.
+
+    `SequenceText(tokenizer, ids, options, stop_ids=request.stop_ids)` makes text of the tokens.
+
+    Args:
+        tokenizer: of the model.
+        ids: the prompt (see `encode_prompt`).
+        options: how to choose and when to end; tokens may be named by their texts.
+        vocab_size: of the model, which may be padded beyond the tokenizer's.
+        make_constraint: takes the place of `options.json_schema` and `options.regex`.
+        sampler, seed, salt, name: as for `request_of`.
+
+    Raises:
+        MinllamaError: an option is wrong, or a constraint needs a library that is not there.
+    """
+    options = _by_ids(tokenizer, options)
+    return request_of(
+        ids,
+        options,
+        stop_ids=tokenizer.stop_ids,
+        n_tokens=tokenizer.vocab_size,
+        make_constraint=make_constraint or _constraints(tokenizer, options, vocab_size),
+        sampler=sampler,
+        seed=seed,
+        salt=salt,
+        name=name,
     )
 
 
@@ -306,6 +263,15 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if all(isinstance(plain_list(part), int) for part in listed):
         return [listed]  # one prompt as ids
     return list(listed)
+
+
+def _by_ids(tokenizer: Tokenizer, options: GenerationOptions) -> GenerationOptions:
+    """The same options, with ids for the tokens that they name by text."""
+    return dataclasses.replace(
+        options,
+        stop_token_ids=_stop_ids(tokenizer, options),
+        logit_bias=_biased_ids(tokenizer, options),
+    )
 
 
 def _stop_ids(tokenizer: Tokenizer, options: GenerationOptions) -> tuple[int, ...]:

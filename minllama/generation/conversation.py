@@ -11,7 +11,8 @@ from minllama.engine.base import Engine
 from minllama.engine.choose import engine_for
 from minllama.engine.prefix_cache import common_length
 from minllama.errors import MinllamaError
-from minllama.generation.api import Piece, TextStream, check_can_fit
+from minllama.generation.api import TextStream, check_can_fit
+from minllama.generation.sequence_text import Piece
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama
 from minllama.options import GenerationOptions

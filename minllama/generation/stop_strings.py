@@ -27,6 +27,8 @@ class RowText:
 
     Attributes:
         stopped: a stop string has ended the text.
+        offset: where the newest token begins in the text, were there no stop strings, in
+            characters.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], *, skip_special: bool) -> None:
@@ -36,6 +38,7 @@ class RowText:
         self._begin = tuple({string[0] for string in stop})
         self._spelled, self._marks = "", ""  # of what is held back
         self._plain: list[str] = []
+        self._length = self.offset = 0  # of what is shown, were there no stop strings
         self.stopped = False
 
     @property
@@ -46,6 +49,8 @@ class RowText:
     def push(self, token_id: int) -> str:
         """What is shown for sure, now that this token has come; often nothing."""
         text = self._decoder.push(token_id)
+        self.offset = self._length
+        self._length += len(text)
         if token_id not in self._special:
             if not self._spelled and not any(char in text for char in self._begin):
                 self._plain.append(text)  # no stop string is in sight
@@ -56,6 +61,7 @@ class RowText:
         else:  # what an unfinished character before it has become stands in front of it
             spelled = self._special[token_id]
             self._append(text.removesuffix(spelled))
+            self.offset = self._length - len(spelled)
             self._append(spelled, special=True)
         return self._scanned()
 
