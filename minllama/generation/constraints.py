@@ -8,6 +8,7 @@ before and after each token.
 
 import json
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from minllama.options import GenerationOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
 MAX_FAULT_CHARS = 300
+MAX_VOCABULARIES = 4  # that are kept
 
 
 def constraint_maker(
@@ -30,36 +32,67 @@ def constraint_maker(
         MinllamaError: llguidance is not installed.
         OptionError: the schema or the expression is not valid, or nothing at all satisfies it.
     """
+    matcher = _library().LLMatcher
+    name = "regex" if options.json_schema is None else "json_schema"
     try:
-        from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+        if options.json_schema is None:
+            assert options.regex is not None
+            grammar = matcher.grammar_from_regex(options.regex)
+        else:
+            json.loads(options.json_schema)
+            grammar = matcher.grammar_from_json_schema(options.json_schema)
+    except UnicodeEncodeError as error:
+        raise OptionError(f"{name} holds a lone surrogate; it was decoded wrongly") from error
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{name} is not JSON: {error}") from error
+    return grammar_maker(tokenizer, grammar, vocab_size, name)
+
+
+def grammar_maker(
+    tokenizer: Tokenizer, grammar: str, vocab_size: int, name: str
+) -> Callable[[], Constraint]:
+    """A maker of constraints by a grammar of llguidance.
+
+    Args:
+        tokenizer: of the model.
+        grammar: in one of the forms that `LLMatcher` takes.
+        vocab_size: of the model.
+        name: of the option that asks for it, for errors.
+
+    Raises:
+        MinllamaError: llguidance is not installed.
+        OptionError: the grammar is not valid, or nothing at all satisfies it.
+    """
+    matcher, vocabulary = _library().LLMatcher, _vocabulary(tokenizer, vocab_size)
+    if fault := matcher.validate_grammar(grammar, vocabulary):
+        raise OptionError(f"{name} cannot be followed: {_one_line(fault)}")
+
+    def make() -> Constraint:
+        # Faults belong in our errors: the library would print them.
+        return _GrammarConstraint(matcher(vocabulary, grammar, log_level=0), name)
+
+    # A grammar that no text satisfies shows at its first step.
+    make().forbid(torch.zeros(tokenizer.vocab_size))
+    return make
+
+
+def _library() -> Any:
+    try:
+        import llguidance
     except ImportError as error:
         raise MinllamaError(
             "json_schema and regex need the library llguidance; "
             "install it with: python -m pip install 'minllama[constraint]'"
         ) from error
-    name = "regex" if options.json_schema is None else "json_schema"
-    try:
-        if options.json_schema is None:
-            assert options.regex is not None
-            grammar = LLMatcher.grammar_from_regex(options.regex)
-        else:
-            json.loads(options.json_schema)
-            grammar = LLMatcher.grammar_from_json_schema(options.json_schema)
-    except UnicodeEncodeError as error:
-        raise OptionError(f"{name} holds a lone surrogate; it was decoded wrongly") from error
-    except (ValueError, RecursionError) as error:
-        raise OptionError(f"{name} is not JSON: {error}") from error
-    vocabulary = LLTokenizer(TokenizerWrapper(_Words(tokenizer)), n_vocab=vocab_size)
-    if fault := LLMatcher.validate_grammar(grammar, vocabulary):
-        raise OptionError(f"{name} cannot be followed: {_one_line(fault)}")
+    return llguidance
 
-    def make() -> Constraint:
-        # Faults belong in our errors: the library would print them.
-        return _GrammarConstraint(LLMatcher(vocabulary, grammar, log_level=0), name)
 
-    # A grammar that no text satisfies shows at its first step.
-    make().forbid(torch.zeros(tokenizer.vocab_size))
-    return make
+@lru_cache(maxsize=MAX_VOCABULARIES)
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Any:
+    """A vocabulary as the library wants it, kept: to make it takes longer than most grammars."""
+    library = _library()
+    words = library.TokenizerWrapper(_Words(tokenizer))
+    return library.LLTokenizer(words, n_vocab=vocab_size)
 
 
 class _GrammarConstraint:

@@ -5,7 +5,7 @@ back to where the new prompt departs from the old.
 """
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from minllama.engine.base import Engine
 from minllama.engine.choose import engine_for
@@ -13,10 +13,11 @@ from minllama.engine.prefix_cache import common_length
 from minllama.errors import MinllamaError
 from minllama.generation.api import TextStream, check_can_fit
 from minllama.generation.sequence_text import Piece
+from minllama.generation.tool_calls import Tool, with_tools
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama
 from minllama.options import GenerationOptions
-from minllama.tokenizer.chat_template import ChatTemplate
+from minllama.tokenizer.chat_template import ChatTemplate, Message
 from minllama.tokenizer.tokenizer import Tokenizer
 
 MAX_LISTED = 20  # names of templates in a message
@@ -174,16 +175,26 @@ def _no_template(choice: str | None, names: list[str]) -> str:
 def encode_messages(
     template: ChatTemplate,
     tokenizer: Tokenizer,
-    messages: list[dict[str, str]],
+    messages: Sequence[Message],
     context_len: int,
+    *,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
     """Messages to the token ids of a prompt that ends where the answer begins.
 
     The template's special tokens are meant as such; the same characters inside a message are text.
 
+    Args:
+        template: of the model.
+        tokenizer: of the model.
+        messages: in order; tool calls and their results may be among them, in OpenAI's shape.
+        context_len: of the model.
+        tools: that the model may call (see `minllama.generation.tool_calls`).
+
     Raises:
         MinllamaError: the template refuses the messages; they are far too long for the context.
     """
-    rendered, masked = template.render_masked(messages, tokenizer.special_tokens)
+    messages, variables = with_tools(template.source, messages, tools)
+    rendered, masked = template.render_masked(messages, tokenizer.special_tokens, **variables)
     check_can_fit(rendered, tokenizer, context_len)
     return tokenizer.encode_chat(rendered, masked)

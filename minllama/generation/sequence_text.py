@@ -1,6 +1,6 @@
 """One sequence's tokens -> pieces of text, and what they add up to.
 
-Whoever runs sequences feeds it their tokens as they come: `minllama.generation.api`, a server.
+The caller who runs sequences feeds it their tokens: `minllama.generation.api`, a server.
 """
 
 import builtins
