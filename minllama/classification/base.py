@@ -20,6 +20,10 @@ from minllama.atomic import sha256_of
 from minllama.classification.prompts import EncodedPrompt, PromptTemplate
 from minllama.data.texts import checked_texts
 from minllama.data.treebank import undo_treebank
+from minllama.engine.base import Engine
+from minllama.engine.choose import engine_for
+from minllama.engine.evaluation import EvaluationRequest
+from minllama.engine.scheduler import Scheduler
 from minllama.errors import MinllamaError
 from minllama.evaluation.metrics import predictions
 from minllama.evaluation.regression import TargetScale
@@ -30,9 +34,6 @@ from minllama.model.mode import evaluating
 from minllama.options import PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
-# Padded tokens of a batch. Larger batches are slower on a CPU: their activations leave its caches.
-BATCH_TOKENS = {"cpu": 1024}
-BATCH_TOKENS_ELSEWHERE = 16384
 MOST_NOTED = 1_000_000  # texts of which is kept that they were shortened
 
 
@@ -82,6 +83,11 @@ class Classifier(nn.Module, ABC):
         self.shortened: set[int] = set()
         self.digest: str | None = None
         self.scale: TargetScale | None = None
+        self._engine: Engine | None = None  # opened again where the model has changed
+        self._scheduler: Scheduler | None = None  # while `steady`
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_engine": None, "_scheduler": None}  # of this one's tensors
 
     @property
     @abstractmethod
@@ -99,6 +105,21 @@ class Classifier(nn.Module, ABC):
             (B, C), float32. Log-softmax over the classes gives log-probabilities, or the sigmoid
             if `multi_label`.
         """
+
+    @abstractmethod
+    def request_of(
+        self, prompt: EncodedPrompt, *, shared: tuple[int, ...] = ()
+    ) -> EvaluationRequest:
+        """What a scheduler is to evaluate for an encoded text.
+
+        Args:
+            prompt: the text in its prompt.
+            shared: what other texts' prompts begin with, and this one perhaps.
+        """
+
+    @abstractmethod
+    def logits_of(self, prompts: Sequence[EncodedPrompt], results: Sequence[Any]) -> Tensor:
+        """`compute_logits` of B encoded texts by the results of their requests: (B, C), float32."""
 
     def encode(self, text: str) -> EncodedPrompt:
         """A text in its prompt, as token ids.
@@ -140,11 +161,12 @@ class Classifier(nn.Module, ABC):
         """
         texts = checked_texts(texts)
         logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
-        with evaluating(self), torch.inference_mode(), self.steady():
+        with self.steady() as scheduler, torch.inference_mode():
             encoded = [self.encode(text) for text in texts]
-            self._begin(len(texts))
-            for indices in self.batches([_padded_len(prompt) for prompt in encoded]):
-                batch = self.compute_logits([encoded[i] for i in indices])
+            shared = self._prepare(len(texts))
+            requests = [self.request_of(prompt, shared=shared) for prompt in encoded]
+            for indices, results in evaluated(scheduler, requests):
+                batch = self.logits_of([encoded[i] for i in indices], results)
                 logits[indices] = batch.cpu().numpy()
                 if progress is not None:
                     progress(len(indices))
@@ -272,27 +294,51 @@ class Classifier(nn.Module, ABC):
         # Storage stands above the classifiers that it writes.
         import_module("minllama.classification.storage.save_load").save_classifier(self, folder)
 
-    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of batches of texts of similar length, longest first, so that the memory peak is
-        first.
-        """
-        limit = BATCH_TOKENS.get(self.llama.device.type, BATCH_TOKENS_ELSEWHERE)
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        start = 0
-        while start < len(order):
-            n = max(1, limit // max(1, lengths[order[start]]))
-            yield order[start : start + n]
-            start += n
-
     @contextlib.contextmanager
-    def steady(self) -> Iterator[None]:
-        """While the block runs, weights do not change, so the shared prefix of prompts is computed
-        once.
-        """
-        yield
+    def steady(self) -> Iterator[Scheduler]:
+        """While the block runs, weights do not change, so what prompts share is read once.
 
-    def _begin(self, n_texts: int) -> None:
-        """Called before the batches of one prediction."""
+        These may stand within each other.
+
+        Yields:
+            The scheduler that evaluates texts meanwhile.
+        """
+        with evaluating(self):
+            if self._scheduler is not None:
+                yield self._scheduler
+                return
+            if self._engine is None or not self._engine.snapshot.is_current():
+                self._engine = None  # gives back its memory before another one takes as much
+                self._engine = engine_for(self.llama)
+            self._scheduler = Scheduler(self._engine)
+            try:
+                yield self._scheduler
+            finally:
+                self._scheduler = None
+
+    def _prepare(self, n_texts: int) -> tuple[int, ...]:
+        """Called before texts are evaluated; returns what is worth reading once for so many."""
+        return ()
+
+
+def evaluated(
+    scheduler: Scheduler, requests: Sequence[EvaluationRequest]
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Indices of requests and their results, batch by batch; the scheduler has nothing else to do.
+
+    Those of similar length are computed together, the longest first, so that the memory peak is
+    first.
+    """
+    order = sorted(range(len(requests)), key=lambda i: -requests[i].length)
+    index = {scheduler.evaluate(requests[i]): i for i in order}
+    try:
+        while scheduler.is_busy:
+            scheduler.step()
+            answered = scheduler.evaluated
+            if answered:
+                yield [index.pop(e) for e in answered], [e.result for e in answered]
+    finally:
+        scheduler.cancel(*index)
 
 
 def probabilities(
@@ -367,9 +413,3 @@ def make_template(
         keep_end=prompt.keep_end,
         eos=eos,
     )
-
-
-def _padded_len(prompt: EncodedPrompt) -> int:
-    """Tokens of its sequence: the prompt, then at most the labels' tokens except the last."""
-    inner = {label[:end] for label in prompt.continuations for end in range(1, len(label))}
-    return len(prompt) + len(inner)

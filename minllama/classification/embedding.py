@@ -1,7 +1,6 @@
 """Classify with a linear head on a text's hidden states; also regression."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from minllama.classification.base import Classifier, as_prompt, checked_labels, make_template
 from minllama.classification.prompts import EncodedPrompt
-from minllama.engine.packing import hidden_states
+from minllama.engine.states import Pooling, StatesRequest, pooled_states
 from minllama.errors import MinllamaError
 from minllama.evaluation.regression import TargetScale
 from minllama.model.attention_layout import check_inputs, last_tokens
@@ -17,8 +16,6 @@ from minllama.model.inputs import padded
 from minllama.model.llama import Llama
 from minllama.options import POOLINGS, PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer
-
-Pooling = Literal["last", "mean", "weighted-mean"]
 
 
 class LlamaEmbeddingClassifier(Classifier):
@@ -141,6 +138,23 @@ class LlamaEmbeddingClassifier(Classifier):
         mask = None if mask is None else mask.to(device)
         return self._head(self.compute_embeddings(ids.to(device), mask))
 
+    def request_of(self, prompt: EncodedPrompt, *, shared: tuple[int, ...] = ()) -> StatesRequest:
+        """See `Classifier.request_of`."""
+        return StatesRequest(
+            ids=prompt.ids, choices=((self.layer, self.pooling),), last=self._last(prompt.ids)
+        )
+
+    def logits_of(
+        self, prompts: Sequence[EncodedPrompt], results: Sequence[list[Tensor]]
+    ) -> Tensor:
+        """(B, C), float32; see `Classifier.logits_of`."""
+        return self._head(torch.stack([vector for (vector,) in results]))
+
+    def _last(self, ids: Sequence[int]) -> int:
+        """Index of the token that the pooling `last` takes; see `_read_by_head`."""
+        read = [place for place, token_id in enumerate(ids) if token_id != self.pad_id]
+        return read[-1] if read else 0
+
     def compute_embeddings(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The vector of each text, before dropout and head: (B, T) -> (B, D), float32.
 
@@ -154,13 +168,10 @@ class LlamaEmbeddingClassifier(Classifier):
             attention_mask = attention_mask.bool()
             if not attention_mask.any(-1).all():
                 raise MinllamaError("attention_mask has a sequence without tokens to classify")
-        # No other token need then go through all of the last layer.
         at = None
         if self.pooling == "last":
             at = last_tokens(ids, _read_by_head(ids, attention_mask, self.pad_id))
-        h = hidden_states(self.llama, self.layer, ids, attention_mask, selected=at)
-        h = normalized(self.llama, h, self.layer)
-        return h if at is not None else pool(h, attention_mask, self.pooling)
+        return pooled_states(self.llama, ids, attention_mask, self.layer, self.pooling, at=at)
 
     def _head(self, embeddings: Tensor) -> Tensor:
         logits: Tensor = self.score(self.dropout(embeddings))
@@ -178,29 +189,6 @@ def _read_by_head(ids: Tensor, mask: Tensor | None, pad_id: int | None) -> Tenso
     chosen = real & (ids != pad_id)
     first = real & (real.cumsum(-1) == 1)
     return torch.where(chosen.any(-1, keepdim=True), chosen, first)
-
-
-def normalized(llama: Llama, h: Tensor, layer: int) -> Tensor:
-    """Hidden states after `layer` layers, (..., D), normalized: float32, root mean square 1.
-
-    After the last layer the model's own norm is used, which also has weights.
-    """
-    if layer == llama.config.n_layers:
-        norm: Tensor = llama.norm(h)
-        return norm.float()
-    return F.rms_norm(h.float(), (h.shape[-1],), eps=llama.config.norm_eps)
-
-
-def pool(h: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """Pool to one vector per sequence: (B, T, D) -> (B, D), over real tokens only."""
-    if pooling == "last":
-        return h.flatten(0, 1)[last_tokens(h, mask)]
-    if mask is None:
-        mask = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-    weights = mask.to(h.dtype)
-    if pooling == "weighted-mean":
-        weights = weights * weights.cumsum(-1)  # 1, 2, 3 at the real tokens
-    return torch.einsum("bt,btd->bd", weights / weights.sum(-1, keepdim=True), h)
 
 
 def unlike_transformers(llama: Llama, layer: int, pooling: Pooling) -> str | None:

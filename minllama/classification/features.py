@@ -17,14 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minllama.classification.embedding import LlamaEmbeddingClassifier, Pooling, normalized, pool
+from minllama.classification.base import evaluated
+from minllama.classification.embedding import LlamaEmbeddingClassifier
 from minllama.data.texts import checked_texts
-from minllama.engine.packing import layer_states
+from minllama.engine.states import Choice, Pooling, StatesRequest
 from minllama.errors import optional_import
-from minllama.model.inputs import padded
-from minllama.model.mode import evaluating
 
-Choice = tuple[int, Pooling]
 Features = dict[Choice, NDArray[np.float32]]
 
 # Weight of |W|^2 / 2 beside the mean loss. What is best hardly depends on the number of rows.
@@ -80,25 +78,15 @@ def extract_features(
     """
     texts, choices = checked_texts(texts), list(choices)
     llama = classifier.llama
-    by_layer: dict[int, list[Pooling]] = {}
-    for layer, pooling in choices:
-        by_layer.setdefault(layer, []).append(pooling)
     features = {
         choice: np.empty((len(texts), llama.config.dim), dtype=np.float32) for choice in choices
     }
-    with evaluating(classifier), torch.inference_mode():
+    with classifier.steady() as scheduler, torch.inference_mode():
         encoded = [classifier.encode(text) for text in texts]
-        for indices in classifier.batches([len(prompt) for prompt in encoded]):
-            ids, mask = padded([encoded[i].ids for i in indices])
-            ids = ids.to(llama.device)
-            mask = None if mask is None else mask.to(llama.device)
-            for layer, h in enumerate(layer_states(llama, ids, attention_mask=mask)):
-                if layer in by_layer:
-                    h = normalized(llama, h, layer)
-                    for pooling in by_layer[layer]:
-                        features[layer, pooling][indices] = pool(h, mask, pooling).cpu().numpy()
-                if layer == max(by_layer):
-                    break
+        requests = [StatesRequest(ids=prompt.ids, choices=tuple(choices)) for prompt in encoded]
+        for indices, results in evaluated(scheduler, requests):
+            for choice, vectors in zip(choices, zip(*results, strict=True), strict=True):
+                features[choice][indices] = torch.stack(vectors).cpu().numpy()
             if progress is not None:
                 progress(len(indices))
     return features

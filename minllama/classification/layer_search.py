@@ -15,11 +15,11 @@ import numpy as np
 
 from minllama.classification.embedding import LlamaEmbeddingClassifier
 from minllama.classification.features import (
-    Choice,
     Features,
     extract_features,
     right_in_cross_validation,
 )
+from minllama.engine.states import Choice
 
 # Texts that go through all layers. On 1,500 of SST-5's, two draws of eight left out the layers that
 # all 8,544 then found best; on 2,500 none of six did.

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.classification.features import Choice, Features
+from minllama.classification.features import Features
+from minllama.engine.states import Choice
 
 Matrix = NDArray[np.float64]
 

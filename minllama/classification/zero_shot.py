@@ -4,18 +4,17 @@ Without training it is a zero-shot classifier; its scores are logits, so prompt-
 trains it as well (Schick & Schuetze 2021; Gao et al. 2021).
 """
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from minllama.classification.base import Classifier, as_prompt, checked_labels, make_template
-from minllama.classification.label_scoring import SharedPrefix, compute_label_scores
 from minllama.classification.prompts import EncodedPrompt
 from minllama.data.texts import checked_texts
+from minllama.engine.scoring import ScoreRequest, compute_label_scores
 from minllama.errors import MinllamaError
 from minllama.model.llama import Llama
 from minllama.options import CORRECTED, SCORES, PromptOptions
@@ -97,23 +96,10 @@ class LlamaZeroShotClassifier(Classifier):
         self.prior_strength = prior_strength
         self.shots = tuple(shots)
         self.prior: Tensor | None = None
-        self._prefix: SharedPrefix | None = None
-        self._steady = 0  # how many promises of steady weights hold
 
     @property
     def n_layers(self) -> int:
         return self.llama.config.n_layers
-
-    def compute_scores(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
-        """Log p(label | prompt), (B, C) float32, per token or byte if `score` says so."""
-        scores = compute_label_scores(self.llama, prompts, self._prefix)
-        if self.score == "token-mean":
-            lengths = [[len(ids) for ids in prompt.continuations] for prompt in prompts]
-            return scores / torch.tensor(lengths, device=scores.device)
-        if self.score == "byte-mean":
-            n_bytes = [len(word.encode()) for word in self.label_words]
-            return scores / torch.tensor(n_bytes, device=scores.device)
-        return scores
 
     def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
         """(B, C) float32: the corrected scores; see `Classifier.compute_logits`.
@@ -121,12 +107,39 @@ class LlamaZeroShotClassifier(Classifier):
         Raises:
             MinllamaError: the score is `batch` and `fit_prior` has not been called.
         """
-        scores = self.compute_scores(prompts)
+        requests = [self.request_of(prompt) for prompt in prompts]
+        return self.logits_of(prompts, compute_label_scores(self.llama, requests))
+
+    def request_of(self, prompt: EncodedPrompt, *, shared: tuple[int, ...] = ()) -> ScoreRequest:
+        """See `Classifier.request_of`."""
+        n = len(shared)
+        is_shared = n < len(prompt) and prompt.ids[:n] == shared
+        return ScoreRequest(
+            ids=prompt.ids,
+            continuations=prompt.continuations,
+            shared_len=n if is_shared else 0,
+        )
+
+    def logits_of(
+        self, prompts: Sequence[EncodedPrompt], results: Sequence[Tensor] | Tensor
+    ) -> Tensor:
+        """(B, C) float32: label scores, per token or byte if `score` says so, and corrected.
+
+        Raises:
+            MinllamaError: as `compute_logits`.
+        """
+        scores = results if isinstance(results, Tensor) else torch.stack(list(results))
+        if self.score == "token-mean":
+            lengths = [[len(ids) for ids in prompt.continuations] for prompt in prompts]
+            scores = scores / torch.tensor(lengths, device=scores.device)
+        elif self.score == "byte-mean":
+            n_bytes = [len(word.encode()) for word in self.label_words]
+            scores = scores / torch.tensor(n_bytes, device=scores.device)
         if self.score not in CORRECTED:
             return scores
         if self.prior is None:
             self.fit_prior()
-            assert self.prior is not None
+        assert self.prior is not None
         return scores - self.prior_strength * self.prior.to(scores.device)
 
     @property
@@ -171,20 +184,8 @@ class LlamaZeroShotClassifier(Classifier):
             log_probabilities = scores.log_softmax(-1)
             self.prior = log_probabilities.logsumexp(0) - math.log(len(log_probabilities))
 
-    @contextlib.contextmanager
-    def steady(self) -> Iterator[None]:
-        """See `Classifier.steady`; these may stand within each other."""
-        self._steady += 1
-        try:
-            yield
-        finally:
-            self._steady -= 1
-            if not self._steady:
-                self._prefix = None
-
-    def _begin(self, n_texts: int) -> None:
-        if self._prefix is not None:
-            self._prefix.forget_rows()
-        elif n_texts > 1:
-            # The last id may depend on how the text begins.
-            self._prefix = SharedPrefix(self.llama, self.template.encode_constant()[:-1])
+    def _prepare(self, n_texts: int) -> tuple[int, ...]:
+        if self.score in CORRECTED and self.prior is None:
+            self.fit_prior()
+        # The last id may depend on how the text begins.
+        return self.template.encode_constant()[:-1] if n_texts > 1 else ()

@@ -24,6 +24,8 @@ from minllama.engine.choice import (
     end_without_token,
     sampled,
 )
+from minllama.engine.evaluation import Evaluation, EvaluationRequest
+from minllama.engine.evaluations import Evaluations
 from minllama.engine.prefix_cache import PrefixCache
 from minllama.engine.sequence import (
     Request,
@@ -58,7 +60,8 @@ class Scheduler:
     then of the prompts that wait, in order of arrival, as many as the rest allows; a longer prompt
     is read in chunks over several steps, between which running sequences go on. The n samples of a
     prompt share its prefill. A sequence that ends or is cancelled leaves at once, and its memory is
-    taken by others or given back.
+    taken by others or given back. Evaluations of given texts are requests like others: prompts and
+    they come first by turns, where both wait, and what one leaves of the budget the other takes.
 
     A sequence has its own options, and gets the tokens that it would get alone. Its logits are
     computed in other company, and with another budget in other chunks, which changes the last bits
@@ -72,9 +75,12 @@ class Scheduler:
         max_sequences: running at a time; None for no bound but the budget.
         prefix_cache: of this engine, where prompts are to share what others have read; None reads
             each prompt from its start.
+        batch_tokens: padded tokens of evaluations to compute together; None for what suits the
+            device.
 
     Attributes:
         prefill_tokens: of prompts, read so far; those found in a prefix cache are not read.
+        evaluated: what the last step has answered.
 
     Raises:
         OptionError: a bound is less than 1.
@@ -87,8 +93,13 @@ class Scheduler:
         token_budget: int | None = None,
         max_sequences: int | None = None,
         prefix_cache: PrefixCache | None = None,
+        batch_tokens: int | None = None,
     ) -> None:
-        for name, bound in (("token_budget", token_budget), ("max_sequences", max_sequences)):
+        for name, bound in (
+            ("token_budget", token_budget),
+            ("max_sequences", max_sequences),
+            ("batch_tokens", batch_tokens),
+        ):
             if bound is not None and bound < 1:
                 raise OptionError(f"{name} must be 1 or more, not {bound}")
         self.engine, self.prefix_cache = engine, prefix_cache
@@ -98,6 +109,9 @@ class Scheduler:
         self._device = engine.device
         self._runs_ahead = pays_to_run_ahead(engine.device)
         self._next_index = 0
+        self._evaluations = Evaluations(engine, batch_tokens, prefix_cache)
+        self._evaluates_first = False
+        self.evaluated: list[Evaluation] = []
         self._full: list[Sequence] = []  # their prompts leave no room for a token
         self._waiting: deque[list[Sequence]] = deque()  # the samples of each prompt
         self._prefill: _Prefill | None = None
@@ -113,7 +127,8 @@ class Scheduler:
     @property
     def is_busy(self) -> bool:
         """Whether there is anything to do in a step."""
-        return bool(self._running or self._waiting or self._full or self._prefill)
+        sequences = self._running or self._waiting or self._full or self._prefill
+        return bool(sequences or self._evaluations.waiting)
 
     @property
     def running(self) -> list[Sequence]:
@@ -130,7 +145,7 @@ class Scheduler:
     def nbytes(self) -> int:
         """Bytes of keys and values, without those of the prefix cache."""
         caches = (self._cache, self._prefill and self._prefill.cache)
-        return sum(cache.nbytes for cache in caches if cache)
+        return self._evaluations.nbytes + sum(cache.nbytes for cache in caches if cache)
 
     def add(self, request: Request, *, cache: KVCache | None = None) -> list[Sequence]:
         """Let a request join, from the next step on.
@@ -170,13 +185,33 @@ class Scheduler:
                 cache.grow(_capacity(samples, len(request.ids)))
         return list(samples)
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Take a sequence out at once, wherever it is; one that has ended already stays as it is.
+    def evaluate(self, request: EvaluationRequest) -> Evaluation:
+        """Let an evaluation join, from the next step on.
 
-        Its keys and values are given back, or kept where a prefix cache is to have them.
+        Raises:
+            MinllamaError: the text is empty, or longer than the context; or a caller's cache is
+                being continued.
         """
-        if sequence.has_ended:
-            return
+        request.check(self.engine.config)
+        if self._is_lent:
+            raise MinllamaError("a sequence that continues a caller's cache runs alone")
+        evaluation = Evaluation(request)
+        self._evaluations.waiting.append(evaluation)
+        return evaluation
+
+    def cancel(self, *entries: Sequence | Evaluation) -> None:
+        """Take some out at once, wherever they are; those that have ended already stay as they are.
+
+        Their keys and values are given back, or kept where a prefix cache is to have them.
+        """
+        for entry in entries:
+            if isinstance(entry, Sequence) and not entry.has_ended:
+                self._cancel(entry)
+        evaluations = [e for e in entries if isinstance(e, Evaluation) and not e.has_ended]
+        if evaluations:
+            self._evaluations.cancel(evaluations)
+
+    def _cancel(self, sequence: Sequence) -> None:
         sequence.has_ended = True
         if sequence in self._running:
             self._drop_ended()
@@ -208,6 +243,7 @@ class Scheduler:
             MinllamaError: the model has changed since the engine was opened.
         """
         self._n_read = 0
+        self.evaluated = []
         if self._full:
             full, self._full = self._full, []
             return [end_without_token(sequence, "length") for sequence in full]
@@ -217,7 +253,12 @@ class Scheduler:
         elif self._is_ahead and self._cache is not None:
             self._cache.advance([1])
         self._is_ahead = False
+        evaluates_first, self._evaluates_first = self._evaluates_first, not self._evaluates_first
+        if evaluates_first:
+            self._evaluate()
         read = self._read_prompts() if self._waiting or self._prefill else None
+        if not evaluates_first:
+            self._evaluate()
         tokens = self._next_tokens(may_run_ahead=read is None) if self._running else []
         if read is not None:
             prefill, logits = read
@@ -229,6 +270,12 @@ class Scheduler:
                 self._drop_ended()
                 break
         return tokens
+
+    def _evaluate(self) -> None:
+        """Answer what the rest of the budget allows."""
+        if self._evaluations.waiting:
+            self.evaluated, n_read = self._evaluations.step(self._budget - self._n_read)
+            self._n_read += n_read
 
     # Decode steps
 
@@ -319,7 +366,7 @@ class Scheduler:
             Those that were read to their end, and the logits, (B, V), of what follows each of their
             samples.
         """
-        budget = self._budget - len(self._running) - len(self._drafts)
+        budget = self._budget - max(self._n_read, len(self._running) + len(self._drafts))
         if budget < 1:
             return None
         if self._prefill is None:

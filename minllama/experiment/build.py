@@ -9,10 +9,9 @@ from typing import Any, cast
 from minllama.atomic import atomic_file
 from minllama.classification import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
 from minllama.classification.base import Classifier
-from minllama.classification.embedding import Pooling, check_layer
+from minllama.classification.embedding import check_layer
 from minllama.classification.features import (
     MAX_ROWS,
-    Choice,
     Features,
     candidate_choices,
     extract_features,
@@ -20,6 +19,7 @@ from minllama.classification.features import (
 from minllama.classification.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
 from minllama.data.label_names import checked_names, names_of_option, words_by_label
+from minllama.engine.states import Choice, Pooling
 from minllama.errors import CheckpointError, OptionError
 from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting, random_order
 from minllama.experiment.reporter import Say

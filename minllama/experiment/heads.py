@@ -14,7 +14,6 @@ from torch import nn
 
 from minllama.classification.embedding import LlamaEmbeddingClassifier, unlike_transformers
 from minllama.classification.features import (
-    Choice,
     Features,
     extract_features,
     fit_head,
@@ -23,6 +22,7 @@ from minllama.classification.features import (
 from minllama.classification.layer_search import raced_features
 from minllama.classification.ridge import fit_value_head, select_value_features
 from minllama.data import Dataset
+from minllama.engine.states import Choice
 from minllama.evaluation.regression import TargetScale
 from minllama.model.llama import Llama
 

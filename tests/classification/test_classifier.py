@@ -105,7 +105,7 @@ def test_a_correction_can_be_made_in_part():
 def in_batches(request, monkeypatch):
     """All texts fit into one batch, or only a few of them, which are not neighbors in the list."""
     limit = {"one batch": 1024, "several": 90}[request.param]
-    monkeypatch.setattr("minllama.classification.base.BATCH_TOKENS", {"cpu": limit})
+    monkeypatch.setattr("minllama.engine.evaluations.BATCH_TOKENS", {"cpu": limit})
 
 
 @pytest.mark.parametrize("score", SCORES)

@@ -26,7 +26,7 @@ def blobs(n=300, classes=3, dim=8, spread=1.0, seed=0):
 
 @pytest.mark.parametrize("limit", [1024, 60])
 def test_one_pass_gives_what_the_classifier_computes_for_every_choice(limit, monkeypatch):
-    monkeypatch.setattr("minllama.classification.base.BATCH_TOKENS", {"cpu": limit})
+    monkeypatch.setattr("minllama.engine.evaluations.BATCH_TOKENS", {"cpu": limit})
     choices = [(1, "last"), (1, "mean"), (2, "mean"), (2, "weighted-mean")]
     features = extract_features(embedding(), TEXTS, choices)
     for layer, pooling in choices:

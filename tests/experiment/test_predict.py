@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from minllama.classification import LlamaEmbeddingClassifier, load_classifier
-from minllama.classification import zero_shot as zero_shot_module
-from minllama.classification.label_scoring import SharedPrefix
 from minllama.data import BadRows, count_rows
+from minllama.engine import evaluations as evaluations_module
+from minllama.engine.evaluations import SharedPrefix
 from minllama.errors import DataError, OptionError
 from minllama.experiment import predict as predicting
 from minllama.experiment import resume as resuming
@@ -59,11 +59,11 @@ def test_what_all_prompts_share_is_read_once_for_the_whole_file(rows, monkeypatc
     made = []
 
     class Counted(SharedPrefix):
-        def __init__(self, llama, ids):
-            super().__init__(llama, ids)
+        def __init__(self, engine, ids, *others):
+            super().__init__(engine, ids, *others)
             made.append(self.ids)
 
-    monkeypatch.setattr(zero_shot_module, "SharedPrefix", Counted)
+    monkeypatch.setattr(evaluations_module, "SharedPrefix", Counted)
     classifier = zero_shot(prompt="A long instruction that stands before: {text}", score=score)
     records = [json.loads(line) for line in lines_of(classifier, rows)]
     assert len(made) == 1

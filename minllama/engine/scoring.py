@@ -3,91 +3,76 @@
 The labels of a prompt share its computation. They form a trie, appended to the prompt: a token that
 several labels start with is computed once, and an attention mask lets each token attend to the
 prompt and its own ancestors only. A label's last token is only predicted, never computed, so labels
-of one token add nothing to the cost of the prompt. `minllama.classification.zero_shot` calls it.
+of one token add nothing to the cost of the prompt. A scheduler answers `ScoreRequest`s;
+training calls `compute_label_scores`, with gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from minllama.classification.prompts import EncodedPrompt
-from minllama.engine.choose import engine_for
+from minllama.engine.base import Engine
+from minllama.engine.evaluation import Chunks, EvaluationRequest, read_into
 from minllama.engine.packing import hidden_states
 from minllama.model.inputs import padded
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama
 from minllama.quantization.modules import rows_of
 
-MIN_SHARED_LEN = 16  # a shorter common beginning is not worth a cache of its own
 MAX_LOGITS = 256  # rows of logits over the vocabulary at a time: 50 MB of float32 at 49,152 tokens
 
 
-class SharedPrefix:
-    """The shared prefix of all prompts (an instruction, few-shot examples), computed once.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoreRequest(EvaluationRequest):
+    """Log p(label | text) of each label; the result is (C,), float32, in nats.
 
-    Valid for the current weights: create a new one after they change.
-
-    Args:
-        llama: the model, causal.
-        ids: of the prefix; it is not kept if shorter than MIN_SHARED_LEN.
+    Attributes:
+        continuations: token ids of each of C labels.
     """
 
-    def __init__(self, llama: Llama, ids: Sequence[int]) -> None:
-        worthwhile = len(ids) >= MIN_SHARED_LEN and llama.config.causal
-        self.ids = tuple(ids) if worthwhile else ()
-        self._llama = llama
-        self._one_row: KVCache | None = None
-        self._rows: KVCache | None = None
+    continuations: tuple[tuple[int, ...], ...]
 
-    def fits(self, prompts: Sequence[EncodedPrompt]) -> bool:
-        """Whether all prompts start with it and are longer."""
-        n = len(self.ids)
-        return n > 0 and all(p.ids[:n] == self.ids and len(p) > n for p in prompts)
+    @cached_property
+    def length(self) -> int:
+        """The prompt's tokens, and those of the labels that are computed."""
+        inner = {label[:end] for label in self.continuations for end in range(1, len(label))}
+        return len(self.ids) + len(inner)
 
-    def cache(self, batch_size: int, new_len: int) -> KVCache:
-        """A cache of `batch_size` sequences with the prefix, and space for `new_len` more tokens.
+    @cached_property
+    def group(self) -> Hashable:
+        return ScoreRequest, len(self.continuations)
 
-        It is reused for all batches: what the last one wrote after the prefix is truncated.
-        """
-        n = len(self.ids)
-        if self._one_row is None:
-            self._one_row = self._llama.new_cache(1, n)
-            ids = torch.tensor([self.ids], device=self._llama.device)
-            engine_for(self._llama).forward(ids, self._one_row, logits=None)
-        if self._rows is None or len(self._rows.keys[0]) < batch_size:
-            capacity = max(n + new_len, 0 if self._rows is None else self._rows.capacity)
-            self._rows = self._one_row.repeated(batch_size, capacity)
-        self._rows.lengths = [n] * batch_size
-        self._rows.grow(n + new_len)
-        return self._rows
+    def compute(
+        self, engine: Engine, requests: "Sequence[ScoreRequest]", cache: KVCache | None
+    ) -> Sequence[Tensor]:
+        """See `EvaluationRequest.compute`."""
+        return list(compute_label_scores(engine.llama, requests, cache))
 
-    def forget_rows(self) -> None:
-        """Truncate the cache to the prefix."""
-        self._rows = None
+    def in_chunks(self, engine: Engine, cache: KVCache) -> Chunks:
+        """See `EvaluationRequest.in_chunks`; labels are computed after the prompt's last token."""
+        yield from read_into(engine, self.ids[:-1], cache)
+        return compute_label_scores(engine.llama, [self], cache)[0]
 
 
 def compute_label_scores(
-    llama: Llama, prompts: Sequence[EncodedPrompt], prefix: SharedPrefix | None = None
+    llama: Llama, requests: Sequence[ScoreRequest], cache: KVCache | None = None
 ) -> Tensor:
     """Log p(label | prompt) of each label: the sum over its tokens, in nats.
 
     Args:
-        llama: receives gradients, unless a prefix is given.
-        prompts: B of them, each with the continuations of C labels.
-        prefix: precomputed; used if all prompts start with it.
+        llama: receives gradients, unless a cache is given.
+        requests: B of them, each with C continuations.
+        cache: of B rows of equal length, which hold the first tokens of each prompt, but not all;
+            what is written after them is not kept.
 
     Returns:
         (B, C), float32.
     """
-    cached_len = len(prefix.ids) if prefix is not None and prefix.fits(prompts) else 0
-    layout = _Layout(prompts, cached_len)
+    layout = _Layout(requests, 0 if cache is None else cache.max_len)
     device = llama.device
-    cache = None
-    if cached_len:
-        assert prefix is not None
-        cache = prefix.cache(len(prompts), layout.ids.shape[1])
     h = hidden_states(
         llama,
         len(llama.layers),
@@ -103,8 +88,8 @@ def compute_label_scores(
     tokens = layout.tokens.to(device)  # (K, 3)
     chosen = _token_logits(llama, hidden[tokens[:, 0]], tokens[:, 1])  # (K,)
     log_probs = chosen - normalizers[tokens[:, 0]]
-    n_labels = len(prompts[0].continuations)
-    scores = log_probs.new_zeros(len(prompts) * n_labels).index_add(0, tokens[:, 2], log_probs)
+    n_labels = len(requests[0].continuations)
+    scores = log_probs.new_zeros(len(requests) * n_labels).index_add(0, tokens[:, 2], log_probs)
     return scores.view(-1, n_labels)  # (B, C)
 
 
@@ -168,7 +153,7 @@ class _Layout:
         tokens: (K, 3): for each token of each label its query, its id, and sequence * C + label.
     """
 
-    def __init__(self, prompts: Sequence[EncodedPrompt], cached_len: int) -> None:
+    def __init__(self, prompts: Sequence[ScoreRequest], cached_len: int) -> None:
         tries: dict[tuple[tuple[int, ...], ...], _Trie] = {}
         for prompt in prompts:
             if prompt.continuations not in tries:
@@ -179,9 +164,11 @@ class _Layout:
         ]
         self.ids, padding = padded(rows)
         self.mask, self.positions = padding, None
-        starts = [len(prompt) - cached_len for prompt in prompts]  # slot of each row's first node
+        starts = [
+            len(prompt.ids) - cached_len for prompt in prompts
+        ]  # slot of each row's first node
         if any(trie.ids for trie in of_row):
-            self.mask, self.positions = _tree_view(of_row, starts, self.ids.shape[1], cached_len)
+            self.mask, self.positions = _tree_layout(of_row, starts, self.ids.shape[1], cached_len)
         queries: list[int] = []
         tokens: list[tuple[int, int, int]] = []
         n_labels = len(prompts[0].continuations)
@@ -199,7 +186,7 @@ class _Layout:
         self.queries, self.tokens = torch.tensor(queries), torch.tensor(tokens)
 
 
-def _tree_view(
+def _tree_layout(
     tries: Sequence[_Trie], starts: Sequence[int], length: int, cached_len: int
 ) -> tuple[Tensor, Tensor]:
     """The (B, T, T) mask and the (B, T) positions of prompts followed by trie nodes."""

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minllama.classification.label_scoring import MIN_SHARED_LEN, SharedPrefix, compute_label_scores
-from minllama.classification.prompts import EncodedPrompt
+from minllama.engine.choose import engine_for
+from minllama.engine.evaluation import MIN_SHARED_LEN
+from minllama.engine.scheduler import Scheduler
+from minllama.engine.scoring import ScoreRequest, compute_label_scores
 from tests.tiny import both, our_model
 
 LABELS = ((5,), (7, 9), (7, 9, 11), (7, 8, 3, 2), (1, 2, 3, 4, 5))
@@ -15,7 +17,17 @@ def prompts(*lengths, labels=LABELS, start=0):
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(0, 61, (n,), generator=generator).tolist() for n in lengths]
     shared = list(range(start))
-    return [EncodedPrompt((*shared, *row), labels) for row in ids]
+    return [
+        ScoreRequest(ids=(*shared, *row), continuations=labels, shared_len=start) for row in ids
+    ]
+
+
+def scheduled(scheduler, requests):
+    """What a scheduler answers, (B, C)."""
+    evaluations = [scheduler.evaluate(request) for request in requests]
+    while scheduler.is_busy:
+        scheduler.step()
+    return torch.stack([evaluation.result for evaluation in evaluations])
 
 
 def one_at_a_time(model, batch):
@@ -55,50 +67,42 @@ def test_scores_of_one_token_labels_equal_transformers(tmp_path):
 def test_rows_may_have_different_continuations():
     model = our_model()
     batch = [
-        EncodedPrompt((1, 2, 3), ((4, 5, 6), (7,))),
-        EncodedPrompt((9,), ((8,), (7,))),
-        EncodedPrompt((9, 3, 2, 1, 5), ((4, 5), (4, 7, 8, 9))),
+        ScoreRequest(ids=(1, 2, 3), continuations=((4, 5, 6), (7,))),
+        ScoreRequest(ids=(9,), continuations=((8,), (7,))),
+        ScoreRequest(ids=(9, 3, 2, 1, 5), continuations=((4, 5), (4, 7, 8, 9))),
     ]
     alone = torch.cat([compute_label_scores(model, [prompt]) for prompt in batch])
     torch.testing.assert_close(compute_label_scores(model, batch), alone, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("labels", [LABELS, ((5,), (6,))])
+@pytest.mark.parametrize("budget", [None, 7, 30])
 @torch.no_grad()
-def test_a_prefix_that_is_read_once_changes_nothing(labels):
+def test_a_prefix_that_is_read_once_changes_nothing(labels, budget):
     model = our_model()
-    prefix = SharedPrefix(model, range(MIN_SHARED_LEN))
+    scheduler = Scheduler(engine_for(model), token_budget=budget)
     for lengths in ((4, 4), (9, 1, 3), (2, 30, 5, 1), (3,)):  # the cache shrinks and grows
         batch = prompts(*lengths, labels=labels, start=MIN_SHARED_LEN)
-        assert prefix.fits(batch)
         torch.testing.assert_close(
-            compute_label_scores(model, batch, prefix),
-            compute_label_scores(model, batch),
-            atol=1e-5,
-            rtol=0,
+            scheduled(scheduler, batch), compute_label_scores(model, batch), atol=1e-5, rtol=0
         )
 
 
 @torch.no_grad()
-def test_a_prefix_is_left_aside_where_a_prompt_does_not_begin_with_it():
+def test_prompts_with_and_without_a_prefix_are_answered_together():
     model = our_model()
-    prefix = SharedPrefix(model, range(MIN_SHARED_LEN))
-    batch = [*prompts(4, start=MIN_SHARED_LEN), *prompts(20)]
-    assert not prefix.fits(batch)
-    assert not prefix.fits([EncodedPrompt(tuple(range(MIN_SHARED_LEN)), LABELS)])  # nothing left
-    torch.testing.assert_close(
-        compute_label_scores(model, batch, prefix), compute_label_scores(model, batch)
-    )
+    batch = [*prompts(4, start=MIN_SHARED_LEN), *prompts(20), *prompts(3, 2, start=20)]
+    found = scheduled(Scheduler(engine_for(model)), batch)
+    torch.testing.assert_close(found, compute_label_scores(model, batch), atol=1e-5, rtol=0)
 
 
 def test_a_shared_prefix_and_labels_are_not_run_again():
     model = our_model()
     lengths = []
     model.layers[0].register_forward_hook(lambda m, args, out: lengths.append(args[0].shape))
-    prefix = SharedPrefix(model, range(20))
-    with torch.no_grad():
-        for _ in range(3):
-            compute_label_scores(model, prompts(5, 5, start=20), prefix)
+    scheduler = Scheduler(engine_for(model))
+    for _ in range(3):
+        scheduled(scheduler, prompts(5, 5, start=20))
     # 20 once; then five tokens and the eight inner nodes of the trie of the five labels' 15 tokens.
     assert [shape[1] for shape in lengths] == [20, 13, 13, 13]
 
