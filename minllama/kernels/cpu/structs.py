@@ -1,6 +1,9 @@
-"""The ctypes counterparts of the structs in `model.h`: the same fields in the same order."""
+"""The ctypes counterparts of the structs in `src/structs.h`: the same fields in the same order.
 
-from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+A compiled library that describes other fields (`src/fields.inc`) is not used.
+"""
+
+from ctypes import POINTER, Structure, _Pointer, c_double, c_int64, c_void_p, sizeof
 from typing import Any
 
 import torch
@@ -237,8 +240,26 @@ class LowRank(Structure):
     )
 
 
-# In the order of `minllama_sizes`.
+# In the order of `src/structs.h`.
 STRUCTS = (
     *(Numbers, Linear, Layer, Model, Step, Norm, Gate),
     *(Turn, Apart, Blocks, Product, AdamW, Heads, Attention, LowRank),
 )
+
+_TYPE_NAMES = {c_int64: "int64", c_double: "double", c_void_p: "pointer"}
+
+
+def described(struct: type[Structure]) -> str:
+    """The fields of a struct as `src/fields.inc` has them: its name, field, offset and type."""
+    name = struct.__name__
+    lines = [
+        f"{name} {field} {getattr(struct, field).offset} {_type_name(kind)}\n"
+        for field, kind, *_ in struct._fields_
+    ]
+    return "".join([*lines, f"{name} {sizeof(struct)} size\n"])
+
+
+def _type_name(kind: Any) -> str:
+    if kind in _TYPE_NAMES:
+        return _TYPE_NAMES[kind]
+    return "pointer" if issubclass(kind, _Pointer) else str(kind.__name__)

@@ -6,12 +6,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
+#include <string>
 
 #include "structs.h"
+#include "fields.inc"
 #include "threads.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -259,14 +262,10 @@ int64_t attention_work(const Attention& a) {
 
 extern "C" {
 
-// Bytes of the structs that calls are made with, in the order of layout.py, which compares them: a
-// library of another version would read its arguments wrongly.
-EXPORT const int64_t* minllama_sizes() {
-    static const int64_t sizes[] = {
-        sizeof(Numbers), sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(Step),  sizeof(Norm),      sizeof(Gate),
-        sizeof(Turn),    sizeof(Apart),  sizeof(Blocks), sizeof(Product), sizeof(AdamW), sizeof(Heads), sizeof(Attention), sizeof(LowRank),
-    };
-    return sizes;
+// The fields of the structs that calls are made with, and their sizes; see fields.inc.
+EXPORT const char* minllama_fields() {
+    static const std::string fields = described_fields();
+    return fields.c_str();
 }
 
 // 2 for AVX-512 with VNNI, 1 for AVX2, 0 for plain C++: the best that this CPU has.
@@ -353,11 +352,11 @@ EXPORT int minllama_attention_gradient(const Attention* a, int64_t threads, int 
 }
 
 EXPORT int minllama_low_rank(const LowRank* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in + a->out), threads);
+    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in_dim + a->out_dim), threads);
 }
 
 EXPORT int minllama_low_rank_gradient(const LowRank* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in + a->out),
+    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in_dim + a->out_dim),
                    threads);
 }
 

@@ -1,5 +1,6 @@
 // What a Llama is to the native step: shapes and where its numbers lie. Python fills these structs in
-// (minllama/kernels/cpu/structs.py has the same fields in the same order) and owns all that they point to.
+// (minllama/kernels/cpu/structs.py has the same fields in the same order, which fields.inc checks) and owns
+// all that they point to.
 //
 // Shape letters are those of minllama/model/llama.py; N is the number of tokens of a step.
 
@@ -142,7 +143,7 @@ struct Attention {
 };
 
 struct LowRank {
-    int64_t rows, in, out, rank, kind;
+    int64_t rows, in_dim, out_dim, rank, kind;
     int64_t onto;     // whether the result is added to what y holds
     double scale;
     double dropout;   // probability with which each number of x is taken for zero
