@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minllama.engine.base import Engine
-from minllama.engine.support import is_supported, linear_modules
+from minllama.engine.support import is_supported, layers_of, linear_modules
 from minllama.kernels.cpu.library import call, library
 from minllama.kernels.cpu.ops import FEW_ROWS, floats, most_rows
 from minllama.kernels.cpu.structs import (
@@ -36,7 +36,7 @@ from minllama.model.attention_layout import (
     selected_positions,
 )
 from minllama.model.kv_cache import KVCache
-from minllama.model.llama import LlamaOutput
+from minllama.model.llama import Llama, LlamaLayer, LlamaOutput
 from minllama.quantization.half import WidenedEmbedding, WidenedLinear
 from minllama.quantization.modules import (
     QuantizedEmbedding,
@@ -64,7 +64,7 @@ KNOWN = (
 )
 
 
-def can_run(llama: Any) -> bool:
+def can_run(llama: Llama) -> bool:
     """Whether the native step computes what this Llama's modules do.
 
     Plain and quantized layers on a CPU: no adapters; and what `is_supported` asks besides.
@@ -119,7 +119,7 @@ class NativeStep:
         most_rows: of one token each, that are a pass for it.
     """
 
-    def __init__(self, llama: Any, level: int | None = None) -> None:
+    def __init__(self, llama: Llama, level: int | None = None) -> None:
         self._level = level
         self.most_rows = _most_tokens(llama.long_dtype or llama.dtype, MOST_ROWS)
         self._kept: list[Tensor] = []  # what the structs point to
@@ -219,9 +219,9 @@ class NativeStep:
         step.row_stride, step.head_stride = like.stride(0), like.stride(1)
         call("step", self._model, step, level=self._level)
 
-    def _describe(self, llama: Any) -> Model:
+    def _describe(self, llama: Llama) -> Model:
         config = llama.config
-        self._layers = (Layer * config.n_layers)(*map(self._layer, llama.layers))
+        self._layers = (Layer * config.n_layers)(*map(self._layer, layers_of(llama)))
         embedding = self._linear(llama.tok_embeddings)
         return Model(
             dim=config.dim,
@@ -237,7 +237,7 @@ class NativeStep:
             layers=self._layers,
         )
 
-    def _layer(self, layer: Any) -> Layer:
+    def _layer(self, layer: LlamaLayer) -> Layer:
         query, key, value, output, w1, w2, w3 = map(self._linear, linear_modules(layer))
         attention_norm = self._numbers(layer.attention_norm.weight)
         ffn_norm = self._numbers(layer.ffn_norm.weight)
@@ -295,7 +295,7 @@ class CpuEngine(Engine):
     backend = "cpu"
     runs = staticmethod(can_run)
 
-    def __init__(self, llama: Any) -> None:
+    def __init__(self, llama: Llama) -> None:
         super().__init__(llama)
         if llama.dtype == torch.float32 and llama.quantize is not None:
             # As in llama.cpp: half the memory, and half of what decoding a long text reads, for a

@@ -35,6 +35,7 @@ from minllama.kernels.cpu.structs import (
 )
 from minllama.kernels.dispatch import is_plain, register
 from minllama.kernels.hardware import fast_bfloat16, has_amx
+from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 DTYPES = frozenset(KINDS)
 FEW_ROWS = 32
@@ -92,7 +93,7 @@ register("swiglu", lambda u, v: serves(u), swiglu)
 register("apply_rotary_embedding", lambda x, rotation: serves(x), rotate)
 
 
-def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
+def take_apart(weight: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """The matrix (in, out) of a `quantization.modules.QuantizedWeight` (out, in), on the CPU."""
     y = torch.empty(weight.in_features, weight.out_features, dtype=dtype, device="cpu")
     described = quantized_linear(weight)
@@ -157,7 +158,7 @@ def most_rows(dtype: torch.dtype) -> float:
     return SOME_ROWS if dtype == torch.bfloat16 and fast_bfloat16("cpu") else math.inf
 
 
-def product(weight: Any, x: Tensor) -> Tensor:
+def product(weight: QuantizedMatrix, x: Tensor) -> Tensor:
     """Compute x W^T with a quantized W: (..., in) -> (..., out), float32."""
     if x.shape[-1] != weight.in_features:
         raise MinllamaError(f"a weight of {weight.in_features} columns times {tuple(x.shape)}")

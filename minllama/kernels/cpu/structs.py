@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minllama.kernels.quantized_matrix import QuantizedMatrix
+
 KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 INT4, INT8 = 0, 1
 
@@ -29,8 +31,8 @@ class Linear(Structure):
     )
 
 
-def quantized_linear(weight: Any) -> Linear:
-    """Memory layout of a `minllama.quantization.modules.QuantizedWeight`."""
+def quantized_linear(weight: QuantizedMatrix) -> Linear:
+    """Memory layout of a quantized matrix."""
     return Linear(
         weight=weight.quants.data_ptr(),
         scales=weight.scales.data_ptr(),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minllama.kernels.dispatch import register
 from minllama.kernels.gpu.support import OLDEST, on, warn
+from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 
 @functools.cache
@@ -55,14 +56,14 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
         return y
 
 
-def product(weight: Any, x: Tensor) -> Tensor:
+def product(weight: QuantizedMatrix, x: Tensor) -> Tensor:
     """Compute x W^T with a quantized weight: (..., in) -> (..., out), in x's dtype."""
     with on(x.device):
         y: Tensor = _operations().product(weight, x)
         return y
 
 
-def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
+def take_apart(weight: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """Dequantize a weight to a matrix (out, in)."""
     with on(weight.scales.device):
         y: Tensor = _operations().take_apart(weight, dtype)

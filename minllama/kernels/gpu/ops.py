@@ -4,8 +4,6 @@ Each is one pass over memory. Quantized weights are `minllama.quantization.modul
 whose tiles the kernels read directly.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from minllama.kernels.cpu.ops import unfit
 from minllama.kernels.gpu import decode_kernels as kernels
 from minllama.kernels.gpu import quantized_kernels as block_kernels
 from minllama.kernels.gpu.support import power_of_two
+from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 _BLOCK = 1024
 FEW_ROWS = 4  # up to which a weight in blocks is read once for each row, not taken apart
@@ -53,7 +52,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return turned
 
 
-def product(weight: Any, x: Tensor) -> Tensor:
+def product(weight: QuantizedMatrix, x: Tensor) -> Tensor:
     """Compute x W^T with a quantized weight: (..., in) -> (..., out), in x's dtype."""
     if x.shape[-1] != weight.in_features:
         raise unfit("product", weight.scales, x)
@@ -77,7 +76,7 @@ def product(weight: Any, x: Tensor) -> Tensor:
     return y
 
 
-def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
+def take_apart(weight: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """Dequantize a weight to a matrix (out, in)."""
     y = torch.empty(
         weight.out_features, weight.in_features, dtype=dtype, device=weight.scales.device
@@ -96,7 +95,7 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def _described(weight: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _described(weight: QuantizedMatrix) -> tuple[Tensor, Tensor, Tensor]:
     """The quants as words of four or eight columns, the scales, and the mins or a placeholder."""
     mins = weight.scales if weight.mins is None else weight.mins
     return weight.quants.view(torch.int32), weight.scales, mins
