@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from minllama.classification.embedding import LlamaEmbeddingClassifier, Pooling, normalized, pool
+from minllama.data.task import Task
 from minllama.data.texts import checked_texts
 from minllama.engine.packing import layer_states
 from minllama.errors import optional_import
@@ -107,11 +108,7 @@ def extract_features(
 def select_features(
     features: Features,
     labels: Sequence[Any],
-    n_classes: int,
-    *,
-    multi_label: bool = False,
-    balanced: bool = False,
-    seed: int = 0,
+    task: Task,
 ) -> Selection:
     """Compare layers, poolings and penalties by cross-validation.
 
@@ -120,14 +117,11 @@ def select_features(
 
     Args:
         features: for each choice (N, D).
-        labels: N classes, or N collections of them if `multi_label`.
-        n_classes: C.
-        balanced: classes have equal weight, whatever their numbers of examples.
-        seed: of the folds.
+        labels: of the N texts.
+        task: what the labels are.
     """
     tried: dict[tuple[int, Pooling, float], float] = {}
-    kind: Any = {"multi_label": multi_label, "balanced": balanced, "seed": seed}
-    with _comparison(features, labels, n_classes, **kind) as right:
+    with _comparison(features, labels, task) as right:
 
         def accuracy_of(choice: Choice, penalty: float) -> float:
             return float(right(choice, penalty, FOLDS)().mean())
@@ -148,18 +142,17 @@ def select_features(
 
 
 def right_in_cross_validation(
-    features: Features, labels: Sequence[int], n_classes: int, *, seed: int = 0
+    features: Features, labels: Sequence[int], task: Task
 ) -> dict[Choice, NDArray[np.bool_]]:
     """Which texts each choice is right about, under one penalty, when its head has not seen them.
 
     Args:
-        features, labels, n_classes, seed: as for `select_features`, with one label a text.
+        features, labels, task: as for `select_features`, with one label per text.
 
     Returns:
         For each choice the same texts in the same order: those of FIRST_FOLDS of the FOLDS.
     """
-    kind: Any = {"multi_label": False, "balanced": False, "seed": seed}
-    with _comparison(features, labels, n_classes, **kind) as right:
+    with _comparison(features, labels, task) as right:
         return _first_look(right, features)
 
 
@@ -177,27 +170,20 @@ def _first_look(right: Begin, features: Features) -> dict[Choice, NDArray[np.boo
 def _comparison(
     features: Features,
     labels: Sequence[Any],
-    n_classes: int,
-    *,
-    multi_label: bool,
-    balanced: bool,
-    seed: int,
+    task: Task,
 ) -> Iterator[Begin]:
     """Cross-validation of choices, with parallel fits.
 
     Yields:
-        Start the fits of a choice with a penalty on the first few folds; returns a function that
-            waits
-        for the result: which of these folds' rows are correct.
+        A function that starts the fits of a choice with a penalty on the first few folds, and
+        returns another that waits for the result: which of these folds' rows are correct.
     """
-    target = _target(labels, n_classes, multi_label=multi_label)
-    rows = np.random.default_rng(seed).permutation(len(target))[:MAX_ROWS]
-    folds = _folds(target[rows], seed)
+    target = task.target(labels)
+    rows = np.random.default_rng(task.seed).permutation(len(target))[:MAX_ROWS]
+    folds = _folds(target[rows], task.seed)
 
     def right(choice: Choice, penalty: float, fold: NDArray[np.int64]) -> NDArray[np.bool_]:
-        x = features[choice][rows]
-        kind = {"multi_label": multi_label, "balanced": balanced}
-        return _right_in_fold(x, target[rows], fold, penalty, **kind)
+        return _right_in_fold(features[choice][rows], target[rows], fold, penalty, task)
 
     with _fits_side_by_side() as pool:
 
@@ -211,19 +197,17 @@ def _comparison(
 def fit_head(
     features: NDArray[np.float32],
     labels: Sequence[Any],
-    n_classes: int,
+    task: Task,
     *,
     penalty: float = FIRST_PENALTY,
-    multi_label: bool = False,
-    balanced: bool = False,
     bias: bool = True,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logistic regression on standardized features, as a head for the original features.
 
     Args:
         features: (N, D).
-        labels: N classes, or N collections of them if `multi_label`.
-        n_classes: C; one without an example gets a low constant.
+        labels: of the N texts.
+        task: what the labels are; a class without an example gets a low constant.
         penalty: weight of |W|^2 / 2 relative to the mean loss.
         bias: the head has one; without, features keep their mean, along which a small weight is as
             good.
@@ -235,17 +219,12 @@ def fit_head(
     Raises:
         MinllamaError: scikit-learn is missing.
     """
-    target = _target(labels, n_classes, multi_label=multi_label)
+    target = task.target(labels)
     mean, scale = features.mean(0), np.maximum(features.std(0), 1e-6)
     shift = mean if bias else np.zeros_like(mean)
     with _fitting():
         weight, constant = _regression(
-            (features - shift) / scale,
-            target,
-            penalty,
-            multi_label=multi_label,
-            balanced=balanced,
-            intercept=bias,
+            (features - shift) / scale, target, penalty, task, intercept=bias
         )
     weight = weight / scale
     if not bias:  # those of classes without examples: what they are at the mean, along it
@@ -263,9 +242,8 @@ def _regression(
     x: NDArray[np.float32],
     target: NDArray[Any],
     penalty: float,
+    task: Task,
     *,
-    multi_label: bool,
-    balanced: bool,
     intercept: bool = True,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Weight (C, D) and bias (C,) for (N, D) standardised features and an (N, C) 0-1 target.
@@ -274,21 +252,20 @@ def _regression(
     """
     from sklearn.linear_model import LogisticRegression
 
-    n_classes = target.shape[1]
-    weight, bias = np.zeros((n_classes, x.shape[1])), np.full(n_classes, UNSEEN)
+    weight, bias = np.zeros((task.n_classes, x.shape[1])), np.full(task.n_classes, UNSEEN)
 
     def fitted(gold: NDArray[Any]) -> Any:
         regression = LogisticRegression(
             C=1 / (penalty * len(x)),
             max_iter=300,
             tol=1e-3,
-            class_weight="balanced" if balanced else None,
+            class_weight="balanced" if task.balanced else None,
             fit_intercept=intercept,
         )
         return regression.fit(x, gold)
 
-    if multi_label:
-        for label in range(n_classes):
+    if task.multi_label:
+        for label in range(task.n_classes):
             column = target[:, label]
             if column.any() and not column.all():
                 regression = fitted(column)
@@ -342,19 +319,15 @@ def _right_in_fold(
     target: NDArray[np.bool_],
     fold: NDArray[np.int64],
     penalty: float,
-    *,
-    multi_label: bool,
-    balanced: bool,
+    task: Task,
 ) -> NDArray[np.bool_]:
     """Which held-out rows of a fold a head predicts correctly."""
     mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
     x = (x - mean) / scale  # without the labels, so no fold learns of another's
     train = np.setdiff1d(np.arange(len(x)), fold)
-    weight, bias = _regression(
-        x[train], target[train], penalty, multi_label=multi_label, balanced=balanced
-    )
+    weight, bias = _regression(x[train], target[train], penalty, task)
     scores = x[fold] @ weight.T + bias
-    if multi_label:
+    if task.multi_label:
         return np.asarray(((scores >= 0) == target[fold]).all(1))
     return np.asarray(scores.argmax(1) == target[fold].argmax(1))
 
@@ -369,11 +342,3 @@ def _folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:
     # Of an only row there is a fold without one.
     folds = (np.asarray(dealt[start::n_folds], dtype=np.int64) for start in range(n_folds))
     return [np.sort(fold) for fold in folds]
-
-
-def _target(labels: Sequence[Any], n_classes: int, *, multi_label: bool) -> NDArray[np.bool_]:
-    """(N, C), true if the class is a label."""
-    target = np.zeros((len(labels), n_classes), dtype=bool)
-    for row, label in enumerate(labels):
-        target[row, list(label) if multi_label else label] = True
-    return target

@@ -20,6 +20,7 @@ from minllama.classification.features import (
     extract_features,
     right_in_cross_validation,
 )
+from minllama.data.task import Task
 
 # Texts that go through all layers. On 1,500 of SST-5's, two draws of eight left out the layers that
 # all 8,544 then found best; on 2,500 none of six did.
@@ -32,32 +33,28 @@ def raced_features(
     texts: Sequence[str],
     labels: Sequence[Any],
     choices: Sequence[Choice],
+    task: Task,
     *,
-    multi_label: bool = False,
-    balanced: bool = False,
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Features:
     """Features of texts for the choices that remain in the layer search.
 
     For all choices if there are less than twice RACE_ROWS texts, or one layer, or with
-    `multi_label` or `balanced`, since the search counts correct predictions, all of equal weight.
+    several labels per text or class weights, since the search counts correct predictions.
 
     Args:
         classifier, texts, choices, progress: as for `extract_features`.
-        labels, multi_label, balanced, seed: as for `select_features`.
+        labels, task: as for `select_features`.
         say: receives a message about the remaining layers.
     """
     n_texts, layers = len(texts), {layer for layer, _ in choices}
-    if n_texts < 2 * RACE_ROWS or len(layers) == 1 or multi_label or balanced:
+    if n_texts < 2 * RACE_ROWS or len(layers) == 1 or task.multi_label or task.balanced:
         return extract_features(classifier, texts, choices, progress=progress)
-    order = np.random.default_rng(seed).permutation(n_texts)
+    order = np.random.default_rng(task.seed).permutation(n_texts)
     first, others = np.sort(order[:RACE_ROWS]), np.sort(order[RACE_ROWS:])
     early = extract_features(classifier, [texts[i] for i in first], choices, progress=progress)
-    good, stay = worthwhile_layers(
-        early, [labels[i] for i in first], len(classifier.labels), seed=seed
-    )
+    good, stay = worthwhile_layers(early, [labels[i] for i in first], task)
     kept = [choice for choice in choices if choice[0] in stay]
     late = extract_features(classifier, [texts[i] for i in others], kept, progress=progress)
     say(
@@ -75,9 +72,7 @@ def raced_features(
 def worthwhile_layers(
     features: Features,
     labels: Sequence[Any],
-    n_classes: int,
-    *,
-    seed: int = 0,
+    task: Task,
 ) -> tuple[int, list[int]]:
     """The shallowest layer within one standard error of the best, and the remaining layers.
 
@@ -85,9 +80,9 @@ def worthwhile_layers(
     more than one standard error of that difference; its best pooling counts.
 
     Args:
-        features, labels, n_classes, seed: as for `select_features`.
+        features, labels, task: as for `select_features`.
     """
-    right = right_in_cross_validation(features, labels, n_classes, seed=seed)
+    right = right_in_cross_validation(features, labels, task)
     best_of: dict[int, Choice] = {}
     for choice in sorted(right, key=lambda choice: right[choice].mean()):
         best_of[choice[0]] = choice

@@ -51,8 +51,15 @@ class Other:
         decision = None
         if own.positive is not None:
             decision = Thresholds((DEFAULT,), split.label_names.index(own.positive))
-        kind: Any = {"multi_label": split.multi_label, "thresholds": decision, "seed": seed}
-        return evaluate(p, split.labels, split.label_names, predicted=predicted, **kind)
+        return evaluate(
+            p,
+            split.labels,
+            split.label_names,
+            multi_label=split.multi_label,
+            thresholds=decision,
+            predicted=predicted,
+            seed=seed,
+        )
 
 
 def open_other(other: str, split: Dataset, *, loading: LoadOptions) -> Other:

@@ -1,6 +1,7 @@
 """Write the report of an experiment: results on dev and test, baselines, settings."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from minllama.classification import LlamaEmbeddingClassifier
 from minllama.classification.base import Classifier
+from minllama.data.task import Task
 from minllama.evaluation.baselines import fit_baselines
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report, ReportedSplit
@@ -138,22 +140,17 @@ def _classes_measured(
 ) -> list[ReportedSplit]:
     train, dev, test = splits.train, splits.dev, splits.test
     assert train.labels is not None
-    baselines = fit_baselines(
-        train.texts,
-        train.labels,
-        len(train.label_names),
-        multi_label=train.multi_label,
-        seed=experiment.training.seed,
+    task = Task.of(train, seed=experiment.training.seed)
+    baselines = fit_baselines(train.texts, train.labels, task)
+    measured = partial(
+        evaluate_classifier,
+        classifier,
+        baselines=baselines,
+        thresholds=baseline_decisions(experiment.threshold, baselines, dev),
+        headline=experiment.headline,
     )
-    how: dict[str, Any] = {
-        "baselines": baselines,
-        "thresholds": baseline_decisions(experiment.threshold, baselines, dev),
-        "headline": experiment.headline,
-    }
-    reported = [
-        evaluate_classifier(classifier, dev, "dev", logits=dev_logits, others=beside, **how)
-    ]
+    reported = [measured(dev, "dev", logits=dev_logits, others=beside)]
     if test is not None:
         progress = say.advance("reading test", len(test))
-        reported.append(evaluate_classifier(classifier, test, "test", progress=progress, **how))
+        reported.append(measured(test, "test", progress=progress))
     return reported

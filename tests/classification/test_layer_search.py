@@ -6,6 +6,7 @@ import pytest
 from minllama.classification import layer_search as race
 from minllama.classification.features import extract_features, right_in_cross_validation
 from minllama.classification.layer_search import raced_features, worthwhile_layers
+from minllama.data.task import Task
 from tests.classification.test_features import blobs
 from tests.classifier_cases import TEXTS, embedding
 
@@ -31,7 +32,7 @@ def layers_with(*spreads):
 )
 def test_the_shallowest_of_the_good_layers_and_its_neighbors_stay(spreads, good, stay):
     features, labels = layers_with(*spreads)
-    assert worthwhile_layers(features, labels, 3) == (good, stay)
+    assert worthwhile_layers(features, labels, Task(3)) == (good, stay)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +53,14 @@ def test_a_layer_is_as_good_up_to_one_standard_error_of_the_difference(
     shallow[300 : 300 + won] = True
     rights = {(2, "mean"): shallow, (4, "mean"): best}
     monkeypatch.setattr(race, "right_in_cross_validation", lambda *args, **kind: rights)
-    assert worthwhile_layers({}, [], 2)[0] == good
+    assert worthwhile_layers({}, [], Task(2))[0] == good
 
 
 def test_right_answers_are_those_of_texts_that_the_head_has_not_seen():
     random = np.random.default_rng(0)
     noise = random.normal(size=(200, 150)).astype(np.float32)
     labels = random.integers(2, size=200).tolist()
-    (right,) = right_in_cross_validation({(1, "mean"): noise}, labels, 2).values()
+    (right,) = right_in_cross_validation({(1, "mean"): noise}, labels, Task(2)).values()
     assert right.shape == (120,)  # three of five folds
     assert 0.35 < right.mean() < 0.65
 
@@ -71,7 +72,7 @@ def test_raced_features_are_those_of_the_layers_that_are_left(monkeypatch):
     texts, labels = [*TEXTS, *(text[::-1] for text in TEXTS)], [0, 1] * len(TEXTS)
     said, done = [], []
     features = raced_features(
-        embedding(), texts, labels, choices, progress=done.append, say=said.append
+        embedding(), texts, labels, choices, Task(2), progress=done.append, say=said.append
     )
     expected = extract_features(embedding(), texts, choices)
     assert set(features) == {(1, "last"), (1, "mean")}
@@ -96,5 +97,5 @@ def test_raced_features_are_those_of_the_layers_that_are_left(monkeypatch):
 def test_what_is_no_race(rows, choices, kind, monkeypatch):
     monkeypatch.setattr(race, "RACE_ROWS", rows)
     monkeypatch.setattr(race, "worthwhile_layers", None)
-    features = raced_features(embedding(), TEXTS, [0] * len(TEXTS), choices, **kind)
+    features = raced_features(embedding(), TEXTS, [0] * len(TEXTS), choices, Task(2, **kind))
     assert set(features) == set(choices)

@@ -322,11 +322,12 @@ def test_layers_race_for_a_frozen_head(balanced, base, labelled_files, monkeypat
 
 def test_the_rows_that_a_head_starts_from_have_all_classes(monkeypatch):
     from minllama.data import Dataset
+    from minllama.data.task import Task
     from minllama.experiment.heads import ClassHeads
 
     labels = [0] * 500 + [1] * 3
     train = Dataset([str(i) for i in range(503)], labels, ["common", "rare"], "here")
-    some = ClassHeads(train, balanced=False, seed=0).some_rows(20)
+    some = ClassHeads(train, Task.of(train)).some_rows(20)
     assert some.class_counts()[1] == 3
     assert 20 <= len(some) <= 23
 
