@@ -22,8 +22,8 @@ from minllama.kernels.cpu.structs import (
     Layer,
     Linear,
     Model,
-    Numbers,
     Step,
+    Values,
     dense_linear,
     quantized_linear,
 )
@@ -233,18 +233,18 @@ class NativeStep:
             norm_eps=config.norm_eps,
             embedding=embedding,
             output=embedding if llama.output is None else self._linear(llama.output),
-            norm=self._numbers(llama.norm.weight),
+            norm=self._values(llama.norm.weight),
             layers=self._layers,
         )
 
     def _layer(self, layer: LlamaLayer) -> Layer:
         query, key, value, output, w1, w2, w3 = map(self._linear, linear_modules(layer))
-        attention_norm = self._numbers(layer.attention_norm.weight)
-        ffn_norm = self._numbers(layer.ffn_norm.weight)
+        attention_norm = self._values(layer.attention_norm.weight)
+        ffn_norm = self._values(layer.ffn_norm.weight)
         return Layer(attention_norm, query, key, value, output, ffn_norm, w1, w2, w3)
 
     def _linear(self, module: nn.Module) -> Linear:
-        bias = self._numbers(getattr(module, "bias", None))
+        bias = self._values(getattr(module, "bias", None))
         if isinstance(module, QuantizedWeight):
             self._kept += [module.quants, module.scales]
             self._kept += [] if module.mins is None else [module.mins]
@@ -258,12 +258,12 @@ class NativeStep:
         described.bias = bias
         return described
 
-    def _numbers(self, tensor: Tensor | None) -> Numbers:
+    def _values(self, tensor: Tensor | None) -> Values:
         if tensor is None:
-            return Numbers()
+            return Values()
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
-        return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
+        return Values(tensor.data_ptr(), KINDS[tensor.dtype])
 
 
 def _known_addresses(cache: KVCache) -> tuple[Any, Any]:
@@ -285,7 +285,7 @@ def _addresses(tensors: list[Tensor]) -> Any:
 class CpuEngine(Engine):
     """Passes of up to 64 tokens, and decode steps of up to 128 sequences, in compiled code.
 
-    Numbers do not depend on the company that a sequence has in a decode step; in a pass of another
+    Values do not depend on the company that a sequence has in a decode step; in a pass of another
     length or kind they may differ in their last bits.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minllama.engine.base import Engine
 from minllama.engine.support import is_supported, layers_of, linear_modules
 from minllama.kernels.gpu import launch, support
-from minllama.kernels.gpu.decode_program import Layer, Model, Rows, Walk, Weight
+from minllama.kernels.gpu.decode_program import DecodeProgram, Layer, Model, Rows, Weight
 from minllama.model.attention_layout import check_continuation
 from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
@@ -153,7 +153,7 @@ class GraphStep:
         self._table: Tensor | None = None  # whose address is among them; a cache is its owner's
         # Whose addresses graphs know, whatever becomes of the modules.
         self._kept = [x.detach() for x in (*llama.parameters(), *llama.buffers())]
-        self._walk, self._early = Walk(self._model, self._places, early=early), early
+        self._program, self._early = DecodeProgram(self._model, self._places, early=early), early
         self._works = True
         self._pool: Any = None  # of memory, for all graphs: their replays follow one another
         self._stream = _stream_of(llama.device)
@@ -195,7 +195,7 @@ class GraphStep:
             return rows.hidden[:batch, None].clone(), rows.logits[:batch, None].clone()
 
     def _run(self, state: _State) -> bool:
-        """Launch the walk, or replay it; whether that could be done.
+        """Launch the kernels, or replay them; whether that could be done.
 
         What a graph records must have been compiled before, so the first run is launched.
         """
@@ -208,7 +208,7 @@ class GraphStep:
         if state.graph is not None:
             state.graph.replay()
         elif state.runs:
-            self._walk(state.rows)
+            self._program(state.rows)
         else:
             self._works = self._first_run(state.rows)
         return self._works
@@ -218,8 +218,11 @@ class GraphStep:
         for early in (True, False) if self._early else (False,):
             try:
                 if early != self._early:
-                    self._walk, self._early = Walk(self._model, self._places, early=early), early
-                self._walk(rows)
+                    self._program, self._early = (
+                        DecodeProgram(self._model, self._places, early=early),
+                        early,
+                    )
+                self._program(rows)
                 return True
             except torch.OutOfMemoryError:
                 raise
@@ -229,7 +232,7 @@ class GraphStep:
         return False
 
     def _captured(self, rows: Rows) -> Any:
-        """A CUDA graph of the walk."""
+        """A CUDA graph of the kernels."""
         device, graph = self._model.device, torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -241,7 +244,7 @@ class GraphStep:
             # What other threads ask of the GPU meanwhile is no business of this capture.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                self._walk(rows)
+                self._program(rows)
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
@@ -269,7 +272,7 @@ def _stream_of(device: torch.device) -> int:
 
 
 def _described(llama: Llama) -> Model:
-    """A Llama's tensors, as the walk names them."""
+    """A Llama's tensors, as the decode program names them."""
     layers = []
     for layer in layers_of(llama):
         modules = linear_modules(layer)

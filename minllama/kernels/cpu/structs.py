@@ -15,7 +15,7 @@ KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 INT4, INT8 = 0, 1
 
 
-class Numbers(Structure):
+class Values(Structure):
     _fields_ = (("data", c_void_p), ("kind", c_int64))
 
 
@@ -24,7 +24,7 @@ class Linear(Structure):
         ("weight", c_void_p),
         ("scales", c_void_p),
         ("mins", c_void_p),
-        ("bias", Numbers),
+        ("bias", Values),
         ("kind", c_int64),
         ("in_dim", c_int64),
         ("out_dim", c_int64),
@@ -51,12 +51,12 @@ def dense_linear(weight: Tensor) -> Linear:
 
 class Layer(Structure):
     _fields_ = (
-        ("attention_norm", Numbers),
+        ("attention_norm", Values),
         ("query", Linear),
         ("key", Linear),
         ("value", Linear),
         ("output", Linear),
-        ("ffn_norm", Numbers),
+        ("ffn_norm", Values),
         ("w1", Linear),
         ("w2", Linear),
         ("w3", Linear),
@@ -74,7 +74,7 @@ class Model(Structure):
         ("norm_eps", c_double),
         ("embedding", Linear),
         ("output", Linear),
-        ("norm", Numbers),
+        ("norm", Values),
         ("layers", POINTER(Layer)),
     )
 
@@ -115,7 +115,7 @@ class Norm(Structure):
     )
 
 
-class Gate(Structure):
+class SwiGLU(Structure):
     _fields_ = (
         ("n", c_int64),
         ("kind", c_int64),
@@ -127,7 +127,7 @@ class Gate(Structure):
     )
 
 
-class Turn(Structure):
+class RoPE(Structure):
     _fields_ = (
         ("tokens", c_int64),
         ("heads", c_int64),
@@ -141,7 +141,7 @@ class Turn(Structure):
     )
 
 
-class Apart(Structure):
+class Dequantize(Structure):
     _fields_ = (
         ("weight", POINTER(Linear)),
         ("y", c_void_p),
@@ -162,12 +162,12 @@ class Blocks(Structure):
     )
 
 
-class Product(Structure):
+class Matmul(Structure):
     _fields_ = (
         ("weight", POINTER(Linear)),
         ("rows", c_int64),
         ("x", c_void_p),
-        ("digits", c_void_p),
+        ("quants", c_void_p),
         ("scales", c_void_p),
         ("sums", c_void_p),
         ("y", c_void_p),
@@ -244,8 +244,8 @@ class LowRank(Structure):
 
 # In the order of `src/structs.h`.
 STRUCTS = (
-    *(Numbers, Linear, Layer, Model, Step, Norm, Gate),
-    *(Turn, Apart, Blocks, Product, AdamW, Heads, Attention, LowRank),
+    *(Values, Linear, Layer, Model, Step, Norm, SwiGLU),
+    *(RoPE, Dequantize, Blocks, Matmul, AdamW, Heads, Attention, LowRank),
 )
 
 _TYPE_NAMES = {c_int64: "int64", c_double: "double", c_void_p: "pointer"}

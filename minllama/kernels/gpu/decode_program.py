@@ -128,7 +128,7 @@ class Rows:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(n, *shape, dtype=dtype, device=model.device)
 
-        # Whoever makes them may be in inference mode, and whoever comes next not.
+        # They may be made in inference mode, and used outside of it.
         with torch.inference_mode(False):
             return cls(
                 ids=zeros(dtype=torch.int64),
@@ -145,7 +145,7 @@ class Rows:
             )
 
 
-class Walk:
+class DecodeProgram:
     """Launches every kernel of a step on the current stream.
 
     Args:
@@ -355,7 +355,7 @@ class Walk:
             normal = normalize(layer.attention_norm, x)
             query = product[0](normal)
             self._launch(
-                "turn_and_keep",
+                "rope_and_cache",
                 (n, heads),
                 query,
                 product[1](normal),
@@ -386,7 +386,7 @@ def _product(weight: Weight, bias: Tensor | None, x: Tensor) -> Tensor:
     """W x + b for several sequences: (B, in) -> (B, out)."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    y = launch.product(weight, x)
+    y = launch.quantized_matmul(weight, x)
     return y if bias is None else y + bias
 
 
