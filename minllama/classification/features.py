@@ -30,8 +30,8 @@ Features = dict[Choice, NDArray[np.float32]]
 
 # Weight of |W|^2 / 2 beside the mean loss. What is best hardly depends on the number of rows.
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
-FIRST_PENALTY = 0.3  # under which layers are compared
-FINALISTS = 3  # choices that are compared under all penalties
+FIRST_PENALTY = 0.3  # at which layers are compared
+FINALISTS = 3  # choices that are compared at all penalties
 FOLDS = 5
 FIRST_FOLDS = 3  # of the five, on which all choices are compared
 MAX_ROWS = 10_000  # of a cross-validation; more would change no choice
@@ -45,7 +45,7 @@ class Selection:
         choice: layer and pooling.
         penalty: weight of the L2 regularization, relative to the mean loss.
         accuracy: of the choice, on held-out folds.
-        tried: accuracy over all folds of the finalists, under the penalties that were worth it.
+        tried: accuracy over all folds of the finalists, at the penalties that were tried.
     """
 
     choice: Choice
@@ -126,7 +126,9 @@ def select_features(
         def accuracy_of(choice: Choice, penalty: float) -> float:
             return float(right(choice, penalty, FOLDS)().mean())
 
-        first = {choice: rows.mean() for choice, rows in _first_look(right, features).items()}
+        first = {
+            choice: rows.mean() for choice, rows in _compared_at_first(right, features).items()
+        }
         middle = PENALTIES.index(FIRST_PENALTY)
         for choice in sorted(features, key=lambda choice: -first[choice])[:FINALISTS]:
             begin = tried[(*choice, FIRST_PENALTY)] = accuracy_of(choice, FIRST_PENALTY)
@@ -144,7 +146,7 @@ def select_features(
 def right_in_cross_validation(
     features: Features, labels: Sequence[int], task: Task
 ) -> dict[Choice, NDArray[np.bool_]]:
-    """Which texts each choice is right about, under one penalty, when its head has not seen them.
+    """Which texts each choice predicts correctly, by heads that were not fitted to them.
 
     Args:
         features, labels, task: as for `select_features`, with one label per text.
@@ -153,15 +155,15 @@ def right_in_cross_validation(
         For each choice the same texts in the same order: those of FIRST_FOLDS of the FOLDS.
     """
     with _comparison(features, labels, task) as right:
-        return _first_look(right, features)
+        return _compared_at_first(right, features)
 
 
-# Begins to compare a choice under a penalty on the first few folds, and gives what waits for it.
+# Starts to compare a choice at a penalty on the first few folds; returns a wait for the result.
 Begin = Callable[[Choice, float, int], Callable[[], NDArray[np.bool_]]]
 
 
-def _first_look(right: Begin, features: Features) -> dict[Choice, NDArray[np.bool_]]:
-    """All choices under one penalty on FIRST_FOLDS, side by side."""
+def _compared_at_first(right: Begin, features: Features) -> dict[Choice, NDArray[np.bool_]]:
+    """All choices at one penalty on FIRST_FOLDS, in parallel."""
     waiting = {choice: right(choice, FIRST_PENALTY, FIRST_FOLDS) for choice in features}
     return {choice: rows() for choice, rows in waiting.items()}
 
@@ -185,7 +187,7 @@ def _comparison(
     def right(choice: Choice, penalty: float, fold: NDArray[np.int64]) -> NDArray[np.bool_]:
         return _right_in_fold(features[choice][rows], target[rows], fold, penalty, task)
 
-    with _fits_side_by_side() as pool:
+    with _parallel_fits() as pool:
 
         def begin(choice: Choice, penalty: float, n_folds: int) -> Callable[[], NDArray[np.bool_]]:
             parts = [pool.submit(right, choice, penalty, fold) for fold in folds[:n_folds]]
@@ -227,9 +229,9 @@ def fit_head(
             (features - shift) / scale, target, penalty, task, intercept=bias
         )
     weight = weight / scale
-    if not bias:  # those of classes without examples: what they are at the mean, along it
-        standing = mean / scale**2
-        weight = weight + np.outer(constant, standing / (standing @ mean))
+    if not bias:  # constants of classes without examples become weights along the mean
+        along_mean = mean / scale**2
+        weight = weight + np.outer(constant, along_mean / (along_mean @ mean))
         constant = np.zeros_like(constant)
     constant = constant - weight @ shift
     return weight.astype(np.float32), constant.astype(np.float32)
@@ -246,7 +248,7 @@ def _regression(
     *,
     intercept: bool = True,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weight (C, D) and bias (C,) for (N, D) standardised features and an (N, C) 0-1 target.
+    """Weight (C, D) and bias (C,) for (N, D) standardized features and an (N, C) 0-1 target.
 
     Without `intercept` only classes without examples, or with all of them, have a bias.
     """
@@ -287,7 +289,7 @@ def _regression(
 
 
 @contextlib.contextmanager
-def _fits_side_by_side() -> Iterator[ThreadPoolExecutor]:
+def _parallel_fits() -> Iterator[ThreadPoolExecutor]:
     """A pool of threads that fit heads in parallel."""
     with _fitting(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         try:
@@ -323,7 +325,7 @@ def _right_in_fold(
 ) -> NDArray[np.bool_]:
     """Which held-out rows of a fold a head predicts correctly."""
     mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
-    x = (x - mean) / scale  # without the labels, so no fold learns of another's
+    x = (x - mean) / scale  # without the labels, so nothing leaks between folds
     train = np.setdiff1d(np.arange(len(x)), fold)
     weight, bias = _regression(x[train], target[train], penalty, task)
     scores = x[fold] @ weight.T + bias
@@ -337,8 +339,8 @@ def _folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:
     n_folds = max(2, min(FOLDS, len(target)))
     random = np.random.default_rng(seed)
     order = random.permutation(len(target))
-    kinds = [row.tobytes() for row in target]
-    dealt = sorted(order, key=lambda i: kinds[i])
-    # Of an only row there is a fold without one.
+    strata = [row.tobytes() for row in target]
+    dealt = sorted(order, key=lambda i: strata[i])
+    # A single row leaves a fold empty.
     folds = (np.asarray(dealt[start::n_folds], dtype=np.int64) for start in range(n_folds))
     return [np.sort(fold) for fold in folds]

@@ -244,7 +244,7 @@ def _selected(
     choices = _choices(llama, options)
     if options.method == "frozen":
         features = fitting.read(some, choices, by)
-    else:  # STARTING_TEXTS are too few for a race
+    else:  # STARTING_TEXTS are too few for a layer search
         later = [_with_more_layers(choice, llama) for choice in choices] if grows else []
         read = {*choices, *later}
         features = extract_features(by.reader, some.texts, read, progress=by.progress)

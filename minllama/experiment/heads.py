@@ -20,15 +20,15 @@ from minllama.classification.features import (
     fit_head,
     select_features,
 )
-from minllama.classification.layer_search import raced_features
+from minllama.classification.layer_search import searched_features
 from minllama.classification.ridge import fit_value_head, select_value_features
 from minllama.data import Dataset
 from minllama.data.task import Task
 from minllama.evaluation.regression import TargetScale
 from minllama.model.llama import Llama
 
-STARTING_PER_CLASS = 5  # texts of each class at least, where there are as many
-MOST_VALUES = 2500  # texts that go through all layers; there is no race between those
+STARTING_PER_CLASS = 5  # texts of each class at least, if there are as many
+MOST_VALUES = 2500  # texts that go through all layers; the layer search does not reduce them
 VALUE_NAME = "value"  # of a number whose column has no name
 
 
@@ -47,8 +47,8 @@ class Reading(NamedTuple):
     """The tokenizer and prompt, and the reporter."""
 
     reader: LlamaEmbeddingClassifier  # of any layer: prompt and Llama count
-    progress: Callable[[int], None]  # is told how many more texts are done
-    say: Callable[[str], None]
+    progress: Callable[[int], None]  # receives the number of texts just completed
+    report: Callable[[str], None]
 
 
 class FittedHead(NamedTuple):
@@ -127,10 +127,10 @@ class ClassHeads:
 
     def read(self, some: Dataset, choices: Sequence[Choice], by: Reading) -> Features:
         assert some.labels is not None
-        return raced_features(
+        return searched_features(
             *(by.reader, some.texts, some.labels, choices, self._task),
             progress=by.progress,
-            say=by.say,
+            report=by.report,
         )
 
     def select(self, features: Features, some: Dataset) -> Selected:

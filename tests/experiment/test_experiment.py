@@ -304,20 +304,20 @@ def test_a_head_is_fitted_on_all_rows_though_chosen_on_some(base, labelled_files
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_layers_race_for_a_frozen_head(balanced, base, labelled_files, monkeypatch):
+def test_a_frozen_head_searches_layers(balanced, base, labelled_files, monkeypatch):
     llama, words = opened(base)
     both = [(1, "mean"), (2, "mean")]
     monkeypatch.setattr("minllama.experiment.build.candidate_choices", lambda *_: both)
-    monkeypatch.setattr("minllama.classification.layer_search.RACE_ROWS", 4)
+    monkeypatch.setattr("minllama.classification.layer_search.SEARCH_TEXTS", 4)
     monkeypatch.setattr("minllama.classification.layer_search.MARGIN", 0)
     train, heard = load_dataset(labelled_files / "train.txt"), Heard()
     options = ClassifierOptions(method="frozen")
     kind = {"balanced": balanced, "seed": 0, "say": heard}
     chosen = make_head(llama, words, train, PromptOptions(), options, **kind)
-    raced = [line for line in heard.lines if line.startswith("after 4 texts")]
-    assert len(raced) == (0 if balanced else 1)
-    if raced:
-        assert f"layers {chosen.layer}" in raced[0]
+    searched = [line for line in heard.lines if line.startswith("after 4 texts")]
+    assert len(searched) == (0 if balanced else 1)
+    if searched:
+        assert f"layers {chosen.layer}" in searched[0]
 
 
 def test_the_rows_that_a_head_starts_from_have_all_classes(monkeypatch):
