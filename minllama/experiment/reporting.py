@@ -23,7 +23,7 @@ from minllama.experiment.evaluate import (
 from minllama.experiment.evaluate_values import evaluate_value_splits
 from minllama.experiment.experiment import Experiment
 from minllama.experiment.predict import score_of, shortened_texts
-from minllama.experiment.reporter import Say
+from minllama.experiment.reporter import Reporter
 from minllama.experiment.splits import Splits
 from minllama.training.trainer import TrainingResult
 
@@ -86,7 +86,7 @@ def measure(
     beside: Mapping[str, Evaluation],
     result: TrainingResult | None,
     notes: list[str],
-    say: Say,
+    reporter: Reporter,
 ) -> Report:
     """Evaluate dev and test, with baselines fitted on train.
 
@@ -98,19 +98,21 @@ def measure(
         beside: evaluations of other systems on dev, by name.
         result: of the training; None without gradient steps.
         notes: in addition to those of the splits.
-        say: receives messages.
+        reporter: receives messages.
     """
     if splits.train.has_numbers:
-        progress = None if splits.test is None else say.advance("reading test", len(splits.test))
+        progress = (
+            None if splits.test is None else reporter.advance("reading test", len(splits.test))
+        )
         reported: Any = evaluate_value_splits(
             classifier, splits, dev_logits=dev_logits, progress=progress
         )
     else:
-        reported = _classes_measured(experiment, splits, classifier, dev_logits, beside, say)
+        reported = _classes_measured(experiment, splits, classifier, dev_logits, beside, reporter)
     notes = [*splits.notices, *notes]
     for split in filter(None, (splits.train, splits.dev, splits.test)):
         if said := shortened_texts(classifier, split.texts, split.source):
-            say.say(said)
+            reporter.message(said)
             notes.append(said)
     if not (splits.train.has_numbers or experiment.classifier.no_calibration):
         notes.append("the temperature was fitted on dev, so calibration on dev is optimistic")
@@ -136,7 +138,7 @@ def _classes_measured(
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
     beside: Mapping[str, Evaluation],
-    say: Say,
+    reporter: Reporter,
 ) -> list[ReportedSplit]:
     train, dev, test = splits.train, splits.dev, splits.test
     assert train.labels is not None
@@ -151,6 +153,6 @@ def _classes_measured(
     )
     reported = [measured(dev, "dev", logits=dev_logits, others=beside)]
     if test is not None:
-        progress = say.advance("reading test", len(test))
+        progress = reporter.advance("reading test", len(test))
         reported.append(measured(test, "test", progress=progress))
     return reported
