@@ -210,7 +210,7 @@ def _train(
     """The classifier, its evaluation before training, and the training's result."""
     options = experiment.classifier
     training, train = experiment.training, splits.train
-    settings = _settings_to_go_on_with(experiment, llama)
+    settings = _settings_to_resume_with(experiment, llama)
     beside: dict[str, Evaluation] = {}
     classifier: Classifier
     if options.method == "zero-shot" or options.objective == "label-words":
@@ -309,7 +309,7 @@ def _calibrate(
     return logits, notes
 
 
-def _settings_to_go_on_with(experiment: Experiment, llama: Llama) -> dict[str, Any]:
+def _settings_to_resume_with(experiment: Experiment, llama: Llama) -> dict[str, Any]:
     """Settings that must be equal to resume: of the base its fingerprint, not its name.
 
     Args:

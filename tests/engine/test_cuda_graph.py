@@ -138,7 +138,7 @@ def test_a_step_reads_weights_in_blocks(how, rows, tmp_path, monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("has_mins", [True, False])
 def test_weights_in_blocks_are_taken_apart_and_multiplied(bits, has_mins, dtype):
-    """The last panel is not full, and the last blocks are fewer than are read at once."""
+    """The last tile is not full, and the last blocks are fewer than are read at once."""
     torch.manual_seed(0)
     parts = quantize(torch.randn(37, 71 * 32), bits)
     mins = (torch.randn(parts.scales.shape) / 10).half() if has_mins else None
