@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from minllama.errors import MinllamaError
 
 if TYPE_CHECKING:
-    from minllama.cli.waiting import ConsoleSay
+    from minllama.cli.waiting import ConsoleReporter
     from minllama.evaluation.report import ReportedSplit
     from minllama.model.llama import Llama
     from minllama.options import DataOptions
@@ -128,15 +128,15 @@ def prompt(args: argparse.Namespace) -> None:
         PromptOptions(prompt=QUESTION, max_len=args.max_sentence_len),
         ZeroShotOptions(),
     )
-    say = console()
-    say.say(described(classifier))
+    reporter = console()
+    reporter.message(described(classifier))
     for name, split in splits.items():
         measured = without_placeholders(split)
         for notice in measured.notices:
-            say.say(str(notice))
-        progress = say.advance(f"reading {name}", len(split))
+            reporter.message(str(notice))
+        progress = reporter.advance(f"reading {name}", len(split))
         reported = evaluate_classifier(classifier, measured, name, progress=progress)
-        say.close()
+        reporter.close()
         tell(args, reported, [str(number) for number in names])
 
 
@@ -153,7 +153,7 @@ def train(args: argparse.Namespace) -> None:
         raise MinllamaError("the name of --output is empty; name a folder, or leave it away")
     lr = LEARNING_RATES[args.option] if args.lr is None else args.lr
     output = args.output or f"runs/{args.option}-{args.epochs}-{lr:g}"
-    say = console()
+    reporter = console()
     try:
         outcome = run_experiment(
             Experiment(
@@ -183,7 +183,7 @@ def train(args: argparse.Namespace) -> None:
             ),
             force=args.force,
             resume=args.resume,
-            say=say,
+            reporter=reporter,
         )
     except KeyboardInterrupt:
         if (Path(output) / "checkpoint").exists():
@@ -191,7 +191,7 @@ def train(args: argparse.Namespace) -> None:
             print(said, file=sys.stderr)
         raise
     finally:
-        say.close()
+        reporter.close()
     # Files of the course have numbers, and so have the predictions, whatever the classes' names.
     written = list(outcome.report.label_names)
     if args.label_names is not None:
@@ -248,11 +248,11 @@ def device(args: argparse.Namespace) -> str:
     return "cuda"
 
 
-def console() -> "ConsoleSay":
+def console() -> "ConsoleReporter":
     """Lines and bars on standard error."""
-    from minllama.cli.waiting import ConsoleSay
+    from minllama.cli.waiting import ConsoleReporter
 
-    return ConsoleSay()
+    return ConsoleReporter()
 
 
 def need(args: argparse.Namespace, *names: str) -> None:

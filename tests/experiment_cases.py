@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from minllama.experiment import Say
+from minllama.experiment import Reporter
 
 WORDS = ["film", "plot", "actor", "scene", "night", "story", "music", "heart", "slow", "quick"]
 REPORT = {"report.html", "metrics.json", "predictions.jsonl"}
@@ -30,14 +30,14 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-class Heard(Say):
+class Heard(Reporter):
     """Remembers what was said, and may interrupt."""
 
     def __init__(self, *, interrupt_after=None):
         self.lines, self.titles = [], []
         self._interrupt_after = interrupt_after
 
-    def say(self, line):
+    def message(self, line):
         self.lines.append(line)
 
     def advance(self, title, total):

@@ -30,9 +30,9 @@ from minllama.quantization.half import replace_by_widened
 from minllama.quantization.modules import (
     Parts,
     check_quantize,
+    dense_state,
     quantized,
     replace_by_quantized,
-    state_in_numbers,
 )
 
 ModelT = TypeVar("ModelT", bound=LlamaPreTrainedModel)
@@ -91,7 +91,7 @@ def load_with(
 
 def save_model(model: LlamaPreTrainedModel, folder: str | os.PathLike[str]) -> None:
     """Write a Hugging Face folder; see `LlamaPreTrainedModel.save_pretrained`."""
-    write_huggingface(folder, model.config, state_in_numbers(model))
+    write_huggingface(folder, model.config, dense_state(model))
 
 
 class without_initial_values(TorchFunctionMode):

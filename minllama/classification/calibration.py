@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from minllama.errors import MinllamaError, optional_import
 
 RANGE = (0.01, 1000.0)  # sums over long labels are hundreds of nats apart
-# A handful of rows that are all right would have a temperature of zero: certainty, from a handful.
-# A log-normal prior of this width weighs as much as one row and keeps them from it.
+# A few rows that are all predicted correctly would have a temperature of zero, that is, certainty.
+# A log-normal prior of this width, with the weight of one row, prevents it.
 PRIOR_WIDTH = 0.5
 
 
@@ -21,7 +21,7 @@ def fit_temperature(
 
     With few rows it stays near 1: see PRIOR_WIDTH.
 
-    With several labels a text, probabilities on the two sides of 0.5 stay there.
+    With several labels per text, probabilities stay on their side of 0.5.
 
     Args:
         logits: (N, C).
@@ -56,6 +56,6 @@ def fit_temperature(
     def penalized(log_temperature: float) -> float:
         return loss(log_temperature) + (log_temperature / PRIOR_WIDTH) ** 2 / (2 * len(scores))
 
-    # In log T the loss has one valley: it is convex in 1 / T, and that is monotonous.
+    # In log T the loss is unimodal: it is convex in 1 / T, which is monotonic in it.
     found = minimize_scalar(penalized, bounds=tuple(np.log(RANGE)), method="bounded")
     return float(np.exp(found.x))

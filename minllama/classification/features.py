@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from minllama.classification.base import evaluated
 from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.data.task import Task
 from minllama.data.texts import checked_texts
 from minllama.engine.states import Choice, Pooling, StatesRequest
 from minllama.errors import optional_import
@@ -27,8 +28,8 @@ Features = dict[Choice, NDArray[np.float32]]
 
 # Weight of |W|^2 / 2 beside the mean loss. What is best hardly depends on the number of rows.
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)
-FIRST_PENALTY = 0.3  # under which layers are compared
-FINALISTS = 3  # choices that are compared under all penalties
+FIRST_PENALTY = 0.3  # at which layers are compared
+FINALISTS = 3  # choices that are compared at all penalties
 FOLDS = 5
 FIRST_FOLDS = 3  # of the five, on which all choices are compared
 MAX_ROWS = 10_000  # of a cross-validation; more would change no choice
@@ -42,7 +43,7 @@ class Selection:
         choice: layer and pooling.
         penalty: weight of the L2 regularization, relative to the mean loss.
         accuracy: of the choice, on held-out folds.
-        tried: accuracy over all folds of the finalists, under the penalties that were worth it.
+        tried: accuracy over all folds of the finalists, at the penalties that were tried.
     """
 
     choice: Choice
@@ -95,11 +96,7 @@ def extract_features(
 def select_features(
     features: Features,
     labels: Sequence[Any],
-    n_classes: int,
-    *,
-    multi_label: bool = False,
-    balanced: bool = False,
-    seed: int = 0,
+    task: Task,
 ) -> Selection:
     """Compare layers, poolings and penalties by cross-validation.
 
@@ -108,19 +105,18 @@ def select_features(
 
     Args:
         features: for each choice (N, D).
-        labels: N classes, or N collections of them if `multi_label`.
-        n_classes: C.
-        balanced: classes have equal weight, whatever their numbers of examples.
-        seed: of the folds.
+        labels: of the N texts.
+        task: what the labels are.
     """
     tried: dict[tuple[int, Pooling, float], float] = {}
-    kind: Any = {"multi_label": multi_label, "balanced": balanced, "seed": seed}
-    with _comparison(features, labels, n_classes, **kind) as right:
+    with _comparison(features, labels, task) as right:
 
         def accuracy_of(choice: Choice, penalty: float) -> float:
             return float(right(choice, penalty, FOLDS)().mean())
 
-        first = {choice: rows.mean() for choice, rows in _first_look(right, features).items()}
+        first = {
+            choice: rows.mean() for choice, rows in _compared_at_first(right, features).items()
+        }
         middle = PENALTIES.index(FIRST_PENALTY)
         for choice in sorted(features, key=lambda choice: -first[choice])[:FINALISTS]:
             begin = tried[(*choice, FIRST_PENALTY)] = accuracy_of(choice, FIRST_PENALTY)
@@ -136,27 +132,26 @@ def select_features(
 
 
 def right_in_cross_validation(
-    features: Features, labels: Sequence[int], n_classes: int, *, seed: int = 0
+    features: Features, labels: Sequence[int], task: Task
 ) -> dict[Choice, NDArray[np.bool_]]:
-    """Which texts each choice is right about, under one penalty, when its head has not seen them.
+    """Which texts each choice predicts correctly, by heads that were not fitted to them.
 
     Args:
-        features, labels, n_classes, seed: as for `select_features`, with one label a text.
+        features, labels, task: as for `select_features`, with one label per text.
 
     Returns:
         For each choice the same texts in the same order: those of FIRST_FOLDS of the FOLDS.
     """
-    kind: Any = {"multi_label": False, "balanced": False, "seed": seed}
-    with _comparison(features, labels, n_classes, **kind) as right:
-        return _first_look(right, features)
+    with _comparison(features, labels, task) as right:
+        return _compared_at_first(right, features)
 
 
-# Begins to compare a choice under a penalty on the first few folds, and gives what waits for it.
+# Starts to compare a choice at a penalty on the first few folds; returns a wait for the result.
 Begin = Callable[[Choice, float, int], Callable[[], NDArray[np.bool_]]]
 
 
-def _first_look(right: Begin, features: Features) -> dict[Choice, NDArray[np.bool_]]:
-    """All choices under one penalty on FIRST_FOLDS, side by side."""
+def _compared_at_first(right: Begin, features: Features) -> dict[Choice, NDArray[np.bool_]]:
+    """All choices at one penalty on FIRST_FOLDS, in parallel."""
     waiting = {choice: right(choice, FIRST_PENALTY, FIRST_FOLDS) for choice in features}
     return {choice: rows() for choice, rows in waiting.items()}
 
@@ -165,29 +160,22 @@ def _first_look(right: Begin, features: Features) -> dict[Choice, NDArray[np.boo
 def _comparison(
     features: Features,
     labels: Sequence[Any],
-    n_classes: int,
-    *,
-    multi_label: bool,
-    balanced: bool,
-    seed: int,
+    task: Task,
 ) -> Iterator[Begin]:
     """Cross-validation of choices, with parallel fits.
 
     Yields:
-        Start the fits of a choice with a penalty on the first few folds; returns a function that
-            waits
-        for the result: which of these folds' rows are correct.
+        A function that starts the fits of a choice with a penalty on the first few folds, and
+        returns another that waits for the result: which of these folds' rows are correct.
     """
-    target = _target(labels, n_classes, multi_label=multi_label)
-    rows = np.random.default_rng(seed).permutation(len(target))[:MAX_ROWS]
-    folds = _folds(target[rows], seed)
+    target = task.target(labels)
+    rows = np.random.default_rng(task.seed).permutation(len(target))[:MAX_ROWS]
+    folds = _folds(target[rows], task.seed)
 
     def right(choice: Choice, penalty: float, fold: NDArray[np.int64]) -> NDArray[np.bool_]:
-        x = features[choice][rows]
-        kind = {"multi_label": multi_label, "balanced": balanced}
-        return _right_in_fold(x, target[rows], fold, penalty, **kind)
+        return _right_in_fold(features[choice][rows], target[rows], fold, penalty, task)
 
-    with _fits_side_by_side() as pool:
+    with _parallel_fits() as pool:
 
         def begin(choice: Choice, penalty: float, n_folds: int) -> Callable[[], NDArray[np.bool_]]:
             parts = [pool.submit(right, choice, penalty, fold) for fold in folds[:n_folds]]
@@ -199,19 +187,17 @@ def _comparison(
 def fit_head(
     features: NDArray[np.float32],
     labels: Sequence[Any],
-    n_classes: int,
+    task: Task,
     *,
     penalty: float = FIRST_PENALTY,
-    multi_label: bool = False,
-    balanced: bool = False,
     bias: bool = True,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Logistic regression on standardized features, as a head for the original features.
 
     Args:
         features: (N, D).
-        labels: N classes, or N collections of them if `multi_label`.
-        n_classes: C; one without an example gets a low constant.
+        labels: of the N texts.
+        task: what the labels are; a class without an example gets a low constant.
         penalty: weight of |W|^2 / 2 relative to the mean loss.
         bias: the head has one; without, features keep their mean, along which a small weight is as
             good.
@@ -223,22 +209,17 @@ def fit_head(
     Raises:
         MinllamaError: scikit-learn is missing.
     """
-    target = _target(labels, n_classes, multi_label=multi_label)
+    target = task.target(labels)
     mean, scale = features.mean(0), np.maximum(features.std(0), 1e-6)
     shift = mean if bias else np.zeros_like(mean)
     with _fitting():
         weight, constant = _regression(
-            (features - shift) / scale,
-            target,
-            penalty,
-            multi_label=multi_label,
-            balanced=balanced,
-            intercept=bias,
+            (features - shift) / scale, target, penalty, task, intercept=bias
         )
     weight = weight / scale
-    if not bias:  # those of classes without examples: what they are at the mean, along it
-        standing = mean / scale**2
-        weight = weight + np.outer(constant, standing / (standing @ mean))
+    if not bias:  # constants of classes without examples become weights along the mean
+        along_mean = mean / scale**2
+        weight = weight + np.outer(constant, along_mean / (along_mean @ mean))
         constant = np.zeros_like(constant)
     constant = constant - weight @ shift
     return weight.astype(np.float32), constant.astype(np.float32)
@@ -251,32 +232,30 @@ def _regression(
     x: NDArray[np.float32],
     target: NDArray[Any],
     penalty: float,
+    task: Task,
     *,
-    multi_label: bool,
-    balanced: bool,
     intercept: bool = True,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Weight (C, D) and bias (C,) for (N, D) standardised features and an (N, C) 0-1 target.
+    """Weight (C, D) and bias (C,) for (N, D) standardized features and an (N, C) 0-1 target.
 
     Without `intercept` only classes without examples, or with all of them, have a bias.
     """
     from sklearn.linear_model import LogisticRegression
 
-    n_classes = target.shape[1]
-    weight, bias = np.zeros((n_classes, x.shape[1])), np.full(n_classes, UNSEEN)
+    weight, bias = np.zeros((task.n_classes, x.shape[1])), np.full(task.n_classes, UNSEEN)
 
     def fitted(gold: NDArray[Any]) -> Any:
         regression = LogisticRegression(
             C=1 / (penalty * len(x)),
             max_iter=300,
             tol=1e-3,
-            class_weight="balanced" if balanced else None,
+            class_weight="balanced" if task.balanced else None,
             fit_intercept=intercept,
         )
         return regression.fit(x, gold)
 
-    if multi_label:
-        for label in range(n_classes):
+    if task.multi_label:
+        for label in range(task.n_classes):
             column = target[:, label]
             if column.any() and not column.all():
                 regression = fitted(column)
@@ -298,7 +277,7 @@ def _regression(
 
 
 @contextlib.contextmanager
-def _fits_side_by_side() -> Iterator[ThreadPoolExecutor]:
+def _parallel_fits() -> Iterator[ThreadPoolExecutor]:
     """A pool of threads that fit heads in parallel."""
     with _fitting(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         try:
@@ -330,19 +309,15 @@ def _right_in_fold(
     target: NDArray[np.bool_],
     fold: NDArray[np.int64],
     penalty: float,
-    *,
-    multi_label: bool,
-    balanced: bool,
+    task: Task,
 ) -> NDArray[np.bool_]:
     """Which held-out rows of a fold a head predicts correctly."""
     mean, scale = x.mean(0), np.maximum(x.std(0), 1e-6)
-    x = (x - mean) / scale  # without the labels, so no fold learns of another's
+    x = (x - mean) / scale  # without the labels, so nothing leaks between folds
     train = np.setdiff1d(np.arange(len(x)), fold)
-    weight, bias = _regression(
-        x[train], target[train], penalty, multi_label=multi_label, balanced=balanced
-    )
+    weight, bias = _regression(x[train], target[train], penalty, task)
     scores = x[fold] @ weight.T + bias
-    if multi_label:
+    if task.multi_label:
         return np.asarray(((scores >= 0) == target[fold]).all(1))
     return np.asarray(scores.argmax(1) == target[fold].argmax(1))
 
@@ -352,16 +327,8 @@ def _folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:
     n_folds = max(2, min(FOLDS, len(target)))
     random = np.random.default_rng(seed)
     order = random.permutation(len(target))
-    kinds = [row.tobytes() for row in target]
-    dealt = sorted(order, key=lambda i: kinds[i])
-    # Of an only row there is a fold without one.
+    strata = [row.tobytes() for row in target]
+    dealt = sorted(order, key=lambda i: strata[i])
+    # A single row leaves a fold empty.
     folds = (np.asarray(dealt[start::n_folds], dtype=np.int64) for start in range(n_folds))
     return [np.sort(fold) for fold in folds]
-
-
-def _target(labels: Sequence[Any], n_classes: int, *, multi_label: bool) -> NDArray[np.bool_]:
-    """(N, C), true if the class is a label."""
-    target = np.zeros((len(labels), n_classes), dtype=bool)
-    for row, label in enumerate(labels):
-        target[row, list(label) if multi_label else label] = True
-    return target

@@ -2,7 +2,7 @@
 
 Deep layers cost most and are seldom better than middle ones. So some texts run through all layers,
 and the others only through the remaining candidates, of which there are fewer as evidence comes in
-(Hoeffding races, Maron & Moore 1993). The candidates that stay surround the cheapest layer within
+(Hoeffding races, Maron & Moore 1993). The remaining candidates surround the cheapest layer within
 one standard error of the best (one-standard-error rule, Breiman et al. 1984, sec. 3.4.3), and all
 texts decide between them.
 """
@@ -19,65 +19,60 @@ from minllama.classification.features import (
     extract_features,
     right_in_cross_validation,
 )
+from minllama.data.task import Task
 from minllama.engine.states import Choice
 
-# Texts that go through all layers. On 1,500 of SST-5's, two draws of eight left out the layers that
-# all 8,544 then found best; on 2,500 none of six did.
-RACE_ROWS = 2500
-MARGIN = 1  # candidates on either side of the shallowest good layer that stay
+# Texts that run through all layers. With 1,500 of SST-5's 8,544, two samples of eight dropped the
+# layers that are best on all; with 2,500 none of six did.
+SEARCH_TEXTS = 2500
+MARGIN = 1  # candidates on either side of the shallowest good layer that remain
 
 
-def raced_features(
+def searched_features(
     classifier: LlamaEmbeddingClassifier,
     texts: Sequence[str],
     labels: Sequence[Any],
     choices: Sequence[Choice],
+    task: Task,
     *,
-    multi_label: bool = False,
-    balanced: bool = False,
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Features:
     """Features of texts for the choices that remain in the layer search.
 
-    For all choices if there are less than twice RACE_ROWS texts, or one layer, or with
-    `multi_label` or `balanced`, since the search counts correct predictions, all of equal weight.
+    For all choices if there are less than twice SEARCH_TEXTS texts, or one layer, or with
+    several labels per text or class weights, since the search counts correct predictions.
 
     Args:
         classifier, texts, choices, progress: as for `extract_features`.
-        labels, multi_label, balanced, seed: as for `select_features`.
-        say: receives a message about the remaining layers.
+        labels, task: as for `select_features`.
+        report: receives a message about the remaining layers.
     """
     n_texts, layers = len(texts), {layer for layer, _ in choices}
-    if n_texts < 2 * RACE_ROWS or len(layers) == 1 or multi_label or balanced:
+    if n_texts < 2 * SEARCH_TEXTS or len(layers) == 1 or task.multi_label or task.balanced:
         return extract_features(classifier, texts, choices, progress=progress)
-    order = np.random.default_rng(seed).permutation(n_texts)
-    first, others = np.sort(order[:RACE_ROWS]), np.sort(order[RACE_ROWS:])
+    order = np.random.default_rng(task.seed).permutation(n_texts)
+    first, others = np.sort(order[:SEARCH_TEXTS]), np.sort(order[SEARCH_TEXTS:])
     early = extract_features(classifier, [texts[i] for i in first], choices, progress=progress)
-    good, stay = worthwhile_layers(
-        early, [labels[i] for i in first], len(classifier.labels), seed=seed
-    )
-    kept = [choice for choice in choices if choice[0] in stay]
-    late = extract_features(classifier, [texts[i] for i in others], kept, progress=progress)
-    say(
-        f"after {RACE_ROWS:,} texts no layer was clearly better than layer {good}: continuing "
-        f"with layers {', '.join(map(str, stay))}"
+    good, remaining = remaining_layers(early, [labels[i] for i in first], task)
+    left = [choice for choice in choices if choice[0] in remaining]
+    late = extract_features(classifier, [texts[i] for i in others], left, progress=progress)
+    report(
+        f"after {SEARCH_TEXTS:,} texts no layer was clearly better than layer {good}: continuing "
+        f"with layers {', '.join(map(str, remaining))}"
     )
     features: Features = {}
-    for choice in kept:
+    for choice in left:
         rows = np.empty((n_texts, late[choice].shape[1]), dtype=np.float32)
         rows[first], rows[others] = early[choice], late[choice]
         features[choice] = rows
     return features
 
 
-def worthwhile_layers(
+def remaining_layers(
     features: Features,
     labels: Sequence[Any],
-    n_classes: int,
-    *,
-    seed: int = 0,
+    task: Task,
 ) -> tuple[int, list[int]]:
     """The shallowest layer within one standard error of the best, and the remaining layers.
 
@@ -85,16 +80,16 @@ def worthwhile_layers(
     more than one standard error of that difference; its best pooling counts.
 
     Args:
-        features, labels, n_classes, seed: as for `select_features`.
+        features, labels, task: as for `select_features`.
     """
-    right = right_in_cross_validation(features, labels, n_classes, seed=seed)
+    right = right_in_cross_validation(features, labels, task)
     best_of: dict[int, Choice] = {}
     for choice in sorted(right, key=lambda choice: right[choice].mean()):
         best_of[choice[0]] = choice
     best = right[max(right, key=lambda choice: right[choice].mean())].astype(np.float64)
     layers = sorted(best_of)
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         less = best - right[best_of[layer]]
         if less.mean() <= less.std() / math.sqrt(len(less)):
-            return layer, layers[max(0, place - MARGIN) : place + MARGIN + 1]
+            return layer, layers[max(0, index - MARGIN) : index + MARGIN + 1]
     raise AssertionError("the best layer is as good as the best")

@@ -82,11 +82,11 @@ class PromptTemplate:
         self.template, self.tokenizer, self.labels = template, tokenizer, tuple(labels)
         self.max_len, self.keep_end, self.chat = max_len, keep_end, chat
         self.eos = eos
-        # Split first: a label may hold {text} itself, and is not a place for one.
+        # Split first: a label may itself contain {text}, which is then not a placeholder.
         before, after = (
             part.replace("{labels}", ", ".join(listed)) for part in template.split("{text}")
         )
-        # A space parts a prompt from its label, unless the prompt ends with one of its own.
+        # A space separates a prompt from its label, unless the prompt ends with one of its own.
         self.separator = "" if chat or after[-1:].isspace() else " "
         self._masked: dict[str, str] = {}
         if chat:
@@ -118,8 +118,8 @@ class PromptTemplate:
                 f"the prompt has {frame_len} tokens without any text, but the limit is "
                 f"{self.max_len}; shorten it, or use fewer examples"
             )
-        # The longest part that fits: fewer characters are hardly ever more tokens, and what comes
-        # out is one that was tried.
+        # The longest part that fits: fewer characters are hardly ever more tokens. The result is
+        # one that was tried.
         fits, too_long, best = 0, len(text), self._encode("")
         while too_long - fits > 1:
             middle = (fits + too_long) // 2
@@ -131,7 +131,7 @@ class PromptTemplate:
         return replace(best, is_shortened=True)
 
     def encode_constant(self) -> tuple[int, ...]:
-        """The ids before the text, which all prompts share but perhaps for the last."""
+        """The ids before the text, which all prompts share, except perhaps the last one."""
         one, other = self._ids("0", ""), self._ids("x", "")
         return one[: _common_len([one, other])]
 

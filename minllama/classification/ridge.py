@@ -18,8 +18,8 @@ Matrix = NDArray[np.float64]
 
 # Weight of |w|^2 beside the mean squared error, for standardized features and targets.
 PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-SMALLEST_SCALE = 1e-6  # of a feature that is hardly anything but constant
-CHUNK = 4096  # rows that are widened to float64 at a time
+SMALLEST_SCALE = 1e-6  # of a feature that is almost constant
+CHUNK = 4096  # rows that are converted to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ def _left_vectors(x: Matrix) -> tuple[Matrix, Matrix]:
     """The left singular vectors (N, R) and the singular values (R,) of x, by its smaller side."""
     n, dim = x.shape
     values, vectors = np.linalg.eigh(x.T @ x if dim <= n else x @ x.T)
-    kept = values > values[-1] * 1e-12
-    s: Matrix = np.sqrt(values[kept])
-    vectors = vectors[:, kept]
+    nonzero = values > values[-1] * 1e-12
+    s: Matrix = np.sqrt(values[nonzero])
+    vectors = vectors[:, nonzero]
     return (x @ vectors / s if dim <= n else vectors), s
 
 

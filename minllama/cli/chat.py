@@ -1,7 +1,7 @@
 """`minllama chat`: an interactive conversation in the terminal."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,6 +29,9 @@ from minllama.errors import ContextError, MinllamaError
 from minllama.options import GenerationOptions
 from minllama.options.loading import LoadOptions
 from minllama.text import escaped, one_line
+
+if TYPE_CHECKING:
+    from minllama.generation.conversation import Conversation
 
 
 @click.command("chat", cls=GroupedCommand)
@@ -96,13 +99,14 @@ def command(
             _answer(conversation, said.text)
 
 
-def _answer(conversation: Any, text: str) -> None:
+def _answer(conversation: "Conversation", text: str) -> None:
     pieces = conversation.answer(text)
     try:
         for piece in pieces:
             click.echo(piece.text, nl=False, color=True)
             sys.stdout.flush()
         click.echo()
+        assert conversation.stream is not None
         click.echo(summary(conversation.stream.timings, conversation.stream.results), err=True)
     except KeyboardInterrupt:
         click.echo("\n(stopped)", err=True)

@@ -355,17 +355,17 @@ def _classify_rows(
     columns: list[str],
     resume: bool,
 ) -> None:
-    from minllama.cli.waiting import ConsoleSay
+    from minllama.cli.waiting import ConsoleReporter
     from minllama.data import BadRows, count_rows
     from minllama.experiment.predict import described, predict_stream, score_of, shortened_texts
     from minllama.experiment.resume import Done
 
-    bad_rows, say, notices = BadRows(), ConsoleSay(), list[str]()
+    bad_rows, reporter, notices = BadRows(), ConsoleReporter(), list[str]()
     done = output.done() if resume else Done()
     total = 0 if rows == "-" else count_rows(rows, data, start=done.start)[0]
     if done.records:
-        say.say(f"resuming after row {done.records[-1]['index']} of {rows}")
-    say.say(described(classifier))
+        reporter.message(f"resuming after row {done.records[-1]['index']} of {rows}")
+    reporter.message(described(classifier))
     # Output lines and a progress bar on the same terminal would overwrite each other.
     has_bar = total > 0 and not (output.name == "-" and sys.stdout.isatty())
     chunks = predict_stream(
@@ -376,7 +376,7 @@ def _classify_rows(
         columns=columns,
         done=done,
         bad_rows=bad_rows,
-        progress=say.advance("classifying", total) if has_bar else None,
+        progress=reporter.advance("classifying", total) if has_bar else None,
         notices=notices,
     )
     try:
@@ -388,15 +388,15 @@ def _classify_rows(
         notices += output.finish()
     except KeyboardInterrupt:
         if output.name != "-" and output.output_format != "labelled":
-            say.say(INTERRUPTED.format(output.name))
+            reporter.message(INTERRUPTED.format(output.name))
         raise
     finally:
-        say.close()
+        reporter.close()
     for notice in (_left_out(bad_rows), shortened_texts(classifier), *notices):
         if notice:
-            say.say(notice)
+            reporter.message(notice)
     score = score_of(classifier)
-    say.say(f"classified {count:,} texts" + (f", score {score}" if score else ""))
+    reporter.message(f"classified {count:,} texts" + (f", score {score}" if score else ""))
 
 
 def _write_lines(output: OutputFile, done: "Done", chunks: Iterable[list[str]]) -> int:

@@ -1,7 +1,7 @@
 """Apply `--threshold` and `--positive`, for `evaluate` and `classify`."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from minllama.cli.open import flags_of, given_options
 from minllama.errors import OptionError
@@ -38,5 +38,10 @@ def decide(
                 f"{flags}: only for classes, and this classifier predicts numbers; omit it"
             )
         return
-    kind: Any = {"multi_label": classifier.multi_label, "own": classifier.decision}
-    classifier.decide_by(fixed_thresholds(options, classifier.labels, **kind))
+    decision = fixed_thresholds(
+        options,
+        classifier.labels,
+        multi_label=classifier.multi_label,
+        own=classifier.decision,
+    )
+    classifier.decide_by(decision)

@@ -28,7 +28,7 @@ from minllama.text import one_line
 
 if TYPE_CHECKING:
     from minllama.classification import Classifier
-    from minllama.cli.waiting import ConsoleSay
+    from minllama.cli.waiting import ConsoleReporter
     from minllama.data import Dataset
     from minllama.evaluation.report import ReportedSplit, ReportedValues
     from minllama.experiment.compare import Other
@@ -93,7 +93,7 @@ def command(
     _check(against, against_base, output, force=force)
     with ended_by_interrupts():
         from minllama.classification.storage.save_load import load_classifier_with
-        from minllama.cli.waiting import ConsoleSay
+        from minllama.cli.waiting import ConsoleReporter
         from minllama.evaluation.report import print_summary
         from minllama.experiment import check_libraries
         from minllama.experiment.predict import described, shortened_texts
@@ -106,9 +106,9 @@ def command(
     loaded = load_classifier_with(classifier, loading)
     decide(loaded, pick(ThresholdOptions, values), more_of_classes=("against", "against_base"))
     split, notes = _read(source, data, loaded, classifier)
-    say = ConsoleSay()
+    reporter = ConsoleReporter()
     for line in (described(loaded), *notes):
-        say.say(line)
+        reporter.message(line)
     other = (
         None
         if against is None
@@ -116,11 +116,11 @@ def command(
     )
     headline = pick(ReportOptions, values).headline or "accuracy"
     try:
-        reported = _measured(loaded, split, other, headline, seed, say)
+        reported = _measured(loaded, split, other, headline, seed, reporter)
     finally:
-        say.close()
+        reporter.close()
     if said := shortened_texts(loaded):
-        say.say(said)
+        reporter.message(said)
         notes.append(said)
     assert reported.evaluation is not None
     print_summary(split.source, reported.evaluation, headline=headline)
@@ -195,7 +195,7 @@ def _measured(
     other: "Other | None",
     headline: str,
     seed: int,
-    say: "ConsoleSay",
+    reporter: "ConsoleReporter",
 ) -> Any:
     """Evaluate the classifier, and the other system on the same rows.
 
@@ -205,14 +205,14 @@ def _measured(
     from minllama.experiment import evaluate_classifier
     from minllama.experiment.evaluate_values import evaluate_values
 
-    how: dict[str, Any] = {"seed": seed, "progress": say.advance("evaluating", len(split))}
+    how: dict[str, Any] = {"seed": seed, "progress": reporter.advance("evaluating", len(split))}
     if split.has_numbers:
         return evaluate_values(classifier, split, "data", **how)
     reported = evaluate_classifier(classifier, split, "data", headline=headline, **how)
     if other is None:
         return reported
     assert reported.evaluation is not None
-    progress = say.advance(f"evaluating {other.name}", len(split))
+    progress = reporter.advance(f"evaluating {other.name}", len(split))
     measured = other.evaluate(split, reported.evaluation, seed=seed, progress=progress)
     return dataclasses.replace(reported, others={other.name: measured})
 

@@ -142,20 +142,20 @@ def command(
 
 def _run(experiment: "Experiment", *, resume: bool, force: bool) -> "Outcome":
     """Run the experiment; print how to resume it if it is interrupted."""
-    from minllama.cli.waiting import ConsoleSay
+    from minllama.cli.waiting import ConsoleReporter
     from minllama.experiment import run_experiment
 
-    say = ConsoleSay()
+    reporter = ConsoleReporter()
     try:
         with _terminated_as_interrupted():
-            return run_experiment(experiment, resume=resume, force=force, say=say)
+            return run_experiment(experiment, resume=resume, force=force, reporter=reporter)
     except (KeyboardInterrupt, _Terminated):
-        say.close()
+        reporter.close()
         if (experiment.output / "checkpoint").exists():
             click.echo(one_line(INTERRUPTED.format(experiment.output)), err=True)
         raise
     finally:
-        say.close()
+        reporter.close()
 
 
 def _with_template(experiment: "Experiment") -> "Experiment":

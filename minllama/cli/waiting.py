@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minllama.experiment import Say
+from minllama.experiment import Reporter
 from minllama.text import one_line
 
 if TYPE_CHECKING:
     from minllama.training.progress import Progress
 
 
-class ConsoleSay(Say):
+class ConsoleReporter(Reporter):
     """Prints messages and progress to stderr; stdout is for results."""
 
     def __init__(self) -> None:
         self._bar: Any = None
 
-    def say(self, line: str) -> None:
+    def message(self, line: str) -> None:
         self.close()
         click.echo(one_line(line), err=True)
 

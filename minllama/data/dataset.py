@@ -6,6 +6,7 @@ Texts are kept unchanged: nothing is stripped, case-folded or normalized.
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from minllama.data.columns import find_columns, tells_text
@@ -209,25 +210,25 @@ def _text_and_labels(
         return options.text_column or "text", one
     if not columns and not table.no_label:
         raise DataError(no_rows(name, BadRows()))
-    kinds: Any = {
-        "no_text": table.no_text | table.no_label,
-        "no_label": table.no_label,
-        "header": table.header,
-    }
+    find = partial(
+        find_columns,
+        name=name,
+        no_text=table.no_text | table.no_label,
+        no_label=table.no_label,
+        header=table.header,
+    )
     if options.label_columns is not None:
         several = _several_columns(name, columns, options.label_columns, needs_labels, known)
         left = [column for column in columns if column not in several]
         text_column = options.text_column
-        text, _ = find_columns(left, name, text_column=text_column, needs_label=False, **kinds)
+        text, _ = find(left, text_column=text_column, needs_label=False)
         return text, several
     try:
-        text, label = find_columns(
+        text, label = find(
             columns,
-            name,
             text_column=options.text_column,
             label_column=options.label_column,
             needs_label=needs_labels,
-            **kinds,
         )
     except DataError as error:
         if known and options.label_column is None and set(known) <= set(columns):

@@ -4,16 +4,15 @@
 `minllama.engine.choose.engine_for` opens the fastest one that computes exactly a model.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from minllama.engine import packing
 from minllama.engine.support import Snapshot
-from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
-from minllama.model.llama import LlamaOutput
+from minllama.model.llama import Llama, LlamaOutput
 
 
 class Engine:
@@ -23,7 +22,7 @@ class Engine:
     pass over a prompt looks for changes (see `Snapshot` for what is seen), a decode step does not.
 
     Args:
-        llama: a `minllama.Llama`.
+        llama: a model.
 
     Attributes:
         backend: who computes: `eager`, `cpu` or `cuda_graph`.
@@ -36,15 +35,15 @@ class Engine:
 
     backend = "eager"
 
-    def __init__(self, llama: Any) -> None:
+    def __init__(self, llama: Llama) -> None:
         self.llama = llama
-        self.config: LlamaConfig = llama.config
-        self.device: torch.device = llama.device
-        self.cache_dtype: torch.dtype = llama.dtype
+        self.config = llama.config
+        self.device = llama.device
+        self.cache_dtype = llama.dtype
         self.snapshot = Snapshot(llama)
 
     @staticmethod
-    def runs(llama: Any) -> bool:
+    def runs(llama: Llama) -> bool:
         """Whether this kind of engine computes exactly what a model's modules do, on its device."""
         return True
 

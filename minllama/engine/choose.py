@@ -1,23 +1,22 @@
 """Which engine runs a model: the fastest one that computes exactly what its modules do."""
 
-from typing import Any
-
 import torch
 
 from minllama.engine.base import Engine
 from minllama.engine.cpu import CpuEngine
 from minllama.engine.cuda_graph import CudaGraphEngine
 from minllama.errors import MinllamaError, OptionError
+from minllama.model.llama import Llama
 
 ENGINES = (CpuEngine, CudaGraphEngine, Engine)  # a model gets the first one that runs it
 BACKENDS = tuple(engine.backend for engine in ENGINES)
 
 
-def engine_for(llama: Any, backend: str | None = None) -> Engine:
+def engine_for(llama: Llama, backend: str | None = None) -> Engine:
     """Open an engine for the current state of a model.
 
     Args:
-        llama: a `minllama.Llama`.
+        llama: a model.
         backend: one of BACKENDS; None for the fastest one that computes exactly this model.
 
     Raises:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minllama.engine.base import Engine
-from minllama.engine.support import is_supported, linear_modules
+from minllama.engine.support import is_supported, layers_of, linear_modules
 from minllama.kernels.cpu.library import call, library
 from minllama.kernels.cpu.ops import FEW_ROWS, floats, most_rows
 from minllama.kernels.cpu.structs import (
@@ -22,8 +22,8 @@ from minllama.kernels.cpu.structs import (
     Layer,
     Linear,
     Model,
-    Numbers,
     Step,
+    Values,
     dense_linear,
     quantized_linear,
 )
@@ -36,7 +36,7 @@ from minllama.model.attention_layout import (
     selected_positions,
 )
 from minllama.model.kv_cache import KVCache
-from minllama.model.llama import LlamaOutput
+from minllama.model.llama import Llama, LlamaLayer, LlamaOutput
 from minllama.quantization.half import WidenedEmbedding, WidenedLinear
 from minllama.quantization.modules import (
     QuantizedEmbedding,
@@ -64,7 +64,7 @@ KNOWN = (
 )
 
 
-def can_run(llama: Any) -> bool:
+def can_run(llama: Llama) -> bool:
     """Whether the native step computes what this Llama's modules do.
 
     Plain and quantized layers on a CPU: no adapters; and what `is_supported` asks besides.
@@ -119,7 +119,7 @@ class NativeStep:
         most_rows: of one token each, that are a pass for it.
     """
 
-    def __init__(self, llama: Any, level: int | None = None) -> None:
+    def __init__(self, llama: Llama, level: int | None = None) -> None:
         self._level = level
         self.most_rows = _most_tokens(llama.long_dtype or llama.dtype, MOST_ROWS)
         self._kept: list[Tensor] = []  # what the structs point to
@@ -219,9 +219,9 @@ class NativeStep:
         step.row_stride, step.head_stride = like.stride(0), like.stride(1)
         call("step", self._model, step, level=self._level)
 
-    def _describe(self, llama: Any) -> Model:
+    def _describe(self, llama: Llama) -> Model:
         config = llama.config
-        self._layers = (Layer * config.n_layers)(*map(self._layer, llama.layers))
+        self._layers = (Layer * config.n_layers)(*map(self._layer, layers_of(llama)))
         embedding = self._linear(llama.tok_embeddings)
         return Model(
             dim=config.dim,
@@ -233,18 +233,18 @@ class NativeStep:
             norm_eps=config.norm_eps,
             embedding=embedding,
             output=embedding if llama.output is None else self._linear(llama.output),
-            norm=self._numbers(llama.norm.weight),
+            norm=self._values(llama.norm.weight),
             layers=self._layers,
         )
 
-    def _layer(self, layer: Any) -> Layer:
+    def _layer(self, layer: LlamaLayer) -> Layer:
         query, key, value, output, w1, w2, w3 = map(self._linear, linear_modules(layer))
-        attention_norm = self._numbers(layer.attention_norm.weight)
-        ffn_norm = self._numbers(layer.ffn_norm.weight)
+        attention_norm = self._values(layer.attention_norm.weight)
+        ffn_norm = self._values(layer.ffn_norm.weight)
         return Layer(attention_norm, query, key, value, output, ffn_norm, w1, w2, w3)
 
     def _linear(self, module: nn.Module) -> Linear:
-        bias = self._numbers(getattr(module, "bias", None))
+        bias = self._values(getattr(module, "bias", None))
         if isinstance(module, QuantizedWeight):
             self._kept += [module.quants, module.scales]
             self._kept += [] if module.mins is None else [module.mins]
@@ -258,12 +258,12 @@ class NativeStep:
         described.bias = bias
         return described
 
-    def _numbers(self, tensor: Tensor | None) -> Numbers:
+    def _values(self, tensor: Tensor | None) -> Values:
         if tensor is None:
-            return Numbers()
+            return Values()
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
-        return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
+        return Values(tensor.data_ptr(), KINDS[tensor.dtype])
 
 
 def _known_addresses(cache: KVCache) -> tuple[Any, Any]:
@@ -285,7 +285,7 @@ def _addresses(tensors: list[Tensor]) -> Any:
 class CpuEngine(Engine):
     """Passes of up to 64 tokens, and decode steps of up to 128 sequences, in compiled code.
 
-    Numbers do not depend on the company that a sequence has in a decode step; in a pass of another
+    Values do not depend on the company that a sequence has in a decode step; in a pass of another
     length or kind they may differ in their last bits.
 
     Args:
@@ -295,7 +295,7 @@ class CpuEngine(Engine):
     backend = "cpu"
     runs = staticmethod(can_run)
 
-    def __init__(self, llama: Any) -> None:
+    def __init__(self, llama: Llama) -> None:
         super().__init__(llama)
         if llama.dtype == torch.float32 and llama.quantize is not None:
             # As in llama.cpp: half the memory, and half of what decoding a long text reads, for a

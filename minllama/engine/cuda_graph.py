@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from minllama.engine.base import Engine
-from minllama.engine.support import is_supported, linear_modules
+from minllama.engine.support import is_supported, layers_of, linear_modules
 from minllama.kernels.gpu import launch, support
-from minllama.kernels.gpu.decode_program import Layer, Model, Rows, Walk
+from minllama.kernels.gpu.decode_program import DecodeProgram, Layer, Model, Rows, Weight
 from minllama.model.attention_layout import check_continuation
 from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
-from minllama.model.llama import Embedding, Linear, LlamaOutput
+from minllama.model.llama import Embedding, Linear, Llama, LlamaLayer, LlamaOutput
 from minllama.quantization.modules import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +39,7 @@ IMPLEMENTED = frozenset(
 NO_ROW = -(2**40)  # the length of a row that is only there to fill a graph's number of rows
 
 
-def can_run(llama: Any) -> bool:
+def can_run(llama: Llama) -> bool:
     """Whether the graph step computes what this Llama's modules do.
 
     Plain layers in the model's dtype and quantized ones, on a GPU that Triton compiles for; and
@@ -48,7 +48,7 @@ def can_run(llama: Any) -> bool:
     return launch.works(llama.device) and computes(llama)
 
 
-def computes(llama: Any) -> bool:
+def computes(llama: Llama) -> bool:
     """Whether it is a Llama that the kernels know, wherever it is."""
     dtype, device = llama.dtype, llama.device
     if dtype not in KINDS or not knows(llama.config):
@@ -71,13 +71,13 @@ def computes(llama: Any) -> bool:
             module.weight, shape
         )
 
-    def has_like_biases(layer: Any) -> bool:
+    def has_like_biases(layer: LlamaLayer) -> bool:
         """Whether matrices that one kernel multiplies with have biases all, or none."""
         query, key, value, _, w1, _, w3 = (module.bias is None for module in linear_modules(layer))
         return query == key == value and w1 == w3
 
     return is_supported(llama, IMPLEMENTED, is_matrix, is_dense) and all(
-        map(has_like_biases, llama.layers)
+        map(has_like_biases, layers_of(llama))
     )
 
 
@@ -94,13 +94,13 @@ def is_step(ids: Tensor, attention_mask: Tensor | None) -> bool:
 
 
 _Key = tuple[int, ...]
-_steps: "weakref.WeakKeyDictionary[Any, tuple[_Key, dict[int, GraphStep]]]" = (
+_steps: "weakref.WeakKeyDictionary[Llama, tuple[_Key, dict[int, GraphStep]]]" = (
     weakref.WeakKeyDictionary()
 )
 _lock = threading.Lock()
 
 
-def step_of(llama: Any) -> "GraphStep":
+def step_of(llama: Llama) -> "GraphStep":
     """The step of a model that `can_run`, on the stream that is current: one for all its caches.
 
     Of its tensors as they are: where one was replaced, it is another step.
@@ -141,7 +141,7 @@ class GraphStep:
         early: kernels start while the one before still runs; None where the GPU can.
     """
 
-    def __init__(self, llama: Any, *, captures: bool = True, early: bool | None = None) -> None:
+    def __init__(self, llama: Llama, *, captures: bool = True, early: bool | None = None) -> None:
         self._rope, self._captures = llama.rope, captures
         self._model = _described(llama)
         if early is None:
@@ -153,7 +153,7 @@ class GraphStep:
         self._table: Tensor | None = None  # whose address is among them; a cache is its owner's
         # Whose addresses graphs know, whatever becomes of the modules.
         self._kept = [x.detach() for x in (*llama.parameters(), *llama.buffers())]
-        self._walk, self._early = Walk(self._model, self._places, early=early), early
+        self._program, self._early = DecodeProgram(self._model, self._places, early=early), early
         self._works = True
         self._pool: Any = None  # of memory, for all graphs: their replays follow one another
         self._stream = _stream_of(llama.device)
@@ -195,7 +195,7 @@ class GraphStep:
             return rows.hidden[:batch, None].clone(), rows.logits[:batch, None].clone()
 
     def _run(self, state: _State) -> bool:
-        """Launch the walk, or replay it; whether that could be done.
+        """Launch the kernels, or replay them; whether that could be done.
 
         What a graph records must have been compiled before, so the first run is launched.
         """
@@ -208,7 +208,7 @@ class GraphStep:
         if state.graph is not None:
             state.graph.replay()
         elif state.runs:
-            self._walk(state.rows)
+            self._program(state.rows)
         else:
             self._works = self._first_run(state.rows)
         return self._works
@@ -218,8 +218,11 @@ class GraphStep:
         for early in (True, False) if self._early else (False,):
             try:
                 if early != self._early:
-                    self._walk, self._early = Walk(self._model, self._places, early=early), early
-                self._walk(rows)
+                    self._program, self._early = (
+                        DecodeProgram(self._model, self._places, early=early),
+                        early,
+                    )
+                self._program(rows)
                 return True
             except torch.OutOfMemoryError:
                 raise
@@ -229,7 +232,7 @@ class GraphStep:
         return False
 
     def _captured(self, rows: Rows) -> Any:
-        """A CUDA graph of the walk."""
+        """A CUDA graph of the kernels."""
         device, graph = self._model.device, torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -241,7 +244,7 @@ class GraphStep:
             # What other threads ask of the GPU meanwhile is no business of this capture.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
-                self._walk(rows)
+                self._program(rows)
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
@@ -268,10 +271,10 @@ def _stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _described(llama: Any) -> Model:
-    """A Llama's tensors, as the walk names them."""
+def _described(llama: Llama) -> Model:
+    """A Llama's tensors, as the decode program names them."""
     layers = []
-    for layer in llama.layers:
+    for layer in layers_of(llama):
         modules = linear_modules(layer)
         biases = (getattr(module, "bias", None) for module in modules)
         layers.append(
@@ -294,9 +297,12 @@ def _described(llama: Any) -> Model:
     )
 
 
-def _weight(module: Any) -> Any:
-    """What products are with: a tensor (out, in), or a `QuantizedWeight`."""
-    return module if isinstance(module, QuantizedWeight) else module.weight.detach()
+def _weight(module: nn.Module) -> Weight:
+    """The matrix of a module: a tensor (out, in), or a `QuantizedWeight`."""
+    if isinstance(module, QuantizedWeight):
+        return module
+    assert isinstance(module, nn.Linear | nn.Embedding)
+    return module.weight.detach()
 
 
 class CudaGraphEngine(Engine):
@@ -309,7 +315,7 @@ class CudaGraphEngine(Engine):
     backend = "cuda_graph"
     runs = staticmethod(can_run)
 
-    def __init__(self, llama: Any) -> None:
+    def __init__(self, llama: Llama) -> None:
         super().__init__(llama)
         self._step = step_of(llama)
 

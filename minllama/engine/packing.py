@@ -1,7 +1,7 @@
-"""Forward passes without what nobody needs: padding, repeated prefixes, positions not selected.
+"""Forward passes without padding, repeated prefixes and positions that are not selected.
 
-Padded sequences are packed one after the other into one row for the layers (cu_seqlens, as others
-call it); a prefix that all share is computed once; and the last layer computes the selected
+Padded sequences are packed one after the other into one row for the layers (cu_seqlens in other
+libraries); a prefix that all share is computed once; and the last layer computes the selected
 positions alone. Results are those of `minllama.model.llama`'s forward pass on padded rows, with
 gradients; engines and classifiers call it. Positions are selected by their flat index b * T + t.
 """
@@ -33,8 +33,8 @@ from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Attention, Llama, LlamaLayer, LlamaOutput
 
-# Share of a batch's tokens that a shared prefix must spare: each layer takes queries, keys and
-# values apart for it.
+# Share of a batch's tokens that a shared prefix must save: each layer copies queries, keys and
+# values for it.
 SHARING_PAYS = 0.03
 # The fields of LlamaConfig that packed sequences follow: a token sees all before it in its own.
 IMPLEMENTED = frozenset(
@@ -54,13 +54,13 @@ def forward(
     cache: KVCache | None = None,
     logits: Literal["all", "last"] | Tensor | None = "all",
 ) -> LlamaOutput:
-    """What `Llama.forward` gives for the same arguments, sooner.
+    """`Llama.forward` for the same arguments, faster.
 
     Raises:
         MinllamaError: as `Llama.forward` does.
     """
     check_logits(logits, attention_mask)
-    packing, layout = _laid_out(llama, ids, attention_mask, None, cache)
+    packing, layout = _layout_of(llama, ids, attention_mask, None, cache)
     selected = selected_positions(ids, attention_mask, logits)
     flat = None if selected is None else selected.flatten()
     h = _hidden_states(llama, len(llama.layers), ids, packing, layout, cache, flat)
@@ -86,8 +86,8 @@ def hidden_states(
         llama: the model.
         n_layers: how many layers.
         ids, attention_mask, positions, cache: as for `Llama.forward`. A cache is not advanced.
-        selected: (M,), flat indices of positions; None for all. What the last of these layers
-            computes token by token it computes for them alone.
+        selected: (M,), flat indices of positions; None for all. The last of these layers
+            computes everything but attention for them alone.
 
     Returns:
         (B, T, D), zero at padding; or (M, D) at the selected positions.
@@ -95,7 +95,7 @@ def hidden_states(
     Raises:
         MinllamaError: as `Llama.forward` does.
     """
-    packing, layout = _laid_out(llama, ids, attention_mask, positions, cache)
+    packing, layout = _layout_of(llama, ids, attention_mask, positions, cache)
     return _hidden_states(llama, n_layers, ids, packing, layout, cache, selected)
 
 
@@ -108,27 +108,27 @@ def _hidden_states(
     cache: KVCache | None,
     selected: Tensor | None,
 ) -> Tensor:
-    """`hidden_states` of tokens that are laid out already."""
+    """`hidden_states`, given the packing and the layout of the tokens."""
     tokens = ids if packing is None else packing.packed(ids)
-    place = selected if packing is None or selected is None else packing.places(selected)
-    selects = _can_select(llama, n_layers, place, tokens)
+    row_indices = selected if packing is None or selected is None else packing.row_indices(selected)
+    selects = _can_select(llama, n_layers, row_indices, tokens)
     h, rotation = _embedded(llama, tokens, layout)
     for layer in llama.layers[: n_layers - selects]:
         h = llama.run_layer(layer, h, rotation, layout, cache)
     if selects:
         layer = llama.layers[n_layers - 1]
         assert isinstance(layer, LlamaLayer)
-        assert place is not None
-        last = partial(_layer_at, layer, place)
+        assert row_indices is not None
+        last = partial(_layer_at_positions, layer, row_indices)
         h = llama.run_layer(last, h, rotation, layout, cache)
     h = h.to(llama.dtype)
     if selected is None:
         return h if packing is None else packing.padded(h)
-    assert place is not None
-    h = (h if selects else _at(h, place)).squeeze(0)  # (M, D)
+    assert row_indices is not None
+    h = (h if selects else _select(h, row_indices)).squeeze(0)  # (M, D)
     if packing is None:
         return h
-    is_padding = packing.tokens[place] != packing.own(selected)
+    is_padding = packing.tokens[row_indices] != packing.computed_for(selected)
     return h.masked_fill(is_padding.unsqueeze(-1), 0.0)
 
 
@@ -149,12 +149,12 @@ def layer_states(
         ids, attention_mask, positions, cache: as for `Llama.forward`. A cache is not advanced.
 
     Yields:
-        (B, T, D): the embeddings, then what each layer gives, before the last norm.
+        (B, T, D): the embeddings, then the output of each layer, before the last norm.
 
     Raises:
         MinllamaError: as `Llama.forward` does.
     """
-    packing, layout = _laid_out(llama, ids, attention_mask, positions, cache)
+    packing, layout = _layout_of(llama, ids, attention_mask, positions, cache)
     tokens = ids if packing is None else packing.packed(ids)
     h, rotation = _embedded(llama, tokens, layout)
 
@@ -167,7 +167,7 @@ def layer_states(
 
 
 def dtype_of_pass(llama: Llama, n_tokens: int) -> torch.dtype:
-    """What a forward pass over so many tokens is computed in between its matrices."""
+    """The dtype of activations in a forward pass over so many tokens."""
     long = llama.long_dtype
     if long is None or torch.is_grad_enabled() or n_tokens <= ops.most_rows(long):
         return llama.dtype
@@ -175,53 +175,53 @@ def dtype_of_pass(llama: Llama, n_tokens: int) -> torch.dtype:
 
 
 def _embedded(llama: Llama, ids: Tensor, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
-    """What the first layer reads, (B, T, D), and the rotation of all layers."""
+    """The input of the first layer, (B, T, D), and the rotation of all layers."""
     rotation = llama.rope(layout.positions, layout.text_len)
     h = llama.dropout(llama.tok_embeddings(ids)).to(dtype_of_pass(llama, ids.numel()))
     return h, rotation
 
 
-def _layer_at(
+def _layer_at_positions(
     layer: LlamaLayer,
-    place: Tensor,
+    row_indices: Tensor,
     x: Tensor,
     rotation: Tensor,
     layout: AttentionLayout,
     cache: KVCache | None,
 ) -> Tensor:
-    """`LlamaLayer.forward` at some tokens: (B, T, D) -> (1, M, D).
+    """`LlamaLayer.forward` at selected positions: (B, T, D) -> (1, M, D).
 
     All are keys and values; after the attention only these are computed.
     """
     attended = layer.attention.attend(layer.attention_norm(x), rotation, layout, cache)
-    projected = layer.attention.compute_output(_at(attended, place))
-    h: Tensor = _at(x, place) + layer.attention.resid_dropout(projected)
+    projected = layer.attention.compute_output(_select(attended, row_indices))
+    h: Tensor = _select(x, row_indices) + layer.attention.resid_dropout(projected)
     output: Tensor = h + layer.feed_forward(layer.ffn_norm(h))
     return output
 
 
-def _at(x: Tensor, place: Tensor) -> Tensor:
-    """Tokens of (B, T, ...) by their flat indices (M,): (1, M, ...)."""
-    return x.flatten(0, 1).index_select(0, place).unsqueeze(0)
+def _select(x: Tensor, row_indices: Tensor) -> Tensor:
+    """Select tokens of (B, T, ...) by their flat indices (M,): (1, M, ...)."""
+    return x.flatten(0, 1).index_select(0, row_indices).unsqueeze(0)
 
 
-def _can_select(llama: Llama, n_layers: int, place: Tensor | None, tokens: Tensor) -> bool:
-    """Whether the last of so many layers can compute some tokens alone."""
-    if place is None or n_layers == 0 or place.numel() >= tokens.numel():
+def _can_select(llama: Llama, n_layers: int, row_indices: Tensor | None, tokens: Tensor) -> bool:
+    """Whether the last of these layers can compute the selected tokens alone."""
+    if row_indices is None or n_layers == 0 or row_indices.numel() >= tokens.numel():
         return False
     layer = llama.layers[n_layers - 1]
     is_own = type(layer) is LlamaLayer and type(layer.attention) is Attention
     return is_own and not has_hooks(llama)  # hooks are called with (B, T, D)
 
 
-def _laid_out(
+def _layout_of(
     llama: Llama,
     ids: Tensor,
     attention_mask: Tensor | None,
     positions: Tensor | None,
     cache: KVCache | None,
 ) -> tuple["Packing | None", AttentionLayout]:
-    """How tokens are laid out for the layers: with a packing, as one row of the real ones."""
+    """The layout of tokens for the layers: with a packing, one row of the real ones."""
     mask = None if attention_mask is None else attention_mask.bool()
     check_inputs(ids, mask, llama.config.vocab_size)
     if cache is not None:
@@ -235,7 +235,7 @@ def _laid_out(
 def _packed(
     llama: Llama, ids: Tensor, mask: Tensor | None
 ) -> "tuple[Packing, AttentionLayout] | None":
-    """Sequences in one row, where that spares padding or a prefix, and attention can."""
+    """Pack sequences into one row, if that saves tokens and attention supports it."""
     if not llama.config.has_defaults_beyond(IMPLEMENTED) or not ops.serves(llama.norm.weight):
         return None
     if mask is not None and (mask.dim() == 3 or not mask.any()):
@@ -256,7 +256,7 @@ def _packed(
 
 
 class Packing(NamedTuple):
-    """Where the real tokens of padded rows are, packed into one row without the padding.
+    """The real tokens of padded rows, packed into one row without the padding.
 
     Attributes:
         tokens: (N,), their flat indices b * T + t.
@@ -272,16 +272,17 @@ class Packing(NamedTuple):
         """(B, T) -> (1, N)."""
         return x.flatten()[self.tokens].unsqueeze(0)
 
-    def places(self, at: Tensor) -> Tensor:
-        """Where tokens are in that row, by their flat indices; padding is anywhere."""
-        return torch.searchsorted(self.tokens, self.own(at)).clamp(max=len(self.tokens) - 1)
+    def row_indices(self, selected: Tensor) -> Tensor:
+        """Indices in that row of selected tokens, by their flat indices; of padding, any."""
+        computed = self.computed_for(selected)
+        return torch.searchsorted(self.tokens, computed).clamp(max=len(self.tokens) - 1)
 
-    def own(self, at: Tensor) -> Tensor:
-        """The flat indices of the tokens that are computed for these."""
+    def computed_for(self, selected: Tensor) -> Tensor:
+        """The flat indices of the tokens that are computed for these: the first row's prefix."""
         if not self.shared:
-            return at
-        columns = at % self.shape[1]
-        return torch.where(columns < self.shared, columns, at)
+            return selected
+        columns = selected % self.shape[1]
+        return torch.where(columns < self.shared, columns, selected)
 
     def padded(self, h: Tensor) -> Tensor:
         """(1, N, D) -> (B, T, D), zeros at padding."""
@@ -313,13 +314,13 @@ def packed_layout(
     positions = (mask.long().cumsum(-1) - 1).flatten()[tokens]
     packed = PackedSequences(starts, int(lengths.max()))
     if shared:
-        is_kept = positions >= shared
-        is_kept[:shared] = True  # the first row's
-        # Of each whole text's tokens, how many of those that are kept come before it.
-        spread = torch.where(positions < shared, positions, is_kept.cumsum(0) - 1)
-        kept = is_kept.nonzero().squeeze(-1)
-        packed = packed._replace(spread=spread, kept=kept)
-        tokens, positions = tokens[kept], positions[kept]
+        is_computed = positions >= shared
+        is_computed[:shared] = True  # the first row's
+        # Each token of the complete sequences: how many computed ones precede it.
+        expand = torch.where(positions < shared, positions, is_computed.cumsum(0) - 1)
+        compact = is_computed.nonzero().squeeze(-1)
+        packed = packed._replace(expand=expand, compact=compact)
+        tokens, positions = tokens[compact], positions[compact]
     layout = AttentionLayout(positions.unsqueeze(0), length, is_causal=True, packed=packed)
     return Packing(tokens, (batch, length), shared), layout
 

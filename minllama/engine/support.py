@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from minllama.errors import MinllamaError
+from minllama.model.config import LlamaConfig
 from minllama.model.llama import Attention, FeedForward, Llama, LlamaLayer, RMSNorm
 
 
 def is_supported(
-    llama: Any,
+    llama: Llama,
     implemented: Collection[str],
     is_matrix: Callable[[nn.Module, tuple[int, int]], bool],
     is_dense: Callable[[Any, tuple[int, ...]], bool],
@@ -23,7 +24,7 @@ def is_supported(
     just the shapes that the config says.
 
     Args:
-        llama: a `minllama.Llama`.
+        llama: the model.
         implemented: fields of `LlamaConfig` that the kernels follow; any other has its default.
         is_matrix: whether a linear layer or an embedding is of a kind that is known, and its matrix
             (out, in) of this shape.
@@ -37,20 +38,21 @@ def is_supported(
     if len(llama.layers) != config.n_layers:
         return False
     of_vocabulary = [llama.tok_embeddings, *([] if llama.output is None else [llama.output])]
+    layers = layers_of(llama)
     norms = [llama.norm]
-    norms += [norm for layer in llama.layers for norm in (layer.attention_norm, layer.ffn_norm)]
+    norms += [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)]
     return (
         all(is_matrix(m, (config.vocab_size, config.dim)) for m in of_vocabulary)
         and all(
             is_matrix(module, shape)
-            for layer in llama.layers
+            for layer in layers
             for module, shape in zip(linear_modules(layer), _linear_shapes(config), strict=True)
         )
         and all(is_dense(norm.weight, (config.dim,)) for norm in norms)
     )
 
 
-def has_own_layers(llama: Any) -> bool:
+def has_own_layers(llama: Llama) -> bool:
     """Whether it is made of the modules of `minllama.model.llama`, and computes as a Llama."""
     for name in ("compute_logits", "forward", "run_layer"):
         if name in vars(llama) or getattr(type(llama), name, None) is not getattr(Llama, name):
@@ -65,7 +67,14 @@ def has_own_layers(llama: Any) -> bool:
     )
 
 
-def has_hooks(llama: Any) -> bool:
+def layers_of(llama: Llama) -> list[LlamaLayer]:
+    """The layers of a model that `has_own_layers`."""
+    layers = [layer for layer in llama.layers if isinstance(layer, LlamaLayer)]
+    assert len(layers) == len(llama.layers)
+    return layers
+
+
+def has_hooks(llama: nn.Module) -> bool:
     """Whether a module of this Llama has forward hooks, or a `forward` of its own instance."""
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
@@ -130,7 +139,7 @@ def _version(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-def _linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:
+def _linear_shapes(config: LlamaConfig) -> tuple[tuple[int, int], ...]:
     """(out, in) of `linear_modules`."""
     query, key = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     dim, hidden = config.dim, config.hidden_dim
@@ -140,7 +149,7 @@ def _linear_shapes(config: Any) -> tuple[tuple[int, int], ...]:
     )
 
 
-def linear_modules(layer: Any) -> tuple[nn.Module, ...]:
+def linear_modules(layer: LlamaLayer) -> tuple[nn.Module, ...]:
     """Those of a layer: query, key, value, output, w1, w2, w3."""
     attention, feed_forward = layer.attention, layer.feed_forward
     return (

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from minllama.data.task import Task
 from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError, optional_import
 
-INVERSE_REGULARISATION = 3.0
+INVERSE_REGULARIZATION = 3.0
 MANY_ROWS = 1000
 
 
@@ -32,19 +33,15 @@ class Baseline(Protocol):
 def fit_baselines(
     texts: Sequence[str],
     labels: Sequence[int | tuple[int, ...]],
-    classes: int,
-    *,
-    multi_label: bool = False,
-    seed: int = 0,
+    task: Task,
 ) -> tuple[Baseline, ...]:
     """Fit every baseline.
 
     Args:
         texts: N training texts.
-        labels: N classes, or for `multi_label` N collections of classes; 0 to `classes` - 1.
-        classes: how many there are, whether or not each has a text.
-        multi_label: texts may have any number of labels.
-        seed: of the order in which logistic regression visits the texts.
+        labels: of the N texts; a class may be without one.
+        task: what the labels are; its seed is of the order in which logistic regression visits the
+            texts. Classes are not balanced.
 
     Raises:
         MinllamaError: there are no texts, or scikit-learn is missing.
@@ -52,12 +49,9 @@ def fit_baselines(
     texts = checked_texts(texts)
     if not texts:
         raise MinllamaError("cannot fit baselines: there are no training texts; give at least one")
-    gold = np.zeros((len(texts), classes), dtype=np.bool_)
-    for row, label in zip(gold, labels, strict=True):
-        classes_of_row: list[int] = [*label] if isinstance(label, tuple) else [label]
-        assert min(classes_of_row, default=0) >= 0, "a row without a label"
-        row[classes_of_row] = True
-    return MajorityBaseline(gold), TfidfBaseline(texts, gold, multi_label=multi_label, seed=seed)
+    assert len(labels) == len(texts)
+    gold = task.target(labels)
+    return MajorityBaseline(gold), TfidfBaseline(texts, gold, task)
 
 
 class MajorityBaseline:
@@ -80,9 +74,7 @@ class TfidfBaseline:
 
     name = "TF-IDF + logistic regression"
 
-    def __init__(
-        self, texts: Sequence[str], gold: NDArray[np.bool_], *, multi_label: bool, seed: int
-    ) -> None:
+    def __init__(self, texts: Sequence[str], gold: NDArray[np.bool_], task: Task) -> None:
         of_text = optional_import("sklearn.feature_extraction.text", "baselines need")
 
         self._classes = gold.shape[1]
@@ -95,12 +87,12 @@ class TfidfBaseline:
         if not any(words_of(text) for text in texts):
             return
         features = self._vectorizer.fit_transform(texts)
-        if multi_label:
+        if task.multi_label:
             for i, column in enumerate(gold.T):
                 if column.any() and not column.all():
-                    self._parts.append((_regression(features, column, seed), np.array([i])))
+                    self._parts.append((_regression(features, column, task.seed), np.array([i])))
         elif gold.any(0).sum() > 1:
-            regression = _regression(features, gold.argmax(1), seed)
+            regression = _regression(features, gold.argmax(1), task.seed)
             self._parts.append((regression, regression.classes_))
 
     def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -120,10 +112,10 @@ def _regression(features: Any, target: NDArray[Any], seed: int) -> Any:
     # SAGA (Defazio et al. 2014) is ten times as fast on thousands of rows and creeps on a few.
     regression = (
         LogisticRegression(
-            C=INVERSE_REGULARISATION, solver="saga", tol=1e-3, max_iter=200, random_state=seed
+            C=INVERSE_REGULARIZATION, solver="saga", tol=1e-3, max_iter=200, random_state=seed
         )
         if features.shape[0] >= MANY_ROWS
-        else LogisticRegression(C=INVERSE_REGULARISATION, max_iter=1000)
+        else LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=1000)
     )
     with warnings.catch_warnings():
         # Texts that tell nothing have no optimum that an iteration could tell from rounding.

@@ -8,14 +8,14 @@ Nothing here parses arguments or prints.
 from minllama.experiment.evaluate import evaluate_classifier
 from minllama.experiment.experiment import Experiment
 from minllama.experiment.option_rules import check_uses
-from minllama.experiment.reporter import Say
+from minllama.experiment.reporter import Reporter
 from minllama.experiment.splits import Splits, load_splits
 from minllama.experiment.train import Outcome, check_libraries, run_experiment
 
 __all__ = [
     "Experiment",
     "Outcome",
-    "Say",
+    "Reporter",
     "Splits",
     "check_libraries",
     "check_uses",

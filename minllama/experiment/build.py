@@ -22,7 +22,7 @@ from minllama.data.label_names import checked_names, names_of_option, words_by_l
 from minllama.engine.states import Choice, Pooling
 from minllama.errors import CheckpointError, OptionError
 from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting, random_order
-from minllama.experiment.reporter import Say
+from minllama.experiment.reporter import Reporter
 from minllama.lora import add_lora_wrapper
 from minllama.model.llama import Llama
 from minllama.options import (
@@ -152,7 +152,7 @@ def make_head(
     *,
     balanced: bool,
     seed: int,
-    say: Say,
+    reporter: Reporter,
     folder: Path | None = None,
 ) -> LlamaEmbeddingClassifier:
     """A classifier with a head fitted on frozen features, on the best layer if requested.
@@ -163,7 +163,7 @@ def make_head(
     Args:
         balanced: classes have equal weight in the fit.
         seed: of folds and draws.
-        say: receives messages about progress and choices.
+        reporter: receives messages about progress and choices.
         folder: of a resumable run: the choice is written there, and read if it exists. The head is
             then not fitted again: the run's checkpoint has it.
     """
@@ -183,7 +183,7 @@ def make_head(
 
     if folder is not None and (known := _read_choice(folder)):
         return built(known)
-    classifier = _fitted(built, llama, fitting, train, options, say)
+    classifier = _fitted(built, llama, fitting, train, options, reporter)
     if folder is not None:
         _write_choice(folder, (classifier.layer, classifier.pooling))
     return classifier
@@ -195,23 +195,23 @@ def _fitted(
     fitting: HeadFitting,
     train: Dataset,
     options: ClassifierOptions,
-    say: Say,
+    reporter: Reporter,
 ) -> LlamaEmbeddingClassifier:
     """A classifier on the layer and pooling that are best on training texts, its head fitted."""
     is_whole = options.method == "frozen"
     grows = options.layer == "auto" and not is_whole
     some = fitting.some_rows(MAX_ROWS if is_whole else STARTING_TEXTS)
     reader = built(_choices(llama, options)[0])
-    report = say.advance("reading the training texts", len(some))
-    by = Reading(reader, report, say.say)
+    report = reporter.advance("reading the training texts", len(some))
+    by = Reading(reader, report, reporter.message)
     features, selected = _selected(fitting, some, by, options, grows=grows)
-    say.say(_in_words(selected, llama))
+    reporter.message(_in_words(selected, llama))
     choice = _with_more_layers(selected.choice, llama) if grows else selected.choice
     if grows:
-        say.say(f"training with {choice[0]} layers")
+        reporter.message(f"training with {choice[0]} layers")
     classifier = built(choice)
     if is_whole and len(some) < len(train):
-        report = say.advance("reading all of them", len(train))
+        report = reporter.advance("reading all of them", len(train))
         some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
     has_bias = classifier.score.bias is not None
     fitted = fitting.fit(features[choice], some, selected.penalty, bias=has_bias)
@@ -244,7 +244,7 @@ def _selected(
     choices = _choices(llama, options)
     if options.method == "frozen":
         features = fitting.read(some, choices, by)
-    else:  # STARTING_TEXTS are too few for a race
+    else:  # STARTING_TEXTS are too few for a layer search
         later = [_with_more_layers(choice, llama) for choice in choices] if grows else []
         read = {*choices, *later}
         features = extract_features(by.reader, some.texts, read, progress=by.progress)

@@ -51,8 +51,15 @@ class Other:
         decision = None
         if own.positive is not None:
             decision = Thresholds((DEFAULT,), split.label_names.index(own.positive))
-        kind: Any = {"multi_label": split.multi_label, "thresholds": decision, "seed": seed}
-        return evaluate(p, split.labels, split.label_names, predicted=predicted, **kind)
+        return evaluate(
+            p,
+            split.labels,
+            split.label_names,
+            multi_label=split.multi_label,
+            thresholds=decision,
+            predicted=predicted,
+            seed=seed,
+        )
 
 
 def open_other(other: str, split: Dataset, *, loading: LoadOptions) -> Other:
@@ -133,15 +140,15 @@ def _read(other: str, split: Dataset) -> Predicted:
         raise DataError(f"{other}: {_unlike(closest, split)}; {REMEDY}")
     rows = found[0]
     names = list(rows[0]["probabilities"])
-    matched = _matched(other, names, isinstance(_said(rows[0]), list), split)
+    matched = _matched(other, names, isinstance(_prediction_of(rows[0]), list), split)
     p = np.empty((len(rows), len(names)))
     predicted = np.zeros(p.shape, dtype=np.bool_)
     numbers = {name: i for i, name in enumerate(matched)}
     for i, row in enumerate(rows):
-        said = _said(row)
+        predicted_names = _prediction_of(row)
         try:
             p[i] = [row["probabilities"][name] for name in matched]
-            for name in said if isinstance(said, list) else [said]:
+            for name in predicted_names if isinstance(predicted_names, list) else [predicted_names]:
                 predicted[i, numbers[name]] = True
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
@@ -150,7 +157,7 @@ def _read(other: str, split: Dataset) -> Predicted:
     return p, predicted
 
 
-def _said(row: Mapping[str, Any]) -> Any:
+def _prediction_of(row: Mapping[str, Any]) -> Any:
     """What is predicted: beside a gold label under another name."""
     return row["predicted"] if "predicted" in row else row.get("label")
 

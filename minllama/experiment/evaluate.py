@@ -4,6 +4,7 @@ import dataclasses
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from minllama.classification.base import Classifier, probabilities
 from minllama.data import Dataset
+from minllama.data.task import Task
 from minllama.errors import CheckpointError
 from minllama.evaluation.baselines import Baseline
 from minllama.evaluation.metrics import Evaluation, evaluate
@@ -60,12 +62,14 @@ def evaluate_classifier(
     predicted = probabilities(logits, classifier.temperature, multi_label=many)
     if split.labels is None:
         return ReportedSplit(name, split.texts, predicted)
-    kind: Any = {"multi_label": many, "seed": seed}
+    measured = partial(
+        evaluate, labels=split.labels, label_names=names, multi_label=many, seed=seed
+    )
     beside = dict(others or {})
     for baseline in baselines:
         p, decision = baseline.predict_proba(split.texts), (thresholds or {}).get(baseline.name)
-        beside[baseline.name] = evaluate(p, split.labels, names, thresholds=decision, **kind)
-    evaluation = evaluate(predicted, split.labels, names, thresholds=classifier.decision, **kind)
+        beside[baseline.name] = measured(p, thresholds=decision)
+    evaluation = measured(predicted, thresholds=classifier.decision)
     return ReportedSplit(
         name, split.texts, predicted, split.labels, evaluation, beside, headline=headline
     )
@@ -80,11 +84,16 @@ def choose_decision(
         OptionError: such thresholds cannot be; see
         `minllama.evaluation.thresholds.check_thresholds`.
     """
-    gold = np.zeros(probabilities.shape, dtype=np.bool_)
-    for i, row in enumerate(gold):
-        row[list(dev.classes_of(i))] = True
-    kind: Any = {"multi_label": dev.multi_label, "source": printable(str(dev.source))}
-    return choose_thresholds(options, probabilities, gold, dev.label_names, **kind)
+    assert dev.labels is not None
+    gold = Task.of(dev).target(dev.labels)
+    return choose_thresholds(
+        options,
+        probabilities,
+        gold,
+        dev.label_names,
+        multi_label=dev.multi_label,
+        source=printable(str(dev.source)),
+    )
 
 
 def baseline_decisions(

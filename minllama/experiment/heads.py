@@ -19,15 +19,16 @@ from minllama.classification.features import (
     fit_head,
     select_features,
 )
-from minllama.classification.layer_search import raced_features
+from minllama.classification.layer_search import searched_features
 from minllama.classification.ridge import fit_value_head, select_value_features
 from minllama.data import Dataset
+from minllama.data.task import Task
 from minllama.engine.states import Choice
 from minllama.evaluation.regression import TargetScale
 from minllama.model.llama import Llama
 
-STARTING_PER_CLASS = 5  # texts of each class at least, where there are as many
-MOST_VALUES = 2500  # texts that go through all layers; there is no race between those
+STARTING_PER_CLASS = 5  # texts of each class at least, if there are as many
+MOST_VALUES = 2500  # texts that go through all layers; the layer search does not reduce them
 VALUE_NAME = "value"  # of a number whose column has no name
 
 
@@ -46,8 +47,8 @@ class Reading(NamedTuple):
     """The tokenizer and prompt, and the reporter."""
 
     reader: LlamaEmbeddingClassifier  # of any layer: prompt and Llama count
-    progress: Callable[[int], None]  # is told how many more texts are done
-    say: Callable[[str], None]
+    progress: Callable[[int], None]  # receives the number of texts just completed
+    report: Callable[[str], None]
 
 
 class FittedHead(NamedTuple):
@@ -92,22 +93,21 @@ def head_fitting(train: Dataset, *, balanced: bool, seed: int) -> HeadFitting:
     """
     if train.has_numbers:
         return ValueHeads(train, seed=seed)
-    return ClassHeads(train, balanced=balanced, seed=seed)
+    return ClassHeads(train, Task.of(train, balanced=balanced, seed=seed))
 
 
 class ClassHeads:
     """Logistic regressions, chosen by accuracy in cross-validation."""
 
-    def __init__(self, train: Dataset, *, balanced: bool, seed: int) -> None:
-        self._train, self._seed = train, seed
-        self._kind: Any = {"multi_label": train.multi_label, "balanced": balanced}
+    def __init__(self, train: Dataset, task: Task) -> None:
+        self._train, self._task = train, task
 
     def head(self, llama: Llama, choice: Choice) -> dict[str, Any]:
         # Without a bias where transformers' sequence classifiers, which have none, can then compute
         # it. Elsewhere it costs nothing, and is fitted sooner.
         return {
             "id2label": self._train.label_names,
-            "multi_label": self._train.multi_label,
+            "multi_label": self._task.multi_label,
             "bias": unlike_transformers(llama, *choice) is not None,
         }
 
@@ -116,7 +116,7 @@ class ClassHeads:
         train = self._train
         if len(train) <= n:
             return train
-        order = random_order(train, self._seed)
+        order = random_order(train, self._task.seed)
         taken, counts = set(order[:n]), [0] * len(train.label_names)
         for row in order:
             if any(counts[label] < STARTING_PER_CLASS for label in train.classes_of(row)):
@@ -127,18 +127,15 @@ class ClassHeads:
 
     def read(self, some: Dataset, choices: Sequence[Choice], by: Reading) -> Features:
         assert some.labels is not None
-        return raced_features(
-            *(by.reader, some.texts, some.labels, choices),
-            seed=self._seed,
+        return searched_features(
+            *(by.reader, some.texts, some.labels, choices, self._task),
             progress=by.progress,
-            say=by.say,
-            **self._kind,
+            report=by.report,
         )
 
     def select(self, features: Features, some: Dataset) -> Selected:
         assert some.labels is not None
-        n_classes = len(some.label_names)
-        found = select_features(features, some.labels, n_classes, seed=self._seed, **self._kind)
+        found = select_features(features, some.labels, self._task)
         return Selected(
             found.choice,
             found.penalty,
@@ -147,8 +144,8 @@ class ClassHeads:
 
     def fit(self, features: Vectors, some: Dataset, penalty: float, *, bias: bool) -> FittedHead:
         assert some.labels is not None
-        how = {"bias": bias, "penalty": penalty, **self._kind}
-        return FittedHead(*fit_head(features, some.labels, len(some.label_names), **how))
+        fitted = fit_head(features, some.labels, self._task, penalty=penalty, bias=bias)
+        return FittedHead(*fitted)
 
 
 class ValueHeads:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from minllama.training.progress import Progress
 
 
-class Say:
+class Reporter:
     """Receives messages of a run; this one discards them."""
 
-    def say(self, line: str) -> None:
+    def message(self, line: str) -> None:
         """Report a message."""
 
     def advance(self, title: str, total: int) -> Callable[[int], None]:

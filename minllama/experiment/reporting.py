@@ -1,6 +1,7 @@
 """Write the report of an experiment: results on dev and test, baselines, settings."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from numpy.typing import NDArray
 
 from minllama.classification import LlamaEmbeddingClassifier
 from minllama.classification.base import Classifier
+from minllama.data.task import Task
 from minllama.evaluation.baselines import fit_baselines
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report, ReportedSplit
@@ -21,7 +23,7 @@ from minllama.experiment.evaluate import (
 from minllama.experiment.evaluate_values import evaluate_value_splits
 from minllama.experiment.experiment import Experiment
 from minllama.experiment.predict import score_of, shortened_texts
-from minllama.experiment.reporter import Say
+from minllama.experiment.reporter import Reporter
 from minllama.experiment.splits import Splits
 from minllama.training.trainer import TrainingResult
 
@@ -84,7 +86,7 @@ def measure(
     beside: Mapping[str, Evaluation],
     result: TrainingResult | None,
     notes: list[str],
-    say: Say,
+    reporter: Reporter,
 ) -> Report:
     """Evaluate dev and test, with baselines fitted on train.
 
@@ -96,19 +98,21 @@ def measure(
         beside: evaluations of other systems on dev, by name.
         result: of the training; None without gradient steps.
         notes: in addition to those of the splits.
-        say: receives messages.
+        reporter: receives messages.
     """
     if splits.train.has_numbers:
-        progress = None if splits.test is None else say.advance("reading test", len(splits.test))
+        progress = (
+            None if splits.test is None else reporter.advance("reading test", len(splits.test))
+        )
         reported: Any = evaluate_value_splits(
             classifier, splits, dev_logits=dev_logits, progress=progress
         )
     else:
-        reported = _classes_measured(experiment, splits, classifier, dev_logits, beside, say)
+        reported = _classes_measured(experiment, splits, classifier, dev_logits, beside, reporter)
     notes = [*splits.notices, *notes]
     for split in filter(None, (splits.train, splits.dev, splits.test)):
         if said := shortened_texts(classifier, split.texts, split.source):
-            say.say(said)
+            reporter.message(said)
             notes.append(said)
     if not (splits.train.has_numbers or experiment.classifier.no_calibration):
         notes.append("the temperature was fitted on dev, so calibration on dev is optimistic")
@@ -134,26 +138,21 @@ def _classes_measured(
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
     beside: Mapping[str, Evaluation],
-    say: Say,
+    reporter: Reporter,
 ) -> list[ReportedSplit]:
     train, dev, test = splits.train, splits.dev, splits.test
     assert train.labels is not None
-    baselines = fit_baselines(
-        train.texts,
-        train.labels,
-        len(train.label_names),
-        multi_label=train.multi_label,
-        seed=experiment.training.seed,
+    task = Task.of(train, seed=experiment.training.seed)
+    baselines = fit_baselines(train.texts, train.labels, task)
+    measured = partial(
+        evaluate_classifier,
+        classifier,
+        baselines=baselines,
+        thresholds=baseline_decisions(experiment.threshold, baselines, dev),
+        headline=experiment.headline,
     )
-    how: dict[str, Any] = {
-        "baselines": baselines,
-        "thresholds": baseline_decisions(experiment.threshold, baselines, dev),
-        "headline": experiment.headline,
-    }
-    reported = [
-        evaluate_classifier(classifier, dev, "dev", logits=dev_logits, others=beside, **how)
-    ]
+    reported = [measured(dev, "dev", logits=dev_logits, others=beside)]
     if test is not None:
-        progress = say.advance("reading test", len(test))
-        reported.append(evaluate_classifier(classifier, test, "test", progress=progress, **how))
+        progress = reporter.advance("reading test", len(test))
+        reported.append(measured(test, "test", progress=progress))
     return reported

@@ -46,7 +46,7 @@ from minllama.experiment.output_folder import (
     writable,
 )
 from minllama.experiment.predict import described
-from minllama.experiment.reporter import Say
+from minllama.experiment.reporter import Reporter
 from minllama.experiment.reporting import measure, settings_for_people, settings_of_run
 from minllama.experiment.splits import Splits, load_splits
 from minllama.lora.targets import matching_modules
@@ -76,7 +76,11 @@ class Outcome:
 
 
 def run_experiment(
-    experiment: Experiment, *, resume: bool = False, force: bool = False, say: Say | None = None
+    experiment: Experiment,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    reporter: Reporter | None = None,
 ) -> Outcome:
     """Read, train, calibrate, evaluate, and write classifier and report.
 
@@ -85,7 +89,7 @@ def run_experiment(
         resume: continue the interrupted run in the output folder from its checkpoint, or from the
             beginning if there is none.
         force: replace an earlier run in it.
-        say: receives messages.
+        reporter: receives messages.
 
     Raises:
         MinllamaError: anything that the user can fix, including another run in the output folder,
@@ -95,17 +99,17 @@ def run_experiment(
     check_uses(experiment)
     check_not_base(experiment.output, experiment.model)
     with only_run(experiment.output):
-        return _run(experiment, resume=resume, force=force, say=say or Say())
+        return _run(experiment, resume=resume, force=force, reporter=reporter or Reporter())
 
 
-def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outcome:
+def _run(experiment: Experiment, *, resume: bool, force: bool, reporter: Reporter) -> Outcome:
     """Like `run_experiment`, in a folder without another run."""
     began, started = datetime.now(UTC).astimezone(), time.perf_counter()
     training = experiment.training
     method, is_asked = experiment.classifier.method, resume
     resume = check_output(experiment.output, method, resume=resume, force=force)
     if is_asked and not resume:
-        say.say(
+        reporter.message(
             f"{experiment.output}: the run was interrupted before its first checkpoint; starting "
             "from the beginning"
         )
@@ -124,7 +128,7 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outc
         seed=training.seed,
     )
     for notice in splits.notices:
-        say.say(notice)
+        reporter.message(notice)
     _check_labels(experiment, multi_label=splits.train.multi_label)
     check_thresholds(
         experiment.threshold,
@@ -138,9 +142,11 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, say: Say) -> Outc
             remove_earlier_run(experiment.output)
         with torch.random.fork_rng(devices=_gpus()):
             torch.manual_seed(training.seed)
-            classifier, beside, result = _train(experiment, splits, llama, tokenizer, resume, say)
-        logits, notes = _calibrate(classifier, splits, experiment, say)
-        report = measure(experiment, splits, classifier, logits, beside, result, notes, say)
+            classifier, beside, result = _train(
+                experiment, splits, llama, tokenizer, resume, reporter
+            )
+        logits, notes = _calibrate(classifier, splits, experiment, reporter)
+        report = measure(experiment, splits, classifier, logits, beside, result, notes, reporter)
         report = dataclasses.replace(report, created=began, seconds=time.perf_counter() - started)
         _write(experiment, classifier, report)
     return Outcome(classifier, splits, report, result)
@@ -199,12 +205,12 @@ def _train(
     llama: Llama,
     tokenizer: Tokenizer,
     resume: bool,
-    say: Say,
+    reporter: Reporter,
 ) -> tuple[Classifier, dict[str, Evaluation], TrainingResult | None]:
     """The classifier, its evaluation before training, and the training's result."""
     options = experiment.classifier
     training, train = experiment.training, splits.train
-    settings = _settings_to_go_on_with(experiment, llama)
+    settings = _settings_to_resume_with(experiment, llama)
     beside: dict[str, Evaluation] = {}
     classifier: Classifier
     if options.method == "zero-shot" or options.objective == "label-words":
@@ -219,7 +225,7 @@ def _train(
         )
         if options.method == "zero-shot":
             return classifier, beside, None
-        beside["zero-shot (before training)"] = _before(experiment, splits, classifier, say)
+        beside["zero-shot (before training)"] = _before(experiment, splits, classifier, reporter)
         train = without_shots(splits.train, classifier.shots)
     else:
         classifier = make_head(
@@ -230,7 +236,7 @@ def _train(
             options,
             balanced=training.class_weights == "balanced",
             seed=training.seed,
-            say=say,
+            reporter=reporter,
             folder=experiment.output if options.method in TRAINED else None,
         )
         if options.method == "frozen":
@@ -245,26 +251,28 @@ def _train(
         folder=experiment.output,
         resume=resume,
         head_parameters=[] if head is None else list(head.parameters()),
-        progress=say.progress(),
+        progress=reporter.progress(),
         settings=settings,
     )
     return classifier, beside, result
 
 
-def _before(experiment: Experiment, splits: Splits, classifier: Classifier, say: Say) -> Evaluation:
+def _before(
+    experiment: Experiment, splits: Splits, classifier: Classifier, reporter: Reporter
+) -> Evaluation:
     """Evaluate zero-shot label words on dev."""
     # Thresholds are chosen after the training; which class is the positive one is known.
     at_first = dataclasses.replace(experiment.threshold, threshold=())
     classifier.decide_by(fixed_thresholds(at_first, classifier.labels, multi_label=False))
-    progress = say.advance("zero-shot, before training", len(splits.dev))
+    progress = reporter.advance("zero-shot, before training", len(splits.dev))
     before = evaluate_classifier(classifier, splits.dev, "dev", progress=progress).evaluation
     assert before is not None
-    say.say(f"zero-shot, before training: dev accuracy {before.accuracy:.3f}")
+    reporter.message(f"zero-shot, before training: dev accuracy {before.accuracy:.3f}")
     return before
 
 
 def _calibrate(
-    classifier: Classifier, splits: Splits, experiment: Experiment, say: Say
+    classifier: Classifier, splits: Splits, experiment: Experiment, reporter: Reporter
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Fit the temperature on dev, unless disabled, and choose thresholds if requested.
 
@@ -273,31 +281,35 @@ def _calibrate(
     """
     dev, options, notes = splits.dev, experiment.classifier, list[str]()
     assert dev.labels is not None
-    logits = classifier.predict_logits(dev.texts, progress=say.advance("reading dev", len(dev)))
+    logits = classifier.predict_logits(
+        dev.texts, progress=reporter.advance("reading dev", len(dev))
+    )
     if classifier.scale is not None:  # numbers have neither
-        say.say(described(classifier))
+        reporter.message(described(classifier))
         return logits, notes
     if not options.no_calibration:
         classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
-        say.say(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
+        reporter.message(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
     p = probabilities(logits, classifier.temperature, multi_label=dev.multi_label)
     if (chosen := choose_decision(experiment.threshold, p, dev)) is not None:
         classifier.decide_by(chosen.thresholds)
         notes += chosen.notices
         for notice in chosen.notices:
-            say.say(notice)
+            reporter.message(notice)
         if experiment.threshold.positive is None and not dev.multi_label:
-            say.say(f"the positive class is {classifier.positive!r}; --positive chooses another")
+            reporter.message(
+                f"the positive class is {classifier.positive!r}; --positive chooses another"
+            )
         if chosen.thresholds.how:
             notes.append(
                 f"thresholds were chosen on dev ({', '.join(experiment.threshold.threshold)}), "
                 "so results on dev are slightly optimistic; the same holds for the baselines"
             )
-    say.say(described(classifier))
+    reporter.message(described(classifier))
     return logits, notes
 
 
-def _settings_to_go_on_with(experiment: Experiment, llama: Llama) -> dict[str, Any]:
+def _settings_to_resume_with(experiment: Experiment, llama: Llama) -> dict[str, Any]:
     """Settings that must be equal to resume: of the base its fingerprint, not its name.
 
     Args:

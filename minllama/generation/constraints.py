@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minllama.engine.sequence import Constraint
-from minllama.errors import MinllamaError, OptionError
+from minllama.errors import MinllamaError, OptionError, optional_import
 from minllama.options import GenerationOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
@@ -77,14 +77,7 @@ def grammar_maker(
 
 
 def _library() -> Any:
-    try:
-        import llguidance
-    except ImportError as error:
-        raise MinllamaError(
-            "json_schema and regex need the library llguidance; "
-            "install it with: python -m pip install 'minllama[constraint]'"
-        ) from error
-    return llguidance
+    return optional_import("llguidance", "json_schema and regex need", extra="constraint")
 
 
 @lru_cache(maxsize=MAX_VOCABULARIES)

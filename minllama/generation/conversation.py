@@ -5,7 +5,7 @@ back to where the new prompt departs from the old.
 """
 
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from minllama.engine.base import Engine
 from minllama.engine.choose import engine_for
@@ -64,7 +64,7 @@ class Conversation:
         """Forget all that has been said; the system message stays."""
         self.messages = list(self._system)
 
-    def answer(self, text: str) -> Iterator[Piece]:
+    def answer(self, text: str) -> Generator[Piece, None, None]:
         """Say something, and yield the answer piece by piece.
 
         An answer that is not iterated to its end is kept as far as it came.

@@ -33,26 +33,26 @@ class PackedSequences(NamedTuple):
         starts: (n + 1,) int64, the start of each sequence and the end of the last, counting shared
             prefixes for every sequence.
         longest: tokens of the longest.
-        spread: (starts[-1],), index in the row of each token of the complete sequences; None
+        expand: (starts[-1],), index in the row of each token of the complete sequences; None
             without a shared prefix.
-        kept: (N,), index in the complete sequences of each token of the row; None likewise.
+        compact: (N,), index in the complete sequences of each token of the row; None likewise.
     """
 
     starts: Tensor
     longest: int
-    spread: Tensor | None = None
-    kept: Tensor | None = None
+    expand: Tensor | None = None
+    compact: Tensor | None = None
 
     def mask(self) -> Tensor:
         """Bool (N, N), true where a token may attend: in its own sequence, up to itself."""
         every = torch.arange(int(self.starts[-1]), device=self.starts.device)
         sequence = torch.searchsorted(self.starts, every, right=True)
-        kept = every if self.kept is None else self.kept
-        seen = (sequence[kept, None] == sequence) & (every <= kept[:, None])
-        if self.spread is None:
+        queries = every if self.compact is None else self.compact
+        seen = (sequence[queries, None] == sequence) & (every <= queries[:, None])
+        if self.expand is None:
             return seen
-        in_row = torch.zeros(len(kept), len(kept), device=seen.device)
-        return in_row.index_add(1, self.spread, seen.float()) > 0
+        in_row = torch.zeros(len(queries), len(queries), device=seen.device)
+        return in_row.index_add(1, self.expand, seen.float()) > 0
 
 
 class AttentionLayout(NamedTuple):
@@ -116,14 +116,14 @@ def layout_of_whole(
     check_context(text_len, config)
     columns = torch.arange(text_len, device=ids.device)
     if mask is None or (config.causal and is_right_padded(mask)):
-        # Padding behind the text is what no earlier token may look at anyway.
+        # No earlier token attends to padding after the text anyway.
         default, allowed = columns.unsqueeze(0), None
     else:
         default = (mask.long().cumsum(-1) - 1).clamp(min=0)
         allowed = mask[:, None, None, :]  # (B, 1, 1, T)
         if config.causal:
             allowed = allowed & (columns <= columns[:, None])  # (B, 1, T, T)
-        # Padding looks at itself: a softmax over nothing is NaN.
+        # Padding attends to itself: a softmax over nothing is NaN.
         allowed = allowed | (columns == columns[:, None])
     is_causal = config.causal and allowed is None
     if positions is None:
@@ -234,7 +234,7 @@ def check_inputs(ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
             f"attention_mask has shape {tuple(mask.shape)} and ids {tuple(ids.shape)}; they must "
             "be equal, or the mask (B, T, T) (with a cache, both cover the new tokens only)"
         )
-    if ids.is_cpu and is_plain(ids):  # to look at ids on a GPU is to wait for it
+    if ids.is_cpu and is_plain(ids):  # reading ids on a GPU would wait for it
         out_of_range = (ids.min() < 0) | (ids.max() >= vocab_size)
         if is_plain(out_of_range) and out_of_range:  # without memory there is nothing to look at
             raise MinllamaError(f"token ids must be from 0 to {vocab_size - 1}")

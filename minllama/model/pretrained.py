@@ -6,12 +6,21 @@ Imports `minllama.checkpoints`, which is above this package, only when a model i
 import math
 import os
 from importlib import import_module
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
 
 from minllama.model.config import LlamaConfig
+
+
+class OpenCheckpoint(Protocol):
+    """An open checkpoint, as far as a model is concerned: a `minllama.Checkpoint`."""
+
+    @property
+    def config(self) -> LlamaConfig: ...
+    @property
+    def source(self) -> str: ...
 
 
 class LlamaPreTrainedModel(nn.Module):
@@ -98,7 +107,7 @@ class LlamaPreTrainedModel(nn.Module):
     @classmethod
     def from_checkpoint(
         cls,
-        checkpoint: Any,
+        checkpoint: OpenCheckpoint,
         *,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,

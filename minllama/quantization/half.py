@@ -41,11 +41,11 @@ class WidenedEmbedding(nn.Embedding):
 
 def widened_product(x: Tensor, weight: Tensor) -> Tensor:
     """Give x W^T in float32: (..., in), (out, in) -> (..., out)."""
-    y: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    y: Tensor = _Matmul.apply(x, weight)  # type: ignore[no-untyped-call]
     return y
 
 
-class _Product(torch.autograd.Function):
+class _Matmul(torch.autograd.Function):
     """The weight is upcast again in the backward pass instead of being kept."""
 
     @staticmethod
@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
         x = x.float()
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         if x.numel() <= FEW_ROWS * weight.shape[1] and ops.serves(weight):
-            return ops.dense_product(weight, x)
+            return ops.dense_matmul(weight, x)
         return F.linear(x, _widened(weight))
 
     @staticmethod

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minllama.errors import MinllamaError, OptionError
 from minllama.kernels.cpu import ops
-from minllama.kernels.cpu.linear import product as linear_product
+from minllama.kernels.cpu.linear import matmul as linear_matmul
 from minllama.kernels.gpu import launch as gpu
 from minllama.model.llama import Embedding, Linear
 from minllama.options import QUANTIZE
@@ -35,14 +35,12 @@ from minllama.quantization.gguf_blocks import (
 from minllama.quantization.half import WidenedEmbedding, WidenedLinear
 
 BLOCK = 32  # columns that share a scale
-PANEL = 16  # rows that lie together, as vector instructions read them
+TILE_ROWS = 16  # rows that are stored together, as vector instructions read them
 ZERO_POINT = {4: 8, 8: 128}
-# Below, scales are float16's subnormal numbers, which have no digits left to be exact with.
+# Below, scales are float16's subnormal numbers, which have no bits left to be exact with.
 SMALLEST = 2.0**-10
 BITS = {Q4_0: 4, Q4_1: 4, Q4_K: 4, Q5_K: 8, Q8_0: 8}  # that blocks of a file are kept in
-SLICE = (
-    4096  # rows that are quantized at a time: what lies between the steps is five times as large
-)
+SLICE = 4096  # rows that are quantized at a time: intermediate results are five times as large
 
 
 class QuantizedWeight(nn.Module):
@@ -81,22 +79,22 @@ class QuantizedWeight(nn.Module):
     def transposed(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix transposed for a matmul of many rows: (in, out)."""
         if ops.serves(self.scales) and dtype in ops.DTYPES:
-            return ops.take_apart(self, dtype)
+            return ops.dequantize_transposed(self, dtype)
         if gpu.works(self.scales.device):
-            return gpu.take_apart(self, dtype).t()
+            return gpu.dequantize(self, dtype).t()
         return self.dequantize(dtype).t()
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some of its rows: (...) integers in [0, out) -> (..., in)."""
-        panels, of_panel = (ids // PANEL).flatten(), (ids % PANEL).flatten()
-        quants = self.quants[panels, :, :, of_panel].unsqueeze(3)  # (n, in / 32, 4 or 8, 1, 4)
-        scales = self.scales[panels, :, of_panel].unsqueeze(-1)
-        mins = None if self.mins is None else self.mins[panels, :, of_panel].unsqueeze(-1)
+        tiles, of_tile = (ids // TILE_ROWS).flatten(), (ids % TILE_ROWS).flatten()
+        quants = self.quants[tiles, :, :, of_tile].unsqueeze(3)  # (n, in / 32, 4 or 8, 1, 4)
+        scales = self.scales[tiles, :, of_tile].unsqueeze(-1)
+        mins = None if self.mins is None else self.mins[tiles, :, of_tile].unsqueeze(-1)
         return self._rows(quants, scales, mins, dtype).view(*ids.shape, self.in_features)
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype; gradients flow to x."""
-        y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        y: Tensor = _Matmul.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
     def is_made_of(self, parts: "Parts | None") -> bool:
@@ -111,7 +109,7 @@ class QuantizedWeight(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # `model.to(bfloat16)` is about numbers that are computed with; what is stored stays.
+        # `model.to(bfloat16)` sets the dtype of computation; what is stored stays.
         kept = self.scales, self.mins
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.quants.device
@@ -140,7 +138,7 @@ class QuantizedWeight(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.bits} bits"
 
 
-class _Product(torch.autograd.Function):
+class _Matmul(torch.autograd.Function):
     """x W^T; the weight is dequantized again in the backward pass instead of being kept."""
 
     @staticmethod
@@ -148,14 +146,14 @@ class _Product(torch.autograd.Function):
         ctx.weight = weight
         rows = x.numel() // weight.in_features
         if ops.serves(x) and rows <= ops.most_rows(x.dtype):
-            return ops.product(weight, x).to(x.dtype)
+            return ops.quantized_matmul(weight, x).to(x.dtype)
         if gpu.serves(x):
-            return gpu.product(weight, x)
-        return linear_product(x, weight.transposed(x.dtype))
+            return gpu.quantized_matmul(weight, x)
+        return linear_matmul(x, weight.transposed(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return linear_product(gradient, ctx.weight.transposed(gradient.dtype).t()), None
+        return linear_matmul(gradient, ctx.weight.transposed(gradient.dtype).t()), None
 
 
 class QuantizedLinear(QuantizedWeight):
@@ -174,7 +172,7 @@ class QuantizedLinear(QuantizedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
-        y = self.product(x)
+        y = self.matmul(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -198,7 +196,7 @@ class QuantizedEmbedding(QuantizedWeight):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., in)."""
-        # Rows lie in panels, whose numbers would wrap around and reach into padding. Elsewhere
+        # Rows are in tiles, whose indices would wrap around and reach into padding. Elsewhere
         # than on a CPU to look at ids is to wait for them.
         if ids.is_cpu and ids.numel():
             check_ids(ids, self.out_features)
@@ -206,7 +204,7 @@ class QuantizedEmbedding(QuantizedWeight):
 
     def as_linear(self, x: Tensor) -> Tensor:
         """X W^T: (..., in) -> (..., out)."""
-        return self.product(x)
+        return self.matmul(x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.quants.device)).dtype
@@ -280,7 +278,7 @@ def replace_by_quantized(model: nn.Module, name: str, parts: Parts, dtype: torch
     model.set_submodule(name, new)
 
 
-def replace_by_numbers(model: nn.Module) -> bool:
+def replace_by_dense(model: nn.Module) -> bool:
     """Replace each quantized module by a plain linear layer or embedding in float32.
 
     Also modules that keep half-precision weights and compute in float32. Results stay the same
@@ -320,7 +318,7 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     }
 
 
-def state_in_numbers(model: nn.Module) -> dict[str, Tensor]:
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The dequantized state of a quantized model, in float32; of others the unchanged state."""
     state, quantized = dict(model.state_dict()), quantized_weights(model)
     for name, weight in quantized.items():
@@ -436,21 +434,21 @@ def packed(quants: Tensor, scales: Tensor, mins: Tensor | None, bits: int) -> Pa
         bits: 4 or 8.
     """
     out, n = scales.shape
-    missing = -out % PANEL
+    missing = -out % TILE_ROWS
     if missing:
         quants, scales = F.pad(quants, (0, 0, 0, 0, 0, missing)), F.pad(scales, (0, 0, 0, missing))
         mins = None if mins is None else F.pad(mins, (0, 0, 0, missing))
     if bits == 4:
         pairs = quants.view(-1, n, 4, 2, 4)
         quants = pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4  # (out, n, 4, 4)
-    quants = quants.view(-1, PANEL, n, quants.numel() // (len(quants) * n * 4), 4)
+    quants = quants.view(-1, TILE_ROWS, n, quants.numel() // (len(quants) * n * 4), 4)
     quants = quants.permute(0, 2, 3, 1, 4).contiguous()
-    by_panel = [
-        None if part is None else part.view(-1, PANEL, n).transpose(1, 2).contiguous()
+    by_tile = [
+        None if part is None else part.view(-1, TILE_ROWS, n).transpose(1, 2).contiguous()
         for part in (scales, mins)
     ]
-    assert by_panel[0] is not None
-    return Parts(quants, by_panel[0], by_panel[1], out)
+    assert by_tile[0] is not None
+    return Parts(quants, by_tile[0], by_tile[1], out)
 
 
 def _rounded(blocks: Tensor, scales: Tensor, mins: Tensor, most: int) -> Tensor:

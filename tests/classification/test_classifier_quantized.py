@@ -252,7 +252,7 @@ def test_a_run_does_not_go_on_with_another_base_in_blocks(make_experiment, block
     shutil.copy(blocks, model)
     experiment = make_experiment("lora", model=str(model), quantize="stored", dtype=None)
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(experiment, say=Heard(interrupt_after=2))
+        run_experiment(experiment, reporter=Heard(interrupt_after=2))
     write_blocks(model, changed=True)
     with pytest.raises(MinllamaError, match="weights of the frozen base"):
         run_experiment(experiment, resume=True)

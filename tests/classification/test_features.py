@@ -13,6 +13,7 @@ from minllama.classification.features import (
     fit_head,
     select_features,
 )
+from minllama.data.task import Task
 from tests.classifier_cases import TEXTS, embedding
 
 
@@ -46,7 +47,7 @@ def test_the_choice_that_tells_the_classes_apart_is_found():
     good, labels = blobs()
     noise = np.random.default_rng(1).normal(size=good.shape).astype(np.float32)
     selection = select_features(
-        {(2, "mean"): noise, (4, "mean"): good, (6, "last"): noise}, labels, 3
+        {(2, "mean"): noise, (4, "mean"): good, (6, "last"): noise}, labels, Task(3)
     )
     assert selection.choice == (4, "mean")
     assert selection.accuracy > 0.95
@@ -56,14 +57,14 @@ def test_cross_validation_is_not_flattered_by_many_features():
     random = np.random.default_rng(0)
     noise = random.normal(size=(200, 150)).astype(np.float32)
     labels = random.integers(2, size=200).tolist()
-    assert select_features({(1, "mean"): noise}, labels, 2).accuracy < 0.62
+    assert select_features({(1, "mean"): noise}, labels, Task(2)).accuracy < 0.62
 
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_head_is_the_regression_on_standardised_features(classes):
     points, labels = blobs(classes=classes, spread=4.0)
     points = points * 7 + 3
-    weight, bias = fit_head(points, labels, classes, penalty=0.05)
+    weight, bias = fit_head(points, labels, Task(classes), penalty=0.05)
     scaler = StandardScaler()
     reference = LogisticRegression(C=1 / (0.05 * len(points)), tol=1e-8, max_iter=1000)
     reference.fit(scaler.fit_transform(points), labels)
@@ -74,7 +75,7 @@ def test_a_head_is_the_regression_on_standardised_features(classes):
 
 def test_a_class_without_examples_is_never_said():
     points, labels = blobs(classes=2)
-    weight, bias = fit_head(points, labels, 4)
+    weight, bias = fit_head(points, labels, Task(4))
     assert weight.shape == (4, 8)
     assert set((points @ weight.T + bias).argmax(1)) == {0, 1}
 
@@ -86,9 +87,9 @@ def test_a_head_without_a_bias_says_the_same(sets):
     points[:, -1] += np.random.default_rng(0).normal(size=len(points))
     if sets:  # 4 has every text, 3 has none
         labels = [(label, 4) if label else (4,) for label in labels]
-    kind = {"multi_label": sets}
-    weight, bias = fit_head(points, labels, 5, **kind)
-    alone, none = fit_head(points, labels, 5, bias=False, **kind)
+    task = Task(5, multi_label=sets)
+    weight, bias = fit_head(points, labels, task)
+    alone, none = fit_head(points, labels, task, bias=False)
     assert bias.any()
     assert not none.any()
     expected, found = points @ weight.T + bias, points @ alone.T
@@ -102,7 +103,7 @@ def test_a_head_without_a_bias_says_the_same(sets):
 def test_several_labels_have_a_regression_each():
     points, labels = blobs(classes=3)
     sets = [(label, 3) if label else () for label in labels]  # 0 never, 3 with 1 and with 2
-    weight, bias = fit_head(points, sets, 5, multi_label=True)
+    weight, bias = fit_head(points, sets, Task(5, multi_label=True))
     chosen = points @ weight.T + bias >= 0
     expected = np.array([[c in labels_ for c in range(5)] for labels_ in sets])
     assert (chosen == expected).all(1).mean() > 0.95
@@ -114,7 +115,7 @@ def test_balanced_classes_weigh_alike():
     points, labels = points[keep], [labels[i] for i in keep]
     shares = []
     for balanced in (False, True):
-        weight, bias = fit_head(points, labels, 2, balanced=balanced)
+        weight, bias = fit_head(points, labels, Task(2, balanced=balanced))
         shares.append(((points @ weight.T + bias).argmax(1) == 1).mean())
     assert shares[1] > shares[0] * 1.5
 
@@ -146,5 +147,5 @@ def test_a_handful_of_right_rows_is_no_certainty():
 
 def test_an_only_row_is_compared_with_nothing():
     features = {(1, "mean"): np.ones((1, 4), dtype=np.float32)}
-    selection = select_features(features, [(0,)], 2, multi_label=True)
+    selection = select_features(features, [(0,)], Task(2, multi_label=True))
     assert selection.choice == (1, "mean")

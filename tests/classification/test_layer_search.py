@@ -1,11 +1,12 @@
-"""The race between layers: who stays in it, and that it changes no feature."""
+"""The layer search: which layers remain, and that it changes no feature."""
 
 import numpy as np
 import pytest
 
-from minllama.classification import layer_search as race
+from minllama.classification import layer_search
 from minllama.classification.features import extract_features, right_in_cross_validation
-from minllama.classification.layer_search import raced_features, worthwhile_layers
+from minllama.classification.layer_search import remaining_layers, searched_features
+from minllama.data.task import Task
 from tests.classification.test_features import blobs
 from tests.classifier_cases import TEXTS, embedding
 
@@ -21,7 +22,7 @@ def layers_with(*spreads):
 
 
 @pytest.mark.parametrize(
-    ("spreads", "good", "stay"),
+    ("spreads", "good", "remaining"),
     [
         ((9.0, 1.0, 1.0, 1.0, 1.0, 1.0), 4, [2, 4, 6]),  # as good from the second on
         ((9.0, 9.0, 1.0, 9.0, 9.0, 9.0), 6, [4, 6, 8]),
@@ -29,9 +30,9 @@ def layers_with(*spreads):
         ((1.0, 1.0, 1.0), 2, [2, 4]),
     ],
 )
-def test_the_shallowest_of_the_good_layers_and_its_neighbors_stay(spreads, good, stay):
+def test_the_shallowest_of_the_good_layers_and_its_neighbors_remain(spreads, good, remaining):
     features, labels = layers_with(*spreads)
-    assert worthwhile_layers(features, labels, 3) == (good, stay)
+    assert remaining_layers(features, labels, Task(3)) == (good, remaining)
 
 
 @pytest.mark.parametrize(
@@ -51,27 +52,27 @@ def test_a_layer_is_as_good_up_to_one_standard_error_of_the_difference(
     shallow[:lost] = False
     shallow[300 : 300 + won] = True
     rights = {(2, "mean"): shallow, (4, "mean"): best}
-    monkeypatch.setattr(race, "right_in_cross_validation", lambda *args, **kind: rights)
-    assert worthwhile_layers({}, [], 2)[0] == good
+    monkeypatch.setattr(layer_search, "right_in_cross_validation", lambda *args, **kind: rights)
+    assert remaining_layers({}, [], Task(2))[0] == good
 
 
 def test_right_answers_are_those_of_texts_that_the_head_has_not_seen():
     random = np.random.default_rng(0)
     noise = random.normal(size=(200, 150)).astype(np.float32)
     labels = random.integers(2, size=200).tolist()
-    (right,) = right_in_cross_validation({(1, "mean"): noise}, labels, 2).values()
+    (right,) = right_in_cross_validation({(1, "mean"): noise}, labels, Task(2)).values()
     assert right.shape == (120,)  # three of five folds
     assert 0.35 < right.mean() < 0.65
 
 
-def test_raced_features_are_those_of_the_layers_that_are_left(monkeypatch):
-    monkeypatch.setattr(race, "RACE_ROWS", 3)
-    monkeypatch.setattr(race, "worthwhile_layers", lambda *args, **kind: (1, [1]))
+def test_searched_features_are_those_of_the_remaining_layers(monkeypatch):
+    monkeypatch.setattr(layer_search, "SEARCH_TEXTS", 3)
+    monkeypatch.setattr(layer_search, "remaining_layers", lambda *args, **kind: (1, [1]))
     choices = [(0, "mean"), (1, "last"), (1, "mean"), (2, "mean")]
     texts, labels = [*TEXTS, *(text[::-1] for text in TEXTS)], [0, 1] * len(TEXTS)
     said, done = [], []
-    features = raced_features(
-        embedding(), texts, labels, choices, progress=done.append, say=said.append
+    features = searched_features(
+        embedding(), texts, labels, choices, Task(2), progress=done.append, report=said.append
     )
     expected = extract_features(embedding(), texts, choices)
     assert set(features) == {(1, "last"), (1, "mean")}
@@ -93,8 +94,8 @@ def test_raced_features_are_those_of_the_layers_that_are_left(monkeypatch):
     ],
     ids=["few texts", "one layer", "several labels", "balanced"],
 )
-def test_what_is_no_race(rows, choices, kind, monkeypatch):
-    monkeypatch.setattr(race, "RACE_ROWS", rows)
-    monkeypatch.setattr(race, "worthwhile_layers", None)
-    features = raced_features(embedding(), TEXTS, [0] * len(TEXTS), choices, **kind)
+def test_when_layers_are_not_searched(rows, choices, kind, monkeypatch):
+    monkeypatch.setattr(layer_search, "SEARCH_TEXTS", rows)
+    monkeypatch.setattr(layer_search, "remaining_layers", None)
+    features = searched_features(embedding(), TEXTS, [0] * len(TEXTS), choices, Task(2, **kind))
     assert set(features) == set(choices)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from minllama.classification.features import extract_features
+from minllama.data.task import Task
 from minllama.data.texts import checked_texts
 from minllama.errors import DataError
 from minllama.evaluation.baselines import fit_baselines
@@ -83,7 +84,7 @@ def test_every_way_in_looks_at_its_texts():
     with pytest.raises(DataError, match=r"texts\[1\] is None"):
         zero_shot(score="batch").fit_prior(["a", None])
     with pytest.raises(DataError, match=r"texts\[1\] is None"):
-        fit_baselines(["a", None], [0, 1], 2)
+        fit_baselines(["a", None], [0, 1], Task(2))
     data = make_dataset()
     broken = replace(data, texts=[*data.texts[:-1], None])
     with pytest.raises(DataError, match=rf"{data.source}: texts\[21\] is None"):

@@ -102,6 +102,6 @@ def test_a_field_that_nobody_implements_is_left_to_the_modules(window: int | Non
     assert cuda_graph.computes(model) == is_usual
     assert cpu.can_run(model) == (is_usual and library() is not None)
     ids, mask = random_ids(3, 9), torch.arange(9) < torch.tensor([[9], [5], [2]])
-    is_packed = packing._laid_out(model, ids, mask, None, None)[0] is not None
+    is_packed = packing._layout_of(model, ids, mask, None, None)[0] is not None
     assert is_packed == (is_usual and ops.serves(model.norm.weight))
     assert model.config.has_defaults_beyond(packing.IMPLEMENTED) == is_usual

@@ -138,18 +138,18 @@ def test_a_step_reads_weights_in_blocks(how, rows, tmp_path, monkeypatch):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("has_mins", [True, False])
 def test_weights_in_blocks_are_taken_apart_and_multiplied(bits, has_mins, dtype):
-    """The last panel is not full, and the last blocks are fewer than are read at once."""
+    """The last tile is not full, and the last blocks are fewer than are read at once."""
     torch.manual_seed(0)
     parts = quantize(torch.randn(37, 71 * 32), bits)
     mins = (torch.randn(parts.scales.shape) / 10).half() if has_mins else None
     weight = QuantizedWeight(parts.quants, parts.scales, mins, 37).to(DEVICE)
     exact = weight.dequantize()
-    apart = gpu.take_apart(weight, dtype)
+    apart = gpu.dequantize(weight, dtype)
     assert torch.equal(apart, exact.to(dtype))
     for rows in (1, 3, 9):
         x = torch.randn(rows, 71 * 32, device=DEVICE).to(dtype)
         wanted = x.float() @ exact.t()
-        error = (gpu.product(weight, x).float() - wanted).abs().max()
+        error = (gpu.quantized_matmul(weight, x).float() - wanted).abs().max()
         assert error < (1e-3 if dtype == torch.float32 else 0.02) * wanted.abs().max()
 
 
@@ -256,8 +256,8 @@ def test_a_model_whose_kernels_cannot_be_compiled_goes_on_in_its_modules(monkeyp
     def too_large(rows):
         raise RuntimeError("out of resource: shared memory\nand more")
 
-    monkeypatch.setattr(step, "_walk", too_large)
-    monkeypatch.setattr(cuda_graph, "Walk", lambda *_, **__: too_large)
+    monkeypatch.setattr(step, "_program", too_large)
+    monkeypatch.setattr(cuda_graph, "DecodeProgram", lambda *_, **__: too_large)
     assert step(ids, cache) is None
     assert step(ids, cache) is None
     (message,) = caplog.messages
@@ -292,8 +292,8 @@ def test_a_step_does_not_keep_a_cache_that_is_gone():
 def test_shapes_that_do_not_fit_are_refused():
     weight = QuantizedWeight(*quantize(torch.randn(16, 64), 4)).to(DEVICE)
     u = torch.randn(2, 32, device=DEVICE)
-    with pytest.raises(MinllamaError, match="product: tensors of shapes"):
-        gpu.product(weight, u)
+    with pytest.raises(MinllamaError, match="quantized_matmul: tensors of shapes"):
+        gpu.quantized_matmul(weight, u)
     with pytest.raises(MinllamaError, match=r"swiglu: .* \(2, 32\) and \(2, 31\)"):
         gpu.swiglu(u, u[:, :31])
     turns = torch.polar(torch.ones(1, 3, 1, 3), torch.zeros(1, 3, 1, 3)).to(DEVICE)

@@ -305,10 +305,10 @@ def test_a_beginning_is_shared_where_it_pays_and_no_gradient_is_asked_for():
     assert shared_prefix_len(same, None) == 20
     model = our_model()
     assert torch.equal(forward(model, same).logits[0], forward(model, same[:1]).logits[0])
-    packing, _ = packing_module._laid_out(model, ids, mask, None, None)
+    packing, _ = packing_module._layout_of(model, ids, mask, None, None)
     assert packing.shared == 0
     with torch.no_grad():
-        assert packing_module._laid_out(model, ids, mask, None, None)[0].shared == 5
+        assert packing_module._layout_of(model, ids, mask, None, None)[0].shared == 5
         equal = forward(model, same).logits
     assert torch.equal(equal[3], equal[0])
 
@@ -319,8 +319,8 @@ def test_the_layout_of_rows_that_begin_alike():
     assert packing.tokens.tolist() == [0, 1, 2, 10, 11]
     assert layout.positions.tolist() == [[0, 1, 2, 2, 3]]
     assert layout.packed.starts.tolist() == [0, 3, 5, 9]
-    assert layout.packed.spread.tolist() == [0, 1, 2, 0, 1, 0, 1, 3, 4]
-    assert layout.packed.kept.tolist() == [0, 1, 2, 7, 8]
-    assert packing.places(torch.tensor([5, 8, 11, 1])).tolist() == [1, 0, 4, 1]
+    assert layout.packed.expand.tolist() == [0, 1, 2, 0, 1, 0, 1, 3, 4]
+    assert layout.packed.compact.tolist() == [0, 1, 2, 7, 8]
+    assert packing.row_indices(torch.tensor([5, 8, 11, 1])).tolist() == [1, 0, 4, 1]
     back = packing.padded(torch.arange(1.0, 6.0).view(1, 5, 1)).squeeze(-1)
     assert back.tolist() == [[1, 2, 3, 0], [1, 2, 0, 0], [1, 2, 4, 5]]

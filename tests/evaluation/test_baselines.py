@@ -8,6 +8,7 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from minllama.data.task import Task
 from minllama.errors import MinllamaError
 from minllama.evaluation.baselines import fit_baselines
 
@@ -34,14 +35,14 @@ def test_real_data_gives_the_known_accuracies_in_seconds(
 ):
     texts, labels = read(shared_data / f"{name}-dev.txt")
     start = time.perf_counter()
-    first, second = fit_baselines(*read(shared_data / f"{name}-train.txt"), classes)
+    first, second = fit_baselines(*read(shared_data / f"{name}-train.txt"), Task(classes))
     assert time.perf_counter() - start < 20  # about 1 on an idle machine
     assert accuracy(first, texts, labels) == pytest.approx(majority)
     assert least <= accuracy(second, texts, labels) <= least + 0.03
 
 
 def test_the_majority_class_is_predicted_with_its_share():
-    majority, _ = fit_baselines(TEXTS, [0, 1, 1, 1, 1, 2], 4)
+    majority, _ = fit_baselines(TEXTS, [0, 1, 1, 1, 1, 2], Task(4))
     probabilities = majority.predict_proba(["anything", ""])
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities, [[1 / 6, 4 / 6, 1 / 6, 0]] * 2, rtol=1e-6)
@@ -50,7 +51,7 @@ def test_the_majority_class_is_predicted_with_its_share():
 @pytest.mark.parametrize("times", [1, 300])  # few rows and many have a solver each
 def test_regression_finds_the_optimum(times):
     texts, labels = TEXTS * times, LABELS * times
-    _, tfidf = fit_baselines(texts, labels, 3)
+    _, tfidf = fit_baselines(texts, labels, Task(3))
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     model = LogisticRegression(C=3.0, tol=1e-8).fit(vectorizer.fit_transform(texts), labels)
     unseen = ["good and bad", "no word of these", *TEXTS]
@@ -64,7 +65,7 @@ def test_regression_finds_the_optimum(times):
 def test_each_label_has_a_regression_of_its_own():
     # `good`, `film` and `text` (always there), and one that never is.
     labels = [(0, 1, 2), (0, 2), (1, 2), (2,), (2,), (0, 2)]
-    majority, tfidf = fit_baselines(TEXTS, labels, 4, multi_label=True)
+    majority, tfidf = fit_baselines(TEXTS, labels, Task(4, multi_label=True))
     np.testing.assert_allclose(majority.predict_proba([""]), [[0.5, 1 / 3, 1, 0]], rtol=1e-6)
     probabilities = tfidf.predict_proba(TEXTS)
     assert (probabilities[:, 2] == 1).all()
@@ -86,7 +87,7 @@ def test_each_label_has_a_regression_of_its_own():
 )
 def test_texts_that_tell_nothing_still_give_probabilities(texts, times, multi_label):
     labels = [(0,), (1,), (), (1, 0)] if multi_label else [0, 1, 1, 1]
-    for baseline in fit_baselines(texts * times, labels * times, 2, multi_label=multi_label):
+    for baseline in fit_baselines(texts * times, labels * times, Task(2, multi_label)):
         probabilities = baseline.predict_proba(["new text", *texts])
         assert probabilities.shape == (5, 2)
         if not multi_label:
@@ -95,23 +96,23 @@ def test_texts_that_tell_nothing_still_give_probabilities(texts, times, multi_la
 
 @pytest.mark.parametrize(("texts", "labels"), [(["one text"], [1]), (TEXTS, [1] * 6)])
 def test_of_one_class_only_that_class_is_predicted(texts, labels):
-    for baseline in fit_baselines(texts, labels, 3):
+    for baseline in fit_baselines(texts, labels, Task(3)):
         assert baseline.predict_proba(["some text"]).tolist() == [[0, 1, 0]]
 
 
 def test_no_texts_give_no_probabilities_and_cannot_be_fitted():
-    for baseline in fit_baselines(TEXTS, LABELS, 3):
+    for baseline in fit_baselines(TEXTS, LABELS, Task(3)):
         assert baseline.predict_proba([]).shape == (0, 3)
     with pytest.raises(MinllamaError, match="there are no training texts"):
-        fit_baselines([], [], 3)
+        fit_baselines([], [], Task(3))
 
 
 def test_a_missing_scikit_learn_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
     with pytest.raises(MinllamaError, match=r"minllama\[train\]"):
-        fit_baselines(TEXTS, LABELS, 3)
+        fit_baselines(TEXTS, LABELS, Task(3))
 
 
 def test_the_same_seed_gives_the_same_numbers():
-    first, again = (fit_baselines(TEXTS, LABELS, 3, seed=5)[1] for _ in range(2))
+    first, again = (fit_baselines(TEXTS, LABELS, Task(3, seed=5))[1] for _ in range(2))
     np.testing.assert_array_equal(first.predict_proba(TEXTS), again.predict_proba(TEXTS))

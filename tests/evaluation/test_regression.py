@@ -172,7 +172,7 @@ def test_labels_that_may_be_numbers_are_mentioned(make_experiment, tmp_path):
     heard, train = Heard(), tmp_path / "a.jsonl"
     lines = [{"text": f"film {i}", "label": i % 12} for i in range(36)]
     train.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run_experiment(make_experiment("frozen", train=train, dev=""), say=heard)
+    run_experiment(make_experiment("frozen", train=train, dev=""), reporter=heard)
     assert any("--objective regression" in line for line in heard.lines)
 
 
@@ -423,7 +423,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_numbers(make_experiment, tmp_pat
     options = {"train": train, "dev": "", "objective": "regression", "layer": "2"}
     whole = run_experiment(make_experiment(output="whole", **options))
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(make_experiment(**options), say=Heard(interrupt_after=3))
+        run_experiment(make_experiment(**options), reporter=Heard(interrupt_after=3))
     cut = run_experiment(make_experiment(**options), resume=True)
     assert cut.training.resumed_from == 3
     texts = whole.splits.dev.texts

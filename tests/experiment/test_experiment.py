@@ -59,7 +59,7 @@ def test_every_method_leaves_one_folder_that_gives_the_same_probabilities(
     options, own = CASES[case]
     heard = Heard()
     experiment = make_experiment(**options, test=labelled_files / "dev.txt")
-    outcome = run_experiment(experiment, say=heard)
+    outcome = run_experiment(experiment, reporter=heard)
     folder = experiment.output
     assert names_in(folder) == {"classifier.json", "README.md"} | REPORT | own
     after = load_classifier(folder, device="cpu")
@@ -150,7 +150,7 @@ def test_dev_is_read_once_after_training(make_experiment, monkeypatch):
 def test_probabilities_are_calibrated_unless_they_are_to_stay(make_experiment, is_wanted):
     heard = Heard()
     experiment = make_experiment("frozen", no_calibration=not is_wanted)
-    temperature = run_experiment(experiment, say=heard).classifier.temperature
+    temperature = run_experiment(experiment, reporter=heard).classifier.temperature
     assert (temperature != 1) == is_wanted
     content = json.loads((experiment.output / "classifier.json").read_text())
     assert content["temperature"] == temperature
@@ -204,7 +204,7 @@ def test_numbers_get_names_from_a_file_and_a_dev_split_is_said_aloud(make_experi
             dev="",
             data={"label_names": str(tmp_path / "names.json")},
         ),
-        say=heard,
+        reporter=heard,
     )
     assert outcome.classifier.labels == ("bad", "good")
     for file in ("classifier.json", "metrics.json"):
@@ -294,39 +294,42 @@ def test_a_head_is_fitted_on_all_rows_though_chosen_on_some(base, labelled_files
     options = ClassifierOptions(method="frozen", layer="1", pooling="mean")
     monkeypatch.setattr("minllama.classification.features.PENALTIES", (0.3,))
     kind = {"balanced": False, "seed": 0}
-    whole = make_head(llama, words, splits.train, PromptOptions(), options, say=Heard(), **kind)
+    whole = make_head(
+        llama, words, splits.train, PromptOptions(), options, reporter=Heard(), **kind
+    )
     monkeypatch.setattr("minllama.experiment.build.MAX_ROWS", 12)
     heard = Heard()
-    chosen = make_head(llama, words, splits.train, PromptOptions(), options, say=heard, **kind)
+    chosen = make_head(llama, words, splits.train, PromptOptions(), options, reporter=heard, **kind)
     assert heard.titles == ["reading the training texts", "reading all of them"]
     assert "on 12 training texts" in heard.lines[0]
     torch.testing.assert_close(chosen.score.weight, whole.score.weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_layers_race_for_a_frozen_head(balanced, base, labelled_files, monkeypatch):
+def test_a_frozen_head_searches_layers(balanced, base, labelled_files, monkeypatch):
     llama, words = opened(base)
     both = [(1, "mean"), (2, "mean")]
     monkeypatch.setattr("minllama.experiment.build.candidate_choices", lambda *_: both)
-    monkeypatch.setattr("minllama.classification.layer_search.RACE_ROWS", 4)
+    monkeypatch.setattr("minllama.classification.layer_search.SEARCH_TEXTS", 4)
     monkeypatch.setattr("minllama.classification.layer_search.MARGIN", 0)
     train, heard = load_dataset(labelled_files / "train.txt"), Heard()
     options = ClassifierOptions(method="frozen")
-    kind = {"balanced": balanced, "seed": 0, "say": heard}
+    kind = {"balanced": balanced, "seed": 0, "reporter": heard}
     chosen = make_head(llama, words, train, PromptOptions(), options, **kind)
-    raced = [line for line in heard.lines if line.startswith("after 4 texts")]
-    assert len(raced) == (0 if balanced else 1)
-    if raced:
-        assert f"layers {chosen.layer}" in raced[0]
+    searched = [line for line in heard.lines if line.startswith("after 4 texts")]
+    assert len(searched) == (0 if balanced else 1)
+    if searched:
+        assert f"layers {chosen.layer}" in searched[0]
 
 
 def test_the_rows_that_a_head_starts_from_have_all_classes(monkeypatch):
     from minllama.data import Dataset
+    from minllama.data.task import Task
     from minllama.experiment.heads import ClassHeads
 
     labels = [0] * 500 + [1] * 3
     train = Dataset([str(i) for i in range(503)], labels, ["common", "rare"], "here")
-    some = ClassHeads(train, balanced=False, seed=0).some_rows(20)
+    some = ClassHeads(train, Task.of(train)).some_rows(20)
     assert some.class_counts()[1] == 3
     assert 20 <= len(some) <= 23
 

@@ -45,7 +45,7 @@ def test_a_run_that_was_cut_and_resumed_equals_the_uncut_one(
     )
     run_experiment(uncut)
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(cut_run, say=Heard(interrupt_after=cut))
+        run_experiment(cut_run, reporter=Heard(interrupt_after=cut))
     assert not (tmp_path / "cut" / "classifier.json").exists()
     with pytest.raises(MinllamaError, match="--resume continues it, --force replaces it"):
         run_experiment(cut_run)
@@ -62,7 +62,7 @@ def test_a_run_may_be_resumed_with_the_data_under_another_name_but_not_with_othe
     make_experiment, labelled_files, tmp_path
 ):
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(make_experiment(), say=Heard(interrupt_after=2))
+        run_experiment(make_experiment(), reporter=Heard(interrupt_after=2))
     with pytest.raises(CheckpointError, match=r"dropout was 0\.1, now 0\.2"):
         run_experiment(make_experiment(dropout=0.2), resume=True)
     other = write_labelled(tmp_path / "other.txt", examples(24, seed=9))
@@ -77,7 +77,7 @@ def test_a_run_may_be_resumed_with_the_data_under_another_name_but_not_with_othe
 
 def test_a_run_goes_on_where_its_base_is_called_otherwise(make_experiment, base, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(make_experiment(), say=Heard(interrupt_after=2))
+        run_experiment(make_experiment(), reporter=Heard(interrupt_after=2))
     (tmp_path / "moved").symlink_to(base)
     outcome = run_experiment(make_experiment(model=str(tmp_path / "moved")), resume=True)
     assert (outcome.training.resumed_from, outcome.training.steps) == (2, 6)
@@ -87,7 +87,7 @@ def test_a_run_goes_on_where_its_base_is_called_otherwise(make_experiment, base,
 @pytest.mark.parametrize("change", ["weights", "config"])
 def test_a_run_does_not_go_on_with_another_base(make_experiment, base, tmp_path, method, change):
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(make_experiment(method), say=Heard(interrupt_after=2))
+        run_experiment(make_experiment(method), reporter=Heard(interrupt_after=2))
     checkpoint = open_checkpoint(base)
     llama = Llama.from_checkpoint(checkpoint, device="cpu")
     config = llama.config
@@ -105,7 +105,7 @@ def test_a_run_does_not_go_on_with_another_base(make_experiment, base, tmp_path,
 @pytest.mark.parametrize("is_wanted", [True, False])
 def test_whether_to_calibrate_can_be_chosen_anew_when_a_run_goes_on(make_experiment, is_wanted):
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(make_experiment(no_calibration=is_wanted), say=Heard(interrupt_after=2))
+        run_experiment(make_experiment(no_calibration=is_wanted), reporter=Heard(interrupt_after=2))
     outcome = run_experiment(make_experiment(no_calibration=not is_wanted), resume=True)
     assert (outcome.classifier.temperature != 1) == is_wanted
 
@@ -113,7 +113,7 @@ def test_whether_to_calibrate_can_be_chosen_anew_when_a_run_goes_on(make_experim
 @pytest.mark.parametrize("content", ["{", '{"layer": 2}', '{"layer": 9, "pooling": "mean"}', "[]"])
 def test_a_damaged_choice_of_layer_is_refused(make_experiment, tmp_path, content):
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(make_experiment(), say=Heard(interrupt_after=2))
+        run_experiment(make_experiment(), reporter=Heard(interrupt_after=2))
     (tmp_path / "run" / "layer.json").write_text(content)
     with pytest.raises(MinllamaError, match="layer"):
         run_experiment(make_experiment(), resume=True)
@@ -144,7 +144,7 @@ def test_a_run_that_was_cut_before_its_first_checkpoint_is_begun_anew(
         ):
             run_experiment(make_experiment())
     heard = Heard()
-    outcome = run_experiment(make_experiment(), resume=True, say=heard)
+    outcome = run_experiment(make_experiment(), resume=True, reporter=heard)
     assert heard.lines[0].endswith(
         "was interrupted before its first checkpoint; starting from the beginning"
     )
@@ -196,7 +196,7 @@ def test_an_old_classifier_is_kept_unless_it_is_replaced_as_a_whole(
 
 def test_a_wrong_file_costs_no_old_checkpoint(make_experiment, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(make_experiment(), say=Heard(interrupt_after=2))
+        run_experiment(make_experiment(), reporter=Heard(interrupt_after=2))
     with pytest.raises(DataError):
         run_experiment(make_experiment(train=tmp_path / "none.txt"), force=True)
     assert run_experiment(make_experiment(), resume=True).training.resumed_from == 2
@@ -221,7 +221,9 @@ def test_a_run_that_fails_leaves_no_classifier(make_experiment, tmp_path, case):
 
 def test_an_interrupt_before_the_first_step_leaves_nothing(make_experiment, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(make_experiment(), say=Heard(interrupt_after="reading the training texts"))
+        run_experiment(
+            make_experiment(), reporter=Heard(interrupt_after="reading the training texts")
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -230,7 +232,7 @@ def test_what_cannot_be_written_is_found_before_the_work(make_experiment, tmp_pa
     (tmp_path / "a file").write_text("mine")
     heard = Heard()
     with pytest.raises(MinllamaError, match="cannot write"):
-        run_experiment(make_experiment("frozen", output=output), say=heard)
+        run_experiment(make_experiment("frozen", output=output), reporter=heard)
     assert heard.titles == []
     assert (tmp_path / "a file").read_text() == "mine"
 
@@ -257,7 +259,7 @@ def test_names_of_layers_that_are_not_there_are_found_before_texts_are_computed(
     experiment = dataclasses.replace(experiment, lora=LoRAOptions(target_modules=("nosuch",)))
     heard = Heard()
     with pytest.raises(OptionError, match="no linear layer is named 'nosuch'; there are"):
-        run_experiment(experiment, say=heard)
+        run_experiment(experiment, reporter=heard)
     assert heard.titles == []
     assert not experiment.output.exists()
 
@@ -271,7 +273,7 @@ def test_names_in_layers_that_cannot_come_to_run_are_found_before_texts_are_comp
     heard = Heard(interrupt_after=1)
     refused = OptionError if layer == "1" else KeyboardInterrupt
     with pytest.raises(refused, match="matches nothing" if layer == "1" else None):
-        run_experiment(dataclasses.replace(experiment, lora=only_last), say=heard)
+        run_experiment(dataclasses.replace(experiment, lora=only_last), reporter=heard)
     assert (heard.titles == []) == (layer == "1")
 
 
@@ -293,7 +295,7 @@ def test_what_needs_one_label_is_refused_before_texts_with_several_are_read(
     lists = tmp_path / "lists.jsonl"
     heard = Heard()
     with pytest.raises(MinllamaError, match=message):
-        run_experiment(make_experiment(**options, train=lists, dev=lists), say=heard)
+        run_experiment(make_experiment(**options, train=lists, dev=lists), reporter=heard)
     assert heard.titles == []
     assert not (tmp_path / "run").exists()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -393,6 +394,12 @@ def test_megabytes_are_refused_before_they_are_taken_apart(model, tokenizer, mon
             generate(model, tokenizer, "x" * (context_len * longest + 1))
     ids = encode_prompt("x" * (context_len * longest), tokenizer, context_len)
     assert ids == [tokenizer.encode("x")[0]] * (context_len * longest)
+
+
+def test_a_missing_llguidance_is_named(model, tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(MinllamaError, match=r"need the library llguidance; .*\[constraint\]"):
+        generate(model, tokenizer, "x", regex="a+")
 
 
 def test_a_regular_expression_is_matched_in_full(model, tokenizer):

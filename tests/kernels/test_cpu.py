@@ -175,8 +175,8 @@ def test_whoever_takes_which_part_of_an_operation_gives_the_same_bits(what):
         return tensors
 
     compute = {
-        "product": lambda: [ops.product(weight, x)],
-        "weight": lambda: [ops.take_apart(weight, torch.float32)],
+        "product": lambda: [ops.quantized_matmul(weight, x)],
+        "weight": lambda: [ops.dequantize_transposed(weight, torch.float32)],
         "gate": lambda: gradients_of(ops.swiglu, u, v),
         "attention": lambda: gradients_of(attention.causal_attention, *heads),
         "adamw": optimize,
@@ -472,7 +472,7 @@ def test_quantized_products_of_many_rows_and_blocks(kind, at_level):
         parts = parts._replace(mins=-100 * parts.scales)
     weight = QuantizedWeight(*parts)
     x = torch.randn(133, 13 * 32)
-    y = ops.product(weight, x)
+    y = ops.quantized_matmul(weight, x)
     exact = x.double() @ weight.dequantize(torch.float64).T
     # An activation is off by half of 1 / (127 * 128) of its block's largest number.
     largest = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
@@ -480,7 +480,7 @@ def test_quantized_products_of_many_rows_and_blocks(kind, at_level):
     assert ((y - exact).abs() <= bound).all()
     # A row gets the same bits whoever stands beside it, but where loops are left to the compiler.
     for n in (1, 2, 3, 4, 5, 7):
-        few = ops.product(weight, x[:n])
+        few = ops.quantized_matmul(weight, x[:n])
         assert torch.equal(few, y[:n]) if at_level else torch.allclose(few, y[:n], atol=1e-3), n
 
 
@@ -492,11 +492,11 @@ def test_what_is_no_number_is_none_in_quantized_products(bits, rows, value, at_l
     for place in (0, 13, 31, 64, 95):
         x = torch.randn(rows, 96)
         x[rows // 2, place] = value
-        y = ops.product(weight, x)
+        y = ops.quantized_matmul(weight, x)
         finite = torch.arange(rows) != rows // 2
         assert y[finite].isfinite().all()
         assert not y[rows // 2].isfinite().any()
-    assert ops.product(weight, torch.full((1, 96), float("nan"))).isnan().all()
+    assert ops.quantized_matmul(weight, torch.full((1, 96), float("nan"))).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

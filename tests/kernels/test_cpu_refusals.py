@@ -1,14 +1,17 @@
 """Compiled code reads and writes by address: what does not fit it is refused or left to torch."""
 
 import copy
+import ctypes
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from minllama.errors import MinllamaError
-from minllama.kernels.cpu import attention, library, ops
+from minllama.kernels.cpu import attention, library, ops, structs
 from minllama.kernels.cpu.lora import low_rank_product
 from minllama.lora import add_lora_wrapper, lora_parameters
 from minllama.model.llama import Attention, Llama, RMSNorm
@@ -306,11 +309,56 @@ def test_second_derivatives_are_refused_rather_than_wrong():
         gradient.sum().backward()
 
 
-def test_a_library_of_another_version_is_not_used(monkeypatch):
-    monkeypatch.setattr(library, "STRUCTS", library.STRUCTS[::-1])
+def changed(fields):
+    """The structs of calls, with the fields of Heads changed."""
+    other = type("Heads", (ctypes.Structure,), {"_fields_": fields})
+    return tuple(other if struct is structs.Heads else struct for struct in structs.STRUCTS)
+
+
+HEADS = structs.Heads._fields_
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        structs.STRUCTS[::-1],
+        structs.STRUCTS[:-1],
+        changed((HEADS[0], HEADS[2], HEADS[1], HEADS[3])),  # of the same size
+        changed((*HEADS[:3], ("head_stride", ctypes.c_double))),
+        changed((*HEADS[:3], ("stride_of_heads", ctypes.c_int64))),
+        changed((*HEADS, ("more", ctypes.c_int64))),
+    ],
+    ids=["order", "fewer", "fields exchanged", "type", "name", "more"],
+)
+def test_a_library_of_another_version_is_not_used(monkeypatch, others):
+    monkeypatch.setattr(library, "STRUCTS", others)
     library.library.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="another version of minllama"):
             assert library.library() is None
     finally:
         library.library.cache_clear()
+
+
+def test_the_header_has_the_structs_that_python_fills():
+    """By name and type, also where there is no compiler that would describe them."""
+    header = Path(structs.__file__).with_name("src") / "structs.h"
+    text = re.sub(r"//[^\n]*", "", header.read_text(encoding="utf-8"))
+    found = {}
+    for name, body in re.findall(r"struct (\w+) \{(.*?)\n\};", text, re.S):
+        found[name] = []
+        for declaration in filter(str.strip, body.split(";")):
+            first, *others = declaration.replace("*", " * ").split(",")
+            *kind, field = first.split()
+            for each in (field, *others):
+                is_pointer = "*" in (kind if each is field else each)
+                own = "pointer" if is_pointer else kind[-1].removesuffix("_t")
+                found[name].append((each.replace("*", "").strip(), own))
+    expected = {
+        struct.__name__: [
+            (field, kind)
+            for _, field, _, kind in map(str.split, structs.described(struct).splitlines()[:-1])
+        ]
+        for struct in structs.STRUCTS
+    }
+    assert found == expected

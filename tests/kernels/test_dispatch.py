@@ -36,9 +36,9 @@ def arguments(name: str, dtype: torch.dtype) -> list[list[Any]]:
     """Some arguments of an operation, in the dtype where it is given."""
     x, weight = numbers(2, 5, 24).to(dtype), numbers(24).to(dtype)
     queries, keys = numbers(1, 4, 7, 8).to(dtype), numbers(1, 2, 7, 8).to(dtype)
-    spread, kept = torch.tensor([0, 1, 2, 0, 1, 3, 4, 5, 6]), torch.tensor([0, 1, 2, 5, 6, 7, 8])
+    expand, compact = torch.tensor([0, 1, 2, 0, 1, 3, 4, 5, 6]), torch.tensor([0, 1, 2, 5, 6, 7, 8])
     packed = PackedSequences(torch.tensor([0, 3, 7]), 4)
-    shared = PackedSequences(torch.tensor([0, 3, 9]), 6, spread, kept)
+    shared = PackedSequences(torch.tensor([0, 3, 9]), 6, expand, compact)
     a, b = numbers(3, 24), numbers(10, 3)
     of_one = [numbers(4, 6), numbers(5)]
     moments = [x.abs() for x in of_one]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minllama.kernels.cpu import linear
-from minllama.kernels.cpu.linear import CHUNK, STEP, product
+from minllama.kernels.cpu.linear import CHUNK, STEP, matmul
 from minllama.model.llama import Linear
 from tests.tiny import our_model, random_ids
 
@@ -34,7 +34,7 @@ def test_batches_of_any_number_of_rows_are_few_shapes_to_torch(monkeypatch):
     monkeypatch.setattr(linear.torch, "mm", counted)
     matrix = torch.randn(8, 8).bfloat16()
     for rows in range(1, 1500, 7):
-        assert product(torch.randn(rows, 8).bfloat16(), matrix).shape == (rows, 8)
+        assert matmul(torch.randn(rows, 8).bfloat16(), matrix).shape == (rows, 8)
     assert {rows for rows, _ in shapes} == {1, *range(STEP, CHUNK + 1, STEP)}
 
 
@@ -54,20 +54,20 @@ def test_a_weight_that_is_trained_gets_its_gradient():
 
 
 def test_other_dtypes_are_torchs_own(monkeypatch):
-    monkeypatch.setattr(linear, "product", lambda *_: pytest.fail("in chunks"))
+    monkeypatch.setattr(linear, "matmul", lambda *_: pytest.fail("in chunks"))
     layer, x = Linear(16, 8), torch.randn(700, 16)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 def test_a_models_passes_in_bfloat16_go_in_chunks(monkeypatch):
     model, seen = our_model(max_seq_len=1024).bfloat16(), set()
-    whole = linear.product
+    whole = linear.matmul
 
     def watched(x, matrix):
         seen.add(x.shape[:-1].numel())
         return whole(x, matrix)
 
-    monkeypatch.setattr(linear, "product", watched)
+    monkeypatch.setattr(linear, "matmul", watched)
     with torch.inference_mode():
         model(random_ids(3, 250))
     assert seen == {750}

@@ -192,7 +192,7 @@ def test_large_matrices_are_quantized_in_slices(monkeypatch):
         assert QuantizedWeight(*expected).is_made_of(quantize(values, bits))
 
 
-def test_a_panel_lies_as_its_description_says():
+def test_a_tile_is_stored_as_its_description_says():
     quants = torch.arange(16 * 64).remainder(251).to(torch.uint8).view(16, 2, 32)
     scales = torch.ones(16, 2, dtype=torch.float16)
     eight = packed(quants, scales, None, 8).quants

@@ -65,7 +65,7 @@ from minllama.model.llama import Llama
 from minllama.model.mode import evaluating
 from minllama.options import PromptOptions
 from minllama.options.loading import LoadOptions
-from minllama.quantization.modules import replace_by_numbers
+from minllama.quantization.modules import replace_by_dense
 from minllama.tokenizer.huggingface import FILES as TOKENIZER_FILES
 from minllama.tokenizer.tokenizer import Tokenizer
 
@@ -389,7 +389,7 @@ def merge_classifier(classifier: Classifier, *, dtype: torch.dtype | None = None
     prompts = [classifier.encode(text) for text in SAMPLE]
     with evaluating(classifier), torch.no_grad():
         before = classifier.compute_logits(prompts)
-        if replace_by_numbers(llama):
+        if replace_by_dense(llama):
             llama.float()
             llama.quantize = None
         merge_lora(classifier)

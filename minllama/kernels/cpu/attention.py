@@ -27,10 +27,10 @@ class Packed(Protocol):
     def longest(self) -> int: ...
 
     @property
-    def spread(self) -> Tensor | None: ...
+    def expand(self) -> Tensor | None: ...
 
     @property
-    def kept(self) -> Tensor | None: ...
+    def compact(self) -> Tensor | None: ...
 
 
 def serves(query: Tensor) -> bool:
@@ -71,10 +71,10 @@ def causal_attention(
         or query.shape[2] % key.shape[2]
     ):
         raise ops.unfit("causal_attention", query, key, value)
-    if packed is not None and packed.spread is not None:
-        query, key, value = (x[:, packed.spread] for x in (query, key, value))
+    if packed is not None and packed.expand is not None:
+        query, key, value = (x[:, packed.expand] for x in (query, key, value))
     y: Tensor = _CausalAttention.apply(query, key, value, packed)  # type: ignore[no-untyped-call]
-    return y if packed is None or packed.kept is None else y[:, packed.kept]
+    return y if packed is None or packed.compact is None else y[:, packed.compact]
 
 
 def _supports(

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minllama.errors import MinllamaError
-from minllama.kernels.cpu.structs import STRUCTS
+from minllama.kernels.cpu.structs import STRUCTS, described
 from minllama.kernels.hardware import level_of
 
 
@@ -67,14 +67,14 @@ def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> N
 
 
 def _is_of_this_version(found: ctypes.CDLL) -> bool:
-    """Whether its structs are those of `minllama.kernels.cpu.structs`."""
+    """Whether its structs have the fields of `minllama.kernels.cpu.structs`."""
     try:
-        sizes = found.minllama_sizes
-    except AttributeError:
+        fields = found.minllama_fields
+    except AttributeError:  # an older library
         return False
-    sizes.restype = ctypes.POINTER(ctypes.c_int64)
-    found_sizes: list[int] = sizes()[: len(STRUCTS)]
-    return found_sizes == [ctypes.sizeof(struct) for struct in STRUCTS]
+    fields.restype = ctypes.c_char_p
+    description: bytes = fields()
+    return description.decode() == "".join(map(described, STRUCTS))
 
 
 def _use_torchs_threads(found: ctypes.CDLL) -> None:

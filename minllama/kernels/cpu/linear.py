@@ -29,14 +29,14 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """X W^T + b in chunks: (..., in), (out, in), (out,) -> (..., out)."""
-    y: Tensor = _Product.apply(x, weight)  # type: ignore[no-untyped-call]
+    y: Tensor = _Matmul.apply(x, weight)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias
 
 
 register("linear", serves, linear)
 
 
-def product(x: Tensor, matrix: Tensor) -> Tensor:
+def matmul(x: Tensor, matrix: Tensor) -> Tensor:
     """Compute x M in chunks, for half precision on a CPU; no gradients.
 
     Args:
@@ -63,15 +63,15 @@ def product(x: Tensor, matrix: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], matrix.shape[1])
 
 
-class _Product(torch.autograd.Function):
+class _Matmul(torch.autograd.Function):
     """x W^T with a weight that is not trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return product(x, weight.t())
+        return matmul(x, weight.t())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
-        return product(gradient, weight), None
+        return matmul(gradient, weight), None

@@ -24,17 +24,18 @@ from minllama.kernels.cpu.structs import (
     INT8,
     KINDS,
     AdamW,
-    Apart,
     Blocks,
-    Gate,
+    Dequantize,
+    Matmul,
     Norm,
-    Product,
-    Turn,
+    RoPE,
+    SwiGLU,
     dense_linear,
     quantized_linear,
 )
 from minllama.kernels.dispatch import is_plain, register
 from minllama.kernels.hardware import fast_bfloat16, has_amx
+from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 DTYPES = frozenset(KINDS)
 FEW_ROWS = 32
@@ -76,14 +77,14 @@ def swiglu(u: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Pairs of channels turned: (B, T, H, C), complex64 ([B or 1,] T, 1, C / 2) -> (B, T, H, C)."""
+    """Rotate pairs of channels: (B, T, H, C), complex64 ([B or 1,] T, 1, C / 2) -> (B, T, H, C)."""
     batch, length, _, head_dim = x.shape
-    turns = torch.view_as_real(rotation).contiguous()
-    rows = turns.numel() // (length * head_dim)
-    fits = rows in (1, batch) and turns.numel() == rows * length * head_dim
-    if not fits or turns.dtype != torch.float32:
+    cos_sin = torch.view_as_real(rotation).contiguous()
+    rows = cos_sin.numel() // (length * head_dim)
+    fits = rows in (1, batch) and cos_sin.numel() == rows * length * head_dim
+    if not fits or cos_sin.dtype != torch.float32:
         raise unfit("rotate", x, rotation)
-    y: Tensor = _Rotation.apply(x, turns)  # type: ignore[no-untyped-call]
+    y: Tensor = _Rotation.apply(x, cos_sin)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -92,11 +93,11 @@ register("swiglu", lambda u, v: serves(u), swiglu)
 register("apply_rotary_embedding", lambda x, rotation: serves(x), rotate)
 
 
-def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
+def dequantize_transposed(weight: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """The matrix (in, out) of a `quantization.modules.QuantizedWeight` (out, in), on the CPU."""
     y = torch.empty(weight.in_features, weight.out_features, dtype=dtype, device="cpu")
     described = quantized_linear(weight)
-    call("take_apart", Apart(ctypes.pointer(described), y.data_ptr(), KINDS[dtype]))
+    call("dequantize", Dequantize(ctypes.pointer(described), y.data_ptr(), KINDS[dtype]))
     return y
 
 
@@ -126,9 +127,9 @@ def pack(raw: Tensor, rows: int, bits: int, has_mins: bool) -> tuple[Tensor, Ten
         raise MinllamaError(
             f"{rows} rows of quantized blocks do not match {tuple(raw.shape)} {raw.dtype}"
         )
-    blocks, panels = len(raw) // rows, -(-rows // 16)
-    quants = torch.empty(panels, blocks, bits, 16, 4, dtype=torch.uint8, device="cpu")
-    scales = torch.empty(panels, blocks, 16, dtype=torch.float16, device="cpu")
+    blocks, tiles = len(raw) // rows, -(-rows // 16)
+    quants = torch.empty(tiles, blocks, bits, 16, 4, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(tiles, blocks, 16, dtype=torch.float16, device="cpu")
     mins = torch.empty_like(scales) if has_mins else None
     arguments = Blocks(
         rows=rows,
@@ -146,7 +147,7 @@ def pack(raw: Tensor, rows: int, bits: int, has_mins: bool) -> tuple[Tensor, Ten
 
 @functools.cache
 def most_rows(dtype: torch.dtype) -> float:
-    """The number of rows up to which `product` is faster than dequantizing and torch's matmul.
+    """The most rows for which `quantized_matmul` is faster than dequantizing and torch's matmul.
 
     Unlimited with vector instructions, which multiply integers faster than float32; few without
     them, or if the processor has matrix instructions (AMX) for the dtype; more if it has vector
@@ -157,32 +158,32 @@ def most_rows(dtype: torch.dtype) -> float:
     return SOME_ROWS if dtype == torch.bfloat16 and fast_bfloat16("cpu") else math.inf
 
 
-def product(weight: Any, x: Tensor) -> Tensor:
+def quantized_matmul(weight: QuantizedMatrix, x: Tensor) -> Tensor:
     """Compute x W^T with a quantized W: (..., in) -> (..., out), float32."""
     if x.shape[-1] != weight.in_features:
         raise MinllamaError(f"a weight of {weight.in_features} columns times {tuple(x.shape)}")
     x = x.float().contiguous()
     rows, blocks = x.numel() // weight.in_features, weight.in_features // 32
-    digits = torch.empty(rows, blocks, 64, dtype=torch.int8, device="cpu")
+    quants = torch.empty(rows, blocks, 64, dtype=torch.int8, device="cpu")
     scales, sums = floats(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32, device="cpu")
     y = floats(*x.shape[:-1], weight.out_features)
     described = quantized_linear(weight)
-    tensors = (x, digits, scales, sums, y)
-    arguments = Product(ctypes.pointer(described), rows, *(tensor.data_ptr() for tensor in tensors))
-    call("product_digits", arguments)
-    call("product", arguments)
+    tensors = (x, quants, scales, sums, y)
+    arguments = Matmul(ctypes.pointer(described), rows, *(tensor.data_ptr() for tensor in tensors))
+    call("quantize_activations", arguments)
+    call("matmul", arguments)
     return y
 
 
-def dense_product(weight: Tensor, x: Tensor) -> Tensor:
+def dense_matmul(weight: Tensor, x: Tensor) -> Tensor:
     """Compute x W^T for a few rows, with a dense W (out, in): (..., in) -> (..., out), float32."""
     if x.shape[-1] != weight.shape[1]:
-        raise unfit("dense_product", weight, x)
+        raise unfit("dense_matmul", weight, x)
     x, weight = x.float().contiguous(), weight.contiguous()
     y = floats(*x.shape[:-1], weight.shape[0])
     described = dense_linear(weight)
     rows = x.numel() // weight.shape[1]
-    call("product", Product(ctypes.pointer(described), rows, x=x.data_ptr(), y=y.data_ptr()))
+    call("matmul", Matmul(ctypes.pointer(described), rows, x=x.data_ptr(), y=y.data_ptr()))
     return y
 
 
@@ -227,7 +228,7 @@ def adamw(
     addresses = map(ctypes.addressof, pointers)
     arguments = AdamW(n, ctypes.addressof(starts), *addresses, *betas, eps, step_size, shrink)
     call("adamw", arguments)
-    # Written by address, which autograd does not see: who saved them for a backward pass is told.
+    # Written by address, which autograd does not see: it counts a version for what it has saved.
     torch.autograd.graph.increment_version((*parameters, *exp_avgs, *exp_avg_sqs))
 
 
@@ -279,7 +280,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, v: Tensor) -> Tensor:
         u, v = u.contiguous(), v.contiguous()
         y = torch.empty_like(u)
-        call("gate", _gate(u, v, y))
+        call("swiglu", _swiglu_arguments(u, v, y))
         ctx.save_for_backward(u, v)
         return y
 
@@ -289,34 +290,34 @@ class _SwiGLU(torch.autograd.Function):
         u, v = ctx.saved_tensors
         gradient = gradient.contiguous()
         of_u, of_v = torch.empty_like(u), torch.empty_like(v)
-        arguments = _gate(u, v, gradient)
+        arguments = _swiglu_arguments(u, v, gradient)
         arguments.u_gradient, arguments.v_gradient = of_u.data_ptr(), of_v.data_ptr()
-        call("gate_gradient", arguments)
+        call("swiglu_gradient", arguments)
         return of_u, of_v
 
 
-def _gate(u: Tensor, v: Tensor, y: Tensor) -> Gate:
-    return Gate(u.numel(), KINDS[u.dtype], u.data_ptr(), v.data_ptr(), y.data_ptr())
+def _swiglu_arguments(u: Tensor, v: Tensor, y: Tensor) -> SwiGLU:
+    return SwiGLU(u.numel(), KINDS[u.dtype], u.data_ptr(), v.data_ptr(), y.data_ptr())
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rotation: Tensor) -> Tensor:
         ctx.save_for_backward(rotation)
-        return _turned(x, rotation, back=False)
+        return _rotated(x, rotation, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (rotation,) = ctx.saved_tensors
-        return _turned(gradient, rotation, back=True), None
+        return _rotated(gradient, rotation, back=True), None
 
 
-def _turned(x: Tensor, rotation: Tensor, *, back: bool) -> Tensor:
+def _rotated(x: Tensor, rotation: Tensor, *, back: bool) -> Tensor:
     x = x.contiguous()
     batch, length, heads, head_dim = x.shape
     y = torch.empty_like(x)
-    arguments = Turn(
+    arguments = RoPE(
         tokens=batch * length,
         heads=heads,
         head_dim=head_dim,
@@ -327,5 +328,5 @@ def _turned(x: Tensor, rotation: Tensor, *, back: bool) -> Tensor:
         y=y.data_ptr(),
         rotation=rotation.data_ptr(),
     )
-    call("turn", arguments)
+    call("rope", arguments)
     return y

@@ -1,16 +1,21 @@
-"""The ctypes counterparts of the structs in `model.h`: the same fields in the same order."""
+"""The ctypes counterparts of the structs in `src/structs.h`: the same fields in the same order.
 
-from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+A compiled library that describes other fields (`src/fields.inc`) is not used.
+"""
+
+from ctypes import POINTER, Structure, _Pointer, c_double, c_int64, c_void_p, sizeof
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minllama.kernels.quantized_matrix import QuantizedMatrix
+
 KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 INT4, INT8 = 0, 1
 
 
-class Numbers(Structure):
+class Values(Structure):
     _fields_ = (("data", c_void_p), ("kind", c_int64))
 
 
@@ -19,15 +24,15 @@ class Linear(Structure):
         ("weight", c_void_p),
         ("scales", c_void_p),
         ("mins", c_void_p),
-        ("bias", Numbers),
+        ("bias", Values),
         ("kind", c_int64),
         ("in_dim", c_int64),
         ("out_dim", c_int64),
     )
 
 
-def quantized_linear(weight: Any) -> Linear:
-    """Memory layout of a `minllama.quantization.modules.QuantizedWeight`."""
+def quantized_linear(weight: QuantizedMatrix) -> Linear:
+    """Memory layout of a quantized matrix."""
     return Linear(
         weight=weight.quants.data_ptr(),
         scales=weight.scales.data_ptr(),
@@ -46,12 +51,12 @@ def dense_linear(weight: Tensor) -> Linear:
 
 class Layer(Structure):
     _fields_ = (
-        ("attention_norm", Numbers),
+        ("attention_norm", Values),
         ("query", Linear),
         ("key", Linear),
         ("value", Linear),
         ("output", Linear),
-        ("ffn_norm", Numbers),
+        ("ffn_norm", Values),
         ("w1", Linear),
         ("w2", Linear),
         ("w3", Linear),
@@ -69,7 +74,7 @@ class Model(Structure):
         ("norm_eps", c_double),
         ("embedding", Linear),
         ("output", Linear),
-        ("norm", Numbers),
+        ("norm", Values),
         ("layers", POINTER(Layer)),
     )
 
@@ -110,7 +115,7 @@ class Norm(Structure):
     )
 
 
-class Gate(Structure):
+class SwiGLU(Structure):
     _fields_ = (
         ("n", c_int64),
         ("kind", c_int64),
@@ -122,7 +127,7 @@ class Gate(Structure):
     )
 
 
-class Turn(Structure):
+class RoPE(Structure):
     _fields_ = (
         ("tokens", c_int64),
         ("heads", c_int64),
@@ -136,7 +141,7 @@ class Turn(Structure):
     )
 
 
-class Apart(Structure):
+class Dequantize(Structure):
     _fields_ = (
         ("weight", POINTER(Linear)),
         ("y", c_void_p),
@@ -157,12 +162,12 @@ class Blocks(Structure):
     )
 
 
-class Product(Structure):
+class Matmul(Structure):
     _fields_ = (
         ("weight", POINTER(Linear)),
         ("rows", c_int64),
         ("x", c_void_p),
-        ("digits", c_void_p),
+        ("quants", c_void_p),
         ("scales", c_void_p),
         ("sums", c_void_p),
         ("y", c_void_p),
@@ -237,8 +242,26 @@ class LowRank(Structure):
     )
 
 
-# In the order of `minllama_sizes`.
+# In the order of `src/structs.h`.
 STRUCTS = (
-    *(Numbers, Linear, Layer, Model, Step, Norm, Gate),
-    *(Turn, Apart, Blocks, Product, AdamW, Heads, Attention, LowRank),
+    *(Values, Linear, Layer, Model, Step, Norm, SwiGLU),
+    *(RoPE, Dequantize, Blocks, Matmul, AdamW, Heads, Attention, LowRank),
 )
+
+_TYPE_NAMES = {c_int64: "int64", c_double: "double", c_void_p: "pointer"}
+
+
+def described(struct: type[Structure]) -> str:
+    """The fields of a struct as `src/fields.inc` has them: its name, field, offset and type."""
+    name = struct.__name__
+    lines = [
+        f"{name} {field} {getattr(struct, field).offset} {_type_name(kind)}\n"
+        for field, kind, *_ in struct._fields_
+    ]
+    return "".join([*lines, f"{name} {sizeof(struct)} size\n"])
+
+
+def _type_name(kind: Any) -> str:
+    if kind in _TYPE_NAMES:
+        return _TYPE_NAMES[kind]
+    return "pointer" if issubclass(kind, _Pointer) else str(kind.__name__)

@@ -102,13 +102,13 @@ def _turned(x, position, first, table, C: tl.constexpr, ROWS: tl.constexpr):
     """Pairs of channels of one head's row, rotated (RoFormer, eq. 34): (ROWS,) from `first` on."""
     a, b = tl.split(tl.reshape(x, (ROWS // 2, 2)))
     pair = (first // 2 + tl.arange(0, ROWS // 2)) % (C // 2)
-    turn = table + (position * (C // 2) + pair) * 2
-    cosine, sine = tl.load(turn), tl.load(turn + 1)
+    angle = table + (position * (C // 2) + pair) * 2
+    cosine, sine = tl.load(angle), tl.load(angle + 1)
     return tl.reshape(tl.join(a * cosine - b * sine, a * sine + b * cosine), (ROWS,))
 
 
 @triton.jit
-def turn(
+def rope(
     x,
     turned,
     turns,
@@ -219,7 +219,7 @@ def project_query_key_value(
 
 
 @triton.jit(do_not_specialize=["layer"])
-def turn_and_keep(
+def rope_and_cache(
     query,
     key,
     value,

@@ -9,13 +9,14 @@ calls it.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minllama.kernels.gpu import launch, support
+from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 # Elements of a weight that a program of one-row products reads at once, and the most columns.
 TILE, MOST_COLUMNS, WIDE = 8192, 8192, 8192
@@ -27,31 +28,60 @@ PROGRAMS = 512  # of attention, about: rows x key heads x parts of the slots
 MOST_PARTS = 32
 
 
+Weight: TypeAlias = Tensor | QuantizedMatrix  # a matrix (out, in)
+
+
+class Shape(Protocol):
+    """What a step needs of a config: its widths, in the names of `minllama.LlamaConfig`."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def hidden_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def norm_eps(self) -> float: ...
+
+
 class Layer(NamedTuple):
     """The weights of a layer.
 
     Attributes:
         attention_norm, ffn_norm: (D,).
-        weights: of query, key, value, output, w1, w2, w3: a tensor (out, in), or a quantized weight
-            (`minllama.quantization.modules.QuantizedWeight`).
+        weights: of query, key, value, output, w1, w2, w3.
         biases: of the weights; None without.
     """
 
     attention_norm: Tensor
     ffn_norm: Tensor
-    weights: tuple[Any, ...]
+    weights: tuple[Weight, ...]
     biases: tuple[Tensor | None, ...]
+
+    def dense(self) -> list[Tensor]:
+        """The weights, none of which is quantized."""
+        weights = [weight for weight in self.weights if isinstance(weight, Tensor)]
+        assert len(weights) == len(self.weights)
+        return weights
 
 
 class Model(NamedTuple):
     """The weights of a Llama; `embedding` and `head` may be the same."""
 
-    config: Any
+    config: Shape
     dtype: torch.dtype
     device: torch.device
     layers: list[Layer]
-    embedding: Any
-    head: Any
+    embedding: Weight
+    head: Weight
     norm: Tensor
 
     def takes_one_row(self, n: int) -> bool:
@@ -98,7 +128,7 @@ class Rows:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(n, *shape, dtype=dtype, device=model.device)
 
-        # Whoever makes them may be in inference mode, and whoever comes next not.
+        # They may be made in inference mode, and used outside of it.
         with torch.inference_mode(False):
             return cls(
                 ids=zeros(dtype=torch.int64),
@@ -115,7 +145,7 @@ class Rows:
             )
 
 
-class Walk:
+class DecodeProgram:
     """Launches every kernel of a step on the current stream.
 
     Args:
@@ -201,17 +231,17 @@ class Walk:
 
     def _one_row(self, rows: Rows) -> None:
         for number, layer in enumerate(self._model.layers):
-            output, w2 = layer.weights[3], layer.weights[5]
+            weights = layer.dense()
             self._project_query_key_value(rows, number)
             self._attend(rows, number, rows.query)
-            self._add_product(rows.attended, output, layer.biases[3], rows.h)
+            self._add_product(rows.attended, weights[3], layer.biases[3], rows.h)
             self._gate(rows, layer)
-            self._add_product(rows.gated, w2, layer.biases[5], rows.h)
+            self._add_product(rows.gated, weights[5], layer.biases[5], rows.h)
         self._project_vocabulary(rows)
 
     def _project_query_key_value(self, rows: Rows, number: int) -> None:
         config, layer = self._config, self._model.layers[number]
-        query, key, value = layer.weights[:3]
+        query, key, value = layer.dense()[:3]
         b_query, b_key, b_value = layer.biases[:3]
         n_rows = _rows(config.head_dim, config.dim)
         self._launch(
@@ -234,7 +264,7 @@ class Walk:
         )
 
     def _gate(self, rows: Rows, layer: Layer) -> None:
-        config, w1, w3 = self._config, layer.weights[4], layer.weights[6]
+        config, (w1, _, w3) = self._config, layer.dense()[4:]
         b1, b3 = layer.biases[4], layer.biases[6]
         n_rows = max(1, _rows(len(w1), config.dim) // 2)  # of each of two matrices
         self._launch(
@@ -325,7 +355,7 @@ class Walk:
             normal = normalize(layer.attention_norm, x)
             query = product[0](normal)
             self._launch(
-                "turn_and_keep",
+                "rope_and_cache",
                 (n, heads),
                 query,
                 product[1](normal),
@@ -352,11 +382,11 @@ class Walk:
         rows.logits.copy_(_product(self._model.head, None, normalize(self._model.norm, x)))
 
 
-def _product(weight: Any, bias: Tensor | None, x: Tensor) -> Tensor:
+def _product(weight: Weight, bias: Tensor | None, x: Tensor) -> Tensor:
     """W x + b for several sequences: (B, in) -> (B, out)."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    y = launch.product(weight, x)
+    y = launch.quantized_matmul(weight, x)
     return y if bias is None else y + bias
 
 

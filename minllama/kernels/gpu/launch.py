@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minllama.kernels.dispatch import register
 from minllama.kernels.gpu.support import OLDEST, on, warn
+from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 
 @functools.cache
@@ -49,23 +50,23 @@ def swiglu(u: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Pairs of channels turned: (B, T, H, C), complex64 ([B or 1,] T, 1, C / 2) -> (B, T, H, C)."""
+    """Rotate pairs of channels: (B, T, H, C), complex64 ([B or 1,] T, 1, C / 2) -> (B, T, H, C)."""
     with on(x.device):
         y: Tensor = _operations().rotate(x, rotation)
         return y
 
 
-def product(weight: Any, x: Tensor) -> Tensor:
+def quantized_matmul(weight: QuantizedMatrix, x: Tensor) -> Tensor:
     """Compute x W^T with a quantized weight: (..., in) -> (..., out), in x's dtype."""
     with on(x.device):
-        y: Tensor = _operations().product(weight, x)
+        y: Tensor = _operations().quantized_matmul(weight, x)
         return y
 
 
-def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """Dequantize a weight to a matrix (out, in)."""
     with on(weight.scales.device):
-        y: Tensor = _operations().take_apart(weight, dtype)
+        y: Tensor = _operations().dequantize(weight, dtype)
         return y
 
 

@@ -4,8 +4,6 @@ Each is one pass over memory. Quantized weights are `minllama.quantization.modul
 whose tiles the kernels read directly.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,10 +11,11 @@ from minllama.kernels.cpu.ops import unfit
 from minllama.kernels.gpu import decode_kernels as kernels
 from minllama.kernels.gpu import quantized_kernels as block_kernels
 from minllama.kernels.gpu.support import power_of_two
+from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 _BLOCK = 1024
-FEW_ROWS = 4  # up to which a weight in blocks is read once for each row, not taken apart
-_BLOCKS_AT_ONCE = 64  # of a panel's 16 rows, that a program of a product reads
+FEW_ROWS = 4  # up to which a weight in blocks is read once for each row, not dequantized
+_BLOCKS_AT_ONCE = 64  # of a tile's 16 rows, that a program of a matmul reads
 
 
 def swiglu(u: Tensor, v: Tensor) -> Tensor:
@@ -31,20 +30,20 @@ def swiglu(u: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Pairs of channels turned: (B, T, H, C), complex64 ([B or 1,] T, 1, C / 2) -> (B, T, H, C)."""
+    """Rotate pairs of channels: (B, T, H, C), complex64 ([B or 1,] T, 1, C / 2) -> (B, T, H, C)."""
     x = x.contiguous()
     turned = torch.empty_like(x)
     heads, head_dim = x.shape[2:]
-    turns = torch.view_as_real(rotation).contiguous()
-    n_turns = turns.numel() // head_dim
-    fits = n_turns in (x.shape[1], x.shape[0] * x.shape[1]) and turns.dtype == torch.float32
-    if not fits or turns.numel() != n_turns * head_dim:
+    cos_sin = torch.view_as_real(rotation).contiguous()
+    n_rotations = cos_sin.numel() // head_dim
+    fits = n_rotations in (x.shape[1], x.shape[0] * x.shape[1]) and cos_sin.dtype == torch.float32
+    if not fits or cos_sin.numel() != n_rotations * head_dim:
         raise unfit("rotate", x, rotation)
-    kernels.turn[(x.shape[0] * x.shape[1],)](
+    kernels.rope[(x.shape[0] * x.shape[1],)](
         x,
         turned,
-        turns,
-        n_turns,
+        cos_sin,
+        n_rotations,
         H=heads,
         C=head_dim,
         HEADS=power_of_two(heads),
@@ -53,17 +52,17 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     return turned
 
 
-def product(weight: Any, x: Tensor) -> Tensor:
+def quantized_matmul(weight: QuantizedMatrix, x: Tensor) -> Tensor:
     """Compute x W^T with a quantized weight: (..., in) -> (..., out), in x's dtype."""
     if x.shape[-1] != weight.in_features:
-        raise unfit("product", weight.scales, x)
+        raise unfit("quantized_matmul", weight.scales, x)
     rows = x.numel() // weight.in_features
     if rows > FEW_ROWS:
-        return x @ take_apart(weight, x.dtype).t()
+        return x @ dequantize(weight, x.dtype).t()
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=x.device)
-    panels, blocks = weight.scales.shape[:2]
-    block_kernels.block_product[(panels, rows)](
+    tiles, blocks = weight.scales.shape[:2]
+    block_kernels.block_matmul[(tiles, rows)](
         *_described(weight),
         x,
         y,
@@ -77,14 +76,14 @@ def product(weight: Any, x: Tensor) -> Tensor:
     return y
 
 
-def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
     """Dequantize a weight to a matrix (out, in)."""
     y = torch.empty(
         weight.out_features, weight.in_features, dtype=dtype, device=weight.scales.device
     )
-    panels, blocks = weight.scales.shape[:2]
+    tiles, blocks = weight.scales.shape[:2]
     at_once = min(8, power_of_two(blocks))
-    block_kernels.take_apart[(panels, -(-blocks // at_once))](
+    block_kernels.dequantize[(tiles, -(-blocks // at_once))](
         *_described(weight),
         y,
         weight.out_features,
@@ -96,7 +95,7 @@ def take_apart(weight: Any, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def _described(weight: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _described(weight: QuantizedMatrix) -> tuple[Tensor, Tensor, Tensor]:
     """The quants as words of four or eight columns, the scales, and the mins or a placeholder."""
     mins = weight.scales if weight.mins is None else weight.mins
     return weight.quants.view(torch.int32), weight.scales, mins

@@ -31,7 +31,7 @@ def _scale_and_min(scales, mins, at, inside, BITS: tl.constexpr, MINS: tl.conste
 
 
 @triton.jit
-def block_product(
+def block_matmul(
     quants,
     scales,
     mins,
@@ -52,16 +52,16 @@ def block_product(
     """
     columns: tl.constexpr = 4 if BITS == 8 else 8  # of a word
     words: tl.constexpr = 32 // columns  # of a block's row
-    panel, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    of_panel = tl.arange(0, 16)
+    tile, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    of_tile = tl.arange(0, 16)
     found = tl.zeros((16,), tl.float32)
     for start in tl.range(0, BLOCKS, AT_ONCE):  # unrolled, it would compile for minutes
         blocks = start + tl.arange(0, AT_ONCE)
         pieces = start * words + tl.arange(0, AT_ONCE * words)
         there = pieces < BLOCKS * words
-        at = (panel * BLOCKS * words + pieces)[:, None] * 16 + of_panel[None, :]
+        at = (tile * BLOCKS * words + pieces)[:, None] * 16 + of_tile[None, :]
         packed = tl.load(quants + at, mask=there[:, None], other=0)
-        at = (panel * BLOCKS + blocks)[:, None] * 16 + of_panel[None, :]
+        at = (tile * BLOCKS + blocks)[:, None] * 16 + of_tile[None, :]
         scale, low = _scale_and_min(scales, mins, at, (blocks < BLOCKS)[:, None], BITS, MINS)
         sums = tl.zeros((AT_ONCE * words, 16), tl.float32)
         total = tl.zeros((AT_ONCE * words,), tl.float32)
@@ -73,12 +73,12 @@ def block_product(
         of_block = tl.sum(tl.reshape(sums, (AT_ONCE, words, 16)), axis=1)
         total = tl.sum(tl.reshape(total, (AT_ONCE, words)), axis=1)
         found += tl.sum(of_block * scale + low * total[:, None], axis=0)
-    out = panel * 16 + of_panel
+    out = tile * 16 + of_tile
     tl.store(y + row * n_out + out, found.to(y.dtype.element_ty), mask=out < n_out)
 
 
 @triton.jit
-def take_apart(
+def dequantize(
     quants,
     scales,
     mins,
@@ -92,14 +92,14 @@ def take_apart(
     """Dequantize some blocks of a tile's 16 rows: y is (n_out, 32 BLOCKS)."""
     columns: tl.constexpr = 4 if BITS == 8 else 8
     words: tl.constexpr = 32 // columns
-    panel = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(0).to(tl.int64)
     pieces = tl.program_id(1) * AT_ONCE * words + tl.arange(0, AT_ONCE * words)
-    of_panel = tl.arange(0, 16)
-    out = panel * 16 + of_panel
+    of_tile = tl.arange(0, 16)
+    out = tile * 16 + of_tile
     there = pieces[:, None] < BLOCKS * words
-    at = (panel * BLOCKS * words + pieces)[:, None] * 16 + of_panel[None, :]
+    at = (tile * BLOCKS * words + pieces)[:, None] * 16 + of_tile[None, :]
     packed = tl.load(quants + at, mask=there, other=0)
-    at = (panel * BLOCKS + pieces // words)[:, None] * 16 + of_panel[None, :]
+    at = (tile * BLOCKS + pieces // words)[:, None] * 16 + of_tile[None, :]
     scale, low = _scale_and_min(scales, mins, at, there, BITS, MINS)
     inside = there & (out[None, :] < n_out)
     where = y + out[None, :] * (BLOCKS * 32) + pieces[:, None] * columns

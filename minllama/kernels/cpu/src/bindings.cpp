@@ -1,17 +1,20 @@
 // One forward pass of a few tokens through a whole Llama on a CPU, in one call: what decoding does
-// for each token. The model is minllama/model/llama.py's; this is the same walk without an interpreter
+// for each token. The model is minllama/model/llama.py's; this is the same pass without an interpreter
 // between its products, on weights as they are stored (4 and 8 bits, or floating point).
 //
 // A plain C interface, called through ctypes: no headers of Python or torch are needed to build it.
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <exception>
 #include <memory>
 #include <new>
+#include <string>
 
 #include "structs.h"
+#include "fields.inc"
 #include "threads.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -104,7 +107,7 @@ Activations activations(Arena& arena, int64_t tokens, int64_t n) {
     Activations a;
     a.n = n;
     a.values = arena.take<float>(tokens * n);
-    a.digits = arena.take<int8_t>(tokens * n * 2);
+    a.quants = arena.take<int8_t>(tokens * n * 2);
     a.scales = arena.take<float>(tokens * (n / 32 + 1));
     a.sums = arena.take<int32_t>(tokens * (n / 32 + 1));
     return a;
@@ -175,7 +178,7 @@ char* kept_memory(int64_t bytes) {
 
 template <class Scratch>
 struct Job {
-    void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, float*);
+    void (*pass)(const Worker&, const Model&, const Step&, const Scratch&, float*);
     const Model* model;
     const Step* step;
     Scratch scratch;
@@ -186,15 +189,15 @@ struct Job {
     static void run(int64_t index, int64_t count, void* of) {
         Job& job = *static_cast<Job*>(of);
         const Worker worker = {index, count, &job.barrier};
-        job.walk(worker, *job.model, *job.step, job.scratch, job.buffers + index * job.buffer_len);
+        job.pass(worker, *job.model, *job.step, job.scratch, job.buffers + index * job.buffer_len);
     }
 };
 
 template <class Scratch, class Activations>
-int run(void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, float*), const Model& model,
+int run(void (*pass)(const Worker&, const Model&, const Step&, const Scratch&, float*), const Model& model,
         const Step& step, int64_t chunks, int64_t chunk_len, int64_t threads) {
     Job<Scratch> job;
-    job.walk = walk, job.model = &model, job.step = &step;
+    job.pass = pass, job.model = &model, job.step = &step;
     const int64_t group = model.n_heads / model.n_kv_heads;
     job.buffer_len = (model.head_dim + group * chunk_len + 15) / 16 * 16;
     Arena arena;
@@ -209,7 +212,7 @@ int run(void (*walk)(const Worker&, const Model&, const Step&, const Scratch&, f
     return 0;
 }
 
-constexpr int64_t WORTH_A_THREAD = 1 << 14;  // numbers to compute; to wake a thread takes as long
+constexpr int64_t WORTH_A_THREAD = 1 << 14;  // values to compute; to wake a thread takes as long
 
 // What is shared one by one, and what in even parts, once for each thread: where a thread adds up what
 // comes of its part, so that sums are the same from run to run, or turns matrices before it begins.
@@ -259,14 +262,10 @@ int64_t attention_work(const Attention& a) {
 
 extern "C" {
 
-// Bytes of the structs that calls are made with, in the order of layout.py, which compares them: a
-// library of another version would read its arguments wrongly.
-EXPORT const int64_t* minllama_sizes() {
-    static const int64_t sizes[] = {
-        sizeof(Numbers), sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(Step),  sizeof(Norm),      sizeof(Gate),
-        sizeof(Turn),    sizeof(Apart),  sizeof(Blocks), sizeof(Product), sizeof(AdamW), sizeof(Heads), sizeof(Attention), sizeof(LowRank),
-    };
-    return sizes;
+// The fields of the structs that calls are made with, and their sizes; see fields.inc.
+EXPORT const char* minllama_fields() {
+    static const std::string fields = described_fields();
+    return fields.c_str();
 }
 
 // 2 for AVX-512 with VNNI, 1 for AVX2, 0 for plain C++: the best that this CPU has.
@@ -293,14 +292,14 @@ EXPORT int minllama_step(const Model* model, const Step* step, int64_t threads, 
     const int64_t chunks = plain::most_chunks(*step);
 #if X86
     if (level == 2) {
-        return run<avx512::Scratch, avx512::Activations>(avx512::walk, *model, *step, chunks, avx512::CHUNK, threads);
+        return run<avx512::Scratch, avx512::Activations>(avx512::pass, *model, *step, chunks, avx512::CHUNK, threads);
     }
     if (level == 1) {
-        return run<avx2::Scratch, avx2::Activations>(avx2::walk, *model, *step, chunks, avx2::CHUNK, threads);
+        return run<avx2::Scratch, avx2::Activations>(avx2::pass, *model, *step, chunks, avx2::CHUNK, threads);
     }
 #endif
     (void)level;
-    return run<plain::Scratch, plain::Activations>(plain::walk, *model, *step, chunks, plain::CHUNK, threads);
+    return run<plain::Scratch, plain::Activations>(plain::pass, *model, *step, chunks, plain::CHUNK, threads);
 }
 
 #if X86
@@ -318,27 +317,27 @@ EXPORT int minllama_norm_gradient(const Norm* a, int64_t threads, int level) {
     return operate(AT_LEVEL(norm_gradient_rows), *a, a->rows, EVENLY, 5 * a->dim, a->rows * a->dim, threads);
 }
 
-EXPORT int minllama_gate(const Gate* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(gate_part), *a, a->n, plain::PART, 5 * plain::PART, a->n, threads);
+EXPORT int minllama_swiglu(const SwiGLU* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(swiglu_part), *a, a->n, plain::PART, 5 * plain::PART, a->n, threads);
 }
 
-EXPORT int minllama_gate_gradient(const Gate* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(gate_gradient_part), *a, a->n, plain::PART, 5 * plain::PART, a->n, threads);
+EXPORT int minllama_swiglu_gradient(const SwiGLU* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(swiglu_gradient_part), *a, a->n, plain::PART, 5 * plain::PART, a->n, threads);
 }
 
-EXPORT int minllama_turn(const Turn* a, int64_t threads, int level) {
+EXPORT int minllama_rope(const RoPE* a, int64_t threads, int level) {
     const int64_t width = a->heads * a->head_dim;
-    return operate(AT_LEVEL(turn_tokens), *a, a->tokens, EACH, 2 * width, a->tokens * width, threads);
+    return operate(AT_LEVEL(rope_tokens), *a, a->tokens, EACH, 2 * width, a->tokens * width, threads);
 }
 
-EXPORT int minllama_take_apart(const Apart* a, int64_t threads, int level) {
+EXPORT int minllama_dequantize(const Dequantize* a, int64_t threads, int level) {
     const Linear& w = *a->weight;
-    return operate(AT_LEVEL(take_apart), *a, plain::panels(w), EACH, 0, w.in_dim * w.out_dim, threads);
+    return operate(AT_LEVEL(dequantize), *a, plain::tiles(w), EACH, 0, w.in_dim * w.out_dim, threads);
 }
 
 EXPORT int minllama_pack(const Blocks* a, int64_t threads, int level) {
-    const int64_t total = (a->rows + plain::PANEL - 1) / plain::PANEL;
-    return operate(AT_LEVEL(pack_panels), *a, total, EACH, 0, a->rows * a->blocks * plain::BLOCK, threads);
+    const int64_t total = (a->rows + plain::TILE_ROWS - 1) / plain::TILE_ROWS;
+    return operate(AT_LEVEL(pack_tiles), *a, total, EACH, 0, a->rows * a->blocks * plain::BLOCK, threads);
 }
 
 EXPORT int minllama_attention(const Attention* a, int64_t threads, int level) {
@@ -353,11 +352,11 @@ EXPORT int minllama_attention_gradient(const Attention* a, int64_t threads, int 
 }
 
 EXPORT int minllama_low_rank(const LowRank* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in + a->out), threads);
+    return operate(AT_LEVEL(low_rank_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in_dim + a->out_dim), threads);
 }
 
 EXPORT int minllama_low_rank_gradient(const LowRank* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in + a->out),
+    return operate(AT_LEVEL(low_rank_gradient_rows), *a, a->rows, EVENLY, plain::low_rank_buffer(*a), a->rows * (a->in_dim + a->out_dim),
                    threads);
 }
 
@@ -366,14 +365,14 @@ EXPORT int minllama_adamw(const AdamW* a, int64_t threads, int level) {
 }
 
 // Two calls: the second reads what the first has written.
-EXPORT int minllama_product_digits(const Product* a, int64_t threads, int level) {
-    return operate(AT_LEVEL(product_digits), *a, a->rows, EACH, 0, a->rows * a->weight->in_dim, threads);
+EXPORT int minllama_quantize_activations(const Matmul* a, int64_t threads, int level) {
+    return operate(AT_LEVEL(quantize_activations), *a, a->rows, EACH, 0, a->rows * a->weight->in_dim, threads);
 }
 
-EXPORT int minllama_product(const Product* a, int64_t threads, int level) {
+EXPORT int minllama_matmul(const Matmul* a, int64_t threads, int level) {
     const Linear& w = *a->weight;
-    const int64_t total = plain::panels(w) * ((a->rows + plain::ROWS - 1) / plain::ROWS);
-    return operate(AT_LEVEL(product_panels), *a, total, EACH, 0, w.in_dim * w.out_dim, threads);
+    const int64_t total = plain::tiles(w) * ((a->rows + plain::ROWS - 1) / plain::ROWS);
+    return operate(AT_LEVEL(matmul_tiles), *a, total, EACH, 0, w.in_dim * w.out_dim, threads);
 }
 
 }  // extern "C"

@@ -1,5 +1,6 @@
-// What a Llama is to the native step: shapes and where its numbers lie. Python fills these structs in
-// (minllama/kernels/cpu/structs.py has the same fields in the same order) and owns all that they point to.
+// What a Llama is to the native step: shapes and where its values are. Python fills these structs in
+// (minllama/kernels/cpu/structs.py has the same fields in the same order, which fields.inc checks) and owns
+// all that they point to.
 //
 // Shape letters are those of minllama/model/llama.py; N is the number of tokens of a step.
 
@@ -9,27 +10,27 @@
 
 enum Kind : int32_t { INT4 = 0, INT8 = 1, FLOAT32 = 2, BFLOAT16 = 3, FLOAT16 = 4 };
 
-struct Numbers {
+struct Values {
     const void* data;
     int64_t kind;  // FLOAT32, BFLOAT16 or FLOAT16
 };
 
-// y = W x + b. Quantised weights lie in panels of 16 rows, as minllama/quantization/modules.py describes:
+// y = W x + b. Quantized weights are in tiles of 16 rows, as minllama/quantization/modules.py describes:
 // value = scale * quant + min, or scale * (quant - 8 or 128) where there are no mins.
 struct Linear {
-    const void* weight;      // (out / 16, in / 32, 256 or 512) bytes, or (out, in) numbers
+    const void* weight;      // (out / 16, in / 32, 256 or 512) bytes, or (out, in) values
     const uint16_t* scales;  // (out / 16, in / 32, 16) float16
     const uint16_t* mins;    // the same, or null
-    Numbers bias;            // (out,), or null
+    Values bias;             // (out,), or null
     int64_t kind;
     int64_t in_dim;
     int64_t out_dim;
 };
 
 struct Layer {
-    Numbers attention_norm;  // (D,)
+    Values attention_norm;  // (D,)
     Linear query, key, value, output;
-    Numbers ffn_norm;  // (D,)
+    Values ffn_norm;  // (D,)
     Linear w1, w2, w3;
 };
 
@@ -38,7 +39,7 @@ struct Model {
     double norm_eps;
     Linear embedding;  // (V, D)
     Linear output;     // the same one where they are tied
-    Numbers norm;      // (D,)
+    Values norm;       // (D,)
     const Layer* layers;
 };
 
@@ -52,7 +53,7 @@ struct Step {
     void* const* keys;         // n_layers of (rows, K, S, C)
     void* const* values;       // the same
     int64_t cache_kind;        // FLOAT32, BFLOAT16 or FLOAT16
-    int64_t row_stride;        // numbers from one row of a cache to the next
+    int64_t row_stride;        // values from one row of a cache to the next
     int64_t head_stride;       // and from one head to the next
     float* hidden;             // (N, D), after the last norm
     int64_t n_logits;
@@ -60,7 +61,7 @@ struct Step {
     float* logits;             // (n_logits, V)
 };
 
-// Arguments of the single operations of pointwise.inc; kinds are FLOAT32, BFLOAT16 or FLOAT16.
+// Arguments of the single operations of elementwise.inc; kinds are FLOAT32, BFLOAT16 or FLOAT16.
 struct Norm {
     int64_t rows, dim;
     double eps;
@@ -75,39 +76,39 @@ struct Norm {
     float* of_weight;    // (threads, dim), or null: of the backward pass only
 };
 
-struct Gate {
+struct SwiGLU {
     int64_t n, kind;
     void *u, *v;  // (n,)
     void* y;      // (n,): the result, or its gradient
     void *u_gradient, *v_gradient;
 };
 
-struct Turn {
+struct RoPE {
     int64_t tokens, heads, head_dim, kind, n_rotations, back;
     void* x;  // (tokens, heads, C)
     void* y;
     const float* rotation;  // (n_rotations, C / 2, 2); token t has number t % n_rotations
 };
 
-struct Apart {
+struct Dequantize {
     const Linear* weight;
     void* y;  // (in, out)
     int64_t kind;
 };
 
-// Blocks of a GGUF file, row after row, and the panels of a Linear that they become.
+// Blocks of a GGUF file, row after row, and the tiles of a Linear that they become.
 struct Blocks {
     int64_t rows, blocks, bytes, kind;  // blocks a row, bytes a block, INT4 or INT8
-    const uint8_t* data;                // (rows, blocks, bytes): scale, min where there are mins, numbers
-    void* weight;                       // all rows of the last panel, those too that are not there
+    const uint8_t* data;                // (rows, blocks, bytes): scale, min where there are mins, values
+    void* weight;                       // all rows of the last tile, those too that are not there
     uint16_t *scales, *mins;            // mins: or null
 };
 
-struct Product {
+struct Matmul {
     const Linear* weight;
     int64_t rows;
     float* x;        // (rows, in)
-    int8_t* digits;  // (rows, in / 32, 64), and so on: see Activations
+    int8_t* quants;  // (rows, in / 32, 64), and so on: see Activations
     float* scales;
     int32_t* sums;
     float* y;  // (rows, out)
@@ -125,7 +126,7 @@ struct AdamW {
     double shrink;     // factor on what it leaves: 1 - lr * weight_decay
 };
 
-// Heads of texts: number (row, token, head, i) lies at row * row_stride + token * token_stride +
+// Heads of texts: value (row, token, head, i) is at row * row_stride + token * token_stride +
 // head * head_stride + i.
 struct Heads {
     void* data;
@@ -142,7 +143,7 @@ struct Attention {
 };
 
 struct LowRank {
-    int64_t rows, in, out, rank, kind;
+    int64_t rows, in_dim, out_dim, rank, kind;
     int64_t onto;     // whether the result is added to what y holds
     double scale;
     double dropout;   // probability with which each number of x is taken for zero

@@ -51,7 +51,7 @@ class Barrier {
     alignas(64) std::atomic<uint32_t> turn_{0};
 };
 
-// One of `count` threads that walk through a step together.
+// One of `count` threads that compute a step together.
 struct Worker {
     int64_t index, count;
     Barrier* barrier;
