@@ -28,26 +28,32 @@ ORDER = (
     ("classification",),
     ("training",),
     ("experiment",),
+    ("server",),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 HEAVY = (
     "datasets",
+    "fastapi",
     "gguf",
     "huggingface_hub",
     "jinja2",
     "llguidance",
     "numpy",
     "pandas",
+    "prometheus_client",
     "pyarrow",
+    "pydantic",
     "rich",
     "safetensors",
     "sentencepiece",
+    "starlette",
     "tiktoken",
     "tokenizers",
     "torch",
     "transformers",
     "triton",
+    "uvicorn",
 )
 MOST_CODE_LINES, MOST_FUNCTION_LINES = 400, 60
 

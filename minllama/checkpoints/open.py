@@ -87,7 +87,7 @@ def open_checkpoint(
         raise CheckpointError(f"{path}: not a PEFT adapter, so it has no base; omit --base")
     try:
         if folder is not None:
-            checkpoint = with_adapter(_open_base(folder, base), folder)
+            checkpoint = with_adapter(open_base(folder, base), folder)
         else:
             checkpoint = _reader(path)(path)
     except OSError as error:
@@ -165,8 +165,12 @@ def _adapter_folder(path: Path) -> Path | None:
     return folder
 
 
-def _open_base(folder: Path, base: str | os.PathLike[str] | None) -> Checkpoint:
-    """The model that an adapter is for: the named one, or that of its adapter_config.json."""
+def open_base(folder: Path, base: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """The model that an adapter is for: the named one, or that of its adapter_config.json.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be opened.
+    """
     name = base if base is not None else read_adapter_config(folder).base_model_name
     remedy = "name it with --base (base= in Python)"
     if not name:

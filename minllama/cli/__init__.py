@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "Train a classifier from a file of labeled texts, and evaluate it.",
     "evaluate": "Evaluate a classifier on labeled texts.",
     "classify": "Label texts with a trained classifier, or zero-shot.",
+    "serve": "Serve models and classifiers over HTTP.",
     "merge": "Merge a classifier's adapter into its weights.",
     "info": "Describe a checkpoint.",
     "convert": "Write a checkpoint in another format.",

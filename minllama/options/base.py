@@ -28,6 +28,10 @@ GROUPS = (
     "Training",
     "Adapters",
     "Evaluation",
+    "Server",
+    "Access",
+    "Scheduling",
+    "Limits",
     "Output",
 )
 

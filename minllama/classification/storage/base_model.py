@@ -3,8 +3,10 @@
 Loading and saving a classifier call it.
 """
 
+import copy
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minllama.checkpoints.load import load_with
@@ -81,16 +83,76 @@ def identity_of_source(llama: Llama, words: Tokenizer, tokenizer: str | None) ->
     return Identity(weights, stored, of_words)
 
 
+class BaseModels:
+    """Base models that are read once, for all adapters and classifiers that stand on them."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[str, WeightFormat], tuple[Llama, str]] = {}
+        self._causal: dict[tuple[str, WeightFormat, bool], Llama] = {}
+
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        weights: WeightFormat,
+        *,
+        causal: bool | None = None,
+        to_change: bool = False,
+    ) -> tuple[Llama, str]:
+        """A checkpoint's model, and the digest of its weights.
+
+        Args:
+            checkpoint: of a language model, or without its head.
+            weights: their format.
+            causal: None for what the config says.
+            to_change: its modules are going to be replaced, by adapters for example: the caller
+                gets modules of its own, which share the tensors.
+        """
+        causal = checkpoint.config.causal if causal is None else causal
+        key = os.path.realpath(checkpoint.path), replace(weights, is_chosen=False)
+        if key not in self._loaded:
+            digest = WeightsDigest(checkpoint)
+            llama = load_with(Llama, digest.checkpoint, key[1], causal=causal)
+            self._loaded[key] = llama, digest.hexdigest()
+            self._causal[(*key, causal)] = llama
+        first, hexdigest = self._loaded[key]
+        if (*key, causal) not in self._causal:
+            other = self._causal[(*key, causal)] = with_shared_tensors(first)
+            other.config = first.config.replace(causal=causal)
+        llama = self._causal[(*key, causal)]
+        return with_shared_tensors(llama) if to_change else llama, hexdigest
+
+    def loaded_formats(self, checkpoint: Checkpoint) -> list[WeightFormat]:
+        """The formats in which a checkpoint has been loaded so far."""
+        path = os.path.realpath(checkpoint.path)
+        return [weights for loaded, weights in self._loaded if loaded == path]
+
+
+def with_shared_tensors(llama: Llama) -> Llama:
+    """A copy of a model's modules, whose parameters and buffers are those of the model itself."""
+    tensors = (*llama.parameters(), *llama.buffers())
+    return copy.deepcopy(llama, {id(tensor): tensor for tensor in tensors})
+
+
 def load_same(
     checkpoint: Checkpoint,
     expected: Identity,
     weights: WeightFormat,
     *,
     causal: bool,
+    bases: BaseModels | None = None,
+    to_change: bool = False,
 ) -> Llama:
     """Load a checkpoint's model, which must have that fingerprint.
 
     The stored weights are compared, whatever the weight format in use.
+
+    Args:
+        checkpoint: of the model.
+        expected: its fingerprint.
+        weights: the format to load it in.
+        causal: whether tokens see only earlier ones.
+        bases: models that have been loaded already; None for none.
+        to_change: as for `BaseModels.load`.
 
     Raises:
         CheckpointError: it is another model; the message lists the differences.
@@ -100,9 +162,9 @@ def load_same(
     if _tokenizer_of(checkpoint) != expected.tokenizer:
         changes.append("its tokenizer differs")
     if not changes:
-        digest = WeightsDigest(checkpoint)
-        llama = load_with(Llama, digest.checkpoint, weights, causal=causal)
-        if digest.hexdigest() == expected.weights:
+        bases = bases or BaseModels()
+        llama, digest = bases.load(checkpoint, weights, causal=causal, to_change=to_change)
+        if digest == expected.weights:
             return llama
         changes.append("its weights differ")
     raise CheckpointError(

@@ -29,6 +29,7 @@ from minllama.checkpoints.weight_format import resolve_weight_format, warn_if_sl
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import LlamaEmbeddingClassifier
 from minllama.classification.storage.base_model import (
+    BaseModels,
     Identity,
     identity_of,
     identity_of_source,
@@ -294,12 +295,20 @@ def load_classifier(
     return load_classifier_with(folder, options)
 
 
-def load_classifier_with(folder: str | os.PathLike[str], options: LoadOptions) -> Classifier:
-    """Read a classifier in a folder; see `load_classifier`."""
+def load_classifier_with(
+    folder: str | os.PathLike[str], options: LoadOptions, bases: BaseModels | None = None
+) -> Classifier:
+    """Read a classifier in a folder; see `load_classifier`.
+
+    Args:
+        folder: as there.
+        options: as there.
+        bases: models that have been loaded already, which it may stand on; None for none.
+    """
     folder, model = folder_of(folder), options.base
     path = folder / CLASSIFIER_FILE
     if _is_foreign(folder):
-        return load_sequence_classifier(path.parent, options)
+        return load_sequence_classifier(path.parent, options, bases)
     content = read_checked(path)
     base, weights, digests = content["base"], content["weights"], content["sha256"]
     with described_by(path):
@@ -313,7 +322,7 @@ def load_classifier_with(folder: str | os.PathLike[str], options: LoadOptions) -
     device, source_of_words = usable_device(options.device), options.tokenizer or base["tokenizer"]
     warn_if_slow(options.dtype, device)
     options = replace(options, device=device, tokenizer=source_of_words)
-    llama, words = _open_base(path, source, content, identity, options)
+    llama, words = _open_base(path, source, content, identity, options, bases)
     if weights == "adapter":
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             check_digest(path.parent / name, digests.get(name))
@@ -406,6 +415,7 @@ def _open_base(
     content: Mapping[str, Any],
     identity: Identity,
     options: LoadOptions,
+    bases: BaseModels | None,
 ) -> tuple[Llama, Tokenizer]:
     try:
         checkpoint = open_checkpoint(source, tokenizer=options.tokenizer)
@@ -422,5 +432,10 @@ def _open_base(
         trained_on = content["base"]["dtype"], content["base"].get("quantize")
         weights = resolve_weight_format(checkpoint, options, "read", trained_on=trained_on)
     with naming(path):
-        llama = load_same(checkpoint, identity, weights, causal=bool(content["causal"]))
+        llama = load_same(
+            *(checkpoint, identity, weights),
+            causal=bool(content["causal"]),
+            bases=bases,
+            to_change=content["weights"] == "adapter",
+        )
     return llama, Tokenizer.from_checkpoint(checkpoint)

@@ -26,6 +26,7 @@ from minllama.checkpoints.peft_config import CLASSIFICATION, CONFIG_FILE, read_a
 from minllama.checkpoints.types import Checkpoint
 from minllama.checkpoints.weight_format import resolve_weight_format, warn_if_slow
 from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.classification.storage.base_model import BaseModels
 from minllama.errors import CheckpointError, MinllamaError, OptionError, naming
 from minllama.evaluation.regression import TargetScale
 from minllama.lora.peft_files import load_adapter
@@ -35,11 +36,20 @@ from minllama.tokenizer.load import find_vocabulary
 from minllama.tokenizer.tokenizer import Tokenizer
 
 
-def _llama_of(checkpoint: Checkpoint, options: LoadOptions) -> Llama:
+def _llama_of(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    bases: BaseModels | None,
+    *,
+    to_change: bool = False,
+) -> Llama:
     """The Llama below a head; in the dtype that suits the device where nothing is said."""
     warn_if_slow(options.dtype, options.device)
     below = checkpoint.without_head()
-    return load_with(Llama, below, resolve_weight_format(below, options))
+    weights = resolve_weight_format(below, options)
+    if bases is None:
+        return load_with(Llama, below, weights)
+    return bases.load(below, weights, to_change=to_change)[0]
 
 
 def is_sequence_classifier(folder: Path) -> bool:
@@ -47,14 +57,18 @@ def is_sequence_classifier(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CONFIG_FILE, "config.json"))
 
 
-def load_sequence_classifier(folder: Path, options: LoadOptions) -> LlamaEmbeddingClassifier:
+def load_sequence_classifier(
+    folder: Path, options: LoadOptions, bases: BaseModels | None = None
+) -> LlamaEmbeddingClassifier:
     """Open a sequence classifier that transformers or PEFT wrote, in evaluation mode.
+
+    `bases` are models that have been loaded already, which it may stand on.
 
     Raises:
         MinllamaError: it is of another kind, damaged, or has no tokenizer.
     """
     if (folder / CONFIG_FILE).is_file():
-        return _load_adapter_classifier(folder, options)
+        return _load_adapter_classifier(folder, options, bases)
     if options.base is not None:
         raise OptionError(
             f"{folder}: contains all of its weights and needs no base; omit --base {options.base}"
@@ -67,12 +81,14 @@ def load_sequence_classifier(folder: Path, options: LoadOptions) -> LlamaEmbeddi
         )
     weight = _stored_head(checkpoint)
     words = _words_of(checkpoint, SEQUENCE_CLASSIFIER)
-    llama = _llama_of(checkpoint, options)
+    llama = _llama_of(checkpoint, options, bases)
     with naming(folder / "config.json"):
         return _made(llama, words, checkpoint.head, weight)
 
 
-def _load_adapter_classifier(folder: Path, options: LoadOptions) -> LlamaEmbeddingClassifier:
+def _load_adapter_classifier(
+    folder: Path, options: LoadOptions, bases: BaseModels | None
+) -> LlamaEmbeddingClassifier:
     config = read_adapter_config(folder)
     if not config.has_head:
         raise CheckpointError(
@@ -94,7 +110,7 @@ def _load_adapter_classifier(folder: Path, options: LoadOptions) -> LlamaEmbeddi
     words = _words_beside(folder, options) or _words_of(
         checkpoint, f"PEFT {CLASSIFICATION} adapter"
     )
-    llama = _llama_of(checkpoint, options)
+    llama = _llama_of(checkpoint, options, bases, to_change=True)
     weight = load_adapter(llama, folder).head
     assert weight is not None, "an adapter with a head has its tensor"
     head = _head_of_base(checkpoint, len(weight))

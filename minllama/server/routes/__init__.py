@@ -1,0 +1,1 @@
+"""The protocols: each module has a `router`, which `minllama.server.app` lists."""

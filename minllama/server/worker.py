@@ -1,0 +1,248 @@
+"""The thread that computes: it owns engines and schedulers, and nobody else touches them.
+
+It takes commands between two steps, steps each scheduler that has something to do, in turn, and
+hands what comes out to the event loop.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import torch
+
+from minllama.engine.base import Engine
+from minllama.engine.prefix_cache import PrefixCache
+from minllama.engine.scheduler import Scheduler
+from minllama.engine.sequence import Token
+from minllama.errors import MinllamaError
+from minllama.options.server import ServerOptions
+from minllama.server.jobs import Job, Update, numbered
+from minllama.server.metrics import Metrics
+
+logger = logging.getLogger("minllama.server")
+
+Deliver = Callable[[list[tuple[Job, Update]]], None]
+
+
+class _Lane:
+    """One engine's scheduler, and the jobs that it works on."""
+
+    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+        self.engine, self._options = engine, options
+        self.rows: dict[int, tuple[Job, int]] = {}  # sequence's index -> its job, and row in it
+        self.left: dict[Job, int] = {}  # sequences and passes that have not ended
+        self.passes: list[tuple[Job, int, Any]] = []  # job, number of the request, its handle
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with an empty scheduler, and no job."""
+        size = self._options.prefix_cache_bytes
+        self.prefixes = PrefixCache(size) if size else None
+        self.scheduler = Scheduler(
+            self.engine,
+            token_budget=max(self._options.token_budget, self._options.max_sequences + 1),
+            max_sequences=self._options.max_sequences,
+            prefix_cache=self.prefixes,
+        )
+        self.rows, self.left, self.passes = {}, {}, []
+
+    def add(self, job: Job) -> None:
+        """Let a job's requests join, all or none."""
+        parts: list[Any] = []
+        try:
+            for request in job.requests:
+                parts.append(self.scheduler.add(request))
+        except BaseException:
+            for _, part in numbered(parts):
+                self.scheduler.cancel(part)
+            raise
+        job.parts = parts
+        n = 0
+        for number, part in enumerate(parts):
+            if not isinstance(part, list):
+                self.passes.append((job, number, part))
+        for row, part in numbered(parts):
+            n += 1
+            if hasattr(part, "index"):
+                self.rows[part.index] = job, row
+        self.left[job] = n
+
+    def cancel(self, job: Job, row: int | None = None) -> None:
+        """Take a job's sequences out at once, or one of them."""
+        if job not in self.left:
+            return
+        for number, part in numbered(job.parts):
+            if row in (None, number) and not part.has_ended:
+                self.scheduler.cancel(part)
+                self.rows.pop(getattr(part, "index", -1), None)
+                self.left[job] -= 1
+        if row is None or not self.left[job]:
+            del self.left[job]
+            self.passes = [entry for entry in self.passes if entry[0] is not job]
+
+    def step(self) -> list[tuple[Job, Update]]:
+        """Take one step; the news of each job that has some."""
+        tokens: dict[Job, list[Token]] = {}
+        results: dict[Job, list[tuple[int, Any]]] = {}
+        errors: dict[Job, BaseException] = {}
+        for token in self.scheduler.step():
+            if (found := self.rows.get(token.row)) is None:
+                continue
+            job, row = found
+            tokens.setdefault(job, []).append(token._replace(row=row))
+            if token.finish_reason is not None:
+                del self.rows[token.row]
+                self.left[job] -= 1
+        waiting = []
+        for job, number, part in self.passes:
+            if not part.has_ended:
+                waiting.append((job, number, part))
+                continue
+            if part.error is not None:
+                errors.setdefault(job, part.error)
+            results.setdefault(job, []).append((number, part.result))
+            self.left[job] -= 1
+        self.passes = waiting
+        news = []
+        for job in dict.fromkeys([*tokens, *results]):
+            error = errors.get(job)
+            is_last = error is not None or not self.left[job]
+            news.append((job, Update(tokens.get(job, ()), results.get(job, ()), is_last, error)))
+            if error is not None:
+                self.cancel(job)
+            elif is_last:
+                del self.left[job]
+        return news
+
+
+class Worker:
+    """A thread that steps schedulers.
+
+    Args:
+        options: the bounds of a scheduler.
+        deliver: takes the news of jobs; called from this thread.
+        metrics: counts.
+    """
+
+    def __init__(self, options: ServerOptions, deliver: Deliver, metrics: Metrics) -> None:
+        self._options, self._deliver, self._metrics = options, deliver, metrics
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lanes: dict[Engine, _Lane] = {}
+        self._of_job: dict[Job, _Lane] = {}
+        self._thread = threading.Thread(target=self._loop, name="minllama-worker", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        """End after the step that is being taken; without effect on a thread that has ended."""
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    def submit(self, job: Job) -> None:
+        """Let a job's requests join before the next step."""
+        self._commands.put(partial(self._submit, job))
+
+    def cancel(self, job: Job, row: int | None = None) -> None:
+        """Take a job out before the next step, or one of its rows."""
+        self._commands.put(partial(self._cancel, job, row))
+
+    def run(self, function: Callable[[], Any]) -> "Future[Any]":
+        """Call a function between two steps."""
+        future: Future[Any] = Future()
+
+        def call() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+        self._commands.put(call)
+        return future
+
+    def _submit(self, job: Job) -> None:
+        if job.has_ended:  # cancelled meanwhile
+            return
+        lane = self._lane(job.model.engine)
+        try:
+            lane.add(job)
+        except Exception as error:
+            if not isinstance(error, MinllamaError):
+                logger.exception("a request could not be added")
+            self._deliver([(job, Update(is_last=True, error=error))])
+        else:
+            self._of_job[job] = lane
+
+    def _cancel(self, job: Job, row: int | None) -> None:
+        lane = self._of_job.get(job)
+        if lane is not None:
+            lane.cancel(job, row)
+            if job not in lane.left:
+                del self._of_job[job]
+            self._gauge()
+
+    def _lane(self, engine: Engine) -> _Lane:
+        if engine not in self._lanes:
+            self._lanes[engine] = _Lane(engine, self._options)
+        return self._lanes[engine]
+
+    def _loop(self) -> None:
+        while self._take_commands():
+            for lane in list(self._lanes.values()):
+                if lane.scheduler.is_busy:
+                    self._step(lane)
+
+    def _take_commands(self) -> bool:
+        """Obey what has come, and wait for it where there is nothing else to do."""
+        is_idle = not any(lane.scheduler.is_busy for lane in self._lanes.values())
+        try:
+            while True:
+                command = self._commands.get(block=is_idle)
+                if command is None:
+                    return False
+                command()
+                is_idle = False
+        except queue.Empty:
+            return True
+
+    def _step(self, lane: _Lane) -> None:
+        try:
+            news = lane.step()
+        except Exception as error:
+            # Of the step, not of a sequence: memory, or a fault. The others go on.
+            logger.exception("a step failed; its requests are ended")
+            news = [(job, Update(is_last=True, error=_step_error(error))) for job in lane.left]
+            lane.reset()
+        for job, update in news:
+            if update.is_last:
+                self._of_job.pop(job, None)
+        self._count(news)
+        self._deliver(news)
+
+    def _count(self, news: list[tuple[Job, Update]]) -> None:
+        metrics = self._metrics
+        n_tokens = sum(len(update.tokens) for _, update in news)
+        if n_tokens:
+            metrics.batch.observe(n_tokens)
+            metrics.generated_tokens.inc(n_tokens)
+        self._gauge()
+
+    def _gauge(self) -> None:
+        metrics, lanes = self._metrics, self._lanes.values()
+        metrics.running.set(sum(len(each.scheduler.running) for each in lanes))
+        metrics.cache_bytes.set(sum(each.scheduler.nbytes for each in lanes))
+        cached = [each.prefixes.nbytes for each in lanes if each.prefixes is not None]
+        metrics.prefix_cache_bytes.set(sum(cached))
+
+
+def _step_error(error: Exception) -> Exception:
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "memory" in str(error)
+    )
+    return MemoryError("out of memory") if is_memory else error
