@@ -12,14 +12,14 @@ from minllama.errors import MinllamaError
 from minllama.server.auth import Keys
 from minllama.server.errors import RequestError, as_request_error
 from minllama.server.middleware import AccessMiddleware, GuardMiddleware, logger
-from minllama.server.routes import health, models
+from minllama.server.routes import chat, completions, health, models
 from minllama.server.routing import error_response
 from minllama.server.service import Service
 from minllama.server.validation import validation_error
 from minllama.text import VERSION
 
 # A protocol is a module with a `router`; its errors' form is in `errors.SHAPES`.
-ROUTERS = (health.router, models.router)
+ROUTERS = (health.router, models.router, completions.router, chat.router)
 
 
 def create_app(service: Service, keys: Keys | None = None) -> FastAPI:
@@ -67,7 +67,10 @@ def _answer_errors(app: FastAPI) -> None:
 
     async def of_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return error_response(request.url.path, validation_error(error.errors()))
+        field = getattr(request.scope.get("route"), "body_field", None)
+        kind = None if field is None else field.field_info.annotation
+        found = validation_error(error.errors(), kind if isinstance(kind, type) else None)
+        return error_response(request.url.path, found)
 
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

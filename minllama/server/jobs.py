@@ -75,7 +75,6 @@ class Job:
         self._error: BaseException | None = None
         self._news = asyncio.Event()
         self._open_rows = set(range(sum(getattr(r, "n", 1) for r in self.requests)))
-        self.n_generated = 0
 
     # For routes
 
@@ -179,7 +178,6 @@ class Job:
         if self.first_at is None and (update.tokens or update.results):
             self.first_at = time.perf_counter()
             self._on_first(self)
-        self.n_generated += sum(token.id is not None for token in update.tokens)
         self._tokens += [token for token in update.tokens if token.row in self._open_rows]
         self._results.update(update.results)
         if update.is_last:

@@ -103,6 +103,12 @@ def partition(request: Request) -> str:
     return owner
 
 
+def log_texts(request: Request, **texts: Any) -> None:
+    """Let the access log have texts of a request, where it is to."""
+    if service_of(request).options.log_texts:
+        request.scope.setdefault("state", {}).setdefault("log", {}).update(texts)
+
+
 def check_count(param: str, count: int, most: int, least: int = 1) -> None:
     """Refuse a list of too many, or too few, entries.
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from minllama.engine.sequence import Constraint, Request
+from minllama.errors import OptionError
 from minllama.generation.api import encode_prompt, text_request
 from minllama.generation.conversation import encode_messages
 from minllama.generation.sequence_text import Generation, Piece, SequenceText
@@ -103,11 +104,13 @@ class Texts:
         job: their job.
         prompts: token ids.
         results: one for each row, prompt * n + sample; whole when the job has ended.
+        n_new_tokens: of the texts so far, those that ended them included.
     """
 
     def __init__(self, job: Job, prompts: list[list[int]], texts: list[SequenceText]) -> None:
         self.job, self.prompts, self._texts = job, prompts, texts
         self.results = [text.result for text in texts]
+        self.n_new_tokens = 0
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
         """Bits of text as they come: of each step one for each row that has got a token.
@@ -123,6 +126,7 @@ class Texts:
                     continue
                 if token.finish_reason == "error":
                     raise as_request_error(self.job.error_of(token.row))
+                self.n_new_tokens += token.id is not None
                 piece = text.feed(token)
                 pieces.append(piece)
                 if piece.finish_reason is not None:
@@ -149,11 +153,6 @@ class Texts:
         """How many of the prompts' tokens a prefix cache had."""
         return sum(map(self.job.cached_tokens, range(len(self.prompts))))
 
-    @property
-    def n_new_tokens(self) -> int:
-        """Tokens of the texts, those that ended them included."""
-        return self.job.n_generated
-
 
 async def generate(
     service: Service,
@@ -163,6 +162,7 @@ async def generate(
     *,
     salt: str,
     make_constraint: Callable[[], Constraint] | None = None,
+    schema_name: str = "json_schema",
 ) -> Texts:
     """Let prompts be continued, all of them or none.
 
@@ -173,6 +173,7 @@ async def generate(
         options: how; `n` samples of each prompt. Without a seed, each prompt draws its own.
         salt: `routing.partition(request)`.
         make_constraint: what each text is held to, where that is not in the options.
+        schema_name: the field of the request that the options' schema comes from, for errors.
 
     Raises:
         RequestError: the queue is full, or the server is ending.
@@ -195,7 +196,12 @@ async def generate(
     if options.json_schema is None and options.regex is None:
         requests = prepare()
     else:
-        requests = await service.in_thread(prepare, timeout=service.options.schema_seconds)
+        name = schema_name if options.regex is None else "guided_regex"
+        try:
+            requests = await service.in_thread(prepare, timeout=service.options.schema_seconds)
+        except OptionError as error:
+            message = str(error).replace("json_schema", name, 1)
+            raise RequestError(message, param=name) from error
     job = service.submit(model, requests)
     stop_ids = requests[0].stop_ids
     texts = [

@@ -1,7 +1,10 @@
 """What pydantic finds wrong with a body, as one line with the field and what it must be."""
 
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pydantic import BaseModel
 
 from minllama.server.errors import RequestError
 
@@ -10,19 +13,42 @@ MOST_PARTS = 12  # of a field's place
 _KINDS = frozenset({"str", "int", "float", "bool", "none", "dict[any,any]"})
 
 
-def validation_error(errors: Sequence[Any]) -> RequestError:
+def validation_error(errors: Sequence[Any], body: type[BaseModel] | None = None) -> RequestError:
     """The error of a body that pydantic has refused.
 
     Of values that may be of several kinds, what is said of the kind that came closest: the one
     whose fault lies deepest.
+
+    Args:
+        errors: pydantic's.
+        body: whose fields they are about, which knows their ranges.
     """
     deepest = max(errors, key=lambda error: len(_place(error)))
     place = _place(deepest)
     same = [error for error in errors if _place(error) == place]
     words = " or ".join(dict.fromkeys(_words(error) for error in same[:4]))
     field = ".".join(place) or None
+    if body is not None and len(place) == 1 and (range_ := range_of(body, place[0])):
+        words = f"must be {range_}"
     message = f"{field}: {words}" if field else f"the body: {words}"
     return RequestError(message, param=field)
+
+
+def range_of(body: type[BaseModel], name: str) -> str | None:
+    """The kind and the range of a field that is a number; None for another."""
+    field = body.model_fields.get(name)
+    if field is None:
+        return None
+    kinds = {int: "an integer", float: "a number"}
+    kind = next((kinds[k] for k in typing.get_args(field.annotation) if k in kinds), None)
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [
+        f"{sign} {bound}"
+        for known in field.metadata
+        for name, sign in signs.items()
+        if (bound := getattr(known, name, None)) is not None
+    ]
+    return f"{kind} {' and '.join(bounds)}" if kind and bounds else None
 
 
 def _place(error: Mapping[str, Any]) -> tuple[str, ...]:

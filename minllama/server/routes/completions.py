@@ -1,0 +1,214 @@
+"""OpenAI's `/v1/completions`: prompts as texts or token ids, continued."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import Field
+
+from minllama.generation.sequence_text import TokenLogprob
+from minllama.options import GenerationOptions
+from minllama.server.errors import RequestError
+from minllama.server.openai_fields import (
+    SamplingFields,
+    TokenId,
+    alternatives_of,
+    check_ids,
+    new_id,
+    shown_logprob,
+    shown_token,
+    usage_of,
+)
+from minllama.server.registry import ServedModel
+from minllama.server.routing import (
+    answer,
+    check_count,
+    check_range,
+    event_stream,
+    log_texts,
+    partition,
+    service_of,
+    sse,
+)
+from minllama.server.routing import router as make_router
+from minllama.server.service import Service
+from minllama.server.texts import Texts, check_length, encode, generate, generation_options
+from minllama.tokenizer.tokenizer import Tokenizer
+
+router = make_router()
+
+MAX_NEW_TOKENS = 16  # OpenAI's, where a request does not say
+
+
+class CompletionBody(SamplingFields):
+    """A request; what OpenAI's has besides is not looked at."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    logprobs: int | None = Field(None, ge=0, lt=2**31)
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, lt=2**31)
+    suffix: str | None = None
+
+
+@router.post("/v1/completions", response_model=None)
+async def completions(request: Request, body: CompletionBody) -> Response:
+    """Continue one prompt, or several."""
+    service = service_of(request)
+    service.check_accepting()
+    model = service.registry.get(body.model).generative()
+    options = _options(service, model, body)
+    prompts = await _prompts(service, model, body)
+    n_texts = len(prompts) * options.n
+    check_count("prompt", n_texts, service.options.max_inputs)
+    texts = await generate(service, model, prompts, options, salt=partition(request))
+    log_texts(request, prompt=body.prompt)
+    shape = _Shape(model, body, options, prompts)
+    if body.stream:
+        return event_stream(_events(shape, texts, body), texts.job)
+    results = await answer(request, texts.job, texts.whole())
+    log_texts(request, answer=[result.text for result in results])
+    choices = [
+        shape.choice(row, result.text, result.finish_reason, result.logprobs, is_first=True)
+        for row, result in enumerate(results)
+    ]
+    return JSONResponse({**shape.head(), "choices": choices, "usage": usage_of(texts)})
+
+
+def _options(service: Service, model: ServedModel, body: CompletionBody) -> GenerationOptions:
+    given = body.given(service, model)
+    check_range("logprobs", body.logprobs, 0, service.options.max_logprobs)
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise RequestError("best_of must equal n: every text is returned", param="best_of")
+    if body.suffix:
+        raise RequestError("suffix is not possible: text is only continued", param="suffix")
+    if body.max_tokens == 0:
+        raise RequestError("max_tokens must be 1 or more", param="max_tokens")
+    if body.echo and body.logprobs is not None:
+        # Log-probabilities of the prompt are a request of their own to the scheduler.
+        raise RequestError("echo with logprobs is not possible yet", param="echo")
+    given |= {"max_new_tokens": body.max_tokens, "logprobs": body.logprobs}
+    return generation_options(model, given, max_new_tokens=MAX_NEW_TOKENS)
+
+
+async def _prompts(service: Service, model: ServedModel, body: CompletionBody) -> list[list[int]]:
+    """Token ids of each prompt."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [await encode(service, model, prompt)]
+    check_count("prompt", len(prompt), max(service.options.max_inputs, model.context_len))
+    listed: Sequence[Any] = prompt
+    if isinstance(prompt[0], int):
+        listed = [prompt]
+    check_count("prompt", len(listed), service.options.max_inputs)
+    found = []
+    for entry in listed:
+        if isinstance(entry, str):
+            found.append(await encode(service, model, entry))
+        else:
+            check_ids("prompt", entry, model)
+            check_length(service, model, len(entry))
+            found.append(list(entry))
+    return found
+
+
+class _Shape:
+    """The parts of one request's answer."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        body: CompletionBody,
+        options: GenerationOptions,
+        prompts: list[list[int]],
+    ) -> None:
+        self._tokenizer, self._name = model.tokenizer, body.model or model.id
+        self._id, self._created = new_id("cmpl"), int(time.time())
+        self._logprobs, self._n = options.logprobs, options.n
+        self._echoed = [""] * len(prompts)
+        if body.echo:
+            self._echoed = [
+                _text_of(prompt, body.prompt, i, model.tokenizer)
+                for i, prompt in enumerate(prompts)
+            ]
+
+    def head(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._name,
+            "system_fingerprint": None,
+        }
+
+    def choice(
+        self,
+        row: int,
+        text: str,
+        reason: str | None,
+        logprobs: Sequence[TokenLogprob] | None,
+        *,
+        is_first: bool,
+    ) -> dict[str, Any]:
+        """A choice, whole or a part of it."""
+        before = self._echoed[row // self._n]
+        shown = None
+        if self._logprobs is not None and logprobs is not None:
+            shown = logprobs_of(logprobs, self._tokenizer, len(before))
+        return {
+            "index": row,
+            "text": before + text if is_first else text,
+            "logprobs": shown,
+            "finish_reason": reason,
+        }
+
+
+def _text_of(ids: list[int], prompt: Any, number: int, tokenizer: Tokenizer) -> str:
+    """A prompt as it was given, or what its ids spell."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt[number], str):
+        return str(prompt[number])
+    return tokenizer.decode(ids, skip_special=False)
+
+
+def logprobs_of(
+    tokens: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int = 0
+) -> dict[str, list[Any]]:
+    """Log-probabilities in the form of completions.
+
+    Args:
+        tokens: in order.
+        tokenizer: of the model.
+        offset: of the generated text in the choice's text.
+    """
+    top = []
+    for token in tokens:
+        likely = {shown_token(spelled): p for spelled, p in alternatives_of(token, tokenizer)}
+        likely.setdefault(shown_token(token.bytes), shown_logprob(token.logprob))
+        top.append(likely)
+    return {
+        "tokens": [shown_token(token.bytes) for token in tokens],
+        "token_logprobs": [shown_logprob(token.logprob) for token in tokens],
+        "top_logprobs": top,
+        "text_offset": [offset + token.offset for token in tokens],
+    }
+
+
+async def _events(shape: _Shape, texts: Texts, body: CompletionBody) -> AsyncIterator[bytes]:
+    begun: set[int] = set()
+    head = {**shape.head(), **({"usage": None} if body.has_usage else {})}
+    async for pieces in texts.pieces():
+        for piece in pieces:
+            is_first = piece.row not in begun
+            if not (piece.text or piece.finish_reason or piece.logprobs or is_first):
+                continue
+            begun.add(piece.row)
+            choice = shape.choice(
+                piece.row, piece.text, piece.finish_reason, piece.logprobs, is_first=is_first
+            )
+            yield sse({**head, "choices": [choice]})
+    if body.has_usage:
+        yield sse({**head, "choices": [], "usage": usage_of(texts)})
+    yield b"data: [DONE]\n\n"
