@@ -200,7 +200,7 @@ async def generate(
         try:
             requests = await service.in_thread(prepare, timeout=service.options.schema_seconds)
         except OptionError as error:
-            message = str(error).replace("json_schema", name, 1)
+            message = name + str(error).removeprefix("json_schema").removeprefix("regex")
             raise RequestError(message, param=name) from error
     job = service.submit(model, requests)
     stop_ids = requests[0].stop_ids
