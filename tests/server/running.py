@@ -46,6 +46,7 @@ def running(
     try:
         yield server
     finally:
-        server.end()
+        if server.service.state == "ready":  # a third signal would end the tests
+            server.end()
         thread.join(30)
         assert not thread.is_alive(), "the server does not end"
