@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @dataclass_options(
     GenerationOptions,
     defaults={"max_new_tokens": 1024},
-    skip=("n", "logprobs", "ignore_eos", "json_schema", "regex", "special"),
+    skip=("n", "logprobs", "prompt_logprobs", "ignore_eos", "json_schema", "regex", "special"),
 )
 @debug_option
 def command(

@@ -226,6 +226,8 @@ def _record(
         "tokens": result.token_ids,
         "logprobs": result.logprobs
         and [_logprob_record(token, words) for token in result.logprobs],
+        "prompt_logprobs": result.prompt_logprobs
+        and [_logprob_record(token, words) for token in result.prompt_logprobs],
         "timings": {
             "prefill_tokens": timings.prefill_tokens,
             "prefill_seconds": round(timings.prefill_seconds, 6),

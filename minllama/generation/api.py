@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from minllama.engine.base import Engine
+from minllama.engine.evaluation import Evaluation
+from minllama.engine.log_probs import LogProbsRequest, TokenLogProb
 from minllama.engine.sequence import Constraint, Request, Sampler
 from minllama.errors import ContextError, MinllamaError, OptionError
 from minllama.generation.decode import (
@@ -20,7 +22,7 @@ from minllama.generation.decode import (
     request_of,
     token_ids,
 )
-from minllama.generation.sequence_text import Generation, Piece, SequenceText
+from minllama.generation.sequence_text import Generation, Piece, SequenceText, prompt_logprobs
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama
 from minllama.options import GenerationOptions
@@ -67,6 +69,9 @@ class TextStream:
             for p in prompts
         ]
         options = _by_ids(tokenizer, options)
+        if options.prompt_logprobs and cache is not None:
+            raise OptionError("prompt_logprobs reads all of a prompt; omit it, or cache")
+        self._tokenizer, self._options = tokenizer, options
         self._decoder = Decoder(
             model,
             prompt_ids,
@@ -78,6 +83,16 @@ class TextStream:
             sampler=sampler,
         )
         self.timings = self._decoder.timings
+        self._of_prompts: list[Evaluation] = []
+        if options.prompt_logprobs:
+            self._of_prompts = [
+                self._decoder.scheduler.evaluate(
+                    LogProbsRequest(
+                        ids=tuple(ids), top=options.logprobs or 0, n_tokens=tokenizer.vocab_size
+                    )
+                )
+                for ids in prompt_ids
+            ]
         self._texts = [
             SequenceText(tokenizer, ids, options, stop_ids=self._decoder.stop_ids)
             for ids in prompt_ids
@@ -99,6 +114,19 @@ class TextStream:
                     if piece.finish_reason is not None:
                         self._decoder.finish(token.row)
                     yield piece
+        for number, evaluation in enumerate(self._of_prompts):
+            self._report_prompt(number, evaluation.result)
+
+    def _report_prompt(self, number: int, found: list[TokenLogProb]) -> None:
+        """Let the samples of a prompt have the log-probabilities of its tokens."""
+        n = self._options.n
+        for result in self.results[number * n : (number + 1) * n]:
+            result.prompt_logprobs = prompt_logprobs(
+                self._tokenizer,
+                result.prompt_ids,
+                found,
+                skip_special=self._options.skip_special_tokens,
+            )
 
 
 def generate(

@@ -7,6 +7,7 @@ before and after each token.
 """
 
 import json
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -121,7 +122,8 @@ class _GrammarConstraint:
 
 def _one_line(fault: str) -> str:
     """The library's own words, without its drawings of long expressions."""
-    words = " ".join(fault.split())
+    fault = re.sub(r"^(at )?\d+\(\d+\): ", "", fault)  # places in a grammar that nobody wrote
+    words = " ".join(re.split(r"\n *\d+ \| ", fault)[0].split())
     return words if len(words) <= MAX_FAULT_CHARS else words[: MAX_FAULT_CHARS - 3] + "..."
 
 

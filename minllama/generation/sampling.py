@@ -190,6 +190,8 @@ def apply_count_penalties(
             if token_id < size:
                 places.append(row * size + token_id)
                 penalties.append(count * frequency + presence)
+    if not places:  # as before the first token
+        return logits
     logits, seen = _copied(logits), _on_device(places, torch.long, logits)
     logits.view(-1)[seen] -= _on_device(penalties, logits.dtype, logits)
     return logits

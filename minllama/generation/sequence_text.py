@@ -16,21 +16,22 @@ from minllama.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """One generated token's log-probability, and the most likely alternatives'.
+    """One token's log-probability, and the most likely alternatives'.
 
     Attributes:
         id: the token.
         text: it for people: U+FFFD stands where it holds a part of a character.
-        logprob: natural logarithm of its probability, before bias, penalties and all else.
+        logprob: natural logarithm of its probability, before bias, penalties and all else; None for
+            the first token of a prompt, which nothing foretells.
         alternatives: ids of the most likely tokens and their log-probabilities.
         bytes: what the token stands for, as it is; those of neighbors, joined, are UTF-8.
-        offset: where it begins in the generated text, in characters; tokens that share a character
-            have the same, and those of a stop string are beyond the text's end.
+        offset: where it begins in the text of the generation or of the prompt, in characters;
+            tokens that share a character have the same, those of a stop string are beyond the end.
     """
 
     id: int
     text: str
-    logprob: float
+    logprob: float | None
     alternatives: tuple[tuple[int, float], ...] = ()
     bytes: builtins.bytes = b""
     offset: int = 0
@@ -67,6 +68,7 @@ class Generation:
         finish_reason: `stop` (a stop token, a stop string) or `length` (max_new_tokens, or the end
             of the context).
         logprobs: of each of `token_ids`; None unless requested.
+        prompt_logprobs: of each of `prompt_ids`; None unless requested, and until all is generated.
     """
 
     prompt_ids: list[int]
@@ -74,6 +76,7 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason = "length"
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class SequenceText:
@@ -145,10 +148,44 @@ class SequenceText:
     def _logprobs(self, token: Token) -> tuple[TokenLogprob, ...]:
         if self.result.logprobs is None or token.id is None or token.logprob is None:
             return ()
-        spelled = self._tokenizer.token_bytes(token.id)
-        shown = spelled.decode(errors="replace")
-        found = TokenLogprob(
-            token.id, shown, token.logprob, token.alternatives, spelled, self._text.offset
+        found = _token_logprob(
+            self._tokenizer, token.id, token.logprob, token.alternatives, self._text.offset
         )
         self.result.logprobs.append(found)
         return (found,)
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    found: Sequence[tuple[float, tuple[tuple[int, float], ...]]],
+    *,
+    skip_special: bool = True,
+) -> list[TokenLogprob]:
+    """The log-probabilities of a prompt's tokens, as those of a generation.
+
+    Args:
+        tokenizer: of the model.
+        prompt_ids: of the prompt.
+        found: of each token but the first, its log-probability and alternatives
+            (`minllama.engine.log_probs`).
+        skip_special: the text in which offsets are is `tokenizer.decode(prompt_ids)` with this.
+    """
+    decoder = tokenizer.stream_decoder(skip_special=skip_special)
+    result, offset = [], 0
+    for token_id, (logprob, alternatives) in zip(prompt_ids, [(None, ()), *found], strict=True):
+        result.append(_token_logprob(tokenizer, token_id, logprob, alternatives, offset))
+        offset += len(decoder.push(token_id))
+    return result
+
+
+def _token_logprob(
+    tokenizer: Tokenizer,
+    token_id: int,
+    logprob: float | None,
+    alternatives: tuple[tuple[int, float], ...],
+    offset: int,
+) -> TokenLogprob:
+    spelled = tokenizer.token_bytes(token_id)
+    shown = spelled.decode(errors="replace")
+    return TokenLogprob(token_id, shown, logprob, alternatives, spelled, offset)

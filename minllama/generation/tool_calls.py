@@ -277,7 +277,13 @@ def call_constraint(
             rules.append(f"args_{place}: %json {json.dumps(schema, allow_nan=False)}")
         except (TypeError, ValueError, RecursionError) as error:
             raise OptionError(f"tool {tool.name}: its parameters are no JSON schema") from error
-    return grammar_maker(tokenizer, "\n".join(rules) + "\n", vocab_size, "tools")
+    name = f"the schema of tool {tools[0].name}" if len(tools) == 1 else "tools"
+    try:
+        return grammar_maker(tokenizer, "\n".join(rules) + "\n", vocab_size, name)
+    except OptionError:
+        for tool in tools if len(tools) > 1 else ():  # the error of the one at fault
+            call_constraint(tokenizer, [tool], form, vocab_size)
+        raise
 
 
 def _literal(text: str, tokenizer: Tokenizer) -> str:
@@ -310,12 +316,15 @@ class ReplyReader:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = frozenset(names)
-        self._held = ""
+        self._held, self._blanks = "", ""  # white space comes in long runs, looked at once
         self._is_at_start, self._may_be_call = True, False
 
     def feed(self, text: str) -> str:
         """What of the reply is text for sure, now that this has come."""
-        self._held += text
+        if not text or text.isspace():
+            self._blanks += text
+            return ""
+        self._held, self._blanks = self._held + self._blanks + text, ""
         if self._may_be_call:
             return ""
         if self._is_at_start and _JSON.match(self._held):
@@ -338,7 +347,7 @@ class ReplyReader:
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """The rest of the text, and the calls; all of what is held is text where there are none."""
-        held, self._held = self._held, ""
+        held, self._held, self._blanks = self._held + self._blanks, "", ""
         found = _tagged(held)
         calls = [call for part in found if isinstance(part, list) for call in part]
         if not calls and self._is_at_start:

@@ -86,6 +86,9 @@ class GenerationOptions(SamplingOptions):
         "report log-probabilities, with this many alternatives per token",
         within=Range(0, 100),
     )
+    prompt_logprobs: bool = option(
+        False, "report log-probabilities of the prompt's tokens too; needs logprobs"
+    )
     json_schema: str | None = option(
         None, "generate JSON that matches this JSON schema (on the command line, also a file)"
     )
@@ -102,6 +105,8 @@ class GenerationOptions(SamplingOptions):
         super().__post_init__()
         if self.prompt_lookup:
             self._check_prompt_lookup()
+        if self.prompt_logprobs and self.logprobs is None:
+            raise OptionError("prompt_logprobs needs logprobs, the number of alternatives")
         if self.json_schema is not None and self.regex is not None:
             raise OptionError("json_schema and regex exclude each other; give one")
 

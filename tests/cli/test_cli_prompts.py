@@ -288,6 +288,18 @@ def test_biases_and_penalties_on_the_command_line(run):
     refused(run("a", "--prompt-lookup", 3, "--presence-penalty", 1), "omit presence_penalty")
 
 
+def test_json_has_the_log_probabilities_of_a_prompt_on_request(run):
+    given = ("日x", "--json", "--max-new-tokens", 1)
+    assert run(*given).record["prompt_logprobs"] is None
+    record = run(*given, "--prompt-logprobs", "--logprobs", 3).record
+    found = record["prompt_logprobs"]
+    assert [token["id"] for token in found] == record["prompt_tokens"]
+    assert found[0]["logprob"] is None
+    assert found[0]["alternatives"] == []
+    assert all(token["logprob"] < 0 and len(token["alternatives"]) == 3 for token in found[1:])
+    refused(run("a", "--prompt-logprobs"), "prompt_logprobs needs logprobs")
+
+
 def test_json_logprobs_carry_ids_and_bytes(run):
     record = run("日", "--json", "--max-new-tokens", 20, "--logprobs", 2, "--ignore-eos").record
     tokenizer = Tokenizer.from_pretrained(record["model"])

@@ -3,12 +3,13 @@
 import random
 
 import pytest
+import torch
 
 from minllama.engine.base import Engine
 from minllama.engine.scheduler import Scheduler
 from minllama.engine.sequence import Token
 from minllama.errors import OptionError
-from minllama.generation.api import generate, text_request
+from minllama.generation.api import TextStream, generate, text_request
 from minllama.generation.sequence_text import SequenceText
 from minllama.options import GenerationOptions
 from tests.generation.test_generation import model, tokenizer  # noqa: F401  (fixtures)
@@ -139,3 +140,45 @@ def test_a_scheduler_with_text_requests_gives_what_generate_gives(model, tokeniz
         assert text.result.finish_reason == other.finish_reason
     with pytest.raises(OptionError, match="not one token of this vocabulary"):
         text_request(tokenizer, ids, GenerationOptions(logit_bias={"ab": 1}), 258)
+
+
+@pytest.mark.parametrize("prompt", ["é, 日本!", "a", "x<pad>y"])
+def test_log_probabilities_of_a_prompt_are_those_of_a_full_forward_pass(
+    prompt, model, tokenizer  # noqa: F811
+):  # fmt: skip
+    ids = tokenizer.encode(prompt, special=True)
+    options = {"max_new_tokens": 3, "logprobs": 2, "n": 2, "temperature": 1.0, "ignore_eos": True}
+    results = generate(model, tokenizer, [ids, ids[:1]], prompt_logprobs=True, **options)
+    with torch.no_grad():
+        scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for result in results[:2]:
+        found = result.prompt_logprobs
+        assert [token.id for token in found] == result.prompt_ids == ids
+        assert (found[0].logprob, found[0].alternatives) == (None, ())
+        for place, token in enumerate(found[1:]):
+            assert token.logprob == pytest.approx(float(scores[place, token.id]), abs=1e-4)
+            values, best = scores[place].topk(2)
+            assert [i for i, _ in token.alternatives] == best.tolist()
+            assert [v for _, v in token.alternatives] == pytest.approx(values.tolist(), abs=1e-4)
+        assert b"".join(token.bytes for token in found).decode() == prompt
+        shown = prompt.replace("<pad>", "")
+        assert tokenizer.decode(ids) == shown
+        for token in found:
+            if len(token.text.strip("\ufffd")) == 1:
+                assert shown[token.offset] == token.text
+    for result in results[2:]:
+        assert [token.logprob for token in result.prompt_logprobs] == [None]
+    assert generate(model, tokenizer, [ids], **options)[0].prompt_logprobs is None
+
+
+def test_log_probabilities_of_a_prompt_need_an_option_and_no_cache(model, tokenizer):  # noqa: F811
+    with pytest.raises(OptionError, match="prompt_logprobs needs logprobs"):
+        GenerationOptions(prompt_logprobs=True)
+    with pytest.raises(OptionError, match=r"prompt_lookup .* omit logprobs"):
+        GenerationOptions(prompt_logprobs=True, logprobs=0, prompt_lookup=2)
+    cache = Engine(model).new_cache(1, 9)
+    with pytest.raises(OptionError, match="reads all of a prompt; omit it, or cache"):
+        TextStream(
+            model, tokenizer, ["ab"], GenerationOptions(prompt_logprobs=True, logprobs=0),
+            cache=cache,
+        )  # fmt: skip

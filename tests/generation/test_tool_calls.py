@@ -385,11 +385,11 @@ def test_a_tag_that_is_a_special_token_is_that_token(model):  # noqa: F811
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"properties": {"a": {"type": "nothing"}}}, "tools cannot be followed"),
-        ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "tools cannot be followed"),
+        ({"properties": {"a": {"type": "nothing"}}}, "the schema of tool f cannot be followed"),
+        ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "the schema of tool f cannot be followed"),
         ({"properties": {"a": {1, 2}}}, "its parameters are no JSON schema"),
         ({"properties": {"a": {"minimum": float("nan")}}}, "its parameters are no JSON schema"),
-        ({"properties": {"a": {"pattern": "("}}}, "tools cannot be followed"),
+        ({"properties": {"a": {"pattern": "("}}}, "the schema of tool f cannot be followed"),
     ],
 )
 def test_a_schema_that_cannot_be_followed_is_refused_in_one_line(
@@ -399,7 +399,10 @@ def test_a_schema_that_cannot_be_followed_is_refused_in_one_line(
     with pytest.raises(OptionError, match=message) as caught:
         call_constraint(tokenizer, [Tool("f", "", parameters)], HERMES, 258)
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 450
+    assert len(str(caught.value)) < 250
+    assert "call_0" not in str(caught.value)
+    with pytest.raises(OptionError, match=message):
+        call_constraint(tokenizer, [NOW, Tool("f", "", parameters)], HERMES, 258)
     with pytest.raises(OptionError, match="a tool is required, and there is none"):
         call_constraint(tokenizer, [], HERMES, 258)
 
