@@ -32,7 +32,7 @@ from minllama.text import escaped, first_few, one_line
 if TYPE_CHECKING:
     from minllama.generation.api import TextStream
     from minllama.generation.decode import Timings
-    from minllama.generation.sequence_text import Generation, TokenLogprob
+    from minllama.generation.sequence_text import Generation, PromptLogprob
     from minllama.tokenizer.tokenizer import Tokenizer
 
 
@@ -195,7 +195,7 @@ def summary(timings: "Timings", results: "list[Generation]") -> str:
     )
 
 
-def _logprob_record(token: "TokenLogprob", words: "Tokenizer") -> dict[str, Any]:
+def _logprob_record(token: "PromptLogprob", words: "Tokenizer") -> dict[str, Any]:
     """One token's log-probability; `bytes` as in OpenAI's API, for incomplete characters."""
     return {
         "id": token.id,

@@ -15,8 +15,8 @@ from minllama.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """One token's log-probability, and the most likely alternatives'.
+class PromptLogprob:
+    """The log-probability of a token of a prompt, and the most likely alternatives'.
 
     Attributes:
         id: the token.
@@ -35,6 +35,13 @@ class TokenLogprob:
     alternatives: tuple[tuple[int, float], ...] = ()
     bytes: builtins.bytes = b""
     offset: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprob(PromptLogprob):
+    """The same of a token that was generated, which always has one."""
+
+    logprob: float
 
 
 class Piece(NamedTuple):
@@ -76,7 +83,7 @@ class Generation:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason = "length"
     logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[PromptLogprob] | None = None
 
 
 class SequenceText:
@@ -148,8 +155,9 @@ class SequenceText:
     def _logprobs(self, token: Token) -> tuple[TokenLogprob, ...]:
         if self.result.logprobs is None or token.id is None or token.logprob is None:
             return ()
-        found = _token_logprob(
-            self._tokenizer, token.id, token.logprob, token.alternatives, self._text.offset
+        spelled, shown = _spelled(self._tokenizer, token.id)
+        found = TokenLogprob(
+            token.id, shown, token.logprob, token.alternatives, spelled, self._text.offset
         )
         self.result.logprobs.append(found)
         return (found,)
@@ -161,7 +169,7 @@ def prompt_logprobs(
     found: Sequence[tuple[float, tuple[tuple[int, float], ...]]],
     *,
     skip_special: bool = True,
-) -> list[TokenLogprob]:
+) -> list[PromptLogprob]:
     """The log-probabilities of a prompt's tokens, as those of a generation.
 
     Args:
@@ -174,18 +182,13 @@ def prompt_logprobs(
     decoder = tokenizer.stream_decoder(skip_special=skip_special)
     result, offset = [], 0
     for token_id, (logprob, alternatives) in zip(prompt_ids, [(None, ()), *found], strict=True):
-        result.append(_token_logprob(tokenizer, token_id, logprob, alternatives, offset))
+        spelled, shown = _spelled(tokenizer, token_id)
+        result.append(PromptLogprob(token_id, shown, logprob, alternatives, spelled, offset))
         offset += len(decoder.push(token_id))
     return result
 
 
-def _token_logprob(
-    tokenizer: Tokenizer,
-    token_id: int,
-    logprob: float | None,
-    alternatives: tuple[tuple[int, float], ...],
-    offset: int,
-) -> TokenLogprob:
+def _spelled(tokenizer: Tokenizer, token_id: int) -> tuple[builtins.bytes, str]:
+    """A token's bytes, and as text."""
     spelled = tokenizer.token_bytes(token_id)
-    shown = spelled.decode(errors="replace")
-    return TokenLogprob(token_id, shown, logprob, alternatives, spelled, offset)
+    return spelled, spelled.decode(errors="replace")
