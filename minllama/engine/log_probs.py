@@ -19,7 +19,7 @@ from minllama.model.kv_cache import KVCache
 
 
 class TokenLogProb(NamedTuple):
-    """What a model expected in the place of one token.
+    """How likely a model found one token.
 
     Attributes:
         logprob: of the token, a natural logarithm.
