@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minllama.engine.sequence import Token
@@ -28,7 +29,7 @@ class Update(NamedTuple):
 
     Attributes:
         tokens: of its sequences, whose rows are numbered from 0 within the job.
-        results: number of a request that needs only forward passes -> what came out.
+        results: number of an evaluation -> what came out.
         is_last: nothing follows.
         error: what ended the job, where that was an error.
     """
@@ -43,15 +44,15 @@ class Job:
     """Requests of one client to one model, which begin and are cancelled together.
 
     Of requests for tokens, iterating gives lists of tokens as they come; a token's `row` counts the
-    samples of the requests in order. Of requests that need only forward passes, `results` waits for
-    what they give. Only for the event loop's thread, but for `parts`.
+    samples of the requests in order. Of evaluations, `results` waits for what they give. Only for
+    the event loop's thread, but for `parts`.
 
     Attributes:
         model: who is asked.
-        requests: what for: `minllama.engine.sequence.Request`, or any other kind that
-            `Scheduler.add` takes.
+        requests: what for: `minllama.engine.sequence.Request`, or
+            `minllama.engine.evaluation.EvaluationRequest`.
         parts: what the scheduler has made of each request, once it has joined: its sequences, or
-            the object that will hold its result.
+            its evaluation.
         has_ended: nothing more comes.
     """
 
@@ -74,7 +75,9 @@ class Job:
         self._results: dict[int, Any] = {}
         self._error: BaseException | None = None
         self._news = asyncio.Event()
-        self._open_rows = set(range(sum(getattr(r, "n", 1) for r in self.requests)))
+        counts = [getattr(request, "n", 1) for request in self.requests]
+        self._first_rows = list(accumulate(counts, initial=0))
+        self._open_rows = set(range(sum(counts)))
 
     # For routes
 
@@ -178,9 +181,15 @@ class Job:
         if self.first_at is None and (update.tokens or update.results):
             self.first_at = time.perf_counter()
             self._on_first(self)
-        self._tokens += [token for token in update.tokens if token.row in self._open_rows]
-        self._results.update(update.results)
-        if update.is_last:
+        for token in update.tokens:
+            if token.row in self._open_rows:
+                self._tokens.append(token)
+                if token.finish_reason is not None:
+                    self._open_rows.discard(token.row)
+        for number, result in update.results:
+            self._results[number] = result
+            self._open_rows.discard(self._first_rows[number])
+        if update.is_last or not self._open_rows:
             self.end(None if update.error is None else FAILED, update.error)
         self._news.set()
 

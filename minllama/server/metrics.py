@@ -48,6 +48,14 @@ class Metrics:
         self.cached_tokens = counter("cached_tokens", "Tokens of prompts that a cache had.")
         self.cache_hits = counter("prefix_cache_hits", "Prompts that shared a cached prefix.")
         self.generated_tokens = counter("generated_tokens", "Tokens that were generated.")
+        self.evaluated_texts = counter(
+            "evaluated_texts", "Texts that were classified, scored or embedded."
+        )
+        self.evaluation_batch = Histogram(
+            *("minllama_evaluation_batch_size", "Texts that a step evaluated together."),
+            buckets=BATCHES,
+            registry=registry,
+        )
         self.cache_bytes = gauge("cache_bytes", "Keys and values of running sequences.")
         self.prefix_cache_bytes = gauge("prefix_cache_bytes", "Keys and values of prefixes.")
         self.cancellations = counter(

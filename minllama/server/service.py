@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
+from minllama.engine.evaluation import EvaluationRequest
 from minllama.options.server import ServerOptions
 from minllama.server.errors import RequestError, as_request_error
 from minllama.server.jobs import FAILED, SHUTDOWN, TIMEOUT, Job, Update
@@ -117,7 +118,7 @@ class Service:
 
         Args:
             model: whom to ask.
-            requests: any that `Scheduler.add` takes; their salt is to be the caller's partition
+            requests: for tokens, or evaluations; their salt is to be the caller's partition
                 (`routing.partition`).
 
         Raises:
@@ -188,17 +189,21 @@ class Service:
         metrics = self.metrics
         self._set_queued(-1)
         metrics.first_token_seconds.observe(time.perf_counter() - job.created)
-        for number, request in enumerate(job.requests):
-            cached = job.cached_tokens(number)
-            metrics.prompt_tokens.inc(len(getattr(request, "ids", ())))
-            if cached:
-                metrics.cached_tokens.inc(cached)
-                metrics.cache_hits.inc()
+        metrics.prompt_tokens.inc(sum(len(request.ids) for request in job.requests))
+        if not isinstance(job.requests[0], EvaluationRequest):
+            self._count_cached(job)
+
+    def _count_cached(self, job: Job) -> None:
+        for cached in filter(None, map(job.cached_tokens, range(len(job.requests)))):
+            self.metrics.cached_tokens.inc(cached)
+            self.metrics.cache_hits.inc()
 
     def _on_end(self, job: Job, reason: str | None) -> None:
         self._jobs.pop(job).cancel()
         if job.first_at is None:
             self._set_queued(-1)
+        elif isinstance(job.requests[0], EvaluationRequest):
+            self._count_cached(job)  # only now is known of each
         if reason is not None:
             self.metrics.cancellations.labels(reason).inc()
         if reason != FAILED:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from minllama.engine.base import Engine
+from minllama.engine.evaluation import Evaluation, EvaluationRequest
 from minllama.engine.prefix_cache import PrefixCache
 from minllama.engine.scheduler import Scheduler
 from minllama.engine.sequence import Token
@@ -25,6 +26,10 @@ from minllama.server.metrics import Metrics
 
 logger = logging.getLogger("minllama.server")
 
+# Keys and values of evaluations that are computed together.
+BATCH_BYTES = 2**28
+LEAST_BATCH_TOKENS, MOST_BATCH_TOKENS = 1024, 16384
+
 Deliver = Callable[[list[tuple[Job, Update]]], None]
 
 
@@ -34,8 +39,8 @@ class _Lane:
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
         self.engine, self._options = engine, options
         self.rows: dict[int, tuple[Job, int]] = {}  # sequence's index -> its job, and row in it
-        self.left: dict[Job, int] = {}  # sequences and passes that have not ended
-        self.passes: list[tuple[Job, int, Any]] = []  # job, number of the request, its handle
+        self.left: dict[Job, int] = {}  # sequences and evaluations that have not ended
+        self.evaluations: list[tuple[Job, int, Evaluation]] = []  # job, number of the request
         self.reset()
 
     def reset(self) -> None:
@@ -47,24 +52,26 @@ class _Lane:
             token_budget=max(self._options.token_budget, self._options.max_sequences + 1),
             max_sequences=self._options.max_sequences,
             prefix_cache=self.prefixes,
+            batch_tokens=batch_tokens_of(self.engine),
         )
-        self.rows, self.left, self.passes = {}, {}, []
+        self.rows, self.left, self.evaluations = {}, {}, []
 
     def add(self, job: Job) -> None:
         """Let a job's requests join, all or none."""
         parts: list[Any] = []
         try:
             for request in job.requests:
-                parts.append(self.scheduler.add(request))
+                is_evaluation = isinstance(request, EvaluationRequest)
+                join = self.scheduler.evaluate if is_evaluation else self.scheduler.add
+                parts.append(join(request))
         except BaseException:
-            for _, part in numbered(parts):
-                self.scheduler.cancel(part)
+            self.scheduler.cancel(*(part for _, part in numbered(parts)))
             raise
         job.parts = parts
         n = 0
         for number, part in enumerate(parts):
             if not isinstance(part, list):
-                self.passes.append((job, number, part))
+                self.evaluations.append((job, number, part))
         for row, part in numbered(parts):
             n += 1
             if hasattr(part, "index"):
@@ -75,20 +82,23 @@ class _Lane:
         """Take a job's sequences out at once, or one of them."""
         if job not in self.left:
             return
-        for number, part in numbered(job.parts):
-            if row in (None, number) and not part.has_ended:
-                self.scheduler.cancel(part)
-                self.rows.pop(getattr(part, "index", -1), None)
-                self.left[job] -= 1
+        dropped = [
+            part
+            for number, part in numbered(job.parts)
+            if row in (None, number) and not part.has_ended
+        ]
+        self.scheduler.cancel(*dropped)
+        for part in dropped:
+            self.rows.pop(getattr(part, "index", -1), None)
+        self.left[job] -= len(dropped)
         if row is None or not self.left[job]:
             del self.left[job]
-            self.passes = [entry for entry in self.passes if entry[0] is not job]
+            self.evaluations = [entry for entry in self.evaluations if entry[0] is not job]
 
     def step(self) -> list[tuple[Job, Update]]:
         """Take one step; the news of each job that has some."""
         tokens: dict[Job, list[Token]] = {}
         results: dict[Job, list[tuple[int, Any]]] = {}
-        errors: dict[Job, BaseException] = {}
         for token in self.scheduler.step():
             if (found := self.rows.get(token.row)) is None:
                 continue
@@ -98,23 +108,18 @@ class _Lane:
                 del self.rows[token.row]
                 self.left[job] -= 1
         waiting = []
-        for job, number, part in self.passes:
+        for job, number, part in self.evaluations:
             if not part.has_ended:
                 waiting.append((job, number, part))
                 continue
-            if part.error is not None:
-                errors.setdefault(job, part.error)
             results.setdefault(job, []).append((number, part.result))
             self.left[job] -= 1
-        self.passes = waiting
+        self.evaluations = waiting
         news = []
         for job in dict.fromkeys([*tokens, *results]):
-            error = errors.get(job)
-            is_last = error is not None or not self.left[job]
-            news.append((job, Update(tokens.get(job, ()), results.get(job, ()), is_last, error)))
-            if error is not None:
-                self.cancel(job)
-            elif is_last:
+            is_last = not self.left[job]
+            news.append((job, Update(tokens.get(job, ()), results.get(job, ()), is_last)))
+            if is_last:
                 del self.left[job]
         return news
 
@@ -231,6 +236,10 @@ class Worker:
         if n_tokens:
             metrics.batch.observe(n_tokens)
             metrics.generated_tokens.inc(n_tokens)
+        n_evaluated = sum(len(update.results) for _, update in news)
+        if n_evaluated:
+            metrics.evaluation_batch.observe(n_evaluated)
+            metrics.evaluated_texts.inc(n_evaluated)
         self._gauge()
 
     def _gauge(self) -> None:
@@ -239,6 +248,16 @@ class Worker:
         metrics.cache_bytes.set(sum(each.scheduler.nbytes for each in lanes))
         cached = [each.prefixes.nbytes for each in lanes if each.prefixes is not None]
         metrics.prefix_cache_bytes.set(sum(cached))
+
+
+def batch_tokens_of(engine: Engine) -> int:
+    """How many tokens of evaluations are computed together, shared prefixes counted in each row.
+
+    Rows hold copies of the prefix that they share, and this bounds what those take; the token
+    budget bounds how many new tokens a batch reads.
+    """
+    per_token = engine.new_cache(1, 1).nbytes
+    return max(LEAST_BATCH_TOKENS, min(BATCH_BYTES // per_token, MOST_BATCH_TOKENS))
 
 
 def _step_error(error: Exception) -> Exception:

@@ -193,6 +193,8 @@ METRICS = {
     "minllama_cached_tokens_total",
     "minllama_prefix_cache_hits_total",
     "minllama_generated_tokens_total",
+    "minllama_evaluated_texts_total",
+    "minllama_evaluation_batch_size",
     "minllama_cache_bytes",
     "minllama_prefix_cache_bytes",
     "minllama_cancellations_total",

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from minllama.engine.log_probs import LogProbsRequest
 from minllama.errors import OptionError
 from minllama.generation.api import generate as library_generate
 from minllama.options import GenerationOptions
 from minllama.options.server import ServerOptions
 from minllama.server.errors import RequestError
-from minllama.server.jobs import Job
 from minllama.server.registry import Registry, ServedModel
 from minllama.server.service import Service
 from minllama.server.texts import Texts, generate
@@ -57,7 +58,7 @@ def memory_of(service: Service) -> int:
 def is_empty(service: Service) -> bool:
     lanes = service._worker._lanes.values()
     return not any(
-        lane.scheduler.is_busy or lane.rows or lane.left or lane.passes for lane in lanes
+        lane.scheduler.is_busy or lane.rows or lane.left or lane.evaluations for lane in lanes
     ) and not (service._worker._of_job or service._jobs)
 
 
@@ -277,61 +278,86 @@ def test_work_between_two_steps_and_on_threads(registry: Registry) -> None:
     asyncio.run(run())
 
 
-class Pass:
-    """A request that needs only forward passes, as a scheduler would end it in a step."""
+def test_evaluations_run_beside_texts(registry: Registry) -> None:
+    async def run() -> None:
+        async with started(registry, token_budget=16, max_sequences=4) as (service, model):
+            ids = prompts(model, 5)
+            requests = [LogProbsRequest(ids=tuple(each), n_tokens=49152) for each in ids]
+            job = service.submit(model, requests)
+            texts = await generate(service, model, ids[:1], LONG, salt="")
+            whole = asyncio.ensure_future(texts.whole())
+            found = await job.results()
+            for each, result in zip(ids, found, strict=True):
+                logits = model.llama(torch.tensor([each])).logits[0, :-1].log_softmax(-1)
+                expected = logits.gather(1, torch.tensor(each[1:]).unsqueeze(1)).flatten().tolist()
+                assert [token.logprob for token in result] == pytest.approx(expected, abs=1e-4)
+            gone = service.submit(model, requests * 20)
+            gone.cancel()
+            assert len((await whole)[0].token_ids) == 100
+            await until(lambda: is_empty(service))
+            assert memory_of(service) == 0
 
-    def __init__(self, result: Any) -> None:
-        self.has_ended, self.error, self.result = False, None, result
+    asyncio.run(run())
 
 
-def test_requests_for_passes_alone_give_their_results(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from minllama.engine.scheduler import Scheduler
+def test_evaluations_of_several_requests_are_computed_together(registry: Registry) -> None:
+    """Those of one group, up to the token budget; what they share is read once."""
 
-    passes: list[Pass] = []
-    add, step, cancel = Scheduler.add, Scheduler.step, Scheduler.cancel
+    async def run() -> None:
+        async with started(registry, token_budget=256) as (service, model):
+            seen: list[int] = []
+            compute = LogProbsRequest.compute
 
-    def add_pass(self: Scheduler, request: Any, **options: Any) -> Any:
-        if isinstance(request, Pass):
-            passes.append(request)
-            return request
-        return add(self, request, **options)
+            def counted(self: Any, engine: Any, requests: Any, cache: Any) -> Any:
+                seen.append(len(requests))
+                return compute(self, engine, requests, cache)
 
-    def step_pass(self: Scheduler) -> Any:
-        tokens = step(self) if add_is_busy(self) else []
-        for each in passes[:1]:
-            each.has_ended = True
-            passes.remove(each)
-        return tokens
+            shared = tuple(model.tokenizer.encode("a long beginning that all have, " * 6))
+            lasts = [tuple(ids[:8]) for ids in prompts(model, 5)]
+            requests = [
+                LogProbsRequest(
+                    ids=shared + last, shared_len=len(shared), start=len(shared) + 1, salt="a"
+                )
+                for last in lasts
+            ]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(LogProbsRequest, "compute", counted)
+                jobs = [service.submit(model, [request]) for request in requests]
+                found = await asyncio.gather(*(job.results() for job in jobs))
+            assert max(seen) >= 4  # the first may have begun alone
+            assert sum(seen) == len(requests)
+            for request, (result,) in zip(requests, found, strict=True):
+                logits = model.llama(torch.tensor([request.ids])).logits[0].detach().log_softmax(-1)
+                expected = [
+                    float(logits[i - 1, request.ids[i]])
+                    for i in range(request.start, len(request.ids))
+                ]
+                assert [token.logprob for token in result] == pytest.approx(expected, abs=1e-4)
+            assert [job.cached_tokens() for job in jobs] == [len(shared)] * len(jobs)
+            metrics = service.metrics
+            assert metrics.evaluated_texts._value.get() == len(requests)
+            assert metrics.cached_tokens._value.get() == len(shared) * len(jobs)
+            await until(lambda: is_empty(service))
 
-    def cancel_pass(self: Scheduler, part: Any) -> None:
-        if isinstance(part, Pass):
-            part.has_ended = True
-            passes.remove(part)
-        else:
-            cancel(self, part)
+    asyncio.run(run())
 
-    is_busy = Scheduler.is_busy.fget
-    assert is_busy is not None
 
-    def add_is_busy(self: Scheduler) -> bool:
-        return bool(is_busy(self))
-
-    monkeypatch.setattr(Scheduler, "add", add_pass)
-    monkeypatch.setattr(Scheduler, "step", step_pass)
-    monkeypatch.setattr(Scheduler, "cancel", cancel_pass)
-    monkeypatch.setattr(Scheduler, "is_busy", property(lambda s: add_is_busy(s) or bool(passes)))
+@pytest.mark.parametrize("ends_first", ["by itself", "by its text"])
+def test_samples_that_end_in_different_ways(registry: Registry, ends_first: str) -> None:
+    """One ends by length and one by its text, whichever is first: nothing is left."""
 
     async def run() -> None:
         async with started(registry) as (service, model):
-            job: Job = service.submit(model, [Pass("one"), Pass("two")])
-            texts = await generate(service, model, prompts(model, 1), LONG, salt="")
-            assert await job.results() == ["one", "two"]
-            assert len((await texts.whole())[0].token_ids) == 100
-            gone = service.submit(model, [Pass("three"), Pass("four"), Pass("five")])
-            gone.cancel()
+            options = GenerationOptions(max_new_tokens=20, n=2, seed=4, temperature=1.0)
+            texts = await generate(service, model, prompts(model, 1), options, salt="")
+            seen: set[int] = set()
+            first = ends_first == "by its text"
+            async for tokens in texts.job:
+                seen |= {token.row for token in tokens}
+                last = any(token.finish_reason for token in tokens)
+                if 1 in seen and (first or last):
+                    texts.job.finish(1)
+            assert texts.job.has_ended
             await until(lambda: is_empty(service))
-            assert not passes
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 20))
