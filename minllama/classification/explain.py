@@ -186,9 +186,9 @@ def explain(
 def split_words(text: str) -> tuple[Span, ...]:
     """The words of a text: what white space separates.
 
-    In scripts without spaces (`UNSPACED`: Han, kana, Thai, Lao, Burmese, Khmer) each character is a
-    word of its own, with the marks and the punctuation that belong to it; what other scripts write
-    between them stays together.
+    In scripts without spaces (`UNSPACED`: Han, kana, Thai, Lao, Burmese, Khmer) each character is
+    one word, with the marks and the punctuation that belong to it; what other scripts write between
+    them stays together.
     """
     return tuple(_words(text))
 

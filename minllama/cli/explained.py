@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 MOST_LISTED = 10
 MOST_TARGETS = 5
-MIN_STRENGTH = 0.05  # of the largest effect; weaker words have no color
+MIN_STRENGTH = 0.1  # of the largest effect; weaker words have no color
 # Backgrounds of words in black, weak to strong: blue for the label, orange against it. The two are
 # told apart in the common kinds of color blindness, too.
-FOR = ("#dbeafe", "#a9cdfb", "#74aef8")
-AGAINST = ("#ffe8cc", "#ffc98a", "#ffa54a")
+FOR = ("#bcd7fb", "#82b4f6", "#4a93f0")
+AGAINST = ("#ffdcae", "#ffba6b", "#ff962b")
 FOR_OF_16, AGAINST_OF_16 = ("bright_cyan",), ("bright_yellow",)  # for terminals of 16 colors
 
 _SHADES = {
@@ -68,7 +68,7 @@ def _print_target(
     target = explanation.targets[number]
     strongest = explanation.strongest(MOST_LISTED, number)
     what = "the value" if explanation.unit == "value" else f"p({printable(target.label)})"
-    console.print(_plain(f"{what} less that without the word:", "dim"))
+    console.print(_plain(f"{what} minus that without each word:", "dim"))
     if has_color:
         console.print(_colored(explanation, target, console.color_system == "standard"))
     for i in strongest:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, islice
+from functools import partial
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,7 @@ def predict_stream(
 ) -> Iterator[list[str]]:
     """Classify the rows of a source; yields their lines in order, a few hundred at a time.
 
-    For Parquet, JSON lines are returned as well. The first line of a new CSV or TSV file includes
-    the header.
+    For Parquet, they are JSON. The first line of a new CSV or TSV file includes the header.
 
     Args:
         classifier: of either kind.
@@ -79,38 +79,48 @@ def predict_stream(
             `done` does not match this classifier and source.
         OptionError: labels cannot be written in lines of `label ||| text`.
     """
-    explaining = explaining or ExplainOptions()
+    explaining, done = explaining or ExplainOptions(), done or Done()
     check_format(classifier, output_format, explains=explaining.explain)
-    done = done or Done()
     rows = rows_still_to_do(stream_rows(source, data, bad_rows=bad_rows), done, source)
     table = TableOutput(output_format, source, data, columns)
-    records, is_first, digest = done.records, True, digest_of(classifier)
-    form = "labelled" if output_format == "labelled" else "jsonl"
+    records, is_first = done.records, True
+    unit = 1.0 if classifier.scale is None else classifier.scale.std
+    digest = digest_of(classifier)
+    lines_of = partial(_lines_of, classifier, digest, output_format, explaining, progress)
     with classifier.steady():
         for _, group in groupby(rows, key=lambda row: chunk_of(row.index)):
             chunk = list(group)
             if is_first:
                 _check_columns(columns, chunk, source)
                 columns = table.columns(chunk[0])
-            n_done = len(records)
-            by_chunk, by_row = (None, progress) if explaining.explain else (progress, None)
-            p = answers(classifier, [row.text for row in chunk], progress=by_chunk)
-            why = explanations(classifier, chunk, p, explaining, n_done=n_done, progress=by_row)
-            lines = prediction_lines(classifier, digest, chunk, p, form, columns, why)
-            first = list(islice(lines, max(1, n_done)))
+            lines = lines_of(chunk, columns, len(records))
+            first = list(islice(lines, max(1, len(records))))
             if is_first:
                 records = table.begin(first[0], chunk, done, notices)
-            if records:
-                scale = classifier.scale
-                check_same(records, first, source, 1.0 if scale is None else scale.std)
-            first = first[len(records) :]
-            size = EXPLAINED if explaining.explain else CHUNK
-            while some := first + list(islice(lines, size - len(first))):
+            check_same(records, first, source, unit)
+            lines = chain(first[len(records) :], lines)
+            while some := list(islice(lines, EXPLAINED if explaining.explain else CHUNK)):
                 yield table.rows(some)
-                first = []
             records, is_first = (), False
     if records:
         raise other_input(records[-1], source)
+
+
+def _lines_of(
+    classifier: Classifier,
+    digest: str,
+    output_format: str,
+    explaining: ExplainOptions,
+    progress: Callable[[int], None] | None,
+    chunk: Sequence[Row],
+    columns: Sequence[str],
+    n_done: int,
+) -> Iterator[str]:
+    """The lines of one chunk: its predictions at once, its explanations one by one."""
+    by_chunk, by_row = (None, progress) if explaining.explain else (progress, None)
+    p = answers(classifier, [row.text for row in chunk], progress=by_chunk)
+    why = explanations(classifier, chunk, p, explaining, n_done=n_done, progress=by_row)
+    return prediction_lines(classifier, digest, chunk, p, output_format, columns, why)
 
 
 def explanations(
@@ -217,7 +227,7 @@ def prediction_lines(
         digest: `digest_of` the classifier.
         rows: the texts.
         probabilities: the `answers`.
-        output_format: `labelled`, or JSON Lines.
+        output_format: `labelled`; JSON Lines for any other.
         columns: as for `predict_stream`.
         explained: `explanations` of the rows, taken one by one; None for none.
     """
