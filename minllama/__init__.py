@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         LlamaZeroShotClassifier,
         load_classifier,
     )
+    from minllama.classification.explain import Explanation, explain
     from minllama.data import Dataset, load_dataset
     from minllama.engine.base import Engine
     from minllama.engine.choose import engine_for
@@ -57,6 +58,7 @@ _HOMES = {
     "checkpoints.open": ("open_checkpoint",),
     "checkpoints.types": ("Checkpoint",),
     "classification": ("LlamaEmbeddingClassifier", "LlamaZeroShotClassifier", "load_classifier"),
+    "classification.explain": ("Explanation", "explain"),
     "model.config": ("LlamaConfig", "RopeScaling"),
     "generation.conversation": ("Conversation",),
     "data": ("Dataset", "load_dataset"),
@@ -102,6 +104,7 @@ __all__ = [
     "Dataset",
     "Engine",
     "Evaluation",
+    "Explanation",
     "Generation",
     "GenerationOptions",
     "KVCache",
@@ -126,6 +129,7 @@ __all__ = [
     "engine_for",
     "evaluate",
     "evaluate_regression",
+    "explain",
     "generate",
     "load_classifier",
     "load_dataset",

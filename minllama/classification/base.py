@@ -159,14 +159,19 @@ class Classifier(nn.Module, ABC):
             MinllamaError: a text cannot be encoded, has no tokens, or is not a string (a DataError
                 with its index); or `texts` is one string.
         """
-        texts = checked_texts(texts)
-        logits = np.empty((len(texts), len(self.labels)), dtype=np.float32)
+        encoded = [self.encode(text) for text in checked_texts(texts)]
+        return self.predict_encoded(encoded, progress=progress)
+
+    def predict_encoded(
+        self, prompts: Sequence[EncodedPrompt], *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """(N, C) scores of N texts that `encode` returned; see `predict_logits`."""
+        logits = np.empty((len(prompts), len(self.labels)), dtype=np.float32)
         with self.steady() as scheduler, torch.inference_mode():
-            encoded = [self.encode(text) for text in texts]
-            shared = self._prepare(len(texts))
-            requests = [self.request_of(prompt, shared=shared) for prompt in encoded]
+            shared = self._prepare(len(prompts))
+            requests = [self.request_of(prompt, shared=shared) for prompt in prompts]
             for indices, results in evaluated(scheduler, requests):
-                batch = self.logits_of([encoded[i] for i in indices], results)
+                batch = self.logits_of([prompts[i] for i in indices], results)
                 logits[indices] = batch.cpu().numpy()
                 if progress is not None:
                     progress(len(indices))

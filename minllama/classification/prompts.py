@@ -23,11 +23,13 @@ class EncodedPrompt:
         ids: the prompt's token ids, up to where the labels diverge.
         continuations: for each label, the ids that follow; empty if no labels are scored.
         is_shortened: whether the text was truncated to fit.
+        n_read: how many characters of a truncated text it has; None for a whole text.
     """
 
     ids: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...] = ()
     is_shortened: bool = field(default=False, repr=False, compare=False)
+    n_read: int | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -128,7 +130,7 @@ class PromptTemplate:
                 fits, best = middle, tried
             else:
                 too_long = middle
-        return replace(best, is_shortened=True)
+        return replace(best, is_shortened=True, n_read=fits)
 
     def encode_constant(self) -> tuple[int, ...]:
         """The ids before the text, which all prompts share, except perhaps the last one."""

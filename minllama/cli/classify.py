@@ -28,18 +28,19 @@ from minllama.cli.open import (
     with_template,
 )
 from minllama.cli.output_file import OutputFile
-from minllama.errors import DataError, MinllamaError, OptionError
+from minllama.cli.text_answers import check_texts, classify_texts
+from minllama.errors import MinllamaError, OptionError
 from minllama.options import (
     CORRECTED,
     OUTPUT_FORMATS,
     DataOptions,
+    ExplainOptions,
     PromptOptions,
     ZeroShotOptions,
     names_of,
 )
 from minllama.options.evaluation import ThresholdOptions
 from minllama.options.loading import LoadOptions
-from minllama.text import printable
 
 if TYPE_CHECKING:
     from minllama.classification import Classifier
@@ -124,6 +125,7 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
 @dataclass_options(ZeroShotOptions, skip=("shots",))
 @dataclass_options(PromptOptions)
 @dataclass_options(ThresholdOptions)
+@dataclass_options(ExplainOptions)
 @dataclass_options(
     DataOptions,
     skip=("label_names", "multi_label", "label_separator", "label_columns", "label_lists"),
@@ -146,7 +148,8 @@ def command(
     **values: Any,
 ) -> None:
     """Label texts with CLASSIFIER (a folder that `minllama train` wrote), or with --labels."""
-    _check_idle(bool(texts), labels_file, score=values["score"])
+    explaining = pick(ExplainOptions, values)
+    _check_idle(bool(texts), labels_file, score=values["score"], explains=explaining.explain)
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
     threshold, loading = pick(ThresholdOptions, values), pick(LoadOptions, values)
@@ -174,19 +177,20 @@ def command(
         _learn_prior(made, options, rows, data)
     decide(made, threshold)
     if texts:
-        _classify_texts(made, texts, as_json=as_json)
+        classify_texts(made, texts, explaining, as_json=as_json)
     else:
         assert rows is not None
         with only_run(output) if output != "-" else contextlib.nullcontext():
-            _classify_rows(made, rows, file, data, columns=columns, resume=resume)
+            _classify_rows(made, rows, file, data, explaining, columns=columns, resume=resume)
 
 
-def _check_idle(has_texts: bool, labels_file: str | None, *, score: str) -> None:
+def _check_idle(has_texts: bool, labels_file: str | None, *, score: str, explains: bool) -> None:
     """Refuse options that would change nothing."""
     of_rows = [name for name in OF_ROWS if labels_file is None or name != "encoding"]
     uses: tuple[tuple[Sequence[str], bool, str], ...] = (
         (of_rows, not has_texts, "only for the rows of --input"),
         (("as_json",), has_texts, "only for --text (--output-format is for --input)"),
+        (("max_words",), explains, "only with --explain"),
         (("prior_strength",), score in CORRECTED, f"only for --score {', '.join(CORRECTED)}"),
     )
     for names, has_use, purpose in uses:
@@ -203,7 +207,7 @@ def _check_input(
         raise OptionError("give either texts with --text or a file with --input")
     if texts and output.name != "-":
         raise OptionError("--output is for --input; the labels of --text are printed, so omit it")
-    _check_texts(texts)
+    check_texts(texts)
     if rows is not None:
         output.check(rows, resume=resume, force=force)
 
@@ -223,18 +227,6 @@ def _kept_columns(names: str | None, output_format: str) -> list[str]:
             "--keep-columns needs column names or all, and an output format other than labelled"
         )
     return columns
-
-
-def _check_texts(texts: tuple[str, ...]) -> None:
-    """Refuse texts that would be bad rows in a file."""
-    from minllama.data import check_text
-
-    for number, text in enumerate(texts, start=1):
-        try:
-            check_text(text)
-        except ValueError as error:
-            where = "--text" if len(texts) == 1 else f"--text number {number}"
-            raise DataError(f"{where}: {error}; give another text, or omit it") from error
 
 
 def _load(folder: str, loading: LoadOptions) -> "Classifier":
@@ -309,48 +301,12 @@ def _learn_prior(
     classifier.shortened.clear()
 
 
-def _classify_texts(classifier: "Classifier", texts: tuple[str, ...], *, as_json: bool) -> None:
-    from minllama.data import Row
-    from minllama.evaluation.report.value_comparison import in_unit
-    from minllama.experiment.predict import (
-        answers,
-        described,
-        digest_of,
-        prediction_lines,
-        shortened_texts,
-    )
-
-    probabilities = answers(classifier, texts)
-    if as_json:
-        given = [Row(i, f"text {i + 1}", text, {}) for i, text in enumerate(texts)]
-        digest = digest_of(classifier)
-        for line in prediction_lines(classifier, digest, given, probabilities, "jsonl"):
-            click.echo(line, nl=False)
-        return
-    names = [printable(label) for label in classifier.labels]
-    width = max(map(len, names))
-    decision = classifier.decision
-    chosen = None if decision is None else decision.predictions(probabilities)
-    for row, (text, p) in enumerate(zip(texts, probabilities, strict=True)):
-        if len(texts) > 1:
-            click.secho(printable(text), dim=True)
-        if classifier.scale is not None:
-            click.echo(in_unit(float(p)))
-            continue
-        for i in (-p).argsort(kind="stable"):
-            # With thresholds, the most probable label is not always the predicted one.
-            mark = "" if chosen is None or not chosen[row, i] else "  predicted"
-            click.echo(f"{names[i]:<{width}}  {p[i]:.3f}{mark}")
-    click.echo(described(classifier), err=True)
-    if said := shortened_texts(classifier):
-        click.echo(said, err=True)
-
-
 def _classify_rows(
     classifier: "Classifier",
     rows: str,
     output: OutputFile,
     data: DataOptions,
+    explaining: ExplainOptions,
     *,
     columns: list[str],
     resume: bool,
@@ -374,6 +330,7 @@ def _classify_rows(
         data,
         output_format=output.output_format,
         columns=columns,
+        explaining=explaining,
         done=done,
         bad_rows=bad_rows,
         progress=reporter.advance("classifying", total) if has_bar else None,

@@ -9,7 +9,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from minllama.classification import LlamaZeroShotClassifier
 from minllama.classification.base import MOST_NOTED, Classifier
+from minllama.classification.explain import explain
 from minllama.classification.storage.fingerprint import comparable_config
 from minllama.data import BadRows, Row, stream_rows
 from minllama.data.lines import SEPARATOR
@@ -25,12 +27,21 @@ from minllama.errors import DataError, OptionError
 from minllama.evaluation.metrics import predictions
 from minllama.evaluation.report.values import rounded
 from minllama.evaluation.thresholds import one_line
-from minllama.experiment.resume import Done, check_same, chunk_of, other_input, rows_still_to_do
+from minllama.experiment.resume import (
+    CHUNK,
+    Done,
+    check_same,
+    chunk_of,
+    other_input,
+    rows_still_to_do,
+)
 from minllama.experiment.table_output import ALL_COLUMNS, TableOutput
-from minllama.options import DataOptions
+from minllama.experiment.tables import EXPLANATION
+from minllama.options import DataOptions, ExplainOptions
 from minllama.text import listed
 
 DIGITS = 16  # of a classifier's digest in each record
+EXPLAINED = 16  # rows whose lines are returned together if each is explained, which takes long
 
 
 def predict_stream(
@@ -40,6 +51,7 @@ def predict_stream(
     *,
     output_format: str = "jsonl",
     columns: Sequence[str] = (),
+    explaining: ExplainOptions | None = None,
     done: Done | None = None,
     bad_rows: BadRows | None = None,
     progress: Callable[[int], None] | None = None,
@@ -47,8 +59,7 @@ def predict_stream(
 ) -> Iterator[list[str]]:
     """Classify the rows of a source; yields their lines in order, a few hundred at a time.
 
-    For Parquet, JSON lines are returned as well. The first line of a new CSV or TSV file includes
-    the header.
+    For Parquet, they are JSON. The first line of a new CSV or TSV file includes the header.
 
     Args:
         classifier: of either kind.
@@ -56,6 +67,7 @@ def predict_stream(
         data: format, columns, handling of bad rows.
         output_format: one of OUTPUT_FORMATS.
         columns: those of the source that its records carry along; ALL_COLUMNS for all.
+        explaining: whether and how finely predictions are explained; None for not.
         done: the rows already in a resumed output. Its last chunk is computed again, since rounding
             depends on a text's batch; only later lines are returned.
         bad_rows: counts those that are left out.
@@ -67,29 +79,102 @@ def predict_stream(
             `done` does not match this classifier and source.
         OptionError: labels cannot be written in lines of `label ||| text`.
     """
-    check_format(classifier, output_format)
-    done = done or Done()
+    explaining, done = explaining or ExplainOptions(), done or Done()
+    check_format(classifier, output_format, explains=explaining.explain)
     rows = rows_still_to_do(stream_rows(source, data, bad_rows=bad_rows), done, source)
     table = TableOutput(output_format, source, data, columns)
-    records, is_first, digest = done.records, True, digest_of(classifier)
-    form = "labelled" if output_format == "labelled" else "jsonl"
+    records, is_first = done.records, True
+    unit = 1.0 if classifier.scale is None else classifier.scale.std
+    digest = digest_of(classifier)
+    lines_of = partial(_lines_of, classifier, digest, output_format, explaining, progress)
     with classifier.steady():
         for _, group in groupby(rows, key=lambda row: chunk_of(row.index)):
             chunk = list(group)
             if is_first:
                 _check_columns(columns, chunk, source)
                 columns = table.columns(chunk[0])
-            p = answers(classifier, [row.text for row in chunk], progress=progress)
-            lines = list(prediction_lines(classifier, digest, chunk, p, form, columns))
+            lines = lines_of(chunk, columns, len(records))
+            first = list(islice(lines, max(1, len(records))))
             if is_first:
-                records = table.begin(lines[0], chunk, done, notices)
-            if records:
-                scale = classifier.scale
-                check_same(records, lines, source, 1.0 if scale is None else scale.std)
-            yield table.rows(lines[len(records) :])
+                records = table.begin(first[0], chunk, done, notices)
+            check_same(records, first, source, unit)
+            lines = chain(first[len(records) :], lines)
+            while some := list(islice(lines, EXPLAINED if explaining.explain else CHUNK)):
+                yield table.rows(some)
             records, is_first = (), False
     if records:
         raise other_input(records[-1], source)
+
+
+def _lines_of(
+    classifier: Classifier,
+    digest: str,
+    output_format: str,
+    explaining: ExplainOptions,
+    progress: Callable[[int], None] | None,
+    chunk: Sequence[Row],
+    columns: Sequence[str],
+    n_done: int,
+) -> Iterator[str]:
+    """The lines of one chunk: its predictions at once, its explanations one by one."""
+    by_chunk, by_row = (None, progress) if explaining.explain else (progress, None)
+    p = answers(classifier, [row.text for row in chunk], progress=by_chunk)
+    why = explanations(classifier, chunk, p, explaining, n_done=n_done, progress=by_row)
+    return prediction_lines(classifier, digest, chunk, p, output_format, columns, why)
+
+
+def explanations(
+    classifier: Classifier,
+    rows: Sequence[Row],
+    predicted: Any,
+    options: ExplainOptions,
+    *,
+    n_done: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[dict[str, Any] | None]:
+    """The explanation of each row's prediction for its record; None if there are to be none.
+
+    Args:
+        classifier: of any kind.
+        rows: the texts.
+        predicted: their `answers`.
+        options: whether and how finely to explain.
+        n_done: so many rows have explanations in the output already, and get only what
+            `resume.check_same` compares.
+        progress: receives the number of texts just completed.
+    """
+    for number, (row, p) in enumerate(zip(rows, predicted, strict=True)):
+        if not options.explain:
+            yield None
+            continue
+        if number < n_done:
+            yield {"max_words": options.max_words}
+        else:
+            target = predicted_label(classifier, p)
+            found = explain(classifier, row.text, target=target, max_words=options.max_words)
+            yield _short_numbers(found.to_dict())
+        if progress is not None:
+            progress(1)
+
+
+def predicted_label(classifier: Classifier, probabilities: Any) -> str | None:
+    """The label of one row of `answers`; None for numbers and for several labels."""
+    if classifier.scale is not None or classifier.multi_label:
+        return None
+    (chosen,) = predictions(probabilities[None], thresholds=classifier.decision)
+    return classifier.labels[int(chosen.argmax())]
+
+
+def _short_numbers(value: Any) -> Any:
+    """A structure of JSON with its floats rounded to six digits, as probabilities are."""
+    match value:
+        case float():
+            return float(f"{value:.6g}")
+        case dict():
+            return {name: _short_numbers(element) for name, element in value.items()}
+        case list():
+            return [_short_numbers(element) for element in value]
+    return value
 
 
 def answers(
@@ -104,12 +189,17 @@ def answers(
     return classifier.predict_proba(texts, progress=progress)
 
 
-def check_format(classifier: Classifier, output_format: str) -> None:
+def check_format(classifier: Classifier, output_format: str, *, explains: bool = False) -> None:
     """Whether lines of this format can be read back.
 
     Raises:
-        OptionError: a label cannot be written in a line of `label ||| text`.
+        OptionError: a label, or an explanation, cannot be written in a line of `label ||| text`.
     """
+    if output_format == "labelled" and explains:
+        raise OptionError(
+            f"--explain: lines of 'label {SEPARATOR} text' have no place for explanations; use "
+            "--output-format jsonl, csv, tsv or parquet"
+        )
     if output_format != "labelled" or classifier.scale is not None:
         return
     for label in classifier.labels:
@@ -124,29 +214,45 @@ def check_format(classifier: Classifier, output_format: str) -> None:
 def prediction_lines(
     classifier: Classifier,
     digest: str,
-    rows: Iterable[Row],
+    rows: Sequence[Row],
     probabilities: Any,
     output_format: str,
     columns: Sequence[str] = (),
+    explained: Iterable[Mapping[str, Any] | None] | None = None,
 ) -> Iterator[str]:
-    """One line per row of `answers`; `digest` is `digest_of` the classifier."""
-    if classifier.scale is not None:
-        for row, value in zip(rows, probabilities.tolist(), strict=True):
-            if output_format == "labelled":
-                yield f"{rounded(value)!r} {SEPARATOR} {' '.join(row.text.split())}\n"
-            else:
-                said = {"index": row.index, "text": row.text, "value": rounded(value)}
-                yield _json_line(said, digest, row, columns)
-        return
-    chosen = predictions(
-        probabilities, multi_label=classifier.multi_label, thresholds=classifier.decision
+    """One line per row of `answers`.
+
+    Args:
+        classifier: has computed them.
+        digest: `digest_of` the classifier.
+        rows: the texts.
+        probabilities: the `answers`.
+        output_format: `labelled`; JSON Lines for any other.
+        columns: as for `predict_stream`.
+        explained: `explanations` of the rows, taken one by one; None for none.
+    """
+    is_number = classifier.scale is not None
+    chosen = (
+        [None] * len(rows)
+        if is_number
+        else predictions(
+            probabilities, multi_label=classifier.multi_label, thresholds=classifier.decision
+        )
     )
+    why = iter([None] * len(rows) if explained is None else explained)
     for row, p, of_row in zip(rows, probabilities, chosen, strict=True):
-        names = [classifier.labels[i] for i in np.flatnonzero(of_row)]
+        names = [] if of_row is None else [classifier.labels[i] for i in np.flatnonzero(of_row)]
         if output_format == "labelled":
-            yield f"{', '.join(names)} {SEPARATOR} {' '.join(row.text.split())}\n"
+            label = repr(rounded(float(p))) if is_number else ", ".join(names)
+            yield f"{label} {SEPARATOR} {' '.join(row.text.split())}\n"
+            continue
+        if is_number:
+            said = {"index": row.index, "text": row.text, "value": rounded(float(p))}
         else:
-            yield _json_line(record(classifier, row, p, names), digest, row, columns)
+            said = record(classifier, row, p, names)
+        if (explanation := next(why)) is not None:
+            said[EXPLANATION] = explanation
+        yield _json_line(said, digest, row, columns)
 
 
 def _json_line(said: dict[str, Any], digest: str, row: Row, columns: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from minllama.data.source import Source
 from minllama.errors import DataError
 from minllama.experiment.tables import (
     DELIMITERS,
+    EXPLANATION,
     KEPT,
     Layout,
     cell_of,
@@ -216,6 +217,8 @@ def check_same(
             )
         if not _has_same_columns(record, now):
             raise other_columns(f"row {record['index']}")
+        if _most_words(record) != _most_words(now):
+            raise _other_explanations(f"row {record['index']}")
 
 
 def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any], unit: float) -> bool:
@@ -235,6 +238,12 @@ def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any], unit: float) ->
             for name, p in was.items()
         )
     )
+
+
+def _most_words(record: Mapping[str, Any]) -> Any:
+    """The limit of words with which a record was explained; None without explanation."""
+    explanation = record.get(EXPLANATION)
+    return explanation.get("max_words") if isinstance(explanation, Mapping) else None
 
 
 def _has_same_columns(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -268,6 +277,8 @@ def check_table(done: Done, layout: Layout, delimiter: str) -> tuple[Mapping[str
             )
         return ()
     n_said = len(layout.said)
+    if (EXPLANATION in done.header) != (EXPLANATION in layout.said):
+        raise _other_explanations("a table")
     if done.header[-n_said:] != layout.said:
         raise DataError(
             "the output has the columns of another classifier; give the run's original "
@@ -281,6 +292,13 @@ def check_table(done: Done, layout: Layout, delimiter: str) -> tuple[Mapping[str
         if KEPT in record
         else record
         for record in map(dict, done.records)
+    )
+
+
+def _other_explanations(what: str) -> DataError:
+    return DataError(
+        f"the output has {what} with other explanations, or without; give the run's original "
+        "--explain and --max-words, or another --output"
     )
 
 

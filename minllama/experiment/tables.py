@@ -20,6 +20,7 @@ TABLES = (*DELIMITERS, "parquet")
 FIRST = "index"  # of the columns that are not the input's
 KEPT = "columns"  # the field of a record that holds those that are
 PROBABILITY = "probability_"
+EXPLANATION = "explanation"  # the field of a record that stays one column, of JSON
 TEXTS = ("text", "label", "score", "classifier")  # fields that are no numbers, whatever they say
 FROM_INPUT = "input_"  # stands before a kept column's name that is one of ours
 
@@ -77,7 +78,7 @@ def said_of(record: Mapping[str, Any]) -> dict[str, Any]:
     for field, value in record.items():
         if field == KEPT:
             continue
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and field != EXPLANATION:
             prefix = PROBABILITY if field == "probabilities" else f"{field}_"
             said |= {f"{prefix}{name}": element for name, element in value.items()}
         else:

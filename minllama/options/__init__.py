@@ -13,6 +13,7 @@ from minllama.options.classification import (
     SCORES,
     VALUE_METRICS,
     ClassifierOptions,
+    ExplainOptions,
     ZeroShotOptions,
 )
 from minllama.options.data import (
@@ -40,6 +41,7 @@ __all__ = [
     "CheckedOptions",
     "ClassifierOptions",
     "DataOptions",
+    "ExplainOptions",
     "GenerationOptions",
     "LoRAOptions",
     "PromptOptions",

@@ -51,6 +51,25 @@ class ZeroShotOptions(CheckedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplainOptions(CheckedOptions):
+    """Whether and how finely predictions are explained; see `minllama.classification.explain`."""
+
+    group: ClassVar[str] = "Output"
+
+    explain: bool = option(
+        False,
+        "show how much leaving out each word lowers the probability of the predicted label (or "
+        "the predicted number); each word costs as much as another text",
+    )
+    max_words: int = option(
+        100,
+        "with --explain, the most words of a text to leave out one by one; in a longer text, "
+        "neighboring words are left out together",
+        within=Range(1, 10_000),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClassifierOptions(ZeroShotOptions):
     """Which kind of classifier to train, and how; see `minllama.experiment`."""
 
