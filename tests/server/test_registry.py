@@ -12,7 +12,8 @@ import torch
 from minllama.classification import load_classifier
 from minllama.errors import CheckpointError, OptionError
 from minllama.generation.api import generate
-from minllama.lora import add_lora_wrapper, lora_parameters, save_adapter
+from minllama.lora import add_lora_wrapper, lora_parameters
+from minllama.lora.peft_files import save_adapter
 from minllama.model.llama import Llama
 from minllama.options import GenerationOptions
 from minllama.server.errors import RequestError
