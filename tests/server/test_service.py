@@ -361,24 +361,3 @@ def test_samples_that_end_in_different_ways(registry: Registry, ends_first: str)
             await until(lambda: is_empty(service))
 
     asyncio.run(asyncio.wait_for(run(), 20))
-
-
-@pytest.mark.parametrize("ends_first", ["by itself", "by its text"])
-def test_samples_that_end_in_different_ways(registry: Registry, ends_first: str) -> None:
-    """One ends by length and one by its text, whichever is first: nothing is left."""
-
-    async def run() -> None:
-        async with started(registry) as (service, model):
-            options = GenerationOptions(max_new_tokens=20, n=2, seed=4, temperature=1.0)
-            texts = await generate(service, model, prompts(model, 1), options, salt="")
-            seen: set[int] = set()
-            first = ends_first == "by its text"
-            async for tokens in texts.job:
-                seen |= {token.row for token in tokens}
-                last = any(token.finish_reason for token in tokens)
-                if 1 in seen and (first or last):
-                    texts.job.finish(1)
-            assert texts.job.has_ended
-            await until(lambda: is_empty(service))
-
-    asyncio.run(asyncio.wait_for(run(), 20))
