@@ -60,7 +60,7 @@ def refused(*arguments: str, **environment: str) -> str:
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_it_prints_a_command_that_works_and_ends_by_a_signal(base: Path, sign: int) -> None:
-    with served(str(base)) as (process, url, lines):
+    with served(str(base)) as (process, _, lines):
         assert re.fullmatch(r"serving on http://127\.0\.0\.1:\d+\n", lines[0])
         assert base.name in lines[1]
         curl = shlex.split(lines[3])

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from minllama.generation.api import generate
 from minllama.generation.conversation import chat_template, encode_messages
@@ -189,6 +190,40 @@ def test_echo_puts_the_prompt_first(server: HttpServer, client: openai.OpenAI) -
         assert made.choices[0].text == PROMPTS[0] + expected.text
         stream = client.completions.create(model="tiny", echo=True, stream=True, **options)
         assert "".join(chunk.choices[0].text for chunk in stream) == made.choices[0].text
+
+
+@pytest.mark.parametrize("top", [0, 2])
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+def test_echo_says_how_likely_the_prompt_was(
+    server: HttpServer, client: openai.OpenAI, max_tokens: int, top: int
+) -> None:
+    model = model_of(server)
+    ids = [model.tokenizer.encode(prompt) for prompt in PROMPTS[:2]]
+    made = client.completions.create(
+        model="tiny", prompt=ids, max_tokens=max_tokens, temperature=0, echo=True, logprobs=top
+    )
+    for prompt, text, choice in zip(ids, PROMPTS, made.choices, strict=False):
+        assert choice.text.startswith(text)
+        found = choice.logprobs
+        assert found is not None
+        assert found.tokens is not None
+        assert "".join(found.tokens) == choice.text
+        assert len(found.tokens) == len(prompt) + max_tokens
+        assert found.text_offset == [
+            sum(map(len, found.tokens[:place])) for place in range(len(found.tokens))
+        ]
+        logits = model.llama(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(prompt[1:]).unsqueeze(1)).flatten().tolist()
+        values, best = found.token_logprobs, found.top_logprobs
+        assert values is not None
+        assert best is not None
+        assert (values[0], best[0]) == (None, None)
+        assert values[1 : len(prompt)] == pytest.approx(expected, abs=1e-4)
+        for place, row in enumerate(logits):
+            likeliest = row.topk(top).values.tolist()
+            assert sorted(best[place + 1].values(), reverse=True)[:top] == pytest.approx(
+                likeliest, abs=1e-4
+            )
 
 
 def test_chats_are_the_librarys(server: HttpServer, client: openai.OpenAI) -> None:

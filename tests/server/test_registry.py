@@ -11,8 +11,10 @@ import torch
 
 from minllama.classification import load_classifier
 from minllama.errors import CheckpointError, OptionError
+from minllama.experiment import run_experiment
 from minllama.generation.api import generate
-from minllama.lora import add_lora_wrapper, lora_parameters, save_adapter
+from minllama.lora import add_lora_wrapper, lora_parameters
+from minllama.lora.peft_files import save_adapter
 from minllama.model.llama import Llama
 from minllama.options import GenerationOptions
 from minllama.server.errors import RequestError
@@ -38,9 +40,9 @@ def adapter(base: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def classifiers(make_experiment: Callable[..., Any], tmp_path: Path) -> dict[str, Path]:
     """A frozen base with a head, and one with an adapter and a head."""
-    for method in ("ridge", "lora"):
-        make_experiment(method, output=method).run()
-    return {method: tmp_path / method for method in ("ridge", "lora")}
+    for method in ("frozen", "lora"):
+        run_experiment(make_experiment(method, output=method))
+    return {method: tmp_path / method for method in ("frozen", "lora")}
 
 
 def addresses(llama: Llama) -> set[int]:
@@ -64,7 +66,7 @@ def test_one_base_is_shared_by_adapters_and_heads(
     ]
     shared = addresses(models["base"].llama)
     assert all(addresses(model.llama) == shared for model in models.values())
-    assert models["ridge"].engine is models["base"].engine
+    assert models["frozen"].engine is models["base"].engine
     assert models["lora"].engine is not models["base"].engine
     options = GenerationOptions(max_new_tokens=8)
     texts = {}
@@ -104,12 +106,12 @@ def test_a_request_chooses_by_model(base: Path, adapter: Path) -> None:
 
 
 def test_a_classifier_generates_nothing(classifiers: dict[str, Path]) -> None:
-    with running({"ridge": classifiers["ridge"]}) as server:
+    with running({"frozen": classifiers["frozen"]}) as server:
         for path, body in (
             ("completions", {"prompt": "x"}),
             ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
         ):
-            answer = httpx.post(f"{server.url}/v1/{path}", json={"model": "ridge", **body})
+            answer = httpx.post(f"{server.url}/v1/{path}", json={"model": "frozen", **body})
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == "model"
 

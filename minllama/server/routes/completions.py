@@ -8,13 +8,13 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
+from minllama.engine.log_probs import LogProbsRequest, TokenLogProb
 from minllama.generation.sequence_text import TokenLogprob
 from minllama.options import GenerationOptions
 from minllama.server.errors import RequestError
 from minllama.server.openai_fields import (
     SamplingFields,
     TokenId,
-    alternatives_of,
     check_ids,
     new_id,
     shown_logprob,
@@ -39,6 +39,8 @@ from minllama.tokenizer.tokenizer import Tokenizer
 
 router = make_router()
 
+COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+_Columns = dict[str, list[Any]]
 MAX_NEW_TOKENS = 16  # OpenAI's, where a request does not say
 
 
@@ -62,9 +64,13 @@ async def completions(request: Request, body: CompletionBody) -> Response:
     prompts = await _prompts(service, model, body)
     n_texts = len(prompts) * options.n
     check_count("prompt", n_texts, service.options.max_inputs)
-    texts = await generate(service, model, prompts, options, salt=partition(request))
     log_texts(request, prompt=body.prompt)
     shape = _Shape(model, body, options, prompts)
+    if body.echo and body.logprobs is not None:
+        await shape.score_prompts(request, model)
+    if body.max_tokens == 0:
+        return shape.prompts_alone()
+    texts = await generate(service, model, prompts, options, salt=partition(request))
     if body.stream:
         return event_stream(_events(shape, texts, body), texts.job)
     results = await answer(request, texts.job, texts.whole())
@@ -83,12 +89,10 @@ def _options(service: Service, model: ServedModel, body: CompletionBody) -> Gene
         raise RequestError("best_of must equal n: every text is returned", param="best_of")
     if body.suffix:
         raise RequestError("suffix is not possible: text is only continued", param="suffix")
-    if body.max_tokens == 0:
-        raise RequestError("max_tokens must be 1 or more", param="max_tokens")
-    if body.echo and body.logprobs is not None:
-        # Log-probabilities of the prompt are a request of their own to the scheduler.
-        raise RequestError("echo with logprobs is not possible yet", param="echo")
-    given |= {"max_new_tokens": body.max_tokens, "logprobs": body.logprobs}
+    if body.max_tokens == 0 and (not body.echo or body.stream):
+        message = "max_tokens must be 1 or more, or 0 with echo and without stream"
+        raise RequestError(message, param="max_tokens")
+    given |= {"max_new_tokens": body.max_tokens or None, "logprobs": body.logprobs}
     return generation_options(model, given, max_new_tokens=MAX_NEW_TOKENS)
 
 
@@ -125,13 +129,59 @@ class _Shape:
     ) -> None:
         self._tokenizer, self._name = model.tokenizer, body.model or model.id
         self._id, self._created = new_id("cmpl"), int(time.time())
-        self._logprobs, self._n = options.logprobs, options.n
-        self._echoed = [""] * len(prompts)
+        self._logprobs, self._n, self._prompts = options.logprobs, options.n, prompts
+        self._echoed, self._of_prompts = [""] * len(prompts), list[_Columns]()
+        self._are_texts = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
         if body.echo:
+            texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
             self._echoed = [
-                _text_of(prompt, body.prompt, i, model.tokenizer)
-                for i, prompt in enumerate(prompts)
+                str(texts[i])
+                if self._are_texts
+                else model.tokenizer.decode(ids, skip_special=False)
+                for i, ids in enumerate(prompts)
             ]
+
+    async def score_prompts(self, request: Request, model: ServedModel) -> None:
+        """Ask how likely the tokens of the prompts are, for `choice` to tell."""
+        top, n_tokens = self._logprobs or 0, self._tokenizer.vocab_size
+        salt = partition(request)
+        requests = [
+            LogProbsRequest(ids=tuple(ids), top=top, n_tokens=n_tokens, salt=salt)
+            for ids in self._prompts
+        ]
+        job = service_of(request).submit(model, requests)
+        for ids, found in zip(
+            self._prompts, await answer(request, job, job.results()), strict=True
+        ):
+            self._of_prompts.append(self._columns(ids, found))
+
+    def _columns(self, ids: list[int], found: Sequence[TokenLogProb]) -> "_Columns":
+        """Log-probabilities of a prompt; nothing is said of its first token."""
+        decoder = self._tokenizer.stream_decoder(continuation=False, skip_special=self._are_texts)
+        columns: _Columns = {name: [] for name in COLUMNS}
+        offset = 0
+        for token_id, expected in zip(ids, (None, *found), strict=True):
+            token = shown_token(self._tokenizer.token_bytes(token_id))
+            columns["tokens"].append(token)
+            columns["text_offset"].append(offset)
+            offset += len(decoder.push(token_id))
+            if expected is None:
+                columns["token_logprobs"].append(None)
+                columns["top_logprobs"].append(None)
+                continue
+            columns["token_logprobs"].append(shown_logprob(expected.logprob))
+            top = likely_tokens(expected.alternatives, self._tokenizer)
+            top.setdefault(token, shown_logprob(expected.logprob))
+            columns["top_logprobs"].append(top)
+        return columns
+
+    def prompts_alone(self) -> JSONResponse:
+        """The answer where nothing is to be generated."""
+        rows = range(len(self._prompts) * self._n)
+        choices = [self.choice(row, "", "length", (), is_first=True) for row in rows]
+        n_tokens = sum(map(len, self._prompts))
+        usage = {"prompt_tokens": n_tokens, "completion_tokens": 0, "total_tokens": n_tokens}
+        return JSONResponse({**self.head(), "choices": choices, "usage": usage})
 
     def head(self) -> dict[str, Any]:
         return {
@@ -152,10 +202,13 @@ class _Shape:
         is_first: bool,
     ) -> dict[str, Any]:
         """A choice, whole or a part of it."""
-        before = self._echoed[row // self._n]
-        shown = None
+        prompt = row // self._n
+        before, shown = self._echoed[prompt], None
         if self._logprobs is not None and logprobs is not None:
             shown = logprobs_of(logprobs, self._tokenizer, len(before))
+            if self._of_prompts and is_first:
+                of_prompt = self._of_prompts[prompt]
+                shown = {name: [*of_prompt[name], *shown[name]] for name in COLUMNS}
         return {
             "index": row,
             "text": before + text if is_first else text,
@@ -164,18 +217,7 @@ class _Shape:
         }
 
 
-def _text_of(ids: list[int], prompt: Any, number: int, tokenizer: Tokenizer) -> str:
-    """A prompt as it was given, or what its ids spell."""
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt[number], str):
-        return str(prompt[number])
-    return tokenizer.decode(ids, skip_special=False)
-
-
-def logprobs_of(
-    tokens: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int = 0
-) -> dict[str, list[Any]]:
+def logprobs_of(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int = 0) -> _Columns:
     """Log-probabilities in the form of completions.
 
     Args:
@@ -185,7 +227,7 @@ def logprobs_of(
     """
     top = []
     for token in tokens:
-        likely = {shown_token(spelled): p for spelled, p in alternatives_of(token, tokenizer)}
+        likely = likely_tokens(token.alternatives, tokenizer)
         likely.setdefault(shown_token(token.bytes), shown_logprob(token.logprob))
         top.append(likely)
     return {
@@ -194,6 +236,16 @@ def logprobs_of(
         "top_logprobs": top,
         "text_offset": [offset + token.offset for token in tokens],
     }
+
+
+def likely_tokens(
+    alternatives: Sequence[tuple[int, float]], tokenizer: Tokenizer
+) -> dict[str, float]:
+    """Alternatives by their texts; of tokens that look alike the most likely one."""
+    found: dict[str, float] = {}
+    for token_id, logprob in alternatives:
+        found.setdefault(shown_token(tokenizer.token_bytes(token_id)), shown_logprob(logprob))
+    return found
 
 
 async def _events(shape: _Shape, texts: Texts, body: CompletionBody) -> AsyncIterator[bytes]:
