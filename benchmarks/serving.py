@@ -148,10 +148,13 @@ class Health:
         return self.seconds
 
 
-async def chat(client: httpx.AsyncClient, number: int) -> Answered:
-    """One streamed chat."""
+async def chat(url: str, model: str, number: int) -> Answered:
+    """One streamed chat, over a connection of its own.
+
+    Of HTTP it reads no more than it needs, since clients take their time from the server's.
+    """
     body = {
-        "model": client.headers["X-Model"],
+        "model": model,
         "messages": chat_messages(number),
         "max_tokens": NEW_TOKENS,
         "temperature": 0,
@@ -159,30 +162,37 @@ async def chat(client: httpx.AsyncClient, number: int) -> Answered:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    start, first, tokens = time.perf_counter(), 0.0, 0
-    async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-        if answer.status_code != 200:
-            await answer.aread()
-            raise RuntimeError(f"{answer.status_code}: {answer.text[:300]}")
-        async for line in answer.aiter_lines():
-            if not line.startswith("data: {"):
+    content = json.dumps(body).encode()
+    host = url.removeprefix("http://")
+    start, first, last = time.perf_counter(), 0.0, b""
+    reader, writer = await asyncio.open_connection(*host.split(":"), limit=2**20)
+    try:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        writer.write(head.encode() + content)
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise RuntimeError(status.decode().partition(" ")[2].strip())
+        async for line in reader:
+            if not line.startswith(b"data: "):
                 continue
-            content = json.loads(line[6:])
-            if content.get("error"):
-                raise RuntimeError(str(content["error"]))
-            if content.get("usage"):
-                tokens = content["usage"]["completion_tokens"]
-            choices = content.get("choices")
-            if choices and choices[0]["delta"].get("content") and not first:
+            if line.startswith(b"data: [DONE]"):
+                break
+            last = line
+            if not first and b'"content":"' in line and b'"content":""' not in line:
                 first = time.perf_counter() - start
-    return Answered(first, time.perf_counter() - start, tokens)
+    finally:
+        writer.close()
+    event = json.loads(last[6:] or b"{}")
+    if not event.get("usage"):
+        raise RuntimeError(f"an answer without an end: {event}")
+    return Answered(first, time.perf_counter() - start, event["usage"]["completion_tokens"])
 
 
-def client_of(url: str) -> httpx.AsyncClient:
-    """A client, whose headers name the first model that is served."""
-    limits = httpx.Limits(max_connections=None)
-    model: str = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
-    return httpx.AsyncClient(base_url=url, timeout=900, limits=limits, headers={"X-Model": model})
+def first_model(url: str) -> str:
+    """The name of the first model that is served."""
+    name: str = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
+    return name
 
 
 async def closed(url: str, n_clients: int, n_requests: int, seed: int) -> dict[str, Any]:
@@ -190,14 +200,15 @@ async def closed(url: str, n_clients: int, n_requests: int, seed: int) -> dict[s
     numbers = iter(range(seed * 10_000, seed * 10_000 + n_requests))
     answers: list[Answered] = []
 
-    async def one(client: httpx.AsyncClient) -> None:
-        for number in numbers:
-            answers.append(await chat(client, number))
+    model = first_model(url)
 
-    async with client_of(url) as client:
-        start = time.perf_counter()
-        await asyncio.gather(*(one(client) for _ in range(n_clients)))
-        seconds = time.perf_counter() - start
+    async def one() -> None:
+        for number in numbers:
+            answers.append(await chat(url, model, number))
+
+    start = time.perf_counter()
+    await asyncio.gather(*(one() for _ in range(n_clients)))
+    seconds = time.perf_counter() - start
     return summary(answers, seconds)
 
 
@@ -206,17 +217,18 @@ async def arriving(url: str, rate: float, n_requests: int, seed: int) -> dict[st
     rng = random.Random(seed)
     answers: list[Answered] = []
 
-    async def one(client: httpx.AsyncClient, number: int) -> None:
-        answers.append(await chat(client, number))
+    model = first_model(url)
 
-    async with client_of(url) as client:
-        start = time.perf_counter()
-        tasks = []
-        for number in range(n_requests):
-            tasks.append(asyncio.create_task(one(client, seed * 10_000 + number)))
-            await asyncio.sleep(rng.expovariate(rate))
-        await asyncio.gather(*tasks)
-        seconds = time.perf_counter() - start
+    async def one(number: int) -> None:
+        answers.append(await chat(url, model, number))
+
+    start = time.perf_counter()
+    tasks = []
+    for number in range(n_requests):
+        tasks.append(asyncio.create_task(one(seed * 10_000 + number)))
+        await asyncio.sleep(rng.expovariate(rate))
+    await asyncio.gather(*tasks)
+    seconds = time.perf_counter() - start
     return {"rate": rate, **summary(answers, seconds)}
 
 
@@ -342,7 +354,7 @@ async def classify(url: str, model: str, texts: list[str], per_request: int, n_c
             assert len(answer.json()["data"]) == len(part)
             seconds_each.append(time.perf_counter() - begin)
 
-    async with client_of(url) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=900) as client:
         start = time.perf_counter()
         await asyncio.gather(*(one(client) for _ in range(n_clients)))
         rate = len(texts) / (time.perf_counter() - start)
@@ -379,16 +391,18 @@ async def overload(url: str, n_clients: int, seconds: float, served: Served) -> 
     end = time.monotonic() + seconds
     memories = [memory(served)]
 
-    async def one(client: httpx.AsyncClient, number: int) -> None:
+    model = first_model(url)
+
+    async def one(number: int) -> None:
         while time.monotonic() < end:
             number += n_clients
             try:
-                await chat(client, number)
+                await chat(url, model, number)
                 counts["answered"] += 1
             except RuntimeError as error:
                 counts["refused" if str(error).startswith("429") else "failed"] += 1
                 await asyncio.sleep(0.2)
-            except httpx.HTTPError:
+            except (OSError, asyncio.IncompleteReadError, ValueError):
                 counts["unanswered"] += 1
 
     async def watch() -> None:
@@ -396,8 +410,7 @@ async def overload(url: str, n_clients: int, seconds: float, served: Served) -> 
             await asyncio.sleep(max(1.0, seconds / 20))
             memories.append(memory(served))
 
-    async with client_of(url) as client:
-        await asyncio.gather(watch(), *(one(client, number) for number in range(n_clients)))
+    await asyncio.gather(watch(), *(one(number) for number in range(n_clients)))
     return {**counts, "MB by twentieths": memories}
 
 

@@ -8,6 +8,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+import torch
+
 from minllama.engine.base import Engine
 from minllama.engine.evaluation import Chunks, Evaluation, EvaluationRequest, read_into
 from minllama.engine.prefix_cache import PrefixCache
@@ -29,13 +31,19 @@ class SharedPrefix:
         ids: the tokens.
         salt: of the requests that share it.
         known: holds as much of it as was read before; None for nothing.
+        dtype: of keys and values.
     """
 
     def __init__(
-        self, engine: Engine, ids: Sequence[int], salt: str, known: tuple[KVCache, int] | None
+        self,
+        engine: Engine,
+        ids: Sequence[int],
+        salt: str,
+        known: tuple[KVCache, int] | None,
+        dtype: torch.dtype,
     ) -> None:
         self.ids, self.salt = tuple(ids), salt
-        self.one_row = engine.new_cache(1, len(ids))
+        self.one_row = KVCache(engine.config, 1, len(ids), dtype=dtype, device=engine.device)
         if known is not None:
             self.one_row.load_prefix(0, *known)
         self.chunks: Chunks | None = read_into(engine, self.ids, self.one_row)
@@ -81,6 +89,9 @@ class Evaluations:
         if batch_tokens is None:
             batch_tokens = BATCH_TOKENS.get(engine.device.type, BATCH_TOKENS_ELSEWHERE)
         self._batch_tokens = batch_tokens
+        # Keys and values that go through a prefix cache are those of generated sequences, so that a
+        # hit equals a miss. Others are kept as they are computed.
+        self._dtype = engine.llama.dtype if prefix_cache is None else engine.cache_dtype
         self._prefixes: OrderedDict[tuple[str, tuple[int, ...]], SharedPrefix] = OrderedDict()
         self._long: tuple[Evaluation, Chunks, KVCache] | None = None  # is read chunk by chunk
         self.waiting: deque[Evaluation] = deque()
@@ -130,7 +141,13 @@ class Evaluations:
             return [], self._read_prefix(prefix, budget)
         known = 0 if prefix is None else len(prefix.ids)
         if first.request.length - known > budget and self._engine.config.causal:
-            cache = self._engine.new_cache(1, first.request.length)
+            cache = KVCache(
+                self._engine.config,
+                1,
+                first.request.length,
+                dtype=self._dtype,
+                device=self._engine.device,
+            )
             if prefix is not None:
                 cache.load_prefix(0, prefix.one_row, known)
             chunks = first.request.in_chunks(self._engine, cache)
@@ -197,7 +214,7 @@ class Evaluations:
                 known = self._prefix_cache.find((*ids, -1), request.salt)  # all of it may be known
             while len(self._prefixes) >= MOST_PREFIXES:
                 self._prefixes.popitem(last=False)
-            self._prefixes[key] = SharedPrefix(self._engine, ids, request.salt, known)
+            self._prefixes[key] = SharedPrefix(self._engine, ids, request.salt, known, self._dtype)
         self._prefixes.move_to_end(key)
         prefix = self._prefixes[key]
         for other in self._prefixes.values():
