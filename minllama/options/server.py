@@ -63,6 +63,13 @@ class ServerOptions(CheckedOptions):
         within=Range(0, 2**40),
         group="Scheduling",
     )
+    stream_interval: float = option(
+        0.04,
+        "seconds between two events of a stream, in which tokens are collected; 0 for an event a "
+        "token",
+        within=Range(0, 60),
+        group="Scheduling",
+    )
     max_queue: int = option(
         256, "requests that may wait; further ones get status 429", within=COUNT, group="Scheduling"
     )

@@ -176,7 +176,8 @@ class Service:
         now = time.perf_counter()
         for job, update in news:
             if update.tokens and job.first_at is not None:
-                self.metrics.between_tokens_seconds.observe(now - job.last_at)
+                seconds = (now - job.last_at) / len(update.tokens)
+                self.metrics.between_tokens_seconds.observe(seconds)
             job.last_at = now
             if isinstance(update.error, MemoryError):
                 message = "out of memory; ask for less at a time"

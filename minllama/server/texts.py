@@ -113,13 +113,13 @@ class Texts:
         self.n_new_tokens = 0
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """Bits of text as they come: of each step one for each row that has got a token.
+        """Bits of text as they come: each time one for each row that has got tokens.
 
         Raises:
             MinllamaError: the request failed, took too long, or the server ends.
         """
         async for tokens in self.job:
-            pieces = []
+            pieces: dict[int, Piece] = {}
             for token in tokens:
                 text = self._texts[token.row]
                 if text.has_ended:
@@ -128,11 +128,15 @@ class Texts:
                     raise as_request_error(self.job.error_of(token.row))
                 self.n_new_tokens += token.id is not None
                 piece = text.feed(token)
-                pieces.append(piece)
+                if (first := pieces.get(token.row)) is not None:
+                    piece = piece._replace(
+                        text=first.text + piece.text, logprobs=first.logprobs + piece.logprobs
+                    )
+                pieces[token.row] = piece
                 if piece.finish_reason is not None:
                     self.job.finish(token.row)
             if pieces:
-                yield pieces
+                yield list(pieces.values())
 
     async def whole(self) -> list[Generation]:
         """The results, once all rows have ended.

@@ -7,6 +7,7 @@ hands what comes out to the event loop.
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -138,6 +139,10 @@ class Worker:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lanes: dict[Engine, _Lane] = {}
         self._of_job: dict[Job, _Lane] = {}
+        self._held: dict[
+            Job, Update
+        ] = {}  # tokens that wait for more, so that an event has several
+        self._sent: dict[Job, float] = {}  # when a job's last event went out
         self._thread = threading.Thread(target=self._loop, name="minllama-worker", daemon=True)
 
     def start(self) -> None:
@@ -187,6 +192,8 @@ class Worker:
     def _cancel(self, job: Job, row: int | None) -> None:
         lane = self._of_job.get(job)
         if lane is not None:
+            if row is None:
+                self._held.pop(job, None)
             lane.cancel(job, row)
             if job not in lane.left:
                 del self._of_job[job]
@@ -201,6 +208,8 @@ class Worker:
         while self._take_commands():
             for lane in list(self._lanes.values()):
                 if lane.scheduler.is_busy:
+                    if self._held:  # a step over prompts may take longer than the interval
+                        self._deliver(self._due([]))
                     self._step(lane)
 
     def _take_commands(self) -> bool:
@@ -224,11 +233,36 @@ class Worker:
             logger.exception("a step failed; its requests are ended")
             news = [(job, Update(is_last=True, error=_step_error(error))) for job in lane.left]
             lane.reset()
+        self._count(news)
+        self._deliver(self._due(news))
         for job, update in news:
             if update.is_last:
                 self._of_job.pop(job, None)
-        self._count(news)
-        self._deliver(news)
+                self._sent.pop(job, None)
+
+    def _due(self, news: list[tuple[Job, Update]]) -> list[tuple[Job, Update]]:
+        """What is to be delivered now: the first and the last of a job, and the rest by intervals.
+
+        Each event takes time of the processor that computes, so a stream has no more of them than
+        an eye can follow.
+        """
+        now = time.perf_counter()
+        for job, update in news:
+            if (held := self._held.get(job)) is not None:
+                update = update._replace(
+                    tokens=[*held.tokens, *update.tokens],
+                    results=[*held.results, *update.results],
+                )
+            self._held[job] = update
+        due = [
+            (job, update)
+            for job, update in self._held.items()
+            if update.is_last or now - self._sent.get(job, 0.0) >= self._options.stream_interval
+        ]
+        for job, _ in due:
+            del self._held[job]
+            self._sent[job] = now
+        return due
 
     def _count(self, news: list[tuple[Job, Update]]) -> None:
         metrics = self._metrics
