@@ -131,12 +131,12 @@ def schema_text(param: str, text: str | None, most: int) -> str | None:
 
 
 def check_ids(param: str, ids: Sequence[int], model: ServedModel) -> None:
-    """Refuse ids that the model does not know.
+    """Refuse ids that the model or its tokenizer does not know.
 
     Raises:
         RequestError: there are such.
     """
-    n_tokens = model.llama.config.vocab_size
+    n_tokens = min(model.llama.config.vocab_size, model.tokenizer.vocab_size)
     if (largest := max(ids, default=0)) >= n_tokens:
         raise RequestError(
             f"{param} holds the token id {largest}; the model knows 0 to {n_tokens - 1}",
