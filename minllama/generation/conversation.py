@@ -179,6 +179,7 @@ def encode_messages(
     context_len: int,
     *,
     tools: Sequence[Tool] = (),
+    add_generation_prompt: bool = True,
 ) -> list[int]:
     """Messages to the token ids of a prompt that ends where the answer begins.
 
@@ -190,11 +191,17 @@ def encode_messages(
         messages: in order; tool calls and their results may be among them, in OpenAI's shape.
         context_len: of the model.
         tools: that the model may call (see `minllama.generation.tool_calls`).
+        add_generation_prompt: end with what opens the answer; otherwise with the last message.
 
     Raises:
         MinllamaError: the template refuses the messages; they are far too long for the context.
     """
     messages, variables = with_tools(template.source, messages, tools)
-    rendered, masked = template.render_masked(messages, tokenizer.special_tokens, **variables)
+    rendered, masked = template.render_masked(
+        messages,
+        tokenizer.special_tokens,
+        add_generation_prompt=add_generation_prompt,
+        **variables,
+    )
     check_can_fit(rendered, tokenizer, context_len)
     return tokenizer.encode_chat(rendered, masked)

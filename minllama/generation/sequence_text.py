@@ -179,7 +179,7 @@ def prompt_logprobs(
             (`minllama.engine.log_probs`).
         skip_special: the text in which offsets are is `tokenizer.decode(prompt_ids)` with this.
     """
-    decoder = tokenizer.stream_decoder(skip_special=skip_special)
+    decoder = tokenizer.stream_decoder(skip_special=skip_special, continuation=False)
     result, offset = [], 0
     for token_id, (logprob, alternatives) in zip(prompt_ids, [(None, ()), *found], strict=True):
         spelled, shown = _spelled(tokenizer, token_id)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from minllama.generation.sequence_text import TokenLogprob
+from minllama.generation.sequence_text import PromptLogprob
 from minllama.server.errors import RequestError
 from minllama.server.registry import ServedModel
 from minllama.server.routing import Body, check_range
@@ -131,12 +131,12 @@ def schema_text(param: str, text: str | None, most: int) -> str | None:
 
 
 def check_ids(param: str, ids: Sequence[int], model: ServedModel) -> None:
-    """Refuse ids that the model does not know.
+    """Refuse ids that the model or its tokenizer does not know.
 
     Raises:
         RequestError: there are such.
     """
-    n_tokens = model.llama.config.vocab_size
+    n_tokens = min(model.llama.config.vocab_size, model.tokenizer.vocab_size)
     if (largest := max(ids, default=0)) >= n_tokens:
         raise RequestError(
             f"{param} holds the token id {largest}; the model knows 0 to {n_tokens - 1}",
@@ -150,12 +150,22 @@ def new_id(prefix: str) -> str:
 
 def usage_of(texts: Texts) -> dict[str, Any]:
     """What a request has cost; every prompt counts once, whatever `n`."""
-    n_prompt, n_new = texts.n_prompt_tokens, texts.n_new_tokens
+    return usage_in_tokens(texts.n_prompt_tokens, texts.n_new_tokens, texts.n_cached_tokens)
+
+
+def usage_in_tokens(n_prompt: int, n_new: int = 0, n_cached: int = 0) -> dict[str, Any]:
+    """A request's cost in OpenAI's words.
+
+    Args:
+        n_prompt: tokens of its prompts.
+        n_new: tokens that were generated.
+        n_cached: tokens of its prompts that a cache had.
+    """
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_new,
         "total_tokens": n_prompt + n_new,
-        "prompt_tokens_details": {"cached_tokens": texts.n_cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": n_cached},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
@@ -173,6 +183,6 @@ def shown_token(spelled: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)
 
 
-def alternatives_of(token: TokenLogprob, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:
+def alternatives_of(token: PromptLogprob, tokenizer: Tokenizer) -> list[tuple[bytes, float]]:
     """The bytes and log-probabilities of the most likely tokens in its place."""
     return [(tokenizer.token_bytes(i), shown_logprob(p)) for i, p in token.alternatives]

@@ -21,15 +21,20 @@ DEFAULTS: Mapping[str, Any] = {"temperature": 1.0}
 
 
 def generation_options(
-    model: ServedModel, given: Mapping[str, Any], *, max_new_tokens: int | None = None
+    model: ServedModel,
+    given: Mapping[str, Any],
+    *,
+    max_new_tokens: int | None = None,
+    defaults: Mapping[str, Any] = DEFAULTS,
 ) -> GenerationOptions:
-    """Options of a request: its own, then what the model's makers recommend, then OpenAI's.
+    """Options of a request: its own, then what the model's makers recommend, then the protocol's.
 
     Args:
         model: whose makers may recommend something.
         given: options by name as the request has them; None is not given.
         max_new_tokens: where the request says nothing; None for as many as the context has room
             for.
+        defaults: of the protocol; OpenAI's.
 
     Raises:
         OptionError: one is wrong.
@@ -38,7 +43,7 @@ def generation_options(
     said.pop("max_new_tokens", None)
     own = {name: value for name, value in given.items() if value is not None}
     most = model.context_len if max_new_tokens is None else max_new_tokens
-    return GenerationOptions(**{"max_new_tokens": most, **DEFAULTS, **said, **own})
+    return GenerationOptions(**{"max_new_tokens": most, **defaults, **said, **own})
 
 
 async def encode(service: Service, model: ServedModel, text: str) -> list[int]:

@@ -2,23 +2,25 @@
 
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
-from minllama.engine.log_probs import LogProbsRequest, TokenLogProb
-from minllama.generation.sequence_text import TokenLogprob
+from minllama.engine.log_probs import LogProbsRequest
+from minllama.generation.sequence_text import PromptLogprob, TokenLogprob, prompt_logprobs
 from minllama.options import GenerationOptions
 from minllama.server.errors import RequestError
 from minllama.server.openai_fields import (
     SamplingFields,
     TokenId,
+    alternatives_of,
     check_ids,
     new_id,
     shown_logprob,
     shown_token,
+    usage_in_tokens,
     usage_of,
 )
 from minllama.server.registry import ServedModel
@@ -39,9 +41,8 @@ from minllama.tokenizer.tokenizer import Tokenizer
 
 router = make_router()
 
-COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-_Columns = dict[str, list[Any]]
 MAX_NEW_TOKENS = 16  # OpenAI's, where a request does not say
+DONE = b"data: [DONE]\n\n"
 
 
 class CompletionBody(SamplingFields):
@@ -65,11 +66,10 @@ async def completions(request: Request, body: CompletionBody) -> Response:
     n_texts = len(prompts) * options.n
     check_count("prompt", n_texts, service.options.max_inputs)
     log_texts(request, prompt=body.prompt)
-    shape = _Shape(model, body, options, prompts)
-    if body.echo and body.logprobs is not None:
-        await shape.score_prompts(request, model)
+    echoed = await _echoed(request, model, body, prompts) if body.echo else None
+    shape = _Shape(model, body, options, echoed)
     if body.max_tokens == 0:
-        return shape.prompts_alone()
+        return _only_echoed(shape, body, prompts, options.n)
     texts = await generate(service, model, prompts, options, salt=partition(request))
     if body.stream:
         return event_stream(_events(shape, texts, body), texts.job)
@@ -89,9 +89,8 @@ def _options(service: Service, model: ServedModel, body: CompletionBody) -> Gene
         raise RequestError("best_of must equal n: every text is returned", param="best_of")
     if body.suffix:
         raise RequestError("suffix is not possible: text is only continued", param="suffix")
-    if body.max_tokens == 0 and (not body.echo or body.stream):
-        message = "max_tokens must be 1 or more, or 0 with echo and without stream"
-        raise RequestError(message, param="max_tokens")
+    if body.max_tokens == 0 and not body.echo:
+        raise RequestError("max_tokens must be 1 or more, unless echo is true", param="max_tokens")
     given |= {"max_new_tokens": body.max_tokens or None, "logprobs": body.logprobs}
     return generation_options(model, given, max_new_tokens=MAX_NEW_TOKENS)
 
@@ -117,6 +116,63 @@ async def _prompts(service: Service, model: ServedModel, body: CompletionBody) -
     return found
 
 
+class _Echo(NamedTuple):
+    """A prompt that stands before its continuations.
+
+    Attributes:
+        text: of it.
+        logprobs: of its tokens, where they are requested.
+    """
+
+    text: str
+    logprobs: Sequence[PromptLogprob] = ()
+
+
+async def _echoed(
+    request: Request, model: ServedModel, body: CompletionBody, prompts: list[list[int]]
+) -> list[_Echo]:
+    """The prompts as they are echoed, and how likely their tokens were.
+
+    Raises:
+        MinllamaError: a token has no text; the queue is full, or the server is ending.
+    """
+    service, words = service_of(request), model.tokenizer
+    texts = [_text_of(ids, body.prompt, i, words) for i, ids in enumerate(prompts)]
+    if body.logprobs is None:
+        return [_Echo(text) for text in texts]
+    requests = [
+        LogProbsRequest(
+            ids=tuple(ids),
+            top=body.logprobs,
+            n_tokens=words.vocab_size,
+            salt=partition(request),
+            name="the prompt",
+        )
+        for ids in prompts
+    ]
+    job = service.submit(model, requests)
+    found = await answer(request, job, job.results())
+    return [
+        _Echo(text, prompt_logprobs(words, ids, some, skip_special=_is_text(body.prompt, i)))
+        for i, (text, ids, some) in enumerate(zip(texts, prompts, found, strict=True))
+    ]
+
+
+def _only_echoed(
+    shape: "_Shape", body: CompletionBody, prompts: list[list[int]], n: int
+) -> Response:
+    """The answer to a request for no new tokens."""
+    rows = range(len(prompts) * n)
+    choices = [shape.choice(row, "", "length", (), is_first=True) for row in rows]
+    n_tokens = sum(map(len, prompts))
+    content = {**shape.head(), "choices": choices, "usage": usage_in_tokens(n_tokens)}
+    if not body.stream:
+        return JSONResponse(content)
+    if not body.has_usage:
+        del content["usage"]
+    return Response(sse(content) + DONE, media_type="text/event-stream")
+
+
 class _Shape:
     """The parts of one request's answer."""
 
@@ -125,63 +181,12 @@ class _Shape:
         model: ServedModel,
         body: CompletionBody,
         options: GenerationOptions,
-        prompts: list[list[int]],
+        echoed: list[_Echo] | None,
     ) -> None:
         self._tokenizer, self._name = model.tokenizer, body.model or model.id
         self._id, self._created = new_id("cmpl"), int(time.time())
-        self._logprobs, self._n, self._prompts = options.logprobs, options.n, prompts
-        self._echoed, self._of_prompts = [""] * len(prompts), list[_Columns]()
-        self._are_texts = isinstance(body.prompt, str) or isinstance(body.prompt[0], str)
-        if body.echo:
-            texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-            self._echoed = [
-                str(texts[i])
-                if self._are_texts
-                else model.tokenizer.decode(ids, skip_special=False)
-                for i, ids in enumerate(prompts)
-            ]
-
-    async def score_prompts(self, request: Request, model: ServedModel) -> None:
-        """Ask how likely the tokens of the prompts are, for `choice` to tell."""
-        top, n_tokens = self._logprobs or 0, self._tokenizer.vocab_size
-        salt = partition(request)
-        requests = [
-            LogProbsRequest(ids=tuple(ids), top=top, n_tokens=n_tokens, salt=salt)
-            for ids in self._prompts
-        ]
-        job = service_of(request).submit(model, requests)
-        for ids, found in zip(
-            self._prompts, await answer(request, job, job.results()), strict=True
-        ):
-            self._of_prompts.append(self._columns(ids, found))
-
-    def _columns(self, ids: list[int], found: Sequence[TokenLogProb]) -> "_Columns":
-        """Log-probabilities of a prompt; nothing is said of its first token."""
-        decoder = self._tokenizer.stream_decoder(continuation=False, skip_special=self._are_texts)
-        columns: _Columns = {name: [] for name in COLUMNS}
-        offset = 0
-        for token_id, expected in zip(ids, (None, *found), strict=True):
-            token = shown_token(self._tokenizer.token_bytes(token_id))
-            columns["tokens"].append(token)
-            columns["text_offset"].append(offset)
-            offset += len(decoder.push(token_id))
-            if expected is None:
-                columns["token_logprobs"].append(None)
-                columns["top_logprobs"].append(None)
-                continue
-            columns["token_logprobs"].append(shown_logprob(expected.logprob))
-            top = likely_tokens(expected.alternatives, self._tokenizer)
-            top.setdefault(token, shown_logprob(expected.logprob))
-            columns["top_logprobs"].append(top)
-        return columns
-
-    def prompts_alone(self) -> JSONResponse:
-        """The answer where nothing is to be generated."""
-        rows = range(len(self._prompts) * self._n)
-        choices = [self.choice(row, "", "length", (), is_first=True) for row in rows]
-        n_tokens = sum(map(len, self._prompts))
-        usage = {"prompt_tokens": n_tokens, "completion_tokens": 0, "total_tokens": n_tokens}
-        return JSONResponse({**self.head(), "choices": choices, "usage": usage})
+        self._logprobs, self._n = options.logprobs, options.n
+        self._echoed = echoed
 
     def head(self) -> dict[str, Any]:
         return {
@@ -202,50 +207,59 @@ class _Shape:
         is_first: bool,
     ) -> dict[str, Any]:
         """A choice, whole or a part of it."""
-        prompt = row // self._n
-        before, shown = self._echoed[prompt], None
+        echo = _Echo("") if self._echoed is None else self._echoed[row // self._n]
+        shown = None
         if self._logprobs is not None and logprobs is not None:
-            shown = logprobs_of(logprobs, self._tokenizer, len(before))
-            if self._of_prompts and is_first:
-                of_prompt = self._of_prompts[prompt]
-                shown = {name: [*of_prompt[name], *shown[name]] for name in COLUMNS}
+            shown = logprobs_of(logprobs, self._tokenizer, len(echo.text))
+            if is_first and echo.logprobs:
+                of_prompt = logprobs_of(echo.logprobs, self._tokenizer)
+                shown = {name: [*of_prompt[name], *shown[name]] for name in shown}
         return {
             "index": row,
-            "text": before + text if is_first else text,
+            "text": echo.text + text if is_first else text,
             "logprobs": shown,
             "finish_reason": reason,
         }
 
 
-def logprobs_of(tokens: Sequence[TokenLogprob], tokenizer: Tokenizer, offset: int = 0) -> _Columns:
-    """Log-probabilities in the form of completions.
+def _is_text(prompt: Any, number: int) -> bool:
+    """Whether a prompt was given as text, not as token ids."""
+    return isinstance(prompt, str) or isinstance(prompt[number], str)
+
+
+def _text_of(ids: list[int], prompt: Any, number: int, tokenizer: Tokenizer) -> str:
+    """A prompt as it was given, or what its ids spell."""
+    if _is_text(prompt, number):
+        return prompt if isinstance(prompt, str) else str(prompt[number])
+    return tokenizer.decode(ids, skip_special=False)
+
+
+def logprobs_of(
+    tokens: Sequence[PromptLogprob], tokenizer: Tokenizer, offset: int = 0
+) -> dict[str, list[Any]]:
+    """Log-probabilities in the form of completions; null for a token that nothing foretells.
 
     Args:
         tokens: in order.
         tokenizer: of the model.
-        offset: of the generated text in the choice's text.
+        offset: of their text in the choice's text.
     """
-    top = []
+    top: list[dict[str, float] | None] = []
     for token in tokens:
-        likely = likely_tokens(token.alternatives, tokenizer)
+        if token.logprob is None:
+            top.append(None)
+            continue
+        likely = {shown_token(spelled): p for spelled, p in alternatives_of(token, tokenizer)}
         likely.setdefault(shown_token(token.bytes), shown_logprob(token.logprob))
         top.append(likely)
     return {
         "tokens": [shown_token(token.bytes) for token in tokens],
-        "token_logprobs": [shown_logprob(token.logprob) for token in tokens],
+        "token_logprobs": [
+            None if token.logprob is None else shown_logprob(token.logprob) for token in tokens
+        ],
         "top_logprobs": top,
         "text_offset": [offset + token.offset for token in tokens],
     }
-
-
-def likely_tokens(
-    alternatives: Sequence[tuple[int, float]], tokenizer: Tokenizer
-) -> dict[str, float]:
-    """Alternatives by their texts; of tokens that look alike the most likely one."""
-    found: dict[str, float] = {}
-    for token_id, logprob in alternatives:
-        found.setdefault(shown_token(tokenizer.token_bytes(token_id)), shown_logprob(logprob))
-    return found
 
 
 async def _events(shape: _Shape, texts: Texts, body: CompletionBody) -> AsyncIterator[bytes]:
@@ -263,4 +277,4 @@ async def _events(shape: _Shape, texts: Texts, body: CompletionBody) -> AsyncIte
             yield sse({**head, "choices": [choice]})
     if body.has_usage:
         yield sse({**head, "choices": [], "usage": usage_of(texts)})
-    yield b"data: [DONE]\n\n"
+    yield DONE
