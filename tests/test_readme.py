@@ -10,10 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.running import running
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^\$ (.+)$", README, flags=re.MULTILINE)
 PROGRAMS = re.findall(r"```python\n(.+?)```", README, flags=re.DOTALL)
+
+ADDRESS = "http://127.0.0.1:8000"  # of `minllama serve`
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +84,13 @@ def test_every_minllama_command_runs_and_prints_what_is_shown(default_model, tmp
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
 def test_every_program_runs(program, default_model, tmp_path):
+    if ADDRESS in program:
+        pytest.importorskip("openai")
+        with running({"default": None}) as server:
+            program = program.replace(ADDRESS, server.url)
+            done = call([sys.executable, "-c", program], tmp_path)
+        assert "Paris" in done.stdout, done.stderr
+        return
     done = call([sys.executable, "-W", "error", "-c", program], tmp_path)
     assert done.returncode == 0, done.stderr
 

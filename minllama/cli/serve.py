@@ -129,6 +129,6 @@ def _example(model: "ServedModel") -> tuple[str, dict[str, Any]]:
         return "/classify", {"model": model.id, "input": "I liked it."}
     if model.tokenizer.chat_template is not None:
         messages = [{"role": "user", "content": "What is the capital of France?"}]
-        body = {"model": model.id, "messages": messages, "max_tokens": 32}
+        body = {"model": model.id, "messages": messages, "max_tokens": 32, "temperature": 0}
         return "/v1/chat/completions", body
     return "/v1/completions", {"model": model.id, "prompt": "Once upon a time", "max_tokens": 32}
