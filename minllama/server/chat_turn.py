@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from minllama.errors import MinllamaError
+from minllama.errors import MinllamaError, OptionError
 from minllama.generation.sequence_text import Piece, TokenLogprob
 from minllama.generation.tool_calls import (
     ReplyReader,
@@ -199,12 +199,16 @@ async def begin_turn(
         options = replace(options, skip_special_tokens=False)  # calls are found by them
     if tools.forced:
         options = replace(options, json_schema=None, regex=None)
-        make = await service.in_thread(
-            *(call_constraint, model.tokenizer, tools.forced, call_form(model.template().source)),
-            model.llama.config.vocab_size,
-            parallel=tools.is_parallel,
-            timeout=service.options.schema_seconds,
-        )
+        form = call_form(model.template().source)
+        try:
+            make = await service.in_thread(
+                *(call_constraint, model.tokenizer, tools.forced, form),
+                model.llama.config.vocab_size,
+                parallel=tools.is_parallel,
+                timeout=service.options.schema_seconds,
+            )
+        except OptionError as error:
+            raise RequestError(f"tools: {error}", param="tools") from error
     texts = await generate(
         *(service, model, [prompt], options),
         salt=salt,

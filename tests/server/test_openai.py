@@ -393,6 +393,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("logit_bias", {"logit_bias": {"-1": 1}}),
     ("logit_bias", {"logit_bias": {"49152": 1}}),
     ("logit_bias", {"logit_bias": {"x": 1}}),
+    ("logit_bias", {"logit_bias": {str(number): 1 for number in range(1025)}}),
     ("logit_bias.1", {"logit_bias": {"1": 101}}),
     ("stream", {"stream": "yes"}),
     ("stream_options", {"stream_options": 1}),
@@ -453,8 +454,29 @@ WRONG_CHATS: list[tuple[str, dict[str, Any]]] = [
         "response_format",
         {"response_format": {"type": "json_schema", "schema": {"enum": ["x" * 70_000]}}},
     ),
+    (
+        "response_format",
+        {
+            "response_format": {
+                "type": "json_schema",
+                "schema": {
+                    "type": "object",
+                    "properties": {str(number): {"type": "string"} for number in range(2000)},
+                },
+            }
+        },
+    ),
     ("tools", {"tools": [{"type": "function"}]}),
     ("tools", {"tools": [TOOL] * 129}),
+    (
+        "tools",
+        {
+            "tools": [
+                {"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/x"}}}
+            ],
+            "tool_choice": "required",
+        },
+    ),
     ("tool_choice", {"tools": [TOOL], "tool_choice": "maybe"}),
     ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "function"}}),
     ("tool_choice", {"tool_choice": "required"}),
