@@ -199,12 +199,15 @@ async def begin_turn(
         options = replace(options, skip_special_tokens=False)  # calls are found by them
     if tools.forced:
         options = replace(options, json_schema=None, regex=None)
-        form = call_form(model.template().source)
+    form = call_form(model.template().source) if tools.tools else None
+    is_free = options.json_schema is None and options.regex is None
+    if form is not None and is_free and (tools.forced or form.begin):
         try:
             make = await service.in_thread(
-                *(call_constraint, model.tokenizer, tools.forced, form),
+                *(call_constraint, model.tokenizer, tools.forced or tools.tools, form),
                 model.llama.config.vocab_size,
                 parallel=tools.is_parallel,
+                required=bool(tools.forced),
                 timeout=service.options.schema_seconds,
             )
         except OptionError as error:
