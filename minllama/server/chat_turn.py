@@ -139,7 +139,7 @@ class Turn:
                 yield self._part(piece)
 
     async def whole(self) -> list[Part]:
-        """Each sample as one part, once all have ended; log-probabilities where asked for.
+        """Each sample as one part, once all have ended; log-probabilities where requested.
 
         Raises:
             MinllamaError: as `parts` does.
