@@ -70,7 +70,7 @@ def grammar_maker(
 
     def make() -> Constraint:
         # Faults belong in our errors: the library would print them.
-        return _GrammarConstraint(matcher(vocabulary, grammar, log_level=0), name)
+        return _GrammarConstraint(matcher(vocabulary, grammar, log_level=0), name, tokenizer)
 
     # A grammar that no text satisfies shows at its first step.
     make().forbid(torch.zeros(tokenizer.vocab_size))
@@ -90,10 +90,15 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Any:
 
 
 class _GrammarConstraint:
-    """One row's state in the grammar; `name` is that of the option, for errors."""
+    """One row's state in the grammar; `name` is that of the option, for errors.
 
-    def __init__(self, matcher: Any, name: str) -> None:
+    The library knows of one token that ends a text; where that may come, so may the others.
+    """
+
+    def __init__(self, matcher: Any, name: str, tokenizer: Tokenizer) -> None:
         self._matcher, self._name = matcher, name
+        self._eos_id = tokenizer.eos_id
+        self._other_ends = sorted(set(tokenizer.stop_ids) - {tokenizer.eos_id})
 
     def forbid(self, logits: Tensor) -> None:
         mask = self._matcher.compute_bitmask()
@@ -102,10 +107,12 @@ class _GrammarConstraint:
         packed = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
         bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)
         allowed = (bits & 1).flatten()[: len(logits)].bool()
+        if self._other_ends and allowed[self._eos_id]:
+            allowed[self._other_ends] = True
         logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
 
     def accept(self, token_id: int) -> None:
-        self._matcher.consume_token(token_id)
+        self._matcher.consume_token(self._eos_id if token_id in self._other_ends else token_id)
         self._check()
 
     def is_complete(self) -> bool:

@@ -244,15 +244,19 @@ def call_constraint(
     vocab_size: int,
     *,
     parallel: bool = False,
+    required: bool = True,
 ) -> Callable[[], Constraint]:
     """A maker of constraints to a call of one of these tools, with arguments by its schema.
 
     Args:
         tokenizer: of the model.
-        tools: one that is forced, or all where any is required.
+        tools: one that is forced, or all where any may be called.
         form: as the model writes calls.
         vocab_size: of the model.
         parallel: several calls may follow one another, where the form has that.
+        required: the reply is a call and nothing else. Otherwise it is free until it begins a call,
+            which the form must have a word for; keywords of a schema that cannot be followed are
+            then left out.
 
     Raises:
         MinllamaError: llguidance is not installed.
@@ -262,17 +266,20 @@ def call_constraint(
 
     if not tools:
         raise OptionError("a tool is required, and there is none; give tools")
-    several = parallel and form.between is not None
-    more = f" ({_literal(form.between or '', tokenizer)} call)*" if several else ""
-    rules = [
-        f"start: call{more}",
-        "call: " + " | ".join(f"call_{place}" for place in range(len(tools))),
-    ]
+    opener, guidance = "", COMPACT
+    if required:
+        several = parallel and form.between is not None
+        more = f" ({_literal(form.between or '', tokenizer)} call)*" if several else ""
+        rules = [f"start: call{more}"]
+    else:
+        opener, guidance = form.begin.strip(), {**COMPACT, "lenient": True}
+        rules = _free_rules(opener, tokenizer, several=form.between is not None)
+    rules.append("call: " + " | ".join(f"call_{place}" for place in range(len(tools))))
     for place, tool in enumerate(tools):
-        begin, end = form.written(tool.name, "\0").split("\0")
+        begin, end = form.written(tool.name, "\0").removeprefix(opener).split("\0")
         parts = (_literal(begin, tokenizer), f"args_{place}", _literal(end, tokenizer))
         rules.append(f"call_{place}: {' '.join(parts)}")
-        schema = {"type": "object", **tool.parameters, "x-guidance": COMPACT}
+        schema = {"type": "object", **tool.parameters, "x-guidance": guidance}
         try:
             rules.append(f"args_{place}: %json {json.dumps(schema, allow_nan=False)}")
         except (TypeError, ValueError, RecursionError) as error:
@@ -282,8 +289,25 @@ def call_constraint(
         return grammar_maker(tokenizer, "\n".join(rules) + "\n", vocab_size, name)
     except OptionError:
         for tool in tools if len(tools) > 1 else ():  # the error of the one at fault
-            call_constraint(tokenizer, [tool], form, vocab_size)
+            call_constraint(tokenizer, [tool], form, vocab_size, required=required)
         raise
+
+
+def _free_rules(opener: str, tokenizer: Tokenizer, *, several: bool) -> list[str]:
+    """Rules of a text in which a call follows each opener; `call` is left to be defined.
+
+    Raises:
+        OptionError: the form has no opener.
+    """
+    if not opener:
+        raise OptionError("calls of this form cannot be told from text; require one")
+    special = tokenizer.special_tokens.get(opener)
+    if special is not None:
+        opened = f"opened: TEXT <[{special}]>"
+    else:
+        opened = f"opened[lazy]: TEXT {json.dumps(opener)}"
+    repeated = "(opened call)*" if several else "(opened call)?"
+    return [f"start: {repeated} rest", "rest: TEXT", "TEXT: /(.|\\n)*/", opened]
 
 
 def _literal(text: str, tokenizer: Tokenizer) -> str:

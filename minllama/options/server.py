@@ -105,6 +105,9 @@ class ServerOptions(CheckedOptions):
         20, "alternatives beside each token", within=Range(0, 100), group="Limits"
     )
     max_stop: int = option(16, "stop strings of a request", within=COUNT, group="Limits")
+    max_logit_bias: int = option(
+        1024, "tokens of a request's logit_bias", within=COUNT, group="Limits"
+    )
     max_tools: int = option(128, "tools of a request", within=COUNT, group="Limits")
     max_schema_bytes: int = option(
         2**16, "bytes of a JSON schema or a regular expression", within=SIZE, group="Limits"

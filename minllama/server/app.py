@@ -42,8 +42,8 @@ def create_app(service: Service, keys: Keys | None = None) -> FastAPI:
     """An application that answers for a service.
 
     Args:
-        service: with its options; whoever runs the application calls its `start`, once its models
-            are loaded.
+        service: with its options; the caller who runs the application calls its `start`, once the
+            models are loaded.
         keys: of which requests must have one; None for everybody.
     """
     app = FastAPI(

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from minllama.errors import MinllamaError
+from minllama.errors import MinllamaError, OptionError
 from minllama.generation.sequence_text import Piece, TokenLogprob
 from minllama.generation.tool_calls import (
     ReplyReader,
@@ -139,7 +139,7 @@ class Turn:
                 yield self._part(piece)
 
     async def whole(self) -> list[Part]:
-        """Each sample as one part, once all have ended; log-probabilities where asked for.
+        """Each sample as one part, once all have ended; log-probabilities where requested.
 
         Raises:
             MinllamaError: as `parts` does.
@@ -199,12 +199,19 @@ async def begin_turn(
         options = replace(options, skip_special_tokens=False)  # calls are found by them
     if tools.forced:
         options = replace(options, json_schema=None, regex=None)
-        make = await service.in_thread(
-            *(call_constraint, model.tokenizer, tools.forced, call_form(model.template().source)),
-            model.llama.config.vocab_size,
-            parallel=tools.is_parallel,
-            timeout=service.options.schema_seconds,
-        )
+    form = call_form(model.template().source) if tools.tools else None
+    is_free = options.json_schema is None and options.regex is None
+    if form is not None and is_free and (tools.forced or form.begin):
+        try:
+            make = await service.in_thread(
+                *(call_constraint, model.tokenizer, tools.forced or tools.tools, form),
+                model.llama.config.vocab_size,
+                parallel=tools.is_parallel,
+                required=bool(tools.forced),
+                timeout=service.options.schema_seconds,
+            )
+        except OptionError as error:
+            raise RequestError(f"tools: {error}", param="tools") from error
     texts = await generate(
         *(service, model, [prompt], options),
         salt=salt,

@@ -1,7 +1,7 @@
 """Errors of requests, and the form that each protocol gives them.
 
-Routes raise `RequestError`; whoever answers, a route or what stands before the routes, puts it into
-the form that belongs to the request's path.
+Routes, and the middleware before them, raise `RequestError`; its answer has the form that belongs
+to the request's path.
 """
 
 from collections.abc import Callable, Mapping

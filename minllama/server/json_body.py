@@ -64,7 +64,7 @@ def check_depth(body: bytes, max_depth: int) -> None:
 
 
 def _no_constant(name: str) -> float:
-    raise RequestError(f"the body holds {name}, which is no number in JSON")
+    raise RequestError(f"the body holds {name}, which JSON does not have")
 
 
 def _finite(digits: str) -> float:

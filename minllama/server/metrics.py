@@ -7,7 +7,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The numbers of one server; safe to use from several threads.
+    """Counts and times of one server; safe to use from several threads.
 
     Attributes:
         registry: of this server alone.

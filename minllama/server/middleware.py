@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minllama.options.server import is_loopback
@@ -67,6 +68,8 @@ class AccessMiddleware:
             service.metrics.in_flight.inc()
         try:
             await self._app(scope, receive, counted)
+        except ClientDisconnect:
+            pass  # before its body was there
         except Exception:
             logger.exception("a request failed")
             if not status:
@@ -188,10 +191,12 @@ async def _read(scope: Scope, receive: Receive, most: int) -> Receive:
     """The body, counted while it arrives; a `receive` that gives it at once.
 
     Raises:
-        RequestError: it is larger than may be, or says so.
+        RequestError: it is larger than may be, or says so, or is compressed.
     """
     error = RequestError(f"the body has more than {most} bytes", status=413)
     for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() != b"identity":
+            raise RequestError("the body must not be compressed", status=415)
         if name == b"content-length" and (not value.isdigit() or int(value[:20]) > most):
             raise error
     parts: list[bytes] = []

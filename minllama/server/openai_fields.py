@@ -70,7 +70,7 @@ class SamplingFields(Body):
             "repetition_penalty": self.repetition_penalty,
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
-            "logit_bias": logit_bias(self.logit_bias, model.tokenizer),
+            "logit_bias": logit_bias(self.logit_bias, model.tokenizer, limits.max_logit_bias),
             "seed": None if self.seed is None else self.seed % 2**64,
             "n": self.n,
             "stop": stop_strings(self.stop, limits.max_stop),
@@ -80,15 +80,18 @@ class SamplingFields(Body):
 
 
 def logit_bias(
-    given: Mapping[str, float] | None, tokenizer: Tokenizer
+    given: Mapping[str, float] | None, tokenizer: Tokenizer, most: int
 ) -> tuple[tuple[int | str, float], ...] | None:
     """Biases by token id, which JSON spells as text.
 
     Raises:
-        RequestError: a key is no id of this vocabulary.
+        RequestError: a key is no id of this vocabulary, or there are too many.
     """
     if given is None:
         return None
+    if len(given) > most:
+        message = f"logit_bias: at most {most} tokens, not {len(given)}"
+        raise RequestError(message, param="logit_bias")
     biases = []
     for token, bias in given.items():
         is_id = token.isascii() and token.isdecimal() and len(token) < 10

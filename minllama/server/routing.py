@@ -98,7 +98,7 @@ def service_of(request: Request) -> Service:
 
 
 def partition(request: Request) -> str:
-    """The name of who asks, by the key: the salt of what may share a prefix cache."""
+    """A name for the owner of the key: the salt of requests that may share cached prefixes."""
     owner: str = request.scope.get("state", {}).get("owner", "")
     return owner
 
@@ -181,7 +181,7 @@ class Stream(Response):
                 return  # the client has gone
             except Exception as error:
                 if as_request_error(error).status == 500:
-                    logger.exception("an answer was cut by an error")
+                    logger.exception("an answer was interrupted by an error")
                 content = error_content(scope["path"], as_request_error(error))
                 event = self._format_error(content)
                 await send({"type": "http.response.body", "body": event, "more_body": True})

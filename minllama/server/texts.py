@@ -112,8 +112,11 @@ class Texts:
         n_new_tokens: of the texts so far, those that ended them included.
     """
 
-    def __init__(self, job: Job, prompts: list[list[int]], texts: list[SequenceText]) -> None:
+    def __init__(
+        self, job: Job, prompts: list[list[int]], texts: list[SequenceText], schema_name: str
+    ) -> None:
         self.job, self.prompts, self._texts = job, prompts, texts
+        self._schema_name = schema_name
         self.results = [text.result for text in texts]
         self.n_new_tokens = 0
 
@@ -130,7 +133,7 @@ class Texts:
                 if text.has_ended:
                     continue
                 if token.finish_reason == "error":
-                    raise as_request_error(self.job.error_of(token.row))
+                    raise _schema_error(self.job.error_of(token.row), self._schema_name)
                 self.n_new_tokens += token.id is not None
                 piece = text.feed(token)
                 if (first := pieces.get(token.row)) is not None:
@@ -202,15 +205,14 @@ async def generate(
             for number, ids in enumerate(listed)
         ]
 
+    schema_name = schema_name if options.regex is None else "guided_regex"
     if options.json_schema is None and options.regex is None:
         requests = prepare()
     else:
-        name = schema_name if options.regex is None else "guided_regex"
         try:
             requests = await service.in_thread(prepare, timeout=service.options.schema_seconds)
         except OptionError as error:
-            message = name + str(error).removeprefix("json_schema").removeprefix("regex")
-            raise RequestError(message, param=name) from error
+            raise _schema_error(error, schema_name) from error
     job = service.submit(model, requests)
     stop_ids = requests[0].stop_ids
     texts = [
@@ -218,4 +220,15 @@ async def generate(
         for ids in listed
         for _ in range(options.n)
     ]
-    return Texts(job, listed, texts)
+    return Texts(job, listed, texts, schema_name)
+
+
+def _schema_error(error: BaseException, name: str) -> RequestError:
+    """An error of a constraint by the name of the field that it comes from."""
+    if not isinstance(error, OptionError):
+        return as_request_error(error)
+    words = str(error)
+    for own in ("json_schema", "regex"):
+        if words.startswith(own):
+            return RequestError(name + words.removeprefix(own), param=name)
+    return as_request_error(error)

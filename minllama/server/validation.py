@@ -16,7 +16,7 @@ _KINDS = frozenset({"str", "int", "float", "bool", "none", "dict[any,any]"})
 def validation_error(errors: Sequence[Any], body: type[BaseModel] | None = None) -> RequestError:
     """The error of a body that pydantic has refused.
 
-    Of values that may be of several kinds, what is said of the kind that came closest: the one
+    Where a value may be of several kinds, the message is about the kind that came closest: the one
     whose fault lies deepest.
 
     Args:

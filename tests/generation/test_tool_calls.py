@@ -423,3 +423,78 @@ def test_vocabularies_of_constraints_are_kept(model, tokenizer):  # noqa: F811
     assert _vocabulary(tokenizer, 258) is not _vocabulary(tokenizer, 300)
     [result] = generate(model, tokenizer, "a", regex="b{3}", max_new_tokens=9)
     assert result.text == "bbb"
+
+
+PICK = Tool(
+    "pick",
+    "",
+    {
+        "type": "object",
+        "properties": {"side": {"enum": ["left", "right"]}},
+        "required": ["side"],
+        "additionalProperties": False,
+        "not": {"required": ["x"]},
+    },
+)
+
+
+def followed(words, make, text: str) -> str:
+    """How far a constraint lets a text come, and whether it may end there."""
+    import torch
+
+    constraint = make()
+    logits = torch.zeros(words.vocab_size)
+    for token_id in words.encode(text, bos=False):
+        logits = torch.zeros(words.vocab_size)
+        constraint.forbid(logits)
+        if logits[token_id] == -torch.inf:
+            return "refused"
+        constraint.accept(token_id)
+    logits = torch.zeros(words.vocab_size)
+    constraint.forbid(logits)
+    return "may end" if logits[words.eos_id] == 0 else "goes on"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "may end"),
+        ('Just {"a": 1} and a < b', "may end"),
+        ("<tool", "may end"),
+        ('Well.\n<tool_call>\n{"name": "pick", "arguments": {"side": "left"}}', "goes on"),
+        (HERMES.written("pick", '{"side": "left"}'), "may end"),
+        (HERMES.written("pick", '{"side": "left"}') * 2 + " done", "may end"),
+        (HERMES.written("pick", '{"side": "up"}'), "refused"),
+        (HERMES.written("other", "{}"), "refused"),
+        ("<tool_call> is a word", "refused"),
+    ],
+)
+def test_a_free_reply_is_held_from_a_calls_beginning_on(text, expected, tokenizer):  # noqa: F811
+    pytest.importorskip("llguidance")
+    make = call_constraint(tokenizer, [PICK], HERMES, 258, required=False)
+    assert followed(tokenizer, make, text) == expected
+
+
+def test_a_free_reply_needs_a_form_with_a_beginning(tokenizer):  # noqa: F811
+    pytest.importorskip("llguidance")
+    with pytest.raises(OptionError, match="cannot be told from text"):
+        call_constraint(tokenizer, [PICK], LLAMA_3, 258, required=False)
+
+
+def test_any_token_that_ends_a_text_may_end_a_constrained_one(tokenizer):  # noqa: F811
+    pytest.importorskip("llguidance")
+    import torch
+
+    make = call_constraint(tokenizer, [PICK], HERMES, 258, required=False)
+    other = next(i for i in tokenizer.special_tokens.values() if i != tokenizer.eos_id)
+    stop_ids = tokenizer.stop_ids
+    try:
+        tokenizer.stop_ids = (*stop_ids, other)
+        constraint = make()
+        logits = torch.zeros(tokenizer.vocab_size)
+        constraint.forbid(logits)
+        assert logits[other] == 0
+        constraint.accept(other)
+        assert constraint.is_complete()
+    finally:
+        tokenizer.stop_ids = stop_ids

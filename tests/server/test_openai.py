@@ -371,6 +371,17 @@ def test_arguments_of_a_tool_are_held_to_its_schema(client: openai.OpenAI, choic
     assert deltas[-1].finish_reason == "tool_calls"
 
 
+def test_a_tool_may_be_called_or_not(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "tiny", "messages": TALK, "tools": [TOOL], "seed": 1}
+    free = client.chat.completions.create(**options, max_tokens=5).choices[0]
+    assert free.message.content
+    assert free.message.tool_calls is None
+    without = client.chat.completions.create(**options, max_tokens=5, tool_choice="none")
+    assert without.usage is not None
+    plain = client.chat.completions.create(model="tiny", messages=TALK, max_tokens=5, seed=1)
+    assert without.choices[0].message.content == plain.choices[0].message.content
+
+
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("temperature", {"temperature": -0.1}),
     ("temperature", {"temperature": 2.1}),
@@ -393,6 +404,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     ("logit_bias", {"logit_bias": {"-1": 1}}),
     ("logit_bias", {"logit_bias": {"49152": 1}}),
     ("logit_bias", {"logit_bias": {"x": 1}}),
+    ("logit_bias", {"logit_bias": {str(number): 1 for number in range(1025)}}),
     ("logit_bias.1", {"logit_bias": {"1": 101}}),
     ("stream", {"stream": "yes"}),
     ("stream_options", {"stream_options": 1}),
@@ -455,6 +467,15 @@ WRONG_CHATS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("tools", {"tools": [{"type": "function"}]}),
     ("tools", {"tools": [TOOL] * 129}),
+    (
+        "tools",
+        {
+            "tools": [
+                {"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/x"}}}
+            ],
+            "tool_choice": "required",
+        },
+    ),
     ("tool_choice", {"tools": [TOOL], "tool_choice": "maybe"}),
     ("tool_choice", {"tools": [TOOL], "tool_choice": {"type": "function"}}),
     ("tool_choice", {"tool_choice": "required"}),
@@ -577,6 +598,15 @@ def test_several_clients_at_a_time_get_what_each_gets_alone(server: HttpServer) 
 
 
 EXPONENTIAL = [
+    {
+        "response_format": {
+            "type": "json_schema",
+            "schema": {
+                "type": "object",
+                "properties": {str(number): {"type": "string"} for number in range(2000)},
+            },
+        }
+    },
     {"guided_regex": "(((a{1,999}){1,999}){1,999}){1,999}"},
     {"guided_regex": "(a+)+b"},
     {"guided_regex": "(a|a)*" * 50 + "c"},
