@@ -12,14 +12,22 @@ from minllama.errors import MinllamaError
 from minllama.server.auth import Keys
 from minllama.server.errors import RequestError, as_request_error
 from minllama.server.middleware import AccessMiddleware, GuardMiddleware, logger
-from minllama.server.routes import chat, completions, health, models
+from minllama.server.routes import chat, classify, completions, embeddings, health, models, predict
 from minllama.server.routing import error_response
 from minllama.server.service import Service
 from minllama.server.validation import validation_error
 from minllama.text import VERSION
 
 # A protocol is a module with a `router`; its errors' form is in `errors.SHAPES`.
-ROUTERS = (health.router, models.router, completions.router, chat.router)
+ROUTERS = (
+    health.router,
+    models.router,
+    completions.router,
+    chat.router,
+    classify.router,
+    predict.router,
+    embeddings.router,
+)
 
 
 def create_app(service: Service, keys: Keys | None = None) -> FastAPI:
