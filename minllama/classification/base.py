@@ -121,6 +121,10 @@ class Classifier(nn.Module, ABC):
     def logits_of(self, prompts: Sequence[EncodedPrompt], results: Sequence[Any]) -> Tensor:
         """`compute_logits` of B encoded texts by the results of their requests: (B, C), float32."""
 
+    def shared_ids(self, n_texts: int) -> tuple[int, ...]:
+        """What the prompts of so many texts begin with, where it is worth reading once."""
+        return ()
+
     def encode(self, text: str) -> EncodedPrompt:
         """A text in its prompt, as token ids.
 

@@ -158,25 +158,39 @@ class LlamaZeroShotClassifier(Classifier):
             MinllamaError: there are none, or one is no string.
         """
         texts = checked_texts(texts)
-        if self.score == "batch" and not texts:
-            raise MinllamaError(
-                "the score 'batch' needs texts of the task to estimate the label prior; call "
-                "fit_prior(texts), or choose another score"
-            )
         if self.score not in CORRECTED:
             return
-        if self.score in ("pmi", "contextual") and not self.template.encode("").ids:
-            raise MinllamaError(
-                f"the score {self.score!r} needs a prompt with words around the text, not "
-                f"{self.prompt.prompt!r}; add some, or choose another score"
-            )
-        standing = {"pmi": ("",), "contextual": CONTENT_FREE, "batch": tuple(texts)}[self.score]
+        standing = self.prior_texts(texts)
         prior, self.prior = self.prior, torch.zeros(len(self.labels))
         try:
             scores = torch.from_numpy(self.predict_logits(standing))  # (texts, C), not corrected
         except BaseException:
             self.prior = prior
             raise
+        self.set_prior(scores)
+
+    def prior_texts(self, texts: Sequence[str] = ()) -> tuple[str, ...]:
+        """The texts whose scores tell what the score takes off; none where it takes off nothing.
+
+        Raises:
+            MinllamaError: as `fit_prior`.
+        """
+        texts = checked_texts(texts)
+        if self.score == "batch" and not texts:
+            raise MinllamaError(
+                "the score 'batch' needs texts of the task to estimate the label prior; call "
+                "fit_prior(texts), or choose another score"
+            )
+        if self.score in ("pmi", "contextual") and not self.template.encode("").ids:
+            raise MinllamaError(
+                f"the score {self.score!r} needs a prompt with words around the text, not "
+                f"{self.prompt.prompt!r}; add some, or choose another score"
+            )
+        of_score = {"pmi": ("",), "contextual": CONTENT_FREE, "batch": tuple(texts)}
+        return of_score.get(self.score, ())
+
+    def set_prior(self, scores: Tensor) -> None:
+        """Take off what the label scores of the `prior_texts` say, (texts, C)."""
         if self.score == "pmi":
             self.prior = scores[0]
         else:
@@ -184,8 +198,12 @@ class LlamaZeroShotClassifier(Classifier):
             log_probabilities = scores.log_softmax(-1)
             self.prior = log_probabilities.logsumexp(0) - math.log(len(log_probabilities))
 
+    def shared_ids(self, n_texts: int) -> tuple[int, ...]:
+        """See `Classifier.shared_ids`."""
+        # The last id may depend on how the text begins.
+        return self.template.encode_constant()[:-1] if n_texts > 1 else ()
+
     def _prepare(self, n_texts: int) -> tuple[int, ...]:
         if self.score in CORRECTED and self.prior is None:
             self.fit_prior()
-        # The last id may depend on how the text begins.
-        return self.template.encode_constant()[:-1] if n_texts > 1 else ()
+        return self.shared_ids(n_texts)

@@ -10,15 +10,19 @@ from starlette.middleware.cors import CORSMiddleware
 
 from minllama.errors import MinllamaError
 from minllama.server.auth import Keys
+from minllama.server.description import describe_keys
 from minllama.server.errors import RequestError, as_request_error
 from minllama.server.middleware import AccessMiddleware, GuardMiddleware, logger
 from minllama.server.routes import (
     chat,
+    classify,
     completions,
+    embeddings,
     health,
     models,
     ollama,
     ollama_models,
+    predict,
     tokenize,
 )
 from minllama.server.routing import error_response
@@ -35,6 +39,9 @@ ROUTERS = (
     tokenize.router,
     ollama.router,
     ollama_models.router,
+    classify.router,
+    predict.router,
+    embeddings.router,
 )
 
 
@@ -58,6 +65,8 @@ def create_app(service: Service, keys: Keys | None = None) -> FastAPI:
     for router in ROUTERS:
         app.router.routes.extend(router.routes)  # one flat list, which can be looked through
     _answer_errors(app)
+    if keys:
+        describe_keys(app)
     # The last one added is the first to see a request.
     app.add_middleware(GuardMiddleware, service=service, keys=keys or Keys())
     if service.options.cors_origin:

@@ -4,13 +4,14 @@ Routes, and the middleware before them, raise `RequestError`; its answer has the
 to the request's path.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from minllama.errors import CheckpointError, MinllamaError, OptionError
 from minllama.text import one_line
 
 MAX_CHARS = 500  # of a message
+EMPTY, TOO_LONG = "empty", "context_length_exceeded"  # codes that protocols have words for
 INTERNAL = "internal error; the server's log says more"
 
 # The words of OpenAI's API for a status, unless an error has its own.
@@ -37,6 +38,8 @@ class RequestError(MinllamaError):
         kind: the error's type in OpenAI's words; None for the status' own.
         retry_after: seconds after which to try again.
         headers: of the response.
+        place: the field's place in the body, part by part, where `param` does not tell: a name may
+            have dots.
     """
 
     def __init__(
@@ -49,10 +52,11 @@ class RequestError(MinllamaError):
         kind: str | None = None,
         retry_after: float | None = None,
         headers: Mapping[str, str] | None = None,
+        place: Sequence[str | int] | None = None,
     ) -> None:
         self.message = one_line(message, MAX_CHARS)
         super().__init__(self.message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.param, self.code, self.place = status, param, code, place
         self.kind = kind or TYPES.get(status, "invalid_request_error")
         self.headers = dict(headers or {})
         if retry_after is not None:
@@ -106,8 +110,54 @@ def ollama_shape(error: RequestError) -> dict[str, Any]:
     return {"error": error.message}
 
 
+def tei_shape(error: RequestError) -> dict[str, Any]:
+    """text-embeddings-inference's; it has no other kinds of errors than these."""
+    kinds = {424: "backend", 429: "overloaded", 500: "backend", 503: "unhealthy", 504: "backend"}
+    kind = "empty" if error.code == EMPTY else kinds.get(error.status, "validation")
+    return {"error": error.message, "error_type": kind}
+
+
+def tei_status(error: RequestError) -> int:
+    if error.status != 400 or error.code == EMPTY:
+        return error.status
+    return 413 if error.code == TOO_LONG else 422
+
+
+def systemone_shape(error: RequestError) -> dict[str, Any]:
+    """System One's: a list of what is wrong with a request's fields, or a kind of error."""
+    if systemone_status(error) == 422:
+        place = error.place
+        if place is None:
+            parts = (error.param or "").split(".")
+            place = [int(part) if part.isdecimal() else part for part in parts if part]
+        kind = error.code or "value_error"
+        return {"detail": [{"loc": ["body", *place], "msg": error.message, "type": kind}]}
+    kinds = {401: "authentication_error", 404: "not_found", 429: "rate_limit_error"}
+    kind = kinds.get(error.status, error.kind)
+    return {"detail": {"error_type": kind, "message": error.message}}
+
+
+def systemone_status(error: RequestError) -> int:
+    return 422 if error.status == 400 else error.status
+
+
 # The beginnings of paths whose errors have another form than OpenAI's; the longest one counts.
-SHAPES: dict[str, Shape] = {"/api/": ollama_shape}
+SHAPES: dict[str, Shape] = {
+    "/api/": ollama_shape,
+    "/predict": tei_shape,
+    "/v1/systemone": systemone_shape,
+}
+# And those where an error has another status.
+STATUSES: dict[str, Callable[[RequestError], int]] = {
+    "/predict": tei_status,
+    "/v1/systemone": systemone_status,
+}
+
+
+def error_status(path: str, error: RequestError) -> int:
+    """The status of an error's response, as the protocol of a path has it."""
+    found = max((start for start in STATUSES if path.startswith(start)), key=len, default=None)
+    return error.status if found is None else STATUSES[found](error)
 
 
 def error_content(path: str, error: RequestError) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minllama.options.server import is_loopback
 from minllama.server.auth import OPEN_PATHS, Keys, key_in
-from minllama.server.errors import INTERNAL, RequestError, error_content
+from minllama.server.errors import INTERNAL, RequestError, error_content, error_status
 from minllama.server.service import Service
 from minllama.text import one_line
 
@@ -36,7 +36,8 @@ async def send_error(scope: Scope, send: Send, error: RequestError) -> None:
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     headers |= {name.lower(): value for name, value in error.headers.items()}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    status = error_status(scope["path"], error)
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
 
 

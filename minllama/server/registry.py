@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minllama.checkpoints.load import load_with
 from minllama.checkpoints.open import CLASSIFIER_FILE, open_base, open_checkpoint
@@ -27,6 +27,7 @@ from minllama.generation.conversation import chat_template
 from minllama.lora.peft_files import load_adapter
 from minllama.model.llama import Llama
 from minllama.options.loading import LoadOptions
+from minllama.server.calibration import calibration_of
 from minllama.server.errors import RequestError, not_found
 from minllama.text import shown
 from minllama.tokenizer.chat_template import ChatTemplate
@@ -55,6 +56,7 @@ class ServedModel:
         defaults: how the model's makers sample from it; None where they do not say.
         released: the day of its files.
         created: when it was loaded, seconds since 1970.
+        calibration: of a classifier; see `minllama.server.calibration`.
     """
 
     id: str
@@ -66,6 +68,7 @@ class ServedModel:
     defaults: SamplingDefaults | None = field(default=None, repr=False)
     released: str = ""
     created: int = 0
+    calibration: Mapping[str, Any] | None = field(default=None, repr=False)
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -196,6 +199,7 @@ class Registry:
                 *(name, kind, llama, words, engine, classifier),
                 released=released,
                 created=created,
+                calibration=calibration_of(classifier, resolve_source(source)),
             )
         checkpoint = open_checkpoint(
             source, tokenizer=self._loading.tokenizer, base=self._base_for(kind)

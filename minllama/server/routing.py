@@ -17,7 +17,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
 from starlette.types import Receive, Scope, Send
 
-from minllama.server.errors import RequestError, as_request_error, error_content
+from minllama.server.errors import RequestError, as_request_error, error_content, error_status
 from minllama.server.jobs import Job
 from minllama.server.json_body import SHORT_BYTES, parse_body
 from minllama.server.service import Service
@@ -227,4 +227,4 @@ def line_stream(events: AsyncIterator[bytes], job: Job) -> Stream:
 
 def error_response(path: str, error: RequestError) -> JSONResponse:
     """An error's response, in the form of the path's protocol."""
-    return JSONResponse(error_content(path, error), error.status, error.headers)
+    return JSONResponse(error_content(path, error), error_status(path, error), error.headers)
