@@ -23,6 +23,7 @@ from minllama.server.routes import (
     ollama,
     ollama_models,
     predict,
+    responses,
     tokenize,
 )
 from minllama.server.routing import error_response
@@ -42,6 +43,7 @@ ROUTERS = (
     classify.router,
     predict.router,
     embeddings.router,
+    responses.router,
 )
 
 
