@@ -39,6 +39,16 @@ ERROR_STATUSES = {
 }
 
 
+def answered_as(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    """The declaration of a route that answers otherwise than by JSON alone: its `responses`."""
+    content: dict[str, Any] = {media_type: {} for media_type in media_types}
+    return {200: {"description": "The answer, whole or as a stream.", "content": content}}
+
+
+JSON_OR_EVENTS = answered_as("application/json", "text/event-stream")
+JSON_OR_LINES = answered_as("application/json", "application/x-ndjson")
+
+
 class Body(BaseModel):
     """A part of a request: values have their exact types; what is unknown is not looked at."""
 

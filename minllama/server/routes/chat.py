@@ -24,6 +24,7 @@ from minllama.server.openai_fields import (
 )
 from minllama.server.registry import ServedModel
 from minllama.server.routing import (
+    JSON_OR_EVENTS,
     Body,
     answer,
     check_range,
@@ -122,7 +123,7 @@ class ChatBody(SamplingFields):
             raise RequestError("modalities: replies are texts", param="modalities")
 
 
-@router.post("/v1/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=JSON_OR_EVENTS)
 async def chat(request: Request, body: ChatBody) -> Response:
     """Reply to messages."""
     service = service_of(request)

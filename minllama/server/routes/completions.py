@@ -25,6 +25,7 @@ from minllama.server.openai_fields import (
 )
 from minllama.server.registry import ServedModel
 from minllama.server.routing import (
+    JSON_OR_EVENTS,
     answer,
     check_count,
     check_range,
@@ -55,7 +56,7 @@ class CompletionBody(SamplingFields):
     suffix: str | None = None
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=JSON_OR_EVENTS)
 async def completions(request: Request, body: CompletionBody) -> Response:
     """Continue one prompt, or several."""
     service = service_of(request)

@@ -19,6 +19,7 @@ from minllama.server.openai_fields import TokenId, check_ids
 from minllama.server.registry import ServedModel
 from minllama.server.routes.chat import logprobs_of
 from minllama.server.routing import (
+    JSON_OR_LINES,
     Body,
     answer,
     line_stream,
@@ -116,7 +117,7 @@ class ChatBody(OllamaBody):
     tools: list[dict[str, Any]] | None = None
 
 
-@router.post("/api/generate", response_model=None)
+@router.post("/api/generate", response_model=None, responses=JSON_OR_LINES)
 async def generate_text(request: Request, body: GenerateBody) -> Response:
     """Reply to a prompt, or continue it."""
     began, service = time.perf_counter(), service_of(request)
@@ -135,7 +136,7 @@ async def generate_text(request: Request, body: GenerateBody) -> Response:
     return await _answer(request, shape, Turn(texts, Tools()), body)
 
 
-@router.post("/api/chat", response_model=None)
+@router.post("/api/chat", response_model=None, responses=JSON_OR_LINES)
 async def chat(request: Request, body: ChatBody) -> Response:
     """Reply to messages."""
     began, service = time.perf_counter(), service_of(request)

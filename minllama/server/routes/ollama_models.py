@@ -5,13 +5,14 @@ import json
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
 from minllama.quantization.modules import QuantizedWeight
 from minllama.server.errors import RequestError
 from minllama.server.ollama_fields import named_model, timestamp
 from minllama.server.registry import ServedModel
-from minllama.server.routing import Body, service_of
+from minllama.server.routing import Body, answered_as, service_of
 from minllama.server.routing import router as make_router
 from minllama.text import VERSION
 
@@ -29,10 +30,10 @@ class ShowBody(Body):
     verbose: bool | None = None
 
 
-@router.head("/")
+@router.head("/", responses=answered_as("text/plain"))
 async def alive() -> Response:
     """Clients ask so whether a server is there."""
-    return Response()
+    return PlainTextResponse("minllama is running")
 
 
 @router.get("/api/version")

@@ -22,6 +22,7 @@ from minllama.server.response_items import (
 )
 from minllama.server.routes.chat import logprobs_of
 from minllama.server.routing import (
+    JSON_OR_EVENTS,
     Stream,
     answer,
     check_range,
@@ -93,7 +94,7 @@ class ResponsesBody(SamplingFields):
         return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
 
-@router.post("/v1/responses", response_model=None)
+@router.post("/v1/responses", response_model=None, responses=JSON_OR_EVENTS)
 async def responses(request: Request, body: ResponsesBody) -> Response:
     """Reply to text, or to items."""
     service = service_of(request)
