@@ -41,6 +41,15 @@ class EvaluationRequest(ABC):
     salt: str = ""
     name: str = "the text"
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing else that is computed may change a bit of the result.
+
+        Then it is computed with its group alone, and what is read in chunks is read in the same
+        ones whatever the budget, which is exceeded where it is less.
+        """
+        return False
+
     @cached_property
     def prefix(self) -> tuple[int, ...]:
         """The tokens that are read once for all requests that begin with them."""
@@ -106,7 +115,7 @@ class Evaluation:
     Attributes:
         request: what is to be known.
         result: the answer; None before.
-        cached_tokens: of the text, that another had read already.
+        cached_tokens: of the text, that were read already, for others.
         has_ended: it is answered, or was cancelled.
     """
 

@@ -3,6 +3,7 @@
 A scheduler has one of these queues beside its sequences.
 """
 
+import hashlib
 import math
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from minllama.model.kv_cache import KVCache
 # caches.
 BATCH_TOKENS = {"cpu": 1024}
 BATCH_TOKENS_ELSEWHERE = 16384
+EXACT_CHUNK = 512  # tokens that are read at a time for an exact result
 MOST_PREFIXES = 4  # shared prefixes that stay read, the latest used last
 MOST_SEEN = 1024  # evaluations that are looked at for those that go with the first one
 
@@ -32,6 +34,10 @@ class SharedPrefix:
         salt: of the requests that share it.
         known: holds as much of it as was read before; None for nothing.
         dtype: of keys and values.
+
+    Attributes:
+        n_free: of the next text to be answered, tokens that it did not have to read: those that
+            were known, and then all.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class SharedPrefix:
         self.one_row = KVCache(engine.config, 1, len(ids), dtype=dtype, device=engine.device)
         if known is not None:
             self.one_row.load_prefix(0, *known)
+        self.n_free = self.one_row.lengths[0]
         self.chunks: Chunks | None = read_into(engine, self.ids, self.one_row)
         next(self.chunks)
         self._rows: KVCache | None = None
@@ -138,9 +145,10 @@ class Evaluations:
         first = self.waiting[0]
         prefix = self._prefix_of(first.request)
         if prefix is not None and prefix.chunks is not None:
-            return [], self._read_prefix(prefix, budget)
+            return [], self._read_prefix(prefix, _allowed(first.request, budget))
         known = 0 if prefix is None else len(prefix.ids)
-        if first.request.length - known > budget and self._engine.config.causal:
+        most = _allowed(first.request, budget)
+        if first.request.length - known > most and self._engine.config.causal:
             cache = KVCache(
                 self._engine.config,
                 1,
@@ -167,7 +175,8 @@ class Evaluations:
         cache = None if prefix is None else prefix.rows(len(batch), longest - known)
         results = requests[0].compute(self._engine, requests, cache)
         for evaluation, result in zip(batch, results, strict=True):
-            evaluation.cached_tokens = known
+            if prefix is not None:
+                evaluation.cached_tokens, prefix.n_free = prefix.n_free, known
             evaluation.finish(result)
         self._remove_answered(len(batch))
         return batch, sum(request.length - known for request in requests)
@@ -185,7 +194,8 @@ class Evaluations:
                 continue
             longest = max(longest, request.length)
             n_new += request.length - known
-            if batch and (longest * (len(batch) + 1) > self._batch_tokens or n_new > budget):
+            is_over = n_new > budget and not request.is_exact
+            if batch and (longest * (len(batch) + 1) > self._batch_tokens or is_over):
                 break
             batch.append(evaluation)
         return batch
@@ -205,16 +215,18 @@ class Evaluations:
 
     def _prefix_of(self, request: EvaluationRequest) -> SharedPrefix | None:
         """The shared prefix of a request, which may have to be read yet."""
-        ids, key = request.prefix, (request.salt, request.prefix)
+        ids, key = request.prefix, (_salt(request), request.prefix)
         if not ids or not self._engine.config.causal:
             return None
         if key not in self._prefixes:
             known = None
             if self._prefix_cache is not None:
-                known = self._prefix_cache.find((*ids, -1), request.salt)  # all of it may be known
+                known = self._prefix_cache.find((*ids, -1), _salt(request))  # all may be known
             while len(self._prefixes) >= MOST_PREFIXES:
                 self._prefixes.popitem(last=False)
-            self._prefixes[key] = SharedPrefix(self._engine, ids, request.salt, known, self._dtype)
+            self._prefixes[key] = SharedPrefix(
+                self._engine, ids, _salt(request), known, self._dtype
+            )
         self._prefixes.move_to_end(key)
         prefix = self._prefixes[key]
         for other in self._prefixes.values():
@@ -236,12 +248,27 @@ class Evaluations:
         assert self._long is not None
         evaluation, chunks, _ = self._long
         try:
-            return [], chunks.send(_count(budget))
+            return [], chunks.send(_count(_allowed(evaluation.request, budget)))
         except StopIteration as end:
             evaluation.finish(end.value)
         self._long = None
         self._remove_answered(1)
         return [evaluation], 0
+
+
+def _allowed(request: EvaluationRequest, budget: float) -> float:
+    """Tokens that may be read at once for a request."""
+    return EXACT_CHUNK if request.is_exact else budget
+
+
+def _salt(request: EvaluationRequest) -> str:
+    """Of a request's prefix in the prefix cache.
+
+    Another prefix that begins alike was read in other chunks.
+    """
+    if not request.is_exact:
+        return request.salt
+    return f"{request.salt}/{hashlib.sha256(repr(request.prefix).encode()).hexdigest()}"
 
 
 def _count(budget: float) -> int:

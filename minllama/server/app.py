@@ -17,6 +17,7 @@ from minllama.server.routes import (
     chat,
     classify,
     completions,
+    decisions,
     embeddings,
     health,
     models,
@@ -24,6 +25,7 @@ from minllama.server.routes import (
     ollama_models,
     predict,
     responses,
+    systemone,
     tokenize,
 )
 from minllama.server.routing import error_response
@@ -44,6 +46,8 @@ ROUTERS = (
     predict.router,
     embeddings.router,
     responses.router,
+    decisions.router,
+    systemone.router,
 )
 
 

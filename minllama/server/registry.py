@@ -3,6 +3,7 @@
 import datetime
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from minllama.checkpoints.resolve import canonical_name, folder_of, resolve_sour
 from minllama.checkpoints.types import Checkpoint
 from minllama.checkpoints.weight_format import resolve_weight_format
 from minllama.classification.base import Classifier
+from minllama.classification.decisions.decide import DecisionModel
 from minllama.classification.storage.base_model import BaseModels
 from minllama.classification.storage.save_load import load_classifier_with
 from minllama.engine.base import Engine
@@ -57,6 +59,7 @@ class ServedModel:
         released: the day of its files.
         created: when it was loaded, seconds since 1970.
         calibration: of a classifier; see `minllama.server.calibration`.
+        deciders: what answers questions with it, for each who asks; see `minllama.server.deciding`.
     """
 
     id: str
@@ -69,6 +72,7 @@ class ServedModel:
     released: str = ""
     created: int = 0
     calibration: Mapping[str, Any] | None = field(default=None, repr=False)
+    deciders: OrderedDict[str, DecisionModel] = field(default_factory=OrderedDict, repr=False)
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property

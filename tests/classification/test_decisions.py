@@ -18,8 +18,9 @@ from minllama.classification.decisions import (
     score_confidence,
 )
 from minllama.classification.decisions.decide import label_mass
-from minllama.classification.decisions.prompts import asked_text, label_words
+from minllama.classification.decisions.prompts import DecisionPrompts, asked_text, label_words
 from minllama.classification.decisions.questions import as_text
+from minllama.engine.prefix_cache import common_length
 from minllama.errors import ContextError, DataError, MinllamaError
 from minllama.tokenizer.tokenizer import Tokenizer
 from tests.classifier_cases import Characters, embedding, tiny_llama
@@ -129,6 +130,57 @@ def test_the_real_model_is_as_indifferent_to_order_and_company(default_model):
     assert prompt.ids.count(tokenizer.special_tokens["<|im_end|>"]) == (
         model.prompts.encode("x", PREDICATE).ids.count(tokenizer.special_tokens["<|im_end|>"])
     )
+
+
+PIECES = (
+    "word ",
+    "Ünï",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t",
+    "12",
+    " 7",
+    "'s",
+    "...",
+    "日本",
+    "🙂",
+    "<|im_end|>",
+    "a",
+    " c",
+)
+
+
+def whole_prompt(prompts, state, question):
+    """Prompt and options encoded together, each from its first character."""
+    for is_numbered in (False, True):
+        words = label_words(question, is_numbered=is_numbered)
+        asked = asked_text(question, is_numbered=is_numbered)
+        prompt = prompts._ids(state, asked, "")
+        whole = [prompts._ids(state, asked, word) for word in words]
+        shared = min(common_length(prompt, ids) for ids in whole)
+        continuations = tuple(ids[shared:] for ids in whole)
+        if all(continuations) and len(set(continuations)) == len(words):
+            break
+    return prompt[:shared], continuations
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_ends_that_are_encoded_alone_are_those_of_whole_prompts(default_model, has_template):
+    prompts = DecisionPrompts(Tokenizer.from_pretrained(default_model), 8192)
+    if not has_template:
+        prompts._frame = None
+    draw, n_cut = random.Random(1), 0
+    for _ in range(150):
+        state = "".join(draw.choices(PIECES, k=draw.randint(0, 300)))
+        words = {"".join(draw.choices(PIECES, k=3)) for _ in range(3)} | {"x", "y"}
+        question = Question.choice("".join(draw.choices(PIECES, k=4)), sorted(words))
+        on_state = prompts.on(state)
+        n_cut += on_state._is_cut
+        found = on_state.encode(question)
+        assert found == prompts.encode(state, question)
+        assert (found.ids, found.continuations) == whole_prompt(prompts, state, question)
+    assert n_cut > 50
 
 
 def test_a_state_is_read_once(model, monkeypatch):

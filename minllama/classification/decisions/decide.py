@@ -6,6 +6,7 @@ answer; options are computed in the order of their values, so that theirs does n
 """
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,11 @@ class DecisionRequest(ScoreRequest):
     @cached_property
     def group(self) -> Hashable:
         return DecisionRequest, id(self.company)
+
+    @property
+    def is_exact(self) -> bool:
+        """It is; see `EvaluationRequest.is_exact`."""
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +130,7 @@ class DecisionModel:
     probability that it has among the options where the state says nothing (contextual calibration,
     Zhao et al. 2021, sec. 5). Not calibrated on data: a probability is no frequency.
 
-    One thread at a time may call it.
+    One thread at a time may call `answer`; several may `plan`.
 
     Args:
         llama: the language model, causal.
@@ -142,6 +148,7 @@ class DecisionModel:
         self.prompts = DecisionPrompts(tokenizer, llama.config.context_len)
         self._priors: OrderedDict[tuple[EncodedPrompt, ...], Scores] = OrderedDict()
         self._engine: Engine | None = None
+        self._lock = threading.Lock()  # of the priors
 
     def answer(self, state: str, questions: Sequence[Question]) -> list[Answer]:
         """The answers to questions on a state, in their order.
@@ -170,11 +177,12 @@ class DecisionModel:
         """
         if not isinstance(state, str):
             raise DataError("a state must be a string; `as_text` makes one of JSON")
+        prompts = self.prompts.on(state)
         asked = [
-            _Asked(question, self.prompts.encode(state, question), self._content_free(question))
+            _Asked(question, prompts.encode(question), self._content_free(question))
             for question in questions
         ]
-        shared = self.prompts.shared_ids(state)
+        shared = prompts.shared
         n = len(shared)
         is_shared = all(a.prompt.ids[:n] == shared and len(a.prompt) > n for a in asked)
         return DecisionPlan(self, asked, n if is_shared else 0)
@@ -186,17 +194,19 @@ class DecisionModel:
 
     def prior(self, content_free: tuple[EncodedPrompt, ...]) -> Scores | None:
         """Log of the options' mean probability over content-free states, (C,); None if unknown."""
-        if content_free in self._priors:
-            self._priors.move_to_end(content_free)
-        return self._priors.get(content_free)
+        with self._lock:
+            if content_free in self._priors:
+                self._priors.move_to_end(content_free)
+            return self._priors.get(content_free)
 
     def add_prior(self, content_free: tuple[EncodedPrompt, ...], scores: Scores) -> Scores:
         """Keep the `prior` of content-free prompts, whose scores are (F, C), and return it."""
         log_p = _log_softmax(scores)
         prior: Scores = np.logaddexp.reduce(log_p, axis=0) - math.log(len(log_p))
-        self._priors[content_free] = prior
-        while len(self._priors) > MAX_PRIORS:
-            self._priors.popitem(last=False)
+        with self._lock:
+            self._priors[content_free] = prior
+            while len(self._priors) > MAX_PRIORS:
+                self._priors.popitem(last=False)
         return prior
 
 
@@ -219,17 +229,33 @@ def answer_by_classifier(classifier: Classifier, state: str, question: Question)
     Raises:
         MinllamaError: the classifier cannot read the text.
     """
-    values = [option.value for option in question.options]
-    if classifier.scale is not None or classifier.multi_label or question.kind == "predicate":
-        return None
-    if not all(isinstance(value, str) and value in classifier.labels for value in values):
+    if not fits_labels(classifier, question):
         return None
     p = classifier.predict_proba([state])[0].astype(np.float64)
+    return answer_from(classifier, p, question, len(classifier.encode(state)))
+
+
+def fits_labels(classifier: Classifier, question: Question) -> bool:
+    """Whether a classifier can answer: all options are among its labels, of which one is right."""
+    if classifier.scale is not None or classifier.multi_label or question.kind == "predicate":
+        return False
+    values = [option.value for option in question.options]
+    return all(isinstance(value, str) and value in classifier.labels for value in values)
+
+
+def answer_from(
+    classifier: Classifier, p: Scores, question: Question, n_tokens: int
+) -> Answer | None:
+    """An answer from the probabilities of a classifier's labels, (C,), to a question that fits.
+
+    None where none of the options is possible.
+    """
+    values = [option.value for option in question.options]
     some = p[[classifier.labels.index(str(value)) for value in values]]
-    mass = float(some.sum())
+    # Summed in an order of their own, so that the options' order changes no bit.
+    mass = float(np.sort(some).sum())
     if not mass > 0:
         return None
-    n_tokens = len(classifier.encode(state))
     probabilities = tuple((some / mass).tolist())
     return Answer(question, probabilities, min(1.0, mass), "classifier", n_tokens=n_tokens)
 

@@ -5,6 +5,9 @@ prompt lists the options, since a small model repeats lists rather than choosing
 (docs/decisions.md has the measurements); it has descriptions, in an order of their own.
 """
 
+import re
+from collections.abc import Callable
+
 from minllama.classification.decisions.questions import Option, Question
 from minllama.classification.prompts import PLACEHOLDER, EncodedPrompt
 from minllama.engine.prefix_cache import common_length
@@ -18,6 +21,9 @@ ASKED = {
     "choice": "Which of these is right?",
     "score": "Which level is right?",
 }
+PROBE = "?"  # stands for any question, where only what follows it matters
+END_CHARS = 400  # of a state, before a question
+SAME = 8  # tokens that are equal where two texts have begun to be encoded alike
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three of Zhao et al. 2021, sec. 5
 
 
@@ -41,6 +47,10 @@ class DecisionPrompts:
                 raise MinllamaError("the chat template does not show the user's message once")
             self._frame = frame
 
+    def on(self, state: str) -> "StatePrompts":
+        """Prompts of questions on a state, of which only the ends are encoded for each."""
+        return StatePrompts(self, state)
+
     def encode(self, state: str, question: Question) -> EncodedPrompt:
         """The prompt, and the continuation of each option in the order `question.in_order`.
 
@@ -48,17 +58,20 @@ class DecisionPrompts:
             ContextError: it is too long.
             TokenizerError: it cannot be encoded.
         """
+        return self._encode(question, lambda asked: self._ids(state, asked, ""))
+
+    def _encode(
+        self, question: Question, prompt_ids: Callable[[str], tuple[int, ...]]
+    ) -> EncodedPrompt:
         for is_numbered in (False, True):
             words = label_words(question, is_numbered=is_numbered)
-            asked = asked_text(question, is_numbered=is_numbered)
-            prompt = self._ids(state, asked, "")
-            whole = [self._ids(state, asked, word) for word in words]
-            shared = min(common_length(prompt, ids) for ids in whole)
-            continuations = tuple(ids[shared:] for ids in whole)
+            prompt = prompt_ids(asked_text(question, is_numbered=is_numbered))
+            n_back, continuations = self._continuations(tuple(words))
             if all(continuations) and len(set(continuations)) == len(words):
                 break
         else:
             raise MinllamaError("the tokenizer has no different tokens for numbers")
+        shared = len(prompt) - n_back
         length = shared + max(map(len, continuations))
         if length > self.max_len:
             raise ContextError(
@@ -66,6 +79,16 @@ class DecisionPrompts:
                 f"{self.max_len:,}; shorten them"
             )
         return EncodedPrompt(prompt[:shared], continuations)
+
+    def _continuations(self, words: tuple[str, ...]) -> tuple[int, tuple[tuple[int, ...], ...]]:
+        """How many of a prompt's last tokens belong to the options, and what follows for each.
+
+        What follows depends on the prompt's end only, which is the same for all questions.
+        """
+        prompt = self._ids("", PROBE, "")
+        whole = [self._ids("", PROBE, word) for word in words]
+        shared = min(common_length(prompt, ids) for ids in whole)
+        return len(prompt) - shared, tuple(ids[shared:] for ids in whole)
 
     def shared_ids(self, state: str) -> tuple[int, ...]:
         """The ids that prompts on this state begin with, whatever is asked."""
@@ -81,6 +104,38 @@ class DecisionPrompts:
         if not label:
             return tuple(self.tokenizer.encode_chat(self._frame, masked))
         return tuple(self.tokenizer.encode_chat(self._frame + LABEL, {**masked, LABEL: label}))
+
+
+class StatePrompts:
+    """Prompts of questions on one state, which is encoded once; made by `DecisionPrompts.on`.
+
+    A question's tokens are those of a prompt with the state's last words alone, from where both
+    have the same tokens.
+
+    Attributes:
+        shared: the ids that all of them begin with.
+    """
+
+    def __init__(self, prompts: DecisionPrompts, state: str) -> None:
+        self._prompts, self._state = prompts, state
+        self.shared = prompts.shared_ids(state)
+        # From the first white space of it on, which no token goes across.
+        self._end = re.sub(r"^\S*", "", state[-END_CHARS:]) if len(state) > END_CHARS else state
+        self._end_ids = prompts.shared_ids(self._end)
+        is_same = self.shared[-SAME:] == self._end_ids[-SAME:]
+        self._is_cut = self._end != state and is_same and len(self._end_ids) >= SAME
+
+    def encode(self, question: Question) -> EncodedPrompt:
+        """As `DecisionPrompts.encode`."""
+        return self._prompts._encode(question, self._ids)
+
+    def _ids(self, asked: str) -> tuple[int, ...]:
+        if self._is_cut:
+            n = len(self._end_ids)
+            short = self._prompts._ids(self._end, asked, "")
+            if short[:n] == self._end_ids:
+                return self.shared + short[n:]
+        return self._prompts._ids(self._state, asked, "")
 
 
 def asked_text(question: Question, *, is_numbered: bool = False) -> str:
