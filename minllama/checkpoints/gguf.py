@@ -237,19 +237,19 @@ def _open_parts(path: Path) -> list[GGUFFile]:
                 f"{part} is missing (one of the {count} parts of the model); download it again"
             )
         opened = file if part == path else open_gguf(part)
-        said = tuple(opened.header.fields.get(key) for key in (SPLIT_NUMBER, SPLIT_COUNT))
-        if said != (number, count):
+        stated = tuple(opened.header.fields.get(key) for key in (SPLIT_NUMBER, SPLIT_COUNT))
+        if stated != (number, count):
             raise CheckpointError(
-                f"{part}: it says that it is part {said[0]} (from 0) of {said[1]}; its name is "
+                f"{part}: it states that it is part {stated[0]} (from 0) of {stated[1]}; its name is "
                 "another's; download it again"
             )
         parts.append(opened)
-    total = parts[0].header.fields.get(SPLIT_TENSORS)
-    found = sum(len(part.header.tensors) for part in parts)
-    if total is not None and total != found:
+    expected = parts[0].header.fields.get(SPLIT_TENSORS)
+    n_tensors = sum(len(part.header.tensors) for part in parts)
+    if expected is not None and expected != n_tensors:
         raise CheckpointError(
-            f"{path}: its {count} parts contain {found} tensors instead of {total}, so they are "
-            "from several models; download them again"
+            f"{path}: its {count} parts contain {n_tensors} tensors instead of {expected}, so they "
+            "are from several models; download them again"
         )
     return parts
 
@@ -324,10 +324,10 @@ def write_gguf(
             writer.close()
 
 
-def _type_for(shape: tuple[int, ...], wanted: GGMLType) -> GGMLType:
+def _type_for(shape: tuple[int, ...], preferred: GGMLType) -> GGMLType:
     if len(shape) == 1:  # llama.cpp has norms and biases in float32 only
         return F32
-    return F16 if shape[-1] % wanted.block_len else wanted
+    return F16 if shape[-1] % preferred.block_len else preferred
 
 
 def _encoded(name: str, tensor: Tensor, stored: GGMLType) -> Tensor:

@@ -37,7 +37,7 @@ class Keys:
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self.fields = fields
-        self.asked: set[str] = set()
+        self.read_keys: set[str] = set()
 
     def integer(self, key: str, default: int | None = None) -> int:
         value: int = self._get(key, default, (int,), "an integer")
@@ -57,11 +57,11 @@ class Keys:
     def unread(self) -> list[str]:
         """The `llama.*` keys that were not read."""
         prefix = f"{ARCHITECTURE}."
-        return sorted(k for k in self.fields if k.startswith(prefix) and k not in self.asked)
+        return sorted(k for k in self.fields if k.startswith(prefix) and k not in self.read_keys)
 
     def _get(self, key: str, default: Any, types: tuple[type, ...], kind: str) -> Any:
         key = f"{ARCHITECTURE}.{key}"
-        self.asked.add(key)
+        self.read_keys.add(key)
         value = self.fields.get(key, default)
         if value is None:
             raise CheckpointError(f"the key {key} is missing; convert the model to GGUF again")
@@ -201,9 +201,9 @@ def llama3_divisors(
     """
     divisors = []
     for pair in range(head_dim // 2):
-        turns = original_len * theta ** (-2 * pair / head_dim) / (2 * math.pi)
-        kept = min(max((turns - low) / (high - low), 0.0), 1.0)
-        divisors.append(1 / ((1 - kept) / factor + kept))
+        rotations = original_len * theta ** (-2 * pair / head_dim) / (2 * math.pi)
+        unscaled = min(max((rotations - low) / (high - low), 0.0), 1.0)
+        divisors.append(1 / ((1 - unscaled) / factor + unscaled))
     return divisors
 
 
@@ -306,16 +306,16 @@ def _yarn_keys(scaling: RopeScaling) -> dict[str, Any]:
                 f"llama.cpp computes yarn with {name} {value}, and this model has "
                 f"{getattr(scaling, name)}; convert to hf instead"
             )
-    wanted = scaling.attention_factor
-    paper = _paper_attention_factor(scaling.factor)
-    if wanted is None:
-        wanted = paper
+    factor = scaling.attention_factor
+    paper_factor = _paper_attention_factor(scaling.factor)
+    if factor is None:
+        factor = paper_factor
         if scaling.mscale and scaling.mscale_all_dim:
-            wanted = _paper_attention_factor(scaling.factor, scaling.mscale)
-            wanted /= _paper_attention_factor(scaling.factor, scaling.mscale_all_dim)
+            factor = _paper_attention_factor(scaling.factor, scaling.mscale)
+            factor /= _paper_attention_factor(scaling.factor, scaling.mscale_all_dim)
     keys: dict[str, Any] = {ORIGINAL_LEN: scaling.original_max_seq_len}
-    if wanted != paper:
-        keys["rope.scaling.attn_factor"] = wanted / paper
+    if factor != paper_factor:
+        keys["rope.scaling.attn_factor"] = factor / paper_factor
     return keys
 
 

@@ -54,7 +54,7 @@ class GGUFTensor:
     n_bytes: int
 
 
-class Numbers(Sequence[Any]):
+class NumberArray(Sequence[Any]):
     """An array of numbers as stored in the file: a Python list needs nine bytes or more for each.
 
     (In the machine's byte order, which must be the file's.)
@@ -85,7 +85,7 @@ class GGUFHeader:
     """The header of a GGUF file.
 
     Attributes:
-        fields: key -> plain Python value; an array is a list, or a `Numbers`.
+        fields: key -> plain Python value; an array is a list, or a `NumberArray`.
         tensors: name -> position.
     """
 
@@ -205,12 +205,12 @@ class _Parser:
             return self.strings(self.array_len(min_bytes=8))
         if item_kind in _SCALARS:
             code = _SCALARS[item_kind]
-            return self.numbers(code, self.array_len(min_bytes=struct.calcsize(code)))
+            return self.number_array(code, self.array_len(min_bytes=struct.calcsize(code)))
         return [self.value(item_kind, depth + 1) for _ in range(self.array_len(min_bytes=12))]
 
-    def numbers(self, code: str, count: int) -> Numbers:
+    def number_array(self, code: str, count: int) -> NumberArray:
         start = self.advance(count * struct.calcsize(f"<{code}"))
-        return Numbers(self.data[start : self.offset], code)
+        return NumberArray(self.data[start : self.offset], code)
 
     def u32(self) -> int:
         value: int = _U32.unpack_from(self.data, self.advance(4))[0]
@@ -220,11 +220,13 @@ class _Parser:
         value: int = _U64.unpack_from(self.data, self.advance(8))[0]
         return value
 
-    def count(self, of_what: str, min_bytes: int) -> int:
+    def count(self, item_name: str, min_bytes: int) -> int:
         """A count of items of at least `min_bytes` each, checked against the rest of the file."""
         count = self.u64()
         if count * min_bytes > self.size - self.offset:
-            self.fail(f"is truncated or damaged: it announces {count} {of_what}; download it again")
+            self.fail(
+                f"is truncated or damaged: it announces {count} {item_name}; download it again"
+            )
         return count
 
     def array_len(self, min_bytes: int) -> int:
@@ -242,21 +244,21 @@ class _Parser:
         if self.strings_left < 0:
             self.fail(f"has more than {MAX_STRINGS} strings; the file is damaged")
         data, size, offset, unpack = self.data, self.size, self.offset, _U64.unpack_from
-        found = []
+        encoded = []
         for _ in range(count):
             start = offset + 8
             if start > size:
-                self.fail_cut()
+                self.fail_truncated()
             length = unpack(data, offset)[0]
             offset = start + length
             if offset > size:
-                self.fail_cut()
+                self.fail_truncated()
             if length > MAX_STRING_BYTES:
                 self.fail(f"has a string of {length} bytes; the file is damaged")
-            found.append(data[start:offset])
+            encoded.append(data[start:offset])
         self.offset = offset
         try:
-            return [str(text, "utf-8") for text in found]
+            return [str(text, "utf-8") for text in encoded]
         except UnicodeDecodeError:
             self.fail(f"has a string (before byte {offset}) that is not UTF-8; the file is damaged")
 
@@ -264,12 +266,12 @@ class _Parser:
         """The offset of the next `n_bytes`, which are in the file, and are now read."""
         start = self.offset
         if start + n_bytes > self.size:
-            self.fail_cut()
+            self.fail_truncated()
         self.offset = start + n_bytes
         return start
 
-    def fail_cut(self) -> NoReturn:
+    def fail_truncated(self) -> NoReturn:
         self.fail(f"is truncated in its header (at byte {self.size}); download it again")
 
-    def fail(self, what: str) -> NoReturn:
-        raise CheckpointError(f"{self.path} {what}")
+    def fail(self, problem: str) -> NoReturn:
+        raise CheckpointError(f"{self.path} {problem}")

@@ -30,7 +30,7 @@ from minllama.checkpoints.huggingface_head import (
     HEAD_WEIGHT,
     SequenceHead,
     head_from_huggingface,
-    said_of_head,
+    head_settings,
 )
 from minllama.checkpoints.json_object import read_object
 from minllama.checkpoints.state_dict import (
@@ -146,7 +146,7 @@ def declared_head(path: Path) -> SequenceHead:
     if not config.is_file():
         return SequenceHead(None, None, None)
     with naming(config):
-        return said_of_head(read_object(config))
+        return head_settings(read_object(config))
 
 
 def _with_head(
@@ -194,11 +194,11 @@ def _check_no_adapter(stored: Mapping[str, LazyTensor]) -> None:
 
 def _check_biases(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:
     """Refuse biases that the config denies: transformers leaves them out, llama.cpp adds them."""
-    for key, said, part in (
+    for key, is_set, part in (
         ("attention_bias", config.attention_bias, ".attention."),
         ("mlp_bias", config.ffn_bias, ".feed_forward."),
     ):
-        if not said and has_bias(tensors, part):
+        if not is_set and has_bias(tensors, part):
             name = next(n for n in tensors if n.endswith(".bias") and part in n)
             raise CheckpointError(
                 f"the weights have biases ({their_name(name)}), but config.json does not set "
@@ -233,7 +233,7 @@ def write_huggingface(
             the folder cannot be written.
     """
     if vocabulary is None:
-        _check_kept_tokenizer(Path(folder), config)
+        _check_existing_tokenizer(Path(folder), config)
     with atomic_folder(folder, replaces=lambda name: bool(WEIGHT_FILES.fullmatch(name))) as staging:
         write_files(
             staging, config, tensors, vocabulary=vocabulary, dtype=dtype, generation=generation
@@ -314,7 +314,7 @@ def _write_shards(
             for name in of_file
         }
         try:
-            save_file(_apart(shard), folder / file, metadata={"format": "pt"})
+            save_file(_without_overlap(shard), folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # of a full disk
             raise OSError(str(error)) from error
         # The library makes files that only their owner can read.
@@ -325,30 +325,30 @@ def _write_shards(
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _check_kept_tokenizer(folder: Path, config: LlamaConfig) -> None:
+def _check_existing_tokenizer(folder: Path, config: LlamaConfig) -> None:
     """Raise TokenizerError if the tokenizer in `folder` has more tokens than the model has rows."""
     from minllama.tokenizer.load import find_vocabulary
 
     try:
-        kept = find_vocabulary(folder) if folder.is_dir() else None
+        vocabulary = find_vocabulary(folder) if folder.is_dir() else None
     except TokenizerError:
         return  # its damage is told to whoever opens it
-    if kept is not None:
-        check_fits(count_tokens(kept), config.vocab_size, str(folder))
+    if vocabulary is not None:
+        check_fits(count_tokens(vocabulary), config.vocab_size, str(folder))
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors that do not overlap in memory, as safetensors requires.
 
     They overlap if a file of torch.save has one matrix under two names.
     """
-    apart = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    separate = {name: tensor.contiguous() for name, tensor in tensors.items()}
     end = 0
-    for name, tensor in sorted(apart.items(), key=lambda item: item[1].data_ptr()):
+    for name, tensor in sorted(separate.items(), key=lambda item: item[1].data_ptr()):
         if tensor.data_ptr() < end:
-            apart[name] = tensor.clone()
+            separate[name] = tensor.clone()
         end = max(end, tensor.data_ptr() + tensor.nbytes)
-    return apart
+    return separate
 
 
 def their_name(ours: str) -> str:
@@ -373,8 +373,8 @@ def to_interleaved(rows: Tensor, n_heads: int) -> Tensor:
     (n_heads * C, ...) -> the same shape. Hugging Face rotates channel i with i + C/2, Meta rotates
     2i with 2i + 1: the same function after permuting the rows of W_q and W_k.
     """
-    halves: Tensor = rows.unflatten(0, (n_heads, 2, -1))
-    return halves.transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = rows.unflatten(0, (n_heads, 2, -1))
+    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def to_half_split(rows: Tensor, n_heads: int) -> Tensor:

@@ -129,10 +129,10 @@ def rope_contradiction(raw: dict[str, Any]) -> str | None:
         changes.pop("rope_type", None)  # which says nothing that is lost
     if not changes:
         return None
-    said = ", ".join(f"{key} {value!r}" for key, value in changes.items())
+    differences = ", ".join(f"{key} {value!r}" for key, value in changes.items())
     return (
-        f"rope_scaling ({_kind(scaling)}) is used, but rope_parameters beside it has {said}; "
-        "remove the wrong one"
+        f"rope_scaling ({_kind(scaling)}) is used, but rope_parameters beside it has "
+        f"{differences}; remove the wrong one"
     )
 
 
@@ -164,11 +164,11 @@ def _check_rope(rope: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
         raise MinllamaError(
             f"{_rope_key(raw)} has a factor but no rope_type; add the type of scaling"
         )
-    beside = raw.get("rope_parameters") or {}
+    parameters = raw.get("rope_parameters") or {}
     if _rope_key(raw) == "rope_scaling" and not (
         _given(rope, "rope_theta") or _given(raw, "rope_theta")
     ):
-        theta = _first_given(beside.get("rope_theta"), DEFAULT_THETA)
+        theta = _first_given(parameters.get("rope_theta"), DEFAULT_THETA)
         if theta != DEFAULT_THETA:
             raise MinllamaError(
                 "rope_scaling takes precedence but has no rope_theta, and rope_parameters "

@@ -99,10 +99,10 @@ def head_from_huggingface(raw: Mapping[str, Any], tensors: Collection[str]) -> S
         )
     if not has_head and has_words:
         return None
-    return said_of_head(raw)
+    return head_settings(raw)
 
 
-def said_of_head(raw: Mapping[str, Any]) -> SequenceHead:
+def head_settings(raw: Mapping[str, Any]) -> SequenceHead:
     """The head settings in config.json, whether there is a head or not.
 
     Raises:
@@ -136,25 +136,25 @@ def _labels(raw: Mapping[str, Any]) -> tuple[str, ...] | None:
         return None
     if not isinstance(names, dict):
         raise MinllamaError(f"id2label must be an object, not {names!r}"[:200])
-    by_number = {int(key): name for key, name in names.items() if re.fullmatch("[0-9]{1,9}", key)}
-    if sorted(by_number) != list(range(len(names))):
+    by_id = {int(key): name for key, name in names.items() if re.fullmatch("[0-9]{1,9}", key)}
+    if sorted(by_id) != list(range(len(names))):
         raise MinllamaError(f"id2label must name the labels 0 to {len(names) - 1}")
-    if not all(isinstance(name, str | int | float) for name in by_number.values()):
+    if not all(isinstance(name, str | int | float) for name in by_id.values()):
         raise MinllamaError("id2label must contain strings only")
-    return tuple(str(by_number[i]) for i in range(len(names)))
+    return tuple(str(by_id[i]) for i in range(len(names)))
 
 
 def _problem_type(raw: Mapping[str, Any]) -> str | None:
-    found = raw.get("problem_type")
-    if found is not None and found not in PROBLEM_TYPES:
+    problem_type = raw.get("problem_type")
+    if problem_type is not None and problem_type not in PROBLEM_TYPES:
         raise MinllamaError(
-            f"problem_type is {found!r}; known are {', '.join(PROBLEM_TYPES)}"[:200]
+            f"problem_type is {problem_type!r}; known are {', '.join(PROBLEM_TYPES)}"[:200]
         )
-    return found
+    return problem_type
 
 
 def _pad_id(raw: Mapping[str, Any]) -> int | None:
-    found = raw.get("pad_token_id")
-    if found is not None and not (type(found) is int and abs(found) < 2**31):
-        raise MinllamaError(f"pad_token_id must be an integer, not {found!r}"[:200])
-    return found
+    pad_id = raw.get("pad_token_id")
+    if pad_id is not None and not (type(pad_id) is int and abs(pad_id) < 2**31):
+        raise MinllamaError(f"pad_token_id must be an integer, not {pad_id!r}"[:200])
+    return pad_id

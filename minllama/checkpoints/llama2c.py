@@ -220,8 +220,8 @@ class BinLayout:
             layout = BinLayout(self.version, config, self.header_bytes, self.group_size)
             return self.header_bytes + sum(layout.n_bytes(shape) for _, shape in layout.tensors())
 
-        one, two = (total(self.config.replace(n_layers=n)) for n in (1, 2))
-        return one + (self.config.n_layers - 1) * (two - one)
+        one_layer, two_layers = (total(self.config.replace(n_layers=n)) for n in (1, 2))
+        return one_layer + (self.config.n_layers - 1) * (two_layers - one_layer)
 
 
 def is_llama2c_bin(path: Path) -> bool:
@@ -273,19 +273,19 @@ def read_llama2c_bin(path: Path) -> Checkpoint:
         if name != ROPE_TABLE:
             raw = data[offset : offset + n_bytes]
             quantized = layout.group_size > 0 and len(shape) == 2
-            load = partial(_numbers, raw, shape, layout.group_size if quantized else 0)
+            load = partial(_dequantized, raw, shape, layout.group_size if quantized else 0)
             stored_as = f"int8 / {layout.group_size}" if quantized else "float32"
             tensors[name] = LazyTensor(shape, stored_as, n_bytes, load)
         offset += n_bytes
     with naming(path):
         check_extent(layout.config, tensors)
     kind = f"version {layout.version}" if layout.version else "legacy"
-    vocabulary = partial(_vocabulary_beside, path, layout.config.vocab_size)
+    vocabulary = partial(_vocabulary_in_folder, path, layout.config.vocab_size)
     name = f"llama2.c .bin ({kind})"
     return Checkpoint(path, name, layout.config, tensors, vocabulary, ends_at_bos=True)
 
 
-def _vocabulary_beside(path: Path, vocab_size: int) -> Vocabulary | None:
+def _vocabulary_in_folder(path: Path, vocab_size: int) -> Vocabulary | None:
     """The tokenizer in the file's folder, if its size matches the model.
 
     llama2.c keeps models with vocabularies of their own in one folder.
@@ -392,7 +392,7 @@ def _bin_config(ints: list[int], tied: bool) -> LlamaConfig:
     )
 
 
-def _numbers(raw: Tensor, shape: tuple[int, ...], group_size: int) -> Tensor:
+def _dequantized(raw: Tensor, shape: tuple[int, ...], group_size: int) -> Tensor:
     """float32 values, or dequantized groups: all int8 quants, then a float32 scale for each."""
     if not group_size:
         return view_as(raw, torch.float32).view(shape)

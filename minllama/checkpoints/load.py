@@ -23,10 +23,10 @@ from minllama.checkpoints.weight_format import (
 )
 from minllama.errors import CheckpointError
 from minllama.kernels.cpu.library import library
-from minllama.kernels.cpu.linear import HALVES
+from minllama.kernels.cpu.linear import HALF_DTYPES
 from minllama.model.pretrained import LlamaPreTrainedModel
 from minllama.options.loading import LoadOptions
-from minllama.quantization.half import replace_by_widened
+from minllama.quantization.half import replace_by_upcast
 from minllama.quantization.modules import (
     Parts,
     check_quantize,
@@ -132,7 +132,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightForma
     device, dtype, quantize = weights.device, weights.dtype, weights.quantize
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_shapes(checkpoint, expected)
-    state, parts, halves = {}, {}, []
+    state, parts, half_precision = {}, {}, []
     for name in expected:
         tensor = checkpoint.tensors[name]
         made = None if quantize is None else _quantized(name, tensor, quantize, checkpoint)
@@ -144,7 +144,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightForma
             stored = stored.clone()
         if quantize == "stored" and _stays_half(stored, tensor, dtype, device):
             state[name] = stored
-            halves.append(name.removesuffix(".weight"))
+            half_precision.append(name.removesuffix(".weight"))
             _check_finite(name, stored, stored, checkpoint)
             continue
         # A conversion makes a tensor of our own; otherwise it may still be the file itself.
@@ -154,9 +154,9 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightForma
     module.load_state_dict(state, assign=True, strict=quantize is None)
     for name, made in parts.items():
         replace_by_quantized(module, name, made.to(device), dtype)
-    for name in halves:
-        replace_by_widened(module, name)
-    return quantize if parts or halves else None
+    for name in half_precision:
+        replace_by_upcast(module, name)
+    return quantize if parts or half_precision else None
 
 
 def _quantized(
@@ -165,9 +165,9 @@ def _quantized(
     """A matrix in quantized blocks, their scales checked; None for what stays dense."""
     made = quantized(name, tensor, quantize)
     if made is not None:
-        for numbers in (made.scales, made.mins):
-            if numbers is not None:
-                _check_finite(name, numbers, numbers, checkpoint)
+        for values in (made.scales, made.mins):
+            if values is not None:
+                _check_finite(name, values, values, checkpoint)
     return made
 
 
@@ -175,7 +175,7 @@ def _stays_half(
     stored: Tensor, tensor: LazyTensor, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether a matrix stays in half precision, to be upcast when it is used."""
-    is_half = stored.dtype in HALVES and len(tensor.shape) == 2
+    is_half = stored.dtype in HALF_DTYPES and len(tensor.shape) == 2
     return is_half and dtype == torch.float32 and device.type == "cpu" and library() is not None
 
 
@@ -186,8 +186,8 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
         CheckpointError: lists every difference; or it is not a language model.
     """
     checkpoint.check_language_model()
-    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    if problems := differences(found, expected):
+    actual = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    if problems := differences(actual, expected):
         raise CheckpointError(
             f"{checkpoint.path}: its tensors disagree with its config: {listed(problems)}; "
             "the file is incomplete, or its config is from another model"

@@ -40,18 +40,18 @@ EMBEDDING = "tok_embeddings.weight"
 # What follows from the config, and what training code keeps beside the weights.
 BUFFERS = ("rope.freqs", "freqs_cis", "freqs_cos", "freqs_sin", "attention.mask")
 # The dimension along which a matrix was cut; what is not here every shard has whole.
-CUT_ROWS = ("compute_query", "compute_key", "compute_value", "w1", "w3", "output")
-CUT_COLUMNS = ("compute_output", "w2")
+SHARDED_BY_ROWS = ("compute_query", "compute_key", "compute_value", "w1", "w3", "output")
+SHARDED_BY_COLUMNS = ("compute_output", "w2")
 
 REQUIRED = ("dim", "n_layers", "n_heads")
-KNOWN = {
+SUPPORTED_KEYS = {
     *REQUIRED,
     *("n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "hidden_dim", "norm_eps"),
     *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor"),
     "max_seq_len",
 }
 # Keys of releases that are something other than a Llama with dense weights, and what they are.
-OTHERS = {
+UNSUPPORTED_KEYS = {
     "quantization_args": "its weights are quantized (SpinQuant, QLoRA); use the release in "
     "bfloat16, or a GGUF file",
     "lora_args": "its weights are quantized, with adapters beside them; use the release in "
@@ -87,7 +87,9 @@ def read_meta(path: Path) -> Checkpoint:
     params_path = path / "params.json"
     params = read_object(params_path)
     with naming(params_path):
-        _known_params(params)  # a reason that lies in the kind of model goes before its tensors'
+        _supported_params(
+            params
+        )  # a reason that lies in the kind of model goes before its tensors'
     shards = [without_wrappers(load_state_dict(file), EMBEDDING) for file in _shard_files(path)]
     with naming(path):
         tensors, ignored = _joined(shards, params)
@@ -113,7 +115,7 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
     Raises:
         MinllamaError: a key is missing or not known, or the values contradict one another.
     """
-    given = _known_params(params)
+    given = _supported_params(params)
     if missing := [key for key in REQUIRED if key not in given]:
         raise CheckpointError(f"{', '.join(missing)} is missing; download the file again")
     if given.get("vocab_size", -1) == -1:
@@ -132,16 +134,16 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
     return config.replace(rope_scaling=scaling, max_seq_len=max_seq_len)
 
 
-def _known_params(params: Mapping[str, Any]) -> dict[str, Any]:
+def _supported_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """The relevant keys; raises an error for unsupported ones."""
     given = {key: value for key, value in params.items() if value is not None}
-    for key, what in OTHERS.items():
+    for key, what in UNSUPPORTED_KEYS.items():
         if key in given:
             raise CheckpointError(f"{key} is not supported: {what}")
-    if unknown := sorted(set(given) - KNOWN - UNUSED):
+    if unknown := sorted(set(given) - SUPPORTED_KEYS - UNUSED):
         raise CheckpointError(
             f"{', '.join(unknown)}: unknown to minllama, so the model may compute something "
-            f"else; known: {', '.join(sorted(KNOWN))}"
+            f"else; known: {', '.join(sorted(SUPPORTED_KEYS))}"
         )
     return given
 
@@ -208,25 +210,25 @@ def _joined(
             continue
         ours = translate(name, OUR_NAMES) or name
         parts = [shard[name] for shard in shards]
-        tensors[ours] = _join(name, parts, _cut_dim(ours, parts[0], params))
+        tensors[ours] = _join(name, parts, _sharded_dim(ours, parts[0], params))
     if EMBEDDING not in tensors:
         raise CheckpointError(f"the tensor {EMBEDDING} is missing; the model is incomplete")
     return tensors, ignored
 
 
-def _cut_dim(ours: str, part: Tensor, params: Mapping[str, Any]) -> int | None:
+def _sharded_dim(ours: str, part: Tensor, params: Mapping[str, Any]) -> int | None:
     """The dimension along which a tensor is sharded; `None` if each shard has all of it."""
     module = ours.split(".")[-2] if "." in ours else ours
     if ours.endswith(".bias") and part.dim() == 1:  # one for each row
-        return 0 if module in CUT_ROWS else None
+        return 0 if module in SHARDED_BY_ROWS else None
     if part.dim() != 2:
         return None
     if module == "tok_embeddings":
         # Llama 1 and 2 cut the width, Llama 3 the vocabulary.
         return 0 if part.shape[1] == params.get("dim") else 1
-    if module in CUT_ROWS:
+    if module in SHARDED_BY_ROWS:
         return 0
-    return 1 if module in CUT_COLUMNS else None
+    return 1 if module in SHARDED_BY_COLUMNS else None
 
 
 def _join(name: str, parts: list[Tensor], dim: int | None) -> LazyTensor:

@@ -38,7 +38,7 @@ print(json.dumps({"found": [first(name) for name in names]}))
 """
 
 
-def first_matches(what: str, keys: Sequence[str], names: Sequence[str]) -> list[int | None]:
+def first_matches(setting: str, keys: Sequence[str], names: Sequence[str]) -> list[int | None]:
     """Index of the first key that matches each module's name, as in PEFT 0.21.
 
     PEFT matches a key, after an optional `.*` that ends in a dot, with the full name: so it matches
@@ -49,22 +49,26 @@ def first_matches(what: str, keys: Sequence[str], names: Sequence[str]) -> list[
         CheckpointError: a key is not a regular expression, or takes too long.
     """
     if len(keys) > MAX_PATTERNS:
-        raise CheckpointError(f"{what}: {len(keys)} keys, but at most {MAX_PATTERNS} are supported")
+        raise CheckpointError(
+            f"{setting}: {len(keys)} keys, but at most {MAX_PATTERNS} are supported"
+        )
     if too_long := [key for key in keys if len(key) > MAX_LENGTH]:
         raise CheckpointError(
-            f"{what}: {too_long[0][:40]!r}... has {len(too_long[0])} characters, but at most "
+            f"{setting}: {too_long[0][:40]!r}... has {len(too_long[0])} characters, but at most "
             f"{MAX_LENGTH} are supported; write the names of the modules instead"
         )
     if all(_NAME.fullmatch(key) for key in keys):
         compiled = [re.compile(rf"(.*\.)?({key})$") for key in keys]
         return [
-            next((number for number, one in enumerate(compiled) if one.match(name)), None)
+            next((index for index, pattern in enumerate(compiled) if pattern.match(name)), None)
             for name in names
         ]
-    return _matched_apart(what, keys, names)
+    return _match_in_subprocess(setting, keys, names)
 
 
-def _matched_apart(what: str, keys: Sequence[str], names: Sequence[str]) -> list[int | None]:
+def _match_in_subprocess(
+    setting: str, keys: Sequence[str], names: Sequence[str]
+) -> list[int | None]:
     try:
         finished = subprocess.run(
             [sys.executable, "-I", "-S", "-W", "ignore", "-c", _PROGRAM],
@@ -76,19 +80,19 @@ def _matched_apart(what: str, keys: Sequence[str], names: Sequence[str]) -> list
         answer = json.loads(finished.stdout) if finished.returncode == 0 else None
     except subprocess.TimeoutExpired:
         raise CheckpointError(
-            f"{what}: its regular expressions take longer than {MAX_SECONDS} seconds; write the "
+            f"{setting}: its regular expressions take longer than {MAX_SECONDS} seconds; write the "
             "names of the modules instead"
         ) from None
     if answer is None:
         raise CheckpointError(
-            f"{what}: its regular expressions take too much memory; write the names of the "
+            f"{setting}: its regular expressions take too much memory; write the names of the "
             "modules instead"
         )
     if "bad" in answer:
         raise CheckpointError(
-            f"{what}: {keys[answer['bad']]!r} is not a regular expression ({answer['reason']})"[
+            f"{setting}: {keys[answer['bad']]!r} is not a regular expression ({answer['reason']})"[
                 :300
             ]
         )
-    found: list[int | None] = answer["found"]
-    return found
+    indices: list[int | None] = answer["found"]
+    return indices

@@ -175,10 +175,10 @@ def open_base(folder: Path, base: str | os.PathLike[str] | None = None) -> Check
     remedy = "name it with --base (base= in Python)"
     if not name:
         raise CheckpointError(f"{folder}: {CONFIG_FILE} names no base model; {remedy}")
-    beside = folder / name
+    sibling = folder / name
     try:
-        if base is None and not Path(name).exists() and beside.exists():
-            path = beside
+        if base is None and not Path(name).exists() and sibling.exists():
+            path = sibling
         else:
             path = resolve_source(source_of(os.fspath(name)))
         is_itself = path.is_dir() and path.resolve() == folder.resolve()

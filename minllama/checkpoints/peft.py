@@ -239,16 +239,16 @@ def _expected(
 def _check_shapes(
     path: Path, stored: dict[str, LazyTensor], expected: dict[str, tuple[int, ...]]
 ) -> None:
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    if vocabulary := [name for name in found if "embed_tokens" in name or "lm_head" in name]:
+    actual = {name: tensor.shape for name, tensor in stored.items()}
+    if vocabulary := [name for name in actual if "embed_tokens" in name or "lm_head" in name]:
         raise CheckpointError(
             f"{path}: it adapts the vocabulary ({vocabulary[0]}), but only linear layers are "
             "supported; merge it into its base with PEFT and load the result"
         )
-    if problems := differences(found, expected):
+    if problems := differences(actual, expected):
         raise CheckpointError(
             f"{path}: does not fit this model: {listed(problems)}; load the base model that "
             f"{CONFIG_FILE} names, or fetch the adapter again"
         )
-    if not found:
+    if not actual:
         raise CheckpointError(f"{path}: contains no tensors; download it again")

@@ -288,11 +288,11 @@ def _is_called(module: str, name: str) -> bool:
 
 
 def _matched(
-    what: str, pattern: Mapping[str, Any], modules: Sequence[str], default: Any
+    setting: str, pattern: Mapping[str, Any], modules: Sequence[str], default: Any
 ) -> list[Any]:
     values = list(pattern.values())
-    found = first_matches(what, list(pattern), modules) if values else [None] * len(modules)
-    return [default if number is None else values[number] for number in found]
+    indices = first_matches(setting, list(pattern), modules) if values else [None] * len(modules)
+    return [default if index is None else values[index] for index in indices]
 
 
 def _layer_of(module: str) -> int:

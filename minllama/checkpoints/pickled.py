@@ -271,8 +271,8 @@ class _Machine:
                 dtype,
                 *_,
             ):
-                numbers = _expect(storage, Tensor).view(_expect(dtype, torch.dtype))
-                return _tensor(numbers, offset, size, stride)
+                values = _expect(storage, Tensor).view(_expect(dtype, torch.dtype))
+                return _tensor(values, offset, size, stride)
             case (
                 ("torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2"),
                 (storage, offset, size, stride, *_),
@@ -292,13 +292,13 @@ class _Machine:
         """The values of the storage with a persistent id."""
         if kind not in ("storage", b"storage") or type(count) is not int or not _is_scalar(key):
             raise DamagedPickle("a reference is not to a storage")
-        numbers = self.storages(key, _expect(dtype, torch.dtype), count)
+        values = self.storages(key, _expect(dtype, torch.dtype), count)
         if view is not None:
             _, start, length = view
             if not 0 <= _expect(start, int) <= start + _expect(length, int) <= count:
                 raise DamagedPickle("a view is larger than its storage")
-            numbers = numbers[start : start + length]
-        return numbers
+            values = values[start : start + length]
+        return values
 
 
 def _named(module: str, attribute: str) -> Any:
@@ -314,21 +314,21 @@ def _named(module: str, attribute: str) -> Any:
     return _Name(name)
 
 
-def _tensor(numbers: Any, offset: Any, size: Any, stride: Any) -> Tensor:
+def _tensor(values: Any, offset: Any, size: Any, stride: Any) -> Tensor:
     """A view of a storage's values, (count,), within its bounds."""
-    numbers = _expect(numbers, Tensor)
+    values = _expect(values, Tensor)
     if not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)):
         raise DamagedPickle("a shape contains something other than integers")
     if len(size) != len(stride):
         raise DamagedPickle("a shape and its strides differ in length")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if math.prod(size) > numbers.numel() or (math.prod(size) > 0 and last >= numbers.numel()):
+    if math.prod(size) > values.numel() or (math.prod(size) > 0 and last >= values.numel()):
         raise DamagedPickle(
             f"a tensor of shape {tuple(size)[:8]} is larger than its data in the file"
         )
     # as_strided counts from the beginning of what the numbers are a part of.
-    begin = numbers.storage_offset() + min(offset, numbers.numel())
-    view: Tensor = numbers.as_strided(size, stride, begin)
+    begin = values.storage_offset() + min(offset, values.numel())
+    view: Tensor = values.as_strided(size, stride, begin)
     return view
 
 

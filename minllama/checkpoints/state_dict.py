@@ -70,16 +70,16 @@ def add_zero_biases(config: LlamaConfig, tensors: dict[str, LazyTensor]) -> None
 
 
 def differences(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+    actual: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     """What is missing, unexpected and misshapen among the shapes of tensors, in words."""
     return [
-        *(f"{name} is missing" for name in expected if name not in found),
-        *(f"{name} is unexpected" for name in found if name not in expected),
+        *(f"{name} is missing" for name in expected if name not in actual),
+        *(f"{name} is unexpected" for name in actual if name not in expected),
         *(
-            f"{name} has shape {found[name]}, but the config implies {shape}"
+            f"{name} has shape {actual[name]}, but the config implies {shape}"
             for name, shape in expected.items()
-            if name in found and found[name] != shape
+            if name in actual and actual[name] != shape
         ),
     ]
 
@@ -95,8 +95,8 @@ def check_writable(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         MinllamaError: one line that lists every difference.
     """
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if problems := differences(found, tensor_shapes(config)):
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if problems := differences(shapes, tensor_shapes(config)):
         raise MinllamaError(f"the tensors disagree with their config: {listed(problems)}")
 
 
@@ -109,13 +109,13 @@ def translate(name: str, table: Mapping[str, str]) -> str | None:
             `layers.{i}.attention.compute_query` -> `blk.{i}.attn_q`.
     """
     module, _, kind = name.rpartition(".")
-    number = _NUMBER.search(module)
-    if number is not None:
-        module = f"{module[: number.start()]}.{{i}}.{module[number.end() :]}"
-    other = table.get(module)
-    if other is None or kind not in ("weight", "bias"):
+    layer_index = _NUMBER.search(module)
+    if layer_index is not None:
+        module = f"{module[: layer_index.start()]}.{{i}}.{module[layer_index.end() :]}"
+    translated = table.get(module)
+    if translated is None or kind not in ("weight", "bias"):
         return None
-    return f"{other.replace('{i}', number[1]) if number else other}.{kind}"
+    return f"{translated.replace('{i}', layer_index[1]) if layer_index else translated}.{kind}"
 
 
 def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:

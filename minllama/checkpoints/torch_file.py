@@ -220,17 +220,17 @@ def _load_legacy(path: Path) -> Any:
     keys = read_pickle(file, _no_storage)
     if not isinstance(keys, list):
         raise ValueError("it has no list of storages")
-    mapped, offset, places = _mapped(path), file.tell(), dict[Any, tuple[int, int]]()
+    mapped, offset, extents = _mapped(path), file.tell(), dict[Any, tuple[int, int]]()
     for key in keys:
-        if key not in widths or key in places:
+        if key not in widths or key in extents:
             raise ValueError("its storages do not match its tensors")
         count = struct.unpack("<q", _within(mapped, offset, 8).numpy().tobytes())[0]
-        places[key] = (offset + 8, count * widths[key])
-        _within(mapped, *places[key])
-        offset = sum(places[key])
+        extents[key] = (offset + 8, count * widths[key])
+        _within(mapped, *extents[key])
+        offset = sum(extents[key])
 
     def record(key: Any, n_bytes: int) -> Tensor:
-        start, size = places[key]
+        start, size = extents[key]
         return _within(mapped[: start + size], start, n_bytes)
 
     file.seek(begin)
@@ -258,14 +258,14 @@ def _no_storage(key: Any, dtype: torch.dtype, count: int) -> Tensor:
 
 def _storages(record: Callable[[Any, int], Tensor]) -> Storages:
     """The values of each storage, read once; `record` takes a key and their count."""
-    known: dict[Any, Tensor] = {}
+    read_storages: dict[Any, Tensor] = {}
 
-    def numbers(key: Any, dtype: torch.dtype, count: int) -> Tensor:
-        if key not in known:
-            known[key] = view_as(record(key, count * dtype.itemsize), dtype)
-        found = known[key]
-        if found.dtype != dtype or len(found) != count:
+    def storage_values(key: Any, dtype: torch.dtype, count: int) -> Tensor:
+        if key not in read_storages:
+            read_storages[key] = view_as(record(key, count * dtype.itemsize), dtype)
+        values = read_storages[key]
+        if values.dtype != dtype or len(values) != count:
             raise ValueError("a storage is declared with two types")
-        return found
+        return values
 
-    return numbers
+    return storage_values

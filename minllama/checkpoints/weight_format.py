@@ -27,7 +27,7 @@ from minllama.quantization.modules import QuantizedLinear, check_quantize
 # The purpose of a model: `generate` continues texts, `read` classifies them with frozen weights
 # (adapters and heads may be trained), `train` changes all weights.
 Purpose = Literal["generate", "read", "train"]
-HALF_NAMES = {"bfloat16", "float16", "BF16", "F16"}
+HALF_PRECISION_NAMES = {"bfloat16", "float16", "BF16", "F16"}
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def resolve_weight_format(
             dtype, quantize = fastest(checkpoint, device)
     check_quantize(quantize)
     if dtype is None:
-        dtype = _dtype_beside(quantize, device, purpose)
+        dtype = _default_dtype_for(quantize, device, purpose)
     return WeightFormat(device, _checked_dtype(dtype), quantize, is_chosen)
 
 
-def _dtype_beside(quantize: str | None, device: torch.device, purpose: Purpose) -> torch.dtype:
+def _default_dtype_for(quantize: str | None, device: torch.device, purpose: Purpose) -> torch.dtype:
     """The default dtype for this weight format, device and purpose."""
     if purpose == "train":
         return torch.float32
@@ -129,7 +129,7 @@ def _fastest_to_generate(
     stored = _formats_of_matrices(checkpoint)
     if stored == {"bfloat16"} and fast_bfloat16(device):
         return torch.bfloat16, None
-    return (torch.float32, "stored") if stored & HALF_NAMES else (None, None)
+    return (torch.float32, "stored") if stored & HALF_PRECISION_NAMES else (None, None)
 
 
 def _fastest_to_read(
@@ -179,14 +179,14 @@ def slow_dtype(dtype: torch.dtype | str | None, device: torch.device | str | Non
 
     It is not refused: weights need half the memory, and decoding reads them in half the time.
     """
-    where = usable_device(device)
+    usable = usable_device(device)
     dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-    if dtype == "bfloat16" and where.type == "cuda" and not fast_bfloat16(where):
+    if dtype == "bfloat16" and usable.type == "cuda" and not fast_bfloat16(usable):
         return "this GPU only emulates bfloat16; float16 is faster"
-    if where.type != "cpu":
+    if usable.type != "cpu":
         return None
     is_fast = {
-        "bfloat16": fast_bfloat16(where),
+        "bfloat16": fast_bfloat16(usable),
         "float16": fast_float16_on_cpu(),
     }
     if dtype is None or is_fast.get(dtype, True):

@@ -46,10 +46,10 @@ def inner_state_dict(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]
         usual = [key for key in STATE_DICTS if key in inner]
         if len(usual) != 1:
             raise CheckpointError(f"{path}: {_unclear(values, list(inner))}")
-        found = inner[usual[0]]
-        if not all(isinstance(key, str) for key in found):
+        state_dict = inner[usual[0]]
+        if not all(isinstance(key, str) for key in state_dict):
             raise CheckpointError(f"{path}: its {usual[0]!r} has keys that are not tensor names")
-        values = found
+        values = state_dict
     return values
 
 
@@ -65,12 +65,12 @@ def without_wrappers(tensors: Mapping[str, T], *roots: str) -> dict[str, T]:
     if len(plain) < len(tensors):  # with and without prefix: ambiguous
         return dict(tensors)
     for root in roots:
-        found = [name for name in plain if name == root or name.endswith(f".{root}")]
-        if len(found) == 1:
-            front = found[0].removesuffix(root)
+        matching = [name for name in plain if name == root or name.endswith(f".{root}")]
+        if len(matching) == 1:
+            front = matching[0].removesuffix(root)
             if all(name.startswith(front) for name in plain):
                 return {name.removeprefix(front): tensor for name, tensor in plain.items()}
-        if found:
+        if matching:
             break
     return plain
 

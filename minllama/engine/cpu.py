@@ -37,7 +37,7 @@ from minllama.model.attention_layout import (
 )
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama, LlamaLayer, LlamaOutput
-from minllama.quantization.half import WidenedEmbedding, WidenedLinear
+from minllama.quantization.half import UpcastEmbedding, UpcastLinear
 from minllama.quantization.modules import (
     QuantizedEmbedding,
     QuantizedLinear,
@@ -60,7 +60,7 @@ IMPLEMENTED = frozenset(
 KNOWN = (
     *(nn.Linear, modules.Linear, nn.Embedding, modules.Embedding),
     *(QuantizedLinear, QuantizedEmbedding),
-    *(WidenedLinear, WidenedEmbedding),
+    *(UpcastLinear, UpcastEmbedding),
 )
 
 

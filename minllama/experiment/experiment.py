@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minllama.checkpoints.weight_format import HALF_NAMES
+from minllama.checkpoints.weight_format import HALF_PRECISION_NAMES
 from minllama.errors import OptionError
 from minllama.experiment.build import TRAINED
 from minllama.options import (
@@ -84,7 +84,7 @@ class Experiment:
         is_default = self.training.metric == TrainingOptions.metric
         if not (self.of_numbers and is_default):  # the default means rmse for regression
             check_metric(self.training.metric, of_numbers=self.of_numbers)
-        if self.classifier.method == "full" and self.dtype in HALF_NAMES:
+        if self.classifier.method == "full" and self.dtype in HALF_PRECISION_NAMES:
             raise OptionError(
                 f"full training takes steps too small for {self.dtype}; omit --dtype to use "
                 "float32 weights (multiplied in bfloat16 where the hardware is fast at it)"

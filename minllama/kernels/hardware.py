@@ -57,8 +57,8 @@ def stated() -> Capabilities | None:
             f"{VARIABLE} must be one of {', '.join(LEVEL_WORDS)}, then any of "
             f"{', '.join(FEATURE_WORDS)}, separated by commas, not {text!r}"
         )
-    known = frozenset().union(*(FEATURE_WORDS[word] for word in features))
-    return Capabilities(LEVEL_WORDS.index(level), known)
+    instructions = frozenset().union(*(FEATURE_WORDS[word] for word in features))
+    return Capabilities(LEVEL_WORDS.index(level), instructions)
 
 
 def level_of(best: int) -> int:
@@ -84,9 +84,9 @@ def cpu_can(*names: str) -> bool:
     if assumed is not None:
         return not assumed.features.isdisjoint(names)
     # What torch knows of a CPU has moved between its versions.
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if known:
-        return any(known.get(name, False) for name in names)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities:
+        return any(capabilities.get(name, False) for name in names)
     checks = {
         "avx512_bf16": "_is_avx512_bf16_supported",
         "amx_bf16": "_is_amx_tile_supported",

@@ -48,11 +48,11 @@ class PackedSequences(NamedTuple):
         every = torch.arange(int(self.starts[-1]), device=self.starts.device)
         sequence = torch.searchsorted(self.starts, every, right=True)
         queries = every if self.compact is None else self.compact
-        seen = (sequence[queries, None] == sequence) & (every <= queries[:, None])
+        allowed = (sequence[queries, None] == sequence) & (every <= queries[:, None])
         if self.expand is None:
-            return seen
-        in_row = torch.zeros(len(queries), len(queries), device=seen.device)
-        return in_row.index_add(1, self.expand, seen.float()) > 0
+            return allowed
+        in_row = torch.zeros(len(queries), len(queries), device=allowed.device)
+        return in_row.index_add(1, self.expand, allowed.float()) > 0
 
 
 class AttentionLayout(NamedTuple):

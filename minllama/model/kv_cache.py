@@ -106,13 +106,13 @@ class KVCache:
                 f"the cache is {keys.dtype} on {keys.device} and the model {dtype} on {device}; "
                 "make it with model.new_cache()"
             )
-        found = len(self.keys), keys.shape[1], keys.shape[3]
-        wanted = config.n_layers, config.n_kv_heads, config.head_dim
-        if found != wanted:
+        actual = len(self.keys), keys.shape[1], keys.shape[3]
+        expected = config.n_layers, config.n_kv_heads, config.head_dim
+        if actual != expected:
             raise MinllamaError(
                 "the cache is for another model: it has {} layers of {} heads of width "
                 "{}, and this model {} of {} of {}; make it with model.new_cache()".format(
-                    *found, *wanted
+                    *actual, *expected
                 )
             )
 

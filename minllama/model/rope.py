@@ -152,10 +152,10 @@ def llama3_factors(plain: Tensor, scaling: RopeScaling) -> Tensor:
         (C / 2,) between 1 and `factor`.
     """
     assert scaling.original_max_seq_len is not None
-    turns = scaling.original_max_seq_len * plain / (2 * math.pi)
+    rotations = scaling.original_max_seq_len * plain / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: divided in full
-    return 1 / ((1 - kept) / scaling.factor + kept)
+    unscaled = ((rotations - low) / (high - low)).clamp(0, 1)  # 1: unchanged, 0: divided in full
+    return 1 / ((1 - unscaled) / scaling.factor + unscaled)
 
 
 def _plain_frequencies(theta: float, head_dim: int) -> Tensor:
@@ -177,9 +177,9 @@ def _yarn(plain: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
     assert scaling.original_max_seq_len is not None
     n = len(plain)
 
-    def pair_with(turns: float) -> float:
+    def pair_with(rotations: float) -> float:
         """Index of the pair with that many rotations over the original context."""
-        wavelengths = scaling.original_max_seq_len / (turns * 2 * math.pi)  # type: ignore[operator]
+        wavelengths = scaling.original_max_seq_len / (rotations * 2 * math.pi)  # type: ignore[operator]
         return n * math.log(wavelengths) / math.log(theta)
 
     low, high = pair_with(scaling.beta_fast), pair_with(scaling.beta_slow)

@@ -79,10 +79,10 @@ def ggml_type(type_id: int) -> GGMLType | None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # slow to import, seldom needed
 
     try:
-        known = GGMLQuantizationType(type_id)
+        quantization = GGMLQuantizationType(type_id)
     except ValueError:
         return None
-    return GGMLType(type_id, known.name, *GGML_QUANT_SIZES[known])
+    return GGMLType(type_id, quantization.name, *GGML_QUANT_SIZES[quantization])
 
 
 @functools.cache
@@ -138,8 +138,8 @@ def decode_super_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
     scales = torch.cat([scales & 63, (others & 15) | (scales >> 6 << 4)], dim=1)  # (n, 8)
     mins = torch.cat([mins & 63, (others >> 4) | (mins >> 6 << 4)], dim=1)
     # A byte has a value of one block in its low half, and one of the next in its high half.
-    halves = raw[:, -128:].unflatten(1, (4, 1, 32))
-    quants = torch.cat([halves & 15, halves >> 4], dim=2)  # (n, 4, 2, 32)
+    packed = raw[:, -128:].unflatten(1, (4, 1, 32))
+    quants = torch.cat([packed & 15, packed >> 4], dim=2)  # (n, 4, 2, 32)
     if stored == Q5_K:  # bit b of byte i is the fifth one of value i of block b
         of_block = torch.arange(8, dtype=torch.uint8).view(1, 4, 2, 1)
         quants = quants | (raw[:, 16:48].unflatten(1, (1, 1, 32)) >> of_block & 1) << 4

@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from minllama.kernels.cpu import ops
 
-MOST_KEPT = 2**24  # numbers of a widened matrix that memory is kept for: 64 MiB
-FEW_ROWS = 16  # up to which compiled code widens a row of a weight on its way, and keeps none
+MAX_BUFFERED = 2**24  # values of an upcast matrix that memory is kept for: 64 MiB
+FEW_ROWS = 16  # up to which compiled code upcasts while it multiplies, and keeps no buffer
 
 
-class WidenedLinear(nn.Linear):
+class UpcastLinear(nn.Linear):
     """y = W x + b in float32, with a W in half precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), float32."""
-        y = widened_product(x, self.weight)
+        y = upcast_matmul(x, self.weight)
         return y if self.bias is None else y + self.bias.float()
 
 
-class WidenedEmbedding(nn.Embedding):
+class UpcastEmbedding(nn.Embedding):
     """Rows of a matrix in half precision, as float32."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ class WidenedEmbedding(nn.Embedding):
 
     def as_linear(self, x: Tensor) -> Tensor:
         """X W^T in float32: (..., dim) -> (..., V)."""
-        return widened_product(x, self.weight)
+        return upcast_matmul(x, self.weight)
 
 
-def widened_product(x: Tensor, weight: Tensor) -> Tensor:
+def upcast_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Give x W^T in float32: (..., in), (out, in) -> (..., out)."""
     y: Tensor = _Matmul.apply(x, weight)  # type: ignore[no-untyped-call]
     return y
@@ -54,42 +54,42 @@ class _Matmul(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         if x.numel() <= FEW_ROWS * weight.shape[1] and ops.serves(weight):
             return ops.dense_matmul(weight, x)
-        return F.linear(x, _widened(weight))
+        return F.linear(x, _upcast(weight))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        of_x = gradient @ _widened(weight) if ctx.needs_input_grad[0] else None
+        grad_x = gradient @ _upcast(weight) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
-            return of_x, None
-        of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-        return of_x, of_weight.to(weight.dtype)
+            return grad_x, None
+        grad_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        return grad_x, grad_weight.to(weight.dtype)
 
 
-_kept = threading.local()
+_scratch = threading.local()
 
 
-def _widened(weight: Tensor) -> Tensor:
+def _upcast(weight: Tensor) -> Tensor:
     """The weight in float32, in a buffer that the next one reuses: new memory would be slower."""
     n = weight.numel()
-    if n > MOST_KEPT or weight.device.type != "cpu":
+    if n > MAX_BUFFERED or weight.device.type != "cpu":
         return weight.float()
-    buffer = getattr(_kept, "buffer", None)
+    buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < n:
         with torch.inference_mode(False):
-            buffer = _kept.buffer = ops.floats(n)
-    widened: Tensor = buffer[:n].view(weight.shape).copy_(weight.detach())
-    return widened
+            buffer = _scratch.buffer = ops.floats(n)
+    upcast: Tensor = buffer[:n].view(weight.shape).copy_(weight.detach())
+    return upcast
 
 
-def replace_by_widened(model: nn.Module, name: str) -> None:
+def replace_by_upcast(model: nn.Module, name: str) -> None:
     """Replace a linear layer or embedding by such a module with the same tensors."""
     old = model.get_submodule(name)
-    new: WidenedLinear | WidenedEmbedding
+    new: UpcastLinear | UpcastEmbedding
     if isinstance(old, nn.Embedding):
-        new = WidenedEmbedding(old.num_embeddings, old.embedding_dim, _weight=old.weight)
+        new = UpcastEmbedding(old.num_embeddings, old.embedding_dim, _weight=old.weight)
     else:
         assert isinstance(old, nn.Linear)
-        new = WidenedLinear(old.in_features, old.out_features, bias=False, device="meta")
+        new = UpcastLinear(old.in_features, old.out_features, bias=False, device="meta")
         new.weight, new.bias = old.weight, old.bias
     model.set_submodule(name, new)

@@ -32,7 +32,7 @@ from minllama.quantization.gguf_blocks import (
     decode_blocks,
     decode_super_blocks,
 )
-from minllama.quantization.half import WidenedEmbedding, WidenedLinear
+from minllama.quantization.half import UpcastEmbedding, UpcastLinear
 
 BLOCK = 32  # columns that share a scale
 TILE_ROWS = 16  # rows that are stored together, as vector instructions read them
@@ -101,8 +101,8 @@ class QuantizedWeight(nn.Module):
         """Whether it has these parts, bit for bit."""
         if parts is None or (parts.mins is None) != (self.mins is None):
             return False
-        own = Parts(self.quants, self.scales, self.mins, self.out_features)
-        pairs = zip(own, parts.to(self.quants.device), strict=True)
+        ours = Parts(self.quants, self.scales, self.mins, self.out_features)
+        pairs = zip(ours, parts.to(self.quants.device), strict=True)
         return all(
             torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
             for a, b in pairs
@@ -110,11 +110,11 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `model.to(bfloat16)` sets the dtype of computation; what is stored stays.
-        kept = self.scales, self.mins
+        stored = self.scales, self.mins
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.quants.device
-        self.scales = kept[0].to(device)
-        self.mins = None if kept[1] is None else kept[1].to(device)
+        self.scales = stored[0].to(device)
+        self.mins = None if stored[1] is None else stored[1].to(device)
         return self
 
     def _rows(
@@ -287,15 +287,17 @@ def replace_by_dense(model: nn.Module) -> bool:
     Returns:
         Whether there were any.
     """
-    compact = QuantizedWeight, WidenedLinear, WidenedEmbedding
-    found = {name: module for name, module in model.named_modules() if isinstance(module, compact)}
-    for name, old in found.items():
+    compact = QuantizedWeight, UpcastLinear, UpcastEmbedding
+    replaced = {
+        name: module for name, module in model.named_modules() if isinstance(module, compact)
+    }
+    for name, old in replaced.items():
         weight = (
             old.dequantize() if isinstance(old, QuantizedWeight) else old.weight.detach().float()
         )
         out_features, in_features = weight.shape
         new: nn.Linear | nn.Embedding
-        if isinstance(old, QuantizedEmbedding | WidenedEmbedding):
+        if isinstance(old, QuantizedEmbedding | UpcastEmbedding):
             new = Embedding(out_features, in_features, _weight=weight)
         else:
             bias: Any = old.bias
@@ -304,9 +306,9 @@ def replace_by_dense(model: nn.Module) -> bool:
             if bias is not None:
                 new.bias = nn.Parameter(bias.detach().float())
         model.set_submodule(name, new.requires_grad_(False).train(old.training))
-    if found:
+    if replaced:
         model.long_dtype = None  # type: ignore[assignment]  # a Llama's; dense matrices have no other
-    return bool(found)
+    return bool(replaced)
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
@@ -328,10 +330,12 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: x.float() for name, x in state.items()} if quantized else state
 
 
-def check_quantize(how: str | None) -> None:
+def check_quantize(quantize: str | None) -> None:
     """Raise OptionError for anything but None or one of `QUANTIZE`."""
-    if how is not None and how not in QUANTIZE:
-        raise OptionError(f"quantize must be one of {', '.join(QUANTIZE)}, or None, not {how!r}")
+    if quantize is not None and quantize not in QUANTIZE:
+        raise OptionError(
+            f"quantize must be one of {', '.join(QUANTIZE)}, or None, not {quantize!r}"
+        )
 
 
 class StoredMatrix(Protocol):
@@ -347,7 +351,7 @@ class StoredMatrix(Protocol):
     def blocks(self) -> Callable[[], tuple[GGMLType, Tensor]] | None: ...
 
 
-def quantized(name: str, tensor: StoredMatrix, how: str) -> Parts | None:
+def quantized(name: str, tensor: StoredMatrix, weight_format: str) -> Parts | None:
     """A checkpoint's matrix quantized to 8 or 4 bits; None if it stays dense.
 
     A GGUF file's blocks of at most the requested bits stay unchanged. With `stored`, other types
@@ -358,16 +362,16 @@ def quantized(name: str, tensor: StoredMatrix, how: str) -> Parts | None:
     Args:
         name: its name in our model.
         tensor: (out, in).
-        how: `int8`, `int4`, or `stored` for GGUF's blocks only.
+        weight_format: `int8`, `int4`, or `stored` for GGUF's blocks only.
     """
     if len(tensor.shape) != 2 or tensor.shape[1] % BLOCK:
         return None
-    bits = 4 if how == "int4" and name.startswith("layers.") else 8
+    bits = 4 if weight_format == "int4" and name.startswith("layers.") else 8
     if tensor.blocks is not None:
         stored, raw = tensor.blocks()
         if BITS.get(stored, 99) <= bits:
             return _from_blocks(raw, stored, tensor.shape)
-    elif how == "stored":
+    elif weight_format == "stored":
         return None
     values = tensor.load()
     low, high = (float(end) for end in values.aminmax())

@@ -16,7 +16,7 @@ from minllama.kernels.cpu.lora import low_rank_product
 from minllama.lora import add_lora_wrapper, lora_parameters
 from minllama.model.llama import Attention, Llama, RMSNorm
 from minllama.model.rope import RotaryEmbedding, apply_rotary_embedding
-from minllama.quantization.half import widened_product
+from minllama.quantization.half import upcast_matmul
 from minllama.quantization.modules import QuantizedLinear, quantize
 from minllama.training.optimizer import AdamW
 from tests.tiny import our_model, random_ids
@@ -43,7 +43,7 @@ WRONG = {
     "blocks of a file, longer ones": lambda: ops.pack(of(6, 18).byte(), 2, 8, False),
     "blocks of a file, of fewer rows": lambda: ops.pack(of(6, 18).byte(), 4, 4, False),
     "blocks of a file, no bytes": lambda: ops.pack(of(6, 18), 2, 4, False),
-    "halves": lambda: widened_product(of(1, 64), of(16, 32, dtype=torch.bfloat16)),
+    "halves": lambda: upcast_matmul(of(1, 64), of(16, 32, dtype=torch.bfloat16)),
     "attention, fewer values": lambda: attention.causal_attention(
         of(1, 4, 2, 16), of(1, 4, 2, 16), of(1, 3, 2, 16)
     ),

@@ -12,12 +12,12 @@ from minllama.checkpoints.weight_format import resolve_weight_format
 from minllama.engine.cpu import NativeStep, can_run
 from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.library import best_level, library
-from minllama.kernels.cpu.linear import HALVES
+from minllama.kernels.cpu.linear import HALF_DTYPES
 from minllama.lora import add_lora_wrapper, lora_parameters
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import load_pretrained
 from minllama.options.loading import LoadOptions
-from minllama.quantization.half import WidenedEmbedding, WidenedLinear, widened_product
+from minllama.quantization.half import UpcastEmbedding, UpcastLinear, upcast_matmul
 from tests.tiny import our_model, random_ids
 
 needs_library = pytest.mark.skipif(library() is None, reason="needs the compiled code")
@@ -39,7 +39,7 @@ def both(path):
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize(
     "changes",
     [{}, {"tie_embeddings": False, "attention_bias": True, "ffn_bias": True}],
@@ -61,7 +61,7 @@ def test_kept_halves_compute_what_float32_does(tmp_path, dtype, changes):
 
 @needs_library
 @pytest.mark.parametrize("level", range(best_level() + 1))
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
 def test_a_compiled_step_reads_kept_halves(tmp_path, dtype, level):
     kept, wide = both(write(tmp_path / "model", dtype))
     assert can_run(kept)
@@ -95,14 +95,14 @@ def test_adapters_learn_beside_kept_halves(tmp_path):
 
 @pytest.mark.parametrize("rows", [3, 50])
 @pytest.mark.parametrize("is_compiled", [True, False])
-def test_gradients_of_a_widened_product(rows, is_compiled, monkeypatch):
+def test_gradients_of_an_upcast_matmul(rows, is_compiled, monkeypatch):
     if not is_compiled:
         monkeypatch.setattr(ops, "serves", lambda x: False)
     torch.manual_seed(0)
     x = torch.randn(rows, 32, requires_grad=True)
     weight = torch.randn(24, 32).bfloat16().requires_grad_()
     of_y = torch.randn(rows, 24)
-    of_x, of_weight = torch.autograd.grad(widened_product(x, weight), (x, weight), of_y)
+    of_x, of_weight = torch.autograd.grad(upcast_matmul(x, weight), (x, weight), of_y)
     assert torch.allclose(of_x, of_y @ weight.float(), atol=1e-5)
     assert of_weight.dtype == torch.bfloat16
     assert torch.allclose(of_weight.float(), of_y.T @ x, rtol=2**-7, atol=1e-4)
@@ -112,10 +112,10 @@ def test_gradients_of_a_widened_product(rows, is_compiled, monkeypatch):
 def test_only_matrices_in_halves_are_kept(tmp_path):
     kept, _ = both(write(tmp_path / "model", torch.float32))
     assert kept.quantize is None
-    assert not any(isinstance(m, WidenedLinear | WidenedEmbedding) for m in kept.modules())
+    assert not any(isinstance(m, UpcastLinear | UpcastEmbedding) for m in kept.modules())
     folder = write(tmp_path / "halves", torch.bfloat16)
     other = load_pretrained(folder, device="cpu", dtype="bfloat16", quantize="stored")
-    assert not any(isinstance(m, WidenedLinear) for m in other.modules())
+    assert not any(isinstance(m, UpcastLinear) for m in other.modules())
 
 
 @needs_library
@@ -141,7 +141,7 @@ def test_a_gguf_file_of_halves_is_kept_too(tmp_path, capsys):
     model = our_model(dim=64, hidden_dim=96, vocab_size=61)
     write_gguf(tmp_path / "m.gguf", model.config, model.state_dict(), None, dtype="f16")
     kept, wide = both(tmp_path / "m.gguf")
-    assert isinstance(kept.layers[0].feed_forward.w1, WidenedLinear)
+    assert isinstance(kept.layers[0].feed_forward.w1, UpcastLinear)
     ids = random_ids(2, 9)
     with torch.inference_mode():
         assert torch.allclose(kept(ids).logits, wide(ids).logits, atol=1e-5)

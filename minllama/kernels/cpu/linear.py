@@ -15,14 +15,14 @@ from torch import Tensor
 
 from minllama.kernels.dispatch import is_plain, register
 
-HALVES = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 CHUNK = 512  # rows, from which on oneDNN is no faster with more
 STEP = 32
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether this is a half-precision matmul on a CPU with a frozen weight."""
-    is_half = x.device.type == "cpu" and x.dtype in HALVES and weight.dtype == x.dtype
+    is_half = x.device.type == "cpu" and x.dtype in HALF_DTYPES and weight.dtype == x.dtype
     is_trained = weight.requires_grad and torch.is_grad_enabled()
     return is_half and not is_trained and is_plain(x) and is_plain(weight)
 
@@ -46,7 +46,7 @@ def matmul(x: Tensor, matrix: Tensor) -> Tensor:
     Returns:
         (..., out).
     """
-    if x.device.type != "cpu" or x.dtype not in HALVES:
+    if x.device.type != "cpu" or x.dtype not in HALF_DTYPES:
         return x @ matrix
     rows = x.reshape(-1, x.shape[-1])
     n = len(rows)
