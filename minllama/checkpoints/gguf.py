@@ -240,8 +240,8 @@ def _open_parts(path: Path) -> list[GGUFFile]:
         stated = tuple(opened.header.fields.get(key) for key in (SPLIT_NUMBER, SPLIT_COUNT))
         if stated != (number, count):
             raise CheckpointError(
-                f"{part}: it states that it is part {stated[0]} (from 0) of {stated[1]}; its name is "
-                "another's; download it again"
+                f"{part}: it says that it is part {stated[0]} (from 0) of {stated[1]}; its name "
+                "is another's; download it again"
             )
         parts.append(opened)
     expected = parts[0].header.fields.get(SPLIT_TENSORS)

@@ -149,24 +149,24 @@ def command(
 ) -> None:
     """Label texts with CLASSIFIER (a folder that `minllama train` wrote), or with --labels."""
     explaining = pick(ExplainOptions, values)
-    _check_idle(bool(texts), labels_file, score=values["score"], explains=explaining.explain)
+    _check_effective(bool(texts), labels_file, score=values["score"], explains=explaining.explain)
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
     threshold, loading = pick(ThresholdOptions, values), pick(LoadOptions, values)
     file = OutputFile.of(output, output_format, has_mark=bom)
     _check_input(texts, rows, file, resume=resume, force=force)
-    columns = _kept_columns(keep_columns, file.output_format)
+    columns = _selected_columns(keep_columns, file.output_format)
     if labels is not None and labels_file is not None:
         raise OptionError("--labels and --labels-file exclude each other; give one")
     is_given = labels is not None or labels_file is not None
     if (classifier is None) != is_given:
         raise OptionError("give either a CLASSIFIER or --labels, such as --labels good,bad")
     if classifier is not None:
-        if own := given_options(OF_A_CLASSIFIER):
-            flags = flags_of(name for name in OF_A_CLASSIFIER if name in own)
+        if given := given_options(OF_A_CLASSIFIER):
+            flags = flags_of(name for name in OF_A_CLASSIFIER if name in given)
             flags = flags.replace("--source", "--model")
             raise OptionError(
-                f"{flags}: determined by the CLASSIFIER; omit {'it' if len(own) == 1 else 'them'}"
+                f"{flags}: determined by the CLASSIFIER; omit {'it' if len(given) == 1 else 'them'}"
             )
         made = _load(classifier, loading)
     else:
@@ -184,7 +184,9 @@ def command(
             _classify_rows(made, rows, file, data, explaining, columns=columns, resume=resume)
 
 
-def _check_idle(has_texts: bool, labels_file: str | None, *, score: str, explains: bool) -> None:
+def _check_effective(
+    has_texts: bool, labels_file: str | None, *, score: str, explains: bool
+) -> None:
     """Refuse options that would change nothing."""
     of_rows = [name for name in OF_ROWS if labels_file is None or name != "encoding"]
     uses: tuple[tuple[Sequence[str], bool, str], ...] = (
@@ -212,7 +214,7 @@ def _check_input(
         output.check(rows, resume=resume, force=force)
 
 
-def _kept_columns(names: str | None, output_format: str) -> list[str]:
+def _selected_columns(names: str | None, output_format: str) -> list[str]:
     """The columns that --keep-columns names; a quoted name may contain a comma."""
     if names is None:
         return []
@@ -241,7 +243,7 @@ def _names(labels: str | None, labels_file: str | None, encoding: str | None) ->
     """The names of --labels or --labels-file; warns of names that look alike."""
     from minllama.data import read_labels_file
     from minllama.data.label_names import names_of_option
-    from minllama.data.look_alikes import alike_message, look_alikes
+    from minllama.data.look_alikes import look_alike_message, look_alikes
 
     if labels_file is not None:
         names, where = read_labels_file(labels_file, encoding), labels_file
@@ -249,10 +251,10 @@ def _names(labels: str | None, labels_file: str | None, encoding: str | None) ->
         assert labels is not None
         names, where = names_of_option(labels, "--labels"), f"--labels {labels!r}"
     if len(names) < 2:
-        form = "one per line" if labels is None else "separated by commas"
-        raise OptionError(f"{where}: only one label; give at least two, {form}")
-    for alike in look_alikes(names):
-        click.echo(f"labels: {alike_message(alike, {})}", err=True)
+        layout = "one per line" if labels is None else "separated by commas"
+        raise OptionError(f"{where}: only one label; give at least two, {layout}")
+    for group in look_alikes(names):
+        click.echo(f"labels: {look_alike_message(group, {})}", err=True)
     return names
 
 

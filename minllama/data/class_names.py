@@ -63,7 +63,7 @@ def class_text(value: Any) -> str | None:
     raise ValueError(f"label {shown(value)} is neither a name nor a number")
 
 
-def whole_number(text: str) -> int | None:
+def integer_of(text: str) -> int | None:
     """Parse an integer such as `7`, `-7` or `7.0`; None for anything else."""
     return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
 
@@ -116,14 +116,14 @@ def class_names(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:
     if found and all(map(is_truth, found)):
         name_of = {text: text.casefold() for text in found}
     else:
-        wholes = {text: value for text in found if (value := whole_number(text)) is not None}
-        if len(wholes) == len(found):
-            name_of = {text: str(value) for text, value in wholes.items()}
+        integers = {text: value for text in found if (value := integer_of(text)) is not None}
+        if len(integers) == len(found):
+            name_of = {text: str(value) for text, value in integers.items()}
         else:  # of spellings that stand side by side, the shortest
             shortest: dict[int, str] = {}
-            for text in sorted(wholes, key=lambda text: (-len(text), text)):
-                shortest[wholes[text]] = text
-            name_of |= {text: shortest[value] for text, value in wholes.items()}
+            for text in sorted(integers, key=lambda text: (-len(text), text)):
+                shortest[integers[text]] = text
+            name_of |= {text: shortest[value] for text, value in integers.items()}
     names = sorted(set(name_of.values()))
     if all(number(name) is not None for name in names):
         names.sort(key=Decimal)

@@ -67,10 +67,10 @@ def find_columns(
     # To name in the place of one of another type: not what is meant for the other purpose.
     of_text = [c for c in columns if c != label_column and not is_label(c)]
     of_label = [c for c in columns if c != text_column and not is_text(c)]
-    text = _asked(columns, name, text_column, "text", no_text, header, of_text)
+    text = _checked_column(columns, name, text_column, "text", no_text, header, of_text)
     if not needs_label and label_column not in columns:
         label_column = None  # what is to be classified need not have the training file's columns
-    label = _asked(columns, name, label_column, "label", no_label, header, of_label)
+    label = _checked_column(columns, name, label_column, "label", no_label, header, of_label)
     left = [c for c in columns if c and c not in (text, label)]  # pandas' index has no name
     if label is None:
         label, rivals = _guessed(left, LABEL_NAMES)
@@ -128,23 +128,23 @@ def _is_day(kind: str) -> bool:
     return kind.startswith(("date", "time32", "time64"))
 
 
-def _asked(
+def _checked_column(
     columns: Sequence[str],
     name: str,
-    asked: str | None,
+    column: str | None,
     what: str,
     types: Mapping[str, str],
     header: str,
     others: Sequence[str],
 ) -> str | None:
-    if asked is not None and asked in types:
-        raise _of_type(name, asked, what, types, others)
-    if asked is not None and asked not in columns:
+    if column is not None and column in types:
+        raise _of_type(name, column, what, types, others)
+    if column is not None and column not in columns:
         hint = f"; {header}" if header else ""
         raise DataError(
-            f"{name}: no column {asked!r}; set --{what}-column to one of {listed(columns)}{hint}"
+            f"{name}: no column {column!r}; set --{what}-column to one of {listed(columns)}{hint}"
         )
-    return asked
+    return column
 
 
 def _of_type(

@@ -243,13 +243,13 @@ def _text_and_labels(
 def _several_columns(
     name: str,
     columns: list[str],
-    asked: str,
+    requested: str,
     needs_labels: bool,
     known: Sequence[str] | None,
 ) -> list[str]:
-    if not needs_labels and not set(names_of_columns(asked)) & set(columns):
+    if not needs_labels and not set(names_of_columns(requested)) & set(columns):
         return []  # as in test files whose answers are kept back
-    several = label_columns(asked, columns, name)
+    several = label_columns(requested, columns, name)
     if known is not None and set(known) != set(several):
         raise DataError(
             f"{name}: --label-columns has {listed(several)}, but the labels are {listed(known)}; "
@@ -269,14 +269,14 @@ def _check_of_numbers(options: DataOptions) -> None:
 def _label_reader(
     table: Table, columns: Sequence[str], options: DataOptions, known: Sequence[str] | None
 ) -> LabelReader:
-    numbers: dict[int, str] | None = None
+    number_names: dict[int, str] | None = None
     codes: dict[str, str] = {}
     if options.label_names is not None:
         given = read_label_names(options.label_names, options.encoding)
-        numbers, codes = given, given.codes
+        number_names, codes = given, given.codes
     elif len(columns) == 1 and columns[0] in table.class_names:
-        numbers = dict(enumerate(table.class_names[columns[0]]))
+        number_names = dict(enumerate(table.class_names[columns[0]]))
     if options.label_separator != DataOptions.label_separator and not options.multi_label:
         raise OptionError("label_separator needs --multi-label; add it, or omit label_separator")
     separator = options.label_separator if options.has_several_labels else None
-    return LabelReader(known, numbers, codes=codes, separator=separator)
+    return LabelReader(known, number_names, codes=codes, separator=separator)

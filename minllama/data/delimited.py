@@ -27,7 +27,7 @@ def delimited_table(
     separator: str | None = None,
     columns: str | None = None,
     has_header: bool = True,
-    asked: Collection[str] = (),
+    requested: Collection[str] = (),
 ) -> Table:
     """Values with a character between them, below a line of column names.
 
@@ -37,12 +37,12 @@ def delimited_table(
         separator: as given; None to detect it from the header.
         columns: their names, separated by commas, if there is no header.
         has_header: whether the first line has column names.
-        asked: column names that must exist.
+        requested: column names that must exist.
     """
-    said = excel_separator(lines.peek())
-    if said is not None:
+    stated = excel_separator(lines.peek())
+    if stated is not None:
         next(lines)
-    separator = separator or said or separator_of(lines.peek(), usual, asked)
+    separator = separator or stated or separator_of(lines.peek(), usual, requested)
     rows = _tsv_rows(lines, columns) if separator == "\t" else _csv_rows(lines, separator)
     if columns is None and has_header:
         return _table_with_header(lines, rows)
@@ -55,20 +55,20 @@ def excel_separator(line: str) -> str | None:
     return match[1] if match else None
 
 
-def separator_of(line: str, usual: str, asked: Collection[str] = ()) -> str:
+def separator_of(line: str, usual: str, requested: Collection[str] = ()) -> str:
     """Detect the separator of column names in the first line of a file.
 
     The one that yields most known names; else the usual one if it occurs, or a semicolon, as
     spreadsheets write in countries with a decimal comma, or a tab.
     """
 
-    def known(separator: str) -> int:
-        return sum(is_known_name(cell, asked) for cell in cells_of(line, separator))
+    def n_known_names(separator: str) -> int:
+        return sum(is_known_name(cell, requested) for cell in cells_of(line, separator))
 
     line = line[:LOOKED_AT]
     order = (usual, *(other for other in SEPARATORS if other != usual))
-    best = max(order, key=known)
-    if known(best):
+    best = max(order, key=n_known_names)
+    if n_known_names(best):
         return best if best in line else usual
     # No name has a tab in it; a bar, perhaps.
     return next((separator for separator in ("\t", *order[:-1]) if separator in line), usual)
@@ -85,9 +85,9 @@ def cells_of(line: str, separator: str) -> list[str]:
     return [cell.strip() for cell in cells]
 
 
-def is_known_name(cell: str, asked: Collection[str] = ()) -> bool:
+def is_known_name(cell: str, requested: Collection[str] = ()) -> bool:
     """Whether a cell is a usual name of a text or label column."""
-    return is_known(cell) or cell in asked
+    return is_known(cell) or cell in requested
 
 
 def _csv_rows(lines: Lines, separator: str) -> Rows:
@@ -219,7 +219,7 @@ class _QuotedCells:
         """The cells, if the quotes that this line opens are closed in a following line."""
         whole, each_is_a_row = line, n_plain == self.width != 1
         for n_more in range(1, MAX_QUOTED_LINES):
-            following = self._lines.look(n_more)
+            following = self._lines.peek_ahead(n_more)
             if not following or len(whole) + len(following) > MAX_LINE_BYTES:
                 return None
             whole += following

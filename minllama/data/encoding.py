@@ -42,7 +42,7 @@ _QUOTES_AND_DASHES += "\u00a9\u00ae\u2122\u00bf\u00a1\u2022\u00a7\u00bd\u00bc\u0
 _MARKED = "minllama.marked"
 
 
-def encoding_of(head: bytes, asked: str | None, name: str) -> str:
+def encoding_of(head: bytes, requested: str | None, name: str) -> str:
     """The encoding of a stream that starts with `head`: by its byte order mark, as given, or UTF-8.
 
     Raises:
@@ -51,16 +51,16 @@ def encoding_of(head: bytes, asked: str | None, name: str) -> str:
     for mark, marked in _MARKS:
         if head.startswith(mark):
             return marked
-    if asked is not None and asked.startswith(UTF_8):
-        asked = None
-    family = (asked or "").removesuffix("-le").removesuffix("-be")
-    if asked in ("utf-16", "utf-32"):
-        return f"{asked}-{_byte_order(head, 2 if asked == 'utf-16' else 4)}"
+    if requested is not None and requested.startswith(UTF_8):
+        requested = None
+    family = (requested or "").removesuffix("-le").removesuffix("-be")
+    if requested in ("utf-16", "utf-32"):
+        return f"{requested}-{_byte_order(head, 2 if requested == 'utf-16' else 4)}"
     if family not in ("utf-16", "utf-32") and (wide := _wide_text(head)):
         raise DataError(
             f"{name}: is {wide.upper()} without a byte order mark; read it with --encoding {wide}"
         )
-    return asked or UTF_8
+    return requested or UTF_8
 
 
 def _byte_order(head: bytes, width: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from minllama.data.class_names import class_names
 from minllama.data.labels import UNLABELLED, LabelReader
-from minllama.data.look_alikes import alike_message, folded, look_alikes, told_apart
+from minllama.data.look_alikes import distinguishable, folded, look_alike_message, look_alikes
 from minllama.data.multi_hot import column_vector, is_surely_a_vector, vector_labels, vector_of
 from minllama.data.numbers import NumberReader
 from minllama.data.records import BadRow, BadRows, Record
@@ -238,8 +238,8 @@ class Examples:
 
         Missing values may be empty cells, null or NaN.
         """
-        asked = self._many and self._options.label_columns is None
-        return asked and not self._reader.is_placeholder(value)
+        is_list_of_labels = self._many and self._options.label_columns is None
+        return is_list_of_labels and not self._reader.is_placeholder(value)
 
     def _refuse_label(self, place: BadRow, text: str, error: ValueError) -> None:
         row = replace(place, reason=str(error))
@@ -271,7 +271,7 @@ class Examples:
             return
         reader = self._class_reader
         if reader.known is None and n > 1:
-            reader.know([str(i) for i in range(n)])
+            reader.set_classes([str(i) for i in range(n)])
         if reader.known is None:
             raise ValueError("is not a multi-hot vector of zeros and ones, such as [1, 0, 1]")
         names = reader.named_places()
@@ -306,7 +306,7 @@ class Examples:
             DataError: there are bad rows that may not be skipped, or no good ones; or lists are
                 ambiguous.
         """
-        said = self._decide(name)
+        list_notices = self._decide(name)
         bad_rows, notices = self.bad_rows, []
         skips = self._options.skip_bad_rows
         if bad_rows.count and not skips:
@@ -325,7 +325,7 @@ class Examples:
         if self._unread.count and given and skips:
             notices.append(self._leave_out_unread(name))
         if self._unread.count or 0 < len(given) < len(self._cells):
-            notices.append(self._unlabelled(name, len(given)))
+            notices.append(self._unlabeled_notice(name, len(given)))
         if skips and (hint := self._reader.hint) and (bad_rows.count or self._unread.count):
             notices.append(Notice("look-alikes", f"{name}: {hint}", 1))
         if self._n_empty:
@@ -351,9 +351,9 @@ class Examples:
         are_learned = self._reader.known is None or self._options.label_names is not None
         labels, names = self._numbered(given, multi_label)
         found = Dataset(self._texts, labels, names, name, multi_label, label_column=column)
-        notices += said + self._white_space(name, given)
+        notices += list_notices + self._white_space(name, given)
         if are_learned:
-            notices += alike_names(found)
+            notices += look_alike_notices(found)
         return replace(found, notices=tuple(notices))
 
     def _decide(self, name: str) -> list[Notice]:
@@ -363,7 +363,7 @@ class Examples:
             DataError: they may be that or labels.
         """
         vectors = [v for _, _, value in self._held if (v := vector_of(value)) is not None]
-        said: list[Notice] = []
+        notices: list[Notice] = []
         if vectors and not is_surely_a_vector(vectors):
             first, place = self._held[0][2], self._held[0][0].place
             raise DataError(
@@ -383,8 +383,8 @@ class Examples:
                 f"{name}: lists are read as multi-hot vectors of {len(vectors[0])} zeros and "
                 f"ones, one per label: {places}; --label-names FILE sets other names"
             )
-            said.append(Notice("multi-hot", message, len(vectors)))
-        return said
+            notices.append(Notice("multi-hot", message, len(vectors)))
+        return notices
 
     def _white_space(self, name: str, given: list[list[str]]) -> list[Notice]:
         """Labels that occur both with and without surrounding white space."""
@@ -405,13 +405,13 @@ class Examples:
             if plain <= 0 and len(of_text) < 2:
                 continue
             spellings = {**({label: plain} if plain > 0 else {}), **of_text}
-            shown_names = told_apart(list(spellings))
-            told = [
+            shown_names = distinguishable(list(spellings))
+            described = [
                 f"{text} ({n:,} row{'s' * (n != 1)})"
                 for text, n in zip(shown_names, spellings.values(), strict=True)
             ]
             message = (
-                f"{name}: {first_few(told)} are the same label: white space around labels is "
+                f"{name}: {first_few(described)} are the same label: white space around labels is "
                 "ignored"
             )
             notices.append(Notice("white-space", message, sum(of_text.values())))
@@ -421,9 +421,9 @@ class Examples:
         """Skip rows with unknown labels; rows without one stay, to be predicted."""
         bad, self._unread = self._unread, BadRows()
         total = len(self._texts)
-        kept = [row for row in range(total) if row not in self._unread_rows]
-        self._texts = [self._texts[row] for row in kept]
-        self._cells = [self._cells[row] for row in kept]
+        read_rows = [row for row in range(total) if row not in self._unread_rows]
+        self._texts = [self._texts[row] for row in read_rows]
+        self._cells = [self._cells[row] for row in read_rows]
         left_out = f"{bad.count} of {total} ({bad.summary()})"
         message = f"{name}: rows with unknown labels skipped: {left_out}"
         return Notice("skipped", message, bad.count)
@@ -433,7 +433,7 @@ class Examples:
             return ""
         return f" ({'; '.join(filter(None, (self._unread.summary(), self._reader.hint)))})"
 
-    def _unlabelled(self, name: str, n_given: int) -> Notice:
+    def _unlabeled_notice(self, name: str, n_given: int) -> Notice:
         known = f"only {n_given}" if n_given else "none"
         remedy = "; --skip-bad-rows skips them" if n_given and self._unread.count else ""
         message = (
@@ -447,7 +447,7 @@ class Examples:
     ) -> tuple[Labels | None, list[str]]:
         reader = self._class_reader
         if self._options.label_columns is not None and reader.known is None:
-            reader.know(self._label_columns)
+            reader.set_classes(self._label_columns)
         if reader.known is not None:
             names, index_of = reader.known, reader.index_of
         else:
@@ -467,17 +467,19 @@ def _numbers_as_names(name: str, positions: Mapping[int, str]) -> Notice:
     return Notice("numbers", message, len(positions))
 
 
-def alike_names(dataset: Dataset) -> list[Notice]:
+def look_alike_notices(dataset: Dataset) -> list[Notice]:
     """A notice of look-alike class names, with their numbers of rows."""
     counts = dict(zip(dataset.label_names, dataset.class_counts(), strict=True))
     notices = []
     if blank := [name for name in dataset.label_names if not folded(name)]:
-        said = ", ".join(told_apart([name])[0] for name in blank)
-        message = f"{dataset.called}: the label {said} has no visible character; is it intended?"
+        shown_names = ", ".join(distinguishable([name])[0] for name in blank)
+        message = (
+            f"{dataset.called}: the label {shown_names} has no visible character; is it intended?"
+        )
         notices.append(Notice("look-alikes", message, len(blank)))
     for names in look_alikes(dataset.label_names):
         is_case = len({name.casefold() for name in names}) == 1
-        message = f"{dataset.called}: {alike_message(names, counts)}"
+        message = f"{dataset.called}: {look_alike_message(names, counts)}"
         notices.append(Notice("case" if is_case else "look-alikes", message, len(names)))
     return notices
 
@@ -486,8 +488,8 @@ def no_rows(name: str, bad_rows: BadRows, remedies: Sequence[str] = ()) -> str:
     """Why a source has no examples."""
     if not bad_rows.count:
         return f"{name}: no rows; give a file with one example per line"
-    said = "; ".join([bad_rows.summary(), *remedies])
-    return f"{name}: all {bad_rows.count} rows are bad: {said}"
+    details = "; ".join([bad_rows.summary(), *remedies])
+    return f"{name}: all {bad_rows.count} rows are bad: {details}"
 
 
 def text_of(row: Record | BadRow, column: str) -> str:

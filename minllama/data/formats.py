@@ -22,7 +22,7 @@ from minllama.data.other_forms import (
     refuse_binary,
     refuse_other_json,
     refuse_other_labels,
-    seen,
+    shown_line,
 )
 from minllama.data.records import Table
 from minllama.data.unpacking import HEAD_BYTES, Beginning
@@ -70,7 +70,7 @@ def table_of(
             separator=options.separator,
             columns=options.columns,
             has_header=not options.no_header,
-            asked=_asked(options),
+            requested=_requested_columns(options),
         )
     if kind == "text":
         return text_table(lines)
@@ -92,7 +92,7 @@ def _shown_text(head: bytes, encoding: str, options: DataOptions) -> tuple[str, 
     return text.removeprefix("\ufeff"), advice
 
 
-def _asked(options: DataOptions) -> Collection[str]:
+def _requested_columns(options: DataOptions) -> Collection[str]:
     return {name for name in (options.text_column, options.label_column) if name is not None}
 
 
@@ -130,10 +130,10 @@ def _kind_of(
         return kind
     if has_columns:
         return "tsv" if options.separator is None and "\t" in first else "csv"
-    if found := _recognized(lines, options, name):
+    if recognized := _recognized(lines, options, name):
         if kind is None:
-            return found
-        raise DataError(_says_other_format(found, first, name, labelled=labelled))
+            return recognized
+        raise DataError(_other_format_message(recognized, first, name, labelled=labelled))
     if SEPARATOR in first:
         return "labelled"
     if labelled:
@@ -151,35 +151,36 @@ def _check_kind(kind: str, lines: list[str], options: DataOptions, name: str) ->
     objects, tables = ("json", "jsonl"), ("csv", "tsv")
     # Of tables the line of names tells enough.
     is_object = bool(lines) and lines[0].lstrip().startswith(("{", "["))
-    found = _recognized(lines, options, name) if is_object or kind in objects else None
-    if found is None and lines and SEPARATOR in lines[0] and not is_object:
-        found = "labelled"
-    if found is not None and (
-        (kind in objects and found not in objects)
-        or (kind in tables and found in objects)
-        or (kind in tables and found == "labelled" and options.columns is None)
+    recognized = _recognized(lines, options, name) if is_object or kind in objects else None
+    if recognized is None and lines and SEPARATOR in lines[0] and not is_object:
+        recognized = "labelled"
+    if recognized is not None and (
+        (kind in objects and recognized not in objects)
+        or (kind in tables and recognized in objects)
+        or (kind in tables and recognized == "labelled" and options.columns is None)
     ):
         raise DataError(
-            f"{name}: the first line is {seen(lines[0])}, which is not {kind.upper()}; read it "
-            f"with --data-format {found}"
+            f"{name}: the first line is {shown_line(lines[0])}, which is not {kind.upper()}; read "
+            f"it with --data-format {recognized}"
         )
 
 
-def _says_other_format(found: str, first: str, name: str, *, labelled: bool) -> str:
-    if found in ("json", "jsonl"):
-        what = "lines are JSON objects" if found == "jsonl" else "content is a JSON list"
+def _other_format_message(recognized: str, first: str, name: str, *, labelled: bool) -> str:
+    if recognized in ("json", "jsonl"):
+        what = "lines are JSON objects" if recognized == "jsonl" else "content is a JSON list"
     else:
-        what = f"first line is {seen(first)}, a header"
+        what = f"first line is {shown_line(first)}, a header"
     or_texts = "" if labelled else ", or as texts with --data-format text"
-    return f"{name}: the {what}; read it with --data-format {found}{or_texts}"
+    return f"{name}: the {what}; read it with --data-format {recognized}{or_texts}"
 
 
 def _check_no_labels(lines: list[str], kind: str | None, name: str) -> None:
     """Refuse content that may not be plain texts, if nothing says that it is."""
     if is_fasttext(lines):
         raise DataError(
-            f"{name}: the first line is {seen(lines[0])}, with fastText labels before the text; "
-            "remove them with: sed -E 's/^(__label__[^ ]+[ ]+)+//', or give --data-format text"
+            f"{name}: the first line is {shown_line(lines[0])}, with fastText labels before the "
+            "text; remove them with: sed -E 's/^(__label__[^ ]+[ ]+)+//', or give "
+            "--data-format text"
         )
     if kind is None and len(lines) > 1 and lines[0].strip().strip('"') in _LONE_NAMES:
         raise _unclear(lines[0], name)
@@ -187,8 +188,8 @@ def _check_no_labels(lines: list[str], kind: str | None, name: str) -> None:
 
 def _unclear(line: str, name: str) -> DataError:
     return DataError(
-        f"{name}: the first line is {seen(line)}; give --data-format csv if it is a header, or "
-        "--data-format text if it is a text"
+        f"{name}: the first line is {shown_line(line)}; give --data-format csv if it is a header, "
+        "or --data-format text if it is a text"
     )
 
 
@@ -226,10 +227,13 @@ def _has_header(lines: list[str], separator: str, options: DataOptions, name: st
         return False
     if not all(re.fullmatch(r"[\w.#-]*( [\w.#-]+)?", name) for name in names):
         return False
-    known = [name for name in names if is_known_name(name, _asked(options))]
+    known = [name for name in names if is_known_name(name, _requested_columns(options))]
     if f"{separator} " in lines[0] and len(known) < len(names):  # as in a sentence
         return False
-    if not any(n.lower() in TEXT_NAMES or n in _asked(options) for n in known) and len(known) < 2:
+    if (
+        not any(n.lower() in TEXT_NAMES or n in _requested_columns(options) for n in known)
+        and len(known) < 2
+    ):
         return False
     # Sentences have commas, too. A quote may go on in the next line.
     second = lines[1] if len(lines) > 1 and len(known) < len(names) else ""
@@ -262,8 +266,10 @@ def _json_table(
     refuse_other_json(text, beginning.name, compressed=beginning.is_compressed)
     # An object that goes on in the next line.
     if first.startswith("{") and not _is_json_object(first) and len(lines) > 1:
-        goes_on = first == "{" or (first.endswith((",", "{", "[", ":")) and lines[1][:1] in ' \t"}')
-        if goes_on:
+        continues = first == "{" or (
+            first.endswith((",", "{", "[", ":")) and lines[1][:1] in ' \t"}'
+        )
+        if continues:
             return json_list_table(stream, beginning.name, encoding)
     rows = Lines(stream, beginning.name, encoding)
     if first.startswith("{'"):

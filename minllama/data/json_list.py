@@ -74,19 +74,19 @@ class _Text:
         if self._ended:
             return False
         if self.at >= _TRIMMED_FROM:
-            self._let_go()
+            self._discard_read()
         data = self._bytes(len(self.text) - self.at)
         pending = self._decoder.getstate()[0]
         try:
             text = self._decoder.decode(data, self._ended)
         except UnicodeDecodeError as error:
             raise self._not_utf8(error) from error
-        whole = pending + data
-        newline = whole.rfind(b"\n")
+        undecoded = pending + data
+        newline = undecoded.rfind(b"\n")
         if newline >= 0:
             self._read_of_line = -newline - 1
-        rest = len(self._decoder.getstate()[0])
-        self._read_of_line += len(text) if self._encoding != UTF_8 else len(whole) - rest
+        n_pending = len(self._decoder.getstate()[0])
+        self._read_of_line += len(text) if self._encoding != UTF_8 else len(undecoded) - n_pending
         self.text += text
         self._has_utf8 = self._has_utf8 or not text.isascii()
         return True
@@ -105,7 +105,7 @@ class _Text:
             data, self._is_start = data.removeprefix(BYTE_ORDER_MARK), False
         return data
 
-    def _let_go(self) -> None:
+    def _discard_read(self) -> None:
         self.line()
         newline = self.text.rfind("\n", 0, self.at)
         self._column = self.at - newline - 1 if newline >= 0 else self._column + self.at
@@ -139,7 +139,7 @@ def _objects(text: _Text) -> Iterator[RawRow]:
         next_character = text.skip_blank()
         if is_list and next_character != "]":
             if next_character != ",":
-                raise _wrong(text, line, "no comma or ] after this object")
+                raise _syntax_error(text, line, "no comma or ] after this object")
             text.at += 1
             next_character = text.skip_blank()
             if next_character in ("", "]"):
@@ -147,7 +147,7 @@ def _objects(text: _Text) -> Iterator[RawRow]:
     if is_list:
         if not next_character:
             line, column = text.line_and_column(text.at)
-            raise _wrong(text, line, f"not JSON (Expecting value at character {column})")
+            raise _syntax_error(text, line, f"not JSON (Expecting value at character {column})")
         text.at += 1
         if text.skip_blank():
             raise DataError(f"{text.name}: extra data after the end of the list")
@@ -170,8 +170,8 @@ def _value(text: _Text) -> object:
             line, column = text.line_and_column(getattr(error, "pos", text.at))
             if is_long:
                 reason = f"an object of more than {MAX_LINE_BYTES:,} bytes; is it a list of rows?"
-                raise _wrong(text, line, reason) from error
-            raise _wrong(text, line, not_json(error, column)) from error
+                raise _syntax_error(text, line, reason) from error
+            raise _syntax_error(text, line, not_json(error, column)) from error
         # A number at the end of what was read may go on.
         if end == len(text.text) and text.text[end - 1] not in '}]"' and text.more():
             continue
@@ -179,5 +179,5 @@ def _value(text: _Text) -> object:
         return value
 
 
-def _wrong(text: _Text, line: int, reason: str) -> DataError:
+def _syntax_error(text: _Text, line: int, reason: str) -> DataError:
     return DataError(f"{text.name}, line {line}: {reason}")

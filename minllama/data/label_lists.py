@@ -90,11 +90,11 @@ def _items(inside: str) -> list[Any] | None:
             words = match[0].strip()
             if not words:
                 return None
-            numbers = words.split()
-            if "..." in numbers:
+            number_texts = words.split()
+            if "..." in number_texts:
                 return None
-            if all(map(_NUMBER.fullmatch, numbers)):
-                items += map(_number, numbers)  # as numpy parts them
+            if all(map(_NUMBER.fullmatch, number_texts)):
+                items += map(_number, number_texts)  # as numpy parts them
             else:
                 lower = words.lower()
                 items.append(_WORDS[lower] if lower in _WORDS else _Bare(words))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minllama.data.class_names import class_text, whole_number
+from minllama.data.class_names import class_text, integer_of
 from minllama.data.encoding import advice_for, encoding_of
 from minllama.data.label_lists import read_list, split_names
 from minllama.errors import DataError, OptionError
@@ -134,10 +134,10 @@ def _text_of(path: str | os.PathLike[str], encoding: str | None) -> tuple[str, s
 
 def _decoded(data: bytes, encoding: str | None, name: str) -> str:
     """Decode bytes: UTF-8 if valid, whatever the encoding of the data file."""
-    asked = encoding_of(data[:HEAD], encoding, name)
+    guessed = encoding_of(data[:HEAD], encoding, name)
     # UTF-16 of ASCII is UTF-8, too, with zeros; so is ISO-2022, with escapes.
-    is_asked = encoding is not None and (b"\0" in data or b"\x1b" in data)
-    for tried in [asked] if is_asked else ["utf-8-sig", asked]:
+    is_stated = encoding is not None and (b"\0" in data or b"\x1b" in data)
+    for tried in [guessed] if is_stated else ["utf-8-sig", guessed]:
         with contextlib.suppress(UnicodeError):
             return data.decode(tried).removeprefix("\ufeff")
     remedy = (
@@ -145,7 +145,7 @@ def _decoded(data: bytes, encoding: str | None, name: str) -> str:
         if encoding is None
         else "give its encoding with --encoding, or convert it to UTF-8"
     )
-    raise DataError(f"{name}: not UTF-8{'' if encoding is None else f' or {asked}'}; {remedy}")
+    raise DataError(f"{name}: not UTF-8{'' if encoding is None else f' or {guessed}'}; {remedy}")
 
 
 def _names_of_json(text: str, name: str) -> LabelNames:
@@ -159,7 +159,7 @@ def _names_of_json(text: str, name: str) -> LabelNames:
 
 
 def _checked_names(content: Any, where: str) -> LabelNames:
-    form = 'a list such as ["bad", "good"], or an object such as {"bad": 0, "good": 1}'
+    expected = 'a list such as ["bad", "good"], or an object such as {"bad": 0, "good": 1}'
     codes: dict[str, str] = {}
     match content:
         case list():
@@ -168,25 +168,25 @@ def _checked_names(content: Any, where: str) -> LabelNames:
             pairs = [(number, name) for name, number in content.items()]
         case dict() if all(_WRITTEN.fullmatch(number) for number in content):
             pairs = [(int(number.partition(".")[0]), name) for number, name in content.items()]
-            codes = {key: name for key, name in content.items() if whole_number(key) is None}
+            codes = {key: name for key, name in content.items() if integer_of(key) is None}
         case _:
-            raise DataError(f"{where}: no class names; write {form}")
+            raise DataError(f"{where}: no class names; write {expected}")
     if wrong := [name for _, name in pairs if not isinstance(name, str) or not name.strip()]:
-        raise DataError(f"{where}: {shown(wrong[0])} is not a name; write {form}")
-    numbers = LabelNames((number, name.strip()) for number, name in sorted(pairs, key=_first))
-    numbers.codes = {code: name.strip() for code, name in codes.items()}
-    if not numbers:
-        raise DataError(f"{where}: no class names; write {form}")
-    if len(numbers) < len(pairs) or len(set(numbers.values())) < len(pairs):
+        raise DataError(f"{where}: {shown(wrong[0])} is not a name; write {expected}")
+    names = LabelNames((number, name.strip()) for number, name in sorted(pairs, key=_first))
+    names.codes = {code: name.strip() for code, name in codes.items()}
+    if not names:
+        raise DataError(f"{where}: no class names; write {expected}")
+    if len(names) < len(pairs) or len(set(names.values())) < len(pairs):
         raise DataError(f"{where}: contains a name or a number twice")
-    for number, name in numbers.items():
-        other = whole_number(name)
-        if other is not None and numbers.get(other, name) != name:
+    for number, name in names.items():
+        other = integer_of(name)
+        if other is not None and names.get(other, name) != name:
             raise DataError(
                 f"{where}: class {number} is named {name!r}, which is the number of another "
                 "class; rename it"
             )
-    return numbers
+    return names
 
 
 def _first(pair: tuple[int, Any]) -> int:

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from minllama.data.class_names import class_text, is_number_like, is_truth, number, whole_number
+from minllama.data.class_names import class_text, integer_of, is_number_like, is_truth, number
 from minllama.data.label_lists import read_list, split_names
-from minllama.data.look_alikes import alike_message, folded
+from minllama.data.look_alikes import folded, look_alike_message
 from minllama.data.multi_hot import vector_of
 from minllama.text import first_few, listed, shown
 
@@ -31,12 +31,12 @@ class LabelReader:
 
     Args:
         known: names of all classes, in order; None to learn them from the cells (`class_names`).
-        numbers: the name of each number; None for positions in `known`.
+        number_names: the name of each number; None for positions in `known`.
         codes: the name of a text such as `01`, which is not a number.
         separator: between the labels of one cell; None for one label per row.
 
     Attributes:
-        known: as given, or the names of `numbers`.
+        known: as given, or the names of `number_names`.
         index_of: the class of each of them.
         by_position: numbers that were read as positions in `known`, with the names.
         padded: how often each name had surrounding white space, as (text, name).
@@ -45,26 +45,26 @@ class LabelReader:
     def __init__(
         self,
         known: Sequence[str] | None = None,
-        numbers: Mapping[int, str] | None = None,
+        number_names: Mapping[int, str] | None = None,
         *,
         codes: Mapping[str, str] | None = None,
         separator: str | None = None,
     ) -> None:
-        self._names_are_given = numbers is not None
+        self._names_are_given = number_names is not None
         self.by_position: dict[int, str] = {}
         self.padded: Counter[tuple[str, str]] = Counter()
-        if known is None and numbers is not None:
-            known = [numbers[number] for number in sorted(numbers)]
-        elif known is not None and numbers is None and not any(map(is_number_like, known)):
+        if known is None and number_names is not None:
+            known = [number_names[number] for number in sorted(number_names)]
+        elif known is not None and number_names is None and not any(map(is_number_like, known)):
             # Classes that are called 1 to 5, or 007, are meant by these names, never by position.
-            numbers = dict(enumerate(known))
-        self.know(known)
-        self._numbers, self._codes = numbers or {}, codes or {}
+            number_names = dict(enumerate(known))
+        self.set_classes(known)
+        self._number_names, self._codes = number_names or {}, codes or {}
         self._separator = separator
         self._refused: Counter[str] = Counter()
         self._hint = ""
 
-    def know(self, names: Sequence[str] | None) -> None:
+    def set_classes(self, names: Sequence[str] | None) -> None:
         """Set the names of all classes."""
         self.known = None if names is None else list(names)
         self.index_of: dict[str, int] = {name: i for i, name in enumerate(names or ())}
@@ -78,20 +78,22 @@ class LabelReader:
 
     def named_places(self) -> list[str] | None:
         """The names of the numbers 0 to n-1 in order; None if others or none are named."""
-        if not self._numbers or sorted(self._numbers) != list(range(len(self._numbers))):
+        if not self._number_names or sorted(self._number_names) != list(
+            range(len(self._number_names))
+        ):
             return None
-        return [self._numbers[i] for i in range(len(self._numbers))]
+        return [self._number_names[i] for i in range(len(self._number_names))]
 
     @property
     def hint(self) -> str:
         """More advice for refused labels; may be empty."""
-        alike: dict[str, list[str]] = {}
+        by_folded: dict[str, list[str]] = {}
         for name in self.known or ():
-            alike.setdefault(folded(name), []).append(name)
+            by_folded.setdefault(folded(name), []).append(name)
         pairs = (
-            alike_message([text, *alike[folded(text)]], self._refused)
+            look_alike_message([text, *by_folded[folded(text)]], self._refused)
             for text in self._refused
-            if folded(text) in alike
+            if folded(text) in by_folded
         )
         return "; ".join(filter(None, (self._hint, first_few(pairs))))
 
@@ -172,31 +174,31 @@ class LabelReader:
     def _is_unlabelled(self, text: str | None) -> bool:
         return (
             text is not None
-            and whole_number(text) == UNLABELLED
-            and UNLABELLED not in self._numbers
+            and integer_of(text) == UNLABELLED
+            and UNLABELLED not in self._number_names
             and str(UNLABELLED) not in self.index_of
         )
 
     def _named(self, text: str, cell: Any) -> str:
         if self.known is None:
             return text
-        name, whole = text, whole_number(text)
-        if whole is not None and whole in self._numbers:
+        name, integer = text, integer_of(text)
+        if integer is not None and integer in self._number_names:
             # A number first: classes that are called 1 to 5 may be numbered 0 to 4.
-            name = self._numbers[whole]
+            name = self._number_names[integer]
             if not self._names_are_given:
-                self.by_position[whole] = name
+                self.by_position[integer] = name
         elif text in self._codes:
             name = self._codes[text]
         elif text not in self.index_of:
             name = self._same(text, cell) or text
         if name not in self.index_of:
-            if whole is not None and not self._names_are_given and not self._has_numbers():
+            if integer is not None and not self._names_are_given and not self._has_numbers():
                 self._hint = "--label-names FILE sets the names of the numbers"
             if len(self._refused) < MOST_REFUSED or name in self._refused:
                 self._refused[name] += 1
-            meant = "" if name == text else f" ({shown(name)})"
-            raise ValueError(f"label {shown(cell)}{meant} is not one of {listed(self.known)}")
+            read_as = "" if name == text else f" ({shown(name)})"
+            raise ValueError(f"label {shown(cell)}{read_as} is not one of {listed(self.known)}")
         return name
 
     def _has_numbers(self) -> bool:
@@ -209,7 +211,7 @@ class LabelReader:
         """
         if is_truth(text):
             return self._truths.get(text.casefold())
-        if isinstance(cell, str) and whole_number(text) is None:
+        if isinstance(cell, str) and integer_of(text) is None:
             return None
         value = number(text)
         return None if value is None else self._by_value.get(value)

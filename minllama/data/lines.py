@@ -74,7 +74,7 @@ class Lines:
             self._ahead.append(self._read())
         return self._ahead[0][0]
 
-    def look(self, offset: int) -> str:
+    def peek_ahead(self, offset: int) -> str:
         """Peek at the line `offset` lines after the last one."""
         while len(self._ahead) < offset:
             if self._ahead and not self._ahead[-1][0]:

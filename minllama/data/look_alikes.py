@@ -51,7 +51,7 @@ def difference(names: list[str]) -> str:
     return "case, white space, invisible characters or Unicode normalization"
 
 
-def told_apart(names: list[str]) -> list[str]:
+def distinguishable(names: list[str]) -> list[str]:
     """The names quoted, with escapes for invisible or differing characters."""
     common = set(names[0]).intersection(*names[1:])
     letters = difference(names) == "case"
@@ -66,19 +66,19 @@ def told_apart(names: list[str]) -> list[str]:
     return [f"'{''.join(map(shown, name[:100]))}'" for name in names]
 
 
-def alike_message(names: list[str], counts: Mapping[str, int]) -> str:
+def look_alike_message(names: list[str], counts: Mapping[str, int]) -> str:
     """A message about look-alike names, with their numbers of rows.
 
     Args:
         names: two or more look-alikes.
         counts: rows of each; may lack names.
     """
-    told = []
-    for name, shown in zip(names, told_apart(names), strict=True):
+    described = []
+    for name, shown in zip(names, distinguishable(names), strict=True):
         n = counts.get(name)
-        told.append(shown if n is None else f"{shown} ({n:,} row{'s' * (n != 1)})")
+        described.append(shown if n is None else f"{shown} ({n:,} row{'s' * (n != 1)})")
     return (
-        f"{first_few(told)} are different labels that differ only in "
+        f"{first_few(described)} are different labels that differ only in "
         f"{difference(names)}; are they the same?"
     )
 

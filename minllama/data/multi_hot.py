@@ -62,12 +62,12 @@ def label_columns(text: str, columns: Sequence[str], name: str) -> list[str]:
         OptionError: see `names_of_columns`.
         DataError: the source has no such column.
     """
-    asked = names_of_columns(text)
-    if missing := [column for column in asked if column not in columns]:
+    requested = names_of_columns(text)
+    if missing := [column for column in requested if column not in columns]:
         raise DataError(
             f"{name}: no column {listed(missing)}; choose --label-columns from {listed(columns)}"
         )
-    return asked
+    return requested
 
 
 def column_vector(values: Sequence[Any], columns: Sequence[str]) -> list[int] | None:

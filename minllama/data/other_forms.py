@@ -93,7 +93,7 @@ def quoted(name: str) -> str:
     return shlex.quote(name) if name.isprintable() and name != "standard input" else "FILE"
 
 
-def seen(line: str) -> str:
+def shown_line(line: str) -> str:
     """The first line of a file for a message: quoted, printable and shortened."""
     line = re.sub(r"\s*\n\s*", " ", line.strip("\r\n\ufeff")).replace("\t", "<tab>")
     return f"'{cut(printable(line))}'"
@@ -123,7 +123,7 @@ def refuse_other_labels(
     remedy = _remedy_for_labels(lines, name, compressed=compressed)
     remedy += f"; {advice}" if advice else ""
     raise DataError(
-        f"{name}: the first line is {seen(lines[0])}, but lines of 'label ||| sentence' are "
+        f"{name}: the first line is {shown_line(lines[0])}, but lines of 'label ||| sentence' are "
         f"expected; {remedy}"
     )
 
@@ -135,8 +135,8 @@ def is_fasttext(lines: Sequence[str]) -> bool:
 
 def _remedy_for_labels(lines: Sequence[str], name: str, *, compressed: bool) -> str:
     def sed(*scripts: str) -> str:
-        said = " ".join(f"-e {shlex.quote(script)}" for script in scripts)
-        return piped(f"sed -E {said}", name, "new.txt", compressed=compressed)
+        arguments = " ".join(f"-e {shlex.quote(script)}" for script in scripts)
+        return piped(f"sed -E {arguments}", name, "new.txt", compressed=compressed)
 
     if is_fasttext(lines):
         several = any(re.match(r"__label__\S+\s+__label__", line) for line in lines)
@@ -173,13 +173,13 @@ def _remedy_for_labels(lines: Sequence[str], name: str, *, compressed: bool) -> 
 
 def _few_labels(matches: Iterable[re.Match[str] | None]) -> bool:
     """Whether each line has a possible label, and some share one."""
-    found = ["" if match is None else match[0] for match in matches]
-    if len(found) < 2 or "" in found:
+    prefixes = ["" if match is None else match[0] for match in matches]
+    if len(prefixes) < 2 or "" in prefixes:
         return False
-    labels = Counter(found)
-    numbers = all(re.fullmatch(r"[+-]?\d+:?", label) for label in labels)
-    capitals = all(re.fullmatch(r"[A-Z_]+:?\S*", label) for label in labels)
-    return numbers or capitals or len(labels) <= max(2, len(found) // 2)
+    labels = Counter(prefixes)
+    are_numbers = all(re.fullmatch(r"[+-]?\d+:?", label) for label in labels)
+    are_capitals = all(re.fullmatch(r"[A-Z_]+:?\S*", label) for label in labels)
+    return are_numbers or are_capitals or len(labels) <= max(2, len(prefixes) // 2)
 
 
 def _columns_of(lines: Sequence[str], separator: str) -> str | None:
@@ -219,8 +219,9 @@ def refuse_other_json(line: str, name: str, *, compressed: bool) -> None:
     where = {"rows": f"its rows are in {key!r}"}.get(kind, "each value is a column")
     program = f"import gzip, json, sys; d = {open_it}; [print(json.dumps(r)) for r in {rows}]"
     raise DataError(
-        f"{name}: begins with {seen(line.lstrip()[:80])}, but one object per row is expected; "
-        f"{where}: convert it with: python -c {shlex.quote(program)} {quoted(name)} > new.jsonl"
+        f"{name}: begins with {shown_line(line.lstrip()[:80])}, but one object per row is "
+        f"expected; {where}: convert it with: python -c {shlex.quote(program)} "
+        f"{quoted(name)} > new.jsonl"
     )
 
 

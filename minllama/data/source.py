@@ -159,13 +159,13 @@ def _suffix(path: Path) -> str:
     return path.with_suffix("").suffix.lower() if suffix == ".gz" else suffix
 
 
-def _format_of(path: Path, beginning: Beginning, asked: str | None) -> str:
+def _format_of(path: Path, beginning: Beginning, requested: str | None) -> str:
     """By content where that is another format's than the name's, as asked, or by the name."""
     if beginning.head.startswith(PARQUET) and not beginning.is_compressed:
         return "parquet"
     refuse_binary(beginning.head, str(path))
     suffix = _suffix(path)
-    kind = asked or _FORMATS.get(suffix)
+    kind = requested or _FORMATS.get(suffix)
     if kind is None:
         raise DataError(
             f"{path}: unknown extension {suffix}; give the format with --data-format "

@@ -7,7 +7,7 @@ import random
 from collections import Counter, defaultdict
 from dataclasses import replace
 
-from minllama.data.examples import Dataset, Notice, alike_names
+from minllama.data.examples import Dataset, Notice, look_alike_notices
 from minllama.errors import DataError
 from minllama.text import listed
 
@@ -69,12 +69,14 @@ def share(part: Dataset, whole: Dataset) -> str:
 def _keep_one_of_each(dataset: Dataset, aside: set[str]) -> None:
     """Take texts back out of `aside` until each label has one that is not in it."""
     rows = range(len(dataset))
-    kept = {c for i in rows if dataset.texts[i] not in aside for c in dataset.classes_of(i)}
+    remaining = {c for i in rows if dataset.texts[i] not in aside for c in dataset.classes_of(i)}
     for i in rows:
-        if not kept.issuperset(dataset.classes_of(i)):
+        if not remaining.issuperset(dataset.classes_of(i)):
             text = dataset.texts[i]
             aside.discard(text)
-            kept |= {c for j in rows if dataset.texts[j] == text for c in dataset.classes_of(j)}
+            remaining |= {
+                c for j in rows if dataset.texts[j] == text for c in dataset.classes_of(j)
+            }
 
 
 def sample_per_class(dataset: Dataset, k: int, seed: int) -> Dataset:
@@ -165,7 +167,7 @@ def _notices_on_training(train: Dataset, counts: list[int]) -> list[Notice]:
     if absent := [name for name, n in zip(train.label_names, counts, strict=True) if n == 0]:
         message = f"{train.called}: no example of {listed(absent)}, so it cannot be learned"
         notices.append(Notice("absent", message, len(absent)))
-    notices += alike_names(train)
+    notices += look_alike_notices(train)
     labels_of: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
     for index, text in enumerate(train.texts):
         labels_of[text].add(train.classes_of(index))
@@ -179,8 +181,10 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
     if split.labels is None:
         return
     if split.multi_label != train.multi_label:
-        one, several = "one label per text", "lists of labels"
-        of_train, of_split = (several, one) if train.multi_label else (one, several)
+        one_label, label_lists = "one label per text", "lists of labels"
+        of_train, of_split = (
+            (label_lists, one_label) if train.multi_label else (one_label, label_lists)
+        )
         raise DataError(
             f"{split.source}: has {of_split}, but {train.source} has {of_train}; use the same "
             "kind in both"
@@ -205,8 +209,8 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
 
 def duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
     """Rows of a split whose text an earlier one has, too."""
-    known = set(earlier.texts)
-    count = sum(text in known for text in split.texts)
+    texts = set(earlier.texts)
+    count = sum(text in texts for text in split.texts)
     if not count:
         return []
     message = (

@@ -30,10 +30,10 @@ def checked_texts(texts: Any, what: str = "texts") -> list[str]:
         values = list(texts)
     except TypeError as error:
         raise DataError(f"{what} must be a list of strings, not {shown(texts)}") from error
-    wrong = [i for i, value in enumerate(values) if not isinstance(value, str)]
-    if wrong:
-        told = first_few(f"{what}[{i}] is {_named(values[i])}" for i in wrong)
-        raise DataError(f"{told}: not a string; give a text instead, or omit it")
+    not_strings = [i for i, value in enumerate(values) if not isinstance(value, str)]
+    if not_strings:
+        problems = first_few(f"{what}[{i}] is {_named(values[i])}" for i in not_strings)
+        raise DataError(f"{problems}: not a string; give a text instead, or omit it")
     return values
 
 

@@ -85,7 +85,7 @@ def _parts(component: Any, key: str) -> Iterator[Json]:
     """A component, or those of the Sequences that it is made of."""
     count = 0
 
-    def walk(part: Any, depth: int) -> Iterator[Json]:
+    def nested_components(part: Any, depth: int) -> Iterator[Json]:
         nonlocal count
         if part is None:
             return
@@ -96,9 +96,9 @@ def _parts(component: Any, key: str) -> Iterator[Json]:
             yield part
             return
         for item in part.get(key) or ():
-            yield from walk(item, depth + 1)
+            yield from nested_components(item, depth + 1)
 
-    yield from walk(component, 0)
+    yield from nested_components(component, 0)
 
 
 def _growth(part: Json) -> int:

@@ -135,14 +135,16 @@ def _meaning(component: Any) -> list[Json]:
     """What a pre_tokenizer does, the same for components that do the same."""
     meaning = []
     for part in components(component, "pretokenizers"):
-        known = dict(part)
-        known.pop("trim_offsets", None)  # which only matters to offsets
+        canonical = dict(part)
+        canonical.pop("trim_offsets", None)  # which only matters to offsets
         if part["type"] == "Digits":
-            known = split(r"\p{N}" if part.get("individual_digits") else r"\p{N}+")
-        elif part["type"] == "ByteLevel" and known.pop("use_regex", True):  # absent in older files
+            canonical = split(r"\p{N}" if part.get("individual_digits") else r"\p{N}+")
+        elif part["type"] == "ByteLevel" and canonical.pop(
+            "use_regex", True
+        ):  # absent in older files
             if not part.get("add_prefix_space", True):
                 meaning.append(split(GPT2_PATTERN))
             else:
-                known["use_regex"] = True
-        meaning.append(known)
+                canonical["use_regex"] = True
+        meaning.append(canonical)
     return meaning

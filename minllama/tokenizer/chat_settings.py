@@ -40,18 +40,18 @@ def chat_templates(
     if paths:
         sources = {name: read(path).decode(errors="replace") for name, path in paths.items()}
         return {name: source.removeprefix("\ufeff") for name, source in sources.items()}
-    said = config.get("chat_template")
-    if isinstance(said, str):
-        return {DEFAULT: said}
-    if isinstance(said, list):
-        is_named = [isinstance(e, dict) and isinstance(e.get("name"), str) for e in said]
-        entries = [entry for entry, named in zip(said, is_named, strict=True) if named]
-        said = {entry["name"]: entry.get("template") for entry in entries}
-    if not isinstance(said, dict):
+    templates = config.get("chat_template")
+    if isinstance(templates, str):
+        return {DEFAULT: templates}
+    if isinstance(templates, list):
+        is_named = [isinstance(e, dict) and isinstance(e.get("name"), str) for e in templates]
+        entries = [entry for entry, named in zip(templates, is_named, strict=True) if named]
+        templates = {entry["name"]: entry.get("template") for entry in entries}
+    if not isinstance(templates, dict):
         return {}
     return {
         name: source
-        for name, source in said.items()
+        for name, source in templates.items()
         if isinstance(name, str) and name and isinstance(source, str)
     }
 
@@ -93,15 +93,15 @@ def template_settings(default: str | None, named: Mapping[str, str]) -> list[dic
     return [{"name": name, "template": source} for name, source in every.items()]
 
 
-def written_tokens(tokens: Mapping[str, Any], known: Callable[[str], bool]) -> dict[str, Any]:
+def written_tokens(tokens: Mapping[str, Any], is_special: Callable[[str], bool]) -> dict[str, Any]:
     """The named tokens for tokenizer_config.json: those that are special tokens of a vocabulary.
 
     transformers would add any other to it.
     """
     written: dict[str, Any] = {}
     for name, value in tokens.items():
-        if isinstance(value, str) and known(value):
+        if isinstance(value, str) and is_special(value):
             written[name] = value
-        elif isinstance(value, list) and value and all(map(known, value)):
+        elif isinstance(value, list) and value and all(map(is_special, value)):
             written[name] = list(value)
     return written

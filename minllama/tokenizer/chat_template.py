@@ -296,8 +296,8 @@ def _plain(value: Any, where: str, depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise MinllamaError(f"{where}: nested more than {MAX_DEPTH} deep")
     if isinstance(value, Mapping):
-        if wrong := [key for key in value if not isinstance(key, str)]:
-            raise MinllamaError(f"{where}: the key {wrong[0]!r} must be a string")
+        if other_keys := [key for key in value if not isinstance(key, str)]:
+            raise MinllamaError(f"{where}: the key {other_keys[0]!r} must be a string")
         return {key: _plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, where, depth + 1) for item in value]
@@ -371,16 +371,16 @@ class _Mask:
 
 def _contents(messages: list[dict[str, Any]]) -> list[tuple[dict[str, Any], str]]:
     """Where the texts of the messages are, in order: a dict and the key in it."""
-    places = []
+    parents = []
     for message in messages:
         content = message.get("content")
         if isinstance(content, str):
-            places.append((message, "content"))
+            parents.append((message, "content"))
         else:
-            places += [
+            parents += [
                 (part, "text") for part in content or [] if isinstance(part.get("text"), str)
             ]
-    return places
+    return parents
 
 
 def _strings(value: Any) -> Iterator[str]:

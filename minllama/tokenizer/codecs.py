@@ -17,7 +17,13 @@ from minllama.errors import TokenizerError
 from minllama.tokenizer import byte_level, tiktoken_form, tokenizers_form
 from minllama.tokenizer.added_tokens import AddedToken, AddedTokens, Span
 from minllama.tokenizer.sentencepiece_form import SPACE, parse_model
-from minllama.tokenizer.vocabulary import MAX_VOCAB_SIZE, Form, TokenFlags, TokenType, Vocabulary
+from minllama.tokenizer.vocabulary import (
+    MAX_VOCAB_SIZE,
+    StorageFormat,
+    TokenFlags,
+    TokenType,
+    Vocabulary,
+)
 
 # Meta's limits for tiktoken (llama3/tokenizer.py): longer texts, and longer runs without or of
 # nothing but white space, overflow its regular expressions. Cut at the same places, ids are equal.
@@ -73,12 +79,12 @@ def open_codec(vocabulary: Vocabulary) -> Codec:
     Raises:
         TokenizerError: the vocabulary is damaged.
     """
-    codecs: dict[Form, Callable[[Vocabulary], Codec]] = {
+    codecs: dict[StorageFormat, Callable[[Vocabulary], Codec]] = {
         "sentencepiece": _SentencePieceCodec,
         "tokenizers": _TokenizersCodec,
         "tiktoken": _TiktokenCodec,
     }
-    return codecs[vocabulary.form](vocabulary)
+    return codecs[vocabulary.storage_format](vocabulary)
 
 
 class _SentencePieceCodec(Codec):

@@ -57,7 +57,7 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
     kind = byte_level.PRE_TOKENIZERS.get(byte_level.ALIASES.get(str(pre), str(pre)))
     begins = model == PIECES or (kind is not None and kind.add_bos)
     vocabulary = Vocabulary(
-        form="tokenizers",
+        storage_format="tokenizers",
         data=b"",
         origin=f"GGUF {model}" + (f" ({pre})" if pre else ""),
         bos_id=reader.token("bos", _control(model, types, 1)),
@@ -82,7 +82,7 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
     build = _pieces if model == PIECES else _byte_level
     return dataclasses.replace(
         vocabulary,
-        form="sentencepiece" if model == PIECES else "tokenizers",
+        storage_format="sentencepiece" if model == PIECES else "tokenizers",
         data=build(reader, tokens, types, vocabulary),
         add_bos=vocabulary.add_bos and bos_id is not None,
         add_eos=vocabulary.add_eos and eos_id is not None,
@@ -94,10 +94,10 @@ def _stop_ids(
     reader: "_Fields", tokens: list[str], types: list[int], eos_id: int | None
 ) -> tuple[int, ...]:
     """Tokens besides `eos_id` that end a text: those that the fields name, and known ones."""
-    found = (TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED)
+    usable = (TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED)
     ends = {*ENDS, *LATER_ENDS}
-    known = (i for i, text in enumerate(tokens) if text in ends and types[i] in found)
-    further = dict.fromkeys((reader.token("eot"), reader.token("eom"), *known))
+    usual = (i for i, text in enumerate(tokens) if text in ends and types[i] in usable)
+    further = dict.fromkeys((reader.token("eot"), reader.token("eom"), *usual))
     return tuple(i for i in further if i is not None and i != eos_id)
 
 
@@ -114,9 +114,9 @@ def _byte_level(
     # The gguf package leaves an empty list out.
     merges = reader.strings("merges") if reader.has("merges") else []
     raw = byte_level.build(tokens, types, merges, str(pre), reader.where)
-    front = vocabulary.bos_id if vocabulary.add_bos else None
-    behind = vocabulary.eos_id if vocabulary.add_eos else None
-    return tokenizers_form.dump(tokenizers_form.with_template(raw, front, behind))
+    prefix = vocabulary.bos_id if vocabulary.add_bos else None
+    suffix = vocabulary.eos_id if vocabulary.add_eos else None
+    return tokenizers_form.dump(tokenizers_form.with_template(raw, prefix, suffix))
 
 
 def _pieces(
@@ -148,8 +148,10 @@ class _Fields:
         self.where = where
         self._n_tokens = 0
 
-    def _wrong(self, key: str, wanted: str) -> TokenizerError:
-        return TokenizerError(f"{self.where}: {key} is not {wanted}; download the file again")
+    def _mistyped(self, key: str, expected_type: str) -> TokenizerError:
+        return TokenizerError(
+            f"{self.where}: {key} is not {expected_type}; download the file again"
+        )
 
     def has(self, name: str) -> bool:
         return PREFIX + name in self._fields
@@ -158,7 +160,7 @@ class _Fields:
         key = name if name == TEMPLATE else PREFIX + name
         value = self._fields.get(key, default)
         if value is not None and not isinstance(value, str):
-            raise self._wrong(key, "a string")
+            raise self._mistyped(key, "a string")
         return value
 
     def templates(self) -> dict[str, str]:
@@ -167,19 +169,19 @@ class _Fields:
         named = {key: value for key, value in self._fields.items() if key.startswith(begins)}
         for key, value in named.items():
             if not isinstance(value, str):
-                raise self._wrong(key, "a string")
+                raise self._mistyped(key, "a string")
         return {key.removeprefix(begins): value for key, value in named.items()}
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._fields.get(PREFIX + name, default)
         if not isinstance(value, bool):
-            raise self._wrong(PREFIX + name, "true or false")
+            raise self._mistyped(PREFIX + name, "true or false")
         return value
 
     def strings(self, name: str) -> list[str]:
         value = self._fields.get(PREFIX + name)
         if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-            raise self._wrong(PREFIX + name, "a list of strings")
+            raise self._mistyped(PREFIX + name, "a list of strings")
         if name == "tokens":
             if not 0 < len(value) <= MAX_VOCAB_SIZE:
                 raise TokenizerError(f"{self.where}: a vocabulary of {len(value)} tokens")
@@ -187,21 +189,21 @@ class _Fields:
         return list(value)
 
     def types(self, n_tokens: int) -> list[int]:
-        values = self._numbers("token_type", n_tokens, TokenType.NORMAL)
+        values = self._token_values("token_type", n_tokens, TokenType.NORMAL)
         # Type 0, undefined, is what a file holds that does not care.
         return [int(value) or TokenType.NORMAL for value in values]
 
     def scores(self, n_tokens: int) -> list[float]:
-        return self._numbers("scores", n_tokens, None)
+        return self._token_values("scores", n_tokens, None)
 
-    def _numbers(self, name: str, n_tokens: int, default: int | None) -> list[float]:
+    def _token_values(self, name: str, n_tokens: int, default: int | None) -> list[float]:
         values = self._fields.get(PREFIX + name)
         if values is None and default is not None:
             return [default] * n_tokens
         if not isinstance(values, Sequence) or len(values) != n_tokens:
-            raise self._wrong(PREFIX + name, f"a list of {n_tokens} numbers, one for each token")
+            raise self._mistyped(PREFIX + name, f"a list of {n_tokens} numbers, one for each token")
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise self._wrong(PREFIX + name, "a list of finite numbers")
+            raise self._mistyped(PREFIX + name, "a list of finite numbers")
         return list(values)
 
     def token(self, name: str, default: int | None = None) -> int | None:

@@ -53,10 +53,10 @@ def to_gguf(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
             no fields for.
     """
     where = vocabulary.origin
-    if vocabulary.form == "sentencepiece":
+    if vocabulary.storage_format == "sentencepiece":
         fields = _from_model(sentencepiece_form.parse_model(vocabulary.data, where), vocabulary)
     else:
-        if vocabulary.form == "tiktoken":
+        if vocabulary.storage_format == "tiktoken":
             raw = tiktoken_form.to_tokenizers(vocabulary.data, where)
         else:
             raw = tokenizers_form.parse(vocabulary.data, where)
@@ -114,16 +114,16 @@ def _check_added_tokens(raw: Json, where: str) -> None:
     """A TokenizerError for an added token that is found in a way that GGUF cannot say."""
     normalizer = raw.get("normalizer")
     for token in raw["added_tokens"]:
-        how = [name for name in TokenFlags._fields if token.get(name)]
+        flag_names = [name for name in TokenFlags._fields if token.get(name)]
         if token.get("normalized") and "Prepend" in json.dumps(normalizer):
-            how.append("normalized")
-        if how:
-            raise _unlike_added_token(where, token["content"], how)
+            flag_names.append("normalized")
+        if flag_names:
+            raise _unlike_added_token(where, token["content"], flag_names)
 
 
-def _unlike_added_token(where: str, text: str, how: Sequence[str]) -> TokenizerError:
+def _unlike_added_token(where: str, text: str, flag_names: Sequence[str]) -> TokenizerError:
     return TokenizerError(
-        f"{where}: its added token {text[:80]!r} has {' and '.join(how)}, which GGUF cannot "
+        f"{where}: its added token {text[:80]!r} has {' and '.join(flag_names)}, which GGUF cannot "
         "represent; convert to hf"
     )
 
@@ -161,8 +161,8 @@ def _from_model(model: Any, vocabulary: Vocabulary) -> dict[str, Any]:
     if normalizer.precompiled_charsmap:
         raise TokenizerError(f"{where}: it normalizes text, which GGUF cannot represent")
     for token_id, flags in vocabulary.flags:
-        how = [name for name, is_so in flags._asdict().items() if is_so]
-        raise _unlike_added_token(where, model.pieces[token_id].piece, how)
+        flag_names = [name for name, is_so in flags._asdict().items() if is_so]
+        raise _unlike_added_token(where, model.pieces[token_id].piece, flag_names)
     if normalizer.add_dummy_prefix and not vocabulary.legacy:
         raise _unlike_spaces(where, "first", "set legacy to true in its tokenizer_config.json")
     return _piece_fields(
@@ -177,12 +177,12 @@ def _unlike_spaces(where: str, scheme: str, remedy: str) -> TokenizerError:
 
     `remedy` is the way to a file that does the same; the ids of a text may be others then.
     """
-    how = {
+    behavior = {
         "first": "adds a space only before the first text between special tokens",
         "always": "adds no space before a text that starts with one",
     }
     return TokenizerError(
-        f"{where}: it {how.get(scheme, f'puts spaces by the scheme {scheme[:20]!r}')}, which "
+        f"{where}: it {behavior.get(scheme, f'puts spaces by the scheme {scheme[:20]!r}')}, which "
         f"GGUF cannot represent; convert to hf, or {remedy} to get llama.cpp's spaces"
     )
 

@@ -58,7 +58,7 @@ def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
     Raises:
         TokenizerError: one of the files is damaged, or names a token that does not exist.
     """
-    config = _said(folder / _SPECIAL_TOKENS) | _said(folder / TOKENIZER_CONFIG)
+    config = _set_values(folder / _SPECIAL_TOKENS) | _set_values(folder / TOKENIZER_CONFIG)
     vocabulary, ids = _with_added_tokens(vocabulary, folder, config)
     named: dict[str, Any] = {
         f"{name}_id": ids[text]
@@ -93,7 +93,7 @@ def from_tokenizer_json(data: bytes, where: str) -> Vocabulary:
     tokenizers_form.decoder_kind(raw.get("decoder"), where)
     bos_id, eos_id = tokenizers_form.template_ids(raw)
     return Vocabulary(
-        form="tokenizers",
+        storage_format="tokenizers",
         data=data,
         origin=TOKENIZER_JSON,
         bos_id=bos_id,
@@ -112,18 +112,18 @@ def to_files(vocabulary: Vocabulary) -> dict[str, bytes]:
     where = vocabulary.origin
     files: dict[str, bytes] = {}
     raw: Json | None
-    if vocabulary.form == "sentencepiece":
+    if vocabulary.storage_format == "sentencepiece":
         files[TOKENIZER_MODEL] = vocabulary.data
         raw = sentencepiece_form.to_tokenizers(vocabulary)
-    elif vocabulary.form == "tiktoken":
+    elif vocabulary.storage_format == "tiktoken":
         raw = tiktoken_form.to_tokenizers(vocabulary.data, where)
     else:
         raw = tokenizers_form.parse(vocabulary.data, where)
     if raw is not None:
-        front = vocabulary.bos_id if vocabulary.add_bos else None
-        behind = vocabulary.eos_id if vocabulary.add_eos else None
+        prefix = vocabulary.bos_id if vocabulary.add_bos else None
+        suffix = vocabulary.eos_id if vocabulary.add_eos else None
         files[TOKENIZER_JSON] = tokenizers_form.dump(
-            tokenizers_form.with_template(raw, front, behind)
+            tokenizers_form.with_template(raw, prefix, suffix)
         )
     files[TOKENIZER_CONFIG] = _json_bytes(_config(vocabulary, raw))
     files[GENERATION_CONFIG] = _json_bytes(_generation_config(vocabulary))
@@ -205,10 +205,10 @@ def _with_added_tokens(
         names = config.get(key)
         named += names if isinstance(names, list) else []
     special = {text: token for token in named if (text := _text(token)) is not None}
-    if vocabulary.form == "tiktoken":
+    if vocabulary.storage_format == "tiktoken":
         n_ranks = len(tiktoken_form.parse_ranks(vocabulary.data, where))
         return vocabulary, tiktoken_form.special_tokens(n_ranks)
-    if vocabulary.form == "tokenizers":
+    if vocabulary.storage_format == "tokenizers":
         raw = tokenizers_form.parse(vocabulary.data, where)
         extended = tokenizers_form.with_added_tokens(raw, listed, special, where)
         ids = tokenizers_form.token_ids(extended)
@@ -218,7 +218,11 @@ def _with_added_tokens(
     data, ids = sentencepiece_form.with_added_pieces(vocabulary.data, listed, special, where)
     tokens = {text: _token_flags(token) for text, token in special.items()}
     tokens |= {token.text: token.flags for token in listed if token.flags is not None}
-    flags = [(ids[text], found) for text, found in tokens.items() if found and text in ids]
+    flags = [
+        (ids[text], token_flags)
+        for text, token_flags in tokens.items()
+        if token_flags and text in ids
+    ]
     config_path = str(folder / TOKENIZER_CONFIG)
     spaced = _flag(config, "add_prefix_space", None, config_path)
     if spaced is not None:
@@ -226,7 +230,7 @@ def _with_added_tokens(
     return dataclasses.replace(
         vocabulary,
         data=data,
-        flags=tuple(sorted((i, found) for i, found in flags if any(found))),
+        flags=tuple(sorted((i, token_flags) for i, token_flags in flags if any(token_flags))),
         legacy=_flag(config, "legacy", True, config_path),
     ), ids
 
@@ -235,7 +239,7 @@ def _listed_tokens(folder: Path, config: Json) -> list[ListedToken]:
     """The tokens that files beside the vocabulary list, each text once."""
     listed: dict[str, ListedToken] = {}
     path = folder / _ADDED_TOKENS
-    for key, token_id in _said(path).items():
+    for key, token_id in _set_values(path).items():
         listed[key] = ListedToken(_listed_id(token_id, key, str(path)), key)
     decoder = config.get("added_tokens_decoder")
     for key, token in decoder.items() if isinstance(decoder, dict) else ():
@@ -285,7 +289,7 @@ def _named_tokens(
     config = _read_json(folder / _SPECIAL_TOKENS) | _read_json(folder / TOKENIZER_CONFIG)
     # transformers' class for Llamas has an unknown token unless told otherwise.
     is_llama_class = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
-    has_unknown = vocabulary.form == "sentencepiece" or is_llama_class
+    has_unknown = vocabulary.storage_format == "sentencepiece" or is_llama_class
     return {
         **vocabulary.named_tokens,
         **chat_settings.named_tokens(
@@ -313,7 +317,7 @@ def _read_json(path: Path) -> Json:
     return raw
 
 
-def _said(path: Path) -> Json:
+def _set_values(path: Path) -> Json:
     """As `_read_json`, without what is null there: that says nothing."""
     return {key: value for key, value in _read_json(path).items() if value is not None}
 

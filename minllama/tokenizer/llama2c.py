@@ -49,7 +49,7 @@ def from_llama2c_bin(data: bytes, where: str | os.PathLike[str]) -> Vocabulary:
         pieces, add_dummy_prefix=True, bos_id=BOS_ID, eos_id=EOS_ID, where=str(where)
     )
     return Vocabulary(
-        form="sentencepiece",
+        storage_format="sentencepiece",
         data=model,
         origin="llama2.c tokenizer.bin",
         bos_id=BOS_ID,
@@ -61,9 +61,9 @@ def from_llama2c_bin(data: bytes, where: str | os.PathLike[str]) -> Vocabulary:
 def _tokens(data: bytes, where: str) -> list[tuple[str, float]]:
     """Text and score of each token, in the order of their ids."""
 
-    def damaged(what: str) -> TokenizerError:
+    def damaged(problem: str) -> TokenizerError:
         return TokenizerError(
-            f"{where}: not a complete tokenizer.bin ({what}); download the file again"
+            f"{where}: not a complete tokenizer.bin ({problem}); download the file again"
         )
 
     if len(data) < _HEAD.size:

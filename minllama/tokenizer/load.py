@@ -31,7 +31,9 @@ def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     if is_folder:
         vocabulary = find_vocabulary(path)
         if vocabulary is None:
-            raise TokenizerError(f"{path}: no tokenizer in this folder; known: {_known()}")
+            raise TokenizerError(
+                f"{path}: no tokenizer in this folder; known: {_supported_formats()}"
+            )
         return vocabulary
     if not path.is_file():
         raise TokenizerError(f"{path}: no such file or folder; name a tokenizer's")
@@ -59,7 +61,9 @@ def _load_file(path: Path) -> Vocabulary:
                     f"{path} is a GGUF file; open it with Tokenizer.from_pretrained or --tokenizer"
                 )
         if path.stat().st_size > _MAX_BYTES:
-            raise TokenizerError(f"{path}: too large to be a tokenizer; known: {_known()}")
+            raise TokenizerError(
+                f"{path}: too large to be a tokenizer; known: {_supported_formats()}"
+            )
         data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot be read ({error.strerror or error})") from error
@@ -75,8 +79,10 @@ def _load_file(path: Path) -> Vocabulary:
     try:
         return sentencepiece_form.from_model(data, where)
     except TokenizerError as error:
-        raise TokenizerError(f"{path}: not a tokenizer, or damaged; known: {_known()}") from error
+        raise TokenizerError(
+            f"{path}: not a tokenizer, or damaged; known: {_supported_formats()}"
+        ) from error
 
 
-def _known() -> str:
+def _supported_formats() -> str:
     return f"{TOKENIZER_JSON}, {TOKENIZER_MODEL} (SentencePiece, tiktoken), tokenizer.bin"

@@ -114,7 +114,7 @@ def from_model(data: bytes, where: str) -> Vocabulary:
 
     bos_id = declared("bos")
     return Vocabulary(
-        form="sentencepiece",
+        storage_format="sentencepiece",
         data=data,
         origin="SentencePiece",
         bos_id=bos_id,
@@ -143,15 +143,15 @@ def with_added_pieces(
         TokenizerError: the ids leave a gap, or contradict the model's own.
     """
     model = parse_model(data, where)
-    own = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
     for token_id, text, is_special, *_ in sorted(added):
-        if own.get(text, token_id) != token_id:
+        if ids.get(text, token_id) != token_id:
             raise TokenizerError(
                 f"{where}: the added token {text!r} has the id {token_id}, "
-                f"and {own[text]} in the model"
+                f"and {ids[text]} in the model"
             )
         kind = TokenType.CONTROL if is_special or text in special else TokenType.USER_DEFINED
-        if text in own:
+        if text in ids:
             if model.pieces[token_id].type in (TokenType.NORMAL, TokenType.UNUSED):
                 model.pieces[token_id].type = kind
             continue
@@ -161,20 +161,20 @@ def with_added_pieces(
                 f"{len(model.pieces)}"
             )
         model.pieces.add(piece=text, score=0.0, type=kind)
-        own[text] = token_id
+        ids[text] = token_id
     for text in special:
-        if text in own and model.pieces[own[text]].type not in (TokenType.UNKNOWN, TokenType.BYTE):
-            model.pieces[own[text]].type = TokenType.CONTROL
+        if text in ids and model.pieces[ids[text]].type not in (TokenType.UNKNOWN, TokenType.BYTE):
+            model.pieces[ids[text]].type = TokenType.CONTROL
     changed = model != parse_model(data, where)
-    return (bytes(model.SerializeToString()) if changed else data), own
+    return (bytes(model.SerializeToString()) if changed else data), ids
 
 
-def with_space_in_front(data: bytes, wanted: bool, where: str) -> bytes:
+def with_space_in_front(data: bytes, add_space: bool, where: str) -> bytes:
     """The model in `data` with a space in front of each text, or without one."""
     model = parse_model(data, where)
-    if model.normalizer_spec.add_dummy_prefix == wanted:
+    if model.normalizer_spec.add_dummy_prefix == add_space:
         return data
-    model.normalizer_spec.add_dummy_prefix = wanted
+    model.normalizer_spec.add_dummy_prefix = add_space
     return bytes(model.SerializeToString())
 
 
@@ -290,17 +290,17 @@ def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]] | None:
 def _check_pieces(pieces: Sequence[Piece], where: str) -> None:
     if len(pieces) > MAX_VOCAB_SIZE:
         raise TokenizerError(f"{where}: {len(pieces)} tokens, more than the limit for a vocabulary")
-    seen: dict[str, int] = {}
+    index_of: dict[str, int] = {}
     for i, (text, score, kind) in enumerate(pieces):
         if not text:
             raise TokenizerError(f"{where}: token {i} is empty")
-        if text in seen:
-            raise TokenizerError(f"{where}: tokens {seen[text]} and {i} are both {text!r}")
+        if text in index_of:
+            raise TokenizerError(f"{where}: tokens {index_of[text]} and {i} are both {text!r}")
         if not math.isfinite(score):
             raise TokenizerError(f"{where}: token {i} ({text!r}) has the score {score}")
         if kind not in TokenType._value2member_map_:
             raise TokenizerError(f"{where}: token {i} ({text!r}) has the unknown type {kind}")
-        seen[text] = i
+        index_of[text] = i
     unknown = sum(piece.type == TokenType.UNKNOWN for piece in pieces)
     if unknown != 1:
         raise TokenizerError(

@@ -12,9 +12,9 @@ def count_tokens(vocabulary: Vocabulary) -> int:
         TokenizerError: the vocabulary is damaged.
     """
     where = vocabulary.origin
-    if vocabulary.form == "sentencepiece":
+    if vocabulary.storage_format == "sentencepiece":
         return len(sentencepiece_form.parse_model(vocabulary.data, where).pieces)
-    if vocabulary.form == "tiktoken":
+    if vocabulary.storage_format == "tiktoken":
         n_ranks = len(tiktoken_form.parse_ranks(vocabulary.data, where))
         return n_ranks + tiktoken_form.N_SPECIAL_TOKENS
     raw = tokenizers_form.parse(vocabulary.data, where)

@@ -49,7 +49,7 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
         TokenizerError: a line is damaged, the ranks are not 0, 1, 2, ..., or a byte is no token.
     """
     ranks = {}
-    for number, line in enumerate(data.splitlines(), start=1):
+    for line_number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -57,10 +57,10 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise TokenizerError(
-                f"{where}: line {number} is not a base64 token and its rank; download the file "
-                "again"
+                f"{where}: line {line_number} is not a base64 token and its rank; download the "
+                "file again"
             ) from error
-        if number > MAX_VOCAB_SIZE:
+        if line_number > MAX_VOCAB_SIZE:
             raise TokenizerError(f"{where}: more lines than the limit for a vocabulary")
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise TokenizerError(
@@ -76,7 +76,7 @@ def from_ranks(data: bytes, where: str) -> Vocabulary:
     """The vocabulary of a Llama 3 `tokenizer.model`."""
     ids = special_tokens(len(parse_ranks(data, where)))
     return Vocabulary(
-        form="tiktoken",
+        storage_format="tiktoken",
         data=data,
         origin="tiktoken (Llama 3)",
         bos_id=ids["<|begin_of_text|>"],

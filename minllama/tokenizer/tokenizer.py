@@ -152,16 +152,16 @@ class Tokenizer:
                 token of `bos` or `eos`, or max_len is too small for them.
         """
         _check_text(text)
-        front = self._around(self.bos_id, self.add_bos if bos is None else bos, "begins")
-        behind = self._around(self.eos_id, self.add_eos if eos is None else eos, "ends")
+        prefix = self._boundary_token(self.bos_id, self.add_bos if bos is None else bos, "begins")
+        suffix = self._boundary_token(self.eos_id, self.add_eos if eos is None else eos, "ends")
         ids = self._codec.encode_special(text) if special else self._codec.encode(text)
         if max_len is not None:
-            room = max_len - len(front) - len(behind)
-            if room < 0:
-                least = len(front) + len(behind)
-                raise TokenizerError(f"max_len must be at least {least}, for BOS and EOS")
-            del ids[room:]
-        return front + ids + behind
+            max_text_len = max_len - len(prefix) - len(suffix)
+            if max_text_len < 0:
+                n_special = len(prefix) + len(suffix)
+                raise TokenizerError(f"max_len must be at least {n_special}, for BOS and EOS")
+            del ids[max_text_len:]
+        return prefix + ids + suffix
 
     def encode_batch(
         self,
@@ -233,12 +233,12 @@ class Tokenizer:
         """One token for display: its text, with U+FFFD for parts of characters."""
         return self.token_bytes(token_id).decode(errors="replace")
 
-    def _around(self, token_id: int | None, wanted: bool, does: str) -> list[int]:
-        if not wanted:
+    def _boundary_token(self, token_id: int | None, requested: bool, verb: str) -> list[int]:
+        if not requested:
             return []
         if token_id is None:
             raise TokenizerError(
-                f"{self.vocabulary.origin}: this vocabulary has no token that {does} a text"
+                f"{self.vocabulary.origin}: this vocabulary has no token that {verb} a text"
             )
         return [token_id]
 

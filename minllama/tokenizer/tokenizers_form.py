@@ -125,9 +125,9 @@ def template_ids(raw: Json) -> tuple[int | None, int | None]:
         if part["type"] == "TemplateProcessing":
             names = [_special_name(item) for item in _listed(part.get("single"))]
             at = names.index(None) if None in names else len(names)  # the text itself
-            front = ids.get(names[0] or "") if at > 0 else None
-            behind = ids.get(names[at + 1] or "") if at + 1 < len(names) else None
-            return front, behind
+            prefix = ids.get(names[0] or "") if at > 0 else None
+            suffix = ids.get(names[at + 1] or "") if at + 1 < len(names) else None
+            return prefix, suffix
     return None, None
 
 
@@ -142,9 +142,9 @@ def with_template(raw: Json, bos_id: int | None, eos_id: int | None) -> Json:
 
     def segment(name: str, type_id: int) -> list[Json]:
         text = [{"Sequence": {"id": name, "type_id": type_id}}]
-        front = [] if bos_id is None else [special(bos_id, type_id)]
-        behind = [] if eos_id is None else [special(eos_id, type_id)]
-        return front + text + behind
+        prefix = [] if bos_id is None else [special(bos_id, type_id)]
+        suffix = [] if eos_id is None else [special(eos_id, type_id)]
+        return prefix + text + suffix
 
     used = [token_id for token_id in (bos_id, eos_id) if token_id is not None]
     template = {
@@ -182,8 +182,10 @@ def with_added_tokens(
         if old is None:
             entries[token.text] = new | {"normalized": bool(token.normalized)}
         elif token.flags is not None:
-            said = token.flags._asdict() | {"special": token.special or bool(old.get("special"))}
-            entries[token.text] = old | said
+            settings = token.flags._asdict() | {
+                "special": token.special or bool(old.get("special"))
+            }
+            entries[token.text] = old | settings
     for text in special:
         if text in entries:
             entries[text] = entries[text] | {"special": True}

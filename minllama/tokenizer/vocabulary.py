@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-Form = Literal["sentencepiece", "tokenizers", "tiktoken"]
+StorageFormat = Literal["sentencepiece", "tokenizers", "tiktoken"]
 
 # Several times the largest vocabulary there is; an id above it is damage, and a table of that
 # length would take absurd memory.
@@ -63,7 +63,7 @@ class Vocabulary:
     """One serialized tokenizer, and its settings in the checkpoint.
 
     Attributes:
-        form: the format of `data`: a SentencePiece ModelProto, a `tokenizer.json`, or tiktoken's
+        storage_format: of `data`: a SentencePiece ModelProto, a `tokenizer.json`, or tiktoken's
             lines of base64 token and rank (Llama 3's `tokenizer.model`).
         data: the serialized vocabulary.
         origin: its source, for messages: `tokenizer.json`, `GGUF gpt2 (smollm)`.
@@ -84,7 +84,7 @@ class Vocabulary:
             `legacy`).
     """
 
-    form: Form
+    storage_format: StorageFormat
     data: bytes
     origin: str
     bos_id: int | None = None

@@ -61,7 +61,7 @@ def byte_vocabulary(special: list[str], **settings: object) -> Vocabulary:
     tokens = [*special, *BYTE_CHARS.values()]
     types = [3] * len(special) + [1] * len(BYTE_CHARS)
     data = dump(build(tokens, types, [], "gpt-2", "tiny"))
-    return Vocabulary(form="tokenizers", data=data, origin="tiny", **settings)
+    return Vocabulary(storage_format="tokenizers", data=data, origin="tiny", **settings)
 
 
 # Special tokens
@@ -201,7 +201,7 @@ def test_padding_is_never_an_ordinary_token(
 
 def test_padding_is_never_a_byte_token(pieces: Tokenizer) -> None:
     zero_byte = pieces.vocabulary.__class__(
-        form="sentencepiece", data=tiny_sentencepiece(), origin="tiny", eos_id=2, pad_id=3
+        storage_format="sentencepiece", data=tiny_sentencepiece(), origin="tiny", eos_id=2, pad_id=3
     )
     assert Tokenizer(zero_byte).token_bytes(3) == b"\x00"
     assert Tokenizer(zero_byte).pad_id == 2

@@ -118,7 +118,7 @@ def tokenizer_digest(vocabulary: Vocabulary) -> str:
     if vocabulary.flags or not vocabulary.legacy:  # others keep the digest that they had
         settings |= {"flags": vocabulary.flags, "legacy": vocabulary.legacy}
     data = vocabulary.data
-    if vocabulary.form == "tokenizers":
+    if vocabulary.storage_format == "tokenizers":
         # Who writes a tokenizer.json again lays it out in another way.
         data = json.dumps(json.loads(data), sort_keys=True).encode()
     return sha256_of(json.dumps(settings, sort_keys=True).encode() + data)
