@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from minllama.cli.waiting import ConsoleReporter
     from minllama.data import Dataset
     from minllama.evaluation.report import ReportedSplit, ReportedValues
-    from minllama.experiment.compare import Other
+    from minllama.experiment.compare import ComparedSystem
 
 
 @click.command("evaluate", cls=GroupedCommand)
@@ -119,9 +119,9 @@ def command(
         reported = _measured(loaded, split, other, headline, seed, reporter)
     finally:
         reporter.close()
-    if said := shortened_texts(loaded):
-        reporter.message(said)
-        notes.append(said)
+    if message := shortened_texts(loaded):
+        reporter.message(message)
+        notes.append(message)
     assert reported.evaluation is not None
     print_summary(split.source, reported.evaluation, headline=headline)
     if other is not None:
@@ -180,11 +180,11 @@ def _read(
     return split, [str(notice) for notice in (*split.notices, *one_class(split))]
 
 
-def _open(against: str, split: "Dataset", loading: LoadOptions) -> "Other":
-    from minllama.experiment.compare import open_other
+def _open(against: str, split: "Dataset", loading: LoadOptions) -> "ComparedSystem":
+    from minllama.experiment.compare import open_compared
 
     try:
-        return open_other(against, split, loading=loading)
+        return open_compared(against, split, loading=loading)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace("--base", "--against-base")) from error
 
@@ -192,7 +192,7 @@ def _open(against: str, split: "Dataset", loading: LoadOptions) -> "Other":
 def _measured(
     classifier: "Classifier",
     split: "Dataset",
-    other: "Other | None",
+    other: "ComparedSystem | None",
     headline: str,
     seed: int,
     reporter: "ConsoleReporter",
@@ -205,10 +205,13 @@ def _measured(
     from minllama.experiment import evaluate_classifier
     from minllama.experiment.evaluate_values import evaluate_values
 
-    how: dict[str, Any] = {"seed": seed, "progress": reporter.advance("evaluating", len(split))}
+    settings: dict[str, Any] = {
+        "seed": seed,
+        "progress": reporter.advance("evaluating", len(split)),
+    }
     if split.has_numbers:
-        return evaluate_values(classifier, split, "data", **how)
-    reported = evaluate_classifier(classifier, split, "data", headline=headline, **how)
+        return evaluate_values(classifier, split, "data", **settings)
+    reported = evaluate_classifier(classifier, split, "data", headline=headline, **settings)
     if other is None:
         return reported
     assert reported.evaluation is not None

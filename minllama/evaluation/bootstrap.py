@@ -114,9 +114,9 @@ def draws(rows: ScoredRows, *, rounds: int, seed: int) -> dict[str, NDArray[np.f
 
 def _further(rows: ScoredRows, indices: NDArray[np.int64]) -> dict[str, float | None]:
     """The metrics of drawn rows that are not made of sums; mostly there are none."""
-    if not any(m.compute for m in registry.metrics(of_numbers=False).values()):
+    if not any(m.compute for m in registry.metrics(regression=False).values()):
         return {}
-    return registry.computed(of_numbers=False, arguments=(rows.taken(indices),))
+    return registry.computed(regression=False, arguments=(rows.taken(indices),))
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float] | None:

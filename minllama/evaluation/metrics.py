@@ -192,7 +192,7 @@ def _measured(
         average_precision=mean_of_defined(average_precision),
         positive=positive,
         rows=rows,
-        further=registry.computed(of_numbers=False, arguments=(rows,)),
+        further=registry.computed(regression=False, arguments=(rows,)),
     )
 
 
@@ -232,7 +232,7 @@ def _bins(
 
 def calibration_bins(
     confidences: NDArray[np.floating[Any]],
-    right: NDArray[np.bool_],
+    correct: NDArray[np.bool_],
     *,
     bins: int = CALIBRATION_BINS,
 ) -> tuple[CalibrationBin, ...]:
@@ -240,13 +240,17 @@ def calibration_bins(
 
     Args:
         confidences: (N,), in 0 to 1.
-        right: (N,), whether the prediction is correct.
+        correct: (N,), whether the prediction is correct.
         bins: their number; each includes its upper edge, the first one also zero.
     """
-    places = np.clip(np.ceil(confidences.astype(np.float64) * bins).astype(np.int64) - 1, 0, None)
-    counts = np.bincount(places, minlength=bins)
-    confidence = np.bincount(places, weights=confidences, minlength=bins) / np.maximum(counts, 1)
-    accuracy = np.bincount(places, weights=right, minlength=bins) / np.maximum(counts, 1)
+    bin_indices = np.clip(
+        np.ceil(confidences.astype(np.float64) * bins).astype(np.int64) - 1, 0, None
+    )
+    counts = np.bincount(bin_indices, minlength=bins)
+    confidence = np.bincount(bin_indices, weights=confidences, minlength=bins) / np.maximum(
+        counts, 1
+    )
+    accuracy = np.bincount(bin_indices, weights=correct, minlength=bins) / np.maximum(counts, 1)
     return tuple(
         CalibrationBin(
             low=i / bins,

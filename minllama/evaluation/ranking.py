@@ -45,20 +45,20 @@ class _Ranked:
     def __init__(self, scores: NDArray[np.float64], gold: NDArray[np.bool_]) -> None:
         self._order = np.argsort(-scores, kind="stable")  # (N,): the likeliest first
         ranked = scores[self._order]
-        self._places = np.flatnonzero(gold[self._order])  # (P,)
+        self._positive_ranks = np.flatnonzero(gold[self._order])  # (P,)
         # Each row with the label is in a group of equal probabilities: places first to last of all
         # rows, and the number of rows with the label up to its end and before its beginning.
-        own = -ranked[self._places]
-        self._ends = np.searchsorted(-ranked, own, side="right") - 1
-        self._starts = np.searchsorted(-ranked, own, side="left")
-        self._own_ends = np.searchsorted(own, own, side="right") - 1
-        self._own_starts = np.searchsorted(own, own, side="left")
+        positive_scores = -ranked[self._positive_ranks]
+        self._ends = np.searchsorted(-ranked, positive_scores, side="right") - 1
+        self._starts = np.searchsorted(-ranked, positive_scores, side="left")
+        self._own_ends = np.searchsorted(positive_scores, positive_scores, side="right") - 1
+        self._own_starts = np.searchsorted(positive_scores, positive_scores, side="left")
 
     def measured(self, weights: NDArray[np.number]) -> tuple[float, float]:
         """ROC AUC and average precision, where row i of N counts `weights[i]` times."""
         w = weights[self._order]
         up_to = w.cumsum()  # (N,): the weight of all rows down to each
-        positive = w[self._places]
+        positive = w[self._positive_ranks]
         hits = positive.cumsum()  # (P,)
         n_positive = hits[-1] if len(hits) else 0
         n_negative = up_to[-1] - n_positive

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-DEFAULT_OF_NUMBERS = "rmse"  # by which weights are selected in a regression
+DEFAULT_FOR_REGRESSION = "rmse"  # by which weights are selected in a regression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,12 +19,12 @@ class Metric:
     Attributes:
         name: in options and files.
         title: in tables.
-        of_numbers: a metric of regression, not of classes.
+        regression: a metric of regression, not of classes.
         compute: the value, None where it is undefined: of `bootstrap.ScoredRows` for classes, of
             predictions and targets, (N,) each, for numbers. None for the fields of `Evaluation` and
             `RegressionEvaluation`, which are computed together from shared sums.
         less_is_better: which way is better.
-        form: of the values; shares of texts are compared in points.
+        number_format: of the values; shares of texts are compared in points.
         in_unit: it is in the unit of the targets.
         is_ranking: it is about the order of texts, not about what is decided on each.
         only_multi_label: shown in multi-label tasks only.
@@ -36,10 +36,10 @@ class Metric:
 
     name: str
     title: str
-    of_numbers: bool = False
+    regression: bool = False
     compute: Callable[..., float | None] | None = None
     less_is_better: bool = False
-    form: str = "{:.3f}"
+    number_format: str = "{:.3f}"
     in_unit: bool = False
     is_ranking: bool = False
     only_multi_label: bool = False
@@ -50,7 +50,7 @@ class Metric:
 
     def difference(self, value: float, *, sign: bool = True) -> str:
         """A difference of two values as people read it, shares of texts in points."""
-        text = f"{100 * value:+.1f}" if self.form == "{:.1%}" else f"{value:+.3f}"
+        text = f"{100 * value:+.1f}" if self.number_format == "{:.1%}" else f"{value:+.3f}"
         return text if sign and float(text) != 0 else text[1:]
 
 
@@ -58,7 +58,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         name="accuracy",
         title="Accuracy",
-        form="{:.1%}",
+        number_format="{:.1%}",
         selects=True,
         is_headline=True,
         on_card=True,
@@ -95,7 +95,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         name="mae",
         title="MAE",
-        of_numbers=True,
+        regression=True,
         less_is_better=True,
         in_unit=True,
         selects=True,
@@ -104,18 +104,18 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         name="rmse",
         title="RMSE",
-        of_numbers=True,
+        regression=True,
         less_is_better=True,
         in_unit=True,
         selects=True,
         on_card=True,
     ),
-    Metric(name="r2", title="R²", of_numbers=True, selects=True, on_card=True, curve="R²"),
-    Metric(name="pearson", title="Pearson", of_numbers=True, selects=True, curve="Pearson"),
+    Metric(name="r2", title="R²", regression=True, selects=True, on_card=True, curve="R²"),
+    Metric(name="pearson", title="Pearson", regression=True, selects=True, curve="Pearson"),
     Metric(
         name="spearman",
         title="Spearman",
-        of_numbers=True,
+        regression=True,
         selects=True,
         on_card=True,
         curve="Spearman",
@@ -129,15 +129,15 @@ def value_of(evaluation: Any, metric: str) -> float | None:
     return further[metric] if metric in further else getattr(evaluation, metric)
 
 
-def metrics(*, of_numbers: bool) -> dict[str, Metric]:
+def metrics(*, regression: bool) -> dict[str, Metric]:
     """Name -> metric, of classes or of numbers, in the order of tables."""
-    return {metric.name: metric for metric in METRICS if metric.of_numbers == of_numbers}
+    return {metric.name: metric for metric in METRICS if metric.regression == regression}
 
 
-def selecting(*, of_numbers: bool) -> tuple[str, ...]:
+def selecting(*, regression: bool) -> tuple[str, ...]:
     """The metrics that may select weights, the default first."""
-    names = [metric.name for metric in metrics(of_numbers=of_numbers).values() if metric.selects]
-    return tuple(sorted(names, key=lambda name: of_numbers and name != DEFAULT_OF_NUMBERS))
+    names = [metric.name for metric in metrics(regression=regression).values() if metric.selects]
+    return tuple(sorted(names, key=lambda name: regression and name != DEFAULT_FOR_REGRESSION))
 
 
 def headlines() -> tuple[str, ...]:
@@ -145,9 +145,9 @@ def headlines() -> tuple[str, ...]:
     return tuple(metric.name for metric in METRICS if metric.is_headline)
 
 
-def on_card(*, of_numbers: bool) -> tuple[str, ...]:
+def on_card(*, regression: bool) -> tuple[str, ...]:
     """The metrics that model cards show: rankings last, for they may be undefined."""
-    shown = [metric for metric in metrics(of_numbers=of_numbers).values() if metric.on_card]
+    shown = [metric for metric in metrics(regression=regression).values() if metric.on_card]
     return tuple(metric.name for metric in sorted(shown, key=lambda metric: metric.is_ranking))
 
 
@@ -162,11 +162,11 @@ def curves() -> dict[str, str]:
     return {f"dev_{m.name}": m.curve for m in METRICS if m.curve is not None}
 
 
-def logged(*, of_numbers: bool, multi_label: bool = False) -> tuple[str, ...]:
+def logged(*, regression: bool, multi_label: bool = False) -> tuple[str, ...]:
     """The metrics of a row of a training's log, beside the loss."""
-    if of_numbers:
-        return selecting(of_numbers=True)
-    shown = metrics(of_numbers=False).values()
+    if regression:
+        return selecting(regression=True)
+    shown = metrics(regression=False).values()
     return tuple(
         m.name
         for m in shown
@@ -176,7 +176,7 @@ def logged(*, of_numbers: bool, multi_label: bool = False) -> tuple[str, ...]:
     )
 
 
-def computed(*, of_numbers: bool, arguments: tuple[Any, ...]) -> dict[str, float | None]:
+def computed(*, regression: bool, arguments: tuple[Any, ...]) -> dict[str, float | None]:
     """The values of the metrics that are computed by themselves; see `Metric.compute`."""
-    table = metrics(of_numbers=of_numbers)
+    table = metrics(regression=regression)
     return {name: m.compute(*arguments) for name, m in table.items() if m.compute is not None}

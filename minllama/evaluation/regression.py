@@ -16,7 +16,7 @@ from minllama.evaluation.bootstrap import INTERVAL
 
 Values = NDArray[np.float64]
 
-METRICS = registry.metrics(of_numbers=True)
+METRICS = registry.metrics(regression=True)
 LARGEST_TARGET = 1e100  # of which sums of squares are floats still
 RIDGE_PENALTY = 1.0  # of |w|^2 beside the summed squared errors, as scikit-learn's Ridge has it
 
@@ -156,7 +156,7 @@ class _Rows:
         p, y = p[order], y[order]
         self.n, self._p, self._y = len(y), p, y
         # The place of each value among the different ones, from which ranks follow in any draw.
-        self._places = [np.unique(values, return_inverse=True)[1] for values in (p, y)]
+        self._value_indices = [np.unique(values, return_inverse=True)[1] for values in (p, y)]
         errors = p - y
         self._unit_of_y = _unit(y)
         p, y = (p - p.mean()) / _unit(p), (y - y.mean()) / self._unit_of_y
@@ -168,8 +168,10 @@ class _Rows:
         """All metrics of N rows; None for undefined ones."""
         n = self.n
         absolute, squared, *moments = (counts @ self._columns).tolist()
-        of_places = [np.bincount(places, weights=counts) for places in self._places]
-        p_varies, y_varies = (np.count_nonzero(drawn) > 1 for drawn in of_places)
+        drawn_counts = [
+            np.bincount(value_indices, weights=counts) for value_indices in self._value_indices
+        ]
+        p_varies, y_varies = (np.count_nonzero(drawn) > 1 for drawn in drawn_counts)
         p_scatter, y_scatter, shared = _scatters(n, *moments)
         varies = p_varies and y_varies
         return {
@@ -177,7 +179,7 @@ class _Rows:
             "rmse": math.sqrt(squared / n),
             "r2": self._r2(squared, y_scatter) if y_varies else None,
             "pearson": _share(shared, p_scatter, y_scatter) if varies else None,
-            "spearman": self._spearman(counts, of_places) if varies else None,
+            "spearman": self._spearman(counts, drawn_counts) if varies else None,
             **self._further(counts),
         }
 
@@ -186,18 +188,23 @@ class _Rows:
         if not any(metric.compute for metric in METRICS.values()):
             return {}
         drawn = np.repeat(np.arange(self.n), counts.astype(np.int64))
-        return registry.computed(of_numbers=True, arguments=(self._p[drawn], self._y[drawn]))
+        return registry.computed(regression=True, arguments=(self._p[drawn], self._y[drawn]))
 
     def _r2(self, squared: float, scatter: float) -> float | None:
         scatter *= self._unit_of_y**2
         return 1 - squared / scatter if scatter else None
 
-    def _spearman(self, counts: Values, of_places: list[NDArray[Any]]) -> float:
+    def _spearman(self, counts: Values, drawn_counts: list[NDArray[Any]]) -> float:
         """Pearson's correlation of ranks, whose mean is (N + 1) / 2 in any resample."""
         middle = (self.n + 1) / 2
-        ranked = [_ranks_of_places(drawn) - middle for drawn in of_places]
-        rows = [ranks[places] for ranks, places in zip(ranked, self._places, strict=True)]
-        scatters = (float(drawn @ ranks**2) for drawn, ranks in zip(of_places, ranked, strict=True))
+        ranked = [_ranks_of_counts(drawn) - middle for drawn in drawn_counts]
+        rows = [
+            ranks[value_indices]
+            for ranks, value_indices in zip(ranked, self._value_indices, strict=True)
+        ]
+        scatters = (
+            float(drawn @ ranks**2) for drawn, ranks in zip(drawn_counts, ranked, strict=True)
+        )
         return _share(float((counts * rows[0]) @ rows[1]), *scatters)
 
 
@@ -219,15 +226,15 @@ def _share(shared: float, a: float, b: float) -> float:
     return min(max(shared / norm, -1.0), 1.0) if norm else 0.0
 
 
-def _ranks_of_places(counts: NDArray[Any]) -> Values:
+def _ranks_of_counts(counts: NDArray[Any]) -> Values:
     """The mean rank of each value, given the counts of values in ascending order."""
     return np.asarray(np.cumsum(counts) - (counts - 1) / 2, dtype=np.float64)
 
 
 def ranks(values: Values) -> Values:
     """(N,), 1 for the least; equal values share the mean of their ranks."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return _ranks_of_places(counts)[places]
+    _, value_indices, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return _ranks_of_counts(counts)[value_indices]
 
 
 def _draws(n: int, rounds: int, seed: int) -> Iterator[Values]:

@@ -245,16 +245,16 @@ def _best(rule: str, probabilities: NDArray[np.floating[Any]], gold: NDArray[np.
         quality = _QUALITIES[name](hits, alarms, n_positive, len(gold) - n_positive)
         return _Best(cuts[_first_best(quality, cuts)], few)
     goal = float(goal_text)
-    wanted, other = (precision, recall) if name == "precision" else (recall, precision)
-    reached = wanted >= goal - 1e-12  # 9 of 10 are 0.9
+    target, other = (precision, recall) if name == "precision" else (recall, precision)
+    reached = target >= goal - 1e-12  # 9 of 10 are 0.9
     reached &= hits + alarms > 0  # to predict nothing has no precision
     if reached.any():
         # Of those that reach it the one with most of the other, then with most of it.
-        order = np.lexsort((wanted, np.where(reached, other, -1.0)))
+        order = np.lexsort((target, np.where(reached, other, -1.0)))
         return _Best(cuts[order[-1]], few)
-    at = int(np.lexsort((other, wanted))[-1])
+    at = int(np.lexsort((other, target))[-1])
     complaint = (
-        f"{name} {goal:g} is not reached on {{}}; the best is {wanted[at]:.3f}, with a "
+        f"{name} {goal:g} is not reached on {{}}; the best is {target[at]:.3f}, with a "
         f"{'recall' if name == 'precision' else 'precision'} of {other[at]:.3f}, from "
         f"{cuts[at]:g} on, which is used"
     )
@@ -413,10 +413,10 @@ def read(content: Mapping[str, Any], labels: Sequence[str], *, multi_label: bool
         raise ValueError(
             f"a threshold is missing; there must be one for each of {', '.join(names)}"
         )
-    numbers = tuple(values[name] for name in names)
-    if not all(type(n) in (int, float) and 0 <= n <= 1 for n in numbers):
+    checked = tuple(values[name] for name in names)
+    if not all(type(n) in (int, float) and 0 <= n <= 1 for n in checked):
         raise ValueError("a threshold is not a number in [0, 1]")
-    return Thresholds(tuple(map(float, numbers)), at, how)
+    return Thresholds(tuple(map(float, checked)), at, how)
 
 
 def one_line(thresholds: Thresholds, labels: Sequence[str], *, every: bool = False) -> str:
@@ -452,10 +452,10 @@ def as_thresholds(
         raise MinllamaError(
             f"no label {unknown[0]!r} to set a threshold for; the labels are {', '.join(names)}"
         )
-    numbers = [given.get(name, DEFAULT) for name in names]
-    for number in numbers:
+    checked = [given.get(name, DEFAULT) for name in names]
+    for number in checked:
         if isinstance(number, bool) or not isinstance(number, int | float | np.number):
             raise MinllamaError(f"a threshold must be a number in [0, 1], not {number!r}")
         if not 0 <= number <= 1:
             raise MinllamaError(f"a threshold must be a number in [0, 1], not {number!r}")
-    return Thresholds(tuple(map(float, numbers)), positive)
+    return Thresholds(tuple(map(float, checked)), positive)

@@ -60,15 +60,15 @@ def label_words_of(text: str | None, labels: Sequence[str]) -> tuple[str, ...]:
     """
     if text is None:
         return tuple(labels)
-    word_of = words_by_label(text)
-    if word_of is not None:
-        if set(word_of) != set(labels):
+    label_words = words_by_label(text)
+    if label_words is not None:
+        if set(label_words) != set(labels):
             raise OptionError(
-                f"label_words has words for {listed(word_of)}, but the labels are "
+                f"label_words has words for {listed(label_words)}, but the labels are "
                 f"{listed(labels)}; give a word for each of them"
             )
         where = f"label_words {shown(text)}"
-        return tuple(checked_names([word_of[label].strip() for label in labels], where))
+        return tuple(checked_names([label_words[label].strip() for label in labels], where))
     words = tuple(names_of_option(text, "label_words"))
     if len(words) != len(labels):
         raise OptionError(
@@ -322,11 +322,11 @@ def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> li
 
 
 def training_options(
-    options: TrainingOptions, method: str, *, of_numbers: bool = False
+    options: TrainingOptions, method: str, *, regression: bool = False
 ) -> TrainingOptions:
     """The options with the learning rates and the metric that method and objective have."""
     changes: dict[str, Any] = {}
-    if of_numbers and options.metric == TrainingOptions.metric:
+    if regression and options.metric == TrainingOptions.metric:
         changes["metric"] = VALUE_METRICS[0]
     if options.lr is None:
         changes["lr"] = LEARNING_RATES[method]

@@ -30,7 +30,7 @@ REMEDY = "compare on the file that they were made from, or name the classifier's
 
 
 @dataclass(frozen=True, eq=False)
-class Other:
+class ComparedSystem:
     """Another system that has been opened and found to be comparable.
 
     Attributes:
@@ -62,7 +62,7 @@ class Other:
         )
 
 
-def open_other(other: str, split: Dataset, *, loading: LoadOptions) -> Other:
+def open_compared(other: str, split: Dataset, *, loading: LoadOptions) -> ComparedSystem:
     """Open the other system for the rows of `split`.
 
     Args:
@@ -86,14 +86,16 @@ def open_other(other: str, split: Dataset, *, loading: LoadOptions) -> Other:
                 "classifiers of the same kind"
             )
         matched = _matched(other, classifier.labels, classifier.multi_label, split)
-        return Other(other, lambda progress: _predicted(classifier, split, matched, progress))
+        return ComparedSystem(
+            other, lambda progress: _predicted(classifier, split, matched, progress)
+        )
     if not path.is_file():
         raise DataError(
             f"{other}: no such file or folder; name a classifier's folder, or predictions that "
             "evaluate or classify wrote as JSON Lines"
         )
     read = _read(other, split)
-    return Other(other, lambda progress: read)
+    return ComparedSystem(other, lambda progress: read)
 
 
 def _matched(other: str, labels: Sequence[str], multi_label: bool, split: Dataset) -> list[str]:
@@ -143,13 +145,13 @@ def _read(other: str, split: Dataset) -> Predicted:
     matched = _matched(other, names, isinstance(_prediction_of(rows[0]), list), split)
     p = np.empty((len(rows), len(names)))
     predicted = np.zeros(p.shape, dtype=np.bool_)
-    numbers = {name: i for i, name in enumerate(matched)}
+    class_index = {name: i for i, name in enumerate(matched)}
     for i, row in enumerate(rows):
         predicted_names = _prediction_of(row)
         try:
             p[i] = [row["probabilities"][name] for name in matched]
             for name in predicted_names if isinstance(predicted_names, list) else [predicted_names]:
-                predicted[i, numbers[name]] = True
+                predicted[i, class_index[name]] = True
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{other}: row {i + 1} has different classes than earlier rows ({error}); {REMEDY}"

@@ -65,13 +65,13 @@ def evaluate_classifier(
     measured = partial(
         evaluate, labels=split.labels, label_names=names, multi_label=many, seed=seed
     )
-    beside = dict(others or {})
+    other_systems = dict(others or {})
     for baseline in baselines:
         p, decision = baseline.predict_proba(split.texts), (thresholds or {}).get(baseline.name)
-        beside[baseline.name] = measured(p, thresholds=decision)
+        other_systems[baseline.name] = measured(p, thresholds=decision)
     evaluation = measured(predicted, thresholds=classifier.decision)
     return ReportedSplit(
-        name, split.texts, predicted, split.labels, evaluation, beside, headline=headline
+        name, split.texts, predicted, split.labels, evaluation, other_systems, headline=headline
     )
 
 
@@ -121,7 +121,7 @@ def headlines(split: ReportedSplit | ReportedValues) -> dict[str, float]:
         return {}
     if isinstance(split, ReportedValues):
         return value_headlines(split.evaluation)
-    values = {name: split.evaluation.value(name) for name in on_card(of_numbers=False)}
+    values = {name: split.evaluation.value(name) for name in on_card(regression=False)}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -139,7 +139,7 @@ def saved_headlines(folder: Path) -> dict[str, dict[str, float]]:
         return {
             name: {
                 metric: float(values[metric])
-                for metric in on_card(of_numbers=False)
+                for metric in on_card(regression=False)
                 if not may_be_missing(metric) or values.get(metric) is not None
             }
             for name, values in measured.items()

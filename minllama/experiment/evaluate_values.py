@@ -45,14 +45,14 @@ def evaluate_values(
     if split.labels is None:
         return ReportedValues(name, split.texts, values)
     targets = split.targets
-    beside = {
+    other_systems = {
         baseline.name: evaluate_regression(
             baseline.predict_values(split.texts), targets, own=values, seed=seed
         )
         for baseline in baselines
     }
     evaluation = evaluate_regression(values, targets, seed=seed)
-    return ReportedValues(name, split.texts, values, targets, evaluation, beside)
+    return ReportedValues(name, split.texts, values, targets, evaluation, other_systems)
 
 
 def evaluate_value_splits(
@@ -85,6 +85,6 @@ def value_headlines(evaluation: Any) -> dict[str, float]:
     """The metrics for a model card, from an evaluation or a report."""
     found = {
         name: evaluation[name] if isinstance(evaluation, Mapping) else evaluation.value(name)
-        for name in on_card(of_numbers=True)
+        for name in on_card(regression=True)
     }
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -70,7 +70,7 @@ class Experiment:
         )
 
     @property
-    def of_numbers(self) -> bool:
+    def regression(self) -> bool:
         """Whether labels are numbers."""
         return self.classifier.objective == "regression"
 
@@ -82,8 +82,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         is_default = self.training.metric == TrainingOptions.metric
-        if not (self.of_numbers and is_default):  # the default means rmse for regression
-            check_metric(self.training.metric, of_numbers=self.of_numbers)
+        if not (self.regression and is_default):  # the default means rmse for regression
+            check_metric(self.training.metric, regression=self.regression)
         if self.classifier.method == "full" and self.dtype in HALF_PRECISION_NAMES:
             raise OptionError(
                 f"full training takes steps too small for {self.dtype}; omit --dtype to use "

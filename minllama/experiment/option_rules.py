@@ -17,12 +17,12 @@ class Use(NamedTuple):
     Attributes:
         names: of the options.
         purpose: in command-line terms.
-        takes_place: whether it applies to an experiment.
+        applies: whether it applies to an experiment.
     """
 
     names: tuple[str, ...]
     purpose: str
-    takes_place: Callable[[Experiment], bool]
+    applies: Callable[[Experiment], bool]
 
 
 def check_uses(experiment: Experiment, given: Collection[str] | None = None) -> None:
@@ -38,15 +38,17 @@ def check_uses(experiment: Experiment, given: Collection[str] | None = None) -> 
     chosen = set(_changed(experiment) if given is None else given)
     unused: dict[str, list[str]] = {}
     for use in USES:
-        idle = [name for name in use.names if name in chosen]
-        if idle and not use.takes_place(experiment):
-            unused.setdefault(use.purpose, []).extend("--" + n.replace("_", "-") for n in idle)
-            chosen -= set(idle)  # the first reason is enough
+        unused_here = [name for name in use.names if name in chosen]
+        if unused_here and not use.applies(experiment):
+            unused.setdefault(use.purpose, []).extend(
+                "--" + n.replace("_", "-") for n in unused_here
+            )
+            chosen -= set(unused_here)  # the first reason is enough
     if not unused:
         return
     options = experiment.classifier
-    said = options.method in TRAINED or options.objective == "regression"
-    objective = f" --objective {options.objective}" if said else ""
+    is_stated = options.method in TRAINED or options.objective == "regression"
+    objective = f" --objective {options.objective}" if is_stated else ""
     reasons = (f"{', '.join(flags)} (for {purpose})" for purpose, flags in unused.items())
     raise OptionError(
         f"--method {options.method}{objective} does not use {', '.join(reasons)}; omit these "

@@ -91,7 +91,7 @@ def writable(folder: Path) -> Iterator[None]:
     Raises:
         MinllamaError: it cannot be written; better now than after hours of work.
     """
-    was_there = folder.exists()
+    existed = folder.exists()
     with atomic_folder(folder):
         pass
     try:
@@ -99,7 +99,7 @@ def writable(folder: Path) -> Iterator[None]:
     except BaseException:
         if not (folder / CHECKPOINT).exists():
             (folder / LAYER_FILE).unlink(missing_ok=True)  # nothing can be gone on with
-        if not was_there:
+        if not existed:
             with contextlib.suppress(OSError):  # it holds something by now
                 folder.rmdir()
         raise

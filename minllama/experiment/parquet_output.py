@@ -13,7 +13,15 @@ from typing import Any
 
 from minllama.atomic import atomic_file
 from minllama.errors import DataError, MinllamaError
-from minllama.experiment.tables import KEPT, Layout, cell_of, layout_of, record_of, said_of, utf8
+from minllama.experiment.tables import (
+    INPUT_COLUMNS,
+    Layout,
+    cell_of,
+    layout_of,
+    prediction_fields,
+    record_of,
+    utf8,
+)
 
 MOST_ROWS = 16_384  # of a row group
 MOST_BYTES = 2**25  # of the JSON lines of a row group
@@ -44,7 +52,9 @@ def write_parquet(lines: Path, output: Path) -> Layout | None:
     names = [utf8(name) for name in layout.names]
     types = [_arrow_type(kind) for kind in kinds]
     schema = pa.schema(list(zip(names, types, strict=True)))
-    schema = schema.with_metadata({METADATA: json.dumps({KEPT: layout.kept}).encode()})
+    schema = schema.with_metadata(
+        {METADATA: json.dumps({INPUT_COLUMNS: layout.input_columns}).encode()}
+    )
     with atomic_file(output) as temporary:
         try:
             with parquet.ParquetWriter(temporary, schema) as writer:
@@ -74,13 +84,15 @@ def records_in(output: Path) -> Iterator[dict[str, Any]]:
 
     try:
         with parquet.ParquetFile(output) as file:
-            names, kept = file.schema_arrow.names, _kept_names(file.schema_arrow)
+            names, input_columns = file.schema_arrow.names, _input_names(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1000):
                 columns = [column.to_pylist() for column in batch.columns]
                 for values in zip(*columns, strict=True):
                     record = record_of(names, values)
-                    if len(kept) == len(record.get(KEPT, {})):
-                        record[KEPT] = dict(zip(kept, record[KEPT].values(), strict=True))
+                    if len(input_columns) == len(record.get(INPUT_COLUMNS, {})):
+                        record[INPUT_COLUMNS] = dict(
+                            zip(input_columns, record[INPUT_COLUMNS].values(), strict=True)
+                        )
                     yield record
     except (pa.ArrowException, OSError, ValueError, TypeError) as error:
         reason = str(error).split("\n")[0]
@@ -99,9 +111,9 @@ def write_lines(records: Iterable[Mapping[str, Any]], lines: Path) -> int:
         return temporary.stat().st_size
 
 
-def _kept_names(schema: Any) -> tuple[str, ...]:
+def _input_names(schema: Any) -> tuple[str, ...]:
     try:
-        return tuple(json.loads(schema.metadata[METADATA])[KEPT])
+        return tuple(json.loads(schema.metadata[METADATA])[INPUT_COLUMNS])
     except (KeyError, TypeError, ValueError):
         return ()
 
@@ -115,17 +127,23 @@ def _records(lines: Path) -> Iterator[tuple[dict[str, Any], int]]:
 def _columns(lines: Path) -> tuple[Layout | None, list[Kind]]:
     """The columns of a JSON Lines file, and their types over all rows."""
     first: dict[str, Any] | None = None
-    kept: dict[str, Kind] = {}
-    said: dict[str, Kind] = {}
+    input_columns: dict[str, Kind] = {}
+    prediction_columns: dict[str, Kind] = {}
     for record, _ in _records(lines):
         first = first or record
-        for kinds, values in ((kept, record.get(KEPT, {})), (said, said_of(record))):
+        for kinds, values in (
+            (input_columns, record.get(INPUT_COLUMNS, {})),
+            (prediction_columns, prediction_fields(record)),
+        ):
             for name, value in values.items():
                 kinds[name] = _merged(kinds.get(name, ()), _kind(value))
     if first is None:
         return None, []
-    layout = layout_of(first, kept)
-    return layout, [*map(kept.__getitem__, layout.kept), *map(said.__getitem__, layout.said)]
+    layout = layout_of(first, input_columns)
+    return layout, [
+        *map(input_columns.__getitem__, layout.input_columns),
+        *map(prediction_columns.__getitem__, layout.prediction_columns),
+    ]
 
 
 def _groups(lines: Path, layout: Layout) -> Iterator[list[list[Any]]]:

@@ -151,8 +151,8 @@ def explanations(
             yield {"max_words": options.max_words}
         else:
             target = predicted_label(classifier, p)
-            found = explain(classifier, row.text, target=target, max_words=options.max_words)
-            yield _short_numbers(found.to_dict())
+            digest = explain(classifier, row.text, target=target, max_words=options.max_words)
+            yield _short_numbers(digest.to_dict())
         if progress is not None:
             progress(1)
 
@@ -247,19 +247,19 @@ def prediction_lines(
             yield f"{label} {SEPARATOR} {' '.join(row.text.split())}\n"
             continue
         if is_number:
-            said = {"index": row.index, "text": row.text, "value": rounded(float(p))}
+            fields = {"index": row.index, "text": row.text, "value": rounded(float(p))}
         else:
-            said = record(classifier, row, p, names)
+            fields = record(classifier, row, p, names)
         if (explanation := next(why)) is not None:
-            said[EXPLANATION] = explanation
-        yield _json_line(said, digest, row, columns)
+            fields[EXPLANATION] = explanation
+        yield _json_line(fields, digest, row, columns)
 
 
-def _json_line(said: dict[str, Any], digest: str, row: Row, columns: Sequence[str]) -> str:
-    said = said | {"classifier": digest}
+def _json_line(fields: dict[str, Any], digest: str, row: Row, columns: Sequence[str]) -> str:
+    fields = fields | {"classifier": digest}
     if columns:
-        said["columns"] = _carried(row, columns)
-    return json.dumps(said, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        fields["columns"] = _carried(row, columns)
+    return json.dumps(fields, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
 def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) -> None:
@@ -289,8 +289,8 @@ def digest_of(classifier: Classifier) -> str:
     """A digest of a classifier without its base's weights, equal on all machines."""
     if classifier.digest is not None:
         return classifier.digest[:DIGITS]
-    found = hashlib.sha256()
-    said = [
+    digest = hashlib.sha256()
+    fields = [
         type(classifier).__name__,
         classifier.labels,
         dataclasses.asdict(classifier.prompt),
@@ -299,18 +299,18 @@ def digest_of(classifier: Classifier) -> str:
         comparable_config(classifier.llama.config),
     ]
     if classifier.decision is not None:
-        said += [classifier.positive, classifier.thresholds]
+        fields += [classifier.positive, classifier.thresholds]
     if isinstance(classifier, LlamaZeroShotClassifier):
-        said += [classifier.label_words, classifier.score_name, classifier.shots]
+        fields += [classifier.label_words, classifier.score_name, classifier.shots]
     else:
-        said.append(getattr(classifier, "pooling", None))
+        fields.append(getattr(classifier, "pooling", None))
     if classifier.scale is not None:
-        said.append(dataclasses.asdict(classifier.scale))
-    found.update(json.dumps(said, default=str).encode("utf-8", "backslashreplace"))
+        fields.append(dataclasses.asdict(classifier.scale))
+    digest.update(json.dumps(fields, default=str).encode("utf-8", "backslashreplace"))
     for name, parameter in classifier.named_parameters():
         if not name.startswith("llama.") or ".adapters." in name:
-            found.update(parameter.detach().float().cpu().numpy().tobytes())
-    return found.hexdigest()[:DIGITS]
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:DIGITS]
 
 
 def record(
@@ -319,7 +319,7 @@ def record(
     """The record of one text: its row, label and probabilities, and the score of a zero-shot
     classifier.
     """
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "index": row.index,
         "text": row.text,
         "label": names if classifier.multi_label else names[0],
@@ -329,8 +329,8 @@ def record(
         },
     }
     if score := score_of(classifier):
-        said["score"] = score
-    return said
+        fields["score"] = score
+    return fields
 
 
 def score_of(classifier: Classifier) -> str | None:
@@ -345,8 +345,8 @@ def described(classifier: Classifier) -> str:
         temperature += f", {one_line(classifier.decision, classifier.labels)}"
     if isinstance(classifier, LlamaZeroShotClassifier):
         prompt = json.dumps(classifier.prompt.prompt, ensure_ascii=False)
-        asked = "in a chat" if classifier.prompt.chat else "prompt"
-        return f"[label words, score {score_of(classifier)}, {temperature}, {asked} {prompt}]"
+        template = "in a chat" if classifier.prompt.chat else "prompt"
+        return f"[label words, score {score_of(classifier)}, {temperature}, {template} {prompt}]"
     n_layers = classifier.llama.config.n_layers
     if classifier.scale is not None:
         return f"[regression head on layer {classifier.n_layers} of {n_layers}]"
@@ -363,8 +363,8 @@ def shortened_texts(
         texts: to report on; None for all.
         source: of the texts.
     """
-    seen = classifier.shortened
-    n = len(seen) if texts is None else len({hash(text) for text in texts} & seen)
+    shortened = classifier.shortened
+    n = len(shortened) if texts is None else len({hash(text) for text in texts} & shortened)
     if not n:
         return None
     most, lost = classifier.template.max_len, "beginning" if classifier.prompt.keep_end else "end"

@@ -57,7 +57,7 @@ def settings_of_run(experiment: Experiment) -> dict[str, Any]:
         groups["lora"] = experiment.lora
     if options.method in TRAINED:
         groups["training"] = training_options(
-            experiment.training, options.method, of_numbers=experiment.of_numbers
+            experiment.training, options.method, regression=experiment.regression
         )
     else:
         groups["training"] = {"seed": experiment.training.seed}
@@ -83,7 +83,7 @@ def measure(
     splits: Splits,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
-    beside: Mapping[str, Evaluation],
+    other_systems: Mapping[str, Evaluation],
     result: TrainingResult | None,
     notes: list[str],
     reporter: Reporter,
@@ -95,7 +95,7 @@ def measure(
         splits: its data.
         classifier: its result.
         dev_logits: (N, C), those of dev.
-        beside: evaluations of other systems on dev, by name.
+        other_systems: evaluations of other systems on dev, by name.
         result: of the training; None without gradient steps.
         notes: in addition to those of the splits.
         reporter: receives messages.
@@ -108,12 +108,14 @@ def measure(
             classifier, splits, dev_logits=dev_logits, progress=progress
         )
     else:
-        reported = _classes_measured(experiment, splits, classifier, dev_logits, beside, reporter)
+        reported = _classes_measured(
+            experiment, splits, classifier, dev_logits, other_systems, reporter
+        )
     notes = [*splits.notices, *notes]
     for split in filter(None, (splits.train, splits.dev, splits.test)):
-        if said := shortened_texts(classifier, split.texts, split.source):
-            reporter.message(said)
-            notes.append(said)
+        if message := shortened_texts(classifier, split.texts, split.source):
+            reporter.message(message)
+            notes.append(message)
     if not (splits.train.has_numbers or experiment.classifier.no_calibration):
         notes.append("the temperature was fitted on dev, so calibration on dev is optimistic")
     if result is not None and experiment.training.keep == "best":
@@ -137,7 +139,7 @@ def _classes_measured(
     splits: Splits,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
-    beside: Mapping[str, Evaluation],
+    other_systems: Mapping[str, Evaluation],
     reporter: Reporter,
 ) -> list[ReportedSplit]:
     train, dev, test = splits.train, splits.dev, splits.test
@@ -151,7 +153,7 @@ def _classes_measured(
         thresholds=baseline_decisions(experiment.threshold, baselines, dev),
         headline=experiment.headline,
     )
-    reported = [measured(dev, "dev", logits=dev_logits, others=beside)]
+    reported = [measured(dev, "dev", logits=dev_logits, others=other_systems)]
     if test is not None:
         progress = reporter.advance("reading test", len(test))
         reported.append(measured(test, "test", progress=progress))

@@ -19,7 +19,7 @@ from minllama.errors import DataError
 from minllama.experiment.tables import (
     DELIMITERS,
     EXPLANATION,
-    KEPT,
+    INPUT_COLUMNS,
     Layout,
     cell_of,
     cells_of,
@@ -128,41 +128,41 @@ def done_of_records(records: Iterable[Mapping[str, Any]], output: Path) -> Done:
     Raises:
         DataError: they are out of order, or not predictions.
     """
-    kept = _Records()
+    accepted = _Records()
     for number, found in enumerate(records, start=1):
         with _prediction(output, f"row {number}"):
-            kept.add(_checked(found))
-    return Done(tuple(kept.last), kept.n_before)
+            accepted.add(_checked(found))
+    return Done(tuple(accepted.last), accepted.n_before)
 
 
 def _done_of_lines(output: Path, file: BinaryIO) -> Done:
-    kept, end = _Records(), 0
+    accepted, end = _Records(), 0
     for number, line in enumerate(file, start=1):
         with _prediction(output, f"line {number}"):
             if not line.endswith(b"\n"):
                 if line[: len(RECORD_BEGINS)] != RECORD_BEGINS[: len(line)]:
                     raise ValueError("nor the beginning of one")
                 break
-            kept.add(_record_of(line))
+            accepted.add(_record_of(line))
             end += len(line)
-    return Done(tuple(kept.last), kept.n_before, end)
+    return Done(tuple(accepted.last), accepted.n_before, end)
 
 
 def _done_of_table(output: Path, file: BinaryIO, delimiter: str) -> Done:
-    kept, end, header = _Records(), 0, None
+    accepted, end, header = _Records(), 0, None
     for number, row in rows_in(file):
         with _prediction(output, f"line {number}"):
             content = without_mark(row) if header is None else row
             if not is_whole(row):
-                return Done(tuple(kept.last), kept.n_before, end, header, content)
+                return Done(tuple(accepted.last), accepted.n_before, end, header, content)
             cells = cells_of(content, delimiter)
             if header is None:
                 check_header(cells)
                 header = cells
             else:
-                kept.add(_checked(record_of(header, cells)))
+                accepted.add(_checked(record_of(header, cells)))
             end += len(row)
-    return Done(tuple(kept.last), kept.n_before, end, header)
+    return Done(tuple(accepted.last), accepted.n_before, end, header)
 
 
 @contextlib.contextmanager
@@ -248,7 +248,7 @@ def _most_words(record: Mapping[str, Any]) -> Any:
 
 def _has_same_columns(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether the kept columns of two records are equal, up to the precision of table cells."""
-    was, is_now = record.get(KEPT) or None, now.get(KEPT) or None
+    was, is_now = record.get(INPUT_COLUMNS) or None, now.get(INPUT_COLUMNS) or None
     if was is None or is_now is None:
         return was is is_now
     return all(
@@ -276,20 +276,21 @@ def check_table(done: Done, layout: Layout, delimiter: str) -> tuple[Mapping[str
                 "give the run's original options, or another --output"
             )
         return ()
-    n_said = len(layout.said)
-    if (EXPLANATION in done.header) != (EXPLANATION in layout.said):
+    n_predicted = len(layout.prediction_columns)
+    if (EXPLANATION in done.header) != (EXPLANATION in layout.prediction_columns):
         raise _other_explanations("a table")
-    if done.header[-n_said:] != layout.said:
+    if done.header[-n_predicted:] != layout.prediction_columns:
         raise DataError(
             "the output has the columns of another classifier; give the run's original "
             "classifier, or another --output"
         )
-    if done.header[:-n_said] != layout.shown:
+    if done.header[:-n_predicted] != layout.shown:
         raise other_columns("a table")
-    names = dict(zip(layout.shown, layout.kept, strict=True))
+    names = dict(zip(layout.shown, layout.input_columns, strict=True))
     return tuple(
-        record | {KEPT: {names[shown]: cell for shown, cell in record[KEPT].items()}}
-        if KEPT in record
+        record
+        | {INPUT_COLUMNS: {names[shown]: cell for shown, cell in record[INPUT_COLUMNS].items()}}
+        if INPUT_COLUMNS in record
         else record
         for record in map(dict, done.records)
     )

@@ -62,24 +62,24 @@ def load_splits(
         DataError: a file or its labels cannot be used.
     """
     learned = load_dataset(train, options, numbers=numbers)
-    spoken: list[Notice | str] = [*learned.notices]
+    messages: list[Notice | str] = [*learned.notices]
     names = None if numbers else learned.label_names
     if dev is None:
         learned, held = (random_split if numbers else stratified_split)(learned, dev_fraction, seed)
         by_class = "" if numbers else "by class "
-        spoken.append(
+        messages.append(
             f"no --dev: {len(held)} of {len(learned) + len(held)} rows of {learned.source} are "
             f"held out for evaluation, drawn {by_class}with seed {seed}"
         )
     else:
         held = load_dataset(dev, options, label_names=names, numbers=numbers)
-        spoken += held.notices
+        messages += held.notices
     if per_class:
-        whole = len(learned)
+        n_learned = len(learned)
         learned = sample_per_class(learned, per_class, seed)
-        spoken.append(
+        messages.append(
             f"{learned.source}: using up to {per_class} examples per class, drawn with seed "
-            f"{seed}: {len(learned)} of {whole}"
+            f"{seed}: {len(learned)} of {n_learned}"
         )
     tested = None
     if test is not None:
@@ -87,16 +87,16 @@ def load_splits(
         # but they are to be expected where the training file has them.
         known = replace(options, label_column=options.label_column or learned.label_column)
         tested = load_dataset(test, known, label_names=names, needs_labels=False, numbers=numbers)
-        spoken += tested.notices
-    spoken += _hint_of_numbers(learned)
+        messages += tested.notices
+    messages += _hint_of_numbers(learned)
     # Of the labels that are alike, the file's own counts are told already.
-    told = {"case", "look-alikes"}
-    found = (check_number_splits if numbers else check_splits)(learned, held, tested)
-    spoken += [notice for notice in found if notice.kind not in told]
+    reported = {"case", "look-alikes"}
+    warnings = (check_number_splits if numbers else check_splits)(learned, held, tested)
+    messages += [notice for notice in warnings if notice.kind not in reported]
     if tested is not None:
         tested = without_placeholders(tested)
-        spoken += tested.notices
-    return Splits(learned, held, tested, tuple(dict.fromkeys(map(str, spoken))))
+        messages += tested.notices
+    return Splits(learned, held, tested, tuple(dict.fromkeys(map(str, messages))))
 
 
 def without_placeholders(split: Dataset) -> Dataset:

@@ -16,12 +16,12 @@ from minllama.experiment.tables import (
     DELIMITERS,
     FIRST,
     FROM_INPUT,
-    KEPT,
+    INPUT_COLUMNS,
     TABLES,
     Layout,
     layout_of,
+    prediction_fields,
     row_of,
-    said_of,
 )
 from minllama.options import DataOptions
 from minllama.text import listed
@@ -74,7 +74,7 @@ class TableOutput:
         if self._delimiter is None:
             return done.records
         record = json.loads(line)
-        self._layout = layout_of(record, self._kept(record, rows, done))
+        self._layout = layout_of(record, self._input_columns(record, rows, done))
         if notices is not None and (notice := self._layout.notice()):
             notices.append(notice)
         records = check_table(done, self._layout, self._delimiter)
@@ -82,7 +82,9 @@ class TableOutput:
             self._header = row_of(self._layout.names, self._delimiter)
         return records
 
-    def _kept(self, record: Mapping[str, Any], rows: Sequence[Row], done: Done) -> Iterable[str]:
+    def _input_columns(
+        self, record: Mapping[str, Any], rows: Sequence[Row], done: Done
+    ) -> Iterable[str]:
         if ALL_COLUMNS not in self._columns:
             return self.columns(rows[0])
         of_all: Iterable[Row] = rows
@@ -91,10 +93,12 @@ class TableOutput:
             skipping = dataclasses.replace(self._data, skip_bad_rows=True)
             of_all = stream_rows(self._source, skipping)
         elif done.header is not None:
-            said = said_of(record)
+            prediction_columns = prediction_fields(record)
             shown = done.header[: done.header.index(FIRST)]
             plain = (name.removeprefix(FROM_INPUT) for name in shown)
-            return [o if o in said else name for o, name in zip(plain, shown, strict=True)]
+            return [
+                o if o in prediction_columns else name for o, name in zip(plain, shown, strict=True)
+            ]
         return {name: None for row in of_all for name in row.record if name != row.column}
 
     def rows(self, lines: list[str]) -> list[str]:
@@ -107,7 +111,9 @@ class TableOutput:
         return rows
 
     def _row(self, record: Mapping[str, Any], layout: Layout, delimiter: str) -> str:
-        if more := [name for name in record.get(KEPT, ()) if name not in layout.kept]:
+        if more := [
+            name for name in record.get(INPUT_COLUMNS, ()) if name not in layout.input_columns
+        ]:
             raise DataError(
                 f"{self._source}: row {record[FIRST]} has the column {listed(more)}, which the "
                 "first rows lack; name the columns with --keep-columns, or write JSON Lines"

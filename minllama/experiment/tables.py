@@ -18,7 +18,7 @@ from minllama.text import first_few, shown
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 TABLES = (*DELIMITERS, "parquet")
 FIRST = "index"  # of the columns that are not the input's
-KEPT = "columns"  # the field of a record that holds those that are
+INPUT_COLUMNS = "columns"  # the field of a record that holds those that are
 PROBABILITY = "probability_"
 EXPLANATION = "explanation"  # the field of a record that stays one column, of JSON
 TEXTS = ("text", "label", "score", "classifier")  # fields that are no numbers, whatever they say
@@ -30,60 +30,63 @@ class Layout:
     """The columns of a table of predictions.
 
     Attributes:
-        kept: the input's columns, by their names there.
+        input_columns: the input's columns, by their names there.
         shown: the same, by their names in the table.
-        said: the columns of the predictions.
+        prediction_columns: the columns of the predictions.
     """
 
-    kept: tuple[str, ...]
+    input_columns: tuple[str, ...]
     shown: tuple[str, ...]
-    said: tuple[str, ...]
+    prediction_columns: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*self.shown, *self.said)
+        return (*self.shown, *self.prediction_columns)
 
     def values(self, record: Mapping[str, Any]) -> list[Any]:
         """A record's value for each column; None for missing ones."""
-        kept, said = record.get(KEPT, {}), said_of(record)
-        return [*map(kept.get, self.kept), *map(said.get, self.said)]
+        input_columns, prediction_columns = record.get(INPUT_COLUMNS, {}), prediction_fields(record)
+        return [
+            *map(input_columns.get, self.input_columns),
+            *map(prediction_columns.get, self.prediction_columns),
+        ]
 
     def notice(self) -> str | None:
         """A message about kept columns with other names in the table; None without any."""
         renamed = [
             f"{shown(of_input)} is named {shown(name)} in the table"
-            for of_input, name in zip(self.kept, self.shown, strict=True)
+            for of_input, name in zip(self.input_columns, self.shown, strict=True)
             if of_input != name
         ]
         return f"of the columns of the input, {first_few(renamed)}" if renamed else None
 
 
-def layout_of(record: Mapping[str, Any], kept: Iterable[str]) -> Layout:
+def layout_of(record: Mapping[str, Any], input_columns: Iterable[str]) -> Layout:
     """The columns of a table that starts with this record and keeps these input columns."""
-    said = tuple(said_of(record))
-    kept = tuple(dict.fromkeys(kept))
+    prediction_columns = tuple(prediction_fields(record))
+    input_columns = tuple(dict.fromkeys(input_columns))
     others: list[str] = []
-    for name in map(utf8, kept):
-        if name in said:
+    for name in map(utf8, input_columns):
+        if name in prediction_columns:
             name = FROM_INPUT + name
-            while name in said or name in kept or name in others:
+            while name in prediction_columns or name in input_columns or name in others:
                 name = FROM_INPUT + name
         others.append(name)
-    return Layout(kept, tuple(others), said)
+    return Layout(input_columns, tuple(others), prediction_columns)
 
 
-def said_of(record: Mapping[str, Any]) -> dict[str, Any]:
+def prediction_fields(record: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a record, one value each, without the kept columns."""
-    said: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for field, value in record.items():
-        if field == KEPT:
+        if field == INPUT_COLUMNS:
             continue
         if isinstance(value, Mapping) and field != EXPLANATION:
             prefix = PROBABILITY if field == "probabilities" else f"{field}_"
-            said |= {f"{prefix}{name}": element for name, element in value.items()}
+            fields |= {f"{prefix}{name}": element for name, element in value.items()}
         else:
-            said[field] = value
-    return said
+            fields[field] = value
+    return fields
 
 
 def record_of(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def record_of(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
         else:
             record[name] = json.loads(value or "null")
     if first:
-        record[KEPT] = dict(zip(names[:first], values[:first], strict=True))
+        record[INPUT_COLUMNS] = dict(zip(names[:first], values[:first], strict=True))
     return record
 
 
@@ -116,8 +119,8 @@ def check_header(names: Sequence[str]) -> None:
     Raises:
         ValueError: it is not.
     """
-    said = names[names.index(FIRST) :] if FIRST in names else ()
-    if tuple(said[:2]) != (FIRST, "text") or "classifier" not in said:
+    prediction_columns = names[names.index(FIRST) :] if FIRST in names else ()
+    if tuple(prediction_columns[:2]) != (FIRST, "text") or "classifier" not in prediction_columns:
         raise ValueError("its columns differ")
     if len(set(names)) < len(names):
         raise ValueError("it has duplicate columns")

@@ -124,7 +124,7 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, reporter: Reporte
         experiment.data,
         dev_fraction=experiment.classifier.dev_fraction,
         per_class=experiment.classifier.per_class,
-        numbers=experiment.of_numbers,
+        numbers=experiment.regression,
         seed=training.seed,
     )
     for notice in splits.notices:
@@ -142,11 +142,13 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, reporter: Reporte
             remove_earlier_run(experiment.output)
         with torch.random.fork_rng(devices=_gpus()):
             torch.manual_seed(training.seed)
-            classifier, beside, result = _train(
+            classifier, other_systems, result = _train(
                 experiment, splits, llama, tokenizer, resume, reporter
             )
         logits, notes = _calibrate(classifier, splits, experiment, reporter)
-        report = measure(experiment, splits, classifier, logits, beside, result, notes, reporter)
+        report = measure(
+            experiment, splits, classifier, logits, other_systems, result, notes, reporter
+        )
         report = dataclasses.replace(report, created=began, seconds=time.perf_counter() - started)
         _write(experiment, classifier, report)
     return Outcome(classifier, splits, report, result)
@@ -211,7 +213,7 @@ def _train(
     options = experiment.classifier
     training, train = experiment.training, splits.train
     settings = _settings_to_resume_with(experiment, llama)
-    beside: dict[str, Evaluation] = {}
+    other_systems: dict[str, Evaluation] = {}
     classifier: Classifier
     if options.method == "zero-shot" or options.objective == "label-words":
         classifier = make_zero_shot(
@@ -224,8 +226,10 @@ def _train(
             seed=training.seed,
         )
         if options.method == "zero-shot":
-            return classifier, beside, None
-        beside["zero-shot (before training)"] = _before(experiment, splits, classifier, reporter)
+            return classifier, other_systems, None
+        other_systems["zero-shot (before training)"] = _before(
+            experiment, splits, classifier, reporter
+        )
         train = without_shots(splits.train, classifier.shots)
     else:
         classifier = make_head(
@@ -240,21 +244,21 @@ def _train(
             folder=experiment.output if options.method in TRAINED else None,
         )
         if options.method == "frozen":
-            return classifier, beside, None
+            return classifier, other_systems, None
     make_trainable(classifier, options.method, experiment.lora)
     head = classifier.score if isinstance(classifier, LlamaEmbeddingClassifier) else None
     result = fit(
         classifier,
         train,
         splits.dev,
-        training_options(training, options.method, of_numbers=experiment.of_numbers),
+        training_options(training, options.method, regression=experiment.regression),
         folder=experiment.output,
         resume=resume,
         head_parameters=[] if head is None else list(head.parameters()),
         progress=reporter.progress(),
         settings=settings,
     )
-    return classifier, beside, result
+    return classifier, other_systems, result
 
 
 def _before(

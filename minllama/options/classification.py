@@ -9,8 +9,8 @@ from minllama.options.base import CheckedOptions, Range, option
 
 # The table of metrics is in a package above this one, and as light to import.
 _registry = import_module("minllama.evaluation.registry")
-CLASS_METRICS: tuple[str, ...] = _registry.selecting(of_numbers=False)
-VALUE_METRICS: tuple[str, ...] = _registry.selecting(of_numbers=True)
+CLASS_METRICS: tuple[str, ...] = _registry.selecting(regression=False)
+VALUE_METRICS: tuple[str, ...] = _registry.selecting(regression=True)
 HEADLINES: tuple[str, ...] = _registry.headlines()
 METHODS = ("zero-shot", "frozen", "lora", "full")
 OBJECTIVES = ("head", "label-words", "regression")

@@ -99,16 +99,16 @@ def objective_of(train: Dataset, classifier: Trainable) -> Objective:
     return ValueObjective(classifier)
 
 
-def check_metric(metric: str, *, of_numbers: bool) -> None:
+def check_metric(metric: str, *, regression: bool) -> None:
     """Check that a metric is for the kind of labels, classes or numbers.
 
     Raises:
         OptionError: it is for the other kind.
     """
-    known = VALUE_METRICS if of_numbers else CLASS_METRICS
-    if metric not in known:
-        what = "numbers" if of_numbers else "classes"
-        raise OptionError(f"metric {metric} is not for {what}; use {', '.join(known)}")
+    supported = VALUE_METRICS if regression else CLASS_METRICS
+    if metric not in supported:
+        what = "numbers" if regression else "classes"
+        raise OptionError(f"metric {metric} is not for {what}; use {', '.join(supported)}")
 
 
 def check_kind(split: Dataset, classifier: Trainable) -> None:
@@ -150,7 +150,7 @@ class ClassObjective:
         )
 
     def dev_row(self, evaluation: Evaluation) -> dict[str, float]:
-        names = logged(of_numbers=False, multi_label=evaluation.multi_label)
+        names = logged(regression=False, multi_label=evaluation.multi_label)
         return {"dev_loss": evaluation.log_loss, **_defined(evaluation, names)}
 
     def merit(self, evaluation: Evaluation, metric: str) -> float:
@@ -179,7 +179,7 @@ class ValueObjective:
     def dev_row(self, evaluation: RegressionEvaluation) -> dict[str, float]:
         """The loss is that of training; metrics are in the unit of the targets."""
         loss = (evaluation.rmse / self._scale.std) ** 2
-        return {"dev_loss": loss, **_defined(evaluation, logged(of_numbers=True))}
+        return {"dev_loss": loss, **_defined(evaluation, logged(regression=True))}
 
     def merit(self, evaluation: RegressionEvaluation, metric: str) -> float:
         value = evaluation.value(metric)

@@ -101,8 +101,8 @@ class AdamW(Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
                 # A parameter that had no gradient for a while has taken fewer steps.
-                alike = (parameter.device, parameter.dtype, parameter.grad.dtype, state["step"])
-                batches.setdefault(alike, []).append(parameter)
+                batch_key = (parameter.device, parameter.dtype, parameter.grad.dtype, state["step"])
+                batches.setdefault(batch_key, []).append(parameter)
             for (*_, step), parameters in batches.items():
                 self._update(parameters, step, group)
         return loss

@@ -246,13 +246,13 @@ class TrainingRun:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         what = "the loss" if not math.isfinite(loss) else "a gradient"
-        lr, kept = self._options.lr, ""
+        lr, hint = self._options.lr, ""
         if self.checkpoint is not None and self.checkpoint.path.exists():
-            kept = f"; {self.checkpoint.path} has the state before it"
+            hint = f"; {self.checkpoint.path} has the state before it"
         raise MinllamaError(
             f"training has diverged: {what} is not a finite number at step {step} of "
             f"{self.schedule.total_steps}; use a learning rate (--lr) below {lr:g}, or float32 "
-            f"without autocast{kept}"
+            f"without autocast{hint}"
         )
 
     def _copy(self, weights: dict[str, Tensor]) -> None:
@@ -296,7 +296,9 @@ def _max_tokens(classifier: Trainable, device: torch.device) -> float:
     """The maximum number of padded tokens per forward pass in training."""
     sizes = [(p.requires_grad, p.numel()) for p in classifier.parameters()]
     sizes += [(False, buffer.numel()) for buffer in classifier.buffers()]  # quantized weights
-    trained, frozen = (sum(n for grad, n in sizes if grad == wanted) for wanted in (True, False))
+    trained, frozen = (
+        sum(n for grad, n in sizes if grad == is_trained) for is_trained in (True, False)
+    )
     limits = MAX_TOKENS_IF_MUCH_IS_TRAINED if 5 * trained > frozen else MAX_TOKENS
     return limits.get(device.type, math.inf)
 

@@ -173,10 +173,10 @@ class CheckpointFolder:
         On a system that cannot swap two names, the checkpoint has a temporary name for an instant
         of a save; a complete one gets its name back.
         """
-        beside = Path(os.path.realpath(self.path)).parent
-        if not beside.is_dir():
+        parent = Path(os.path.realpath(self.path)).parent
+        if not parent.is_dir():
             return
-        begun = [*temporaries(beside / CHECKPOINT), *temporaries(beside / METRICS)]
+        begun = [*temporaries(parent / CHECKPOINT), *temporaries(parent / METRICS)]
         stale = [path for path in begun if not is_being_written(path)]
         if not self.path.exists():
             whole = [(step, path) for path in stale if (step := _whole_step(path)) is not None]

@@ -184,7 +184,7 @@ def _check(
     if options.tensorboard:
         summary_writer()
     check_ordinal(options.ordinal, multi_label=classifier.multi_label)
-    check_metric(options.metric, of_numbers=train.has_numbers)
+    check_metric(options.metric, regression=train.has_numbers)
     for name, dataset in (("training", train), ("dev", dev)):
         if dataset is None:
             continue
@@ -270,8 +270,8 @@ def _fingerprint(
 ) -> Fingerprint:
     """What must be unchanged to resume a run, by names for an error message."""
     shapes = {name: [list(p.shape), str(p.dtype)] for name, p in run.parameters.items()}
-    numbers = [p for p in classifier.parameters() if not p.requires_grad]
-    frozen = [*numbers, *classifier.buffers()]  # those hold quantized weights
+    frozen_parameters = [p for p in classifier.parameters() if not p.requires_grad]
+    frozen_tensors = [*frozen_parameters, *classifier.buffers()]  # those hold quantized weights
     parts: dict[str, Any] = {
         "options": dataclasses.asdict(options),
         # Whatever JSON does not know is compared as the text that names it.
@@ -280,7 +280,7 @@ def _fingerprint(
         "training texts, their tokens or labels": _examples_digest(run.prompts, train),
         "dev texts or labels": None if dev is None else _examples_digest(dev.texts, dev),
         "trained parameters": digest([json.dumps(shapes).encode()]),
-        "weights of the frozen base": digest(map(sample_of, frozen)),
+        "weights of the frozen base": digest(map(sample_of, frozen_tensors)),
     }
     return parts
 

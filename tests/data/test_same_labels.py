@@ -13,7 +13,7 @@ import pytest
 from minllama.data import load_dataset, read_label_names, read_labels_file
 from minllama.data.class_names import same_classes
 from minllama.errors import DataError
-from minllama.experiment.compare import open_other
+from minllama.experiment.compare import open_compared
 from minllama.options import DataOptions
 from minllama.options.loading import LoadOptions
 
@@ -255,9 +255,9 @@ def test_another_system_may_spell_truth_values_otherwise(tmp_path: Path) -> None
         for text, label, p in zip(TEXTS, ("True", "False", "False"), (0.75, 0.25, 0.5), strict=True)
     ]
     (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    p, predicted = open_other(str(tmp_path / "said.jsonl"), dataset, loading=LoadOptions()).predict(
-        None
-    )
+    p, predicted = open_compared(
+        str(tmp_path / "said.jsonl"), dataset, loading=LoadOptions()
+    ).predict(None)
     assert dataset.label_names == ["false", "true"]
     assert p.tolist() == [[0.25, 0.75], [0.75, 0.25], [0.5, 0.5]]
     assert predicted.tolist() == [[False, True], [True, False], [True, False]]

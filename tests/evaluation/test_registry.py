@@ -86,13 +86,13 @@ def test_choices_are_those_that_files_and_scripts_name() -> None:
     assert VALUE_METRICS == ("rmse", "mae", "r2", "pearson", "spearman")
     choices = ReportOptions.__dataclass_fields__["headline"].metadata["choices"]
     assert choices == ("accuracy", "macro_f1", "micro_f1", "log_loss", "brier")
-    assert registry.on_card(of_numbers=False) == (
+    assert registry.on_card(regression=False) == (
         *("accuracy", "macro_f1", "log_loss", "calibration_error"),
         *("roc_auc", "average_precision"),
     )
-    assert registry.on_card(of_numbers=True) == ("mae", "rmse", "r2", "spearman")
-    assert registry.logged(of_numbers=False) == ("accuracy", "macro_f1")
-    assert registry.logged(of_numbers=False, multi_label=True) == (
+    assert registry.on_card(regression=True) == ("mae", "rmse", "r2", "spearman")
+    assert registry.logged(regression=False) == ("accuracy", "macro_f1")
+    assert registry.logged(regression=False, multi_label=True) == (
         "accuracy",
         "macro_f1",
         "micro_f1",
@@ -103,5 +103,5 @@ def test_every_metric_of_the_table_has_a_value() -> None:
     classes = evaluate(np.array([[0.9, 0.1], [0.2, 0.8]]), [0, 1], ["a", "b"], bootstrap=0)
     numbers = evaluate_regression(np.array([1.0, 2.0]), [1.0, 3.0], bootstrap=0)
     for metric in registry.METRICS:
-        value = (numbers if metric.of_numbers else classes).value(metric.name)
+        value = (numbers if metric.regression else classes).value(metric.name)
         assert isinstance(value, float)

@@ -14,7 +14,7 @@ from minllama.text import first_few
 OWN = "this classifier"
 
 
-METRICS = metrics(of_numbers=False)
+METRICS = metrics(regression=False)
 RANKING = tuple(name for name, metric in METRICS.items() if metric.is_ranking)
 MISSING = "–"  # a value that is not defined
 SURE = 0.05  # from this p value on an exact test is not sure
@@ -79,7 +79,7 @@ def undefined(evaluation: Evaluation) -> str | None:
 def written(evaluation: Evaluation, metric: str) -> str:
     """The formatted metric."""
     value = evaluation.value(metric)
-    return MISSING if value is None else METRICS[metric].form.format(value)
+    return MISSING if value is None else METRICS[metric].number_format.format(value)
 
 
 def interval(evaluation: Evaluation, metric: str) -> tuple[str, str] | None:
@@ -87,8 +87,8 @@ def interval(evaluation: Evaluation, metric: str) -> tuple[str, str] | None:
     ends = evaluation.intervals.get(metric)
     if ends is None:
         return None
-    form = METRICS[metric].form
-    return form.format(ends[0]), form.format(ends[1])
+    number_format = METRICS[metric].number_format
+    return number_format.format(ends[0]), number_format.format(ends[1])
 
 
 def systems(
@@ -145,10 +145,10 @@ def verdict(
     paired = compare(evaluation, best)
     if metric not in paired.differences:  # undefined for one of the two
         return sentence
-    return f"{sentence} {beside(paired, name, metric, among=len(others))}"
+    return f"{sentence} {compared_with(paired, name, metric, among=len(others))}"
 
 
-def beside(paired: Paired, name: str, metric: str = "accuracy", *, among: int = 2) -> str:
+def compared_with(paired: Paired, name: str, metric: str = "accuracy", *, among: int = 2) -> str:
     """A sentence that compares the first system with the second.
 
     Args:
@@ -161,21 +161,21 @@ def beside(paired: Paired, name: str, metric: str = "accuracy", *, among: int = 
         name = f"the best of the others, {name}"
     of, found = METRICS[metric], paired.differences[metric]
     size = of.difference(abs(found.value), sign=False)
-    unit = " points" if of.form == "{:.1%}" else ""
+    unit = " points" if of.number_format == "{:.1%}" else ""
     is_level = float(size) == 0
     if is_level:
-        said = f"That equals {name}"
+        sentence = f"That equals {name}"
     else:
-        said = f"That is {size}{unit} {'more' if found.value > 0 else 'less'} than {name}"
-    said += f" (paired 95% interval {_ends(found, of)}{unit}"
+        sentence = f"That is {size}{unit} {'more' if found.value > 0 else 'less'} than {name}"
+    sentence += f" (paired 95% interval {_ends(found, of)}{unit}"
     if metric == "accuracy":
-        said += f"; McNemar's exact {p_value(paired.p_value)}"
+        sentence += f"; McNemar's exact {p_value(paired.p_value)}"
     if found.may_be_chance:
         what = "what differs" if is_level else "this"
-        return f"{said}); the interval includes zero, so {what} may be due to chance."
+        return f"{sentence}); the interval includes zero, so {what} may be due to chance."
     if metric == "accuracy" and paired.p_value > SURE:
-        return f"{said}), based on few texts."
-    return f"{said})."
+        return f"{sentence}), based on few texts."
+    return f"{sentence})."
 
 
 def rows(first: Evaluation, second: Evaluation, paired: Paired) -> list[Row]:

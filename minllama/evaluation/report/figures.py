@@ -120,8 +120,8 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float,
     points = []
     for i, row in enumerate(history):
         step, value = row.get("step", i + 1), row.get(key)
-        numbers = all(isinstance(v, int | float) and math.isfinite(v) for v in (step, value))
-        if numbers:
+        are_finite = all(isinstance(v, int | float) and math.isfinite(v) for v in (step, value))
+        if are_finite:
             points.append((float(step), float(value)))  # type: ignore[arg-type]
     return points
 

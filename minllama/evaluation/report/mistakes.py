@@ -63,8 +63,11 @@ def _reason(
 ) -> str:
     probabilities = split.probabilities[row]
     if not report.multi_label:
-        sure, wanted = roughly(probabilities[blamed]), roughly(probabilities[gold.argmax()])
-        return f"{sure} confidence, {wanted} for the gold label"
+        of_predicted, of_gold = (
+            roughly(probabilities[blamed]),
+            roughly(probabilities[gold.argmax()]),
+        )
+        return f"{of_predicted} confidence, {of_gold} for the gold label"
     truth = "a gold label" if gold[blamed] else "no gold label"
     return f"{roughly(probabilities[blamed])} for {report.label_names[blamed]}, {truth}"
 

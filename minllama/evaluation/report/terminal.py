@@ -10,8 +10,8 @@ from minllama.evaluation.report.comparison import (
     METRICS,
     MISSING,
     OWN,
-    beside,
     compared,
+    compared_with,
     interval,
     p_value,
     ranking,
@@ -60,8 +60,8 @@ def print_summary(
     _print_table(console, _systems(evaluation, others))
     if ranking(evaluation):
         _print_table(console, _rankings(evaluation, others))
-    if said := undefined(evaluation):
-        console.print(_words(said), style="dim")
+    if message := undefined(evaluation):
+        console.print(_words(message), style="dim")
     _print_table(console, _classes(evaluation))
     hidden = len(evaluation.per_class) - MAX_CLASSES
     if hidden > 0:
@@ -109,7 +109,7 @@ def print_paired(
         counts += f" (McNemar's exact {p_value(paired.p_value)})"
     console.print()
     console.print(_words(f"{counts}."))
-    console.print(_words(beside(paired, "the other", headline, among=1)))
+    console.print(_words(compared_with(paired, "the other", headline, among=1)))
 
 
 def _print_table(console: "Console", table: "Table") -> None:

@@ -59,7 +59,7 @@ def shown_on_page(split: ReportedValues) -> dict[str, Any]:
         "verdict": split.verdict,
         "tiles": [
             (TITLES[name], written(evaluation.value(name), name), _range(evaluation, name))
-            for name in on_card(of_numbers=True)
+            for name in on_card(regression=True)
         ],
         "metrics": [TITLES[name] for name in METRICS],
         "systems": systems(evaluation, split.others),
@@ -107,8 +107,8 @@ def worst_misses(split: ReportedValues) -> list[Miss]:
     for i in order.tolist():
         if errors[i]:
             excerpt, text, omitted = folded(split.texts[i])
-            numbers = in_unit(targets[i]), in_unit(float(split.values[i])), f"{errors[i]:+.3g}"
-            misses.append(Miss(i + 1, *numbers, excerpt, text, omitted))
+            columns = in_unit(targets[i]), in_unit(float(split.values[i])), f"{errors[i]:+.3g}"
+            misses.append(Miss(i + 1, *columns, excerpt, text, omitted))
     return misses
 
 
