@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from minllama.cli.chat_input import HELP, read_said
+from minllama.cli.chat_input import HELP, read_chat_input
 from minllama.cli.generate import summary
 from minllama.cli.grouped import GroupedCommand
 from minllama.cli.open import (
@@ -76,27 +76,27 @@ def command(
         import readline  # noqa: F401  (gives input() a history and line editing)
     while True:
         try:
-            said = read_said()
+            entered = read_chat_input()
         except KeyboardInterrupt:
             click.echo("\n(/exit quits)", err=True)
             continue
         except EOFError:
             click.echo()
             return
-        if said.command == "exit":
+        if entered.command == "exit":
             return
-        if said.command == "reset":
+        if entered.command == "reset":
             conversation.reset()
             click.echo("(history cleared)", err=True)
-        elif said.command == "help":
+        elif entered.command == "help":
             click.echo(HELP, err=True)
-        elif said.command is not None:
-            shown = escaped("/" + said.command)
+        elif entered.command is not None:
+            shown = escaped("/" + entered.command)
             click.echo(
                 f"{shown[:60]} is not a command; /help lists them, //text sends /text", err=True
             )
-        elif said.text:
-            _answer(conversation, said.text)
+        elif entered.text:
+            _answer(conversation, entered.text)
 
 
 def _answer(conversation: "Conversation", text: str) -> None:

@@ -19,14 +19,14 @@ HELP = """\
 Ctrl-C     stop an answer, or discard the current line"""
 
 
-class Said(NamedTuple):
+class ChatInput(NamedTuple):
     """What was typed: a command without its slash, or a message; an empty one is ignored."""
 
     text: str = ""
     command: str | None = None
 
 
-def read_said() -> Said:
+def read_chat_input() -> ChatInput:
     """Read the next command or message.
 
     Raises:
@@ -36,22 +36,22 @@ def read_said() -> Said:
     """
     line = _line(">>> ").removeprefix(MARK)
     if line.lstrip().startswith(QUOTES):
-        return Said(_quoted(line.lstrip().removeprefix(QUOTES)))
+        return ChatInput(_quoted(line.lstrip().removeprefix(QUOTES)))
     if line.startswith("/") and not line.startswith("//"):
         words = line[1:].split()
-        return Said(command=words[0] if words else "")
+        return ChatInput(command=words[0] if words else "")
     line = line[1:] if line.startswith("//") else line
     lines = []
-    while _goes_on(line):
+    while _continues(line):
         lines.append(line[:-1])
         try:
             line = _line("... ")
         except EOFError:
             line = ""
-    return Said("\n".join([*lines, line]).strip())
+    return ChatInput("\n".join([*lines, line]).strip())
 
 
-def _goes_on(line: str) -> bool:
+def _continues(line: str) -> bool:
     """Whether a line ends with a backslash that is not escaped by another."""
     return (len(line) - len(line.rstrip("\\"))) % 2 == 1
 

@@ -63,7 +63,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def usage_message(error: click.ClickException) -> str:
     """A usage error in one line, with the nearest name where one was mistyped."""
     context = getattr(error, "ctx", None)
-    where = f"(see: {context.command_path if context else 'minllama'} --help)"
+    hint = f"(see: {context.command_path if context else 'minllama'} --help)"
     if isinstance(error, click.NoSuchOption) and context is not None:
         known = [
             name
@@ -72,5 +72,5 @@ def usage_message(error: click.ClickException) -> str:
             if name.startswith("--")
         ]
         name = gettext.gettext("No such option {name!r}.").format(name=error.option_name)
-        return f"{name.rstrip('.')}{did_you_mean(error.option_name, known)} {where}"
-    return f"{error.format_message()} {where}"
+        return f"{name.rstrip('.')}{did_you_mean(error.option_name, known)} {hint}"
+    return f"{error.format_message()} {hint}"

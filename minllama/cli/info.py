@@ -107,12 +107,12 @@ def _use(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         names = head.labels_of(n_outputs)
         problem = head.problem_of(n_outputs)
     labels = f"{len(names)} labels ({listed(names)})"
-    gives = {
+    predicts = {
         REGRESSION: "a number per text",
         SEVERAL_LABELS: f"any number of {labels} for each text",
     }.get(problem, f"one of {labels} for each text")
     return [
-        ("head", f"{SEQUENCE_CLASSIFIER}: {gives}"),
+        ("head", f"{SEQUENCE_CLASSIFIER}: {predicts}"),
         ("opened by", "minllama classify, minllama evaluate, load_classifier()"),
     ]
 
@@ -136,7 +136,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         return f"{text}; long forward passes in bfloat16" if fast_bfloat16(device) else text
     name = str(weights.dtype).removeprefix("torch.")
     if device.type != "cpu":
-        has_steps = cuda_graph.knows(checkpoint.config) and gpu.works(device)
+        has_steps = cuda_graph.supports_config(checkpoint.config) and gpu.works(device)
         steps = "; decode steps in CUDA graphs" if has_steps else ""
         return f"{name} on {device.type}{steps}"
     compiled = LEVELS[best_level()] if library() is not None else "not compiled, so slow"
@@ -147,9 +147,9 @@ def _rounded_again(checkpoint: "Checkpoint") -> str:
     """The quantized types of a file that are converted to 8 bits; "" for none."""
     from minllama.quantization.modules import BITS
 
-    kept = {stored.name for stored in BITS}
+    block_formats = {stored.name for stored in BITS}
     matrices = [t for t in checkpoint.tensors.values() if len(t.shape) == 2 and t.blocks]
-    return ", ".join(sorted({tensor.stored_as for tensor in matrices} - kept))
+    return ", ".join(sorted({tensor.stored_as for tensor in matrices} - block_formats))
 
 
 def _percent(share: float) -> str:

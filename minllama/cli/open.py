@@ -144,7 +144,7 @@ def classifier_options(command: Command) -> Command:
 def source_option(*names: str, **settings: Any) -> Callable[[Command], Command]:
     """An option that names a data source, and is refused if given twice."""
 
-    def the_one(
+    def only_value(
         context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
     ) -> str | None:
         if len(values) > 1:
@@ -155,7 +155,7 @@ def source_option(*names: str, **settings: Any) -> Callable[[Command], Command]:
             )
         return values[0] if values else None
 
-    return option(*names, multiple=True, callback=the_one, metavar="SOURCE", **settings)
+    return option(*names, multiple=True, callback=only_value, metavar="SOURCE", **settings)
 
 
 def given_options(names: Iterable[str]) -> set[str]:
@@ -175,10 +175,10 @@ def check_sampling(temperature: float) -> None:
     Raises:
         OptionError: such filters were typed.
     """
-    idle = given_options(("top_k", "top_p", "min_p"))
-    if idle and temperature == 0:
+    unused = given_options(("top_k", "top_p", "min_p"))
+    if unused and temperature == 0:
         raise OptionError(
-            f"{flags_of(sorted(idle))} filter samples, but at temperature 0 nothing is sampled; "
+            f"{flags_of(sorted(unused))} filter samples, but at temperature 0 nothing is sampled; "
             "give --temperature too, or omit them"
         )
 

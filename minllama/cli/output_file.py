@@ -114,11 +114,11 @@ class OutputFile:
         """Refuse to overwrite the input, whatever name or link it is given by."""
         from minllama.data import is_source
 
-        both = () if self.name == STANDARD_OUTPUT else (str(self.written),)
-        for name in (self.name, *both):
+        written = () if self.name == STANDARD_OUTPUT else (str(self.written),)
+        for name in (self.name, *written):
             if is_source(name, source):
-                what = "standard output" if name == STANDARD_OUTPUT else name
-                raise OptionError(f"{what} is also the --input; name another file for --output")
+                shown = "standard output" if name == STANDARD_OUTPUT else name
+                raise OptionError(f"{shown} is also the --input; name another file for --output")
 
     def _check_parquet(self) -> None:
         path = Path(self.name)

@@ -87,7 +87,7 @@ def read_system(system: str | None, system_file: str | None) -> str | None:
 
 def read_text(source: str | None) -> str:
     """The content of a file or of standard input, up to MAX_INPUT_BYTES."""
-    where = "standard input" if source is None else source or repr(source)
+    source_name = "standard input" if source is None else source or repr(source)
     try:
         if source is None:
             content = _all_of_standard_input()
@@ -96,10 +96,10 @@ def read_text(source: str | None) -> str:
                 content = file.read(MAX_INPUT_BYTES + 1)
     except (OSError, ValueError) as error:  # a null character in a name
         reason = error.strerror if isinstance(error, OSError) else error
-        raise MinllamaError(f"{where}: cannot be read ({reason})") from error
+        raise MinllamaError(f"{source_name}: cannot be read ({reason})") from error
     if len(content) > MAX_INPUT_BYTES:
-        raise MinllamaError(f"{where}: more than {MAX_INPUT_BYTES // 2**20} MiB; shorten it")
-    return _decoded(content, where)
+        raise MinllamaError(f"{source_name}: more than {MAX_INPUT_BYTES // 2**20} MiB; shorten it")
+    return _decoded(content, source_name)
 
 
 def _all_of_standard_input() -> bytes:
@@ -109,7 +109,7 @@ def _all_of_standard_input() -> bytes:
     return sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
 
 
-def _decoded(content: bytes, where: str) -> str:
+def _decoded(content: bytes, source_name: str) -> str:
     """Decode a file: UTF-8, or the encoding of its byte order mark, which is removed."""
     marked = (kind for kind in MARKS if content.startswith(kind[0]))
     _, codec, name = next(marked, (b"", "utf-8", "UTF-8"))
@@ -117,11 +117,11 @@ def _decoded(content: bytes, where: str) -> str:
         text = content.decode(codec)
     except UnicodeDecodeError as error:
         raise MinllamaError(
-            f"{where}: not {name} at byte {error.start}; convert it to UTF-8"
+            f"{source_name}: not {name} at byte {error.start}; convert it to UTF-8"
         ) from error
     if "\0" in text:
         raise MinllamaError(
-            f"{where}: contains null characters, so it is not UTF-8 text; convert it to UTF-8"
+            f"{source_name}: contains null characters, so it is not UTF-8 text; convert it to UTF-8"
         )
     return text
 

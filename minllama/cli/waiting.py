@@ -44,13 +44,13 @@ class ConsoleReporter(Reporter):
         )
         task = self._bar.add_task(title, total=total)
         self._bar.start()
-        bar, seen = self._bar, 0
+        bar, n_done = self._bar, 0
 
         def advanced(done: int) -> None:
-            nonlocal seen
-            seen += done
-            bar.update(task, completed=seen)
-            if seen >= total:
+            nonlocal n_done
+            n_done += done
+            bar.update(task, completed=n_done)
+            if n_done >= total:
                 bar.stop()
 
         return advanced

@@ -17,13 +17,13 @@ class SamplerGroup(NamedTuple):
         sampler: the one.
         n_tokens: it chooses from those below; None for all.
         slots: of its sequences in the batch.
-        places: the slots, (N,), on the device; None where the group is the whole batch.
+        slot_indices: the slots, (N,), on the device; None where the group is the whole batch.
     """
 
     sampler: Sampler
     n_tokens: int | None
     slots: list[int]
-    places: Tensor | None
+    slot_indices: Tensor | None
 
 
 class Choice(NamedTuple):
@@ -33,13 +33,13 @@ class Choice(NamedTuple):
         groups: of sequences whose samplers are equal.
         constrained: slots of sequences that have a constraint.
         logprobs: slots of sequences that report log-probabilities.
-        may_run_ahead: the next tokens can be read before anybody on the host has seen them.
+        can_run_ahead: the next tokens can be read before anybody on the host has seen them.
     """
 
     groups: list[SamplerGroup]
     constrained: list[int]
     logprobs: list[int]
-    may_run_ahead: bool
+    can_run_ahead: bool
 
 
 def choice_of(sequences: list[Sequence], device: torch.device) -> Choice:
@@ -47,21 +47,21 @@ def choice_of(sequences: list[Sequence], device: torch.device) -> Choice:
     groups: list[tuple[Sampler, int | None, list[int]]] = []
     for slot, sequence in enumerate(sequences):
         sampler, n_tokens = sequence.request.sampler, sequence.request.n_tokens
-        for other, n_others, slots in groups:
-            if n_others == n_tokens and (other is sampler or other == sampler):
+        for other, n_group_tokens, slots in groups:
+            if n_group_tokens == n_tokens and (other is sampler or other == sampler):
                 slots.append(slot)
                 break
         else:
             groups.append((sampler, n_tokens, [slot]))
-    is_whole = len(groups) == 1
+    is_single = len(groups) == 1
     return Choice(
         groups=[
-            SamplerGroup(*group, None if is_whole else torch.tensor(group[2], device=device))
+            SamplerGroup(*group, None if is_single else torch.tensor(group[2], device=device))
             for group in groups
         ],
         constrained=[slot for slot, s in enumerate(sequences) if s.constraint is not None],
         logprobs=[slot for slot, s in enumerate(sequences) if s.request.logprobs is not None],
-        may_run_ahead=not any(
+        can_run_ahead=not any(
             s.constraint is not None or s.drafter is not None or s.request.logprobs is not None
             for s in sequences
         ),
@@ -99,9 +99,9 @@ def sampled(sequences: list[Sequence], logits: Tensor, choice: Choice) -> Tensor
         sampler, n_tokens, _, _ = choice.groups[0]
         return sampler(logits if n_tokens is None else logits[:, :n_tokens], sequences)
     chosen = torch.empty(len(sequences), dtype=torch.long, device=logits.device)
-    for sampler, n_tokens, slots, places in choice.groups:
+    for sampler, n_tokens, slots, slot_indices in choice.groups:
         some = [sequences[slot] for slot in slots]
-        chosen[places] = sampler(logits[places, :n_tokens], some).long()
+        chosen[slot_indices] = sampler(logits[slot_indices, :n_tokens], some).long()
     return chosen
 
 

@@ -57,7 +57,7 @@ IMPLEMENTED = frozenset(
         "dropout",  # by leaving training to the modules: `is_supported`
     )
 )
-KNOWN = (
+SUPPORTED_MODULES = (
     *(nn.Linear, modules.Linear, nn.Embedding, modules.Embedding),
     *(QuantizedLinear, QuantizedEmbedding),
     *(UpcastLinear, UpcastEmbedding),
@@ -76,7 +76,7 @@ def can_run(llama: Llama) -> bool:
 
 def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:
     """Whether it is a module that can be described, with a matrix of this shape."""
-    if type(module) not in KNOWN:
+    if type(module) not in SUPPORTED_MODULES:
         return False
     bias = getattr(module, "bias", None)
     if bias is not None and not _is_dense(bias, shape[:1]):
@@ -122,7 +122,7 @@ class NativeStep:
     def __init__(self, llama: Llama, level: int | None = None) -> None:
         self._level = level
         self.most_rows = _most_tokens(llama.long_dtype or llama.dtype, MOST_ROWS)
-        self._kept: list[Tensor] = []  # what the structs point to
+        self._referenced: list[Tensor] = []  # what the structs point to
         self._vocab_size = llama.config.vocab_size
         self._dtype = llama.dtype
         self._model = self._describe(llama)
@@ -154,7 +154,7 @@ class NativeStep:
         ids = ids.long().contiguous()
         slots = positions.expand(batch, -1).contiguous()
         rows = torch.arange(batch, device="cpu").repeat_interleave(length)
-        turns = torch.view_as_real(rotation.expand(batch, -1, -1, -1)).contiguous()
+        rotations = torch.view_as_real(rotation.expand(batch, -1, -1, -1)).contiguous()
         hidden = floats(batch, length, self._model.dim)
         logits_of = logits_of.long().contiguous()
         logits = floats(len(logits_of), self._vocab_size)
@@ -163,7 +163,7 @@ class NativeStep:
             ids=ids.data_ptr(),
             rows=rows.data_ptr(),
             slots=slots.data_ptr(),
-            rotation=turns.data_ptr(),
+            rotation=rotations.data_ptr(),
             hidden=hidden.data_ptr(),
             n_logits=len(logits_of),
             logits_of=logits_of.data_ptr(),
@@ -193,30 +193,30 @@ class NativeStep:
         if min(tokens) < 0 or max(tokens) >= self._vocab_size:
             check_ids(ids, self._vocab_size)
         n = len(tokens)
-        numbers = ctypes.c_int64 * n
-        new, rows, slots = numbers(*tokens), numbers(*range(n)), numbers(*cache.lengths)
-        turns = table[cache.lengths] if n > 1 else table[cache.lengths[0]]
+        int64_array = ctypes.c_int64 * n
+        new, rows, slots = int64_array(*tokens), int64_array(*range(n)), int64_array(*cache.lengths)
+        rotations = table[cache.lengths] if n > 1 else table[cache.lengths[0]]
         hidden, logits = floats(n, self._model.dim), floats(n, self._vocab_size)
         step = Step(
             n_tokens=n,
             ids=ctypes.addressof(new),
             rows=ctypes.addressof(rows),
             slots=ctypes.addressof(slots),
-            rotation=turns.data_ptr(),
+            rotation=rotations.data_ptr(),
             hidden=hidden.data_ptr(),
             n_logits=n,
             logits_of=ctypes.addressof(rows),
             logits=logits.data_ptr(),
         )
-        self._run(step, cache, *_known_addresses(cache))
+        self._run(step, cache, *_cached_addresses(cache))
         return hidden.to(self._dtype), logits
 
     def _run(self, step: Step, cache: KVCache, keys: Any, values: Any) -> None:
         """A step over what lies at these addresses, which are the cache's."""
-        like = cache.keys[0]
+        first_keys = cache.keys[0]
         step.keys, step.values = ctypes.addressof(keys), ctypes.addressof(values)
-        step.cache_kind = KINDS[like.dtype]
-        step.row_stride, step.head_stride = like.stride(0), like.stride(1)
+        step.cache_kind = KINDS[first_keys.dtype]
+        step.row_stride, step.head_stride = first_keys.stride(0), first_keys.stride(1)
         call("step", self._model, step, level=self._level)
 
     def _describe(self, llama: Llama) -> Model:
@@ -246,14 +246,14 @@ class NativeStep:
     def _linear(self, module: nn.Module) -> Linear:
         bias = self._values(getattr(module, "bias", None))
         if isinstance(module, QuantizedWeight):
-            self._kept += [module.quants, module.scales]
-            self._kept += [] if module.mins is None else [module.mins]
+            self._referenced += [module.quants, module.scales]
+            self._referenced += [] if module.mins is None else [module.mins]
             described = quantized_linear(module)
             described.bias = bias
             return described
         assert isinstance(module, nn.Linear | nn.Embedding)
         weight = module.weight.detach().contiguous()
-        self._kept.append(weight)
+        self._referenced.append(weight)
         described = dense_linear(weight)
         described.bias = bias
         return described
@@ -262,20 +262,20 @@ class NativeStep:
         if tensor is None:
             return Values()
         tensor = tensor.detach().contiguous()
-        self._kept.append(tensor)
+        self._referenced.append(tensor)
         return Values(tensor.data_ptr(), KINDS[tensor.dtype])
 
 
-def _known_addresses(cache: KVCache) -> tuple[Any, Any]:
+def _cached_addresses(cache: KVCache) -> tuple[Any, Any]:
     """Those of a cache's keys and of its values.
 
     Looked up again only where other tensors have come into their places.
     """
-    known: tuple[tuple[Tensor, ...], tuple[Any, Any]] | None = cache.engine_state
-    if known is None or not all(map(operator.is_, known[0], chain(cache.keys, cache.values))):
-        found = _addresses(cache.keys), _addresses(cache.values)
-        known = cache.engine_state = (*cache.keys, *cache.values), found
-    return known[1]
+    cached: tuple[tuple[Tensor, ...], tuple[Any, Any]] | None = cache.engine_state
+    if cached is None or not all(map(operator.is_, cached[0], chain(cache.keys, cache.values))):
+        addresses = _addresses(cache.keys), _addresses(cache.values)
+        cached = cache.engine_state = (*cache.keys, *cache.values), addresses
+    return cached[1]
 
 
 def _addresses(tensors: list[Tensor]) -> Any:
@@ -319,9 +319,9 @@ class CpuEngine(Engine):
             check_continuation(ids, cache, self.config)
             table = self.llama.rope.fixed_table(cache.max_len + 1, ids.device)
             if table is not None:
-                found = self._step.next_logits(ids, cache, table)
+                output = self._step.next_logits(ids, cache, table)
                 cache.advance([1] * len(ids))
-                return LlamaOutput(*found)
+                return LlamaOutput(*output)
         if not is_short(ids, attention_mask, self.llama.long_dtype or self.llama.dtype):
             return super().forward(ids, cache, attention_mask=attention_mask, logits=logits)
         self._check_model(ids, cache, logits)

@@ -51,7 +51,7 @@ def can_run(llama: Llama) -> bool:
 def computes(llama: Llama) -> bool:
     """Whether it is a Llama that the kernels know, wherever it is."""
     dtype, device = llama.dtype, llama.device
-    if dtype not in KINDS or not knows(llama.config):
+    if dtype not in KINDS or not supports_config(llama.config):
         return False
 
     def is_dense(x: Any, shape: tuple[int, ...]) -> bool:
@@ -65,8 +65,8 @@ def computes(llama: Llama) -> bool:
             return False
         if type(module) in (QuantizedLinear, QuantizedEmbedding):
             assert isinstance(module, QuantizedWeight)
-            is_here = module.quants.device == device
-            return is_here and (module.out_features, module.in_features) == shape
+            is_on_device = module.quants.device == device
+            return is_on_device and (module.out_features, module.in_features) == shape
         return type(module) in (nn.Linear, Linear, nn.Embedding, Embedding) and is_dense(
             module.weight, shape
         )
@@ -81,7 +81,7 @@ def computes(llama: Llama) -> bool:
     )
 
 
-def knows(config: LlamaConfig) -> bool:
+def supports_config(config: LlamaConfig) -> bool:
     """Whether the kernels compute what a config says."""
     scaling = config.rope_scaling
     # With dynamic scaling the table of rotations is another for each text.
@@ -147,13 +147,13 @@ class GraphStep:
         if early is None:
             early = torch.cuda.get_device_capability(llama.device) >= (9, 0)
         with torch.inference_mode(False):
-            n_places = 2 * llama.config.n_layers + 3
-            self._places = torch.zeros(n_places, dtype=torch.int64, device=llama.device)
-        self._known: list[int] = []  # what `places` holds
+            n_pointers = 2 * llama.config.n_layers + 3
+            self._pointers = torch.zeros(n_pointers, dtype=torch.int64, device=llama.device)
+        self._written_pointers: list[int] = []  # what `places` holds
         self._table: Tensor | None = None  # whose address is among them; a cache is its owner's
         # Whose addresses graphs know, whatever becomes of the modules.
-        self._kept = [x.detach() for x in (*llama.parameters(), *llama.buffers())]
-        self._program, self._early = DecodeProgram(self._model, self._places, early=early), early
+        self._referenced = [x.detach() for x in (*llama.parameters(), *llama.buffers())]
+        self._program, self._early = DecodeProgram(self._model, self._pointers, early=early), early
         self._works = True
         self._pool: Any = None  # of memory, for all graphs: their replays follow one another
         self._stream = _stream_of(llama.device)
@@ -219,7 +219,7 @@ class GraphStep:
             try:
                 if early != self._early:
                     self._program, self._early = (
-                        DecodeProgram(self._model, self._places, early=early),
+                        DecodeProgram(self._model, self._pointers, early=early),
                         early,
                     )
                 self._program(rows)
@@ -259,11 +259,11 @@ class GraphStep:
     def _point_to(self, cache: KVCache) -> None:
         """Tell the kernels where the cache and the rotations are."""
         table, keys = self._rope.table(cache.max_len + 1, self._model.device), cache.keys[0]
-        places = [*(x.data_ptr() for x in (*cache.keys, *cache.values)), table.data_ptr()]
-        places += [keys.stride(0), keys.stride(1)]
-        if places != self._known:
-            self._places.copy_(torch.tensor(places))
-            self._known, self._table = places, table
+        pointers = [*(x.data_ptr() for x in (*cache.keys, *cache.values)), table.data_ptr()]
+        pointers += [keys.stride(0), keys.stride(1)]
+        if pointers != self._written_pointers:
+            self._pointers.copy_(torch.tensor(pointers))
+            self._written_pointers, self._table = pointers, table
 
 
 def _stream_of(device: torch.device) -> int:
@@ -328,8 +328,8 @@ class CudaGraphEngine(Engine):
         logits: Literal["all", "last"] | None = "last",
     ) -> LlamaOutput:
         """Read tokens that continue what a cache holds; see `Engine.forward`."""
-        is_own = cache.max_len > 0 and cache.keys[0].dtype == self.llama.dtype
-        if is_own and is_step(ids, attention_mask):
+        has_model_dtype = cache.max_len > 0 and cache.keys[0].dtype == self.llama.dtype
+        if has_model_dtype and is_step(ids, attention_mask):
             if not self._step.is_of_this_stream():
                 self._step = step_of(self.llama)
             check_continuation(ids, cache, self.config)

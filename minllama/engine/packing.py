@@ -210,8 +210,8 @@ def _can_select(llama: Llama, n_layers: int, row_indices: Tensor | None, tokens:
     if row_indices is None or n_layers == 0 or row_indices.numel() >= tokens.numel():
         return False
     layer = llama.layers[n_layers - 1]
-    is_own = type(layer) is LlamaLayer and type(layer.attention) is Attention
-    return is_own and not has_hooks(llama)  # hooks are called with (B, T, D)
+    is_plain = type(layer) is LlamaLayer and type(layer.attention) is Attention
+    return is_plain and not has_hooks(llama)  # hooks are called with (B, T, D)
 
 
 def _layout_of(
@@ -227,8 +227,8 @@ def _layout_of(
     if cache is not None:
         cache.check_serves(llama.config, llama.dtype, llama.device)
         return None, layout_of_continuation(ids, mask, positions, cache, llama.config)
-    if positions is None and (found := _packed(llama, ids, mask)) is not None:
-        return found
+    if positions is None and (packed := _packed(llama, ids, mask)) is not None:
+        return packed
     return None, layout_of_whole(ids, mask, positions, llama.config)
 
 
@@ -332,11 +332,11 @@ def shared_prefix_len(ids: Tensor, mask: Tensor | None) -> int:
         ids: (B, T).
         mask: bool (B, T), true at real tokens; None where all are.
     """
-    alike = (ids == ids[:1]).all(0)
+    is_shared = (ids == ids[:1]).all(0)
     if mask is not None:
         if not is_right_padded(mask):
             return 0
-        alike &= mask.all(0)
-    shared = int(alike.cumprod(0).sum())
+        is_shared &= mask.all(0)
+    shared = int(is_shared.cumprod(0).sum())
     n_tokens = ids.numel() if mask is None else int(mask.sum())
     return shared if shared * (len(ids) - 1) > SHARING_PAYS * n_tokens else 0

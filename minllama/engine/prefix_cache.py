@@ -112,15 +112,15 @@ class PrefixCache:
         self.nbytes -= self._entries.pop(key).cache.nbytes
 
 
-def common_length(one: Sequence[int], other: Sequence[int]) -> int:
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two lists begin with alike.
 
     By halving, since whole slices are compared sooner than single tokens.
     """
-    low, high = 0, min(len(one), len(other))
+    low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if first[low:middle] == second[low:middle]:
             low = middle
         else:
             high = middle - 1

@@ -223,7 +223,7 @@ class Scheduler:
         prefill = self._prefill
         if prefill is None:
             return
-        _keep_rows(prefill.samples, prefill.cache, lambda samples: bool(samples))
+        _compact_rows(prefill.samples, prefill.cache, lambda samples: bool(samples))
         if not prefill.samples:
             self._prefill, self._is_lent = None, False
 
@@ -259,7 +259,7 @@ class Scheduler:
         read = self._read_prompts() if self._waiting or self._prefill else None
         if not evaluates_first:
             self._evaluate()
-        tokens = self._next_tokens(may_run_ahead=read is None) if self._running else []
+        tokens = self._next_tokens(can_run_ahead=read is None) if self._running else []
         if read is not None:
             prefill, logits = read
             sequences = [sequence for samples in prefill.samples for sequence in samples]
@@ -308,7 +308,7 @@ class Scheduler:
         assert logits is not None
         return logits.squeeze(0) if drafts else logits
 
-    def _next_tokens(self, *, may_run_ahead: bool) -> list[Token]:
+    def _next_tokens(self, *, can_run_ahead: bool) -> list[Token]:
         """A token for each running sequence, by the logits that are here.
 
         A GPU reads what it has chosen while the choice is on its way to the host, where waiting for
@@ -323,8 +323,8 @@ class Scheduler:
             tokens = self._choose_drafted(running[0], logits)
         elif (
             self._runs_ahead
-            and may_run_ahead
-            and choice.may_run_ahead
+            and can_run_ahead
+            and choice.can_run_ahead
             and self._n_read + len(running) <= self._budget
             and all(sequence.remaining > 1 for sequence in running)
         ):
@@ -378,11 +378,11 @@ class Scheduler:
         # Several prompts are begun only where all of them fit.
         most = int(budget) if len(prefill.samples) == 1 and budget != math.inf else None
         new, is_end = [], True
-        for samples, known in zip(prefill.samples, cache.lengths, strict=True):
+        for samples, n_read in zip(prefill.samples, cache.lengths, strict=True):
             prompt = samples[0].ids
-            end = len(prompt) if most is None else min(known + most, len(prompt))
+            end = len(prompt) if most is None else min(n_read + most, len(prompt))
             is_end = is_end and end == len(prompt)
-            new.append(prompt[known:end])
+            new.append(prompt[n_read:end])
         ids, mask = padded(new, self._device)
         output = self.engine.forward(
             ids, cache, attention_mask=mask, logits="last" if is_end else None
@@ -399,8 +399,8 @@ class Scheduler:
     def _begin(self, budget: float) -> _Prefill | None:
         """Take those of the waiting prompts that fit into one forward pass; else the first one."""
         started: list[list[Sequence]] = []
-        found: list[tuple[KVCache, int] | None] = []
-        known_len = new_len = n_tokens = 0
+        hits: list[tuple[KVCache, int] | None] = []
+        max_hit_len = max_new_len = n_tokens = 0
         n_running = len(self._running)
         while self._waiting:
             samples = self._waiting[0]
@@ -410,23 +410,26 @@ class Scheduler:
                 break
             prefixes = self.prefix_cache
             hit = None if prefixes is None else prefixes.find(prompt, request.salt)
-            known = hit[1] if hit else 0
-            n_tokens += len(prompt) - known
-            longest = max(known_len, known) + max(new_len, len(prompt) - known)
+            hit_len = hit[1] if hit else 0
+            n_tokens += len(prompt) - hit_len
+            longest = max(max_hit_len, hit_len) + max(max_new_len, len(prompt) - hit_len)
             # Rows are padded to one length of what they have and of what is new.
             if started and (n_tokens > budget or longest > self.engine.config.context_len):
                 break
-            known_len, new_len = max(known_len, known), max(new_len, len(prompt) - known)
+            max_hit_len, max_new_len = (
+                max(max_hit_len, hit_len),
+                max(max_new_len, len(prompt) - hit_len),
+            )
             started.append(self._waiting.popleft())
-            found.append(hit)
+            hits.append(hit)
         if not started:
             return None
-        capacity = known_len + new_len
+        capacity = max_hit_len + max_new_len
         if not self._running and all(len(samples) == 1 for samples in started):
             # Becomes the cache of the running sequences.
             capacity = max(capacity, _capacity([s for (s,) in started], capacity))
         cache = self.engine.new_cache(len(started), capacity)
-        for row, hit in enumerate(found):
+        for row, hit in enumerate(hits):
             if hit is not None:
                 cache.load_prefix(row, *hit)
                 for sequence in started[row]:
@@ -473,9 +476,9 @@ class Scheduler:
             self._running, self._cache, self._logits, self._drafts = [], None, None, []
             self._is_lent = self._is_ahead = False
             return
-        kept = _keep_rows(running, cache, lambda sequence: not sequence.has_ended)
+        slots = _compact_rows(running, cache, lambda sequence: not sequence.has_ended)
         if self._logits is not None:
-            self._logits = self._logits[kept]
+            self._logits = self._logits[slots]
         rows = len(running) if len(running) <= cache.rows // 2 else cache.rows
         capacity = max(_capacity(running, cache.max_len), cache.max_len)
         if capacity > cache.capacity // 2:
@@ -491,17 +494,17 @@ def _capacity(sequences: Iterable[Sequence], filled: int) -> int:
     return min(most, 2 * filled + SPARE_TOKENS)
 
 
-def _keep_rows(entries: list[Any], cache: KVCache, keeps: Callable[[Any], bool]) -> list[int]:
+def _compact_rows(entries: list[Any], cache: KVCache, is_kept: Callable[[Any], bool]) -> list[int]:
     """Drop rows of a cache and their entries in a list; which slots those that stay had."""
-    kept = list(range(len(entries)))
+    slots = list(range(len(entries)))
     for slot in reversed(range(len(entries))):
-        if not keeps(entries[slot]):
+        if not is_kept(entries[slot]):
             # As the cache does it: the last row moves into the gap.
-            last, moved = entries.pop(), kept.pop()
+            last, moved = entries.pop(), slots.pop()
             if slot < len(entries):
-                entries[slot], kept[slot] = last, moved
+                entries[slot], slots[slot] = last, moved
             cache.drop_row(slot)
-    return kept
+    return slots
 
 
 def pays_to_run_ahead(device: torch.device) -> bool:

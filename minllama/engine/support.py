@@ -31,7 +31,7 @@ def is_supported(
         is_dense: the same of a norm's weight.
     """
     config = llama.config
-    if not config.has_defaults_beyond(implemented) or not has_own_layers(llama):
+    if not config.has_defaults_beyond(implemented) or not has_plain_layers(llama):
         return False
     if (llama.training and config.dropout) or has_hooks(llama):
         return False
@@ -52,7 +52,7 @@ def is_supported(
     )
 
 
-def has_own_layers(llama: Llama) -> bool:
+def has_plain_layers(llama: Llama) -> bool:
     """Whether it is made of the modules of `minllama.model.llama`, and computes as a Llama."""
     for name in ("compute_logits", "forward", "run_layer"):
         if name in vars(llama) or getattr(type(llama), name, None) is not getattr(Llama, name):
@@ -68,7 +68,7 @@ def has_own_layers(llama: Llama) -> bool:
 
 
 def layers_of(llama: Llama) -> list[LlamaLayer]:
-    """The layers of a model that `has_own_layers`."""
+    """The layers of a model that `has_plain_layers`."""
     layers = [layer for layer in llama.layers if isinstance(layer, LlamaLayer)]
     assert len(layers) == len(llama.layers)
     return layers
@@ -101,9 +101,13 @@ class Snapshot:
         self._model = model
         modules = [vars(module) for module in model.modules()]
         kinds = ("_modules", "_buffers", "_parameters")
-        self._places: list[dict[str, Any]] = [own[kind] for own in modules for kind in kinds]
-        self._held = list(_held(self._places))
-        self._tensors = [held for held in self._held if isinstance(held, Tensor)]
+        self._registries: list[dict[str, Any]] = [
+            attributes[kind] for attributes in modules for kind in kinds
+        ]
+        self._registered = list(_registered(self._registries))
+        self._tensors = [
+            registered for registered in self._registered if isinstance(registered, Tensor)
+        ]
         self._versions = list(map(_version, self._tensors))
         self._training, self._has_hooks = model.training, has_hooks(model)
 
@@ -111,8 +115,8 @@ class Snapshot:
         """Whether nothing is known to have changed."""
         return (
             self._model.training == self._training
-            and sum(map(len, self._places)) == len(self._held)
-            and all(map(operator.is_, _held(self._places), self._held))
+            and sum(map(len, self._registries)) == len(self._registered)
+            and all(map(operator.is_, _registered(self._registries), self._registered))
             and list(map(_version, self._tensors)) == self._versions
             and has_hooks(self._model) == self._has_hooks
         )
@@ -130,8 +134,8 @@ class Snapshot:
             )
 
 
-def _held(places: list[dict[str, Any]]) -> Iterator[Any]:
-    return itertools.chain.from_iterable(map(dict.values, places))
+def _registered(registries: list[dict[str, Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(map(dict.values, registries))
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:

@@ -151,8 +151,8 @@ def explanations(
             yield {"max_words": options.max_words}
         else:
             target = predicted_label(classifier, p)
-            digest = explain(classifier, row.text, target=target, max_words=options.max_words)
-            yield _short_numbers(digest.to_dict())
+            explanation = explain(classifier, row.text, target=target, max_words=options.max_words)
+            yield _short_numbers(explanation.to_dict())
         if progress is not None:
             progress(1)
 

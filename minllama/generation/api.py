@@ -117,14 +117,14 @@ class TextStream:
         for number, evaluation in enumerate(self._of_prompts):
             self._report_prompt(number, evaluation.result)
 
-    def _report_prompt(self, number: int, found: list[TokenLogProb]) -> None:
+    def _report_prompt(self, number: int, logprobs: list[TokenLogProb]) -> None:
         """Let the samples of a prompt have the log-probabilities of its tokens."""
         n = self._options.n
         for result in self.results[number * n : (number + 1) * n]:
             result.prompt_logprobs = prompt_logprobs(
                 self._tokenizer,
                 result.prompt_ids,
-                found,
+                logprobs,
                 skip_special=self._options.skip_special_tokens,
             )
 
@@ -264,8 +264,10 @@ def encode_prompt(
 
 def spelled_special(text: str, tokenizer: Tokenizer) -> list[str]:
     """The special tokens that a text spells, in the order in which they first stand there."""
-    found = {word: text.find(word) for word in tokenizer.special_tokens if word}
-    return sorted((word for word, place in found.items() if place >= 0), key=lambda w: found[w])
+    offsets = {word: text.find(word) for word in tokenizer.special_tokens if word}
+    return sorted(
+        (word for word, offset in offsets.items() if offset >= 0), key=lambda w: offsets[w]
+    )
 
 
 def _options(options: GenerationOptions | None, changes: dict[str, Any]) -> GenerationOptions:
@@ -307,7 +309,7 @@ def _stop_ids(tokenizer: Tokenizer, options: GenerationOptions) -> tuple[int, ..
     special = tokenizer.special_tokens
     remedy = "stop ends at any text"
     named = [
-        _known_id(tokenizer, token, "stop_token_ids (--stop-token)", remedy)
+        _checked_id(tokenizer, token, "stop_token_ids (--stop-token)", remedy)
         for token in options.stop_token_ids
     ]
     return tuple(dict.fromkeys(named + [special[text] for text in options.stop if text in special]))
@@ -317,11 +319,11 @@ def _biased_ids(tokenizer: Tokenizer, options: GenerationOptions) -> tuple[tuple
     """`logit_bias` by ids alone."""
     name, remedy = "logit_bias (--logit-bias)", "give the ids of its tokens"
     return tuple(
-        (_known_id(tokenizer, token, name, remedy), value) for token, value in options.logit_bias
+        (_checked_id(tokenizer, token, name, remedy), value) for token, value in options.logit_bias
     )
 
 
-def _known_id(tokenizer: Tokenizer, token: int | str, name: str, remedy: str) -> int:
+def _checked_id(tokenizer: Tokenizer, token: int | str, name: str, remedy: str) -> int:
     """The id of a token that an option names by its id or text.
 
     Raises:

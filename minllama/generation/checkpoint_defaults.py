@@ -23,8 +23,8 @@ MAX_SHOWN = 60  # characters of one value in a message
 # What transformers takes where sampling is on and the file says nothing.
 SAMPLED = {"temperature": 1.0, "top_k": 50}
 # Used only where a sample is drawn (`do_sample`), and used in any case.
-OF_SAMPLES = ("temperature", "top_k", "top_p", "min_p")
-OF_ALL = ("repetition_penalty", "max_new_tokens")
+SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+ALWAYS_APPLIED = ("repetition_penalty", "max_new_tokens")
 # What would change the text, is not supported here, and does nothing at these values.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -79,24 +79,24 @@ class SamplingDefaults:
         origin: where it says so, for people.
         options: fields of GenerationOptions.
         unsupported: what it says besides and cannot be followed here.
-        idle: names of what it says of samples, where `do_sample` lets none be drawn.
+        without_effect: names of what it says of samples, where `do_sample` lets none be drawn.
     """
 
     origin: str
     options: dict[str, Any]
     unsupported: dict[str, Any]
-    idle: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One line for people."""
-        said = {name: value for name, value in self.options.items() if name != "temperature"}
+        shown = {name: value for name, value in self.options.items() if name != "temperature"}
         if temperature := self.options.get("temperature"):
-            said = {"temperature": temperature, **said}
+            shown = {"temperature": temperature, **shown}
         else:
-            said = {"the most likely token": "", **said}
-        text = ", ".join(f"{name} {_shown(value)}".rstrip() for name, value in said.items())
-        if self.idle:
-            text += f"; without effect, as do_sample is not true: {', '.join(self.idle)}"
+            shown = {"the most likely token": "", **shown}
+        text = ", ".join(f"{name} {_shown(value)}".rstrip() for name, value in shown.items())
+        if self.without_effect:
+            text += f"; without effect, as do_sample is not true: {', '.join(self.without_effect)}"
         if self.unsupported:
             parts = (f"{name} {_shown(value)}" for name, value in self.unsupported.items())
             text += f"; not supported here: {', '.join(parts)}"
@@ -141,10 +141,10 @@ def sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults | None:
     Raises:
         CheckpointError: the file that says it is damaged.
     """
-    said = _said(checkpoint)
-    if said is None:
+    stated = _stated_settings(checkpoint)
+    if stated is None:
         return None
-    path, content = said
+    path, content = stated
     return _of_json(content, str(path)) if path.name == FILE else _of_gguf(content, path)
 
 
@@ -156,17 +156,17 @@ def settings_for_huggingface(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         CheckpointError: as for `sampling_defaults`.
     """
-    said = _said(checkpoint)
-    if said is None:
+    stated = _stated_settings(checkpoint)
+    if stated is None:
         return {}
-    path, content = said
+    path, content = stated
     if path.name == FILE:
         return {key: value for key, value in content.items() if key not in NOT_OF_SAMPLING}
     defaults = _of_gguf(content, path)
     options = {} if defaults is None else defaults.options
     if options.get("temperature") == 0:
-        kept = {name: value for name, value in options.items() if name not in OF_SAMPLES}
-        return {"do_sample": False, **kept}
+        others = {name: value for name, value in options.items() if name not in SAMPLING_ONLY}
+        return {"do_sample": False, **others}
     return {"do_sample": True, **options} if options else {}
 
 
@@ -179,10 +179,10 @@ def settings_for_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         CheckpointError: the file that says it is damaged.
     """
-    said = _said(checkpoint)
-    if said is None:
+    stated = _stated_settings(checkpoint)
+    if stated is None:
         return {}
-    path, content = said
+    path, content = stated
     if path.name != FILE:
         fields = {GGUF + key: content.get(GGUF + key) for key in (*GGUF_NAMES, *GGUF_FURTHER)}
         return {key: v for key, v in fields.items() if type(v) in (int, float, str)}
@@ -201,7 +201,7 @@ def settings_for_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _said(checkpoint: Checkpoint) -> tuple[Path, Mapping[str, Any]] | None:
+def _stated_settings(checkpoint: Checkpoint) -> tuple[Path, Mapping[str, Any]] | None:
     """The file that says how to sample, and its content; of an adapter, perhaps its base's."""
     for path in filter(None, (checkpoint.path, checkpoint.base_path)):
         if path.is_dir() and (path / FILE).is_file():
@@ -213,27 +213,27 @@ def _said(checkpoint: Checkpoint) -> tuple[Path, Mapping[str, Any]] | None:
 
 def _of_json(content: Mapping[str, Any], where: str) -> SamplingDefaults | None:
     """As transformers reads it: null is not said, nothing is drawn unless `do_sample` is true."""
-    said = {name: value for name, value in content.items() if value is not None}
-    known = ("do_sample", "stop_strings", *OF_SAMPLES, *OF_ALL, *UNSUPPORTED)
-    if not any(name in said for name in known):
+    stated = {name: value for name, value in content.items() if value is not None}
+    known = ("do_sample", "stop_strings", *SAMPLING_ONLY, *ALWAYS_APPLIED, *UNSUPPORTED)
+    if not any(name in stated for name in known):
         return None
-    draws = said.get("do_sample", False)
+    draws = stated.get("do_sample", False)
     if not isinstance(draws, bool):
         raise CheckpointError(f"{where}: do_sample is {_shown(draws)}, not true or false")
     if draws:
-        options = {name: said.get(name, SAMPLED.get(name)) for name in OF_SAMPLES}
+        options = {name: stated.get(name, SAMPLED.get(name)) for name in SAMPLING_ONLY}
     else:
         options = {"temperature": 0.0}
-    options |= {name: said[name] for name in OF_ALL if name in said}
-    if stops := said.get("stop_strings"):
+    options |= {name: stated[name] for name in ALWAYS_APPLIED if name in stated}
+    if stops := stated.get("stop_strings"):
         options["stop"] = stops
     unsupported = {
-        name: said[name]
+        name: stated[name]
         for name, neutral in UNSUPPORTED.items()
-        if name in said and said[name] not in neutral
+        if name in stated and stated[name] not in neutral
     }
-    idle = () if draws else tuple(name for name in OF_SAMPLES if name in said)
-    return SamplingDefaults(where, _given(options), unsupported, idle)
+    without_effect = () if draws else tuple(name for name in SAMPLING_ONLY if name in stated)
+    return SamplingDefaults(where, _given(options), unsupported, without_effect)
 
 
 def _of_gguf(fields: Mapping[str, Any], path: Path) -> SamplingDefaults | None:

@@ -106,8 +106,8 @@ class Conversation:
     def _cache_for(self, prompt_ids: list[int]) -> KVCache:
         """A cache that holds what the prompt shares with the last text."""
         if self._cache is None:
-            room = min(len(prompt_ids), self.model.config.context_len)
-            self._cache = self._open_engine().new_cache(1, room)
+            capacity = min(len(prompt_ids), self.model.config.context_len)
+            self._cache = self._open_engine().new_cache(1, capacity)
         # The last token of the prompt is always read: its logits begin the answer.
         self._cache.truncate(min(common_length(self._read_ids, prompt_ids), len(prompt_ids) - 1))
         return self._cache

@@ -56,7 +56,7 @@ def choose_tokens(
         if logits.device.type == "cpu":
             return _likeliest(logits)
         largest, chosen = logits.max(-1)  # NaN is larger than all numbers
-        return _only_of_numbers(chosen, largest)
+        return _checked_choice(chosen, largest)
     ids = None
     if options.top_k:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
@@ -71,7 +71,7 @@ def choose_tokens(
         weights = apply_min_p(apply_top_p(scaled.softmax(-1), options.top_p), options.min_p)
     chosen = draw(weights, uniforms)
     chosen = chosen if ids is None else ids.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    return _only_of_numbers(chosen, largest.squeeze(-1))
+    return _checked_choice(chosen, largest.squeeze(-1))
 
 
 def _likeliest(logits: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ def _likeliest(logits: Tensor) -> Tensor:
     By numpy, which compares numbers in vectors: torch takes 134 microseconds for a row of 49,152,
     and this 34.
     """
-    numbers = logits.detach().numpy()
-    chosen = numbers.argmax(-1)  # NaN is larger than all numbers
-    chosen[~(numbers.max(-1) < math.inf)] = -1
+    values = logits.detach().numpy()
+    chosen = values.argmax(-1)  # NaN is larger than all numbers
+    chosen[~(values.max(-1) < math.inf)] = -1
     return torch.from_numpy(chosen)
 
 
@@ -124,7 +124,7 @@ def _first_above(sums: Tensor, aims: Tensor) -> Tensor:
     return found.clamp(max=sums.shape[-1] - 1)  # among NaN nothing is found
 
 
-def _only_of_numbers(chosen: Tensor, largest: Tensor) -> Tensor:
+def _checked_choice(chosen: Tensor, largest: Tensor) -> Tensor:
     """-1 instead of what was chosen if the largest logit is NaN or infinity."""
     return torch.where(largest < math.inf, chosen, -1)
 
@@ -153,15 +153,15 @@ def apply_repetition_penalty(
         (B, V).
     """
     size = logits.shape[-1]
-    places = [
+    flat_indices = [
         row * size + token_id
         for row, history in enumerate(histories)
         for token_id in set(history)
         if token_id < size
     ]
-    logits, seen = _copied(logits), _on_device(places, torch.long, logits)
-    old = logits.view(-1)[seen]
-    logits.view(-1)[seen] = torch.where(old > 0, old / penalty, old * penalty)
+    logits, indices = _copied(logits), _on_device(flat_indices, torch.long, logits)
+    old = logits.view(-1)[indices]
+    logits.view(-1)[indices] = torch.where(old > 0, old / penalty, old * penalty)
     return logits
 
 
@@ -183,17 +183,17 @@ def apply_count_penalties(
         (B, V).
     """
     size = logits.shape[-1]
-    places: list[int] = []
+    flat_indices: list[int] = []
     penalties: list[float] = []
     for row, ids in enumerate(generated):
         for token_id, count in Counter(ids).items():
             if token_id < size:
-                places.append(row * size + token_id)
+                flat_indices.append(row * size + token_id)
                 penalties.append(count * frequency + presence)
-    if not places:  # as before the first token
+    if not flat_indices:  # as before the first token
         return logits
-    logits, seen = _copied(logits), _on_device(places, torch.long, logits)
-    logits.view(-1)[seen] -= _on_device(penalties, logits.dtype, logits)
+    logits, indices = _copied(logits), _on_device(flat_indices, torch.long, logits)
+    logits.view(-1)[indices] -= _on_device(penalties, logits.dtype, logits)
     return logits
 
 

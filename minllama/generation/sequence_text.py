@@ -156,17 +156,17 @@ class SequenceText:
         if self.result.logprobs is None or token.id is None or token.logprob is None:
             return ()
         spelled, shown = _spelled(self._tokenizer, token.id)
-        found = TokenLogprob(
+        token_logprob = TokenLogprob(
             token.id, shown, token.logprob, token.alternatives, spelled, self._text.offset
         )
-        self.result.logprobs.append(found)
-        return (found,)
+        self.result.logprobs.append(token_logprob)
+        return (token_logprob,)
 
 
 def prompt_logprobs(
     tokenizer: Tokenizer,
     prompt_ids: Sequence[int],
-    found: Sequence[tuple[float, tuple[tuple[int, float], ...]]],
+    token_logprobs: Sequence[tuple[float, tuple[tuple[int, float], ...]]],
     *,
     skip_special: bool = True,
 ) -> list[PromptLogprob]:
@@ -175,13 +175,15 @@ def prompt_logprobs(
     Args:
         tokenizer: of the model.
         prompt_ids: of the prompt.
-        found: of each token but the first, its log-probability and alternatives
+        token_logprobs: of each token but the first, its log-probability and alternatives
             (`minllama.engine.log_probs`).
         skip_special: the text in which offsets are is `tokenizer.decode(prompt_ids)` with this.
     """
     decoder = tokenizer.stream_decoder(skip_special=skip_special, continuation=False)
     result, offset = [], 0
-    for token_id, (logprob, alternatives) in zip(prompt_ids, [(None, ()), *found], strict=True):
+    for token_id, (logprob, alternatives) in zip(
+        prompt_ids, [(None, ()), *token_logprobs], strict=True
+    ):
         spelled, shown = _spelled(tokenizer, token_id)
         result.append(PromptLogprob(token_id, shown, logprob, alternatives, spelled, offset))
         offset += len(decoder.push(token_id))

@@ -117,10 +117,10 @@ class RowText:
                 start = self._spelled.find(stop, start + 1)
             if start >= 0:
                 yield start
-        for text, places in self._without_special():
+        for text, offsets in self._without_special():
             for stop in self._stop:
                 if (start := text.find(stop)) >= 0:
-                    yield places[start]
+                    yield offsets[start]
 
     def _held_from(self) -> int:
         """From where on it may be the beginning of a stop string."""
@@ -131,10 +131,10 @@ class RowText:
                 if stop.startswith(self._spelled[start:]) and self._is_whole(start, length):
                     first = start
                     break
-        for text, places in self._without_special():
+        for text, offsets in self._without_special():
             held = max((_overlap(text, stop) for stop in self._stop), default=0)
             if held:
-                first = min(first, places[len(text) - held])
+                first = min(first, offsets[len(text) - held])
         return first
 
     def _is_whole(self, start: int, end: int) -> bool:
@@ -144,8 +144,8 @@ class RowText:
     def _without_special(self) -> Iterator[tuple[str, list[int]]]:
         """The shown text and where its characters are, if it is another than the spelled one."""
         if self._hides and FIRST in self._marks:
-            places = [i for i, mark in enumerate(self._marks) if mark == PLAIN]
-            yield "".join(self._spelled[i] for i in places), places
+            offsets = [i for i, mark in enumerate(self._marks) if mark == PLAIN]
+            yield "".join(self._spelled[i] for i in offsets), offsets
 
 
 def _overlap(text: str, stop: str) -> int:

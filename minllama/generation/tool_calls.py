@@ -230,8 +230,8 @@ def _as_text(message: Any) -> Any:
     if not calls:
         return message
     text = "\n".join([content, *calls] if isinstance(content, str) and content else calls)
-    others = {name: value for name, value in message.items() if name != "tool_calls"}
-    return {**others, "content": text}
+    other_fields = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**other_fields, "content": text}
 
 
 # Constraint

@@ -44,10 +44,10 @@ def matching_modules(
             if not 0 <= layer <= last:
                 raise OptionError(f"layers_to_transform must be from 0 to {last}, not {layer}")
         chosen = {name for name in chosen if int(name.split(".")[1]) in layers_to_transform}
-        if idle := [target for target, found in by_target.items() if not found & chosen]:
+        if unmatched := [target for target, found in by_target.items() if not found & chosen]:
             layers = ", ".join(map(str, layers_to_transform)) or "none"
             raise OptionError(
-                f"target_modules: {', '.join(idle)} matches nothing in the selected layers "
+                f"target_modules: {', '.join(unmatched)} matches nothing in the selected layers "
                 f"({layers}); omit it, or select more layers"
             )
     return [name for name in names if name in chosen]

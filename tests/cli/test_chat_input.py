@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from minllama.cli.chat_input import HELP, Said, read_said
+from minllama.cli.chat_input import HELP, ChatInput, read_chat_input
 
 
-def everything_said(typed: str, monkeypatch: pytest.MonkeyPatch) -> list[Said]:
+def everything_said(typed: str, monkeypatch: pytest.MonkeyPatch) -> list[ChatInput]:
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed, newline="\n"))
     said = []
     try:
         while True:
-            said.append(read_said())
+            said.append(read_chat_input())
     except EOFError:
         return said
 
@@ -48,26 +48,26 @@ def everything_said(typed: str, monkeypatch: pytest.MonkeyPatch) -> list[Said]:
     ],
 )
 def test_a_text(typed: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert everything_said(typed, monkeypatch) == [Said(said)]
+    assert everything_said(typed, monkeypatch) == [ChatInput(said)]
 
 
 def test_commands_and_texts_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     typed = '/help\n/reset now\n/\n"""\na\n"""\nb\\\nc\n/exit\n/etc/hosts\n'
     assert everything_said(typed, monkeypatch) == [
-        Said(command="help"),
-        Said(command="reset"),
-        Said(command=""),
-        Said("a"),
-        Said("b\nc"),
-        Said(command="exit"),
-        Said(command="etc/hosts"),
+        ChatInput(command="help"),
+        ChatInput(command="reset"),
+        ChatInput(command=""),
+        ChatInput("a"),
+        ChatInput("b\nc"),
+        ChatInput(command="exit"),
+        ChatInput(command="etc/hosts"),
     ]
 
 
 def test_a_text_without_its_closing_quotes_is_said_and_that_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    assert everything_said('"""\none\ntwo\n', monkeypatch) == [Said("one\ntwo")]
+    assert everything_said('"""\none\ntwo\n', monkeypatch) == [ChatInput("one\ntwo")]
     assert capsys.readouterr().err == ('the message has no closing """; sending what was read\n')
 
 

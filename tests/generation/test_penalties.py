@@ -225,7 +225,7 @@ def test_options_that_are_off_leave_samplers_equal_and_ahead():
     assert plain != OptionsSampler.of(GenerationOptions(logit_bias={1: 1}))
     scheduler = Scheduler(Engine(our_model()))
     sequences = scheduler.add(request_of([1], GenerationOptions(frequency_penalty=1)))
-    assert choice_of(sequences, torch.device("cpu")).may_run_ahead
+    assert choice_of(sequences, torch.device("cpu")).can_run_ahead
 
 
 def test_tokens_that_run_ahead_are_penalized_alike():
