@@ -255,12 +255,12 @@ def _open_parts(path: Path) -> list[GGUFFile]:
 
 
 def _tensors_of(parts: list[GGUFFile]) -> Iterator[tuple[GGUFFile, str, GGUFTensor]]:
-    seen: set[str] = set()
+    names: set[str] = set()
     for part in parts:
         for name, tensor in part.header.tensors.items():
-            if name in seen:
+            if name in names:
                 raise CheckpointError(f"the tensor {name!r} is in two parts; download them again")
-            seen.add(name)
+            names.add(name)
             yield part, name, tensor
 
 

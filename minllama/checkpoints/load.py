@@ -142,7 +142,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightForma
         stored = tensor.load()
         if stored.dim() == 1:  # a few norms would keep the whole file mapped, all else converted
             stored = stored.clone()
-        if quantize == "stored" and _stays_half(stored, tensor, dtype, device):
+        if quantize == "stored" and _stays_half_precision(stored, tensor, dtype, device):
             state[name] = stored
             half_precision.append(name.removesuffix(".weight"))
             _check_finite(name, stored, stored, checkpoint)
@@ -171,7 +171,7 @@ def _quantized(
     return made
 
 
-def _stays_half(
+def _stays_half_precision(
     stored: Tensor, tensor: LazyTensor, dtype: torch.dtype, device: torch.device
 ) -> bool:
     """Whether a matrix stays in half precision, to be upcast when it is used."""

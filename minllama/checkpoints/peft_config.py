@@ -115,8 +115,8 @@ class AdapterConfig:
         Raises:
             MinllamaError: a pattern cannot be matched, or its value is not a rank or scale.
         """
-        ranks = _matched("rank_pattern", self.ranks, modules, self.options.r)
-        alphas = _matched("alpha_pattern", self.alphas, modules, self.options.lora_alpha)
+        ranks = _values_by_pattern("rank_pattern", self.ranks, modules, self.options.r)
+        alphas = _values_by_pattern("alpha_pattern", self.alphas, modules, self.options.lora_alpha)
         return [
             replace(self.options, r=r, lora_alpha=alpha)
             for r, alpha in zip(ranks, alphas, strict=True)
@@ -287,7 +287,7 @@ def _is_called(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _matched(
+def _values_by_pattern(
     setting: str, pattern: Mapping[str, Any], modules: Sequence[str], default: Any
 ) -> list[Any]:
     values = list(pattern.values())

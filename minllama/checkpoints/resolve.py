@@ -248,9 +248,9 @@ def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
     if hub_model.file is not None:
         if hub_model.file in files:
             return hub_model.file
-        alike = sorted(file for file in files if file.endswith(Path(hub_model.file).suffix))
+        same_suffix = sorted(file for file in files if file.endswith(Path(hub_model.file).suffix))
         raise CheckpointError(
-            f"{hub_model}: has no file {hub_model.file}; name {_listed(hub_model, alike)}"
+            f"{hub_model}: has no file {hub_model.file}; name {_listed(hub_model, same_suffix)}"
         )
     if _folder_files(files):
         return None

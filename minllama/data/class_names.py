@@ -16,7 +16,7 @@ from minllama.text import shown
 
 MAX_DIGITS = 300  # of a number that is compared by its value
 # Digits without leading zeros: 007 is a code, not a number.
-_WHOLE = re.compile(rf"-?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(\.0+)?", re.ASCII)
+_INTEGER = re.compile(rf"-?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(\.0+)?", re.ASCII)
 _NUMBER = re.compile(
     rf"[+-]?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(\.[0-9]{{1,{MAX_DIGITS}}})?"
     r"([eE][+-]?[0-9]{1,3})?",
@@ -65,7 +65,7 @@ def class_text(value: Any) -> str | None:
 
 def integer_of(text: str) -> int | None:
     """Parse an integer such as `7`, `-7` or `7.0`; None for anything else."""
-    return int(text.partition(".")[0]) if _WHOLE.fullmatch(text) else None
+    return int(text.partition(".")[0]) if _INTEGER.fullmatch(text) else None
 
 
 def number(text: str) -> Decimal | None:

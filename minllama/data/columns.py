@@ -168,7 +168,7 @@ def _as_strings(kind: str) -> str:
     return "map(str)" if "<" in kind else "astype(str)"
 
 
-def tells_text(columns: Collection[str], text_column: str | None) -> bool:
+def names_text_column(columns: Collection[str], text_column: str | None) -> bool:
     """Whether the column of the text is among these by its name, and not only by elimination."""
     if text_column is not None:
         return text_column in columns

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from minllama.data.columns import find_columns, tells_text
+from minllama.data.columns import find_columns, names_text_column
 from minllama.data.examples import Dataset, Examples, Labels, Notice, check_text, no_rows, text_of
 from minllama.data.label_lists import joined_names
 from minllama.data.label_names import read_label_names
@@ -64,7 +64,7 @@ def load_dataset(
     """
     options = options or DataOptions()
     if numbers:
-        _check_of_numbers(options)
+        _check_regression_options(options)
     with open_table(source, options, labelled=needs_labels) as table:
         rows, columns = _columns_of(table)
         text_column, label_columns = _text_and_labels(
@@ -125,7 +125,9 @@ def stream_rows(
     options = options or DataOptions()
     bad_rows = BadRows() if bad_rows is None else bad_rows
     with open_table(source, options) as table:
-        rows, columns = _columns_of(table, lambda found: tells_text(found, options.text_column))
+        rows, columns = _columns_of(
+            table, lambda found: names_text_column(found, options.text_column)
+        )
         text_column, _ = _text_and_labels(table, columns, options, needs_labels=False)
         n_good = 0
         for row in rows:
@@ -258,7 +260,7 @@ def _several_columns(
     return several
 
 
-def _check_of_numbers(options: DataOptions) -> None:
+def _check_regression_options(options: DataOptions) -> None:
     """Refuse options for classes if labels are numbers."""
     for name in OF_CLASSES:
         if getattr(options, name) != getattr(DataOptions, name):

@@ -256,7 +256,7 @@ class Examples:
             if value is None or (isinstance(value, str) and not value.strip()):
                 return None
             if self._vector_names is None:
-                self._name_places(len(value) if isinstance(value, list) else 0)
+                self._name_positions(len(value) if isinstance(value, list) else 0)
             assert self._vector_names is not None
             return vector_labels(value, self._vector_names)
         cells: list[Any] | None = self._reader.read(value)
@@ -264,7 +264,7 @@ class Examples:
             self._check_kind(value)
         return cells
 
-    def _name_places(self, n: int) -> None:
+    def _name_positions(self, n: int) -> None:
         """Name the elements of vectors by the classes' names or ids."""
         if self._options.label_columns is not None:
             self._vector_names = self._label_columns
@@ -274,7 +274,7 @@ class Examples:
             reader.set_classes([str(i) for i in range(n)])
         if reader.known is None:
             raise ValueError("is not a multi-hot vector of zeros and ones, such as [1, 0, 1]")
-        names = reader.named_places()
+        names = reader.names_by_position()
         self._vector_names = reader.known if names is None else names
 
     def _why_none(self, value: Any) -> str:

@@ -162,10 +162,10 @@ def _value(text: _Text) -> object:
         except (ValueError, RecursionError) as error:
             is_long = len(text.text) - text.at > MAX_LINE_BYTES
             # A mistake far from the end of what was read stays one.
-            may_go_on = isinstance(error, json.JSONDecodeError) and (
+            may_continue = isinstance(error, json.JSONDecodeError) and (
                 error.msg.startswith("Unterminated") or error.pos > len(text.text) - 16
             )
-            if may_go_on and not is_long and text.more():
+            if may_continue and not is_long and text.more():
                 continue
             line, column = text.line_and_column(getattr(error, "pos", text.at))
             if is_long:

@@ -76,7 +76,7 @@ class LabelReader:
             if is_truth(name):
                 self._truths[name.casefold()] = name
 
-    def named_places(self) -> list[str] | None:
+    def names_by_position(self) -> list[str] | None:
         """The names of the numbers 0 to n-1 in order; None if others or none are named."""
         if not self._number_names or sorted(self._number_names) != list(
             range(len(self._number_names))

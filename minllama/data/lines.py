@@ -86,9 +86,9 @@ class Lines:
         """Remember the lines from here on, and forget earlier ones."""
         self._marked = []
 
-    def rewind(self, n_kept: int) -> None:
-        """Return the lines since the mark again, except the first `n_kept`."""
-        lines = (self._marked or [])[n_kept:]
+    def rewind(self, n_skipped: int) -> None:
+        """Return the lines since the mark again, except the first `n_skipped`."""
+        lines = (self._marked or [])[n_skipped:]
         self._ahead.extendleft(reversed(lines))
         self._marked = []
         self.number -= len(lines)

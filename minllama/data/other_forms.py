@@ -248,7 +248,7 @@ def _keys_of_tables(line: str) -> tuple[str, str] | None:
         value, end = {}, 0
     # A row has its text as a string; an object of tables has none.
     if any(not isinstance(part, list | dict) for part in value.values()):
-        return _rows_beside_other_values(value) if not text[end:].strip() else None
+        return _rows_among_other_values(value) if not text[end:].strip() else None
     if first[2] is None:
         return None
     key = json.loads(f'"{first[1]}"', strict=False)
@@ -257,7 +257,7 @@ def _keys_of_tables(line: str) -> tuple[str, str] | None:
     return key, "objects"
 
 
-def _rows_beside_other_values(value: dict[str, object]) -> tuple[str, str] | None:
+def _rows_among_other_values(value: dict[str, object]) -> tuple[str, str] | None:
     if "text" in value or "sentence" in value:
         return None
     for key, part in value.items():

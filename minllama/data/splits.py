@@ -49,7 +49,7 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
             f"{dataset.source}: no class has two different texts, so none can be held out for "
             "evaluation; give a --dev file"
         )
-    _keep_one_of_each(dataset, aside)
+    _keep_every_class(dataset, aside)
     if not aside:
         raise DataError(
             f"{dataset.source}: each text is the only one with its label, so none can be held "
@@ -66,7 +66,7 @@ def share(part: Dataset, whole: Dataset) -> str:
     return f"{len(part)} of {len(whole)} rows"
 
 
-def _keep_one_of_each(dataset: Dataset, aside: set[str]) -> None:
+def _keep_every_class(dataset: Dataset, aside: set[str]) -> None:
     """Take texts back out of `aside` until each label has one that is not in it."""
     rows = range(len(dataset))
     remaining = {c for i in rows if dataset.texts[i] not in aside for c in dataset.classes_of(i)}

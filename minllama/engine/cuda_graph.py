@@ -71,13 +71,13 @@ def computes(llama: Llama) -> bool:
             module.weight, shape
         )
 
-    def has_like_biases(layer: LlamaLayer) -> bool:
+    def has_equal_biases(layer: LlamaLayer) -> bool:
         """Whether matrices that one kernel multiplies with have biases all, or none."""
         query, key, value, _, w1, _, w3 = (module.bias is None for module in linear_modules(layer))
         return query == key == value and w1 == w3
 
     return is_supported(llama, IMPLEMENTED, is_matrix, is_dense) and all(
-        map(has_like_biases, layers_of(llama))
+        map(has_equal_biases, layers_of(llama))
     )
 
 

@@ -25,7 +25,7 @@ from minllama.model.attention_layout import (
     check_logits,
     is_right_padded,
     layout_of_continuation,
-    layout_of_whole,
+    layout_without_cache,
     row_lens,
     selected_positions,
 )
@@ -229,7 +229,7 @@ def _layout_of(
         return None, layout_of_continuation(ids, mask, positions, cache, llama.config)
     if positions is None and (packed := _packed(llama, ids, mask)) is not None:
         return packed
-    return None, layout_of_whole(ids, mask, positions, llama.config)
+    return None, layout_without_cache(ids, mask, positions, llama.config)
 
 
 def _packed(

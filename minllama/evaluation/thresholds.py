@@ -336,23 +336,23 @@ def _rules(
     Raises:
         OptionError: a label is unknown, given twice, or also the name of a rule.
     """
-    of_all: list[float | str] = []
+    shared: list[float | str] = []
     of_label: dict[str, float | str] = {}
     for text in given:
         label, rule = _rule(text, labels if multi_label else ())
         if label is None:
-            of_all.append(rule)
+            shared.append(rule)
         elif label in of_label:
             raise OptionError(f"--threshold is given twice for {label!r}; give one")
         else:
             of_label[label] = rule
-    if len(of_all) > 1:
+    if len(shared) > 1:
         more = ", or LABEL=THRESHOLD for each label" if multi_label else ""
-        raise OptionError(f"--threshold is given {len(of_all)} times; give one{more}")
+        raise OptionError(f"--threshold is given {len(shared)} times; give one{more}")
     if not multi_label:
-        return of_all
+        return shared
     others = [DEFAULT] * len(labels) if own is None else own.values
-    rest = of_all * len(labels) if of_all else others
+    rest = shared * len(labels) if shared else others
     return [of_label.get(label, rule) for label, rule in zip(labels, rest, strict=True)]
 
 
@@ -362,16 +362,16 @@ def _rule(text: str, labels: Sequence[str]) -> tuple[str | None, float | str]:
     Raises:
         OptionError: it is neither, or both.
     """
-    of_all = threshold_rule(text)
+    shared = threshold_rule(text)
     typed, equals, rest = text.partition("=")
     if equals and is_truth(typed.strip()):
         text = f"{_as_labelled(typed.strip(), labels)}={rest}"
     rests = [(label, text[len(label) :].lstrip()) for label in labels if text.startswith(label)]
     rules = [(label, threshold_rule(rest[1:])) for label, rest in rests if rest[:1] == "="]
     named = [(label, rule) for label, rule in rules if rule is not None]
-    if of_all is None and named:
+    if shared is None and named:
         return max(named, key=lambda pair: len(pair[0]))
-    if of_all is None:
+    if shared is None:
         known = f"LABEL=0.3 with one of {', '.join(labels)}" if labels else "a number or a rule"
         raise OptionError(f"--threshold {text!r}: no such label or rule; give {known}")
     if named:
@@ -380,7 +380,7 @@ def _rule(text: str, labels: Sequence[str]) -> tuple[str | None, float | str]:
             f"--threshold {text!r} is ambiguous, since {label!r} is also a label; give "
             f"{label}={text} for that label, or a number for all"
         )
-    return None, of_all
+    return None, shared
 
 
 def saved(thresholds: Thresholds, labels: Sequence[str]) -> dict[str, Any]:

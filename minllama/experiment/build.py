@@ -198,9 +198,9 @@ def _fitted(
     reporter: Reporter,
 ) -> LlamaEmbeddingClassifier:
     """A classifier on the layer and pooling that are best on training texts, its head fitted."""
-    is_whole = options.method == "frozen"
-    grows = options.layer == "auto" and not is_whole
-    some = fitting.some_rows(MAX_ROWS if is_whole else STARTING_TEXTS)
+    is_final = options.method == "frozen"
+    grows = options.layer == "auto" and not is_final
+    some = fitting.some_rows(MAX_ROWS if is_final else STARTING_TEXTS)
     reader = built(_choices(llama, options)[0])
     report = reporter.advance("reading the training texts", len(some))
     by = Reading(reader, report, reporter.message)
@@ -210,7 +210,7 @@ def _fitted(
     if grows:
         reporter.message(f"training with {choice[0]} layers")
     classifier = built(choice)
-    if is_whole and len(some) < len(train):
+    if is_final and len(some) < len(train):
         report = reporter.advance("reading all of them", len(train))
         some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
     has_bias = classifier.score.bias is not None

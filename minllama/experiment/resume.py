@@ -24,7 +24,7 @@ from minllama.experiment.tables import (
     cell_of,
     cells_of,
     check_header,
-    is_whole,
+    is_complete_row,
     record_of,
     row_of,
     rows_in,
@@ -153,7 +153,7 @@ def _done_of_table(output: Path, file: BinaryIO, delimiter: str) -> Done:
     for number, row in rows_in(file):
         with _prediction(output, f"line {number}"):
             content = without_mark(row) if header is None else row
-            if not is_whole(row):
+            if not is_complete_row(row):
                 return Done(tuple(accepted.last), accepted.n_before, end, header, content)
             cells = cells_of(content, delimiter)
             if header is None:
@@ -184,9 +184,9 @@ def _record_of(line: bytes) -> Mapping[str, Any]:
 
 def _checked(found: Any) -> Mapping[str, Any]:
     is_number = "value" in found and type(found["value"]) in (int, float)
-    is_whole = is_number or isinstance(found["probabilities"], dict)
-    is_whole = is_whole and type(found["text"]) is str
-    if type(found["index"]) is not int or not is_whole:
+    is_complete_row = is_number or isinstance(found["probabilities"], dict)
+    is_complete_row = is_complete_row and type(found["text"]) is str
+    if type(found["index"]) is not int or not is_complete_row:
         raise ValueError("index, text or probabilities have the wrong type")
     record: Mapping[str, Any] = found
     return record
@@ -210,7 +210,7 @@ def check_same(
         now = json.loads(lines[number]) if number < len(lines) else {}
         if (now.get("index"), now.get("text")) != (record["index"], record["text"]):
             raise other_input(record, source)
-        if not _is_alike(record, now, unit):
+        if not _is_close(record, now, unit):
             raise DataError(
                 f"the output has row {record['index']}, for which this classifier predicts "
                 "something else; give the run's original classifier, or another --output"
@@ -221,7 +221,7 @@ def check_same(
             raise _other_explanations(f"row {record['index']}")
 
 
-def _is_alike(record: Mapping[str, Any], now: Mapping[str, Any], unit: float) -> bool:
+def _is_close(record: Mapping[str, Any], now: Mapping[str, Any], unit: float) -> bool:
     """Whether two records of a row are from the same classifier, up to rounding."""
     if "value" in record or "value" in now:
         if record.get("classifier") != now["classifier"] or not {"value"} <= now.keys():

@@ -88,7 +88,7 @@ def load_splits(
         known = replace(options, label_column=options.label_column or learned.label_column)
         tested = load_dataset(test, known, label_names=names, needs_labels=False, numbers=numbers)
         messages += tested.notices
-    messages += _hint_of_numbers(learned)
+    messages += _numeric_classes_hint(learned)
     # Of the labels that are alike, the file's own counts are told already.
     reported = {"case", "look-alikes"}
     warnings = (check_number_splits if numbers else check_splits)(learned, held, tested)
@@ -112,7 +112,7 @@ def without_placeholders(split: Dataset) -> Dataset:
     return replace(split, labels=None, notices=notices)
 
 
-def _hint_of_numbers(train: Dataset) -> list[str]:
+def _numeric_classes_hint(train: Dataset) -> list[str]:
     """A notice about numeric labels that are used as classes."""
     names = train.label_names
     if len(names) <= FEW_CLASSES or not all(map(is_number, names)):

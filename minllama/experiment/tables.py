@@ -179,7 +179,7 @@ def rows_in(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         yield start, b"".join(parts)
 
 
-def is_whole(row: bytes) -> bool:
+def is_complete_row(row: bytes) -> bool:
     """Whether a row of `rows_in` is complete."""
     return row.endswith(b"\n") and row.count(b'"') % 2 == 0
 

@@ -106,9 +106,9 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, reporter: Reporte
     """Like `run_experiment`, in a folder without another run."""
     began, started = datetime.now(UTC).astimezone(), time.perf_counter()
     training = experiment.training
-    method, is_asked = experiment.classifier.method, resume
+    method, resume_requested = experiment.classifier.method, resume
     resume = check_output(experiment.output, method, resume=resume, force=force)
-    if is_asked and not resume:
+    if resume_requested and not resume:
         reporter.message(
             f"{experiment.output}: the run was interrupted before its first checkpoint; starting "
             "from the beginning"

@@ -91,10 +91,10 @@ def layout_of(
     mask = None if mask is None else mask.bool()
     if cache is not None:
         return layout_of_continuation(ids, mask, positions, cache, config)
-    return layout_of_whole(ids, mask, positions, config)
+    return layout_without_cache(ids, mask, positions, config)
 
 
-def layout_of_whole(
+def layout_without_cache(
     ids: Tensor, mask: Tensor | None, positions: Tensor | None, config: LlamaConfig
 ) -> AttentionLayout:
     """The layout of sequences that are read from their start.
@@ -165,8 +165,8 @@ def layout_of_continuation(
             raise MinllamaError(
                 "an attention_mask of shape (B, T, T) needs sequences of equal length"
             )
-        seen = mask.new_ones(batch, new_len, cache.max_len)
-        allowed = torch.cat((seen, mask), dim=-1).unsqueeze(1)  # (B, 1, T, S)
+        cached = mask.new_ones(batch, new_len, cache.max_len)
+        allowed = torch.cat((cached, mask), dim=-1).unsqueeze(1)  # (B, 1, T, S)
         return AttentionLayout(positions, _checked_text_len(positions, config), allowed)
     text_len = cache.max_len + new_len
     check_context(text_len, config)

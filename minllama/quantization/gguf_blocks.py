@@ -105,14 +105,14 @@ def decode_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
         stored: Q4_0, Q4_1 or Q8_0.
     """
     assert stored in (Q4_0, Q4_1, Q8_0)
-    scales = _halves(raw[:, 0:2])
+    scales = _as_float16(raw[:, 0:2])
     if stored == Q8_0:
         return Blocks(raw[:, 2:].view(torch.int8), scales, None)
     nibbles = raw[:, -16:]
     # The low nibbles are the block's first 16 values, the high nibbles its last 16.
     quants = torch.cat([nibbles & 15, nibbles >> 4], dim=1)
     if stored == Q4_1:
-        return Blocks(quants, scales, _halves(raw[:, 2:4]))
+        return Blocks(quants, scales, _as_float16(raw[:, 2:4]))
     return Blocks(quants.view(torch.int8) - 8, scales, None)
 
 
@@ -207,7 +207,7 @@ def view_as(raw: Tensor, dtype: torch.dtype) -> Tensor:
     return raw.view(dtype)
 
 
-def _halves(raw: Tensor) -> Tensor:
+def _as_float16(raw: Tensor) -> Tensor:
     """(n, 2) bytes -> (n, 1) float16."""
     return raw.contiguous().view(torch.float16)
 

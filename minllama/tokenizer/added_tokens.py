@@ -13,7 +13,7 @@ from minllama.tokenizer.vocabulary import TokenFlags
 
 # The characters of Unicode's White_Space; Python counts the separators U+001C to U+001F as well.
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_SPACES_BEHIND = re.compile(f"[{WHITE_SPACE}]*")
+_TRAILING_SPACES = re.compile(f"[{WHITE_SPACE}]*")
 _NO_SPACE = re.compile(f"[^{WHITE_SPACE}]")
 _ANYTHING = re.compile(r"[\s\S]")
 _HIDDEN = "\U0010fffd"  # a private-use character: neither white space nor part of a word
@@ -57,13 +57,13 @@ class AddedTokens:
         done = 0
         for begin, (found, token_id, flags) in self._matches(text):
             end = begin + len(found)
-            if flags.single_word and _touches_a_word(text, begin, end):
+            if flags.single_word and _is_next_to_word(text, begin, end):
                 continue
             if flags.lstrip:
                 # Not those that another token has taken in.
                 begin = max(_begin_of_spaces(text, begin), done)
             if flags.rstrip:
-                end = _SPACES_BEHIND.match(text, end).end()  # type: ignore[union-attr]
+                end = _TRAILING_SPACES.match(text, end).end()  # type: ignore[union-attr]
             if begin > done:
                 yield Span(done, begin, None)
             yield Span(begin, end, token_id)
@@ -101,7 +101,7 @@ def _begin_of_spaces(text: str, end: int) -> int:
     return end
 
 
-def _touches_a_word(text: str, begin: int, end: int) -> bool:
+def _is_next_to_word(text: str, begin: int, end: int) -> bool:
     return (begin > 0 and _is_word(text[begin - 1])) or (end < len(text) and _is_word(text[end]))
 
 

@@ -22,7 +22,7 @@ MAX_TEMPLATE_ITEMS = 2**10
 _MAX_DEPTH = 8
 # The longest that a step makes of one byte. Unicode's own forms: U+FDFA becomes 33 bytes of 3.
 _UNICODE = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 3, "BertNormalizer": 5}
-_KEEPING = ("Strip", "StripAccents", "Nmt")
+_NEVER_LONGER = ("Strip", "StripAccents", "Nmt")
 _PRE_TOKENIZERS = {
     **dict.fromkeys(
         (
@@ -122,7 +122,7 @@ def _growth(part: Json) -> int:
             return _PRE_TOKENIZERS["ByteLevel"]
         case str(kind) if kind in _UNICODE:
             return _UNICODE[kind]
-        case str(kind) if kind in _KEEPING:
+        case str(kind) if kind in _NEVER_LONGER:
             return 1
         case kind:
             raise _Excess(f"its normalizer {str(kind)[:40]!r} is not supported for a Llama")

@@ -37,7 +37,7 @@ _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 # Names under which a message's reasoning comes, as in transformers: the first that is there counts.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
-ASKS_FOR_NONE = re.compile(r"\bis\s+(not\s+)?none\b", re.IGNORECASE)
+COMPARES_WITH_NONE = re.compile(r"\bis\s+(not\s+)?none\b", re.IGNORECASE)
 
 Message = Mapping[str, Any]
 
@@ -72,7 +72,7 @@ class ChatTemplate:
             "eos_token": eos_token,
             **_plain(special_tokens or {}, "the special tokens"),
         }
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._worker: _Worker | None = None
 
     def render(
@@ -142,7 +142,7 @@ class ChatTemplate:
                 f"the messages have {n_chars} characters, but at most {RENDER_MAX_CHARS} are "
                 "supported; shorten them"
             )
-        with self._turn:
+        with self._lock:
             reply = self._ask(request)
             if "fault" in reply and any("content" not in message for message in messages):
                 reply = self._ask_with_contents(request, reply)
@@ -155,7 +155,7 @@ class ChatTemplate:
 
         Some templates join contents to other text, and some ask first whether one is none.
         """
-        for content in (None, "") if ASKS_FOR_NONE.search(self.source) else ("",):
+        for content in (None, "") if COMPARES_WITH_NONE.search(self.source) else ("",):
             filled = [{"content": content, **message} for message in request["messages"]]
             reply = self._ask({**request, "messages": filled})
             if "text" in reply:

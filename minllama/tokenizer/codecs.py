@@ -184,7 +184,7 @@ class _TokenizersCodec(Codec):
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         if first or self.spaces_stretches:
             return list(self._encoding(self._plain, text).ids)
-        ids: list[int] = self._encoding(self._behind, self._front + text).ids
+        ids: list[int] = self._encoding(self._continuation_tokenizer, self._front + text).ids
         return ids[1:]
 
     def encode_special(self, text: str) -> list[int]:
@@ -230,7 +230,7 @@ class _TokenizersCodec(Codec):
         return self._open(special=True, data=tokenizers_form.dump(raw))
 
     @cached_property
-    def _behind(self) -> Any:
+    def _continuation_tokenizer(self) -> Any:
         """The tokenizer for text behind a special token, for which `_front` stands.
 
         An added token that nobody can write, so that the library itself treats what follows.

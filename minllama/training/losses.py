@@ -72,7 +72,7 @@ class Loss:
         check_ordinal(ordinal, multi_label=self.multi_label)
         self._ordinal, self._n_classes = ordinal, n_classes
         # (N, C) targets, each in parts; None where each is one class, or yes and no.
-        self._soft = self._in_parts() if ordinal else None
+        self._soft = self._soft_targets() if ordinal else None
         self.weights: Tensor | None = None
         if balanced:
             counts = torch.tensor(dataset.class_counts(), dtype=torch.float32)  # (C,)
@@ -93,10 +93,10 @@ class Loss:
             prior: of the N texts.
             share: from 0 to less than 1.
         """
-        soft = self._in_parts()
+        soft = self._soft_targets()
         self._soft = torch.lerp(soft, prior.to(soft), share)
 
-    def _in_parts(self) -> Tensor:
+    def _soft_targets(self) -> Tensor:
         """The data set's own targets as (N, C) float32."""
         if self.multi_label:
             return self._targets

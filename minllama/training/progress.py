@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # What is said of an evaluation -> its key in the row.
 OF_CLASSES = {"loss": "dev_loss", "accuracy": "dev_accuracy", "macro F1": "dev_macro_f1"}
-OF_NUMBERS = {"loss": "dev_loss", "RMSE": "dev_rmse", "R2": "dev_r2"}
+REGRESSION_FIGURES = {"loss": "dev_loss", "RMSE": "dev_rmse", "R2": "dev_r2"}
 SMOOTHED = 20  # steps whose mean loss and rate are shown
 
 
@@ -73,19 +73,21 @@ class TrainingProgress:
             if step > self._first:  # else it goes on with the end of a step that was cut
                 seconds = (self._spoke - self._began) / (step - self._first)
                 left = f"  {_duration(seconds * (self._total_steps - step))} left"
-            self._say(f"step {step}/{self._total_steps}  {figures}{left}")
+            self._show(f"step {step}/{self._total_steps}  {figures}{left}")
         if "dev_loss" in row:
-            texts = [f"{name} {row[key]:.4g}" for name, key in OF_NUMBERS.items() if key in row]
+            texts = [
+                f"{name} {row[key]:.4g}" for name, key in REGRESSION_FIGURES.items() if key in row
+            ]
             if "dev_accuracy" in row:
                 texts = [f"{name} {row[key]:.3f}" for name, key in OF_CLASSES.items()]
-            self._say(f"step {step}/{self._total_steps}  dev: {'  '.join(texts)}")
+            self._show(f"step {step}/{self._total_steps}  dev: {'  '.join(texts)}")
 
     def end(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
-    def _say(self, line: str) -> None:
+    def _show(self, line: str) -> None:
         if self._bar is not None:
             self._bar.console.print(line, highlight=False)
         else:

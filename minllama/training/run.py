@@ -76,7 +76,7 @@ class TrainingRun:
         self._loss = self._objective.loss(train, options, self._device)
         self._texts = train.texts
         self._optimizer = AdamW(_groups(self.parameters, options, head_parameters))
-        self._autocast = _wants_autocast(classifier, options, self._device)
+        self._autocast = _uses_autocast(classifier, options, self._device)
         self.state, self.history = RunState(), list[Row]()
         self._best: dict[str, Tensor] = {}
         self._prior: Tensor | None = None  # (N, C), what the classifier said at the beginning
@@ -322,7 +322,7 @@ def _groups(
     ]
 
 
-def _wants_autocast(classifier: Trainable, options: TrainingOptions, device: torch.device) -> bool:
+def _uses_autocast(classifier: Trainable, options: TrainingOptions, device: torch.device) -> bool:
     if options.autocast != "auto":
         return options.autocast == "on"
     weights = [p for p in classifier.parameters() if p.is_floating_point()]

@@ -113,11 +113,11 @@ class CheckpointFolder:
             lasting[f"best-{state.best_step}.safetensors"] = tensors.best
         if tensors.prior is not None:
             lasting[PRIOR] = {"prior": tensors.prior}
-        kept = {n for n in lasting if n in self._written and (self.path / n).is_file()}
+        unchanged = {n for n in lasting if n in self._written and (self.path / n).is_file()}
         contents = {WEIGHTS: tensors.weights, MOMENTS: tensors.moments}
-        contents |= {name: lasting[name] for name in lasting if name not in kept}
-        with atomic_folder(self.path, replaces=lambda name: name not in kept) as staging:
-            files = {name: self._written[name] for name in kept}
+        contents |= {name: lasting[name] for name in lasting if name not in unchanged}
+        with atomic_folder(self.path, replaces=lambda name: name not in unchanged) as staging:
+            files = {name: self._written[name] for name in unchanged}
             for name, content in contents.items():
                 _write_tensors(staging / name, content)
                 files[name] = _description(staging / name)
@@ -378,10 +378,10 @@ def _run_state(raw: Mapping[str, Any]) -> RunState:
 
 def _whole_step(path: Path) -> int | None:
     """The step of a checkpoint under another name; None if it is incomplete."""
-    stand_in = CheckpointFolder(path.parent)
-    stand_in.path = path
+    folder = CheckpointFolder(path.parent)
+    folder.path = path
     try:
-        return stand_in._content(stand_in._raw())[0].step
+        return folder._content(folder._raw())[0].step
     except CheckpointError:
         return None
 

@@ -35,7 +35,7 @@ class Schedule:
     Attributes:
         steps_per_epoch: there are `epochs` of these.
         total_steps: of the run.
-        eval_places: after which steps of an epoch (1 to steps_per_epoch) to evaluate.
+        eval_steps: after which steps of an epoch (1 to steps_per_epoch) to evaluate.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Schedule:
         self.steps_per_epoch = math.ceil(len(lengths) / self.step_size)
         self.total_steps = self.steps_per_epoch * options.epochs
         evals = min(options.evals_per_epoch, self.steps_per_epoch)
-        self.eval_places = {math.ceil(self.steps_per_epoch * (i + 1) / evals) for i in range(evals)}
+        self.eval_steps = {math.ceil(self.steps_per_epoch * (i + 1) / evals) for i in range(evals)}
         self._epoch, self._steps = -1, list[list[int]]()
 
     def batches(self, step: int) -> list[list[int]]:
@@ -85,7 +85,7 @@ class Schedule:
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the dev split is due after this step."""
-        return (step - 1) % self.steps_per_epoch + 1 in self.eval_places
+        return (step - 1) % self.steps_per_epoch + 1 in self.eval_steps
 
     def lr_factor(self, step: int) -> float:
         """The learning rate of a step as a share of the highest, in (0, 1].

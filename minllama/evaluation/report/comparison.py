@@ -11,7 +11,7 @@ from minllama.evaluation.paired import Difference, Paired, compare
 from minllama.evaluation.registry import Metric, metrics
 from minllama.text import first_few
 
-OWN = "this classifier"
+THIS_SYSTEM = "this classifier"
 
 
 METRICS = metrics(regression=False)
@@ -103,7 +103,7 @@ def systems(
         others: of other systems on the same rows, by name.
         names: of the metrics; None for the decision metrics.
     """
-    rows = {OWN: evaluation, **others}
+    rows = {THIS_SYSTEM: evaluation, **others}
     best: dict[str, float | None] = {}
     for name in compared(evaluation) if names is None else names:
         values = [it for row in rows.values() if (it := _as_written(row, name)) is not None]

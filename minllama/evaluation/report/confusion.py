@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from minllama.evaluation.metrics import Evaluation
 
-MAX_WITH_NUMBERS = 25  # classes; above, a cell has only its color
+MAX_CLASSES_WITH_COUNTS = 25  # classes; above, a cell has only its color
 MAX_WITH_CELLS = 100  # classes; above, only the pairs are shown
 MAX_PAIRS = 12
 MIN_PAIRS_CLASSES = 7  # with fewer classes the matrix says it all

@@ -86,8 +86,8 @@ def metrics_json(report: Report) -> str:
     }
     text = json.dumps(plain(content), indent=2, ensure_ascii=False, allow_nan=False)
     # A bracket before a line break is structure: inside strings line breaks are escaped.
-    lists_of_numbers = r"\[\n([^\[\]{}\"]*)\]"
-    return re.sub(lists_of_numbers, lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
+    number_lists = r"\[\n([^\[\]{}\"]*)\]"
+    return re.sub(number_lists, lambda match: f"[{' '.join(match[1].split())}]", text) + "\n"
 
 
 def plain(value: Any) -> Any:

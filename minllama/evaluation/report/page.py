@@ -19,7 +19,7 @@ from minllama.evaluation.report.values import shown_on_page
 from minllama.evaluation.thresholds import one_line
 
 FOLDER = Path(__file__).parent
-LONG_WORD = 12  # characters: shorter words go to the next line whole
+MIN_BROKEN_WORD = 12  # characters: shorter words go to the next line whole
 
 
 def render_page(report: Report) -> str:
@@ -72,7 +72,7 @@ def breakable(name: str) -> Markup:
     def broken(word: re.Match[str]) -> str:
         return re.sub("([_./-])", r"\1<wbr>", word[0])
 
-    return Markup(re.sub(rf"\S{{{LONG_WORD},}}", broken, str(escape(name))))
+    return Markup(re.sub(rf"\S{{{MIN_BROKEN_WORD},}}", broken, str(escape(name))))
 
 
 def duration(seconds: float) -> str:
@@ -155,7 +155,7 @@ def _split(report: Report, split: ReportedSplit | ReportedValues) -> dict[str, A
         ],
         "matrix": confusion.matrix(evaluation),
         "upright": len(names) > 10 or max(map(len, names)) > 10,
-        "with_numbers": len(names) <= confusion.MAX_WITH_NUMBERS,
+        "with_numbers": len(names) <= confusion.MAX_CLASSES_WITH_COUNTS,
         "pairs": confusion.pairs(evaluation),
         "reliability": Markup(
             figures.reliability_diagram(evaluation.bins, multi_label=report.multi_label)

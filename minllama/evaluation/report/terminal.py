@@ -9,7 +9,7 @@ from minllama.evaluation.regression import RegressionEvaluation
 from minllama.evaluation.report.comparison import (
     METRICS,
     MISSING,
-    OWN,
+    THIS_SYSTEM,
     compared,
     compared_with,
     interval,
@@ -131,7 +131,7 @@ def _rankings(evaluation: Evaluation, others: Mapping[str, Evaluation]) -> "Tabl
     for name in names:
         table.add_column(METRICS[name].title, justify="right", no_wrap=True)
         table.add_column("95% interval", justify="right", no_wrap=True)
-    all_of_them = {OWN: evaluation, **others}
+    all_of_them = {THIS_SYSTEM: evaluation, **others}
     for system in systems(evaluation, others, names):
         cells: list[Text | str] = []
         for name, value in zip(names, system.values, strict=True):

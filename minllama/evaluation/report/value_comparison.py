@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from minllama.evaluation.regression import METRICS, RegressionEvaluation
-from minllama.evaluation.report.comparison import OWN
+from minllama.evaluation.report.comparison import THIS_SYSTEM
 
 TITLES = {name: metric.title for name, metric in METRICS.items()}
 DIGITS = 4  # significant ones of what is in the unit of the targets
@@ -40,7 +40,7 @@ def systems(
     evaluation: RegressionEvaluation, others: Mapping[str, RegressionEvaluation]
 ) -> list[tuple[str, list[Cell]]]:
     """The regression and the others, with the best of each metric marked."""
-    rows = {OWN: evaluation, **others}
+    rows = {THIS_SYSTEM: evaluation, **others}
     cells: dict[str, list[Cell]] = {title: [] for title in rows}
     for metric, about in METRICS.items():
         values = {title: row.value(metric) for title, row in rows.items()}

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from minllama.evaluation.registry import on_card
 from minllama.evaluation.regression import METRICS, RegressionEvaluation
-from minllama.evaluation.report.comparison import OWN
+from minllama.evaluation.report.comparison import THIS_SYSTEM
 from minllama.evaluation.report.content import ReportedValues
 from minllama.evaluation.report.mistakes import folded
 from minllama.evaluation.report.value_comparison import (
@@ -147,7 +147,7 @@ def print_values(
         table.add_column(TITLES[metric], justify="right", no_wrap=True)
     for title, cells in systems(evaluation, others):
         shown = Text(printable(title), no_wrap=True, overflow="ellipsis")
-        own = title == OWN
+        own = title == THIS_SYSTEM
         table.add_row(shown, *(cell.text for cell in cells), style="bold" if own else "")
         if own and evaluation.intervals:
             ends = [interval(evaluation, metric) or ("", "") for metric in METRICS]
