@@ -29,7 +29,7 @@ def median_error(predicted, targets):
 registry.METRICS += (
     registry.Metric(name="mcc", title="MCC", compute=matthews, selects=True, is_headline=True,
                     on_card=True, curve="MCC"),
-    registry.Metric(name="median", title="Median error", of_numbers=True, compute=median_error,
+    registry.Metric(name="median", title="Median error", regression=True, compute=median_error,
                     less_is_better=True, in_unit=True, selects=True, on_card=True),
 )
 from click.testing import CliRunner
@@ -64,10 +64,10 @@ numbers = evaluate_regression(np.arange(5.0), [1.0, 1, 2, 3, 9], bootstrap=50)
 assert numbers.value("median") == numbers.to_dict()["median"] == 0.0
 assert numbers.intervals["median"][0] == 0.0
 assert value_headlines(numbers)["median"] == value_headlines(numbers.to_dict())["median"] == 0.0
-cells = dict(value_comparison.systems(numbers, {}))[value_comparison.OWN]
+cells = dict(value_comparison.systems(numbers, {}))[value_comparison.THIS_SYSTEM]
 assert [cell.text for cell in cells][-1] == "0"
 
-check_metric("mcc", of_numbers=False), check_metric("median", of_numbers=True)
+check_metric("mcc", regression=False), check_metric("median", regression=True)
 TrainingOptions(metric="median"), ReportOptions(headline="mcc")
 shown = CliRunner().invoke(command, ["--help"]).output
 assert "mcc" in shown and "median" in shown
