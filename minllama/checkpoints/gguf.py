@@ -73,7 +73,7 @@ THEIR_NAMES = {
 }
 OUR_NAMES = {theirs: ours for ours, theirs in THEIR_NAMES.items()}
 ROPE_FREQS = "rope_freqs.weight"
-# Angles that old converters stored, and that nobody reads: they follow from the config.
+# Angles that old converters stored; they follow from the config and are ignored.
 UNUSED = "attn_rot_embd.weight"
 
 StoredAs = Literal["f32", "f16", "bf16", "q8_0"]
@@ -83,7 +83,7 @@ FILE_TYPES: dict[StoredAs, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 MAX_F16 = torch.finfo(torch.float16).max
 NO_VOCABULARY = "none"
 SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS = "split.count", "split.no", "split.tensors.count"
-MAX_PARTS = 99_999  # that such a name can say
+MAX_PARTS = 99_999  # that such a name can state
 # Longest rope_freqs.weight that is read: twice the widest head that anyone has made.
 MAX_ROPE_FREQS = 1024
 
@@ -193,7 +193,7 @@ def read_gguf_vocabulary(path: Path) -> Vocabulary | None:
     from minllama.tokenizer.gguf import from_gguf
 
     vocabulary, part = from_gguf(read_header(path).fields, path), PART.fullmatch(path.name)
-    if vocabulary is None and part is not None:  # the first part holds what all have in common
+    if vocabulary is None and part is not None:  # the first part holds what all parts share
         number = "1".zfill(len(part["number"]))
         first = path.with_name(f"{part['name']}-{number}-of-{part['count']}.gguf")
         if first != path and is_gguf(first):
@@ -310,7 +310,7 @@ def write_gguf(
                 writer.add_tensor_info(
                     translate(name, THEIR_NAMES) or name,
                     shape,
-                    numpy.dtype(numpy.float32),  # of no effect beside raw_dtype
+                    numpy.dtype(numpy.float32),  # has no effect if raw_dtype is set
                     types[name].n_bytes(shape),
                     raw_dtype=GGMLQuantizationType(types[name].id),
                 )
@@ -373,7 +373,7 @@ def _new_writer(path: str | PathLike[str]) -> "GGUFWriter":
 
 
 def _add_field(writer: "GGUFWriter", key: str, value: Any) -> None:
-    """Add a key with the type that llama.cpp expects of such a value."""
+    """Add a key with the type that llama.cpp expects for its value."""
     match value:
         case bool():
             writer.add_bool(key, value)

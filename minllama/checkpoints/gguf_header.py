@@ -130,7 +130,7 @@ class _Parser:
 
     def header(self) -> GGUFHeader:
         version = self.u32()
-        if version & 0xFFFF == 0:  # a small number, seen from the wrong end
+        if version & 0xFFFF == 0:  # a small number in the wrong byte order
             self.fail("is big-endian; convert it to little-endian first (gguf-convert-endian)")
         if version not in VERSIONS:
             self.fail(f"is GGUF version {version}, but only versions 2 and 3 are supported")

@@ -69,7 +69,7 @@ NAMES = {
     "output": "lm_head",
 }
 OUR_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
-# By which of a model's tensors it is seen whether all names begin with something else.
+# Tensors that show whether all names in a file have a further prefix.
 ROOTS = ("model.embed_tokens.weight", "embed_tokens.weight", "lm_head.weight")
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
@@ -298,7 +298,7 @@ def _write_shards(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # Shards are planned on shapes alone: meta tensors have no numbers.
+    # Shards are planned by shape alone: meta tensors hold no values.
     plan = split_torch_state_dict_into_shards(
         {name: t.to("meta", dtype or t.dtype) for name, t in tensors.items()},
         max_shard_size=MAX_SHARD_SIZE,
@@ -332,7 +332,7 @@ def _check_existing_tokenizer(folder: Path, config: LlamaConfig) -> None:
     try:
         vocabulary = find_vocabulary(folder) if folder.is_dir() else None
     except TokenizerError:
-        return  # its damage is told to whoever opens it
+        return  # opening it reports the damage
     if vocabulary is not None:
         check_fits(count_tokens(vocabulary), config.vocab_size, str(folder))
 
@@ -391,7 +391,7 @@ def for_huggingface(ours: str, tensor: Tensor, config: LlamaConfig) -> Tensor:
 
 def _permuted(ours: str, stored: LazyTensor, config: LlamaConfig) -> LazyTensor:
     n_heads = rotated_heads(ours, config)
-    # A misshapen one is left alone, so that the loader can report it beside all the others.
+    # A misshapen one stays unchanged: the loader reports it together with all the others.
     if n_heads is None or stored.shape[:1] != (n_heads * config.head_dim,):
         return stored
 
@@ -410,7 +410,7 @@ def _stored_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
         ),
     }
     for file, read in readers.items():
-        # A single file comes first: an index beside it may be left of an earlier save.
+        # A single file takes precedence: an index next to it may remain from an earlier save.
         if (folder / file).is_file():
             yield from read(folder / file)
             return
@@ -439,7 +439,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        # The library says of every failure that there is no such file.
+        # The library reports every failure as a missing file.
         with path.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
         if MAX_HEADER_BYTES < header_bytes <= path.stat().st_size:
@@ -461,7 +461,7 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
             dtype = SAFETENSORS_DTYPES[stored]
             try:
                 shape = tuple(part.get_shape())
-            except (OverflowError, ValueError) as error:  # which the library lets pass
+            except (OverflowError, ValueError) as error:  # which the library accepts
                 raise CheckpointError(
                     f"{path}: the shape of {name} is damaged ({error})"
                 ) from error

@@ -54,7 +54,7 @@ REQUIRED_FIELDS = {
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 DEFAULT_THETA = 10000.0
 
-# Keys that say nothing about what the model computes.
+# Keys that do not affect what the model computes.
 HARMLESS_KEYS = {
     *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout"),
@@ -126,7 +126,7 @@ def rope_contradiction(raw: dict[str, Any]) -> str | None:
     if _kind(parameters) != "default" and _kind(parameters) != _kind(scaling):
         changes = {"rope_type": _kind(parameters)} | changes
     elif _kind(parameters) == "default":
-        changes.pop("rope_type", None)  # which says nothing that is lost
+        changes.pop("rope_type", None)  # the default type loses no information
     if not changes:
         return None
     differences = ", ".join(f"{key} {value!r}" for key, value in changes.items())
@@ -198,12 +198,12 @@ def _scaling_from_huggingface(
     }
     if kind == "yarn":
         for ours in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-            if fields.get(ours) == 0:  # transformers takes 0 for not said
+            if fields.get(ours) == 0:  # transformers treats 0 as unset
                 del fields[ours]
         if "truncate" in rope and rope["truncate"] is None:  # and null for false
             fields["truncate"] = False
     if "original_max_seq_len" in SCALING_FIELDS[kind]:
-        # The one of the model goes before that of the scaling, in transformers too.
+        # The model's value precedes that of the scaling, as in transformers.
         of_model = raw.get("original_max_position_embeddings")
         of_scaling = fields.get("original_max_seq_len")
         fields["original_max_seq_len"] = _first_given(of_model, of_scaling, max_seq_len)

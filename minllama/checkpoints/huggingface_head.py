@@ -91,7 +91,7 @@ def head_from_huggingface(raw: Mapping[str, Any], tensors: Collection[str]) -> S
     has_head = HEAD_WEIGHT in tensors
     has_words = "lm_head.weight" in tensors
     if architecture != SEQUENCE_CLASSIFIER and (not has_head or has_words):
-        return None  # a score beside a language model's head is the loader's to report
+        return None  # the loader reports a score next to a language model's head
     if architecture not in (SEQUENCE_CLASSIFIER, "LlamaForCausalLM", "LlamaModel", None):
         raise MinllamaError(
             f"a {architecture}, whose head is unknown; minllama runs language models "

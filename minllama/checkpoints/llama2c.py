@@ -374,7 +374,7 @@ def _bin_layout(path: Path) -> BinLayout:
     if len(head) < INTS.size:
         raise CheckpointError("the file is truncated in its header")
     ints = list(INTS.unpack_from(head))
-    tied, ints[5] = ints[5] > 0, abs(ints[5])  # a negative vocab_size says that it is not
+    tied, ints[5] = ints[5] > 0, abs(ints[5])  # a negative vocab_size means that it is not tied
     return BinLayout(0, _bin_config(ints, tied), INTS.size)
 
 

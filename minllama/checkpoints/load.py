@@ -95,7 +95,7 @@ def save_model(model: LlamaPreTrainedModel, folder: str | os.PathLike[str]) -> N
 
 
 class without_initial_values(TorchFunctionMode):
-    """Modules that are built within are not filled with initial values: theirs are to be assigned.
+    """Build modules without initial values, since their tensors are assigned later.
 
     On the meta device initialization has no effect, but would import torch's reference operators,
     which takes 0.7 seconds.
@@ -140,14 +140,14 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightForma
             parts[name.removesuffix(".weight")] = made
             continue
         stored = tensor.load()
-        if stored.dim() == 1:  # a few norms would keep the whole file mapped, all else converted
+        if stored.dim() == 1:  # else a few norms keep the whole file mapped after a conversion
             stored = stored.clone()
         if quantize == "stored" and _stays_half_precision(stored, tensor, dtype, device):
             state[name] = stored
             half_precision.append(name.removesuffix(".weight"))
             _check_finite(name, stored, stored, checkpoint)
             continue
-        # A conversion makes a tensor of our own; otherwise it may still be the file itself.
+        # A conversion allocates a new tensor; otherwise this may still be the mapped file.
         state[name] = stored.to(device=device, dtype=dtype)
         _check_finite(name, stored, state[name], checkpoint)
     # Names and shapes are checked already; what is quantized is not in the state.
@@ -195,7 +195,7 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
 
 
 def _check_finite(name: str, stored: Tensor, tensor: Tensor, checkpoint: Checkpoint) -> None:
-    # One pass and no temporary, where a sum of halves converts all of them first. NaN is both.
+    # One pass without a temporary, unlike a sum in half precision. NaN becomes both extremes.
     is_mps = tensor.device.type == "mps"  # which has the two only
     extremes = (tensor.min(), tensor.max()) if is_mps else tensor.aminmax()
     if not all(map(torch.isfinite, extremes)):

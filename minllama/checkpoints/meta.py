@@ -37,7 +37,7 @@ OUR_NAMES = {
     "layers.{i}.feed_forward.w3": "layers.{i}.feed_forward.w3",
 }
 EMBEDDING = "tok_embeddings.weight"
-# What follows from the config, and what training code keeps beside the weights.
+# Buffers that follow from the config, and state that training code stores with the weights.
 BUFFERS = ("rope.freqs", "freqs_cis", "freqs_cos", "freqs_sin", "attention.mask")
 # The dimension along which a matrix was cut; what is not here every shard has whole.
 SHARDED_BY_ROWS = ("compute_query", "compute_key", "compute_value", "w1", "w3", "output")
@@ -63,7 +63,7 @@ UNSUPPORTED_KEYS = {
     "moe_args": "it is a mixture of experts; choose a dense Llama",
 }
 # Width, heads and key heads of Llama 3.2's small models, 1B and 3B, and of what was pruned from
-# them: params.json says that their angles are scaled, and not that it is by 32, where 3.1's is 8.
+# them: params.json states that their angles are scaled, but not the factor, 32 (Llama 3.1: 8).
 LLAMA_32 = {(2048, 32, 8), (3072, 24, 8)}
 UNUSED = {"max_batch_size"}  # of Meta's own cache
 
@@ -89,7 +89,7 @@ def read_meta(path: Path) -> Checkpoint:
     with naming(params_path):
         _supported_params(
             params
-        )  # a reason that lies in the kind of model goes before its tensors'
+        )  # the kind of model is checked before its tensors
     shards = [without_wrappers(load_state_dict(file), EMBEDDING) for file in _shard_files(path)]
     with naming(path):
         tensors, ignored = _joined(shards, params)
@@ -109,7 +109,7 @@ def config_from_params(params: Mapping[str, Any], tensors: Mapping[str, LazyTens
     `vocab_size` is -1 in many, and then the embedding's rows. The context is in none of Meta's own:
     without `max_seq_len` it is that of the generation which the other fields show: Llama 3.1 and
     later (`use_scaled_rope`) 131072, Code Llama (theta 1e6) 16384, Llama 3 (theta 5e5) 8192,
-    Llama 2 4096, Llama 1 (epsilon 1e-6) 2048. Where angles are scaled, and the factor is not said,
+    Llama 2 4096, Llama 1 (epsilon 1e-6) 2048. Where angles are scaled without a stated factor,
     it is 32 for the shapes of Llama 3.2's 1B and 3B, and 8 for all others.
 
     Raises:

@@ -139,7 +139,7 @@ def vocabulary_of(source: str | os.PathLike[str] | None) -> Vocabulary | None:
 def _lone_vocabulary(path: Path) -> Vocabulary | None:
     """The vocabulary in a folder or file that is not a checkpoint, `None` without one."""
     if path.is_dir():
-        # Of a folder that is neither, the checkpoint's error says more.
+        # For a folder that is neither, the checkpoint's error is more specific.
         is_one = find_vocabulary(path) is not None or bool(gguf_models(path))
     else:
         is_one = is_gguf(path)
@@ -151,7 +151,7 @@ def _lone_vocabulary(path: Path) -> Vocabulary | None:
 def _adapter_folder(path: Path) -> Path | None:
     """The PEFT adapter's folder that `path` is, or that contains it; None for anything else.
 
-    As in transformers, an adapter goes before a whole model in the same folder.
+    As in transformers, an adapter takes precedence over a whole model in the same folder.
     """
     names = (CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE)
     folder = path if path.is_dir() else path.parent if path.name in names else None
@@ -203,7 +203,7 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
     for recognizes, read in FILES:
         if recognizes(path):
             return read
-    # A part of a folder's checkpoint stands for the folder.
+    # One file of a folder's checkpoint opens the folder.
     for recognizes, read in FOLDERS:
         if recognizes(path.parent):
             return lambda file: read(file.parent)
@@ -215,7 +215,7 @@ def _reader(path: Path) -> Callable[[Path], Checkpoint]:
 def _reader_of_folder(path: Path) -> Callable[[Path], Checkpoint]:
     models = gguf_models(path)
     for recognizes, read in FOLDERS:
-        # Beside GGUF files often lies the config.json of the model that they were made from.
+        # Folders of GGUF files often contain the config.json of the original model.
         if recognizes(path) and not (models and read is read_huggingface and not has_weights(path)):
             return read
     if not models:

@@ -28,7 +28,7 @@ _HEADS = ("classifier", HEAD)  # both are what PEFT writes; a Llama has only the
 
 # Other ways of drawing the first numbers. The rest (pissa, olora, loftq, corda) change the base.
 _INITIAL_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-# Another is a regular expression; what the file holds tells which layers it meant.
+# Any other is a regular expression; the file's tensors show which layers it matched.
 _PLAIN_LAYERS: tuple[Any, ...] = (None, "", [], "layers", ["layers"])
 _READ = {
     "alpha_pattern",
@@ -110,7 +110,7 @@ class AdapterConfig:
         """The options of each module: with its own rank and scale, if it has them.
 
         Args:
-            modules: whole names, as PEFT sees them from the model's root.
+            modules: full names from the model's root, as in PEFT.
 
         Raises:
             MinllamaError: a pattern cannot be matched, or its value is not a rank or scale.

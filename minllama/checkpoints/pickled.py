@@ -62,8 +62,8 @@ _CALLED = (
     *_OTHER_TENSORS,
 )
 _TYPES = ("torch.Tensor", "torch.nn.parameter.Parameter")  # named beside a tensor, never called
-# Of numpy's numbers and arrays, which trainers keep beside the weights (a best loss, the state of a
-# generator): they are passed over, and nothing of them is made.
+# NumPy's scalars and arrays, which trainers store with the weights (a best loss, the state of a
+# generator): they are skipped, and never constructed.
 _NUMPY = {
     "numpy.dtype",
     "numpy.ndarray",
@@ -73,7 +73,7 @@ _NUMPY = {
         for function in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer")
     ),
 }
-_ENCODE = "_codecs.encode"  # by which protocol 2 has bytes
+_ENCODE = "_codecs.encode"  # how protocol 2 encodes bytes
 
 
 class RefusedPickle(Exception):
@@ -102,7 +102,7 @@ class _Name(NamedTuple):
     name: str
 
 
-# Takes a storage's key, its type and the count of its numbers; gives these, (count,).
+# Takes a storage's key, dtype and number of values; returns the values, (count,).
 Storages = Callable[[Any, torch.dtype, int], Tensor]
 _MARK = object()
 
@@ -153,7 +153,7 @@ class _Machine:
         return value
 
     def pop_mark(self) -> list[Any]:
-        """What lies above the last mark, which goes as well."""
+        """Pop the items above the last mark, and the mark itself."""
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
             at -= 1
@@ -195,7 +195,7 @@ class _Machine:
                 _expect(stack[-1], dict | OtherValue)
             case "BINPERSID":
                 stack.append(self.storage(*_expect(self.pop(), tuple)))
-            case "BYTEARRAY8":  # the numbers of an array of numpy's
+            case "BYTEARRAY8":  # the data of a NumPy array
                 stack.append(OtherValue("bytes"))
             case _ if argument is not None and _is_scalar(argument):
                 stack.append(argument)
@@ -236,7 +236,7 @@ class _Machine:
             target[_key(key)] = value
 
     def call(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        """What a call by a pickle stands for."""
+        """The value of a call in a pickle."""
         match name, arguments:
             case "collections.OrderedDict", ():
                 return {}
@@ -326,7 +326,7 @@ def _tensor(values: Any, offset: Any, size: Any, stride: Any) -> Tensor:
         raise DamagedPickle(
             f"a tensor of shape {tuple(size)[:8]} is larger than its data in the file"
         )
-    # as_strided counts from the beginning of what the numbers are a part of.
+    # as_strided counts from the start of the underlying storage.
     begin = values.storage_offset() + min(offset, values.numel())
     view: Tensor = values.as_strided(size, stride, begin)
     return view

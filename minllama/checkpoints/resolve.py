@@ -48,7 +48,7 @@ WEIGHT_FILES = (
     re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"),
     re.compile(r"consolidated\.\d+\.pth"),
 )
-# Of a PEFT adapter, which goes before a whole model in the same repository.
+# A PEFT adapter takes precedence over a whole model in the same repository.
 ADAPTER_FILES = (re.compile(r"adapter_model\.safetensors"), re.compile(r"adapter_model\.bin"))
 # A GGUF model in parts, as llama-gguf-split and its kin name and number them.
 PART = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -88,7 +88,7 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
         path = Path(name).expanduser()
         if path.exists():
             return path
-    except (OSError, RuntimeError) as error:  # not allowed to look, a name too long, ~nobody
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, an unknown ~user
         reason = getattr(error, "strerror", None) or first_line(error)
         raise CheckpointError(f"{_shown(name)}: {reason}; name another path") from error
     if name == DEFAULT_NAME:
@@ -104,7 +104,7 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
             return _downloaded(hub_model)
     except CheckpointError:
         raise
-    # The library's errors come from three HTTP clients in turn, which share no base class.
+    # The library's errors come from any of three HTTP clients, which share no base class.
     except Exception as error:
         raise CheckpointError(f"{name}: {_reason(hub_model, error)}") from error
 
@@ -130,7 +130,7 @@ def source_of(name: str) -> str | None:
 def canonical_name(source: str | os.PathLike[str] | None) -> str:
     """A name for what `resolve_source` found that means the same in another folder.
 
-    The default model's is no path: those that are there are made whole.
+    The default model's name is not a path; paths that exist are made absolute.
     """
     if source is None:
         return DEFAULT_NAME
@@ -340,7 +340,7 @@ _NETWORK_ERRORS = (
 
 
 def _shown(name: str) -> str:
-    """`name` in a message: paths as they are, unless they would break or flood the line."""
+    """`name` for a message: unchanged unless it would break the line or is too long."""
     return name if name.isprintable() and len(name) <= 500 else f"{name[:100]!r}..."
 
 

@@ -58,9 +58,9 @@ def has_bias(tensors: Iterable[str], part: str) -> bool:
 
 
 def add_zero_biases(config: LlamaConfig, tensors: dict[str, LazyTensor]) -> None:
-    """Give projections without a bias, beside others that have one, a bias of zeros.
+    """Add biases of zeros to projections that have none if others have one.
 
-    Qwen's attention has biases on q, k and v alone. As in transformers and in llama.cpp.
+    Qwen's attention has biases on q, k and v only. As in transformers and llama.cpp.
     """
     present = [part for part in (".attention.", ".feed_forward.") if has_bias(tensors, part)]
     for name, shape in tensor_shapes(config).items():
@@ -72,7 +72,7 @@ def add_zero_biases(config: LlamaConfig, tensors: dict[str, LazyTensor]) -> None
 def differences(
     actual: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What is missing, unexpected and misshapen among the shapes of tensors, in words."""
+    """Messages about missing, unexpected and misshapen tensors."""
     return [
         *(f"{name} is missing" for name in expected if name not in actual),
         *(f"{name} is unexpected" for name in actual if name not in expected),
@@ -90,7 +90,7 @@ def listed(problems: list[str]) -> str:
 
 
 def check_writable(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Hold what is to be written against its config, before anything is.
+    """Check tensors against their config before anything is written.
 
     Raises:
         MinllamaError: one line that lists every difference.
@@ -101,7 +101,7 @@ def check_writable(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
 
 
 def translate(name: str, table: Mapping[str, str]) -> str | None:
-    """A tensor's name in other words; `None` where the table has none for it.
+    """A tensor's name in another scheme; None if the table lacks it.
 
     Args:
         name: `layers.3.attention.compute_query.weight`.
@@ -119,9 +119,9 @@ def translate(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def check_extent(config: LlamaConfig, tensors: Mapping[str, LazyTensor]) -> None:
-    """Hold the sizes that a config claims against the tensors that are there.
+    """Check the sizes that a config claims against the tensors that exist.
 
-    Differences of one tensor are the loader's to list; this is about sizes that nothing bears out.
+    The loader lists differences of single tensors; this checks sizes that no tensor supports.
 
     Raises:
         CheckpointError: more layers than there are tensors for, a width that no tensor has, or a

@@ -40,7 +40,7 @@ def is_torch_file(path: Path) -> bool:
 
 
 def _is_magic(start: bytes) -> bool:
-    """Whether four bytes are the first of such a file.
+    """Whether a file of torch.save may begin with these four bytes.
 
     No opcode is NUL: 80 02 00 00 is the width 640 in a file of llama2.c's.
     """
@@ -125,7 +125,7 @@ def first_pickle(path: Path) -> bytes:
                 file.seek(0)
                 return file.read(MAX_BYTES)
         return _zip_content(path)[1]
-    except (CheckpointError, ValueError, struct.error, OSError):  # reading it will say so
+    except (CheckpointError, ValueError, struct.error, OSError):  # reading it reports the problem
         return b""
 
 
@@ -216,7 +216,7 @@ def _load_legacy(path: Path) -> Any:
         widths[key] = dtype.itemsize
         return torch.empty(count, dtype=dtype, device="meta")
 
-    read_pickle(file, measured)  # which says how wide the numbers of each storage are
+    read_pickle(file, measured)  # records the item size of each storage
     keys = read_pickle(file, _no_storage)
     if not isinstance(keys, list):
         raise ValueError("it has no list of storages")

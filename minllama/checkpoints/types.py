@@ -32,7 +32,7 @@ class LazyTensor:
         stored_bytes: the bytes that it takes on disk.
         load: reads it, on the CPU, memory-mapped where the format allows: the tensor may be
             read-only, and the caller must not write to it.
-        blocks: its ggml type and its bytes (n_bytes,) as they lie in the file, for types that are
+        blocks: its ggml type and its bytes (n_bytes,) as stored in the file, for types that are
             blocks; None for numbers.
     """
 
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
-        """Its tokenizer, read on first access; None if there is none in or beside it.
+        """Its tokenizer, read on first access; None if there is none in it or in its folder.
 
         Raises:
             TokenizerError: it is damaged, or of a kind that is not known.
@@ -105,8 +105,8 @@ class Checkpoint:
     def without_head(self) -> "Checkpoint":
         """The Llama below a sequence classifier's head; a language model's stays as it is.
 
-        Where the file has no output matrix the embeddings stand for it: a Llama has one, and of
-        this one nobody asks for logits.
+        Without an output matrix in the file, the embeddings serve as one: a Llama needs one,
+        even though no logits are computed here.
         """
         if self.head is None:
             return self

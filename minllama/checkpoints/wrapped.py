@@ -20,7 +20,7 @@ T = TypeVar("T")
 STATE_DICTS = ("state_dict", "model_state_dict", "model", "module", "app")
 _MAX_DEPTH = 3
 _MAX_SHOWN = 5  # keys of a file in a message
-# Modules that wrap others and hold no weights of their own; they may stand anywhere in a name.
+# Modules that wrap others and hold no weights; they may occur anywhere in a name.
 WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
@@ -34,10 +34,10 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def inner_state_dict(values: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    """The names and tensors in what `torch.save` wrote to `path`, however deep they lie.
+    """The names and tensors in what `torch.save` wrote to `path`, at any depth.
 
     Raises:
-        CheckpointError: there are several state dicts in it, or one under a name that says nothing.
+        CheckpointError: there are several state dicts in it, or one under an unknown name.
     """
     for _ in range(_MAX_DEPTH):
         if not values or any(isinstance(value, Tensor | OtherTensor) for value in values.values()):

@@ -20,7 +20,7 @@ from minllama.errors import MinllamaError, OptionError
 VARIABLE = "MINLLAMA_CPU"
 LEVELS = ("portable", "AVX2", "AVX-512 VNNI")
 LEVEL_WORDS = ("portable", "avx2", "avx512")
-# What each word stands for, as torch names it; AMX has bfloat16 in vector registers beside it.
+# Torch's names for each word; a CPU with AMX also has bfloat16 in vector registers.
 FEATURE_WORDS = {
     "bf16": frozenset({"avx512_bf16"}),
     "amx": frozenset({"avx512_bf16", "amx_bf16"}),
@@ -83,7 +83,7 @@ def cpu_can(*names: str) -> bool:
     assumed = stated()
     if assumed is not None:
         return not assumed.features.isdisjoint(names)
-    # What torch knows of a CPU has moved between its versions.
+    # Torch's functions for CPU features differ between its versions.
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if capabilities:
         return any(capabilities.get(name, False) for name in names)

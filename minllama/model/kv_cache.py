@@ -57,7 +57,7 @@ class KVCache:
         self.engine_state: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "engine_state": None}  # a copy lies elsewhere
+        return {**self.__dict__, "engine_state": None}  # a copy has another address
 
     @property
     def batch_size(self) -> int:
@@ -65,7 +65,7 @@ class KVCache:
 
     @property
     def rows(self) -> int:
-        """Rows that there is memory for, of which the first `batch_size` are in use."""
+        """The number of allocated rows, of which the first `batch_size` are in use."""
         return len(self.keys[0])
 
     @property

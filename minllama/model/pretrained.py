@@ -24,7 +24,7 @@ class OpenCheckpoint(Protocol):
 
 
 class LlamaPreTrainedModel(nn.Module):
-    """What a model has whose weights come from files: a config, initial weights, load and save."""
+    """Base of models with weights in files: a config, initial weights, load and save."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

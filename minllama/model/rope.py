@@ -44,7 +44,7 @@ class RotaryEmbedding(nn.Module):
                 largest.
 
         Returns:
-            Complex64 (B, T, 1, C / 2) or (T, 1, C / 2): the 1 stands for the heads.
+            Complex64 (B, T, 1, C / 2) or (T, 1, C / 2): the 1 broadcasts over the heads.
         """
         if text_len is None:
             text_len = int(positions.max()) + 1
@@ -84,7 +84,7 @@ class RotaryEmbedding(nn.Module):
             )
             every = torch.arange(length, device=device)
             table = _unit_vectors(every, *frequencies(self.config))
-            if is_plain(table):  # what only describes one is not to be kept
+            if is_plain(table):  # a fake or traced table must not be stored
                 self._tables[device] = table
         return table
 

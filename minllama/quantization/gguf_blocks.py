@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# How many blocks are unpacked at a time: what lies between the steps then stays in the cache.
+# Blocks that are unpacked at a time: intermediate results then stay in the cache.
 CHUNK_BLOCKS = 65536
 
 

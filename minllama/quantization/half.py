@@ -83,7 +83,7 @@ def _upcast(weight: Tensor) -> Tensor:
 
 
 def replace_by_upcast(model: nn.Module, name: str) -> None:
-    """Replace a linear layer or embedding by such a module with the same tensors."""
+    """Replace a linear layer or embedding by one that upcasts the same tensors."""
     old = model.get_submodule(name)
     new: UpcastLinear | UpcastEmbedding
     if isinstance(old, nn.Embedding):

@@ -39,7 +39,7 @@ TILE_ROWS = 16  # rows that are stored together, as vector instructions read the
 ZERO_POINT = {4: 8, 8: 128}
 # Below, scales are float16's subnormal numbers, which have no bits left to be exact with.
 SMALLEST = 2.0**-10
-BITS = {Q4_0: 4, Q4_1: 4, Q4_K: 4, Q5_K: 8, Q8_0: 8}  # that blocks of a file are kept in
+BITS = {Q4_0: 4, Q4_1: 4, Q4_K: 4, Q5_K: 8, Q8_0: 8}  # in which a file's blocks are stored
 SLICE = 4096  # rows that are quantized at a time: intermediate results are five times as large
 
 

@@ -72,7 +72,7 @@ class AddedTokens:
             yield Span(done, len(text), None)
 
     def _matches(self, text: str) -> Iterator[tuple[int, AddedToken]]:
-        """Where tokens stand, whatever their flags say; none overlaps another."""
+        """Where tokens occur, regardless of their flags; none overlaps another."""
         at = 0
         while match := self._first.search(text, at):
             at = match.start()
@@ -87,7 +87,7 @@ class AddedTokens:
 
 
 def hidden(text: str, special_tokens: Iterable[str]) -> str:
-    """What stands for `text`, at the same length, where no special token may be found in it.
+    """A replacement of the same length for `text`, in which no special token can be found.
 
     White space stays, for tokens around it to take in; unless a token might be made up with it.
     """

@@ -37,7 +37,7 @@ _PRE_TOKENIZERS = {
 
 
 def find_excess(raw: Json) -> str | None:
-    """What in a tokenizer.json is beyond any Llama's, in words; None where nothing is."""
+    """A message about what in a tokenizer.json exceeds any Llama's; None if nothing does."""
     try:
         growth = 1
         for part in _parts(raw.get("normalizer"), "normalizers"):
@@ -49,7 +49,7 @@ def find_excess(raw: Json) -> str | None:
                 if len(part.get(key) or ()) > MAX_TEMPLATE_ITEMS:
                     raise _Excess(f"its post-processor adds {len(part[key])} tokens to a text")
         for _ in _parts(raw.get("decoder"), "decoders"):
-            pass  # their number is what is counted: tokens become text by a table of our own
+            pass  # their number is limited instead: a table of ours decodes tokens
         for token in raw.get("added_tokens") or ():
             if len(token["content"]) > MAX_TOKEN_CHARS:
                 raise _Excess(f"an added token has {len(token['content'])} characters")
@@ -63,7 +63,7 @@ def find_excess(raw: Json) -> str | None:
 def charsmap_growth(charsmap: bytes) -> int:
     """How many bytes a SentencePiece normalizer's table makes of one at most.
 
-    The table is the length of a trie, the trie, and texts with a NUL behind each.
+    The table is the length of a trie, the trie, and texts with a NUL after each.
     """
     if len(charsmap) < 4:
         return 1
@@ -82,7 +82,7 @@ def _bounded(growth: int) -> int:
 
 
 def _parts(component: Any, key: str) -> Iterator[Json]:
-    """A component, or those of the Sequences that it is made of."""
+    """A component, or the components of a Sequence, nested ones included."""
     count = 0
 
     def nested_components(part: Any, depth: int) -> Iterator[Json]:
@@ -110,7 +110,7 @@ def _growth(part: Json) -> int:
                 _check_not_empty(literal)
                 return max(1, -(-len(content) // len(literal.encode())))
             _check_pattern(pattern["Regex"])
-            return 1 + len(content)  # beside each byte, where it matches nothing
+            return 1 + len(content)  # next to each byte, if it matches the empty string
         case "Prepend":
             _check_not_empty(part["prepend"])
             return 1 + len(part["prepend"].encode())

@@ -51,7 +51,7 @@ def spell(token: bytes) -> str:
 
 
 def unspell(token: str) -> bytes:
-    """The bytes that a spelling stands for; with a character outside the alphabet, its own text."""
+    """The bytes that a spelling encodes; with a character outside the alphabet, its own text."""
     try:
         return token.translate(_TO_LATIN1).encode("latin-1")
     except UnicodeEncodeError:

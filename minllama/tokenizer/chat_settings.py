@@ -1,4 +1,4 @@
-"""Read chat templates and special tokens from the files beside a tokenizer.
+"""Read chat templates and special tokens from the files in a tokenizer's folder.
 
 Follows transformers' PreTrainedTokenizerBase.
 """
@@ -26,7 +26,7 @@ def chat_templates(
 ) -> dict[str, str]:
     """Name -> source of a folder's chat templates; a lone one is the `default`.
 
-    Files of their own, where there is any, stand for all that the settings say.
+    Separate template files replace all templates in the settings.
 
     Args:
         folder: where the tokenizer is.
@@ -57,11 +57,11 @@ def chat_templates(
 
 
 def named_tokens(config: Mapping[str, Any], *, has_unknown: bool) -> NamedTokens:
-    """Name -> text of the tokens that templates may write; empty where the settings say none.
+    """Name -> text of the tokens that templates may write; empty if the settings name none.
 
     Args:
         config: the content of tokenizer_config.json and special_tokens_map.json.
-        has_unknown: `<unk>` is a token of a vocabulary of pieces, which need not be said.
+        has_unknown: `<unk>` is a token of a vocabulary of pieces, which need not be stated.
     """
     extra = config.get("extra_special_tokens")
     named = {**config, **extra} if isinstance(extra, dict) else config

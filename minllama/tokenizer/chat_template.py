@@ -28,13 +28,13 @@ _OUT_OF_MEMORY_STATUS = 77  # with which the worker exits
 _FAULT_CHARS = 300  # of a template's own words in an error message
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-# The worker renders downloaded text: it gets no tokens or keys that lie in the environment.
+# The worker renders downloaded text: it gets no access tokens or keys from the environment.
 _WORKER_ENVIRONMENT = ("PATH", "PYTHONHOME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 
 # Supplementary private-use area A: no character there has a meaning, nor counts as white space.
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
-# Names under which a message's reasoning comes, as in transformers: the first that is there counts.
+# Names of a message's reasoning, as in transformers: the first that is present counts.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 COMPARES_WITH_NONE = re.compile(r"\bis\s+(not\s+)?none\b", re.IGNORECASE)
@@ -47,7 +47,7 @@ class ChatTemplate:
 
     Renders as `apply_chat_template` of transformers does: the same Jinja settings, filters and
     functions, and `tools` and `documents` are there, as None, when not given. What is None in a
-    message counts as not there; a template that needs a content all the same, to join it to other
+    message counts as absent; a template that needs a content anyway, to join it to other
     text, gets an empty one. Safe to use from several threads, which take turns.
 
     Args:
@@ -87,7 +87,7 @@ class ChatTemplate:
 
         Raises:
             MinllamaError: a message is malformed; the template has an error, refuses the messages,
-                takes longer than RENDER_SECONDS, or wants too much memory.
+                takes longer than RENDER_SECONDS, or needs too much memory.
         """
         checked = _checked_messages(messages)
         return self._render(checked, add_generation_prompt, _plain(variables, "the variables"))
@@ -100,7 +100,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> tuple[str, dict[str, str]]:
-        """Render with every special token that stands in users' text masked by a placeholder.
+        """Render with every special token in users' text masked by a placeholder.
 
         A placeholder is one private-use character that occurs nowhere else; it stands for exactly
         the special token's text, so that a template's `trim` and its like act as usual. Pieces of
@@ -212,7 +212,7 @@ class _Worker:
             reply = self._process.stdout.readline(8 * RENDER_MAX_CHARS)
         except BrokenPipeError:
             reply = b""
-        except BaseException:  # Ctrl-C: what the worker says next would answer another request
+        except BaseException:  # Ctrl-C: the worker's next reply would answer another request
             self._process.kill()
             self._process.wait()
             raise
@@ -336,7 +336,7 @@ class _Mask:
         return value
 
     def apply_across(self, contents: list[tuple[dict[str, Any], str]]) -> None:
-        """Mask, in place, the pieces of special tokens that lie in neighboring `contents`.
+        """Mask, in place, the pieces of special tokens that span neighboring `contents`.
 
         Templates trim contents and may put them side by side: `<|im_` and `end|>`.
         """
@@ -345,7 +345,7 @@ class _Mask:
         for text in texts:
             starts.append(starts[-1] + len(text))
         pieces = list(texts)
-        # From the back, so that what is masked does not move what is still to come.
+        # From the back, so that masking does not shift positions still to be masked.
         for match in reversed(list(self._pattern.finditer("".join(texts)))):
             for i in range(len(texts)):
                 begin = max(match.start() - starts[i], 0)

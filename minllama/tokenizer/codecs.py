@@ -37,11 +37,11 @@ class Codec(abc.ABC):
     """Text <-> ids for one vocabulary.
 
     Attributes:
-        tokens: id -> the bytes that it stands for; of special tokens, those of their text.
+        tokens: id -> its bytes; for special tokens, those of their text.
         special: text -> id of tokens that are only parsed on request.
         space_ids: ids whose first byte, a space, belongs to the tokenizer and not to the text
             where they come first; empty for vocabularies that put no space there.
-        spaces_stretches: that space stands behind special tokens as well, not only where a whole
+        spaces_stretches: that space also follows special tokens, not only where a whole
             text begins.
     """
 
@@ -90,7 +90,7 @@ def open_codec(vocabulary: Vocabulary) -> Codec:
 class _SentencePieceCodec(Codec):
     """Each stretch of a text between added tokens is a text of its own, with its space in front.
 
-    So have it llama.cpp, Meta's code and the `legacy` way of transformers, of which the other way
+    As in llama.cpp, Meta's code and transformers' `legacy` mode, whose other mode
     (`legacy: false`) puts a space before the whole text only, unless that begins with one.
     """
 
@@ -223,7 +223,7 @@ class _TokenizersCodec(Codec):
 
     @cached_property
     def _finder(self) -> Any:
-        """The tokenizer that knows its added tokens alone; their ids are places in `_added`."""
+        """A tokenizer of the added tokens only; their ids are positions in `_added`."""
         added = [token | {"id": i} for i, token in enumerate(self._added)]
         raw = self._raw | {"added_tokens": added, "pre_tokenizer": None}
         raw["model"] = {"type": "BPE", "vocab": {}, "merges": []}
@@ -231,9 +231,9 @@ class _TokenizersCodec(Codec):
 
     @cached_property
     def _continuation_tokenizer(self) -> Any:
-        """The tokenizer for text behind a special token, for which `_front` stands.
+        """The tokenizer for text after a special token, which `_front` represents.
 
-        An added token that nobody can write, so that the library itself treats what follows.
+        `_front` is an added token that no text contains, so that the library treats what follows.
         """
         from tokenizers import AddedToken as TheirToken
 
@@ -313,7 +313,7 @@ def _byte_of(piece: str) -> bytes:
 
 @contextlib.contextmanager
 def _library_errors(vocabulary: Vocabulary) -> Iterator[None]:
-    """What a library says of a damaged vocabulary, in one line of ours."""
+    """Report a library's error about a damaged vocabulary as one line."""
     try:
         yield
     except BaseException as error:

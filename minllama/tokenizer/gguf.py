@@ -27,7 +27,7 @@ from minllama.tokenizer.vocabulary import MAX_VOCAB_SIZE, TokenType, Vocabulary
 
 __all__ = ["from_gguf", "to_gguf"]
 
-NONE = ("none", "no_vocab")  # a GGUF file without a vocabulary says so
+NONE = ("none", "no_vocab")  # how a GGUF file marks that it has no vocabulary
 
 
 def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocabulary | None:
@@ -53,7 +53,7 @@ def from_gguf(fields: Mapping[str, Any], where: str | os.PathLike[str]) -> Vocab
     tokens = reader.strings("tokens")
     types = reader.types(len(tokens))
     pre = reader.string("pre", "default") if model == BYTE_LEVEL else ""
-    # Where a file says nothing, llama.cpp puts BOS in front for pieces and some byte-level kinds.
+    # By default, llama.cpp prepends BOS for pieces and some byte-level kinds.
     kind = byte_level.PRE_TOKENIZERS.get(byte_level.ALIASES.get(str(pre), str(pre)))
     begins = model == PIECES or (kind is not None and kind.add_bos)
     vocabulary = Vocabulary(
@@ -190,7 +190,7 @@ class _Fields:
 
     def types(self, n_tokens: int) -> list[int]:
         values = self._token_values("token_type", n_tokens, TokenType.NORMAL)
-        # Type 0, undefined, is what a file holds that does not care.
+        # Some files have type 0, undefined, for all tokens.
         return [int(value) or TokenType.NORMAL for value in values]
 
     def scores(self, n_tokens: int) -> list[float]:

@@ -26,7 +26,7 @@ TOKEN_FIELDS = {
     "mask_token": "mask",
 }
 PIECES, BYTE_LEVEL = "llama", "gpt2"  # values of MODEL
-# Tokens with these texts end a generation in llama.cpp, whatever a file's fields say.
+# Tokens with these texts end a generation in llama.cpp, regardless of the file's fields.
 ENDS = (
     *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"),
     *("<|endoftext|>", "<EOT>"),
@@ -42,7 +42,7 @@ LATER_ENDS = (
 def to_gguf(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
     """The fields of a GGUF file for `vocabulary`, as plain Python values.
 
-    Of its stop_ids, GGUF has room for two (end of turn, end of message); others are lost.
+    GGUF has fields for two of its stop_ids (end of turn, end of message); others are lost.
 
     Args:
         vocabulary: in any form.
@@ -74,7 +74,7 @@ def to_gguf(vocabulary: Vocabulary, vocab_size: int) -> dict[str, Any]:
 
 
 def _settings(vocabulary: Vocabulary, tokens: Sequence[str]) -> dict[str, Any]:
-    """The fields beside the tokens themselves."""
+    """The fields other than the tokens themselves."""
     stops = [i for i in vocabulary.stop_ids if i != vocabulary.eos_id]
     # Llama 3 has both; where one has another name, it ends a turn.
     eom_id = next((i for i in stops if "eom" in tokens[i]), None)
@@ -111,7 +111,7 @@ def _settings(vocabulary: Vocabulary, tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_added_tokens(raw: Json, where: str) -> None:
-    """A TokenizerError for an added token that is found in a way that GGUF cannot say."""
+    """A TokenizerError for an added token whose flags GGUF cannot represent."""
     normalizer = raw.get("normalizer")
     for token in raw["added_tokens"]:
         flag_names = [name for name in TokenFlags._fields if token.get(name)]
@@ -268,7 +268,7 @@ def _not_pieces(where: str, text: str) -> TokenizerError:
 
 
 def _adds_space(raw: Json, where: str) -> bool:
-    """Whether a space goes in front of a text, to which nothing else is done than to spell spaces.
+    """Whether a space is prepended to a text, whose normalizer only spells spaces.
 
     Raises:
         TokenizerError: the text is changed, or cut into words, in another way.

@@ -47,13 +47,13 @@ _MODEL_CONFIG = "config.json"
 _FURTHER_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 _MAX_SETTINGS_BYTES = 2**26
-_MAX_SHOWN = 80  # characters of what a file says, in an error message
+_MAX_SHOWN = 80  # characters of a file's content in an error message
 
 
 def with_settings(vocabulary: Vocabulary, folder: Path) -> Vocabulary:
-    """`vocabulary`, read from `folder`, with what the other files there say about it.
+    """`vocabulary`, read from `folder`, with the settings of the other files there.
 
-    What they do not say stays as it is.
+    Settings that they lack stay unchanged.
 
     Raises:
         TokenizerError: one of the files is damaged, or names a token that does not exist.
@@ -133,11 +133,11 @@ def to_files(vocabulary: Vocabulary) -> dict[str, bytes]:
 
 
 def stated_vocab_size(folder: Path) -> int | None:
-    """How many tokens the model in `folder` has, by its config.json; None where none says so."""
+    """How many tokens the model in `folder` has, by its config.json; None if that is not stated."""
     try:
         size = _read_json(folder / _MODEL_CONFIG).get("vocab_size")
     except TokenizerError:
-        return None  # its damage is told to whoever opens it
+        return None  # opening it reports the damage
     return size if type(size) is int else None
 
 
@@ -153,7 +153,7 @@ def _config(vocabulary: Vocabulary, raw: Json | None) -> Json:
         texts = {token_id: text for text, token_id in tokenizers_form.token_ids(raw).items()}
         special = tokenizers_form.special_ids(raw)
     config: Json = {
-        # The class that takes the tokenizer.json as it is, in every version.
+        # The class that uses tokenizer.json unchanged, in every version.
         "tokenizer_class": "LlamaTokenizer" if raw is None else "PreTrainedTokenizerFast",
         "add_bos_token": vocabulary.add_bos,
         "add_eos_token": vocabulary.add_eos,
@@ -236,7 +236,7 @@ def _with_added_tokens(
 
 
 def _listed_tokens(folder: Path, config: Json) -> list[ListedToken]:
-    """The tokens that files beside the vocabulary list, each text once."""
+    """The tokens that other files in the folder list, each text once."""
     listed: dict[str, ListedToken] = {}
     path = folder / _ADDED_TOKENS
     for key, token_id in _set_values(path).items():
@@ -287,7 +287,7 @@ def _named_tokens(
 ) -> chat_settings.NamedTokens:
     """The tokens that chat templates may write, by name; a null says that there is none."""
     config = _read_json(folder / _SPECIAL_TOKENS) | _read_json(folder / TOKENIZER_CONFIG)
-    # transformers' class for Llamas has an unknown token unless told otherwise.
+    # transformers' class for Llamas has an unknown token by default.
     is_llama_class = str(config.get("tokenizer_class")).startswith("LlamaTokenizer")
     has_unknown = vocabulary.storage_format == "sentencepiece" or is_llama_class
     return {
@@ -318,7 +318,7 @@ def _read_json(path: Path) -> Json:
 
 
 def _set_values(path: Path) -> Json:
-    """As `_read_json`, without what is null there: that says nothing."""
+    """As `_read_json`, without null values, which mean unset."""
     return {key: value for key, value in _read_json(path).items() if value is not None}
 
 

@@ -12,7 +12,7 @@ from minllama.tokenizer import huggingface, llama2c, sentencepiece_form, tiktoke
 from minllama.tokenizer.huggingface import TOKENIZER_JSON, TOKENIZER_MODEL
 from minllama.tokenizer.vocabulary import Vocabulary
 
-# The first that is there counts: a tokenizer.json knows of tokens that were added later.
+# The first that exists counts: a tokenizer.json contains tokens that were added later.
 NAMES = (TOKENIZER_JSON, TOKENIZER_MODEL, "tokenizer.bin")
 _MAX_BYTES = 2**26  # twice the largest vocabulary there is
 
@@ -41,7 +41,7 @@ def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
 
 
 def find_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary | None:
-    """The vocabulary in a folder, `None` where it holds none.
+    """The vocabulary in a folder; None without one.
 
     Raises:
         TokenizerError: it is damaged.

@@ -16,7 +16,7 @@ _PARTS = re.compile(
 
 def has_nested_loops(pattern: str) -> bool:
     """Whether a regular expression repeats what it repeats already, a variable number of times."""
-    groups = [False]  # whether each open one holds a loop
+    groups = [False]  # whether each open one contains a loop
     last_has_loop = False  # of the atom before
     at = 0
     while at < len(pattern):
@@ -51,7 +51,7 @@ def _varies(part: re.Match[str]) -> bool:
 
 
 def _end_of_set(pattern: str, at: int) -> int:
-    """The end of a class of characters, `[...]`, which may hold others; `at` is behind its `[`."""
+    """The end of a character class, `[...]`, which may be nested; `at` is after its `[`."""
     depth, first = 1, at + (pattern[at : at + 1] == "^")
     while at < len(pattern) and depth:
         char = pattern[at]

@@ -16,8 +16,8 @@ class PreTokenizer(NamedTuple):
 
     Attributes:
         component: the same as the `pre_tokenizer` of a tokenizer.json.
-        ignore_merges: a word that is a token is that token, whatever the merges say.
-        add_bos: BOS stands in front of a text where a file does not say.
+        ignore_merges: a word that is a token is that token, regardless of the merges.
+        add_bos: whether BOS begins a text if a file does not state it.
     """
 
     component: Json
@@ -73,7 +73,7 @@ _BLOOM_PATTERN = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 
 def split(pattern: str) -> Json:
-    """A component that cuts a text before and behind each match."""
+    """A component that splits a text before and after each match."""
     return {
         "type": "Split",
         "pattern": {"Regex": pattern},

@@ -85,7 +85,7 @@ def parse_model(data: bytes, where: str) -> Any:
             f"{where}: its normalizer makes a text more than {MAX_GROWTH} times as long; use the "
             "tokenizer of another source"
         )
-    # protobuf hands out bytes where a text is not UTF-8.
+    # protobuf returns bytes for text that is not UTF-8.
     for i, piece in enumerate(model.pieces):
         if not piece.piece or not isinstance(piece.piece, str):
             raise TokenizerError(
@@ -127,7 +127,7 @@ def from_model(data: bytes, where: str) -> Vocabulary:
 def with_added_pieces(
     data: bytes, added: Iterable[ListedToken], special: Collection[str], where: str
 ) -> tuple[bytes, dict[str, int]]:
-    """The model in `data` with further tokens, as Hugging Face folders list them beside it.
+    """The model in `data` with further tokens, which Hugging Face folders list separately.
 
     Args:
         data: a serialized ModelProto.
@@ -260,7 +260,7 @@ def _empty_model() -> Any:
 
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]] | None:
-    """The pairs that BPE by score would join, best first; `None` where pairs cannot say it."""
+    """The pairs that BPE by score would join, best first; None if pairs cannot express it."""
     scores = {
         piece.text: piece.score
         for piece in pieces
@@ -276,7 +276,7 @@ def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]] | None:
         if any(char not in scores for char in text):
             return None
         # Among equal scores SentencePiece joins from the left. For runs of spaces, which all have
-        # one, that comes to growing the longest run first.
+        # one, that amounts to growing the longest run first.
         pairs = splits(text, scores)
         if pairs and text.strip(SPACE) and score in joined:
             return None

@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
 class Refusal(TemplateError):
-    """What a template's own `raise_exception` said."""
+    """The message of a template's own `raise_exception`."""
 
 
 class GenerationBlock(Extension):
@@ -86,7 +86,7 @@ def _tojson(
 
 
 def _fault(error: Exception) -> dict[str, Any]:
-    """What went wrong and at which line of the template, in a form that JSON holds."""
+    """An error and its line in the template, as values for JSON."""
     if isinstance(error, TemplateSyntaxError):
         return {"fault": error.message, "line": error.lineno}
     line, step = None, error.__traceback__
@@ -114,7 +114,7 @@ def _limit(memory_bytes: int) -> None:
     """Give up memory beyond `memory_bytes`, core dumps, and all further files and sockets."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
-    # macOS knows this limit and refuses it: there the deadline alone holds.
+    # macOS has this limit but refuses to set it: only the deadline applies there.
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
 

@@ -36,7 +36,7 @@ def is_ranks(data: bytes) -> bool:
 
 
 def special_tokens(n_ranks: int) -> dict[str, int]:
-    """Text -> id of Llama 3's special tokens, behind `n_ranks` ordinary ones."""
+    """Text -> id of Llama 3's special tokens, after `n_ranks` ordinary ones."""
     reserved = range(2, 2 + N_SPECIAL_TOKENS - len(_NAMED))
     texts = [*_NAMED, *(f"<|reserved_special_token_{i}|>" for i in reserved)]
     return {text: n_ranks + i for i, text in enumerate(texts)}

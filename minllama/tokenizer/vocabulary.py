@@ -41,7 +41,7 @@ class TokenFlags(NamedTuple):
 
 
 class ListedToken(NamedTuple):
-    """A token that a file lists beside a vocabulary.
+    """A token that a file lists in addition to a vocabulary.
 
     Attributes:
         token_id: its id.
@@ -76,7 +76,7 @@ class Vocabulary:
         chat_template: Jinja source that renders messages; `None` without one.
         chat_templates: name -> source of further templates to choose from.
         named_tokens: name -> text of the tokens that templates may write (`unk_token`), or a list
-            of texts; an empty text if the checkpoint says that there is none.
+            of texts; an empty text if the checkpoint states that there is none.
         flags: id -> flags of the added tokens that have any, for SentencePiece models, which cannot
             store them; a tokenizer.json has its own.
         legacy: a SentencePiece model puts its space in front of each stretch of text between added
