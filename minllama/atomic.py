@@ -34,7 +34,7 @@ else:
 AT_FDCWD = -100
 RENAME_EXCHANGE = 2  # Linux's renameat2(2): swap two names in one step
 LEFTOVER_SECONDS = 60  # a younger one may be of a process that has not locked it yet
-# What is held by this process, and the thread that does: it may ask again.
+# Paths that this process has locked, and the thread of each, which may lock again.
 _held: dict[Path, int] = {}
 _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
@@ -318,7 +318,7 @@ def _one_line_errors(target: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV):
-            # A mount point, too, cannot be swapped for what lies beside it.
+            # A mount point cannot be exchanged with a folder next to it either.
             reason += (
                 " (a new name is needed inside it instead)"
                 if os.path.isdir(target)
@@ -341,7 +341,7 @@ def only_run(place: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         target = Path(os.path.realpath(place))
-    except ValueError:  # no path, as who writes there will say
+    except ValueError:  # not a path; writing to it reports the problem
         yield
         return
     thread = threading.get_ident()
@@ -363,7 +363,7 @@ def only_run(place: str | os.PathLike[str]) -> Iterator[None]:
         if descriptor is not None:
             assert beside is not None
             _release(beside, descriptor)
-        for path in made:  # folders that were made for the lock, and hold nothing else
+        for path in made:  # folders that were created for the lock and contain nothing else
             with contextlib.suppress(OSError):
                 path.rmdir()
 
@@ -372,7 +372,7 @@ def try_lock(descriptor: int) -> bool | None:
     """Lock an open file or folder; False if another process has, None without lock support."""
     try:
         if sys.platform == "win32":
-            os.lseek(descriptor, 2**30, os.SEEK_SET)  # a byte behind the content, which stays free
+            os.lseek(descriptor, 2**30, os.SEEK_SET)  # a byte after the content
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -389,7 +389,7 @@ def _acquired(file: Path, place: str | os.PathLike[str]) -> int | None:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
             descriptor = os.open(file, flags, 0o666)
         except OSError:
-            return None  # who writes there will say why
+            return None  # writing there reports the reason
         locked = try_lock(descriptor)
         if locked is False:
             owner = os.pread(descriptor, 20, 0) if hasattr(os, "pread") else b""

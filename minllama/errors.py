@@ -16,12 +16,12 @@ from typing import Any
 
 from minllama.text import one_line
 
-# The library that a module comes with, where it is not called like it.
+# The library of a module, if their names differ.
 LIBRARY_OF = {
     "scipy": "scikit-learn",
     "sklearn": "scikit-learn",
     "threadpoolctl": "scikit-learn",
-    "torch": "tensorboard",  # of which torch.utils.tensorboard is a part
+    "torch": "tensorboard",  # which torch.utils.tensorboard needs
 }
 
 

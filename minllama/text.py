@@ -67,7 +67,7 @@ def first_few(items: Iterable[str], most: int = MAX_SHOWN, between: str = ", ") 
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says first; its type where it says nothing."""
+    """The first line of a library's exception; its type if the message is empty."""
     return str(error).split("\n")[0].rstrip(".") or type(error).__name__
 
 
@@ -90,9 +90,9 @@ def parse_json(data: bytes, *, max_entries: int = MAX_JSON_ENTRIES) -> Any:
     if sum(map(data.count, (b",", b"[", b"{"))) > max_entries:
         raise ValueError(f"more than {max_entries:,} entries")
     try:
-        text = data.decode("utf-8-sig")  # json.loads would let halves of characters pass
+        text = data.decode("utf-8-sig")  # json.loads would accept lone surrogates
         content = json.loads(text)
-        if _SURROGATE.search(text):  # escapes that may be halves of a character
+        if _SURROGATE.search(text):  # escapes that may be lone surrogates
             json.dumps(content, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("nested too deeply") from error

@@ -87,9 +87,7 @@ def read_meta(path: Path) -> Checkpoint:
     params_path = path / "params.json"
     params = read_object(params_path)
     with naming(params_path):
-        _supported_params(
-            params
-        )  # the kind of model is checked before its tensors
+        _supported_params(params)  # the kind of model is checked before its tensors
     shards = [without_wrappers(load_state_dict(file), EMBEDDING) for file in _shard_files(path)]
     with naming(path):
         tensors, ignored = _joined(shards, params)

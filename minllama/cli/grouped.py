@@ -20,7 +20,7 @@ COLUMN = 30  # of help texts, in every group
 
 
 class GroupedOption(click.Option):
-    """An option that knows under which title the help page lists it."""
+    """An option with the title under which the help page lists it."""
 
     def __init__(self, *names: Any, group: str = OTHER, common: bool = False, **settings: Any):
         super().__init__(*names, **settings)

@@ -310,7 +310,7 @@ def dataclass_options(
     return decorate
 
 
-# Of the options that hold several values, by the kind of one.
+# Types of the values of options that take several.
 _METAVARS = {str: "TEXT", int | str: "ID|TEXT", tuple[int | str, float]: "ID|TEXT=VALUE"}
 
 

@@ -78,7 +78,7 @@ class OutputFile:
 
     @property
     def written(self) -> Path:
-        """The file that predictions are appended to; for Parquet, a JSON Lines file beside it."""
+        """The file that predictions are appended to; for Parquet, a JSON Lines file next to it."""
         path = Path(self.name)
         if self.output_format == "parquet":
             return path.with_name(f"{path.name}.partial.jsonl")

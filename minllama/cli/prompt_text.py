@@ -12,7 +12,7 @@ import click
 
 from minllama.errors import MinllamaError, OptionError
 
-MAX_INPUT_BYTES = 2**26  # more text than the longest context can hold
+MAX_INPUT_BYTES = 2**26  # more text than fits into the longest context
 # A process that inherited an open pipe must not wait forever.
 PIPE_SECONDS = 5.0
 MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"  # U+FEFF, the byte order mark

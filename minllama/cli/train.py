@@ -188,17 +188,17 @@ def _terminated_as_interrupted() -> Iterator[None]:
     if not is_usual:
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
-        came.append(number)
+        received.append(number)
         signal.raise_signal(signal.SIGINT)
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     except KeyboardInterrupt:
-        if came:
+        if received:
             raise _Terminated(128 + signal.SIGTERM) from None
         raise
     finally:

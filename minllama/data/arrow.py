@@ -32,7 +32,7 @@ class HubDataset:
     split: str | None
 
     def with_split(self, split: str) -> str:
-        """How to ask for that split."""
+        """The id of that split."""
         config = "" if self.config is None else f"/{self.config}"
         revision = "" if self.revision is None else f"@{self.revision}"
         return f"{self.repo}{config}{revision}:{split}"
@@ -116,7 +116,7 @@ def hub_table(hub_dataset: HubDataset, name: str) -> Table:
         loaded = _load_split(hub_dataset, name)
     except DataError:
         raise
-    # What goes wrong here comes from four libraries, which share no base class.
+    # Errors here come from four libraries, which share no base class.
     except Exception as error:
         raise DataError(f"{name}: {_reason(hub_dataset, error)}") from error
     finally:

@@ -119,7 +119,7 @@ def class_names(texts: Iterable[str]) -> tuple[list[str], dict[str, int]]:
         integers = {text: value for text in found if (value := integer_of(text)) is not None}
         if len(integers) == len(found):
             name_of = {text: str(value) for text, value in integers.items()}
-        else:  # of spellings that stand side by side, the shortest
+        else:  # the shortest of several spellings
             shortest: dict[int, str] = {}
             for text in sorted(integers, key=lambda text: (-len(text), text)):
                 shortest[integers[text]] = text

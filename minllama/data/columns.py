@@ -64,7 +64,7 @@ def find_columns(
     no_text, no_label = no_text or {}, no_label or {}
     if any(is_known(column) or column in (text_column, label_column) for column in columns):
         header = ""
-    # To name in the place of one of another type: not what is meant for the other purpose.
+    # Suggested instead of a column of the wrong type: never the column of the other purpose.
     of_text = [c for c in columns if c != label_column and not is_label(c)]
     of_label = [c for c in columns if c != text_column and not is_text(c)]
     text = _checked_column(columns, name, text_column, "text", no_text, header, of_text)
@@ -193,7 +193,7 @@ def _unclear(
     if unfit and not may_be:
         there += f" ({', '.join(unfit[:5])})"
     hint = f"; {header}" if header else ""
-    several = what == "label" and len(may_be) > 2  # of which one is the text's
+    several = what == "label" and len(may_be) > 2  # one of them is the text column
     vectors = ", or the columns of 0 and 1 with --label-columns" * several
     return DataError(
         f"{name}: which column holds the {what}? {there}; "

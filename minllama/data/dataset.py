@@ -33,7 +33,7 @@ __all__ = [
     "stream_rows",
 ]
 
-COLUMNS_FROM = 100  # rows that tell which columns a file has, where each row has its own
+COLUMNS_FROM = 100  # rows whose columns are a file's, if each row has its own
 AT_MOST_FROM = 10_000  # where the first ones have none
 OF_CLASSES = ("multi_label", "label_columns", "label_lists", "label_separator", "label_names")
 
@@ -207,7 +207,7 @@ def _text_and_labels(
 ) -> tuple[str, list[str]]:
     """The column of the text, and those of the labels: none, one, or one for each label."""
     name = table.name
-    if columns is None:  # no row is good: each will say why, whatever its columns
+    if columns is None:  # no row is good: each reports why, whatever its columns
         one = [] if options.label_column is None else [options.label_column]
         return options.text_column or "text", one
     if not columns and not table.no_label:
@@ -250,7 +250,7 @@ def _several_columns(
     known: Sequence[str] | None,
 ) -> list[str]:
     if not needs_labels and not set(names_of_columns(requested)) & set(columns):
-        return []  # as in test files whose answers are kept back
+        return []  # as in test files with hidden labels
     several = label_columns(requested, columns, name)
     if known is not None and set(known) != set(several):
         raise DataError(

@@ -15,7 +15,7 @@ from minllama.text import printable
 SEPARATORS = (",", ";", "\t", "|")
 MAX_QUOTED_LINES = 1000  # of one TSV cell; where a quote is text, the next one may be far away
 
-LOOKED_AT = 2**16  # characters of the line of names, to tell what separates them
+LOOKED_AT = 2**16  # characters of the header line, to detect its separator
 
 Rows = Iterator[tuple[int, list[str] | str]]
 
@@ -97,7 +97,7 @@ def _csv_rows(lines: Lines, separator: str) -> Rows:
 
     def recorded() -> Iterator[str]:
         for line in lines:
-            # A mark stands here where files were put one behind the other.
+            # Concatenated files have a byte order mark here.
             taken.append(line if taken else line.removeprefix("\ufeff"))
             yield taken[-1]
 
@@ -349,7 +349,7 @@ def _is_header(cells: list[str], header: list[str], columns: list[str]) -> bool:
     """Whether a row repeats the header, or consists of usual column names."""
     if len(cells) == 1:  # a text may be one word
         return cells == columns and cells[0].lower() in TEXT_NAMES
-    # Most rows are told by their first cell.
+    # Most rows differ in their first cell.
     first = cells[0].strip().lower()
     if first not in header and not is_known_name(first):
         return False

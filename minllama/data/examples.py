@@ -146,7 +146,7 @@ class Examples:
         self._needs_labels = needs_labels
         self._many = options.has_several_labels
         self.bad_rows = BadRows()
-        self._unread = BadRows()  # labels that nobody needs, and that are none
+        self._unread = BadRows()  # labels that are not needed, and not labels
         self._unread_rows: set[int] = set()  # their places among the texts
         self._texts: list[str] = []
         self._cells: list[list[Any] | None] = []  # names, or a number
@@ -201,7 +201,7 @@ class Examples:
     def _may_be_vectors(self, value: Any) -> bool:
         """Track whether this row and all earlier ones may be multi-hot vectors."""
         if value is None or (isinstance(value, str) and not value.strip()):
-            return bool(self._held)  # says nothing
+            return bool(self._held)  # an empty cell decides nothing
         vector = vector_of(value)
         known = self._class_reader.known
         first = next((v for _, _, v in self._held if isinstance(v, list)), value)
@@ -319,7 +319,7 @@ class Examples:
             message = f"{name}: bad rows skipped: {bad_rows.count} of {total} ({why})"
             notices.append(Notice("skipped", message, bad_rows.count))
         if self._n_empty == len(self._texts) and not self._needs_labels:
-            # A file whose answers are kept back.
+            # A file with hidden labels.
             self._cells, self._n_empty = [None] * len(self._texts), 0
         given = [cells for cells in self._cells if cells is not None]
         if self._unread.count and given and skips:
@@ -468,7 +468,7 @@ def _numbers_as_names(name: str, positions: Mapping[int, str]) -> Notice:
 
 
 def look_alike_notices(dataset: Dataset) -> list[Notice]:
-    """A notice of look-alike class names, with their numbers of rows."""
+    """Notices of look-alike class names, with their row counts."""
     counts = dict(zip(dataset.label_names, dataset.class_counts(), strict=True))
     notices = []
     if blank := [name for name in dataset.label_names if not folded(name)]:

@@ -29,7 +29,7 @@ from minllama.data.unpacking import HEAD_BYTES, Beginning
 from minllama.errors import DataError, OptionError
 from minllama.options import DataOptions
 
-# What one line cannot tell: a column of texts, or texts of which the first is this.
+# Ambiguous as the only cell of a first line: the name of a column, or the first text.
 _LONE_NAMES = ("text", "sentence")
 
 
@@ -108,14 +108,14 @@ def _first_lines(text: str) -> list[str]:
     """The first non-blank lines; the last may be incomplete."""
     lines = text.split("\n")
     whole = [line for line in lines[:-1] if line.strip()]
-    # One line tells little: the next may be the last, without an end.
+    # One line is little evidence: the next may be the last, without a line end.
     return whole[:LOOKED_AT] if len(whole) > 1 else [*whole, *filter(str.strip, lines[-1:])]
 
 
 def _kind_of(
     text: str, kind: str | None, options: DataOptions, name: str, *, labelled: bool
 ) -> str:
-    """Choose between the line formats if only `lines` is known."""
+    """Choose between the line formats by `lines` alone."""
     has_columns = options.no_header or bool(options.columns or options.separator)
     if kind in ("labelled", "text", "json", "jsonl") and has_columns:
         raise OptionError(
@@ -149,7 +149,7 @@ def _check_kind(kind: str, lines: list[str], options: DataOptions, name: str) ->
         DataError: the message names the format.
     """
     objects, tables = ("json", "jsonl"), ("csv", "tsv")
-    # Of tables the line of names tells enough.
+    # For tables, the header line is enough.
     is_object = bool(lines) and lines[0].lstrip().startswith(("{", "["))
     recognized = _recognized(lines, options, name) if is_object or kind in objects else None
     if recognized is None and lines and SEPARATOR in lines[0] and not is_object:
@@ -175,7 +175,7 @@ def _other_format_message(recognized: str, first: str, name: str, *, labelled: b
 
 
 def _check_no_labels(lines: list[str], kind: str | None, name: str) -> None:
-    """Refuse content that may not be plain texts, if nothing says that it is."""
+    """Refuse content that may not be plain texts, unless an option declares it as such."""
     if is_fasttext(lines):
         raise DataError(
             f"{name}: the first line is {shown_line(lines[0])}, with fastText labels before the "
@@ -264,7 +264,7 @@ def _json_table(
     if is_list:
         return json_list_table(stream, beginning.name, encoding)
     refuse_other_json(text, beginning.name, compressed=beginning.is_compressed)
-    # An object that goes on in the next line.
+    # An object that continues on the next line.
     if first.startswith("{") and not _is_json_object(first) and len(lines) > 1:
         continues = first == "{" or (
             first.endswith((",", "{", "[", ":")) and lines[1][:1] in ' \t"}'

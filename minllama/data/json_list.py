@@ -15,7 +15,7 @@ from minllama.data.records import RawRow, Table, numbered
 from minllama.errors import DataError
 
 _BLANK = re.compile(r"[ \t\n\r]*")
-_TRIMMED_FROM = 2**16  # characters that were parsed, before they are let go of
+_TRIMMED_FROM = 2**16  # parsed characters that are held before they are discarded
 
 
 def json_list_table(stream: io.BufferedReader, name: str, encoding: str = UTF_8) -> Table:
@@ -143,7 +143,7 @@ def _objects(text: _Text) -> Iterator[RawRow]:
             text.at += 1
             next_character = text.skip_blank()
             if next_character in ("", "]"):
-                _value(text)  # which says what is missing
+                _value(text)  # its message names what is missing
     if is_list:
         if not next_character:
             line, column = text.line_and_column(text.at)

@@ -94,7 +94,7 @@ def _items(inside: str) -> list[Any] | None:
             if "..." in number_texts:
                 return None
             if all(map(_NUMBER.fullmatch, number_texts)):
-                items += map(_number, number_texts)  # as numpy parts them
+                items += map(_number, number_texts)  # separated by spaces, as NumPy prints them
             else:
                 lower = words.lower()
                 items.append(_WORDS[lower] if lower in _WORDS else _Bare(words))
@@ -181,7 +181,7 @@ def _quoted_name(text: str, start: int, separator: str) -> tuple[str, int] | Non
         position = end + 1
         if not text.startswith(closing, position):
             break
-        parts.append(closing)  # doubled, it stands for itself
+        parts.append(closing)  # doubled, it is a literal quote
         position += 1
     after = position if text.startswith(separator, position) else _skip(text, position)
     if after < len(text) and not text.startswith(separator, after):

@@ -16,7 +16,7 @@ from minllama.errors import DataError, OptionError
 from minllama.text import listed, shown
 
 MAX_NAMES_BYTES = 2**24
-HEAD = 2**16  # of a file, to tell its encoding by
+HEAD = 2**16  # bytes of a file, to detect its encoding
 _WRITTEN = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?", re.ASCII)  # a number as a key of JSON
 
 
@@ -124,7 +124,11 @@ def _text_of(path: str | os.PathLike[str], encoding: str | None) -> tuple[str, s
     try:
         with Path(path).expanduser().open("rb") as file:
             data = file.read(MAX_NAMES_BYTES + 1)
-    except (OSError, RuntimeError, ValueError) as error:  # no such file, ~nobody, a NUL in the path
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no such file, unknown ~user, NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{name}: {reason}; name a file of label names") from error
     if len(data) > MAX_NAMES_BYTES:

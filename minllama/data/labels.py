@@ -16,7 +16,7 @@ from minllama.data.multi_hot import vector_of
 from minllama.text import first_few, listed, shown
 
 MOST_REFUSED = 1000  # different labels that are remembered
-UNLABELLED = -1  # the number that stands for no label in data sets without gold labels
+UNLABELLED = -1  # means no label in data sets without gold labels
 
 
 class WrittenVector(list[Any]):

@@ -21,7 +21,7 @@ from minllama.text import shown
 # Far above any text that a model reads, far below what hurts: without a limit a file of another
 # kind, or a device, could be one endless line.
 MAX_LINE_BYTES = 2**24
-MAX_BLANK_LINES = 10**6  # in a row: a few kilobytes of gzip hold billions
+MAX_BLANK_LINES = 10**6  # in a row: a few kilobytes of gzip may contain billions
 SEPARATOR = "|||"
 
 Problem = tuple[int, str]  # line and reason
@@ -30,7 +30,7 @@ Problem = tuple[int, str]  # line and reason
 class Lines:
     """The lines of a stream as text, and their problems.
 
-    A line that is not UTF-8 is returned with replacement characters, and the problem is kept until
+    A line that is not UTF-8 is returned with replacement characters; the problem is stored until
     it is queried: a CSV row can span lines, and must be read completely before it is refused.
 
     Attributes:
@@ -183,7 +183,7 @@ def _each_line(lines: Lines, parse: Callable[[str], dict[str, Any] | str]) -> It
         if problem := lines.take_problem():
             yield problem
         elif line.strip():
-            # A mark stands here where files were put one behind the other.
+            # Concatenated files have a byte order mark here.
             line = line.removesuffix("\n").removesuffix("\r").removeprefix("\ufeff")
             yield lines.number, parse(line)
 

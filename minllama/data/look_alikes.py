@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from minllama.data.class_names import is_number_like
 from minllama.text import first_few
 
-# Drawn as nothing, beside the categories Cf and Cc: joiner, fillers, variation selectors.
+# Invisible, in addition to the categories Cf and Cc: joiner, fillers, variation selectors.
 _FILLERS = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
 _SELECTORS = (("\ufe00", "\ufe0f"), ("\U000e0100", "\U000e01ef"))
 
 
 def look_alikes(names: Iterable[str]) -> list[list[str]]:
-    """The groups of two and more names that are alike, in the names' order."""
+    """The groups of two or more look-alike names, in the order of the names."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[folded(name)].append(name)
@@ -37,7 +37,7 @@ def folded(name: str) -> str:
 
 
 def difference(names: list[str]) -> str:
-    """What look-alike names differ in, for a message."""
+    """How look-alike names differ, for a message."""
     if len({name.casefold() for name in names}) == 1:
         return "case"
     if len({_without_spaces(name) for name in names}) == 1:
@@ -67,7 +67,7 @@ def distinguishable(names: list[str]) -> list[str]:
 
 
 def look_alike_message(names: list[str], counts: Mapping[str, int]) -> str:
-    """A message about look-alike names, with their numbers of rows.
+    """A message about look-alike names, with their row counts.
 
     Args:
         names: two or more look-alikes.

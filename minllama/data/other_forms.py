@@ -15,7 +15,7 @@ from minllama.data.delimited import cells_of
 from minllama.errors import DataError
 from minllama.text import cut, printable
 
-LOOKED_AT = 20  # lines that tell a form
+LOOKED_AT = 20  # lines that are examined to recognize a format
 PARQUET = b"PAR1"
 GZIP = b"\x1f\x8b"
 _EXCEL = (
@@ -28,7 +28,7 @@ _FEATHER = (
 )
 _SPREADSHEET = f"save it as CSV UTF-8 there, or convert it with: {_EXCEL} {{}} new.csv"
 _UNPACK = "unpack it, and name a data file in it"
-# First bytes, what they are, and what to do with the file; {} stands for its name.
+# First bytes, their meaning, and the remedy, in which {} is the file's name.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"\xd0\xcf\x11\xe0", "an old Office document (.xls, .doc)", _SPREADSHEET),
     (b"ARROW1", "an Arrow or Feather file", f"convert it with: {_FEATHER} {{}} new.parquet"),
@@ -58,7 +58,7 @@ def refuse_binary(head: bytes, name: str) -> None:
     """Refuse content that starts like another kind of file.
 
     Raises:
-        DataError: the message says which kind, and what to do.
+        DataError: names the kind of file and the remedy.
     """
     for signature, what, remedy in _SIGNATURES:
         if head.startswith(signature):

@@ -20,7 +20,7 @@ class Record:
 
     Attributes:
         index: how many rows, good and bad, come before it.
-        place: where it stands, as people say it: `line 3`, or `row 3` of a file without lines.
+        place: for messages: `line 3`, or `row 3` of a file without lines.
         values: its cells by column.
     """
 
@@ -45,10 +45,10 @@ class Table:
     Attributes:
         name: of the source, as errors call it.
         columns: their names; None where each record has its own, as in JSON.
-        class_names: of columns that hold numbers of named classes: names, in order of the numbers.
+        class_names: of columns with ids of named classes: the names in order of the ids.
         rows: may be iterated once.
-        no_text: the types of columns that can hold no text, where the file says types.
-        no_label: the types of those that can hold no label either, which are not read.
+        no_text: the types of columns that cannot contain text, if the file declares types.
+        no_label: the types of columns that cannot contain labels either; they are not read.
         header: what may help where the names of the columns are none; empty where they surely are.
         remedies: what may help with bad rows of any kind; filled as they are read.
     """
@@ -135,6 +135,6 @@ class BadRows:
 def _together(places: list[str]) -> str:
     """`lines 2, 5 and 9` for line 2, line 5 and line 9."""
     unit, _, _ = places[0].partition(" ")
-    # Many objects of a list may stand in one line.
+    # One line may contain several objects of a list.
     *numbers, last = dict.fromkeys(place.removeprefix(f"{unit} ") for place in places)
     return f"{unit}s {', '.join(numbers)} and {last}" if numbers else places[0]

@@ -46,7 +46,7 @@ def open_table(
 
     Args:
         source: a path, `-`, or `owner/name[/config][@revision][:split]` on the hub.
-        options: format, encoding, separator and columns; formats that are not said are told by the
+        options: format, encoding, separator and columns; formats that are not given follow from the
             name, or of standard input by the first lines.
         labelled: lines of text must be `label ||| sentence`; else the first line decides whether
             they are, or are text alone.
@@ -137,7 +137,7 @@ def _on_the_hub(source: Source) -> HubDataset | None:
         if path.is_file():
             return None
         exists = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nobody, a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a NUL
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{shown(name)}: is not a path ({reason})") from error
     if not name or exists:
@@ -160,7 +160,7 @@ def _suffix(path: Path) -> str:
 
 
 def _format_of(path: Path, beginning: Beginning, requested: str | None) -> str:
-    """By content where that is another format's than the name's, as asked, or by the name."""
+    """The format by content if that contradicts the name, else as requested or by the name."""
     if beginning.head.startswith(PARQUET) and not beginning.is_compressed:
         return "parquet"
     refuse_binary(beginning.head, str(path))

@@ -62,7 +62,7 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
 
 
 def share(part: Dataset, whole: Dataset) -> str:
-    """How many of a data set's rows are in a part of it, in words."""
+    """A message about how many of a data set's rows are in a part of it."""
     return f"{len(part)} of {len(whole)} rows"
 
 

@@ -15,7 +15,7 @@ _BRACKETS = {
     "-RCB-": "}",
 }
 _BRACKET = re.compile("|".join(_BRACKETS), re.IGNORECASE)
-# Clitics and punctuation that belong to what stands before them, and what belongs to what follows.
+# Clitics and punctuation attached to the preceding word, and those attached to the next one.
 _CLITIC = re.compile(r" (n't|'(?:s|re|ve|ll|d|m))(?=\W|$)", re.IGNORECASE)
 _CLOSING = re.compile(r" +([.,;:!?%)\]}]|\.\.\.)(?=\W|$)")
 _OPENING = re.compile(r"([(\[{$#]) +")
@@ -27,7 +27,7 @@ _POSSESSIVE = re.compile(r"(?<=s) '(?= |$)")
 def undo_treebank(text: str) -> str:
     """`text` without the spaces and spellings that a treebank's tokens brought into it.
 
-    A text that is not of a treebank hardly changes: a space before a comma goes, and the like.
+    Other texts hardly change: a space before a comma is removed, for example.
     """
     text = _BRACKET.sub(lambda match: _BRACKETS[match[0].upper()], text)
     text = _OPENING_QUOTE.sub('"', text)

@@ -17,11 +17,11 @@ UNPACKED_FREELY = 2**25
 
 @dataclass
 class Beginning:
-    """A stream of which the first bytes are known.
+    """A stream whose first bytes were read in advance.
 
     Attributes:
         stream: all of it, unpacked.
-        head: its first line at least, or HEAD_BYTES; of these what had come by then.
+        head: at least its first line, or HEAD_BYTES; possibly with further bytes.
         is_compressed: whether it was.
     """
 
@@ -32,7 +32,7 @@ class Beginning:
 
 
 class _Rejoined(io.RawIOBase):
-    """A stream behind what was read of it."""
+    """The bytes read in advance, followed by the rest of the stream."""
 
     def __init__(self, head: bytes, stream: BinaryIO) -> None:
         self._head = memoryview(head)
@@ -51,7 +51,7 @@ class _Rejoined(io.RawIOBase):
 
 
 class _Unpacked(io.RawIOBase):
-    """What a stream of gzip's holds, as long as it does not grow beyond all measure."""
+    """A decompressed gzip stream, bounded in size."""
 
     def __init__(self, packed: BinaryIO, name: str) -> None:
         self._packed = _Counted(packed)
@@ -75,7 +75,7 @@ class _Unpacked(io.RawIOBase):
 
 
 class _Counted(io.RawIOBase):
-    """A stream of which it is known how much was read."""
+    """A stream that counts the bytes read."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

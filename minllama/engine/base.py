@@ -19,7 +19,7 @@ class Engine:
     """A model made ready to run: here by its modules, which every other engine equals.
 
     The model does not change while its engine is open; code that changes it opens another engine. A
-    pass over a prompt looks for changes (see `Snapshot` for what is seen), a decode step does not.
+    pass over a prompt checks for changes (`Snapshot` lists which), a decode step does not.
 
     Args:
         llama: a model.

@@ -33,7 +33,7 @@ class Choice(NamedTuple):
         groups: of sequences whose samplers are equal.
         constrained: slots of sequences that have a constraint.
         logprobs: slots of sequences that report log-probabilities.
-        can_run_ahead: the next tokens can be read before anybody on the host has seen them.
+        can_run_ahead: the next tokens can be read before they have reached the host.
     """
 
     groups: list[SamplerGroup]

@@ -67,7 +67,7 @@ SUPPORTED_MODULES = (
 def can_run(llama: Llama) -> bool:
     """Whether the native step computes what this Llama's modules do.
 
-    Plain and quantized layers on a CPU: no adapters; and what `is_supported` asks besides.
+    Plain and quantized layers on a CPU, without adapters, that `is_supported` accepts.
     """
     if library() is None or llama.device.type != "cpu" or llama.dtype not in KINDS:
         return False
@@ -91,7 +91,7 @@ def _is_dense(x: Any, shape: tuple[int, ...]) -> bool:
 
 
 def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether a pass is one for the native step: few tokens, each of which sees all before it.
+    """Whether a pass suits the native step: few tokens, each of which attends to all before it.
 
     Args:
         ids: (B, T).
@@ -111,8 +111,8 @@ class NativeStep:
     """Forward passes of one Llama through the library.
 
     Args:
-        llama: a `minllama.Llama` that `can_run`. Its tensors are read where they lie: a
-            tensor that is replaced is not seen.
+        llama: a `minllama.Llama` that `can_run`. Its tensors are read by address: a
+            replaced tensor is not noticed.
         level: index into `hardware.LEVELS`; None for the best that there is.
 
     Attributes:
@@ -140,7 +140,7 @@ class NativeStep:
 
         Args:
             ids: (B, T) token ids.
-            positions: (B, T) or (1, T), where they stand in their rows; each sees all up to itself.
+            positions: (B, T) or (1, T), in their rows; each token attends to all up to itself.
             rotation: complex64 (B, T, 1, C / 2) or (1, T, 1, C / 2), of those positions.
             cache: with room for them.
             logits_of: (M,), flat indices b * T + t of the tokens whose logits are selected.
@@ -212,7 +212,7 @@ class NativeStep:
         return hidden.to(self._dtype), logits
 
     def _run(self, step: Step, cache: KVCache, keys: Any, values: Any) -> None:
-        """A step over what lies at these addresses, which are the cache's."""
+        """A step over keys and values at these addresses, which are the cache's."""
         first_keys = cache.keys[0]
         step.keys, step.values = ctypes.addressof(keys), ctypes.addressof(values)
         step.cache_kind = KINDS[first_keys.dtype]
@@ -269,7 +269,7 @@ class NativeStep:
 def _cached_addresses(cache: KVCache) -> tuple[Any, Any]:
     """Those of a cache's keys and of its values.
 
-    Looked up again only where other tensors have come into their places.
+    Looked up again only if the cache's tensors were replaced.
     """
     cached: tuple[tuple[Tensor, ...], tuple[Any, Any]] | None = cache.engine_state
     if cached is None or not all(map(operator.is_, cached[0], chain(cache.keys, cache.values))):
@@ -299,7 +299,7 @@ class CpuEngine(Engine):
         super().__init__(llama)
         if llama.dtype == torch.float32 and llama.quantize is not None:
             # As in llama.cpp: half the memory, and half of what decoding a long text reads, for a
-            # rounding that is small beside that of the weights.
+            # rounding that is small compared with that of the weights.
             self.cache_dtype = torch.float16
         self._step = NativeStep(llama)
 

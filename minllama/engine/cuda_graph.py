@@ -3,8 +3,8 @@
 The forward pass of `minllama.model.llama`, on the same weights and the same cache, by
 `minllama.kernels.gpu.decode_program`. Launched one by one its kernels would take longer than they
 run, so after the first step they are captured in a CUDA graph, one for each number of rows, and
-replayed. Graphs know addresses, not shapes: what changes from step to step (tokens, lengths, where
-the cache lies) is in memory that the kernels read.
+replayed. Graphs fix addresses, not shapes: what changes from step to step (tokens, lengths, where
+the cache is) is in memory that the kernels read.
 """
 
 import threading
@@ -42,14 +42,14 @@ NO_ROW = -(2**40)  # the length of a row that is only there to fill a graph's nu
 def can_run(llama: Llama) -> bool:
     """Whether the graph step computes what this Llama's modules do.
 
-    Plain layers in the model's dtype and quantized ones, on a GPU that Triton compiles for; and
-    what `is_supported` asks besides.
+    Plain layers in the model's dtype and quantized ones, on a GPU that Triton compiles for, of
+    a model that `is_supported` accepts.
     """
     return launch.works(llama.device) and computes(llama)
 
 
 def computes(llama: Llama) -> bool:
-    """Whether it is a Llama that the kernels know, wherever it is."""
+    """Whether the kernels support this Llama, on any device."""
     dtype, device = llama.dtype, llama.device
     if dtype not in KINDS or not supports_config(llama.config):
         return False
@@ -82,7 +82,7 @@ def computes(llama: Llama) -> bool:
 
 
 def supports_config(config: LlamaConfig) -> bool:
-    """Whether the kernels compute what a config says."""
+    """Whether the kernels implement all settings of a config."""
     scaling = config.rope_scaling
     # With dynamic scaling the table of rotations is another for each text.
     return scaling is None or scaling.kind != "dynamic"
@@ -103,7 +103,7 @@ _lock = threading.Lock()
 def step_of(llama: Llama) -> "GraphStep":
     """The step of a model that `can_run`, on the stream that is current: one for all its caches.
 
-    Of its tensors as they are: where one was replaced, it is another step.
+    It belongs to the current tensors: if one was replaced, a new step is made.
     """
     stream = _stream_of(llama.device)
     addresses = tuple(x.data_ptr() for x in (*llama.parameters(), *llama.buffers()))
@@ -122,7 +122,7 @@ class _State:
 
     Attributes:
         graph: once it is captured.
-        expected: what the rows' lengths are, while nobody but the step has changed them.
+        expected: the rows' lengths, unless something other than the step changed them.
     """
 
     rows: Rows
@@ -135,8 +135,8 @@ class GraphStep:
     """Steps of one token a row of one Llama.
 
     Args:
-        llama: a `minllama.Llama` that the kernels compute. Its tensors are read where they lie:
-            a tensor that is replaced is not seen.
+        llama: a `minllama.Llama` that the kernels compute. Its tensors are read by address:
+            a replaced tensor is not noticed.
         captures: graphs; else each kernel is launched by itself.
         early: kernels start while the one before still runs; None where the GPU can.
     """
@@ -149,9 +149,9 @@ class GraphStep:
         with torch.inference_mode(False):
             n_pointers = 2 * llama.config.n_layers + 3
             self._pointers = torch.zeros(n_pointers, dtype=torch.int64, device=llama.device)
-        self._written_pointers: list[int] = []  # what `places` holds
+        self._written_pointers: list[int] = []  # the contents of `_pointers`
         self._table: Tensor | None = None  # whose address is among them; a cache is its owner's
-        # Whose addresses graphs know, whatever becomes of the modules.
+        # Graphs contain their addresses, so they must outlive the modules.
         self._referenced = [x.detach() for x in (*llama.parameters(), *llama.buffers())]
         self._program, self._early = DecodeProgram(self._model, self._pointers, early=early), early
         self._works = True
@@ -166,7 +166,7 @@ class GraphStep:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor] | None:
-        """Read a token of each row, which continue what the cache holds; it is not advanced.
+        """Read a token of each row after those in the cache, which is not advanced.
 
         Args:
             ids: (B, 1) token ids; B at most MOST_ROWS.
@@ -174,7 +174,7 @@ class GraphStep:
 
         Returns:
             Hidden states after the last norm, (B, 1, D), and logits, (B, 1, V); None where the
-            kernels cannot be compiled for this model, of which a warning has told.
+            kernels cannot be compiled for this model, as a warning has reported.
         """
         batch = len(ids)
         with self._busy, support.on(self._model.device):
@@ -187,7 +187,7 @@ class GraphStep:
             if state.expected != lengths:
                 rows.lengths.copy_(torch.tensor(lengths))
             self._point_to(cache)
-            state.expected = []  # unless all goes well
+            state.expected = []  # until the step succeeds
             if not self._run(state):
                 return None
             state.runs += 1
@@ -241,7 +241,7 @@ class GraphStep:
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             torch.cuda.current_blas_handle()  # which cannot be made within a capture
-            # What other threads ask of the GPU meanwhile is no business of this capture.
+            # Work that other threads submit to the GPU meanwhile must not affect this capture.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 self._program(rows)
@@ -306,7 +306,7 @@ def _weight(module: nn.Module) -> Weight:
 
 
 class CudaGraphEngine(Engine):
-    """Decode steps of up to 128 sequences as one graph on a GPU; all else by the modules.
+    """Decode steps of up to 128 sequences as one graph on a GPU; the modules do the rest.
 
     Args:
         llama: a model that it `runs`: kernels read tensors by their address.

@@ -36,7 +36,7 @@ from minllama.model.llama import Attention, Llama, LlamaLayer, LlamaOutput
 # Share of a batch's tokens that a shared prefix must save: each layer copies queries, keys and
 # values for it.
 SHARING_PAYS = 0.03
-# The fields of LlamaConfig that packed sequences follow: a token sees all before it in its own.
+# The LlamaConfig fields that packing implements: a token attends to all before it in its sequence.
 IMPLEMENTED = frozenset(
     (
         *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
@@ -87,7 +87,7 @@ def hidden_states(
         n_layers: how many layers.
         ids, attention_mask, positions, cache: as for `Llama.forward`. A cache is not advanced.
         selected: (M,), flat indices of positions; None for all. The last of these layers
-            computes everything but attention for them alone.
+            computes everything but attention for them only.
 
     Returns:
         (B, T, D), zero at padding; or (M, D) at the selected positions.
@@ -206,7 +206,7 @@ def _select(x: Tensor, row_indices: Tensor) -> Tensor:
 
 
 def _can_select(llama: Llama, n_layers: int, row_indices: Tensor | None, tokens: Tensor) -> bool:
-    """Whether the last of these layers can compute the selected tokens alone."""
+    """Whether the last of these layers can compute only the selected tokens."""
     if row_indices is None or n_layers == 0 or row_indices.numel() >= tokens.numel():
         return False
     layer = llama.layers[n_layers - 1]
@@ -261,7 +261,7 @@ class Packing(NamedTuple):
     Attributes:
         tokens: (N,), their flat indices b * T + t.
         shape: (B, T) of the padded rows.
-        shared: columns of a prefix that all rows share, of which only the first row's are computed.
+        shared: columns of a prefix that all rows share; only the first row's are computed.
     """
 
     tokens: Tensor

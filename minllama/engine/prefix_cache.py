@@ -75,7 +75,7 @@ class PrefixCache:
         return self._entries[best].cache, longest
 
     def put(self, ids: Sequence[int], cache: KVCache, row: int, salt: str = "") -> None:
-        """Keep a copy of a row, unless it is known or larger than all that may be kept.
+        """Store a copy of a row, unless it is cached already or exceeds the whole cache.
 
         Args:
             ids: the tokens of the row, of which it holds the first `cache.lengths[row]`.

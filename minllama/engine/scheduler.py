@@ -61,7 +61,7 @@ class Scheduler:
     is read in chunks over several steps, between which running sequences go on. The n samples of a
     prompt share its prefill. A sequence that ends or is cancelled leaves at once, and its memory is
     taken by others or given back. Evaluations of given texts are requests like others: prompts and
-    they come first by turns, where both wait, and what one leaves of the budget the other takes.
+    they alternate in coming first if both wait, and the rest of the budget goes to the other.
 
     A sequence has its own options, and gets the tokens that it would get alone. Its logits are
     computed in other company, and with another budget in other chunks, which changes the last bits
@@ -200,9 +200,9 @@ class Scheduler:
         return evaluation
 
     def cancel(self, *entries: Sequence | Evaluation) -> None:
-        """Take some out at once, wherever they are; those that have ended already stay as they are.
+        """Remove sequences at once in whatever state; those that have ended stay unchanged.
 
-        Their keys and values are given back, or kept where a prefix cache is to have them.
+        Their keys and values are freed, or stored in the prefix cache if there is one.
         """
         for entry in entries:
             if isinstance(entry, Sequence) and not entry.has_ended:

@@ -57,7 +57,7 @@ class Drafter(Protocol):
     """Guesses how one sequence continues; `minllama.generation.speculative` has one."""
 
     def draft(self, ids: AnySequence[int], most: int) -> list[int]:
-        """At most so many tokens that may come next."""
+        """Up to the given number of tokens that may come next."""
 
 
 class Sampler(Protocol):
@@ -75,7 +75,7 @@ class Request:
     """A prompt to be continued.
 
     Attributes:
-        ids: token ids of the prompt, which nobody changes any more.
+        ids: token ids of the prompt, which must not change.
         sampler: how tokens are chosen.
         max_new_tokens: at most so many, and never more than the context has room for.
         n: independent samples, which share the prompt's prefill.
@@ -110,7 +110,7 @@ class Request:
 
         Raises:
             ContextError: it is longer than the context.
-            MinllamaError: it is empty, or holds ids that the vocabulary has not.
+            MinllamaError: it is empty, or contains ids outside the vocabulary.
             OptionError: `n` is less than 1.
         """
         ids = self.ids
@@ -136,7 +136,7 @@ class Sequence:
     """One sample of a request, which grows until it ends or is cancelled.
 
     Attributes:
-        index: a running number, by which tokens name it.
+        index: a running number that its tokens refer to.
         request: what it is a sample of.
         ids: the prompt's tokens and those that were chosen.
         remaining: new tokens that it may still get.

@@ -1,4 +1,4 @@
-"""What engines ask of a model before they run it, and whether it still is what they opened."""
+"""Check that an engine supports a model, and that the model has not changed since."""
 
 import itertools
 import operator
@@ -21,7 +21,7 @@ def is_supported(
     """Whether kernels that read a Llama's tensors by their address compute what its modules do.
 
     In evaluation mode: no dropout, and no hooks, which only modules call. As many tensors and of
-    just the shapes that the config says.
+    exactly the shapes of the config.
 
     Args:
         llama: the model.
@@ -53,7 +53,7 @@ def is_supported(
 
 
 def has_plain_layers(llama: Llama) -> bool:
-    """Whether it is made of the modules of `minllama.model.llama`, and computes as a Llama."""
+    """Whether it consists of the modules of `minllama.model.llama`, without changes."""
     for name in ("compute_logits", "forward", "run_layer"):
         if name in vars(llama) or getattr(type(llama), name, None) is not getattr(Llama, name):
             return False
@@ -88,7 +88,7 @@ def has_hooks(llama: nn.Module) -> bool:
 class Snapshot:
     """The modules and tensors of a model when it was opened, to find what has changed since.
 
-    What is seen: modules and tensors that were replaced, moved or converted, tensors that were
+    It notices modules and tensors that were replaced, moved or converted, tensors that were
     written to by torch or by `minllama.AdamW`, hooks, and training mode. What is not: tensors that
     were made in inference mode and are written to in place, which count no versions, and memory
     that other code writes to by its address.
@@ -112,7 +112,7 @@ class Snapshot:
         self._training, self._has_hooks = model.training, has_hooks(model)
 
     def is_current(self) -> bool:
-        """Whether nothing is known to have changed."""
+        """Whether no change is detected."""
         return (
             self._model.training == self._training
             and sum(map(len, self._registries)) == len(self._registered)
@@ -139,7 +139,7 @@ def _registered(registries: list[dict[str, Any]]) -> Iterator[Any]:
 
 
 def _version(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor lies, and how often it was written to."""
+    """A tensor's address, and how often it was written to."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 

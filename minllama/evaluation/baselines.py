@@ -78,9 +78,9 @@ class TfidfBaseline:
         of_text = optional_import("sklearn.feature_extraction.text", "baselines need")
 
         self._classes = gold.shape[1]
-        # A regression, the columns that it tells apart, and which of its outputs they are.
+        # Each regression with the columns that it predicts.
         self._parts: list[tuple[Any, NDArray[np.int64]]] = []
-        # What no regression tells apart: classes without a text, or with all of them.
+        # Columns without a regression: classes without a text, or with all texts.
         self._constant = gold.mean(0, dtype=np.float64)
         self._vectorizer = of_text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
         words_of = self._vectorizer.build_analyzer()
@@ -100,7 +100,7 @@ class TfidfBaseline:
         if texts and self._parts:
             features = self._vectorizer.transform(texts)
             for regression, columns in self._parts:
-                # Of the two outputs of a label that is there or not, the second says that it is.
+                # The second of a label's two outputs is the probability that it applies.
                 probabilities[:, columns] = regression.predict_proba(features)[:, -len(columns) :]
         return probabilities.astype(np.float32)
 
@@ -118,6 +118,6 @@ def _regression(features: Any, target: NDArray[Any], seed: int) -> Any:
         else LogisticRegression(C=INVERSE_REGULARIZATION, max_iter=1000)
     )
     with warnings.catch_warnings():
-        # Texts that tell nothing have no optimum that an iteration could tell from rounding.
+        # For uninformative texts, iterations cannot distinguish the optimum from rounding.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return regression.fit(features, target)

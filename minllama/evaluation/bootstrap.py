@@ -113,7 +113,7 @@ def draws(rows: ScoredRows, *, rounds: int, seed: int) -> dict[str, NDArray[np.f
 
 
 def _further(rows: ScoredRows, indices: NDArray[np.int64]) -> dict[str, float | None]:
-    """The metrics of drawn rows that are not made of sums; mostly there are none."""
+    """The metrics of drawn rows that cannot be computed from sums; usually none."""
     if not any(m.compute for m in registry.metrics(regression=False).values()):
         return {}
     return registry.computed(regression=False, arguments=(rows.taken(indices),))

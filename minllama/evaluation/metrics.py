@@ -22,7 +22,7 @@ SUM_TOLERANCE = 1e-3  # how far from one the sum of a row's float32 probabilitie
 # A probability of zero would cost infinitely much; scikit-learn cuts float32 off here, too.
 SMALLEST = float(np.finfo(np.float32).eps)
 
-Label: TypeAlias = int | Sequence[int] | None  # None, or -1: nobody has said
+Label: TypeAlias = int | Sequence[int] | None  # None or -1: unlabeled
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-DEFAULT_FOR_REGRESSION = "rmse"  # by which weights are selected in a regression
+DEFAULT_FOR_REGRESSION = "rmse"  # selects the weights of a regression
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def curves() -> dict[str, str]:
 
 
 def logged(*, regression: bool, multi_label: bool = False) -> tuple[str, ...]:
-    """The metrics of a row of a training's log, beside the loss."""
+    """The metrics in a row of a training log, in addition to the loss."""
     if regression:
         return selecting(regression=True)
     shown = metrics(regression=False).values()

@@ -17,7 +17,7 @@ from minllama.evaluation.bootstrap import INTERVAL
 Values = NDArray[np.float64]
 
 METRICS = registry.metrics(regression=True)
-LARGEST_TARGET = 1e100  # of which sums of squares are floats still
+LARGEST_TARGET = 1e100  # sums of squares of such values still fit into a float
 RIDGE_PENALTY = 1.0  # of |w|^2 beside the summed squared errors, as scikit-learn's Ridge has it
 
 
@@ -184,7 +184,7 @@ class _Rows:
         }
 
     def _further(self, counts: Values) -> dict[str, float | None]:
-        """The metrics that are not made of sums; mostly there are none."""
+        """The metrics that cannot be computed from sums; usually none."""
         if not any(metric.compute for metric in METRICS.values()):
             return {}
         drawn = np.repeat(np.arange(self.n), counts.astype(np.int64))
@@ -333,7 +333,7 @@ class RidgeBaseline:
         if any(words_of(text) for text in texts):
             features = self._vectorizer.fit_transform(texts)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a matrix that tells nothing
+                warnings.simplefilter("ignore")  # about an uninformative matrix
                 self._ridge = Ridge(alpha=RIDGE_PENALTY).fit(
                     features, self._scale.standardized(targets)
                 )

@@ -17,9 +17,9 @@ from minllama.options.evaluation import THRESHOLD_METRICS, ThresholdOptions, thr
 from minllama.text import printable
 
 DEFAULT = 0.5
-MOST_NAMED = 4  # labels whose thresholds are said one by one
-FEW = 10  # texts with a label, or without, by which a threshold is hardly more than a guess
-DIGITS = range(2, 9)  # of a threshold that is chosen: as few as tell the rows apart
+MOST_NAMED = 4  # labels whose thresholds are listed individually
+FEW = 10  # with fewer texts with or without a label, its threshold is little more than a guess
+DIGITS = range(2, 9)  # of a chosen threshold: as few as separate the rows
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def fixed_thresholds(
     if not options.threshold:
         if options.positive is None or (own is not None and own.positive == positive):
             return own
-        value = DEFAULT if own is None else 1 - own.values[0]  # seen from the other class
+        value = DEFAULT if own is None else 1 - own.values[0]  # as the other class has it
         return Thresholds((value,), positive, "" if own is None else own.how)
     if options.positive is None and own is not None:
         positive = own.positive

@@ -37,14 +37,14 @@ from minllama.text import listed, shown
 from minllama.tokenizer.tokenizer import Tokenizer
 
 TRAINED = ("lora", "full")  # the methods that follow gradients
-# By the method: adapters start from nothing and bear more than weights that know something.
+# By method: adapters start from zero and tolerate higher rates than pretrained weights.
 LEARNING_RATES = {"lora": 3e-4, "full": 2e-5}
 HEAD_LEARNING_RATE = 1e-3
 PRIOR_TEXTS = 500  # unlabelled training texts from which the score `batch` learns
 # Texts on which a run that trains more than a head chooses its layer and where its head starts.
 STARTING_TEXTS = 3000
 # A layer that is trained can be put to new use: some more than the features were best at.
-LAYERS_TO_LEARN = 7  # n_layers are divided by it: 4 of 30
+LAYERS_TO_LEARN = 7  # divides n_layers: 4 of 30
 LAYER_FILE = "layer.json"
 
 
@@ -91,7 +91,7 @@ def make_zero_shot(
     """A zero-shot classifier, with examples and prior from training texts if needed.
 
     Raises:
-        MinllamaError: options contradict one another, or want a training file that is not there.
+        MinllamaError: options contradict one another, or need a training file that is missing.
     """
     words = label_words_of(options.label_words, labels)
     shots: list[tuple[str, str]] = []
@@ -114,7 +114,7 @@ def make_zero_shot(
         shots=shots,
     )
     if train is not None:
-        shown = {text for text, _ in shots}  # whose prompts would hold their own answer
+        shown = {text for text, _ in shots}  # whose prompts would contain their own answer
         texts = sample_texts(train, PRIOR_TEXTS, seed)
         classifier.fit_prior([text for text in texts if text not in shown] or texts)
     return classifier

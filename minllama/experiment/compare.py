@@ -160,7 +160,7 @@ def _read(other: str, split: Dataset) -> Predicted:
 
 
 def _prediction_of(row: Mapping[str, Any]) -> Any:
-    """What is predicted: beside a gold label under another name."""
+    """The prediction in a row, in `predicted` where `label` is the gold label."""
     return row["predicted"] if "predicted" in row else row.get("label")
 
 

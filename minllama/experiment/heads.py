@@ -112,7 +112,7 @@ class ClassHeads:
         }
 
     def some_rows(self, n: int) -> Dataset:
-        """But some of each class: a head must have seen them all."""
+        """Include some texts of each class: a head must be fitted to all classes."""
         train = self._train
         if len(train) <= n:
             return train

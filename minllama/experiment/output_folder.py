@@ -13,9 +13,9 @@ from minllama.evaluation.report.files import METRICS_FILE, REPORT_FILES
 from minllama.experiment.build import LAYER_FILE, TRAINED
 from minllama.training.run_checkpoint import CHECKPOINT, METRICS, has_checkpoint, remove_checkpoint
 
-# What tells of a classifier's training and measurement, and goes where it goes.
+# Files about a classifier's training and evaluation, which are moved with it.
 RECORDS = (*REPORT_FILES, METRICS)
-RESULTS = (CLASSIFIER_FILE, METRICS_FILE)  # of a run that has come to its end
+RESULTS = (CLASSIFIER_FILE, METRICS_FILE)  # of a finished run
 
 
 def check_output(output: Path, method: str, *, resume: bool, force: bool) -> bool:
@@ -100,7 +100,7 @@ def writable(folder: Path) -> Iterator[None]:
         if not (folder / CHECKPOINT).exists():
             (folder / LAYER_FILE).unlink(missing_ok=True)  # nothing can be gone on with
         if not existed:
-            with contextlib.suppress(OSError):  # it holds something by now
+            with contextlib.suppress(OSError):  # it is no longer empty
                 folder.rmdir()
         raise
 

@@ -1,6 +1,6 @@
 """Convert predictions between JSON Lines and Parquet, in constant memory.
 
-A Parquet file is only readable when it is complete, so a run writes JSON Lines beside it and
+A Parquet file is only readable when it is complete, so a run writes JSON Lines next to it and
 converts them at the end. Columns are those of `experiment/tables.py`, typed by their values: text,
 booleans, integers, floats, or lists of one of these; columns of mixed types or structures become
 text, like cells of CSV.
@@ -26,10 +26,10 @@ from minllama.experiment.tables import (
 MOST_ROWS = 16_384  # of a row group
 MOST_BYTES = 2**25  # of the JSON lines of a row group
 EXACT = 2**53  # every whole number up to it is a float, too
-METADATA = b"minllama"  # names the kept columns of the file as the input calls them
+METADATA = b"minllama"  # lists the input's names of the input columns
 
 # What the values of a column are: (), which nothing contradicts, a kind, or ("list", those of the
-# elements). A column of "json" holds text.
+# elements). A column of "json" contains text.
 Kind = tuple[Any, ...]
 JSON: Kind = ("json",)
 
@@ -74,7 +74,7 @@ def write_parquet(lines: Path, output: Path) -> Layout | None:
 
 
 def records_in(output: Path) -> Iterator[dict[str, Any]]:
-    """The records of a Parquet file; kept columns of mixed types are text.
+    """The records of a Parquet file; input columns of mixed types are text.
 
     Raises:
         DataError: it is damaged, or does not contain predictions.

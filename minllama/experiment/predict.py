@@ -270,14 +270,14 @@ def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) 
 
 
 def _carried(row: Row, columns: Sequence[str]) -> dict[str, Any]:
-    """The kept columns of a row; null for missing ones."""
+    """The requested input columns of a row; null for missing ones."""
     if ALL_COLUMNS in columns:
         return {name: _plain(row.record[name]) for name in row.record if name != row.column}
     return {name: _plain(row.record.get(name)) for name in columns}
 
 
 def _plain(value: Any) -> Any:
-    """A value of a cell as JSON has it, which knows neither NaN nor infinity."""
+    """A cell's value for JSON, which has neither NaN nor infinity."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

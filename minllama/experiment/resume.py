@@ -32,7 +32,7 @@ from minllama.experiment.tables import (
 )
 
 CHUNK = 512  # rows that are sorted by length and computed together, and so compared
-SAME_PROBABILITY = 0.05  # what rounding in halves may change, here or on another machine
+SAME_PROBABILITY = 0.05  # what rounding in half precision may change, here or on another machine
 RECORD_BEGINS = b'{"index": '
 
 
@@ -247,7 +247,7 @@ def _most_words(record: Mapping[str, Any]) -> Any:
 
 
 def _has_same_columns(record: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether the kept columns of two records are equal, up to the precision of table cells."""
+    """Whether the input columns of two records are equal, up to the precision of table cells."""
     was, is_now = record.get(INPUT_COLUMNS) or None, now.get(INPUT_COLUMNS) or None
     if was is None or is_now is None:
         return was is is_now

@@ -83,13 +83,13 @@ def load_splits(
         )
     tested = None
     if test is not None:
-        # Its labels are not needed, so no column is taken for them that does not say so by name;
+        # Its labels are not needed, so only a column named like labels is used for them;
         # but they are to be expected where the training file has them.
         known = replace(options, label_column=options.label_column or learned.label_column)
         tested = load_dataset(test, known, label_names=names, needs_labels=False, numbers=numbers)
         messages += tested.notices
     messages += _numeric_classes_hint(learned)
-    # Of the labels that are alike, the file's own counts are told already.
+    # Look-alike labels were already reported with the file's own counts.
     reported = {"case", "look-alikes"}
     warnings = (check_number_splits if numbers else check_splits)(learned, held, tested)
     messages += [notice for notice in warnings if notice.kind not in reported]

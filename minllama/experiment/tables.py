@@ -1,7 +1,7 @@
 """Convert between JSON records of predictions and rows of CSV or TSV.
 
-A row has the kept input columns first, then the record's fields in order, with one column per class
-(`probability_LABEL`). It is written as pandas and spreadsheets read it: UTF-8, quoted where needed
+A row has the requested input columns first, then the record's fields in order, with one column
+per class (`probability_LABEL`). It is written as pandas and spreadsheets read it: UTF-8, quoted where needed
 (RFC 4180), with LF line ends.
 """
 
@@ -18,11 +18,11 @@ from minllama.text import first_few, shown
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 TABLES = (*DELIMITERS, "parquet")
 FIRST = "index"  # of the columns that are not the input's
-INPUT_COLUMNS = "columns"  # the field of a record that holds those that are
+INPUT_COLUMNS = "columns"  # the field of a record that contains them
 PROBABILITY = "probability_"
 EXPLANATION = "explanation"  # the field of a record that stays one column, of JSON
-TEXTS = ("text", "label", "score", "classifier")  # fields that are no numbers, whatever they say
-FROM_INPUT = "input_"  # stands before a kept column's name that is one of ours
+TEXTS = ("text", "label", "score", "classifier")  # text even if it looks like a number
+FROM_INPUT = "input_"  # precedes an input column's name that is also a prediction's
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Layout:
         ]
 
     def notice(self) -> str | None:
-        """A message about kept columns with other names in the table; None without any."""
+        """A message about input columns that are renamed in the table; None without any."""
         renamed = [
             f"{shown(of_input)} is named {shown(name)} in the table"
             for of_input, name in zip(self.input_columns, self.shown, strict=True)
@@ -76,7 +76,7 @@ def layout_of(record: Mapping[str, Any], input_columns: Iterable[str]) -> Layout
 
 
 def prediction_fields(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record, one value each, without the kept columns."""
+    """The fields of a record, one value each, without the input columns."""
     fields: dict[str, Any] = {}
     for field, value in record.items():
         if field == INPUT_COLUMNS:
@@ -90,7 +90,7 @@ def prediction_fields(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_of(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """The record of a row; kept columns by their names in the table.
+    """The record of a row; input columns by their names in the table.
 
     Raises:
         ValueError: it is not a prediction; the message says why.

@@ -328,7 +328,7 @@ def _settings_to_resume_with(experiment: Experiment, llama: Llama) -> dict[str, 
 
 
 def _write(experiment: Experiment, classifier: Classifier, report: Report) -> None:
-    """Classifier and report appear, and the checkpoint goes, in one step."""
+    """Write classifier and report and remove the checkpoint, in one step."""
     save_classifier(
         classifier,
         experiment.output,

@@ -1,6 +1,6 @@
 """From prompts to texts: generation as people use it, whole or streamed.
 
-Encodes prompts, decodes them by `minllama.generation.decode`, and turns tokens into text
+Encodes prompts, decodes them by `minllama.generation.decode`, and converts tokens to text
 (`minllama.generation.sequence_text`). The commands and users call it.
 """
 
@@ -32,7 +32,7 @@ Prompt = str | Sequence[int]
 
 
 class TextStream:
-    """Generates while it is iterated, piece by piece; `results` holds the whole texts then.
+    """Generates piece by piece while it is iterated; afterwards `results` has the whole texts.
 
     Args:
         model: continues the prompts.
@@ -263,7 +263,7 @@ def encode_prompt(
 
 
 def spelled_special(text: str, tokenizer: Tokenizer) -> list[str]:
-    """The special tokens that a text spells, in the order in which they first stand there."""
+    """The special tokens that a text spells, in order of first occurrence."""
     offsets = {word: text.find(word) for word in tokenizer.special_tokens if word}
     return sorted(
         (word for word, offset in offsets.items() if offset >= 0), key=lambda w: offsets[w]
@@ -316,7 +316,7 @@ def _stop_ids(tokenizer: Tokenizer, options: GenerationOptions) -> tuple[int, ..
 
 
 def _biased_ids(tokenizer: Tokenizer, options: GenerationOptions) -> tuple[tuple[int, float], ...]:
-    """`logit_bias` by ids alone."""
+    """`logit_bias` with token ids only."""
     name, remedy = "logit_bias (--logit-bias)", "give the ids of its tokens"
     return tuple(
         (_checked_id(tokenizer, token, name, remedy), value) for token, value in options.logit_bias

@@ -1,6 +1,6 @@
 """How a checkpoint's makers sample from it: generation_config.json, GGUF's `general.sampling.*`.
 
-Nothing of it is used unless somebody asks: `load_generation_options`, or --generation-config.
+Used only on request: `load_generation_options`, or --generation-config.
 """
 
 import json
@@ -20,7 +20,7 @@ from minllama.options import GenerationOptions
 FILE = "generation_config.json"
 MAX_SHOWN = 60  # characters of one value in a message
 
-# What transformers takes where sampling is on and the file says nothing.
+# transformers' defaults if sampling is on and the file does not set them.
 SAMPLED = {"temperature": 1.0, "top_k": 50}
 # Used only where a sample is drawn (`do_sample`), and used in any case.
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
@@ -73,13 +73,13 @@ GGUF_UNSUPPORTED = {"xtc_probability": (0,), "mirostat": (0,)}
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """What a checkpoint says about sampling.
+    """A checkpoint's sampling settings.
 
     Attributes:
-        origin: where it says so, for people.
+        origin: the file, for messages.
         options: fields of GenerationOptions.
-        unsupported: what it says besides and cannot be followed here.
-        without_effect: names of what it says of samples, where `do_sample` lets none be drawn.
+        unsupported: its settings that are not implemented here.
+        without_effect: names of sampling settings in a file without `do_sample`.
     """
 
     origin: str
@@ -123,7 +123,7 @@ def load_generation_options(
 
     Args:
         source: a file, a folder or a Hugging Face id; None for the embedded default model.
-        changes: single options by name, on top of what the checkpoint says.
+        changes: single options by name, which override the checkpoint's.
 
     Raises:
         CheckpointError: there is no such checkpoint, or its settings are damaged.
@@ -136,7 +136,7 @@ def load_generation_options(
 
 
 def sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults | None:
-    """What a checkpoint says about sampling; None where it says nothing.
+    """A checkpoint's sampling settings; None without any.
 
     Raises:
         CheckpointError: the file that says it is damaged.
@@ -149,9 +149,9 @@ def sampling_defaults(checkpoint: Checkpoint) -> SamplingDefaults | None:
 
 
 def settings_for_huggingface(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a folder made of `checkpoint` is to say in generation_config.json, ids of tokens aside.
+    """The generation_config.json of a folder made from `checkpoint`, without token ids.
 
-    Of a folder all that it says; of a GGUF file what has a name there.
+    All settings of a folder; those of a GGUF file that have a name there.
 
     Raises:
         CheckpointError: as for `sampling_defaults`.
@@ -202,7 +202,7 @@ def settings_for_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _stated_settings(checkpoint: Checkpoint) -> tuple[Path, Mapping[str, Any]] | None:
-    """The file that says how to sample, and its content; of an adapter, perhaps its base's."""
+    """The file with sampling settings, and its content; an adapter may use its base's."""
     for path in filter(None, (checkpoint.path, checkpoint.base_path)):
         if path.is_dir() and (path / FILE).is_file():
             return path / FILE, read_object(path / FILE)
@@ -212,7 +212,7 @@ def _stated_settings(checkpoint: Checkpoint) -> tuple[Path, Mapping[str, Any]] |
 
 
 def _of_json(content: Mapping[str, Any], where: str) -> SamplingDefaults | None:
-    """As transformers reads it: null is not said, nothing is drawn unless `do_sample` is true."""
+    """As in transformers: null is unset, and nothing is sampled unless `do_sample` is true."""
     stated = {name: value for name, value in content.items() if value is not None}
     known = ("do_sample", "stop_strings", *SAMPLING_ONLY, *ALWAYS_APPLIED, *UNSUPPORTED)
     if not any(name in stated for name in known):

@@ -21,7 +21,7 @@ from minllama.options import GenerationOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
 MAX_FAULT_CHARS = 300
-MAX_VOCABULARIES = 4  # that are kept
+MAX_VOCABULARIES = 4  # in the cache
 
 
 def constraint_maker(
@@ -58,7 +58,7 @@ def grammar_maker(
         tokenizer: of the model.
         grammar: in one of the forms that `LLMatcher` takes.
         vocab_size: of the model.
-        name: of the option that asks for it, for errors.
+        name: of the option, for errors.
 
     Raises:
         MinllamaError: llguidance is not installed.
@@ -83,7 +83,7 @@ def _library() -> Any:
 
 @lru_cache(maxsize=MAX_VOCABULARIES)
 def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Any:
-    """A vocabulary as the library wants it, kept: to make it takes longer than most grammars."""
+    """A vocabulary for the library, cached: building it takes longer than most grammars."""
     library = _library()
     words = library.TokenizerWrapper(_Words(tokenizer))
     return library.LLTokenizer(words, n_vocab=vocab_size)
@@ -129,13 +129,13 @@ class _GrammarConstraint:
 
 def _one_line(fault: str) -> str:
     """The library's own words, without its drawings of long expressions."""
-    fault = re.sub(r"^(at )?\d+\(\d+\): ", "", fault)  # places in a grammar that nobody wrote
+    fault = re.sub(r"^(at )?\d+\(\d+\): ", "", fault)  # positions in a generated grammar
     words = " ".join(re.split(r"\n *\d+ \| ", fault)[0].split())
     return words if len(words) <= MAX_FAULT_CHARS else words[: MAX_FAULT_CHARS - 3] + "..."
 
 
 class _Words:
-    """The vocabulary as llguidance wants it: each token's bytes, and a way to encode text."""
+    """The vocabulary for llguidance: each token's bytes, and a function that encodes text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eos_id is None:

@@ -30,7 +30,7 @@ class Conversation:
         model: answers.
         tokenizer: of the same checkpoint; it must have a chat template.
         options: how answers are generated.
-        system: instructions that stand before everything; None for the template's own.
+        system: instructions before all messages; None for the template's own.
         template: the name of one of the tokenizer's templates, or one of your own, in Jinja;
             None for the tokenizer's default.
 
@@ -61,13 +61,13 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all that has been said; the system message stays."""
+        """Clear the history; the system message stays."""
         self.messages = list(self._system)
 
     def answer(self, text: str) -> Generator[Piece, None, None]:
         """Say something, and yield the answer piece by piece.
 
-        An answer that is not iterated to its end is kept as far as it came.
+        An answer that is not iterated to its end is stored as far as it was generated.
 
         Raises:
             MinllamaError: `text` is no string, or the conversation is longer than the context; it
@@ -104,7 +104,7 @@ class Conversation:
         return self._engine
 
     def _cache_for(self, prompt_ids: list[int]) -> KVCache:
-        """A cache that holds what the prompt shares with the last text."""
+        """A cache of the tokens that the prompt shares with the last text."""
         if self._cache is None:
             capacity = min(len(prompt_ids), self.model.config.context_len)
             self._cache = self._open_engine().new_cache(1, capacity)

@@ -1,6 +1,6 @@
 """A batch of prompts of token ids, continued token by token until all have ended.
 
-By a scheduler (`minllama.engine.scheduler`), to which it says how tokens are chosen by options.
+Uses a scheduler (`minllama.engine.scheduler`), and chooses tokens as options state.
 Texts, stop strings and streams are those of `minllama.generation.api`.
 """
 
@@ -64,7 +64,7 @@ class OptionsSampler:
 
     @classmethod
     def of(cls, options: SamplingOptions) -> "OptionsSampler":
-        """The one for these options, whatever else they hold."""
+        """The sampler for these options; other options are ignored."""
         names = {option.name for option in fields(SamplingOptions)} - {"seed"}
         return cls(SamplingOptions(**{name: getattr(options, name) for name in names}))
 
@@ -200,7 +200,7 @@ class Decoder:
             self._sequences += self.scheduler.add(request, cache=cache)
 
     def finish(self, row: int) -> None:
-        """Take a row out of the batch before its next token: it has all that it needs."""
+        """Remove a row from the batch before its next token, since it is complete."""
         self.scheduler.cancel(self._sequences[row])
 
     def __iter__(self) -> Iterator[list[Token]]:
@@ -243,7 +243,7 @@ def token_ids(prompt: Iterable[int]) -> list[int]:
 
 
 def plain_list(value: Any) -> Any:
-    """The Python numbers in an array or a tensor; anything else as it is."""
+    """The Python numbers in an array or a tensor; anything else unchanged."""
     has_numbers = hasattr(value, "tolist") and not isinstance(value, BYTES)
     return value.tolist() if has_numbers else value
 

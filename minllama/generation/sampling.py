@@ -15,8 +15,8 @@ from minllama.errors import MinllamaError
 from minllama.model.attention_layout import NOT_FINITE
 from minllama.options import SamplingOptions
 
-BLOCK = 512  # weights whose sum is looked at before they are
-SMALLEST = torch.finfo(torch.float32).tiny  # what a temperature below would be rounded to is 0
+BLOCK = 512  # weights per block: block sums are searched first
+SMALLEST = torch.finfo(torch.float32).tiny  # lower temperatures would be rounded to 0
 
 
 def choose_tokens(
@@ -142,11 +142,11 @@ def check_chosen(ids: Sequence[int]) -> None:
 def apply_repetition_penalty(
     logits: Tensor, histories: Sequence[Sequence[int]], penalty: float
 ) -> Tensor:
-    """Make tokens that a row already holds less likely (Keskar et al. 2019, sec. 4.1).
+    """Make tokens that a row already contains less likely (Keskar et al. 2019, sec. 4.1).
 
     Args:
         logits: (B, V).
-        histories: each row's tokens so far; those of which there is no logit count for nothing.
+        histories: each row's tokens so far; those without a logit are ignored.
         penalty: divides positive logits and multiplies negative ones; 1 changes nothing.
 
     Returns:
@@ -202,7 +202,7 @@ def apply_logit_bias(logits: Tensor, bias: Sequence[tuple[int | str, float]]) ->
 
     Args:
         logits: (B, V).
-        bias: token ids, each once, and what to add; those of which there is no logit are left out.
+        bias: token ids, each once, and what to add; those without a logit are ignored.
 
     Returns:
         (B, V).

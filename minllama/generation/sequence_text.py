@@ -20,11 +20,11 @@ class PromptLogprob:
 
     Attributes:
         id: the token.
-        text: it for people: U+FFFD stands where it holds a part of a character.
+        text: for display, with U+FFFD for incomplete characters.
         logprob: natural logarithm of its probability, before bias, penalties and all else; None for
             the first token of a prompt, which nothing foretells.
         alternatives: ids of the most likely tokens and their log-probabilities.
-        bytes: what the token stands for, as it is; those of neighbors, joined, are UTF-8.
+        bytes: the token's exact bytes; joined with those of its neighbors they are UTF-8.
         offset: where it begins in the text of the generation or of the prompt, in characters;
             tokens that share a character have the same, those of a stop string are beyond the end.
     """
@@ -45,7 +45,7 @@ class TokenLogprob(PromptLogprob):
 
 
 class Piece(NamedTuple):
-    """A bit of text of one row, as it is generated.
+    """A piece of one row's text, as it is generated.
 
     Attributes:
         row: index of the row: prompt * n + sample.

@@ -6,7 +6,7 @@ pass and change no token (Leviathan et al. 2023).
 
 from collections.abc import Sequence
 
-LONGEST, SHORTEST = 3, 2  # tokens that must agree; one alone foretells too little
+LONGEST, SHORTEST = 3, 2  # tokens that must match; a single one predicts too little
 
 
 class PromptLookup:
@@ -19,13 +19,13 @@ class PromptLookup:
     def __init__(self, most: int) -> None:
         self._most = most
         self._seen = 0  # tokens whose runs are in the index
-        self._next: dict[tuple[int, ...], int] = {}  # a run -> where the text went on after it
+        self._next: dict[tuple[int, ...], int] = {}  # last tokens -> position after them
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
-        """What may come next, by the latest place where the text's end stood before.
+        """Draft what followed the latest earlier occurrence of the text's last tokens.
 
         Args:
-            ids: the text so far, of which earlier calls had the beginning.
+            ids: the text so far, which extends that of earlier calls.
             most: no more than so many tokens.
 
         Returns:

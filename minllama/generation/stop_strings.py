@@ -47,7 +47,7 @@ class RowText:
         return "".join(self._plain)
 
     def push(self, token_id: int) -> str:
-        """What is shown for sure, now that this token has come; often nothing."""
+        """The text that can be shown after this token; often empty."""
         text = self._decoder.push(token_id)
         self.offset = self._length
         self._length += len(text)
@@ -58,7 +58,7 @@ class RowText:
             self._append(text)
         elif self._hides:
             self._append(self._special[token_id], special=True)
-        else:  # what an unfinished character before it has become stands in front of it
+        else:  # the text of a previously incomplete character precedes it
             spelled = self._special[token_id]
             self._append(text.removesuffix(spelled))
             self.offset = self._length - len(spelled)
@@ -85,12 +85,12 @@ class RowText:
         self._marks += (FURTHER if special else PLAIN) * len(text[1:])
 
     def _scanned(self) -> str:
-        """What lies before a stop string, or cannot be the beginning of one."""
+        """The text before a stop string, or that cannot begin one."""
         text = self._before_stop()
         return text if self.stopped else self._take(self._held_from())
 
     def _before_stop(self) -> str:
-        """What lies before a stop string, which ends the text; nothing where there is none."""
+        """The text before a stop string, which ends the generation; empty without one."""
         first = min(self._stops(), default=None)
         if first is None:
             return ""
@@ -138,7 +138,7 @@ class RowText:
         return first
 
     def _is_whole(self, start: int, end: int) -> bool:
-        """Whether no special token that is not shown lies partly in this range."""
+        """Whether this range splits no hidden special token."""
         return not self._hides or FURTHER not in (self._marks[start], self._marks[end : end + 1])
 
     def _without_special(self) -> Iterator[tuple[str, list[int]]]:

@@ -1,4 +1,4 @@
-"""Tool calls: what a prompt says of tools, a constraint to calls, and replies read as calls.
+"""Tool calls: tools in prompts, a constraint to calls, and calls parsed from replies.
 
 Two forms of calls are known. Models of Hermes' kind (Qwen, SmolLM) write
 `<tool_call>{"name": .., "arguments": {..}}</tool_call>` among text, Llama 3 writes
@@ -91,7 +91,7 @@ def tools_of(definitions: Any) -> list[Tool]:
 
 
 class ToolCall(NamedTuple):
-    """A call that a model wants made.
+    """A call that a model requests.
 
     Attributes:
         name: of the function; the model may have made it up.
@@ -106,9 +106,9 @@ class CallForm(NamedTuple):
     """How a model writes a call.
 
     Attributes:
-        begin: what stands before the JSON.
-        end: what stands after it.
-        arguments: the field that holds the arguments.
+        begin: text before the JSON.
+        end: text after it.
+        arguments: the name of the field with the arguments.
         between: what separates two calls; None where a reply has one only.
     """
 
@@ -127,7 +127,7 @@ LLAMA_3 = CallForm("", "", "parameters", None)
 
 
 def call_form(template: str) -> CallForm:
-    """The form of calls that a chat template (in Jinja) has; Hermes' where it knows of none."""
+    """The call format of a chat template (in Jinja); Hermes' if it has none."""
     writes_json = re.search(r"""["']parameters\\?["']\s*:|<\|python_tag\|>""", template)
     return LLAMA_3 if "<tool_call>" not in template and writes_json else HERMES
 
@@ -138,7 +138,7 @@ def call_form(template: str) -> CallForm:
 def with_tools(
     template: str, messages: Sequence[Message], tools: Sequence[Tool]
 ) -> tuple[list[Message], dict[str, Any]]:
-    """Messages and variables for a template, whatever it knows of tools.
+    """Messages and variables for a template, with or without support for tools.
 
     A template gets arguments as objects, not as the text that OpenAI's API has. One that does not
     know of `tools` gets them described in the system message, one that does not know of
@@ -210,7 +210,7 @@ def _arguments_of(function: Mapping[str, Any]) -> Any:
 
 
 def _as_text(message: Any) -> Any:
-    """A message for a template that knows neither calls nor results.
+    """A message for a template that supports neither calls nor results.
 
     Raises:
         MinllamaError: the arguments of a call are no JSON.
@@ -330,7 +330,7 @@ _BETWEEN = re.compile(r"(?:[\s;,]|```(?:json)?)*")
 
 
 class ReplyReader:
-    """A reply that comes in pieces -> text to show as it comes, and the calls at the end.
+    """Convert a streamed reply to text that can be shown at once, and to calls at the end.
 
     What may be a call is held back to the end, and what is none is text, unchanged.
 
@@ -340,11 +340,11 @@ class ReplyReader:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = frozenset(names)
-        self._held, self._blanks = "", ""  # white space comes in long runs, looked at once
+        self._held, self._blanks = "", ""  # white space comes in long runs, which are scanned once
         self._is_at_start, self._may_be_call = True, False
 
     def feed(self, text: str) -> str:
-        """What of the reply is text for sure, now that this has come."""
+        """Add a piece; returns the part of the reply that is certainly text."""
         if not text or text.isspace():
             self._blanks += text
             return ""
@@ -403,7 +403,7 @@ def _overlap(text: str, opener: str) -> int:
 
 
 def _tagged(text: str) -> list[str | list[ToolCall]]:
-    """Texts, and between them the calls behind openers; what is no call remains text."""
+    """Texts, and between them the calls after opening tags; anything else remains text."""
     found: list[str | list[ToolCall]] = []
     done = 0
     opener = _OPENER.search(text)
@@ -418,7 +418,7 @@ def _tagged(text: str) -> list[str | list[ToolCall]]:
 
 
 def _calls_at(text: str, place: int) -> tuple[list[ToolCall], int]:
-    """The calls whose JSON stands at a place, one after the other, and where they end."""
+    """The calls whose JSON begins at an offset, consecutive ones included, and their end."""
     calls: list[ToolCall] = []
     decoder = json.JSONDecoder(parse_constant=_refuse)
     while True:
@@ -433,7 +433,7 @@ def _calls_at(text: str, place: int) -> tuple[list[ToolCall], int]:
 
 
 def _calls_in(value: Any) -> Iterator[ToolCall]:
-    """The calls that a value stands for.
+    """The calls that a JSON value represents.
 
     Raises:
         ValueError: something in it is no call.
@@ -464,7 +464,7 @@ def _dumped(value: Any) -> str:
     """JSON that can be sent.
 
     Raises:
-        ValueError: it holds NaN or infinity.
+        ValueError: it contains NaN or infinity.
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside frozen linear layers: LoRA, rsLoRA, DoRA.
+"""Low-rank adapters for frozen linear layers: LoRA, rsLoRA, DoRA.
 
 `layer` computes one layer, `targets` selects layers, `inject` acts on a whole Llama.
 """

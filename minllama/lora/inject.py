@@ -52,7 +52,7 @@ def add_lora_wrapper(
             range, or the name is taken. The model is unchanged.
     """
     options = LoRAOptions(
-        target_modules=target_modules,  # type: ignore[arg-type]  # one string, too, may stand here
+        target_modules=target_modules,  # type: ignore[arg-type]  # a single string is accepted, too
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -127,7 +127,7 @@ def remove_lora_wrapper(model: nn.Module, *, merge: bool = True) -> None:
             layer.merge()
         elif layer.is_merged and not merge:
             layer.unmerge()
-        # Each layer's old weight goes before the next one's new weight comes.
+        # Each layer's old weight is freed before the next layer's new weight is allocated.
         llama.set_submodule(name, layer.base)
 
 

@@ -162,7 +162,7 @@ class LoRALayer(nn.Module):
         check_adapter_name(name)
         assert name not in self.adapters, name
         assert not self.is_merged
-        # A module is born in training mode, which would turn dropout on in a model that is not.
+        # New modules are in training mode, which would enable dropout in a model in eval mode.
         self.adapters[name] = LoRAAdapter(self.base, options).train(self.training)
         self.active = {name: 1.0}
 

@@ -88,7 +88,7 @@ class Objective(Protocol):
         """The metrics of an evaluation for a row of `metrics.jsonl`."""
 
     def merit(self, evaluation: Any, metric: str) -> float:
-        """The metric by which weights are compared."""
+        """The metric that compares weights."""
 
 
 def objective_of(train: Dataset, classifier: Trainable) -> Objective:

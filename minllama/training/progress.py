@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
-# What is said of an evaluation -> its key in the row.
+# Figures of an evaluation -> their keys in the row.
 OF_CLASSES = {"loss": "dev_loss", "accuracy": "dev_accuracy", "macro F1": "dev_macro_f1"}
 REGRESSION_FIGURES = {"loss": "dev_loss", "RMSE": "dev_rmse", "R2": "dev_r2"}
 SMOOTHED = 20  # steps whose mean loss and rate are shown
@@ -33,7 +33,7 @@ class Progress(Protocol):
 class TrainingProgress:
     """Loss, rate and time left on standard error.
 
-    Evaluations are lines that stay; the bar goes when training ends.
+    Lines of evaluations remain; the bar disappears when training ends.
 
     Args:
         stream: for the output; None for standard error.
@@ -70,7 +70,7 @@ class TrainingProgress:
         elif self._clock() - self._spoke >= self._every_seconds:
             self._spoke = self._clock()
             left = ""
-            if step > self._first:  # else it goes on with the end of a step that was cut
+            if step > self._first:  # else it would continue the end of an interrupted step
                 seconds = (self._spoke - self._began) / (step - self._first)
                 left = f"  {_duration(seconds * (self._total_steps - step))} left"
             self._show(f"step {step}/{self._total_steps}  {figures}{left}")

@@ -79,7 +79,7 @@ class TrainingRun:
         self._autocast = _uses_autocast(classifier, options, self._device)
         self.state, self.history = RunState(), list[Row]()
         self._best: dict[str, Tensor] = {}
-        self._prior: Tensor | None = None  # (N, C), what the classifier said at the beginning
+        self._prior: Tensor | None = None  # (N, C), the classifier's initial predictions
         self.checkpoint: CheckpointFolder | None = None
         self.fingerprint: Fingerprint = {}
         self.metrics: MetricsFile | None = None
@@ -103,7 +103,7 @@ class TrainingRun:
                 state.finished = True
                 self._save()
         except KeyboardInterrupt:
-            with interrupts_deferred():  # a second Ctrl-C does not cut what the first one asked for
+            with interrupts_deferred():  # a second Ctrl-C must not interrupt this
                 self._save()
             raise
 
@@ -160,7 +160,7 @@ class TrainingRun:
         step = self.state.step + 1
         batches = self.schedule.batches(step)
         texts = [text for batch in batches for text in batch]
-        # Dropout's random numbers follow from the step, so nothing else need be kept of them.
+        # Dropout's random numbers follow from the step, so no other state needs saving.
         torch.manual_seed(derived_seed(self._options.seed, "dropout", step))
         self._classifier.train()
         self._optimizer.zero_grad()
@@ -280,15 +280,15 @@ def interrupts_deferred() -> Iterator[None]:
     """Defer Ctrl-C to the end of the block."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # no KeyboardInterrupt comes here, or somebody else decides when
+        yield  # another thread, or another handler: no KeyboardInterrupt arrives here
         return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if came:
+    if received:
         raise KeyboardInterrupt
 
 

@@ -100,7 +100,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / CHECKPOINT
-        self._written: dict[str, dict[str, Any]] = {}  # size and hash of files that may be kept
+        self._written: dict[str, dict[str, Any]] = {}  # size and hash of files that may be reused
 
     def save(self, state: RunState, tensors: RunTensors, fingerprint: Fingerprint) -> None:
         """Replace the checkpoint.
@@ -209,7 +209,7 @@ class CheckpointFolder:
         with self._damage():
             state = _run_state(raw)
             best_name = f"best-{int(state.best_step or 0)}.safetensors"
-            # There are no best weights before the first evaluation, nor where the last are kept.
+            # There are no best weights before the first evaluation, or if the last ones are kept.
             lasting = [name for name in (best_name, PRIOR) if name in raw["files"]]
             read = {}
             for name in (WEIGHTS, MOMENTS, *lasting):
@@ -299,7 +299,7 @@ def read_metrics(folder: str | os.PathLike[str], steps: int | None = None) -> li
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError, RecursionError):
-        pass  # a line that a kill has cut: those behind it are of steps that are done again
+        pass  # a line truncated by a kill: later lines belong to steps that are repeated
     if steps is not None and len(rows) < steps:
         raise CheckpointError(
             f"{path}: it has only {len(rows)} of the checkpoint's {steps} steps; restore it, or "

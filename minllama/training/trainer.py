@@ -83,7 +83,7 @@ def fit(
     progress: Progress | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
-    """Train the parameters of a classifier that want gradients.
+    """Train the parameters of a classifier that require gradients.
 
     On a CPU the same call gives the same weights bit for bit, also after an interruption and
     resume. The caller's random state is not changed.
@@ -271,10 +271,13 @@ def _fingerprint(
     """What must be unchanged to resume a run, by names for an error message."""
     shapes = {name: [list(p.shape), str(p.dtype)] for name, p in run.parameters.items()}
     frozen_parameters = [p for p in classifier.parameters() if not p.requires_grad]
-    frozen_tensors = [*frozen_parameters, *classifier.buffers()]  # those hold quantized weights
+    frozen_tensors = [
+        *frozen_parameters,
+        *classifier.buffers(),
+    ]  # buffers: quantized weights
     parts: dict[str, Any] = {
         "options": dataclasses.asdict(options),
-        # Whatever JSON does not know is compared as the text that names it.
+        # Values that JSON cannot represent are compared as text.
         "settings": json.loads(json.dumps(settings, default=str)),
         "labels": list(classifier.labels),
         "training texts, their tokens or labels": _examples_digest(run.prompts, train),

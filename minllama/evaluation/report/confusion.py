@@ -7,7 +7,7 @@ from minllama.evaluation.metrics import Evaluation
 MAX_CLASSES_WITH_COUNTS = 25  # classes; above, a cell has only its color
 MAX_WITH_CELLS = 100  # classes; above, only the pairs are shown
 MAX_PAIRS = 12
-MIN_PAIRS_CLASSES = 7  # with fewer classes the matrix says it all
+MIN_PAIRS_CLASSES = 7  # with fewer classes the matrix suffices
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Cell:
     count: int
     share: float  # of the rows with that gold class, 0 to 1
     right: bool  # on the diagonal
-    title: str  # the whole of it in words
+    title: str  # all of it as text
 
 
 @dataclass(frozen=True)

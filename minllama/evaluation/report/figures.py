@@ -14,7 +14,7 @@ from minllama.errors import optional_import
 from minllama.evaluation.metrics import CalibrationBin
 from minllama.evaluation.registry import curves
 
-# Colors of the drawing -> variables of the page's style sheet, which knows light from dark.
+# Colors of the drawing -> variables of the style sheet, which has a light and a dark theme.
 INK, MUTED, LINE, ACCENT, WARM = "#000001", "#000002", "#000003", "#000004", "#000005"
 VARIABLES = {
     INK: "var(--ink)",
@@ -25,7 +25,7 @@ VARIABLES = {
 }
 SIZE = (4.3, 3.0)  # inches of 72 points; the page scales it to its column
 FONT_SIZE = 9
-MAX_POINTS = 400  # of a curve: more would not be seen, and make the page heavy
+MAX_POINTS = 400  # of a curve: more would be invisible and make the page large
 SMOOTHING = 0.05  # share of the curve's length over which the loss is averaged
 
 DEV_LOSSES = ("dev_loss", "dev_log_loss")

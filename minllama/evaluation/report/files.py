@@ -23,7 +23,7 @@ from minllama.evaluation.thresholds import saved
 
 PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE = "report.html", "metrics.json", "predictions.jsonl"
 REPORT_FILES = (PAGE_FILE, METRICS_FILE, PREDICTIONS_FILE)
-DIGITS = 6  # significant ones of a probability: about what float32 holds
+DIGITS = 6  # significant digits of a probability: about float32's precision
 
 
 def write_report(folder: str | os.PathLike[str], report: Report) -> Path:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from minllama.evaluation.report.content import Report, ReportedSplit
 
 MAX_MISTAKES = 20
-EXCERPT = 320  # characters of a text that are seen before it is unfolded
+EXCERPT = 320  # characters of a text that are shown before it is expanded
 MAX_TEXT = 5000  # characters of a text that are in the page at all
 
 

@@ -85,7 +85,7 @@ def duration(seconds: float) -> str:
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Settings as (dotted name, value) in words."""
+    """Settings as (dotted name, value) strings."""
     rows = []
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -105,7 +105,7 @@ def print_paired(
         f"Of {paired.count:,} texts {paired.only_first:,} are correct only here and "
         f"{paired.only_second:,} only with the other"
     )
-    if headline != "accuracy":  # whose sentence says it
+    if headline != "accuracy":  # reported in a sentence instead
         counts += f" (McNemar's exact {p_value(paired.p_value)})"
     console.print()
     console.print(_words(f"{counts}."))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MAX_MISSES = 20
-MAX_POINTS = 1000  # of the scatter plot: more would not be seen, and make the page heavy
+MAX_POINTS = 1000  # of the scatter plot: more would be invisible and make the page large
 QUANTILES = {"least": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95}
 
 
