@@ -93,7 +93,7 @@ def compare(first: Evaluation, second: Evaluation) -> Paired:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The exact two-sided p-value for the numbers of rows that only one system gets right.
+    """The exact two-sided p-value for counts of rows that only one system gets right.
 
     Under the null hypothesis each such row is a fair coin toss; 1 without such rows.
     """

@@ -1,8 +1,8 @@
 """Convert between JSON records of predictions and rows of CSV or TSV.
 
 A row has the requested input columns first, then the record's fields in order, with one column
-per class (`probability_LABEL`). It is written as pandas and spreadsheets read it: UTF-8, quoted where needed
-(RFC 4180), with LF line ends.
+per class (`probability_LABEL`). It is written as pandas and spreadsheets read it: UTF-8, quoted
+where needed (RFC 4180), with LF line ends.
 """
 
 import csv
