@@ -1,1 +1,1 @@
-"""Who computes a forward pass: the modules, compiled CPU code, or CUDA graphs."""
+"""What computes a forward pass: the modules, compiled CPU code, or CUDA graphs."""

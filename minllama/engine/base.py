@@ -16,7 +16,7 @@ from minllama.model.llama import Llama, LlamaOutput
 
 
 class Engine:
-    """A model made ready to run: here by its modules, which every other engine equals.
+    """A model made ready to run: here by its modules, whose results every other engine matches.
 
     The model does not change while its engine is open; code that changes it opens another engine. A
     pass over a prompt checks for changes (`Snapshot` lists which), a decode step does not.

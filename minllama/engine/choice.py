@@ -1,4 +1,4 @@
-"""From logits to the tokens of sequences whose options differ: chosen, accepted, reported."""
+"""Choose, accept and report the next tokens of sequences whose options differ."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from minllama.model.attention_layout import NOT_FINITE
 
 
 class SamplerGroup(NamedTuple):
-    """Sequences of a batch that one sampler chooses for.
+    """Sequences of a batch that share a sampler.
 
     Attributes:
         sampler: the one.
@@ -27,7 +27,7 @@ class SamplerGroup(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How the next tokens of some sequences are chosen; the same until one joins or leaves.
+    """How the next tokens of a batch are chosen; unchanged until a sequence joins or leaves.
 
     Attributes:
         groups: of sequences whose samplers are equal.
@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 
 
 def choice_of(sequences: list[Sequence], device: torch.device) -> Choice:
-    """How tokens of these sequences are chosen, whose logits are on a device."""
+    """The `Choice` for these sequences, whose logits are on the given device."""
     groups: list[tuple[Sampler, int | None, list[int]]] = []
     for slot, sequence in enumerate(sequences):
         sampler, n_tokens = sequence.request.sampler, sequence.request.n_tokens
@@ -116,14 +116,14 @@ def _logprobs(sequences: list[Sequence], logits: Tensor, choice: Choice) -> dict
 
 
 def accepted(sequence: Sequence, token_id: int, logprobs: Tensor | None = None) -> Token:
-    """Add a token that was chosen, and end the sequence where it ends with it."""
+    """Add a chosen token, and end the sequence if this token ends it."""
     if token_id < 0:
         return end_without_token(sequence, "error", MinllamaError(NOT_FINITE))
     reason: FinishReason | None = None
     if sequence.constraint is not None:
         try:
             sequence.constraint.accept(token_id)
-            # A constraint that is met ends a sequence even where end tokens do not.
+            # A satisfied constraint ends a sequence even if end tokens are ignored.
             reason = "stop" if sequence.constraint.is_complete() else None
         except MinllamaError as error:
             return end_without_token(sequence, "error", error)
@@ -151,7 +151,7 @@ def end_without_token(
 
 
 class Arriving:
-    """Token ids on their way from the device; only reading them waits for it."""
+    """Token ids that are being copied from the device; only reading them waits for it."""
 
     def __init__(self, ids: Tensor) -> None:
         self._event = None

@@ -8,7 +8,7 @@ from minllama.engine.cuda_graph import CudaGraphEngine
 from minllama.errors import MinllamaError, OptionError
 from minllama.model.llama import Llama
 
-ENGINES = (CpuEngine, CudaGraphEngine, Engine)  # a model gets the first one that runs it
+ENGINES = (CpuEngine, CudaGraphEngine, Engine)  # the first that supports a model is used
 BACKENDS = tuple(engine.backend for engine in ENGINES)
 
 

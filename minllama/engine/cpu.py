@@ -48,7 +48,7 @@ from minllama.quantization.modules import (
 # Tokens of a pass up to which a step is faster here than torch's products of large matrices are,
 # rows of one token each, and either on CPUs with matrix instructions (AMX), which torch uses.
 MOST_TOKENS, MOST_ROWS, FEW = 64, 128, 32
-# The fields of LlamaConfig that kernels/cpu/src/bindings.cpp, or what calls it, follows.
+# The LlamaConfig fields that kernels/cpu/src/bindings.cpp, or its caller, implements.
 IMPLEMENTED = frozenset(
     (
         *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
@@ -75,7 +75,7 @@ def can_run(llama: Llama) -> bool:
 
 
 def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:
-    """Whether it is a module that can be described, with a matrix of this shape."""
+    """Whether the module's type is supported, with a matrix of this shape."""
     if type(module) not in SUPPORTED_MODULES:
         return False
     bias = getattr(module, "bias", None)
@@ -169,7 +169,7 @@ class NativeStep:
             logits_of=logits_of.data_ptr(),
             logits=logits.data_ptr(),
         )
-        # Looked up anew: several caches share a step, in several threads perhaps.
+        # Looked up each time: several caches share a step, perhaps in several threads.
         self._run(step, cache, _addresses(cache.keys), _addresses(cache.values))
         return hidden.to(self._dtype), logits
 
@@ -267,7 +267,7 @@ class NativeStep:
 
 
 def _cached_addresses(cache: KVCache) -> tuple[Any, Any]:
-    """Those of a cache's keys and of its values.
+    """The addresses of a cache's keys and of its values.
 
     Looked up again only if the cache's tensors were replaced.
     """

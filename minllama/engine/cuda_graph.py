@@ -27,7 +27,7 @@ from minllama.quantization.modules import QuantizedEmbedding, QuantizedLinear, Q
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 MOST_ROWS = 128
-# The fields of LlamaConfig that the kernels, or what launches them, follow.
+# The LlamaConfig fields that the kernels, or their launcher, implement.
 IMPLEMENTED = frozenset(
     (
         *("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size"),
@@ -36,7 +36,7 @@ IMPLEMENTED = frozenset(
         "dropout",  # by leaving training to the modules: `is_supported`
     )
 )
-NO_ROW = -(2**40)  # the length of a row that is only there to fill a graph's number of rows
+NO_ROW = -(2**40)  # the length of a row that only pads a graph's number of rows
 
 
 def can_run(llama: Llama) -> bool:
@@ -72,7 +72,7 @@ def computes(llama: Llama) -> bool:
         )
 
     def has_equal_biases(layer: LlamaLayer) -> bool:
-        """Whether matrices that one kernel multiplies with have biases all, or none."""
+        """Whether the matrices of one kernel either all have biases or all lack them."""
         query, key, value, _, w1, _, w3 = (module.bias is None for module in linear_modules(layer))
         return query == key == value and w1 == w3
 
@@ -84,12 +84,12 @@ def computes(llama: Llama) -> bool:
 def supports_config(config: LlamaConfig) -> bool:
     """Whether the kernels implement all settings of a config."""
     scaling = config.rope_scaling
-    # With dynamic scaling the table of rotations is another for each text.
+    # With dynamic scaling each text has its own table of rotations.
     return scaling is None or scaling.kind != "dynamic"
 
 
 def is_step(ids: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether a pass (B, T) is one for the graph step: a token of each of some rows."""
+    """Whether a pass (B, T) suits the graph step: one token in each of up to 128 rows."""
     return attention_mask is None and ids.shape[1] == 1 and len(ids) <= MOST_ROWS
 
 
@@ -101,7 +101,7 @@ _lock = threading.Lock()
 
 
 def step_of(llama: Llama) -> "GraphStep":
-    """The step of a model that `can_run`, on the stream that is current: one for all its caches.
+    """The step of a model that `can_run`, on the current stream: one for all its caches.
 
     It belongs to the current tensors: if one was replaced, a new step is made.
     """
@@ -118,7 +118,7 @@ def step_of(llama: Llama) -> "GraphStep":
 
 @dataclass
 class _State:
-    """The steps of so many rows.
+    """The steps for one number of rows.
 
     Attributes:
         graph: once it is captured.
@@ -132,7 +132,7 @@ class _State:
 
 
 class GraphStep:
-    """Steps of one token a row of one Llama.
+    """Decode steps of one Llama: one token in each row.
 
     Args:
         llama: a `minllama.Llama` that the kernels compute. Its tensors are read by address:
@@ -150,18 +150,18 @@ class GraphStep:
             n_pointers = 2 * llama.config.n_layers + 3
             self._pointers = torch.zeros(n_pointers, dtype=torch.int64, device=llama.device)
         self._written_pointers: list[int] = []  # the contents of `_pointers`
-        self._table: Tensor | None = None  # whose address is among them; a cache is its owner's
+        self._table: Tensor | None = None  # referenced by a pointer; the caller owns the caches
         # Graphs contain their addresses, so they must outlive the modules.
         self._referenced = [x.detach() for x in (*llama.parameters(), *llama.buffers())]
         self._program, self._early = DecodeProgram(self._model, self._pointers, early=early), early
         self._works = True
-        self._pool: Any = None  # of memory, for all graphs: their replays follow one another
+        self._pool: Any = None  # a memory pool for all graphs, whose replays never overlap
         self._stream = _stream_of(llama.device)
         self._states: dict[int, _State] = {}
         self._busy = threading.Lock()
 
     def is_of_this_stream(self) -> bool:
-        """Whether it was made for the stream that is current: steps of one follow one another."""
+        """Whether it was made for the current stream, on which its steps are ordered."""
         return _stream_of(self._model.device) == self._stream
 
     @torch.no_grad()
@@ -195,7 +195,7 @@ class GraphStep:
             return rows.hidden[:batch, None].clone(), rows.logits[:batch, None].clone()
 
     def _run(self, state: _State) -> bool:
-        """Launch the kernels, or replay them; whether that could be done.
+        """Launch the kernels, or replay them; returns whether that succeeded.
 
         What a graph records must have been compiled before, so the first run is launched.
         """
@@ -214,7 +214,7 @@ class GraphStep:
         return self._works
 
     def _first_run(self, rows: Rows) -> bool:
-        """Compile and launch; what counts a step is the last kernel, so it may be tried again."""
+        """Compile and launch; only the last kernel advances the step, so a retry is safe."""
         for early in (True, False) if self._early else (False,):
             try:
                 if early != self._early:
@@ -240,7 +240,7 @@ class GraphStep:
         current = torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            torch.cuda.current_blas_handle()  # which cannot be made within a capture
+            torch.cuda.current_blas_handle()  # which cannot be created during a capture
             # Work that other threads submit to the GPU meanwhile must not affect this capture.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
@@ -267,7 +267,7 @@ class GraphStep:
 
 
 def _stream_of(device: torch.device) -> int:
-    """The stream that is current, by its number."""
+    """The current stream's handle."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 

@@ -80,7 +80,7 @@ def hidden_states(
     *,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """The residual stream after some layers; those above never run.
+    """The residual stream after selected layers; layers above these do not run.
 
     Args:
         llama: the model.
@@ -140,7 +140,7 @@ def layer_states(
     positions: Tensor | None = None,
     cache: KVCache | None = None,
 ) -> Iterator[Tensor]:
-    """The residual stream, layer after layer, each computed when it is taken.
+    """The residual stream after each layer, computed lazily.
 
     The first n layers take n + 1 states; layers above are not computed.
 
@@ -167,7 +167,7 @@ def layer_states(
 
 
 def dtype_of_pass(llama: Llama, n_tokens: int) -> torch.dtype:
-    """The dtype of activations in a forward pass over so many tokens."""
+    """The dtype of activations in a forward pass over this number of tokens."""
     long = llama.long_dtype
     if long is None or torch.is_grad_enabled() or n_tokens <= ops.most_rows(long):
         return llama.dtype
@@ -240,11 +240,11 @@ def _packed(
         return None
     if mask is not None and (mask.dim() == 3 or not mask.any()):
         return None
-    # Not in training: dropout of adapters is another for each token.
+    # Not in training: adapters' dropout differs for each token.
     shared = 0 if torch.is_grad_enabled() else shared_prefix_len(ids, mask)
     if not shared and (mask is None or mask.all()):
         return None
-    if has_hooks(llama):  # which are called with (B, T, D)
+    if has_hooks(llama):  # hooks are called with (B, T, D)
         return None
     parts = (module for module in llama.modules() if isinstance(module, Attention))
     if any(part.training and part.attention_dropout for part in parts):
@@ -273,12 +273,12 @@ class Packing(NamedTuple):
         return x.flatten()[self.tokens].unsqueeze(0)
 
     def row_indices(self, selected: Tensor) -> Tensor:
-        """Indices in that row of selected tokens, by their flat indices; of padding, any."""
+        """Indices in that row of selected tokens, by their flat indices; arbitrary for padding."""
         computed = self.computed_for(selected)
         return torch.searchsorted(self.tokens, computed).clamp(max=len(self.tokens) - 1)
 
     def computed_for(self, selected: Tensor) -> Tensor:
-        """The flat indices of the tokens that are computed for these: the first row's prefix."""
+        """The flat indices of the tokens computed instead: those of the first row's prefix."""
         if not self.shared:
             return selected
         columns = selected % self.shape[1]
@@ -316,7 +316,7 @@ def packed_layout(
     if shared:
         is_computed = positions >= shared
         is_computed[:shared] = True  # the first row's
-        # Each token of the complete sequences: how many computed ones precede it.
+        # For each token of the complete sequences, the number of computed ones before it.
         expand = torch.where(positions < shared, positions, is_computed.cumsum(0) - 1)
         compact = is_computed.nonzero().squeeze(-1)
         packed = packed._replace(expand=expand, compact=compact)
@@ -326,7 +326,7 @@ def packed_layout(
 
 
 def shared_prefix_len(ids: Tensor, mask: Tensor | None) -> int:
-    """Columns of the prefix that all rows share; 0 where computing it once does not pay.
+    """The length of the prefix that all rows share; 0 if computing it once does not pay.
 
     Args:
         ids: (B, T).

@@ -1,4 +1,4 @@
-"""Keys and values of sequences that were read before, so that a shared beginning is read once.
+"""Cached keys and values of earlier sequences, so that a shared prefix is read once.
 
 A scheduler looks here before it reads a prompt. Entries are found by comparing tokens, bounded in
 bytes, and dropped least recently used first.
@@ -13,7 +13,7 @@ from minllama.model.kv_cache import KVCache
 
 
 class _Entry(NamedTuple):
-    """Tokens, and their keys and values: a cache of one row that is full."""
+    """Tokens, and their keys and values in a full cache of one row."""
 
     salt: str
     ids: list[int]
@@ -21,7 +21,7 @@ class _Entry(NamedTuple):
 
 
 class PrefixCache:
-    """What sequences of one engine began with, by their tokens.
+    """Prefixes of one engine's earlier sequences, by their tokens.
 
     Keys and values belong to the weights that they were computed by, and to the dtype that an
     engine keeps them in: a prefix cache serves one engine, and another engine needs a new one.
@@ -46,14 +46,14 @@ class PrefixCache:
         if max_bytes < 0:
             raise OptionError(f"max_bytes of a prefix cache must be 0 or more, not {max_bytes}")
         self.max_bytes, self.nbytes = max_bytes, 0
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()  # the latest used last
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()  # the most recently used last
         self._next_key = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def find(self, ids: Sequence[int], salt: str = "") -> tuple[KVCache, int] | None:
-        """The longest prefix of a prompt that an entry begins with.
+        """The longest prefix that a prompt shares with an entry.
 
         Args:
             ids: of the prompt.
@@ -94,7 +94,7 @@ class PrefixCache:
                 if shared == length:
                     self._entries.move_to_end(key)
                     return
-                if shared == len(entry.ids):  # it continues this one, and serves in its place
+                if shared == len(entry.ids):  # it extends this entry, and replaces it
                     self._drop(key)
         while self.nbytes + size > self.max_bytes:
             self._drop(next(iter(self._entries)))
@@ -113,7 +113,7 @@ class PrefixCache:
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two lists begin with alike.
+    """The length of the longest common prefix of two lists of tokens.
 
     By halving, since whole slices are compared sooner than single tokens.
     """

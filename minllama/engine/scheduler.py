@@ -37,7 +37,7 @@ from minllama.errors import MinllamaError, OptionError
 from minllama.model.inputs import padded
 from minllama.model.kv_cache import KVCache
 
-SPARE_TOKENS = 512  # slots that a cache has beyond twice its longest sequence
+SPARE_TOKENS = 512  # slots of a cache beyond twice its longest sequence
 
 
 @dataclass
@@ -112,16 +112,16 @@ class Scheduler:
         self._evaluations = Evaluations(engine, batch_tokens, prefix_cache)
         self._evaluates_first = False
         self.evaluated: list[Evaluation] = []
-        self._full: list[Sequence] = []  # their prompts leave no room for a token
+        self._full: list[Sequence] = []  # their prompts fill the context
         self._waiting: deque[list[Sequence]] = deque()  # the samples of each prompt
         self._prefill: _Prefill | None = None
         self._running: list[Sequence] = []
         self._cache: KVCache | None = None  # a row for each running sequence
         self._logits: Tensor | None = None  # (B, V) of running sequences whose last token was read
-        self._drafts: list[int] = []  # what was read after the last token of the only sequence
+        self._drafts: list[int] = []  # draft tokens read after the last token of the only sequence
         self._choice: Choice | None = None  # of the running sequences
         self._n_read = 0  # tokens, in this step
-        self._is_lent = False  # the cache is the caller's, who may look at it between two steps
+        self._is_lent = False  # the cache is the caller's, who may read it between two steps
         self._is_ahead = False  # a lent cache is shown without its last token
 
     @property
@@ -148,7 +148,7 @@ class Scheduler:
         return self._evaluations.nbytes + sum(cache.nbytes for cache in caches if cache)
 
     def add(self, request: Request, *, cache: KVCache | None = None) -> list[Sequence]:
-        """Let a request join, from the next step on.
+        """Add a request, which joins in the next step.
 
         Args:
             request: prompts that were added between the same two steps begin in one forward pass,
@@ -186,7 +186,7 @@ class Scheduler:
         return list(samples)
 
     def evaluate(self, request: EvaluationRequest) -> Evaluation:
-        """Let an evaluation join, from the next step on.
+        """Add an evaluation, which joins in the next step.
 
         Raises:
             MinllamaError: the text is empty, or longer than the context; or a caller's cache is
@@ -232,7 +232,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Read what one step may, and choose a token for each sequence that this allows.
+        """Read tokens within the budget of one step, and choose a token for each ready sequence.
 
         Returns:
             One token for each running sequence, and the first of those whose prompts were read to
@@ -248,7 +248,7 @@ class Scheduler:
             full, self._full = self._full, []
             return [end_without_token(sequence, "length") for sequence in full]
         if self._running and self._logits is None:
-            # Kept until tokens were chosen: what fails meanwhile may be tried again.
+            # Kept until tokens were chosen, so that a failed step can be repeated.
             self._logits = self._decode()
         elif self._is_ahead and self._cache is not None:
             self._cache.advance([1])
@@ -272,7 +272,7 @@ class Scheduler:
         return tokens
 
     def _evaluate(self) -> None:
-        """Answer what the rest of the budget allows."""
+        """Answer evaluations with the rest of the budget."""
         if self._evaluations.waiting:
             self.evaluated, n_read = self._evaluations.step(self._budget - self._n_read)
             self._n_read += n_read
@@ -309,7 +309,7 @@ class Scheduler:
         return logits.squeeze(0) if drafts else logits
 
     def _next_tokens(self, *, can_run_ahead: bool) -> list[Token]:
-        """A token for each running sequence, by the logits that are here.
+        """Choose a token for each running sequence from the latest logits.
 
         A GPU reads what it has chosen while the choice is on its way to the host, where waiting for
         it and coming back would leave the GPU idle.
@@ -344,7 +344,7 @@ class Scheduler:
         return tokens
 
     def _choose_drafted(self, sequence: Sequence, logits: Tensor) -> list[Token]:
-        """The most likely tokens: as many as the drafts foretold, and one more."""
+        """The most likely tokens: as many as the drafts predicted, and one more."""
         assert self._cache is not None
         tokens: list[Token] = []
         for place, token_id in enumerate(
@@ -353,14 +353,14 @@ class Scheduler:
             tokens.append(accepted(sequence, token_id))
             if sequence.has_ended or self._drafts[place : place + 1] != [token_id]:
                 break
-        # What was read of wrong drafts is forgotten; as always, the last token is not read yet.
+        # Wrong drafts are removed from the cache; as always, the last token is not read yet.
         self._cache.truncate(len(sequence.ids) - 1)
         return tokens
 
     # Prefill
 
     def _read_prompts(self) -> tuple[_Prefill, Tensor] | None:
-        """Read of waiting prompts what the budget allows.
+        """Read waiting prompts within the budget.
 
         Returns:
             Those that were read to their end, and the logits, (B, V), of what follows each of their
@@ -375,7 +375,7 @@ class Scheduler:
         if prefill is None:
             return None
         cache = prefill.cache
-        # Several prompts are begun only where all of them fit.
+        # Several prompts begin together only if all of them fit.
         most = int(budget) if len(prefill.samples) == 1 and budget != math.inf else None
         new, is_end = [], True
         for samples, n_read in zip(prefill.samples, cache.lengths, strict=True):
@@ -397,7 +397,7 @@ class Scheduler:
         return self._for_all_samples(prefill, output.logits)
 
     def _begin(self, budget: float) -> _Prefill | None:
-        """Take those of the waiting prompts that fit into one forward pass; else the first one."""
+        """Start the waiting prompts that fit into one forward pass, but at least the first one."""
         started: list[list[Sequence]] = []
         hits: list[tuple[KVCache, int] | None] = []
         max_hit_len = max_new_len = n_tokens = 0
@@ -413,7 +413,7 @@ class Scheduler:
             hit_len = hit[1] if hit else 0
             n_tokens += len(prompt) - hit_len
             longest = max(max_hit_len, hit_len) + max(max_new_len, len(prompt) - hit_len)
-            # Rows are padded to one length of what they have and of what is new.
+            # Rows are padded to a common length of cached tokens and to one of new tokens.
             if started and (n_tokens > budget or longest > self.engine.config.context_len):
                 break
             max_hit_len, max_new_len = (
@@ -450,7 +450,7 @@ class Scheduler:
         return prefill, logits[rows]
 
     def _join(self, sequences: list[Sequence], cache: KVCache) -> None:
-        """Let sequences whose prompts are in a cache run with the others."""
+        """Move sequences with prefilled prompts to the running batch."""
         if self._cache is None:
             self._running, self._cache = sequences, cache
         else:
@@ -463,7 +463,7 @@ class Scheduler:
     # The end of a sequence
 
     def _drop_ended(self) -> None:
-        """Take running sequences that have ended out of the batch, and give back memory."""
+        """Remove sequences that have ended from the batch, and free memory."""
         running, cache = self._running, self._cache
         assert cache is not None
         if self.prefix_cache is not None:
@@ -472,7 +472,7 @@ class Scheduler:
                     self.prefix_cache.put(sequence.ids, cache, row, sequence.request.salt)
         self._choice = None
         if all(sequence.has_ended for sequence in running):
-            # Whose cache it was finds the last sequence in it.
+            # The owner of a lent cache finds the last sequence in it.
             self._running, self._cache, self._logits, self._drafts = [], None, None, []
             self._is_lent = self._is_ahead = False
             return
@@ -488,14 +488,14 @@ class Scheduler:
 
 
 def _capacity(sequences: Iterable[Sequence], filled: int) -> int:
-    """Slots for some more tokens than are filled: most sequences end long before their limit."""
+    """Slots for a few more tokens than are filled: most sequences end long before their limit."""
     # The last token of a sequence is never read, so it needs no slot.
     most = max(len(sequence.ids) + sequence.remaining - 1 for sequence in sequences)
     return min(most, 2 * filled + SPARE_TOKENS)
 
 
 def _compact_rows(entries: list[Any], cache: KVCache, is_kept: Callable[[Any], bool]) -> list[int]:
-    """Drop rows of a cache and their entries in a list; which slots those that stay had."""
+    """Drop rows of a cache and their entries in a list; returns the remaining rows' old slots."""
     slots = list(range(len(entries)))
     for slot in reversed(range(len(entries))):
         if not is_kept(entries[slot]):
@@ -508,5 +508,5 @@ def _compact_rows(entries: list[Any], cache: KVCache, is_kept: Callable[[Any], b
 
 
 def pays_to_run_ahead(device: torch.device) -> bool:
-    """Whether it computes by itself, so that it may go on while its choice is on its way here."""
+    """Whether the device runs asynchronously, so that it can continue during a copy to the host."""
     return device.type == "cuda"

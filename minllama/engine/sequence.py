@@ -1,4 +1,4 @@
-"""Requests for generated tokens, and the sequences that a scheduler makes of them.
+"""Requests for generated tokens, and the sequences that a scheduler makes from them.
 
 How tokens are chosen is the caller's: `Sampler`, `Constraint` and `Drafter` are what a scheduler
 asks of it, and `minllama.generation` has them.
@@ -41,16 +41,16 @@ class Token(NamedTuple):
 
 
 class Constraint(Protocol):
-    """What one sequence may still become; `minllama.generation.constraints` makes them."""
+    """Restricts one sequence's continuation; `minllama.generation.constraints` makes them."""
 
     def forbid(self, logits: Tensor) -> None:
         """Set the logits (V,) of tokens that may not come next to -inf, in place."""
 
     def accept(self, token_id: int) -> None:
-        """Take note of the token that was chosen."""
+        """Record the chosen token."""
 
     def is_complete(self) -> bool:
-        """Whether nothing can follow any more."""
+        """Whether no token can follow."""
 
 
 class Drafter(Protocol):
@@ -61,7 +61,7 @@ class Drafter(Protocol):
 
 
 class Sampler(Protocol):
-    """Chooses next tokens; any callable. Sequences whose samplers are equal are given together."""
+    """Chooses next tokens; any callable. Sequences with equal samplers are passed together."""
 
     def __call__(self, logits: Tensor, sequences: "list[Sequence]", /) -> Tensor:
         """(B, V) logits of B sequences to (B,) ids on the same device, without waiting for it.

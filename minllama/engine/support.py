@@ -18,7 +18,7 @@ def is_supported(
     is_matrix: Callable[[nn.Module, tuple[int, int]], bool],
     is_dense: Callable[[Any, tuple[int, ...]], bool],
 ) -> bool:
-    """Whether kernels that read a Llama's tensors by their address compute what its modules do.
+    """Whether kernels that read a Llama's tensors by address compute the same as its modules.
 
     In evaluation mode: no dropout, and no hooks, which only modules call. As many tensors and of
     exactly the shapes of the config.
@@ -154,7 +154,7 @@ def _linear_shapes(config: LlamaConfig) -> tuple[tuple[int, int], ...]:
 
 
 def linear_modules(layer: LlamaLayer) -> tuple[nn.Module, ...]:
-    """Those of a layer: query, key, value, output, w1, w2, w3."""
+    """A layer's linear modules: query, key, value, output, w1, w2, w3."""
     attention, feed_forward = layer.attention, layer.feed_forward
     return (
         attention.compute_query,

@@ -1,1 +1,1 @@
-"""Token ids and texts that continue others: sampling, stop strings, constraints, chats."""
+"""Continue token ids and texts: sampling, stop strings, constraints, chats."""

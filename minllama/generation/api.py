@@ -1,4 +1,4 @@
-"""From prompts to texts: generation as people use it, whole or streamed.
+"""Generate texts from prompts, whole or streamed.
 
 Encodes prompts, decodes them by `minllama.generation.decode`, and converts tokens to text
 (`minllama.generation.sequence_text`). The commands and users call it.
@@ -108,7 +108,7 @@ class TextStream:
         for step in self._decoder:
             for token in step:
                 text = self._texts[token.row]
-                # A step may give a row several tokens, and a stop string end it before the last.
+                # A step may add several tokens to a row, and a stop string end it before the last.
                 if not text.has_ended:
                     piece = text.feed(token)
                     if piece.finish_reason is not None:
@@ -118,7 +118,7 @@ class TextStream:
             self._report_prompt(number, evaluation.result)
 
     def _report_prompt(self, number: int, logprobs: list[TokenLogProb]) -> None:
-        """Let the samples of a prompt have the log-probabilities of its tokens."""
+        """Give the samples of a prompt the log-probabilities of its tokens."""
         n = self._options.n
         for result in self.results[number * n : (number + 1) * n]:
             result.prompt_logprobs = prompt_logprobs(
@@ -173,7 +173,7 @@ def stream(
     sampler: Sampler | None = None,
     **changes: Any,
 ) -> TextStream:
-    """As `generate`, but piece by piece: iterate over what it returns."""
+    """As `generate`, but piece by piece: iterate over the returned stream."""
     return TextStream(
         model, tokenizer, _as_list(prompts), _options(options, changes), sampler=sampler
     )
@@ -191,7 +191,7 @@ def text_request(
     salt: str = "",
     name: str = "the prompt",
 ) -> Request:
-    """What a scheduler needs to continue a prompt as `generate` does; for a server.
+    """The requests with which a scheduler continues a prompt as `generate` does; for a server.
 
     `SequenceText(tokenizer, ids, options, stop_ids=request.stop_ids)` makes text of the tokens.
 

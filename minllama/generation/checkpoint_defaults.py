@@ -1,4 +1,4 @@
-"""How a checkpoint's makers sample from it: generation_config.json, GGUF's `general.sampling.*`.
+"""A checkpoint's recommended sampling: generation_config.json, GGUF's `general.sampling.*`.
 
 Used only on request: `load_generation_options`, or --generation-config.
 """
@@ -22,10 +22,10 @@ MAX_SHOWN = 60  # characters of one value in a message
 
 # transformers' defaults if sampling is on and the file does not set them.
 SAMPLED = {"temperature": 1.0, "top_k": 50}
-# Used only where a sample is drawn (`do_sample`), and used in any case.
+# Used only if tokens are sampled (`do_sample`), and always used.
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 ALWAYS_APPLIED = ("repetition_penalty", "max_new_tokens")
-# What would change the text, is not supported here, and does nothing at these values.
+# Unsupported settings that would change the text, with the values at which they do not.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
@@ -57,13 +57,13 @@ GGUF_NAMES = {
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-GGUF_TEMPERATURE = 0.8  # llama.cpp's, where a file only has filters
+GGUF_TEMPERATURE = 0.8  # llama.cpp's, if a file has only filters
 # The other fields of `general.sampling` that the package gguf writes.
 GGUF_FURTHER = (
     *("sequence", "xtc_probability", "xtc_threshold", "penalty_last_n"),
     *("mirostat", "mirostat_tau", "mirostat_eta"),
 )
-# Ids are those of the tokenizer that is written; the version is not of these settings' writer.
+# Ids come from the written tokenizer, and the version from another writer.
 NOT_OF_SAMPLING = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
     *("transformers_version", "_from_model_config"),
@@ -88,7 +88,7 @@ class SamplingDefaults:
     without_effect: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """One line for people."""
+        """The settings as one line."""
         shown = {name: value for name, value in self.options.items() if name != "temperature"}
         if temperature := self.options.get("temperature"):
             shown = {"temperature": temperature, **shown}
@@ -103,7 +103,7 @@ class SamplingDefaults:
         return text
 
     def generation_options(self, changes: Mapping[str, Any] | None = None) -> GenerationOptions:
-        """Options by these defaults, and by `changes` on top.
+        """Options with these defaults, overridden by `changes`.
 
         Raises:
             OptionError: a value of either is out of its range.
@@ -171,7 +171,7 @@ def settings_for_huggingface(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def settings_for_gguf(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Fields `general.sampling.*` for a GGUF file made of `checkpoint`.
+    """Fields `general.sampling.*` for a GGUF file made from `checkpoint`.
 
     Of a folder that has samples drawn: what transformers would draw them by. Where that makes no
     sense there are none, and a warning.

@@ -1,4 +1,4 @@
-"""Generation held to a JSON schema or a regular expression, through the library llguidance.
+"""Constrain generation to a JSON schema or a regular expression, with llguidance.
 
 At every step the tokens that cannot lead to a valid text are forbidden, so that what comes out is
 valid by construction (unless max_new_tokens truncates it). Where the library gives up, that is an
@@ -69,10 +69,10 @@ def grammar_maker(
         raise OptionError(f"{name} cannot be followed: {_one_line(fault)}")
 
     def make() -> Constraint:
-        # Faults belong in our errors: the library would print them.
+        # Messages go into our errors: the library would print them.
         return _GrammarConstraint(matcher(vocabulary, grammar, log_level=0), name, tokenizer)
 
-    # A grammar that no text satisfies shows at its first step.
+    # A grammar that no text satisfies fails at its first step.
     make().forbid(torch.zeros(tokenizer.vocab_size))
     return make
 
@@ -128,7 +128,7 @@ class _GrammarConstraint:
 
 
 def _one_line(fault: str) -> str:
-    """The library's own words, without its drawings of long expressions."""
+    """The library's message, without its rendering of long expressions."""
     fault = re.sub(r"^(at )?\d+\(\d+\): ", "", fault)  # positions in a generated grammar
     words = " ".join(re.split(r"\n *\d+ \| ", fault)[0].split())
     return words if len(words) <= MAX_FAULT_CHARS else words[: MAX_FAULT_CHARS - 3] + "..."

@@ -1,4 +1,4 @@
-"""A conversation with a model: messages so far, and one answer after another.
+"""A conversation with a model: its messages, and the next answers.
 
 Each answer reads only what is new since the last one: the cache of keys and values is kept, and cut
 back to where the new prompt departs from the old.
@@ -65,7 +65,7 @@ class Conversation:
         self.messages = list(self._system)
 
     def answer(self, text: str) -> Generator[Piece, None, None]:
-        """Say something, and yield the answer piece by piece.
+        """Add a message, and yield the answer piece by piece.
 
         An answer that is not iterated to its end is stored as far as it was generated.
 
@@ -94,11 +94,11 @@ class Conversation:
             assert self._cache is not None
             self._read_ids = (prompt_ids + result.token_ids)[: self._cache.max_len]
             self._cache.truncate(len(self._read_ids))
-            # Special tokens that are shown are for the eye: a template would render them as text.
+            # Special tokens are only for display: a template would render them as text.
             self.messages.append({"role": "assistant", "content": stream.plain_text(0)})
 
     def _open_engine(self) -> Engine:
-        """The engine; where the model has changed, another one, and nothing read yet."""
+        """The engine; if the model has changed, a new one with an empty cache."""
         if self._engine is None or not self._engine.snapshot.is_current():
             self._engine, self._cache, self._read_ids = engine_for(self.model), None, []
         return self._engine
@@ -181,7 +181,7 @@ def encode_messages(
     tools: Sequence[Tool] = (),
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Messages to the token ids of a prompt that ends where the answer begins.
+    """The token ids of a prompt of messages, up to where the answer begins.
 
     The template's special tokens are meant as such; the same characters inside a message are text.
 

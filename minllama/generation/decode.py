@@ -1,4 +1,4 @@
-"""A batch of prompts of token ids, continued token by token until all have ended.
+"""Continue a batch of prompts of token ids, token by token, until all have ended.
 
 Uses a scheduler (`minllama.engine.scheduler`), and chooses tokens as options state.
 Texts, stop strings and streams are those of `minllama.generation.api`.
@@ -54,7 +54,7 @@ class Timings:
 
 @dataclass(frozen=True)
 class OptionsSampler:
-    """Chooses tokens by options; those of equal options are chosen together.
+    """Chooses tokens by options; sequences with equal options are sampled together.
 
     Attributes:
         options: how to choose; the seed is not looked at.
@@ -90,7 +90,7 @@ def request_of(
     salt: str = "",
     name: str = "the prompt",
 ) -> Request:
-    """A request to a scheduler, by options; the arguments are those of `Decoder` and `Request`.
+    """A request to a scheduler from options; arguments as for `Decoder` and `Request`.
 
     Args:
         ids: token ids of the prompt.
@@ -250,7 +250,7 @@ def plain_list(value: Any) -> Any:
 
 def _token_id(value: Any) -> int:
     value = plain_list(value)
-    if isinstance(value, bool):  # whole numbers to Python, as bytes are, and not meant as ids
+    if isinstance(value, bool):  # integers in Python, like bytes, but not intended as ids
         raise TypeError
     return int(operator.index(value))
 
@@ -269,7 +269,7 @@ def _all_stop_ids(options: GenerationOptions, stop_ids: Collection[int]) -> froz
 
 
 def _check_biases(options: GenerationOptions, n_tokens: int | None) -> None:
-    """Refuse biases of what is no token.
+    """Refuse biases of ids outside the vocabulary.
 
     Raises:
         OptionError: there is the text of a token, which needs a tokenizer, or an unknown id.

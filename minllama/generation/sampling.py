@@ -1,4 +1,4 @@
-"""From logits to the next token.
+"""Choose the next token from logits.
 
 Each function takes logits or probabilities and returns tensors; the scheduler calls them.
 """
@@ -60,13 +60,15 @@ def choose_tokens(
     ids = None
     if options.top_k:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
-    elif options.top_p < 1:  # needs the most likely tokens first; nothing else is worth a sort
+    elif options.top_p < 1:  # needs tokens sorted by likelihood; only this is worth a sort
         logits, ids = logits.sort(-1, descending=True)
     largest = logits.amax(-1, keepdim=True)
-    # Shifted before it is divided, so that a tiny temperature gives infinity only downwards.
+    # Shifted before division, so that a tiny temperature overflows only to -infinity.
     scaled = (logits - largest) / max(options.temperature, SMALLEST)
     if options.top_p == 1 and options.min_p == 0:
-        weights = scaled.exp()  # a softmax would divide all by one number, which draws do not see
+        weights = (
+            scaled.exp()
+        )  # a softmax would only divide by a constant, which does not affect draws
     else:
         weights = apply_min_p(apply_top_p(scaled.softmax(-1), options.top_p), options.min_p)
     chosen = draw(weights, uniforms)
@@ -75,7 +77,7 @@ def choose_tokens(
 
 
 def _likeliest(logits: Tensor) -> Tensor:
-    """(B,) where the largest of (B, V) are, the first of equal ones; -1 for NaN and infinity.
+    """(B,) argmax of (B, V), the first of equal ones; -1 for NaN and infinity.
 
     By numpy, which compares numbers in vectors: torch takes 134 microseconds for a row of 49,152,
     and this 34.
@@ -113,7 +115,7 @@ def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     within = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1)  # (B, BLOCK)
     starts = F.pad(ends, (1, 0)).gather(-1, block)
     place = _first_above(within.cumsum(-1), aims - starts)
-    chosen = (block * BLOCK + place).clamp(max=weights.shape[-1] - 1)  # of NaN anything
+    chosen = (block * BLOCK + place).clamp(max=weights.shape[-1] - 1)  # arbitrary for NaN
     return chosen.squeeze(-1).to(device)
 
 
@@ -121,11 +123,11 @@ def _first_above(sums: Tensor, aims: Tensor) -> Tensor:
     """(B, 1), the first of each row's growing sums above an aim; by rounding, the last step."""
     last = torch.searchsorted(sums, sums[:, -1:].contiguous())
     found = torch.minimum(torch.searchsorted(sums, aims, right=True), last)
-    return found.clamp(max=sums.shape[-1] - 1)  # among NaN nothing is found
+    return found.clamp(max=sums.shape[-1] - 1)  # with NaN no step is found
 
 
 def _checked_choice(chosen: Tensor, largest: Tensor) -> Tensor:
-    """-1 instead of what was chosen if the largest logit is NaN or infinity."""
+    """The chosen ids, with -1 where the largest logit is NaN or infinity."""
     return torch.where(largest < math.inf, chosen, -1)
 
 
@@ -215,12 +217,12 @@ def apply_logit_bias(logits: Tensor, bias: Sequence[tuple[int | str, float]]) ->
 
 
 def _copied(logits: Tensor) -> Tensor:
-    """A copy whose flat places are row * V + token, whatever the original is a part of."""
+    """A contiguous copy, whose flat indices are row * V + token."""
     return logits.clone(memory_format=torch.contiguous_format)
 
 
 def _on_device(values: Sequence[float], dtype: torch.dtype, other: Tensor) -> Tensor:
-    """(N,) numbers where `other` is, on their way there without the host waiting for a GPU."""
+    """(N,) numbers on `other`'s device, copied without waiting for a GPU."""
     listed = torch.tensor(values, dtype=dtype, pin_memory=other.is_cuda)
     return listed.to(other.device, non_blocking=True)
 

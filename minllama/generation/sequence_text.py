@@ -1,4 +1,4 @@
-"""One sequence's tokens -> pieces of text, and what they add up to.
+"""Convert one sequence's tokens to pieces of text and to the whole result.
 
 The caller who runs sequences feeds it their tokens: `minllama.generation.api`, a server.
 """
@@ -39,7 +39,7 @@ class PromptLogprob:
 
 @dataclass(frozen=True)
 class TokenLogprob(PromptLogprob):
-    """The same of a token that was generated, which always has one."""
+    """The log-probability of a generated token, which always has one."""
 
     logprob: float
 
@@ -125,7 +125,7 @@ class SequenceText:
         return self._text.plain
 
     def feed(self, token: Token) -> Piece:
-        """What this token adds; nothing once the text has ended."""
+        """The text that this token adds; empty once the text has ended."""
         if self.has_ended:
             return Piece(token.row, "")
         new, reason = "", token.finish_reason
@@ -140,7 +140,7 @@ class SequenceText:
         return Piece(token.row, *self._grown(new, reason), logprobs)
 
     def finish(self, row: int = 0) -> Piece:
-        """End a text whose sequence was ended from outside: what was held back, as `length`."""
+        """End a text that the caller ended: return the text held back, with reason `length`."""
         if self.has_ended:
             return Piece(row, "")
         return Piece(row, *self._grown(self._text.end(), "length"))
@@ -191,6 +191,6 @@ def prompt_logprobs(
 
 
 def _spelled(tokenizer: Tokenizer, token_id: int) -> tuple[builtins.bytes, str]:
-    """A token's bytes, and as text."""
+    """A token's bytes and its text."""
     spelled = tokenizer.token_bytes(token_id)
     return spelled, spelled.decode(errors="replace")

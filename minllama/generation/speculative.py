@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what followed the last time that its newest tokens stood there.
+"""Prompt lookup: draft the tokens that followed the last occurrence of the newest tokens.
 
 Prompt lookup decoding (Saxena 2023): a drafting model that costs nothing. Drafts are checked in one
 pass and change no token (Leviathan et al. 2023).
@@ -10,7 +10,7 @@ LONGEST, SHORTEST = 3, 2  # tokens that must match; a single one predicts too li
 
 
 class PromptLookup:
-    """The places of all short runs of tokens of one text that grows.
+    """An index of the positions of all short n-grams of a growing text.
 
     Args:
         most: tokens of a draft.
@@ -18,7 +18,7 @@ class PromptLookup:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._seen = 0  # tokens whose runs are in the index
+        self._seen = 0  # number of tokens whose n-grams are indexed
         self._next: dict[tuple[int, ...], int] = {}  # last tokens -> position after them
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
@@ -31,7 +31,7 @@ class PromptLookup:
         Returns:
             Token ids; none where the end is new.
         """
-        # The run at the very end has nothing after it yet, so it is left for the next call.
+        # Nothing follows the last n-gram yet, so the next call adds it.
         for end in range(self._seen + 1, len(ids)):
             for n in range(SHORTEST, LONGEST + 1):
                 if end >= n:

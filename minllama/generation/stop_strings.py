@@ -1,4 +1,4 @@
-"""Generated tokens -> the text that a reader gets, which ends before a stop string.
+"""Convert generated tokens to the shown text, which ends before a stop string.
 
 A stop string may hold special tokens, alone or among other text, whether or not the reader is shown
 them. It takes the tokens of one sequence as they are generated.
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 from minllama.tokenizer.tokenizer import Tokenizer
 
-# What each character of the spelled text is: plain, or the first or a further one of a special
+# The kind of each character of the spelled text: plain, or first or later in a special
 # token's text.
 PLAIN, FIRST, FURTHER = ".", "S", "s"
 
 
 class RowText:
-    """The text of one row, held back where it may be the beginning of a stop string.
+    """The text of one row, held back while it may be the beginning of a stop string.
 
     Two texts are looked through for stop strings: the one that is shown, and the one in which
     special tokens are spelled out. In the latter a special token that is not shown is matched whole
@@ -36,9 +36,9 @@ class RowText:
         self._special = {i: text for text, i in tokenizer.special_tokens.items()}
         self._stop, self._hides = stop, skip_special
         self._begin = tuple({string[0] for string in stop})
-        self._spelled, self._marks = "", ""  # of what is held back
+        self._spelled, self._marks = "", ""  # of the text held back
         self._plain: list[str] = []
-        self._length = self.offset = 0  # of what is shown, were there no stop strings
+        self._length = self.offset = 0  # of the text that would be shown without stop strings
         self.stopped = False
 
     @property
@@ -53,7 +53,7 @@ class RowText:
         self._length += len(text)
         if token_id not in self._special:
             if not self._spelled and not any(char in text for char in self._begin):
-                self._plain.append(text)  # no stop string is in sight
+                self._plain.append(text)  # no stop string can have begun
                 return text
             self._append(text)
         elif self._hides:
@@ -66,7 +66,7 @@ class RowText:
         return self._scanned()
 
     def end(self, token_id: int | None = None) -> str:
-        """What is left when the row has ended.
+        """The remaining text when the row has ended.
 
         Args:
             token_id: the token that ended it, which is not text; a stop string may end with it.
@@ -100,7 +100,7 @@ class RowText:
         return text
 
     def _take(self, n: int) -> str:
-        """The first n characters: out of what is held back, those of them that are shown."""
+        """Remove the first n characters from the text held back; returns the shown ones."""
         spelled, marks = self._spelled[:n], self._marks[:n]
         self._spelled, self._marks = self._spelled[n:], self._marks[n:]
         plain = spelled
@@ -110,7 +110,7 @@ class RowText:
         return plain if self._hides else spelled
 
     def _stops(self) -> Iterator[int]:
-        """Where stop strings begin in what is held back."""
+        """Where stop strings begin in the text held back."""
         for stop in self._stop:
             start = self._spelled.find(stop)
             while start >= 0 and not self._is_whole(start, start + len(stop)):
@@ -123,7 +123,7 @@ class RowText:
                     yield offsets[start]
 
     def _held_from(self) -> int:
-        """From where on it may be the beginning of a stop string."""
+        """The offset from which the text may be the beginning of a stop string."""
         length = len(self._spelled)
         first = length
         for stop in self._stop:
@@ -142,13 +142,13 @@ class RowText:
         return not self._hides or FURTHER not in (self._marks[start], self._marks[end : end + 1])
 
     def _without_special(self) -> Iterator[tuple[str, list[int]]]:
-        """The shown text and where its characters are, if it is another than the spelled one."""
+        """The shown text and its characters' offsets, if it differs from the spelled one."""
         if self._hides and FIRST in self._marks:
             offsets = [i for i, mark in enumerate(self._marks) if mark == PLAIN]
             yield "".join(self._spelled[i] for i in offsets), offsets
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many of the last characters of `text` are the beginning of `stop`."""
+    """The length of the longest end of `text` that begins `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

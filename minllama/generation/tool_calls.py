@@ -18,13 +18,13 @@ from minllama.text import shown
 from minllama.tokenizer.chat_template import Message
 from minllama.tokenizer.tokenizer import Tokenizer
 
-NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # of a function, as OpenAI has it
+NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")  # of a function, as in OpenAI's API
 NO_PARAMETERS: Mapping[str, Any] = {
     "type": "object",
     "properties": {},
     "additionalProperties": False,
 }
-# As templates write JSON; without free white space, which small models do not find out of.
+# As templates write JSON; free white space would trap small models.
 COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -56,7 +56,7 @@ class Tool:
 
     @property
     def definition(self) -> dict[str, Any]:
-        """It in OpenAI's shape, which templates read."""
+        """The tool in OpenAI's format, which templates read."""
         function = {
             "name": self.name,
             "description": self.description,
@@ -118,7 +118,7 @@ class CallForm(NamedTuple):
     between: str | None
 
     def written(self, name: str, arguments: str) -> str:
-        """A call as the model writes it; arguments in JSON."""
+        """A call as the model writes it, with arguments in JSON."""
         return f'{self.begin}{{"name": "{name}", "{self.arguments}": {arguments}}}{self.end}'
 
 
@@ -288,7 +288,7 @@ def call_constraint(
     try:
         return grammar_maker(tokenizer, "\n".join(rules) + "\n", vocab_size, name)
     except OptionError:
-        for tool in tools if len(tools) > 1 else ():  # the error of the one at fault
+        for tool in tools if len(tools) > 1 else ():  # report the error of the invalid one
             call_constraint(tokenizer, [tool], form, vocab_size, required=required)
         raise
 
@@ -363,14 +363,14 @@ class ReplyReader:
         return self._take(len(self._held) - max(overlaps))
 
     def _take(self, end: int) -> str:
-        """The first characters of what is held, but for white space at their end."""
+        """Remove the first characters of the held text, but for white space at their end."""
         end = len(self._held[:end].rstrip())
         text, self._held = self._held[:end], self._held[end:]
         self._is_at_start = self._is_at_start and not text
         return text
 
     def finish(self) -> tuple[str, list[ToolCall]]:
-        """The rest of the text, and the calls; all of what is held is text where there are none."""
+        """The rest of the text, and the calls; without calls, all of the held text."""
         held, self._held, self._blanks = self._held + self._blanks, "", ""
         found = _tagged(held)
         calls = [call for part in found if isinstance(part, list) for call in part]
@@ -397,7 +397,7 @@ def read_reply(text: str, names: Sequence[str]) -> tuple[str, list[ToolCall]]:
 
 
 def _overlap(text: str, opener: str) -> int:
-    """How many of the last characters are the beginning of an opener."""
+    """The number of last characters that may begin an opening tag."""
     longest = min(len(text), len(opener) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(opener[:n])), 0)
 
@@ -457,11 +457,11 @@ def _calls_in(value: Any) -> Iterator[ToolCall]:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(constant)  # NaN and infinity, which JSON has not
+    raise ValueError(constant)  # NaN and infinity, which JSON lacks
 
 
 def _dumped(value: Any) -> str:
-    """JSON that can be sent.
+    """JSON that can be encoded as UTF-8.
 
     Raises:
         ValueError: it contains NaN or infinity.
@@ -469,6 +469,6 @@ def _dumped(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a pair of surrogates stays an escape
+    except UnicodeEncodeError:  # a lone surrogate remains an escape
         return json.dumps(value, allow_nan=False)
     return text

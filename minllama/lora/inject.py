@@ -134,7 +134,7 @@ def remove_lora_wrapper(model: nn.Module, *, merge: bool = True) -> None:
 def merge_lora(
     model: nn.Module, sample: Tensor | Callable[[], Tensor] | None = None
 ) -> float | None:
-    """Add the active adapters to the weights, until `unmerge_lora`: they need no products then.
+    """Add the active adapters to the weights, until `unmerge_lora`; they then cost no matmuls.
 
     Computed in float32 and rounded once to the weights' dtype, which causes the drift. The original
     weights are kept, so that `unmerge_lora` is exact; `remove_lora_wrapper` frees them.
@@ -265,7 +265,7 @@ def _layers_or_error(llama: Llama) -> dict[str, LoRALayer]:
 
 
 def _check_mergeable(layers: Mapping[str, LoRALayer]) -> None:
-    """Check that all of them can be merged, before any is."""
+    """Check that all layers can be merged, before any is."""
     for name, layer in layers.items():
         try:
             layer.merged_weight()

@@ -210,7 +210,7 @@ class LoRALayer(nn.Module):
         return y
 
     def _reads_again(self) -> bool:
-        """Whether the base's output is observed after adapters have written to it."""
+        """Whether a hook or DoRA reads the base's output after adapters have written to it."""
         hooks = self.base._forward_hooks or nn.modules.module._global_forward_hooks
         return bool(hooks) or any(self.adapter(name).options.use_dora for name in self.active)
 
@@ -242,14 +242,14 @@ class LoRALayer(nn.Module):
         assert isinstance(self.base, nn.Linear)
         merged, weight = self.merged_weight(), self.base.weight
         self._unmerged_weight = weight.data
-        weight.data = merged  # the old one is not written to: it may be a file, mapped into memory
+        weight.data = merged  # the old weight is not written to: it may be a memory-mapped file
 
     def unmerge(self) -> None:
         """Restore the weight from before `merge`, bit for bit."""
         assert self._unmerged_weight is not None
         assert isinstance(self.base, nn.Linear)
         weight = self.base.weight
-        # The model may have moved in between.
+        # The model may have been moved to another device meanwhile.
         weight.data = self._unmerged_weight.to(weight.device, weight.dtype)
         self._unmerged_weight = None
 

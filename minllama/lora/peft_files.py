@@ -60,7 +60,7 @@ def save_adapter(
     base_model_name: str | None = None,
     head: Tensor | None = None,
 ) -> None:
-    """Write one adapter of a model as PEFT does; the folder appears whole or not at all.
+    """Write one adapter of a model as PEFT does; the folder is written atomically.
 
     Args:
         folder: the target; other files in an existing folder are kept.
@@ -114,7 +114,7 @@ def write_adapter(
         has_head=head is not None,
     )
     write_adapter_config(folder, config)
-    # Not by the library's save_file, whose errors of a full disk are of its own kind.
+    # Not with the library's save_file, which raises its own errors on a full disk.
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, {"format": "pt"}))
 
 
@@ -152,7 +152,7 @@ def load_adapter(
         for name, options in stored.options.items()
     }
     head = stored.head()
-    # Fresh adapters draw numbers, which are overwritten: a caller's seed must not notice.
+    # New adapters draw random numbers, soon overwritten: the caller's generator must not advance.
     with torch.random.fork_rng(devices=[]):
         adapters = attach_adapter(llama, adapter_name, stored.options)
     for name, adapter in adapters.items():

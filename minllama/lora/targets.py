@@ -23,7 +23,7 @@ def linear_names(llama: Llama) -> list[str]:
 
 
 def has_name(ours: str, target: str) -> bool:
-    """Whether `target` is a module's name or the end of it, in either naming."""
+    """Whether `target` is a module's name or its last part, in either naming."""
     return any(
         name == target or name.endswith(f".{target}") for name in (ours, their_module_name(ours))
     )

@@ -236,7 +236,7 @@ def check_inputs(ids: Tensor, mask: Tensor | None, vocab_size: int) -> None:
         )
     if ids.is_cpu and is_plain(ids):  # reading ids on a GPU would wait for it
         out_of_range = (ids.min() < 0) | (ids.max() >= vocab_size)
-        if is_plain(out_of_range) and out_of_range:  # without memory there is nothing to look at
+        if is_plain(out_of_range) and out_of_range:  # meta tensors have no values
             raise MinllamaError(f"token ids must be from 0 to {vocab_size - 1}")
 
 
@@ -318,5 +318,5 @@ def check_generation(
 
 def check_finite(logits: Tensor) -> None:
     """Raise MinllamaError if the largest of a sequence's logits (B, V) is NaN or infinite."""
-    if not (logits.amax(-1) < math.inf).all():  # NaN is less than nothing
+    if not (logits.amax(-1) < math.inf).all():  # comparisons with NaN are false
         raise MinllamaError(NOT_FINITE)

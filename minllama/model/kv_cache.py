@@ -183,7 +183,7 @@ class KVCache:
             self.resize(self.rows, capacity)
 
     def resize(self, rows: int, capacity: int) -> None:
-        """Reallocate: memory for so many rows of up to `capacity` tokens; what is stored stays.
+        """Reallocate for a number of rows of up to `capacity` tokens; the content stays.
 
         Args:
             rows: at least `batch_size`.

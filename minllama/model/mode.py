@@ -1,4 +1,4 @@
-"""Training and evaluation mode of modules, for as long as something lasts."""
+"""Set modules to training or evaluation mode while a block runs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from torch import nn
 
 
 class HasModules(Protocol):
-    """An `nn.Module`, or what has the modules of one."""
+    """An `nn.Module`, or an object with the modules of one."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 
 
 @contextlib.contextmanager
 def mode_restored(module: HasModules) -> Iterator[None]:
-    """At the end every submodule is in the mode that it was in, also after an error."""
+    """Restore every submodule's mode at the end, also after an error."""
     modes = [(part, part.training) for part in module.modules()]
     try:
         yield
@@ -26,7 +26,7 @@ def mode_restored(module: HasModules) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) for as long as it lasts; then the mode that was."""
+    """Evaluation mode (no dropout) while the block runs; then the previous mode."""
     with mode_restored(module):
         module.eval()
         yield

@@ -15,7 +15,7 @@ from minllama.model.config import LlamaConfig
 
 
 class OpenCheckpoint(Protocol):
-    """An open checkpoint, as far as a model is concerned: a `minllama.Checkpoint`."""
+    """The parts of an open `minllama.Checkpoint` that a model uses."""
 
     @property
     def config(self) -> LlamaConfig: ...
@@ -29,11 +29,11 @@ class LlamaPreTrainedModel(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        # What the weights were loaded from, as `Checkpoint.source` names it; None for none.
+        # The source of the weights, as in `Checkpoint.source`; None without one.
         self.source: str | None = None
         # The weight format that matrices were then quantized to; None for dense ones.
         self.quantize: str | None = None
-        # What an engine computes passes over many tokens in, beside quantized matrices on a CPU
+        # The dtype in which an engine computes long passes with quantized matrices on a CPU
         # that multiplies it faster than integers; None for `dtype`.
         self.long_dtype: torch.dtype | None = None
 

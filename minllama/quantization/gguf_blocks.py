@@ -133,7 +133,7 @@ def decode_super_blocks(raw: Tensor, stored: GGMLType) -> Blocks:
     assert stored in (Q4_K, Q5_K)
     factors = raw[:, :4].contiguous().view(torch.float16).float()  # (n, 2)
     # Six bits of the first four scales, of the first four mins, and four of the others: scales low,
-    # mins high. The two bits that those lack are on top of the first ones.
+    # mins high. The missing two bits are the top bits of the first ones.
     scales, mins, others = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
     scales = torch.cat([scales & 63, (others & 15) | (scales >> 6 << 4)], dim=1)  # (n, 8)
     mins = torch.cat([mins & 63, (others >> 4) | (mins >> 6 << 4)], dim=1)
@@ -190,7 +190,7 @@ def quantize_q8_0(values: Tensor) -> Tensor:
         chunk = blocks[start : start + CHUNK_BLOCKS]
         scales = chunk.abs().amax(dim=1, keepdim=True) / 127
         scaled = chunk * torch.where(scales == 0, 0.0, 1 / scales)
-        # Halves round away from zero, as C's roundf does; torch.round would go to the even one.
+        # Ties round away from zero, as in C's roundf; torch.round rounds them to even.
         size = scaled.abs()
         whole = size.floor()
         rounded = (whole + (2 * (size - whole)).floor()).copysign(scaled)

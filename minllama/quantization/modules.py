@@ -37,7 +37,7 @@ from minllama.quantization.half import UpcastEmbedding, UpcastLinear
 BLOCK = 32  # columns that share a scale
 TILE_ROWS = 16  # rows that are stored together, as vector instructions read them
 ZERO_POINT = {4: 8, 8: 128}
-# Below, scales are float16's subnormal numbers, which have no bits left to be exact with.
+# Below, scales are subnormal in float16, and too imprecise.
 SMALLEST = 2.0**-10
 BITS = {Q4_0: 4, Q4_1: 4, Q4_K: 4, Q5_K: 8, Q8_0: 8}  # in which a file's blocks are stored
 SLICE = 4096  # rows that are quantized at a time: intermediate results are five times as large
@@ -197,7 +197,7 @@ class QuantizedEmbedding(QuantizedWeight):
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., in)."""
         # Rows are in tiles, whose indices would wrap around and reach into padding. Elsewhere
-        # than on a CPU to look at ids is to wait for them.
+        # than on a CPU, checking ids would wait for them.
         if ids.is_cpu and ids.numel():
             check_ids(ids, self.out_features)
         return self.rows(ids, self.dtype)
@@ -388,7 +388,7 @@ def _from_blocks(raw: Tensor, stored: GGMLType, shape: tuple[int, ...]) -> Parts
         return Parts(*parts, shape[0])
     blocks = (decode_super_blocks if is_super else decode_blocks)(raw, stored)
     quants = blocks.quants.view(torch.uint8)
-    if blocks.mins is None:  # signed: to be unsigned they move up, and wrap around as they should
+    if blocks.mins is None:  # signed: shifted to unsigned, with the intended wrap-around
         quants = quants + ZERO_POINT[BITS[stored]]
     out, n = shape[0], shape[1] // BLOCK
     mins = None if blocks.mins is None else blocks.mins.view(out, n)

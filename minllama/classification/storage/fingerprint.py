@@ -113,8 +113,9 @@ def tokenizer_digest(vocabulary: Vocabulary) -> str:
     """SHA-256 of all that decides which ids a text becomes."""
     settings = {
         name: getattr(vocabulary, name)
-        for name in ("form", "bos_id", "eos_id", "add_bos", "add_eos", "chat_template")
+        for name in ("bos_id", "eos_id", "add_bos", "add_eos", "chat_template")
     }
+    settings["form"] = vocabulary.storage_format
     if vocabulary.flags or not vocabulary.legacy:  # others keep the digest that they had
         settings |= {"flags": vocabulary.flags, "legacy": vocabulary.legacy}
     data = vocabulary.data
