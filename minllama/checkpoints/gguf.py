@@ -84,7 +84,7 @@ MAX_F16 = torch.finfo(torch.float16).max
 NO_VOCABULARY = "none"
 SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS = "split.count", "split.no", "split.tensors.count"
 MAX_PARTS = 99_999  # that such a name can state
-# Longest rope_freqs.weight that is read: twice the widest head that anyone has made.
+# The longest rope_freqs.weight that is accepted: twice the widest known head.
 MAX_ROPE_FREQS = 1024
 
 
@@ -273,7 +273,7 @@ def write_gguf(
     *,
     further: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a GGUF file that llama.cpp loads, tensor by tensor; it appears whole or not at all.
+    """Write a GGUF file that llama.cpp loads, tensor by tensor, and atomically.
 
     Args:
         path: the file.
@@ -331,7 +331,7 @@ def _type_for(shape: tuple[int, ...], preferred: GGMLType) -> GGMLType:
 
 
 def _encoded(name: str, tensor: Tensor, stored: GGMLType) -> Tensor:
-    """The bytes of a tensor as `stored` has them, uint8."""
+    """The bytes of a tensor in the format `stored`, uint8."""
     tensor = tensor.detach().cpu()
     largest = MAX_F16 * (127 if stored == Q8_0 else 1)  # Q8_0 keeps largest / 127 as float16
     if stored in (F16, Q8_0) and tensor.abs().amax() > largest:

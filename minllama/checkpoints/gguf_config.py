@@ -15,11 +15,11 @@ from minllama.model.config import LlamaConfig, RopeScaling
 ARCHITECTURE = "llama"
 ORIGINAL_LEN = "rope.scaling.original_context_length"
 LLAMA3_ORIGINAL_LEN = 8192
-# How far a stored divisor may be from Llama 3.1's rule, since converters compute it in float32.
+# Tolerance of stored divisors by Llama 3.1's rule, since converters compute in float32.
 DIVISOR_TOLERANCE = 1e-4
 MAX_U32 = 2**32 - 1
 MAX_F32 = 3.4028234663852886e38
-# Keys that llama.cpp reads for other architectures only, and the values that change nothing.
+# Keys that llama.cpp reads for other architectures only, with their neutral values.
 NEUTRAL = {
     "rope.scaling.yarn_ext_factor": (-1, 1),
     "rope.scaling.yarn_attn_factor": (-1, 1),

@@ -20,7 +20,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMS = 4
-# Far above any real vocabulary or chat template, far below what would exhaust memory.
+# Far above any real vocabulary or chat template, but too little to exhaust memory.
 MAX_ARRAY_LEN = 2**24
 MAX_STRING_BYTES = 2**24
 MAX_ARRAY_DEPTH = 4
@@ -187,7 +187,7 @@ class _Parser:
             tensors[info.name] = GGUFTensor(info.name, info.shape, info.type, offset, info.n_bytes)
         end = 0
         for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
-            if tensor.offset < end:  # megabytes could be named until they are gigabytes
+            if tensor.offset < end:  # a small file could imply gigabytes of tensors
                 self.fail(f"has overlapping tensors at {tensor.name!r}; the file is damaged")
             end = tensor.offset + tensor.n_bytes
         return tensors
@@ -263,7 +263,7 @@ class _Parser:
             self.fail(f"has a string (before byte {offset}) that is not UTF-8; the file is damaged")
 
     def advance(self, n_bytes: int) -> int:
-        """The offset of the next `n_bytes`, which are in the file, and are now read."""
+        """Advance past the next `n_bytes`, which must be in the file; returns their offset."""
         start = self.offset
         if start + n_bytes > self.size:
             self.fail_truncated()

@@ -125,7 +125,7 @@ def read_huggingface(path: Path) -> Checkpoint:
         if name.endswith("rotary_emb.inv_freq"):
             ignored.append(name)
         else:
-            ours = translate(name, OUR_NAMES) or name  # an unknown one is the loader's to report
+            ours = translate(name, OUR_NAMES) or name  # the loader reports unknown names
             tensors[ours] = _permuted(ours, tensor, config)
     config = _with_head(config, tensors, ignored, path)
     with naming(path):
@@ -317,7 +317,7 @@ def _write_shards(
             save_file(_without_overlap(shard), folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # of a full disk
             raise OSError(str(error)) from error
-        # The library makes files that only their owner can read.
+        # The library creates files that only their owner can read.
         shutil.copymode(folder / "config.json", folder / file)
     if plan.is_sharded:
         where = {names[name]: file for name, file in plan.tensor_to_filename.items()}

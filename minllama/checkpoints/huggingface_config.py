@@ -36,7 +36,7 @@ SCALING_KEYS = {
     "mscale_all_dim": "mscale_all_dim",
     "truncate": "truncate",
 }
-SCALING_FIELDS = {  # which of them each kind has, as transformers checks them
+SCALING_FIELDS = {  # the fields of each kind, as transformers checks them
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "original_max_seq_len", "low_freq_factor", "high_freq_factor"),
@@ -209,7 +209,7 @@ def _scaling_from_huggingface(
         fields["original_max_seq_len"] = _first_given(of_model, of_scaling, max_seq_len)
     if kind == "yarn" and "factor" not in fields:
         original = fields["original_max_seq_len"]
-        # RopeScaling refuses what is no length.
+        # RopeScaling refuses invalid lengths.
         fields["factor"] = max_seq_len / original if original else 1.0
     required = REQUIRED_FIELDS[kind]
     if missing := [SCALING_KEYS[ours] for ours in required if ours not in fields]:
@@ -220,7 +220,7 @@ def _scaling_from_huggingface(
 def config_to_huggingface(
     config: LlamaConfig, dtype: str, vocabulary: Vocabulary | None
 ) -> dict[str, Any]:
-    """The content of a config.json that old and new versions of transformers read the same.
+    """The content of a config.json that old and new versions of transformers read alike.
 
     Raises:
         MinllamaError: the format cannot represent this config.

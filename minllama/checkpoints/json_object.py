@@ -1,4 +1,4 @@
-"""The object in a checkpoint's file of JSON: config.json, an index, adapter_config.json."""
+"""Read the object in a checkpoint's JSON file: config.json, an index, adapter_config.json."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from minllama.text import MAX_JSON_BYTES, read_json
 
 
 def read_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The object in a checkpoint's file of JSON; see `read_json`.
+    """The object in a checkpoint's JSON file; see `read_json`.
 
     Raises:
         CheckpointError: it cannot be read, is damaged or far too large, or is no object.

@@ -39,7 +39,7 @@ from minllama.model.config import LlamaConfig
 from minllama.quantization.gguf_blocks import view_as
 from minllama.tokenizer.vocabulary import Vocabulary
 
-# llama2.c kept Meta's names; the course has its own for the projections of the attention.
+# llama2.c uses Meta's names; the course has its own for attention projections.
 OUR_NAMES = meta.OUR_NAMES | {
     f"layers.{{i}}.attention.compute_{part}": f"layers.{{i}}.attention.compute_{part}"
     for part in ("query", "key", "value", "output")
@@ -57,7 +57,7 @@ MAGIC = struct.pack("<I", 0x616B3432)  # "ak42"
 INTS = struct.Struct("<7i")  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, context
 VERSIONED = struct.Struct("<4si7iBi")  # magic, version, the seven, shared output, group size
 VERSIONED_HEADER_BYTES = 256
-# What run.c computes with, whatever the file.
+# Constants of run.c, for every file.
 FIXED = {
     "rope_theta": 10000.0,
     "norm_eps": 1e-5,
@@ -307,7 +307,7 @@ def _vocabulary_in_folder(path: Path, vocab_size: int) -> Vocabulary | None:
 def write_llama2c_bin(
     path: str | PathLike[str], config: LlamaConfig, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write the legacy `.bin`, float32, which llama2.c's run.c runs; whole or not at all.
+    """Write the legacy `.bin`, float32, which llama2.c's run.c runs, atomically.
 
     Args:
         path: the file.
@@ -349,7 +349,7 @@ def _check_runnable(config: LlamaConfig) -> None:
 
 
 def _rope_tables(config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position, (context, C / 2) each; later run.c skip them."""
+    """Cosines and sines of every position, (context, C / 2) each; newer run.c skips them."""
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     angles = torch.outer(torch.arange(config.max_seq_len).float(), 1 / config.rope_theta**exponents)
     return angles.cos(), angles.sin()

@@ -1,4 +1,4 @@
-"""Load a checkpoint's tensors into a module's parameters, checked, without a second copy in memory.
+"""Load and check a checkpoint's tensors as a module's parameters, without a second copy in memory.
 
 Takes a `Checkpoint` of any format, whose tensors are `LazyTensor`s; chooses dtype, device and
 weight format. `Llama.from_checkpoint` calls it.
@@ -77,7 +77,7 @@ def load_with(
     kind: type[ModelT], checkpoint: Checkpoint, weights: WeightFormat, **config_changes: Any
 ) -> ModelT:
     """Load a model of a class from an open checkpoint, in a weight format that is resolved."""
-    # Before a module is built: a file may claim thousands of layers and name a tensor in each.
+    # Checked before a module is built: a file may claim thousands of layers.
     check_shapes(checkpoint, tensor_shapes(checkpoint.config))
     # No memory and no random numbers: the weights are assigned.
     with torch.device("meta"), without_initial_values():
@@ -162,7 +162,7 @@ def load_weights(module: nn.Module, checkpoint: Checkpoint, weights: WeightForma
 def _quantized(
     name: str, tensor: LazyTensor, quantize: str, checkpoint: Checkpoint
 ) -> Parts | None:
-    """A matrix in quantized blocks, their scales checked; None for what stays dense."""
+    """A matrix in quantized blocks with checked scales; None if it stays dense."""
     made = quantized(name, tensor, quantize)
     if made is not None:
         for values in (made.scales, made.mins):
@@ -196,7 +196,7 @@ def check_shapes(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]]) -
 
 def _check_finite(name: str, stored: Tensor, tensor: Tensor, checkpoint: Checkpoint) -> None:
     # One pass without a temporary, unlike a sum in half precision. NaN becomes both extremes.
-    is_mps = tensor.device.type == "mps"  # which has the two only
+    is_mps = tensor.device.type == "mps"  # which supports only these two
     extremes = (tensor.min(), tensor.max()) if is_mps else tensor.aminmax()
     if not all(map(torch.isfinite, extremes)):
         if bad := int((~torch.isfinite(stored)).sum()):

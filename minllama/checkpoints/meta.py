@@ -39,7 +39,7 @@ OUR_NAMES = {
 EMBEDDING = "tok_embeddings.weight"
 # Buffers that follow from the config, and state that training code stores with the weights.
 BUFFERS = ("rope.freqs", "freqs_cis", "freqs_cos", "freqs_sin", "attention.mask")
-# The dimension along which a matrix was cut; what is not here every shard has whole.
+# Matrices that are sharded, by dimension; every shard has a full copy of all others.
 SHARDED_BY_ROWS = ("compute_query", "compute_key", "compute_value", "w1", "w3", "output")
 SHARDED_BY_COLUMNS = ("compute_output", "w2")
 
@@ -50,7 +50,7 @@ SUPPORTED_KEYS = {
     *("rope_theta", "use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor"),
     "max_seq_len",
 }
-# Keys of releases that are something other than a Llama with dense weights, and what they are.
+# Keys of releases that are not Llamas with dense weights, with the reasons.
 UNSUPPORTED_KEYS = {
     "quantization_args": "its weights are quantized (SpinQuant, QLoRA); use the release in "
     "bfloat16, or a GGUF file",
@@ -62,7 +62,7 @@ UNSUPPORTED_KEYS = {
     "vision_args": "it has a vision encoder; choose a text-only model",
     "moe_args": "it is a mixture of experts; choose a dense Llama",
 }
-# Width, heads and key heads of Llama 3.2's small models, 1B and 3B, and of what was pruned from
+# Width, heads and key heads of Llama 3.2's small models, 1B and 3B, and of models pruned from
 # them: params.json states that their angles are scaled, but not the factor, 32 (Llama 3.1: 8).
 LLAMA_32 = {(2048, 32, 8), (3072, 24, 8)}
 UNUSED = {"max_batch_size"}  # of Meta's own cache
@@ -222,7 +222,7 @@ def _sharded_dim(ours: str, part: Tensor, params: Mapping[str, Any]) -> int | No
     if part.dim() != 2:
         return None
     if module == "tok_embeddings":
-        # Llama 1 and 2 cut the width, Llama 3 the vocabulary.
+        # Llama 1 and 2 split the width, Llama 3 the vocabulary.
         return 0 if part.shape[1] == params.get("dim") else 1
     if module in SHARDED_BY_ROWS:
         return 0

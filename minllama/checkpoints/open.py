@@ -194,7 +194,7 @@ def open_base(folder: Path, base: str | os.PathLike[str] | None = None) -> Check
 def _reader(path: Path) -> Callable[[Path], Checkpoint]:
     if path.is_dir():
         return _reader_of_folder(path)
-    if not path.is_file():  # a pipe or a device, which a program may have meant by /dev/stdin
+    if not path.is_file():  # a pipe or a device, such as /dev/stdin
         raise CheckpointError(
             f"{path}: neither a file nor a folder; save the checkpoint and name its path"
         )

@@ -39,7 +39,7 @@ KEYS = {
     "lora_B": "lora_B.weight",
     "lora_magnitude_vector": "lora_magnitude_vector",
 }
-# A key with an adapter's name in it: what is left of it is the first and the last group.
+# A key with an adapter's name, which is removed: the first and last groups remain.
 _NAMED_KEYS = (
     re.compile(r"(.+\.lora_[AB])\.([^.]+)(\.weight)"),
     re.compile(r"(.+\.lora_magnitude_vector)\.([^.]+)(?:\.weight)?()"),
@@ -155,7 +155,7 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
     for module in adapter.options:
         stored = tensors[f"{module}.weight"]
         load = partial(_merged, stored, module, adapter, base.config)
-        # Its numbers are of one sum with the base's, and no more its blocks.
+        # The sum is dense: the base's quantized blocks no longer apply.
         tensors[f"{module}.weight"] = dataclasses.replace(stored, load=load, blocks=None)
     ignored = base.ignored
     if adapter.config.has_head:
@@ -181,7 +181,7 @@ def _merged(stored: LazyTensor, module: str, adapter: StoredAdapter, config: Lla
     weight = stored.load().float()
     options = adapter.options[module]
     low, high = (adapter.parameter(module, name, config) for name in ("lora_A", "lora_B"))
-    merged = weight.addmm(high, low, alpha=options.scaling)  # not in place: it may be the file
+    merged = weight.addmm(high, low, alpha=options.scaling)  # not in place: it may be a mapped file
     if options.use_dora:
         magnitude = adapter.parameter(module, "lora_magnitude_vector", config)
         merged *= (magnitude / merged.norm(dim=1)).unsqueeze(1)

@@ -26,7 +26,7 @@ _MAX_BYTES = 2**22
 _TASKS = (CLASSIFICATION, LANGUAGE_MODEL, "FEATURE_EXTRACTION", None)
 _HEADS = ("classifier", HEAD)  # both are what PEFT writes; a Llama has only the second
 
-# Other ways of drawing the first numbers. The rest (pissa, olora, loftq, corda) change the base.
+# Other initializations. The rest (pissa, olora, loftq, corda) change the base.
 _INITIAL_WEIGHTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 # Any other is a regular expression; the file's tensors show which layers it matched.
 _PLAIN_LAYERS: tuple[Any, ...] = (None, "", [], "layers", ["layers"])
@@ -49,7 +49,7 @@ _READ = {
     "use_dora",
     "use_rslora",
 }
-# About training, about the first numbers, or about layers of other kinds: they change no output.
+# Settings of training, initialization or other kinds of layers: they do not affect outputs.
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "corda_config",
@@ -100,7 +100,7 @@ class AdapterConfig:
         assert self.targets is not None
         if any(_is_called(module, name) for name in self.excluded):
             return False
-        if module in self.targets:  # named in full: whatever layers are meant otherwise
+        if module in self.targets:  # named in full: regardless of the selected layers
             return True
         if self.layers is not None and _layer_of(module) not in self.layers:
             return False

@@ -33,7 +33,7 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
-    # Of quantized tensors, which are refused by name.
+    # Types of quantized tensors, which are refused by name.
     "QInt8Storage": torch.int8,
     "QUInt8Storage": torch.uint8,
     "QInt32Storage": torch.int32,
@@ -81,11 +81,11 @@ class RefusedPickle(Exception):
 
 
 class DamagedPickle(ValueError):
-    """A pickle that no `torch.save` has written."""
+    """A pickle that `torch.save` cannot have written."""
 
 
 class OtherTensor(NamedTuple):
-    """A tensor that is not a plain dense one: sparse, quantized."""
+    """A tensor that is not dense: sparse or quantized."""
 
     kind: str
 
@@ -364,7 +364,7 @@ def _written(value: Any) -> str:
 
 
 def _is_long(value: Any) -> bool:
-    """Whether a scalar is longer than a key that is meant."""
+    """Whether a scalar is too long for a key."""
     if isinstance(value, str | bytes):
         return len(value) > 200
     return isinstance(value, int) and abs(value) >= 2**64

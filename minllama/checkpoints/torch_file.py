@@ -1,4 +1,4 @@
-"""Read files that `torch.save` wrote, without trusting them.
+"""Read untrusted files of `torch.save`.
 
 The pickle is interpreted instead of executed (`minllama.checkpoints.pickled`), and the tensors'
 data is mapped into memory. The readers of pickled checkpoints call it.
@@ -34,7 +34,7 @@ MAX_DIRECTORY_BYTES = 2**24
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether the file begins as torch.save's do; reading it may still show that it is damaged."""
+    """Whether the file begins like one of torch.save; it may still be damaged."""
     with path.open("rb") as file:
         return _is_magic(file.read(4))
 
@@ -87,7 +87,7 @@ def load_torch_file(path: Path) -> dict[str, Any]:
 
 
 def dense_tensors(values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The entries of a state dict from `path`, once each is known to be a plain dense tensor.
+    """The entries of a state dict from `path`, which must all be dense tensors.
 
     Two names may share numbers, as a tied embedding and output do; in all there are at most twice
     as many as the file has, however often it names them.
@@ -118,7 +118,7 @@ def dense_tensors(values: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def first_pickle(path: Path) -> bytes:
-    """The pickle of a file of torch's, or what an old one begins with; empty if damaged."""
+    """The pickle of a file of torch.save, or the beginning of an old one; empty if damaged."""
     try:
         with path.open("rb") as file:
             if file.read(4) != ZIP_MAGIC:
@@ -206,7 +206,7 @@ def _load_legacy(path: Path) -> Any:
         file = BytesIO(stream.read(MAX_BYTES))
     if read_pickle(file, _no_storage) != LEGACY_NUMBER:
         raise ValueError("it is a pickle that torch.save did not write")
-    read_pickle(file, _no_storage)  # the version of the form
+    read_pickle(file, _no_storage)  # the version of the file format
     system = read_pickle(file, _no_storage)
     if not isinstance(system, dict) or not system.get("little_endian", True):
         raise ValueError("it was written on a big-endian machine")

@@ -90,7 +90,7 @@ class Checkpoint:
         return dataclasses.replace(vocabulary, stop_ids=stop_ids)
 
     def check_language_model(self) -> None:
-        """Refuse a checkpoint that has another head than a language model's.
+        """Refuse a checkpoint with a head other than a language model's.
 
         Raises:
             CheckpointError: says what it is, and what opens it.
@@ -103,7 +103,7 @@ class Checkpoint:
             )
 
     def without_head(self) -> "Checkpoint":
-        """The Llama below a sequence classifier's head; a language model's stays as it is.
+        """The Llama below a sequence classifier's head; a language model's stays unchanged.
 
         Without an output matrix in the file, the embeddings serve as one: a Llama needs one,
         even though no logits are computed here.
@@ -118,6 +118,6 @@ class Checkpoint:
 
 
 def lazy(tensor: Tensor) -> LazyTensor:
-    """A LazyTensor over one that is at hand already (or mapped into memory)."""
+    """A LazyTensor for a tensor that is already loaded or memory-mapped."""
     stored = str(tensor.dtype).removeprefix("torch.")
     return LazyTensor(tuple(tensor.shape), stored, tensor.nbytes, lambda: tensor)

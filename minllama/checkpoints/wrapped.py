@@ -88,7 +88,7 @@ def _has_tensors(values: Mapping[str, Any], depth: int = _MAX_DEPTH) -> bool:
 
 
 def _unclear(values: Mapping[str, Any], inner: list[str]) -> str:
-    """Why no state dict can be taken from `values`, and the remedy."""
+    """A message about why `values` is not clearly a state dict, with the remedy."""
     way = "torch.save(torch.load(FILE)[KEY], FILE)"
     if inner:
         names = ", ".join(map(repr, inner[:_MAX_SHOWN]))

@@ -112,7 +112,7 @@ def _answer(conversation: "Conversation", text: str) -> None:
         click.echo("\n(stopped)", err=True)
     except ContextError as error:
         click.echo(f"{error}; /reset clears the history", err=True)
-    except MinllamaError as error:  # the fault of this message: the conversation continues
+    except MinllamaError as error:  # caused by this message: the conversation continues
         click.echo(str(error), err=True)
     finally:
         pieces.close()

@@ -17,7 +17,7 @@ MOST_LISTED = 10
 MOST_TARGETS = 5
 MIN_STRENGTH = 0.1  # of the largest effect; weaker words have no color
 # Backgrounds of words in black, weak to strong: blue for the label, orange against it. The two are
-# told apart in the common kinds of color blindness, too.
+# distinguishable with the common kinds of color blindness.
 FOR = ("#bcd7fb", "#82b4f6", "#4a93f0")
 AGAINST = ("#ffdcae", "#ffba6b", "#ff962b")
 FOR_OF_16, AGAINST_OF_16 = ("bright_cyan",), ("bright_yellow",)  # for terminals of 16 colors

@@ -111,7 +111,7 @@ class OutputFile:
             self._check_parquet()
 
     def _check_distinct(self, source: str) -> None:
-        """Refuse to overwrite the input, whatever name or link it is given by."""
+        """Refuse to overwrite the input, under any name or link."""
         from minllama.data import is_source
 
         written = () if self.name == STANDARD_OUTPUT else (str(self.written),)

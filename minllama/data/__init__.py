@@ -1,4 +1,4 @@
-"""Data files to texts and labels: read, checked, split, sampled, streamed."""
+"""Read, check, split, sample and stream texts and labels from data files."""
 
 from minllama.data.dataset import Row, count_rows, load_dataset, stream_rows
 from minllama.data.examples import Dataset, Labels, Notice, check_text

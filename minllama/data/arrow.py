@@ -1,4 +1,4 @@
-"""Read Parquet files and Hugging Face datasets as tables, by way of Arrow record batches.
+"""Read Parquet files and Hugging Face datasets as tables, through Arrow record batches.
 
 Dataset scripts are never executed (`datasets` 4 and later cannot). Cells of text, numbers, booleans
 or lists of these are passed on; columns of images, bytes or structures are dropped.
@@ -18,7 +18,7 @@ from minllama.errors import DataError, optional_import
 from minllama.text import first_line, listed
 
 ROWS_AT_ONCE = 1000
-BYTES_AT_ONCE = 2**24  # of cells that become Python's
+BYTES_AT_ONCE = 2**24  # of cells that are converted to Python objects at a time
 EXAMPLE_ID = "stanfordnlp/imdb:train"
 
 
@@ -68,7 +68,7 @@ def parquet_table(path: Path, name: str) -> Table:
 
     try:
         schema = parquet.read_schema(path)
-        # As a dictionary a text that is repeated a million times is in memory once.
+        # With dictionary encoding, a text that occurs a million times is in memory once.
         file = parquet.ParquetFile(path, read_dictionary=_texts(schema))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise refusal(error) from error
@@ -98,7 +98,7 @@ def _texts(schema: Any) -> list[str]:
 
 
 def _rows_at_once(file: Any) -> int:
-    """As many as there are, at most, in some megabytes of the file's values."""
+    """The number of rows in a few megabytes of the file's values, limited to all rows."""
     rows: int = file.metadata.num_rows
     groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
     size: int = sum(group.total_byte_size for group in groups)
@@ -141,7 +141,7 @@ def _load_split(hub_dataset: HubDataset, name: str) -> Any:
     repo, config, revision = hub_dataset.repo, hub_dataset.config, hub_dataset.revision
     split = hub_dataset.split
     if split is None:
-        # No guess: a test split taken for training is a mistake that nothing shows.
+        # No guess: training on a test split by mistake would go unnoticed.
         splits = datasets.get_dataset_split_names(repo, config, revision=revision)
         if len(splits) != 1:
             raise DataError(
@@ -153,7 +153,7 @@ def _load_split(hub_dataset: HubDataset, name: str) -> Any:
 
 
 def _reason(hub_dataset: HubDataset, error: Exception) -> str:
-    """Why a data set cannot be had, and the remedy, in one line."""
+    """The reason why a data set cannot be loaded, and the remedy, in one line."""
     import datasets
 
     line = first_line(error)
@@ -167,7 +167,7 @@ def _reason(hub_dataset: HubDataset, error: Exception) -> str:
             "the dataset needs a script, which is not supported; try its conversion "
             f"{hub_dataset.repo}@refs/convert/parquet, or another copy"
         )
-    if isinstance(error, ValueError):  # no such split or config; the library lists what there is
+    if isinstance(error, ValueError):  # no such split or config; the library lists those that exist
         text = " ".join(str(error).split())[:300].rstrip(".")
         return f"{text}; an id has the form owner/name/config:split, such as {EXAMPLE_ID}"
     return (
@@ -284,7 +284,7 @@ def _lengths(column: Any) -> tuple[Sequence[int], Any] | None:
 
 
 def _is_short_time(kind: Any) -> bool:
-    """Whether a type is a time of day that Python has: without nanoseconds."""
+    """Whether a type is a time of day that Python supports: without nanoseconds."""
     from pyarrow import types
 
     return bool(types.is_time(kind) and kind.unit != "ns")

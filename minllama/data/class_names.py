@@ -14,7 +14,7 @@ from typing import Any
 
 from minllama.text import shown
 
-MAX_DIGITS = 300  # of a number that is compared by its value
+MAX_DIGITS = 300  # longer numbers are not compared by value
 # Digits without leading zeros: 007 is a code, not a number.
 _INTEGER = re.compile(rf"-?(0|[1-9][0-9]{{0,{MAX_DIGITS - 1}}})(\.0+)?", re.ASCII)
 _NUMBER = re.compile(
@@ -49,7 +49,7 @@ def class_text(value: Any) -> str | None:
         case bool():
             return str(value).lower()
         case float():
-            # A table of numbers marks what is missing with NaN.
+            # Numeric tables mark missing values with NaN.
             return None if math.isnan(value) else repr(float(value))
         case Decimal():
             return None if value.is_nan() else str(value)

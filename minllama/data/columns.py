@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from minllama.errors import DataError
 from minllama.text import cut, listed, printable, shown
 
-# The first of each is taken even where others of the list are there.
+# The first of each list takes precedence over the others.
 TEXT_NAMES = (
     "text",
     "sentence",
@@ -69,7 +69,7 @@ def find_columns(
     of_label = [c for c in columns if c != text_column and not is_text(c)]
     text = _checked_column(columns, name, text_column, "text", no_text, header, of_text)
     if not needs_label and label_column not in columns:
-        label_column = None  # what is to be classified need not have the training file's columns
+        label_column = None  # files to classify need not have the training file's columns
     label = _checked_column(columns, name, label_column, "label", no_label, header, of_label)
     left = [c for c in columns if c and c not in (text, label)]  # pandas' index has no name
     if label is None:
@@ -169,7 +169,7 @@ def _as_strings(kind: str) -> str:
 
 
 def names_text_column(columns: Collection[str], text_column: str | None) -> bool:
-    """Whether the column of the text is among these by its name, and not only by elimination."""
+    """Whether the text column is identified by its name, and not only by elimination."""
     if text_column is not None:
         return text_column in columns
     return any(column.lower() in TEXT_NAMES for column in columns)

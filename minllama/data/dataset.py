@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 COLUMNS_FROM = 100  # rows whose columns are a file's, if each row has its own
-AT_MOST_FROM = 10_000  # where the first ones have none
+AT_MOST_FROM = 10_000  # if the first rows have no text or label column
 OF_CLASSES = ("multi_label", "label_columns", "label_lists", "label_separator", "label_names")
 
 

@@ -13,7 +13,7 @@ from minllama.options.text_files import column_names
 from minllama.text import printable
 
 SEPARATORS = (",", ";", "\t", "|")
-MAX_QUOTED_LINES = 1000  # of one TSV cell; where a quote is text, the next one may be far away
+MAX_QUOTED_LINES = 1000  # of one TSV cell: after a literal quote, the next quote may be far away
 
 LOOKED_AT = 2**16  # characters of the header line, to detect its separator
 
@@ -70,7 +70,7 @@ def separator_of(line: str, usual: str, requested: Collection[str] = ()) -> str:
     best = max(order, key=n_known_names)
     if n_known_names(best):
         return best if best in line else usual
-    # No name has a tab in it; a bar, perhaps.
+    # Names never contain tabs, but may contain bars.
     return next((separator for separator in ("\t", *order[:-1]) if separator in line), usual)
 
 
@@ -126,7 +126,7 @@ def _csv_rows(lines: Lines, separator: str) -> Rows:
 
 
 def _not_csv(message: str, taken: list[str], separator: str) -> tuple[int, str, int]:
-    """For an unreadable row: the place of the fault, its description, and the lines to skip.
+    """For an unreadable row: the line of the error, its description, and the lines to skip.
 
     An unclosed quote would consume everything up to the next one: lines after its own are read
     again.
@@ -186,7 +186,7 @@ def _tsv_rows(lines: Lines, columns: str | None) -> Rows:
             yield start, cells
 
 
-# What is between quotes, up to where it ends; all quotes in it are doubled.
+# A quoted cell up to its end, with all inner quotes doubled.
 _INSIDE = re.compile(r'[^"]*(?:""[^"]*)*')
 _CELL_END = re.compile(r"\t|\r?\n?\Z")
 
@@ -201,7 +201,7 @@ class _QuotedCells:
     def __init__(self, lines: Lines, width: int | None) -> None:
         self.width = width
         self._lines = lines
-        self._is_quoting = False  # whether a writer that quotes made the file
+        self._is_quoting = False  # whether the file's writer quotes cells
 
     def cells(self, line: str) -> list[str]:
         """The lines of a row that starts with this line."""
@@ -211,7 +211,7 @@ class _QuotedCells:
             return joined
         if len(plain) == self.width != len(cells):
             return plain
-        # Names of columns have quotes around them only where everything has.
+        # Column names are quoted only if everything is.
         self._is_quoting = self._is_quoting or is_written or (self.width is None and not is_open)
         return cells
 
@@ -232,7 +232,7 @@ class _QuotedCells:
             cells, is_open, _ = _cells_in(whole)
             if is_open:
                 continue
-            # Where each line is a row by itself, quotes that open and close by chance are text.
+            # If each line is a complete row, quotes that happen to match are literal.
             is_quoting = self._is_quoting or any('"' in cell and "\n" in cell for cell in cells)
             if len(cells) != (self.width or len(cells)) or (each_is_a_row and not is_quoting):
                 return None

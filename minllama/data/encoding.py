@@ -13,7 +13,7 @@ from minllama.errors import DataError
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UTF_8 = "utf-8"
 CHUNK = 2**16
-# The longer ones first: UTF-32's begins as UTF-16's does.
+# The longer ones first: UTF-32's mark begins with UTF-16's.
 _MARKS = (
     (b"\xff\xfe\0\0", "utf-32"),
     (b"\0\0\xfe\xff", "utf-32"),
@@ -21,7 +21,7 @@ _MARKS = (
     (b"\xfe\xff", "utf-16"),
     (BYTE_ORDER_MARK, UTF_8),
 )
-# What files that are not UTF-8 mostly are; where two fit equally well, the first.
+# The usual encodings of other files; if two fit equally well, the first.
 _CANDIDATES = (
     "cp1252",
     "mac-roman",
@@ -64,7 +64,7 @@ def encoding_of(head: bytes, requested: str | None, name: str) -> str:
 
 
 def _byte_order(head: bytes, width: int) -> str:
-    """Of wide characters without a mark: at least their spaces and line ends are ASCII."""
+    """The byte order of wide characters without a mark, from their ASCII spaces and line ends."""
     return "be" if head[::width].count(0) > head[width - 1 :: width].count(0) else "le"
 
 
@@ -165,7 +165,7 @@ codecs.register_error(_MARKED, _mark_bytes)
 
 
 def bad_bytes(data: bytes, start: int, encoding: str, *, before: int = 0) -> str:
-    """Describe the fault at `start` of a line of a stream in UTF-8, or converted to it.
+    """Describe the invalid bytes at `start` of a line in UTF-8, or converted to it.
 
     Args:
         data: the line, from `before` bytes of UTF-8, or characters of another encoding, on.
@@ -181,7 +181,7 @@ def bad_bytes(data: bytes, start: int, encoding: str, *, before: int = 0) -> str
 
 
 def advice_for(evidence: bytes) -> str:
-    """How bytes that are not UTF-8 may be read."""
+    """Advice on how to read bytes that are not UTF-8."""
     guess = guessed_encoding(evidence)
     if guess is None:
         return "give its encoding with --encoding, such as cp1252 or shift_jis"
@@ -197,7 +197,7 @@ def guessed_encoding(evidence: bytes) -> str | None:
             text = codecs.getincrementaldecoder(encoding)().decode(evidence)
         except UnicodeError:
             continue
-        # Of two that fit, the first is meant by far the more often.
+        # If two fit, the first is far more common.
         score = _likeness(text, encoding) - (encoding != _CANDIDATES[0]) * 0.15
         if score > best + 1e-9:
             best, guess = score, encoding
@@ -237,13 +237,13 @@ def _score(char: str, before: str, after: str, encoding: str) -> float:
     near = {unicodedata.name(c, "?").split()[0] for c in (before, after) if c.isalpha()}
     if script == "LATIN":
         ascii_near = any(c.isascii() and c.isalpha() for c in (before, after))
-        # A word that is all beyond ASCII is one of another script.
+        # A word without ASCII letters is in another script.
         return 1.0 if ascii_near else 0.2 if near else 0.5 if char.islower() else 0.4
     return 1.0 if near == {script} else 0.3 if not near else -2.0
 
 
 def _score_of_han(char: str, encoding: str) -> float:
-    """The first level of a character set has the common characters."""
+    """The score of a character: high on its character set's first level, of common ones."""
     rows = {
         "gb18030": (0xB0, 0xD7),
         "big5": (0xA4, 0xC6),

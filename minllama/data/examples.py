@@ -103,7 +103,7 @@ class Dataset:
         return label if isinstance(label, tuple) else (label,)
 
     def class_counts(self) -> list[int]:
-        """How many texts each class has."""
+        """The number of texts of each class."""
         counts = [0] * len(self.label_names)
         for index in range(len(self) if self.labels is not None else 0):
             for label in self.classes_of(index):
@@ -147,10 +147,10 @@ class Examples:
         self._many = options.has_several_labels
         self.bad_rows = BadRows()
         self._unread = BadRows()  # labels that are not needed, and not labels
-        self._unread_rows: set[int] = set()  # their places among the texts
+        self._unread_rows: set[int] = set()  # their row indices
         self._texts: list[str] = []
         self._cells: list[list[Any] | None] = []  # names, or a number
-        self._has_lists: bool | None = None  # as the first label is
+        self._has_lists: bool | None = None  # whether labels are lists, as the first one is
         # Lists of zeros and ones: known to be vectors, known not to be, or not yet known.
         is_vector = options.label_lists == "multi-hot" or options.label_columns is not None
         self._has_vectors: bool | None = True if is_vector else None
@@ -158,8 +158,8 @@ class Examples:
         if not is_vector and is_other:
             self._has_vectors = False
         self._vector_names: Sequence[str] | None = None
-        self._n_empty = 0  # cells with nothing in them, where a row may have no label
-        # Rows whose reading is not yet known: the row, its text and its list.
+        self._n_empty = 0  # empty cells, if rows may have no label
+        # Rows that are not interpreted yet: the row, its text and its list.
         self._held: list[tuple[BadRow, str, Any]] = []
 
     def __len__(self) -> int:
@@ -485,7 +485,7 @@ def look_alike_notices(dataset: Dataset) -> list[Notice]:
 
 
 def no_rows(name: str, bad_rows: BadRows, remedies: Sequence[str] = ()) -> str:
-    """Why a source has no examples."""
+    """A message about why a source has no examples."""
     if not bad_rows.count:
         return f"{name}: no rows; give a file with one example per line"
     details = "; ".join([bad_rows.summary(), *remedies])

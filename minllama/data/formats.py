@@ -52,7 +52,7 @@ def table_of(
     refuse_binary(beginning.head, name)
     encoding = encoding_of(beginning.head, options.encoding, name)
     stream = as_utf8(beginning.stream, encoding, name)
-    with reading(f"{name}, line 1"):  # not all errors of decoders are of the kind that is marked
+    with reading(f"{name}, line 1"):  # not all decoder errors are UnicodeDecodeErrors
         text, advice = _shown_text(beginning.head, encoding, options)
     if kind != "json":
         _check_line_ends(text, name)
@@ -83,7 +83,7 @@ def table_of(
 def _shown_text(head: bytes, encoding: str, options: DataOptions) -> tuple[str, str]:
     """Decode the beginning to detect its format, with advice if it is not in the encoding."""
     advice = ""
-    try:  # the last character may be cut
+    try:  # the last character may be incomplete
         text = codecs.getincrementaldecoder(encoding)().decode(head)
     except UnicodeError:
         if options.encoding is None:
@@ -235,7 +235,7 @@ def _has_header(lines: list[str], separator: str, options: DataOptions, name: st
         and len(known) < 2
     ):
         return False
-    # Sentences have commas, too. A quote may go on in the next line.
+    # Sentences contain commas, too. A quote may continue on the next line.
     second = lines[1] if len(lines) > 1 and len(known) < len(names) else ""
     if second and '"' not in second and len(cells_of(second, separator)) != len(names):
         raise _unclear(lines[0], name)

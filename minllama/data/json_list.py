@@ -19,7 +19,7 @@ _TRIMMED_FROM = 2**16  # parsed characters that are held before they are discard
 
 
 def json_list_table(stream: io.BufferedReader, name: str, encoding: str = UTF_8) -> Table:
-    """The objects of a JSON list; of objects without a list around them too."""
+    """The objects of a JSON list, or concatenated objects without a list."""
     return Table(name, None, numbered(_objects(_Text(stream, name, encoding))))
 
 
@@ -38,16 +38,16 @@ class _Text:
         self._stream = stream
         self._encoding = encoding
         self._decoder = codecs.getincrementaldecoder(UTF_8)()
-        self._line = 1  # of the place up to which lines were counted
-        self._counted = 0  # that place
-        self._column = 0  # characters before `text` in the line that it begins in
+        self._line = 1  # line at the position up to which lines were counted
+        self._counted = 0  # that position
+        self._column = 0  # characters before `text` in its first line
         self._read_of_line = 0  # bytes, or characters of another encoding, of the line being read
         self._is_start = True
         self._has_utf8 = False  # beyond ASCII
         self._ended = False
 
     def line(self) -> int:
-        """Of the place up to which the text was parsed."""
+        """The line of the parser's position."""
         self._line += self.text.count("\n", self._counted, self.at)
         self._counted = self.at
         return self._line
@@ -161,7 +161,7 @@ def _value(text: _Text) -> object:
             value, end = decoder.raw_decode(text.text, text.at)
         except (ValueError, RecursionError) as error:
             is_long = len(text.text) - text.at > MAX_LINE_BYTES
-            # A mistake far from the end of what was read stays one.
+            # More text does not fix an error far from the end of the buffer.
             may_continue = isinstance(error, json.JSONDecodeError) and (
                 error.msg.startswith("Unterminated") or error.pos > len(text.text) - 16
             )
@@ -172,7 +172,7 @@ def _value(text: _Text) -> object:
                 reason = f"an object of more than {MAX_LINE_BYTES:,} bytes; is it a list of rows?"
                 raise _syntax_error(text, line, reason) from error
             raise _syntax_error(text, line, not_json(error, column)) from error
-        # A number at the end of what was read may go on.
+        # A number at the end of the buffer may continue.
         if end == len(text.text) and text.text[end - 1] not in '}]"' and text.more():
             continue
         text.at = end

@@ -26,7 +26,7 @@ _MARKS = {'"': '"', "'": "'", "\N{LEFT DOUBLE QUOTATION MARK}": "\N{RIGHT DOUBLE
 
 
 def read_list(text: str, *, bare_words: bool) -> list[Any] | None:
-    """The list that a text writes: `['a', 'b']`, `["a"]`, `[1 0]`, `{'a', 'b'}`, `('a',)`, `[]`.
+    """The list written in a text: `['a', 'b']`, `["a"]`, `[1 0]`, `{'a', 'b'}`, `('a',)`, `[]`.
 
     Args:
         text: of one cell.
@@ -54,7 +54,7 @@ def read_list(text: str, *, bare_words: bool) -> list[Any] | None:
             )
         return None
     if opening == "(" and not is_quoted and "," not in inside and inside:
-        return None  # (1) and (none) are no tuples
+        return None  # (1) and (none) are not tuples
     items = _items(inside)
     has_bare_words = any(isinstance(item, _Bare) for item in items or ())
     if items is None or (opening == "{" and is_quoted and has_bare_words):
@@ -107,7 +107,7 @@ def _items(inside: str) -> list[Any] | None:
 
 
 def _skip(text: str, position: int) -> int:
-    """The place of the next character that is no white space."""
+    """The index of the next character other than white space."""
     match = _SPACE.match(text, position)
     assert match is not None
     return match.end()
@@ -133,7 +133,7 @@ def _unescaped(text: str) -> str:
         return _CONTROL.get(code, code)
 
     text = _ESCAPE.sub(character, text)
-    # JSON writes one character beyond the first 65,536 as two escapes.
+    # JSON writes characters beyond U+FFFF as two escapes.
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

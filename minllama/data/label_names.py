@@ -17,7 +17,7 @@ from minllama.text import listed, shown
 
 MAX_NAMES_BYTES = 2**24
 HEAD = 2**16  # bytes of a file, to detect its encoding
-_WRITTEN = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?", re.ASCII)  # a number as a key of JSON
+_WRITTEN = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?", re.ASCII)  # an integer as a JSON key
 
 
 class LabelNames(dict[int, str]):

@@ -56,7 +56,7 @@ class LabelReader:
         if known is None and number_names is not None:
             known = [number_names[number] for number in sorted(number_names)]
         elif known is not None and number_names is None and not any(map(is_number_like, known)):
-            # Classes that are called 1 to 5, or 007, are meant by these names, never by position.
+            # Classes named 1 to 5, or 007, are referred to by name, never by position.
             number_names = dict(enumerate(known))
         self.set_classes(known)
         self._number_names, self._codes = number_names or {}, codes or {}
@@ -146,7 +146,7 @@ class LabelReader:
             return None
         pairs = list(zip((text for text in texts if text is not None), cells, strict=True))
         labels = [self._named(text, cell) for text, cell in pairs]
-        # A number and its text are one label; of what is known no two may mean the same.
+        # A number and its text are one label; two known labels must not be the same.
         different = set(labels) if self.known is not None else {(type(c), t) for t, c in pairs}
         if len(different) < len(labels):
             raise ValueError(
@@ -184,7 +184,7 @@ class LabelReader:
             return text
         name, integer = text, integer_of(text)
         if integer is not None and integer in self._number_names:
-            # A number first: classes that are called 1 to 5 may be numbered 0 to 4.
+            # Numbers take precedence: classes named 1 to 5 may be numbered 0 to 4.
             name = self._number_names[integer]
             if not self._names_are_given:
                 self.by_position[integer] = name

@@ -18,8 +18,8 @@ from minllama.data.records import RawRow, Table, numbered
 from minllama.errors import DataError
 from minllama.text import shown
 
-# Far above any text that a model reads, far below what hurts: without a limit a file of another
-# kind, or a device, could be one endless line.
+# Far more than any text for a model, but a modest amount of memory: without a limit another kind
+# of file, or a device, could be one endless line.
 MAX_LINE_BYTES = 2**24
 MAX_BLANK_LINES = 10**6  # in a row: a few kilobytes of gzip may contain billions
 SEPARATOR = "|||"
@@ -66,7 +66,7 @@ class Lines:
         return line
 
     def peek(self) -> str:
-        """The next line that is not blank, which stays the next; empty at the end."""
+        """Peek at the next line that is not blank; empty at the end."""
         while not self._ahead or (self._ahead[0][0] and not self._ahead[0][0].strip()):
             if self._ahead:
                 self._ahead.popleft()
@@ -196,12 +196,12 @@ def _json_object(line: str) -> dict[str, Any] | str:
 
 
 def checked_object(value: Any) -> dict[str, Any] | str:
-    """`value`, or why it is not a row."""
+    """`value`, or the reason why it is not a row."""
     return value if isinstance(value, dict) else f"{shown(value)} is not a JSON object"
 
 
 def not_json(error: ValueError | RecursionError, column: int | None = None) -> str:
-    """Why something is not JSON; `column` if the error does not have its position in the line."""
+    """The reason why a text is not JSON; `column` if the error lacks its position in the line."""
     match error:
         case json.JSONDecodeError():
             return f"not JSON ({error.msg} at character {column or error.colno})"

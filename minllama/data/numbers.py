@@ -12,7 +12,7 @@ from typing import Any
 from minllama.text import shown
 
 # As Python's float(), but for its underscores, and for words: "nan" and "inf" are no targets.
-LARGEST = 1e100  # sums of squares are to be floats still
+LARGEST = 1e100  # sums of squares must fit into floats
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 

@@ -111,7 +111,7 @@ def piped(program: str, name: str, new: str, *, compressed: bool) -> str:
 def refuse_other_labels(
     lines: Sequence[str], name: str, advice: str = "", *, compressed: bool
 ) -> None:
-    """Refuse lines of text that should be `label ||| sentence`, and are nowhere so.
+    """Refuse lines of text that should be `label ||| sentence`, if none of them is.
 
     Args:
         lines: the first non-blank ones.
@@ -226,7 +226,7 @@ def refuse_other_json(line: str, name: str, *, compressed: bool) -> None:
 
 
 def as_python_wrote(name: str, *, compressed: bool) -> str:
-    """How to convert lines of dictionaries as Python prints them."""
+    """Advice on how to convert lines of dictionaries as Python prints them."""
     program = "import ast, json, sys; [print(json.dumps(ast.literal_eval(r))) for r in sys.stdin]"
     command = f"python -c {shlex.quote(program)}"
     if name != "standard input":
@@ -244,9 +244,9 @@ def _keys_of_tables(line: str) -> tuple[str, str] | None:
         value, end = json.JSONDecoder().raw_decode(text)
     except RecursionError:
         return None
-    except ValueError:  # cut, or no JSON at all
+    except ValueError:  # truncated, or not JSON
         value, end = {}, 0
-    # A row has its text as a string; an object of tables has none.
+    # A row contains its text as a string; an object of tables contains no string.
     if any(not isinstance(part, list | dict) for part in value.values()):
         return _rows_among_other_values(value) if not text[end:].strip() else None
     if first[2] is None:

@@ -1,4 +1,4 @@
-"""Tables of numbered records, good and bad: what every file format is read into."""
+"""Tables of numbered records, good and bad, which all file formats are read into."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 from minllama.errors import DataError
 from minllama.text import MAX_SHOWN, listed
 
-TOO_MANY = 100_000  # bad rows, where hardly any are good
+TOO_MANY = 100_000  # bad rows, if almost none are good
 
-# One row of a file before it is numbered: its line, and its cells or what is wrong with it.
+# One row of a file before numbering: its line, and its cells or the reason why it is bad.
 RawRow = tuple[int, dict[str, Any] | str]
 
 
@@ -98,7 +98,7 @@ class BadRows:
             self.first.append(row)
 
     def check(self, name: str, n_good: int) -> None:
-        """Refuse to read on where nearly all of many rows are bad: a small file can hold billions.
+        """Stop reading if nearly all of many rows are bad: a small file may contain billions.
 
         Raises:
             DataError: says so.
@@ -110,7 +110,7 @@ class BadRows:
             )
 
     def summary(self) -> str:
-        """Places and reasons of the first ten, each reason once, and how many more there are."""
+        """Places and reasons of the first ten, each reason once, and the number of further ones."""
         places: dict[str, list[str]] = {}
         for row in self.first:
             places.setdefault(row.reason, []).append(row.place)
@@ -119,7 +119,7 @@ class BadRows:
         return "; ".join(shown + ([f"and {more} more"] if more else []))
 
     def error(self, name: str, *hints: str) -> DataError:
-        """The refusal of the source `name` because of these rows; `hints` are more remedies."""
+        """The error for these rows of the source `name`; `hints` are further remedies."""
         hint = "".join(f"; {hint}" for hint in hints if hint)
         if self.count == 1:
             row = self.first[0]

@@ -25,7 +25,7 @@ STANDARD_INPUT = "-"
 
 Source = str | os.PathLike[str]
 
-# By the end of a file's name, with or without .gz after it. Lines of text are labelled or not.
+# Formats by suffix, with or without .gz. Lines of text may have labels.
 _FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
@@ -92,7 +92,7 @@ def _refuse_for(options: DataOptions, name: str) -> None:
         OptionError: names it.
     """
     given = {
-        # A file of names may be in it.
+        # Label names may be in that encoding.
         "--encoding": options.encoding if options.label_names is None else None,
         "--separator": options.separator,
         "--no-header": options.no_header,
@@ -105,7 +105,7 @@ def _refuse_for(options: DataOptions, name: str) -> None:
 
 
 def is_source(path: str | os.PathLike[str], source: Source) -> bool:
-    """Whether `path` is the file that `source` is read from, by whatever name or link.
+    """Whether `path` is the file that `source` is read from, under any name or link.
 
     What is written there would be lost to the reader, or read as input in turn.
 
@@ -126,7 +126,7 @@ def _stat_of(name: str, stream: TextIO) -> os.stat_result:
 
 
 def _on_the_hub(source: Source) -> HubDataset | None:
-    """The data set that `source` names; None where it is a file.
+    """The data set that `source` names; None for files.
 
     Raises:
         DataError: it is neither.

@@ -67,7 +67,7 @@ def share(part: Dataset, whole: Dataset) -> str:
 
 
 def _keep_every_class(dataset: Dataset, aside: set[str]) -> None:
-    """Take texts back out of `aside` until each label has one that is not in it."""
+    """Remove texts from `aside` until each label has a text outside it."""
     rows = range(len(dataset))
     remaining = {c for i in rows if dataset.texts[i] not in aside for c in dataset.classes_of(i)}
     for i in rows:
@@ -80,7 +80,7 @@ def _keep_every_class(dataset: Dataset, aside: set[str]) -> None:
 
 
 def sample_per_class(dataset: Dataset, k: int, seed: int) -> Dataset:
-    """`k` examples of each class, in random order; all of them where a class has fewer.
+    """`k` examples of each class, in random order; all examples of smaller classes.
 
     With several labels, examples are drawn until each class has `k`, one text counting for all
     its classes; and `k` of those that have none.
@@ -100,7 +100,7 @@ def sample_per_class(dataset: Dataset, k: int, seed: int) -> Dataset:
 
 
 def sample_balanced(dataset: Dataset, n: int, seed: int) -> Dataset:
-    """`n` examples in random order, spread over the classes as evenly as can be.
+    """`n` examples in random order, as evenly distributed over the classes as possible.
 
     Where `n` is no multiple of the number of classes, chance decides which get one more.
 
@@ -115,7 +115,7 @@ def sample_balanced(dataset: Dataset, n: int, seed: int) -> Dataset:
     draw = random.Random(seed)
     left: defaultdict[int, list[int]] = defaultdict(list)
     for index in draw.sample(range(len(dataset)), len(dataset)):
-        # One of several labels, so that each text is drawn once.
+        # A text with several labels counts for one of them, so that it is drawn once.
         left[draw.choice(dataset.classes_of(index) or (-1,))].append(index)
     taken: list[int] = []
     while len(taken) < n:
@@ -208,7 +208,7 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
 
 
 def duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
-    """Rows of a split whose text an earlier one has, too."""
+    """A notice about rows of a split whose texts are also in an earlier split."""
     texts = set(earlier.texts)
     count = sum(text in texts for text in split.texts)
     if not count:

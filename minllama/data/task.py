@@ -1,4 +1,4 @@
-"""A classification task as one value, for what is fitted to it: heads and baselines."""
+"""A classification task as one value, to which heads and baselines are fitted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from minllama.data.examples import Dataset
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be predicted, and how much each class counts.
+    """The labels to predict, and the weights of the classes.
 
     Attributes:
         n_classes: number C of classes, whether or not each has an example.

@@ -38,7 +38,7 @@ def checked_texts(texts: Any, what: str = "texts") -> list[str]:
 
 
 def _named(value: Any) -> str:
-    """What something is that is no text."""
+    """A description of a value that is not a string."""
     if value is None:
         return "None (missing)"
     if isinstance(value, float) and math.isnan(value):

@@ -25,7 +25,7 @@ _POSSESSIVE = re.compile(r"(?<=s) '(?= |$)")
 
 
 def undo_treebank(text: str) -> str:
-    """`text` without the spaces and spellings that a treebank's tokens brought into it.
+    """`text` without a treebank's token spaces and spellings.
 
     Other texts hardly change: a space before a comma is removed, for example.
     """

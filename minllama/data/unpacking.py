@@ -10,7 +10,7 @@ from minllama.data.other_forms import GZIP, quoted
 from minllama.errors import DataError
 
 HEAD_BYTES = 2**16
-# Deflate packs at most a thousand times; texts that people write, ten times at most.
+# Deflate compresses at most a thousandfold, natural texts at most tenfold.
 MAX_RATIO = 500
 UNPACKED_FREELY = 2**25
 
@@ -92,7 +92,7 @@ class _Counted(io.RawIOBase):
 
 
 def opened(stream: BinaryIO, name: str) -> Beginning:
-    """Look at the beginning of a stream, which is unpacked where it is gzip's.
+    """Read the beginning of a stream, decompressing it if it is gzip.
 
     Raises:
         DataError: it cannot be read.
@@ -109,7 +109,7 @@ def opened(stream: BinaryIO, name: str) -> Beginning:
 
 
 def _begun(stream: BinaryIO, name: str, enough: int = HEAD_BYTES) -> Beginning:
-    """Read up to `enough` bytes, or one line: who pipes in a line waits for its answer."""
+    """Read up to `enough` bytes, or one line, since an interactive user waits for its result."""
     head = b""
     with reading(f"{name}, line 1"):
         while len(head) < enough and b"\n" not in head.lstrip(b"\r\n\0 \t"):

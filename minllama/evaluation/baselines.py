@@ -20,7 +20,7 @@ MANY_ROWS = 1000
 
 
 class Baseline(Protocol):
-    """Something that gives probabilities for texts, after it was fitted."""
+    """Predicts probabilities for texts after fitting."""
 
     @property
     def name(self) -> str:
@@ -55,7 +55,7 @@ def fit_baselines(
 
 
 class MajorityBaseline:
-    """Gives every text the share that each class has of the training texts."""
+    """Predicts the class frequencies of the training texts for every text."""
 
     name = "majority class"
 
@@ -109,7 +109,7 @@ def _regression(features: Any, target: NDArray[Any], seed: int) -> Any:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    # SAGA (Defazio et al. 2014) is ten times as fast on thousands of rows and creeps on a few.
+    # SAGA (Defazio et al. 2014) is ten times as fast on thousands of rows, but slow on few.
     regression = (
         LogisticRegression(
             C=INVERSE_REGULARIZATION, solver="saga", tol=1e-3, max_iter=200, random_state=seed

@@ -13,15 +13,15 @@ from minllama.evaluation import registry
 from minllama.evaluation.ranking import Ranking
 
 INTERVAL = (0.025, 0.975)
-ROUNDS = 1000  # where a comparison needs draws and the evaluation had none
-# Ranking is sorted work for each row and label: of large tasks fewer draws have to do.
+ROUNDS = 1000  # if a comparison needs draws and the evaluation had none
+# Ranking costs time for each row and label, so large tasks get fewer draws.
 MOST_RANKED = 1_000_000_000
 FEWEST_DRAWS = 200
 
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """What is known of each row once a system has been evaluated; R labels are ranked.
+    """The evaluated rows of a system; R labels are ranked.
 
     Attributes:
         gold, predicted: (N, C), true where the row has the class.
@@ -46,7 +46,7 @@ class ScoredRows:
         return np.asarray((self.gold == self.predicted).all(1))
 
     def taken(self, indices: NDArray[np.int64]) -> "ScoredRows":
-        """These rows, each as often as its index is there."""
+        """The rows at these indices, which may repeat."""
         return replace(
             self,
             gold=self.gold[indices],
@@ -99,7 +99,7 @@ def draws(rows: ScoredRows, *, rounds: int, seed: int) -> dict[str, NDArray[np.f
                 ranked[i] = measured[:, defined].mean(1)
     accuracy, log_loss, brier = sums[:, :3].T / n
     hits, sizes = sums[:, 3 : 3 + classes], sums[:, 3 + classes :]
-    f1 = 2 * hits / np.maximum(sizes, 1)  # a class that is not in the draw has 0 hits
+    f1 = 2 * hits / np.maximum(sizes, 1)  # a class without drawn rows has 0 hits
     values = {
         "accuracy": accuracy,
         "macro_f1": f1.sum(1) / np.maximum((sizes > 0).sum(1), 1),

@@ -18,8 +18,8 @@ from minllama.evaluation.ranking import Ranking, mean_of_defined
 from minllama.evaluation.thresholds import DEFAULT, Thresholds, positive_class
 
 CALIBRATION_BINS = 15  # as many as Guo et al. 2017
-SUM_TOLERANCE = 1e-3  # how far from one the sum of a row's float32 probabilities may be
-# A probability of zero would cost infinitely much; scikit-learn cuts float32 off here, too.
+SUM_TOLERANCE = 1e-3  # tolerance of the sum of a row's float32 probabilities
+# A probability of zero would have infinite loss; scikit-learn also clips float32 here.
 SMALLEST = float(np.finfo(np.float32).eps)
 
 Label: TypeAlias = int | Sequence[int] | None  # None or -1: unlabeled
@@ -33,12 +33,12 @@ class ClassMetrics:
     precision: float | None
     recall: float | None
     f1: float | None
-    support: int  # rows whose gold label it is
-    predicted: int  # rows for which it is predicted
-    # Against the rest of the classes; None where all rows have it or none.
+    support: int  # rows with this gold label
+    predicted: int  # rows with this prediction
+    # One against the rest; None if all rows or none have the class.
     roc_auc: float | None = None
     average_precision: float | None = None
-    threshold: float | None = None  # from which probability on it is predicted; None: the likeliest
+    threshold: float | None = None  # None: the most likely class is predicted
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CalibrationBin:
     high: float
     count: int
     confidence: float | None  # their mean
-    accuracy: float | None  # the share of them that is right
+    accuracy: float | None  # fraction of correct predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class Evaluation:
     macro_precision: float
     macro_recall: float
     macro_f1: float
-    micro_f1: float  # equals accuracy where each row has one label
+    micro_f1: float  # equals accuracy if each row has one label
     log_loss: float  # nats
     brier: float  # 0 to 2: summed over classes; multi-label: 0 to 1, the mean over labels
     calibration_error: float  # expected calibration error, 0 to 1
@@ -85,8 +85,8 @@ class Evaluation:
     bins: tuple[CalibrationBin, ...]
     roc_auc: float | None
     average_precision: float | None
-    positive: str | None  # the positive class, where there are two
-    rows: ScoredRows = dataclasses.field(repr=False)  # what comparisons need; not in `to_dict`
+    positive: str | None  # the positive class of two
+    rows: ScoredRows = dataclasses.field(repr=False)  # for comparisons; not in `to_dict`
     further: dict[str, float | None]  # the registry's other metrics
 
     def value(self, metric: str) -> float | None:
@@ -376,7 +376,7 @@ def _confusion(
     """(C, C) counts by gold and predicted class; multi-label: (C, 2, 2), one table per label."""
     from sklearn.metrics import confusion_matrix
 
-    if multi_label:  # not multilabel_confusion_matrix, which takes a lone column for two classes
+    if multi_label:  # not multilabel_confusion_matrix, which reads a single column as two classes
         pairs = zip(gold.T, predicted.T, strict=True)
         return np.array([confusion_matrix(*pair, labels=[False, True]) for pair in pairs])
     classes = gold.shape[1]
@@ -389,7 +389,7 @@ def _confusion(
 def _per_class(
     gold: NDArray[np.bool_], predicted: NDArray[np.bool_], names: Sequence[str]
 ) -> tuple[ClassMetrics, ...]:
-    """Through scikit-learn, label by label: a matrix with one column would be two classes to it."""
+    """With scikit-learn, label by label: it would read a one-column matrix as two classes."""
     sklearn = optional_import("sklearn.metrics", "evaluation needs")
     of_label = [
         sklearn.precision_recall_fscore_support(*pair, labels=[True], average=None, zero_division=0)
@@ -420,7 +420,7 @@ def _ranked_columns(
     """The positive class of two, and the classes with ranking metrics: (N, C) gold labels."""
     if multi_label:
         return None, list(range(len(names)))
-    if len(names) > 2:  # a mean over some of the classes would be another measure
+    if len(names) > 2:  # a mean over some of the classes would be a different metric
         return None, list(range(len(names))) if gold.any(0).all() else []
     positive = positive_class(names, None, multi_label=False)
     if positive is not None and thresholds is not None:

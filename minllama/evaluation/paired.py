@@ -106,7 +106,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
 def _differences(first: Evaluation, second: Evaluation) -> dict[str, Difference]:
     one, two = first.rows, second.rows
     drawn, other = one.drawn, two.drawn
-    if (one.rounds, one.seed) != (two.rounds, two.seed):  # then these are no pairs
+    if (one.rounds, one.seed) != (two.rounds, two.seed):  # then the rows are not pairs
         other = draws(two, rounds=one.rounds or ROUNDS, seed=one.seed)
     found = {}
     names = drawn.keys() & other.keys()

@@ -43,7 +43,7 @@ class _Ranked:
     """
 
     def __init__(self, scores: NDArray[np.float64], gold: NDArray[np.bool_]) -> None:
-        self._order = np.argsort(-scores, kind="stable")  # (N,): the likeliest first
+        self._order = np.argsort(-scores, kind="stable")  # (N,): the most likely first
         ranked = scores[self._order]
         self._positive_ranks = np.flatnonzero(gold[self._order])  # (P,)
         # Each row with the label is in a group of equal probabilities: places first to last of all
@@ -55,7 +55,7 @@ class _Ranked:
         self._own_starts = np.searchsorted(positive_scores, positive_scores, side="left")
 
     def measured(self, weights: NDArray[np.number]) -> tuple[float, float]:
-        """ROC AUC and average precision, where row i of N counts `weights[i]` times."""
+        """ROC AUC and average precision, with row i of N counted `weights[i]` times."""
         w = weights[self._order]
         up_to = w.cumsum()  # (N,): the weight of all rows down to each
         positive = w[self._positive_ranks]

@@ -1,4 +1,4 @@
-"""The table of metrics: names, titles, which way is better, where each is shown or may be chosen.
+"""The table of metrics: names, titles, direction, and where each is shown or may be chosen.
 
 The choices of `--metric` and `--headline`, the fields of a training's log, tables, reports and
 model cards are made from it. To add a metric, add a row with a `compute`: its confidence interval
@@ -49,7 +49,7 @@ class Metric:
     curve: str | None = None
 
     def difference(self, value: float, *, sign: bool = True) -> str:
-        """A difference of two values as people read it, shares of texts in points."""
+        """A difference of two values for display; shares of texts in percentage points."""
         text = f"{100 * value:+.1f}" if self.number_format == "{:.1%}" else f"{value:+.3f}"
         return text if sign and float(text) != 0 else text[1:]
 
@@ -124,7 +124,7 @@ METRICS: tuple[Metric, ...] = (
 
 
 def value_of(evaluation: Any, metric: str) -> float | None:
-    """A metric of an `Evaluation` or `RegressionEvaluation`; None where it is undefined."""
+    """A metric of an `Evaluation` or `RegressionEvaluation`; None if it is undefined."""
     further: dict[str, float | None] = evaluation.further
     return further[metric] if metric in further else getattr(evaluation, metric)
 
@@ -146,19 +146,19 @@ def headlines() -> tuple[str, ...]:
 
 
 def on_card(*, regression: bool) -> tuple[str, ...]:
-    """The metrics that model cards show: rankings last, for they may be undefined."""
+    """The metrics in model cards; ranking metrics last, since they may be undefined."""
     shown = [metric for metric in metrics(regression=regression).values() if metric.on_card]
     return tuple(metric.name for metric in sorted(shown, key=lambda metric: metric.is_ranking))
 
 
 def may_be_missing(name: str) -> bool:
-    """Whether a report may be without a metric: where it is undefined, or was written before it."""
+    """Whether a report may lack a metric, since it is undefined or the report is older."""
     metric = {metric.name: metric for metric in METRICS}[name]
     return metric.is_ranking or metric.compute is not None
 
 
 def curves() -> dict[str, str]:
-    """Name in a training's log -> name in the training curves."""
+    """Name in a training log -> name in the training curves."""
     return {f"dev_{m.name}": m.curve for m in METRICS if m.curve is not None}
 
 
@@ -177,6 +177,6 @@ def logged(*, regression: bool, multi_label: bool = False) -> tuple[str, ...]:
 
 
 def computed(*, regression: bool, arguments: tuple[Any, ...]) -> dict[str, float | None]:
-    """The values of the metrics that are computed by themselves; see `Metric.compute`."""
+    """The values of metrics with their own functions; see `Metric.compute`."""
     table = metrics(regression=regression)
     return {name: m.compute(*arguments) for name, m in table.items() if m.compute is not None}

@@ -18,7 +18,7 @@ Values = NDArray[np.float64]
 
 METRICS = registry.metrics(regression=True)
 LARGEST_TARGET = 1e100  # sums of squares of such values still fit into a float
-RIDGE_PENALTY = 1.0  # of |w|^2 beside the summed squared errors, as scikit-learn's Ridge has it
+RIDGE_PENALTY = 1.0  # of |w|^2 relative to the summed squared errors, as in Ridge
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TargetScale:
 
     def __post_init__(self) -> None:
         limit = LARGEST_TARGET
-        if not (abs(self.mean) <= limit and 0 < self.std <= limit):  # NaN is not, either
+        if not (abs(self.mean) <= limit and 0 < self.std <= limit):  # false for NaN, too
             raise ValueError(f"a scale cannot have mean {self.mean} and std {self.std}"[:200])
 
     @classmethod
@@ -42,7 +42,7 @@ class TargetScale:
         """The scale on which targets have mean 0 and standard deviation 1 (0 if all are equal)."""
         values = np.asarray(targets, dtype=np.float64)
         largest = float(np.abs(values).max(initial=0.0)) or 1.0
-        # Divided first: squares of large numbers are beyond all floats.
+        # Divided first: squares of large numbers would overflow.
         std = float((values / largest).std()) * largest
         return cls(float((values / largest).mean() * largest), std or 1.0)
 
@@ -152,15 +152,15 @@ class _Rows:
     """Predictions and targets (N,), and their metrics for weighted rows."""
 
     def __init__(self, p: Values, y: Values) -> None:
-        order = np.argsort(p, kind="stable")  # what is read in order is read faster
+        order = np.argsort(p, kind="stable")  # sequential reads are faster
         p, y = p[order], y[order]
         self.n, self._p, self._y = len(y), p, y
-        # The place of each value among the different ones, from which ranks follow in any draw.
+        # The index of each value among the distinct ones, which determines ranks in any draw.
         self._value_indices = [np.unique(values, return_inverse=True)[1] for values in (p, y)]
         errors = p - y
         self._unit_of_y = _unit(y)
         p, y = (p - p.mean()) / _unit(p), (y - y.mean()) / self._unit_of_y
-        # Sums over a draw's rows are one product with how often each is in it.
+        # Sums over a draw are one product with the rows' counts.
         columns = (np.abs(errors), errors**2, p, p**2, y, y**2, p * y)
         self._columns = np.stack(columns, axis=1)
 
@@ -268,7 +268,7 @@ def _intervals(
 def _difference(
     own: NDArray[np.floating[Any]], p: Values, y: Values, rounds: int, seed: int
 ) -> tuple[float, float, float]:
-    """How much less `own` is off than p, on average, and the 95% interval of that.
+    """The mean difference of absolute errors, p's minus `own`'s, and its 95% interval.
 
     Both systems use the same resampled rows, so rows that are hard for both do not affect the
     difference.

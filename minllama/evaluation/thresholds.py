@@ -113,7 +113,7 @@ def _of_two(
 def check_thresholds(
     options: ThresholdOptions, labels: Sequence[str], *, multi_label: bool, can_choose: bool
 ) -> None:
-    """Refuse, before any work, thresholds that this task cannot have.
+    """Refuse thresholds that do not suit this task, before any work.
 
     Args:
         options: as given.
@@ -247,9 +247,9 @@ def _best(rule: str, probabilities: NDArray[np.floating[Any]], gold: NDArray[np.
     goal = float(goal_text)
     target, other = (precision, recall) if name == "precision" else (recall, precision)
     reached = target >= goal - 1e-12  # 9 of 10 are 0.9
-    reached &= hits + alarms > 0  # to predict nothing has no precision
+    reached &= hits + alarms > 0  # without predictions, precision is undefined
     if reached.any():
-        # Of those that reach it the one with most of the other, then with most of it.
+        # Of those that reach the goal, the best in the other metric, then in this one.
         order = np.lexsort((target, np.where(reached, other, -1.0)))
         return _Best(cuts[order[-1]], few)
     at = int(np.lexsort((other, target))[-1])
@@ -269,7 +269,7 @@ def _cuts(
     Each is between two occurring probabilities, or above all of them.
     """
     values, groups = np.unique(probabilities.astype(np.float32), return_inverse=True)
-    hits = np.bincount(groups, weights=gold)[::-1].cumsum()  # from the likeliest group on
+    hits = np.bincount(groups, weights=gold)[::-1].cumsum()  # from the most likely group on
     alarms = np.bincount(groups, weights=~gold)[::-1].cumsum()
     falling = values[::-1].tolist()
     cuts = [_between(low, high) for high, low in zip(falling, [*falling[1:], 0.0], strict=True)]
@@ -280,7 +280,7 @@ def _cuts(
 
 
 def _between(low: float, high: float) -> float:
-    """A short number above `low` and not above `high`, near the middle, as float32 has them."""
+    """A short number in (low, high], near the middle, in float32."""
     middle = (low + high) / 2
     for digits in DIGITS:
         rounded = round(middle, digits)
@@ -290,7 +290,7 @@ def _between(low: float, high: float) -> float:
 
 
 def _first_best(quality: NDArray[np.float64], cuts: Sequence[float]) -> int:
-    """Of the best the one nearest to the threshold that it would be without a choice."""
+    """The index of the best threshold; of equal ones, the nearest to the default."""
     best = np.flatnonzero(quality >= quality.max() - 1e-12)
     return min(best.tolist(), key=lambda i: abs(cuts[i] - DEFAULT))
 
@@ -300,7 +300,7 @@ def _f1(hits: Any, alarms: Any, positive: int, negative: int) -> Any:
 
 
 def _macro_f1(hits: Any, alarms: Any, positive: int, negative: int) -> Any:
-    # Of the other class the hits are the rejections, and the false alarms the misses.
+    # For the other class, hits are rejections, and false positives are misses.
     other = _f1(negative - alarms, positive - hits, negative, positive)
     return (_f1(hits, alarms, positive, negative) + other) / 2
 

@@ -1,4 +1,4 @@
-"""From files of labeled texts to an evaluated classifier in a folder: what the commands call.
+"""Train and evaluate a classifier from files of labeled texts, as the commands do.
 
 `splits` reads and checks the data, `build` creates and trains the classifier, `evaluate` compares
 it with baselines, `option_rules` decides which options take effect, and `train` runs all of it.

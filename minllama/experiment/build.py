@@ -36,14 +36,14 @@ from minllama.options import (
 from minllama.text import listed, shown
 from minllama.tokenizer.tokenizer import Tokenizer
 
-TRAINED = ("lora", "full")  # the methods that follow gradients
+TRAINED = ("lora", "full")  # methods that train with gradients
 # By method: adapters start from zero and tolerate higher rates than pretrained weights.
 LEARNING_RATES = {"lora": 3e-4, "full": 2e-5}
 HEAD_LEARNING_RATE = 1e-3
 PRIOR_TEXTS = 500  # unlabelled training texts from which the score `batch` learns
 # Texts on which a run that trains more than a head chooses its layer and where its head starts.
 STARTING_TEXTS = 3000
-# A layer that is trained can be put to new use: some more than the features were best at.
+# Training adapts layers: a few more than those with the best frozen features.
 LAYERS_TO_LEARN = 7  # divides n_layers: 4 of 30
 LAYER_FILE = "layer.json"
 
@@ -231,7 +231,7 @@ def _in_words(selected: Selected, llama: Llama) -> str:
 def _selected(
     fitting: HeadFitting, some: Dataset, by: Reading, options: ClassifierOptions, *, grows: bool
 ) -> tuple[Features, Selected]:
-    """The features of some texts, and the choice that is best on them.
+    """The features of some texts, and the best choice for them.
 
     Args:
         fitting: compares the choices.
@@ -269,7 +269,7 @@ def _choices(llama: Llama, options: ClassifierOptions) -> list[Choice]:
 
 
 def most_layers(llama: Llama, options: ClassifierOptions) -> int:
-    """An upper bound of the layers a classifier will run, before it is known."""
+    """An upper bound on the layers that a classifier will run, before the choice."""
     if options.objective == "label-words":
         return llama.config.n_layers
     deepest = max(_choices(llama, options))
@@ -303,7 +303,7 @@ def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> li
         llama.requires_grad_(True)
         for layer in llama.layers[classifier.n_layers :]:
             layer.requires_grad_(False)
-        # What does not run gets no gradient, and would only fill the checkpoints.
+        # Layers that do not run get no gradients, and would only enlarge checkpoints.
         if classifier.n_layers < len(llama.layers):
             llama.norm.requires_grad_(False)
         if isinstance(classifier, LlamaEmbeddingClassifier) and llama.output is not None:
@@ -324,7 +324,7 @@ def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> li
 def training_options(
     options: TrainingOptions, method: str, *, regression: bool = False
 ) -> TrainingOptions:
-    """The options with the learning rates and the metric that method and objective have."""
+    """The options with the default learning rates and metric of method and objective."""
     changes: dict[str, Any] = {}
     if regression and options.metric == TrainingOptions.metric:
         changes["metric"] = VALUE_METRICS[0]

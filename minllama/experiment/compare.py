@@ -76,7 +76,7 @@ def open_compared(other: str, split: Dataset, *, loading: LoadOptions) -> Compar
     """
     path = Path(other)
     if path.is_dir() and not (path / CLASSIFIER_FILE).exists():
-        report = path / PREDICTIONS_FILE  # as `evaluate --output` leaves it
+        report = path / PREDICTIONS_FILE  # as written by `evaluate --output`
         path, other = (report, str(report)) if report.is_file() else (path, other)
     if path.is_dir():
         classifier = load_classifier_with(path, loading)
@@ -190,7 +190,7 @@ def _lines(other: str, file: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _unlike(rows: Sequence[Mapping[str, Any]], split: Dataset) -> str | None:
-    """How the rows of a file differ from the split's; None if they do not."""
+    """A message about how a file's rows differ from the split's; None if they are equal."""
     if len(rows) != len(split):
         return f"has predictions of {len(rows):,} texts, but {split.source} has {len(split):,}"
     for i, (row, text) in enumerate(zip(rows, split.texts, strict=True)):

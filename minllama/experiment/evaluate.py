@@ -99,7 +99,7 @@ def choose_decision(
 def baseline_decisions(
     options: ThresholdOptions, baselines: Sequence[Baseline], dev: Dataset
 ) -> dict[str, Thresholds]:
-    """The baselines' thresholds, chosen on dev as the classifier's are; a number is not for them.
+    """The baselines' thresholds, chosen on dev by the classifier's rule; numbers do not apply.
 
     Returns:
         Name -> thresholds; empty without options.

@@ -27,7 +27,7 @@ from minllama.engine.states import Choice
 from minllama.evaluation.regression import TargetScale
 from minllama.model.llama import Llama
 
-STARTING_PER_CLASS = 5  # texts of each class at least, if there are as many
+STARTING_PER_CLASS = 5  # minimum number of texts of each class, if available
 MOST_VALUES = 2500  # texts that go through all layers; the layer search does not reduce them
 VALUE_NAME = "value"  # of a number whose column has no name
 
@@ -46,7 +46,7 @@ class Selected(NamedTuple):
 class Reading(NamedTuple):
     """The tokenizer and prompt, and the reporter."""
 
-    reader: LlamaEmbeddingClassifier  # of any layer: prompt and Llama count
+    reader: LlamaEmbeddingClassifier  # of any layer: only prompt and Llama matter
     progress: Callable[[int], None]  # receives the number of texts just completed
     report: Callable[[str], None]
 
@@ -55,7 +55,7 @@ class FittedHead(NamedTuple):
     """A linear head: C outputs of D features."""
 
     weight: Vectors  # (C, D)
-    bias: Vectors  # (C,); zeros where the head has none
+    bias: Vectors  # (C,); zeros if the head has no bias
 
     def put_into(self, score: nn.Linear) -> None:
         """Set the weights of a classifier's head."""
@@ -74,7 +74,7 @@ class HeadFitting(Protocol):
         """About `n` training texts, drawn at random."""
 
     def read(self, some: Dataset, choices: Sequence[Choice], by: Reading) -> Features:
-        """Features of texts, for the choices that are worth comparing."""
+        """Features of texts for the choices to compare."""
 
     def select(self, features: Features, some: Dataset) -> Selected:
         """The best of the choices."""
@@ -104,7 +104,7 @@ class ClassHeads:
 
     def head(self, llama: Llama, choice: Choice) -> dict[str, Any]:
         # Without a bias where transformers' sequence classifiers, which have none, can then compute
-        # it. Elsewhere it costs nothing, and is fitted sooner.
+        # it. Otherwise a bias is free, and speeds up the fit.
         return {
             "id2label": self._train.label_names,
             "multi_label": self._task.multi_label,

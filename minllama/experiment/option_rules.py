@@ -87,7 +87,7 @@ OF_CLASSES = (
     *names_of(ThresholdOptions),
     *names_of(ReportOptions),
 )
-USED_WITHOUT_STEPS = ("class_weights", "seed")  # by the fit of a head, and by all draws
+USED_WITHOUT_STEPS = ("class_weights", "seed")  # for fitting heads, and for all random draws
 
 USES = (
     Use(names_of(ZeroShotOptions), "--method zero-shot or --objective label-words", _has_words),
@@ -101,7 +101,7 @@ USES = (
         "--method lora or full",
         lambda experiment: (
             experiment.classifier.method != "zero-shot"
-            or experiment.classifier.objective == "label-words"  # which it is, in a way
+            or experiment.classifier.objective == "label-words"  # zero-shot implies label words
         ),
     ),
     Use(OF_CLASSES, "classes: without --objective regression", _has_classes),

@@ -98,7 +98,7 @@ def writable(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         if not (folder / CHECKPOINT).exists():
-            (folder / LAYER_FILE).unlink(missing_ok=True)  # nothing can be gone on with
+            (folder / LAYER_FILE).unlink(missing_ok=True)  # nothing to resume
         if not existed:
             with contextlib.suppress(OSError):  # it is no longer empty
                 folder.rmdir()

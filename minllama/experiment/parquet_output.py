@@ -25,10 +25,10 @@ from minllama.experiment.tables import (
 
 MOST_ROWS = 16_384  # of a row group
 MOST_BYTES = 2**25  # of the JSON lines of a row group
-EXACT = 2**53  # every whole number up to it is a float, too
+EXACT = 2**53  # floats represent all integers up to it
 METADATA = b"minllama"  # lists the input's names of the input columns
 
-# What the values of a column are: (), which nothing contradicts, a kind, or ("list", those of the
+# The type of a column's values: (), which fits any, a kind, or ("list", the type of its
 # elements). A column of "json" contains text.
 Kind = tuple[Any, ...]
 JSON: Kind = ("json",)

@@ -41,7 +41,7 @@ from minllama.options import DataOptions, ExplainOptions
 from minllama.text import listed
 
 DIGITS = 16  # of a classifier's digest in each record
-EXPLAINED = 16  # rows whose lines are returned together if each is explained, which takes long
+EXPLAINED = 16  # rows whose lines are returned together if each is explained, since that is slow
 
 
 def predict_stream(
@@ -263,7 +263,7 @@ def _json_line(fields: dict[str, Any], digest: str, row: Row, columns: Sequence[
 
 
 def _check_columns(columns: Sequence[str], rows: Sequence[Row], source: Source) -> None:
-    """Refuse column names that none of the first rows has, before anything is computed."""
+    """Refuse column names that all of the first rows lack, before any computation."""
     known = {name: None for row in rows for name in row.record}
     if missing := [name for name in columns if name not in (*known, ALL_COLUMNS)]:
         raise DataError(f"{source}: no column {listed(missing)} to keep; there are {listed(known)}")

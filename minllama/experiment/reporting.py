@@ -40,7 +40,7 @@ def settings_for_people(experiment: Experiment) -> dict[str, Any]:
 
 
 def settings_of_run(experiment: Experiment) -> dict[str, Any]:
-    """What a training depends on besides its texts."""
+    """The settings of a training other than its texts."""
     options = experiment.classifier
     groups: dict[str, Any] = {
         "model": {

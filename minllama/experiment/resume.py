@@ -31,7 +31,7 @@ from minllama.experiment.tables import (
     without_mark,
 )
 
-CHUNK = 512  # rows that are sorted by length and computed together, and so compared
+CHUNK = 512  # rows that are sorted by length, computed and compared together
 SAME_PROBABILITY = 0.05  # what rounding in half precision may change, here or on another machine
 RECORD_BEGINS = b'{"index": '
 
@@ -167,7 +167,7 @@ def _done_of_table(output: Path, file: BinaryIO, delimiter: str) -> Done:
 
 @contextlib.contextmanager
 def _prediction(output: Path, place: str) -> Iterator[None]:
-    """Refuse an output in which something else is found at this place."""
+    """Refuse an output that contains something else at this place."""
     try:
         yield
     except (ValueError, KeyError, TypeError, RecursionError) as error:

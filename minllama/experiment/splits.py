@@ -18,7 +18,7 @@ from minllama.data.numbers import is_number
 from minllama.data.source import Source
 from minllama.options import DataOptions
 
-FEW_CLASSES = 10  # numbers up to here are usual names of classes
+FEW_CLASSES = 10  # numbers up to this are common class names
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_splits(
     tested = None
     if test is not None:
         # Its labels are not needed, so only a column named like labels is used for them;
-        # but they are to be expected where the training file has them.
+        # but the training file's label column is expected here, too.
         known = replace(options, label_column=options.label_column or learned.label_column)
         tested = load_dataset(test, known, label_names=names, needs_labels=False, numbers=numbers)
         messages += tested.notices

@@ -49,7 +49,7 @@ class TableOutput:
         self._header = ""
 
     def columns(self, row: Row) -> Sequence[str]:
-        """The columns that records carry along: a table has that of the text without asking."""
+        """The input columns in records; a table always includes the text column."""
         if self._is_table and row.column == "text":
             return [name for name in self._columns if name != "text"]
         return self._columns
@@ -57,7 +57,7 @@ class TableOutput:
     def begin(
         self, line: str, rows: Sequence[Row], done: Done, notices: list[str] | None
     ) -> tuple[Mapping[str, Any], ...]:
-        """Learn the columns of the table.
+        """Determine the columns of the table.
 
         Args:
             line: the first one.
@@ -89,7 +89,7 @@ class TableOutput:
             return self.columns(rows[0])
         of_all: Iterable[Row] = rows
         if self._source != "-":
-            # Rows of JSON may have keys that the first ones lack.
+            # JSON rows may have keys that earlier rows lack.
             skipping = dataclasses.replace(self._data, skip_bad_rows=True)
             of_all = stream_rows(self._source, skipping)
         elif done.header is not None:

@@ -135,26 +135,26 @@ def cell_of(value: Any) -> str:
 
 
 def utf8(text: str) -> str:
-    """The text with each half of a character (a lone surrogate) spelled out, as in JSON lines."""
+    """The text with lone surrogates escaped, as in JSON lines."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def row_of(values: Iterable[Any], delimiter: str) -> str:
     """One row of a table, with its end."""
     stream = io.StringIO()
-    # A lone carriage return is quoted only where one ends the row.
+    # A carriage return is quoted only if the row's end has one.
     csv.writer(stream, delimiter=delimiter, lineterminator="\r\n").writerow(map(cell_of, values))
     return stream.getvalue().removesuffix("\r\n") + "\n"
 
 
 def cells_of(row: bytes, delimiter: str) -> tuple[str, ...]:
-    """The cells of a whole row.
+    """The cells of a complete row.
 
     Raises:
         ValueError: it is not UTF-8, or not a row of such a table.
     """
     text = row.decode()
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the module's own global
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a global setting of the module
     try:
         (cells,) = csv.reader([text], delimiter=delimiter, strict=True)
     except csv.Error as error:

@@ -188,7 +188,7 @@ def _unlike_spaces(where: str, scheme: str, remedy: str) -> TokenizerError:
 
 
 def _from_pieces(raw: Json, where: str) -> dict[str, Any]:
-    """Fields for a tokenizer.json that does with merges what SentencePiece does with scores."""
+    """Fields for a tokenizer.json whose merges equal SentencePiece's scores."""
     add_space_prefix = _adds_space(raw, where)
     tokens, types = _tokens(raw)
     model = raw["model"]
@@ -198,7 +198,7 @@ def _from_pieces(raw: Json, where: str) -> dict[str, Any]:
             types[token_id] = int(TokenType.BYTE)
     unk_id = model["vocab"].get(model.get("unk_token"))
     if unk_id is None and in_bytes and None not in in_bytes:
-        unk_id = model["vocab"].get("<unk>")  # which no text becomes
+        unk_id = model["vocab"].get("<unk>")  # which no text produces
     if unk_id is None:
         raise TokenizerError(
             f"{where}: it has no unknown token, which GGUF's {PIECES!r} needs; convert to hf"
@@ -224,7 +224,7 @@ def _piece_fields(
     for i, piece in enumerate(pieces):
         if piece.type == TokenType.UNKNOWN:
             fields[PREFIX + "unknown_token_id"] = i
-    if remove_extra_whitespaces:  # read back by us; llama.cpp passes over it for this model
+    if remove_extra_whitespaces:  # for minllama; llama.cpp ignores it for this model
         fields[PREFIX + "remove_extra_whitespaces"] = True
     return fields
 
@@ -236,7 +236,7 @@ def _spelt(piece: Piece) -> str:
 
 
 def _piece_ranks(raw: Json, where: str) -> dict[str, int]:
-    """Token -> rank of its first merge; refused where SentencePiece would merge otherwise.
+    """Token -> rank of its first merge; refused if SentencePiece would merge differently.
 
     SentencePiece joins any two neighbors that make a piece. That is the same as the merges if each
     token's merges are all ways to cut it into two, and follow one another; only among runs of

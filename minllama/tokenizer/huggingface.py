@@ -30,7 +30,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 _ADDED_TOKENS = "added_tokens.json"
 _SPECIAL_TOKENS = "special_tokens_map.json"
-# What a folder's tokenizer may consist of: a new one takes the place of all of them.
+# All possible files of a folder's tokenizer, which a new one replaces.
 FILES = frozenset(
     (
         TOKENIZER_JSON,
@@ -160,7 +160,7 @@ def _config(vocabulary: Vocabulary, raw: Json | None) -> Json:
         "clean_up_tokenization_spaces": False,
     }
     if raw is None:
-        # Whether there is a space after added tokens as well, as Meta's code has it.
+        # Whether added tokens are also followed by a space, as in Meta's code.
         config["legacy"] = vocabulary.legacy
         if vocabulary.flags:
             config["added_tokens_decoder"] = {
@@ -171,7 +171,7 @@ def _config(vocabulary: Vocabulary, raw: Json | None) -> Json:
             }
     for name in ("bos", "eos", "pad"):
         token_id = getattr(vocabulary, f"{name}_id")
-        # transformers would make an ordinary token special if it were named for padding.
+        # transformers would make an ordinary padding token special.
         if token_id is not None and (name != "pad" or special is None or token_id in special):
             config[f"{name}_token"] = texts[token_id]
     ids = {text: token_id for token_id, text in texts.items()}
@@ -179,7 +179,7 @@ def _config(vocabulary: Vocabulary, raw: Json | None) -> Json:
         vocabulary.named_tokens,
         lambda text: text in ids and (special is None or ids[text] in special),
     )
-    if vocabulary.chat_templates:  # every version of transformers reads the list
+    if vocabulary.chat_templates:  # all versions of transformers read the list
         config["chat_template"] = chat_settings.template_settings(
             vocabulary.chat_template, vocabulary.chat_templates
         )
@@ -308,7 +308,7 @@ def _read(path: Path) -> bytes:
 
 
 def _read_json(path: Path) -> Json:
-    """The object in a JSON file; empty where there is no such file."""
+    """The object in a JSON file; empty without the file."""
     if not path.is_file():
         return {}
     raw = tokenizers_form.read_json(_read(path), str(path))

@@ -13,7 +13,7 @@ from minllama.errors import TokenizerError
 from minllama.tokenizer.sentencepiece_form import BYTE_PIECES, SPACE, Piece, build_model
 from minllama.tokenizer.vocabulary import MAX_VOCAB_SIZE, TokenType, Vocabulary
 
-UNK_ID, BOS_ID, EOS_ID, FIRST_BYTE_ID = 0, 1, 2, 3  # Llama 2's, which run.c has built in
+UNK_ID, BOS_ID, EOS_ID, FIRST_BYTE_ID = 0, 1, 2, 3  # Llama 2's, which are constants in run.c
 _SPECIAL = ("<unk>", "<s>", "</s>")  # the export writes the last two between line breaks
 
 _MAX_TOKEN_BYTES = 2**16

@@ -14,7 +14,7 @@ from minllama.tokenizer.vocabulary import Vocabulary
 
 # The first that exists counts: a tokenizer.json contains tokens that were added later.
 NAMES = (TOKENIZER_JSON, TOKENIZER_MODEL, "tokenizer.bin")
-_MAX_BYTES = 2**26  # twice the largest vocabulary there is
+_MAX_BYTES = 2**26  # twice the largest known vocabulary
 
 
 def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
@@ -26,7 +26,7 @@ def load_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
     path = Path(path)
     try:
         is_folder = path.is_dir()
-    except OSError as error:  # a name too long, or not allowed to look
+    except OSError as error:  # a name too long, or no permission
         raise TokenizerError(f"{path}: {error.strerror}; name a tokenizer's path") from error
     if is_folder:
         vocabulary = find_vocabulary(path)

@@ -5,7 +5,7 @@
 
 import re
 
-# An escape, a class of characters, a quantifier, the ends of a group; anything else is one atom.
+# An escape, a character class, a quantifier, the ends of a group; anything else is one atom.
 _PARTS = re.compile(
     r"(?P<escape>\\(?:[pP]\{[^}]*\}|x\{[^}]*\}|.))"
     r"|(?P<quantifier>[*+?]|\{(?P<least>\d*)(?P<comma>,?)(?P<most>\d*)\})[?+]?"
@@ -15,7 +15,7 @@ _PARTS = re.compile(
 
 
 def has_nested_loops(pattern: str) -> bool:
-    """Whether a regular expression repeats what it repeats already, a variable number of times."""
+    """Whether a regular expression nests variable repetitions."""
     groups = [False]  # whether each open one contains a loop
     last_has_loop = False  # of the atom before
     at = 0

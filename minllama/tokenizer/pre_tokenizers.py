@@ -46,7 +46,7 @@ _GPT4O_PATTERN = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
     rf"|\p{{N}}{{1,3}}|{_REST_WITH_SLASH}"
 )
-# Letters of scripts that have two cases, as DeepSeek lists them.
+# Letters of scripts with case, as DeepSeek lists them.
 _CASED_LETTERS = (
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
     "\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1"
@@ -83,7 +83,7 @@ def split(pattern: str) -> Json:
 
 
 def to_bytes(*, use_regex: bool) -> Json:
-    """A component that spells bytes as characters, and perhaps cuts by GPT2_PATTERN before."""
+    """A component that spells bytes as characters, optionally after splitting by GPT2_PATTERN."""
     return {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -136,7 +136,7 @@ PRE_TOKENIZERS = {
     "viking": _by(_BLOOM_PATTERN, r"\p{N}"),
 }
 
-# Other names that files have for them, in llama.cpp as well.
+# Aliases in files, as in llama.cpp.
 ALIASES = {
     alias: name
     for name, aliases in {

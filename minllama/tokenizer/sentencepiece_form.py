@@ -1,4 +1,4 @@
-"""SentencePiece models (Kudo and Richardson 2018): built, read, and converted to a tokenizer.json.
+"""Build, read and convert SentencePiece models (Kudo and Richardson 2018).
 
 The protobuf message is the library's own, so that the result is what `sentencepiece` would save.
 """
@@ -66,7 +66,7 @@ def build_model(
 
 
 def parse_model(data: bytes, where: str) -> Any:
-    """The ModelProto in `data`; a TokenizerError where it is none."""
+    """The ModelProto in `data`; raises TokenizerError if it is not one."""
     from google.protobuf.message import DecodeError
 
     model = _empty_model()
@@ -105,7 +105,7 @@ def from_model(data: bytes, where: str) -> Vocabulary:
     spec = model.trainer_spec
 
     def declared(name: str) -> int | None:
-        # The library finds these tokens by their text; the ids are only the trainer's wish.
+        # The library finds these tokens by their text; the ids are only the trainer's request.
         text = getattr(spec, f"{name}_piece")
         for i, piece in enumerate(model.pieces):
             if piece.piece == text and piece.type == TokenType.CONTROL:
@@ -179,7 +179,7 @@ def with_space_in_front(data: bytes, add_space: bool, where: str) -> bytes:
 
 
 def to_tokenizers(vocabulary: Vocabulary) -> dict[str, Any] | None:
-    """The same tokenizer as the content of a `tokenizer.json`; `None` where that cannot be exact.
+    """The same tokenizer as the content of a `tokenizer.json`; None if that cannot be exact.
 
     Not exact are: models other than BPE, text normalization, user-defined pieces with a space,
     unused pieces that take part in merges, pieces with a character that is no piece itself, and

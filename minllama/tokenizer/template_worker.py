@@ -34,7 +34,7 @@ class GenerationBlock(Extension):
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call block, as in transformers: what is set inside stays inside.
+        # A call block, as in transformers: variables set inside are local.
         return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
 
     def _render(self, caller: Callable[[], str]) -> str:
@@ -42,7 +42,7 @@ class GenerationBlock(Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which reaching for what is out of bounds is an error at once."""
+    """Jinja's sandbox, in which any unsafe access raises an error immediately."""
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         raise SecurityError(f"it accesses {attribute!r} of a {type(obj).__name__}")
@@ -102,7 +102,7 @@ def _fault(error: Exception) -> dict[str, Any]:
 
 
 def _warm_up(jinja: Sandbox) -> None:
-    """Have every file read that Python and Jinja read when something is first used."""
+    """Make Python and Jinja load the files that they would load on first use."""
     source = (
         r"{{ 'caf\xe9\n'|pprint|wordwrap|tojson }}{{ strftime_now('%c %Z') }}{{ nothing.at_all }}"
     )
@@ -121,9 +121,9 @@ def _limit(memory_bytes: int) -> None:
 
 def serve() -> None:
     """Answer requests until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for who started us
-    # SIGALRM, at its default, ends the process even inside one long operation. Who started us may
-    # have passed on another will.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
+    # By default, SIGALRM ends the process even inside one long operation. The parent process may
+    # have set another handling.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     settings = _receive(sys.stdin.buffer.readline())
@@ -132,7 +132,7 @@ def serve() -> None:
     _limit(settings["memory_bytes"])
     try:
         _answer_all(jinja, settings)
-    except MemoryError:  # in a template, or already in reading the messages
+    except MemoryError:  # in a template, or while reading the messages
         sys.exit(settings["out_of_memory_status"])
 
 

@@ -43,7 +43,7 @@ def special_tokens(n_ranks: int) -> dict[str, int]:
 
 
 def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
-    """Token -> rank, which is its id; best, that is lowest, first.
+    """Token -> rank, which is its id; lowest (best) first.
 
     Raises:
         TokenizerError: a line is damaged, the ranks are not 0, 1, 2, ..., or a byte is no token.

@@ -1,4 +1,4 @@
-"""Text to token ids and back, whatever form the vocabulary was stored in.
+"""Convert between text and token ids, for every storage format of vocabularies.
 
 Adds BOS and EOS, parses special tokens only on request, and decodes tokens at once or one by
 one.
@@ -194,11 +194,11 @@ class Tokenizer:
             return self.encode(rendered, bos=False, eos=False, special=True)
         for text in (rendered, *masked.values()):
             _check_text(text)
-        # The longest first: one placeholder may begin as another does.
+        # The longest first: one placeholder may be a prefix of another.
         placeholders = sorted(masked, key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, placeholders)))
-        # What users wrote is hidden while the template's special tokens are found: these, and all
-        # that is not beside what they wrote, become the same ids whatever it was.
+        # Users' text is hidden while the template's special tokens are found: these, and all
+        # text that is not next to users' text, get the same ids regardless of it.
         text = pattern.sub(lambda match: masked[match[0]], rendered)
         shown = pattern.sub(lambda match: hidden(masked[match[0]], self.special_tokens), rendered)
         return self._codec.encode_masked(text, shown)

@@ -1,4 +1,4 @@
-"""The content of a `tokenizer.json` (the library `tokenizers`): read, queried, built.
+"""Read, query and build the content of a `tokenizer.json` (the library `tokenizers`).
 
 Supports the parts that Llamas have: a BPE model, added tokens, a decoder of bytes or of
 SentencePiece's pieces, and a template that adds BOS and EOS.
@@ -14,7 +14,7 @@ from minllama.tokenizer.bounds import find_excess
 from minllama.tokenizer.vocabulary import MAX_VOCAB_SIZE, ListedToken, TokenFlags
 
 Json = dict[str, Any]
-MAX_ENTRIES = 2**22  # of a tokenizer.json: three times the largest vocabulary's, merges and all
+MAX_ENTRIES = 2**22  # of a tokenizer.json: three times the largest known, merges included
 
 
 class DecoderKind(NamedTuple):
@@ -52,7 +52,7 @@ def parse(data: bytes, where: str) -> Json:
     if model.get("type", "BPE") != "BPE":
         raise TokenizerError(f"{where}: its model is {model['type']!r}; only BPE is supported")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
-        # Where tokens lack the prefix, the library cuts characters in half and ends the process.
+        # If tokens lack the prefix, the library splits characters and aborts the process.
         if model.get(name):
             raise TokenizerError(f"{where}: its model has a {name}; not supported for a Llama")
     if not isinstance(model.get("unk_token", ""), str | None):
@@ -257,7 +257,7 @@ def bpe_model(
 
 
 def merge_pairs(raw: Json, where: str) -> list[tuple[str, str]]:
-    """The merges of a tokenizer.json, best first, whichever of the two spellings it has."""
+    """The merges of a tokenizer.json, best first, in either of the two spellings."""
     pairs = []
     for merge in _listed(raw["model"].get("merges")):
         parts = merge.split(" ") if isinstance(merge, str) else merge
@@ -295,7 +295,7 @@ def _is_added_token(value: Any) -> bool:
 
 
 def _check_added_ids(vocab: dict[str, int], added: Sequence[Json], where: str) -> None:
-    # The library numbers them anew, and only logs that it did.
+    # The library renumbers them, and only logs that.
     next_id = len(vocab)
     for token in added:
         text, token_id = token["content"], token["id"]

@@ -1,4 +1,4 @@
-"""A checkpoint's vocabulary, in the form it is stored in.
+"""A checkpoint's vocabulary, in its storage format.
 
 The other modules of this package convert files and formats to a `Vocabulary` and back.
 """
@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 StorageFormat = Literal["sentencepiece", "tokenizers", "tiktoken"]
 
-# Several times the largest vocabulary there is; an id above it is damage, and a table of that
+# Several times the largest known vocabulary; an id above it means damage, and a table of that
 # length would take absurd memory.
 MAX_VOCAB_SIZE = 2**22
 
@@ -27,7 +27,7 @@ class TokenType(enum.IntEnum):
 
 
 class TokenFlags(NamedTuple):
-    """How an added token is found in a text, by the names that Hugging Face has for it.
+    """How an added token is found in a text, in Hugging Face's terms.
 
     Attributes:
         lstrip: it includes the white space before it.

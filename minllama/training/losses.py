@@ -15,7 +15,7 @@ from minllama.evaluation.regression import TargetScale
 
 
 class StepLoss(Protocol):
-    """The loss of the texts of a step, in however many batches."""
+    """The loss of the texts of a step, in any number of batches."""
 
     def share_with(self, prior: Tensor, share: float) -> None:
         """Mix another classifier's predictions, (N, C), into the targets."""
@@ -24,7 +24,7 @@ class StepLoss(Protocol):
         """The divisor that turns the sum of a step's losses into their mean."""
 
     def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
-        """The losses of a batch, added up: (B, C) logits of these B texts -> a scalar."""
+        """The sum of a batch's losses: (B, C) logits of these B texts -> a scalar."""
 
 
 class Loss:
@@ -130,7 +130,7 @@ class Loss:
             )
         if soft is not None:
             losses = F.cross_entropy(logits, soft, reduction="none")
-            # By the text's own class, as `normalizer` has it, wherever parts of it fall.
+            # Weighted by the text's own class, as in `normalizer`, even if the target is soft.
             return losses.sum() if weights is None else (weights[targets] * losses).sum()
         return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
 

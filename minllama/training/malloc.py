@@ -3,7 +3,7 @@
 import ctypes
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-LARGE = 4 * 2**20  # bytes: what a layer keeps of a few hundred tokens
+LARGE = 4 * 2**20  # bytes: a layer's activations of a few hundred tokens
 
 
 def give_back_freed_memory() -> bool:
@@ -19,5 +19,5 @@ def give_back_freed_memory() -> bool:
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE))
-    except (OSError, AttributeError, TypeError):  # another C library, or none by that name
+    except (OSError, AttributeError, TypeError):  # another C library, or no such function
         return False

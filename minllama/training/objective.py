@@ -20,7 +20,7 @@ from minllama.evaluation.regression import RegressionEvaluation, TargetScale, ev
 from minllama.options import CLASS_METRICS, VALUE_METRICS, TrainingOptions
 from minllama.training.losses import Loss, SquaredError, StepLoss
 
-WORST = -1.0  # a correlation or an R2 that is not defined: no better than any other
+WORST = -1.0  # an undefined correlation or R2 is the worst value
 
 
 class Trainable(Protocol):
@@ -92,7 +92,7 @@ class Objective(Protocol):
 
 
 def objective_of(train: Dataset, classifier: Trainable) -> Objective:
-    """The objective that suits the labels of a training set."""
+    """The objective for the labels of a training set."""
     if not train.has_numbers:
         return ClassObjective(classifier)
     assert isinstance(classifier, ValueTrainable)

@@ -83,7 +83,7 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Before anything is updated: a step is taken whole or not at all.
+        # Checked before any update, so that a step is atomic.
         every = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         if any(p.grad is not None and p.grad.is_sparse for p in every):
             raise OptionError(

@@ -21,7 +21,7 @@ class Progress(Protocol):
     """The interface for the progress of a training."""
 
     def begin(self, step: int, total_steps: int) -> None:
-        """It starts, with `step` steps done already."""
+        """Start the display after `step` completed steps."""
 
     def advance(self, row: Mapping[str, Any]) -> None:
         """Report a completed step; `row` is its line in `metrics.jsonl`."""

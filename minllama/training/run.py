@@ -176,7 +176,7 @@ class TrainingRun:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), clip)
         self._check_finite(step, float(total), float(norm))
         tokens = sum(len(self.prompts[i]) for i in texts)
-        # An interrupt between two parameters' updates would leave a state that no step leaves.
+        # An interrupt between two updates would leave an inconsistent state.
         with interrupts_deferred():
             lr = self._set_lr(step)
             self._optimizer.step()

@@ -33,7 +33,7 @@ CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
 STATE, WEIGHTS, MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"
 PRIOR = "prior.safetensors"
 FORMAT = 1
-# A run may go on with others: they change none of its numbers.
+# These may change when a run is resumed: they do not affect its results.
 NEUTRAL_OPTIONS = ("no_calibration", "save_every", "tensorboard")
 
 Fingerprint: TypeAlias = Mapping[str, Any]
@@ -222,7 +222,7 @@ class CheckpointFolder:
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
-        """Whatever fails to read means that files are missing or were changed."""
+        """Report errors as missing or changed files."""
         from safetensors import SafetensorError
 
         try:
@@ -404,5 +404,5 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    # Copies: a file that is mapped into memory would keep a replaced checkpoint on the disk.
+    # Copies: a memory-mapped file would keep a replaced checkpoint on the disk.
     return {name: torch.clone(tensor) for name, tensor in load_file(path).items()}

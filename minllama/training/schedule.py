@@ -11,12 +11,12 @@ import torch
 
 from minllama.options import TrainingOptions
 
-WINDOW = 50  # steps whose texts are sorted by length together
-MIN_WINDOWS = 4  # of an epoch: if it were one, the same texts would always meet
+WINDOW = 50  # number of steps whose texts are sorted by length together
+MIN_WINDOWS = 4  # of an epoch: with one, the same texts would always meet
 
 
 def derived_seed(seed: int, purpose: str, number: int) -> int:
-    """A seed of its own for each purpose and number, 0 to 2**63 - 1."""
+    """A separate seed for each purpose and number, 0 to 2**63 - 1."""
     digest = hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -65,7 +65,7 @@ class Schedule:
         return [part for batch in batches for part in self._parts(batch)]
 
     def _parts(self, texts: list[int]) -> list[list[int]]:
-        """As few as there can be, and these of about as many tokens each: small ones are slow."""
+        """Split into as few batches as possible, of similar size, since small ones are slow."""
         parts = self._filled(texts, self._max_tokens)
         for tenths in range(9, 0, -1) if len(parts) > 1 else ():
             evener = self._filled(texts, self._max_tokens * tenths / 10)
@@ -112,7 +112,7 @@ class Schedule:
         by_length = [
             text
             for start in range(0, len(order), window)
-            # Sorting is stable: texts of one length stay shuffled.
+            # Sorting is stable: texts of equal length stay shuffled.
             for text in sorted(order[start : start + window], key=lambda i: -self._lengths[i])
         ]
         steps = [

@@ -41,7 +41,7 @@ __all__ = ["Trainable", "TrainingResult", "fit"]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a training went.
+    """The result of a training.
 
     Attributes:
         history: one row per step, as in `metrics.jsonl`: `step`, `epoch` (a fraction), `loss`,
@@ -256,7 +256,7 @@ def summary_writer() -> Any:
 
 
 def _open_board(folder: Path, step: int) -> Any:
-    # What was written of later steps by a run that was cut is hidden.
+    # Hides later steps that an interrupted run has written.
     return summary_writer()(str(folder / "tensorboard"), purge_step=step + 1)
 
 
@@ -268,7 +268,7 @@ def _fingerprint(
     options: TrainingOptions,
     settings: Mapping[str, Any],
 ) -> Fingerprint:
-    """What must be unchanged to resume a run, by names for an error message."""
+    """Values that must be unchanged to resume a run, by their names in error messages."""
     shapes = {name: [list(p.shape), str(p.dtype)] for name, p in run.parameters.items()}
     frozen_parameters = [p for p in classifier.parameters() if not p.requires_grad]
     frozen_tensors = [
