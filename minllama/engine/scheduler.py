@@ -378,11 +378,11 @@ class Scheduler:
         # Several prompts begin together only if all of them fit.
         most = int(budget) if len(prefill.samples) == 1 and budget != math.inf else None
         new, is_end = [], True
-        for samples, n_read in zip(prefill.samples, cache.lengths, strict=True):
+        for samples, n_cached in zip(prefill.samples, cache.lengths, strict=True):
             prompt = samples[0].ids
-            end = len(prompt) if most is None else min(n_read + most, len(prompt))
+            end = len(prompt) if most is None else min(n_cached + most, len(prompt))
             is_end = is_end and end == len(prompt)
-            new.append(prompt[n_read:end])
+            new.append(prompt[n_cached:end])
         ids, mask = padded(new, self._device)
         output = self.engine.forward(
             ids, cache, attention_mask=mask, logits="last" if is_end else None
