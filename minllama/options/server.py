@@ -64,7 +64,7 @@ class ServerOptions(CheckedOptions):
         group="Scheduling",
     )
     stream_interval: float = option(
-        0.04,
+        0.05,
         "seconds between two events of a stream, in which tokens are collected; 0 for an event a "
         "token",
         within=Range(0, 60),
