@@ -23,6 +23,7 @@ from minllama.server.routes import (
     models,
     ollama,
     ollama_models,
+    page,
     predict,
     responses,
     systemone,
@@ -48,6 +49,7 @@ ROUTERS = (
     responses.router,
     decisions.router,
     systemone.router,
+    page.router,
 )
 
 

@@ -31,7 +31,7 @@ async def get_model(request: Request, model: str) -> dict[str, Any]:
 
 
 def _entry(model: ServedModel) -> dict[str, Any]:
-    return {
+    entry = {
         "id": model.id,
         "object": "model",
         "created": model.created,
@@ -39,3 +39,6 @@ def _entry(model: ServedModel) -> dict[str, Any]:
         "max_model_len": model.context_len,
         "x_kind": model.kind,
     }
+    if model.classifier is not None:
+        return {**entry, "x_labels": list(model.classifier.labels)}
+    return {**entry, "x_has_chat_template": model.tokenizer.chat_template is not None}
