@@ -4,31 +4,24 @@ const VARIABLE = "MINLLAMA_API_KEY";
 const NOT_OPENAI = ["top_k", "min_p", "repetition_penalty"]; // not arguments of the openai client
 
 /** JSON in lines of a bearable width. */
-function pretty(value, indent = "") {
-  return literal(value, indent, JSON.stringify, (name) => `${JSON.stringify(name)}: `);
-}
+const pretty = (value) => literal(value, "", "  ", {});
 
 const python = (value, indent = "") =>
-  literal(
-    value,
-    indent,
-    (plain) => ({ true: "True", false: "False", null: "None" })[plain] ?? JSON.stringify(plain),
-    (name) => `${JSON.stringify(name)}: `,
-  );
+  literal(value, indent, "    ", { true: "True", false: "False", null: "None" });
 
-function literal(value, indent, plain, named) {
-  if (value === null || typeof value !== "object") {
-    return typeof value === "string" ? JSON.stringify(value) : plain(value);
-  }
+function literal(value, indent, step, words) {
+  if (typeof value === "string") return JSON.stringify(value);
+  if (value === null || typeof value !== "object") return words[value] ?? JSON.stringify(value);
   const [open, close] = Array.isArray(value) ? "[]" : "{}";
-  const inner = `${indent}  `;
+  const inner = indent + step;
   const parts = Array.isArray(value)
-    ? (at) => value.map((each) => literal(each, at, plain, named))
-    : (at) =>
-        Object.entries(value).map(([name, each]) => named(name) + literal(each, at, plain, named));
-  const flat = open + parts(inner).join(", ") + close;
+    ? value.map((each) => literal(each, inner, step, words))
+    : Object.entries(value).map(
+        ([name, each]) => `${JSON.stringify(name)}: ${literal(each, inner, step, words)}`,
+      );
+  const flat = open + parts.join(", ") + close;
   if (flat.length + indent.length <= 76 && !flat.includes("\n")) return flat;
-  return `${open}\n${inner}${parts(inner).join(`,\n${inner}`)}\n${indent}${close}`;
+  return `${open}\n${inner}${parts.join(`,\n${inner}`)}\n${indent}${close}`;
 }
 
 function asCurl(path, body) {

@@ -4,6 +4,7 @@ const decide = {
   form: $("#decide-form"),
   result: $("#decide-result"),
   by: () => $("[name=by]:checked").value,
+  chosen: {}, // the model of each way to answer
 };
 
 /** The request of the form as [path, body]. */
@@ -18,6 +19,7 @@ function decideRequest() {
   if (by === "labels") {
     body.labels = lines($("#labels").value);
     if ($("#decide-prompt").value.trim()) body.prompt = $("#decide-prompt").value;
+    if ($("#score").value) body.score = $("#score").value;
   }
   if ($("#explain").checked) body.explain = true;
   return ["/classify", body];
@@ -55,6 +57,7 @@ async function runDecision(signal) {
   } finally {
     decide.result.replaceChildren(...parts);
     decide.result.removeAttribute("aria-busy");
+    if (parts.length > 1) bringIntoView(decide.result);
   }
 }
 
@@ -66,12 +69,11 @@ function decided(body, answer, seconds) {
 
 function classified(body, answer, seconds) {
   const [entry] = answer.data;
-  const labels = labelsOf(entry, answer, body);
+  const labels = answer.x_classes;
   const parts = [];
   const tokens = answer.usage ? `${answer.usage.prompt_tokens} tokens read` : "";
-  const value = entry.x_value ?? (labels.length === 1 && entry.label === null ? entry.probs[0] : undefined);
-  if (typeof value === "number") {
-    parts.push(make("p", { class: "answer" }, number(value)), facts("predicted number", tokens, seconds));
+  if (entry.num_classes === 1 && entry.label === null && !entry.x_labels) {
+    parts.push(make("p", { class: "answer" }, number(entry.probs[0])), facts("predicted number", tokens, seconds));
   } else {
     parts.push(...classes(entry, labels, [tokens, seconds]));
   }
@@ -81,16 +83,11 @@ function classified(body, answer, seconds) {
   return parts;
 }
 
-function labelsOf(entry, answer, body) {
-  const listed = entry.x_labels ?? answer.x_labels ?? body.labels ?? (served.find(({ id }) => id === body.model) || {}).x_labels;
-  return entry.probs.map((_, i) => (listed && listed[i]) ?? (entry.probs[i] === Math.max(...entry.probs) && entry.label) ?? `class ${i}`);
-}
 
 function classes(entry, labels, words) {
   const entries = labels.map((name, i) => ({ name, p: entry.probs[i] }));
-  const several = entry.x_labels_predicted ?? entry.x_predicted;
-  const isMulti = Array.isArray(several);
-  const headline = isMulti ? several.join(", ") || "none of the labels" : entry.label ?? "no label";
+  const isMulti = Array.isArray(entry.x_labels); // several labels, or none, may be right
+  const headline = isMulti ? entry.x_labels.join(", ") || "none of the labels" : entry.label;
   const confidence = isMulti ? "" : `confidence ${probability(confidenceOf(entry.probs))}`;
   const first = isMulti ? "" : percent(Math.max(...entry.probs));
   return [
@@ -111,7 +108,13 @@ function renewDecide() {
     labels: ({ x_kind }) => x_kind !== "classifier",
     questions: () => true,
   }[by];
-  fill($("#decide-model"), served.filter(fits).map(({ id }) => [id, id]));
+  const listed = served.filter(fits);
+  listed.sort((a, b) => (a.x_kind === "classifier") - (b.x_kind === "classifier"));
+  fill($("#decide-model"), listed.map(({ id }) => [id, id]), decide.chosen[by] ?? "");
+  const classes = (served.find(({ id }) => id === $("#decide-model").value) || {}).x_classes || [];
+  const named = classes.slice(0, 12).join(", ");
+  const rest = classes.length > 12 ? ` and ${classes.length - 12} others` : "";
+  $("#decide-model-hint").textContent = named && by === "classifier" ? `Labels: ${named}${rest}` : "";
   const n = { classifier: served.filter((m) => m.x_kind === "classifier").length };
   n.labels = n.questions = served.length - n.classifier;
   const words = {
@@ -136,6 +139,9 @@ function startDecide(onKey) {
   });
   decide.form.addEventListener("change", renew);
   decide.form.addEventListener("input", renewCode);
+  $("#decide-model").addEventListener("change", () => {
+    decide.chosen[decide.by()] = $("#decide-model").value;
+  });
   addQuestion($("#questions"), renewCode);
   $("#add-question").addEventListener("click", () => {
     const n = all(".question").length;

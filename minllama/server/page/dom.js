@@ -58,3 +58,11 @@ function fill(select, entries, chosen) {
   select.replaceChildren(...entries.map(([value, words]) => make("option", { value }, words)));
   if (entries.some(([value]) => value === before)) select.value = before;
 }
+
+/** Scroll to where something new stands, unless its beginning can be seen. */
+function bringIntoView(element) {
+  const { top } = element.getBoundingClientRect();
+  if (top >= 0 && top < innerHeight - 120) return;
+  const isCalm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  element.scrollIntoView({ block: "start", behavior: isCalm ? "auto" : "smooth" });
+}

@@ -106,8 +106,8 @@ function explained(text, given, target, unit) {
     parts.push(
       make(
         "ruby",
-        { class: effect > 0 ? "for" : "against", "--part": Math.abs(effect) / most },
-        word.text,
+        {},
+        make("span", { class: effect > 0 ? "for" : "against", "--part": Math.abs(effect) / most }, word.text),
         make("rt", {}, signed(effect)),
       ),
     );

@@ -86,6 +86,7 @@ function promptTurn(prompt) {
   write.text = "";
   const place = make("span", { class: "new" });
   write.written.replaceChildren(make("span", { class: "given" }, prompt), place);
+  bringIntoView(write.written);
   return { place, region: write.written, done: () => {} };
 }
 
@@ -101,6 +102,7 @@ function chatTurn() {
   write.chat.append(asked, reply);
   field.value = "";
   keepAtEnd(write.chat, true);
+  bringIntoView(write.chat);
   const done = (isKept) => {
     if (isKept && write.text) {
       write.messages.push(message, { role: "assistant", content: write.text });
@@ -146,7 +148,7 @@ function newMeter() {
       const n = tokens || pieces;
       const about = tokens ? "" : "about ";
       const seconds = (last - first) / 1000;
-      const rate = n > 1 && seconds > 0 ? `${about}${number((n - 1) / seconds)} tokens/s` : "";
+      const rate = n > 1 && seconds > 0 ? `${about}${((n - 1) / seconds).toFixed(1)} tokens/s` : "";
       const reasons = {
         stop: "ended by itself or at a stop string",
         length: "reached the most new tokens",

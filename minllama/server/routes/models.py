@@ -40,5 +40,5 @@ def _entry(model: ServedModel) -> dict[str, Any]:
         "x_kind": model.kind,
     }
     if model.classifier is not None:
-        return {**entry, "x_labels": list(model.classifier.labels)}
+        return {**entry, "x_classes": list(model.classifier.labels)}
     return {**entry, "x_has_chat_template": model.tokenizer.chat_template is not None}
