@@ -27,10 +27,8 @@ function messageOf(content) {
   return error && typeof error.message === "string" ? error.message : "";
 }
 
-function sentence(words) {
-  const first = words.charAt(0).toUpperCase() + words.slice(1);
-  return /[.!?…]$/.test(first) ? first : `${first}.`;
-}
+/** Words of the server as they are: they may begin with the name of a field. */
+const quoted = (words) => `The server says: ${words}${/[.!?…]$/.test(words) ? "" : "."}`;
 
 async function troubleOf(response) {
   let said = "";
@@ -47,7 +45,7 @@ async function troubleOf(response) {
     429: "The server has too much to do at the moment.",
     503: "The server does not take requests at the moment.",
   }[response.status];
-  const shown = said && response.status !== 401 ? sentence(said) : words;
+  const shown = said && response.status !== 401 ? quoted(said) : words;
   return new Trouble(
     (shown || `The server has answered with status ${response.status}.`) + again,
     response.status,
@@ -105,7 +103,7 @@ async function* events(path, body, signal) {
         const data = part.slice(5).trim();
         if (data === "[DONE]") return;
         const event = JSON.parse(data);
-        if (event.error) throw new Trouble(sentence(messageOf(event) || "the server has failed"));
+        if (event.error) throw new Trouble(quoted(messageOf(event) || "it has failed"));
         yield event;
       }
     }
