@@ -8,6 +8,9 @@ STORY := --max-new-tokens 64 --temperature 0.7 --top-p 0.9 --seed 1
 SHOP := --train examples/shop-train.csv --dev examples/shop-dev.csv
 ASK := A customer writes: "{text}" This is a
 
+# What the tests of the page check accessibility with; without npm they leave that out.
+AXE := axe-core@4.14.1
+
 # A stamp is written last, so that an interrupted step is done again.
 MADE := $(VENV)/.made
 RUNS := $(VENV)/.runs
@@ -116,6 +119,10 @@ $(RUNS): $(MADE) pyproject.toml constraints.txt setup.py $(NATIVE)
 $(TESTS): $(RUNS) pyproject.toml constraints.txt
 	@echo "Installing what the tests need"
 	@$(pip_install) --constraint constraints.txt --editable '.[dev]'
+	@mkdir -p $(VENV)/axe-core; cd $(VENV)/axe-core && { [ -f axe.min.js ] || { \
+		npm pack --silent $(AXE) >/dev/null && \
+		tar -xzf axe-core-*.tgz --strip-components=1 package/axe.min.js package/LICENSE; }; } || \
+		echo "$(AXE) cannot be had from npm: the page's accessibility will not be tested"
 	@touch $@
 
 $(BENCH): $(TESTS)

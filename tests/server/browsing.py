@@ -42,7 +42,7 @@ def opened(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     faults: list[str] = []
     origin = url.partition("#")[0]
     context = browser.new_context(**{"reduced_motion": "reduce", **options})
-    context.set_default_timeout(8_000)
+    context.set_default_timeout(30_000)
     page = context.new_page()
 
     def ask(request: Any) -> None:
