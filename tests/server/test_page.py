@@ -356,15 +356,13 @@ def test_errors_of_the_server_are_said_in_words(page: Any) -> None:
     says(page, "#write-form .error", "cannot be reached")
     page.unroute("**/v1/completions")
     cut = 'data: {"choices": [{"text": "Half"}]}\n\n'
-    for body, words in (
-        (cut, "ended too early"),
-        (
-            cut + 'data: {"error": {"message": "out of memory"}}\n\n',
-            "The server says: out of memory.",
-        ),
-        (cut + "data: {broken\n\n", "cut in the middle"),
-    ):
-        page.route("**/v1/completions", streaming(body))
+    ends = {
+        "": "ended too early",
+        'data: {"error": {"message": "out of memory"}}\n\n': "The server says: out of memory.",
+        "data: {broken\n\n": "cut in the middle",
+    }
+    for end, words in ends.items():
+        page.route("**/v1/completions", streaming(cut + end))
         page.click("#write-form .primary")
         says(page, "#write-form .error", words)
         assert page.locator("#written").inner_text().endswith("Half")
