@@ -25,6 +25,7 @@ class StreamOptions(Body):
     """What a stream holds besides."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: in every event
 
 
 class SamplingFields(Body):
@@ -171,6 +172,14 @@ def usage_in_tokens(n_prompt: int, n_new: int = 0, n_cached: int = 0) -> dict[st
         "prompt_tokens_details": {"cached_tokens": n_cached},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
+
+
+def usage_in_event(fields: SamplingFields, texts: Texts) -> dict[str, Any]:
+    """The field `usage` of an event that holds a text: absent, null, or the cost so far."""
+    if not fields.has_usage:
+        return {}
+    is_counted = fields.stream_options and fields.stream_options.continuous_usage_stats
+    return {"usage": usage_of(texts) if is_counted else None}
 
 
 def shown_logprob(logprob: float) -> float:

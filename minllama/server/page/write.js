@@ -7,6 +7,7 @@ const write = {
   messages: [], // of the chat, without the system message
   isChat: () => $("[name=form]:checked").value === "chat",
 };
+const STREAM_OPTIONS = { include_usage: true, continuous_usage_stats: true };
 const INTEGERS = ["max_tokens", "top_k", "seed"];
 const NUMBERS = ["max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"];
 
@@ -35,7 +36,7 @@ function writeOptions() {
 
 /** The request of the form as [path, body]. */
 function writeRequest() {
-  const common = { ...writeOptions(), stream: true, stream_options: { include_usage: true } };
+  const common = { ...writeOptions(), stream: true, stream_options: STREAM_OPTIONS };
   const model = $("#write-model").value;
   if (!write.isChat()) return ["/v1/completions", { model, prompt: $("#prompt").value, ...common }];
   const system = $("#system").value.trim();
@@ -57,7 +58,7 @@ async function runWriting(signal) {
   let isWhole = false;
   try {
     for await (const event of events(path, body, signal)) {
-      if (event.usage) meter.end(event.usage.completion_tokens);
+      if (event.usage) meter.tokens = event.usage.completion_tokens;
       const [choice] = event.choices;
       if (!choice) continue;
       const piece = choice.text ?? choice.delta.content ?? "";
@@ -125,37 +126,34 @@ function keepAtEnd(region, isForced = false) {
   if (isForced || below < 80) region.scrollTop = region.scrollHeight;
 }
 
-/** Tokens and seconds of an answer; before its end, pieces stand for tokens. */
+/** Tokens and seconds of an answer. */
 function newMeter() {
   const begun = performance.now();
-  let [first, last, pieces, tokens] = [0, 0, 0, 0];
+  let [first, last, nFirst] = [0, 0, 0]; // nFirst tokens came at first
   let shownAt = begun;
   const meter = {
     reason: "",
+    tokens: 0,
     count() {
       last = performance.now();
-      first ||= last;
-      pieces += 1;
+      if (!first) [first, nFirst] = [last, meter.tokens];
       if (last - shownAt > 250) {
         shownAt = last;
         $("#speed").textContent = meter.words(false);
       }
     },
-    end(n) {
-      tokens = n;
-    },
     words(isEnd) {
-      const n = tokens || pieces;
-      const about = tokens ? "" : "about ";
-      const seconds = (last - first) / 1000;
-      const rate = n > 1 && seconds > 0 ? `${about}${((n - 1) / seconds).toFixed(1)} tokens/s` : "";
+      const n = meter.tokens;
+      // From the first event to the last one; all together if there was only one.
+      const [more, seconds] = n > nFirst && last > first ? [n - nFirst, last - first] : [n, last - begun];
+      const rate = first ? `${((1000 * more) / seconds).toFixed(1)} tokens/s` : "";
       const reasons = {
         stop: "ended by itself or at a stop string",
         length: "reached the most new tokens",
         aborted: "stopped",
         error: "cut by an error",
       };
-      const parts = [isEnd && reasons[meter.reason], `${about}${n} token${n === 1 ? "" : "s"}`, rate];
+      const parts = [isEnd && reasons[meter.reason], `${n} token${n === 1 ? "" : "s"}`, rate];
       if (isEnd && first) parts.push(`first after ${((first - begun) / 1000).toFixed(2)} s`);
       return parts.filter(Boolean).join(" · ");
     },

@@ -20,6 +20,7 @@ from minllama.server.openai_fields import (
     new_id,
     schema_text,
     shown_logprob,
+    usage_in_event,
     usage_of,
 )
 from minllama.server.registry import ServedModel
@@ -268,10 +269,11 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 async def _events(shape: _Shape, turn: Turn, body: ChatBody) -> AsyncIterator[bytes]:
-    head = {**shape.head("chat.completion.chunk"), **({"usage": None} if body.has_usage else {})}
+    head = shape.head("chat.completion.chunk")
 
     def chunk(*args: Any) -> bytes:
-        return sse({**head, "choices": [shape.delta(*args)]})
+        usage = usage_in_event(body, turn.texts)
+        return sse({**head, **usage, "choices": [shape.delta(*args)]})
 
     begun: set[int] = set()
     async for part in turn.parts():

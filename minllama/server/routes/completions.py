@@ -20,6 +20,7 @@ from minllama.server.openai_fields import (
     new_id,
     shown_logprob,
     shown_token,
+    usage_in_event,
     usage_in_tokens,
     usage_of,
 )
@@ -265,7 +266,7 @@ def logprobs_of(
 
 async def _events(shape: _Shape, texts: Texts, body: CompletionBody) -> AsyncIterator[bytes]:
     begun: set[int] = set()
-    head = {**shape.head(), **({"usage": None} if body.has_usage else {})}
+    head = shape.head()
     async for pieces in texts.pieces():
         for piece in pieces:
             is_first = piece.row not in begun
@@ -275,7 +276,7 @@ async def _events(shape: _Shape, texts: Texts, body: CompletionBody) -> AsyncIte
             choice = shape.choice(
                 piece.row, piece.text, piece.finish_reason, piece.logprobs, is_first=is_first
             )
-            yield sse({**head, "choices": [choice]})
+            yield sse({**head, **usage_in_event(body, texts), "choices": [choice]})
     if body.has_usage:
         yield sse({**head, "choices": [], "usage": usage_of(texts)})
     yield DONE
