@@ -290,6 +290,19 @@ def test_a_stream_of_a_chat(server: HttpServer, client: openai.OpenAI) -> None:
         assert own[-1].delta.content is None
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_each_event_says_the_cost_so_far_if_asked(server: HttpServer, path: str) -> None:
+    ask = {"messages": TALK} if "chat" in path else {"prompt": "Once"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": "tiny", **ask, "max_tokens": 6, "ignore_eos": True, "stream": True}
+    answer = httpx.post(f"{server.url}{path}", json={**body, "stream_options": options})
+    events = [json.loads(event[6:]) for event in answer.text.split("\n\n")[:-2]]
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert counts[-1] == 6
+    assert len({event["usage"]["prompt_tokens"] for event in events}) == 1
+
+
 def test_the_stream_ends_with_done(server: HttpServer) -> None:
     body = {"model": "tiny", "prompt": "x", "max_tokens": 2, "stream": True}
     answer = httpx.post(f"{server.url}/v1/completions", json=body)

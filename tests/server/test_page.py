@@ -16,13 +16,23 @@ from typing import Any
 import httpx
 import pytest
 
+from minllama.options.server import ServerOptions
+from minllama.server.app import create_app
+from minllama.server.registry import Registry
 from minllama.server.run import HttpServer
+from minllama.server.service import Service
 from tests.server.browsing import chromium, findings, opened
 from tests.server.running import running
 
+ROUTES = {route.path for route in create_app(Service(Registry({}), ServerOptions())).routes}
 KEY = "the-right-key"
 TEXT = "A fine film 🌟, but it drags on and on"
 SHAPES = ({"width": 320, "height": 640}, {"width": 1200, "height": 800})
+
+
+def needs(*paths: str) -> pytest.MarkDecorator:
+    missing = [path for path in paths if path not in ROUTES]
+    return pytest.mark.skipif(bool(missing), reason=f"the server has no {missing}")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +133,7 @@ def test_the_page_is_one_answer_with_a_strict_policy(server: HttpServer) -> None
     assert (head.status_code, head.content) == (200, b"")
 
 
+@needs("/classify")
 def test_a_trained_classifier_decides(page: Any) -> None:
     assert page.locator("#decide-model-hint").inner_text() == "Labels: bad, good, so so"
     page.fill("#text", TEXT)
@@ -142,6 +153,7 @@ def test_a_trained_classifier_decides(page: Any) -> None:
     assert widths == pytest.approx([p for _, p in expected], abs=0.02)
 
 
+@needs("/classify")
 def test_words_are_explained_as_the_library_does(page: Any, classifier: Path) -> None:
     from minllama import explain, load_classifier
 
@@ -176,6 +188,7 @@ def test_words_are_explained_as_the_library_does(page: Any, classifier: Path) ->
     assert all(effect[0] in "+−0" for effect in colored[1])
 
 
+@needs("/classify")
 def test_labels_decide_without_training(page: Any) -> None:
     page.click("label[for=by-labels]")
     page.fill("#text", TEXT)
@@ -194,6 +207,7 @@ def test_labels_decide_without_training(page: Any) -> None:
     assert page.locator(".words").count() == 0
 
 
+@needs("/v1/decisions")
 def test_questions_are_answered_in_order(page: Any) -> None:
     page.click("label[for=by-questions]")
     page.fill("#text", TEXT)
@@ -372,6 +386,7 @@ def test_errors_of_the_server_are_said_in_words(page: Any) -> None:
     assert error.is_hidden()
 
 
+@needs("/classify")
 def test_texts_are_never_html(page: Any) -> None:
     hostile = '<img src=x onerror="document.title=1"><script>document.title = 2</script>&amp;'
     page.click("label[for=by-labels]")
@@ -389,6 +404,7 @@ def test_texts_are_never_html(page: Any) -> None:
     assert page.locator("main img, main script").count() == 0
 
 
+@needs("/classify", "/v1/decisions")
 @pytest.mark.parametrize("kind", ["curl", "python"])
 def test_the_shown_code_runs(page: Any, kind: str) -> None:
     if kind == "curl" and shutil.which("curl") is None:
@@ -422,6 +438,7 @@ def test_the_shown_code_runs(page: Any, kind: str) -> None:
     assert run("write")
 
 
+@needs("/classify", "/v1/decisions")
 @pytest.mark.parametrize("shape", SHAPES, ids=["phone", "desktop"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_and_is_accessible(
@@ -459,6 +476,7 @@ def test_it_fits_and_is_accessible(
         check()
 
 
+@needs("/classify")
 def test_everything_is_done_by_keyboard(browser: Any, both: HttpServer) -> None:
     with opened(browser, both.url) as page:
         loaded(page)
