@@ -19,12 +19,14 @@ import pytest
 from minllama.options.server import ServerOptions
 from minllama.server.app import create_app
 from minllama.server.registry import Registry
+from minllama.server.routes.classify import ClassifyBody
 from minllama.server.run import HttpServer
 from minllama.server.service import Service
 from tests.server.browsing import chromium, findings, opened
 from tests.server.running import running
 
 ROUTES = {route.path for route in create_app(Service(Registry({}), ServerOptions())).routes}
+ROUTES |= set(ClassifyBody.model_fields)
 KEY = "the-right-key"
 TEXT = "A fine film 🌟, but it drags on and on"
 SHAPES = ({"width": 320, "height": 640}, {"width": 1200, "height": 800})
@@ -153,7 +155,7 @@ def test_a_trained_classifier_decides(page: Any) -> None:
     assert widths == pytest.approx([p for _, p in expected], abs=0.02)
 
 
-@needs("/classify")
+@needs("explain")
 def test_words_are_explained_as_the_library_does(page: Any, classifier: Path) -> None:
     from minllama import explain, load_classifier
 
