@@ -173,14 +173,14 @@ def figures(texts: Texts, began: float) -> dict[str, int]:
     job, end = texts.job, time.perf_counter()
     first = end if job.first_at is None else job.first_at
     return {
-        "total_duration": _nanoseconds(end - began),
-        "load_duration": _nanoseconds(job.created - began),  # until it joined the queue
+        "total_duration": nanoseconds(end - began),
+        "load_duration": nanoseconds(job.created - began),  # until it joined the queue
         "prompt_eval_count": texts.n_prompt_tokens,
-        "prompt_eval_duration": _nanoseconds(first - job.created),
+        "prompt_eval_duration": nanoseconds(first - job.created),
         "eval_count": texts.n_new_tokens,
-        "eval_duration": _nanoseconds(end - first),
+        "eval_duration": nanoseconds(end - first),
     }
 
 
-def _nanoseconds(seconds: float) -> int:
+def nanoseconds(seconds: float) -> int:
     return max(0, int(seconds * 1e9))

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minllama.server.errors import INTERNAL
-from minllama.server.routes import ollama, ollama_models, responses, tokenize
+from minllama.server.routes import ollama, ollama_embed, ollama_models, responses, tokenize
 from minllama.server.run import HttpServer
 from tests.server.running import running
 
@@ -61,6 +61,8 @@ BODIES: dict[str, dict[str, Any]] = {
         "stream": True,
         "options": {"num_predict": 2},
     },
+    "/api/embed": {"model": "tiny", "input": ["Say", "x"], "truncate": True, "dimensions": 32},
+    "/api/embeddings": {"model": "tiny", "prompt": "Say", "options": {}, "keep_alive": 1.5},
     "/api/show": {"model": "tiny", "verbose": True},
     "/tokenize": {
         "model": "tiny",
@@ -112,7 +114,7 @@ VALUES: list[Any] = [
 ]
 PATHS = [
     route.path
-    for each in (ollama, ollama_models, responses, tokenize)
+    for each in (ollama, ollama_embed, ollama_models, responses, tokenize)
     for route in each.router.routes
     if isinstance(route, APIRoute) and "POST" in route.methods
 ]

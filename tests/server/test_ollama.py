@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import ollama
+import openai
 import pytest
 
 from minllama.generation.api import generate
@@ -344,6 +345,28 @@ def test_a_model_without_a_template_continues_text(base: Path) -> None:
             with pytest.raises(ollama.ResponseError, match="template") as caught:
                 ask()
             assert caught.value.status_code == 400
+
+
+def test_texts_become_vectors(server: HttpServer, client: ollama.Client) -> None:
+    texts = ["Once upon a time", "é😀"]
+    made = client.embed("tiny", texts)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as other:
+        expected = other.embeddings.create(model="tiny", input=texts, encoding_format="float")
+    for found, same in zip(made.embeddings, expected.data, strict=True):
+        assert list(found) == pytest.approx(same.embedding, abs=1e-5)
+        assert sum(value**2 for value in found) == pytest.approx(1, abs=1e-4)
+    assert made.prompt_eval_count == expected.usage.prompt_tokens
+    assert len(client.embed("tiny:latest", texts[0]).embeddings) == 1
+    assert client.embed("tiny", []).embeddings == []
+    old = client.embeddings("tiny", texts[0]).embedding
+    assert list(old) == pytest.approx(made.embeddings[0], abs=1e-5)
+    assert client.embeddings("tiny", "").embedding == []
+    long = "word " * 3000
+    assert client.embed("tiny", long).prompt_eval_count == 1024
+    for wrong in ({"input": long, "truncate": False}, {"input": "x", "dimensions": 3}):
+        with pytest.raises(ollama.ResponseError) as caught:
+            client.embed("tiny", **wrong)
+        assert caught.value.status_code == 400
 
 
 WRONG: list[tuple[str, dict[str, Any]]] = [

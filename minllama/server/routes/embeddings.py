@@ -6,7 +6,7 @@ head reads: its layer, its pooling, its prompt.
 """
 
 import base64
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from fastapi import Request
@@ -39,12 +39,50 @@ class EmbeddingsBody(ReadingFields):
     x_normalize: bool = True
 
 
+class Embedded(NamedTuple):
+    """Texts as vectors.
+
+    Attributes:
+        vectors: of each text, numbers or base64 as requested.
+        n_tokens: of all texts.
+        layer, pooling: that they are of.
+    """
+
+    vectors: list[Any]
+    n_tokens: int
+    layer: int
+    pooling: Pooling
+
+
 @router.post("/v1/embeddings", response_model=None)
 async def embeddings(request: Request, body: EmbeddingsBody) -> JSONResponse:
     """A vector of each text."""
     service = service_of(request)
     service.check_accepting()
     model = service.registry.get(body.model)
+    found = await embed(request, model, body)
+    return JSONResponse(
+        {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": i, "embedding": vector}
+                for i, vector in enumerate(found.vectors)
+            ],
+            "model": body.model or model.id,
+            "usage": {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens},
+            "x_layer": found.layer,
+            "x_pooling": found.pooling,
+        }
+    )
+
+
+async def embed(request: Request, model: ServedModel, body: EmbeddingsBody) -> Embedded:
+    """The vectors of a request; for routes of other protocols too.
+
+    Raises:
+        MinllamaError: an input cannot be read, a choice is not possible, or the queue is full.
+    """
+    service = service_of(request)
     config, salt = model.llama.config, partition(request)
     head = model.classifier if isinstance(model.classifier, LlamaEmbeddingClassifier) else None
     layer = body.x_layer
@@ -73,21 +111,8 @@ async def embeddings(request: Request, body: EmbeddingsBody) -> JSONResponse:
         ]
     job = service.submit(model, requests)
     results = await answer(request, job, job.results())
-    n_tokens = sum(map(len, prompts))
     shown = await service.in_thread(_shown, results, body)
-    return JSONResponse(
-        {
-            "object": "list",
-            "data": [
-                {"object": "embedding", "index": i, "embedding": vector}
-                for i, vector in enumerate(shown)
-            ],
-            "model": body.model or model.id,
-            "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
-            "x_layer": layer,
-            "x_pooling": pooling,
-        }
-    )
+    return Embedded(shown, sum(map(len, prompts)), layer, pooling)
 
 
 def _reading(model: ServedModel, body: EmbeddingsBody) -> Reading:
