@@ -6,7 +6,7 @@ for each word comes out how much the prediction moves without it.
 
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -163,6 +163,38 @@ def explain(
         MinllamaError: `predict_logits` would refuse the text, the target is not a label, or
             max_words is not 1 to 10,000.
     """
+    planned = plan(classifier, text, target=target, max_words=max_words)
+    return planned.explanation(classifier.predict_encoded(planned.prompts))
+
+
+@dataclass(frozen=True, slots=True)
+class ExplanationPlan:
+    """What has to be read to explain a prediction; `plan` makes it.
+
+    Attributes:
+        prompts: different ones, the whole text's first.
+    """
+
+    prompts: list[EncodedPrompt]
+    _finish: Callable[[NDArray[np.float32]], Explanation]
+
+    def explanation(self, logits: NDArray[np.float32]) -> Explanation:
+        """What the classifier's scores of the prompts, (U, C), say of the words."""
+        return self._finish(logits)
+
+
+def plan(
+    classifier: Classifier,
+    text: str,
+    *,
+    target: str | None = None,
+    max_words: int = ExplainOptions.max_words,
+) -> ExplanationPlan:
+    """What `explain` reads, for those who read it together with other texts.
+
+    Raises:
+        MinllamaError: as `explain`.
+    """
     max_words = ExplainOptions(max_words=max_words).max_words
     (text,) = checked_texts([text])
     chosen = None if target is None else _index_of(classifier, target)
@@ -171,16 +203,20 @@ def explain(
     read_from, read_to = _read_part(classifier, text, whole)
     unread = [word for word in words if word[1] <= read_from or word[0] >= read_to]
     spans = _spans(words, unread, max_words)
-    logits, place = _logits(classifier, text, whole, spans, (read_from, read_to))
-    return Explanation(
-        text,
-        spans,
-        _targets(classifier, logits, place, chosen),
-        "probability" if classifier.scale is None else "value",
-        len(words),
-        len(unread),
-        max_words,
-    )
+    prompts, place = _prompts(classifier, text, whole, spans, (read_from, read_to))
+
+    def finish(logits: NDArray[np.float32]) -> Explanation:
+        return Explanation(
+            text,
+            spans,
+            _targets(classifier, logits, place, chosen),
+            "probability" if classifier.scale is None else "value",
+            len(words),
+            len(unread),
+            max_words,
+        )
+
+    return ExplanationPlan(prompts, finish)
 
 
 def split_words(text: str) -> tuple[Span, ...]:
@@ -272,10 +308,10 @@ def _grouped(words: tuple[Span, ...], n: int) -> tuple[Span, ...]:
     return tuple((words[first][0], words[last - 1][1]) for first, last in pairwise(ends))
 
 
-def _logits(
+def _prompts(
     classifier: Classifier, text: str, whole: EncodedPrompt, spans: tuple[Span, ...], read: Span
-) -> tuple[NDArray[np.float32], list[int | None]]:
-    """(U, C) logits of different prompts, the whole text's first; and for each span its row.
+) -> tuple[list[EncodedPrompt], list[int | None]]:
+    """Different prompts, the whole text's first; and for each span the number of its prompt.
 
     None for a span without which nothing is left to read.
     """
@@ -298,7 +334,7 @@ def _logits(
             prompts[key] = len(distinct)
             distinct.append(prompt)
         place.append(prompts[key])
-    return classifier.predict_encoded(distinct), place
+    return distinct, place
 
 
 def _encoded_without(

@@ -12,6 +12,7 @@ import pytest
 
 from minllama.classification import LlamaZeroShotClassifier, load_classifier
 from minllama.classification.base import Classifier
+from minllama.classification.explain import explain
 from minllama.server.run import HttpServer
 from tests.server.heads import LABELS, write_heads
 from tests.server.running import running
@@ -182,6 +183,37 @@ def test_long_texts(served: HttpServer, library: dict[str, Classifier]) -> None:
     assert probs(end) == pytest.approx(probs(same), abs=2e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_explanations_are_the_librarys(
+    served: HttpServer, library: dict[str, Classifier], kind: str
+) -> None:
+    found = classify(served, model=kind, input=TEXTS[:3], explain=True)
+    plain = classify(served, model=kind, input=TEXTS[:3])
+    assert probs(found) == pytest.approx(probs(plain), abs=1e-5)
+    assert found["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"]
+    for text, entry in zip(TEXTS, found["data"], strict=False):
+        expected = explain(library[kind], text).to_dict()
+        explained = entry["x_explanation"]
+        assert explained["words"] == expected["words"]
+        for ours, theirs in zip(explained["targets"], expected["targets"], strict=True):
+            assert ours["label"] == theirs["label"]
+            pairs = list(zip(ours["effects"], theirs["effects"], strict=True))
+            assert [one is None for one, _ in pairs] == [other is None for _, other in pairs]
+            known = [pair for pair in pairs if None not in pair]
+            assert [p[0] for p in known] == pytest.approx([p[1] for p in known], abs=1e-4)
+
+
+def test_a_label_may_be_explained_by_few_words(served: HttpServer) -> None:
+    asked = {"target": "good", "max_words": 2}
+    (entry,) = classify(served, model="head", input=TEXTS[2], explain=asked)["data"]
+    explained = entry["x_explanation"]
+    assert [target["label"] for target in explained["targets"]] == ["good"]
+    assert len(explained["words"]) == 2
+    body = {"labels": ["a", "b"], "score": "contextual", "explain": {"target": "b"}}
+    words = classify(served, model="base", input=TEXTS[0], **body)["data"][0]["x_explanation"]
+    assert [target["label"] for target in words["targets"]] == ["b"]
+
+
 def test_texts_of_several_requests_are_read_together(
     served: HttpServer, library: dict[str, Classifier]
 ) -> None:
@@ -276,6 +308,12 @@ def test_errors_in_tei_s_form(
         ({"input": "x", "truncation_side": "up"}, "truncation_side"),
         ({"input": "x", "use_activation": 1}, "use_activation"),
         ({"input": "x", "model": ["head"]}, "model"),
+        ({"input": "x", "explain": 1}, None),
+        ({"input": [1], "explain": True}, "explain"),
+        ({"input": "x", "explain": True, "truncate_prompt_tokens": 3}, "explain"),
+        ({"input": "x", "explain": {"target": "none"}}, None),
+        ({"input": "x", "explain": {"max_words": 0}}, None),
+        ({"input": ["a b c d"] * 600, "explain": True}, "explain"),
         ({"input": "x", "model": "head", "labels": ["a", "b"]}, "labels"),
         ({"input": "x", "model": "head", "prompt": "{text}"}, "prompt"),
         ({"input": "x", "model": "base"}, "labels"),

@@ -1,20 +1,26 @@
 """vLLM's `/classify`: texts to labels and probabilities, by a trained classifier or by label words.
 
 Fields that vLLM does not have: `labels`, `label_words`, `prompt`, `score` and `prior_strength` for
-label words on a language model, and answers beginning with `x_`.
+label words on a language model, `explain`, and answers beginning with `x_`.
 """
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any, Literal
 
+import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
 from pydantic import Field
 
 from minllama.classification.base import Classifier
 from minllama.classification.decisions.decide import label_mass
+from minllama.classification.explain import ExplanationPlan, plan
 from minllama.classification.zero_shot import LlamaZeroShotClassifier
+from minllama.options import ExplainOptions
 from minllama.server.classifying import Scored, score, usage_of
 from minllama.server.errors import RequestError
 from minllama.server.inputs import ALL, Ids, Reading, as_list, encode_inputs
@@ -68,8 +74,17 @@ class ReadingFields(Body):
         )
 
 
+class ExplainFields(Body):
+    """What is to be explained: a label (the predicted one), by how many words at most."""
+
+    target: str | None = None
+    max_words: int = Field(default=ExplainOptions.max_words, ge=1, le=10_000)
+
+
 class ClassifyBody(ReadingFields):
     """A request; what vLLM's has besides is not looked at."""
+
+    explain: bool | ExplainFields = False
 
     use_activation: bool | None = None
     activation: bool | None = None
@@ -97,8 +112,22 @@ async def classify(request: Request, body: ClassifyBody) -> JSONResponse:
     inputs = body.inputs(service)
     prompts = await encode_inputs(service, model, inputs, body.reading(classifier))
     log_texts(request, input=body.input)
+    plans = await _plans(service, classifier, inputs, body)
+    if plans:
+        prompts = [prompt for plan in plans for prompt in plan.prompts]
     scored = await score(request, model, classifier, prompts)
+    usage = usage_of(scored)
+    explanations = []
+    if plans:
+        ends = list(accumulate(len(plan.prompts) for plan in plans))
+        parts = np.split(scored.logits, ends[:-1])
+        explanations = await service.in_thread(_explained, plans, parts)
+        starts = [0, *ends[:-1]]
+        prompts = [prompts[start] for start in starts]
+        scored = replace(scored, logits=scored.logits[starts], prompts=prompts)
     data = _data(scored, gives_probabilities=body.gives_probabilities)
+    for entry, explanation in zip(data, explanations, strict=bool(plans)):
+        entry["x_explanation"] = explanation
     log_texts(request, answer=[entry["label"] for entry in data])
     is_trained = model.classifier is not None
     return JSONResponse(
@@ -108,7 +137,7 @@ async def classify(request: Request, body: ClassifyBody) -> JSONResponse:
             "created": int(time.time()),
             "model": body.model or model.id,
             "data": data,
-            "usage": usage_of(scored),
+            "usage": usage,
             "x_classes": list(classifier.labels),
             "x_method": "classifier" if is_trained else "label-words",
             "x_calibration": model.calibration if is_trained else {"is_calibrated": False},
@@ -149,6 +178,48 @@ async def _classifier(service: Service, body: ClassifyBody) -> tuple[ServedModel
         prior_strength=1.0 if body.prior_strength is None else body.prior_strength,
     )
     return model, made
+
+
+async def _plans(
+    service: Service, classifier: Classifier, inputs: Sequence[str | Ids], body: ClassifyBody
+) -> list[ExplanationPlan]:
+    """What has to be read to explain each prediction; nothing where that is not asked for."""
+    if not body.explain:
+        return []
+    fields = ExplainFields() if body.explain is True else body.explain
+    texts = [given for given in inputs if isinstance(given, str)]
+    if len(texts) < len(inputs):
+        raise RequestError("explain needs texts, not token ids", param="explain")
+    if body.truncate_prompt_tokens not in (None, ALL) or body.truncation_side is not None:
+        raise RequestError(
+            "explain reads texts as they are, or truncated by the model's own limit: "
+            "truncate_prompt_tokens may be -1",
+            param="explain",
+        )
+
+    def make() -> list[ExplanationPlan]:
+        made = [
+            plan(classifier, text, target=fields.target, max_words=fields.max_words)
+            for text in texts
+        ]
+        classifier.shortened.clear()  # a server would remember every text
+        return made
+
+    plans = await service.in_thread(make)
+    n_prompts, most = sum(len(each.prompts) for each in plans), service.options.max_inputs
+    if n_prompts > most:
+        raise RequestError(
+            f"explain: {n_prompts} texts without a word, and at most {most} are possible; give "
+            "fewer texts, or a smaller max_words",
+            param="explain",
+        )
+    return plans
+
+
+def _explained(
+    plans: Sequence[ExplanationPlan], logits: Sequence[NDArray[np.float32]]
+) -> list[dict[str, Any]]:
+    return [plan.explanation(some).to_dict() for plan, some in zip(plans, logits, strict=True)]
 
 
 def _data(scored: Scored, *, gives_probabilities: bool) -> list[dict[str, Any]]:
