@@ -10,9 +10,12 @@ from minllama.engine.scheduler import Scheduler
 from minllama.engine.sequence import Token
 from minllama.errors import OptionError
 from minllama.generation.api import TextStream, generate, text_request
-from minllama.generation.sequence_text import SequenceText
+from minllama.generation.sequence_text import SequenceText, prompt_logprobs
 from minllama.options import GenerationOptions
+from minllama.tokenizer.sentencepiece_form import from_model
+from minllama.tokenizer.tokenizer import Tokenizer
 from tests.generation.test_generation import model, tokenizer  # noqa: F401  (fixtures)
+from tests.tokenizer_cases import tiny_sentencepiece
 
 TEXTS = ("", "aé日本 ENDE", "a<pad>b<eos>", "日<pad>本", "EEN", "x END")
 
@@ -182,3 +185,15 @@ def test_log_probabilities_of_a_prompt_need_an_option_and_no_cache(model, tokeni
             model, tokenizer, ["ab"], GenerationOptions(prompt_logprobs=True, logprobs=0),
             cache=cache,
         )  # fmt: skip
+
+
+def test_offsets_of_a_prompt_do_not_count_a_space_that_is_not_shown():
+    words = Tokenizer(from_model(tiny_sentencepiece(), "tiny"))
+    ids = words.encode("Once upon a time")
+    text = words.decode(ids)
+    assert text == "Once upon a time"
+    found = prompt_logprobs(words, ids, [(-1.0, ())] * (len(ids) - 1))
+    assert found[-1].offset + len(words.decode([ids[-1]], continuation=True)) == len(text)
+    assert [token.offset for token in found] == [
+        len(words.decode(ids[:place])) for place in range(len(ids))
+    ]

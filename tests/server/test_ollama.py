@@ -463,3 +463,23 @@ def test_what_others_send_at_start_is_answered(base: Path) -> None:
         assert isinstance(refused.json()["error"], str)
         with ollama.Client(server.url, headers={"Authorization": "Bearer the-key"}) as client:
             assert client.list().models[0].model == "tiny"
+
+
+def test_an_error_in_the_midst_is_the_last_line(
+    server: HttpServer, client: ollama.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = server.service.registry.get("tiny")
+    forward, calls = model.engine.forward, []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 5:
+            raise RuntimeError("secret of the inside")
+        return forward(*args, **options)
+
+    monkeypatch.setattr(model.engine, "forward", failing)
+    options = {"temperature": 0, "num_predict": 50}
+    stream = client.generate("tiny", "Say something else", options=options, stream=True)
+    with pytest.raises(ollama.ResponseError, match="internal error") as caught:
+        list(stream)
+    assert "secret" not in str(caught.value)
