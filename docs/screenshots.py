@@ -41,13 +41,16 @@ def write(page: Page) -> None:
     page.fill("#message", "Why is the sky blue?")
     page.click("#write-form .primary")
     page.wait_for_selector("#write-form .stop", state="hidden", timeout=60_000)
+    page.click("#options summary")
     page.click("#write-form .code summary")
+    page.click("label[for=write-python]")
+    page.evaluate("scrollTo(0, 0)")
 
 
 SHOTS = {
     "serve-decide": (decide, "light", (1100, 720)),
-    "serve-write": (write, "dark", (1100, 1000)),
-    "serve-phone": (ask, "light", (360, 1100)),
+    "serve-write": (write, "dark", (1100, 960)),
+    "serve-phone": (ask, "light", (360, 1270)),
 }
 
 

@@ -112,7 +112,8 @@ function answered(question, answer, n) {
     parts.push(...bars("Probabilities of the levels", entries, { isOrdered: true, head: "Level" }));
   } else {
     big("no answer");
-    parts.push(facts("the model has declined to answer this question"));
+    parts.push(facts(answer.x_reason ?? "the model has declined to answer this question"));
+    return parts;
   }
   parts.push(...details(answer));
   return parts;

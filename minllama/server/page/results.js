@@ -1,6 +1,15 @@
 // Answers: bars with probabilities, fields of the server's own, and words by their effects.
 
 const MOST_BARS = 12;
+const FIELD_WORDS = {
+  label_mass: "label mass (how likely any of these answers was at all)",
+  "calibration is_calibrated": "calibrated",
+  "calibration temperature": "temperature of the calibration",
+  "calibration n_texts": "texts that it was calibrated on",
+  "calibration ece": "expected calibration error",
+  "calibration ece_split": "measured on",
+  "calibration ece_n_texts": "texts that it was measured on",
+};
 
 /** A table of names with probabilities and bars, most likely first unless in a given order. */
 function bars(caption, entries, { isOrdered = false, head = "Label" } = {}) {
@@ -56,7 +65,7 @@ function extras(answer) {
       return;
     }
     const words = typeof value === "number" ? number(value) : { true: "yes", false: "no" }[value] ?? String(value);
-    rows.push(make("dt", {}, name.replaceAll("_", " ")), make("dd", {}, words));
+    rows.push(make("dt", {}, FIELD_WORDS[name] ?? name.replaceAll("_", " ")), make("dd", {}, words));
   };
   for (const [name, value] of Object.entries(answer)) {
     if (name.startsWith("x_") && !name.includes("explanation")) add(name.slice(2), value);

@@ -43,6 +43,7 @@ function writeRequest() {
   const messages = [...(system ? [{ role: "system", content: system }] : []), ...write.messages];
   const content = $("#message").value;
   if (content.trim()) messages.push({ role: "user", content });
+  else if (messages.length && write.messages.length) messages.pop(); // the request before
   return ["/v1/chat/completions", { model, messages, ...common }];
 }
 
