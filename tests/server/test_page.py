@@ -16,25 +16,13 @@ from typing import Any
 import httpx
 import pytest
 
-from minllama.options.server import ServerOptions
-from minllama.server.app import create_app
-from minllama.server.registry import Registry
-from minllama.server.routes.classify import ClassifyBody
 from minllama.server.run import HttpServer
-from minllama.server.service import Service
 from tests.server.browsing import chromium, findings, opened
 from tests.server.running import running
 
-ROUTES = {route.path for route in create_app(Service(Registry({}), ServerOptions())).routes}
-ROUTES |= set(ClassifyBody.model_fields)
 KEY = "the-right-key"
 TEXT = "A fine film 🌟, but it drags on and on"
 SHAPES = ({"width": 320, "height": 640}, {"width": 1200, "height": 800})
-
-
-def needs(*paths: str) -> pytest.MarkDecorator:
-    missing = [path for path in paths if path not in ROUTES]
-    return pytest.mark.skipif(bool(missing), reason=f"the server has no {missing}")
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +123,6 @@ def test_the_page_is_one_answer_with_a_strict_policy(server: HttpServer) -> None
     assert (head.status_code, head.content) == (200, b"")
 
 
-@needs("/classify")
 def test_a_trained_classifier_decides(page: Any) -> None:
     assert page.locator("#decide-model-hint").inner_text() == "Labels: bad, good, so so"
     page.fill("#text", TEXT)
@@ -155,7 +142,6 @@ def test_a_trained_classifier_decides(page: Any) -> None:
     assert widths == pytest.approx([p for _, p in expected], abs=0.02)
 
 
-@needs("explain")
 def test_words_are_explained_as_the_library_does(page: Any, classifier: Path) -> None:
     from minllama import explain, load_classifier
 
@@ -190,7 +176,6 @@ def test_words_are_explained_as_the_library_does(page: Any, classifier: Path) ->
     assert all(effect[0] in "+−0" for effect in colored[1])
 
 
-@needs("/classify")
 def test_labels_decide_without_training(page: Any) -> None:
     page.click("label[for=by-labels]")
     page.fill("#text", TEXT)
@@ -209,7 +194,6 @@ def test_labels_decide_without_training(page: Any) -> None:
     assert page.locator(".words").count() == 0
 
 
-@needs("/v1/decisions")
 def test_questions_are_answered_in_order(page: Any) -> None:
     page.click("label[for=by-questions]")
     page.fill("#text", TEXT)
@@ -388,7 +372,6 @@ def test_errors_of_the_server_are_said_in_words(page: Any) -> None:
     assert error.is_hidden()
 
 
-@needs("/classify")
 def test_texts_are_never_html(page: Any) -> None:
     hostile = '<img src=x onerror="document.title=1"><script>document.title = 2</script>&amp;'
     page.click("label[for=by-labels]")
@@ -406,7 +389,6 @@ def test_texts_are_never_html(page: Any) -> None:
     assert page.locator("main img, main script").count() == 0
 
 
-@needs("/classify", "/v1/decisions")
 @pytest.mark.parametrize("kind", ["curl", "python"])
 def test_the_shown_code_runs(page: Any, kind: str) -> None:
     if kind == "curl" and shutil.which("curl") is None:
@@ -440,7 +422,6 @@ def test_the_shown_code_runs(page: Any, kind: str) -> None:
     assert run("write")
 
 
-@needs("/classify", "/v1/decisions")
 @pytest.mark.parametrize("shape", SHAPES, ids=["phone", "desktop"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_and_is_accessible(
@@ -478,7 +459,6 @@ def test_it_fits_and_is_accessible(
         check()
 
 
-@needs("/classify")
 def test_everything_is_done_by_keyboard(browser: Any, both: HttpServer) -> None:
     with opened(browser, both.url) as page:
         loaded(page)
