@@ -2,10 +2,24 @@
 
 const KEY = "minllama-key";
 const key = {
-  get: () => sessionStorage.getItem(KEY) || "",
-  set: (value) => sessionStorage.setItem(KEY, value),
-  forget: () => sessionStorage.removeItem(KEY),
+  value: "", // where the browser keeps nothing, until the page is left
+  get: () => key.value,
+  set(value) {
+    key.value = value;
+    try {
+      if (value) sessionStorage.setItem(KEY, value);
+      else sessionStorage.removeItem(KEY);
+    } catch {
+      // the browser is told to keep nothing
+    }
+  },
+  forget: () => key.set(""),
 };
+try {
+  key.value = sessionStorage.getItem(KEY) || "";
+} catch {
+  // as above
+}
 let needsKey = false; // whether the server has asked for one
 
 /** What the server, or the way to it, has refused. */

@@ -136,7 +136,7 @@ function explained(text, given, target, unit) {
 }
 
 function notes(given, target, unit) {
-  const what = unit === "effects" ? (target.value === undefined ? "the probability" : "the number") : "the log-odds";
+  const what = unit === "effects" ? (target.value === undefined ? "the probability" : "the predicted value") : "the log-odds";
   const words = [`A number says by how much ${what} of ${target.label} falls if the word is left out.`];
   if (given.n_words > given.words.length) words.push(` Neighboring words were left out together, as there are ${given.n_words}.`);
   if (given.n_unread) words.push(` ${given.n_unread} words did not fit into the model's context and were not read.`);
