@@ -41,7 +41,7 @@ class _Lane:
         self.engine, self._options = engine, options
         self.rows: dict[int, tuple[Job, int]] = {}  # sequence's index -> its job, and row in it
         self.left: dict[Job, int] = {}  # sequences and evaluations that have not ended
-        self.evaluations: list[tuple[Job, int, Evaluation]] = []  # job, number of the request
+        self.evaluations: dict[Evaluation, tuple[Job, int]] = {}  # -> its job, and number in it
         self.reset()
 
     def reset(self) -> None:
@@ -55,7 +55,7 @@ class _Lane:
             prefix_cache=self.prefixes,
             batch_tokens=batch_tokens_of(self.engine),
         )
-        self.rows, self.left, self.evaluations = {}, {}, []
+        self.rows, self.left, self.evaluations = {}, {}, {}
 
     def add(self, job: Job) -> None:
         """Let a job's requests join, all or none."""
@@ -72,7 +72,7 @@ class _Lane:
         n = 0
         for number, part in enumerate(parts):
             if not isinstance(part, list):
-                self.evaluations.append((job, number, part))
+                self.evaluations[part] = job, number
         for row, part in numbered(parts):
             n += 1
             if hasattr(part, "index"):
@@ -90,11 +90,13 @@ class _Lane:
         ]
         self.scheduler.cancel(*dropped)
         for part in dropped:
-            self.rows.pop(getattr(part, "index", -1), None)
+            if isinstance(part, Evaluation):
+                self.evaluations.pop(part, None)
+            else:
+                self.rows.pop(part.index, None)
         self.left[job] -= len(dropped)
         if row is None or not self.left[job]:
             del self.left[job]
-            self.evaluations = [entry for entry in self.evaluations if entry[0] is not job]
 
     def step(self) -> list[tuple[Job, Update]]:
         """Take one step; the news of each job that has some."""
@@ -108,14 +110,10 @@ class _Lane:
             if token.finish_reason is not None:
                 del self.rows[token.row]
                 self.left[job] -= 1
-        waiting = []
-        for job, number, part in self.evaluations:
-            if not part.has_ended:
-                waiting.append((job, number, part))
-                continue
+        for part in self.scheduler.evaluated:
+            job, number = self.evaluations.pop(part)
             results.setdefault(job, []).append((number, part.result))
             self.left[job] -= 1
-        self.evaluations = waiting
         news = []
         for job in dict.fromkeys([*tokens, *results]):
             is_last = not self.left[job]
