@@ -38,7 +38,7 @@ class Decided:
     """Answers to questions on one state.
 
     Attributes:
-        answers: to each question; what is said of why there is none, otherwise.
+        answers: to each question; or the reason why there is none.
         n_tokens: that were to be read: the state once, and what each question has beyond it.
         n_cached: those of them that had been read before.
         n_shared: of the state.

@@ -59,7 +59,7 @@ class ServedModel:
         released: the day of its files.
         created: when it was loaded, seconds since 1970.
         calibration: of a classifier; see `minllama.server.calibration`.
-        deciders: what answers questions with it, for each who asks; see `minllama.server.deciding`.
+        deciders: what answers questions with it, for each caller; see `minllama.server.deciding`.
     """
 
     id: str

@@ -37,7 +37,7 @@ class ResponseEvents:
         usage: dict[str, Any] | None = None,
         error: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The response as it is now."""
+        """The response so far."""
         is_cut = status == "incomplete"
         return {
             "id": self._id,

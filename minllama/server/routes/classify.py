@@ -183,7 +183,7 @@ async def _classifier(service: Service, body: ClassifyBody) -> tuple[ServedModel
 async def _plans(
     service: Service, classifier: Classifier, inputs: Sequence[str | Ids], body: ClassifyBody
 ) -> list[ExplanationPlan]:
-    """What has to be read to explain each prediction; nothing where that is not asked for."""
+    """What has to be read to explain each prediction; nothing where that is not requested."""
     if not body.explain:
         return []
     fields = ExplainFields() if body.explain is True else body.explain
