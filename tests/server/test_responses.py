@@ -263,6 +263,24 @@ def test_calls_come_as_items(client: openai.OpenAI, choice: Any, tools: Any) -> 
     assert final.output[0].arguments == call.arguments  # type: ignore[union-attr]
 
 
+def test_a_talk_goes_on_with_what_was_replied(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_output_tokens": 5, "temperature": 0}
+    first = client.responses.create(
+        input="Say", store=False, include=["reasoning.encrypted_content"], **asked
+    )
+    talk: list[Any] = [{"role": "user", "content": "Say"}, *first.output, *TALK]
+    second = client.responses.create(input=talk, **asked)
+    messages: list[Any] = [
+        {"role": "user", "content": "Say"},
+        {"role": "assistant", "content": first.output_text},
+        *TALK,
+    ]
+    same = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=5, temperature=0
+    )
+    assert second.output_text == same.choices[0].message.content
+
+
 def test_the_async_client_is_answered(server: HttpServer, client: openai.OpenAI) -> None:
     options = until_done(client, max_output_tokens=80, extra_body={"seed": 1})
 
@@ -325,7 +343,7 @@ WRONG: list[tuple[str | None, dict[str, Any]]] = [
     ("max_tokens", {"max_tokens": 5}),
     ("truncation", {"truncation": "auto"}),
     ("n", {"n": 2}),
-    ("include", {"include": ["reasoning.encrypted_content"]}),
+    ("include", {"include": ["file_search_call.results"]}),
     ("max_output_tokens", {"max_output_tokens": 0}),
     ("max_output_tokens", {"max_output_tokens": True}),
     ("max_output_tokens", {"max_output_tokens": 2**31 - 1}),

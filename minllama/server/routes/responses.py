@@ -36,7 +36,9 @@ from minllama.server.texts import generation_options
 
 router = make_router()
 
-LOGPROBS = "message.output_text.logprobs"  # what `include` may name
+LOGPROBS = "message.output_text.logprobs"
+# What `include` may name; of reasoning there is none, and agents ask for it in any case.
+INCLUDED = frozenset({LOGPROBS, "reasoning.encrypted_content"})
 KEPT = "responses are not kept on this server; send the whole conversation as input"
 
 
@@ -86,7 +88,7 @@ class ResponsesBody(SamplingFields):
             raise RequestError(
                 "truncation must be disabled: input is never cut", param="truncation"
             )
-        if self.include and set(self.include) - {LOGPROBS}:
+        if self.include and set(self.include) - INCLUDED:
             raise RequestError(f"include may hold {LOGPROBS} only", param="include")
 
     @property

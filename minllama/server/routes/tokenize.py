@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastapi import Request
+from fastapi import Request, Response
 from pydantic import Field
 
 from minllama.generation.api import check_can_fit
@@ -12,7 +12,7 @@ from minllama.server.errors import RequestError
 from minllama.server.openai_fields import TokenId, check_ids, shown_token
 from minllama.server.registry import ServedModel
 from minllama.server.routes.chat import Message
-from minllama.server.routing import Body, check_count, service_of
+from minllama.server.routing import Body, check_count, compact, service_of
 from minllama.server.routing import router as make_router
 from minllama.server.service import Service
 from minllama.tokenizer.tokenizer import Tokenizer
@@ -64,8 +64,8 @@ class DetokenizeBody(Body):
     tokens: list[TokenId]
 
 
-@router.post("/tokenize")
-async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
+@router.post("/tokenize", response_model=None)
+async def tokenize(request: Request, body: TokenizeBody) -> Response:
     """The token ids of a text, or of messages in the model's chat template.
 
     A text is read as templates' output is: special tokens that it spells are these tokens, unless
@@ -77,13 +77,20 @@ async def tokenize(request: Request, body: TokenizeBody) -> dict[str, Any]:
     body.check_supported()
     ids = await (_of_text if body.messages is None else _of_messages)(service, model, body)
     words = model.tokenizer
-    spelled = [shown_token(words.token_bytes(i)) for i in ids] if body.return_token_strs else None
-    return {
-        "count": len(ids),
-        "max_model_len": model.context_len,
-        "tokens": ids,
-        "token_strs": spelled,
-    }
+
+    def written() -> str:  # takes its time where there are many
+        spelled = [shown_token(words.token_bytes(i)) for i in ids if body.return_token_strs]
+        return compact(
+            {
+                "count": len(ids),
+                "max_model_len": model.context_len,
+                "tokens": ids,
+                "token_strs": spelled if body.return_token_strs else None,
+            }
+        )
+
+    content = await service.in_thread(written)
+    return Response(content.encode(errors="replace"), media_type="application/json")
 
 
 async def _of_text(service: Service, model: ServedModel, body: TokenizeBody) -> list[int]:
