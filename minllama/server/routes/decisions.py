@@ -23,7 +23,7 @@ IMAGE = "images cannot be read by this model; describe it in words"
 
 
 class Part(Body):
-    """A part of a content: text or JSON. What an image is, is said by whoever refuses it."""
+    """A part of a content: text or JSON; images are refused."""
 
     type: Literal["input_text", "input_json", "input_image", "output_text", "refusal"]
     text: str | None = None

@@ -104,7 +104,7 @@ def _texts(service: Service, body: PredictBody) -> tuple[list[str], bool]:
 
 
 def _predictions(scored: Scored, *, is_raw: bool) -> list[list[dict[str, Any]]]:
-    """Of each text its labels, the likeliest first; of a regression its number."""
+    """Of each text its labels, the most likely first; of a regression its number."""
     labels = scored.classifier.labels
     if is_raw:
         rows = scored.logits.tolist()
