@@ -32,6 +32,10 @@ TIKTOKEN_MAX_RUN = 25_000
 _MAX_REASON_CHARS = 200
 _RUN = re.compile(r"\s+|\S+")
 
+# Characters from which a text is encoded as a batch of one: `tokenizers` lets other threads run
+# during a batch, and not during one text, which at a megabyte takes seconds.
+LONG_TEXT = 10_000
+
 
 class Codec(abc.ABC):
     """Text <-> ids for one vocabulary.
@@ -206,7 +210,9 @@ class _TokenizersCodec(Codec):
 
     def _encoding(self, tokenizer: Any, text: str) -> Any:
         with _library_errors(self._vocabulary):
-            return tokenizer.encode(text, add_special_tokens=False)
+            if len(text) < LONG_TEXT:
+                return tokenizer.encode(text, add_special_tokens=False)
+            return tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
     @cached_property
     def _parsing(self) -> Any:

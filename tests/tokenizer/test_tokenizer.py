@@ -5,6 +5,7 @@ That its ids equal the references' is in test_tokenizer_ids.py, files in test_to
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -380,3 +381,23 @@ def test_a_sentencepiece_model_without_byte_tokens_has_an_unknown_one() -> None:
     tokenizer = Tokenizer(Vocabulary("sentencepiece", data, "tiny", bos_id=1))
     assert tokenizer.encode("a漢 a") == [2, 0, 2]
     assert tokenizer.pad_id == 0
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(smollm: Tokenizer) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 40_000
+    ticks, is_done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not is_done.wait(0.001):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    ids = smollm.encode(text)
+    is_done.set()
+    thread.join()
+    assert ticks > 20  # where the library kept the interpreter's lock it was one or two
+    short = smollm.encode("The quick brown fox jumps over the lazy dog.")
+    assert ids[: len(short)] == short
+    assert smollm.decode(ids) == text
