@@ -113,10 +113,10 @@ def _plan(
             return decider.plan(state, questions), {}
         except ContextError:
             refused: dict[int, str] = {}
-            kept = []
+            kept, prompts = [], decider.prompts.on(state)
             for number, question in enumerate(questions):
                 try:
-                    decider.plan(state, [question])
+                    prompts.encode(question)
                     kept.append(question)
                 except ContextError as error:
                     refused[number] = str(error)

@@ -26,6 +26,8 @@ END_CHARS = 400  # of a state, before a question
 SAME = 8  # tokens that are equal where two texts have begun to be encoded alike
 CONTENT_FREE = ("N/A", "[MASK]", "")  # the three of Zhao et al. 2021, sec. 5
 
+_Continuations = tuple[int, tuple[tuple[int, ...], ...]]
+
 
 class DecisionPrompts:
     """The frame of all questions: a user's message in the model's chat, or text without one.
@@ -39,6 +41,7 @@ class DecisionPrompts:
         self.tokenizer, self.max_len = tokenizer, max_len
         self._frame: str | None = None
         self._masked: dict[str, str] = {}
+        self._last: tuple[tuple[str, ...], _Continuations] | None = None
         if getattr(tokenizer, "chat_template", None) is not None:
             messages = [{"role": "user", "content": PLACEHOLDER}]
             template = chat_template(tokenizer)
@@ -80,15 +83,20 @@ class DecisionPrompts:
             )
         return EncodedPrompt(prompt[:shared], continuations)
 
-    def _continuations(self, words: tuple[str, ...]) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    def _continuations(self, words: tuple[str, ...]) -> _Continuations:
         """How many of a prompt's last tokens belong to the options, and what follows for each.
 
         What follows depends on the prompt's end only, which is the same for all questions.
         """
+        last = self._last  # of the same question, mostly, on another state
+        if last is not None and last[0] == words:
+            return last[1]
         prompt = self._ids("", PROBE, "")
         whole = [self._ids("", PROBE, word) for word in words]
         shared = min(common_length(prompt, ids) for ids in whole)
-        return len(prompt) - shared, tuple(ids[shared:] for ids in whole)
+        found = len(prompt) - shared, tuple(ids[shared:] for ids in whole)
+        self._last = words, found
+        return found
 
     def shared_ids(self, state: str) -> tuple[int, ...]:
         """The ids that prompts on this state begin with, whatever is asked."""
