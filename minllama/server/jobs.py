@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minllama.engine.sequence import Token
+from minllama.server.errors import RequestError
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
@@ -22,6 +23,7 @@ STOPPED = "stopped"
 TIMEOUT = "timeout"
 SHUTDOWN = "shutdown"
 FAILED = "failed"
+CLOSED = 499  # nginx's status for a client that has gone, which nobody receives
 
 
 class Update(NamedTuple):
@@ -106,7 +108,8 @@ class Job:
         """What its requests have given, in order, once all have.
 
         Raises:
-            MinllamaError: one has failed, or the job was ended by its time limit or a shutdown.
+            MinllamaError: one has failed, or the job was cancelled, or ended by its time limit or a
+                shutdown.
         """
         try:
             while not self.has_ended:
@@ -116,7 +119,9 @@ class Job:
             self.cancel()
         if self._error is not None:
             raise self._error
-        return [self._results.get(number) for number in range(len(self.requests))]
+        if len(self._results) < len(self.requests):
+            raise RequestError("the request was cancelled", status=CLOSED)
+        return [self._results[number] for number in range(len(self.requests))]
 
     def cached_tokens(self, request: int = 0) -> int:
         """How many tokens of a request's prompt were not read, as a cache had them."""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -473,3 +474,21 @@ def test_other_errors_in_system_one_s_form(served: HttpServer, wide: Path) -> No
     broken = httpx.post(f"{served.url}/v1/systemone", content=b'{"model": ')
     assert broken.status_code == 422
     assert json.loads(broken.text)["detail"][0]["loc"] == ["body"]
+
+
+def test_a_client_that_goes_away_leaves_nothing(
+    served: HttpServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions = [{"type": "predicate", "instructions": f"Is number {i} in it?"} for i in range(400)]
+    body = {"model": "wide", "input": "word " * 4000, "questions": questions}
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(f"{served.url}/v1/decisions", json=body, timeout=0.3)
+    worker = served.service._worker
+    for _ in range(600):
+        lanes = worker._lanes.values()
+        if not (served.service.n_in_flight or any(lane.scheduler.is_busy for lane in lanes)):
+            break
+        time.sleep(0.05)
+    assert served.service.n_in_flight == 0
+    assert not any(lane.left or lane.evaluations or lane.scheduler.is_busy for lane in lanes)
+    assert not any("a request failed" in record.message for record in caplog.records)
