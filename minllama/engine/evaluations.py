@@ -96,12 +96,19 @@ class Evaluations:
         if batch_tokens is None:
             batch_tokens = BATCH_TOKENS.get(engine.device.type, BATCH_TOKENS_ELSEWHERE)
         self._batch_tokens = batch_tokens
-        # Keys and values that go through a prefix cache are those of generated sequences, so that a
-        # hit equals a miss. Others are kept as they are computed.
-        self._dtype = engine.llama.dtype if prefix_cache is None else engine.cache_dtype
         self._prefixes: OrderedDict[tuple[str, tuple[int, ...]], SharedPrefix] = OrderedDict()
         self._long: tuple[Evaluation, Chunks, KVCache] | None = None  # is read chunk by chunk
         self.waiting: deque[Evaluation] = deque()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of keys and values.
+
+        Those that go through a prefix cache are as those of generated sequences, so that a hit
+        equals a miss. Others are kept as they are computed.
+        """
+        has_cache = self._prefix_cache is not None
+        return self._engine.cache_dtype if has_cache else self._engine.llama.dtype
 
     @property
     def nbytes(self) -> int:

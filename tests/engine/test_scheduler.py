@@ -361,7 +361,6 @@ class Counting:
 
     def __init__(self) -> None:
         self.config, self.device = MODEL.config, torch.device("cpu")
-        self.cache_dtype = torch.float32
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         return KVCache(self.config, rows, capacity)
