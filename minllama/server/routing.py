@@ -14,7 +14,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
 from starlette.types import Receive, Scope, Send
 
 from minllama.server.errors import RequestError, as_request_error, error_content, error_status
@@ -49,10 +50,31 @@ JSON_OR_EVENTS = answered_as("application/json", "text/event-stream")
 JSON_OR_LINES = answered_as("application/json", "application/x-ndjson")
 
 
+def _end_at_first_error(schema: Any) -> None:
+    """Let all lists and objects of any keys within a schema be read no further than to an error."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "dict"):
+            schema["fail_fast"] = True
+        schema = list(schema.values())
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            _end_at_first_error(part)
+
+
 class Body(BaseModel):
-    """A part of a request: values have their exact types; what is unknown is not looked at."""
+    """A part of a request: values have their exact types; what is unknown is not looked at.
+
+    Lists and objects are read up to their first wrong value: a million of them would each be
+    described, for a minute in which nobody else is answered.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _end_at_first_error(schema)
+        return schema
 
 
 class _JSONRoute(APIRoute):
