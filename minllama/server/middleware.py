@@ -28,6 +28,7 @@ logger = logging.getLogger("minllama.server")
 WATCHED = frozenset({"/health", "/ready", "/metrics"})
 MOST_CALLERS = 4096  # whose rates are known at a time
 _SLASHES = re.compile("/{2,}")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^][:@/\s,]+))(?::[0-9]*)?")  # RFC 3986, sec. 3.2.2
 
 
 async def send_error(scope: Scope, send: Send, error: RequestError) -> None:
@@ -136,6 +137,13 @@ class GuardMiddleware:
             raise RequestError(f"the headers have {n_bytes} bytes, at most {most}", status=431)
         if self._options.is_local:
             self._check_host(headers)
+        names = {name for name, _ in headers}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            # Where it ends, others on its way may see otherwise (RFC 9112, sec. 6.3).
+            raise RequestError(
+                "the request has both Content-Length and Transfer-Encoding; send one of them",
+                headers={"Connection": "close"},
+            )
         if _is_preflight(scope):
             return
         owner = self._keys.partition(key_in(headers))
@@ -165,8 +173,8 @@ class GuardMiddleware:
         """Refuse a name that a page elsewhere has made mean this machine (DNS rebinding)."""
         for name, value in headers:
             if name == b"host":
-                host = _without_port(value.decode("latin-1")).lower()
-                if host not in self._hosts and not is_loopback(host):
+                host = _without_port(value.decode("latin-1"))
+                if host is None or not (host in self._hosts or is_loopback(host)):
                     raise RequestError(
                         "the Host header names another machine; this server is called by "
                         "127.0.0.1 or localhost",
@@ -175,10 +183,10 @@ class GuardMiddleware:
                     )
 
 
-def _without_port(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if host.count(":") == 1 else host
+def _without_port(host: str) -> str | None:
+    """The name or address in a Host header, in small letters; None where it is not of that form."""
+    found = _HOST.fullmatch(host.strip().lower())
+    return found and (found[1] or found[2])
 
 
 def _is_preflight(scope: Scope) -> bool:

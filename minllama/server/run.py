@@ -15,6 +15,7 @@ from minllama.errors import OptionError
 from minllama.options.server import ServerOptions
 from minllama.server.app import create_app
 from minllama.server.auth import Keys
+from minllama.server.connection import Connection
 from minllama.server.registry import Registry
 from minllama.server.service import Service
 
@@ -109,7 +110,7 @@ class HttpServer:
         service = self.service
         config = uvicorn.Config(
             create_app(service, self._keys),
-            http="h11",  # which bounds the headers
+            http=Connection,  # bounds the headers
             h11_max_incomplete_event_size=service.options.max_header_bytes,
             ws="none",
             lifespan="on",
