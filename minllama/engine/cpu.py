@@ -7,6 +7,7 @@ torch's products are faster, run the modules.
 
 import ctypes
 import operator
+from functools import cached_property
 from itertools import chain
 from typing import Any, Literal
 
@@ -301,7 +302,11 @@ class CpuEngine(Engine):
             # As in llama.cpp: half the memory, and half of what decoding a long text reads, for a
             # rounding that is small compared with that of the weights.
             self.cache_dtype = torch.float16
-        self._step = NativeStep(llama)
+
+    @cached_property
+    def _step(self) -> NativeStep:
+        # At the first use: its buffers for logits are 25 MB, which scoring texts does without.
+        return NativeStep(self.llama)
 
     def forward(
         self,
