@@ -166,6 +166,27 @@ def test_neither_prompts_nor_evaluations_starve():
     assert min(done) >= 2
 
 
+def test_neither_long_prompts_nor_floods_hold_up_running_sequences():
+    scheduler = Scheduler(ENGINE, token_budget=8, max_sequences=4)
+    (chat,) = scheduler.add(request_of([1] * 3, GenerationOptions(max_new_tokens=40)))
+    assert len(scheduler.step()) == 1
+    long = scheduler.add(request_of([2] * 60, GenerationOptions(max_new_tokens=2)))
+    many = scheduler.add(request_of([3] * 4, GenerationOptions(max_new_tokens=2, n=4)))
+    last = scheduler.add(request_of([4] * 4, GenerationOptions(max_new_tokens=2)))
+    for _ in range(50):
+        scheduler.evaluate(StatesRequest(ids=(2,) * 20, choices=CHOICES[:1]))
+    for _ in range(39):
+        rows = [token.row for token in scheduler.step()]
+        assert rows.count(chat.index) == 1  # in each step, whatever else there is
+    assert chat.has_ended
+    n_steps = 0
+    while not all(sequence.has_ended for sequence in (*long, *many, *last)):
+        scheduler.step()
+        n_steps += 1
+        assert n_steps < 60
+    assert scheduler._evaluations.waiting or scheduler.evaluated
+
+
 def test_a_cancelled_evaluation_gives_back_its_memory_at_once():
     scheduler = Scheduler(ENGINE, token_budget=10)
     long = scheduler.evaluate(

@@ -1,7 +1,9 @@
 """Claims about clients that go away, and about the end of a server: nothing is lost or cut."""
 
+import gc
 import http.client
 import json
+import resource
 import socket
 import threading
 import time
@@ -128,6 +130,36 @@ def test_many_cut_connections_leave_nothing(slow: HttpServer) -> None:
             connection.close()
     until(lambda: is_empty(slow), 10)
     assert httpx.post(f"{slow.url}/v1/completions", json=SHORT, timeout=20).status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [True, False])
+def test_five_hundred_cut_connections_leave_no_memory(long_base: Path, stream: bool) -> None:
+    with running({"tiny": long_base}, max_queue=1000, requests_per_second=0.0) as server:
+        url = f"{server.url}/v1/completions"
+        expected = httpx.post(url, json=SHORT, timeout=20).json()["choices"]
+        held = []
+        for _ in range(4):
+            for cut_after in (250, 250):  # 64 of them are running, and the others wait
+                connections = [send(server, {**LONG, "stream": stream}) for _ in range(cut_after)]
+                until(lambda: scheduler(server).running and scheduler(server).waiting)
+                for connection in connections:
+                    connection.close()
+                until(lambda: is_empty(server), 60)
+            held.append(resident_bytes())
+        assert cancelled(server) == 2000
+        assert not server.service._worker._of_job
+        assert not server.service._worker._held
+        assert not server.service._worker._sent
+        assert server.service._n_queued == 0
+        assert held[-1] - held[1] < 2**24, held  # the first times fill caches
+        assert httpx.post(url, json=SHORT, timeout=20).json()["choices"] == expected
+
+
+def resident_bytes() -> int:
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def test_a_full_queue_is_told(long_base: Path) -> None:

@@ -180,3 +180,48 @@ def test_a_body_that_turns_out_damaged_is_no_fault(
         answer = read(connection)
     assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 403 "))
     assert not caplog.records
+
+
+KEYS = ("first-key", "second-key")
+FACT = "The word is swordfish. " * 20
+QUESTION = {"type": "predicate", "instructions": "Is it?"}
+SHARING = {
+    "/v1/completions": {"model": "tiny", "prompt": FACT, "max_tokens": 1},
+    "/v1/chat/completions": {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": FACT}],
+        "max_tokens": 1,
+    },
+    "/v1/responses": {"model": "tiny", "input": FACT, "max_output_tokens": 16},
+    "/v1/decisions": {"model": "tiny", "input": FACT, "questions": [QUESTION]},
+    "/v1/systemone": {
+        "model": "tiny",
+        "state": FACT,
+        "questions": {"a": {"type": "noul", "instructions": "Is it?"}},
+    },
+}
+
+
+def cached_in(answer: dict[str, Any]) -> int:
+    """How many tokens of a request were in a cache, as each protocol says it."""
+    if "x_cached_tokens" in answer:
+        return int(answer["x_cached_tokens"])
+    usage = answer["usage"]
+    details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+    return int(details["cached_tokens"])
+
+
+def asked(url: str, body: dict[str, Any], key: str) -> Any:
+    return httpx.post(url, json=body, headers={"X-API-Key": key}, timeout=30).json()
+
+
+@pytest.mark.parametrize("path", SHARING)
+def test_nobody_learns_what_another_key_has_asked(long_base: Path, path: str) -> None:
+    with running({"tiny": long_base}, keys=KEYS) as server:
+        found = [
+            cached_in(asked(server.url + path, SHARING[path], key))
+            for key in (KEYS[0], KEYS[0], KEYS[1], KEYS[1])
+        ]
+    assert found[1] > 16
+    assert found[2] == found[0] == 0
+    assert found[3] == found[1]
