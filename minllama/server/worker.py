@@ -189,13 +189,16 @@ class Worker:
 
     def _cancel(self, job: Job, row: int | None) -> None:
         lane = self._of_job.get(job)
-        if lane is not None:
-            if row is None:
-                self._held.pop(job, None)
-            lane.cancel(job, row)
-            if job not in lane.left:
-                del self._of_job[job]
-            self._gauge()
+        if lane is None:
+            return
+        lane.cancel(job, row)
+        if job not in lane.left:
+            del self._of_job[job]
+            self._sent.pop(job, None)
+            held = self._held.pop(job, None)
+            if row is not None and held is not None:  # the last tokens of its other rows
+                self._deliver([(job, held._replace(is_last=True))])
+        self._gauge()
 
     def _lane(self, engine: Engine) -> _Lane:
         if engine not in self._lanes:
