@@ -251,9 +251,16 @@ def percentile(values: list[float], percent: float) -> float:
     return round(ordered[int(place)], 4)
 
 
+RESULTS: list[Path] = []
+
+
 def report(task: str, who: str, **fields: Any) -> dict[str, Any]:
+    """A row, printed, and appended to the file of results, if there is one."""
     row = {"task": task, "who": who, **fields}
     print(json.dumps(row), flush=True)
+    for path in RESULTS:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
     return row
 
 
@@ -315,7 +322,8 @@ def make_classifier(folder: Path) -> None:
     import minllama
 
     torch.manual_seed(0)
-    llama, tokenizer = minllama.load_pretrained()
+    llama = minllama.load_pretrained(quantize="auto")
+    tokenizer = minllama.Tokenizer.from_pretrained()
     labels = ["awful", "bad", "average", "good", "excellent"]
     minllama.LlamaEmbeddingClassifier(llama, tokenizer, labels).save_pretrained(folder)
 
@@ -456,11 +464,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="of the soak")
     parser.add_argument("--results", metavar="FILE", help="rows as JSON lines, too")
     options = parser.parse_args()
+    if options.results:
+        RESULTS.append(Path(options.results))
     rows: list[dict[str, Any]] = []
     for task in options.tasks or list(TASKS):
         rows += TASKS[task](options)
-    if options.results:
-        Path(options.results).write_text("".join(json.dumps(row) + "\n" for row in rows))
     medians(rows)
 
 

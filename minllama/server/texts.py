@@ -74,6 +74,12 @@ async def encode_chat(
     Raises:
         MinllamaError: there is no template, it refuses the messages, or they are too long.
     """
+    if len(messages) > model.context_len:  # each has a token at least: refused before any work
+        raise RequestError(
+            f"the prompt has {len(messages)} messages, and at most {model.context_len - 1} tokens "
+            "are possible; shorten it",
+            code="context_length_exceeded",
+        )
 
     def render() -> list[int]:
         template, words = model.template(), model.tokenizer

@@ -225,3 +225,11 @@ def test_nobody_learns_what_another_key_has_asked(long_base: Path, path: str) ->
     assert found[1] > 16
     assert found[2] == found[0] == 0
     assert found[3] == found[1]
+
+
+def test_what_is_too_much_is_refused_before_any_work(server: HttpServer) -> None:
+    message = {"role": "user", "content": "x"}
+    body = {"model": "tiny", "messages": [message] * 2000, "max_tokens": 1}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert "2000 messages" in answer.json()["error"]["message"]

@@ -32,6 +32,7 @@ from minllama.server.service import Service
 
 router = make_router()
 
+MAX_EXPLAINED_CHARS = 2**16
 MAX_LABEL_CHARS = 1024
 Score = Literal["sum", "token-mean", "byte-mean", "pmi", "contextual"]
 
@@ -190,6 +191,11 @@ async def _plans(
     texts = [given for given in inputs if isinstance(given, str)]
     if len(texts) < len(inputs):
         raise RequestError("explain needs texts, not token ids", param="explain")
+    if (longest := max(map(len, texts))) > MAX_EXPLAINED_CHARS:
+        raise RequestError(
+            f"explain reads texts of at most {MAX_EXPLAINED_CHARS} characters, not {longest}",
+            param="explain",
+        )
     if body.truncate_prompt_tokens not in (None, ALL) or body.truncation_side is not None:
         raise RequestError(
             "explain reads texts as they are, or truncated by the model's own limit: "
