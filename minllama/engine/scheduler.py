@@ -37,6 +37,7 @@ from minllama.errors import MinllamaError, OptionError
 from minllama.model.inputs import padded
 from minllama.model.kv_cache import KVCache
 
+EVALUATION_TOKENS = 1024  # of evaluations in a step in which no sequence has a part
 SPARE_TOKENS = 512  # slots of a cache beyond twice its longest sequence
 
 
@@ -272,10 +273,15 @@ class Scheduler:
         return tokens
 
     def _evaluate(self) -> None:
-        """Answer evaluations with the rest of the budget."""
-        if self._evaluations.waiting:
-            self.evaluated, n_read = self._evaluations.step(self._budget - self._n_read)
-            self._n_read += n_read
+        """Answer what the rest of the budget allows."""
+        if not self._evaluations.waiting:
+            return
+        budget = self._budget - self._n_read
+        if not (self._running or self._waiting or self._prefill):
+            # Nobody waits for a token meanwhile, and larger batches take less time in all.
+            budget = max(budget, EVALUATION_TOKENS)
+        self.evaluated, n_read = self._evaluations.step(budget)
+        self._n_read += n_read
 
     # Decode steps
 

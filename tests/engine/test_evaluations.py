@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minllama.engine import scheduler as scheduler_module
 from minllama.engine.choose import engine_for
 from minllama.engine.log_probs import LogProbsRequest
 from minllama.engine.prefix_cache import PrefixCache
@@ -23,6 +24,12 @@ MODEL = our_model()
 ENGINE = engine_for(MODEL)
 VOCABULARY, CONTEXT = MODEL.config.vocab_size, MODEL.config.context_len
 CHOICES = ((1, "mean"), (1, "last"), (1, "weighted-mean"), (2, "last"), (2, "mean"))
+
+
+@pytest.fixture(autouse=True)
+def _bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token budget holds although no sequence runs."""
+    monkeypatch.setattr(scheduler_module, "EVALUATION_TOKENS", 0)
 
 
 def alone(request: Any) -> Any:
@@ -257,3 +264,15 @@ def test_a_bidirectional_text_is_read_at_once():
     expected = whole.evaluate(request)
     whole.step()
     assert_same(evaluation.result, expected.result)
+
+
+def test_evaluations_alone_fill_a_batch_whatever_the_budget(monkeypatch):
+    monkeypatch.setattr(scheduler_module, "EVALUATION_TOKENS", 100)
+    scheduler = Scheduler(ENGINE, token_budget=30, batch_tokens=1000)
+    request = StatesRequest(ids=(1,) * 20, choices=CHOICES[:1])
+    evaluations = [scheduler.evaluate(request) for _ in range(8)]
+    scheduler.step()
+    assert sum(e.has_ended for e in evaluations) == 5
+    scheduler.add(request_of([1] * 4, GenerationOptions(max_new_tokens=3)))
+    scheduler.step()
+    assert sum(e.has_ended for e in evaluations) == 6
