@@ -9,7 +9,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 class Connection(H11Protocol):
     """Ends where a client lets it wait: for a request's head, or for its answer to be read.
 
-    uvicorn itself waits without end for the head of a first request, begins anew to count with
+    uvicorn itself waits without end for the head of a first request, starts counting again with
     every byte of a later one, and keeps what nobody reads. The time for each is its
     `timeout_keep_alive`. How long a body may take is up to the application.
     """
