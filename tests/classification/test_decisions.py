@@ -108,6 +108,7 @@ def test_no_order_of_choices_changes_an_answer(model, question):
         assert answer.label_mass == expected.label_mass
 
 
+@pytest.mark.slow
 def test_the_real_model_is_as_indifferent_to_order_and_company(default_model):
     from minllama.model.llama import load_pretrained
 

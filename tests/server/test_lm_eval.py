@@ -62,6 +62,9 @@ def log_likelihood(server: HttpServer, context: str, more: str) -> tuple[float, 
     return own.sum().item(), is_greedy
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("options", [{}, {"tokenizer_backend": "remote", "batch_size": 2}])
 def test_a_task_runs_with_the_servers_tokenizer(
     server: HttpServer, tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -34,9 +34,8 @@ def described(url: str, names: list[str]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("n_examples", "n_cases"), [(2, 300), pytest.param(60, 2000, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("n_examples", "n_cases"), [(60, 2000)])
 def test_generated_requests_find_no_fault(
     long_base: Path, tmp_path: Path, n_examples: int, n_cases: int
 ) -> None:
