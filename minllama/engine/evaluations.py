@@ -9,8 +9,6 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
-import torch
-
 from minllama.engine.base import Engine
 from minllama.engine.evaluation import Chunks, Evaluation, EvaluationRequest, read_into
 from minllama.engine.prefix_cache import PrefixCache
@@ -45,11 +43,10 @@ class SharedPrefix:
         engine: Engine,
         ids: Sequence[int],
         salt: str,
+        one_row: KVCache,
         known: tuple[KVCache, int] | None,
-        dtype: torch.dtype,
     ) -> None:
-        self.ids, self.salt = tuple(ids), salt
-        self.one_row = KVCache(engine.config, 1, len(ids), dtype=dtype, device=engine.device)
+        self.ids, self.salt, self.one_row = tuple(ids), salt, one_row
         if known is not None:
             self.one_row.load_prefix(0, *known)
         self.n_free = self.one_row.lengths[0]
@@ -96,19 +93,21 @@ class Evaluations:
         if batch_tokens is None:
             batch_tokens = BATCH_TOKENS.get(engine.device.type, BATCH_TOKENS_ELSEWHERE)
         self._batch_tokens = batch_tokens
-        self._prefixes: OrderedDict[tuple[str, tuple[int, ...]], SharedPrefix] = OrderedDict()
+        # By salt, whether it is read exactly, and tokens.
+        self._prefixes: OrderedDict[tuple[str, bool, tuple[int, ...]], SharedPrefix] = OrderedDict()
         self._long: tuple[Evaluation, Chunks, KVCache] | None = None  # is read chunk by chunk
         self.waiting: deque[Evaluation] = deque()
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """Of keys and values.
+    def _one_row(self, capacity: int) -> KVCache:
+        """An empty cache of one row.
 
-        Those that go through a prefix cache are as those of generated sequences, so that a hit
-        equals a miss. Others are kept as they are computed.
+        What goes through a prefix cache is of the dtype that generated sequences have, so that a
+        hit equals a miss. Other keys and values are kept as they are computed.
         """
-        has_cache = self._prefix_cache is not None
-        return self._engine.cache_dtype if has_cache else self._engine.llama.dtype
+        engine = self._engine
+        if self._prefix_cache is not None:
+            return engine.new_cache(1, capacity)
+        return KVCache(engine.config, 1, capacity, dtype=engine.llama.dtype, device=engine.device)
 
     @property
     def nbytes(self) -> int:
@@ -156,13 +155,7 @@ class Evaluations:
         known = 0 if prefix is None else len(prefix.ids)
         most = _allowed(first.request, budget)
         if first.request.length - known > most and self._engine.config.causal:
-            cache = KVCache(
-                self._engine.config,
-                1,
-                first.request.length,
-                dtype=self._dtype,
-                device=self._engine.device,
-            )
+            cache = self._one_row(first.request.length)
             if prefix is not None:
                 cache.load_prefix(0, prefix.one_row, known)
             chunks = first.request.in_chunks(self._engine, cache)
@@ -222,17 +215,18 @@ class Evaluations:
 
     def _prefix_of(self, request: EvaluationRequest) -> SharedPrefix | None:
         """The shared prefix of a request, which may have to be read yet."""
-        ids, key = request.prefix, (_salt(request), request.prefix)
+        ids = request.prefix
+        key = request.salt, request.is_exact, ids
         if not ids or not self._engine.config.causal:
             return None
         if key not in self._prefixes:
-            known = None
+            known, salt = None, _salt(request)
             if self._prefix_cache is not None:
-                known = self._prefix_cache.find((*ids, -1), _salt(request))  # all may be known
+                known = self._prefix_cache.find((*ids, -1), salt)  # all of it may be known
             while len(self._prefixes) >= MOST_PREFIXES:
                 self._prefixes.popitem(last=False)
             self._prefixes[key] = SharedPrefix(
-                self._engine, ids, _salt(request), known, self._dtype
+                self._engine, ids, salt, self._one_row(len(ids)), known
             )
         self._prefixes.move_to_end(key)
         prefix = self._prefixes[key]

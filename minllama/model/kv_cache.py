@@ -71,7 +71,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return sum(stored.nbytes for stored in (*self.keys, *self.values))
+        return 2 * len(self.keys) * self.keys[0].nbytes
 
     @property
     def max_len(self) -> int:
