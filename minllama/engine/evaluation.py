@@ -14,7 +14,8 @@ from typing import Any, Self
 import torch
 
 from minllama.engine.base import Engine
-from minllama.errors import ContextError, MinllamaError
+from minllama.engine.sequence import check_text
+from minllama.errors import MinllamaError
 from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
 
@@ -95,17 +96,7 @@ class EvaluationRequest(ABC):
         """
         if not self.ids:
             raise MinllamaError(f"{self.name} has no tokens; give at least one")
-        if self.length > config.context_len:
-            raise ContextError(
-                f"{self.name} has {self.length} tokens and the model's context is "
-                f"{config.context_len}; shorten it"
-            )
-        if not all(0 <= token_id < config.vocab_size for token_id in self.ids):
-            bad = next(i for i in self.ids if not 0 <= i < config.vocab_size)
-            raise MinllamaError(
-                f"{self.name} holds the token id {bad}, and the model knows 0 to "
-                f"{config.vocab_size - 1}; its tokenizer is of another model"
-            )
+        check_text(self.ids, self.length, config, self.name)
 
 
 @dataclass(eq=False, slots=True)

@@ -118,17 +118,33 @@ class Request:
             raise OptionError(f"n must be 1 or more, not {self.n}")
         if not ids:
             raise MinllamaError(f"{self.name} is empty; give at least one token to continue")
-        if len(ids) > config.context_len:
-            raise ContextError(
-                f"{self.name} has {len(ids)} tokens and the model's context is "
-                f"{config.context_len}; shorten it"
-            )
-        if not all(0 <= token_id < config.vocab_size for token_id in ids):
-            bad = next(i for i in ids if not 0 <= i < config.vocab_size)
-            raise MinllamaError(
-                f"{self.name} holds the token id {bad}, and the model knows 0 to "
-                f"{config.vocab_size - 1}; its tokenizer is of another model"
-            )
+        check_text(ids, len(ids), config, self.name)
+
+
+def check_text(ids: AnySequence[int], n_tokens: int, config: LlamaConfig, name: str) -> None:
+    """Refuse a text that a model cannot read.
+
+    Args:
+        ids: its token ids.
+        n_tokens: of its sequence, which may have more than the text.
+        config: the model's.
+        name: what errors call the text.
+
+    Raises:
+        ContextError: it is longer than the context.
+        MinllamaError: it contains ids outside the vocabulary.
+    """
+    if n_tokens > config.context_len:
+        raise ContextError(
+            f"{name} has {n_tokens} tokens and the model's context is {config.context_len}; "
+            "shorten it"
+        )
+    bad = next((i for i in ids if not 0 <= i < config.vocab_size), None)
+    if bad is not None:
+        raise MinllamaError(
+            f"{name} holds the token id {bad}, and the model knows 0 to "
+            f"{config.vocab_size - 1}; its tokenizer is of another model"
+        )
 
 
 @dataclass(eq=False, slots=True)
