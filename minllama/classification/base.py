@@ -20,8 +20,7 @@ from minllama.atomic import sha256_of
 from minllama.classification.prompts import EncodedPrompt, PromptTemplate
 from minllama.data.texts import checked_texts
 from minllama.data.treebank import undo_treebank
-from minllama.engine.base import Engine
-from minllama.engine.choose import engine_for
+from minllama.engine.choose import KeptEngine
 from minllama.engine.evaluation import EvaluationRequest
 from minllama.engine.scheduler import Scheduler
 from minllama.errors import MinllamaError
@@ -83,11 +82,11 @@ class Classifier(nn.Module, ABC):
         self.shortened: set[int] = set()
         self.digest: str | None = None
         self.scale: TargetScale | None = None
-        self._engine: Engine | None = None  # opened again where the model has changed
+        self._engine = KeptEngine()
         self._scheduler: Scheduler | None = None  # while `steady`
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_engine": None, "_scheduler": None}  # of this one's tensors
+        return {**self.__dict__, "_scheduler": None}  # of this one's tensors
 
     @property
     @abstractmethod
@@ -316,10 +315,7 @@ class Classifier(nn.Module, ABC):
             if self._scheduler is not None:
                 yield self._scheduler
                 return
-            if self._engine is None or not self._engine.snapshot.is_current():
-                self._engine = None  # gives back its memory before another one takes as much
-                self._engine = engine_for(self.llama)
-            self._scheduler = Scheduler(self._engine)
+            self._scheduler = Scheduler(self._engine.of(self.llama))
             try:
                 yield self._scheduler
             finally:

@@ -31,3 +31,25 @@ def engine_for(llama: Llama, backend: str | None = None) -> Engine:
         if backend in (None, engine.backend) and engine.runs(llama):
             return engine(llama)
     raise MinllamaError(f"this model cannot run on the engine {backend!r}; use 'eager'")
+
+
+class KeptEngine:
+    """The engine of a model from one use to the next, opened again where the model has changed.
+
+    A copy, and what is unpickled, begins without one: an engine is of the tensors of its model.
+    """
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+
+    def __reduce__(self) -> tuple[type["KeptEngine"], tuple[()]]:
+        return KeptEngine, ()
+
+    def of(self, llama: Llama) -> Engine:
+        """An engine for the current state of a model; see `engine_for`."""
+        engine = self._engine
+        if engine is None or engine.llama is not llama or not engine.snapshot.is_current():
+            engine = self._engine = None  # gives back its memory before another takes as much
+            self._engine = engine_for(llama)
+        assert self._engine is not None
+        return self._engine

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minllama.classification.base import Classifier, evaluated
-from minllama.classification.decisions.prompts import CONTENT_FREE, DecisionPrompts
+from minllama.classification.decisions.prompts import DecisionPrompts
 from minllama.classification.decisions.questions import Answer, Question
 from minllama.classification.prompts import EncodedPrompt
-from minllama.engine.base import Engine
-from minllama.engine.choose import engine_for
+from minllama.classification.zero_shot import CONTENT_FREE
+from minllama.engine.choose import KeptEngine
 from minllama.engine.scheduler import Scheduler
 from minllama.engine.scoring import ScoreRequest
 from minllama.errors import DataError, MinllamaError
@@ -147,7 +147,7 @@ class DecisionModel:
         self.llama, self.prior_strength = llama, prior_strength
         self.prompts = DecisionPrompts(tokenizer, llama.config.context_len)
         self._priors: OrderedDict[tuple[EncodedPrompt, ...], Scores] = OrderedDict()
-        self._engine: Engine | None = None
+        self._engine = KeptEngine()
         self._lock = threading.Lock()  # of the priors
 
     def answer(self, state: str, questions: Sequence[Question]) -> list[Answer]:
@@ -162,10 +162,8 @@ class DecisionModel:
         plan = self.plan(state, questions)
         results: dict[int, Tensor] = {}
         with evaluating(self.llama), torch.inference_mode():
-            if self._engine is None or not self._engine.snapshot.is_current():
-                self._engine = None  # gives back its memory before another one takes as much
-                self._engine = engine_for(self.llama)
-            for indices, some in evaluated(Scheduler(self._engine), plan.requests):
+            scheduler = Scheduler(self._engine.of(self.llama))
+            for indices, some in evaluated(scheduler, plan.requests):
                 results.update(zip(indices, some, strict=True))
         return plan.answers([results[i] for i in range(len(plan.requests))])
 

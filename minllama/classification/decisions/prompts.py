@@ -24,7 +24,6 @@ ASKED = {
 PROBE = "?"  # stands for any question, where only what follows it matters
 END_CHARS = 400  # of a state, before a question
 SAME = 8  # tokens that are equal where two texts have begun to be encoded alike
-CONTENT_FREE = ("N/A", "[MASK]", "")  # the three of Zhao et al. 2021, sec. 5
 
 _Continuations = tuple[int, tuple[tuple[int, ...], ...]]
 
