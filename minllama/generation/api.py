@@ -231,8 +231,7 @@ def check_can_fit(text: str, tokenizer: Tokenizer, context_len: int) -> None:
     """
     if len(text) <= context_len:
         return
-    longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
-    if len(text) > context_len * longest:
+    if len(text) > context_len * tokenizer.longest_token:
         raise ContextError(
             f"the prompt has {len(text)} characters, more than a context of {context_len} "
             "tokens can hold; shorten it"

@@ -135,11 +135,9 @@ def _of_ids(given: Ids, reading: Reading, limit: int) -> EncodedPrompt:
 
 def _shortened(text: str, frame: PromptTemplate) -> str:
     """At most so much of a text as may fit, so that megabytes are not tokenized in vain."""
-    tokenizer = frame.tokenizer
     if len(text) <= frame.max_len:
         return text
-    longest = max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
-    n_chars = frame.max_len * longest + 1
+    n_chars = frame.max_len * frame.tokenizer.longest_token + 1
     return text[-n_chars:] if frame.keep_end else text[:n_chars]
 
 

@@ -9,6 +9,7 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
@@ -224,6 +225,11 @@ class Tokenizer:
     ) -> "StreamDecoder":
         """A decoder that takes ids one by one; arguments as in `decode`."""
         return StreamDecoder(self._codec, skip_special=skip_special, continuation=continuation)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token: a text of fewer tokens than n has at most n times as many."""
+        return max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; of a special token, those of its text."""
