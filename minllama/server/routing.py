@@ -7,7 +7,15 @@ with values or with a `Stream`.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -151,6 +159,26 @@ def check_count(param: str, count: int, most: int, least: int = 1) -> None:
         raise RequestError(
             f"{param} must have between {least} and {most} entries, not {count}", param=param
         )
+
+
+def refuse_fields(
+    body: Body, remedies: Mapping[str, str], *, allowed: Collection[Any] = ()
+) -> None:
+    """Refuse fields that would change an answer and are not supported.
+
+    Args:
+        body: the request.
+        remedies: names of fields, and what to do instead.
+        allowed: values of such a field that change nothing; None, false and empty ones by default.
+
+    Raises:
+        RequestError: there is such a field.
+    """
+    for name, remedy in remedies.items():
+        value = getattr(body, name)
+        if any(value is harmless for harmless in allowed) if allowed else not value:
+            continue
+        raise RequestError(f"{name} is not supported: {remedy}", param=name)
 
 
 def check_range(param: str, value: float | None, least: float, most: float) -> None:

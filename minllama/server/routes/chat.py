@@ -32,6 +32,7 @@ from minllama.server.routing import (
     event_stream,
     log_texts,
     partition,
+    refuse_fields,
     service_of,
     sse,
 )
@@ -117,9 +118,7 @@ class ChatBody(SamplingFields):
             "chat_template": "the template is the model's own",
             "chat_template_kwargs": "the template is the model's own",
         }
-        for name, remedy in remedies.items():
-            if getattr(self, name):
-                raise RequestError(f"{name} is not supported: {remedy}", param=name)
+        refuse_fields(self, remedies)
         if self.modalities and self.modalities != ["text"]:
             raise RequestError("modalities: replies are texts", param="modalities")
 

@@ -26,6 +26,7 @@ from minllama.server.routing import (
     log_texts,
     ndjson,
     partition,
+    refuse_fields,
     service_of,
 )
 from minllama.server.routing import router as make_router
@@ -57,9 +58,7 @@ class GenerateBody(OllamaBody):
             "template": "the template is the model's own; raw: true reads a prompt as it is",
             "images": "only texts are read",
         }
-        for name, remedy in remedies.items():
-            if getattr(self, name):
-                raise RequestError(f"{name} is not supported: {remedy}", param=name)
+        refuse_fields(self, remedies)
         if self.raw and (self.system or self.context):
             raise RequestError("raw excludes system and context: a raw prompt holds all of it")
 

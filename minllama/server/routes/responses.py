@@ -28,6 +28,7 @@ from minllama.server.routing import (
     check_range,
     log_texts,
     partition,
+    refuse_fields,
     service_of,
 )
 from minllama.server.routing import router as make_router
@@ -78,10 +79,7 @@ class ResponsesBody(SamplingFields):
             "prompt": "prompts are not kept here; send their text",
             "max_tokens": "use max_output_tokens",
         }
-        for name, remedy in remedies.items():
-            value = getattr(self, name)
-            if value is not None and value is not False:
-                raise RequestError(f"{name} is not supported: {remedy}", param=name)
+        refuse_fields(self, remedies, allowed=(None, False))
         if self.n not in (None, 1):
             raise RequestError("n must be 1: a response is one reply", param="n")
         if self.truncation not in (None, "disabled"):
