@@ -27,7 +27,7 @@ CLOSED = 499  # nginx's status for a client that has gone, which nobody receives
 
 
 class Update(NamedTuple):
-    """News of a job, from the worker.
+    """What is new about a job, from the worker.
 
     Attributes:
         tokens: of its sequences, whose rows are numbered from 0 within the job.
@@ -76,7 +76,7 @@ class Job:
         self._tokens: list[Token] = []
         self._results: dict[int, Any] = {}
         self._error: BaseException | None = None
-        self._news = asyncio.Event()
+        self._updated = asyncio.Event()
         counts = [getattr(request, "n", 1) for request in self.requests]
         self._first_rows = list(accumulate(counts, initial=0))
         self._open_rows = set(range(sum(counts)))
@@ -92,8 +92,8 @@ class Job:
         try:
             while True:
                 while not self._tokens and not self.has_ended:
-                    self._news.clear()
-                    await self._news.wait()
+                    self._updated.clear()
+                    await self._updated.wait()
                 if self._tokens:
                     tokens, self._tokens = self._tokens, []
                     yield tokens
@@ -113,8 +113,8 @@ class Job:
         """
         try:
             while not self.has_ended:
-                self._news.clear()
-                await self._news.wait()
+                self._updated.clear()
+                await self._updated.wait()
         finally:
             self.cancel()
         if self._error is not None:
@@ -176,11 +176,11 @@ class Job:
         if self.has_ended:
             return
         self.has_ended, self._error = True, error
-        self._news.set()
+        self._updated.set()
         self._on_end(self, reason)
 
     def receive(self, update: Update) -> None:
-        """Take news of the worker."""
+        """Take an update from the worker."""
         if self.has_ended:
             return
         if self.first_at is None and (update.tokens or update.results):
@@ -196,7 +196,7 @@ class Job:
             self._open_rows.discard(self._first_rows[number])
         if update.is_last or not self._open_rows:
             self.end(None if update.error is None else FAILED, update.error)
-        self._news.set()
+        self._updated.set()
 
 
 def numbered(parts: Iterable[Any]) -> Iterator[tuple[int, Any]]:

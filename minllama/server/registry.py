@@ -73,7 +73,7 @@ class ServedModel:
     created: int = 0
     calibration: Mapping[str, Any] | None = field(default=None, repr=False)
     deciders: OrderedDict[str, DecisionModel] = field(default_factory=OrderedDict, repr=False)
-    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _template_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def context_len(self) -> int:
@@ -112,7 +112,7 @@ class ServedModel:
             RequestError: it has none, or several and no default.
         """
         try:
-            with self._turn:
+            with self._template_lock:
                 return self._template
         except MinllamaError as error:
             raise RequestError(
@@ -166,7 +166,7 @@ class Registry:
         for alias, target in self._aliases.items():
             if alias not in loaded:
                 name = target if target in loaded else known[canonical_name(target)]
-                loaded[alias] = replace(loaded[name], id=alias, _turn=threading.Lock())
+                loaded[alias] = replace(loaded[name], id=alias, _template_lock=threading.Lock())
         self.models = {name: loaded[name] for name in (*self._sources, *loaded)}
 
     def get(self, name: str | None = None) -> ServedModel:

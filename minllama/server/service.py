@@ -163,18 +163,18 @@ class Service:
 
     # Jobs
 
-    def _deliver(self, news: list[tuple[Job, Update]]) -> None:
-        """Hand news to the event loop; called by the worker."""
-        if not news or self._loop is None:
+    def _deliver(self, updates: list[tuple[Job, Update]]) -> None:
+        """Hand updates to the event loop; called by the worker."""
+        if not updates or self._loop is None:
             return
         try:
-            self._loop.call_soon_threadsafe(self._receive, news)
+            self._loop.call_soon_threadsafe(self._receive, updates)
         except RuntimeError:
             logger.debug("the event loop has ended")
 
-    def _receive(self, news: list[tuple[Job, Update]]) -> None:
+    def _receive(self, updates: list[tuple[Job, Update]]) -> None:
         now = time.perf_counter()
-        for job, update in news:
+        for job, update in updates:
             if update.tokens and job.first_at is not None:
                 seconds = (now - job.last_at) / len(update.tokens)
                 self.metrics.between_tokens_seconds.observe(seconds)

@@ -34,7 +34,7 @@ LEAST_BATCH_TOKENS, MOST_BATCH_TOKENS = 1024, 16384
 Deliver = Callable[[list[tuple[Job, Update]]], None]
 
 
-class _Lane:
+class _EngineJobs:
     """One engine's scheduler, and the jobs that it works on."""
 
     def __init__(self, engine: Engine, options: ServerOptions) -> None:
@@ -99,7 +99,7 @@ class _Lane:
             del self.left[job]
 
     def step(self) -> list[tuple[Job, Update]]:
-        """Take one step; the news of each job that has some."""
+        """Take one step; the updates of each job that has some."""
         tokens: dict[Job, list[Token]] = {}
         results: dict[Job, list[tuple[int, Any]]] = {}
         for token in self.scheduler.step():
@@ -114,13 +114,13 @@ class _Lane:
             job, number = self.evaluations.pop(part)
             results.setdefault(job, []).append((number, part.result))
             self.left[job] -= 1
-        news = []
+        updates = []
         for job in dict.fromkeys([*tokens, *results]):
             is_last = not self.left[job]
-            news.append((job, Update(tokens.get(job, ()), results.get(job, ()), is_last)))
+            updates.append((job, Update(tokens.get(job, ()), results.get(job, ()), is_last)))
             if is_last:
                 del self.left[job]
-        return news
+        return updates
 
 
 class Worker:
@@ -128,18 +128,17 @@ class Worker:
 
     Args:
         options: the bounds of a scheduler.
-        deliver: takes the news of jobs; called from this thread.
+        deliver: takes the updates of jobs; called from this thread.
         metrics: counts.
     """
 
     def __init__(self, options: ServerOptions, deliver: Deliver, metrics: Metrics) -> None:
         self._options, self._deliver, self._metrics = options, deliver, metrics
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lanes: dict[Engine, _Lane] = {}
-        self._of_job: dict[Job, _Lane] = {}
-        self._held: dict[
-            Job, Update
-        ] = {}  # tokens that wait for more, so that an event has several
+        self._of_engine: dict[Engine, _EngineJobs] = {}
+        self._of_job: dict[Job, _EngineJobs] = {}
+        # Tokens that wait for more, so that an event has several.
+        self._held: dict[Job, Update] = {}
         self._sent: dict[Job, float] = {}  # when a job's last event went out
         self._thread = threading.Thread(target=self._loop, name="minllama-worker", daemon=True)
 
@@ -177,22 +176,22 @@ class Worker:
     def _submit(self, job: Job) -> None:
         if job.has_ended:  # cancelled meanwhile
             return
-        lane = self._lane(job.model.engine)
+        jobs = self._jobs_of(job.model.engine)
         try:
-            lane.add(job)
+            jobs.add(job)
         except Exception as error:
             if not isinstance(error, MinllamaError):
                 logger.exception("a request could not be added")
             self._deliver([(job, Update(is_last=True, error=error))])
         else:
-            self._of_job[job] = lane
+            self._of_job[job] = jobs
 
     def _cancel(self, job: Job, row: int | None) -> None:
-        lane = self._of_job.get(job)
-        if lane is None:
+        jobs = self._of_job.get(job)
+        if jobs is None:
             return
-        lane.cancel(job, row)
-        if job not in lane.left:
+        jobs.cancel(job, row)
+        if job not in jobs.left:
             del self._of_job[job]
             self._sent.pop(job, None)
             held = self._held.pop(job, None)
@@ -200,22 +199,22 @@ class Worker:
                 self._deliver([(job, held._replace(is_last=True))])
         self._gauge()
 
-    def _lane(self, engine: Engine) -> _Lane:
-        if engine not in self._lanes:
-            self._lanes[engine] = _Lane(engine, self._options)
-        return self._lanes[engine]
+    def _jobs_of(self, engine: Engine) -> _EngineJobs:
+        if engine not in self._of_engine:
+            self._of_engine[engine] = _EngineJobs(engine, self._options)
+        return self._of_engine[engine]
 
     def _loop(self) -> None:
         while self._take_commands():
-            for lane in list(self._lanes.values()):
-                if lane.scheduler.is_busy:
+            for jobs in list(self._of_engine.values()):
+                if jobs.scheduler.is_busy:
                     if self._held:  # a step over prompts may take longer than the interval
                         self._deliver(self._due([]))
-                    self._step(lane)
+                    self._step(jobs)
 
     def _take_commands(self) -> bool:
         """Obey what has come, and wait for it where there is nothing else to do."""
-        is_idle = not any(lane.scheduler.is_busy for lane in self._lanes.values())
+        is_idle = not any(jobs.scheduler.is_busy for jobs in self._of_engine.values())
         try:
             while True:
                 command = self._commands.get(block=is_idle)
@@ -226,29 +225,29 @@ class Worker:
         except queue.Empty:
             return True
 
-    def _step(self, lane: _Lane) -> None:
+    def _step(self, jobs: _EngineJobs) -> None:
         try:
-            news = lane.step()
+            updates = jobs.step()
         except Exception as error:
             # Of the step, not of a sequence: memory, or a fault. The others go on.
             logger.exception("a step failed; its requests are ended")
-            news = [(job, Update(is_last=True, error=_step_error(error))) for job in lane.left]
-            lane.reset()
-        self._count(news)
-        self._deliver(self._due(news))
-        for job, update in news:
+            updates = [(job, Update(is_last=True, error=_step_error(error))) for job in jobs.left]
+            jobs.reset()
+        self._count(updates)
+        self._deliver(self._due(updates))
+        for job, update in updates:
             if update.is_last:
                 self._of_job.pop(job, None)
                 self._sent.pop(job, None)
 
-    def _due(self, news: list[tuple[Job, Update]]) -> list[tuple[Job, Update]]:
+    def _due(self, updates: list[tuple[Job, Update]]) -> list[tuple[Job, Update]]:
         """What is to be delivered now: the first and the last of a job, and the rest by intervals.
 
         Each event takes time of the processor that computes, so a stream has no more of them than
         an eye can follow.
         """
         now = time.perf_counter()
-        for job, update in news:
+        for job, update in updates:
             if (held := self._held.get(job)) is not None:
                 update = update._replace(
                     tokens=[*held.tokens, *update.tokens],
@@ -265,23 +264,23 @@ class Worker:
             self._sent[job] = now
         return due
 
-    def _count(self, news: list[tuple[Job, Update]]) -> None:
+    def _count(self, updates: list[tuple[Job, Update]]) -> None:
         metrics = self._metrics
-        n_tokens = sum(len(update.tokens) for _, update in news)
+        n_tokens = sum(len(update.tokens) for _, update in updates)
         if n_tokens:
             metrics.batch.observe(n_tokens)
             metrics.generated_tokens.inc(n_tokens)
-        n_evaluated = sum(len(update.results) for _, update in news)
+        n_evaluated = sum(len(update.results) for _, update in updates)
         if n_evaluated:
             metrics.evaluation_batch.observe(n_evaluated)
             metrics.evaluated_texts.inc(n_evaluated)
         self._gauge()
 
     def _gauge(self) -> None:
-        metrics, lanes = self._metrics, self._lanes.values()
-        metrics.running.set(sum(len(each.scheduler.running) for each in lanes))
-        metrics.cache_bytes.set(sum(each.scheduler.nbytes for each in lanes))
-        cached = [each.prefixes.nbytes for each in lanes if each.prefixes is not None]
+        metrics, all_jobs = self._metrics, self._of_engine.values()
+        metrics.running.set(sum(len(each.scheduler.running) for each in all_jobs))
+        metrics.cache_bytes.set(sum(each.scheduler.nbytes for each in all_jobs))
+        cached = [each.prefixes.nbytes for each in all_jobs if each.prefixes is not None]
         metrics.prefix_cache_bytes.set(sum(cached))
 
 

@@ -59,9 +59,9 @@ def until(condition: Callable[[], Any], seconds: float = 20) -> None:
 
 def is_empty(server: HttpServer) -> bool:
     service = server.service
-    lanes = list(service._worker._lanes.values())
+    all_jobs = list(service._worker._of_engine.values())
     return not (
-        any(lane.scheduler.is_busy or lane.left or lane.scheduler.nbytes for lane in lanes)
+        any(jobs.scheduler.is_busy or jobs.left or jobs.scheduler.nbytes for jobs in all_jobs)
         or service._jobs
         or service.n_in_flight
     )
@@ -73,8 +73,8 @@ def cancelled(server: HttpServer) -> int:
 
 
 def scheduler(server: HttpServer) -> Any:
-    lanes = list(server.service._worker._lanes.values())
-    return lanes[0].scheduler if lanes else None
+    all_jobs = list(server.service._worker._of_engine.values())
+    return all_jobs[0].scheduler if all_jobs else None
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -485,10 +485,10 @@ def test_a_client_that_goes_away_leaves_nothing(
         httpx.post(f"{served.url}/v1/decisions", json=body, timeout=0.3)
     worker = served.service._worker
     for _ in range(600):
-        lanes = worker._lanes.values()
-        if not (served.service.n_in_flight or any(lane.scheduler.is_busy for lane in lanes)):
+        all_jobs = worker._of_engine.values()
+        if not (served.service.n_in_flight or any(jobs.scheduler.is_busy for jobs in all_jobs)):
             break
         time.sleep(0.05)
     assert served.service.n_in_flight == 0
-    assert not any(lane.left or lane.evaluations or lane.scheduler.is_busy for lane in lanes)
+    assert not any(jobs.left or jobs.evaluations or jobs.scheduler.is_busy for jobs in all_jobs)
     assert not any("a request failed" in record.message for record in caplog.records)

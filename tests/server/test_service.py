@@ -52,13 +52,13 @@ async def until(condition: Any) -> None:
 
 def memory_of(service: Service) -> int:
     """Bytes of keys and values of all that has not ended."""
-    return sum(lane.scheduler.nbytes for lane in service._worker._lanes.values())
+    return sum(jobs.scheduler.nbytes for jobs in service._worker._of_engine.values())
 
 
 def is_empty(service: Service) -> bool:
-    lanes = service._worker._lanes.values()
+    all_jobs = service._worker._of_engine.values()
     return not any(
-        lane.scheduler.is_busy or lane.rows or lane.left or lane.evaluations for lane in lanes
+        jobs.scheduler.is_busy or jobs.rows or jobs.left or jobs.evaluations for jobs in all_jobs
     ) and not (service._worker._of_job or service._jobs)
 
 
@@ -145,7 +145,9 @@ def test_a_prompt_that_is_being_read_can_be_cancelled(
             slow_down(monkeypatch, model)
             ids = prompts(model, 5)[4] * 2
             texts = await generate(service, model, [ids], LONG, salt="")
-            await until(lambda: any(s.scheduler._prefill for s in service._worker._lanes.values()))
+            await until(
+                lambda: any(s.scheduler._prefill for s in service._worker._of_engine.values())
+            )
             texts.job.cancel()
             await until(lambda: is_empty(service))
             assert memory_of(service) == 0
