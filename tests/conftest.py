@@ -67,15 +67,9 @@ def default_model() -> Path:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Path:
     """A tiny Llama with the default model's tokenizer, in a folder."""
-    from minllama.checkpoints.huggingface import write_huggingface
-    from minllama.checkpoints.open import open_checkpoint
-    from tests.tiny import our_model
+    from tests.tiny import write_base
 
-    folder = tmp_path_factory.mktemp("base")
-    vocabulary = open_checkpoint(default_model).vocabulary
-    model = our_model(vocab_size=49152, max_seq_len=128)
-    write_huggingface(folder, model.config, model.state_dict(), vocabulary=vocabulary)
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"), default_model, 128)
 
 
 @pytest.fixture(scope="session")

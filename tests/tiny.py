@@ -8,6 +8,8 @@ import transformers
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
+from minllama.checkpoints.huggingface import write_huggingface
+from minllama.checkpoints.open import open_checkpoint
 from minllama.model.config import LlamaConfig, RopeScaling
 from minllama.model.llama import Llama, load_pretrained
 
@@ -96,3 +98,11 @@ def random_ids(batch: int, length: int, vocab_size: int = 61, seed: int = 0) -> 
     """(batch, length) token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocab_size, (batch, length), generator=generator)
+
+
+def write_base(folder: Path, default_model: Path, max_seq_len: int) -> Path:
+    """Write a tiny Llama with the default model's tokenizer to a folder, and return that."""
+    vocabulary = open_checkpoint(default_model).vocabulary
+    model = our_model(vocab_size=49152, max_seq_len=max_seq_len)
+    write_huggingface(folder, model.config, model.state_dict(), vocabulary=vocabulary)
+    return folder

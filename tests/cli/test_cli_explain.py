@@ -3,34 +3,16 @@
 import csv
 import io
 import json
-import sys
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from minllama import cli
 from minllama.classification.explain import Explanation, TargetEffects
 from minllama.cli.explained import grouped_notice, print_explanation
 from tests.experiment_cases import examples
 
 TEXT = "the film was good"
-
-
-@pytest.fixture
-def classify(capfd, monkeypatch, base, tmp_path):
-    """Call `minllama classify` in tmp_path: its status and what is on standard output and error."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args, stdin=b""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
-        start = ["classify", "-m", str(base), "--device", "cpu", "--labels", "bad,good"]
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*start, *map(str, args)])
-        captured = capfd.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -51,15 +51,9 @@ OURS = [
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, default_model: Path) -> Path:
     """The tiny model with room for 255 options."""
-    from minllama.checkpoints.huggingface import write_huggingface
-    from minllama.checkpoints.open import open_checkpoint
-    from tests.tiny import our_model
+    from tests.tiny import write_base
 
-    folder = tmp_path_factory.mktemp("wide")
-    vocabulary = open_checkpoint(default_model).vocabulary
-    model = our_model(vocab_size=49152, max_seq_len=8192)
-    write_huggingface(folder, model.config, model.state_dict(), vocabulary=vocabulary)
-    return folder
+    return write_base(tmp_path_factory.mktemp("wide"), default_model, 8192)
 
 
 @pytest.fixture(scope="module")
