@@ -108,6 +108,7 @@ def test_an_open_server_needs_a_key(base: Path) -> None:
         assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(base: Path, tmp_path: Path) -> None:
     assert "nothing-here" in refused(str(tmp_path / "nothing-here"))
     assert "--alias" in refused(str(base), "--alias", "x")

@@ -347,6 +347,7 @@ def test_a_forced_call_has_arguments_by_the_schema(form, model, tokenizer):  # n
         assert result.text == form.written("weather", json.dumps(arguments, ensure_ascii=False))
 
 
+@pytest.mark.slow
 def test_a_required_call_is_of_any_tool_and_perhaps_of_several(model, tokenizer):  # noqa: F811
     pytest.importorskip("llguidance")
     names, lengths = set(), set()

@@ -126,6 +126,7 @@ def test_a_body_that_comes_byte_by_byte_is_read(impatient: HttpServer) -> None:
         assert read(connection).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_answers_that_nobody_reads_are_given_up(impatient: HttpServer, stream: bool) -> None:
     body = {**PROMPT, "prompt": ["x"] * 64, "n": 16, "stream": stream, "max_tokens": 8}
