@@ -1,11 +1,13 @@
-"""The engine for CPUs: short forward passes over a cache in one call of compiled code.
+"""The engine for CPUs: forward passes over a cache in calls of compiled code.
 
 The forward pass of `minllama.model.llama`, on the same weights and the same cache, without an
-interpreter between its products; `kernels/cpu/src/bindings.cpp` computes it. Long passes, of which
-torch's products are faster, run the modules.
+interpreter between its products; `kernels/cpu/src/bindings.cpp` computes it. Passes of which
+torch's products are faster run the modules: long ones over weights in floating point, and on CPUs
+with matrix instructions.
 """
 
 import ctypes
+import math
 import operator
 from functools import cached_property
 from itertools import chain
@@ -46,9 +48,11 @@ from minllama.quantization.modules import (
     check_ids,
 )
 
-# Tokens of a pass up to which a step is faster here than torch's products of large matrices are,
-# rows of one token each, and either on CPUs with matrix instructions (AMX), which torch uses.
+# Tokens of a pass up to which a step is faster here than torch's products of large matrices are:
+# of weights in floating point, rows of one token each, and either on CPUs with matrix instructions
+# (AMX), which torch uses. Quantized weights are multiplied as they are in passes of any length.
 MOST_TOKENS, MOST_ROWS, FEW = 64, 128, 32
+PIECE = 512  # tokens of a longer pass that are read together: what is kept of each takes 25 KB
 # The LlamaConfig fields that kernels/cpu/src/bindings.cpp, or its caller, implements.
 IMPLEMENTED = frozenset(
     (
@@ -91,21 +95,19 @@ def _is_dense(x: Any, shape: tuple[int, ...]) -> bool:
     return is_plain(x) and x.dtype in KINDS and x.is_cpu and tuple(x.shape) == shape
 
 
-def is_short(ids: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> bool:
-    """Whether a pass suits the native step: few tokens, each of which attends to all before it.
+def most_tokens(llama: Llama, *, of_one_each: bool) -> float:
+    """The most tokens of a pass that suits the native step.
 
     Args:
-        ids: (B, T).
-        attention_mask: None, (B, T) or (B, T, T).
-        dtype: of the model.
+        llama: that it runs.
+        of_one_each: whether the pass has one token of each row.
     """
-    if attention_mask is not None and attention_mask.dim() == 3:
-        return False
-    return ids.numel() <= _most_tokens(dtype, MOST_ROWS if ids.shape[1] == 1 else MOST_TOKENS)
-
-
-def _most_tokens(dtype: torch.dtype, most: int) -> int:
-    return FEW if most_rows(dtype) <= FEW_ROWS else most
+    if most_rows(llama.long_dtype or llama.dtype) <= FEW_ROWS:
+        return FEW
+    matrices = (matrix for layer in layers_of(llama) for matrix in linear_modules(layer))
+    if all(isinstance(matrix, QuantizedWeight) for matrix in matrices):
+        return math.inf
+    return MOST_ROWS if of_one_each else MOST_TOKENS
 
 
 class NativeStep:
@@ -117,12 +119,14 @@ class NativeStep:
         level: index into `hardware.LEVELS`; None for the best that there is.
 
     Attributes:
+        most_tokens: of a pass for it, each of which attends to all before it.
         most_rows: of one token each, that are a pass for it.
     """
 
     def __init__(self, llama: Llama, level: int | None = None) -> None:
         self._level = level
-        self.most_rows = _most_tokens(llama.long_dtype or llama.dtype, MOST_ROWS)
+        self.most_tokens = most_tokens(llama, of_one_each=False)
+        self.most_rows = most_tokens(llama, of_one_each=True)
         self._referenced: list[Tensor] = []  # what the structs point to
         self._vocab_size = llama.config.vocab_size
         self._dtype = llama.dtype
@@ -136,6 +140,7 @@ class NativeStep:
         rotation: Tensor,
         cache: KVCache,
         logits_of: Tensor,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Read tokens that continue what the cache holds, which is written to but not advanced.
 
@@ -145,34 +150,47 @@ class NativeStep:
             rotation: complex64 (B, T, 1, C / 2) or (1, T, 1, C / 2), of those positions.
             cache: with room for them.
             logits_of: (M,), flat indices b * T + t of the tokens whose logits are selected.
+            mask: (B, T), true at the tokens to read, among them those of `logits_of`; None for all.
 
         Returns:
-            Hidden states after the last norm, (B, T, D), in the model's dtype, and logits (M, V),
-            float32.
+            Hidden states after the last norm, (B, T, D), in the model's dtype, zero where nothing
+            is read; and logits (M, V), float32.
         """
         batch, length = ids.shape
         check_ids(ids, self._vocab_size)
-        ids = ids.long().contiguous()
-        slots = positions.expand(batch, -1).contiguous()
-        rows = torch.arange(batch, device="cpu").repeat_interleave(length)
-        rotations = torch.view_as_real(rotation.expand(batch, -1, -1, -1)).contiguous()
-        hidden = floats(batch, length, self._model.dim)
-        logits_of = logits_of.long().contiguous()
+        read = torch.arange(batch * length, device="cpu")
+        if mask is not None:
+            read = read[mask.bool().flatten()]
+        hidden = floats(batch * length, self._model.dim)
+        if len(read) < len(hidden):
+            hidden.zero_()
         logits = floats(len(logits_of), self._vocab_size)
-        step = Step(
-            n_tokens=batch * length,
-            ids=ids.data_ptr(),
-            rows=rows.data_ptr(),
-            slots=slots.data_ptr(),
-            rotation=rotations.data_ptr(),
-            hidden=hidden.data_ptr(),
-            n_logits=len(logits_of),
-            logits_of=logits_of.data_ptr(),
-            logits=logits.data_ptr(),
-        )
+        places = torch.searchsorted(read, logits_of.long())
         # Looked up each time: several caches share a step, perhaps in several threads.
-        self._run(step, cache, _addresses(cache.keys), _addresses(cache.values))
-        return hidden.to(self._dtype), logits
+        addresses = _addresses(cache.keys), _addresses(cache.values)
+        for piece in read.split(PIECE):
+            is_selected = (places >= 0) & (places < len(piece))
+            which = places[is_selected].contiguous()
+            rows, columns = piece // length, piece % length
+            slots = positions.expand(batch, -1)[rows, columns]
+            angles = torch.view_as_real(rotation.expand(batch, -1, -1, -1)[rows, columns])
+            tokens, angles = ids[rows, columns].long(), angles.contiguous()
+            states, found = floats(len(piece), self._model.dim), floats(len(which), self._vocab_size)
+            step = Step(
+                n_tokens=len(piece),
+                ids=tokens.data_ptr(),
+                rows=rows.data_ptr(),
+                slots=slots.data_ptr(),
+                rotation=angles.data_ptr(),
+                hidden=states.data_ptr(),
+                n_logits=len(which),
+                logits_of=which.data_ptr(),
+                logits=found.data_ptr(),
+            )
+            self._run(step, cache, *addresses)
+            hidden[piece], logits[is_selected] = states, found
+            places = places - len(piece)
+        return hidden.view(batch, length, -1).to(self._dtype), logits
 
     def next_logits(self, ids: Tensor, cache: KVCache, table: Tensor) -> tuple[Tensor, Tensor]:
         """Read one more token of each row, which is written to the cache but not counted there.
@@ -284,7 +302,7 @@ def _addresses(tensors: list[Tensor]) -> Any:
 
 
 class CpuEngine(Engine):
-    """Passes of up to 64 tokens, and decode steps of up to 128 sequences, in compiled code.
+    """Passes over quantized weights in compiled code, and short ones over others.
 
     Values do not depend on the company that a sequence has in a decode step; in a pass of another
     length or kind they may differ in their last bits.
@@ -327,7 +345,9 @@ class CpuEngine(Engine):
                 output = self._step.next_logits(ids, cache, table)
                 cache.advance([1] * len(ids))
                 return LlamaOutput(*output)
-        if not is_short(ids, attention_mask, self.llama.long_dtype or self.llama.dtype):
+        most = self._step.most_rows if ids.shape[1] == 1 else self._step.most_tokens
+        is_tree = attention_mask is not None and attention_mask.dim() == 3
+        if is_tree or ids.numel() > most:
             return super().forward(ids, cache, attention_mask=attention_mask, logits=logits)
         self._check_model(ids, cache, logits)
         return self._short_pass(ids, cache, attention_mask, logits)
@@ -346,7 +366,9 @@ class CpuEngine(Engine):
         every = torch.arange(0 if logits is None else ids.numel(), device=ids.device)
         rotation = llama.rope(layout.positions, layout.text_len)
         logits_of = every if selected is None else selected.flatten()
-        hidden, found = self._step(ids, layout.positions, rotation, cache, logits_of)
+        # Who asks for all logits gets those of padding, too.
+        mask = None if logits == "all" else attention_mask
+        hidden, found = self._step(ids, layout.positions, rotation, cache, logits_of, mask)
         cache.advance(row_lens(ids, attention_mask))
         if selected is not None:
             hidden = hidden.flatten(0, 1)[selected]

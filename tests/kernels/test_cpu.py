@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minllama.engine import cpu as native_step
 from minllama.engine.choose import engine_for
-from minllama.engine.cpu import NativeStep, can_run, is_short
+from minllama.engine.cpu import NativeStep, can_run, most_tokens
 from minllama.errors import MinllamaError
 from minllama.kernels.cpu import attention, ops
 from minllama.kernels.cpu.library import best_level, library
@@ -40,7 +40,6 @@ def plain(monkeypatch):
 
     def off():
         monkeypatch.setattr(ops, "serves", lambda x: False)
-        monkeypatch.setattr("minllama.engine.cpu.is_short", lambda *pass_: False)
 
     return off
 
@@ -127,6 +126,78 @@ def test_long_texts_are_attended_to_in_pieces(dtype, level, plain):
         expected = model.float()(new, cache=exact).logits[0]
     atol = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.15}[dtype]
     assert torch.allclose(logits, expected, atol=atol), (logits - expected).abs().max()
+
+
+def ragged_pass(model, forward, cache_dtype=None, rows=(0, 1, 2)):
+    """Hidden states and last logits of rows that have 5, 130 and 200 tokens and get 40, 9 and 70."""
+    old, new = [(5, 130, 200)[row] for row in rows], [(40, 9, 70)[row] for row in rows]
+    cache = KVCache(model.config, len(rows), 280, dtype=cache_dtype or model.dtype)
+    for slot, row in enumerate(rows):
+        one = KVCache(model.config, 1, 280, dtype=cache.keys[0].dtype)
+        model(random_ids(1, old[slot], seed=row), cache=one, logits=None)
+        cache.load_prefix(slot, one, old[slot])
+    ids = torch.zeros(len(rows), max(new), dtype=torch.long)
+    mask = torch.arange(max(new)) < torch.tensor(new).unsqueeze(-1)
+    for slot, row in enumerate(rows):
+        ids[slot, : new[slot]] = random_ids(1, new[slot], seed=10 + row)
+    output = forward(ids, attention_mask=mask, cache=cache, logits="last")
+    return output.hidden, output.logits, cache
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"n_heads": 3, "n_kv_heads": 1, "head_dim": 20}])
+def test_runs_of_tokens_read_a_cache_together(shape, cache_dtype, at_level, plain, tmp_path):
+    model = model_of("int4", tmp_path, **shape, max_seq_len=512)
+    engine = engine_for(model, "cpu")
+    with torch.inference_mode():
+        mine = ragged_pass(model, engine.forward, cache_dtype)
+        plain()
+        theirs = ragged_pass(model, model, cache_dtype)
+    atol = {torch.float32: 2e-3, torch.float16: 4e-3, torch.bfloat16: 0.03}[cache_dtype]
+    for a, b in zip(mine[:2], theirs[:2], strict=True):
+        assert torch.allclose(a, b, atol=atol), (a - b).abs().max()
+    assert mine[2].lengths == theirs[2].lengths == [45, 139, 270]
+
+
+def test_a_long_pass_of_a_row_has_the_same_bits_in_any_company(at_level, tmp_path):
+    model = model_of("int4", tmp_path, max_seq_len=512)
+    engine = engine_for(model, "cpu")
+    with torch.inference_mode():
+        together = ragged_pass(model, engine.forward)[1]
+        turned = ragged_pass(model, engine.forward, rows=(2, 0, 1))[1]
+        alone = torch.cat([ragged_pass(model, engine.forward, rows=(i,))[1] for i in range(3)])
+    turned = turned[[1, 2, 0]]
+    if at_level == 2:  # elsewhere sums of one token and of several are in another order
+        assert torch.equal(together, turned)
+        assert torch.equal(together, alone)
+    assert torch.allclose(together, turned, atol=1e-3)
+    assert torch.allclose(together, alone, atol=1e-3)
+
+
+def test_long_passes_are_read_in_pieces(monkeypatch, tmp_path):
+    model = model_of("int4", tmp_path, max_seq_len=512)
+    engine = engine_for(model, "cpu")
+    with torch.inference_mode():
+        expected = ragged_pass(model, engine.forward)
+        monkeypatch.setattr(native_step, "PIECE", 33)
+        found = ragged_pass(model, engine.forward)
+        for a, b in zip(found[:2], expected[:2], strict=True):
+            assert torch.allclose(a, b, atol=1e-4), (a - b).abs().max()
+        ids = random_ids(1, 100)
+        every = engine.forward(ids, engine.new_cache(1, 100), logits="all").logits
+        monkeypatch.undo()
+        whole = engine.forward(ids, engine.new_cache(1, 100), logits="all").logits
+    assert torch.allclose(every, whole, atol=1e-4)
+
+
+def test_passes_of_any_length_are_for_quantized_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(native_step, "most_rows", lambda dtype: float("inf"))
+    quantized, dense = model_of("int4", tmp_path), our_model(**SHAPE)
+    assert most_tokens(quantized, of_one_each=False) == float("inf")
+    assert most_tokens(dense, of_one_each=False) == 64
+    assert most_tokens(dense, of_one_each=True) == 128
+    monkeypatch.setattr(native_step, "most_rows", lambda dtype: 32)  # matrix instructions
+    assert {most_tokens(m, of_one_each=e) for m in (quantized, dense) for e in (0, 1)} == {32}
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -233,9 +304,6 @@ def test_models_and_passes_that_it_does_not_know_are_left_to_the_modules():
     model = our_model(**SHAPE, tie_embeddings=False)
     model.output = nn.Sequential(model.output)
     assert not can_run(model)
-    assert is_short(torch.zeros(1, 4), None, torch.float32)
-    assert not is_short(torch.zeros(1, 10**4), None, torch.float32)
-    assert not is_short(torch.zeros(1, 4), torch.zeros(1, 4, 4), torch.float32)
 
 
 def test_ids_out_of_the_vocabulary_are_refused():

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstring>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string>
@@ -16,6 +17,7 @@
 #include "structs.h"
 #include "fields.inc"
 #include "threads.h"
+#include "step_parts.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define X86 1
@@ -36,7 +38,9 @@
 namespace avx512 {
 #include "simd.inc"
 #include "matmul.inc"
+#include "small_product.inc"
 #include "cached_attention.inc"
+#include "step_attention.inc"
 #include "forward.inc"
 #include "elementwise.inc"
 #include "attention.inc"
@@ -55,7 +59,9 @@ namespace avx512 {
 namespace avx2 {
 #include "simd.inc"
 #include "matmul.inc"
+#include "small_product.inc"
 #include "cached_attention.inc"
+#include "step_attention.inc"
 #include "forward.inc"
 #include "elementwise.inc"
 #include "attention.inc"
@@ -73,7 +79,9 @@ namespace avx2 {
 namespace plain {
 #include "simd.inc"
 #include "matmul.inc"
+#include "small_product.inc"
 #include "cached_attention.inc"
+#include "step_attention.inc"
 #include "forward.inc"
 #include "elementwise.inc"
 #include "attention.inc"
@@ -114,7 +122,7 @@ Activations activations(Arena& arena, int64_t tokens, int64_t n) {
 }
 
 template <class Scratch, class Activations>
-Scratch scratch_in(Arena& arena, const Model& model, const Step& step, int64_t chunks) {
+Scratch scratch_in(Arena& arena, const Model& model, const Step& step, const StepParts& parts) {
     const int64_t n = step.n_tokens, query = model.n_heads * model.head_dim;
     Scratch scratch;
     scratch.normed = activations<Activations>(arena, std::max(n, step.n_logits), model.dim);
@@ -122,7 +130,9 @@ Scratch scratch_in(Arena& arena, const Model& model, const Step& step, int64_t c
     scratch.gated = activations<Activations>(arena, n, model.hidden_dim);
     scratch.x = arena.take<float>(n * model.dim);
     scratch.projected = arena.take<float>(n * (query + 2 * model.n_kv_heads * model.head_dim));
-    scratch.partial = arena.take<float>(n * model.n_heads * chunks * (model.head_dim + 2));
+    const int64_t singles = parts.singles.size();
+    scratch.partial = arena.take<float>(singles * model.n_heads * parts.chunks * (model.head_dim + 2));
+    scratch.parts = &parts;
     return scratch;
 }
 
@@ -195,18 +205,19 @@ struct Job {
 
 template <class Scratch, class Activations>
 int run(void (*pass)(const Worker&, const Model&, const Step&, const Scratch&, float*), const Model& model,
-        const Step& step, int64_t chunks, int64_t chunk_len, int64_t threads) {
+        const Step& step, int64_t buffer_len, int64_t threads) {
     Job<Scratch> job;
     job.pass = pass, job.model = &model, job.step = &step;
-    const int64_t group = model.n_heads / model.n_kv_heads;
-    job.buffer_len = (model.head_dim + group * chunk_len + 15) / 16 * 16;
+    job.buffer_len = (buffer_len + 15) / 16 * 16;
+    StepParts parts;
+    if (!parts.find(step)) return 1;
     Arena arena;
-    scratch_in<Scratch, Activations>(arena, model, step, chunks);
+    scratch_in<Scratch, Activations>(arena, model, step, parts);
     arena.take<float>(threads * job.buffer_len);
     char* memory = kept_memory(arena.used());
     if (!memory) return 1;
     arena.rebase(memory);
-    job.scratch = scratch_in<Scratch, Activations>(arena, model, step, chunks);
+    job.scratch = scratch_in<Scratch, Activations>(arena, model, step, parts);
     job.buffers = arena.take<float>(threads * job.buffer_len);
     in_parallel(&Job<Scratch>::run, &job, threads);
     return 0;
@@ -289,17 +300,17 @@ EXPORT void minllama_use_openmp(void* parallel, void* thread, void* threads) {
 
 // Runs a step; 0 where it did, 1 where there is no memory for it.
 EXPORT int minllama_step(const Model* model, const Step* step, int64_t threads, int level) {
-    const int64_t chunks = plain::most_chunks(*step);
+    const int64_t buffer = plain::step_buffer(*model);
 #if X86
     if (level == 2) {
-        return run<avx512::Scratch, avx512::Activations>(avx512::pass, *model, *step, chunks, avx512::CHUNK, threads);
+        return run<avx512::Scratch, avx512::Activations>(avx512::pass, *model, *step, buffer, threads);
     }
     if (level == 1) {
-        return run<avx2::Scratch, avx2::Activations>(avx2::pass, *model, *step, chunks, avx2::CHUNK, threads);
+        return run<avx2::Scratch, avx2::Activations>(avx2::pass, *model, *step, buffer, threads);
     }
 #endif
     (void)level;
-    return run<plain::Scratch, plain::Activations>(plain::pass, *model, *step, chunks, plain::CHUNK, threads);
+    return run<plain::Scratch, plain::Activations>(plain::pass, *model, *step, buffer, threads);
 }
 
 #if X86
