@@ -133,7 +133,7 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         others = _rounded_again(checkpoint)
         blocks = "the file's quantized blocks" + (f", {others} in 8 bits" if others else "")
         text = f"{blocks} ({LEVELS[best_level()]})"
-        return f"{text}; long forward passes in bfloat16" if fast_bfloat16(device) else text
+        return f"{text}; scores texts in bfloat16" if fast_bfloat16(device) else text
     name = str(weights.dtype).removeprefix("torch.")
     if device.type != "cpu":
         has_steps = cuda_graph.supports_config(checkpoint.config) and gpu.works(device)

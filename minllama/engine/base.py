@@ -4,7 +4,7 @@
 `minllama.engine.choose.engine_for` opens the fastest one that computes exactly a model.
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,23 @@ from minllama.engine import packing
 from minllama.engine.support import Snapshot
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama, LlamaOutput
+
+
+class TokenTree(NamedTuple):
+    """Where new tokens are written in a cache's rows, and what each attends to.
+
+    A token attends to the first slots of its row, and to ancestors beyond them.
+
+    Attributes:
+        slots: (B, T) or (1, T), of each token; no two of a row are equal.
+        seen: (B, T), how many slots from the first on a token attends to.
+        ancestors: (B, T, A), int64, further slots that it attends to, its own among them, then -1;
+            A from 1 to 128.
+    """
+
+    slots: Tensor
+    seen: Tensor
+    ancestors: Tensor
 
 
 class Engine:
@@ -30,6 +47,8 @@ class Engine:
         config: the model's.
         device: where it is.
         cache_dtype: what `new_cache` keeps keys and values in.
+        is_batch_invariant: a sequence's values are the same bits whatever it is computed with, and
+            there are `tree_logits`.
         snapshot: the model as it was when it was opened.
     """
 
@@ -40,6 +59,7 @@ class Engine:
         self.config = llama.config
         self.device = llama.device
         self.cache_dtype = llama.dtype
+        self.is_batch_invariant = False
         self.snapshot = Snapshot(llama)
 
     @staticmethod
@@ -79,6 +99,32 @@ class Engine:
             return packing.forward(
                 self.llama, ids, attention_mask=attention_mask, cache=cache, logits=logits
             )
+
+    def tree_logits(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        tree: TokenTree,
+        cache: KVCache,
+        logits_of: Tensor,
+    ) -> Tensor:
+        """Read trees of tokens after what a cache holds, which is written to but not advanced.
+
+        Only engines whose values are batch-invariant have it.
+
+        Args:
+            ids: (B, T) token ids.
+            positions: (B, T), in their texts.
+            mask: (B, T), true at real tokens.
+            tree: what they attend to.
+            cache: of B rows of equal length, with room for T more tokens in each.
+            logits_of: (M,), flat indices b * T + t of real tokens, in ascending order.
+
+        Returns:
+            (M, V), float32.
+        """
+        raise NotImplementedError
 
     def _check_model(
         self, ids: Tensor, cache: KVCache, logits: Literal["all", "last"] | None

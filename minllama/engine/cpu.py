@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minllama.engine.base import Engine
+from minllama.engine.base import Engine, TokenTree
 from minllama.engine.support import is_supported, layers_of, linear_modules
-from minllama.kernels.cpu.library import call, library
+from minllama.kernels.cpu.library import best_level, call, library
 from minllama.kernels.cpu.ops import FEW_ROWS, floats, most_rows
 from minllama.kernels.cpu.structs import (
     KINDS,
@@ -33,7 +33,9 @@ from minllama.kernels.cpu.structs import (
 from minllama.kernels.dispatch import is_plain
 from minllama.model import llama as modules
 from minllama.model.attention_layout import (
+    check_context,
     check_continuation,
+    check_inputs,
     layout_of,
     row_lens,
     selected_positions,
@@ -52,6 +54,7 @@ from minllama.quantization.modules import (
 # of weights in floating point, rows of one token each, and either on CPUs with matrix instructions
 # (AMX), which torch uses. Quantized weights are multiplied as they are in passes of any length.
 MOST_TOKENS, MOST_ROWS, FEW = 64, 128, 32
+AVX512 = 2  # index into `hardware.LEVELS`
 PIECE = 512  # tokens of a longer pass that are read together: what is kept of each takes 25 KB
 # The LlamaConfig fields that kernels/cpu/src/bindings.cpp, or its caller, implements.
 IMPLEMENTED = frozenset(
@@ -141,6 +144,7 @@ class NativeStep:
         cache: KVCache,
         logits_of: Tensor,
         mask: Tensor | None = None,
+        tree: TokenTree | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Read tokens that continue what the cache holds, which is written to but not advanced.
 
@@ -151,6 +155,7 @@ class NativeStep:
             cache: with room for them.
             logits_of: (M,), flat indices b * T + t of the tokens whose logits are selected.
             mask: (B, T), true at the tokens to read, among them those of `logits_of`; None for all.
+            tree: where tokens are written and what they attend to, if not as positions say.
 
         Returns:
             Hidden states after the last norm, (B, T, D), in the model's dtype, zero where nothing
@@ -158,9 +163,10 @@ class NativeStep:
         """
         batch, length = ids.shape
         check_ids(ids, self._vocab_size)
-        read = torch.arange(batch * length, device="cpu")
+        read, counts = torch.arange(batch * length, device="cpu"), [length] * batch
         if mask is not None:
-            read = read[mask.bool().flatten()]
+            mask = mask.bool()
+            read, counts = read[mask.flatten()], mask.sum(-1).tolist()
         hidden = floats(batch * length, self._model.dim)
         if len(read) < len(hidden):
             hidden.zero_()
@@ -168,25 +174,33 @@ class NativeStep:
         places = torch.searchsorted(read, logits_of.long())
         # Looked up each time: several caches share a step, perhaps in several threads.
         addresses = _addresses(cache.keys), _addresses(cache.values)
-        for piece in read.split(PIECE):
+        slots = (positions if tree is None else tree.slots).expand(batch, -1)
+        for piece in read.split(_pieces(counts)):
             is_selected = (places >= 0) & (places < len(piece))
             which = places[is_selected].contiguous()
             rows, columns = piece // length, piece % length
-            slots = positions.expand(batch, -1)[rows, columns]
             angles = torch.view_as_real(rotation.expand(batch, -1, -1, -1)[rows, columns])
-            tokens, angles = ids[rows, columns].long(), angles.contiguous()
-            states, found = floats(len(piece), self._model.dim), floats(len(which), self._vocab_size)
+            tokens, places_of = ids[rows, columns].long(), slots[rows, columns]
+            angles = angles.contiguous()
+            states, found = (
+                floats(len(piece), self._model.dim),
+                floats(len(which), self._vocab_size),
+            )
             step = Step(
                 n_tokens=len(piece),
                 ids=tokens.data_ptr(),
                 rows=rows.data_ptr(),
-                slots=slots.data_ptr(),
+                slots=places_of.data_ptr(),
                 rotation=angles.data_ptr(),
                 hidden=states.data_ptr(),
                 n_logits=len(which),
                 logits_of=which.data_ptr(),
                 logits=found.data_ptr(),
             )
+            if tree is not None:
+                seen, ancestors = tree.seen[rows, columns], tree.ancestors[rows, columns]
+                step.seen, step.ancestors = seen.data_ptr(), ancestors.data_ptr()
+                step.n_ancestors = ancestors.shape[1]
             self._run(step, cache, *addresses)
             hidden[piece], logits[is_selected] = states, found
             places = places - len(piece)
@@ -285,6 +299,23 @@ class NativeStep:
         return Values(tensor.data_ptr(), KINDS[tensor.dtype])
 
 
+def _pieces(counts: list[int]) -> list[int]:
+    """How many tokens are read together, of rows that have these numbers of them.
+
+    A row is cut only if it is longer than a piece, and then counted from its start: what is read
+    with it must not change its bits.
+    """
+    pieces, n = [], 0
+    for count in counts:
+        if n and n + count > PIECE:
+            pieces.append(n)
+            n = 0
+        whole, rest = divmod(count, PIECE)
+        pieces += [PIECE] * whole
+        n += rest
+    return [*pieces, n] if n else pieces
+
+
 def _cached_addresses(cache: KVCache) -> tuple[Any, Any]:
     """The addresses of a cache's keys and of its values.
 
@@ -320,11 +351,33 @@ class CpuEngine(Engine):
             # As in llama.cpp: half the memory, and half of what decoding a long text reads, for a
             # rounding that is small compared with that of the weights.
             self.cache_dtype = torch.float16
+        # Products of AVX-512 over quantized weights are the same for one token and for several;
+        # others are added up in another order.
+        most = most_tokens(llama, of_one_each=False)
+        self.is_batch_invariant = best_level() == AVX512 and most == math.inf
 
     @cached_property
     def _step(self) -> NativeStep:
         # At the first use: its buffers for logits are 25 MB, which scoring texts does without.
         return NativeStep(self.llama)
+
+    def tree_logits(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        tree: TokenTree,
+        cache: KVCache,
+        logits_of: Tensor,
+    ) -> Tensor:
+        """See `Engine.tree_logits`."""
+        self.snapshot.check()
+        cache.check_serves(self.config, self.llama.dtype, self.device)
+        check_inputs(ids, mask, self.config.vocab_size)
+        check_context(int(positions.max()) + 1, self.config)
+        cache.reserve(ids.shape[1])
+        rotation = self.llama.rope(positions, int(positions.max()) + 1)
+        return self._step(ids, positions, rotation, cache, logits_of, mask, tree)[1]
 
     def forward(
         self,

@@ -46,8 +46,8 @@ class EvaluationRequest(ABC):
     def is_exact(self) -> bool:
         """Whether nothing else that is computed may change a bit of the result.
 
-        Then it is computed with its group alone, and what is read in chunks is read in the same
-        ones whatever the budget, which is exceeded where it is less.
+        Then it is computed alone, unless the engine's values are batch-invariant; and what is read
+        in chunks is read in the same ones whatever the budget, which is exceeded where it is less.
         """
         return False
 

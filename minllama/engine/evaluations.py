@@ -188,17 +188,22 @@ class Evaluations:
         longest = n_new = 0
         for evaluation in islice(self.waiting, MOST_SEEN):
             request = evaluation.request
-            if request.group != first.group or request.salt != first.salt:
-                continue
-            if request.prefix != first.prefix:
+            if not self._goes_with(first, request):
                 continue
             longest = max(longest, request.length)
             n_new += request.length - known
-            is_over = n_new > budget and not request.is_exact
+            is_over = n_new > budget
             if batch and (longest * (len(batch) + 1) > self._batch_tokens or is_over):
                 break
             batch.append(evaluation)
         return batch
+
+    def _goes_with(self, first: EvaluationRequest, other: EvaluationRequest) -> bool:
+        """Whether two requests can be answered by one forward pass."""
+        if first.is_exact and not self._engine.is_batch_invariant:
+            return other is first
+        keys = [(each.group, each.salt, each.prefix) for each in (first, other)]
+        return keys[0] == keys[1]
 
     def _remove_answered(self, n: int) -> None:
         """Take out n evaluations that have ended."""

@@ -7,6 +7,7 @@ of one token add nothing to the cost of the prompt. A scheduler answers `ScoreRe
 training calls `compute_label_scores`, with gradients.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from minllama.engine.base import Engine
+from minllama.engine.base import Engine, TokenTree
 from minllama.engine.evaluation import Chunks, EvaluationRequest, read_into
 from minllama.engine.packing import hidden_states
 from minllama.model.inputs import padded
@@ -49,12 +50,51 @@ class ScoreRequest(EvaluationRequest):
         self, engine: Engine, requests: "Sequence[ScoreRequest]", cache: KVCache | None
     ) -> Sequence[Tensor]:
         """See `EvaluationRequest.compute`."""
-        return list(compute_label_scores(engine.llama, requests, cache))
+        return list(_scores(engine, requests, cache))
 
     def in_chunks(self, engine: Engine, cache: KVCache) -> Chunks:
         """See `EvaluationRequest.in_chunks`; labels are computed after the prompt's last token."""
         yield from read_into(engine, self.ids[:-1], cache)
-        return compute_label_scores(engine.llama, [self], cache)[0]
+        return _scores(engine, [self], cache)[0]
+
+
+def _scores(engine: Engine, requests: Sequence[ScoreRequest], cache: KVCache | None) -> Tensor:
+    """`compute_label_scores`, or, of exact requests, the same with bits that company never changes.
+
+    Which of them depends on the engine and on a request alone.
+    """
+    if requests[0].is_exact and engine.is_batch_invariant:
+        return _batch_invariant_scores(engine, requests, cache)
+    return compute_label_scores(engine.llama, requests, cache)
+
+
+def _batch_invariant_scores(
+    engine: Engine, requests: Sequence[ScoreRequest], cache: KVCache | None
+) -> Tensor:
+    cached_len = 0 if cache is None else cache.max_len
+    layout = _Layout(requests, cached_len)
+    batch, length = layout.ids.shape
+    if cache is None:
+        cache = KVCache(engine.config, batch, length, dtype=engine.llama.dtype)
+    columns = torch.arange(length)
+    slots = (cached_len + columns).unsqueeze(0)
+    positions = slots if layout.positions is None else layout.positions
+    lens = torch.tensor([request.length - cached_len for request in requests])
+    depth = max(max(map(len, request.continuations)) for request in requests)
+    seen = (slots + 1).repeat(batch, 1)
+    ancestors = torch.full((batch, length, max(depth - 1, 1)), -1)
+    for row, (request, trie) in enumerate(zip(requests, layout.tries, strict=True)):
+        start = len(request.ids) - cached_len
+        seen[row, start:] = len(request.ids)
+        for node, sees in enumerate(trie.sees):
+            found = sees.nonzero().squeeze(-1) + len(request.ids)
+            ancestors[row, start + node, : len(found)] = found
+    tree = TokenTree(slots, seen, ancestors)
+    mask = columns < lens.unsqueeze(-1)
+    logits = engine.tree_logits(layout.ids, positions, mask, tree, cache, layout.queries)
+    # A row at a time: sums over several are added up in another order than over one.
+    normalizers = torch.stack([row.logsumexp(-1) for row in logits])
+    return layout.summed(logits[layout.tokens[:, 0], layout.tokens[:, 1]], normalizers)
 
 
 def compute_label_scores(
@@ -87,10 +127,7 @@ def compute_label_scores(
     normalizers = torch.cat(parts)  # (M,)
     tokens = layout.tokens.to(device)  # (K, 3)
     chosen = _token_logits(llama, hidden[tokens[:, 0]], tokens[:, 1])  # (K,)
-    log_probs = chosen - normalizers[tokens[:, 0]]
-    n_labels = len(requests[0].continuations)
-    scores = log_probs.new_zeros(len(requests) * n_labels).index_add(0, tokens[:, 2], log_probs)
-    return scores.view(-1, n_labels)  # (B, C)
+    return layout.summed(chosen, normalizers)
 
 
 def _token_logits(llama: Llama, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -151,6 +188,7 @@ class _Layout:
         positions: (B, T) with a (B, T, T) mask; else None.
         queries: (M,), flat indices of the tokens that predict a label's token.
         tokens: (K, 3): for each token of each label its query, its id, and sequence * C + label.
+        tries: of each row.
     """
 
     def __init__(self, prompts: Sequence[ScoreRequest], cached_len: int) -> None:
@@ -184,6 +222,14 @@ class _Layout:
                     (first + 1 + node, id_, cell) for id_, node in zip(ids, nodes, strict=True)
                 ]
         self.queries, self.tokens = torch.tensor(queries), torch.tensor(tokens)
+        self.tries, self._shape = of_row, (len(prompts), n_labels)
+
+    def summed(self, logits: Tensor, normalizers: Tensor) -> Tensor:
+        """(K,) logits of the labels' tokens, less (M,) normalizers, to scores of labels (B, C)."""
+        tokens = self.tokens.to(logits.device)
+        log_probs = logits - normalizers[tokens[:, 0]]
+        scores = log_probs.new_zeros(math.prod(self._shape))
+        return scores.index_add(0, tokens[:, 2], log_probs).view(self._shape)
 
 
 def _tree_layout(

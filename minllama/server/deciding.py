@@ -1,7 +1,8 @@
 """Decisions over a service: questions on a state to answers, for routes of every protocol.
 
-The method is the library's, `minllama.classification.decisions`. Each question is computed in a
-forward pass of its own after the state, which all questions on it share.
+The method is the library's, `minllama.classification.decisions`. Questions are computed after the
+state, which all questions on it share, and those of several requests together where that changes
+no bit of an answer.
 """
 
 import threading

@@ -8,6 +8,8 @@ from minllama.engine.choose import engine_for
 from minllama.engine.evaluation import MIN_SHARED_LEN
 from minllama.engine.scheduler import Scheduler
 from minllama.engine.scoring import ScoreRequest, compute_label_scores
+from minllama.kernels.cpu.library import best_level
+from minllama.model.llama import load_pretrained
 from tests.tiny import both, our_model
 
 LABELS = ((5,), (7, 9), (7, 9, 11), (7, 8, 3, 2), (1, 2, 3, 4, 5))
@@ -16,7 +18,7 @@ LABELS = ((5,), (7, 9), (7, 9, 11), (7, 8, 3, 2), (1, 2, 3, 4, 5))
 def prompts(*lengths, labels=LABELS, start=0):
     generator = torch.Generator().manual_seed(3)
     ids = [torch.randint(0, 61, (n,), generator=generator).tolist() for n in lengths]
-    shared = list(range(start))
+    shared = [i % 61 for i in range(start)]
     return [
         ScoreRequest(ids=(*shared, *row), continuations=labels, shared_len=start) for row in ids
     ]
@@ -105,6 +107,59 @@ def test_a_shared_prefix_and_labels_are_not_run_again():
         scheduled(scheduler, prompts(5, 5, start=20))
     # 20 once; then five tokens and the eight inner nodes of the trie of the five labels' 15 tokens.
     assert [shape[1] for shape in lengths] == [20, 13, 13, 13]
+
+
+class ExactRequest(ScoreRequest):
+    is_exact = True
+
+
+def quantized_model(folder):
+    our_model(dim=64, hidden_dim=96, vocab_size=61, max_seq_len=400).save_pretrained(folder)
+    return load_pretrained(folder, quantize="int4", dtype="float32")
+
+
+def exact_prompts(*lengths, start=0):
+    return [
+        ExactRequest(ids=each.ids, continuations=each.continuations, shared_len=each.shared_len)
+        for each in prompts(*lengths, start=start)
+    ]
+
+
+@pytest.mark.parametrize("start", [0, MIN_SHARED_LEN, 150])
+@torch.inference_mode()
+def test_exact_scores_have_the_same_bits_in_any_company(start, tmp_path):
+    model = quantized_model(tmp_path / "model")
+    engine = engine_for(model)
+    batch = exact_prompts(30, 1, 9, 2, 17, 130, 5, start=start)
+    together = scheduled(Scheduler(engine), batch)
+    assert torch.equal(scheduled(Scheduler(engine), batch[::-1]), together.flipud())
+    assert torch.equal(scheduled(Scheduler(engine, token_budget=40), batch), together)
+    alone = [scheduled(Scheduler(engine), [each])[0] for each in batch]
+    assert torch.equal(torch.stack(alone), together)
+    torch.testing.assert_close(together, compute_label_scores(model, batch), atol=2e-3, rtol=0)
+
+
+@pytest.mark.skipif(best_level() < 2, reason="values depend on the batch without AVX-512")
+@torch.inference_mode()
+def test_exact_scores_are_computed_together_where_values_do_not_depend_on_it(tmp_path, monkeypatch):
+    engine = engine_for(quantized_model(tmp_path / "model"))
+    assert engine.is_batch_invariant
+    assert not engine_for(our_model()).is_batch_invariant
+    rows = []
+    own = type(engine).tree_logits
+
+    def counted(self, ids, *args):
+        rows.append(len(ids))
+        return own(self, ids, *args)
+
+    monkeypatch.setattr(type(engine), "tree_logits", counted)
+    batch = exact_prompts(*[5] * 9, start=20)
+    scheduled(Scheduler(engine), batch)
+    assert rows == [9]
+    monkeypatch.setattr(engine, "is_batch_invariant", False)
+    rows.clear()
+    scheduled(Scheduler(engine), batch)
+    assert rows == []
 
 
 def test_gradients_are_those_of_the_plain_computation(tmp_path):

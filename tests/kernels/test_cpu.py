@@ -129,7 +129,7 @@ def test_long_texts_are_attended_to_in_pieces(dtype, level, plain):
 
 
 def ragged_pass(model, forward, cache_dtype=None, rows=(0, 1, 2)):
-    """Hidden states and last logits of rows that have 5, 130 and 200 tokens and get 40, 9 and 70."""
+    """Hidden states and last logits of rows of 5, 130 and 200 tokens that get 40, 9 and 70."""
     old, new = [(5, 130, 200)[row] for row in rows], [(40, 9, 70)[row] for row in rows]
     cache = KVCache(model.config, len(rows), 280, dtype=cache_dtype or model.dtype)
     for slot, row in enumerate(rows):

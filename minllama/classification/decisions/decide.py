@@ -1,15 +1,15 @@
 """Answer questions on a state: score their options, take the prior out, compare.
 
-A server of decisions calls it, and library users. Each question is computed alone after the shared
-tokens of the state, so neither the order of questions nor other questions change a bit of an
-answer; options are computed in the order of their values, so that theirs does not, either.
+A server of decisions calls it, and library users. Questions are computed after the shared tokens of
+the state, alone or where company changes no bit of a value; options in the order of their values.
+So neither the order of questions nor that of options nor other questions change an answer.
 """
 
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -37,17 +37,11 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DecisionRequest(ScoreRequest):
-    """A `ScoreRequest` that is computed with none but those of its own company.
-
-    Attributes:
-        company: requests of the same object may be computed together.
-    """
-
-    company: object = field(default_factory=object)
+    """A `ScoreRequest` whose result does not depend on what else is computed."""
 
     @cached_property
     def group(self) -> Hashable:
-        return DecisionRequest, id(self.company)
+        return DecisionRequest, len(self.continuations)
 
     @property
     def is_exact(self) -> bool:
@@ -87,10 +81,9 @@ class DecisionPlan:
         self._priors = {key: prior for key, prior in priors.items() if prior is not None}
         self._unknown = [key for key, prior in priors.items() if prior is None and key]
         for prompts in self._unknown:
-            company = object()
             self.requests += [
-                DecisionRequest(ids=p.ids, continuations=p.continuations, company=company)
-                for p in prompts
+                DecisionRequest(ids=p.ids, continuations=p.continuations, shared_len=n)
+                for p, n in zip(prompts, model.shared_lens(prompts), strict=True)
             ]
 
     def answers(self, results: Sequence[Tensor]) -> list[Answer]:
@@ -146,6 +139,7 @@ class DecisionModel:
             raise MinllamaError("decisions need a causal model, not a bidirectional one")
         self.llama, self.prior_strength = llama, prior_strength
         self.prompts = DecisionPrompts(tokenizer, llama.config.context_len)
+        self._content_free_prompts = [self.prompts.on(state) for state in CONTENT_FREE]
         self._priors: OrderedDict[tuple[EncodedPrompt, ...], Scores] = OrderedDict()
         self._engine = KeptEngine()
         self._lock = threading.Lock()  # of the priors
@@ -188,7 +182,15 @@ class DecisionModel:
     def _content_free(self, question: Question) -> tuple[EncodedPrompt, ...]:
         if not self.prior_strength:
             return ()
-        return tuple(self.prompts.encode(state, question) for state in CONTENT_FREE)
+        return tuple(prompts.encode(question) for prompts in self._content_free_prompts)
+
+    def shared_lens(self, content_free: tuple[EncodedPrompt, ...]) -> list[int]:
+        """How many tokens each content-free prompt shares with those of other questions."""
+        shared = [prompts.shared for prompts in self._content_free_prompts]
+        pairs = zip(content_free, shared, strict=True)
+        return [
+            len(ids) if p.ids[: len(ids)] == ids and len(p) > len(ids) else 0 for p, ids in pairs
+        ]
 
     def prior(self, content_free: tuple[EncodedPrompt, ...]) -> Scores | None:
         """Log of the options' mean probability over content-free states, (C,); None if unknown."""

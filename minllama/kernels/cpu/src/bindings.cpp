@@ -300,7 +300,7 @@ EXPORT void minllama_use_openmp(void* parallel, void* thread, void* threads) {
 
 // Runs a step; 0 where it did, 1 where there is no memory for it.
 EXPORT int minllama_step(const Model* model, const Step* step, int64_t threads, int level) {
-    const int64_t buffer = plain::step_buffer(*model);
+    const int64_t buffer = plain::step_buffer(*model, *step);
 #if X86
     if (level == 2) {
         return run<avx512::Scratch, avx512::Activations>(avx512::pass, *model, *step, buffer, threads);

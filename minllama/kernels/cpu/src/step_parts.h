@@ -17,6 +17,19 @@ struct Run {
     int64_t first, n;
 };
 
+// What a token sees of its row: the first slots, chunk by chunk, and its ancestors in one more chunk.
+inline int64_t seen_by(const Step& step, int64_t token) { return step.seen ? step.seen[token] : step.slots[token] + 1; }
+
+inline int64_t ancestors_of(const Step& step, int64_t token) {
+    int64_t n = 0;
+    while (n < step.n_ancestors && step.ancestors[token * step.n_ancestors + n] >= 0) ++n;
+    return n;
+}
+
+inline int64_t chunks_of(const Step& step, int64_t token) {
+    return (seen_by(step, token) + CHUNK - 1) / CHUNK + (ancestors_of(step, token) > 0);
+}
+
 struct StepParts {
     std::vector<Run> runs;
     std::vector<int64_t> singles;  // all other tokens
@@ -27,10 +40,7 @@ struct StepParts {
         try {
             for (int64_t first = 0; first < step.n_tokens;) {
                 int64_t end = first + 1;
-                while (end < step.n_tokens && step.rows[end] == step.rows[first] &&
-                       step.slots[end] == step.slots[end - 1] + 1) {
-                    ++end;
-                }
+                while (end < step.n_tokens && follows(step, end)) ++end;
                 const int64_t n = end - first, pieces = (n + MOST_RUN - 1) / MOST_RUN;
                 for (int64_t i = 0; i < pieces; ++i) {
                     add(step, first + n * i / pieces, n * (i + 1) / pieces - n * i / pieces);
@@ -44,12 +54,18 @@ struct StepParts {
     }
 
    private:
+    // Whether a token and the one before see all of their row up to themselves.
+    static bool follows(const Step& step, int64_t token) {
+        const int64_t slot = step.slots[token];
+        return step.rows[token] == step.rows[token - 1] && slot == step.slots[token - 1] + 1 &&
+               seen_by(step, token) == slot + 1 && seen_by(step, token - 1) == slot;
+    }
+
     void add(const Step& step, int64_t first, int64_t n) {
         if (n >= LEAST_RUN) return runs.push_back({first, n});
         for (int64_t t = first; t < first + n; ++t) {
             singles.push_back(t);
-            const int64_t seen = step.slots[t] + 1;
-            if ((seen + CHUNK - 1) / CHUNK > chunks) chunks = (seen + CHUNK - 1) / CHUNK;
+            if (chunks_of(step, t) > chunks) chunks = chunks_of(step, t);
         }
     }
 };

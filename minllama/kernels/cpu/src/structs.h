@@ -43,12 +43,16 @@ struct Model {
     const Layer* layers;
 };
 
-// N tokens that continue what a cache holds; each sees the slots up to its own of its row.
+// N tokens that continue what a cache holds; each sees the slots up to its own of its row, or, where `seen`
+// is given, the first ones and its ancestors.
 struct Step {
     int64_t n_tokens;
     const int64_t* ids;        // (N,)
     const int64_t* rows;       // (N,), of the cache
-    const int64_t* slots;      // (N,), of the cache: positions in their texts
+    const int64_t* slots;      // (N,), of the cache
+    const int64_t* seen;       // (N,), how many slots of its row a token sees from the first on; or null
+    int64_t n_ancestors;
+    const int64_t* ancestors;  // (N, n_ancestors), further slots that a token sees, the rest -1; or null
     const float* rotation;     // (N, C / 2, 2): cosine and sine
     void* const* keys;         // n_layers of (rows, K, S, C)
     void* const* values;       // the same
