@@ -11,7 +11,7 @@ import math
 import operator
 from functools import cached_property
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -172,39 +172,48 @@ class NativeStep:
             hidden.zero_()
         logits = floats(len(logits_of), self._vocab_size)
         places = torch.searchsorted(read, logits_of.long())
-        # Looked up each time: several caches share a step, perhaps in several threads.
-        addresses = _addresses(cache.keys), _addresses(cache.values)
-        slots = (positions if tree is None else tree.slots).expand(batch, -1)
+        inputs = _Inputs(
+            ids.long(),
+            (positions if tree is None else tree.slots).expand(batch, -1),
+            torch.view_as_real(rotation).expand(batch, -1, -1, -1, -1),
+            tree,
+        )
         for piece in read.split(_pieces(counts)):
             is_selected = (places >= 0) & (places < len(piece))
-            which = places[is_selected].contiguous()
-            rows, columns = piece // length, piece % length
-            angles = torch.view_as_real(rotation.expand(batch, -1, -1, -1)[rows, columns])
-            tokens, places_of = ids[rows, columns].long(), slots[rows, columns]
-            angles = angles.contiguous()
-            states, found = (
-                floats(len(piece), self._model.dim),
-                floats(len(which), self._vocab_size),
-            )
-            step = Step(
-                n_tokens=len(piece),
-                ids=tokens.data_ptr(),
-                rows=rows.data_ptr(),
-                slots=places_of.data_ptr(),
-                rotation=angles.data_ptr(),
-                hidden=states.data_ptr(),
-                n_logits=len(which),
-                logits_of=which.data_ptr(),
-                logits=found.data_ptr(),
-            )
-            if tree is not None:
-                seen, ancestors = tree.seen[rows, columns], tree.ancestors[rows, columns]
-                step.seen, step.ancestors = seen.data_ptr(), ancestors.data_ptr()
-                step.n_ancestors = ancestors.shape[1]
-            self._run(step, cache, *addresses)
+            states, found = self._read(inputs, piece, places[is_selected], cache)
             hidden[piece], logits[is_selected] = states, found
             places = places - len(piece)
         return hidden.view(batch, length, -1).to(self._dtype), logits
+
+    def _read(
+        self, inputs: "_Inputs", piece: Tensor, logits_of: Tensor, cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """Read N of the tokens at once: hidden states (N, D), and logits (M, V) of some of them."""
+        length = inputs.ids.shape[1]
+        rows, columns = piece // length, piece % length
+        ids, slots = inputs.ids[rows, columns], inputs.slots[rows, columns]
+        angles = inputs.angles[rows, columns].contiguous()
+        hidden = floats(len(piece), self._model.dim)
+        logits_of = logits_of.contiguous()
+        logits = floats(len(logits_of), self._vocab_size)
+        step = Step(
+            n_tokens=len(piece),
+            ids=ids.data_ptr(),
+            rows=rows.data_ptr(),
+            slots=slots.data_ptr(),
+            rotation=angles.data_ptr(),
+            hidden=hidden.data_ptr(),
+            n_logits=len(logits_of),
+            logits_of=logits_of.data_ptr(),
+            logits=logits.data_ptr(),
+        )
+        if inputs.tree is not None:
+            seen, ancestors = inputs.tree.seen[rows, columns], inputs.tree.ancestors[rows, columns]
+            step.seen, step.ancestors = seen.data_ptr(), ancestors.data_ptr()
+            step.n_ancestors = ancestors.shape[1]
+        # Looked up each time: several caches share a step, perhaps in several threads.
+        self._run(step, cache, _addresses(cache.keys), _addresses(cache.values))
+        return hidden, logits
 
     def next_logits(self, ids: Tensor, cache: KVCache, table: Tensor) -> tuple[Tensor, Tensor]:
         """Read one more token of each row, which is written to the cache but not counted there.
@@ -299,10 +308,19 @@ class NativeStep:
         return Values(tensor.data_ptr(), KINDS[tensor.dtype])
 
 
+class _Inputs(NamedTuple):
+    """Tokens of a pass: ids and slots (B, T), rotations (B, T, 1, C / 2, 2)."""
+
+    ids: Tensor
+    slots: Tensor
+    angles: Tensor
+    tree: TokenTree | None
+
+
 def _pieces(counts: list[int]) -> list[int]:
     """How many tokens are read together, of rows that have these numbers of them.
 
-    A row is cut only if it is longer than a piece, and then counted from its start: what is read
+    A row is split only if it is longer than a piece, and then counted from its start: what is read
     with it must not change its bits.
     """
     pieces, n = [], 0
