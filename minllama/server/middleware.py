@@ -27,6 +27,7 @@ logger = logging.getLogger("minllama.server")
 # Answered in any state, and never limited by rate: whoever watches the server asks for them.
 WATCHED = frozenset({"/health", "/ready", "/metrics"})
 MOST_CALLERS = 4096  # whose rates are known at a time
+_ABSOLUTE = re.compile("https?://([^/]*)", re.IGNORECASE)  # RFC 9112, sec. 3.2.2: replaces Host
 _SLASHES = re.compile("/{2,}")
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^][:@/\s,]+))(?::[0-9]*)?")  # RFC 3986, sec. 3.2.2
 
@@ -52,7 +53,14 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = _SLASHES.sub("/", scope["path"])
+        path = scope["path"]
+        if (absolute := _ABSOLUTE.match(path)) is not None:
+            path = path[absolute.end() :]
+            scope["headers"] = [
+                (name, value) for name, value in scope["headers"] if name != b"host"
+            ]
+            scope["headers"].append((b"host", absolute[1].encode(errors="replace")))
+        path = _SLASHES.sub("/", path)
         scope["path"] = path.rstrip("/") or "/"
         scope["raw_path"] = scope["path"].encode(errors="replace")
         is_watched = scope["path"] in WATCHED

@@ -1,5 +1,6 @@
 """What pydantic finds wrong with a body, as one line with the field and what it must be."""
 
+import functools
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,11 +28,11 @@ def validation_error(errors: Sequence[Any], body: type[BaseModel] | None = None)
     place = _place(deepest)
     same = [error for error in errors if _place(error) == place]
     words = " or ".join(dict.fromkeys(_words(error) for error in same[:4]))
-    field = ".".join(place) or None
-    if body is not None and len(place) == 1 and (range_ := range_of(body, place[0])):
+    field = ".".join(map(str, place)) or None
+    if body is not None and len(place) == 1 and (range_ := range_of(body, str(place[0]))):
         words = f"must be {range_}"
     message = f"{field}: {words}" if field else f"the body: {words}"
-    return RequestError(message, param=field)
+    return RequestError(message, param=field, place=place)
 
 
 def range_of(body: type[BaseModel], name: str) -> str | None:
@@ -51,17 +52,27 @@ def range_of(body: type[BaseModel], name: str) -> str | None:
     return f"{kind} {' and '.join(bounds)}" if kind and bounds else None
 
 
-def _place(error: Mapping[str, Any]) -> tuple[str, ...]:
-    """Where in the body it is: field names and numbers."""
-    parts = [str(part) for part in error["loc"] if part != "body"]
-    return tuple(part[:64] for part in parts if part not in _KINDS and not _is_kind(part))[
-        :MOST_PARTS
-    ]
+def _place(error: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """Where in the body it is: field names, and numbers in lists."""
+    whole = error["loc"][error["loc"][:1] == ("body",) :]
+    parts = [part for part in whole if isinstance(part, int) or not _is_kind(str(part))]
+    return tuple(part if isinstance(part, int) else str(part)[:64] for part in parts)[:MOST_PARTS]
 
 
 def _is_kind(part: str) -> bool:
-    """Whether it names a class or a type of ours: `list[int]`, `TextPart`, `constrained-str`."""
-    return "[" in part or part.startswith("constrained") or part[:1].isupper()
+    """Whether it names no field but a class or type: `list[int]`, `TextPart`, `constrained-str`."""
+    return "[" in part or part.startswith("constrained") or part in _KINDS | _classes()
+
+
+@functools.cache
+def _classes() -> frozenset[str]:
+    """The names of all bodies and their parts. (A name that a client chose may begin like one.)"""
+    found: set[type[BaseModel]] = set()
+    waiting = [BaseModel]
+    while waiting:
+        found.update(some := waiting.pop().__subclasses__())
+        waiting += some
+    return frozenset(each.__name__ for each in found)
 
 
 def _words(error: Mapping[str, Any]) -> str:

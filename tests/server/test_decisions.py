@@ -430,6 +430,13 @@ def test_system_one_s_long_levels_are_numbered(served: HttpServer) -> None:
             {"questions": {"a.b": {"type": "noul"}}},
             ["body", "questions", "a.b", "noul", "criteria"],
         ),
+        *(
+            (
+                {"questions": {name: {"type": "noul", "criteria": 3}}},
+                ["body", "questions", name, "noul", "criteria"],
+            )
+            for name in ("q", "0", "Tone")
+        ),
         ({"questions": {"q": {"type": "box", "instructions": "x"}}}, None),
         ({"questions": {"q": {"type": "score", "criteria": ["a", "a"]}}}, None),
         ({"questions": {"q": {"type": "score", "criteria": []}}}, None),

@@ -159,6 +159,15 @@ def test_hosts_that_only_begin_well_are_refused(server: HttpServer, host: str) -
     assert b"evil" not in answer
 
 
+def test_a_target_with_a_host_counts_instead_of_the_header(server: HttpServer) -> None:
+    """RFC 9112, sec. 3.2.2: proxies send `GET http://host/path`."""
+    line = "GET http://%s/health HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n"
+    assert sent(server, (line % ("localhost:80", "x")).encode()).startswith(b"HTTP/1.1 200 ")
+    for target in ("evil.example", "evil@evil.example", ""):
+        answer = sent(server, (line % (target, "localhost")).encode())
+        assert answer.startswith(b"HTTP/1.1 403 ")
+
+
 def test_a_request_of_two_lengths_is_not_read(server: HttpServer) -> None:
     both = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
     both += b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /v1/models HTTP/1.1\r\n"
