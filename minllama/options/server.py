@@ -65,8 +65,8 @@ class ServerOptions(CheckedOptions):
     )
     stream_interval: float = option(
         0.05,
-        "seconds between two events of a stream, in which tokens are collected; 0 for an event a "
-        "token",
+        "seconds between two events of a stream, in which tokens are collected, up to four times "
+        "as many beside other streams; 0 for an event a token",
         within=Range(0, 60),
         group="Scheduling",
     )

@@ -31,6 +31,9 @@ logger = logging.getLogger("minllama.server")
 BATCH_BYTES = 2**28
 LEAST_BATCH_TOKENS, MOST_BATCH_TOKENS = 1024, 16384
 
+# With many streams their intervals are longer, by this much at most, to have so many events in all.
+EVENTS_PER_SECOND, MOST_TIMES_LONGER = 100, 4
+
 Deliver = Callable[[list[tuple[Job, Update]]], None]
 
 
@@ -246,7 +249,7 @@ class Worker:
         Each event takes time of the processor that computes, so a stream has no more of them than
         an eye can follow.
         """
-        now = time.perf_counter()
+        now, interval = time.perf_counter(), self._interval()
         for job, update in updates:
             if (held := self._held.get(job)) is not None:
                 update = update._replace(
@@ -257,12 +260,17 @@ class Worker:
         due = [
             (job, update)
             for job, update in self._held.items()
-            if update.is_last or now - self._sent.get(job, 0.0) >= self._options.stream_interval
+            if update.is_last or now - self._sent.get(job, 0.0) >= interval
         ]
         for job, _ in due:
             del self._held[job]
             self._sent[job] = now
         return due
+
+    def _interval(self) -> float:
+        """Seconds between two events of a job, of which there are as many as now."""
+        least = self._options.stream_interval
+        return max(least, min(len(self._of_job) / EVENTS_PER_SECOND, MOST_TIMES_LONGER * least))
 
     def _count(self, updates: list[tuple[Job, Update]]) -> None:
         metrics = self._metrics

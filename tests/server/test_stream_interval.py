@@ -5,6 +5,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from minllama.options.server import ServerOptions
+from minllama.server.metrics import Metrics
+from minllama.server.worker import Worker
 from tests.server.running import running
 
 
@@ -27,3 +30,14 @@ def test_an_event_has_the_tokens_of_an_interval(
         assert "".join(texts) == whole.text
         assert least <= len(texts) <= most
         assert chunks[-1].finish_reason == whole.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("stated", "jobs", "expected"),
+    [(0.05, 1, 0.05), (0.05, 16, 0.16), (0.05, 64, 0.2), (0.0, 64, 0.0), (1.0, 64, 1.0)],
+)
+def test_many_streams_have_longer_intervals(stated: float, jobs: int, expected: float) -> None:
+    options = ServerOptions(stream_interval=stated)
+    worker = Worker(options, lambda updates: None, Metrics())
+    worker._of_job = dict.fromkeys(range(jobs))  # type: ignore[assignment,arg-type]
+    assert worker._interval() == pytest.approx(expected)
