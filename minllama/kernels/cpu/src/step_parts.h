@@ -9,8 +9,9 @@
 #include "structs.h"
 
 constexpr int64_t CHUNK = 128;  // slots of a cache that are looked at together
-// Tokens of a run: fewer don't pay for reading keys as columns, more don't stay in the nearest caches.
-constexpr int64_t LEAST_RUN = 8, MOST_RUN = 32;
+// Tokens of a run: fewer don't pay for reading keys as columns, more don't stay in the nearest caches. Of short
+// prompts runs are shorter, so that all threads have some.
+constexpr int64_t LEAST_RUN = 8, SHORT_RUN = 32, MOST_RUN = 64, LONG = 256;
 
 // Consecutive tokens of one row of a cache.
 struct Run {
@@ -41,7 +42,7 @@ struct StepParts {
             for (int64_t first = 0; first < step.n_tokens;) {
                 int64_t end = first + 1;
                 while (end < step.n_tokens && follows(step, end)) ++end;
-                const int64_t n = end - first, pieces = (n + MOST_RUN - 1) / MOST_RUN;
+                const int64_t n = end - first, most = n < LONG ? SHORT_RUN : MOST_RUN, pieces = (n + most - 1) / most;
                 for (int64_t i = 0; i < pieces; ++i) {
                     add(step, first + n * i / pieces, n * (i + 1) / pieces - n * i / pieces);
                 }
