@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minllama.classification.base import evaluated
-from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.classification.base import Classifier, evaluated
 from minllama.data.task import Task
 from minllama.data.texts import checked_texts
 from minllama.engine.states import Choice, Pooling, StatesRequest
@@ -60,7 +59,7 @@ def candidate_choices(n_layers: int, pooling: Pooling | None = None) -> list[Cho
 
 
 def extract_features(
-    classifier: LlamaEmbeddingClassifier,
+    classifier: Classifier,
     texts: Sequence[str],
     choices: Iterable[Choice],
     *,
@@ -69,7 +68,7 @@ def extract_features(
     """Compute features of texts for several layers and poolings in one forward pass.
 
     Args:
-        classifier: its Llama and prompt are used; its own layer, pooling and head are not.
+        classifier: its Llama and prompt are used; its own layers and heads are not.
         texts: N strings.
         choices: layers and poolings.
         progress: receives the number of texts just completed.
@@ -170,12 +169,12 @@ def _comparison(
     """
     target = task.target(labels)
     rows = np.random.default_rng(task.seed).permutation(len(target))[:MAX_ROWS]
-    folds = _folds(target[rows], task.seed)
+    folds = stratified_folds(target[rows], task.seed)
 
     def right(choice: Choice, penalty: float, fold: NDArray[np.int64]) -> NDArray[np.bool_]:
         return _right_in_fold(features[choice][rows], target[rows], fold, penalty, task)
 
-    with _parallel_fits() as pool:
+    with parallel_fits() as pool:
 
         def begin(choice: Choice, penalty: float, n_folds: int) -> Callable[[], NDArray[np.bool_]]:
             parts = [pool.submit(right, choice, penalty, fold) for fold in folds[:n_folds]]
@@ -212,7 +211,7 @@ def fit_head(
     target = task.target(labels)
     mean, scale = features.mean(0), np.maximum(features.std(0), 1e-6)
     shift = mean if bias else np.zeros_like(mean)
-    with _fitting():
+    with single_threaded_fits():
         weight, constant = _regression(
             (features - shift) / scale, target, penalty, task, intercept=bias
         )
@@ -277,9 +276,9 @@ def _regression(
 
 
 @contextlib.contextmanager
-def _parallel_fits() -> Iterator[ThreadPoolExecutor]:
+def parallel_fits() -> Iterator[ThreadPoolExecutor]:
     """A pool of threads that fit heads in parallel."""
-    with _fitting(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with single_threaded_fits(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         try:
             yield pool
         finally:
@@ -287,7 +286,7 @@ def _parallel_fits() -> Iterator[ThreadPoolExecutor]:
 
 
 @contextlib.contextmanager
-def _fitting() -> Iterator[None]:
+def single_threaded_fits() -> Iterator[None]:
     """The context for `_regression`: no warnings, and one thread, since its matmuls are small.
 
     (SST-5's 8,544 rows on two cores: twice as fast as on two threads.)
@@ -322,7 +321,7 @@ def _right_in_fold(
     return np.asarray(scores.argmax(1) == target[fold].argmax(1))
 
 
-def _folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:
+def stratified_folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.int64]]:
     """Stratified folds: each has its share of every class (or set of labels)."""
     n_folds = max(2, min(FOLDS, len(target)))
     random = np.random.default_rng(seed)

@@ -24,12 +24,14 @@ class EncodedPrompt:
         continuations: for each label, the ids that follow; empty if no labels are scored.
         is_shortened: whether the text was truncated to fit.
         n_read: how many characters of a truncated text it has; None for a whole text.
+        text: what it has of the text.
     """
 
     ids: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...] = ()
     is_shortened: bool = field(default=False, repr=False, compare=False)
     n_read: int | None = field(default=None, repr=False, compare=False)
+    text: str = field(default="", repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -140,7 +142,7 @@ class PromptTemplate:
     def _encode(self, text: str) -> EncodedPrompt:
         prompt = self._ids(text, "")
         if not self.labels:
-            return EncodedPrompt(prompt)
+            return EncodedPrompt(prompt, text=text)
         whole = [self._ids(text, self.separator + label) for label in self.labels]
         shared = _common_len([prompt, *whole])
         continuations = tuple(ids[shared:] for ids in whole)
@@ -149,7 +151,7 @@ class PromptTemplate:
                 raise MinllamaError(f"the label {label!r} adds no token to the prompt")
         if len(set(continuations)) < len(continuations):
             raise MinllamaError(f"two labels have the same tokens: {', '.join(self.labels)}")
-        return EncodedPrompt(prompt[:shared], continuations)
+        return EncodedPrompt(prompt[:shared], continuations, text=text)
 
     def _ids(self, text: str, label: str) -> tuple[int, ...]:
         if self.chat:

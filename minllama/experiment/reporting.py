@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from minllama.classification import LlamaEmbeddingClassifier
 from minllama.classification.base import Classifier
+from minllama.classification.experts import LlamaExpertsClassifier
 from minllama.data.task import Task
 from minllama.evaluation.baselines import fit_baselines
 from minllama.evaluation.metrics import Evaluation
@@ -73,6 +74,12 @@ def _chosen(classifier: Classifier) -> dict[str, Any]:
         chosen = {"mean of the targets": scale.mean, "their standard deviation": scale.std}
     if isinstance(classifier, LlamaEmbeddingClassifier):
         chosen |= {"layer": classifier.layer, "pooling": classifier.pooling}
+    if isinstance(classifier, LlamaExpertsClassifier):
+        chosen |= {
+            "layers": classifier.n_layers,
+            "heads": [f"layer {layer} {pooling}" for layer, pooling in classifier.choices],
+            "TF-IDF": classifier.tfidf is not None,
+        }
     if classifier.decision is not None:
         chosen["threshold"] = classifier.thresholds
     return chosen
@@ -116,7 +123,8 @@ def measure(
         if message := shortened_texts(classifier, split.texts, split.source):
             reporter.message(message)
             notes.append(message)
-    if not (splits.train.has_numbers or experiment.classifier.no_calibration):
+    is_calibrated = isinstance(classifier, LlamaExpertsClassifier)  # on training texts
+    if not (splits.train.has_numbers or experiment.classifier.no_calibration or is_calibrated):
         notes.append("the temperature was fitted on dev, so calibration on dev is optimistic")
     if result is not None and experiment.training.keep == "best":
         notes.append("the weights were selected on dev, so results on dev are slightly optimistic")

@@ -17,7 +17,11 @@ from minllama.atomic import only_run
 from minllama.checkpoints.load import load_with
 from minllama.checkpoints.open import open_checkpoint
 from minllama.checkpoints.weight_format import Purpose, resolve_weight_format
-from minllama.classification import LlamaEmbeddingClassifier, save_classifier
+from minllama.classification import (
+    LlamaEmbeddingClassifier,
+    LlamaExpertsClassifier,
+    save_classifier,
+)
 from minllama.classification.base import Classifier, probabilities
 from minllama.classification.calibration import fit_temperature
 from minllama.classification.storage.fingerprint import comparable_config
@@ -38,6 +42,7 @@ from minllama.experiment.build import (
 )
 from minllama.experiment.evaluate import choose_decision, evaluate_classifier, headlines
 from minllama.experiment.experiment import Experiment
+from minllama.experiment.frozen import make_experts, reads_experts
 from minllama.experiment.option_rules import check_uses
 from minllama.experiment.output_folder import (
     check_not_base,
@@ -231,6 +236,8 @@ def _train(
             experiment, splits, classifier, reporter
         )
         train = without_shots(splits.train, classifier.shots)
+    elif reads_experts(splits.train, options):
+        return make_experts(experiment, splits, llama, tokenizer, reporter), other_systems, None
     else:
         classifier = make_head(
             llama,
@@ -291,7 +298,9 @@ def _calibrate(
     if classifier.scale is not None:  # numbers have neither
         reporter.message(described(classifier))
         return logits, notes
-    if not options.no_calibration:
+    if isinstance(classifier, LlamaExpertsClassifier):
+        notes.append("the probabilities were calibrated on training texts, by cross-validation")
+    elif not options.no_calibration:
         classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
         reporter.message(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
     p = probabilities(logits, classifier.temperature, multi_label=dev.multi_label)

@@ -14,6 +14,7 @@ import torch
 from minllama.atomic import sha256_of
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.classification.experts import LlamaExpertsClassifier
 from minllama.classification.storage import schema
 from minllama.classification.storage.base_model import Identity
 from minllama.classification.zero_shot import LlamaZeroShotClassifier
@@ -27,8 +28,8 @@ from minllama.tokenizer.tokenizer import Tokenizer
 
 CLASSIFIER_FILE = "classifier.json"
 # The second may say `thresholds`, `scale`, `pad_id` and `tokenizer_eos`, which readers of the first
-# would ignore.
-VERSIONS = (1, 2)
+# would ignore. The third may be a product of experts.
+VERSIONS = (1, 2, 3)
 WHERE = ("model", "tokenizer")  # keys of `base`
 FOR_PEOPLE = ("minllama", "training")
 
@@ -72,6 +73,10 @@ def describe(
         content["prior_strength"] = classifier.prior_strength
         content["shots"] = [list(shot) for shot in classifier.shots]
         content["prior"] = None if classifier.prior is None else classifier.prior.tolist()
+    elif isinstance(classifier, LlamaExpertsClassifier):
+        content |= {"version": VERSIONS[2], "kind": "experts"}
+        content["choices"] = [list(choice) for choice in classifier.choices]
+        content["tfidf"] = classifier.tfidf is not None
     else:
         assert isinstance(classifier, LlamaEmbeddingClassifier)
         content["kind"] = "embedding"
@@ -120,6 +125,9 @@ def build(
             if prior.shape != (len(labels),) or not prior.isfinite().all():
                 raise ValueError(f"prior must be {len(labels)} numbers")
             classifier.prior = prior
+    elif content["kind"] == "experts":
+        choices = [(layer, pooling) for layer, pooling in content["choices"]]
+        classifier = LlamaExpertsClassifier(llama, words, labels, choices, prompt=prompt)
     else:
         scale, pad_id = content.get("scale"), content.get("pad_id")
         with torch.random.fork_rng(devices=[]):  # the caller's seed must not notice
@@ -156,7 +164,9 @@ def in_words(path: Path) -> list[tuple[str, str]]:
         labels = [str(label) for label in content["labels"]]
         base, many = content["base"], bool(content["multi_label"])
         how = f"head on layer {content.get('layer')}, {content.get('pooling')} pooling"
-        if content["kind"] == "zero-shot":
+        if content["kind"] == "experts":
+            how = experts_in_words(content)
+        elif content["kind"] == "zero-shot":
             how = f"label words {', '.join(map(str, content['label_words']))}; {content['score']}"
         gives = f"{'any number' if many else 'one'} of {len(labels)} labels"
         has_numbers = content.get("scale") is not None
@@ -177,6 +187,12 @@ def in_words(path: Path) -> list[tuple[str, str]]:
             raise TypeError("sha256 is not valid")
     check_unchanged(path, content)  # last, for the others say what it is that differs
     return lines
+
+
+def experts_in_words(content: Mapping[str, Any]) -> str:
+    """The experts of a manifest, for display."""
+    heads = [f"layer {layer} {pooling}" for layer, pooling in content["choices"]]
+    return "heads on " + ", ".join([*heads, *(["TF-IDF"] if content["tfidf"] else [])])
 
 
 def _prompt(options: Mapping[str, Any]) -> str:

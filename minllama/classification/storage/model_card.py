@@ -9,6 +9,7 @@ from typing import Any
 
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.classification.storage.manifest import experts_in_words
 from minllama.classification.zero_shot import LlamaZeroShotClassifier
 from minllama.evaluation.thresholds import one_line
 
@@ -91,6 +92,10 @@ def _facts(classifier: Classifier, content: Mapping[str, Any]) -> list[str]:
         facts["label words"] = words
         facts["score"] = f"`{classifier.score_name}`"
         facts["examples in the prompt"] = str(len(content["shots"]))
+    elif content["kind"] == "experts":
+        n_layers = classifier.llama.config.n_layers
+        facts["layers used"] = f"{classifier.n_layers} of {n_layers}"
+        facts["experts"] = experts_in_words(content)
     else:
         n_layers = classifier.llama.config.n_layers
         facts["layers used"] = f"{content['layer']} of {n_layers}"

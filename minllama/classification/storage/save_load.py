@@ -1,8 +1,9 @@
 """Save a classifier in a folder atomically, and load it unchanged or refuse it.
 
 - `classifier.json`: the manifest: labels, prompt, pooling, calibration, the base model and its
-  fingerprint, digests of the next three files and of itself, the settings of its training.
+  fingerprint, digests of the next files and of itself, the settings of its training.
 - `head.safetensors`: the head, with the labels of its rows.
+- `vocabulary.json`: the terms of TF-IDF, if it is a part of the classifier.
 - `adapter_config.json`, `adapter_model.safetensors`: LoRA, in PEFT's files.
 - or `config.json`, `model.safetensors` and the tokenizer: a complete model.
 - `README.md`: a model card.
@@ -28,6 +29,7 @@ from minllama.checkpoints.resolve import canonical_name, folder_of, source_of
 from minllama.checkpoints.weight_format import resolve_weight_format, warn_if_slow
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.classification.experts import LlamaExpertsClassifier
 from minllama.classification.storage.base_model import (
     BaseModels,
     Identity,
@@ -38,8 +40,10 @@ from minllama.classification.storage.base_model import (
 from minllama.classification.storage.fingerprint import base_tensors, tokenizer_digest
 from minllama.classification.storage.head import (
     HEAD_FILE,
+    VOCABULARY_FILE,
     check_digest,
     read_head,
+    read_tfidf,
     write_head,
 )
 from minllama.classification.storage.manifest import (
@@ -71,7 +75,7 @@ from minllama.tokenizer.huggingface import FILES as TOKENIZER_FILES
 from minllama.tokenizer.tokenizer import Tokenizer
 
 CARD_FILE = "README.md"
-OWN_FILES = (CLASSIFIER_FILE, HEAD_FILE, CARD_FILE, *ADAPTER_FILES)
+OWN_FILES = (CLASSIFIER_FILE, HEAD_FILE, VOCABULARY_FILE, CARD_FILE, *ADAPTER_FILES)
 
 
 def save_classifier(
@@ -91,7 +95,7 @@ def save_classifier(
     saved. A fully trained model, or one created in memory, is saved as well.
 
     Args:
-        classifier: of either kind.
+        classifier: of any kind.
         folder: the target.
         tokenizer: the tokenizer's file or folder, if it is not the checkpoint's own; None for its
             own record.
@@ -211,6 +215,8 @@ def _write_parts(staging: Path, classifier: Classifier, adapter: str | None) -> 
         if classifier.unlike_transformers is None:
             head = classifier.score.weight
         write_head(staging, classifier)
+    elif isinstance(classifier, LlamaExpertsClassifier):
+        write_head(staging, classifier)
     if adapter is not None:
         llama = classifier.llama
         source = None if llama.source is None else source_of(llama.source)
@@ -219,7 +225,7 @@ def _write_parts(staging: Path, classifier: Classifier, adapter: str | None) -> 
 
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that a classifier.json vouches for."""
-    files = (folder / name for name in (HEAD_FILE, CONFIG_FILE, WEIGHTS_FILE))
+    files = (folder / name for name in (HEAD_FILE, VOCABULARY_FILE, CONFIG_FILE, WEIGHTS_FILE))
     return {path.name: sha256_of(path) for path in files if path.is_file()}
 
 
@@ -332,6 +338,11 @@ def load_classifier_with(
         classifier = build(content, llama, words, labels, prompt)
     if isinstance(classifier, LlamaEmbeddingClassifier):
         read_head(path.parent, classifier, digests.get(HEAD_FILE))
+    elif isinstance(classifier, LlamaExpertsClassifier):
+        read_head(path.parent, classifier, digests.get(HEAD_FILE))
+        if content["tfidf"]:
+            digest = digests.get(VOCABULARY_FILE)
+            classifier.tfidf = read_tfidf(path.parent, len(labels), digest)
     check_unchanged(path, content)  # last, for the others say what it is that differs
     classifier.digest = content["sha256"][CLASSIFIER_FILE]
     return classifier.eval()

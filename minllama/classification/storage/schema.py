@@ -27,6 +27,8 @@ def check(content: Mapping[str, Any]) -> None:
     _check_fields(content, _FIELDS)
     if content["kind"] == "zero-shot":
         _check_fields(content, _ZERO_SHOT)
+    elif content["kind"] == "experts":
+        _check_fields(content, _EXPERTS)
     else:
         _check_fields(content, _EMBEDDING)
     there = {name: rule for name, rule in _OPTIONAL.items() if content.get(name) is not None}
@@ -92,7 +94,7 @@ _PLACE: Rule = ("a path, a name or null", _is_place)
 _FIELDS: dict[str, Rule] = {
     "base": _OBJECT,
     "weights": _one_of("base", "adapter", "full"),
-    "kind": _one_of("zero-shot", "embedding"),
+    "kind": _one_of("zero-shot", "embedding", "experts"),
     "labels": ("a list of names", lambda value: _is_texts(value) and bool(value)),
     "multi_label": _FLAG,
     "temperature": ("above 0", lambda value: _is_number(value) and value > 0),
@@ -133,6 +135,17 @@ _EMBEDDING: dict[str, Rule] = {
     "pooling": _one_of(*POOLINGS),
     "layer": ("an integer", lambda value: type(value) is int and 0 < value < 2**31),
     "dropout": ("a number from 0 to 1", _within(0, 1)),
+}
+_EXPERTS: dict[str, Rule] = {
+    "choices": (
+        "a list of pairs of a number of layers and a pooling",
+        lambda value: (
+            isinstance(value, list)
+            and all(isinstance(choice, list) and len(choice) == 2 for choice in value)
+            and all(type(layer) is int and pooling in POOLINGS for layer, pooling in value)
+        ),
+    ),
+    "tfidf": _FLAG,
 }
 _OPTIONAL: dict[str, Rule] = {
     "thresholds": _OBJECT,  # of which `minllama.evaluation.thresholds.read` knows more

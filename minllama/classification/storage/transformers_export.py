@@ -24,6 +24,7 @@ from minllama.checkpoints.huggingface_head import (
 )
 from minllama.classification.base import Classifier
 from minllama.classification.embedding import LlamaEmbeddingClassifier, unlike_transformers
+from minllama.classification.experts import LlamaExpertsClassifier
 from minllama.classification.storage.fingerprint import base_tensors
 from minllama.classification.storage.save_load import CARD_FILE, is_classifier_file
 from minllama.errors import MinllamaError
@@ -55,6 +56,8 @@ def check_exportable(classifier: Classifier) -> LlamaEmbeddingClassifier:
 
 
 def _why_not(classifier: Classifier) -> str | None:
+    if isinstance(classifier, LlamaExpertsClassifier):
+        return "it reads several layers, or words beside them"
     if not isinstance(classifier, LlamaEmbeddingClassifier):
         return "it scores label words and has no head"
     if reason := unlike_transformers(classifier.llama, classifier.layer, classifier.pooling):

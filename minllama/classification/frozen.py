@@ -1,0 +1,271 @@
+"""Fit a product of frozen experts: which layers, poolings and TF-IDF tell classes apart.
+
+Features of several layers and poolings are computed in one forward pass over the texts. Each gives
+a discriminant analysis, words and characters a logistic regression, and cross-validation on the
+training texts alone decides which of them are multiplied, with what weights. Rows that a fold
+leaves out are predicted by heads that were not fitted to them, so the product is calibrated as
+well. `minllama train --method frozen` calls `fit_frozen`.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minllama.classification import discriminant
+from minllama.classification.discriminant import Discriminant
+from minllama.classification.experts import LlamaExpertsClassifier, scaled
+from minllama.classification.features import (
+    MAX_ROWS,
+    Features,
+    extract_features,
+    parallel_fits,
+    single_threaded_fits,
+    stratified_folds,
+)
+from minllama.classification.products import Product, choose_experts, is_clearly_better
+from minllama.data.task import Task
+from minllama.engine.states import Choice, Pooling
+from minllama.evaluation import tfidf
+
+SEARCH_TEXTS = 2500  # that run through all layers; the others through the chosen ones
+N_LAYERS = 8  # of which features are compared, evenly over the stack
+SEARCH_SHRINKAGES = (0.1, 0.4, 0.7)
+# Parts of the stack beyond which a layer must earn its time.
+DEPTHS = (0.5, 0.75, 1.0)
+
+Folds = Sequence[NDArray[np.int64]]
+Matrix = NDArray[np.float64]
+
+
+class Expert(NamedTuple):
+    """A head: on the features of a choice, or on TF-IDF, with its regularization.
+
+    Attributes:
+        choice: layer and pooling; None for TF-IDF.
+        strength: the shrinkage of a discriminant analysis; scikit-learn's C beside TF-IDF.
+    """
+
+    choice: Choice | None
+    strength: float
+
+    @property
+    def layer(self) -> int:
+        return 0 if self.choice is None else self.choice[0]
+
+    def __str__(self) -> str:
+        return "TF-IDF" if self.choice is None else f"layer {self.choice[0]} {self.choice[1]}"
+
+
+@dataclass(frozen=True)
+class FrozenFit:
+    """A fitted classifier and what is known about it.
+
+    Attributes:
+        classifier: fitted to all texts.
+        experts: those that it consists of, with their weights.
+        rows: (M,), the training texts that cross-validation predicted: all, or MAX_ROWS of them.
+        log_probs: (M, C), of these texts by heads that were not fitted to them, calibrated.
+        accuracy: of these predictions.
+        tfidf_accuracy: that of TF-IDF alone, with its best penalty.
+        seconds: the whole took.
+    """
+
+    classifier: LlamaExpertsClassifier
+    experts: Mapping[Expert, float]
+    rows: NDArray[np.int64]
+    log_probs: Matrix
+    accuracy: float
+    tfidf_accuracy: float
+    seconds: float
+
+
+def fit_frozen(
+    reader: LlamaExpertsClassifier,
+    texts: Sequence[str],
+    labels: Sequence[int],
+    task: Task,
+    *,
+    folds: Folds | None = None,
+    progress: Callable[[int], None] | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> FrozenFit:
+    """Choose experts by cross-validation, and fit them to all texts.
+
+    Args:
+        reader: its Llama, prompt and labels are used.
+        texts, labels: N training texts and their classes.
+        task: what the labels are; not for several labels a text.
+        folds: rows that are left out together, each row in one; None for five stratified ones.
+            With more than MAX_ROWS texts only the rows of the folds take part in comparisons.
+        progress: receives the number of texts just completed.
+        report: receives messages about the choice.
+
+    Raises:
+        MinllamaError: a text cannot be read, or scikit-learn is missing.
+    """
+    assert not task.multi_label
+    started = time.perf_counter()
+    gold = task.target(labels)
+    if folds is None:
+        rows = np.sort(np.random.default_rng(task.seed).permutation(len(texts))[:MAX_ROWS])
+        folds = [rows[fold] for fold in stratified_folds(gold[rows], task.seed)]
+    rows = np.sort(np.concatenate(list(folds)))
+    search = _Search(reader, texts, gold, task, progress)
+    product = search.product(folds, rows)
+    with single_threaded_fits():
+        classifier = search.fitted(product)
+    named = ", ".join(f"{expert} x {weight:.3g}" for expert, weight in product.weights.items())
+    right = product.log_probs.argmax(1) == gold[rows].argmax(1)
+    found = FrozenFit(
+        classifier,
+        product.weights,
+        rows,
+        product.log_probs,
+        float(right.mean()),
+        search.tfidf_accuracy,
+        time.perf_counter() - started,
+    )
+    report(
+        f"{named}; {classifier.n_layers} of {reader.llama.config.n_layers} layers: accuracy "
+        f"{found.accuracy:.3f} in cross-validation on {len(rows):,} training texts, where TF-IDF "
+        f"alone has {found.tfidf_accuracy:.3f}"
+    )
+    return found
+
+
+class _Search:
+    """Training texts and the features of them that are known."""
+
+    def __init__(
+        self,
+        reader: LlamaExpertsClassifier,
+        texts: Sequence[str],
+        gold: NDArray[np.bool_],
+        task: Task,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._reader, self._texts, self._gold, self._task = reader, texts, gold, task
+        self._progress = progress
+        self._features: Features = {}  # of all texts
+        self.tfidf_accuracy = 0.0
+
+    def product(self, folds: Folds, rows: NDArray[np.int64]) -> Product[Expert]:
+        """The best product of experts for the rows of the folds, in their order."""
+        n_texts, choices = len(self._texts), candidates(self._reader.llama.config.n_layers)
+        if n_texts > SEARCH_TEXTS:
+            choices = self._searched(choices)
+        self._features = self._read(range(n_texts), choices)
+        strengths = SEARCH_SHRINKAGES if n_texts <= SEARCH_TEXTS else discriminant.SHRINKAGES
+        logits = self._logits(self._features, folds, strengths)
+        return self._best({expert: found[rows] for expert, found in logits.items()}, rows)
+
+    def _searched(self, choices: Sequence[Choice]) -> list[Choice]:
+        """The choices that a part of the texts finds to be worth reading."""
+        order = np.random.default_rng(self._task.seed + 1).permutation(len(self._texts))
+        part = np.sort(order[:SEARCH_TEXTS])
+        features = self._read(part, choices)
+        texts = [self._texts[i] for i in part]
+        search = _Search(self._reader, texts, self._gold[part], self._task, None)
+        logits = search._logits(
+            features, stratified_folds(self._gold[part], self._task.seed), SEARCH_SHRINKAGES
+        )
+        best = search._best(logits, np.arange(len(part)))
+        found = dict.fromkeys(e.choice for e in best.weights if e.choice is not None)
+        return list(found)
+
+    def _read(self, rows: Sequence[int] | NDArray[np.int64], choices: Sequence[Choice]) -> Features:
+        if not choices:
+            return {}
+        texts = [self._texts[i] for i in rows]
+        return extract_features(self._reader, texts, choices, progress=self._progress)
+
+    def _logits(
+        self, features: Features, folds: Folds, shrinkages: Sequence[float]
+    ) -> dict[Expert, Matrix]:
+        """Logits (N, C) of each expert for texts that it was not fitted to."""
+        gold, task = self._gold, self._task
+        # What each text is compared by: the part of it that the Llama reads, too.
+        texts = [self._reader.encode(text).text for text in self._texts]
+        with parallel_fits() as pool:
+            words = pool.submit(tfidf.out_of_fold_logits, texts, gold, task, folds)
+            by_choice = {
+                choice: pool.submit(
+                    discriminant.out_of_fold_logits, vectors, gold, task, folds, shrinkages
+                )
+                for choice, vectors in features.items()
+            }
+            found = {
+                Expert(choice, shrinkage): logits
+                for choice, part in by_choice.items()
+                for shrinkage, logits in part.result().items()
+            }
+            found |= {Expert(None, c): logits for c, logits in words.result().items()}
+        return found
+
+    def _best(self, logits: Mapping[Expert, Matrix], rows: NDArray[np.int64]) -> Product[Expert]:
+        """The product of the shallowest layers that is not clearly worse than that of all."""
+        gold = self._gold[rows].argmax(1)
+        alone = [found for expert, found in logits.items() if expert.choice is None]
+        self.tfidf_accuracy = max(float((z.argmax(1) == gold).mean()) for z in alone)
+        n_layers = self._reader.llama.config.n_layers
+        products = []
+        for depth in DEPTHS:
+            below = {e: z for e, z in logits.items() if e.layer <= depth * n_layers}
+            products.append(choose_experts(below, gold))
+        best = min(products, key=lambda product: product.loss)
+        return next(p for p in products if not is_clearly_better(best.losses, p.losses))
+
+    def fitted(self, product: Product[Expert]) -> LlamaExpertsClassifier:
+        """A classifier of these experts, fitted to all texts."""
+        reader, gold, task = self._reader, self._gold, self._task
+        of_choice: dict[Choice, list[tuple[float, float]]] = {}
+        model: tfidf.TfidfModel | None = None
+        for expert, weight in product.weights.items():
+            if expert.choice is not None:
+                of_choice.setdefault(expert.choice, []).append((expert.strength, weight))
+        words = {e.strength: w for e, w in product.weights.items() if e.choice is None}
+        if words:
+            texts = [reader.encode(text).text for text in self._texts]
+            models = [
+                scaled(tfidf.fit_tfidf(texts, gold, task, inverse), weight)
+                for inverse, weight in words.items()
+            ]
+            model = sum_of(models)
+        classifier = LlamaExpertsClassifier(
+            *(reader.llama, reader.tokenizer, reader.labels, list(of_choice)),
+            tfidf=model,
+            prompt=reader.prompt,
+        )
+        classifier.shortened |= reader.shortened
+        weights, bias = [], np.zeros(gold.shape[1], dtype=np.float64)
+        for choice, heads in of_choice.items():
+            fitted = Discriminant(self._features[choice], gold, task)
+            parts = [(weight, *fitted.head(shrinkage)) for shrinkage, weight in heads]
+            weights.append(sum(factor * w for factor, w, _ in parts))
+            bias += sum(factor * b for factor, _, b in parts)
+        if weights:
+            matrix = np.concatenate(weights, axis=1).astype(np.float32)
+            classifier.score.weight.data.copy_(torch.from_numpy(matrix))
+            classifier.score.bias.data.copy_(torch.from_numpy(bias.astype(np.float32)))
+        return classifier
+
+
+def sum_of(models: Sequence[tfidf.TfidfModel]) -> tfidf.TfidfModel:
+    """One model with the sum of the logits of models with the same vocabulary."""
+    weight = sum(model.weight for model in models)
+    bias = sum(model.bias for model in models)
+    total = tfidf.TfidfModel(models[0].vocabulary, np.asarray(weight), np.asarray(bias))
+    return scaled(total, 1.0)
+
+
+def candidates(n_layers: int) -> list[Choice]:
+    """Layers, evenly over the stack, and poolings; a last token has read enough past its half."""
+    layers = sorted({max(1, round(n_layers * i / N_LAYERS)) for i in range(1, N_LAYERS + 1)})
+    means: tuple[Pooling, ...] = ("mean", "weighted-mean")
+    found: list[Choice] = [(layer, pooling) for layer in layers for pooling in means]
+    return found + [(layer, "last") for layer in layers if 2 * layer > n_layers]

@@ -1,0 +1,156 @@
+"""Weights of a product of experts: log-probabilities that are added and normalized again.
+
+Experts are chosen one after the other, and weighted together, by the log-loss of rows that they
+were not fitted to (Hinton 2002, eq. 1; selection as in Caruana et al. 2004, sec. 2). Such weights
+are also the experts' temperatures, so the product is calibrated. `minllama.classification.frozen`
+calls it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minllama.classification.calibration import fit_temperature
+from minllama.errors import optional_import
+
+Matrix = NDArray[np.float64]
+Name = TypeVar("Name")
+
+MOST_EXPERTS = 6
+NEWTON_STEPS = 6  # of the two weights by which one more expert is judged
+SMALLEST_WEIGHT = 0.01  # below which an expert is left out
+
+
+@dataclass(frozen=True)
+class Product(Generic[Name]):
+    """Chosen experts.
+
+    Attributes:
+        weights: expert -> what its logits are multiplied by.
+        log_probs: (N, C), of the product.
+        losses: (N,), of the rows under it, in nats.
+    """
+
+    weights: Mapping[Name, float]
+    log_probs: Matrix
+    losses: Matrix
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+
+def log_softmax(logits: Matrix) -> Matrix:
+    """Over the last axis."""
+    shifted: Matrix = logits - logits.max(-1, keepdims=True)
+    result: Matrix = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def losses_of(log_probs: Matrix, gold: NDArray[np.int64]) -> Matrix:
+    """(N,), the log-loss of each row."""
+    result: Matrix = -log_probs[np.arange(len(gold)), gold]
+    return result
+
+
+def choose_experts(
+    experts: Mapping[Name, Matrix], gold: NDArray[np.int64], most: int = MOST_EXPERTS
+) -> Product[Name]:
+    """Add experts to a product as long as one lowers its loss by more than a standard error.
+
+    Args:
+        experts: name -> (N, C) logits of rows that it was not fitted to.
+        gold: (N,), the classes.
+        most: experts.
+    """
+    temperatures = {name: _temperature(logits, gold) for name, logits in experts.items()}
+    calibrated = {name: logits / temperatures[name] for name, logits in experts.items()}
+    product = _chosen(calibrated, gold, most)
+    weights = {name: weight / temperatures[name] for name, weight in product.weights.items()}
+    return replace(product, weights=weights)
+
+
+def _temperature(logits: Matrix, gold: NDArray[np.int64]) -> float:
+    return fit_temperature(logits.astype(np.float32), gold.tolist())
+
+
+def _chosen(experts: Mapping[Name, Matrix], gold: NDArray[np.int64], most: int) -> Product[Name]:
+    """Choose among experts of temperature 1."""
+    chosen: list[Name] = []
+    best: Product[Name] | None = None
+    while len(chosen) < min(most, len(experts)):
+        others = [name for name in experts if name not in chosen]
+        sums = None if best is None else best.log_probs
+        tried = {name: _loss_with(sums, experts[name], gold) for name in others}
+        chosen.append(min(others, key=lambda name: tried[name]))
+        product = weighted_product({name: experts[name] for name in chosen}, gold)
+        if best is not None and not is_clearly_better(product.losses, best.losses):
+            break
+        best = product
+    assert best is not None, "no experts to choose among"
+    return best
+
+
+def is_clearly_better(losses: Matrix, than: Matrix) -> bool:
+    """Whether losses are lower by more than one standard error of the difference."""
+    gains = than - losses
+    return float(gains.mean()) > float(gains.std()) / math.sqrt(len(gains))
+
+
+def _loss_with(sums: Matrix | None, logits: Matrix, gold: NDArray[np.int64]) -> float:
+    """The loss with an expert beside the product, by Newton's method on the weights of the two."""
+    parts = [log_softmax(logits)] if sums is None else [sums, log_softmax(logits)]
+    weights = np.array([1.0] if sums is None else [1.0, 0.0])
+    rows = np.arange(len(gold))
+    best = math.inf
+    for _ in range(NEWTON_STEPS):
+        log_probs = log_softmax(sum(w * part for w, part in zip(weights, parts, strict=True)))
+        best = min(best, float(-log_probs[rows, gold].mean()))
+        p = np.exp(log_probs)
+        means = [(p * part).sum(1) for part in parts]
+        gradient = np.array([(m - z[rows, gold]).mean() for m, z in zip(means, parts, strict=True)])
+        hessian = np.array(
+            [
+                [((p * a * b).sum(1) - m * n).mean() for b, n in zip(parts, means, strict=True)]
+                for a, m in zip(parts, means, strict=True)
+            ]
+        )
+        hessian[np.diag_indices(len(parts))] += 1e-6
+        weights = np.maximum(weights - np.linalg.solve(hessian, gradient), 0.0)
+    return best
+
+
+def weighted_product(experts: Mapping[Name, Matrix], gold: NDArray[np.int64]) -> Product[Name]:
+    """The product of all these experts with the weights of least loss, none below zero."""
+    optimize = optional_import("scipy.optimize", "fitting weights needs")
+    names = list(experts)
+    stacked: Sequence[Matrix] = [log_softmax(experts[name]) for name in names]
+    rows = np.arange(len(gold))
+
+    def mixed(weights: Matrix) -> Matrix:
+        return log_softmax(sum(w * part for w, part in zip(weights, stacked, strict=True)))
+
+    def loss(weights: Matrix) -> tuple[float, Matrix]:
+        log_probs = mixed(weights)
+        p = np.exp(log_probs)
+        gradient = [((p * part).sum(1) - part[rows, gold]).mean() for part in stacked]
+        return float(-log_probs[rows, gold].mean()), np.array(gradient)
+
+    found = optimize.minimize(
+        loss,
+        np.full(len(names), 1 / len(names)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(0.0, 10.0)] * len(names),
+    )
+    weights = np.asarray(found.x)
+    weights[weights < SMALLEST_WEIGHT] = 0.0
+    if not weights.any():
+        weights[0] = SMALLEST_WEIGHT  # texts say nothing about the classes
+    log_probs = mixed(weights)
+    kept = {name: float(w) for name, w in zip(names, weights, strict=True) if w}
+    return Product(kept, log_probs, losses_of(log_probs, gold))
