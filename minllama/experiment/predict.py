@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.classification import LlamaZeroShotClassifier
+from minllama.classification import LlamaExpertsClassifier, LlamaZeroShotClassifier
 from minllama.classification.base import MOST_NOTED, Classifier
 from minllama.classification.explain import explain
 from minllama.classification.storage.fingerprint import comparable_config
@@ -350,6 +350,11 @@ def described(classifier: Classifier) -> str:
     n_layers = classifier.llama.config.n_layers
     if classifier.scale is not None:
         return f"[regression head on layer {classifier.n_layers} of {n_layers}]"
+    if isinstance(classifier, LlamaExpertsClassifier):
+        heads = (
+            f"{len(classifier.choices)} heads on up to layer {classifier.n_layers} of {n_layers}"
+        )
+        return f"[{heads}{' and TF-IDF' if classifier.tfidf else ''}, {temperature}]"
     return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
 
 

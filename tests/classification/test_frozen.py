@@ -1,0 +1,129 @@
+"""Claims about products of experts: heads, weights, and what a folder keeps of them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from minllama.classification import LlamaExpertsClassifier, load_classifier, save_classifier
+from minllama.classification.discriminant import Discriminant, out_of_fold_logits
+from minllama.classification.explain import explain
+from minllama.classification.frozen import FrozenFit, candidates, fit_frozen
+from minllama.classification.products import choose_experts, log_softmax, weighted_product
+from minllama.data.task import Task
+from minllama.errors import CheckpointError, MinllamaError
+from minllama.model.llama import load_pretrained
+from minllama.tokenizer.tokenizer import Tokenizer
+from tests.classifier_cases import Characters, tiny_llama
+
+WORDS = {"good": ("great", "lovely", "fine"), "bad": ("awful", "poor", "broken")}
+TEXTS = [f"a {w} thing {i}" for i in range(6) for words in WORDS.values() for w in words]
+GOLD = [0 if any(word in text for word in WORDS["good"]) else 1 for text in TEXTS]
+
+
+def gold_of(classes: np.ndarray, n: int) -> np.ndarray:
+    return np.eye(n, dtype=np.bool_)[classes]
+
+
+def test_discriminant_is_that_of_scikit_learn() -> None:
+    random = np.random.default_rng(0)
+    classes = random.integers(0, 3, 60)
+    x = (random.normal(size=(60, 5)) + classes[:, None]).astype(np.float32)
+    x = (x - x.mean(0)) / x.std(0)
+    weight, bias = Discriminant(x, gold_of(classes, 3), Task(3)).head(0.0)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(x, classes).predict_proba(x)
+    ours = np.exp(log_softmax((x @ weight.T + bias).astype(np.float64)))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_left_out_rows_are_predicted_by_other_rows() -> None:
+    random = np.random.default_rng(1)
+    classes, x = random.integers(0, 2, 30), random.normal(size=(30, 4)).astype(np.float32)
+    gold = gold_of(classes, 2)
+    folds = [np.arange(0, 30, 2), np.arange(1, 30, 2)]
+    logits = out_of_fold_logits(x, gold, Task(2), folds, (0.4,))[0.4]
+    weight, bias = Discriminant(x[folds[1]], gold[folds[1]], Task(2)).head(0.4)
+    np.testing.assert_allclose(logits[folds[0]], x[folds[0]] @ weight.T + bias, rtol=1e-5)
+
+
+def test_weights_calibrate_an_overconfident_expert() -> None:
+    random = np.random.default_rng(2)
+    gold = random.integers(0, 2, 4000)
+    logits = np.zeros((4000, 2))
+    logits[np.arange(4000), np.where(random.random(4000) < 0.8, gold, 1 - gold)] = 50.0
+    product = choose_experts({"sure": logits}, gold)
+    assert np.exp(product.log_probs).max() == pytest.approx(0.8, abs=0.02)
+    assert 50 * product.weights["sure"] == pytest.approx(np.log(4), abs=0.2)
+
+
+def test_noise_is_not_chosen_beside_what_knows() -> None:
+    random = np.random.default_rng(3)
+    gold = random.integers(0, 3, 500)
+    knows = 2 * np.eye(3)[gold] + random.normal(size=(500, 3))
+    product = choose_experts({"noise": random.normal(size=(500, 3)), "knows": knows}, gold)
+    assert set(product.weights) == {"knows"}
+    both = weighted_product({"knows": knows, "again": knows.copy()}, gold)
+    assert both.loss == pytest.approx(product.loss, abs=1e-4)
+
+
+def fitted(base: Path | None = None) -> tuple[LlamaExpertsClassifier, FrozenFit]:
+    """A classifier of the texts above, over a base in a folder or in memory."""
+    llama: Any = tiny_llama() if base is None else load_pretrained(base, device="cpu")
+    tokenizer: Any = Characters() if base is None else Tokenizer.from_pretrained(base)
+    reader = LlamaExpertsClassifier(llama, tokenizer, ["good", "bad"], ())
+    found = fit_frozen(reader, TEXTS, GOLD, Task(2))
+    return found.classifier, found
+
+
+def test_words_decide_where_layers_say_nothing() -> None:
+    classifier, found = fitted()
+    assert found.accuracy >= found.tfidf_accuracy - 0.05
+    assert found.log_probs.shape == (len(TEXTS), 2)
+    np.testing.assert_allclose(np.exp(found.log_probs).sum(1), 1, atol=1e-9)
+    assert np.mean(np.array(classifier.predict(TEXTS)) == np.where(GOLD, "bad", "good")) > 0.9
+
+
+def test_scheduled_logits_are_the_differentiable_ones() -> None:
+    llama, tokenizer = tiny_llama(), Characters()
+    n = llama.config.n_layers
+    classifier = LlamaExpertsClassifier(
+        llama, tokenizer, ["a", "b"], [(1, "mean"), (n, "last"), (n, "weighted-mean")]
+    )
+    torch.nn.init.normal_(classifier.score.weight)
+    expected = classifier.compute_logits([classifier.encode(text) for text in TEXTS[:5]])
+    found = classifier.predict_logits(TEXTS[:5])
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=1e-4)
+
+
+def test_a_folder_gives_the_same_logits(base: Path, tmp_path: Path) -> None:
+    classifier, _ = fitted(base)
+    save_classifier(classifier, tmp_path / "c")
+    loaded = load_classifier(tmp_path / "c", device="cpu")
+    assert isinstance(loaded, LlamaExpertsClassifier)
+    assert loaded.choices == classifier.choices
+    np.testing.assert_allclose(
+        loaded.predict_logits(TEXTS), classifier.predict_logits(TEXTS), atol=1e-5
+    )
+    assert not list((tmp_path / "c").glob("*.pkl"))
+    if classifier.tfidf is not None:
+        (tmp_path / "c" / "vocabulary.json").write_text("[]")
+        with pytest.raises(CheckpointError, match="SHA-256 differs"):
+            load_classifier(tmp_path / "c")
+
+
+def test_explained_words_are_those_of_the_vocabulary() -> None:
+    classifier, _ = fitted()
+    text = "a great thing"
+    effects = explain(classifier, text).targets[0].effects
+    assert int(np.argmax(np.abs([effect or 0 for effect in effects]))) == 1
+
+
+def test_a_choice_is_given_once() -> None:
+    with pytest.raises(MinllamaError, match="given twice"):
+        LlamaExpertsClassifier(tiny_llama(), Characters(), ["a", "b"], [(1, "mean"), (1, "mean")])
+    assert candidates(2) == [
+        (1, "mean"), (1, "weighted-mean"), (2, "mean"), (2, "weighted-mean"), (2, "last"),
+    ]  # fmt: skip
