@@ -15,6 +15,7 @@ from minllama.classification.frozen import FrozenFit, candidates, fit_frozen
 from minllama.classification.products import choose_experts, log_softmax, weighted_product
 from minllama.data.task import Task
 from minllama.errors import CheckpointError, MinllamaError
+from minllama.evaluation.tfidf import fit_tfidf
 from minllama.model.llama import load_pretrained
 from minllama.tokenizer.tokenizer import Tokenizer
 from tests.classifier_cases import Characters, tiny_llama
@@ -115,7 +116,11 @@ def test_a_folder_gives_the_same_logits(base: Path, tmp_path: Path) -> None:
 
 
 def test_explained_words_are_those_of_the_vocabulary() -> None:
-    classifier, _ = fitted()
+    model = fit_tfidf(TEXTS, gold_of(np.array(GOLD), 2), Task(2), 1.0)
+    llama: Any = tiny_llama()
+    tokenizer: Any = Characters()
+    classifier = LlamaExpertsClassifier(llama, tokenizer, ["good", "bad"], (), tfidf=model)
+    np.testing.assert_allclose(classifier.predict_logits(TEXTS), model.logits(TEXTS), atol=1e-5)
     text = "a great thing"
     effects = explain(classifier, text).targets[0].effects
     assert int(np.argmax(np.abs([effect or 0 for effect in effects]))) == 1
