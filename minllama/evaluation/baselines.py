@@ -18,7 +18,7 @@ from minllama.evaluation.tfidf import fit_tfidf, out_of_fold_logits
 
 INVERSE_REGULARIZATION = 3.0
 FEWEST_ROWS = 20  # of which folds say something
-MOST_ROWS = 5000  # of a cross-validation
+MOST_ROWS = 2000  # of a cross-validation
 FOLDS = 3
 
 
