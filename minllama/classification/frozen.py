@@ -67,7 +67,8 @@ class FrozenFit:
 
     Attributes:
         classifier: fitted to all texts.
-        experts: those that it consists of, with their weights.
+        experts: those that it consists of, with their weights, which sum to 1. The temperature of
+            the classifier is what calibrates it.
         rows: (M,), the training texts that cross-validation predicted: all, or MAX_ROWS of them.
         log_probs: (M, C), of these texts by heads that were not fitted to them, calibrated.
         accuracy: of these predictions.
@@ -117,13 +118,16 @@ def fit_frozen(
     rows = np.sort(np.concatenate(list(folds)))
     search = _Search(reader, texts, gold, task, progress)
     product = search.product(folds, rows)
+    total = sum(product.weights.values())
+    shares = {expert: weight / total for expert, weight in product.weights.items()}
     with single_threaded_fits():
-        classifier = search.fitted(product)
-    named = ", ".join(f"{expert} x {weight:.3g}" for expert, weight in product.weights.items())
+        classifier = search.fitted(shares)
+    classifier.temperature = 1 / total
+    named = ", ".join(f"{expert} x {share:.3g}" for expert, share in shares.items())
     right = product.log_probs.argmax(1) == gold[rows].argmax(1)
     found = FrozenFit(
         classifier,
-        product.weights,
+        shares,
         rows,
         product.log_probs,
         float(right.mean()),
@@ -220,15 +224,15 @@ class _Search:
         best = min(products, key=lambda product: product.loss)
         return next(p for p in products if not is_clearly_better(best.losses, p.losses))
 
-    def fitted(self, product: Product[Expert]) -> LlamaExpertsClassifier:
-        """A classifier of these experts, fitted to all texts."""
+    def fitted(self, weights_of: Mapping[Expert, float]) -> LlamaExpertsClassifier:
+        """A classifier of these experts with their weights, fitted to all texts."""
         reader, gold, task = self._reader, self._gold, self._task
         of_choice: dict[Choice, list[tuple[float, float]]] = {}
         model: tfidf.TfidfModel | None = None
-        for expert, weight in product.weights.items():
+        for expert, weight in weights_of.items():
             if expert.choice is not None:
                 of_choice.setdefault(expert.choice, []).append((expert.strength, weight))
-        words = {e.strength: w for e, w in product.weights.items() if e.choice is None}
+        words = {e.strength: w for e, w in weights_of.items() if e.choice is None}
         if words:
             texts = [reader.encode(text).text for text in self._texts]
             models = [

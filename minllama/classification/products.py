@@ -2,8 +2,9 @@
 
 Experts are chosen one after the other, and weighted together, by the log-loss of rows that they
 were not fitted to (Hinton 2002, eq. 1; selection as in Caruana et al. 2004, sec. 2). Such weights
-are also the experts' temperatures, so the product is calibrated. `minllama.classification.frozen`
-calls it.
+are also the experts' temperatures, so the product is calibrated. As in Platt 1999 (sec. 2.2), rows
+have soft targets, so that a few rows that are all told apart do not give certainty.
+`minllama.classification.frozen` calls it.
 """
 
 import math
@@ -14,7 +15,6 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.classification.calibration import fit_temperature
 from minllama.errors import optional_import
 
 Matrix = NDArray[np.float64]
@@ -23,6 +23,9 @@ Name = TypeVar("Name")
 MOST_EXPERTS = 6
 NEWTON_STEPS = 6  # of the two weights by which one more expert is judged
 SMALLEST_WEIGHT = 0.01  # below which an expert is left out
+LARGEST_WEIGHT = 10.0
+WRONG_ROWS = 2  # beside those that are there
+SMALLEST_SPREAD = 1e-6  # of the logits of an expert that says nothing
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Product(Generic[Name]):
     Attributes:
         weights: expert -> what its logits are multiplied by.
         log_probs: (N, C), of the product.
-        losses: (N,), of the rows under it, in nats.
+        losses: (N,), the cross-entropy of the rows' soft targets under it, in nats.
     """
 
     weights: Mapping[Name, float]
@@ -51,10 +54,16 @@ def log_softmax(logits: Matrix) -> Matrix:
     return result
 
 
-def losses_of(log_probs: Matrix, gold: NDArray[np.int64]) -> Matrix:
-    """(N,), the log-loss of each row."""
-    result: Matrix = -log_probs[np.arange(len(gold)), gold]
-    return result
+def soft_targets(gold: NDArray[np.int64], n_classes: int) -> Matrix:
+    """(N, C): 1 - 2 / (N + 2) for the class, the others alike; as if two more rows were wrong.
+
+    N rows that are all right do not show more (Laplace's rule of succession has 1 / (N + 2)), and
+    logits of rows that heads are fitted to are farther apart than those of rows left out.
+    """
+    wrong = WRONG_ROWS / (len(gold) + WRONG_ROWS)
+    targets: Matrix = np.full((len(gold), n_classes), wrong / max(1, n_classes - 1))
+    targets[np.arange(len(gold)), gold] = 1 - wrong
+    return targets
 
 
 def choose_experts(
@@ -63,19 +72,23 @@ def choose_experts(
     """Add experts to a product as long as one lowers its loss by more than a standard error.
 
     Args:
-        experts: name -> (N, C) logits of rows that it was not fitted to.
+        experts: name -> (N, C) logits of rows that it was not fitted to, of any scale.
         gold: (N,), the classes.
         most: experts.
     """
-    temperatures = {name: _temperature(logits, gold) for name, logits in experts.items()}
-    calibrated = {name: logits / temperatures[name] for name, logits in experts.items()}
+    factors = {name: _factor(logits, gold) for name, logits in experts.items()}
+    calibrated = {name: logits * factors[name] for name, logits in experts.items()}
     product = _chosen(calibrated, gold, most)
-    weights = {name: weight / temperatures[name] for name, weight in product.weights.items()}
+    weights = {name: weight * factors[name] for name, weight in product.weights.items()}
     return replace(product, weights=weights)
 
 
-def _temperature(logits: Matrix, gold: NDArray[np.int64]) -> float:
-    return fit_temperature(logits.astype(np.float32), gold.tolist())
+def _factor(logits: Matrix, gold: NDArray[np.int64]) -> float:
+    """What calibrates an expert alone; of logits that differ by 1 as a rule, so that it is found."""
+    spread = float((logits - logits.mean(1, keepdims=True)).std())
+    unit = 1 / spread if spread > SMALLEST_SPREAD else 1.0
+    alone = weighted_product({"": logits * unit}, gold)
+    return unit * alone.weights[""]
 
 
 def _chosen(experts: Mapping[Name, Matrix], gold: NDArray[np.int64], most: int) -> Product[Name]:
@@ -105,14 +118,14 @@ def _loss_with(sums: Matrix | None, logits: Matrix, gold: NDArray[np.int64]) -> 
     """The loss with an expert beside the product, by Newton's method on the weights of the two."""
     parts = [log_softmax(logits)] if sums is None else [sums, log_softmax(logits)]
     weights = np.array([1.0] if sums is None else [1.0, 0.0])
-    rows = np.arange(len(gold))
+    targets = soft_targets(gold, logits.shape[1])
     best = math.inf
     for _ in range(NEWTON_STEPS):
         log_probs = log_softmax(sum(w * part for w, part in zip(weights, parts, strict=True)))
-        best = min(best, float(-log_probs[rows, gold].mean()))
+        best = min(best, float(-(targets * log_probs).sum(1).mean()))
         p = np.exp(log_probs)
         means = [(p * part).sum(1) for part in parts]
-        gradient = np.array([(m - z[rows, gold]).mean() for m, z in zip(means, parts, strict=True)])
+        gradient = np.array([((p - targets) * part).sum(1).mean() for part in parts])
         hessian = np.array(
             [
                 [((p * a * b).sum(1) - m * n).mean() for b, n in zip(parts, means, strict=True)]
@@ -129,7 +142,7 @@ def weighted_product(experts: Mapping[Name, Matrix], gold: NDArray[np.int64]) ->
     optimize = optional_import("scipy.optimize", "fitting weights needs")
     names = list(experts)
     stacked: Sequence[Matrix] = [log_softmax(experts[name]) for name in names]
-    rows = np.arange(len(gold))
+    targets = soft_targets(gold, stacked[0].shape[1])
 
     def mixed(weights: Matrix) -> Matrix:
         return log_softmax(sum(w * part for w, part in zip(weights, stacked, strict=True)))
@@ -137,15 +150,15 @@ def weighted_product(experts: Mapping[Name, Matrix], gold: NDArray[np.int64]) ->
     def loss(weights: Matrix) -> tuple[float, Matrix]:
         log_probs = mixed(weights)
         p = np.exp(log_probs)
-        gradient = [((p * part).sum(1) - part[rows, gold]).mean() for part in stacked]
-        return float(-log_probs[rows, gold].mean()), np.array(gradient)
+        gradient = [((p - targets) * part).sum(1).mean() for part in stacked]
+        return float(-(targets * log_probs).sum(1).mean()), np.array(gradient)
 
     found = optimize.minimize(
         loss,
         np.full(len(names), 1 / len(names)),
         jac=True,
         method="L-BFGS-B",
-        bounds=[(0.0, 10.0)] * len(names),
+        bounds=[(0.0, LARGEST_WEIGHT)] * len(names),
     )
     weights = np.asarray(found.x)
     weights[weights < SMALLEST_WEIGHT] = 0.0
@@ -153,4 +166,4 @@ def weighted_product(experts: Mapping[Name, Matrix], gold: NDArray[np.int64]) ->
         weights[0] = SMALLEST_WEIGHT  # texts say nothing about the classes
     log_probs = mixed(weights)
     kept = {name: float(w) for name, w in zip(names, weights, strict=True) if w}
-    return Product(kept, log_probs, losses_of(log_probs, gold))
+    return Product(kept, log_probs, -(targets * log_probs).sum(1))

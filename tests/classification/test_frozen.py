@@ -60,6 +60,24 @@ def test_weights_calibrate_an_overconfident_expert() -> None:
     assert 50 * product.weights["sure"] == pytest.approx(np.log(4), abs=0.2)
 
 
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e4])
+def test_few_rows_that_are_all_told_apart_are_no_certainty(spread: float) -> None:
+    gold = np.arange(36) % 2
+    logits = spread * np.eye(2)[gold]
+    product = choose_experts({"sure": logits, "surer": 3 * logits}, gold)
+    # 1 - 2 / 38, as if two more rows were wrong, whatever the scale of the logits.
+    np.testing.assert_allclose(np.exp(product.log_probs).max(1), 36 / 38, atol=1e-3)
+    many = np.arange(3600) % 3
+    sure = choose_experts({"sure": spread * np.eye(3)[many]}, many)
+    np.testing.assert_allclose(np.exp(sure.log_probs).max(1), 3600 / 3602, atol=1e-4)
+
+
+def test_an_expert_that_says_nothing_stays_small() -> None:
+    product = choose_experts({"nothing": np.ones((40, 3))}, np.arange(40) % 3)
+    assert product.weights == {"nothing": 1.0}
+    np.testing.assert_allclose(np.exp(product.log_probs), 1 / 3)
+
+
 def test_noise_is_not_chosen_beside_what_knows() -> None:
     random = np.random.default_rng(3)
     gold = random.integers(0, 3, 500)
@@ -84,6 +102,10 @@ def test_words_decide_where_layers_say_nothing() -> None:
     assert found.accuracy >= found.tfidf_accuracy - 0.05
     assert found.log_probs.shape == (len(TEXTS), 2)
     np.testing.assert_allclose(np.exp(found.log_probs).sum(1), 1, atol=1e-9)
+    assert sum(found.experts.values()) == pytest.approx(1)
+    # 36 rows that are told apart: 1 - 1 / 38 at most, though heads were fitted to these rows.
+    assert np.exp(found.log_probs).max() < 0.9737
+    assert classifier.predict_proba(TEXTS).max() < 0.9737
     assert np.mean(np.array(classifier.predict(TEXTS)) == np.where(GOLD, "bad", "good")) > 0.9
 
 
