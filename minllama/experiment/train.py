@@ -298,9 +298,14 @@ def _calibrate(
     if classifier.scale is not None:  # numbers have neither
         reporter.message(described(classifier))
         return logits, notes
-    if isinstance(classifier, LlamaExpertsClassifier):
+    if options.no_calibration:
+        classifier.temperature = 1.0
+    elif isinstance(classifier, LlamaExpertsClassifier):
+        reporter.message(
+            f"temperature {classifier.temperature:.3g}, fitted on training texts left out in turn"
+        )
         notes.append("the probabilities were calibrated on training texts, by cross-validation")
-    elif not options.no_calibration:
+    else:
         classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
         reporter.message(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
     p = probabilities(logits, classifier.temperature, multi_label=dev.multi_label)

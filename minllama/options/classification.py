@@ -113,7 +113,7 @@ class ClassifierOptions(ZeroShotOptions):
         within=Range(0),
         group="Data",
     )
-    no_calibration: bool = option(False, "do not calibrate the probabilities on the dev split")
+    no_calibration: bool = option(False, "do not calibrate the probabilities")
 
     def __post_init__(self) -> None:
         super().__post_init__()

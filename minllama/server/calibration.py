@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from minllama.classification.base import Classifier
+from minllama.classification.experts import LlamaExpertsClassifier
 from minllama.evaluation.report.files import METRICS_FILE
 from minllama.text import read_json
 
@@ -16,7 +17,8 @@ def calibration_of(classifier: Classifier, folder: Path) -> dict[str, Any] | Non
         folder: its own, where its report may be.
 
     Returns:
-        `is_calibrated`; `temperature`; `n_texts` that it was fitted on; `ece`, the expected
+        `is_calibrated`; `temperature`; `n_texts` of dev that it was fitted on, None where
+        cross-validation fitted it; `ece`, the expected
         calibration error on `ece_n_texts` texts of the split `ece_split` (on dev it is optimistic:
         the temperature was fitted there). What is not known is None. None for a regression, which
         has no probabilities.
@@ -34,7 +36,7 @@ def calibration_of(classifier: Classifier, folder: Path) -> dict[str, Any] | Non
     }
     try:
         splits = read_json(folder / METRICS_FILE)["splits"]
-        if is_calibrated and "dev" in splits:
+        if is_calibrated and "dev" in splits and not isinstance(classifier, LlamaExpertsClassifier):
             found["n_texts"] = int(splits["dev"]["evaluation"]["count"])
         name = next(name for name in ("test", "dev") if name in splits)
         evaluation = splits[name]["evaluation"]
