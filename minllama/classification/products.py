@@ -84,7 +84,7 @@ def choose_experts(
 
 
 def _factor(logits: Matrix, gold: NDArray[np.int64]) -> float:
-    """What calibrates an expert alone; of logits that differ by 1 as a rule, so that it is found."""
+    """What calibrates an expert alone, searched from a scale at which its logits differ by 1."""
     spread = float((logits - logits.mean(1, keepdims=True)).std())
     unit = 1 / spread if spread > SMALLEST_SPREAD else 1.0
     alone = weighted_product({"": logits * unit}, gold)
