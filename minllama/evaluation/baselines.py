@@ -82,6 +82,7 @@ class TfidfBaseline:
         task = replace(task, balanced=False)
         self._multi_label = task.multi_label
         self._constant = gold.mean(0, dtype=np.float64)
+        self._never, self._always = ~gold.any(0), gold.all(0)
         inverse = _best_penalty(texts, gold, task)
         self._model = fit_tfidf(texts, gold, task, inverse)
 
@@ -91,8 +92,11 @@ class TfidfBaseline:
         logits = self._model.logits(texts).astype(np.float64)
         if self._multi_label:
             p = 1 / (1 + np.exp(-logits))
+            p[:, self._always] = 1
+            p[:, self._never] = 0
         else:
             p = np.exp(logits - logits.max(1, keepdims=True))
+            p[:, self._never] = 0
             p /= p.sum(1, keepdims=True)
         return np.asarray(p, dtype=np.float32)
 
@@ -102,10 +106,10 @@ def _best_penalty(texts: Sequence[str], gold: NDArray[np.bool_], task: Task) -> 
     if len(texts) < FEWEST_ROWS:
         return INVERSE_REGULARIZATION
     rows = np.random.default_rng(task.seed).permutation(len(texts))[:MOST_ROWS]
-    folds = [rows[start::FOLDS] for start in range(FOLDS)]
+    texts, gold = [texts[i] for i in rows], gold[rows]
+    folds = [np.arange(start, len(rows), FOLDS) for start in range(FOLDS)]
     right = {}
-    for inverse, held_out in out_of_fold_logits(texts, gold, task, folds).items():
-        logits = held_out[rows]
+    for inverse, logits in out_of_fold_logits(texts, gold, task, folds).items():
         found = logits >= 0 if task.multi_label else np.eye(gold.shape[1])[logits.argmax(1)] > 0
-        right[inverse] = int((found == gold[rows]).all(1).sum())
+        right[inverse] = int((found == gold).all(1).sum())
     return max(right, key=lambda inverse: right[inverse])

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -83,18 +84,24 @@ class Vocabulary:
         index = {term: column for column, (term, _) in enumerate(kept)}
         return cls(index, np.asarray(idf, dtype=np.float32))
 
+    @cached_property
+    def _are_characters(self) -> NDArray[np.bool_]:
+        """(V,), whether a term is of characters."""
+        found = np.zeros(len(self.index), dtype=np.bool_)
+        found[[column for term, column in self.index.items() if term.startswith("#")]] = True
+        return found
+
     def vector(self, counts: Mapping[str, int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Columns and values of a text: (1 + log count) x idf, of length 1 for each kind of term.
 
         Words and characters are normalized apart, so that neither outweighs the other.
         """
         index = self.index
-        known = [(index[term], n, term[0] == "#") for term, n in counts.items() if term in index]
-        known.sort()
-        columns = np.fromiter((column for column, _, _ in known), np.int64, len(known))
-        values = np.fromiter((1 + math.log(n) for _, n, _ in known), np.float32, len(known))
-        values *= self.idf[columns]
-        are_characters = np.fromiter((kind for _, _, kind in known), np.bool_, len(known))
+        known = [(index[term], n) for term, n in counts.items() if term in index]
+        pairs = np.array(known, dtype=np.int64).reshape(-1, 2)
+        columns, numbers = pairs[pairs[:, 0].argsort()].T
+        values = (1 + np.log(numbers)).astype(np.float32) * self.idf[columns]
+        are_characters = self._are_characters[columns]
         for part in (are_characters, ~are_characters):
             norm = float(np.sqrt((values[part] ** 2).sum()))
             if norm:
@@ -202,7 +209,7 @@ def _regression(
     def fitted(target: NDArray[Any]) -> Any:
         balance = "balanced" if task.balanced else None
         regression = linear_model.LogisticRegression(
-            C=inverse, max_iter=200, tol=1e-3, class_weight=balance
+            C=inverse, max_iter=200, tol=1e-4, class_weight=balance
         )
         with warnings.catch_warnings():
             # For uninformative texts, iterations cannot tell the optimum from rounding.

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.pipeline import make_pipeline, make_union
 
 from minllama.data.task import Task
 from minllama.errors import MinllamaError
@@ -14,6 +16,13 @@ from minllama.evaluation.baselines import fit_baselines
 
 TEXTS = ["a good film", "very good", "a bad film", "so bad", "bad bad thing", "good thing"]
 LABELS = [2, 2, 0, 0, 0, 2]  # class 1 has no text
+WORDS = (
+    ("bad", "awful", "poor", "film", "the"),
+    ("film", "the", "a", "thing", "plot", "so", "seen", "actor", "good", "bad"),
+    ("good", "great", "fine", "film", "the"),
+)
+# A seed, and the C that scikit-learn chooses for its texts.
+NOISY = ((0, 1.0), (2, 3.0), (3, 10.0), (6, 30.0))
 
 
 def read(path):
@@ -26,17 +35,18 @@ def accuracy(baseline, texts, labels):
     return (baseline.predict_proba(texts).argmax(1) == labels).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "classes", "majority", "least"),
-    [("sst", 5, 279 / 1101, 0.383), ("cfimdb", 2, 123 / 245, 0.895)],
+    [("sst", 5, 279 / 1101, 0.395), ("cfimdb", 2, 123 / 245, 0.925)],
 )
 def test_real_data_gives_the_known_accuracies_in_seconds(
     shared_data, name, classes, majority, least
 ):
     texts, labels = read(shared_data / f"{name}-dev.txt")
-    start = time.perf_counter()
+    start = time.process_time()
     first, second = fit_baselines(*read(shared_data / f"{name}-train.txt"), Task(classes))
-    assert time.perf_counter() - start < 20  # about 1 on an idle machine
+    assert time.process_time() - start < 40  # about 15 on one core
     assert accuracy(first, texts, labels) == pytest.approx(majority)
     assert least <= accuracy(second, texts, labels) <= least + 0.03
 
@@ -48,17 +58,42 @@ def test_the_majority_class_is_predicted_with_its_share():
     np.testing.assert_allclose(probabilities, [[1 / 6, 4 / 6, 1 / 6, 0]] * 2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("times", [1, 300])  # few rows and many have a solver each
-def test_regression_finds_the_optimum(times):
-    texts, labels = TEXTS * times, LABELS * times
-    _, tfidf = fit_baselines(texts, labels, Task(3))
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    model = LogisticRegression(C=3.0, tol=1e-8).fit(vectorizer.fit_transform(texts), labels)
+def reference(inverse_penalty=3.0):
+    """The baseline as a pipeline of scikit-learn."""
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    characters = TfidfVectorizer(
+        analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2
+    )
+    regression = LogisticRegression(C=inverse_penalty, tol=1e-8, max_iter=1000)
+    return make_pipeline(make_union(words, characters), regression)
+
+
+def test_regression_on_few_rows_finds_the_optimum():
+    _, tfidf = fit_baselines(TEXTS, LABELS, Task(3))
     unseen = ["good and bad", "no word of these", *TEXTS]
     probabilities = tfidf.predict_proba(unseen)
     assert probabilities.dtype == np.float32
-    expected = model.predict_proba(vectorizer.transform(unseen))
+    expected = reference().fit(TEXTS, LABELS).predict_proba(unseen)
     np.testing.assert_allclose(probabilities[:, [0, 2]], expected, atol=5e-3)
+    assert not probabilities[:, 1].any()
+
+
+@pytest.mark.parametrize(("seed", "chosen"), NOISY)
+def test_many_rows_choose_the_penalty_by_cross_validation(seed, chosen):
+    random = np.random.default_rng(seed)
+    labels = [int(label) for label in 2 * random.integers(0, 2, 240)]
+    texts = [
+        " ".join(random.choice(WORDS[label if random.random() > 0.8 else 1], 6)) for label in labels
+    ]
+    parts = np.empty(240, dtype=int)
+    parts[np.random.default_rng(0).permutation(240)] = np.arange(240) % 3  # the task's seed
+    penalties = {"logisticregression__C": [1.0, 3.0, 10.0, 30.0]}
+    search = GridSearchCV(reference(), penalties, cv=PredefinedSplit(parts)).fit(texts, labels)
+    assert search.best_params_ == {"logisticregression__C": chosen}
+    _, tfidf = fit_baselines(texts, labels, Task(3))
+    unseen = ["good and bad", "no word of these", *texts]
+    probabilities = tfidf.predict_proba(unseen)
+    np.testing.assert_allclose(probabilities[:, [0, 2]], search.predict_proba(unseen), atol=2e-2)
     assert not probabilities[:, 1].any()
 
 
@@ -108,7 +143,7 @@ def test_no_texts_give_no_probabilities_and_cannot_be_fitted():
 
 
 def test_a_missing_scikit_learn_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(MinllamaError, match=r"minllama\[train\]"):
         fit_baselines(TEXTS, LABELS, Task(3))
 

@@ -34,7 +34,8 @@ WHOLE = {
 
 CASES = {
     "zero-shot": ({"method": "zero-shot", "score": "pmi", "shots": 2}, set()),
-    "frozen": ({"method": "frozen"}, {"head.safetensors"}),
+    "frozen": ({"method": "frozen"}, {"head.safetensors", "vocabulary.json"}),
+    "frozen, one layer": ({"method": "frozen", "layer": "2"}, {"head.safetensors"}),
     "lora": ({"method": "lora"}, {"head.safetensors", "metrics.jsonl"} | ADAPTER),
     "full": ({"method": "full"}, {"head.safetensors", "metrics.jsonl"} | WHOLE),
     "full, looking ahead": (
