@@ -23,7 +23,7 @@ FEWEST_OF_A_CLASS = 2  # so that a class is not unknown to the fold that has its
 def reads_experts(train: Dataset, options: ClassifierOptions) -> bool:
     """Whether a frozen classifier reads several layers, and words beside them.
 
-    It has one head where a layer or a pooling is asked for, a text has several labels or a number,
+    It has one head where a layer or a pooling is selected, a text has several labels or a number,
     or there are too few texts to choose by.
     """
     if options.method != "frozen" or train.multi_label or train.has_numbers:
