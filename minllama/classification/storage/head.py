@@ -22,6 +22,10 @@ from minllama.text import read_json
 
 HEAD_FILE = "head.safetensors"
 VOCABULARY_FILE = "vocabulary.json"  # the terms of TF-IDF, in the order of its weights
+# Far more than the most terms that TF-IDF keeps, words of unspaced scripts as long as sentences.
+MAX_VOCABULARY_BYTES = 2**29
+MAX_VOCABULARY_ENTRIES = 2**22  # counted by commas and brackets, which terms have, too
+NOT_FINITE = "has NaN or infinite values; restore the original file"
 
 WithHead: TypeAlias = LlamaEmbeddingClassifier | LlamaExpertsClassifier
 
@@ -55,11 +59,14 @@ def read_tfidf(folder: Path, n_labels: int, digest: Any) -> TfidfModel:
     path = folder / VOCABULARY_FILE
     check_digest(path, digest)
     try:
-        terms = read_json(path)
+        terms = read_json(path, max_bytes=MAX_VOCABULARY_BYTES, max_entries=MAX_VOCABULARY_ENTRIES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); restore it") from error
     if not isinstance(terms, list) or not all(isinstance(term, str) for term in terms):
         raise CheckpointError(f"{path}: not a list of terms; restore the original file")
+    index = {term: column for column, term in enumerate(terms)}
+    if len(index) < len(terms):
+        raise CheckpointError(f"{path}: a term is there twice; restore the original file")
     stored = dict(read_safetensors(folder / HEAD_FILE))
     shapes = {"weight": (len(terms), n_labels), "bias": (n_labels,), "idf": (len(terms),)}
     tensors: dict[str, Any] = {}
@@ -71,7 +78,8 @@ def read_tfidf(folder: Path, n_labels: int, digest: Any) -> TfidfModel:
                 f"{None if lazy is None else lazy.shape}; restore the original file"
             )
         tensors[name] = np.asarray(lazy.load().float().numpy(), dtype=np.float32)
-    index = {term: column for column, term in enumerate(terms)}
+        if not np.isfinite(tensors[name]).all():
+            raise CheckpointError(f"{folder / HEAD_FILE}: tfidf.{name} {NOT_FINITE}")
     vocabulary = Vocabulary(index, tensors["idf"])
     return TfidfModel(vocabulary, tensors["weight"], tensors["bias"])
 
@@ -102,6 +110,8 @@ def read_head(folder: Path, classifier: WithHead, digest: Any) -> None:
                 f"{None if lazy is None else lazy.shape}; restore the original file"
             )
         parameter.data.copy_(lazy.load())
+        if not parameter.isfinite().all():
+            raise CheckpointError(f"{path}: score.{name} {NOT_FINITE}")
 
 
 def check_digest(path: Path, digest: Any) -> None:

@@ -29,6 +29,8 @@ def check(content: Mapping[str, Any]) -> None:
         _check_fields(content, _ZERO_SHOT)
     elif content["kind"] == "experts":
         _check_fields(content, _EXPERTS)
+        if content["multi_label"]:
+            raise ValueError("multi_label must be false, for experts choose one label")
     else:
         _check_fields(content, _EMBEDDING)
     there = {name: rule for name, rule in _OPTIONAL.items() if content.get(name) is not None}
@@ -142,7 +144,10 @@ _EXPERTS: dict[str, Rule] = {
         lambda value: (
             isinstance(value, list)
             and all(isinstance(choice, list) and len(choice) == 2 for choice in value)
-            and all(type(layer) is int and pooling in POOLINGS for layer, pooling in value)
+            and all(
+                type(layer) is int and 0 < layer < 2**31 and pooling in POOLINGS
+                for layer, pooling in value
+            )
         ),
     ),
     "tfidf": _FLAG,

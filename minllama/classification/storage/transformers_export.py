@@ -47,9 +47,12 @@ def check_exportable(classifier: Classifier) -> LlamaEmbeddingClassifier:
             if classifier.scale is None
             else "use it with minllama"
         )
+        # Experts stand on a base without an adapter: there is nothing to merge.
+        has_several = isinstance(classifier, LlamaExpertsClassifier)
+        other = "use this one with minllama" if has_several else "merge without --to"
         raise MinllamaError(
             f"{SEQUENCE_CLASSIFIER} cannot represent this classifier: {reason}; {remedy}, or "
-            "merge without --to"
+            f"{other}"
         )
     assert isinstance(classifier, LlamaEmbeddingClassifier)
     return classifier
