@@ -89,6 +89,16 @@ class Classifier(nn.Module, ABC):
         return {**self.__dict__, "_scheduler": None}  # of this one's tensors
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether its probabilities were fitted to texts that its weights were not."""
+        return self.temperature != 1.0
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether logits depend on the text itself, too, and not on its token ids alone."""
+        return False
+
+    @property
     @abstractmethod
     def n_layers(self) -> int:
         """How many layers of the Llama run."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minllama.classification.base import Classifier, as_prompt, checked_labels, make_template
 from minllama.classification.embedding import check_layer
@@ -72,6 +73,16 @@ class LlamaExpertsClassifier(Classifier):
         nn.init.zeros_(self.score.bias)
 
     @property
+    def is_calibrated(self) -> bool:
+        """By the weights of its experts, which take the place of a temperature."""
+        return True
+
+    @property
+    def reads_words(self) -> bool:
+        """See `Classifier.reads_words`."""
+        return self.tfidf is not None
+
+    @property
     def n_layers(self) -> int:
         return max(layer for layer, _ in self._read)
 
@@ -105,10 +116,13 @@ class LlamaExpertsClassifier(Classifier):
         return self._logits(prompts, torch.stack([torch.cat(vectors) for vectors in results]))
 
     def _logits(self, prompts: Sequence[EncodedPrompt], vectors: Tensor) -> Tensor:
-        logits: Tensor = self.score(vectors)
+        weight, bias = self.score.weight, self.score.bias
+        logits = F.linear(vectors, weight.float(), bias.float())  # after `.to(bfloat16)`, too
         if self.tfidf is None:
             return logits
-        texts = [prompt.text or "" for prompt in prompts]
+        texts = [prompt.text for prompt in prompts if prompt.text is not None]
+        if len(texts) < len(prompts):
+            raise MinllamaError("this classifier reads words beside the model: give texts, not ids")
         return logits + torch.from_numpy(self.tfidf.logits(texts)).to(logits.device)
 
 

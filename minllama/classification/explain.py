@@ -315,7 +315,12 @@ def _prompts(
 
     None for a span without which nothing is left to read.
     """
-    prompts = {(whole.ids, whole.continuations): 0}  # prompts that do not differ are read once
+
+    def key_of(prompt: EncodedPrompt) -> tuple[object, ...]:
+        text = prompt.text if classifier.reads_words else None
+        return prompt.ids, prompt.continuations, text
+
+    prompts = {key_of(whole): 0}  # prompts that do not differ are read once
     distinct = [whole]
     place: list[int | None] = []
     is_read = [start < read[1] and end > read[0] for start, end in spans]
@@ -329,7 +334,7 @@ def _prompts(
         if not prompt.ids:
             place.append(None)
             continue
-        key = (prompt.ids, prompt.continuations)
+        key = key_of(prompt)
         if key not in prompts:
             prompts[key] = len(distinct)
             distinct.append(prompt)

@@ -24,14 +24,14 @@ class EncodedPrompt:
         continuations: for each label, the ids that follow; empty if no labels are scored.
         is_shortened: whether the text was truncated to fit.
         n_read: how many characters of a truncated text it has; None for a whole text.
-        text: what it has of the text.
+        text: what it has of the text; None for a prompt that was given as ids.
     """
 
     ids: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...] = ()
     is_shortened: bool = field(default=False, repr=False, compare=False)
     n_read: int | None = field(default=None, repr=False, compare=False)
-    text: str = field(default="", repr=False, compare=False)
+    text: str | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)

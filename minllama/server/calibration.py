@@ -10,7 +10,7 @@ from minllama.text import read_json
 
 
 def calibration_of(classifier: Classifier, folder: Path) -> dict[str, Any] | None:
-    """Whether a temperature was fitted, on how many texts, and the error that was measured.
+    """Whether it is calibrated, on how many texts, and the error that was measured.
 
     Args:
         classifier: loaded.
@@ -18,14 +18,13 @@ def calibration_of(classifier: Classifier, folder: Path) -> dict[str, Any] | Non
 
     Returns:
         `is_calibrated`; `temperature`; `n_texts` of dev that it was fitted on, None where
-        cross-validation fitted it; `ece`, the expected
-        calibration error on `ece_n_texts` texts of the split `ece_split` (on dev it is optimistic:
+        cross-validation fitted it; `ece`, the expected calibration error on `ece_n_texts` texts of the split `ece_split` (on dev it is optimistic:
         the temperature was fitted there). What is not known is None. None for a regression, which
         has no probabilities.
     """
     if classifier.scale is not None:
         return None
-    is_calibrated = classifier.temperature != 1.0
+    is_calibrated = classifier.is_calibrated
     found: dict[str, Any] = {
         "is_calibrated": is_calibrated,
         "temperature": classifier.temperature,

@@ -150,7 +150,7 @@ def _limits(classifier: Classifier) -> str:
         "another kind. "
         + (
             "Its probabilities were calibrated on texts like those of its evaluation."
-            if classifier.temperature != 1.0
+            if classifier.is_calibrated
             else "Its probabilities are not calibrated."
         )
     )
