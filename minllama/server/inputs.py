@@ -7,7 +7,7 @@ own options, say so.
 import copy
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from minllama.classification.prompts import EncodedPrompt, PromptTemplate
@@ -147,7 +147,7 @@ def _without_special(prompt: EncodedPrompt, template: PromptTemplate) -> Encoded
         ids = ids[1:]
     if template.eos is not False and ids[-1:] == (tokenizer.eos_id,):
         ids = ids[:-1]
-    return EncodedPrompt(ids, prompt.continuations, prompt.is_shortened)
+    return replace(prompt, ids=ids)
 
 
 def _full_len(prompt: EncodedPrompt) -> int:

@@ -1,24 +1,50 @@
 """Classifiers of each kind on one tiny base, saved as if they had been trained."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from minllama.classification import LlamaEmbeddingClassifier, LlamaZeroShotClassifier
+from minllama.classification import (
+    LlamaEmbeddingClassifier,
+    LlamaExpertsClassifier,
+    LlamaZeroShotClassifier,
+)
 from minllama.classification.base import Classifier
 from minllama.evaluation.regression import TargetScale
+from minllama.evaluation.tfidf import TfidfModel, Vocabulary
 from minllama.model.llama import Llama
 from minllama.options import PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
 LABELS = ("bad", "good", "so-so")
+TERMS = ("fine", "a fine", "film", "dull", "mess", "# on ", "#dra", "#fil", "what a")
 DEV = {"evaluation": {"count": 40, "calibration_error": 0.07}}
 TEST = {"evaluation": {"count": 60, "calibration_error": 0.09}}
 
 
+def experts(base: Path, terms: Sequence[str] = TERMS) -> LlamaExpertsClassifier:
+    """Heads on both layers, and TF-IDF, with weights by chance."""
+    llama = Llama.from_pretrained(base, device="cpu", dtype="float32")
+    random = np.random.default_rng(3)
+    weight = random.normal(size=(len(terms), len(LABELS))).astype(np.float16).astype(np.float32)
+    vocabulary = Vocabulary(
+        {term: column for column, term in enumerate(terms)}, np.ones(len(terms), dtype=np.float32)
+    )
+    classifier = LlamaExpertsClassifier(
+        *(llama, Tokenizer.from_pretrained(base), LABELS, [(1, "mean"), (2, "last")]),
+        tfidf=TfidfModel(vocabulary, weight, np.zeros(len(LABELS), dtype=np.float32)),
+        prompt="Review: {text}\nIt was",
+    )
+    generator = torch.Generator().manual_seed(7)
+    classifier.score.weight.data.normal_(std=1.0, generator=generator)
+    return classifier.eval()
+
+
 def write_heads(folder: Path, base: Path) -> dict[str, Path]:
-    """Folders of a head, one with a threshold and a frame, several labels, numbers, label words."""
+    """Folders of a classifier of each kind: heads, label words, experts."""
     llama = Llama.from_pretrained(base, device="cpu", dtype="float32")
     words = Tokenizer.from_pretrained(base)
     torch.manual_seed(5)
@@ -33,6 +59,7 @@ def write_heads(folder: Path, base: Path) -> dict[str, Path]:
             llama, words, ["stars"], bias=True, scale=TargetScale(3.0, 1.5)
         ),
         "words": LlamaZeroShotClassifier(llama, words, LABELS, score="contextual"),
+        "experts": experts(base),
     }
     for name, classifier in kinds.items():
         if isinstance(classifier, LlamaEmbeddingClassifier):

@@ -18,7 +18,7 @@ from tests.server.heads import LABELS, write_heads
 from tests.server.running import running
 
 TEXTS = ["a fine film", "dull", "it drags on and on and on", "x", "what a mess: three hours"]
-KINDS = ("head", "two", "many", "numbers", "words")
+KINDS = ("head", "two", "many", "numbers", "words", "experts")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def probs(found: Mapping[str, Any]) -> np.ndarray:
     return np.array([entry["probs"] for entry in found["data"]])
 
 
-@pytest.mark.parametrize("kind", ["head", "two", "words"])
+@pytest.mark.parametrize("kind", ["head", "two", "words", "experts"])
 def test_probabilities_are_the_librarys(
     served: HttpServer, library: dict[str, Classifier], kind: str
 ) -> None:
@@ -117,6 +117,7 @@ def test_what_is_known_of_the_calibration(served: HttpServer) -> None:
         "ece_split": "test",
         "ece_n_texts": 60,
     }
+    assert classify(served, model="experts", input="x")["x_calibration"]["is_calibrated"] is True
     unknown = classify(served, model="two", input="x")["x_calibration"]
     assert unknown["is_calibrated"] is False
     assert unknown["ece"] is None
@@ -151,6 +152,26 @@ def test_ids_are_whole_prompts(served: HttpServer, library: dict[str, Classifier
     whole = [list(words.encode(text).ids) for text in TEXTS]
     found = classify(served, model="words", input=whole)
     assert probs(found) == pytest.approx(words.predict_proba(TEXTS), abs=2e-6)
+
+
+def test_words_are_read_from_texts_alone(
+    served: HttpServer, library: dict[str, Classifier]
+) -> None:
+    classifier = library["experts"]
+    ids = list(classifier.encode(TEXTS[0]).ids)
+    refused = post(served, model="experts", input=ids)
+    assert refused.status_code == 400
+    assert "give texts, not token ids" in refused.json()["error"]["message"]
+    expected = classifier.predict_proba(TEXTS)
+    frame = {"add_special_tokens": False, "truncate_prompt_tokens": 50}
+    found = classify(served, model="experts", input=TEXTS, **frame)
+    assert probs(found) == pytest.approx(expected, abs=2e-6)
+    long = "a fine mess " * 90
+    cut = classify(served, model="experts", input=long, truncate_prompt_tokens=-1)
+    assert probs(cut) == pytest.approx(classifier.predict_proba([long]), abs=2e-6)
+    listed = post(served, "/predict", inputs=[[text] for text in TEXTS], model="experts").json()
+    for entries, row in zip(listed, expected, strict=True):
+        assert [e["score"] for e in entries] == pytest.approx(sorted(row, reverse=True), abs=2e-6)
 
 
 def test_long_texts(served: HttpServer, library: dict[str, Classifier]) -> None:

@@ -22,7 +22,7 @@ TEXTS = ["Once upon a time", "x", "The quick brown fox jumps over it"]
 @pytest.fixture(scope="module")
 def served(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HttpServer]:
     heads = write_heads(tmp_path_factory.mktemp("heads"), base)
-    with running({"base": base, "two": heads["two"]}) as server:
+    with running({"base": base, "two": heads["two"], "experts": heads["experts"]}) as server:
         yield server
 
 
@@ -81,6 +81,12 @@ def test_a_classifier_gives_what_its_head_reads(served: HttpServer, client: open
     with torch.no_grad():
         logits = classifier.score(vectors).numpy()
     assert logits == pytest.approx(classifier.predict_logits(TEXTS), abs=1e-4)
+    several = client.embeddings.create(model="experts", input=TEXTS[0])
+    own = {"x_layer": 2, "x_pooling": "last"}
+    chosen = client.embeddings.create(model="experts", input=TEXTS[0], extra_body=own)
+    assert several.data[0].embedding == chosen.data[0].embedding
+    other = client.embeddings.create(model="base", input=TEXTS[0])
+    assert several.data[0].embedding != other.data[0].embedding
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,10 @@ async def classify(request: Request, body: ClassifyBody) -> JSONResponse:
     service.check_accepting()
     model, classifier = await _classifier(service, body)
     inputs = body.inputs(service)
+    if classifier.reads_words and not all(isinstance(given, str) for given in inputs):
+        raise RequestError(
+            f"{model.id} reads words beside token ids: give texts, not token ids", param="input"
+        )
     prompts = await encode_inputs(service, model, inputs, body.reading(classifier))
     log_texts(request, input=body.input)
     plans = await _plans(service, classifier, inputs, body)

@@ -2,7 +2,7 @@
 
 Without a choice they are of the last layer, the mean over a text's tokens, and of length 1: what
 suits a language model that was not trained for embeddings. A classifier gives the vectors that its
-head reads: its layer, its pooling, its prompt.
+head reads: its layer, its pooling, its prompt. Of several heads it is the first of the deepest.
 """
 
 import base64
@@ -14,8 +14,9 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from minllama.classification.embedding import LlamaEmbeddingClassifier
+from minllama.classification.experts import LlamaExpertsClassifier
 from minllama.classification.prompts import PromptTemplate
-from minllama.engine.states import Pooling, StatesRequest
+from minllama.engine.states import Choice, Pooling, StatesRequest
 from minllama.server.errors import RequestError, out_of_range
 from minllama.server.inputs import Reading, encode_inputs
 from minllama.server.registry import ServedModel
@@ -84,10 +85,8 @@ async def embed(request: Request, model: ServedModel, body: EmbeddingsBody) -> E
     """
     service = service_of(request)
     config, salt = model.llama.config, partition(request)
-    head = model.classifier if isinstance(model.classifier, LlamaEmbeddingClassifier) else None
-    layer = body.x_layer
-    if layer is None:
-        layer = config.n_layers if head is None else head.layer
+    own_layer, own_pooling = _own_choice(model)
+    layer = own_layer if body.x_layer is None else body.x_layer
     if layer > config.n_layers:
         raise out_of_range("x_layer", layer, f"between 0 and {config.n_layers}")
     if body.dimensions not in (None, config.dim):
@@ -96,10 +95,11 @@ async def embed(request: Request, model: ServedModel, body: EmbeddingsBody) -> E
             "nothing; omit it",
             param="dimensions",
         )
-    pooling = body.x_pooling or (DEFAULT_POOLING if head is None else head.pooling)
+    pooling = body.x_pooling or own_pooling
     prompts = await encode_inputs(service, model, body.inputs(service), _reading(model, body))
     log_texts(request, input=body.input)
     choices = ((layer, pooling),)
+    head = model.classifier if isinstance(model.classifier, LlamaEmbeddingClassifier) else None
     if head is None:
         requests = [StatesRequest(ids=p.ids, choices=choices, salt=salt) for p in prompts]
     else:
@@ -113,6 +113,16 @@ async def embed(request: Request, model: ServedModel, body: EmbeddingsBody) -> E
     results = await answer(request, job, job.results())
     shown = await service.in_thread(_shown, results, body)
     return Embedded(shown, sum(map(len, prompts)), layer, pooling)
+
+
+def _own_choice(model: ServedModel) -> Choice:
+    """What is read where a request names no layer and no pooling."""
+    classifier = model.classifier
+    if isinstance(classifier, LlamaEmbeddingClassifier):
+        return classifier.layer, classifier.pooling
+    if isinstance(classifier, LlamaExpertsClassifier) and classifier.choices:
+        return max(classifier.choices, key=lambda choice: choice[0])
+    return model.llama.config.n_layers, DEFAULT_POOLING
 
 
 def _reading(model: ServedModel, body: EmbeddingsBody) -> Reading:
