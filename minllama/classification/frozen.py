@@ -194,7 +194,7 @@ class _Search:
         """Logits (N, C) of each expert for texts that it was not fitted to."""
         gold, task = self._gold, self._task
         # What each text is compared by: the part of it that the Llama reads, too.
-        texts = [self._reader.encode(text).text for text in self._texts]
+        texts = [self._reader.encode(text).text or "" for text in self._texts]
         with parallel_fits() as pool:
             words = pool.submit(tfidf.out_of_fold_logits, texts, gold, task, folds)
             by_choice = {
@@ -234,7 +234,7 @@ class _Search:
                 of_choice.setdefault(expert.choice, []).append((expert.strength, weight))
         words = {e.strength: w for e, w in weights_of.items() if e.choice is None}
         if words:
-            texts = [reader.encode(text).text for text in self._texts]
+            texts = [reader.encode(text).text or "" for text in self._texts]
             models = [
                 scaled(tfidf.fit_tfidf(texts, gold, task, inverse), weight)
                 for inverse, weight in words.items()
