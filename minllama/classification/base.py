@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -84,9 +85,16 @@ class Classifier(nn.Module, ABC):
         self.scale: TargetScale | None = None
         self._engine = KeptEngine()
         self._scheduler: Scheduler | None = None  # while `steady`
+        self._lock = threading.RLock()  # an engine is for one thread at a time
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_scheduler": None}  # of this one's tensors
+        state = {**self.__dict__, "_scheduler": None}  # of this one's tensors
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
 
     @property
     def is_calibrated(self) -> bool:
@@ -178,9 +186,12 @@ class Classifier(nn.Module, ABC):
     def predict_encoded(
         self, prompts: Sequence[EncodedPrompt], *, progress: Callable[[int], None] | None = None
     ) -> NDArray[np.float32]:
-        """(N, C) scores of N texts that `encode` returned; see `predict_logits`."""
+        """(N, C) scores of N texts that `encode` returned; see `predict_logits`.
+
+        Several threads may call it; their texts are computed one after the other.
+        """
         logits = np.empty((len(prompts), len(self.labels)), dtype=np.float32)
-        with self.steady() as scheduler, torch.inference_mode():
+        with self._lock, self.steady() as scheduler, torch.inference_mode():
             shared = self._prepare(len(prompts))
             requests = [self.request_of(prompt, shared=shared) for prompt in prompts]
             for indices, results in evaluated(scheduler, requests):

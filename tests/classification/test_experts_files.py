@@ -1,9 +1,11 @@
 """Claims about folders of products of experts: what they keep, and what is refused."""
 
 import contextlib
+import copy
 import json
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,15 @@ def test_it_predicts_in_bfloat16(base: Path) -> None:
     after = classifier.to(torch.bfloat16).predict_logits(TEXTS)
     assert after.dtype == np.float32
     np.testing.assert_allclose(after, before, atol=0.3)
+
+
+def test_threads_predict_the_same(base: Path) -> None:
+    classifier = experts(base)
+    expected = classifier.predict_logits(TEXTS)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: classifier.predict_logits(TEXTS), range(12)):
+            np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(copy.deepcopy(classifier).predict_logits(TEXTS), expected)
 
 
 def test_prompts_of_ids_have_no_words(base: Path) -> None:
