@@ -73,11 +73,6 @@ class LlamaExpertsClassifier(Classifier):
         nn.init.zeros_(self.score.bias)
 
     @property
-    def is_calibrated(self) -> bool:
-        """By the weights of its experts, which take the place of a temperature."""
-        return True
-
-    @property
     def reads_words(self) -> bool:
         """See `Classifier.reads_words`."""
         return self.tfidf is not None
