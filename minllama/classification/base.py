@@ -93,7 +93,7 @@ class Classifier(nn.Module, ABC):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._lock = threading.RLock()
 
     @property
