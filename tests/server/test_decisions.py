@@ -61,7 +61,7 @@ def served(
     wide: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[HttpServer]:
     heads = write_heads(tmp_path_factory.mktemp("heads"), base)
-    sources = {"wide": wide, "head": heads["head"], "many": heads["many"]}
+    sources = {"wide": wide, **{name: heads[name] for name in ("head", "many", "experts")}}
     with running(sources, requests_per_second=0) as server:
         yield server
 
@@ -264,6 +264,17 @@ def test_a_classifier_answers_about_its_labels(served: HttpServer) -> None:
     assert one.json()["answers"]["q"]["x_method"] == "classifier"
     noul = {"type": "noul", "instructions": "Is it?"}
     assert systemone(served, {"q": noul}, model="head").status_code == 422
+
+
+def test_experts_answer_about_their_labels(served: HttpServer) -> None:
+    path = served.service.registry._sources["experts"]
+    classifier = load_classifier(str(path), device="cpu", dtype="float32")
+    asked = {"type": "choice", "instructions": "?", "choices": [{"value": x} for x in LABELS]}
+    (choice,) = decide(served, model="experts", input="a fine film", questions=[asked])
+    expected = classifier.predict_proba(["a fine film"])[0]
+    found = [p["probability"] for p in choice["probabilities"]]
+    assert found == pytest.approx(expected.tolist(), abs=1e-6)
+    assert choice["x_calibration"]["is_calibrated"] is True
 
 
 def test_inputs_of_items(served: HttpServer, client: openai.OpenAI) -> None:
