@@ -82,7 +82,7 @@ def test_train_prints_a_summary_and_says_what_it_does(run, base, labelled_files,
     assert "test" not in result.out  # all its labels are one: an accuracy would say nothing
     assert "no --dev: 2 of 24 rows of" in result.err
     assert "is it a placeholder?" in result.err
-    assert re.search(r"layer \d of 2, [a-z-]+, penalty [\d.]+: accuracy", result.err)
+    assert re.search(r"(layer \d [a-z-]+|TF-IDF) x [\d.e-]+.*: accuracy", result.err)
     assert result.err.endswith(
         f"wrote {tmp_path / 'run'}: the classifier, report.html, metrics.json, predictions.jsonl\n"
     )
@@ -503,7 +503,8 @@ def test_the_report_says_what_was_chosen(run, base, labelled_files, tmp_path):
     settings = json.loads((tmp_path / "run" / "metrics.json").read_text())["settings"]
     loaded = load_classifier(tmp_path / "run", device="cpu")
     chosen = settings["chosen"]
-    assert (chosen["layer"], chosen["pooling"]) == (loaded.layer, loaded.pooling)
+    assert (chosen["layers"], chosen["TF-IDF"]) == (loaded.n_layers, loaded.tfidf is not None)
+    assert chosen["heads"] == [f"layer {layer} {pooling}" for layer, pooling in loaded.choices]
     assert chosen["temperature"] == pytest.approx(loaded.temperature, rel=1e-3)
     assert settings["training"] == {"seed": 0, "class_weights": "balanced"}
 

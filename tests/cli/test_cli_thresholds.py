@@ -378,7 +378,7 @@ def test_a_damaged_threshold_is_refused(run, made, tmp_path):  # noqa: F811
     shutil.copytree(made / "f1", tmp_path / "f1")
     path = tmp_path / "f1" / "classifier.json"
     content = json.loads(path.read_text())
-    assert content["version"] == 2
+    assert content["version"] == 3
     for values in ({"bad": 2}, {"ugly": 0.5}, [1], {"bad": 0.123}):
         content["thresholds"]["values"] = values
         path.write_text(json.dumps(content))
