@@ -18,9 +18,9 @@ def calibration_of(classifier: Classifier, folder: Path) -> dict[str, Any] | Non
 
     Returns:
         `is_calibrated`; `temperature`; `n_texts` of dev that it was fitted on, None where
-        cross-validation fitted it; `ece`, the expected calibration error on `ece_n_texts` texts of the split `ece_split` (on dev it is optimistic:
-        the temperature was fitted there). What is not known is None. None for a regression, which
-        has no probabilities.
+        cross-validation fitted it; `ece`, the expected calibration error on `ece_n_texts` texts of
+        the split `ece_split` (on dev it is optimistic where the temperature was fitted there). What
+        is not known is None. None for a regression, which has no probabilities.
     """
     if classifier.scale is not None:
         return None
