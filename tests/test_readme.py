@@ -48,10 +48,12 @@ def without_rates(lines: list[str]) -> list[str]:
 def without_numbers(lines: list[str]) -> list[str]:
     """What a classifier prints, but for figures, which are a little different on other machines.
 
-    Which of two close labels comes first may differ as well, so lines are compared as a set.
+    Which of two close labels comes first may differ as well, so lines are compared as a set, and
+    which layers a classifier reads.
     """
     masked = [re.sub(r"[ -]*\d+(\.\d+)?%?", " N", line).rstrip() for line in lines]
-    return sorted(re.sub(r" (weighted-mean|mean|last), penalty", " P, penalty", m) for m in masked)
+    experts = r"^((layer N (weighted-mean|mean|last)|TF-IDF) x N(, )?)+"
+    return sorted(re.sub(experts, "experts", m).replace("head on", "heads on") for m in masked)
 
 
 def of_every_machine(lines: list[str]) -> list[str]:

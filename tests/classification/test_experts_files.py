@@ -150,7 +150,7 @@ def nothing(folder: Path) -> None:
         (with_terms({"a": 1}), {}, "not a list of terms"),
         (with_terms([1, 2]), {}, "not a list of terms"),
         (with_terms(None), {}, "not a list of terms"),
-        (with_terms(["a", "a"]), {}, "a term is there twice"),
+        (with_terms(["a", "a"]), {}, "a duplicate term"),
         (with_terms(["a", "b"]), {}, "tfidf.weight must be of shape"),
         (lambda folder: (folder / "vocabulary.json").write_text("[" * 9999), {}, "cannot be read"),
         (lambda folder: (folder / "vocabulary.json").write_bytes(b"\xff"), {}, "cannot be read"),

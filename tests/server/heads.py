@@ -40,6 +40,7 @@ def experts(base: Path, terms: Sequence[str] = TERMS) -> LlamaExpertsClassifier:
     )
     generator = torch.Generator().manual_seed(7)
     classifier.score.weight.data.normal_(std=1.0, generator=generator)
+    classifier.temperature = 1.3
     return classifier.eval()
 
 

@@ -415,7 +415,7 @@ def test_the_client_of_system_one(served: HttpServer) -> None:
     with TypeSafeClient(api_key="none", base_url=served.url, timeout=60) as client:
         found = client.system_one(state={"text": STATE}, questions=questions)
         names = [model.name for model in client.models.list().models]
-    assert names == ["wide", "head", "many"]
+    assert names == ["wide", "head", "many", "experts"]
     assert 0 <= found.nouls["refund"].noul <= 1
     assert found.choices["team"].choice in ("billing", "x")
     assert found.scores["anger"].legend == {0: "calm", 1: "angry"}

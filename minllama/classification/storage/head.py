@@ -66,7 +66,7 @@ def read_tfidf(folder: Path, n_labels: int, digest: Any) -> TfidfModel:
         raise CheckpointError(f"{path}: not a list of terms; restore the original file")
     index = {term: column for column, term in enumerate(terms)}
     if len(index) < len(terms):
-        raise CheckpointError(f"{path}: a term is there twice; restore the original file")
+        raise CheckpointError(f"{path}: a duplicate term; restore the original file")
     stored = dict(read_safetensors(folder / HEAD_FILE))
     shapes = {"weight": (len(terms), n_labels), "bias": (n_labels,), "idf": (len(terms),)}
     tensors: dict[str, Any] = {}
