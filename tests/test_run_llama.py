@@ -78,6 +78,7 @@ def test_generate_writes_both_temperatures_and_repeats_with_a_seed(files, base, 
     assert low.startswith(words.decode(greedy)[: len(run_llama.STORY) + 5])
 
 
+@pytest.mark.slow
 def test_without_a_path_it_is_the_default_model(default_model, tmp_path, capsys):
     outputs = ("--generated_sentence_low_temp_out", str(tmp_path / "low"))
     outputs += ("--generated_sentence_high_temp_out", str(tmp_path / "high"))

@@ -32,6 +32,7 @@ def test_what_is_piped_in_is_classified_as_what_it_is(
     assert [json.loads(line)["text"] for line in result.stdout.splitlines()] == texts
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_and_evaluated_on_cp1252_without_a_header(
     base: Path, tmp_path: Path
 ) -> None:
