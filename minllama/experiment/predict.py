@@ -351,9 +351,9 @@ def described(classifier: Classifier) -> str:
     if classifier.scale is not None:
         return f"[regression head on layer {classifier.n_layers} of {n_layers}]"
     if isinstance(classifier, LlamaExpertsClassifier):
-        heads = (
-            f"{len(classifier.choices)} heads on up to layer {classifier.n_layers} of {n_layers}"
-        )
+        n = len(classifier.choices)
+        noun = "head" if n == 1 else "heads"
+        heads = f"{n} {noun} on up to layer {classifier.n_layers} of {n_layers}"
         return f"[{heads}{' and TF-IDF' if classifier.tfidf else ''}, {temperature}]"
     return f"[head on layer {classifier.n_layers} of {n_layers}, {temperature}]"
 

@@ -1,5 +1,5 @@
-// One forward pass of a few tokens through a whole Llama on a CPU, in one call: what decoding does
-// for each token. The model is minllama/model/llama.py's; this is the same pass without an interpreter
+// One forward pass through a whole Llama on a CPU, in one call: of a token of each row, which is a step of
+// decoding, or of prompts. The model is minllama/model/llama.py's; this is the same pass without an interpreter
 // between its products, on weights as they are stored (4 and 8 bits, or floating point).
 //
 // A plain C interface, called through ctypes: no headers of Python or torch are needed to build it.
