@@ -174,20 +174,22 @@ def test_a_long_pass_of_a_row_has_the_same_bits_in_any_company(at_level, tmp_pat
     assert torch.allclose(together, alone, atol=1e-3)
 
 
-def test_long_passes_are_read_in_pieces(monkeypatch, tmp_path):
+def test_long_passes_are_read_in_pieces(at_level, monkeypatch, tmp_path):
+    # A sum in another order can round an activation to its other neighbor in 8 bits. At level 2 a
+    # token's products are summed in one order wherever the pieces end.
+    atol = 1e-5 if at_level == 2 else 2e-3
     model = model_of("int4", tmp_path, max_seq_len=512)
     engine = engine_for(model, "cpu")
+    ids = random_ids(1, 100)
     with torch.inference_mode():
-        expected = ragged_pass(model, engine.forward)
-        monkeypatch.setattr(native_step, "PIECE", 33)
-        found = ragged_pass(model, engine.forward)
-        for a, b in zip(found[:2], expected[:2], strict=True):
-            assert torch.allclose(a, b, atol=1e-4), (a - b).abs().max()
-        ids = random_ids(1, 100)
-        every = engine.forward(ids, engine.new_cache(1, 100), logits="all").logits
-        monkeypatch.undo()
+        ragged = ragged_pass(model, engine.forward)[:2]
         whole = engine.forward(ids, engine.new_cache(1, 100), logits="all").logits
-    assert torch.allclose(every, whole, atol=1e-4)
+        for piece in (16, 33, 40):
+            monkeypatch.setattr(native_step, "PIECE", piece)
+            for a, b in zip(ragged_pass(model, engine.forward)[:2], ragged, strict=True):
+                assert torch.allclose(a, b, atol=atol), (piece, (a - b).abs().max())
+            every = engine.forward(ids, engine.new_cache(1, 100), logits="all").logits
+            assert torch.allclose(every, whole, atol=atol), (piece, (every - whole).abs().max())
 
 
 def test_passes_of_any_length_are_for_quantized_weights(monkeypatch, tmp_path):
