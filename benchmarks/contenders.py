@@ -97,21 +97,12 @@ def open_llama_cpp(**options: Any) -> Any:
 
 
 def decode_ours(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
-    from minllama import GenerationOptions
-    from minllama.generation.decode import Decoder
+    from minllama.benchmark.measurements import decode_rate
 
     model, tokenizer = open_ours()
     ids = tokenizer.encode(STORY)
     prompt = (ids * (context // len(ids) + 1))[: context or len(ids)]
-    options = GenerationOptions(max_new_tokens=new, ignore_eos=True)
-
-    def rate() -> float:
-        decoder = Decoder(model, [prompt] * batch, options)
-        for _ in decoder:
-            pass
-        return decoder.timings.decode_rate
-
-    return median(rate, n)
+    return median(lambda: decode_rate(model, [prompt] * batch, new), n)
 
 
 def decode_theirs(dtype: str, batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
@@ -196,19 +187,11 @@ def _decode_llama_cpp_batch(batch: int, new: int) -> float:
 
 
 def prefill_ours(length: int = 512) -> float:
-    import torch
-
-    from minllama import engine_for
+    from minllama.benchmark.measurements import prefill_rate
 
     model, tokenizer = open_ours()
-    ids = torch.tensor([(tokenizer.encode(STORY) * length)[:length]])
-    engine = engine_for(model)
-
-    def read() -> None:
-        with torch.inference_mode():
-            engine.forward(ids, engine.new_cache(1, length))
-
-    return median(lambda: length / seconds(read))
+    ids = (tokenizer.encode(STORY) * length)[:length]
+    return median(lambda: prefill_rate(model, ids))
 
 
 def prefill_theirs(dtype: str, length: int = 512) -> float:

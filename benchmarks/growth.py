@@ -18,7 +18,9 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from speed import cpu_name, make_weights, measure
+from speed import make_weights, measure
+
+from minllama.benchmark.machine import processor
 
 Points = dict[str, dict[str, dict[str, float]]]  # task -> contender -> what it measured
 COLORS = {
@@ -90,7 +92,7 @@ def main() -> None:
         points[task] = {who: found for who in contenders_of if (found := measure(task, who))}
         for who, one in points[task].items():
             print(f"  {task}, {who}: {one['value']:.4g}", file=sys.stderr, flush=True)
-        written = {"machine": cpu_name(), "threads": contenders.THREADS, "points": points}
+        written = {"machine": processor(), "threads": contenders.THREADS, "points": points}
         results.write_text(json.dumps(written, indent=1) + "\n")
     draw(points, arguments.output)
 

@@ -11,7 +11,6 @@ beside the repository for the tasks that read texts, and a machine without other
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -208,15 +207,6 @@ def measure_all(
     return list(dict.fromkeys(failed))
 
 
-def cpu_name() -> str:
-    """As the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-
-
 def chosen_tasks(quick: bool) -> tuple[list[str], tuple[str, ...]]:
     """What is measured where no tasks are named, and of whom; nobody for all.
 
@@ -300,7 +290,9 @@ def main() -> int:
 
     import torch
 
-    print(f"{cpu_name()}, {contenders.THREADS} threads, torch {torch.__version__}; ", end="")
+    from minllama.benchmark.machine import processor
+
+    print(f"{processor()}, {contenders.THREADS} threads, torch {torch.__version__}; ", end="")
     print(f"medians of {rounds}\n")
     print("| task | beside | minllama | peer | ratio | aim |")
     print("| --- | --- | --- | --- | --- | --- |")

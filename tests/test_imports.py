@@ -28,6 +28,7 @@ ORDER = (
     ("classification",),
     ("training",),
     ("experiment",),
+    ("benchmark",),
     ("server",),
     ("cli", "__main__"),
 )

@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": "Serve models and classifiers over HTTP.",
     "merge": "Merge a classifier's adapter into its weights.",
     "info": "Describe a checkpoint.",
+    "bench": "Measure a model's speed on this machine.",
     "convert": "Write a checkpoint in another format.",
 }
 

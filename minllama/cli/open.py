@@ -65,7 +65,7 @@ def model_options(command: Command) -> Command:
             common=True,
             help="File, folder or Hugging Face id (default: the embedded model).",
         ),
-        *_load_options(
+        load_options(
             tokenizer="Tokenizer file (also GGUF) or folder, if there is none beside the model.",
             dtype="Data type of the weights; by default chosen for the command and machine.",
         ),
@@ -75,9 +75,9 @@ def model_options(command: Command) -> Command:
     return command
 
 
-def _load_options(*, tokenizer: str, dtype: str) -> tuple[Callable[[Command], Command], ...]:
+def load_options(*, tokenizer: str, dtype: str) -> Callable[[Command], Command]:
     """`--tokenizer`, `--dtype` and `--device`, with the help of the first two."""
-    return (
+    options = (
         option("--tokenizer", metavar="PATH", group="Model", help=tokenizer),
         option("--dtype", type=click.Choice(DTYPES), group="Model", help=dtype),
         option(
@@ -87,6 +87,13 @@ def _load_options(*, tokenizer: str, dtype: str) -> tuple[Callable[[Command], Co
             help="cpu, cuda or mps; by default a GPU if there is one.",
         ),
     )
+
+    def decorate(command: Command) -> Command:
+        for add in reversed(options):
+            command = add(command)
+        return command
+
+    return decorate
 
 
 def base_option(command: Command) -> Command:
@@ -130,7 +137,7 @@ def classifier_options(command: Command) -> Command:
             group="Model",
             help="The classifier's base model, if it has moved.",
         ),
-        *_load_options(
+        load_options(
             tokenizer="The classifier's tokenizer, if it has moved and is not the base model's "
             "own.",
             dtype="Data type of the weights; by default as in training, for the same results.",

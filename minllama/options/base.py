@@ -28,6 +28,7 @@ GROUPS = (
     "Training",
     "Adapters",
     "Evaluation",
+    "Benchmark",
     "Server",
     "Access",
     "Scheduling",
