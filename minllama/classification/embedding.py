@@ -174,8 +174,9 @@ class LlamaEmbeddingClassifier(Classifier):
         return pooled_states(self.llama, ids, attention_mask, self.layer, self.pooling, at=at)
 
     def _head(self, embeddings: Tensor) -> Tensor:
-        logits: Tensor = self.score(self.dropout(embeddings))
-        return logits
+        # After `.to(bfloat16)`, too, embeddings are float32.
+        logits: Tensor = self.score(self.dropout(embeddings).to(self.score.weight.dtype))
+        return logits.float()
 
 
 def _read_by_head(ids: Tensor, mask: Tensor | None, pad_id: int | None) -> Tensor | None:

@@ -301,3 +301,13 @@ def test_names_by_number_come_in_order():
 def test_one_string_is_not_taken_for_a_list_of_letters():
     with pytest.raises(MinllamaError, match="texts must be a list of strings, not the string 'a"):
         embedding().predict("a text")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_classifier_can_be_cast_as_a_whole(dtype):
+    classifier = embedding()
+    before = classifier.predict_proba(TEXTS)
+    classifier.to(dtype)
+    ids = random_ids(2, 5)
+    assert classifier(ids % 20).dtype == torch.float32
+    np.testing.assert_allclose(classifier.predict_proba(TEXTS), before, atol=0.03)
