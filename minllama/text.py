@@ -117,3 +117,12 @@ def read_json(
             f"more than {max_bytes // 2**20} MiB, far larger than such a file should be"
         )
     return parse_json(data, max_entries=max_entries)
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1 min 15 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

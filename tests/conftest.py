@@ -83,37 +83,49 @@ def labelled_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def make_experiment(base: Path, labelled_files: Path, tmp_path: Path) -> Callable[..., Any]:
-    """An experiment with the tiny model in tmp_path/run: lora, two epochs, unless said otherwise.
-
-    `dev=""` is none. Options of training and data are dictionaries, all others the classifier's.
-    """
+@pytest.fixture(scope="session")
+def experiment_in(base: Path, labelled_files: Path) -> Callable[..., Any]:
+    """An experiment with the tiny model in an output folder; see `make_experiment`."""
     from minllama.experiment import Experiment
     from minllama.options import ClassifierOptions, DataOptions, LoRAOptions, TrainingOptions
+    from minllama.options.ladder import LadderOptions
 
-    def make(method: str = "lora", *, output: str = "run", **options: Any) -> Experiment:
+    def make(output: Path, method: str = "lora", **options: Any) -> Experiment:
         train = str(options.pop("train", labelled_files / "train.txt"))
         dev, test = options.pop("dev", labelled_files / "dev.txt"), options.pop("test", None)
-        training = options.pop("training", {})
+        training, ladder = options.pop("training", {}), options.pop("ladder", {})
         form = {name: options.pop(name) for name in ("quantize",) if name in options}
         model, dtype = options.pop("model", str(base)), options.pop("dtype", "float32")
-        if method in ("lora", "full"):
+        if method in ("auto", "lora", "full"):
             training = {"epochs": 2, "batch_size": 8, **training}
         return Experiment(
             train=train,
             dev=str(dev) or None,
             test=test and str(test),
-            output=tmp_path / output,
+            output=output,
             model=model,
             device="cpu",
             dtype=dtype,
             **form,
             data=DataOptions(**options.pop("data", {})),
             classifier=ClassifierOptions(method=method, **options),
-            lora=LoRAOptions(**({"r": 2} if method == "lora" else {})),
+            ladder=LadderOptions(**ladder),
+            lora=LoRAOptions(**({"r": 2} if method in ("auto", "lora") else {})),
             training=TrainingOptions(**training),
         )
+
+    return make
+
+
+@pytest.fixture
+def make_experiment(experiment_in: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """An experiment with the tiny model in tmp_path/run: lora, two epochs, unless said otherwise.
+
+    `dev=""` is none. Options of training and data are dictionaries, all others the classifier's.
+    """
+
+    def make(method: str = "lora", *, output: str = "run", **options: Any) -> Any:
+        return experiment_in(tmp_path / output, method, **options)
 
     return make
 

@@ -92,6 +92,7 @@ def fit_frozen(
     task: Task,
     *,
     folds: Folds | None = None,
+    words: Mapping[float, Matrix] | None = None,
     progress: Callable[[int], None] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> FrozenFit:
@@ -103,6 +104,7 @@ def fit_frozen(
         task: what the labels are; not for several labels a text.
         folds: rows that are left out together, each row in one; None for five stratified ones.
             With more than MAX_ROWS texts only the rows of the folds take part in comparisons.
+        words: `tfidf.out_of_fold_logits` of these texts and folds; None to compute it.
         progress: receives the number of texts just completed.
         report: receives messages about the choice.
 
@@ -116,7 +118,7 @@ def fit_frozen(
         rows = np.sort(np.random.default_rng(task.seed).permutation(len(texts))[:MAX_ROWS])
         folds = [rows[fold] for fold in stratified_folds(gold[rows], task.seed)]
     rows = np.sort(np.concatenate(list(folds)))
-    search = _Search(reader, texts, gold, task, progress)
+    search = _Search(reader, texts, gold, task, progress, words)
     product = search.product(folds, rows)
     total = sum(product.weights.values())
     shares = {expert: weight / total for expert, weight in product.weights.items()}
@@ -152,9 +154,10 @@ class _Search:
         gold: NDArray[np.bool_],
         task: Task,
         progress: Callable[[int], None] | None,
+        words: Mapping[float, Matrix] | None = None,
     ) -> None:
         self._reader, self._texts, self._gold, self._task = reader, texts, gold, task
-        self._progress = progress
+        self._progress, self._words = progress, words
         self._features: Features = {}  # of all texts
         self.tfidf_accuracy = 0.0
 
@@ -193,10 +196,11 @@ class _Search:
     ) -> dict[Expert, Matrix]:
         """Logits (N, C) of each expert for texts that it was not fitted to."""
         gold, task = self._gold, self._task
-        # What each text is compared by: the part of it that the Llama reads, too.
-        texts = [self._reader.encode(text).text or "" for text in self._texts]
         with parallel_fits() as pool:
-            words = pool.submit(tfidf.out_of_fold_logits, texts, gold, task, folds)
+            words = self._words
+            if words is None:
+                texts = self._read_texts()
+                by_words = pool.submit(tfidf.out_of_fold_logits, texts, gold, task, folds)
             by_choice = {
                 choice: pool.submit(
                     discriminant.out_of_fold_logits, vectors, gold, task, folds, shrinkages
@@ -208,8 +212,12 @@ class _Search:
                 for choice, part in by_choice.items()
                 for shrinkage, logits in part.result().items()
             }
-            found |= {Expert(None, c): logits for c, logits in words.result().items()}
-        return found
+            words = by_words.result() if words is None else words
+        return found | {Expert(None, c): logits for c, logits in words.items()}
+
+    def _read_texts(self) -> list[str]:
+        """What words are taken from: the part of each text that the Llama reads, too."""
+        return [self._reader.encode(text).text or "" for text in self._texts]
 
     def _best(self, logits: Mapping[Expert, Matrix], rows: NDArray[np.int64]) -> Product[Expert]:
         """The product of the shallowest layers that is not clearly worse than that of all."""
@@ -234,7 +242,7 @@ class _Search:
                 of_choice.setdefault(expert.choice, []).append((expert.strength, weight))
         words = {e.strength: w for e, w in weights_of.items() if e.choice is None}
         if words:
-            texts = [reader.encode(text).text or "" for text in self._texts]
+            texts = self._read_texts()
             models = [
                 scaled(tfidf.fit_tfidf(texts, gold, task, inverse), weight)
                 for inverse, weight in words.items()

@@ -33,6 +33,7 @@ from minllama.options import (
     TrainingOptions,
 )
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
+from minllama.options.ladder import LadderOptions
 from minllama.text import one_line
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 # The option dataclasses of an experiment, by its field names.
 GROUPS: dict[str, type] = {
     "classifier": ClassifierOptions,
+    "ladder": LadderOptions,
     "prompt": PromptOptions,
     "training": TrainingOptions,
     "lora": LoRAOptions,
@@ -114,6 +116,7 @@ def command(
         raise MinllamaError("--output is empty; name a folder")
     with ended_by_interrupts():
         from minllama.evaluation.report import print_summary
+        from minllama.evaluation.report.ladder import print_ladder
         from minllama.experiment import Experiment, check_uses
     experiment = Experiment(
         train=train,
@@ -133,6 +136,8 @@ def command(
     if experiment.training.autocast == "on":
         warn_of_slow_dtype("bfloat16", device, option="--autocast on")
     outcome = _run(experiment, resume=resume, force=force)
+    if outcome.report.ladder is not None:
+        print_ladder(outcome.report.ladder)
     for split in outcome.report.splits:
         if split.evaluation is not None:
             print_summary(split.name, split.evaluation, split.others, headline=split.headline)
@@ -151,7 +156,7 @@ def _run(experiment: "Experiment", *, resume: bool, force: bool) -> "Outcome":
             return run_experiment(experiment, resume=resume, force=force, reporter=reporter)
     except (KeyboardInterrupt, _Terminated):
         reporter.close()
-        if (experiment.output / "checkpoint").exists():
+        if any((experiment.output / name).exists() for name in ("checkpoint", "ladder")):
             click.echo(one_line(INTERRUPTED.format(experiment.output)), err=True)
         raise
     finally:

@@ -36,6 +36,7 @@ from minllama.options import (
 from minllama.text import listed, shown
 from minllama.tokenizer.tokenizer import Tokenizer
 
+AUTO = "auto"  # the method that tries others
 TRAINED = ("lora", "full")  # methods that train with gradients
 # By method: adapters start from zero and tolerate higher rates than pretrained weights.
 LEARNING_RATES = {"lora": 3e-4, "full": 2e-5}
@@ -201,12 +202,12 @@ def _fitted(
     is_final = options.method == "frozen"
     grows = options.layer == "auto" and not is_final
     some = fitting.some_rows(MAX_ROWS if is_final else STARTING_TEXTS)
-    reader = built(_choices(llama, options)[0])
+    reader = built(choices_of(llama, options)[0])
     report = reporter.advance("reading the training texts", len(some))
     by = Reading(reader, report, reporter.message)
     features, selected = _selected(fitting, some, by, options, grows=grows)
     reporter.message(_in_words(selected, llama))
-    choice = _with_more_layers(selected.choice, llama) if grows else selected.choice
+    choice = with_more_layers(selected.choice, llama) if grows else selected.choice
     if grows:
         reporter.message(f"training with {choice[0]} layers")
     classifier = built(choice)
@@ -241,25 +242,26 @@ def _selected(
         grows: layers may be added to the best one.
     """
     llama = by.reader.llama
-    choices = _choices(llama, options)
+    choices = choices_of(llama, options)
     if options.method == "frozen":
         features = fitting.read(some, choices, by)
     else:  # STARTING_TEXTS are too few for a layer search
-        later = [_with_more_layers(choice, llama) for choice in choices] if grows else []
+        later = [with_more_layers(choice, llama) for choice in choices] if grows else []
         read = {*choices, *later}
         features = extract_features(by.reader, some.texts, read, progress=by.progress)
     compared = {choice: features[choice] for choice in choices if choice in features}
     return features, fitting.select(compared, some)
 
 
-def _with_more_layers(choice: Choice, llama: Llama) -> Choice:
+def with_more_layers(choice: Choice, llama: Llama) -> Choice:
     """The choice for a run that trains the layers of its features."""
     layer, pooling = choice
     n_layers = llama.config.n_layers
     return min(n_layers, layer + n_layers // LAYERS_TO_LEARN), pooling
 
 
-def _choices(llama: Llama, options: ClassifierOptions) -> list[Choice]:
+def choices_of(llama: Llama, options: ClassifierOptions) -> list[Choice]:
+    """The layers and poolings to compare."""
     pooling = None if options.pooling == "auto" else cast(Pooling, options.pooling)
     choices = candidate_choices(llama.config.n_layers, pooling)
     if options.layer == "auto":
@@ -272,8 +274,8 @@ def most_layers(llama: Llama, options: ClassifierOptions) -> int:
     """An upper bound on the layers that a classifier will run, before the choice."""
     if options.objective == "label-words":
         return llama.config.n_layers
-    deepest = max(_choices(llama, options))
-    return (_with_more_layers(deepest, llama) if options.layer == "auto" else deepest)[0]
+    deepest = max(choices_of(llama, options))
+    return (with_more_layers(deepest, llama) if options.layer == "auto" else deepest)[0]
 
 
 def _read_choice(folder: Path) -> Choice | None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from minllama.checkpoints.weight_format import HALF_PRECISION_NAMES
 from minllama.errors import OptionError
-from minllama.experiment.build import TRAINED
+from minllama.experiment.build import AUTO, TRAINED
 from minllama.options import (
+    VALUE_METRICS,
     ClassifierOptions,
     DataOptions,
     LoRAOptions,
@@ -16,6 +17,7 @@ from minllama.options import (
     TrainingOptions,
 )
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
+from minllama.options.ladder import LadderOptions
 from minllama.options.loading import LoadOptions
 from minllama.quantization.modules import check_quantize
 from minllama.training.objective import check_metric
@@ -32,7 +34,7 @@ class Experiment:
         dtype, device: None for the method's and machine's default.
         quantize: one of `QUANTIZE` for frozen weights, None for dense weights, "auto" for the
             fastest with this file and machine.
-        data, prompt, classifier, lora, training, threshold, report: options.
+        data, prompt, classifier, ladder, lora, training, threshold, report: options.
         llama_changes: fields of LlamaConfig, such as `dropout`.
     """
 
@@ -48,6 +50,7 @@ class Experiment:
     data: DataOptions = field(default_factory=DataOptions)
     prompt: PromptOptions = field(default_factory=PromptOptions)
     classifier: ClassifierOptions = field(default_factory=ClassifierOptions)
+    ladder: LadderOptions = field(default_factory=LadderOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     threshold: ThresholdOptions = field(default_factory=ThresholdOptions)
@@ -77,8 +80,14 @@ class Experiment:
     @property
     def headline(self) -> str:
         """The metric that the report's verdict is about."""
-        metric = self.training.metric if self.classifier.method in TRAINED else "accuracy"
-        return self.report.headline or metric
+        uses_metric = self.classifier.method in (*TRAINED, AUTO)
+        return self.report.headline or (self.training.metric if uses_metric else "accuracy")
+
+    @property
+    def selecting_metric(self) -> str:
+        """The metric that selects weights, or a rung of the ladder."""
+        is_default = self.training.metric == TrainingOptions.metric
+        return VALUE_METRICS[0] if self.regression and is_default else self.training.metric
 
     def __post_init__(self) -> None:
         is_default = self.training.metric == TrainingOptions.metric

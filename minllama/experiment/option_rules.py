@@ -5,10 +5,11 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from minllama.errors import OptionError
-from minllama.experiment.build import TRAINED
+from minllama.experiment.build import AUTO, TRAINED
 from minllama.experiment.experiment import Experiment
 from minllama.options import CORRECTED, LoRAOptions, TrainingOptions, ZeroShotOptions, names_of
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
+from minllama.options.ladder import LadderOptions
 
 
 class Use(NamedTuple):
@@ -47,7 +48,7 @@ def check_uses(experiment: Experiment, given: Collection[str] | None = None) -> 
     if not unused:
         return
     options = experiment.classifier
-    is_stated = options.method in TRAINED or options.objective == "regression"
+    is_stated = options.method in (*TRAINED, AUTO) or options.objective == "regression"
     objective = f" --objective {options.objective}" if is_stated else ""
     reasons = (f"{', '.join(flags)} (for {purpose})" for purpose, flags in unused.items())
     raise OptionError(
@@ -57,7 +58,7 @@ def check_uses(experiment: Experiment, given: Collection[str] | None = None) -> 
 
 
 def _changed(experiment: Experiment) -> Iterator[str]:
-    groups = experiment.classifier, experiment.lora, experiment.training
+    groups = experiment.classifier, experiment.ladder, experiment.lora, experiment.training
     for group in (*groups, experiment.threshold, experiment.report):
         for field in dataclasses.fields(group):
             if getattr(group, field.name) != field.default:
@@ -68,13 +69,25 @@ def _is_trained(experiment: Experiment) -> bool:
     return experiment.classifier.method in TRAINED
 
 
+def _is_auto(experiment: Experiment) -> bool:
+    return experiment.classifier.method == AUTO
+
+
+def _may_be_trained(experiment: Experiment) -> bool:
+    return _is_trained(experiment) or _is_auto(experiment)
+
+
 def _has_words(experiment: Experiment) -> bool:
     options = experiment.classifier
     return options.method == "zero-shot" or options.objective == "label-words"
 
 
+def _may_have_words(experiment: Experiment) -> bool:
+    return _has_words(experiment) or (_is_auto(experiment) and _has_classes(experiment))
+
+
 def _trains_head(experiment: Experiment) -> bool:
-    return _is_trained(experiment) and not _has_words(experiment)
+    return _may_be_trained(experiment) and not _has_words(experiment)
 
 
 def _has_classes(experiment: Experiment) -> bool:
@@ -88,9 +101,17 @@ OF_CLASSES = (
     *names_of(ReportOptions),
 )
 USED_WITHOUT_STEPS = ("class_weights", "seed")  # for fitting heads, and for all random draws
+# With auto, dev compares rungs, so it selects no weights within one.
+OF_LONG_RUNS = ("patience", "keep", "evals_per_epoch", "tensorboard")
 
 USES = (
-    Use(names_of(ZeroShotOptions), "--method zero-shot or --objective label-words", _has_words),
+    Use(names_of(LadderOptions), "--method auto", _is_auto),
+    Use(OF_LONG_RUNS, "--method lora or full", lambda experiment: not _is_auto(experiment)),
+    Use(
+        names_of(ZeroShotOptions),
+        "--method zero-shot or --objective label-words",
+        _may_have_words,
+    ),
     Use(
         ("prior_strength",),
         f"--score {', '.join(CORRECTED[:-1])} or {CORRECTED[-1]}",
@@ -133,11 +154,11 @@ USES = (
     Use(
         tuple(name for name in names_of(TrainingOptions) if name not in USED_WITHOUT_STEPS),
         "--method lora or full",
-        _is_trained,
+        _may_be_trained,
     ),
     Use(
         names_of(LoRAOptions),
         "--method lora",
-        lambda experiment: experiment.classifier.method == "lora",
+        lambda experiment: experiment.classifier.method in ("lora", AUTO),
     ),
 )

@@ -10,7 +10,8 @@ from minllama.classification.storage.manifest import CLASSIFIER_FILE
 from minllama.classification.storage.save_load import files_to_replace
 from minllama.errors import MinllamaError, OptionError
 from minllama.evaluation.report.files import METRICS_FILE, REPORT_FILES
-from minllama.experiment.build import LAYER_FILE, TRAINED
+from minllama.experiment.build import AUTO, LAYER_FILE, TRAINED
+from minllama.experiment.ladder.state import LADDER, has_ladder
 from minllama.training.run_checkpoint import CHECKPOINT, METRICS, has_checkpoint, remove_checkpoint
 
 # Files about a classifier's training and evaluation, which are moved with it.
@@ -35,7 +36,7 @@ def check_output(output: Path, method: str, *, resume: bool, force: bool) -> boo
         return _is_resumable(output, method)
     if force:
         return False
-    if (output / CHECKPOINT).exists():
+    if (output / CHECKPOINT).exists() or has_ladder(output):
         raise MinllamaError(
             f"{output}: contains an earlier run; --resume continues it, --force replaces it"
         )
@@ -68,12 +69,17 @@ def check_not_base(output: Path, model: str | None) -> None:
 
 
 def _is_resumable(output: Path, method: str) -> bool:
-    if method not in TRAINED:
+    if method not in (*TRAINED, AUTO):
         raise OptionError(
             f"--resume is for methods with a training loop, and {method} has none; omit it"
         )
-    if has_checkpoint(output):
+    if has_ladder(output) if method == AUTO else has_checkpoint(output):
         return True
+    if has_ladder(output) or has_checkpoint(output):
+        raise MinllamaError(
+            f"{output}: contains a run of another method; resume it with --method "
+            f"{AUTO if has_ladder(output) else 'lora or full'}, or start again with --force"
+        )
     if any((output / name).exists() for name in RESULTS):
         raise MinllamaError(
             f"{output}: contains an earlier run without a checkpoint to resume from; --force "
@@ -110,6 +116,7 @@ def remove_earlier_run(output: Path) -> None:
     for name in (LAYER_FILE, METRICS):
         (output / name).unlink(missing_ok=True)
     remove_checkpoint(output)
+    shutil.rmtree(output / LADDER, ignore_errors=True)
 
 
 def copy_records(source: Path, target: Path) -> None:

@@ -1,6 +1,6 @@
 """Write the report of an experiment: results on dev and test, baselines, settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,8 @@ from minllama.data.task import Task
 from minllama.evaluation.baselines import fit_baselines
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report, ReportedSplit
-from minllama.experiment.build import TRAINED, training_options
+from minllama.evaluation.report.ladder import Ladder
+from minllama.experiment.build import AUTO, TRAINED, training_options
 from minllama.experiment.evaluate import (
     baseline_decisions,
     evaluate_classifier,
@@ -26,7 +27,6 @@ from minllama.experiment.experiment import Experiment
 from minllama.experiment.predict import score_of, shortened_texts
 from minllama.experiment.reporter import Reporter
 from minllama.experiment.splits import Splits
-from minllama.training.trainer import TrainingResult
 
 
 def settings_for_people(experiment: Experiment) -> dict[str, Any]:
@@ -54,15 +54,18 @@ def settings_of_run(experiment: Experiment) -> dict[str, Any]:
         "classifier": options,
         "prompt": experiment.prompt,
     }
-    if options.method == "lora":
+    method = options.method
+    if method == AUTO:
+        groups["ladder"], method = experiment.ladder, "lora"
+    if method == "lora":
         groups["lora"] = experiment.lora
-    if options.method in TRAINED:
+    if method in TRAINED:
         groups["training"] = training_options(
-            experiment.training, options.method, regression=experiment.regression
+            experiment.training, method, regression=experiment.regression
         )
     else:
         groups["training"] = {"seed": experiment.training.seed}
-        if options.method == "frozen":
+        if method == "frozen":
             groups["training"]["class_weights"] = experiment.training.class_weights
     return settings_of(**groups)
 
@@ -91,9 +94,10 @@ def measure(
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
     other_systems: Mapping[str, Evaluation],
-    result: TrainingResult | None,
+    history: Sequence[Mapping[str, Any]],
     notes: list[str],
     reporter: Reporter,
+    ladder: Ladder | None = None,
 ) -> Report:
     """Evaluate dev and test, with baselines fitted on train.
 
@@ -103,9 +107,10 @@ def measure(
         classifier: its result.
         dev_logits: (N, C), those of dev.
         other_systems: evaluations of other systems on dev, by name.
-        result: of the training; None without gradient steps.
+        history: of the training's steps; empty without any.
         notes: in addition to those of the splits.
         reporter: receives messages.
+        ladder: of the method auto.
     """
     if splits.train.has_numbers:
         progress = (
@@ -126,18 +131,21 @@ def measure(
     is_calibrated = isinstance(classifier, LlamaExpertsClassifier)  # on training texts
     if not (splits.train.has_numbers or experiment.classifier.no_calibration or is_calibrated):
         notes.append("the temperature was fitted on dev, so calibration on dev is optimistic")
-    if result is not None and experiment.training.keep == "best":
+    if ladder is not None:
+        notes.append("dev took part in the choice of the method, so its results are optimistic")
+    elif history and experiment.training.keep == "best":
         notes.append("the weights were selected on dev, so results on dev are slightly optimistic")
     return Report(
         title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
         label_names=classifier.labels,
         splits=reported,
         multi_label=classifier.multi_label,
-        history=() if result is None else result.history,
+        history=history,
         settings={"chosen": _chosen(classifier), **settings_for_people(experiment)},
         versions=versions(),
         notes=notes,
         score=score_of(classifier),
+        ladder=ladder,
         thresholds=classifier.decision,
     )
 

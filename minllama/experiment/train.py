@@ -4,10 +4,13 @@
 """
 
 import dataclasses
+import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +32,10 @@ from minllama.errors import MinllamaError, optional_import
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report
 from minllama.evaluation.report.files import write_files
+from minllama.evaluation.report.ladder import Ladder
 from minllama.evaluation.thresholds import check_thresholds, fixed_thresholds
 from minllama.experiment.build import (
+    AUTO,
     LAYER_FILE,
     TRAINED,
     make_head,
@@ -43,6 +48,9 @@ from minllama.experiment.build import (
 from minllama.experiment.evaluate import choose_decision, evaluate_classifier, headlines
 from minllama.experiment.experiment import Experiment
 from minllama.experiment.frozen import make_experts, reads_experts
+from minllama.experiment.ladder import run_ladder
+from minllama.experiment.ladder.budget import Budget
+from minllama.experiment.ladder.state import LADDER
 from minllama.experiment.option_rules import check_uses
 from minllama.experiment.output_folder import (
     check_not_base,
@@ -59,7 +67,7 @@ from minllama.model.llama import Llama
 from minllama.tokenizer.size import check_fits
 from minllama.tokenizer.tokenizer import Tokenizer
 from minllama.training.losses import check_ordinal
-from minllama.training.run_checkpoint import CHECKPOINT, digest
+from minllama.training.run_checkpoint import CHECKPOINT, METRICS, Row, digest, read_metrics
 from minllama.training.trainer import TrainingResult, fit, sample_of, summary_writer
 
 
@@ -86,6 +94,7 @@ def run_experiment(
     resume: bool = False,
     force: bool = False,
     reporter: Reporter | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Read, train, calibrate, evaluate, and write classifier and report.
 
@@ -95,6 +104,7 @@ def run_experiment(
             beginning if there is none.
         force: replace an earlier run in it.
         reporter: receives messages.
+        clock: returns seconds, by which the method auto keeps to its time.
 
     Raises:
         MinllamaError: anything that the user can fix, including another run in the output folder,
@@ -104,13 +114,20 @@ def run_experiment(
     check_uses(experiment)
     check_not_base(experiment.output, experiment.model)
     with only_run(experiment.output):
-        return _run(experiment, resume=resume, force=force, reporter=reporter or Reporter())
+        return _run(
+            experiment,
+            Budget(experiment.ladder.minutes, clock=clock),
+            resume=resume,
+            force=force,
+            reporter=reporter or Reporter(),
+        )
 
 
-def _run(experiment: Experiment, *, resume: bool, force: bool, reporter: Reporter) -> Outcome:
+def _run(
+    experiment: Experiment, budget: Budget, *, resume: bool, force: bool, reporter: Reporter
+) -> Outcome:
     """Like `run_experiment`, in a folder without another run."""
-    began, started = datetime.now(UTC).astimezone(), time.perf_counter()
-    training = experiment.training
+    began, training = datetime.now(UTC).astimezone(), experiment.training
     method, resume_requested = experiment.classifier.method, resume
     resume = check_output(experiment.output, method, resume=resume, force=force)
     if resume_requested and not resume:
@@ -147,16 +164,23 @@ def _run(experiment: Experiment, *, resume: bool, force: bool, reporter: Reporte
             remove_earlier_run(experiment.output)
         with torch.random.fork_rng(devices=_gpus()):
             torch.manual_seed(training.seed)
-            classifier, other_systems, result = _train(
-                experiment, splits, llama, tokenizer, resume, reporter
-            )
+            trained = _trained(experiment, splits, llama, tokenizer, budget, resume, reporter)
+        classifier = trained.classifier
         logits, notes = _calibrate(classifier, splits, experiment, reporter)
         report = measure(
-            experiment, splits, classifier, logits, other_systems, result, notes, reporter
+            experiment,
+            splits,
+            classifier,
+            logits,
+            trained.other_systems,
+            trained.history,
+            [*trained.notes, *notes],
+            reporter,
+            trained.ladder,
         )
-        report = dataclasses.replace(report, created=began, seconds=time.perf_counter() - started)
-        _write(experiment, classifier, report)
-    return Outcome(classifier, splits, report, result)
+        report = dataclasses.replace(report, created=began, seconds=budget.spent)
+        _write(experiment, trained, report)
+    return Outcome(classifier, splits, report, trained.training)
 
 
 def check_libraries() -> None:
@@ -201,9 +225,62 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
         resolve_weight_format(checkpoint, experiment.loading, purpose),
         **{**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})},
     )
-    if options.method == "lora":  # names that are not there are found before texts are read
+    if options.method in ("lora", AUTO):  # names that are not there are found before texts are read
         matching_modules(llama, experiment.lora.target_modules, range(most_layers(llama, options)))
     return llama.requires_grad_(False), tokenizer
+
+
+class _Trained(NamedTuple):
+    """A classifier and what its report tells of its training.
+
+    Attributes:
+        classifier: not calibrated.
+        other_systems: evaluated on dev, such as the classifier before training.
+        training: None without gradient steps, and where auto has trained several.
+        ladder: of the method auto.
+        metrics: the file of its training's metrics, if that is not in the output folder.
+        notes: for the report.
+    """
+
+    classifier: Classifier
+    other_systems: dict[str, Evaluation]
+    training: TrainingResult | None
+    ladder: Ladder | None = None
+    metrics: Path | None = None
+    notes: Sequence[str] = ()
+
+    @property
+    def history(self) -> Sequence[Row]:
+        """The steps of its training."""
+        if self.metrics is not None:
+            return read_metrics(self.metrics.parent)
+        return () if self.training is None else self.training.history
+
+
+def _trained(
+    experiment: Experiment,
+    splits: Splits,
+    llama: Llama,
+    tokenizer: Tokenizer,
+    budget: Budget,
+    resume: bool,
+    reporter: Reporter,
+) -> _Trained:
+    """Train by the method of the experiment."""
+    if experiment.classifier.method != AUTO:
+        return _Trained(*_train(experiment, splits, llama, tokenizer, resume, reporter))
+    climbed = run_ladder(
+        experiment,
+        splits,
+        llama,
+        tokenizer,
+        settings=_settings_to_resume_with(experiment, llama),
+        budget=budget,
+        resume=resume,
+        reporter=reporter,
+    )
+    ladder = climbed.ladder
+    return _Trained(climbed.classifier, {}, None, ladder, climbed.metrics, climbed.notes)
 
 
 def _train(
@@ -341,15 +418,21 @@ def _settings_to_resume_with(experiment: Experiment, llama: Llama) -> dict[str, 
     return {**settings, "base": {"config": comparable_config(llama.config), "its weights": weights}}
 
 
-def _write(experiment: Experiment, classifier: Classifier, report: Report) -> None:
+def _write(experiment: Experiment, trained: _Trained, report: Report) -> None:
     """Write classifier and report and remove the checkpoint, in one step."""
+
+    def also(folder: Path) -> None:
+        write_files(folder, report)
+        if trained.metrics is not None:
+            shutil.copyfile(trained.metrics, folder / METRICS)
+
     save_classifier(
-        classifier,
+        trained.classifier,
         experiment.output,
         tokenizer=experiment.tokenizer,
         training=settings_for_people(experiment),
         metrics={split.name: headlines(split) for split in report.splits if split.evaluation},
         verdicts={split.name: split.verdict for split in report.splits if split.evaluation},
-        also=lambda folder: write_files(folder, report),
-        removes=(CHECKPOINT, LAYER_FILE),
+        also=also,
+        removes=(CHECKPOINT, LAYER_FILE, LADDER),
     )

@@ -12,7 +12,7 @@ _registry = import_module("minllama.evaluation.registry")
 CLASS_METRICS: tuple[str, ...] = _registry.selecting(regression=False)
 VALUE_METRICS: tuple[str, ...] = _registry.selecting(regression=True)
 HEADLINES: tuple[str, ...] = _registry.headlines()
-METHODS = ("zero-shot", "frozen", "lora", "full")
+METHODS = ("auto", "zero-shot", "frozen", "lora", "full")
 OBJECTIVES = ("head", "label-words", "regression")
 SCORES = ("sum", "token-mean", "byte-mean", "pmi", "contextual", "batch")
 CORRECTED = ("pmi", "contextual", "batch")  # the scores that subtract a prior
@@ -74,9 +74,10 @@ class ClassifierOptions(ZeroShotOptions):
     """Which kind of classifier to train, and how; see `minllama.experiment`."""
 
     method: str = option(
-        "lora",
+        "auto",
         "what to train: nothing (zero-shot), a head on fixed features (frozen), low-rank "
-        "adapters (lora), or all weights (full)",
+        "adapters (lora), or all weights (full); auto tries what --minutes allows, and takes the "
+        "best",
         choices=METHODS,
         common=True,
     )
@@ -119,6 +120,8 @@ class ClassifierOptions(ZeroShotOptions):
         super().__post_init__()
         if self.layer not in ("auto", "all") and not self.layer.isdecimal():
             raise OptionError(f"layer must be an integer, all or auto, not {self.layer!r}")
+        if self.method == "auto" and self.objective == "label-words":
+            object.__setattr__(self, "method", "lora")  # nothing else trains them as well
         if self.method == "frozen" and self.objective == "label-words":
             raise OptionError("frozen fits a head; use lora or full with label-words")
         if self.method == "zero-shot" and self.objective == "regression":

@@ -64,7 +64,6 @@ class TrainingOptions(CheckedOptions):
         None,
         "peak learning rate (default 3e-4 for lora, 2e-5 for full)",
         within=Range(0, low_open=True),
-        common=True,
     )
     head_lr: float | None = option(
         None, "peak learning rate of the head (default 1e-3)", within=Range(0, low_open=True)

@@ -38,7 +38,8 @@ def test_a_stream_answers_before_it_has_ended(base):
 
 def start_training(base, files, output, *, epochs="50", stderr=subprocess.PIPE):
     command = ["train", "--train", files / "many.txt", "--dev", files / "dev.txt", "-m", base]
-    options = ["--epochs", epochs, "--save-every", "1000", "--device", "cpu", "--layer", "2"]
+    how = ["--method", "lora", "--layer", "2"]
+    options = ["--epochs", epochs, "--save-every", "1000", "--device", "cpu", *how]
     return subprocess.Popen(
         [sys.executable, "-m", "minllama", *command, *options, "--pooling", "mean", "-o", output],
         stdout=subprocess.PIPE,

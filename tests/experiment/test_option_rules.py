@@ -10,9 +10,11 @@ from minllama.experiment import Experiment, check_uses
 from minllama.experiment.option_rules import USES
 from minllama.options import ClassifierOptions, LoRAOptions, TrainingOptions
 from minllama.options.evaluation import ReportOptions, ThresholdOptions
+from minllama.options.ladder import LadderOptions
 
 GROUPS = {
     "classifier": ClassifierOptions,
+    "ladder": LadderOptions,
     "lora": LoRAOptions,
     "training": TrainingOptions,
     "threshold": ThresholdOptions,
@@ -53,6 +55,9 @@ TAKEN = (
     {"method": "frozen", "objective": "regression", "layer": "3", "dev_fraction": 0.3},
     {"method": "lora", "objective": "regression", "metric": "mae", "patience": 2, "dropout": 0.2},
     {"method": "frozen", "threshold": ("0.3",), "positive": "a", "headline": "macro_f1"},
+    {"minutes": 3.0, "prefer": "speed", "metric": "macro_f1", "seed": 1, "per_class": 4},
+    {"label_words": "a,b", "score": "pmi", "r": 3, "epochs": 9, "dropout": 0.2, "layer": "3"},
+    {"objective": "regression", "minutes": 3.0, "epochs": 9, "r": 3, "metric": "mae"},
 )
 
 
@@ -74,6 +79,9 @@ IDLE = (
     ("zero-shot", {"prior_strength": 0.5}, "--score pmi, contextual or batch"),
     ("full", {"r": 3, "use_rslora": True}, "--method lora"),
     ("lora", {"score": "pmi", "prior_strength": 0.5}, "zero-shot or --objective label-words"),
+    ("lora", {"minutes": 2.0, "prefer": "speed"}, "--method auto"),
+    ("auto", {"patience": 2, "keep": "last", "evals_per_epoch": 2}, "--method lora or full"),
+    ("auto", {"tensorboard": True}, "--method lora or full"),
 )
 OF_CLASSES = ({"class_weights": "balanced"}, {"ordinal": 0.5}, {"per_class": 4})
 IDLE += tuple(
@@ -103,6 +111,12 @@ def test_label_words_have_no_layer_and_no_head() -> None:
     options = {"layer": "3", "dropout": 0.5, "head_lr": 0.1}
     with pytest.raises(OptionError, match="--method lora --objective label-words does not use"):
         check_uses(experiment(objective="label-words", **options))
+
+
+def test_auto_with_label_words_trains_them() -> None:
+    assert ClassifierOptions().method == "auto"
+    assert ClassifierOptions(objective="label-words").method == "lora"
+    assert ClassifierOptions(objective="regression").method == "auto"
 
 
 def test_all_that_is_idle_is_named_at_once() -> None:

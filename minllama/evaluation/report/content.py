@@ -13,6 +13,7 @@ from minllama.evaluation.metrics import Evaluation, Label, is_labelled, predicti
 from minllama.evaluation.paired import Paired, compare
 from minllama.evaluation.regression import RegressionEvaluation
 from minllama.evaluation.report.comparison import verdict
+from minllama.evaluation.report.ladder import Ladder
 from minllama.evaluation.report.value_comparison import verdict as verdict_of_values
 from minllama.evaluation.thresholds import Thresholds
 
@@ -116,6 +117,7 @@ class Report:
         score: how label words are scored; None without label words.
         thresholds: at which labels are predicted; None for the most likely class, or each label
             with at least 0.5.
+        ladder: what the method auto tried; None for other methods.
     """
 
     title: str
@@ -130,6 +132,7 @@ class Report:
     seconds: float | None = None
     score: str | None = None
     thresholds: Thresholds | None = None
+    ladder: Ladder | None = None
 
     @property
     def has_numbers(self) -> bool:

@@ -80,6 +80,7 @@ def metrics_json(report: Report) -> str:
             }
             for split in report.splits
         },
+        **({} if report.ladder is None else {"ladder": report.ladder.to_dict()}),
         "notes": report.notes,
         "settings": report.settings,
         "versions": report.versions,

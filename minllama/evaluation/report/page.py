@@ -17,6 +17,7 @@ from minllama.evaluation.report.content import Report, ReportedSplit, ReportedVa
 from minllama.evaluation.report.mistakes import worst_mistakes
 from minllama.evaluation.report.values import shown_on_page
 from minllama.evaluation.thresholds import one_line
+from minllama.text import duration
 
 FOLDER = Path(__file__).parent
 MIN_BROKEN_WORD = 12  # characters: shorter words go to the next line whole
@@ -73,15 +74,6 @@ def breakable(name: str) -> Markup:
         return re.sub("([_./-])", r"\1<wbr>", word[0])
 
     return Markup(re.sub(rf"\S{{{MIN_BROKEN_WORD},}}", broken, str(escape(name))))
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1 min 15 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -1,0 +1,234 @@
+"""Try one rung after the other, cheapest first, in the time that there is, and choose one."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minllama.classification.base import Classifier
+from minllama.data import Dataset
+from minllama.evaluation.report.ladder import Ladder, LadderRow
+from minllama.experiment.heads import Selected
+from minllama.experiment.ladder.candidate import load_candidate, save_candidate, size_on_disk
+from minllama.experiment.ladder.choice import Choice, choose
+from minllama.experiment.ladder.frozen import FrozenRung
+from minllama.experiment.ladder.lora import LabelWordsRung, LoRARung, restore_base
+from minllama.experiment.ladder.product import ProductRung
+from minllama.experiment.ladder.rung import Context, Measured, NotThisTime, Rung
+from minllama.experiment.ladder.scoring import OF_FRACTIONS
+from minllama.experiment.ladder.state import LadderState, RungFolder
+from minllama.experiment.ladder.tfidf import TfidfRung
+from minllama.experiment.ladder.zero_shot import ZeroShotRung
+from minllama.text import duration
+from minllama.training.run_checkpoint import digest
+
+RUNGS: tuple[Callable[[Context], Rung], ...] = (
+    TfidfRung,
+    ZeroShotRung,
+    FrozenRung,
+    LabelWordsRung,
+    LoRARung,
+    ProductRung,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Climbed:
+    """The result of the ladder.
+
+    Attributes:
+        classifier: the chosen one.
+        chosen: the name of its rung.
+        ladder: for the report.
+        metrics: the file of its training's steps; None without gradient steps.
+        notes: for the report.
+    """
+
+    classifier: Classifier
+    chosen: str
+    ladder: Ladder
+    metrics: Path | None
+    notes: list[str]
+
+
+def climb(context: Context, *, resume: bool, rungs: Sequence[Rung] | None = None) -> Climbed:
+    """Try the rungs and choose a classifier.
+
+    Args:
+        context: what they share.
+        resume: rungs that an interrupted run has done are not done again.
+        rungs: cheapest first; None for all.
+
+    Raises:
+        MinllamaError: the state of the interrupted run is damaged, or of another run.
+        KeyboardInterrupt: the run can be resumed.
+    """
+    rungs = [make(context) for make in RUNGS] if rungs is None else rungs
+    state = LadderState(context.folder, _fingerprint(context), resume=resume)
+    context.budget.add(state.spent)
+    if state.starting is not None:
+        layer, pooling = state.starting["choice"]
+        context.starting = Selected((int(layer), pooling), float(state.starting["penalty"]), "")
+    try:
+        context.keep_time_for_report()
+        reasons = _plan(context, rungs, state)
+        for rung in rungs:
+            if rung.name in state.rungs:
+                _recall(context, rung, state, reasons)
+            elif rung.name not in reasons:
+                _try(context, rung, state, reasons)
+    except KeyboardInterrupt:
+        state.save(context.budget.spent)
+        raise
+    return _chosen(context, rungs, reasons)
+
+
+def _fingerprint(context: Context) -> dict[str, Any]:
+    """What must be unchanged to resume."""
+    splits = context.splits
+    return {
+        "settings": context.settings,
+        "training texts or labels": _rows_digest(splits.train),
+        "dev texts or labels": _rows_digest(splits.dev),
+    }
+
+
+def _rows_digest(split: Dataset) -> str:
+    rows = zip(split.texts, split.labels or (), strict=True)
+    return digest(repr(row).encode("utf-8", "backslashreplace") for row in rows)
+
+
+def _plan(context: Context, rungs: Sequence[Rung], state: LadderState) -> dict[str, str]:
+    """Report what will be tried; returns why some rungs cannot be, by name."""
+    tell, reasons = context.reporter.message, dict[str, str]()
+    tell(
+        f"auto: at most {context.experiment.ladder.minutes:g} minutes in all; to be tried, "
+        "cheapest first, with times measured on first batches:"
+    )
+    for rung in rungs:
+        if rung.name in state.rungs:
+            tell(f"- {rung.title}: done before the interruption")
+        elif obstacle := rung.obstacle():
+            reasons[rung.name] = f"not for these data: {obstacle}"
+            tell(f"- {rung.title}: not for these data ({obstacle})")
+        else:
+            tell(f"- {rung.title}: {rung.plan()}")
+    return reasons
+
+
+def _recall(context: Context, rung: Rung, state: LadderState, reasons: dict[str, str]) -> None:
+    """Read the result of a rung that is done."""
+    known = dict(state.rungs[rung.name])
+    if "reason" in known:
+        reasons[rung.name] = known["reason"]
+        return
+    scores = RungFolder(context.folder / rung.name).scores(context.empty_scores())
+    context.results[rung.name] = Measured(scores=scores, classifier=None, **known)
+
+
+def _try(context: Context, rung: Rung, state: LadderState, reasons: dict[str, str]) -> None:
+    """Run a rung if there is time, and keep its result."""
+    budget, folder = context.budget, RungFolder(context.folder / rung.name)
+    try:
+        _check_time(context, rung)
+        measured = rung.run()
+    except NotThisTime as reason:
+        restore_base(context.llama)
+        reasons[rung.name] = f"{'given up' if reason.was_begun else 'skipped'}: {reason}"
+        state.rungs[rung.name] = {"reason": reasons[rung.name]}
+        context.reporter.message(f"{rung.title}: {reasons[rung.name]}")
+    else:
+        if measured.classifier is not None:
+            save_candidate(measured.classifier, folder.classifier, context.experiment.tokenizer)
+            measured.size = size_on_disk(folder.classifier)
+            measured.classifier = None  # its adapters are taken off the model
+        restore_base(context.llama)
+        folder.save_scores(measured.scores)
+        context.results[rung.name] = measured
+        names = (field.name for field in dataclasses.fields(Measured))
+        kept = {name: getattr(measured, name) for name in names}
+        state.rungs[rung.name] = {
+            name: value for name, value in kept.items() if name not in ("scores", "classifier")
+        }
+        _report(context, rung, measured)
+    if (found := context.starting) is not None:
+        state.starting = {"choice": list(found.choice), "penalty": found.penalty}
+    state.save(budget.spent)
+
+
+def _check_time(context: Context, rung: Rung) -> None:
+    """Raise NotThisTime if a rung takes more time than there is, and there is a classifier."""
+    budget, needed = context.budget, rung.estimate()
+    is_only_one = rung.name == FrozenRung.name and not any(
+        result.size is not None for result in context.results.values()
+    )
+    if not (budget.allows(needed) or is_only_one):
+        raise NotThisTime(
+            f"it takes about {duration(needed)}, and {budget.left_in_words}; "
+            f"--minutes {budget.minutes_for(needed)} would do"
+        )
+
+
+def _report(context: Context, rung: Rung, measured: Measured) -> None:
+    result = context.scoring.result(measured.scores)
+    context.reporter.message(
+        f"{rung.title}: {context.scoring.metric} {result.value:.3f} on {result.rows:,} texts "
+        f"({measured.how}), in {duration(measured.seconds)}"
+    )
+    for note in measured.notes:
+        context.reporter.message(f"{rung.title}: {note}")
+
+
+def _chosen(context: Context, rungs: Sequence[Rung], reasons: dict[str, str]) -> Climbed:
+    options, results = context.experiment.ladder, context.results
+    titles = {rung.name: rung.title for rung in rungs}
+    names = [rung.name for rung in rungs if rung.name in results]
+    can_be_saved = [name for name in names if results[name].size is not None]
+    of_title = {titles[name]: results[name] for name in names}
+    choice = choose(
+        [titles[name] for name in can_be_saved],
+        lambda one, other: context.scoring.gain(of_title[one].scores, of_title[other].scores),
+        speeds=(
+            {titles[name]: results[name].texts_per_second or 0.0 for name in can_be_saved}
+            if options.prefer == "speed"
+            else None
+        ),
+        points=context.scoring.metric in OF_FRACTIONS,
+    )
+    (chosen,) = (name for name in can_be_saved if titles[name] == choice.chosen)
+    rows = tuple(_row(context, rung, choice, reasons) for rung in rungs)
+    ladder = Ladder(rows, context.scoring.metric, options.minutes, options.prefer)
+    context.reporter.message(f"chosen: {choice.chosen}, {choice.reasons[choice.chosen]}")
+    folder = RungFolder(context.folder / chosen)
+    classifier = load_candidate(folder.classifier, context.llama, context.tokenizer)
+    notes = [
+        f"{titles[name]}: {note}"
+        for name in names
+        for note in results[name].notes
+        if results[name].size is not None
+    ]
+    trained = LoRARung.name if chosen == ProductRung.name else chosen
+    metrics = RungFolder(context.folder / trained).metrics
+    return Climbed(classifier, chosen, ladder, metrics, notes)
+
+
+def _row(context: Context, rung: Rung, choice: Choice, reasons: dict[str, str]) -> LadderRow:
+    measured = context.results.get(rung.name)
+    if measured is None:
+        return LadderRow(rung.title, reasons[rung.name])
+    result = context.scoring.result(measured.scores)
+    reason = choice.reasons.get(rung.title)
+    if reason is None:  # there is no classifier to choose
+        reason = "; ".join(measured.notes)
+    return LadderRow(
+        rung.title,
+        reason,
+        value=result.value,
+        interval=result.interval,
+        rows=result.rows,
+        how=measured.how,
+        seconds=measured.seconds,
+        texts_per_second=measured.texts_per_second,
+        size=measured.size,
+        chosen=rung.title == choice.chosen,
+    )

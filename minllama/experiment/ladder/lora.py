@@ -1,0 +1,363 @@
+"""The rungs that train low-rank adapters: under a head, or under label words."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minllama.classification import LlamaEmbeddingClassifier
+from minllama.classification.base import Classifier
+from minllama.classification.features import extract_features
+from minllama.data import Dataset
+from minllama.experiment.build import (
+    STARTING_TEXTS,
+    make_trainable,
+    make_zero_shot,
+    training_options,
+    with_more_layers,
+)
+from minllama.experiment.heads import Selected, head_fitting
+from minllama.experiment.ladder.rung import ENOUGH_SECONDS, Context, Measured, NotThisTime
+from minllama.experiment.ladder.scoring import Scores
+from minllama.experiment.ladder.state import WHOLE, RungFolder
+from minllama.experiment.ladder.tfidf import with_words
+from minllama.experiment.ladder.zero_shot import label_word_obstacle, label_word_options
+from minllama.lora import lora_layers, remove_lora_wrapper
+from minllama.model.llama import Llama
+from minllama.options import TrainingOptions
+from minllama.text import duration
+from minllama.training.progress import Progress
+from minllama.training.trainer import fit
+
+TIMED_STEPS = 6  # at most, of which the first, that warms up, does not count
+TIMES_READING = 2  # a step takes at least this many times as long as reading its texts
+ENOUGH_ROWS = 1000  # that were measured: more folds are not trained
+FEW_PER_CLASS = 24  # training texts a class up to which label words are trained as well
+
+
+class LoRARung:
+    """Adapters and a head, which begins where the frozen head is; as many epochs as time allows.
+
+    It is measured on dev, and, while time allows, on folds of the training rows, for each of which
+    another one is trained on the other folds. If it is worse there, it is not trained on all rows.
+    """
+
+    name, title = "lora", "LoRA with a head"
+    joins_words = True  # the next rung multiplies it by TF-IDF
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._folder = RungFolder(context.folder / self.name)
+        self._tokens_per_second: dict[int, float] = {}  # by the number of layers
+        self._speed: float | None = None  # texts per second of what was trained on a fold
+
+    def obstacle(self) -> str | None:
+        return None
+
+    def estimate(self) -> float:
+        return self._seconds_of_epoch() + self._seconds_to_read(self._context.splits.dev)
+
+    def plan(self) -> str:
+        epochs = self._options.epochs
+        return (
+            f"about {duration(self._seconds_of_epoch())} an epoch, up to {epochs} as time allows, "
+            "and again for parts of the training rows, to measure it"
+        )
+
+    @property
+    def _options(self) -> TrainingOptions:
+        context = self._context
+        return training_options(context.experiment.training, "lora", regression=self._has_numbers)
+
+    @property
+    def _has_numbers(self) -> bool:
+        return self._context.train.has_numbers
+
+    def run(self) -> Measured:
+        context = self._context
+        began = context.budget.clock()
+        plan = self._folder.plan() or self._new_plan()
+        scores = self._folder.scores(context.empty_scores())
+        for number in range(plan["folds"]):
+            fold = context.folds[number]
+            if np.isnan(scores[fold]).any():
+                scores[fold] = self._of_fold(number, fold, plan["epochs"])
+                self._folder.save_scores(scores)
+        how = "1 epoch" if plan["epochs"] == 1 else f"{plan['epochs']} epochs"
+        if plan["folds"]:
+            how += f"; {plan['folds']} of {len(context.folds)} folds of cross-validation"
+        if plan["folds"] and self._is_worse(scores):
+            seconds = context.budget.clock() - began
+            notes = ["worse in cross-validation, so it was not trained on all training texts"]
+            return Measured(scores, how, seconds, self._speed, None, notes=notes)
+        notes = []
+        classifier = self._trained(WHOLE, None, plan["epochs"], notes)
+        speed = context.measure_dev(classifier, scores)
+        how += ", and dev" if plan["folds"] else "; dev"
+        seconds = context.budget.clock() - began
+        return Measured(scores, how, seconds, speed, classifier, notes=notes)
+
+    def _new_plan(self) -> dict[str, int]:
+        """As many epochs as the time allows, and then as many folds.
+
+        Raises:
+            NotThisTime: one epoch does not fit.
+        """
+        context, budget = self._context, self._context.budget
+        epoch = self._seconds_of_epoch()
+        to_read = self._seconds_to_read(context.splits.dev)
+        fits = [n for n in range(1, self._options.epochs + 1) if budget.allows(n * epoch + to_read)]
+        if not fits:
+            raise NotThisTime(
+                f"one epoch takes about {duration(epoch)}, and {budget.left_in_words}; "
+                f"--minutes {budget.minutes_for(epoch + to_read)} would do"
+            )
+        epochs, folds, n_folds = max(fits), 0, len(context.folds)
+        share = 1 - 1 / n_folds
+        n_rows = len(context.splits.dev)
+        each = share * epochs * epoch + (1 - share) * self._seconds_to_read(context.train)
+        while folds < n_folds and n_rows < ENOUGH_ROWS:
+            if not budget.allows((folds + 1) * each + epochs * epoch + to_read):
+                break
+            n_rows += len(context.folds[folds])
+            folds += 1
+        plan = {"epochs": epochs, "folds": folds}
+        self._folder.save_plan(plan)
+        return plan
+
+    def _is_worse(self, scores: Scores) -> bool:
+        """Whether an earlier rung is better on the folds by more than one standard error.
+
+        Better than this rung alone, and than its product with TF-IDF.
+        """
+        scoring, others = self._context.scoring, self._context.results.values()
+        found = [scores]
+        if self.joins_words and (joined := with_words(self._context, scores)) is not None:
+            found.append(joined.scores)
+
+        def is_beaten(one: Scores) -> bool:
+            gains = [scoring.gain(one, other.scores) for other in others]
+            return any(gain.rows and gain.value < -gain.error for gain in gains)
+
+        return all(map(is_beaten, found))
+
+    def _of_fold(self, number: int, fold: NDArray[np.int64], epochs: int) -> Scores:
+        train = self._context.train
+        others = np.setdiff1d(np.arange(len(train)), fold)
+        cut: list[str] = []
+        try:
+            classifier = self._trained(f"fold{number}", others, epochs, cut)
+            if cut:
+                raise NotThisTime(f"while it was measured {cut[0]}", was_begun=True)
+            began = self._context.budget.clock()
+            scores = classifier.predict_logits([train.texts[row] for row in fold])
+            self._speed = len(fold) / max(self._context.budget.clock() - began, 1e-6)
+            return scores
+        finally:
+            restore_base(self._context.llama)
+
+    def _trained(
+        self, name: str, rows: NDArray[np.int64] | None, epochs: int, notes: list[str]
+    ) -> Classifier:
+        """Train on some rows, or on all; if the time is up, what there is then, with a note."""
+        context = self._context
+        restore_base(context.llama)
+        torch.manual_seed(context.seed)
+        known = range(len(context.train)) if rows is None else rows.tolist()
+        classifier, train = self._started(known)
+        make_trainable(classifier, "lora", context.experiment.lora)
+        options = replace(self._options, epochs=epochs, keep="last", patience=0)
+        progress = _UntilTime(context, self._seconds_to_read(context.splits.dev))
+        head = classifier.score if isinstance(classifier, LlamaEmbeddingClassifier) else None
+        try:
+            fit(
+                classifier,
+                train,
+                None,
+                options,
+                folder=self._folder.run(name),
+                resume=True,
+                head_parameters=[] if head is None else list(head.parameters()),
+                progress=progress,
+                settings=context.settings,
+            )
+        except _TimeIsUpError as error:
+            notes.append(str(error))
+        except KeyboardInterrupt:
+            restore_base(context.llama)
+            raise
+        return classifier
+
+    def _started(self, rows: Sequence[int]) -> tuple[Classifier, Dataset]:
+        """A classifier to train, and the texts to train it on: those of some rows."""
+        context, options = self._context, self._context.experiment.classifier
+        selected = self._starting()
+        choice = selected.choice
+        if options.layer == "auto":
+            choice = with_more_layers(choice, context.llama)
+        train = context.train.select(rows)
+        balanced = context.experiment.training.class_weights == "balanced"
+        fitting = head_fitting(context.train, balanced=balanced, seed=context.seed)
+        classifier = LlamaEmbeddingClassifier(
+            context.llama,
+            context.tokenizer,
+            pooling=choice[1],
+            layer=choice[0],
+            dropout=options.dropout,
+            prompt=context.experiment.prompt,
+            **fitting.head(context.llama, choice),
+        )
+        if choice not in context.features:
+            order = np.random.default_rng(context.seed).permutation(len(context.train))
+            some = sorted(order[:STARTING_TEXTS].tolist())
+            texts = [context.train.texts[row] for row in some]
+            context.features = extract_features(classifier, texts, [choice])
+            context.feature_rows = some
+        allowed = set(rows)
+        places = [i for i, row in enumerate(context.feature_rows) if row in allowed]
+        if places:
+            known = context.train.select([context.feature_rows[i] for i in places])
+            has_bias = classifier.score.bias is not None
+            vectors = context.features[choice][places]
+            head = fitting.fit(vectors, known, selected.penalty, bias=has_bias)
+            head.put_into(classifier.score)
+        return classifier, train
+
+    def _starting(self) -> Selected:
+        """The frozen head's layer, pooling and penalty, or what usually is one of the best."""
+        context, options = self._context, self._context.experiment.classifier
+        if context.starting is not None:
+            return context.starting
+        n_layers = context.llama.config.n_layers
+        layer = {"auto": max(1, 3 * n_layers // 5), "all": n_layers}.get(options.layer)
+        layer = int(options.layer) if layer is None else layer
+        pooling: Any = "mean" if options.pooling == "auto" else options.pooling
+        return Selected((layer, pooling), 0.3, "a guess")
+
+    @cached_property
+    def _n_tokens(self) -> float:
+        return self._context.n_tokens(self._context.train)
+
+    def _seconds_to_read(self, split: Dataset) -> float:
+        context = self._context
+        return context.n_tokens(split) * context.seconds_per_token
+
+    def _seconds_of_epoch(self) -> float:
+        """By some steps, whose changes are thrown away; where it is out of reach, by reading."""
+        context = self._context
+        layers = self._starting().choice[0]
+        at_least = TIMES_READING * self._n_tokens * context.seconds_per_token
+        if at_least > max(context.budget.left, 0) and layers not in self._tokens_per_second:
+            return at_least
+        if layers not in self._tokens_per_second:
+            clock = _StepTimes(context.budget.clock)
+            restore_base(context.llama)
+            n = TIMED_STEPS * self._options.batch_size * self._options.gradient_accumulation
+            order = np.random.default_rng(context.seed).permutation(len(context.train))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(context.seed)
+                classifier, train = self._started(sorted(order[:n].tolist()))
+                make_trainable(classifier, "lora", context.experiment.lora)
+                options = replace(self._options, epochs=1, keep="last", patience=0)
+                try:
+                    fit(classifier, train, None, options, progress=clock)
+                except _TimeIsUpError:
+                    pass  # enough steps were timed
+                finally:
+                    restore_base(context.llama)
+            self._tokens_per_second[layers] = clock.tokens_per_second
+        return self._n_tokens / self._tokens_per_second[layers]
+
+
+class LabelWordsRung(LoRARung):
+    """Adapters that train the scores of label words, for few rows (Gao et al. 2021)."""
+
+    name, title = "label-words", "LoRA with label words"
+    joins_words = False
+
+    def obstacle(self) -> str | None:
+        train = self._context.train
+        if reason := label_word_obstacle(self._context):
+            return reason
+        if len(train) > FEW_PER_CLASS * len(train.label_names):
+            return f"for up to {FEW_PER_CLASS} training texts a class"
+        return None
+
+    def _started(self, rows: Sequence[int]) -> tuple[Classifier, Dataset]:
+        context = self._context
+        train = context.train.select(rows)
+        classifier = make_zero_shot(
+            context.llama,
+            context.tokenizer,
+            context.train.label_names,
+            context.experiment.prompt,
+            label_word_options(context),
+            train=train,
+            seed=context.seed,
+        )
+        return classifier, train
+
+
+def restore_base(llama: Llama) -> None:
+    """The model as it was before adapters were added."""
+    if lora_layers(llama):
+        remove_lora_wrapper(llama, merge=False)
+    llama.requires_grad_(False)
+
+
+class _TimeIsUpError(Exception):
+    """Training is ended before its last step."""
+
+
+class _UntilTime:
+    """Shows progress, and ends training when the time is up."""
+
+    def __init__(self, context: Context, needed_after: float) -> None:
+        self._budget, self._needed = context.budget, needed_after
+        self._inner: Progress | None = context.reporter.progress()
+        self._total = 0
+
+    def begin(self, step: int, total_steps: int) -> None:
+        self._total = total_steps
+        if self._inner is not None:
+            self._inner.begin(step, total_steps)
+
+    def advance(self, row: Mapping[str, Any]) -> None:
+        if self._inner is not None:
+            self._inner.advance(row)
+        if row["step"] < self._total and self._budget.left < self._needed:
+            raise _TimeIsUpError(
+                f"the time was up after step {row['step']} of {self._total}, so it was stopped"
+            )
+
+    def end(self) -> None:
+        if self._inner is not None:
+            self._inner.end()
+
+
+class _StepTimes:
+    """The rate of a training's first steps; ends it when they took ENOUGH_SECONDS."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock, self._rates = clock, list[float]()
+
+    def begin(self, step: int, total_steps: int) -> None:
+        self._began = self._clock()
+
+    def advance(self, row: Mapping[str, Any]) -> None:
+        self._rates.append(row["tokens_per_second"])
+        if len(self._rates) > 1 and self._clock() - self._began > ENOUGH_SECONDS:
+            raise _TimeIsUpError
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The median, without the first step if there are others."""
+        rates = sorted(self._rates[1:] or self._rates)
+        return rates[len(rates) // 2]

@@ -1,0 +1,216 @@
+"""The rules of the ladder: time, comparisons, the choice, what is kept and what is skipped."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minllama.errors import CheckpointError
+from minllama.evaluation.report.ladder import Ladder, LadderRow, file_size
+from minllama.experiment.ladder.budget import REPORT_SECONDS, SAFETY, Budget
+from minllama.experiment.ladder.choice import Gain, choose
+from minllama.experiment.ladder.rung import seconds_each
+from minllama.experiment.ladder.scoring import ClassScoring
+from minllama.experiment.ladder.state import LadderState, RungFolder
+from minllama.experiment.ladder.zero_shot import words_of_labels
+
+
+class Clock:
+    """Shows the time that it is set to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_budget_counts_down_and_keeps_time_for_the_report() -> None:
+    clock = Clock()
+    budget = Budget(2, clock=clock)
+    assert (budget.spent, budget.left) == (0, 120 - REPORT_SECONDS)
+    clock.now += 50
+    assert (budget.spent, budget.left) == (50, 70 - REPORT_SECONDS)
+    assert budget.allows((70 - REPORT_SECONDS) / SAFETY)
+    assert not budget.allows(70 / SAFETY)
+    budget.add(40)  # of an earlier process
+    assert (budget.spent, budget.left) == (90, 30 - REPORT_SECONDS)
+    budget.reserve += 24
+    assert budget.left == 0
+    assert budget.left_in_words == "no time was left"
+    assert not budget.allows(1)
+    # 90 s are over and 30 are reserved: 100 s more are 240 s with their margin, four minutes.
+    assert budget.minutes_for(100) == 4
+    assert budget.minutes_for(101) == 5
+
+
+def test_a_rate_is_measured_for_some_seconds_and_interruptions_do_not_count() -> None:
+    clock, done, busy = Clock(), [], {0: 3.0}
+
+    def work(start: int, end: int) -> int:
+        done.append((start, end))
+        clock.now += busy.get(start, 1.0) * (end - start) / 64
+        return 10 * (end - start)
+
+    assert seconds_each(work, 640, clock) == pytest.approx(1 / 640)
+    assert done == [(0, 32), (32, 96)]  # 1.5 s and 1 s
+    done.clear()
+    busy[0] = 100.0  # stopped meanwhile
+    assert seconds_each(work, 640, clock) == pytest.approx(1 / 640)
+    assert done == [(0, 32), (32, 64)]
+    done.clear()
+    busy[0] = 3.0
+    assert seconds_each(work, 5, clock) == pytest.approx(3 / 640)
+    assert done == [(0, 5)]
+
+
+# By how much the first of two is better, in thousandths, and the standard error of it.
+GAINS = {("b", "a"): (30, 12), ("c", "a"): (38, 12), ("c", "b"): (8, 9), ("d", "c"): (-20, 9)}
+
+
+def compared(one: str, other: str) -> Gain:
+    gains = {**{(x, "d"): (20, 9) for x in "bc"}, ("d", "a"): (18, 12), **GAINS}
+    if (one, other) in gains:
+        value, error = gains[one, other]
+        return Gain(value / 1000, error / 1000, 500)
+    value, error = gains[other, one]
+    return Gain(-value / 1000, error / 1000, 500)
+
+
+def test_the_cheapest_within_one_standard_error_of_the_best_is_chosen() -> None:
+    choice = choose("abcd", compared)
+    assert (choice.best, choice.chosen) == ("c", "b")
+    assert choice.reasons == {
+        "a": "3.0 ± 1.2 points below b",
+        "b": "the cheapest within one standard error of the best (c, 0.8 ± 0.9 points better)",
+        "c": "0.8 ± 0.9 points above b, which is cheaper and within one standard error of the best",
+        "d": "2.0 ± 0.9 points below b",
+    }
+    assert choose("acd", compared).chosen == "c"
+    assert choose("c", compared).reasons == {"c": "the only one left"}
+
+
+def test_with_speed_the_fastest_within_a_point_of_the_best_is_chosen() -> None:
+    speeds = {"a": 900.0, "b": 50.0, "c": 80.0, "d": 300.0}
+    choice = choose("abcd", compared, speeds=speeds)
+    assert (choice.best, choice.chosen) == ("c", "c")
+    choice = choose("abcd", compared, speeds={**speeds, "b": 100.0})
+    assert choice.chosen == "b"
+    assert choice.reasons["b"] == (
+        "the fastest within a point of the best (c, 0.8 ± 0.9 points better)"
+    )
+    assert choice.reasons["c"] == "0.8 ± 0.9 points above b, but slower"
+
+
+def scores(*right: int | None) -> np.ndarray:
+    """Of two classes: the second is predicted, where 1 stands; None where it is not measured."""
+    rows = [[np.nan, np.nan] if r is None else [1 - r, r] for r in right]
+    return np.array(rows, dtype=np.float32)
+
+
+def test_two_are_compared_on_the_rows_where_both_were_measured() -> None:
+    scoring = ClassScoring([1, 1, 1, 1, 1, 1], ["no", "yes"], "accuracy", multi_label=False)
+    one, other = scores(1, 1, 1, 0, None, None), scores(1, 0, 0, 1, 0, 0)
+    assert scoring.result(one).value == 0.75
+    assert scoring.result(one).rows == 4
+    assert scoring.result(other).value == pytest.approx(1 / 3)
+    gain = scoring.gain(one, other)
+    differences = np.array([0, 1, 1, -1])
+    assert gain.value == 0.25
+    assert gain.rows == 4
+    assert gain.error == pytest.approx(differences.std(ddof=1) / 2)
+    assert scoring.gain(other, one).value == -0.25
+    apart = scores(None, None, None, None, 1, 1)
+    assert scoring.gain(one, apart).error == np.inf
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "log_loss"])
+def test_other_metrics_compare_in_their_own_direction(metric: str) -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 300).tolist()
+    good = random.normal(size=(300, 3)).astype(np.float32)
+    good[np.arange(300), labels] += 3
+    bad = random.normal(size=(300, 3)).astype(np.float32)
+    bad[np.arange(300), labels] += 0.5
+    scoring = ClassScoring(labels, ["a", "b", "c"], metric, multi_label=False)
+    gain = scoring.gain(good, bad)
+    assert gain.value > 3 * gain.error > 0
+    assert scoring.gain(bad, good).value == pytest.approx(-gain.value)
+    low, high = scoring.result(good).interval or (0, 0)
+    assert low < scoring.result(good).value < high
+
+
+def test_label_names_are_words_or_not() -> None:
+    assert words_of_labels(["not_spam", "spam"]) == {"not_spam": "not spam", "spam": "spam"}
+    assert words_of_labels(["très bien", "c'est-mal"]) is not None
+    assert words_of_labels(["1", "2"]) is None
+    assert words_of_labels(["good", "B2"]) is None
+    assert words_of_labels(["a_b", "a"]) is None
+    assert words_of_labels(["very good", "very_good"]) is None  # they would be the same
+
+
+def test_the_state_of_a_run_is_read_again_and_another_s_is_refused(tmp_path: Path) -> None:
+    state = LadderState(tmp_path, {"seed": 1}, resume=False)
+    state.rungs["tfidf"] = {"seconds": 2.0}
+    state.starting = {"choice": [3, "mean"], "penalty": 0.1}
+    state.save(12.5)
+    again = LadderState(tmp_path, {"seed": 1}, resume=True)
+    assert (again.rungs, again.starting, again.spent) == (state.rungs, state.starting, 12.5)
+    assert LadderState(tmp_path, {"seed": 1}, resume=False).rungs == {}
+    with pytest.raises(CheckpointError, match="cannot resume: seed"):
+        LadderState(tmp_path, {"seed": 2}, resume=True)
+    for content in (
+        "{",
+        "[]",
+        '{"settings": {"seed": 1}}',
+        '{"settings": {"seed": 1}, "rungs": 3}',
+    ):
+        (tmp_path / "state.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"state\.json: damaged .*--force"):
+            LadderState(tmp_path, {"seed": 1}, resume=True)
+
+
+def test_scores_of_a_rung_are_kept(tmp_path: Path) -> None:
+    folder, empty = RungFolder(tmp_path / "lora"), np.full((3, 2), np.nan, dtype=np.float32)
+    assert folder.plan() is None
+    assert folder.scores(empty) is empty
+    folder.save_scores(np.ones((3, 2), dtype=np.float32))
+    folder.save_plan({"epochs": 2})
+    assert RungFolder(tmp_path / "lora").scores(empty).tolist() == [[1, 1]] * 3
+    assert folder.plan() == {"epochs": 2}
+    with pytest.raises(CheckpointError, match="an array of shape"):
+        folder.scores(np.zeros((4, 2), dtype=np.float32))
+    (tmp_path / "lora" / "scores.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(CheckpointError, match="damaged"):
+        folder.scores(empty)
+
+
+ROW = LadderRow(
+    name="frozen head", reason="the best", value=0.71875, interval=(0.5, 0.9), rows=1234,
+    how="5-fold cross-validation", seconds=75.2, texts_per_second=1234.5, size=12_400, chosen=True,
+)  # fmt: skip
+
+
+def test_the_ladder_in_words_and_in_json() -> None:
+    skipped = LadderRow("LoRA with a head", "skipped: no time")
+    ladder = Ladder((ROW, skipped), "accuracy", 5.0, "accuracy")
+    assert ladder.cells(ROW) == (
+        *("71.9%", "50.0% to 90.0%", "1,234", "1 min 15 s", "1,200", "12 KB"),
+    )
+    assert ladder.cells(skipped) == ("–", "", "–", "–", "–", "–")
+    assert dataclasses.replace(ladder, metric="macro_f1").cells(ROW)[:2] == (
+        *("0.719", "0.500 to 0.900"),
+    )
+    content = json.loads(json.dumps(ladder.to_dict()))
+    assert {name: content[name] for name in ("metric", "minutes", "prefer")} == {
+        "metric": "accuracy", "minutes": 5.0, "prefer": "accuracy",
+    }  # fmt: skip
+    assert content["rungs"][0] == {
+        "name": "frozen head", "chosen": True, "reason": "the best", "value": 0.71875,
+        "interval": [0.5, 0.9], "rows": 1234, "how": "5-fold cross-validation", "seconds": 75.2,
+        "texts_per_second": 1234.5, "bytes": 12400,
+    }  # fmt: skip
+    assert content["rungs"][1]["value"] is None
+    assert [file_size(n) for n in (10, 12_345, 2_340_000)] == ["1 KB", "12 KB", "2.3 MB"]

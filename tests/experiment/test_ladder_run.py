@@ -1,0 +1,306 @@
+"""`--method auto`, from files to a classifier in a folder: whole, interrupted, and in no time."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from minllama.classification import load_classifier
+from minllama.errors import MinllamaError
+from minllama.experiment import run_experiment
+from minllama.experiment.ladder import climb as climb_module
+from minllama.experiment.ladder.budget import REPORT_SECONDS, Budget
+from minllama.experiment.ladder.choice import Choice
+from minllama.experiment.ladder.climb import climb
+from minllama.experiment.ladder.lora import LoRARung, restore_base
+from minllama.experiment.ladder.product import ProductRung
+from minllama.experiment.ladder.rung import Context, Measured
+from minllama.experiment.ladder.scoring import ClassScoring
+from minllama.experiment.ladder.tfidf import TfidfRung, WithWords
+from minllama.experiment.ladder.zero_shot import ZeroShotRung
+from minllama.experiment.reporter import Reporter
+from tests.experiment_cases import REPORT, Heard, examples, names_in, write_labelled
+
+SLOW = pytest.mark.slow
+TEXTS = ["a fine film", "dull", "great music and a slow plot"]
+TITLES = [
+    *("TF-IDF", "zero-shot label words", "frozen heads"),
+    *("LoRA with label words", "LoRA with a head", "LoRA with a head, TF-IDF"),
+]
+
+
+def ladder_of(folder):
+    return json.loads((folder / "metrics.json").read_text())["ladder"]
+
+
+def rungs_of(folder):
+    return {rung["name"]: rung for rung in ladder_of(folder)["rungs"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_measurements():
+    """Rates are measured for a moment only."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("rung", "lora"):
+            patch.setattr(f"minllama.experiment.ladder.{module}.ENOUGH_SECONDS", 0.05)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(experiment_in, labelled_files, tmp_path_factory):
+    """A run without an interruption."""
+    heard, folder = Heard(), tmp_path_factory.mktemp("ladder") / "whole"
+    experiment = experiment_in(folder, "auto", test=labelled_files / "dev.txt")
+    return experiment.output, run_experiment(experiment, reporter=heard), heard.lines
+
+
+def test_auto_leaves_an_ordinary_classifier_and_its_ladder(whole):
+    folder, outcome, lines = whole
+    after = load_classifier(folder, device="cpu")
+    np.testing.assert_array_equal(
+        after.predict_proba(TEXTS), outcome.classifier.predict_proba(TEXTS)
+    )
+    assert {"classifier.json", "README.md"} | REPORT <= names_in(folder)
+    assert "ladder" not in names_in(folder)
+    content = ladder_of(folder)
+    assert (content["metric"], content["minutes"], content["prefer"]) == ("accuracy", 5, "accuracy")
+    assert [rung["name"] for rung in content["rungs"]] == TITLES
+    (chosen,) = (rung for rung in content["rungs"] if rung["chosen"])
+    assert chosen["value"] > 0.5
+    assert chosen["bytes"] > 500
+    assert chosen["seconds"] > 0
+    for rung in content["rungs"]:
+        assert rung["reason"]
+        assert (rung["value"] is None) == (rung["rows"] == 0)
+    # What will be tried is reported before anything is.
+    begin = next(i for i, line in enumerate(lines) if line.startswith("auto: at most 5 minutes"))
+    plan = lines[begin + 1 : begin + 1 + len(TITLES)]
+    assert [line.split(":")[0] for line in plan] == [f"- {title}" for title in TITLES]
+    assert any(line.startswith(f"chosen: {chosen['name']}, ") for line in lines)
+    page = (folder / "report.html").read_text()
+    assert "What was tried" in page
+    assert f"Chosen: <bdi>{chosen['name']}</bdi>" in page
+
+
+class Stopped:
+    """Interrupts a function when it is called for the nth time."""
+
+    def __init__(self, function, n):
+        self._function, self._left = function, n
+
+    def __call__(self, *arguments, **options):
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
+        return self._function(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["lora", *(pytest.param(p, marks=SLOW) for p in ("tfidf", "zero-shot", "frozen", "choice"))],
+)
+def test_a_run_that_was_interrupted_at_any_rung_goes_on_there(
+    make_experiment, labelled_files, whole, monkeypatch, place
+):
+    experiment = make_experiment("auto", test=labelled_files / "dev.txt")
+    heard = Heard(interrupt_after={"frozen": "reading the training texts", "lora": 3}.get(place))
+    with monkeypatch.context() as patch:
+        if place == "tfidf":
+            patch.setattr(TfidfRung, "run", Stopped(None, 1))
+        if place == "zero-shot":
+            patch.setattr(ZeroShotRung, "run", Stopped(None, 1))
+        if place == "choice":
+            patch.setattr(climb_module, "choose", Stopped(None, 1))
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(experiment, reporter=heard)
+    with pytest.raises(MinllamaError, match="--resume continues it, --force replaces it"):
+        run_experiment(experiment)
+    resumed = Heard()
+    outcome = run_experiment(experiment, reporter=resumed, resume=True)
+    done = [line for line in resumed.lines if line.endswith(": done before the interruption")]
+    places = {"tfidf": 0, "zero-shot": 1, "frozen": 2, "lora": 3, "choice": 6}
+    assert len(done) == places[place]
+    folder, of_whole, _ = whole
+    np.testing.assert_allclose(
+        outcome.classifier.predict_proba(TEXTS),
+        of_whole.classifier.predict_proba(TEXTS),
+        atol=1e-6,
+    )
+    one, other = rungs_of(experiment.output), rungs_of(folder)
+    for name, rung in one.items():
+        assert (rung["value"], rung["chosen"]) == (other[name]["value"], other[name]["chosen"])
+
+
+def test_the_product_of_lora_and_tfidf_is_one_classifier(
+    make_experiment, labelled_files, monkeypatch
+):
+    """Its logits are those of the two, weighted and added; it is saved with the adapters."""
+    alone, load = {}, climb_module.load_candidate
+
+    def opened(folder, llama, tokenizer):
+        for name in ("tfidf", "lora"):
+            one = load(folder.parents[1] / name / "classifier", llama, tokenizer)
+            alone[name] = one.predict_logits(TEXTS)
+            restore_base(llama)
+        return load(folder, llama, tokenizer)
+
+    def chosen(names, *rest, **options):
+        title = ProductRung.title
+        return Choice(title, title, dict.fromkeys(names, "for a test"))
+
+    monkeypatch.setattr(climb_module, "load_candidate", opened)
+    monkeypatch.setattr(climb_module, "choose", chosen)
+    monkeypatch.setattr(LoRARung, "_is_worse", lambda *arguments: False)
+    weighted = lambda context, scores: WithWords(scores.copy(), 0.6, 0.4)  # noqa: E731
+    monkeypatch.setattr("minllama.experiment.ladder.product.with_words", weighted)
+    experiment = make_experiment("auto", test=labelled_files / "dev.txt")
+    made = run_experiment(experiment).classifier
+    assert len(made.choices) == 1
+    assert made.tfidf is not None
+    centered = [
+        (logits - logits.mean(1, keepdims=True)).ravel()
+        for logits in (*alone.values(), made.predict_logits(TEXTS))
+    ]
+    weights, *_ = np.linalg.lstsq(np.stack(centered[:2], 1), centered[2], rcond=None)
+    assert (weights > 0).all()
+    np.testing.assert_allclose(np.stack(centered[:2], 1) @ weights, centered[2], atol=2e-3)
+    assert "adapter_model.safetensors" in names_in(experiment.output)
+    after = load_classifier(experiment.output, device="cpu")
+    np.testing.assert_array_equal(after.predict_proba(TEXTS), made.predict_proba(TEXTS))
+    # The steps of its training are in the report.
+    assert (experiment.output / "report.html").read_text().count('id="training"') == 1
+
+
+def test_another_run_s_ladder_is_not_resumed(make_experiment):
+    experiment = make_experiment("auto")
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(experiment, reporter=Heard(interrupt_after="reading the training texts"))
+    with pytest.raises(MinllamaError, match=r"cannot resume: .*seed"):
+        run_experiment(make_experiment("auto", training={"seed": 3}), resume=True)
+    with pytest.raises(MinllamaError, match="of another method; resume it with --method auto"):
+        run_experiment(make_experiment("lora"), resume=True)
+    # More time is no other run.
+    run_experiment(make_experiment("auto", ladder={"minutes": 6}), resume=True)
+
+
+def test_in_no_time_a_frozen_head_is_fitted_and_the_rest_is_skipped(make_experiment):
+    experiment = make_experiment("auto", ladder={"minutes": 0.001})
+    run_experiment(experiment)
+    rungs = rungs_of(experiment.output)
+    assert [name for name, rung in rungs.items() if rung["value"] is not None] == ["frozen heads"]
+    assert rungs["frozen heads"]["reason"] == "the only one left"
+    for name in TITLES[:2] + TITLES[3:]:
+        assert rungs[name]["reason"].startswith("skipped: it takes about ")
+        assert rungs[name]["reason"].endswith(" would do")
+
+
+def test_numbers_are_predicted_by_what_can(make_experiment, tmp_path):
+    rows = [(len(text), text) for _, text in examples(40)]
+    train = write_labelled(tmp_path / "numbers.txt", rows)
+    experiment = make_experiment("auto", train=train, dev="", objective="regression")
+    outcome = run_experiment(experiment)
+    assert outcome.classifier.scale is not None
+    content = ladder_of(experiment.output)
+    assert content["metric"] == "rmse"
+    reasons = {rung["name"]: rung["reason"] for rung in content["rungs"]}
+    assert [name for name in TITLES if "labels are numbers" not in reasons[name]] == [
+        *("frozen heads", "LoRA with a head"),
+    ]
+
+
+def test_several_labels_a_text_are_predicted_by_what_can(make_experiment, tmp_path):
+    lines = [{"text": text, "label": [label, "any"][: 1 + i % 2]}
+             for i, (label, text) in enumerate(examples(40))]  # fmt: skip
+    train = tmp_path / "several.jsonl"
+    train.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"dev": "", "data": {"multi_label": True}, "training": {"epochs": 1}}
+    experiment = make_experiment("auto", train=train, **options)
+    assert run_experiment(experiment).classifier.multi_label
+    rungs = rungs_of(experiment.output)
+    assert rungs["frozen heads"]["value"] is not None
+    for name in TITLES[:2]:
+        assert "texts have several labels" in rungs[name]["reason"]
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class FakeRung:
+    """Takes so many seconds, and is right on so many of 100 rows."""
+
+    def __init__(self, clock, name, seconds, right, said=None):
+        self.name, self.title, self._clock = name, f"a {name}", clock
+        self._seconds, self._right, self._said = seconds, right, said or seconds
+
+    def obstacle(self):
+        return None
+
+    def estimate(self):
+        return self._said
+
+    def plan(self):
+        return f"about {self._said} s"
+
+    def run(self):
+        self._clock.now += self._seconds
+        scores = np.tile(np.float32([0, 1]), (100, 1))
+        scores[self._right :] = [1, 0]
+        return Measured(scores, "by magic", self._seconds, 50.0, object())
+
+
+@pytest.fixture
+def climbed(tmp_path, monkeypatch):
+    """Climb rungs that take (seconds, right answers, estimate), in so many minutes."""
+    monkeypatch.setattr(climb_module, "save_candidate", lambda *arguments: None)
+    monkeypatch.setattr(climb_module, "size_on_disk", lambda folder: 1000)
+    monkeypatch.setattr(climb_module, "load_candidate", lambda folder, *rest: folder.parent.name)
+    monkeypatch.setattr(climb_module, "restore_base", lambda llama: None)
+    monkeypatch.setattr(climb_module, "_fingerprint", lambda context: {})
+    monkeypatch.setattr(Context, "keep_time_for_report", lambda context: None)
+    monkeypatch.setattr(Context, "empty_scores", lambda context: np.empty((100, 2), np.float32))
+
+    def call(minutes, prefer="accuracy", **rungs):
+        clock = Clock()
+        options = SimpleNamespace(minutes=minutes, prefer=prefer)
+        experiment = SimpleNamespace(ladder=options, tokenizer=None)
+        scoring = ClassScoring([1] * 100, ["no", "yes"], "accuracy", multi_label=False)
+        budget = Budget(minutes, clock=clock)
+        context = Context(experiment, None, None, None, Reporter(), budget, tmp_path, {}, scoring)
+        made = [FakeRung(clock, name, *values) for name, values in rungs.items()]
+        return climb(context, resume=False, rungs=made), clock.now
+
+    return call
+
+
+def test_what_does_not_fit_is_skipped_and_the_time_is_kept(climbed):
+    result, seconds = climbed(2, words=(20, 60), head=(30, 90), slow=(70, 99))
+    assert seconds == 50 <= 120 - REPORT_SECONDS
+    assert result.classifier == "head"
+    assert [row.reason for row in result.ladder.rows] == [
+        "30.0 ± 4.6 points below a head",
+        "the best of those that could be measured",
+        "skipped: it takes about 1 min 10 s, and 1 min 4 s were left; --minutes 3 would do",
+    ]
+    result, seconds = climbed(3, words=(20, 60), head=(30, 90), slow=(70, 99))
+    assert (result.classifier, seconds) == ("slow", 120)
+
+
+def test_a_rung_that_takes_longer_than_it_said_leaves_less_for_the_others(climbed):
+    result, seconds = climbed(2, words=(100, 60, 10), head=(30, 90))
+    assert (result.classifier, seconds) == ("words", 100)
+    assert result.ladder.rows[1].reason.startswith("skipped: it takes about 30.0 s, and 14.0 s")
+
+
+def test_the_cheaper_of_two_that_cannot_be_told_apart_is_taken(climbed):
+    # Two rows of 100 differ: 2 points, with a standard error of 1.4; one differs: 1 point, of 1.
+    assert climbed(9, head=(1, 90), slow=(9, 92))[0].classifier == "slow"
+    result, _ = climbed(9, head=(1, 90), slow=(9, 91))
+    assert result.classifier == "head"
+    assert result.ladder.rows[1].reason == (
+        "1.0 ± 1.0 points above a head, which is cheaper and within one standard error of the best"
+    )
