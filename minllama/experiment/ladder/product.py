@@ -1,4 +1,4 @@
-"""The rung that multiplies what LoRA learned with what TF-IDF knows; both are there already."""
+"""The rung that multiplies what LoRA learned with what TF-IDF knows; nothing is trained for it."""
 
 from typing import cast
 
