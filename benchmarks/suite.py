@@ -1,6 +1,6 @@
 """Accuracy, calibration and time of classifiers on small public sets, beside their peers.
 
-    python benchmarks/suite.py [--methods frozen] [--looks FILE] [SET ...]
+    python benchmarks/suite.py [--methods frozen,auto] [--minutes 15] [--looks FILE] [SET ...]
 
 Each set has 2,000 training rows and at most 1,000 test rows in `../shared/data/suite`; sets that
 are absent are left out with the reason. A row is one `minllama train` as a person would type it, in
@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 SUITE = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "suite"
 SETS = ("emotion", "irony", "reviews", "subjectivity", "banking")
-METHODS = ("frozen",)
+METHODS = ("frozen", "auto")
+MINUTES = 15.0  # of `--method auto`
 TFIDF = "TF-IDF + logistic regression"
 MINILM = "MiniLM + logistic regression"
 ECE = "calibration_error"  # in metrics.json
@@ -59,6 +60,7 @@ def main() -> None:
     )
     parser.add_argument("sets", nargs="*", help=f"of {', '.join(SETS)}; all by default")
     parser.add_argument("--methods", default=",".join(METHODS), help="of `minllama train`")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of the method auto")
     parser.add_argument("--looks", type=Path, default=Path("runs/suite-looks.json"))
     parser.add_argument("--output", type=Path, default=Path("runs/suite.md"))
     parser.add_argument("--no-peers", action="store_true", help="without MiniLM")
@@ -71,7 +73,7 @@ def main() -> None:
             continue
         for method in options.methods.split(","):
             _count(options.looks, name, f"minllama {method}, {TFIDF}")
-            results += _trained(name, method, *files)
+            results += _trained(name, method, *files, minutes=options.minutes)
         if not options.no_peers:
             try:
                 results.append(_peer(name, *files))
@@ -86,17 +88,21 @@ def main() -> None:
     print(table(results))
 
 
-def _trained(name: str, method: str, train: Path, test: Path) -> list[Result]:
+def _trained(name: str, method: str, train: Path, test: Path, *, minutes: float) -> list[Result]:
     """One run of `minllama train`, and the TF-IDF baseline of its report."""
+    has_time = ["--minutes", str(minutes)] if method == "auto" else []
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "minllama", "train", "--method", method),
-            *("--train", str(train), "--test", str(test), "--output", folder, "--force"),
+            *("--train", str(train), "--test", str(test), "--output", folder, "--force", *has_time),
         ]
         began = time.perf_counter()
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - began
-        split = json.loads((Path(folder) / "metrics.json").read_text())["splits"]["test"]
+        metrics = json.loads((Path(folder) / "metrics.json").read_text())
+    split = metrics["splits"]["test"]
+    for rung in (metrics.get("ladder") or {}).get("rungs", ()):
+        print(name, rung, flush=True)
     own = split["evaluation"]
     others = {key: value for key, value in split.items() if isinstance(value, dict)}
     baseline = _found(others, TFIDF)
