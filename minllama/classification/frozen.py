@@ -74,6 +74,8 @@ class FrozenFit:
         accuracy: of these predictions.
         tfidf_accuracy: that of TF-IDF alone, with its best penalty.
         seconds: the whole took.
+        shallow: the same of the best product of heads on the lower half of the layers, for whoever
+            changes what the others compute.
     """
 
     classifier: LlamaExpertsClassifier
@@ -83,6 +85,14 @@ class FrozenFit:
     accuracy: float
     tfidf_accuracy: float
     seconds: float
+    shallow: "Shallow"
+
+
+class Shallow(NamedTuple):
+    """A fitted classifier, and what it says of texts that it was not fitted to: (M, C)."""
+
+    classifier: LlamaExpertsClassifier
+    log_probs: Matrix
 
 
 def fit_frozen(
@@ -120,11 +130,11 @@ def fit_frozen(
     rows = np.sort(np.concatenate(list(folds)))
     search = _Search(reader, texts, gold, task, progress, words)
     product = search.product(folds, rows)
+    with single_threaded_fits():
+        classifier = search.fitted(product.weights)
+        shallow = Shallow(search.fitted(search.shallow.weights), search.shallow.log_probs)
     total = sum(product.weights.values())
     shares = {expert: weight / total for expert, weight in product.weights.items()}
-    with single_threaded_fits():
-        classifier = search.fitted(shares)
-    classifier.temperature = 1 / total
     named = ", ".join(f"{expert} x {share:.3g}" for expert, share in shares.items())
     right = product.log_probs.argmax(1) == gold[rows].argmax(1)
     found = FrozenFit(
@@ -135,6 +145,7 @@ def fit_frozen(
         float(right.mean()),
         search.tfidf_accuracy,
         time.perf_counter() - started,
+        shallow,
     )
     report(
         f"{named}; {classifier.n_layers} of {reader.llama.config.n_layers} layers: accuracy "
@@ -160,6 +171,7 @@ class _Search:
         self._progress, self._words = progress, words
         self._features: Features = {}  # of all texts
         self.tfidf_accuracy = 0.0
+        self.shallow: Product[Expert]  # of heads on the lower half of the layers
 
     def product(self, folds: Folds, rows: NDArray[np.int64]) -> Product[Expert]:
         """The best product of experts for the rows of the folds, in their order."""
@@ -182,8 +194,8 @@ class _Search:
             features, stratified_folds(self._gold[part], self._task.seed), SEARCH_SHRINKAGES
         )
         best = search._best(logits, np.arange(len(part)))
-        found = dict.fromkeys(e.choice for e in best.weights if e.choice is not None)
-        return list(found)
+        experts = (*best.weights, *search.shallow.weights)
+        return list(dict.fromkeys(e.choice for e in experts if e.choice is not None))
 
     def _read(self, rows: Sequence[int] | NDArray[np.int64], choices: Sequence[Choice]) -> Features:
         if not choices:
@@ -229,11 +241,21 @@ class _Search:
         for depth in DEPTHS:
             below = {e: z for e, z in logits.items() if e.layer <= depth * n_layers}
             products.append(choose_experts(below, gold))
+        self.shallow = products[0]
         best = min(products, key=lambda product: product.loss)
         return next(p for p in products if not is_clearly_better(best.losses, p.losses))
 
-    def fitted(self, weights_of: Mapping[Expert, float]) -> LlamaExpertsClassifier:
-        """A classifier of these experts with their weights, fitted to all texts."""
+    def fitted(self, weights: Mapping[Expert, float]) -> LlamaExpertsClassifier:
+        """A classifier of these experts with their weights, fitted to all texts.
+
+        Its heads have the weights' shares, and the temperature has their sum.
+        """
+        total = sum(weights.values())
+        classifier = self._fitted({expert: weight / total for expert, weight in weights.items()})
+        classifier.temperature = 1 / total
+        return classifier
+
+    def _fitted(self, weights_of: Mapping[Expert, float]) -> LlamaExpertsClassifier:
         reader, gold, task = self._reader, self._gold, self._task
         of_choice: dict[Choice, list[tuple[float, float]]] = {}
         model: tfidf.TfidfModel | None = None

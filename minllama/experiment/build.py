@@ -294,7 +294,9 @@ def _write_choice(folder: Path, choice: Choice) -> None:
         path.write_text(json.dumps({"layer": choice[0], "pooling": choice[1]}) + "\n")
 
 
-def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> list[str]:
+def make_trainable(
+    classifier: Classifier, method: str, lora: LoRAOptions, *, first_layer: int = 0
+) -> list[str]:
     """Enable gradients for exactly the parameters that the method trains.
 
     Returns:
@@ -319,7 +321,7 @@ def make_trainable(classifier: Classifier, method: str, lora: LoRAOptions) -> li
         lora.lora_dropout,
         lora.use_rslora,
         lora.use_dora,
-        layers_to_transform=range(classifier.n_layers),
+        layers_to_transform=range(first_layer, classifier.n_layers),
     )
 
 

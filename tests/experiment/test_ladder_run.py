@@ -14,10 +14,11 @@ from minllama.experiment.ladder.budget import REPORT_SECONDS, Budget
 from minllama.experiment.ladder.choice import Choice
 from minllama.experiment.ladder.climb import climb
 from minllama.experiment.ladder.lora import LoRARung, restore_base
+from minllama.experiment.ladder.partner import Multiplied
 from minllama.experiment.ladder.product import ProductRung
 from minllama.experiment.ladder.rung import Context, Measured
 from minllama.experiment.ladder.scoring import ClassScoring
-from minllama.experiment.ladder.tfidf import TfidfRung, WithWords
+from minllama.experiment.ladder.tfidf import TfidfRung
 from minllama.experiment.ladder.zero_shot import ZeroShotRung
 from minllama.experiment.reporter import Reporter
 from tests.experiment_cases import REPORT, Heard, examples, names_in, write_labelled
@@ -26,7 +27,7 @@ SLOW = pytest.mark.slow
 TEXTS = ["a fine film", "dull", "great music and a slow plot"]
 TITLES = [
     *("TF-IDF", "zero-shot label words", "frozen heads"),
-    *("LoRA with label words", "LoRA with a head", "LoRA with a head, TF-IDF"),
+    *("LoRA with label words", "LoRA with a head", "LoRA and frozen heads"),
 ]
 
 
@@ -132,14 +133,14 @@ def test_a_run_that_was_interrupted_at_any_rung_goes_on_there(
         assert (rung["value"], rung["chosen"]) == (other[name]["value"], other[name]["chosen"])
 
 
-def test_the_product_of_lora_and_tfidf_is_one_classifier(
+def test_the_product_of_lora_and_frozen_heads_is_one_classifier(
     make_experiment, labelled_files, monkeypatch
 ):
     """Its logits are those of the two, weighted and added; it is saved with the adapters."""
     alone, load = {}, climb_module.load_candidate
 
     def opened(folder, llama, tokenizer):
-        for name in ("tfidf", "lora"):
+        for name in ("shallow", "lora"):
             one = load(folder.parents[1] / name / "classifier", llama, tokenizer)
             alone[name] = one.predict_logits(TEXTS)
             restore_base(llama)
@@ -152,8 +153,8 @@ def test_the_product_of_lora_and_tfidf_is_one_classifier(
     monkeypatch.setattr(climb_module, "load_candidate", opened)
     monkeypatch.setattr(climb_module, "choose", chosen)
     monkeypatch.setattr(LoRARung, "_is_worse", lambda *arguments: False)
-    weighted = lambda context, scores: WithWords(scores.copy(), 0.6, 0.4)  # noqa: E731
-    monkeypatch.setattr("minllama.experiment.ladder.product.with_words", weighted)
+    weighted = lambda context, scores: Multiplied(scores.copy(), 0.6, 0.4)  # noqa: E731
+    monkeypatch.setattr("minllama.experiment.ladder.product.multiplied", weighted)
     experiment = make_experiment("auto", test=labelled_files / "dev.txt")
     made = run_experiment(experiment).classifier
     assert len(made.choices) == 1

@@ -17,6 +17,7 @@ from minllama.experiment.build import choices_of, with_more_layers
 from minllama.experiment.frozen import reads_experts
 from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting
 from minllama.experiment.ladder.budget import SAFETY
+from minllama.experiment.ladder.partner import keep_shallow
 from minllama.experiment.ladder.rung import Context, Measured
 from minllama.experiment.ladder.scoring import Scores
 from minllama.text import duration
@@ -88,6 +89,7 @@ class FrozenRung:
         if heads:
             best = max(heads, key=lambda choice: heads[choice])
             context.starting = Selected(best, FIRST_PENALTY, "")
+        keep_shallow(context, found.shallow, rows[found.rows])
         scores = context.empty_scores()
         scores[rows[found.rows]] = found.log_probs
         speed = context.measure_dev(found.classifier, scores)

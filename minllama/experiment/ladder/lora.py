@@ -1,5 +1,6 @@
 """The rungs that train low-rank adapters: under a head, or under label words."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,10 +22,10 @@ from minllama.experiment.build import (
     with_more_layers,
 )
 from minllama.experiment.heads import Selected, head_fitting
+from minllama.experiment.ladder.partner import multiplied, partner_of
 from minllama.experiment.ladder.rung import ENOUGH_SECONDS, Context, Measured, NotThisTime
 from minllama.experiment.ladder.scoring import Scores
 from minllama.experiment.ladder.state import WHOLE, RungFolder
-from minllama.experiment.ladder.tfidf import with_words
 from minllama.experiment.ladder.zero_shot import label_word_obstacle, label_word_options
 from minllama.lora import lora_layers, remove_lora_wrapper
 from minllama.model.llama import Llama
@@ -35,6 +36,8 @@ from minllama.training.trainer import fit
 
 TIMED_STEPS = 6  # at most, of which the first, that warms up, does not count
 TIMES_READING = 2  # a step takes at least this many times as long as reading its texts
+UPPER_RATE = 1e-3  # of adapters above the stack's half
+DEPTH = 0.75  # of the stack, at least, where adapters begin above its half
 ENOUGH_ROWS = 1000  # that were measured: more folds are not trained
 FEW_PER_CLASS = 24  # training texts a class up to which label words are trained as well
 
@@ -47,7 +50,7 @@ class LoRARung:
     """
 
     name, title = "lora", "LoRA with a head"
-    joins_words = True  # the next rung multiplies it by TF-IDF
+    has_partner = True  # by which the next rung multiplies it
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -70,8 +73,12 @@ class LoRARung:
 
     @property
     def _options(self) -> TrainingOptions:
-        context = self._context
-        return training_options(context.experiment.training, "lora", regression=self._has_numbers)
+        given = self._context.experiment.training
+        options = training_options(given, "lora", regression=self._has_numbers)
+        # Adapters of a few layers have a quarter of the parameters, and need a higher rate.
+        return (
+            replace(options, lr=UPPER_RATE) if given.lr is None and self._first_layer else options
+        )
 
     @property
     def _has_numbers(self) -> bool:
@@ -132,12 +139,12 @@ class LoRARung:
     def _is_worse(self, scores: Scores) -> bool:
         """Whether an earlier rung is better on the folds by more than one standard error.
 
-        Better than this rung alone, and than its product with TF-IDF.
+        Better than this rung alone, and than its product with its partner.
         """
         scoring, others = self._context.scoring, self._context.results.values()
         found = [scores]
-        if self.joins_words and (joined := with_words(self._context, scores)) is not None:
-            found.append(joined.scores)
+        if self.has_partner and (product := multiplied(self._context, scores)) is not None:
+            found.append(product.scores)
 
         def is_beaten(one: Scores) -> bool:
             gains = [scoring.gain(one, other.scores) for other in others]
@@ -169,7 +176,7 @@ class LoRARung:
         torch.manual_seed(context.seed)
         known = range(len(context.train)) if rows is None else rows.tolist()
         classifier, train = self._started(known)
-        make_trainable(classifier, "lora", context.experiment.lora)
+        self._make_trainable(classifier)
         options = replace(self._options, epochs=epochs, keep="last", patience=0)
         progress = _UntilTime(context, self._seconds_to_read(context.splits.dev))
         head = classifier.score if isinstance(classifier, LlamaEmbeddingClassifier) else None
@@ -199,6 +206,8 @@ class LoRARung:
         choice = selected.choice
         if options.layer == "auto":
             choice = with_more_layers(choice, context.llama)
+            if self._first_layer:
+                choice = max(choice[0], math.ceil(DEPTH * context.llama.config.n_layers)), choice[1]
         train = context.train.select(rows)
         balanced = context.experiment.training.class_weights == "balanced"
         fitting = head_fitting(context.train, balanced=balanced, seed=context.seed)
@@ -239,6 +248,17 @@ class LoRARung:
         return Selected((layer, pooling), 0.3, "a guess")
 
     @cached_property
+    def _first_layer(self) -> int:
+        """The lowest layer with adapters, so that its partner reads what it was fitted to."""
+        partner = partner_of(self._context) if self.has_partner else None
+        is_free = self._context.experiment.classifier.layer == "auto"
+        return partner.n_layers if partner is not None and is_free else 0
+
+    def _make_trainable(self, classifier: Classifier) -> None:
+        lora = self._context.experiment.lora
+        make_trainable(classifier, "lora", lora, first_layer=self._first_layer)
+
+    @cached_property
     def _n_tokens(self) -> float:
         return self._context.n_tokens(self._context.train)
 
@@ -261,7 +281,7 @@ class LoRARung:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(context.seed)
                 classifier, train = self._started(sorted(order[:n].tolist()))
-                make_trainable(classifier, "lora", context.experiment.lora)
+                self._make_trainable(classifier)
                 options = replace(self._options, epochs=1, keep="last", patience=0)
                 try:
                     fit(classifier, train, None, options, progress=clock)
@@ -277,7 +297,7 @@ class LabelWordsRung(LoRARung):
     """Adapters that train the scores of label words, for few rows (Gao et al. 2021)."""
 
     name, title = "label-words", "LoRA with label words"
-    joins_words = False
+    has_partner = False
 
     def obstacle(self) -> str | None:
         train = self._context.train

@@ -1,4 +1,4 @@
-"""The rung that multiplies what LoRA learned with what TF-IDF knows; nothing is trained for it."""
+"""The rung that multiplies LoRA's head with heads on lower layers and TF-IDF; both are fitted."""
 
 from typing import cast
 
@@ -8,15 +8,16 @@ from minllama.classification import LlamaEmbeddingClassifier, LlamaExpertsClassi
 from minllama.classification.experts import scaled
 from minllama.experiment.ladder.candidate import load_candidate
 from minllama.experiment.ladder.lora import LoRARung, restore_base
+from minllama.experiment.ladder.partner import Partner, multiplied, partner_of
 from minllama.experiment.ladder.rung import Context, Measured, NotThisTime
 from minllama.experiment.ladder.state import RungFolder
-from minllama.experiment.ladder.tfidf import TfidfRung, with_words
+from minllama.experiment.ladder.tfidf import TfidfRung
 
 
 class ProductRung:
-    """The product of LoRA's head and TF-IDF, with weights of least loss on rows left out."""
+    """The product of LoRA's head and its partner, with weights of least loss on rows left out."""
 
-    name, title = "lora-tfidf", "LoRA with a head, TF-IDF"
+    name, title = "product", "LoRA and frozen heads"
 
     def __init__(self, context: Context) -> None:
         self._context = context
@@ -34,41 +35,45 @@ class ProductRung:
 
     def run(self) -> Measured:
         context, began = self._context, self._context.budget.clock()
-        trained = context.results.get(LoRARung.name)
-        found = with_words(context, trained.scores) if trained and trained.size else None
-        if trained is None or found is None:
+        trained, partner = context.results.get(LoRARung.name), partner_of(context)
+        if trained is None or trained.size is None or partner is None:
             raise NotThisTime("it needs both, and there is no classifier of one")
-        if not (found.of_rung and found.of_words):
+        found = multiplied(context, trained.scores)
+        if found is None or not (found.of_rung and found.of_partner):
             raise NotThisTime("one of the two adds nothing to the other")
-        classifier = self._made(found.of_rung, found.of_words)
+        classifier = self._made(partner, found.of_rung, found.of_partner)
         speed = context.measure_dev(classifier, found.scores)
         seconds = context.budget.clock() - began
         how = "the same rows as LoRA; took: beyond the two"
         return Measured(found.scores, how, seconds, speed, classifier)
 
-    def _made(self, of_lora: float, of_words: float) -> LlamaExpertsClassifier:
+    def _made(self, partner: Partner, of_lora: float, of_partner: float) -> LlamaExpertsClassifier:
         """Both classifiers as one, on the adapters that are loaded for it."""
         context = self._context
-        words = self._opened(TfidfRung.name)
-        assert isinstance(words, LlamaExpertsClassifier)
-        assert words.tfidf is not None
+        lower = self._opened(partner.name)
+        assert isinstance(lower, LlamaExpertsClassifier)
         restore_base(context.llama)
         trained = self._opened(LoRARung.name)
         assert isinstance(trained, LlamaEmbeddingClassifier)
-        total = of_lora + of_words
-        tfidf = scaled(words.tfidf, of_words / total / words.temperature)
+        total = of_lora + of_partner
+        of_heads, of_trained = of_partner / total / lower.temperature, of_lora / total
+        choices = [*lower.choices, (trained.layer, trained.pooling)]
         classifier = LlamaExpertsClassifier(
-            *(context.llama, context.tokenizer, trained.labels, [(trained.layer, trained.pooling)]),
-            tfidf=tfidf,
+            *(context.llama, context.tokenizer, trained.labels, choices),
+            tfidf=None if lower.tfidf is None else scaled(lower.tfidf, of_heads),
             prompt=trained.prompt,
         )
         classifier.temperature = 1 / total
         classifier.shortened |= context.reader.shortened
-        share, head = of_lora / total, trained.score
+        weights = [trained.score.weight * of_trained]
+        if lower.choices:
+            weights.insert(0, lower.score.weight * of_heads)
         with torch.no_grad():
-            classifier.score.weight.copy_(head.weight * share)
-            if head.bias is not None:
-                classifier.score.bias.copy_(head.bias * share)
+            classifier.score.weight.copy_(torch.cat(weights, 1))
+            if lower.choices:
+                classifier.score.bias.add_(lower.score.bias * of_heads)
+            if trained.score.bias is not None:
+                classifier.score.bias.add_(trained.score.bias * of_trained)
         return classifier
 
     def _opened(self, name: str) -> LlamaEmbeddingClassifier | LlamaExpertsClassifier:

@@ -1,6 +1,6 @@
 """The rung of TF-IDF and logistic regression: what words alone tell, in seconds."""
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,10 +8,8 @@ from numpy.typing import NDArray
 from minllama.classification import LlamaExpertsClassifier
 from minllama.classification.calibration import fit_temperature
 from minllama.classification.features import parallel_fits
-from minllama.classification.products import weighted_product
 from minllama.evaluation.tfidf import INVERSE_PENALTIES, Logits, fit_tfidf, out_of_fold_logits
 from minllama.experiment.ladder.rung import Context, Measured
-from minllama.experiment.ladder.scoring import Scores, measured_rows
 from minllama.text import duration
 
 
@@ -86,35 +84,3 @@ class TfidfRung:
         """What is read of each text: what a Llama reads of it, too."""
         reader = self._context.reader
         return [reader.encode(text).text or "" for text in self._context.train.texts]
-
-
-class WithWords(NamedTuple):
-    """The product of a rung and TF-IDF.
-
-    Attributes:
-        scores: (R, C), of the rows on which both were measured.
-        of_rung, of_words: their weights, one of which may be zero.
-    """
-
-    scores: Scores
-    of_rung: float
-    of_words: float
-
-
-def with_words(context: Context, scores: Scores) -> WithWords | None:
-    """Multiply a rung by TF-IDF, with the weights of least loss; None without TF-IDF."""
-    words = context.results.get(TfidfRung.name)
-    if words is None or words.size is None:
-        return None
-    both = np.flatnonzero(measured_rows(scores) & measured_rows(words.scores))
-    if not len(both):
-        return None
-    labels = [*(context.train.labels or ()), *(context.splits.dev.labels or ())]
-    parts = {
-        "rung": scores[both].astype(np.float64),
-        "words": words.scores[both].astype(np.float64),
-    }
-    found = weighted_product(parts, np.asarray(cast(list[int], labels))[both])
-    product = context.empty_scores()
-    product[both] = found.log_probs
-    return WithWords(product, found.weights.get("rung", 0.0), found.weights.get("words", 0.0))
