@@ -20,6 +20,7 @@ from minllama.experiment.ladder.budget import SAFETY
 from minllama.experiment.ladder.partner import keep_shallow
 from minllama.experiment.ladder.rung import Context, Measured
 from minllama.experiment.ladder.scoring import Scores
+from minllama.options import ClassifierOptions
 from minllama.text import duration
 
 FEWEST_ROWS = 200  # with less time than these take, a head is not worth fitting
@@ -61,7 +62,7 @@ class FrozenRung:
         return n if most >= n else most
 
     def run(self) -> Measured:
-        if reads_experts(self._context.train, replace(self._options, method="frozen")):
+        if reads_experts(self._context.train, frozen(self._options)):
             return self._experts()
         return self._one_head()
 
@@ -205,6 +206,11 @@ class FrozenRung:
                 penalty=selected.penalty,
             )
             scores[numbers[is_held_out]] = features[is_held_out] @ weight.T + bias
+
+
+def frozen(options: ClassifierOptions) -> ClassifierOptions:
+    """The options of the method frozen."""
+    return replace(options, method="frozen")
 
 
 def _rows_of(some: Dataset, train: Dataset) -> list[int]:

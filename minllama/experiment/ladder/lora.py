@@ -1,7 +1,7 @@
 """The rungs that train low-rank adapters: under a head, or under label words."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,9 @@ from minllama.experiment.build import (
     training_options,
     with_more_layers,
 )
+from minllama.experiment.frozen import reads_experts
 from minllama.experiment.heads import Selected, head_fitting
+from minllama.experiment.ladder.frozen import FrozenRung, frozen
 from minllama.experiment.ladder.partner import multiplied, partner_of
 from minllama.experiment.ladder.rung import ENOUGH_SECONDS, Context, Measured, NotThisTime
 from minllama.experiment.ladder.scoring import Scores
@@ -55,7 +57,7 @@ class LoRARung:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._folder = RungFolder(context.folder / self.name)
-        self._tokens_per_second: dict[int, float] = {}  # by the number of layers
+        self._tokens_per_second: dict[Hashable, float] = {}  # by the layers that run and learn
         self._speed: float | None = None  # texts per second of what was trained on a fold
 
     def obstacle(self) -> str | None:
@@ -247,12 +249,16 @@ class LoRARung:
         pooling: Any = "mean" if options.pooling == "auto" else options.pooling
         return Selected((layer, pooling), 0.3, "a guess")
 
-    @cached_property
+    @property
     def _first_layer(self) -> int:
         """The lowest layer with adapters, so that its partner reads what it was fitted to."""
-        partner = partner_of(self._context) if self.has_partner else None
-        is_free = self._context.experiment.classifier.layer == "auto"
-        return partner.n_layers if partner is not None and is_free else 0
+        context, options = self._context, self._context.experiment.classifier
+        if not self.has_partner or not reads_experts(context.train, frozen(options)):
+            return 0
+        partner = partner_of(context)
+        if FrozenRung.name in context.results:
+            return 0 if partner is None else partner.n_layers
+        return context.llama.config.n_layers // 2  # as far as can be told yet
 
     def _make_trainable(self, classifier: Classifier) -> None:
         lora = self._context.experiment.lora
@@ -269,7 +275,7 @@ class LoRARung:
     def _seconds_of_epoch(self) -> float:
         """By some steps, whose changes are thrown away; where it is out of reach, by reading."""
         context = self._context
-        layers = self._starting().choice[0]
+        layers = self._starting().choice[0], self._first_layer
         at_least = TIMES_READING * self._n_tokens * context.seconds_per_token
         if at_least > max(context.budget.left, 0) and layers not in self._tokens_per_second:
             return at_least
