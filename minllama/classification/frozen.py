@@ -74,8 +74,8 @@ class FrozenFit:
         accuracy: of these predictions.
         tfidf_accuracy: that of TF-IDF alone, with its best penalty.
         seconds: the whole took.
-        shallow: the same of the best product of heads on the lower half of the layers, for whoever
-            changes what the others compute.
+        shallow: the same of the best product of heads on the lower half of the layers, which stay
+            valid where adapters change the upper ones.
     """
 
     classifier: LlamaExpertsClassifier

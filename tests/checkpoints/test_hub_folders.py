@@ -84,7 +84,9 @@ def run(hub: Hub, tmp_path: Path) -> Run:
     return call
 
 
-@pytest.mark.parametrize("name", ["sequence", "SEQ_CLS", "own"])
+@pytest.mark.parametrize(
+    "name", ["sequence", "SEQ_CLS", pytest.param("own", marks=pytest.mark.slow)]
+)
 def test_a_classifier_is_downloaded_and_classifies(
     name: str, run: Run, hub: Hub, folders: dict[str, Path]
 ) -> None:

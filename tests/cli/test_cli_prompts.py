@@ -150,6 +150,7 @@ def prompt_of(process):
     return json.loads(out)["prompt"], err.decode()
 
 
+@pytest.mark.slow
 def test_files_devices_and_closed_streams_as_standard_input(folder, tmp_path):
     (tmp_path / "p").write_text("file")
     with (tmp_path / "p").open() as file:

@@ -550,4 +550,4 @@ def test_a_classifier_of_numbers_is_not_read_by_what_would_take_them_for_classes
         path.write_text(json.dumps(content | {"scale": scale}))
         with pytest.raises(MinllamaError, match=r"classifier\.json"):
             load_classifier(tmp_path / "run")
-    assert ClassifierOptions(objective="regression").method == "lora"
+    assert ClassifierOptions(objective="regression").method == "auto"

@@ -354,5 +354,5 @@ def test_templates_and_styles_are_in_the_package():
         for path in (package / "evaluation" / "report").iterdir()
         if path.suffix not in (".py", ".pyc") and path.is_file()
     ]
-    assert len(data) == 4
+    assert len(data) == 5
     assert [name for name in data if not any(fnmatch.fnmatch(name, p) for p in patterns)] == []

@@ -30,7 +30,9 @@ def results(folder):
     [
         ("head", 4, {}),
         ("label-words", 4, {}),
-        ("head", 4, {"self_distillation": 0.5, "keep": "last"}),
+        pytest.param(
+            *("head", 4, {"self_distillation": 0.5, "keep": "last"}), marks=pytest.mark.slow
+        ),
         pytest.param("head", 1, {}, marks=pytest.mark.slow),
         pytest.param("head", "reading dev", {}, marks=pytest.mark.slow),
         pytest.param("label-words", "reading dev", {}, marks=pytest.mark.slow),

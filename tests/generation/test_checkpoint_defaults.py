@@ -223,6 +223,7 @@ def test_convert_carries_a_folders_settings_to_folders(
     assert both[0].options == both[1].options
 
 
+@pytest.mark.slow
 def test_convert_carries_them_to_gguf_and_back(run: Any, base: Path, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     shutil.copytree(base, tmp_path / "m")

@@ -391,7 +391,7 @@ def killed(folder, program, *arguments):
     return [[int(word) for word in line.split()] for line in finished.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("how", ["exchange", "no-exchange"])
+@pytest.mark.parametrize("how", ["exchange", pytest.param("no-exchange", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stride", [401, pytest.param(67, marks=pytest.mark.slow)])
 def test_a_kill_within_a_save_leaves_the_previous_checkpoint_or_the_new(
     how, stride, tmp_path, uncut
