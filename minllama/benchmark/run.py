@@ -10,7 +10,7 @@ from minllama.benchmark.machine import describe_machine
 from minllama.benchmark.results import BenchmarkResult, Measurement
 from minllama.checkpoints.load import load_with
 from minllama.checkpoints.open import open_checkpoint
-from minllama.checkpoints.weight_format import Purpose, resolve_weight_format
+from minllama.checkpoints.weight_format import Purpose, WeightFormat, resolve_weight_format
 from minllama.errors import MinllamaError
 from minllama.lora import remove_lora_wrapper
 from minllama.model.llama import Llama
@@ -62,14 +62,15 @@ def run_benchmark(
     checkpoint = open_checkpoint(model, tokenizer=loading.tokenizer, base=loading.base)
     checkpoint.check_language_model()
 
-    def opened(purpose: Purpose) -> Llama:
-        weights = resolve_weight_format(checkpoint, loading, purpose)
-        return load_with(Llama, checkpoint, weights)
+    def weights_for(purpose: Purpose) -> WeightFormat:
+        return resolve_weight_format(checkpoint, loading, purpose)
 
-    llama = opened("generate")
+    weights, to_read = weights_for("generate"), weights_for("read")
+    llama = load_with(Llama, checkpoint, weights)
     tests = _of_generation(llama, options)
     if any(name in OF_TEXTS for name in options.chosen_tests):
-        tests += _of_texts(opened("read"), Tokenizer.from_checkpoint(checkpoint), options)
+        reader = llama if to_read == weights else load_with(Llama, checkpoint, to_read)
+        tests += _of_texts(reader, Tokenizer.from_checkpoint(checkpoint), options)
     for repetition in range(options.repetitions + 1):
         for test in tests:
             if isinstance(test.work, str):
@@ -79,7 +80,6 @@ def run_benchmark(
             value = test.work()
             if repetition:  # what is compiled, mapped or allocated once is no part of it
                 test.values.append(value)
-    weights = resolve_weight_format(checkpoint, loading)
     return BenchmarkResult(
         str(checkpoint.path),
         weights.quantize or str(weights.dtype).removeprefix("torch."),

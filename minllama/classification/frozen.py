@@ -75,7 +75,7 @@ class FrozenFit:
         tfidf_accuracy: that of TF-IDF alone, with its best penalty.
         seconds: the whole took.
         shallow: the same of the best product of heads on the lower half of the layers, which stay
-            valid where adapters change the upper ones.
+            valid where adapters change the upper ones; None if not fitted.
     """
 
     classifier: LlamaExpertsClassifier
@@ -85,7 +85,7 @@ class FrozenFit:
     accuracy: float
     tfidf_accuracy: float
     seconds: float
-    shallow: "Shallow"
+    shallow: "Shallow | None"
 
 
 class Shallow(NamedTuple):
@@ -103,6 +103,7 @@ def fit_frozen(
     *,
     folds: Folds | None = None,
     words: Mapping[float, Matrix] | None = None,
+    with_shallow: bool = False,
     progress: Callable[[int], None] | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> FrozenFit:
@@ -115,6 +116,7 @@ def fit_frozen(
         folds: rows that are left out together, each row in one; None for five stratified ones.
             With more than MAX_ROWS texts only the rows of the folds take part in comparisons.
         words: `tfidf.out_of_fold_logits` of these texts and folds; None to compute it.
+        with_shallow: fit heads on the lower half of the layers as well.
         progress: receives the number of texts just completed.
         report: receives messages about the choice.
 
@@ -132,7 +134,7 @@ def fit_frozen(
     product = search.product(folds, rows)
     with single_threaded_fits():
         classifier = search.fitted(product.weights)
-        shallow = Shallow(search.fitted(search.shallow.weights), search.shallow.log_probs)
+        shallow = search.fitted_shallow() if with_shallow else None
     total = sum(product.weights.values())
     shares = {expert: weight / total for expert, weight in product.weights.items()}
     named = ", ".join(f"{expert} x {share:.3g}" for expert, share in shares.items())
@@ -254,6 +256,10 @@ class _Search:
         classifier = self._fitted({expert: weight / total for expert, weight in weights.items()})
         classifier.temperature = 1 / total
         return classifier
+
+    def fitted_shallow(self) -> Shallow:
+        """The best product of heads on the lower half of the layers."""
+        return Shallow(self.fitted(self.shallow.weights), self.shallow.log_probs)
 
     def _fitted(self, weights_of: Mapping[Expert, float]) -> LlamaExpertsClassifier:
         reader, gold, task = self._reader, self._gold, self._task

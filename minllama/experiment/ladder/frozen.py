@@ -82,6 +82,7 @@ class FrozenRung:
             cast(list[int], some.labels),
             context.task,
             folds=[np.flatnonzero(np.isin(rows, fold)) for fold in context.folds],
+            with_shallow=True,
             words=context.words and {c: z[rows] for c, z in context.words.items()},
             progress=context.reporter.advance("reading the training texts", len(some)),
             report=context.reporter.message,
@@ -90,6 +91,7 @@ class FrozenRung:
         if heads:
             best = max(heads, key=lambda choice: heads[choice])
             context.starting = Selected(best, FIRST_PENALTY, "")
+        assert found.shallow is not None
         keep_shallow(context, found.shallow, rows[found.rows])
         scores = context.empty_scores()
         scores[rows[found.rows]] = found.log_probs

@@ -25,13 +25,15 @@ class Partner(NamedTuple):
 
     Attributes:
         name: of its folder.
-        scores: (R, C).
         n_layers: that it reads, and adapters leave as they are.
     """
 
     name: str
-    scores: Scores
     n_layers: int
+
+    def scores(self, context: Context) -> Scores:
+        """(R, C)."""
+        return RungFolder(context.folder / self.name).scores(context.empty_scores())
 
 
 class Multiplied(NamedTuple):
@@ -60,13 +62,12 @@ def keep_shallow(context: Context, shallow: Shallow, rows: NDArray[np.int64]) ->
 
 def partner_of(context: Context) -> Partner | None:
     """The heads on lower layers; without them TF-IDF; None without either."""
-    folder = RungFolder(context.folder / SHALLOW)
-    if (plan := folder.plan()) is not None:
-        return Partner(SHALLOW, folder.scores(context.empty_scores()), plan["layers"])
+    if (plan := RungFolder(context.folder / SHALLOW).plan()) is not None:
+        return Partner(SHALLOW, plan["layers"])
     words = context.results.get(TfidfRung.name)
     if words is None or words.size is None:
         return None
-    return Partner(TfidfRung.name, words.scores, 0)
+    return Partner(TfidfRung.name, 0)
 
 
 def multiplied(context: Context, scores: Scores) -> Multiplied | None:
@@ -74,13 +75,14 @@ def multiplied(context: Context, scores: Scores) -> Multiplied | None:
     partner = partner_of(context)
     if partner is None:
         return None
-    both = np.flatnonzero(measured_rows(scores) & measured_rows(partner.scores))
+    others = partner.scores(context)
+    both = np.flatnonzero(measured_rows(scores) & measured_rows(others))
     if not len(both):
         return None
     labels = [*(context.train.labels or ()), *(context.splits.dev.labels or ())]
     parts = {
         "rung": scores[both].astype(np.float64),
-        "partner": partner.scores[both].astype(np.float64),
+        "partner": others[both].astype(np.float64),
     }
     found = weighted_product(parts, np.asarray(cast(list[int], labels))[both])
     product = context.empty_scores()
