@@ -257,12 +257,18 @@ class KVCache:
     ) -> Tensor:
         """A copy (n_rows, K, capacity, C) of some rows, or of all that are in use."""
         _, heads, _, width = stored.shape
-        with torch.inference_mode(False):
-            copy = stored.new_zeros(n_rows, heads, capacity, width)
         if rows is None:
             filled = min(self.max_len, capacity)
-            copy[: self.batch_size, :, :filled] = stored[: self.batch_size, :, :filled]
+            source = stored[: self.batch_size, :, :filled]
         else:
             filled = min(max((self.lengths[row] for row in rows), default=0), capacity)
-            copy[:, :, :filled] = stored[list(rows), :, :filled]
+            # A slice of one row is copied once, where indices would gather it first.
+            chosen = slice(rows[0], rows[0] + 1) if len(rows) == 1 else list(rows)
+            source = stored[chosen, :, :filled]
+        with torch.inference_mode(False):
+            copy = stored.new_empty(n_rows, heads, capacity, width)
+        # Zeros where nothing is copied to, as in a new cache.
+        copy[: len(source), :, :filled] = source
+        copy[: len(source), :, filled:] = 0
+        copy[len(source) :] = 0
         return copy
