@@ -8,7 +8,7 @@ well. `minllama train --method frozen` calls `fit_frozen`.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +27,13 @@ from minllama.classification.features import (
     single_threaded_fits,
     stratified_folds,
 )
-from minllama.classification.products import Product, choose_experts, is_clearly_better
+from minllama.classification.label_words import label_head, label_rows
+from minllama.classification.products import (
+    Product,
+    choose_experts,
+    even_product,
+    is_clearly_better,
+)
 from minllama.data.task import Task
 from minllama.engine.states import Choice, Pooling
 from minllama.evaluation import tfidf
@@ -35,6 +41,7 @@ from minllama.evaluation import tfidf
 SEARCH_TEXTS = 2500  # that run through all layers; the others through the chosen ones
 N_LAYERS = 8  # of which features are compared, evenly over the stack
 SEARCH_SHRINKAGES = (0.1, 0.4, 0.7)
+FEW_ROWS = 150  # on fewer, all experts count alike
 # Parts of the stack beyond which a layer must earn its time.
 DEPTHS = (0.5, 0.75, 1.0)
 
@@ -48,16 +55,20 @@ class Expert(NamedTuple):
     Attributes:
         choice: layer and pooling; None for TF-IDF.
         strength: the shrinkage of a discriminant analysis; scikit-learn's C beside TF-IDF.
+        is_label_words: the head scores the labels' words, and is fitted to no label.
     """
 
     choice: Choice | None
     strength: float
+    is_label_words: bool = False
 
     @property
     def layer(self) -> int:
         return 0 if self.choice is None else self.choice[0]
 
     def __str__(self) -> str:
+        if self.is_label_words:
+            return "label words"
         return "TF-IDF" if self.choice is None else f"layer {self.choice[0]} {self.choice[1]}"
 
 
@@ -103,6 +114,7 @@ def fit_frozen(
     *,
     folds: Folds | None = None,
     words: Mapping[float, Matrix] | None = None,
+    label_words: Sequence[str] | None = None,
     with_shallow: bool = False,
     progress: Callable[[int], None] | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -116,6 +128,8 @@ def fit_frozen(
         folds: rows that are left out together, each row in one; None for five stratified ones.
             With more than MAX_ROWS texts only the rows of the folds take part in comparisons.
         words: `tfidf.out_of_fold_logits` of these texts and folds; None to compute it.
+        label_words: that stand for the labels after the prompt, and are one more expert; None
+            where the labels are no words.
         with_shallow: fit heads on the lower half of the layers as well.
         progress: receives the number of texts just completed.
         report: receives messages about the choice.
@@ -130,7 +144,8 @@ def fit_frozen(
         rows = np.sort(np.random.default_rng(task.seed).permutation(len(texts))[:MAX_ROWS])
         folds = [rows[fold] for fold in stratified_folds(gold[rows], task.seed)]
     rows = np.sort(np.concatenate(list(folds)))
-    search = _Search(reader, texts, gold, task, progress, words)
+    label_weights = None if label_words is None else label_rows(reader, label_words)
+    search = _Search(reader, texts, gold, task, label_weights, progress, words)
     product = search.product(folds, rows)
     with single_threaded_fits():
         classifier = search.fitted(product.weights)
@@ -166,11 +181,12 @@ class _Search:
         texts: Sequence[str],
         gold: NDArray[np.bool_],
         task: Task,
-        progress: Callable[[int], None] | None,
+        label_rows: NDArray[np.float32] | None,
+        progress: Callable[[int], None] | None = None,
         words: Mapping[float, Matrix] | None = None,
     ) -> None:
         self._reader, self._texts, self._gold, self._task = reader, texts, gold, task
-        self._progress, self._words = progress, words
+        self._label_rows, self._progress, self._words = label_rows, progress, words
         self._features: Features = {}  # of all texts
         self.tfidf_accuracy = 0.0
         self.shallow: Product[Expert]  # of heads on the lower half of the layers
@@ -191,10 +207,10 @@ class _Search:
         part = np.sort(order[:SEARCH_TEXTS])
         features = self._read(part, choices)
         texts = [self._texts[i] for i in part]
-        search = _Search(self._reader, texts, self._gold[part], self._task, None)
-        logits = search._logits(
-            features, stratified_folds(self._gold[part], self._task.seed), SEARCH_SHRINKAGES
-        )
+        gold = self._gold[part]
+        search = _Search(self._reader, texts, gold, self._task, self._label_rows)
+        folds = stratified_folds(gold, self._task.seed)
+        logits = search._logits(features, folds, SEARCH_SHRINKAGES)
         best = search._best(logits, np.arange(len(part)))
         experts = (*best.weights, *search.shallow.weights)
         return list(dict.fromkeys(e.choice for e in experts if e.choice is not None))
@@ -227,7 +243,12 @@ class _Search:
                 for shrinkage, logits in part.result().items()
             }
             words = by_words.result() if words is None else words
-        return found | {Expert(None, c): logits for c, logits in words.items()}
+        found |= {Expert(None, c): logits for c, logits in words.items()}
+        top = self._reader.llama.config.n_layers, "last"
+        if self._label_rows is not None and top in features:
+            weight, bias = label_head(features[top], self._label_rows)
+            found[Expert(top, 0.0, True)] = (features[top] @ weight.T + bias).astype(np.float64)
+        return found
 
     def _read_texts(self) -> list[str]:
         """What words are taken from: the part of each text that the Llama reads, too."""
@@ -244,6 +265,8 @@ class _Search:
             below = {e: z for e, z in logits.items() if e.layer <= depth * n_layers}
             products.append(choose_experts(below, gold))
         self.shallow = products[0]
+        if len(gold) < FEW_ROWS:  # of many experts some are better on these by chance
+            return even_product(logits, groups(logits), gold)
         best = min(products, key=lambda product: product.loss)
         return next(p for p in products if not is_clearly_better(best.losses, p.losses))
 
@@ -267,7 +290,9 @@ class _Search:
         model: tfidf.TfidfModel | None = None
         for expert, weight in weights_of.items():
             if expert.choice is not None:
-                of_choice.setdefault(expert.choice, []).append((expert.strength, weight))
+                heads = of_choice.setdefault(expert.choice, [])
+                if not expert.is_label_words:
+                    heads.append((expert.strength, weight))
         words = {e.strength: w for e, w in weights_of.items() if e.choice is None}
         if words:
             texts = self._read_texts()
@@ -284,8 +309,12 @@ class _Search:
         classifier.shortened |= reader.shortened
         weights, bias = [], np.zeros(gold.shape[1], dtype=np.float64)
         for choice, heads in of_choice.items():
-            fitted = Discriminant(self._features[choice], gold, task)
+            features = self._features[choice]
+            fitted = Discriminant(features, gold, task)
             parts = [(weight, *fitted.head(shrinkage)) for shrinkage, weight in heads]
+            if (label_words := Expert(choice, 0.0, True)) in weights_of:
+                assert self._label_rows is not None
+                parts.append((weights_of[label_words], *label_head(features, self._label_rows)))
             weights.append(sum(factor * w for factor, w, _ in parts))
             bias += sum(factor * b for factor, _, b in parts)
         if weights:
@@ -293,6 +322,20 @@ class _Search:
             classifier.score.weight.data.copy_(torch.from_numpy(matrix))
             classifier.score.bias.data.copy_(torch.from_numpy(bias.astype(np.float32)))
         return classifier
+
+
+def groups(experts: Iterable[Expert]) -> list[list[list[Expert]]]:
+    """Experts that count alike: all heads of one shrinkage, TF-IDF, and label words."""
+    heads: dict[float, list[Expert]] = {}
+    words, labels = list[list[Expert]](), list[list[Expert]]()
+    for expert in experts:
+        if expert.is_label_words:
+            labels.append([expert])
+        elif expert.choice is None:
+            words.append([expert])
+        else:
+            heads.setdefault(expert.strength, []).append(expert)
+    return [group for group in (list(heads.values()), words, labels) if group]
 
 
 def sum_of(models: Sequence[tfidf.TfidfModel]) -> tfidf.TfidfModel:

@@ -83,10 +83,56 @@ def choose_experts(
     return replace(product, weights=weights)
 
 
+def even_product(
+    experts: Mapping[Name, Matrix],
+    groups: Sequence[Sequence[Sequence[Name]]],
+    gold: NDArray[np.int64],
+) -> Product[Name]:
+    """Weights of groups of experts, where there are too few rows to choose single ones by.
+
+    The experts of a group count alike, by logits of the same spread; so errors of heads on a few
+    rows average out, and chance chooses none of them.
+
+    Args:
+        experts: as for `choose_experts`.
+        groups: of names; each is given as alternatives, of which the one of least loss is taken.
+        gold: (N,), the classes.
+    """
+    means: dict[int, Matrix] = {}
+    factors: dict[int, dict[Name, float]] = {}
+    for number, alternatives in enumerate(groups):
+        least = math.inf
+        for names in alternatives:
+            units = {name: 1 / (_spread(experts[name]) * len(names)) for name in names}
+            logits: Matrix = np.sum([unit * experts[name] for name, unit in units.items()], axis=0)
+            factor = _factor(logits, gold)
+            loss = float(_losses(log_softmax(logits * factor), gold).mean())
+            if loss < least:
+                least, means[number] = loss, logits * factor
+                factors[number] = {name: unit * factor for name, unit in units.items()}
+    product = weighted_product(means, gold)
+    weights = {
+        name: weight * factor
+        for number, weight in product.weights.items()
+        for name, factor in factors[number].items()
+    }
+    return replace(product, weights=weights)
+
+
+def _losses(log_probs: Matrix, gold: NDArray[np.int64]) -> Matrix:
+    losses: Matrix = -(soft_targets(gold, log_probs.shape[1]) * log_probs).sum(1)
+    return losses
+
+
+def _spread(logits: Matrix) -> float:
+    """How far the logits of a row are apart; 1 if they are not, so that nothing is divided by 0."""
+    spread = float((logits - logits.mean(1, keepdims=True)).std())
+    return spread if spread > SMALLEST_SPREAD else 1.0
+
+
 def _factor(logits: Matrix, gold: NDArray[np.int64]) -> float:
     """What calibrates an expert alone, searched from a scale at which its logits differ by 1."""
-    spread = float((logits - logits.mean(1, keepdims=True)).std())
-    unit = 1 / spread if spread > SMALLEST_SPREAD else 1.0
+    unit = 1 / _spread(logits)
     alone = weighted_product({"": logits * unit}, gold)
     return unit * alone.weights[""]
 

@@ -11,14 +11,21 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from minllama.classification import LlamaExpertsClassifier, load_classifier, save_classifier
 from minllama.classification.discriminant import Discriminant, out_of_fold_logits
 from minllama.classification.explain import explain
+from minllama.classification.features import extract_features
 from minllama.classification.frozen import FrozenFit, candidates, fit_frozen
-from minllama.classification.products import choose_experts, log_softmax, weighted_product
+from minllama.classification.label_words import label_head, label_rows, words_of_labels
+from minllama.classification.products import (
+    choose_experts,
+    even_product,
+    log_softmax,
+    weighted_product,
+)
 from minllama.data.task import Task
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.evaluation.tfidf import fit_tfidf
 from minllama.model.llama import load_pretrained
 from minllama.tokenizer.tokenizer import Tokenizer
-from tests.classifier_cases import Characters, tiny_llama
+from tests.classifier_cases import Characters, tiny_llama, zero_shot
 
 WORDS = {"good": ("great", "lovely", "fine"), "bad": ("awful", "poor", "broken")}
 TEXTS = [f"a {w} thing {i}" for i in range(6) for words in WORDS.values() for w in words]
@@ -107,6 +114,85 @@ def test_words_decide_where_layers_say_nothing() -> None:
     assert np.exp(found.log_probs).max() < 0.9737
     assert classifier.predict_proba(TEXTS).max() < 0.9737
     assert np.mean(np.array(classifier.predict(TEXTS)) == np.where(GOLD, "bad", "good")) > 0.9
+
+
+def test_few_rows_have_all_heads_alike_and_label_words_beside() -> None:
+    llama, tokenizer = tiny_llama(), Characters()
+    prompt = "Text: {text}\nis "
+    reader = LlamaExpertsClassifier(llama, tokenizer, ["good", "bad"], (), prompt=prompt)
+    found = fit_frozen(reader, TEXTS, GOLD, Task(2), label_words=["great", "poor"])
+    choices = candidates(llama.config.n_layers)
+    heads = [e for e in found.experts if e.choice is not None and not e.is_label_words]
+    assert len({e.strength for e in heads}) <= 1
+    assert not heads or {e.choice for e in heads} == set(choices)
+    # The classifier is the sum of what each expert alone says, by its share.
+    features, gold = extract_features(reader, TEXTS, choices), gold_of(np.array(GOLD), 2)
+    rows = label_rows(reader, ["great", "poor"])
+    assert rows is not None
+    total = np.zeros((len(TEXTS), 2))
+    for expert, share in found.experts.items():
+        if expert.choice is None:
+            logits = fit_tfidf(TEXTS, gold, Task(2), expert.strength).logits(TEXTS)
+        else:
+            x = features[expert.choice]
+            head = Discriminant(x, gold, Task(2)).head(expert.strength)
+            weight, bias = label_head(x, rows) if expert.is_label_words else head
+            logits = x @ weight.T + bias
+        total += share * logits
+    np.testing.assert_allclose(found.classifier.predict_logits(TEXTS), total, rtol=1e-2, atol=1e-2)
+
+
+def test_label_words_are_those_of_the_zero_shot_classifier() -> None:
+    llama, prompt = tiny_llama(), "Text: {text}\nis "
+    theirs = zero_shot(llama=llama, labels=("g", "b", "d"), prompt=prompt, score="batch")
+    theirs.fit_prior(TEXTS)
+    reader = LlamaExpertsClassifier(llama, Characters(), ["x", "y", "z"], (), prompt=prompt)
+    rows = label_rows(reader, ["g", "b", "d"])
+    assert rows is not None
+    top = llama.config.n_layers, "last"
+    features = extract_features(reader, TEXTS, [top])[top]
+    weight, bias = label_head(features, rows)
+    np.testing.assert_allclose(
+        log_softmax((features @ weight.T + bias).astype(np.float64)),
+        log_softmax(theirs.predict_logits(TEXTS).astype(np.float64)),
+        atol=1e-4,
+    )
+
+
+def test_label_words_that_begin_alike_are_no_head() -> None:
+    prompt = "Text: {text}\nis "
+    reader = LlamaExpertsClassifier(tiny_llama(), Characters(), ["x", "y"], (), prompt=prompt)
+    assert label_rows(reader, ["good", "grim"]) is None
+    assert label_rows(reader, ["good", "good"]) is None
+    spaced = LlamaExpertsClassifier(tiny_llama(), Characters(), ["x", "y"], (), prompt="{text}")
+    assert label_rows(spaced, ["good", "bad"]) is None  # each begins with a space
+    both_ways = tiny_llama(causal=False)
+    reader = LlamaExpertsClassifier(both_ways, Characters(), ["x", "y"], (), prompt=prompt)
+    assert label_rows(reader, ["good", "bad"]) is None
+
+
+def test_label_names_are_words_or_not() -> None:
+    assert words_of_labels(["not_spam", "spam"]) == {"not_spam": "not spam", "spam": "spam"}
+    assert words_of_labels(["très bien", "c'est-mal"]) is not None
+    assert words_of_labels(["1", "2"]) is None
+    assert words_of_labels(["good", "B2"]) is None
+    assert words_of_labels(["a_b", "a"]) is None
+    assert words_of_labels(["very good", "very_good"]) is None  # they would be the same
+
+
+def test_an_even_product_averages_heads_and_takes_the_better_alternative() -> None:
+    random = np.random.default_rng(4)
+    gold = random.integers(0, 3, 60)
+    right = 2 * np.eye(3)[gold]
+    heads = {i: (right + 2 * random.normal(size=(60, 3))) * 10.0**i for i in range(-3, 3)}
+    noise = {i: random.normal(size=(60, 3)) for i in (10, 11)}
+    product = even_product(heads | noise, [[list(noise), list(heads)]], gold)
+    assert set(product.weights) == set(heads)
+    spreads = {i: (z - z.mean(1, keepdims=True)).std() for i, z in heads.items()}
+    alike = [weight * spreads[i] for i, weight in product.weights.items()]
+    np.testing.assert_allclose(alike, alike[0])
+    mean = sum(z / spreads[i] for i, z in heads.items())
+    assert product.loss == pytest.approx(weighted_product({"": mean}, gold).loss, abs=1e-4)
 
 
 def test_scheduled_logits_are_the_differentiable_ones() -> None:

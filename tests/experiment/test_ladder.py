@@ -14,7 +14,6 @@ from minllama.experiment.ladder.choice import Gain, choose
 from minllama.experiment.ladder.rung import seconds_each
 from minllama.experiment.ladder.scoring import ClassScoring
 from minllama.experiment.ladder.state import LadderState, RungFolder
-from minllama.experiment.ladder.zero_shot import words_of_labels
 
 
 class Clock:
@@ -140,15 +139,6 @@ def test_other_metrics_compare_in_their_own_direction(metric: str) -> None:
     assert scoring.gain(bad, good).value == pytest.approx(-gain.value)
     low, high = scoring.result(good).interval or (0, 0)
     assert low < scoring.result(good).value < high
-
-
-def test_label_names_are_words_or_not() -> None:
-    assert words_of_labels(["not_spam", "spam"]) == {"not_spam": "not spam", "spam": "spam"}
-    assert words_of_labels(["très bien", "c'est-mal"]) is not None
-    assert words_of_labels(["1", "2"]) is None
-    assert words_of_labels(["good", "B2"]) is None
-    assert words_of_labels(["a_b", "a"]) is None
-    assert words_of_labels(["very good", "very_good"]) is None  # they would be the same
 
 
 def test_the_state_of_a_run_is_read_again_and_another_s_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from minllama.classification.frozen import fit_frozen
 from minllama.data import Dataset
 from minllama.engine.states import Choice
 from minllama.experiment.build import choices_of, with_more_layers
-from minllama.experiment.frozen import reads_experts
+from minllama.experiment.frozen import label_words, reads_experts
 from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting
 from minllama.experiment.ladder.budget import SAFETY
 from minllama.experiment.ladder.partner import keep_shallow
@@ -81,6 +81,7 @@ class FrozenRung:
             some.texts,
             cast(list[int], some.labels),
             context.task,
+            label_words=label_words(self._options, train.label_names),
             folds=[np.flatnonzero(np.isin(rows, fold)) for fold in context.folds],
             with_shallow=True,
             words=context.words and {c: z[rows] for c, z in context.words.items()},

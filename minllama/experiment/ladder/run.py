@@ -1,11 +1,14 @@
 """Run the ladder of an experiment; `minllama.experiment.train` calls it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from minllama.experiment.experiment import Experiment
+from minllama.experiment.frozen import in_frame, reads_experts
 from minllama.experiment.ladder.budget import Budget
 from minllama.experiment.ladder.climb import Climbed, climb
+from minllama.experiment.ladder.frozen import frozen
 from minllama.experiment.ladder.rung import Context
 from minllama.experiment.ladder.scoring import scoring_of
 from minllama.experiment.ladder.state import LADDER
@@ -42,6 +45,8 @@ def run_ladder(
     Raises:
         MinllamaError: anything that the user can fix.
     """
+    if reads_experts(splits.train, frozen(experiment.classifier)):
+        experiment = replace(experiment, prompt=in_frame(experiment.prompt))
     context = Context(
         experiment,
         splits,

@@ -1,12 +1,11 @@
 """The rung without training: how likely are the labels' names as words after a text?"""
 
 import json
-import re
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
 from minllama.classification import LlamaZeroShotClassifier
+from minllama.classification.label_words import words_of_labels
 from minllama.data import Dataset
 from minllama.experiment.build import make_zero_shot
 from minllama.experiment.heads import random_order
@@ -18,17 +17,6 @@ MOST_LABELS = 20  # more take a pass each, and are rarely told apart by their na
 MOST_ROWS = 125  # of each split, which are enough to see whether it is any good
 PRIOR_ROWS = 75  # texts from which the labels' prior is learned
 SHARE = 0.15  # of the time left that it may take: heads that are fitted are better as a rule
-WORD = re.compile(r"([^\W\d_]{2,}|[^\W\d_]+['’][^\W\d_]+)\Z")
-
-
-def words_of_labels(labels: Sequence[str]) -> dict[str, str] | None:
-    """Label -> the words that it is made of; None if one is not made of words.
-
-    `not_spam` and `not-spam` become `not spam`; `3`, `B2` and `x` are no words.
-    """
-    words = {label: " ".join(re.split(r"[\s_-]+", label.strip())) for label in labels}
-    is_made_of_words = all(all(map(WORD.match, text.split())) for text in words.values())
-    return words if is_made_of_words and len(set(words.values())) == len(words) else None
 
 
 def label_word_obstacle(context: Context) -> str | None:
