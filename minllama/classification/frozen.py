@@ -29,6 +29,7 @@ from minllama.classification.features import (
 )
 from minllama.classification.label_words import label_head, label_rows
 from minllama.classification.products import (
+    MOST_EXPERTS,
     Product,
     choose_experts,
     even_product,
@@ -140,9 +141,7 @@ def fit_frozen(
     assert not task.multi_label
     started = time.perf_counter()
     gold = task.target(labels)
-    if folds is None:
-        rows = np.sort(np.random.default_rng(task.seed).permutation(len(texts))[:MAX_ROWS])
-        folds = [rows[fold] for fold in stratified_folds(gold[rows], task.seed)]
+    folds = _some_folds(gold, task.seed) if folds is None else folds
     rows = np.sort(np.concatenate(list(folds)))
     label_weights = None if label_words is None else label_rows(reader, label_words)
     search = _Search(reader, texts, gold, task, label_weights, progress, words)
@@ -152,7 +151,6 @@ def fit_frozen(
         shallow = search.fitted_shallow() if with_shallow else None
     total = sum(product.weights.values())
     shares = {expert: weight / total for expert, weight in product.weights.items()}
-    named = ", ".join(f"{expert} x {share:.3g}" for expert, share in shares.items())
     right = product.log_probs.argmax(1) == gold[rows].argmax(1)
     found = FrozenFit(
         classifier,
@@ -164,12 +162,32 @@ def fit_frozen(
         time.perf_counter() - started,
         shallow,
     )
-    report(
-        f"{named}; {classifier.n_layers} of {reader.llama.config.n_layers} layers: accuracy "
-        f"{found.accuracy:.3f} in cross-validation on {len(rows):,} training texts, where TF-IDF "
-        f"alone has {found.tfidf_accuracy:.3f}"
-    )
+    report(_message(found))
     return found
+
+
+def _some_folds(gold: NDArray[np.bool_], seed: int) -> Folds:
+    """Five stratified folds of all rows, or of MAX_ROWS of them."""
+    rows = np.sort(np.random.default_rng(seed).permutation(len(gold))[:MAX_ROWS])
+    return [rows[fold] for fold in stratified_folds(gold[rows], seed)]
+
+
+def _message(found: FrozenFit) -> str:
+    """What was fitted: experts with their shares; of many that count alike, how many there are."""
+    shares, classifier = found.experts, found.classifier
+    others = {e: share for e, share in shares.items() if e.choice is None or e.is_label_words}
+    n_heads = len(shares) - len(others)
+    first = []
+    if n_heads <= MOST_EXPERTS:
+        others = dict(shares)
+    else:
+        first = [f"{n_heads} heads that count alike"]
+    named = ", ".join(first + [f"{expert} x {share:.3g}" for expert, share in others.items()])
+    return (
+        f"{named}; {classifier.n_layers} of {classifier.llama.config.n_layers} layers: accuracy "
+        f"{found.accuracy:.3f} in cross-validation on {len(found.rows):,} training texts, where "
+        f"TF-IDF alone has {found.tfidf_accuracy:.3f}"
+    )
 
 
 class _Search:

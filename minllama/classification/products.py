@@ -116,7 +116,7 @@ def even_product(
         for number, weight in product.weights.items()
         for name, factor in factors[number].items()
     }
-    return replace(product, weights=weights)
+    return Product(weights, product.log_probs, product.losses)
 
 
 def _losses(log_probs: Matrix, gold: NDArray[np.int64]) -> Matrix:

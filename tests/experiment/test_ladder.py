@@ -10,7 +10,7 @@ import pytest
 from minllama.errors import CheckpointError
 from minllama.evaluation.report.ladder import Ladder, LadderRow, file_size
 from minllama.experiment.ladder.budget import REPORT_SECONDS, SAFETY, Budget
-from minllama.experiment.ladder.choice import Gain, choose
+from minllama.experiment.ladder.choice import Gain, choose, choose_for_few
 from minllama.experiment.ladder.rung import seconds_each
 from minllama.experiment.ladder.scoring import ClassScoring
 from minllama.experiment.ladder.state import LadderState, RungFolder
@@ -89,6 +89,18 @@ def test_the_cheapest_within_one_standard_error_of_the_best_is_chosen() -> None:
     }
     assert choose("acd", compared).chosen == "c"
     assert choose("c", compared).reasons == {"c": "the only one left"}
+
+
+def test_of_few_rows_the_combination_is_chosen_unless_another_is_clearly_better() -> None:
+    choice = choose_for_few("abcd", compared, "b")
+    assert (choice.best, choice.chosen) == ("c", "b")
+    assert choice.reasons["a"] == "3.0 ± 1.2 points below b"
+    assert choice.reasons["b"].startswith("the others are combined in it")
+    assert choice.reasons["c"] == "0.8 ± 0.9 points above b"
+    assert choose_for_few("abcd", compared, "c").chosen == "c"
+    choice = choose_for_few("abcd", compared, "d")
+    assert choice.chosen == "c"
+    assert choice.reasons["c"] == "better than the rest by more than one standard error"
 
 
 def test_with_speed_the_fastest_within_a_point_of_the_best_is_chosen() -> None:

@@ -2,7 +2,8 @@
 
 Two are compared on the rows on which both were measured, row by row, since most texts are easy or
 hard for both. The cheaper one is taken where the difference is within one standard error
-(one-standard-error rule, Breiman et al. 1984, sec. 3.4.3).
+(one-standard-error rule, Breiman et al. 1984, sec. 3.4.3). A few rows tell hardly anything apart:
+there the one that combines the others is taken, unless another is better by more than that error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,10 +63,7 @@ def choose(
             the cheapest within one standard error of it.
         points: the metric is a fraction, so differences are in points.
     """
-    best = names[0]
-    for name in names[1:]:
-        if compare(name, best).value > 0:
-            best = name
+    best = _best(names, compare)
     lacks = {name: compare(best, name) for name in names if name != best}
     if speeds is None:
         near = [n for n in names if n == best or lacks[n].value <= lacks[n].error + ROUNDING]
@@ -80,6 +78,43 @@ def choose(
         for name in names
     }
     return Choice(chosen, best, reasons)
+
+
+def choose_for_few(
+    names: Sequence[str], compare: Compare, default: str, *, points: bool = True
+) -> Choice:
+    """Choose where there are few rows to compare by.
+
+    Args:
+        names, compare, points: as for `choose`.
+        default: the one that combines the others.
+    """
+    best = _best(names, compare)
+    chosen, is_better = default, False
+    if best != default:
+        gain = compare(best, default)
+        is_better = gain.value > gain.error + ROUNDING
+        chosen = best if is_better else default
+    reasons = {}
+    for name in names:
+        if name == chosen:
+            continue
+        gain = compare(name, chosen)
+        words = in_points(Gain(abs(gain.value), gain.error, gain.rows), points)
+        place = "above" if gain.value > 0 else "below"
+        reasons[name] = f"{words} {place} {chosen}" if gain.value else f"no better than {chosen}"
+    why = "the others are combined in it, and so few rows tell hardly anything apart"
+    reasons[chosen] = "better than the rest by more than one standard error" if is_better else why
+    return Choice(chosen, best, reasons)
+
+
+def _best(names: Sequence[str], compare: Compare) -> str:
+    """The first of the best."""
+    best = names[0]
+    for name in names[1:]:
+        if compare(name, best).value > 0:
+            best = name
+    return best
 
 
 def _most(lack: Gain, points: bool) -> float:

@@ -1,17 +1,19 @@
 """Try one rung after the other, cheapest first, in the time that there is, and choose one."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minllama.classification.base import Classifier
+from minllama.classification.frozen import FEW_ROWS
 from minllama.data import Dataset
 from minllama.evaluation.report.ladder import Ladder, LadderRow
+from minllama.experiment.frozen import reads_experts
 from minllama.experiment.heads import Selected
 from minllama.experiment.ladder.candidate import load_candidate, save_candidate, size_on_disk
-from minllama.experiment.ladder.choice import Choice, choose
-from minllama.experiment.ladder.frozen import FrozenRung
+from minllama.experiment.ladder.choice import Choice, Gain, choose, choose_for_few
+from minllama.experiment.ladder.frozen import FrozenRung, frozen
 from minllama.experiment.ladder.lora import LabelWordsRung, LoRARung, restore_base
 from minllama.experiment.ladder.product import ProductRung
 from minllama.experiment.ladder.rung import Context, Measured, NotThisTime, Rung
@@ -184,17 +186,7 @@ def _chosen(context: Context, rungs: Sequence[Rung], reasons: dict[str, str]) ->
     titles = {rung.name: rung.title for rung in rungs}
     names = [rung.name for rung in rungs if rung.name in results]
     can_be_saved = [name for name in names if results[name].size is not None]
-    of_title = {titles[name]: results[name] for name in names}
-    choice = choose(
-        [titles[name] for name in can_be_saved],
-        lambda one, other: context.scoring.gain(of_title[one].scores, of_title[other].scores),
-        speeds=(
-            {titles[name]: results[name].texts_per_second or 0.0 for name in can_be_saved}
-            if options.prefer == "speed"
-            else None
-        ),
-        points=context.scoring.metric in OF_FRACTIONS,
-    )
+    choice = _choice(context, {titles[name]: results[name] for name in can_be_saved})
     (chosen,) = (name for name in can_be_saved if titles[name] == choice.chosen)
     rows = tuple(_row(context, rung, choice, reasons) for rung in rungs)
     ladder = Ladder(rows, context.scoring.metric, options.minutes, options.prefer)
@@ -210,6 +202,21 @@ def _chosen(context: Context, rungs: Sequence[Rung], reasons: dict[str, str]) ->
     trained = LoRARung.name if chosen == ProductRung.name else chosen
     metrics = RungFolder(context.folder / trained).metrics
     return Climbed(classifier, chosen, ladder, metrics, notes)
+
+
+def _choice(context: Context, results: Mapping[str, Measured]) -> Choice:
+    """Choose among rungs, by their titles, whose classifiers can be saved."""
+    points = context.scoring.metric in OF_FRACTIONS
+
+    def compare(one: str, other: str) -> Gain:
+        return context.scoring.gain(results[one].scores, results[other].scores)
+
+    is_combined = reads_experts(context.train, frozen(context.experiment.classifier))
+    if len(context.train) < FEW_ROWS and is_combined and FrozenRung.title in results:
+        return choose_for_few(list(results), compare, FrozenRung.title, points=points)
+    speeds = {title: found.texts_per_second or 0.0 for title, found in results.items()}
+    by_speed = context.experiment.ladder.prefer == "speed"
+    return choose(list(results), compare, speeds=speeds if by_speed else None, points=points)
 
 
 def _row(context: Context, rung: Rung, choice: Choice, reasons: dict[str, str]) -> LadderRow:
