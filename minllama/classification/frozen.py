@@ -175,14 +175,12 @@ def _some_folds(gold: NDArray[np.bool_], seed: int) -> Folds:
 def _message(found: FrozenFit) -> str:
     """What was fitted: experts with their shares; of many that count alike, how many there are."""
     shares, classifier = found.experts, found.classifier
-    others = {e: share for e, share in shares.items() if e.choice is None or e.is_label_words}
-    n_heads = len(shares) - len(others)
-    first = []
-    if n_heads <= MOST_EXPERTS:
-        others = dict(shares)
+    n_heads = sum(e.choice is not None and not e.is_label_words for e in shares)
+    if n_heads > MOST_EXPERTS:
+        others = [str(e) for e in shares if e.choice is None or e.is_label_words]
+        named = ", ".join([f"{n_heads} heads that count alike", *others])
     else:
-        first = [f"{n_heads} heads that count alike"]
-    named = ", ".join(first + [f"{expert} x {share:.3g}" for expert, share in others.items()])
+        named = ", ".join(f"{expert} x {share:.3g}" for expert, share in shares.items())
     return (
         f"{named}; {classifier.n_layers} of {classifier.llama.config.n_layers} layers: accuracy "
         f"{found.accuracy:.3f} in cross-validation on {len(found.rows):,} training texts, where "
