@@ -88,7 +88,11 @@ class FrozenRung:
             progress=context.reporter.advance("reading the training texts", len(some)),
             report=context.reporter.message,
         )
-        heads = {e.choice: weight for e, weight in found.experts.items() if e.choice is not None}
+        heads = {
+            e.choice: weight
+            for e, weight in found.experts.items()
+            if e.choice is not None and not e.is_label_words
+        }
         if heads:
             best = max(heads, key=lambda choice: heads[choice])
             context.starting = Selected(best, FIRST_PENALTY, "")
