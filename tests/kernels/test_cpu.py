@@ -549,7 +549,7 @@ def test_quantized_products_of_many_rows_and_blocks(kind, at_level):
     bound = largest @ weight.dequantize().abs().T / (127 * 128 * 2) + 1e-4
     assert ((y - exact).abs() <= bound).all()
     # A row gets the same bits whoever stands beside it, but where loops are left to the compiler.
-    for n in (1, 2, 3, 4, 5, 7):
+    for n in (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 47):
         few = ops.quantized_matmul(weight, x[:n])
         assert torch.equal(few, y[:n]) if at_level else torch.allclose(few, y[:n], atol=1e-3), n
 
