@@ -35,6 +35,7 @@ OF_THE_PROCESSOR = {
         "dispatch",
         "packing",
         "quantization",
+        "activations",
         "half",
     )
 }

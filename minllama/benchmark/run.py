@@ -82,12 +82,19 @@ def run_benchmark(
                 test.values.append(value)
     return BenchmarkResult(
         str(checkpoint.path),
-        weights.quantize or str(weights.dtype).removeprefix("torch."),
+        described_weights(weights),
         describe_machine(llama.device),
         tuple(test.result() for test in tests),
         peak_memory(),
         began,
     )
+
+
+def described_weights(weights: WeightFormat) -> str:
+    """Such as `stored`, `bfloat16` or `stored, int8 activations`."""
+    name = weights.quantize or str(weights.dtype).removeprefix("torch.")
+    is_default = weights.activations == WeightFormat.activations
+    return name if is_default else f"{name}, {weights.activations} activations"
 
 
 def _of_generation(llama: Llama, options: BenchmarkOptions) -> list[_Test]:

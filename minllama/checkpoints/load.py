@@ -33,6 +33,7 @@ from minllama.quantization.modules import (
     dense_state,
     quantized,
     replace_by_quantized,
+    set_activations,
 )
 
 ModelT = TypeVar("ModelT", bound=LlamaPreTrainedModel)
@@ -45,15 +46,15 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     quantize: str | None = None,
+    activations: str = "int16",
     base: str | os.PathLike[str] | None = None,
     **config_changes: Any,
 ) -> ModelT:
     """Load a model of a class; see `LlamaPreTrainedModel.from_pretrained`."""
     warn_if_slow(dtype, device)
     checkpoint = open_checkpoint(source, base=base)
-    return load_checkpoint(
-        kind, checkpoint, dtype=dtype, device=device, quantize=quantize, **config_changes
-    )
+    options = LoadOptions(dtype=dtype, device=device, quantize=quantize, activations=activations)
+    return _load(kind, checkpoint, options, config_changes)
 
 
 def load_checkpoint(
@@ -63,14 +64,20 @@ def load_checkpoint(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     quantize: str | None = None,
+    activations: str = "int16",
     **config_changes: Any,
 ) -> ModelT:
     """Load a model of a class from an open checkpoint; see `from_pretrained`."""
-    if quantize != "auto":
-        check_quantize(quantize)
-    options = LoadOptions(dtype=dtype, device=device, quantize=quantize)
-    weights = resolve_weight_format(checkpoint, options)
-    return load_with(kind, checkpoint, weights, **config_changes)
+    options = LoadOptions(dtype=dtype, device=device, quantize=quantize, activations=activations)
+    return _load(kind, checkpoint, options, config_changes)
+
+
+def _load(
+    kind: type[ModelT], checkpoint: Checkpoint, options: LoadOptions, changes: dict[str, Any]
+) -> ModelT:
+    if options.quantize != "auto":
+        check_quantize(options.quantize)
+    return load_with(kind, checkpoint, resolve_weight_format(checkpoint, options), **changes)
 
 
 def load_with(
@@ -83,6 +90,8 @@ def load_with(
     with torch.device("meta"), without_initial_values():
         model = kind(checkpoint.config.replace(**config_changes))
     model.quantize = load_weights(model, checkpoint, weights)
+    model.activations = weights.activations
+    set_activations(model, weights.activations)
     if weights.is_chosen:
         model.long_dtype = long_dtype(model)
     model.source = checkpoint.source

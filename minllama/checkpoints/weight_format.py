@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from minllama.checkpoints.types import Checkpoint
-from minllama.errors import MinllamaError, SlowDtypeWarning, warn_caller
+from minllama.errors import MinllamaError, OptionError, SlowDtypeWarning, warn_caller
 from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.library import library
 from minllama.kernels.hardware import (
@@ -22,11 +22,12 @@ from minllama.kernels.hardware import (
     usable_device,
 )
 from minllama.options.loading import LoadOptions
-from minllama.quantization.modules import QuantizedLinear, check_quantize
+from minllama.quantization.modules import QuantizedLinear, check_activations, check_quantize
 
 # The purpose of a model: `generate` continues texts, `read` classifies them with frozen weights
 # (adapters and heads may be trained), `train` changes all weights.
 Purpose = Literal["generate", "read", "train"]
+INT8 = "int8"  # of `ACTIVATIONS`
 HALF_PRECISION_NAMES = {"bfloat16", "float16", "BF16", "F16"}
 
 
@@ -40,12 +41,14 @@ class WeightFormat:
         quantize: one of `QUANTIZE`; None for dense weights.
         is_chosen: neither dtype nor format was requested, and the model is to generate: an engine
             may compute long forward passes in another dtype (`long_dtype`).
+        activations: one of `ACTIVATIONS`, beside quantized weights.
     """
 
     device: torch.device
     dtype: torch.dtype
     quantize: str | None = None
     is_chosen: bool = False
+    activations: str = "int16"
 
 
 def resolve_weight_format(
@@ -72,6 +75,9 @@ def resolve_weight_format(
         MinllamaError: the device, dtype or weight format is not available.
     """
     device = usable_device(options.device)
+    check_activations(options.activations)
+    if options.activations == INT8:
+        return _beside_int8(checkpoint, options, device, trained_on and trained_on[1])
     dtype, quantize = options.dtype, options.quantize
     if trained_on is not None:
         is_slow = slow_dtype(trained_on[0], device) is not None
@@ -93,6 +99,33 @@ def resolve_weight_format(
     if dtype is None:
         dtype = _default_dtype_for(quantize, device, purpose)
     return WeightFormat(device, _checked_dtype(dtype), quantize, is_chosen)
+
+
+def _beside_int8(
+    checkpoint: Checkpoint, options: LoadOptions, device: torch.device, trained_on: str | None
+) -> WeightFormat:
+    """The weight format for activations of 8 bits: quantized, and computed in float32 on a CPU.
+
+    Raises:
+        OptionError: it would have no activations of 8 bits.
+    """
+    if device.type != "cpu" or library() is None:
+        where = "without a C++ compiler" if device.type == "cpu" else f"not for {device.type}"
+        raise OptionError(
+            f"activations int8 are for minllama's compiled code for CPUs, {where}; use int16"
+        )
+    if options.dtype is not None and _checked_dtype(options.dtype) != torch.float32:
+        raise OptionError("activations int8 compute in float32; omit the dtype, or use int16")
+    quantize = options.quantize or trained_on or "auto"
+    if quantize == "auto" and has_blocks(checkpoint):
+        quantize = "stored"
+    if quantize in ("auto", "none") or (quantize == "stored" and not has_blocks(checkpoint)):
+        raise OptionError(
+            f"activations int8 need quantized weights, and those of {checkpoint.path} are not; "
+            "use quantize int8 or int4, or activations int16"
+        )
+    check_quantize(quantize)
+    return WeightFormat(device, torch.float32, quantize, activations=INT8)
 
 
 def _default_dtype_for(quantize: str | None, device: torch.device, purpose: Purpose) -> torch.dtype:

@@ -9,6 +9,7 @@ import click
 from minllama.atomic import atomic_file
 from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
+    activations_option,
     base_option,
     dataclass_options,
     debug_option,
@@ -45,6 +46,7 @@ DTYPE = "Data type of the weights; by default chosen for the machine."
 @load_options(tokenizer=TOKENIZER, dtype=DTYPE)
 @base_option
 @quantize_option
+@activations_option
 @debug_option
 def command(
     model: str | None,

@@ -9,6 +9,7 @@ from minllama.cli.chat_input import HELP, read_chat_input
 from minllama.cli.generate import summary
 from minllama.cli.grouped import GroupedCommand
 from minllama.cli.open import (
+    activations_option,
     base_option,
     check_sampling,
     chosen_template,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @model_options
 @base_option
 @quantize_option
+@activations_option
 @generation_config_option
 @dataclass_options(
     GenerationOptions,

@@ -14,6 +14,7 @@ from minllama.cli.deciding import decide
 from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
     INTERRUPTED,
+    activations_option,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
@@ -122,6 +123,7 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
 )
 @model_options
 @quantize_option_of_classifier
+@activations_option
 @dataclass_options(ZeroShotOptions, skip=("shots",))
 @dataclass_options(PromptOptions)
 @dataclass_options(ThresholdOptions)

@@ -11,6 +11,7 @@ from minllama.atomic import check_folder_writable
 from minllama.cli.deciding import decide
 from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
+    activations_option,
     classifier_options,
     dataclass_options,
     debug_option,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 )
 @classifier_options
 @quantize_option_of_classifier
+@activations_option
 @dataclass_options(ThresholdOptions)
 @dataclass_options(ReportOptions)
 @dataclass_options(DataOptions)

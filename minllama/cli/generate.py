@@ -8,6 +8,7 @@ import click
 
 from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
+    activations_option,
     base_option,
     check_sampling,
     chosen_template,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 @model_options
 @base_option
 @quantize_option
+@activations_option
 @generation_config_option
 @dataclass_options(GenerationOptions)
 @debug_option

@@ -19,7 +19,7 @@ from click.core import ParameterSource
 
 from minllama.cli.grouped import Command, option
 from minllama.errors import OptionError
-from minllama.options import QUANTIZE, CheckedOptions, group_of
+from minllama.options import ACTIVATIONS, QUANTIZE, CheckedOptions, group_of
 from minllama.options.loading import LoadOptions
 from minllama.text import escaped, one_line
 
@@ -115,6 +115,18 @@ def quantize_option(command: Command) -> Command:
         group="Model",
         help="Weight format: auto for the fastest with this file and machine, stored for the "
         "quantized blocks of a GGUF file, none for dense weights in --dtype (default auto).",
+    )(command)
+
+
+def activations_option(command: Command) -> Command:
+    """`--activations`."""
+    return option(
+        "--activations",
+        type=click.Choice(ACTIVATIONS),
+        default=ACTIVATIONS[0],
+        group="Model",
+        help="Integers that quantized weights are multiplied with on a CPU: int8 is faster and "
+        "less exact (default int16).",
     )(command)
 
 

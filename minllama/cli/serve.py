@@ -12,6 +12,7 @@ from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
     DTYPES,
     WEIGHT_FORMATS,
+    activations_option,
     dataclass_options,
     debug_option,
     ended_by_interrupts,
@@ -58,6 +59,7 @@ NEEDED = ("fastapi", "prometheus_client", "uvicorn")
     help="Weight format, as for generate; by default that of the classifiers that stand on a "
     "model, so that it is read once, else auto.",
 )
+@activations_option
 @debug_option
 def command(models: tuple[str, ...], **values: Any) -> None:
     """Serve models, adapters and classifiers over HTTP (default: the embedded model).

@@ -79,7 +79,13 @@ def can_run(llama: Llama) -> bool:
     """
     if library() is None or llama.device.type != "cpu" or llama.dtype not in KINDS:
         return False
+    if len(_activation_bits(llama)) > 1:
+        return False
     return is_supported(llama, IMPLEMENTED, _is_as_described, _is_dense)
+
+
+def _activation_bits(llama: Llama) -> set[int]:
+    return {m.activation_bits for m in llama.modules() if isinstance(m, QuantizedWeight)}
 
 
 def _is_as_described(module: nn.Module, shape: tuple[int, int]) -> bool:
@@ -272,6 +278,7 @@ class NativeStep:
             n_kv_heads=config.n_kv_heads,
             head_dim=config.head_dim,
             hidden_dim=config.hidden_dim,
+            activation_bits=min(_activation_bits(llama), default=16),
             norm_eps=config.norm_eps,
             embedding=embedding,
             output=embedding if llama.output is None else self._linear(llama.output),

@@ -15,6 +15,7 @@ class QuantizedMatrix(Protocol):
         quants: (out / 16, in / 32, 4 or 8, 16, 4) uint8.
         scales: (out / 16, in / 32, 16) float16.
         mins: likewise, or None.
+        activation_bits: of the integers that compiled code multiplies them with, 16 or 8.
     """
 
     bits: int
@@ -23,6 +24,7 @@ class QuantizedMatrix(Protocol):
     quants: Tensor
     scales: Tensor
     mins: Tensor | None
+    activation_bits: int
 
     def rows(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some of its rows, dequantized: (...) integers in [0, out) -> (..., in)."""

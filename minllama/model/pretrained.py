@@ -33,6 +33,8 @@ class LlamaPreTrainedModel(nn.Module):
         self.source: str | None = None
         # The weight format that matrices were then quantized to; None for dense ones.
         self.quantize: str | None = None
+        # The integers that quantized matrices are multiplied with on a CPU.
+        self.activations = "int16"
         # The dtype in which an engine computes long passes with quantized matrices on a CPU
         # that multiplies it faster than integers; None for `dtype`.
         self.long_dtype: torch.dtype | None = None
@@ -73,6 +75,7 @@ class LlamaPreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         quantize: str | None = None,
+        activations: str = "int16",
         base: str | os.PathLike[str] | None = None,
         **config_changes: Any,
     ) -> Self:
@@ -88,6 +91,8 @@ class LlamaPreTrainedModel(nn.Module):
                 "auto" for the fastest format for this file and machine
                 (`minllama.quantization.modules`). Quantized weights cannot be trained, only
                 adapters beside them. None for a dense model.
+            activations: "int8" for quantized weights times activations of 8 bits instead of 16,
+                which is faster on a CPU and less exact (docs/benchmarks.md).
             base: the base model of a PEFT adapter; None for the one that its config names.
             config_changes: fields of LlamaConfig to set, such as `dropout=0.1, causal=False`.
 
@@ -100,7 +105,13 @@ class LlamaPreTrainedModel(nn.Module):
         """
         checkpoints = import_module("minllama.checkpoints.load")
         model: Self = checkpoints.load_model(
-            cls, source, dtype=dtype, device=device, quantize=quantize, base=base, **config_changes
+            *(cls, source),
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            activations=activations,
+            base=base,
+            **config_changes,
         )
         return model
 
@@ -112,12 +123,18 @@ class LlamaPreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         quantize: str | None = None,
+        activations: str = "int16",
         **config_changes: Any,
     ) -> Self:
         """Load a model from an open `minllama.Checkpoint`; see `from_pretrained`."""
         checkpoints = import_module("minllama.checkpoints.load")
         model: Self = checkpoints.load_checkpoint(
-            cls, checkpoint, dtype=dtype, device=device, quantize=quantize, **config_changes
+            *(cls, checkpoint),
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            activations=activations,
+            **config_changes,
         )
         return model
 

@@ -24,9 +24,10 @@ from minllama.options.data import (
     PromptOptions,
 )
 from minllama.options.generation import GenerationOptions, SamplingOptions
-from minllama.options.training import QUANTIZE, LoRAOptions, TrainingOptions
+from minllama.options.training import ACTIVATIONS, QUANTIZE, LoRAOptions, TrainingOptions
 
 __all__ = [
+    "ACTIVATIONS",
     "CLASS_METRICS",
     "CORRECTED",
     "DATA_FORMATS",

@@ -17,6 +17,8 @@ class LoadOptions:
         device: of the weights.
         quantize: one of `QUANTIZE`, "none" for dense weights, "auto" for the fastest with this file
             and machine; None for the format a classifier was trained on, and dense elsewhere.
+        activations: one of `ACTIVATIONS`: the integers that a CPU multiplies quantized weights
+            with. int8 is faster and less exact, and computes in float32 between products.
         base: base model of an adapter or classifier, if it has moved.
         tokenizer: file or folder of the tokenizer, if there is none beside the model.
     """
@@ -24,5 +26,6 @@ class LoadOptions:
     dtype: "torch.dtype | str | None" = None
     device: "torch.device | str | None" = None
     quantize: str | None = None
+    activations: str = "int16"
     base: str | os.PathLike[str] | None = None
     tokenizer: str | os.PathLike[str] | None = None

@@ -11,6 +11,8 @@ from minllama.options.classification import CLASS_METRICS, VALUE_METRICS
 # Weight formats other than dense (floating-point) weights: see
 # `minllama.quantization.modules.quantized`.
 QUANTIZE = ("stored", "int8", "int4")
+# Integers beside quantized weights: see `minllama.quantization.modules.set_activations`.
+ACTIVATIONS = ("int16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.linear import matmul as linear_matmul
 from minllama.kernels.gpu import launch as gpu
 from minllama.model.llama import Embedding, Linear
-from minllama.options import QUANTIZE
+from minllama.options import ACTIVATIONS, QUANTIZE
 from minllama.quantization.gguf_blocks import (
     Q4_0,
     Q4_1,
@@ -56,6 +56,10 @@ class QuantizedWeight(nn.Module):
         scales: (out / 16, in / 32, 16) float16.
         mins: likewise, or None.
         out_features: rows, without the padding of the last tile.
+
+    Attributes:
+        activation_bits: of the integers that compiled code multiplies them with; see
+            `set_activations`.
     """
 
     quants: Tensor
@@ -67,6 +71,7 @@ class QuantizedWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.bits = 8 if quants.shape[2] == 8 else 4
+        self.activation_bits = 16
         self.out_features, self.in_features = out_features, quants.shape[1] * BLOCK
         self.register_buffer("quants", quants)
         self.register_buffer("scales", scales)
@@ -328,6 +333,31 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
             state.pop(f"{name.removesuffix('weight')}{part}", None)
         state[name] = weight.dequantize()
     return {name: x.float() for name, x in state.items()} if quantized else state
+
+
+def set_activations(model: nn.Module, activations: str) -> None:
+    """Choose the integers that a model's quantized weights are multiplied with on a CPU.
+
+    Args:
+        model: with quantized weights; engines that are open keep what they have.
+        activations: one of `ACTIVATIONS`: int16 is off by 2^-15 of the largest of 32 activations,
+            int8 by 2^-8, for half the products or less.
+
+    Raises:
+        OptionError: there is no such form.
+    """
+    check_activations(activations)
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight):
+            module.activation_bits = int(activations.removeprefix("int"))
+
+
+def check_activations(activations: str) -> None:
+    """Raise OptionError for anything but one of `ACTIVATIONS`."""
+    if activations not in ACTIVATIONS:
+        raise OptionError(
+            f"activations must be one of {', '.join(ACTIVATIONS)}, not {activations!r}"
+        )
 
 
 def check_quantize(quantize: str | None) -> None:

@@ -159,17 +159,21 @@ def most_rows(dtype: torch.dtype) -> float:
 
 
 def quantized_matmul(weight: QuantizedMatrix, x: Tensor) -> Tensor:
-    """Compute x W^T with a quantized W: (..., in) -> (..., out), float32."""
+    """Compute x W^T with a quantized W: (..., in) -> (..., out), float32.
+
+    Values of x become integers of `weight.activation_bits`, with a scale for each 32.
+    """
     if x.shape[-1] != weight.in_features:
         raise MinllamaError(f"a weight of {weight.in_features} columns times {tuple(x.shape)}")
     x = x.float().contiguous()
     rows, blocks = x.numel() // weight.in_features, weight.in_features // 32
-    quants = torch.empty(rows, blocks, 64, dtype=torch.int8, device="cpu")
+    quants = torch.empty(rows, blocks, 96, dtype=torch.int8, device="cpu")
     scales, sums = floats(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32, device="cpu")
     y = floats(*x.shape[:-1], weight.out_features)
     described = quantized_linear(weight)
     tensors = (x, quants, scales, sums, y)
-    arguments = Matmul(ctypes.pointer(described), rows, *(tensor.data_ptr() for tensor in tensors))
+    addresses = (tensor.data_ptr() for tensor in tensors)
+    arguments = Matmul(ctypes.pointer(described), rows, weight.activation_bits, *addresses)
     call("quantize_activations", arguments)
     call("matmul", arguments)
     return y

@@ -71,6 +71,7 @@ class Model(Structure):
         ("n_kv_heads", c_int64),
         ("head_dim", c_int64),
         ("hidden_dim", c_int64),
+        ("activation_bits", c_int64),
         ("norm_eps", c_double),
         ("embedding", Linear),
         ("output", Linear),
@@ -169,6 +170,7 @@ class Matmul(Structure):
     _fields_ = (
         ("weight", POINTER(Linear)),
         ("rows", c_int64),
+        ("activation_bits", c_int64),
         ("x", c_void_p),
         ("quants", c_void_p),
         ("scales", c_void_p),

@@ -111,11 +111,12 @@ class Arena {
 };
 
 template <class Activations>
-Activations activations(Arena& arena, int64_t tokens, int64_t n) {
+Activations activations(Arena& arena, const Model& model, int64_t tokens, int64_t n) {
     Activations a;
     a.n = n;
+    a.bits = model.activation_bits;
     a.values = arena.take<float>(tokens * n);
-    a.quants = arena.take<int8_t>(tokens * n * 2);
+    a.quants = arena.take<int8_t>(tokens * n * 3);
     a.scales = arena.take<float>(tokens * (n / 32 + 1));
     a.sums = arena.take<int32_t>(tokens * (n / 32 + 1));
     return a;
@@ -125,9 +126,9 @@ template <class Scratch, class Activations>
 Scratch scratch_in(Arena& arena, const Model& model, const Step& step, const StepParts& parts) {
     const int64_t n = step.n_tokens, query = model.n_heads * model.head_dim;
     Scratch scratch;
-    scratch.normed = activations<Activations>(arena, std::max(n, step.n_logits), model.dim);
-    scratch.attended = activations<Activations>(arena, n, query);
-    scratch.gated = activations<Activations>(arena, n, model.hidden_dim);
+    scratch.normed = activations<Activations>(arena, model, std::max(n, step.n_logits), model.dim);
+    scratch.attended = activations<Activations>(arena, model, n, query);
+    scratch.gated = activations<Activations>(arena, model, n, model.hidden_dim);
     scratch.x = arena.take<float>(n * model.dim);
     scratch.projected = arena.take<float>(n * (query + 2 * model.n_kv_heads * model.head_dim));
     const int64_t singles = parts.singles.size();

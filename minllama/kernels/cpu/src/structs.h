@@ -36,6 +36,7 @@ struct Layer {
 
 struct Model {
     int64_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim;
+    int64_t activation_bits;  // of integers beside quantized weights: 16 or 8
     double norm_eps;
     Linear embedding;  // (V, D)
     Linear output;     // the same one where they are tied
@@ -110,9 +111,9 @@ struct Blocks {
 
 struct Matmul {
     const Linear* weight;
-    int64_t rows;
+    int64_t rows, activation_bits;
     float* x;        // (rows, in)
-    int8_t* quants;  // (rows, in / 32, 64), and so on: see Activations
+    int8_t* quants;  // room for (rows, in / 32, 96), and so on: see Activations
     float* scales;
     int32_t* sums;
     float* y;  // (rows, out)
