@@ -37,6 +37,7 @@
 #define VECTORS 512
 namespace avx512 {
 #include "simd.inc"
+#include "activations.inc"
 #include "matmul.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
@@ -58,6 +59,7 @@ namespace avx512 {
 #define VECTORS 256
 namespace avx2 {
 #include "simd.inc"
+#include "activations.inc"
 #include "matmul.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
@@ -78,6 +80,7 @@ namespace avx2 {
 #define VECTORS 0
 namespace plain {
 #include "simd.inc"
+#include "activations.inc"
 #include "matmul.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
