@@ -11,6 +11,8 @@ import torch
 
 # Read when huggingface_hub is imported: no test, nor a library that it calls, asks the real hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nothing is measured, and no file is written, in the cache folder of who runs the tests.
+os.environ["MINLLAMA_CALIBRATE"] = "0"
 # Read when Triton is imported: kernels run in its interpreter where there is no GPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,6 +33,7 @@ OF_THE_PROCESSOR = {
         "lora_layer",
         "cpu",
         "cpu_refusals",
+        "calibration",
         "decode_steps",
         "dispatch",
         "packing",
@@ -138,10 +141,10 @@ def as_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     Its arguments are features, beside the best instruction level that there is, or `level=` one.
     """
     from minllama.kernels import hardware
-    from minllama.kernels.cpu import library, ops
+    from minllama.kernels.cpu import library
 
     def forget() -> None:
-        for decided in (hardware.stated, library.best_level, ops.most_rows):
+        for decided in (hardware.stated, hardware.calibration, hardware.choice, library.best_level):
             decided.cache_clear()
 
     def state(*features: str, level: str | None = None) -> None:

@@ -60,9 +60,8 @@ def of_every_machine(lines: list[str]) -> list[str]:
     """What `minllama info` prints, but for the path and what this CPU is good at."""
     names = [line.split("  ")[0] for line in lines]
     assert {"path", "runs as"} <= set(names), lines
-    return [
-        line for name, line in zip(names, lines, strict=True) if name not in {"path", "runs as"}
-    ]
+    own = {"path", "runs as", "kernels", ""}
+    return [line for name, line in zip(names, lines, strict=True) if name not in own]
 
 
 CLASSIFIERS = ("minllama train", "minllama classify", "minllama evaluate")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from minllama.kernels.cpu.library import best_level, library
-from minllama.kernels.hardware import LEVELS, cpu_can
+from minllama.kernels.hardware import LEVELS, cpu_can, processor
 from minllama.text import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]  # of a checkout, if it is one
@@ -17,16 +17,6 @@ ARITHMETIC = {
     "AMX": ("amx_bf16",),
     "float16": ("avx512_fp16",),
 }
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine()
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:

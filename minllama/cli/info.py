@@ -79,6 +79,7 @@ def describe(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         ("context", f"{config.context_len:,} tokens"),
         ("rope", _rope(config)),
         *_use(checkpoint),
+        *_kernels(checkpoint),
         *_vocabulary(checkpoint.vocabulary),
         *_sampling(checkpoint),
     ]
@@ -141,6 +142,33 @@ def _runs_as(checkpoint: "Checkpoint") -> str:
         return f"{name} on {device.type}{steps}"
     compiled = LEVELS[best_level()] if library() is not None else "not compiled, so slow"
     return f"{name} ({compiled})"
+
+
+def _kernels(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
+    """Which kernel computes passes of which size over these weights on this CPU, and why."""
+    import torch
+
+    from minllama.checkpoints.weight_format import has_blocks, resolve_weight_format
+    from minllama.kernels.cpu.library import best_level, library
+    from minllama.kernels.hardware import CHOICES, choice, fast_bfloat16
+
+    reads = resolve_weight_format(checkpoint, LoadOptions(quantize="auto"), "read")
+    weights = resolve_weight_format(checkpoint, LoadOptions(quantize="auto"))
+    if weights.device.type != "cpu" or library() is None:
+        return []
+    if weights.quantize is not None and has_blocks(checkpoint):
+        names = ["quantized", "quantized pass"]
+    else:
+        names = ["dense step", "dense pass", *(["upcast"] if weights.quantize else [])]
+    rows = [(CHOICES[name][0], choice(name, best_level(), weights.dtype)) for name in names]
+    if "quantized" in names and fast_bfloat16("cpu"):
+        what = f"{CHOICES['quantized'][0]}, in passes that score texts"
+        rows.insert(1, (what, choice("quantized", best_level(), torch.bfloat16)))
+    rows.append((CHOICES["attention"][0], choice("attention", best_level(), reads.dtype)))
+    return [
+        ("" if number else "kernels", f"{what}: {chosen}")
+        for number, (what, chosen) in enumerate(rows)
+    ]
 
 
 def _rounded_again(checkpoint: "Checkpoint") -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minllama.engine.base import Engine, TokenTree
 from minllama.engine.support import is_supported, layers_of, linear_modules
 from minllama.kernels.cpu.library import best_level, call, library
-from minllama.kernels.cpu.ops import FEW_ROWS, floats, most_rows
+from minllama.kernels.cpu.ops import floats
 from minllama.kernels.cpu.structs import (
     KINDS,
     Layer,
@@ -31,6 +31,7 @@ from minllama.kernels.cpu.structs import (
     quantized_linear,
 )
 from minllama.kernels.dispatch import is_plain
+from minllama.kernels.hardware import AVX512, choice
 from minllama.model import llama as modules
 from minllama.model.attention_layout import (
     check_context,
@@ -50,11 +51,6 @@ from minllama.quantization.modules import (
     check_ids,
 )
 
-# Tokens of a pass up to which a step is faster here than torch's products of large matrices are:
-# of weights in floating point, rows of one token each, and either on CPUs with matrix instructions
-# (AMX), which torch uses. Quantized weights are multiplied as they are in passes of any length.
-MOST_TOKENS, MOST_ROWS, FEW = 64, 128, 32
-AVX512 = 2  # index into `hardware.LEVELS`
 PIECE = 512  # tokens of a longer pass that are read together: what is kept of each takes 25 KB
 # The LlamaConfig fields that kernels/cpu/src/bindings.cpp, or its caller, implements.
 IMPLEMENTED = frozenset(
@@ -111,12 +107,12 @@ def most_tokens(llama: Llama, *, of_one_each: bool) -> float:
         llama: that it runs.
         of_one_each: whether the pass has one token of each row.
     """
-    if most_rows(llama.long_dtype or llama.dtype) <= FEW_ROWS:
-        return FEW
     matrices = (matrix for layer in layers_of(llama) for matrix in linear_modules(layer))
     if all(isinstance(matrix, QuantizedWeight) for matrix in matrices):
-        return math.inf
-    return MOST_ROWS if of_one_each else MOST_TOKENS
+        name = "quantized pass"
+    else:
+        name = "dense step" if of_one_each else "dense pass"
+    return choice(name, best_level(), llama.long_dtype or llama.dtype).limit
 
 
 class NativeStep:

@@ -9,8 +9,13 @@ are preferences, and torch emulates what is missing.
 """
 
 import functools
+import math
 import os
+import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,3 +162,116 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
         return torch.float32
     is_old = device.type == "cuda" and not fast_bfloat16(device)
     return torch.float16 if is_old else torch.bfloat16
+
+
+# ------------------------------------------------------------------ which kernel serves what
+
+CALIBRATE = "MINLLAMA_CALIBRATE"  # 0: nothing is measured
+PORTABLE, AVX2, AVX512 = range(len(LEVELS))
+UNLIMITED = math.inf
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Up to which size minllama's compiled code computes; beyond it, torch does.
+
+    Attributes:
+        limit: the largest size that compiled code serves.
+        unit: of the limit.
+        reason: instruction sets, or what was measured.
+    """
+
+    limit: float
+    unit: str
+    reason: str
+
+    def __str__(self) -> str:
+        size = f"up to {self.limit:,.0f} {self.unit}"
+        return f"{'any number of ' + self.unit if self.limit == UNLIMITED else size}: {self.reason}"
+
+
+# What `choice` decides: its meaning, in the order in which `minllama info` shows it, and the unit.
+CHOICES = {
+    "quantized": ("quantized weights times activations, as integers", "rows"),
+    "quantized pass": ("a pass over quantized weights into a cache, in one call", "tokens"),
+    "dense step": ("a decode step over dense weights, in one call", "sequences"),
+    "dense pass": ("another pass over dense weights into a cache, in one call", "tokens"),
+    "upcast": ("half-precision weights times float32, upcast in registers", "rows"),
+    "attention": ("attention of whole texts", "tokens"),
+    "attention trained": ("attention of whole texts, with gradients", "tokens"),
+}
+OF_MATRICES = ("quantized", "quantized pass", "dense step", "dense pass")  # where torch has its own
+# Beside vector instructions for bfloat16, measured on two cores of Zen 4 in whole passes.
+BFLOAT16 = {"dense step": 24, "dense pass": 32}
+# Where neither the level nor other instructions decide: measured on two cores each, of Zen 3 (AVX2)
+# and Zen 4 (AVX-512), in whole passes.
+LARGE = "torch's products of large matrices are faster beyond"
+RULES = {
+    "dense step": (128, LARGE),
+    "dense pass": (64, LARGE),
+    "upcast": (16, "more rows pay for a whole matrix in float32"),
+    "attention": (64, "torch's is faster for longer texts"),
+    "attention trained": (512, "torch's backward pass is faster for longer texts"),
+}
+
+
+@functools.cache
+def choice(name: str, level: int, dtype: torch.dtype = torch.float32) -> Choice:
+    """Which kernel computes something on this processor: the one table of such decisions.
+
+    Args:
+        name: one of CHOICES.
+        level: index into LEVELS of the instructions that compiled code uses.
+        dtype: of the computation.
+    """
+    _, unit = CHOICES[name]
+    kind = str(dtype).removeprefix("torch.")
+    if name in OF_MATRICES and level == PORTABLE:
+        return Choice(32, unit, "without vector instructions, torch's products are faster")
+    if name in OF_MATRICES and has_amx(dtype):
+        return Choice(32, unit, f"AMX multiplies {kind} faster than vectors multiply")
+    if name in BFLOAT16 and dtype == torch.bfloat16 and fast_bfloat16("cpu"):
+        return Choice(BFLOAT16[name], unit, "the processor multiplies bfloat16, beyond faster")
+    if name == "quantized" and dtype == torch.bfloat16 and fast_bfloat16("cpu"):
+        rule = Choice(192, unit, "the processor multiplies bfloat16, which pays for many")
+        return _measured("quantized bfloat16", rule)
+    if name in ("quantized", "quantized pass"):
+        return Choice(UNLIMITED, unit, f"{LEVELS[level]} multiplies integers faster than {kind}")
+    if name == "attention" and level == AVX2:
+        return Choice(512, unit, "torch has nothing beyond AVX2 here, either")
+    limit, reason = RULES[name]
+    return Choice(limit, unit, reason)
+
+
+def _measured(name: str, rule: Choice) -> Choice:
+    """The limit that a calibration of this machine found; the rule where nothing is measured."""
+    found = calibration().get(name)
+    if found is None:
+        return rule
+    slower = "at none of the sizes" if found == UNLIMITED else "beyond"
+    return Choice(found, rule.unit, f"measured here: torch's bfloat16 products win {slower}")
+
+
+@functools.cache
+def calibration() -> Mapping[str, float]:
+    """The limits that were measured on this machine.
+
+    Measured once, in less than a second, and kept in the user's cache folder for this processor,
+    number of threads and version of minllama and torch. Empty where MINLLAMA_CPU states a
+    processor, MINLLAMA_CALIBRATE is 0, there is no compiled code, or instruction sets decide.
+    """
+    if stated() is not None or os.environ.get(CALIBRATE, "").strip() == "0":
+        return {}
+    # Imported late: it is above this module, since it multiplies.
+    found: Mapping[str, float] = import_module("minllama.kernels.cpu.calibration").limits()
+    return found
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine()

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minllama.kernels.cpu import ops
+from minllama.kernels.cpu.library import best_level
+from minllama.kernels.hardware import choice
 
 MAX_BUFFERED = 2**24  # values of an upcast matrix that memory is kept for: 64 MiB
-FEW_ROWS = 16  # up to which compiled code upcasts while it multiplies, and keeps no buffer
 
 
 class UpcastLinear(nn.Linear):
@@ -52,7 +53,9 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         x = x.float()
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        if x.numel() <= FEW_ROWS * weight.shape[1] and ops.serves(weight):
+        # Compiled code upcasts while it multiplies, and keeps no buffer.
+        few = choice("upcast", best_level()).limit
+        if x.numel() <= few * weight.shape[1] and ops.serves(weight):
             return ops.dense_matmul(weight, x)
         return F.linear(x, _upcast(weight))
 

@@ -192,14 +192,15 @@ def test_long_passes_are_read_in_pieces(at_level, monkeypatch, tmp_path):
             assert torch.allclose(every, whole, atol=atol), (piece, (every - whole).abs().max())
 
 
-def test_passes_of_any_length_are_for_quantized_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr(native_step, "most_rows", lambda dtype: float("inf"))
+def test_passes_of_any_length_are_for_quantized_weights(as_cpu, tmp_path):
+    as_cpu(level="avx2")
     quantized, dense = model_of("int4", tmp_path), our_model(**SHAPE)
     assert most_tokens(quantized, of_one_each=False) == float("inf")
     assert most_tokens(dense, of_one_each=False) == 64
     assert most_tokens(dense, of_one_each=True) == 128
-    monkeypatch.setattr(native_step, "most_rows", lambda dtype: 32)  # matrix instructions
-    assert {most_tokens(m, of_one_each=e) for m in (quantized, dense) for e in (0, 1)} == {32}
+    as_cpu("amx", level="avx2")  # matrix instructions
+    models = quantized.bfloat16(), dense.bfloat16()
+    assert {most_tokens(m, of_one_each=e) for m in models for e in (0, 1)} == {32}
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -153,7 +153,7 @@ def test_a_stated_processor_is_believed(as_cpu):
         ("portable", [], 32, 32),
         ("avx2", [], inf, inf),
         ("avx512", [], inf, inf),
-        ("avx512", ["bf16"], 96, inf),
+        ("avx512", ["bf16"], 192, inf),
         ("avx512", ["amx"], 32, inf),
     ],
 )

@@ -10,11 +10,7 @@ from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.library import best_level, call
 from minllama.kernels.cpu.structs import KINDS, Attention, Heads
 from minllama.kernels.dispatch import register
-
-# Tokens of a text up to which the gradients here take less time than torch's, and up to which the
-# result alone takes no longer: with AVX-512, for which torch has more of its own, and without.
-LONGEST_TRAINED = 512
-LONGEST = {2: 64, 1: 512, 0: 64}
+from minllama.kernels.hardware import choice
 
 
 class Packed(Protocol):
@@ -44,8 +40,8 @@ def serves_packed(longest: int) -> bool:
     return longest <= _longest(torch.is_grad_enabled())
 
 
-def _longest(wants_gradients: bool) -> int:
-    return LONGEST_TRAINED if wants_gradients else LONGEST[best_level()]
+def _longest(wants_gradients: bool) -> float:
+    return choice("attention trained" if wants_gradients else "attention", best_level()).limit
 
 
 def causal_attention(

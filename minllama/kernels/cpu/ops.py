@@ -7,9 +7,7 @@ the backward pass. Here only the inputs are kept, and cheap intermediate results
 """
 
 import ctypes
-import functools
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,12 +32,10 @@ from minllama.kernels.cpu.structs import (
     quantized_linear,
 )
 from minllama.kernels.dispatch import is_plain, register
-from minllama.kernels.hardware import fast_bfloat16, has_amx
+from minllama.kernels.hardware import choice
 from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 DTYPES = frozenset(KINDS)
-FEW_ROWS = 32
-SOME_ROWS = 96  # measured on two Zen 4 cores
 
 
 def serves(x: Tensor) -> bool:
@@ -145,17 +141,9 @@ def pack(raw: Tensor, rows: int, bits: int, has_mins: bool) -> tuple[Tensor, Ten
     return quants, scales, mins
 
 
-@functools.cache
 def most_rows(dtype: torch.dtype) -> float:
-    """The most rows for which `quantized_matmul` is faster than dequantizing and torch's matmul.
-
-    Unlimited with vector instructions, which multiply integers faster than float32; few without
-    them, or if the processor has matrix instructions (AMX) for the dtype; more if it has vector
-    instructions for bfloat16.
-    """
-    if best_level() == 0 or has_amx(dtype):
-        return FEW_ROWS
-    return SOME_ROWS if dtype == torch.bfloat16 and fast_bfloat16("cpu") else math.inf
+    """The most rows for which `quantized_matmul` is faster than dequantizing and torch's matmul."""
+    return choice("quantized", best_level(), dtype).limit
 
 
 def quantized_matmul(weight: QuantizedMatrix, x: Tensor) -> Tensor:

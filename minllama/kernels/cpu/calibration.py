@@ -1,0 +1,142 @@
+"""Measure, once per machine, where instruction sets do not decide which kernel is faster.
+
+`minllama.kernels.hardware` asks for the limits and has the rules that hold without them. They are
+kept in a file for each processor, number of threads and version, which is safe to delete:
+`calibration-*.json` in the user's cache folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from minllama.atomic import atomic_file
+from minllama.errors import MinllamaError
+from minllama.kernels.cpu import ops
+from minllama.kernels.cpu.library import best_level, library
+from minllama.kernels.cpu.linear import matmul
+from minllama.kernels.hardware import AVX2, fast_bfloat16, has_amx, processor
+from minllama.text import VERSION, read_json
+
+FORM = 1  # of the file
+MAX_BYTES = 100_000
+QUANTIZED_BFLOAT16 = "quantized bfloat16"  # of `hardware.CHOICES`
+OUT, IN = 1536, 576  # of a matrix that stays in a near cache, as a layer's do between two texts
+SIZES = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows
+ROUNDS = 7
+MOST_SECONDS = 0.6  # then the rest of the rounds is left out
+MARGIN = 1.05  # a kernel that is faster by less is not preferred
+
+
+def limits() -> Mapping[str, float]:
+    """The measured limits of this machine, by the names of `hardware.CHOICES`; empty for none."""
+    if library() is None or best_level() < AVX2:
+        return {}
+    if not fast_bfloat16("cpu") or has_amx(torch.bfloat16):
+        return {}  # instruction sets decide
+    key = _machine()
+    path = cache_folder() / f"calibration-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    found = _read(path, key)
+    if found is None:
+        found = measure()
+        _write(path, key, found)
+    return found
+
+
+def measure() -> dict[str, float]:
+    """Up to how many rows integers are faster than dequantizing and bfloat16 products."""
+    weight = _Matrix()
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    inputs = {n: torch.randn(n, IN, generator=generator, device="cpu") for n in SIZES}
+    halves = {n: x.bfloat16() for n, x in inputs.items()}
+    integers = dict.fromkeys(SIZES, math.inf)
+    products = dict(integers)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for done in range(ROUNDS):  # interleaved: what disturbs one disturbs all alike
+            for n in SIZES:
+                took = _seconds(partial(ops.quantized_matmul, weight, inputs[n]))
+                integers[n] = min(integers[n], took)
+                took = _seconds(partial(_dequantized, weight, halves[n]))
+                products[n] = min(products[n], took)
+            if done and time.perf_counter() - began > MOST_SECONDS:
+                break
+    slower = [n for n in SIZES if integers[n] > MARGIN * products[n]]
+    if not slower:
+        return {QUANTIZED_BFLOAT16: math.inf}
+    # The largest size below which all are faster as integers; sizes in between are theirs, too.
+    smaller = [n for n in SIZES if n < slower[0]]
+    return {QUANTIZED_BFLOAT16: smaller[-1] if smaller else 16}
+
+
+def cache_folder() -> Path:
+    """The folder for files that can be made again, as each system has it."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path(os.path.expanduser("~"), "AppData", "Local")
+    elif sys.platform == "darwin":
+        base = Path(os.path.expanduser("~"), "Library", "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")
+    return Path(base) / "minllama"
+
+
+class _Matrix:
+    """A quantized matrix of 4 bits, of arbitrary values; see `QuantizedMatrix`."""
+
+    bits, activation_bits, in_features, out_features = 4, 16, IN, OUT
+
+    def __init__(self) -> None:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        shape = (OUT // 16, IN // 32, 4, 16, 4)
+        self.quants = torch.randint(0, 256, shape, generator=generator, device="cpu").byte()
+        self.scales = torch.full((OUT // 16, IN // 32, 16), 0.01, device="cpu").half()
+        self.mins: torch.Tensor | None = -8 * self.scales
+
+    def rows(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        raise NotImplementedError  # only products are measured
+
+
+def _dequantized(weight: _Matrix, x: torch.Tensor) -> torch.Tensor:
+    return matmul(x, ops.dequantize_transposed(weight, x.dtype))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _machine() -> str:
+    threads = torch.get_num_threads()
+    return f"{processor()}; {threads} threads; torch {torch.__version__}; minllama {VERSION}"
+
+
+def _read(path: Path, key: str) -> dict[str, float] | None:
+    """What was measured; None if there is no such file, or not of this machine and version."""
+    try:
+        content = read_json(path, max_bytes=MAX_BYTES)
+        if content["form"] != FORM or content["machine"] != key:
+            return None
+        value = content["limits"][QUANTIZED_BFLOAT16]
+        limit = math.inf if value is None else float(value)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return {QUANTIZED_BFLOAT16: limit} if limit in (16, *SIZES, math.inf) else None
+
+
+def _write(path: Path, key: str, found: Mapping[str, float]) -> None:
+    """Keep what was measured; without a writable folder it is measured again in each process."""
+    limits = {name: None if limit == math.inf else limit for name, limit in found.items()}
+    content = {"form": FORM, "machine": key, "limits": limits}
+    with contextlib.suppress(OSError, MinllamaError, RuntimeError):  # no home folder, read-only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
