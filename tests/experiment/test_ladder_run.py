@@ -113,7 +113,7 @@ def test_a_run_that_was_interrupted_at_any_rung_goes_on_there(
         if place == "zero-shot":
             patch.setattr(ZeroShotRung, "run", Stopped(None, 1))
         if place == "choice":
-            patch.setattr(climb_module, "choose", Stopped(None, 1))
+            patch.setattr(climb_module, "_choice", Stopped(None, 1))
         with pytest.raises(KeyboardInterrupt):
             run_experiment(experiment, reporter=heard)
     with pytest.raises(MinllamaError, match="--resume continues it, --force replaces it"):
