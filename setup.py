@@ -1,11 +1,18 @@
 """The C++ part of minllama, built where there is a compiler; pyproject.toml has all else."""
 
+import os
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 SOURCE = Path("minllama/kernels/cpu/src")
+
+# What `make sanitize` asks for, such as "address,undefined".
+SANITIZERS = os.environ.get("MINLLAMA_SANITIZE")
+SANITIZING = (
+    [f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer", "-O1", "-g"] if SANITIZERS else []
+)
 
 step = Extension(
     "minllama.kernels.cpu._step",
@@ -24,8 +31,9 @@ step = Extension(
         # GCC 12's own intrinsics read registers that they leave undefined on purpose.
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
+        *SANITIZING,
     ],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", *SANITIZING],
     language="c++",
     optional=True,  # without a compiler the same is computed by torch, only slower
 )

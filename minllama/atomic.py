@@ -253,7 +253,8 @@ def _remove_leftovers(target: Path) -> None:
         found = temporaries(target)
     for path in found:
         with contextlib.suppress(OSError):  # another process may be at the same
-            if time.time() - path.lstat().st_mtime < LEFTOVER_SECONDS:
+            # A clock that was set back makes it younger than now.
+            if 0 <= time.time() - path.lstat().st_mtime < LEFTOVER_SECONDS:
                 continue
             descriptor = _lock(path)
             if descriptor is None:
@@ -321,7 +322,7 @@ def _one_line_errors(target: str | os.PathLike[str]) -> Iterator[None]:
             # A mount point cannot be exchanged with a folder next to it either.
             reason += (
                 " (a new name is needed inside it instead)"
-                if os.path.isdir(target)
+                if os.path.isdir(target) and error.errno != errno.EROFS
                 else " (name a path in a folder that you may write to)"
             )
         raise MinllamaError(

@@ -98,7 +98,7 @@ def read_result(path: str | os.PathLike[str]) -> BenchmarkResult:
         )
     except OSError as error:
         raise MinllamaError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise MinllamaError(
             f"{path}: not a result of minllama bench ({type(error).__name__}: {error}); write one "
             "with minllama bench --output FILE"

@@ -226,7 +226,7 @@ def _has_all_shards(folder: Path) -> bool:
     """Whether every file that the index of the weights names is in `folder`."""
     for index in folder.glob("*.index.json"):
         with contextlib.suppress(
-            ValueError, AttributeError, KeyError, TypeError
+            OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError
         ):  # its reader reports a damaged index
             shards = set(json.loads(index.read_bytes())["weight_map"].values())
             return all((folder / str(shard)).is_file() for shard in shards)

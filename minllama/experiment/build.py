@@ -285,7 +285,7 @@ def _read_choice(folder: Path) -> Choice | None:
     try:
         content = json.loads(path.read_bytes())
         return int(content["layer"]), cast(Pooling, str(content["pooling"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged ({error}); start again with --force") from error
 
 

@@ -4,7 +4,7 @@ The other system is a saved classifier, or a file of its predictions.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -152,7 +152,7 @@ def _read(other: str, split: Dataset) -> Predicted:
             p[i] = [row["probabilities"][name] for name in matched]
             for name in predicted_names if isinstance(predicted_names, list) else [predicted_names]:
                 predicted[i, class_index[name]] = True
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(
                 f"{other}: row {i + 1} has different classes than earlier rows ({error}); {REMEDY}"
             ) from error
@@ -166,25 +166,24 @@ def _prediction_of(row: Mapping[str, Any]) -> Any:
 
 def _rows(other: str) -> Iterator[dict[str, Any]]:
     """The records of a file of predictions."""
-    with Path(other).open("rb") as file:
-        for number, line in enumerate(_lines(other, file), start=1):
-            try:
-                row = json.loads(line)
-                is_row = isinstance(row["text"], str) and isinstance(row["probabilities"], dict)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                is_row = False
-            if not is_row:
-                raise DataError(
-                    f"{other}: line {number} is not a prediction (JSON with text, label and "
-                    "probabilities); give predictions.jsonl of evaluate, or JSON Lines of "
-                    "classify"
-                )
-            yield row
+    for number, line in enumerate(_lines(other), start=1):
+        try:
+            row = json.loads(line)
+            is_row = isinstance(row["text"], str) and isinstance(row["probabilities"], dict)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            is_row = False
+        if not is_row:
+            raise DataError(
+                f"{other}: line {number} is not a prediction (JSON with text, label and "
+                "probabilities); give predictions.jsonl of evaluate, or JSON Lines of classify"
+            )
+        yield row
 
 
-def _lines(other: str, file: Iterable[bytes]) -> Iterator[bytes]:
+def _lines(other: str) -> Iterator[bytes]:
     try:
-        yield from file
+        with Path(other).open("rb") as file:
+            yield from file
     except OSError as error:
         raise DataError(f"{other}: cannot be read ({error.strerror})") from error
 

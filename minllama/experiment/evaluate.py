@@ -173,7 +173,10 @@ def _of_saved_splits(folder: Path, read: Callable[[dict[str, Any]], dict[str, T]
         return read(json.loads(path.read_bytes())["splits"])
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),
+    ) as error:
         raise CheckpointError(
             f"{path}: damaged ({error}); delete it, or restore the original"
         ) from error

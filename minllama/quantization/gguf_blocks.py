@@ -9,6 +9,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -216,4 +217,6 @@ def _dequantize_with_gguf(raw: Tensor, stored: GGMLType) -> Tensor:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize as reference
 
-    return torch.from_numpy(reference(raw.numpy(), GGMLQuantizationType(stored.id)))
+    # Of damaged scales, infinity times zero: what is not finite, the loader reports.
+    with np.errstate(all="ignore"):
+        return torch.from_numpy(reference(raw.numpy(), GGMLQuantizationType(stored.id)))

@@ -40,6 +40,6 @@ def calibration_of(classifier: Classifier, folder: Path) -> dict[str, Any] | Non
         name = next(name for name in ("test", "dev") if name in splits)
         evaluation = splits[name]["evaluation"]
         ece, count = float(evaluation["calibration_error"]), int(evaluation["count"])
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, StopIteration):
         return found  # a classifier works without its report
     return found | {"ece": ece, "ece_split": name, "ece_n_texts": count}

@@ -91,6 +91,13 @@ def parse_model(data: bytes, where: str) -> Any:
             raise TokenizerError(
                 f"{where}: piece {i} is empty or not UTF-8; download the file again"
             )
+    # The library has a parser of its own, which takes some damaged types for this one.
+    unknown = sum(piece.type == TokenType.UNKNOWN for piece in model.pieces)
+    if unknown != 1:
+        raise TokenizerError(
+            f"{where}: {unknown} unknown tokens, where a SentencePiece model has exactly one; "
+            "download the file again"
+        )
     return model
 
 

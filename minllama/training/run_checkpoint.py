@@ -32,7 +32,7 @@ from minllama.text import cut
 CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
 STATE, WEIGHTS, MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"
 PRIOR = "prior.safetensors"
-FORMAT = 1
+FORMAT = 2  # the second has a digest of the state itself
 # These may change when a run is resumed: they do not affect its results.
 NEUTRAL_OPTIONS = ("no_calibration", "save_every", "tensorboard")
 
@@ -128,7 +128,7 @@ class CheckpointFolder:
                 "files": files,
                 "fingerprint": fingerprint,
             }
-            text = json.dumps(raw, indent=1, allow_nan=False)
+            text = json.dumps(sealed(raw), indent=1, allow_nan=False)
             (staging / STATE).write_text(text + "\n", encoding="utf-8")
             for name in contents:  # the library makes files that only their owner can read
                 shutil.copymode(staging / STATE, staging / name)
@@ -203,6 +203,8 @@ class CheckpointFolder:
             parts = ("state", "updates", "files", "fingerprint")
             if not all(isinstance(raw[part], dict) for part in parts):
                 raise ValueError(f"{STATE} differs from what was written")
+            if raw["sha256"] != sealed(raw)["sha256"]:
+                raise ValueError(f"{STATE} differs from what was written (its SHA-256)")
             return dict(raw)
 
     def _content(self, raw: Mapping[str, Any]) -> tuple[RunState, RunTensors]:
@@ -231,7 +233,7 @@ class CheckpointFolder:
             reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         except KeyError as error:
             reason = f"{error} is missing"
-        except (ValueError, TypeError, RecursionError, SafetensorError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
             reason = str(error)
         else:
             return
@@ -384,6 +386,14 @@ def _whole_step(path: Path) -> int | None:
         return folder._content(folder._raw())[0].step
     except CheckpointError:
         return None
+
+
+def sealed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of state.json with the SHA-256 of all else in it."""
+    content = {name: value for name, value in raw.items() if name != "sha256"}
+    # As it will be read: keys are strings there, and tuples lists.
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return {**content, "sha256": sha256_of(text)}
 
 
 def _description(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from minllama.training.run_checkpoint import (
     read_metrics,
     remove_checkpoint,
     saved_step,
+    sealed,
 )
 from minllama.training.trainer import fit
 from tests.tiny_classifier import TinyClassifier, make_dataset, same, trained
@@ -76,6 +77,7 @@ def outcome(folder):
     state = json.loads((checkpoint / "state.json").read_text())
     for name in ("seconds", "step_seconds"):
         del state["state"][name]
+    assert len(state.pop("sha256")) == 64  # of these, too
     for file in state["files"].values():
         assert file["bytes"] > 0
     tensors = {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
@@ -431,7 +433,7 @@ def test_a_checkpoint_that_lost_its_name_gets_it_back(instant, tmp_path, uncut, 
         shutil.copytree(tmp_path / ".checkpoint.00000001.tmp", half)
         state = json.loads((half / "state.json").read_text())
         state["state"]["step"] = 4
-        (half / "state.json").write_text(json.dumps(state))
+        (half / "state.json").write_text(json.dumps(sealed(state)))
     check_resumes(tmp_path, uncut, 5)
 
 
@@ -499,15 +501,32 @@ def test_a_damaged_file_is_an_error_of_one_line(file, damage, copied):
         {"files": []},
         {"updates": {"score.weight": "many"}},
         {"fingerprint": 3},
+        {"state": {"step": 6, "best_step": float("inf")}},
+        {"updates": {"score.weight": float("inf")}},
         {"format": [1]},
-        {"format": 2},
+        {"format": 1},
     ],
 )
 def test_a_state_that_says_nonsense_is_an_error_of_one_line(changes, copied):
     path = copied / "checkpoint" / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
     with pytest.raises(CheckpointError, match=r"checkpoint: .* delete it to start again$"):
         run(copied, resume=True)
+
+
+def test_no_flipped_bit_of_a_state_is_taken_for_another_state(copied):
+    path = copied / "checkpoint" / "state.json"
+    data = path.read_bytes()
+    content, refused = json.loads(data), 0
+    for i in range(0, len(data), 7):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :])
+        try:
+            saved_step(copied)
+        except CheckpointError:
+            refused += 1
+        else:  # in white space
+            assert json.loads(path.read_bytes()) == content
+    assert refused > 100
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "{" * 100_000, "[" * 100_000, "{}"])

@@ -58,7 +58,10 @@ class RungFolder:
         path = self._path / "plan.json"
         if not path.exists():
             return None
-        return {name: int(value) for name, value in _read(path).items()}
+        content = _read(path)
+        if not all(type(value) is int for value in content.values()):
+            raise _damaged(path, "a plan of something else than numbers")
+        return content
 
     def save_plan(self, plan: Mapping[str, int]) -> None:
         _write(self._path / "plan.json", plan)
@@ -70,11 +73,15 @@ class RungFolder:
             return empty
         try:
             with path.open("rb") as file:
+                # The library makes room for what the header says before it looks at the data.
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if shape != empty.shape or dtype != empty.dtype:
+                    raise ValueError(f"an array of shape {shape}")
+                file.seek(0)
                 scores = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, TypeError, EOFError) as error:
             raise _damaged(path, error) from error
-        if scores.shape != empty.shape or scores.dtype != empty.dtype:
-            raise _damaged(path, f"an array of shape {scores.shape}")
         return np.asarray(scores, dtype=np.float32)
 
     def save_scores(self, scores: Scores) -> None:
@@ -118,7 +125,7 @@ class LadderState:
                 )
             self.rungs = {str(name): dict(rung) for name, rung in content["rungs"].items()}
             self.starting, self.spent = content["starting"], float(content["spent"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise _damaged(self._path, error) from error
 
     def save(self, spent: float) -> None:
