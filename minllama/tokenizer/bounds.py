@@ -7,7 +7,7 @@ tokenizer is loaded.
 
 import base64
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from minllama.tokenizer.patterns import has_nested_loops
@@ -19,6 +19,10 @@ MAX_COMPONENTS = 32  # of one kind; a Llama has up to five
 MAX_PATTERN_CHARS = 2**16
 MAX_TOKEN_CHARS = 2**12  # of an added token
 MAX_TEMPLATE_ITEMS = 2**10
+# Of tokens that are cut into others, each and together: that takes time with the square of a length.
+# SentencePiece's trainer stops at 16, and 256,000 tokens of 16 have as many.
+MAX_PIECE_LEN = 2**9
+MAX_PIECES_LEN = 2**22
 _MAX_DEPTH = 8
 # The longest that a step makes of one byte. Unicode's own forms: U+FDFA becomes 33 bytes of 3.
 _UNICODE = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 3, "BertNormalizer": 5}
@@ -58,6 +62,16 @@ def find_excess(raw: Json) -> str | None:
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         return f"a component is damaged ({type(error).__name__}: {error})"
     return None
+
+
+def long_pieces(lengths: Iterable[int]) -> str | None:
+    """A message about tokens that take too long to be cut into parts; None if there are none."""
+    total = 0
+    for length in lengths:
+        total += length
+        if length > MAX_PIECE_LEN:
+            return f"a token is {length} long, and no known one longer than {MAX_PIECE_LEN}"
+    return f"its tokens are {total} long together" if total > MAX_PIECES_LEN else None
 
 
 def charsmap_growth(charsmap: bytes) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from minllama.errors import TokenizerError
-from minllama.tokenizer.bounds import MAX_GROWTH, charsmap_growth
+from minllama.tokenizer.bounds import MAX_GROWTH, charsmap_growth, long_pieces
 from minllama.tokenizer.tokenizers_form import added_token, bpe_model, document
 from minllama.tokenizer.vocabulary import MAX_VOCAB_SIZE, ListedToken, TokenType, Vocabulary
 
@@ -91,6 +91,8 @@ def parse_model(data: bytes, where: str) -> Any:
             raise TokenizerError(
                 f"{where}: piece {i} is empty or not UTF-8; download the file again"
             )
+    if (excess := long_pieces(len(piece.piece) for piece in model.pieces)) is not None:
+        raise TokenizerError(f"{where}: {excess}; use the tokenizer of another source")
     # The library has a parser of its own, which takes some damaged types for this one.
     unknown = sum(piece.type == TokenType.UNKNOWN for piece in model.pieces)
     if unknown != 1:
@@ -295,6 +297,8 @@ def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]] | None:
 
 
 def _check_pieces(pieces: Sequence[Piece], where: str) -> None:
+    if (excess := long_pieces(len(piece.text) for piece in pieces)) is not None:
+        raise TokenizerError(f"{where}: {excess}; use the tokenizer of another source")
     if len(pieces) > MAX_VOCAB_SIZE:
         raise TokenizerError(f"{where}: {len(pieces)} tokens, more than the limit for a vocabulary")
     index_of: dict[str, int] = {}

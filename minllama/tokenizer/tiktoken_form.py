@@ -10,6 +10,7 @@ import re
 
 from minllama.errors import TokenizerError
 from minllama.tokenizer import byte_level
+from minllama.tokenizer.bounds import long_pieces
 from minllama.tokenizer.tokenizers_form import Json, added_token
 from minllama.tokenizer.vocabulary import MAX_VOCAB_SIZE, Vocabulary
 
@@ -67,6 +68,8 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
             f"{where}: {len(ranks)} tokens, but their ranks are not 0 to {len(ranks) - 1}; "
             "download the file again"
         )
+    if (excess := long_pieces(map(len, ranks))) is not None:
+        raise TokenizerError(f"{where}: {excess}; use the tokenizer of another source")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise TokenizerError(f"{where}: no token for the byte 0x{missing[0]:02X}")
     return dict(sorted(ranks.items(), key=lambda item: item[1]))

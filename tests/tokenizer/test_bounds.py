@@ -1,5 +1,6 @@
 """A downloaded tokenizer or JSON file takes no more time or memory than it should."""
 
+import base64
 import json
 import struct
 import tracemalloc
@@ -15,6 +16,8 @@ from minllama.tokenizer import byte_level
 from minllama.tokenizer.bounds import MAX_GROWTH, charsmap_growth, find_excess
 from minllama.tokenizer.huggingface import from_tokenizer_json
 from minllama.tokenizer.sentencepiece_form import parse_model
+from minllama.tokenizer.tiktoken_form import parse_ranks
+from tests.tokenizer_cases import tiny_ranks, tiny_sentencepiece
 
 
 def sequence(key: str, *parts: Any) -> dict[str, Any]:
@@ -177,3 +180,32 @@ def test_the_size_of_a_file_is_looked_at_before_it_is_parsed(tmp_path) -> None:
         read_json(tmp_path / "x.json")
     assert tracemalloc.get_traced_memory()[1] < 40e6
     tracemalloc.stop()
+
+
+def test_ranks_that_take_minutes_to_cut_are_refused() -> None:
+    n_ranks = len(parse_ranks(tiny_ranks(), "x"))
+    long = b"%s %d\n" % (base64.b64encode(b"ab" * 2**19), n_ranks)
+    with pytest.raises(TokenizerError, match="a token is 1048576 long, and no known one"):
+        parse_ranks(tiny_ranks() + long, "x")
+    many = b"".join(
+        b"%s %d\n" % (base64.b64encode(b"%0500d" % i), n_ranks + i) for i in range(9000)
+    )
+    with pytest.raises(TokenizerError, match=r"its tokens are 450.* long together"):
+        parse_ranks(tiny_ranks() + many, "x")
+
+
+def test_pieces_that_take_minutes_to_cut_are_refused() -> None:
+    model = parse_model(tiny_sentencepiece(), "x")
+    model.pieces.add(piece="ab" * 2**19, score=-1.0, type=1)
+    with pytest.raises(TokenizerError, match="a token is 1048576 long, and no known one"):
+        parse_model(model.SerializeToString(), "x")
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_a_sentencepiece_model_has_one_unknown_piece(n: int) -> None:
+    # The library's own parser takes an unknown type for that of the first piece.
+    model = parse_model(tiny_sentencepiece(), "x")
+    for i in range(2):
+        model.pieces[i].type = 2 if n else 1
+    with pytest.raises(TokenizerError, match=f"{n} unknown tokens, where .* has exactly one"):
+        parse_model(model.SerializeToString(), "x")
