@@ -19,8 +19,8 @@ MAX_COMPONENTS = 32  # of one kind; a Llama has up to five
 MAX_PATTERN_CHARS = 2**16
 MAX_TOKEN_CHARS = 2**12  # of an added token
 MAX_TEMPLATE_ITEMS = 2**10
-# Of tokens that are cut into others, each and together: that takes time with the square of a length.
-# SentencePiece's trainer stops at 16, and 256,000 tokens of 16 have as many.
+# Of tokens that are cut into others, each and together, which takes time with the square of the
+# length. SentencePiece's trainer stops at 16, and 256,000 tokens of 16 have as many.
 MAX_PIECE_LEN = 2**9
 MAX_PIECES_LEN = 2**22
 _MAX_DEPTH = 8

@@ -117,7 +117,7 @@ def serving(task: Serve, folder: Path, n_faults: int, seed: int) -> dict[str, An
     expected = None
     for fault in range(n_faults + 1):
         pid = forked(lambda: task.run(place), task.folder / "log")
-        _wait_until_ready(place, task.folder / "log")
+        _wait_until_ready(pid, place, task.folder / "log")
         if expected is None:
             start = time.monotonic()
             expected = task.result(place)
@@ -147,9 +147,9 @@ def serving(task: Serve, folder: Path, n_faults: int, seed: int) -> dict[str, An
     }
 
 
-def _wait_until_ready(place: Path, log: Path) -> None:
+def _wait_until_ready(pid: int, place: Path, log: Path) -> None:
     port = int((place / "port").read_text())
-    for _ in range(1200):
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
             connection.request("GET", "/health")

@@ -277,11 +277,11 @@ class Serve(Task):
 
     name = "serve"
     bodies = (
-        ("/classify", {"model": "c", "input": ["a fine film", "dull"]}),
-        ("/v1/completions", {"model": "m", "prompt": "ab", "max_tokens": 12, "temperature": 0}),
+        ("/classify", {"model": "classifier", "input": ["a fine film", "dull"]}),
+        ("/v1/completions", {"model": "base", "prompt": "ab", "max_tokens": 12, "temperature": 0}),
         (
             "/v1/completions",
-            {"model": "m", "prompt": "b", "max_tokens": 20, "seed": 1, "stream": True},
+            {"model": "base", "prompt": "b", "max_tokens": 20, "seed": 1, "stream": True},
         ),
     )
 
@@ -299,7 +299,7 @@ class Serve(Task):
 
     def run(self, place: Path) -> None:
         """Serve on the port in `place`/port, until killed."""
-        models = [f"m={self.base}", f"c={self.folder / 'classifier'}"]
+        models = [self.base, self.folder / "classifier"]
         port = (place / "port").read_text()
         command("serve", *models, "--host", "127.0.0.1", "--port", port, "--device", "cpu")
 
