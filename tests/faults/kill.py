@@ -109,7 +109,7 @@ def campaign(task: Task, folder: Path, n_faults: int, seed: int) -> dict[str, An
 
 def serving(task: Serve, folder: Path, n_faults: int, seed: int) -> dict[str, Any]:
     """Kill servers while they answer: what a client gets is whole, or an error."""
-    draw, place, losses, answered, cut = random.Random(seed), fresh(folder), 0, 0, 0
+    draw, place, losses, answered, cut = random.Random(seed), fresh(folder / "place"), 0, 0, 0
     began = time.monotonic()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
