@@ -141,7 +141,7 @@ def serving(task: Serve, folder: Path, n_faults: int, seed: int) -> dict[str, An
         "task": task.name,
         "kills": n_faults,
         "answered in full": answered,
-        "cut off": cut,
+        "truncated": cut,
         "losses": losses,
         "seconds": took,
     }

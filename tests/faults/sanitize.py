@@ -40,7 +40,7 @@ def build(kind: str) -> Path:
         elif source.exists():
             shutil.copy2(source, place / name)
     shared = ROOT.parent / "shared"
-    if shared.is_dir():  # data of some tests, which lies beside a repository
+    if shared.is_dir():  # data of some tests, which is beside a repository
         (place.parent / "shared").unlink(missing_ok=True)
         (place.parent / "shared").symlink_to(shared)
     environment = {**os.environ, "MINLLAMA_SANITIZE": KINDS[kind]}

@@ -101,7 +101,7 @@ class Task(ABC):
 
     @abstractmethod
     def run(self, place: Path) -> None:
-        """Do the work, or go on with it, as a user would after an interruption."""
+        """Do the work, or resume it, as a user would after an interruption."""
 
     @abstractmethod
     def check_whole(self, place: Path) -> None:
@@ -242,7 +242,7 @@ class Label(Task):
         (folder / "rows.csv").write_text("id,text\n" + "".join(lines))
 
     def begin(self, place: Path) -> None:
-        pass  # where there is a file, a user says whether to go on with it or to replace it
+        pass  # where there is a file, a user says whether to resume or to replace it
 
     def _output(self, place: Path) -> Path:
         return place / f"out.{self.kind}"
@@ -255,7 +255,7 @@ class Label(Task):
         command(*words, *(["--resume"] if is_begun else []))
 
     def check_whole(self, place: Path) -> None:
-        """Lines are appended: all but the last are whole, in order, and none is there twice."""
+        """Lines are appended: all but the last are whole, in order, and none is a duplicate."""
         output = self._output(place)
         lines = output.with_name(output.name + ".partial.jsonl")
         file = output if self.kind == "jsonl" else lines
@@ -307,7 +307,7 @@ class Serve(Task):
         pass
 
     def result(self, place: Path) -> Any:
-        """The answers, but for ids and times; ConnectionError or HTTPException if one is cut."""
+        """The answers, but for ids and times; ConnectionError or HTTPException if one is truncated."""
         return [self._answer(place, path, body) for path, body in self.bodies]
 
     def _answer(self, place: Path, path: str, body: dict[str, Any]) -> Any:

@@ -36,7 +36,7 @@ def test_killed_work_is_whole_and_comes_to_the_same_result(name: str, tmp_path: 
 def test_a_killed_server_cuts_answers_off_and_answers_the_same_again(tmp_path: Path) -> None:
     pytest.importorskip("uvicorn")
     result = kill.serving(Serve(tmp_path / "given"), tmp_path, n_faults=3, seed=3)
-    assert result["cut off"] == 3
+    assert result["truncated"] == 3
     assert result["losses"] == 0
 
 
