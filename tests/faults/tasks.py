@@ -307,7 +307,7 @@ class Serve(Task):
         pass
 
     def result(self, place: Path) -> Any:
-        """The answers, but for ids and times; ConnectionError or HTTPException if one is truncated."""
+        """The answers, but for ids and times; an error of the connection if one is truncated."""
         return [self._answer(place, path, body) for path, body in self.bodies]
 
     def _answer(self, place: Path, path: str, body: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Classifiers whose files were truncated or changed on their way: the digests beside them say so."""
+"""Classifiers whose files were truncated or changed: the digests beside them say so."""
 
 import json
 import random
