@@ -40,6 +40,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},
     "auto": {"quantize": "auto"},
     "stored": {"dtype": torch.float32, "quantize": "stored"},
+    "stored-int8-activations": {"quantize": "stored", "activations": "int8"},
     "int8": {"source": FOLDER / "bfloat16", "dtype": torch.float32, "quantize": "int8"},
     "int4": {"source": FOLDER / "bfloat16", "dtype": torch.float32, "quantize": "int4"},
 }
