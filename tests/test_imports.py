@@ -28,7 +28,7 @@ ORDER = (
     ("classification",),
     ("training",),
     ("experiment",),
-    ("benchmark",),
+    ("benchmark", "planning"),
     ("server",),
     ("cli", "__main__"),
 )

@@ -23,6 +23,8 @@ from minllama.checkpoints.huggingface import (
     read_huggingface,
     write_huggingface,
 )
+from minllama.checkpoints.huggingface_config import config_from_huggingface
+from minllama.checkpoints.json_object import read_object
 from minllama.checkpoints.llama2c import (
     is_llama2c_bin,
     is_torch_checkpoint,
@@ -33,9 +35,15 @@ from minllama.checkpoints.llama2c import (
 from minllama.checkpoints.meta import is_meta, read_meta
 from minllama.checkpoints.peft import PICKLED_FILE, WEIGHTS_FILE, is_adapter, with_adapter
 from minllama.checkpoints.peft_config import CONFIG_FILE, read_adapter_config
-from minllama.checkpoints.resolve import canonical_name, resolve_source, source_of
+from minllama.checkpoints.resolve import (
+    canonical_name,
+    resolve_config,
+    resolve_source,
+    source_of,
+)
 from minllama.checkpoints.types import Checkpoint, LazyTensor
-from minllama.errors import CheckpointError, TokenizerError
+from minllama.errors import CheckpointError, TokenizerError, naming
+from minllama.model.config import LlamaConfig
 from minllama.text import first_few
 from minllama.tokenizer.load import find_vocabulary, load_vocabulary
 from minllama.tokenizer.vocabulary import Vocabulary
@@ -98,6 +106,25 @@ def open_checkpoint(
             checkpoint, read_vocabulary=lambda: vocabulary, tokenizer=canonical_name(tokenizer)
         )
     return dataclasses.replace(checkpoint, source=canonical_name(source))
+
+
+def open_config(source: str | os.PathLike[str] | None = None) -> LlamaConfig:
+    """The config of a checkpoint, whose weights need not be there.
+
+    Args:
+        source: as for `open_checkpoint`; also a config.json, or a folder with one and no weights.
+            Of a Hugging Face id only that file is downloaded.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of an unknown format, or not a Llama.
+    """
+    path = resolve_config(source)
+    if path.is_dir() and is_huggingface(path) and not has_weights(path) and not gguf_models(path):
+        path /= "config.json"
+    if path.suffix == ".json" and path.is_file():
+        with naming(path):
+            return config_from_huggingface(read_object(path))
+    return open_checkpoint(source).config
 
 
 def read_tokenizer(source: str | os.PathLike[str]) -> Vocabulary:

@@ -109,6 +109,38 @@ def resolve_source(source: str | os.PathLike[str] | None) -> Path:
         raise CheckpointError(f"{name}: {_reason(hub_model, error)}") from error
 
 
+def resolve_config(source: str | os.PathLike[str] | None) -> Path:
+    """A path that tells a model's shape, without downloading its weights.
+
+    Args:
+        source: as for `resolve_source`.
+
+    Returns:
+        A config.json, or a file or folder that `resolve_source` names.
+
+    Raises:
+        CheckpointError: there is no such thing, here or there, or it cannot be fetched.
+    """
+    name = "" if source is None else os.fspath(source)
+    path = Path(name).expanduser()
+    hub_model = _parsed(name) if isinstance(source, str) and not path.exists() else None
+    if hub_model is not None and hub_model.file is None:
+        import huggingface_hub
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            with _bars_on_terminals_only():
+                found = huggingface_hub.hf_hub_download(
+                    hub_model.repo, "config.json", revision=hub_model.revision
+                )
+            return Path(found)
+        except EntryNotFoundError:
+            pass  # a repository of GGUF files, whose headers have the shape
+        except Exception as error:  # of any of three HTTP clients
+            raise CheckpointError(f"{name}: {_reason(hub_model, error)}") from error
+    return resolve_source(source)
+
+
 def folder_of(source: str | os.PathLike[str]) -> Path:
     """The path that `source` is, or that of what it names on the Hugging Face hub.
 

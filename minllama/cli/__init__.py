@@ -31,6 +31,7 @@ COMMANDS = {
     "merge": "Merge a classifier's adapter into its weights.",
     "info": "Describe a checkpoint.",
     "bench": "Measure a model's speed on this machine.",
+    "plan": "Plan what fits into memory, and how long a job takes.",
     "convert": "Write a checkpoint in another format.",
 }
 

@@ -29,6 +29,8 @@ GROUPS = (
     "Adapters",
     "Evaluation",
     "Benchmark",
+    "Hardware",
+    "Job",
     "Server",
     "Access",
     "Scheduling",
