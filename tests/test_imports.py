@@ -28,7 +28,7 @@ ORDER = (
     ("classification",),
     ("training",),
     ("experiment",),
-    ("benchmark", "planning"),
+    ("benchmark", "labeling", "planning"),
     ("server",),
     ("cli", "__main__"),
 )

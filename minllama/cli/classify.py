@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minllama.atomic import only_run
+from minllama.cli.classify_files import classify_files, labels_files
 from minllama.cli.deciding import decide
 from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
@@ -41,6 +42,7 @@ from minllama.options import (
     names_of,
 )
 from minllama.options.evaluation import ThresholdOptions
+from minllama.options.labeling import LabelingOptions
 from minllama.options.loading import LoadOptions
 
 if TYPE_CHECKING:
@@ -84,17 +86,19 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
     "rows",
     group="Data",
     common=True,
-    help="Texts to classify: a file, - for standard input, or a Hugging Face dataset.",
+    help="Texts to classify: a file, - for standard input, or a Hugging Face dataset; or several "
+    "files: a folder, a quoted pattern such as 'data/*.parquet', or a URI such as s3://...",
 )
 @option(
     "-o",
     "--output",
-    metavar="FILE",
+    metavar="FILE|DIR",
     default="-",
     group="Output",
     common=True,
     help="File for the predictions on --input (default -, standard output); its name determines "
-    "the format: .jsonl, .csv, .tsv, .parquet or .txt.",
+    "the format: .jsonl, .csv, .tsv, .parquet or .txt. Of several files, a folder of Parquet "
+    "parts.",
 )
 @option(
     "--output-format",
@@ -128,6 +132,7 @@ OF_A_CLASSIFIER = ("source", *names_of(ZeroShotOptions), *names_of(PromptOptions
 @dataclass_options(PromptOptions)
 @dataclass_options(ThresholdOptions)
 @dataclass_options(ExplainOptions)
+@dataclass_options(LabelingOptions)
 @dataclass_options(
     DataOptions,
     skip=("label_names", "multi_label", "label_separator", "label_columns", "label_lists"),
@@ -155,21 +160,23 @@ def command(
     options = pick(ZeroShotOptions, values)
     prompt, data = pick(PromptOptions, values), pick(DataOptions, values)
     threshold, loading = pick(ThresholdOptions, values), pick(LoadOptions, values)
+    labeling = pick(LabelingOptions, values)
+    if labels_files(rows, output, labeling) and not texts:
+        assert rows is not None
+        _check_given_to(classifier, labels, labels_file)
+        columns = _selected_columns(keep_columns, "parquet")
+        classify_files(
+            *(classifier, rows, output, loading, threshold, data, labeling),
+            columns=columns,
+            resume=resume,
+            force=force,
+        )
+        return
     file = OutputFile.of(output, output_format, has_mark=bom)
     _check_input(texts, rows, file, resume=resume, force=force)
     columns = _selected_columns(keep_columns, file.output_format)
-    if labels is not None and labels_file is not None:
-        raise OptionError("--labels and --labels-file exclude each other; give one")
-    is_given = labels is not None or labels_file is not None
-    if (classifier is None) != is_given:
-        raise OptionError("give either a CLASSIFIER or --labels, such as --labels good,bad")
+    _check_given_to(classifier, labels, labels_file)
     if classifier is not None:
-        if given := given_options(OF_A_CLASSIFIER):
-            flags = flags_of(name for name in OF_A_CLASSIFIER if name in given)
-            flags = flags.replace("--source", "--model")
-            raise OptionError(
-                f"{flags}: determined by the CLASSIFIER; omit {'it' if len(given) == 1 else 'them'}"
-            )
         made = _load(classifier, loading)
     else:
         if loading.base is not None:
@@ -184,6 +191,22 @@ def command(
         assert rows is not None
         with only_run(output) if output != "-" else contextlib.nullcontext():
             _classify_rows(made, rows, file, data, explaining, columns=columns, resume=resume)
+
+
+def _check_given_to(classifier: str | None, labels: str | None, labels_file: str | None) -> None:
+    """Refuse two classifiers, none, and options that a saved one determines."""
+    if labels is not None and labels_file is not None:
+        raise OptionError("--labels and --labels-file exclude each other; give one")
+    is_given = labels is not None or labels_file is not None
+    if (classifier is None) != is_given:
+        raise OptionError("give either a CLASSIFIER or --labels, such as --labels good,bad")
+    given = given_options(OF_A_CLASSIFIER)
+    if classifier is not None and given:
+        flags = flags_of(name for name in OF_A_CLASSIFIER if name in given)
+        flags = flags.replace("--source", "--model")
+        raise OptionError(
+            f"{flags}: determined by the CLASSIFIER; omit {'it' if len(given) == 1 else 'them'}"
+        )
 
 
 def _check_effective(

@@ -123,28 +123,37 @@ def stream_rows(
             skipped.
     """
     options = options or DataOptions()
-    bad_rows = BadRows() if bad_rows is None else bad_rows
     with open_table(source, options) as table:
-        rows, columns = _columns_of(
-            table, lambda found: names_text_column(found, options.text_column)
-        )
-        text_column, _ = _text_and_labels(table, columns, options, needs_labels=False)
-        n_good = 0
-        for row in rows:
-            if row.index < start:
-                continue
-            try:
-                text = text_of(row, text_column)
-            except ValueError as error:
-                bad_rows.add(BadRow(row.index, row.place, str(error)))
-                bad_rows.remedies = table.remedies
-                if not options.skip_bad_rows:
-                    raise bad_rows.error(table.name, *table.remedies) from error
-                bad_rows.check(table.name, n_good)
-                continue
-            n_good += 1
-            assert isinstance(row, Record)
-            yield Row(row.index, row.place, text, row.values, text_column)
+        yield from rows_of(table, options, start=start, bad_rows=bad_rows)
+
+
+def rows_of(
+    table: Table,
+    options: DataOptions,
+    *,
+    start: int = 0,
+    bad_rows: BadRows | None = None,
+) -> Iterator[Row]:
+    """The texts of an open table one by one; arguments and errors are those of `stream_rows`."""
+    bad_rows = BadRows() if bad_rows is None else bad_rows
+    rows, columns = _columns_of(table, lambda found: names_text_column(found, options.text_column))
+    text_column, _ = _text_and_labels(table, columns, options, needs_labels=False)
+    n_good = 0
+    for row in rows:
+        if row.index < start:
+            continue
+        try:
+            text = text_of(row, text_column)
+        except ValueError as error:
+            bad_rows.add(BadRow(row.index, row.place, str(error)))
+            bad_rows.remedies = table.remedies
+            if not options.skip_bad_rows:
+                raise bad_rows.error(table.name, *table.remedies) from error
+            bad_rows.check(table.name, n_good)
+            continue
+        n_good += 1
+        assert isinstance(row, Record)
+        yield Row(row.index, row.place, text, row.values, text_column)
 
 
 def count_rows(

@@ -26,7 +26,7 @@ STANDARD_INPUT = "-"
 Source = str | os.PathLike[str]
 
 # Formats by suffix, with or without .gz. Lines of text may have labels.
-_FORMATS = {
+FORMATS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".jsonl": "jsonl",
@@ -146,7 +146,7 @@ def _on_the_hub(source: Source) -> HubDataset | None:
             f"{name or 'an empty name'}: not a file; name a file, or - for standard input"
         )
     hub_dataset = parse_hub_id(name) if isinstance(source, str) else None
-    if hub_dataset is None or _suffix(Path(name)) in set(_FORMATS) - {""}:
+    if hub_dataset is None or _suffix(Path(name)) in set(FORMATS) - {""}:
         raise DataError(
             f"{shown(name)}: no such file; name a file, or a Hugging Face dataset such as "
             f"{EXAMPLE_ID}"
@@ -165,7 +165,7 @@ def _format_of(path: Path, beginning: Beginning, requested: str | None) -> str:
         return "parquet"
     refuse_binary(beginning.head, str(path))
     suffix = _suffix(path)
-    kind = requested or _FORMATS.get(suffix)
+    kind = requested or FORMATS.get(suffix)
     if kind is None:
         raise DataError(
             f"{path}: unknown extension {suffix}; give the format with --data-format "

@@ -29,6 +29,7 @@ GROUPS = (
     "Adapters",
     "Evaluation",
     "Benchmark",
+    "Scale",
     "Hardware",
     "Job",
     "Server",
