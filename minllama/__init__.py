@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from minllama.generation.checkpoint_defaults import load_generation_options
     from minllama.generation.conversation import Conversation
     from minllama.generation.sequence_text import Generation
+    from minllama.labeling.labeler import Labeler
     from minllama.lora import LoRALayer, add_lora_wrapper
     from minllama.model.config import LlamaConfig, RopeScaling
     from minllama.model.kv_cache import KVCache
@@ -77,6 +78,7 @@ _HOMES = {
     "generation.checkpoint_defaults": ("load_generation_options",),
     "generation.sequence_text": ("Generation",),
     "model.llama": ("Llama", "LlamaPreTrainedModel", "load_pretrained"),
+    "labeling.labeler": ("Labeler",),
     "lora": ("LoRALayer", "add_lora_wrapper"),
     "training.optimizer": ("AdamW",),
     "options": (
@@ -108,6 +110,7 @@ __all__ = [
     "Generation",
     "GenerationOptions",
     "KVCache",
+    "Labeler",
     "Llama",
     "LlamaConfig",
     "LlamaEmbeddingClassifier",

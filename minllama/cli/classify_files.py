@@ -25,13 +25,10 @@ def labels_files(rows: str | None, output: str, options: LabelingOptions) -> boo
     Raises:
         OptionError: options of parts were typed, but there are none.
     """
-    if rows is None:
-        several = False
-    else:
-        from minllama.labeling.inputs import is_several
+    from minllama.data.source import is_several
 
-        is_folder = output.endswith("/") or (output != "-" and Path(output).is_dir())
-        several = options.engine == "ray" or is_folder or is_several(rows)
+    is_folder = output.endswith("/") or (output != "-" and Path(output).is_dir())
+    several = rows is not None and (options.engine == "ray" or is_folder or is_several(rows))
     given = given_options(set(names_of(LabelingOptions)) - {"engine"})
     if given and not several:
         raise OptionError(

@@ -6,6 +6,7 @@ another format is refused with advice on how to read it.
 
 import contextlib
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from minllama.text import shown
 STANDARD_INPUT = "-"
 
 Source = str | os.PathLike[str]
+WILD = re.compile(r"[*?\[]")  # in a pattern of paths
 
 # Formats by suffix, with or without .gz. Lines of text may have labels.
 FORMATS = {
@@ -102,6 +104,17 @@ def _refuse_for(options: DataOptions, name: str) -> None:
         raise OptionError(
             f"{name}: {', '.join(flags)}: only for text files, and this file has typed columns"
         )
+
+
+def is_several(source: str) -> bool:
+    """Whether a name is a folder, a pattern or a URI, rather than a file or a dataset's id."""
+    if "://" in source:
+        return True
+    path = Path(source).expanduser()
+    try:
+        return path.is_dir() or (WILD.search(source) is not None and not path.exists())
+    except (OSError, ValueError):
+        return False
 
 
 def is_source(path: str | os.PathLike[str], source: Source) -> bool:

@@ -5,7 +5,6 @@ are read by `minllama.data`, so that a row that cannot be used is a row with a r
 Arrow. Both engines read here: the same files give the same rows, with the same numbers.
 """
 
-import fnmatch
 import io
 import os
 import posixpath
@@ -19,7 +18,7 @@ from minllama.data.columns import find_columns
 from minllama.data.dataset import rows_of
 from minllama.data.formats import table_of
 from minllama.data.records import BadRow, BadRows, Record
-from minllama.data.source import FORMATS
+from minllama.data.source import FORMATS, WILD
 from minllama.data.unpacking import opened
 from minllama.errors import DataError, OptionError, optional_import
 from minllama.options import DataOptions
@@ -30,7 +29,6 @@ ROW_ID, FILE, INDEX, TEXT, ERROR = "row_id", "file", "index", "text", "error"
 OWN_COLUMNS = (ROW_ID, FILE, INDEX, TEXT, ERROR)
 FROM_INPUT = "input_"  # before a kept column with a name of the output's own
 ROWS_OF_A_FILE = 2**40  # row_id = ROWS_OF_A_FILE * (number of the file) + index
-WILD = re.compile(r"[*?\[]")
 
 
 @dataclass(frozen=True)
@@ -54,17 +52,6 @@ class Inputs:
     def name_of(self, path: str) -> str:
         """A file's path within the base folder."""
         return posixpath.relpath(path, self.base)
-
-
-def is_several(source: str) -> bool:
-    """Whether a source is a folder, a pattern or a URI, rather than a file or a dataset's id."""
-    if "://" in source:
-        return True
-    path = Path(source).expanduser()
-    try:
-        return path.is_dir() or (WILD.search(source) is not None and not path.exists())
-    except (OSError, ValueError):
-        return False
 
 
 def find_inputs(source: str, data_format: str | None = None) -> Inputs:
@@ -155,14 +142,15 @@ def _listed_files(fs: Any, filesystem: Any, base: str, pattern: str | None) -> l
 
 def _expression(pattern: str) -> str:
     """A pattern of paths as a regular expression: `*` within a name, `**` over folders."""
+    words = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = []
-    for part in pattern.split("/"):
-        if part == "**":
-            parts.append("(?:[^/]+/)*")
+    for part in re.findall(r"\*\*/?|\[[^\]/]+\]|.", pattern):
+        if part.startswith("[") and len(part) > 1:
+            inside = part[1:-1].replace("\\", "\\\\").replace("^", "\\^")
+            parts.append(f"[{re.sub('^!', '^', inside)}]")
         else:
-            one = fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z")
-            parts.append(one.replace(".*", "[^/]*") + "/")
-    return "".join(parts).removesuffix("/")
+            parts.append(words.get(part) or re.escape(part))
+    return "".join(parts)
 
 
 def _format_by_name(path: str) -> str | None:
@@ -262,8 +250,12 @@ class Reading:
         rows: list[tuple[int, str | None, str | None, dict[str, Any]]] = []
         skipping = replace(self.data, skip_bad_rows=True)
 
+        column = self.data.text_column
+
         def taken() -> Iterator[tuple[list[int], dict[str, Any]]]:
-            rows.extend((row.index, None, row.reason, record) for row, record in bad.waiting)
+            for row, record in bad.waiting:
+                text = record.get(column)
+                rows.append((row.index, _storable(text), row.reason, record))
             bad.waiting.clear()
             rows.sort(key=lambda row: row[0])
             while len(rows) >= self.rows_at_once:
@@ -272,6 +264,7 @@ class Reading:
 
         for row in rows_of(table, skipping, bad_rows=bad):
             bad.forget(row.index)
+            column = row.column
             rows.append((row.index, row.text, None, row.record))
             if len(rows) + len(bad.waiting) >= self.rows_at_once:
                 yield from taken()
@@ -342,6 +335,14 @@ class Reading:
             raise OptionError(
                 f"{name}: no column {listed(missing)} to keep; there are {listed(columns)}"
             )
+
+
+def _storable(text: Any) -> str | None:
+    """The text of a bad row, if it is one that Arrow can hold."""
+    try:
+        return text if isinstance(text, str) and text.encode() is not None else None
+    except UnicodeEncodeError:  # half of a character
+        return None
 
 
 def opened_input(inputs: Inputs, path: str) -> BinaryIO:

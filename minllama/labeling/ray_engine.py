@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from minllama.errors import DataError, MinllamaError, optional_import
+from minllama.errors import MinllamaError, optional_import
 from minllama.experiment.reporter import Reporter
 from minllama.labeling.inputs import ERROR, ROW_ID, Inputs, as_binary
 from minllama.labeling.output import BAD, LABELED, STATUS, OutputFolder
@@ -19,9 +19,6 @@ from minllama.text import first_line
 
 if TYPE_CHECKING:
     from minllama.labeling.files import Work
-
-# Rows of a block are decided by `repartition`; blocks of less than this are not put together.
-BLOCK_BYTES = 2**20
 
 
 def label_with_ray(
@@ -98,7 +95,8 @@ def _start(ray: Any) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine."""
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not os.environ.get("RAY_ADDRESS"):
-        settings["include_dashboard"] = False
+        # One more than there are, for tasks that read and write, which wait most of the time.
+        settings |= {"include_dashboard": False, "num_cpus": 1 + (os.cpu_count() or 1)}
     try:
         ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -115,12 +113,13 @@ def _check_resources(ray: Any, options: LabelingOptions) -> None:
         MinllamaError: says what there is.
     """
     has = ray.cluster_resources()
-    for name, each in (("CPU", options.actor_cpus), ("GPU", options.actor_gpus)):
-        if each * options.actors > has.get(name, 0):
+    # A task that reads, or writes, takes a processor.
+    for name, each, others in (("CPU", options.actor_cpus, 1), ("GPU", options.actor_gpus, 0)):
+        free = has.get(name, 0) - others
+        if each * options.actors > free:
             raise MinllamaError(
-                f"{options.actors} actors of {each:g} {name}s need more than the "
-                f"{has.get(name, 0):g} {name}s that Ray has; give fewer --actors or "
-                f"--actor-{name.lower()}s"
+                f"{options.actors} actors of {each:g} {name}s need more than the {free:g} {name}s "
+                f"that Ray has for them; give fewer --actors or --actor-{name.lower()}s"
             )
 
 
@@ -128,7 +127,7 @@ def _configure(data: Any, folder: OutputFolder) -> None:
     context = data.DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.print_on_execution_start = False
-    context.target_max_block_size = max(BLOCK_BYTES, 0)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     # Removed after the manifest says that all is done: else a run that is killed between the two
     # would begin again beside its own rows.
     context.checkpoint_config = data.checkpoint.CheckpointConfig(
@@ -162,12 +161,10 @@ def _plain_error(error: BaseException) -> MinllamaError:
     """The error of ours that a task ended with, or one that names Ray's."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, MinllamaError):
+        # Ray's wrapper is of our class too, with a traceback as its message.
+        if isinstance(cause, MinllamaError) and not hasattr(cause, "cause"):
             return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
     return MinllamaError(
         f"Ray failed ({first_line(error)}); the same command with --resume continues"
     )
-
-
-__all__ = ["DataError", "label_with_ray"]

@@ -242,6 +242,6 @@ def test_two_runs_do_not_write_one_folder(labeler: Labeler, tmp_path: Path) -> N
             label_files(labeler, str(source), tmp_path / "out", data=DataOptions())
     finally:
         other.kill()
-        other.wait()
+        other.communicate()
     with only_run(tmp_path / "out"):
         assert label_files(labeler, str(source), tmp_path / "out").labeled == 5

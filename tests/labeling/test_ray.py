@@ -71,7 +71,7 @@ def test_ray_gives_the_rows_of_the_local_engine(
 def test_errors_are_ours(labeler: Labeler, tmp_path: Path, cluster: None) -> None:
     source = write_rows(tmp_path / "in", 1, 5)
     options = LabelingOptions(engine="ray", actors=3)
-    with pytest.raises(MinllamaError, match="need more than the 2 CPUs that Ray has"):
+    with pytest.raises(MinllamaError, match="need more than the 1 CPUs that Ray has"):
         label_files(labeler, str(source), tmp_path / "out", options=options)
     (source / "rows-0.parquet").write_bytes(b"PAR1 and nothing else")
     options = LabelingOptions(engine="ray")
