@@ -254,7 +254,7 @@ class Reading:
 
         def taken() -> Iterator[tuple[list[int], dict[str, Any]]]:
             for row, record in bad.waiting:
-                text = record.get(column)
+                text = None if column is None else record.get(column)
                 rows.append((row.index, _storable(text), row.reason, record))
             bad.waiting.clear()
             rows.sort(key=lambda row: row[0])

@@ -101,7 +101,8 @@ class Labeler:
         labels = self.label(_values_of(batch, self.text_column))
         columns = (*labels.columns.values(), labels.errors)
         new: dict[str, list[Any]] = dict(zip(new_names, columns, strict=True))
-        return self._with_columns(batch, new)
+        labeled: Batch = self._with_columns(batch, new)
+        return labeled
 
     def frames(self, frames: Iterable[Any]) -> Iterator[Any]:
         """Label pandas DataFrames one by one: the function of Spark's `mapInPandas`."""
