@@ -104,7 +104,7 @@ def label_files(
         data: format, encoding and text column of the files.
         keep: columns of the files that the parts carry along.
         options: the engine and its processes.
-        resume: continue an interrupted run: no row is missing and none is there twice.
+        resume: continue an interrupted run: no row is missing and none occurs twice.
         force: replace an earlier run's parts.
         reporter: receives messages and progress.
 
