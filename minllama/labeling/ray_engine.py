@@ -8,21 +8,19 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minllama.errors import MinllamaError, optional_import
 from minllama.experiment.reporter import Reporter
 from minllama.labeling.inputs import ERROR, ROW_ID, Inputs, as_binary
 from minllama.labeling.output import BAD, LABELED, STATUS, OutputFolder
+from minllama.labeling.work import Work
 from minllama.options.labeling import LabelingOptions
 from minllama.text import first_line
 
-if TYPE_CHECKING:
-    from minllama.labeling.files import Work
-
 
 def label_with_ray(
-    work: "Work",
+    work: Work,
     inputs: Inputs,
     folder: OutputFolder,
     options: LabelingOptions,
@@ -77,7 +75,7 @@ def label_with_ray(
 class _Actor:
     """Labels tables in a process of Ray, which loads the classifier once."""
 
-    def __init__(self, work: "Work") -> None:
+    def __init__(self, work: Work) -> None:
         self._work = work
         _ = work.labeler.classifier  # before the first batch
 
@@ -135,7 +133,7 @@ def _configure(data: Any, folder: OutputFolder) -> None:
     )
 
 
-def _datasource(work: "Work", inputs: Inputs) -> Any:
+def _datasource(work: Work, inputs: Inputs) -> Any:
     """Ray's reader of files, with the rows of `Reading.tables`."""
     from ray.data.datasource import FileBasedDatasource
 
