@@ -52,7 +52,10 @@ def without_numbers(lines: list[str]) -> list[str]:
     which layers a classifier reads.
     """
     masked = [re.sub(r"[ -]*\d+(\.\d+)?%?", " N", line).rstrip() for line in lines]
-    experts = r"^((layer N (weighted-mean|mean|last)|TF-IDF) x N(, )?)+"
+    heads = (
+        r"(layer N (weighted-mean|mean|last)|TF-IDF|label words)( x N)?|N heads that count alike"
+    )
+    experts = rf"^(({heads})(, )?)+"
     return sorted(re.sub(experts, "experts", m).replace("head on", "heads on") for m in masked)
 
 

@@ -305,7 +305,7 @@ CONTRADICTIONS = {
         "file in JSON Lines",
     ),
     "both": (("--labels", "a,b", "-i", "r", "-o", "x", "--resume", "--force"), "give one of them"),
-    "a folder": (("--labels", "a,b", "-i", "rows.txt", "-o", "."), ". is a folder"),
+    "a folder": (("--labels", "a,b", "-i", "rows.txt", "-o", "."), "labeled with a CLASSIFIER"),
     "rows without a file": (
         ("--labels", "a,b", "--text", "a", "--text-column", "b", "--force"),
         "--force, --text-column: only for the rows of --input",

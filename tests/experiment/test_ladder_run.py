@@ -46,6 +46,8 @@ def _short_measurements():
     with pytest.MonkeyPatch.context() as patch:
         for module in ("rung", "lora"):
             patch.setattr(f"minllama.experiment.ladder.{module}.ENOUGH_SECONDS", 0.05)
+        for module in ("classification.frozen", "experiment.ladder.climb"):
+            patch.setattr(f"minllama.{module}.FEW_ROWS", 0)  # as if there were many
         yield
 
 

@@ -153,7 +153,7 @@ class Train(Task):
         content = json.loads((output / CLASSIFIER_FILE).read_text())
         metrics = json.loads((output / "metrics.json").read_text())["splits"]
         files = {name: sha for name, sha in content["sha256"].items() if name != CLASSIFIER_FILE}
-        history = [json.loads(line)["loss"] for line in (output / METRICS).open()]
+        history = [json.loads(line)["loss"] for line in (output / METRICS).read_text().splitlines()]
         predictions = (output / "predictions.jsonl").read_text()
         return files, metrics["dev"]["evaluation"], history, predictions
 

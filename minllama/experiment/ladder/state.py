@@ -7,6 +7,7 @@ with its scores, its classifier, and the checkpoints of its training. It is remo
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ WHOLE = "all"  # the training on all rows
 def has_ladder(output: Path) -> bool:
     """Whether an output folder has the ladder of an interrupted run."""
     return (output / LADDER / STATE_FILE).is_file()
+
+
+# What Python's own parser raises, by which NumPy reads a header.
+PARSING = (SyntaxError, MemoryError, ArithmeticError, LookupError, RecursionError, TokenError)
 
 
 class RungFolder:
@@ -80,7 +85,7 @@ class RungFolder:
                     raise ValueError(f"an array of shape {shape}")
                 file.seek(0)
                 scores = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, TypeError, EOFError) as error:
+        except (*(OSError, ValueError, TypeError, EOFError), *PARSING) as error:
             raise _damaged(path, error) from error
         return np.asarray(scores, dtype=np.float32)
 
