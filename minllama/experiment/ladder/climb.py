@@ -211,8 +211,8 @@ def _choice(context: Context, results: Mapping[str, Measured]) -> Choice:
     def compare(one: str, other: str) -> Gain:
         return context.scoring.gain(results[one].scores, results[other].scores)
 
-    is_combined = reads_experts(context.train, frozen(context.experiment.classifier))
-    if len(context.train) < FEW_ROWS and is_combined and FrozenRung.title in results:
+    is_few = FrozenRung.title in results and len(context.train) < FEW_ROWS
+    if is_few and reads_experts(context.train, frozen(context.experiment.classifier)):
         return choose_for_few(list(results), compare, FrozenRung.title, points=points)
     speeds = {title: found.texts_per_second or 0.0 for title, found in results.items()}
     by_speed = context.experiment.ladder.prefer == "speed"
