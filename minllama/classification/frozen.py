@@ -276,13 +276,15 @@ class _Search:
         alone = [found for expert, found in logits.items() if expert.choice is None]
         self.tfidf_accuracy = max(float((z.argmax(1) == gold).mean()) for z in alone)
         n_layers = self._reader.llama.config.n_layers
-        products = []
-        for depth in DEPTHS:
-            below = {e: z for e, z in logits.items() if e.layer <= depth * n_layers}
-            products.append(choose_experts(below, gold))
-        self.shallow = products[0]
+
+        def below(depth: float) -> Product[Expert]:
+            some = {e: z for e, z in logits.items() if e.layer <= depth * n_layers}
+            return choose_experts(some, gold)
+
+        self.shallow = below(DEPTHS[0])
         if len(gold) < FEW_ROWS:  # of many experts some are better on these by chance
             return even_product(logits, groups(logits), gold)
+        products = [self.shallow, *map(below, DEPTHS[1:])]
         best = min(products, key=lambda product: product.loss)
         return next(p for p in products if not is_clearly_better(best.losses, p.losses))
 
@@ -325,9 +327,10 @@ class _Search:
         classifier.shortened |= reader.shortened
         weights, bias = [], np.zeros(gold.shape[1], dtype=np.float64)
         for choice, heads in of_choice.items():
-            features = self._features[choice]
-            fitted = Discriminant(features, gold, task)
-            parts = [(weight, *fitted.head(shrinkage)) for shrinkage, weight in heads]
+            features, parts = self._features[choice], []
+            if heads:
+                fitted = Discriminant(features, gold, task)
+                parts += [(weight, *fitted.head(shrinkage)) for shrinkage, weight in heads]
             if (label_words := Expert(choice, 0.0, True)) in weights_of:
                 assert self._label_rows is not None
                 parts.append((weights_of[label_words], *label_head(features, self._label_rows)))

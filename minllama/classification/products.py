@@ -76,7 +76,7 @@ def choose_experts(
         gold: (N,), the classes.
         most: experts.
     """
-    factors = {name: _factor(logits, gold) for name, logits in experts.items()}
+    factors = {name: _alone(logits, gold)[0] for name, logits in experts.items()}
     calibrated = {name: logits * factors[name] for name, logits in experts.items()}
     product = _chosen(calibrated, gold, most)
     weights = {name: weight * factors[name] for name, weight in product.weights.items()}
@@ -105,8 +105,7 @@ def even_product(
         for names in alternatives:
             units = {name: 1 / (_spread(experts[name]) * len(names)) for name in names}
             logits: Matrix = np.sum([unit * experts[name] for name, unit in units.items()], axis=0)
-            factor = _factor(logits, gold)
-            loss = float(_losses(log_softmax(logits * factor), gold).mean())
+            factor, loss = _alone(logits, gold)
             if loss < least:
                 least, means[number] = loss, logits * factor
                 factors[number] = {name: unit * factor for name, unit in units.items()}
@@ -119,22 +118,20 @@ def even_product(
     return Product(weights, product.log_probs, product.losses)
 
 
-def _losses(log_probs: Matrix, gold: NDArray[np.int64]) -> Matrix:
-    losses: Matrix = -(soft_targets(gold, log_probs.shape[1]) * log_probs).sum(1)
-    return losses
-
-
 def _spread(logits: Matrix) -> float:
     """How far the logits of a row are apart; 1 if they are not, so that nothing is divided by 0."""
     spread = float((logits - logits.mean(1, keepdims=True)).std())
     return spread if spread > SMALLEST_SPREAD else 1.0
 
 
-def _factor(logits: Matrix, gold: NDArray[np.int64]) -> float:
-    """What calibrates an expert alone, searched from a scale at which its logits differ by 1."""
+def _alone(logits: Matrix, gold: NDArray[np.int64]) -> tuple[float, float]:
+    """What calibrates an expert alone, and its loss then.
+
+    The factor is searched from a scale at which its logits differ by 1.
+    """
     unit = 1 / _spread(logits)
     alone = weighted_product({"": logits * unit}, gold)
-    return unit * alone.weights[""]
+    return unit * alone.weights[""], alone.loss
 
 
 def _chosen(experts: Mapping[Name, Matrix], gold: NDArray[np.int64], most: int) -> Product[Name]:
