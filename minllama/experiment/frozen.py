@@ -21,7 +21,7 @@ from minllama.options import ClassifierOptions, PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
 # The last token's state is then what the text amounts to (Jiang et al. 2024, sec. 3.1), and label
-# words follow. Chosen on training rows, of seven (docs/benchmarks.md).
+# words follow. Chosen on training rows, of eight (docs/benchmarks.md).
 FRAME = 'This text: "{text}" means in one word: "'
 FEWEST_ROWS = 8  # of which folds say something
 FEWEST_OF_A_CLASS = 2  # so that a class is not unknown to the fold that has its only row

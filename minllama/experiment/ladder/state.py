@@ -27,8 +27,11 @@ def has_ladder(output: Path) -> bool:
     return (output / LADDER / STATE_FILE).is_file()
 
 
-# What Python's own parser raises, by which NumPy reads a header.
-PARSING = (SyntaxError, MemoryError, ArithmeticError, LookupError, RecursionError, TokenError)
+# What NumPy raises of a damaged file, and Python's own parser, by which it reads a header.
+UNREADABLE = (
+    *(OSError, ValueError, TypeError, EOFError, MemoryError, ArithmeticError),
+    *(LookupError, RecursionError, SyntaxError, TokenError),
+)
 
 
 class RungFolder:
@@ -85,7 +88,7 @@ class RungFolder:
                     raise ValueError(f"an array of shape {shape}")
                 file.seek(0)
                 scores = np.load(file, allow_pickle=False)
-        except (*(OSError, ValueError, TypeError, EOFError), *PARSING) as error:
+        except UNREADABLE as error:
             raise _damaged(path, error) from error
         return np.asarray(scores, dtype=np.float32)
 
