@@ -9,11 +9,10 @@ from minllama.classification.base import Classifier
 from minllama.classification.frozen import FEW_ROWS
 from minllama.data import Dataset
 from minllama.evaluation.report.ladder import Ladder, LadderRow
-from minllama.experiment.frozen import reads_experts
 from minllama.experiment.heads import Selected
 from minllama.experiment.ladder.candidate import load_candidate, save_candidate, size_on_disk
 from minllama.experiment.ladder.choice import Choice, Gain, choose, choose_for_few
-from minllama.experiment.ladder.frozen import FrozenRung, frozen
+from minllama.experiment.ladder.frozen import FrozenRung
 from minllama.experiment.ladder.lora import LabelWordsRung, LoRARung, restore_base
 from minllama.experiment.ladder.product import ProductRung
 from minllama.experiment.ladder.rung import Context, Measured, NotThisTime, Rung
@@ -212,7 +211,7 @@ def _choice(context: Context, results: Mapping[str, Measured]) -> Choice:
         return context.scoring.gain(results[one].scores, results[other].scores)
 
     is_few = FrozenRung.title in results and len(context.train) < FEW_ROWS
-    if is_few and reads_experts(context.train, frozen(context.experiment.classifier)):
+    if is_few and context.reads_experts:
         return choose_for_few(list(results), compare, FrozenRung.title, points=points)
     speeds = {title: found.texts_per_second or 0.0 for title, found in results.items()}
     by_speed = context.experiment.ladder.prefer == "speed"

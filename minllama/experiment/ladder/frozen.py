@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -14,13 +13,12 @@ from minllama.classification.frozen import fit_frozen
 from minllama.data import Dataset
 from minllama.engine.states import Choice
 from minllama.experiment.build import choices_of, with_more_layers
-from minllama.experiment.frozen import label_words, reads_experts
+from minllama.experiment.frozen import label_words
 from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting
 from minllama.experiment.ladder.budget import SAFETY
 from minllama.experiment.ladder.partner import keep_shallow
 from minllama.experiment.ladder.rung import Context, Measured
 from minllama.experiment.ladder.scoring import Scores
-from minllama.options import ClassifierOptions
 from minllama.text import duration
 
 FEWEST_ROWS = 200  # with less time than these take, a head is not worth fitting
@@ -62,7 +60,7 @@ class FrozenRung:
         return n if most >= n else most
 
     def run(self) -> Measured:
-        if reads_experts(self._context.train, frozen(self._options)):
+        if self._context.reads_experts:
             return self._experts()
         return self._one_head()
 
@@ -213,11 +211,6 @@ class FrozenRung:
                 penalty=selected.penalty,
             )
             scores[numbers[is_held_out]] = features[is_held_out] @ weight.T + bias
-
-
-def frozen(options: ClassifierOptions) -> ClassifierOptions:
-    """The options of the method frozen."""
-    return replace(options, method="frozen")
 
 
 def _rows_of(some: Dataset, train: Dataset) -> list[int]:

@@ -21,9 +21,8 @@ from minllama.experiment.build import (
     training_options,
     with_more_layers,
 )
-from minllama.experiment.frozen import reads_experts
 from minllama.experiment.heads import Selected, head_fitting
-from minllama.experiment.ladder.frozen import FrozenRung, frozen
+from minllama.experiment.ladder.frozen import FrozenRung
 from minllama.experiment.ladder.partner import multiplied, partner_of
 from minllama.experiment.ladder.rung import ENOUGH_SECONDS, Context, Measured, NotThisTime
 from minllama.experiment.ladder.scoring import Scores
@@ -252,8 +251,8 @@ class LoRARung:
     @property
     def _first_layer(self) -> int:
         """The lowest layer with adapters, so that its partner reads what it was fitted to."""
-        context, options = self._context, self._context.experiment.classifier
-        if not self.has_partner or not reads_experts(context.train, frozen(options)):
+        context = self._context
+        if not self.has_partner or not context.reads_experts:
             return 0
         partner = partner_of(context)
         if FrozenRung.name in context.results:

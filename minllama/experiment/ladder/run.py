@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from minllama.experiment.experiment import Experiment
-from minllama.experiment.frozen import in_frame, reads_experts
+from minllama.experiment.frozen import in_frame
 from minllama.experiment.ladder.budget import Budget
 from minllama.experiment.ladder.climb import Climbed, climb
-from minllama.experiment.ladder.frozen import frozen
 from minllama.experiment.ladder.rung import Context
 from minllama.experiment.ladder.scoring import scoring_of
 from minllama.experiment.ladder.state import LADDER
@@ -45,8 +44,6 @@ def run_ladder(
     Raises:
         MinllamaError: anything that the user can fix.
     """
-    if reads_experts(splits.train, frozen(experiment.classifier)):
-        experiment = replace(experiment, prompt=in_frame(experiment.prompt))
     context = Context(
         experiment,
         splits,
@@ -59,4 +56,6 @@ def run_ladder(
         {name: value for name, value in settings.items() if name != "ladder"},
         scoring_of([splits.train, splits.dev], experiment.selecting_metric),
     )
+    if context.reads_experts:  # all rungs then read the same prompts
+        context.experiment = replace(experiment, prompt=in_frame(experiment.prompt))
     return climb(context, resume=resume)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from minllama.data.task import Task
 from minllama.engine.states import StatesRequest
 from minllama.evaluation.tfidf import Logits
 from minllama.experiment.experiment import Experiment
+from minllama.experiment.frozen import reads_experts
 from minllama.experiment.heads import Selected, random_order
 from minllama.experiment.ladder.budget import REPORT_SECONDS, Budget
 from minllama.experiment.ladder.scoring import Scores, Scoring
@@ -157,6 +158,12 @@ class Context:
             return [np.sort(part) for part in np.array_split(order, FOLDS)]
         assert self.train.labels is not None
         return stratified_folds(self.task.target(self.train.labels), self.seed)
+
+    @property
+    def reads_experts(self) -> bool:
+        """Whether its frozen classifier reads several layers, and words beside them."""
+        options = replace(self.experiment.classifier, method="frozen")
+        return reads_experts(self.train, options)
 
     @property
     def n_outputs(self) -> int:
