@@ -152,9 +152,10 @@ def _wait_until_ready(pid: int, place: Path, log: Path) -> None:
     while os.waitpid(pid, os.WNOHANG) == (0, 0):
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/health")
-            if connection.getresponse().status == 200:
-                return
+            with contextlib.closing(connection):
+                connection.request("GET", "/ready")  # alive is not loaded
+                if connection.getresponse().status == 200:
+                    return
         time.sleep(0.05)
     raise Lost(f"the server does not start: {log.read_text()}")
 

@@ -260,7 +260,8 @@ class Label(Task):
         lines = output.with_name(output.name + ".partial.jsonl")
         file = output if self.kind == "jsonl" else lines
         if self.kind != "csv" and file.exists():
-            indices = [json.loads(line)["index"] for line in file.open("rb") if line[-1:] == b"\n"]
+            whole = file.read_bytes().rpartition(b"\n")[0]
+            indices = [json.loads(line)["index"] for line in whole.splitlines()]
             assert indices == [*range(len(indices))]
 
     def result(self, place: Path) -> Any:
@@ -316,8 +317,8 @@ class Serve(Task):
         try:
             headers = {"Content-Type": "application/json"}
             connection.request("POST", path, json.dumps(body), headers)
-            response = connection.getresponse()
-            content = response.read()
+            with connection.getresponse() as response:
+                content = response.read()
             assert response.status == 200, content
         finally:
             connection.close()
@@ -327,7 +328,7 @@ class Serve(Task):
             pieces = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
             return "".join(piece["choices"][0]["text"] for piece in pieces if piece["choices"])
         answer = json.loads(content)
-        return answer.get("choices") or [row["probabilities"] for row in answer["data"]]
+        return answer.get("choices") or [row["probs"] for row in answer["data"]]
 
 
 TASKS = {task.name: task for task in (Train, Save, Convert, Label, Serve)}
