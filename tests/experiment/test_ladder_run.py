@@ -87,6 +87,17 @@ def test_auto_leaves_an_ordinary_classifier_and_its_ladder(whole):
     assert f"Chosen: <bdi>{chosen['name']}</bdi>" in page
 
 
+def test_of_few_rows_the_combination_is_chosen(make_experiment, monkeypatch):
+    """Too few tell rungs apart, and frozen heads have the others in them."""
+    for module in ("classification.frozen", "experiment.ladder.climb"):
+        monkeypatch.setattr(f"minllama.{module}.FEW_ROWS", 150)
+    experiment = make_experiment("auto")
+    run_experiment(experiment)
+    (chosen,) = (rung for rung in rungs_of(experiment.output).values() if rung["chosen"])
+    assert chosen["name"] == "frozen heads"
+    assert chosen["reason"].startswith("the others are combined in it")
+
+
 class Stopped:
     """Interrupts a function when it is called for the nth time."""
 
