@@ -25,6 +25,7 @@ ORDER = (
     ("generation",),
     ("lora",),
     ("data", "evaluation"),
+    ("distributed",),
     ("classification",),
     ("training",),
     ("experiment",),

@@ -21,6 +21,7 @@ from minllama.atomic import sha256_of
 from minllama.classification.prompts import EncodedPrompt, PromptTemplate
 from minllama.data.texts import checked_texts
 from minllama.data.treebank import undo_treebank
+from minllama.distributed.ranks import current
 from minllama.engine.choose import KeptEngine
 from minllama.engine.evaluation import EvaluationRequest
 from minllama.engine.scheduler import Scheduler
@@ -172,6 +173,8 @@ class Classifier(nn.Module, ABC):
     ) -> NDArray[np.float32]:
         """(N, C) scores of N texts, in their order; without dropout and gradients.
 
+        Several processes that train together divide the texts among them.
+
         Args:
             texts: N strings.
             progress: receives the number of texts just completed.
@@ -180,8 +183,22 @@ class Classifier(nn.Module, ABC):
             MinllamaError: a text cannot be encoded, has no tokens, or is not a string (a DataError
                 with its index); or `texts` is one string.
         """
-        encoded = [self.encode(text) for text in checked_texts(texts)]
-        return self.predict_encoded(encoded, progress=progress)
+        texts, ranks = checked_texts(texts), current()
+        mine = ranks.part(texts)
+        encoded = [self.encode(text) for text in mine]
+        progress = ranks.advanced(progress, len(texts))
+        logits = self.predict_encoded(encoded, progress=progress)
+        self.note_shortened(texts)
+        return ranks.joined_rows(logits, len(texts))
+
+    def note_shortened(self, texts: Sequence[str]) -> None:
+        """Learn which of the texts other processes have shortened."""
+        ranks = current()
+        if ranks.size > 1:  # by their index: hashes of texts differ between processes
+            indices = range(ranks.rank, len(texts), ranks.size)
+            found = [i for i in indices if hash(texts[i]) in self.shortened]
+            others = ranks.collected(found)
+            self.shortened |= {hash(texts[i]) for indices in others for i in indices}
 
     def predict_encoded(
         self, prompts: Sequence[EncodedPrompt], *, progress: Callable[[int], None] | None = None

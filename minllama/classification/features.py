@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from minllama.classification.base import Classifier, evaluated
 from minllama.data.task import Task
 from minllama.data.texts import checked_texts
+from minllama.distributed.ranks import current
 from minllama.engine.states import Choice, Pooling, StatesRequest
 from minllama.errors import optional_import
 
@@ -67,6 +68,8 @@ def extract_features(
 ) -> Features:
     """Compute features of texts for several layers and poolings in one forward pass.
 
+    Several processes that train together divide the texts among them.
+
     Args:
         classifier: its Llama and prompt are used; its own layers and heads are not.
         texts: N strings.
@@ -76,8 +79,9 @@ def extract_features(
     Returns:
         For each choice (N, D) float32, in the order of the texts.
     """
-    texts, choices = checked_texts(texts), list(choices)
-    llama = classifier.llama
+    every, choices, ranks = checked_texts(texts), list(choices), current()
+    llama, total, texts = classifier.llama, len(every), ranks.part(every)
+    progress = ranks.advanced(progress, total)
     features = {
         choice: np.empty((len(texts), llama.config.dim), dtype=np.float32) for choice in choices
     }
@@ -89,7 +93,8 @@ def extract_features(
                 features[choice][indices] = torch.stack(vectors).cpu().numpy()
             if progress is not None:
                 progress(len(indices))
-    return features
+    classifier.note_shortened(every)
+    return {choice: ranks.joined_rows(rows, total) for choice, rows in features.items()}
 
 
 def select_features(

@@ -36,6 +36,7 @@ from minllama.classification.products import (
     is_clearly_better,
 )
 from minllama.data.task import Task
+from minllama.distributed.ranks import current
 from minllama.engine.states import Choice, Pooling
 from minllama.evaluation import tfidf
 
@@ -214,8 +215,14 @@ class _Search:
             choices = self._searched(choices)
         self._features = self._read(range(n_texts), choices)
         strengths = SEARCH_SHRINKAGES if n_texts <= SEARCH_TEXTS else discriminant.SHRINKAGES
-        logits = self._logits(self._features, folds, strengths)
-        return self._best({expert: found[rows] for expert, found in logits.items()}, rows)
+
+        def chosen() -> tuple[Product[Expert], Product[Expert], float]:
+            logits = self._logits(self._features, folds, strengths)
+            best = self._best({expert: found[rows] for expert, found in logits.items()}, rows)
+            return best, self.shallow, self.tfidf_accuracy
+
+        best, self.shallow, self.tfidf_accuracy = current().first(chosen)
+        return best
 
     def _searched(self, choices: Sequence[Choice]) -> list[Choice]:
         """The choices that a part of the texts finds to be worth reading."""
@@ -226,10 +233,14 @@ class _Search:
         gold = self._gold[part]
         search = _Search(self._reader, texts, gold, self._task, self._label_rows)
         folds = stratified_folds(gold, self._task.seed)
-        logits = search._logits(features, folds, SEARCH_SHRINKAGES)
-        best = search._best(logits, np.arange(len(part)))
-        experts = (*best.weights, *search.shallow.weights)
-        return list(dict.fromkeys(e.choice for e in experts if e.choice is not None))
+
+        def found() -> list[Choice]:
+            logits = search._logits(features, folds, SEARCH_SHRINKAGES)
+            best = search._best(logits, np.arange(len(part)))
+            experts = (*best.weights, *search.shallow.weights)
+            return list(dict.fromkeys(e.choice for e in experts if e.choice is not None))
+
+        return current().first(found)
 
     def _read(self, rows: Sequence[int] | NDArray[np.int64], choices: Sequence[Choice]) -> Features:
         if not choices:
@@ -303,7 +314,21 @@ class _Search:
         return Shallow(self.fitted(self.shallow.weights), self.shallow.log_probs)
 
     def _fitted(self, weights_of: Mapping[Expert, float]) -> LlamaExpertsClassifier:
-        reader, gold, task = self._reader, self._gold, self._task
+        reader = self._reader
+        choices, model, weight, bias = current().first(lambda: self._fitted_heads(weights_of))
+        classifier = LlamaExpertsClassifier(
+            *(reader.llama, reader.tokenizer, reader.labels, choices),
+            tfidf=model,
+            prompt=reader.prompt,
+        )
+        classifier.shortened |= reader.shortened
+        if weight is not None:
+            classifier.score.weight.data.copy_(torch.from_numpy(weight))
+            classifier.score.bias.data.copy_(torch.from_numpy(bias))
+        return classifier
+
+    def _fitted_heads(self, weights_of: Mapping[Expert, float]) -> "_Heads":
+        gold, task = self._gold, self._task
         of_choice: dict[Choice, list[tuple[float, float]]] = {}
         model: tfidf.TfidfModel | None = None
         for expert, weight in weights_of.items():
@@ -319,12 +344,6 @@ class _Search:
                 for inverse, weight in words.items()
             ]
             model = sum_of(models)
-        classifier = LlamaExpertsClassifier(
-            *(reader.llama, reader.tokenizer, reader.labels, list(of_choice)),
-            tfidf=model,
-            prompt=reader.prompt,
-        )
-        classifier.shortened |= reader.shortened
         weights, bias = [], np.zeros(gold.shape[1], dtype=np.float64)
         for choice, heads in of_choice.items():
             features, parts = self._features[choice], []
@@ -336,11 +355,17 @@ class _Search:
                 parts.append((weights_of[label_words], *label_head(features, self._label_rows)))
             weights.append(sum(factor * w for factor, w, _ in parts))
             bias += sum(factor * b for factor, _, b in parts)
-        if weights:
-            matrix = np.concatenate(weights, axis=1).astype(np.float32)
-            classifier.score.weight.data.copy_(torch.from_numpy(matrix))
-            classifier.score.bias.data.copy_(torch.from_numpy(bias.astype(np.float32)))
-        return classifier
+        matrix = np.concatenate(weights, axis=1).astype(np.float32) if weights else None
+        return _Heads(list(of_choice), model, matrix, bias.astype(np.float32))
+
+
+class _Heads(NamedTuple):
+    """What a classifier is made of: its choices, TF-IDF, weight (C, K D) and bias (C,)."""
+
+    choices: list[Choice]
+    tfidf: tfidf.TfidfModel | None
+    weight: NDArray[np.float32] | None
+    bias: NDArray[np.float32]
 
 
 def groups(experts: Iterable[Expert]) -> list[list[list[Expert]]]:

@@ -20,6 +20,7 @@ from minllama.classification.features import (
     right_in_cross_validation,
 )
 from minllama.data.task import Task
+from minllama.distributed.ranks import current
 from minllama.engine.states import Choice
 
 # Texts that run through all layers. With 1,500 of SST-5's 8,544, two samples of eight dropped the
@@ -54,7 +55,9 @@ def searched_features(
     order = np.random.default_rng(task.seed).permutation(n_texts)
     first, others = np.sort(order[:SEARCH_TEXTS]), np.sort(order[SEARCH_TEXTS:])
     early = extract_features(classifier, [texts[i] for i in first], choices, progress=progress)
-    good, remaining = remaining_layers(early, [labels[i] for i in first], task)
+    good, remaining = current().first(
+        lambda: remaining_layers(early, [labels[i] for i in first], task)
+    )
     left = [choice for choice in choices if choice[0] in remaining]
     late = extract_features(classifier, [texts[i] for i in others], left, progress=progress)
     report(

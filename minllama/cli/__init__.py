@@ -6,6 +6,7 @@ line on stderr and exit status 2; `--debug` shows the traceback.
 
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import click
 
 from minllama.cli.grouped import did_you_mean, usage_message
 from minllama.cli.limits import keep_to_granted_cpus
+from minllama.distributed.launcher import launch
 from minllama.errors import CheckpointWarning, MinllamaError
 from minllama.text import VERSION, one_line
 
@@ -34,6 +36,8 @@ COMMANDS = {
     "plan": "Plan what fits into memory, and how long a job takes.",
     "convert": "Write a checkpoint in another format.",
 }
+TOGETHER = ("train", "evaluate")  # commands that several processes run together
+TURN_SECONDS = 2.0  # that the first process has to print an error that all of them meet
 
 
 @dataclass
@@ -62,6 +66,10 @@ class _LazyGroup(click.Group):
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
             raise click.UsageError(f"No such command {name!r}{did_you_mean(name, COMMANDS)}", ctx)
+        if name not in TOGETHER and (size := launch().size) > 1:
+            raise MinllamaError(
+                f"minllama {name} runs in one process, not in {size}; start it without torchrun"
+            )
         return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -136,6 +144,8 @@ def _as_messages(show: Callable[..., None]) -> Callable[..., None]:
     def show_once(message: Warning | str, category: type[Warning], *where: Any) -> None:
         if not issubclass(category, CheckpointWarning):
             show(message, category, *where)
+        elif not launch().is_first:
+            pass  # the first process prints it
         elif (text := " ".join(str(message).split())) not in shown:
             shown.add(text)
             with suppress(OSError):  # stderr is full or closed
@@ -189,7 +199,21 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
+def _wait_for_turn() -> None:
+    """Let the first of several processes print an error that all meet, such as a wrong option.
+
+    Its launcher then ends the others. Errors in what they do together are printed once anyway.
+    """
+    ranks = sys.modules.get("minllama.distributed.ranks")
+    if ranks is not None and ranks.have_met():
+        return
+    with suppress(MinllamaError):
+        if not launch().is_first:
+            time.sleep(TURN_SECONDS)
+
+
 def _report(message: str, status: int, state: State) -> int:
+    _wait_for_turn()
     with suppress(OSError):  # stderr is full or closed: only the status remains
         if state.debug:
             traceback.print_exc()

@@ -24,6 +24,7 @@ from minllama.cli.open import (
     warn_of_slow_dtype,
     with_template,
 )
+from minllama.distributed.launcher import launch
 from minllama.errors import MinllamaError
 from minllama.options import (
     ClassifierOptions,
@@ -136,6 +137,8 @@ def command(
     if experiment.training.autocast == "on":
         warn_of_slow_dtype("bfloat16", device, option="--autocast on")
     outcome = _run(experiment, resume=resume, force=force)
+    if not launch().is_first:  # several processes have done this together
+        return
     if outcome.report.ladder is not None:
         print_ladder(outcome.report.ladder)
     for split in outcome.report.splits:
@@ -150,13 +153,15 @@ def _run(experiment: "Experiment", *, resume: bool, force: bool) -> "Outcome":
     from minllama.cli.waiting import ConsoleReporter
     from minllama.experiment import run_experiment
 
-    reporter = ConsoleReporter()
+    is_first, reporter = launch().is_first, ConsoleReporter()
     try:
         with _terminated_as_interrupted():
             return run_experiment(experiment, resume=resume, force=force, reporter=reporter)
     except (KeyboardInterrupt, _Terminated):
         reporter.close()
-        if any((experiment.output / name).exists() for name in ("checkpoint", "ladder")):
+        if is_first and any(
+            (experiment.output / name).exists() for name in ("checkpoint", "ladder")
+        ):
             click.echo(one_line(INTERRUPTED.format(experiment.output)), err=True)
         raise
     finally:

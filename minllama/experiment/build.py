@@ -19,6 +19,7 @@ from minllama.classification.features import (
 from minllama.classification.zero_shot import Score
 from minllama.data import Dataset, sample_balanced
 from minllama.data.label_names import checked_names, names_of_option, words_by_label
+from minllama.distributed.ranks import current
 from minllama.engine.states import Choice, Pooling
 from minllama.errors import CheckpointError, OptionError
 from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting, random_order
@@ -182,11 +183,13 @@ def make_head(
             **fitting.head(llama, choice),
         )
 
-    if folder is not None and (known := _read_choice(folder)):
+    ranks = current()
+    if folder is not None and (known := ranks.first(lambda: _read_choice(folder))):
         return built(known)
     classifier = _fitted(built, llama, fitting, train, options, reporter)
     if folder is not None:
-        _write_choice(folder, (classifier.layer, classifier.pooling))
+        choice = classifier.layer, classifier.pooling
+        ranks.first(lambda: _write_choice(folder, choice))
     return classifier
 
 
@@ -215,7 +218,9 @@ def _fitted(
         report = reporter.advance("reading all of them", len(train))
         some, features = train, extract_features(classifier, train.texts, [choice], progress=report)
     has_bias = classifier.score.bias is not None
-    fitted = fitting.fit(features[choice], some, selected.penalty, bias=has_bias)
+    fitted = current().first(
+        lambda: fitting.fit(features[choice], some, selected.penalty, bias=has_bias)
+    )
     fitted.put_into(classifier.score)
     classifier.shortened |= reader.shortened
     return classifier
@@ -250,7 +255,7 @@ def _selected(
         read = {*choices, *later}
         features = extract_features(by.reader, some.texts, read, progress=by.progress)
     compared = {choice: features[choice] for choice in choices if choice in features}
-    return features, fitting.select(compared, some)
+    return features, current().first(lambda: fitting.select(compared, some))
 
 
 def with_more_layers(choice: Choice, llama: Llama) -> Choice:

@@ -60,7 +60,7 @@ def evaluate_value_splits(
     splits: Splits,
     *,
     dev_logits: NDArray[np.float32],
-    progress: Callable[[int], None] | None = None,
+    test_logits: NDArray[np.float32] | None = None,
 ) -> list[ReportedValues]:
     """Evaluate dev and, if given, test, with baselines fitted on train.
 
@@ -68,7 +68,7 @@ def evaluate_value_splits(
         classifier: to evaluate.
         splits: the data of an experiment.
         dev_logits: (N, 1), those of dev.
-        progress: receives the number of test texts just completed.
+        test_logits: those of test, if already computed.
     """
     baselines = fit_value_baselines(splits.train.texts, splits.train.targets)
     reported = [
@@ -76,7 +76,9 @@ def evaluate_value_splits(
     ]
     if splits.test is not None:
         reported.append(
-            evaluate_values(classifier, splits.test, "test", baselines=baselines, progress=progress)
+            evaluate_values(
+                classifier, splits.test, "test", logits=test_logits, baselines=baselines
+            )
         )
     return reported
 

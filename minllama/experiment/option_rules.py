@@ -57,6 +57,29 @@ def check_uses(experiment: Experiment, given: Collection[str] | None = None) -> 
     )
 
 
+def check_processes(experiment: Experiment, size: int) -> None:
+    """Refuse what several processes cannot do together.
+
+    Args:
+        experiment: with all its options.
+        size: the number of processes.
+
+    Raises:
+        OptionError: says what to do instead.
+    """
+    if size == 1:
+        return
+    if _is_auto(experiment):
+        raise OptionError(
+            f"--method auto chooses by the time that methods take, in one process; with {size}, "
+            "give --method frozen, lora, full or zero-shot"
+        )
+    if "-" in (experiment.train, experiment.dev, experiment.test):
+        raise OptionError(
+            f"{size} processes cannot all read standard input; name a file that all can read"
+        )
+
+
 def _changed(experiment: Experiment) -> Iterator[str]:
     groups = experiment.classifier, experiment.ladder, experiment.lora, experiment.training
     for group in (*groups, experiment.threshold, experiment.report):

@@ -54,6 +54,15 @@ def check_output(output: Path, method: str, *, resume: bool, force: bool) -> boo
     return False
 
 
+def is_begun(output: Path, method: str) -> bool:
+    """Whether a run with a training loop was begun in the folder, and not finished."""
+    if method not in TRAINED:
+        return False
+    has_begun = any((output / name).exists() for name in (METRICS, LAYER_FILE))
+    is_finished = any((output / name).exists() for name in RESULTS)
+    return has_checkpoint(output) or (has_begun and not is_finished)
+
+
 def check_not_base(output: Path, model: str | None) -> None:
     """Refuse to write into the base model's folder: its files would be mistaken for the run's.
 

@@ -93,6 +93,7 @@ def measure(
     splits: Splits,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
+    test_logits: NDArray[np.float32] | None,
     other_systems: Mapping[str, Evaluation],
     history: Sequence[Mapping[str, Any]],
     notes: list[str],
@@ -106,6 +107,7 @@ def measure(
         splits: its data.
         classifier: its result.
         dev_logits: (N, C), those of dev.
+        test_logits: those of test, if there is one.
         other_systems: evaluations of other systems on dev, by name.
         history: of the training's steps; empty without any.
         notes: in addition to those of the splits.
@@ -113,15 +115,12 @@ def measure(
         ladder: of the method auto.
     """
     if splits.train.has_numbers:
-        progress = (
-            None if splits.test is None else reporter.advance("reading test", len(splits.test))
-        )
         reported: Any = evaluate_value_splits(
-            classifier, splits, dev_logits=dev_logits, progress=progress
+            classifier, splits, dev_logits=dev_logits, test_logits=test_logits
         )
     else:
         reported = _classes_measured(
-            experiment, splits, classifier, dev_logits, other_systems, reporter
+            experiment, splits, classifier, dev_logits, test_logits, other_systems
         )
     notes = [*splits.notices, *notes]
     for split in filter(None, (splits.train, splits.dev, splits.test)):
@@ -155,8 +154,8 @@ def _classes_measured(
     splits: Splits,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
+    test_logits: NDArray[np.float32] | None,
     other_systems: Mapping[str, Evaluation],
-    reporter: Reporter,
 ) -> list[ReportedSplit]:
     train, dev, test = splits.train, splits.dev, splits.test
     assert train.labels is not None
@@ -171,6 +170,5 @@ def _classes_measured(
     )
     reported = [measured(dev, "dev", logits=dev_logits, others=other_systems)]
     if test is not None:
-        progress = reporter.advance("reading test", len(test))
-        reported.append(measured(test, "test", progress=progress))
+        reported.append(measured(test, "test", logits=test_logits))
     return reported

@@ -3,6 +3,7 @@
 `minllama train` calls it; messages go to a `Reporter`.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -28,6 +29,8 @@ from minllama.classification import (
 from minllama.classification.base import Classifier, probabilities
 from minllama.classification.calibration import fit_temperature
 from minllama.classification.storage.fingerprint import comparable_config
+from minllama.distributed.launcher import launch
+from minllama.distributed.ranks import current, joined
 from minllama.errors import MinllamaError, optional_import
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report
@@ -51,10 +54,11 @@ from minllama.experiment.frozen import make_experts, reads_experts
 from minllama.experiment.ladder import run_ladder
 from minllama.experiment.ladder.budget import Budget
 from minllama.experiment.ladder.state import LADDER
-from minllama.experiment.option_rules import check_uses
+from minllama.experiment.option_rules import check_processes, check_uses
 from minllama.experiment.output_folder import (
     check_not_base,
     check_output,
+    is_begun,
     remove_earlier_run,
     writable,
 )
@@ -98,6 +102,9 @@ def run_experiment(
 ) -> Outcome:
     """Read, train, calibrate, evaluate, and write classifier and report.
 
+    Processes that a launcher has started, `torchrun` for one, do it together; the first one writes
+    and reports.
+
     Args:
         experiment: its options.
         resume: continue the interrupted run in the output folder from its checkpoint, or from the
@@ -111,15 +118,17 @@ def run_experiment(
             which then contains no classifier, or the old one.
         KeyboardInterrupt: training can be resumed afterwards.
     """
-    check_uses(experiment)
-    check_not_base(experiment.output, experiment.model)
-    with only_run(experiment.output):
+    with joined(device=experiment.device) as ranks, contextlib.ExitStack() as stack:
+        check_uses(experiment)
+        check_processes(experiment, ranks.size)
+        check_not_base(experiment.output, experiment.model)
+        ranks.first(lambda: stack.enter_context(only_run(experiment.output)))
         return _run(
             experiment,
             Budget(experiment.ladder.minutes, clock=clock),
             resume=resume,
             force=force,
-            reporter=reporter or Reporter(),
+            reporter=reporter if reporter is not None and ranks.is_first else Reporter(),
         )
 
 
@@ -128,29 +137,13 @@ def _run(
 ) -> Outcome:
     """Like `run_experiment`, in a folder without another run."""
     began, training = datetime.now(UTC).astimezone(), experiment.training
-    method, resume_requested = experiment.classifier.method, resume
-    resume = check_output(experiment.output, method, resume=resume, force=force)
-    if resume_requested and not resume:
-        reporter.message(
-            f"{experiment.output}: the run was interrupted before its first checkpoint; starting "
-            "from the beginning"
-        )
+    ranks = current()
+    resume = _resumes(experiment, resume, force, reporter)
     check_libraries()
     if training.tensorboard:
         summary_writer()
     _check_labels(experiment, multi_label=experiment.data.has_several_labels)
-    splits = load_splits(
-        experiment.train,
-        experiment.dev,
-        experiment.test,
-        experiment.data,
-        dev_fraction=experiment.classifier.dev_fraction,
-        per_class=experiment.classifier.per_class,
-        numbers=experiment.regression,
-        seed=training.seed,
-    )
-    for notice in splits.notices:
-        reporter.message(notice)
+    splits = _splits(experiment, reporter)
     _check_labels(experiment, multi_label=splits.train.multi_label)
     check_thresholds(
         experiment.threshold,
@@ -159,28 +152,71 @@ def _run(
         can_choose=True,
     )
     llama, tokenizer = _open(experiment)
-    with writable(experiment.output):
+    with contextlib.ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(writable(experiment.output)))
         if not resume:
-            remove_earlier_run(experiment.output)
+            ranks.first(lambda: remove_earlier_run(experiment.output))
         with torch.random.fork_rng(devices=_gpus()):
             torch.manual_seed(training.seed)
             trained = _trained(experiment, splits, llama, tokenizer, budget, resume, reporter)
         classifier = trained.classifier
         logits, notes = _calibrate(classifier, splits, experiment, reporter)
-        report = measure(
-            experiment,
-            splits,
-            classifier,
-            logits,
-            trained.other_systems,
-            trained.history,
-            [*trained.notes, *notes],
-            reporter,
-            trained.ladder,
-        )
-        report = dataclasses.replace(report, created=began, seconds=budget.spent)
-        _write(experiment, trained, report)
+        test_logits = _read_test(classifier, splits, reporter)
+
+        def finished() -> Report:
+            report = measure(
+                experiment,
+                splits,
+                classifier,
+                logits,
+                test_logits,
+                trained.other_systems,
+                trained.history,
+                [*trained.notes, *notes],
+                reporter,
+                trained.ladder,
+            )
+            report = dataclasses.replace(report, created=began, seconds=budget.spent)
+            _write(experiment, trained, report)
+            return report
+
+        report = ranks.first(finished)
     return Outcome(classifier, splits, report, trained.training)
+
+
+def _resumes(experiment: Experiment, resume: bool, force: bool, reporter: Reporter) -> bool:
+    """Whether the run continues from a checkpoint; refuses to overwrite an earlier one."""
+    output, method, ranks = experiment.output, experiment.classifier.method, current()
+    if launch().restarts:  # by the launcher, which gives the same options again
+        is_to_resume = ranks.first(lambda: resume or is_begun(output, method))
+    else:
+        is_to_resume = resume
+    is_to_replace = force and (resume or not is_to_resume)
+    resumes = ranks.first(
+        lambda: check_output(output, method, resume=is_to_resume, force=is_to_replace)
+    )
+    if is_to_resume and not resumes:
+        reporter.message(
+            f"{output}: the run was interrupted before its first checkpoint; starting from the "
+            "beginning"
+        )
+    return resumes
+
+
+def _splits(experiment: Experiment, reporter: Reporter) -> Splits:
+    splits = load_splits(
+        experiment.train,
+        experiment.dev,
+        experiment.test,
+        experiment.data,
+        dev_fraction=experiment.classifier.dev_fraction,
+        per_class=experiment.classifier.per_class,
+        numbers=experiment.regression,
+        seed=experiment.training.seed,
+    )
+    for notice in splits.notices:
+        reporter.message(notice)
+    return splits
 
 
 def check_libraries() -> None:
@@ -402,6 +438,16 @@ def _calibrate(
             )
     reporter.message(described(classifier))
     return logits, notes
+
+
+def _read_test(
+    classifier: Classifier, splits: Splits, reporter: Reporter
+) -> NDArray[np.float32] | None:
+    """Logits of the test texts, (N, C); None without any."""
+    if (test := splits.test) is None:
+        return None
+    progress = reporter.advance("reading test", len(test))
+    return classifier.predict_logits(test.texts, progress=progress)
 
 
 def _settings_to_resume_with(experiment: Experiment, llama: Llama) -> dict[str, Any]:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from minllama.data import Dataset
+from minllama.distributed.gradients import gradients_of
+from minllama.distributed.ranks import current
 from minllama.errors import MinllamaError
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.registry import METRICS
@@ -70,11 +72,14 @@ class TrainingRun:
         self.parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
         self._device = next(iter(self.parameters.values())).device
         self.prompts = [classifier.encode(text) for text in train.texts]
+        self._shortest = min(range(len(train)), key=lambda i: len(self.prompts[i]))
         max_tokens = _max_tokens(classifier, self._device)
         self.schedule = Schedule([len(prompt) for prompt in self.prompts], options, max_tokens)
         self._objective = objective_of(train, classifier)
         self._loss = self._objective.loss(train, options, self._device)
         self._texts = train.texts
+        self._ranks = current()
+        self._gradients = gradients_of(classifier, self.parameters.values(), self._ranks)
         self._optimizer = AdamW(_groups(self.parameters, options, head_parameters))
         self._autocast = _uses_autocast(classifier, options, self._device)
         self.state, self.history = RunState(), list[Row]()
@@ -91,14 +96,17 @@ class TrainingRun:
         state = self.state
         self._remember_beginning()
         try:
-            while not self._is_done():
-                if state.row is None:
-                    self._take_step()
-                row = self._conclude_step()
-                if progress is not None:
-                    progress.advance(row)
-                if state.step % self._options.save_every == 0 and not self._is_done():
-                    self._save()
+            with self._ranks.interrupts_noted() as is_interrupted:
+                while not self._is_done():
+                    if state.row is None:
+                        self._take_step()
+                    row = self._conclude_step()
+                    if progress is not None:
+                        progress.advance(row)
+                    if self._ranks.any(is_interrupted()):
+                        raise KeyboardInterrupt
+                    if state.step % self._options.save_every == 0 and not self._is_done():
+                        self._save()
             if not state.finished:
                 state.finished = True
                 self._save()
@@ -108,7 +116,7 @@ class TrainingRun:
             raise
 
     def load(self, state: RunState, tensors: RunTensors) -> None:
-        """Restore a checkpoint's state."""
+        """Restore a checkpoint's state; of several processes, in the first one."""
         self.state, self._best, self._prior = state, tensors.best, tensors.prior
         self._copy(tensors.weights)
         for name, parameter in self.parameters.items():
@@ -119,10 +127,32 @@ class TrainingRun:
                     **{m: tensor.to(self._device) for m, tensor in moments.items()},
                 }
 
+    def share_loaded(self) -> None:
+        """Send what the first process has loaded to the others."""
+        ranks, of_optimizer = self._ranks, self._optimizer.state
+        if ranks.size == 1:
+            return
+
+        def loaded() -> tuple[RunState, Tensor | None, dict[str, int]]:
+            known = {n: of_optimizer[p] for n, p in self.parameters.items() if p in of_optimizer}
+            return self.state, self._prior, {n: state["step"] for n, state in known.items()}
+
+        self.state, self._prior, updates = ranks.first(loaded)
+        for name, step in updates.items():
+            parameter = self.parameters[name]
+            if not ranks.is_first:
+                moments = {m: torch.empty_like(parameter) for m in MOMENT_NAMES}
+                of_optimizer[parameter] = {"step": step, **moments}
+            ranks.send(of_optimizer[parameter][m] for m in MOMENT_NAMES)
+        with torch.no_grad():
+            ranks.send(self.parameters.values())
+
     def restore_best(self) -> None:
         """Load the weights of the best evaluation, if they were kept."""
         if self._best:
             self._copy(self._best)
+        with torch.no_grad():
+            self._ranks.send(self.parameters.values())  # only the first keeps them
 
     def close(self) -> None:
         """Free the gradients and close files."""
@@ -157,24 +187,17 @@ class TrainingRun:
             MinllamaError: loss or gradients are NaN or infinite; the weights are unchanged.
         """
         began = time.perf_counter()
-        step = self.state.step + 1
-        batches = self.schedule.batches(step)
-        texts = [text for batch in batches for text in batch]
+        step, ranks = self.state.step + 1, self._ranks
+        texts = self.schedule.texts(step)  # of all processes
         # Dropout's random numbers follow from the step, so no other state needs saving.
-        torch.manual_seed(derived_seed(self._options.seed, "dropout", step))
+        purpose = f"dropout {ranks.rank}" if ranks.rank else "dropout"
+        torch.manual_seed(derived_seed(self._options.seed, purpose, step))
         self._classifier.train()
         self._optimizer.zero_grad()
-        normalizer = self._loss.normalizer(texts)
-        total = torch.zeros((), device=self._device)
-        for batch in batches:
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
-                logits = self._classifier.compute_logits([self.prompts[i] for i in batch])
-            loss = self._loss.summed(logits, batch) / normalizer
-            loss.backward()
-            total += loss.detach()
-        clip = self._options.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), clip)
-        self._check_finite(step, float(total), float(norm))
+        batches = self.schedule.shares(step, ranks.size)[ranks.rank]
+        (loss,) = ranks.summed([self._backward(batches, self._loss.normalizer(texts))])
+        norm = self._gradients.clip(self._options.clip or math.inf)
+        self._check_finite(step, loss, norm)
         tokens = sum(len(self.prompts[i]) for i in texts)
         # An interrupt between two updates would leave an inconsistent state.
         with interrupts_deferred():
@@ -188,12 +211,33 @@ class TrainingRun:
             self.state.row = {
                 "step": step,
                 "epoch": round(step / self.schedule.steps_per_epoch, 4),
-                "loss": float(total),
+                "loss": loss,
                 "lr": lr,
-                "grad_norm": float(norm),
+                "grad_norm": norm,
                 "examples_per_second": len(texts) / seconds,
                 "tokens_per_second": tokens / seconds,
             }
+
+    def _backward(self, batches: Sequence[list[int]], normalizer: float) -> float:
+        """Compute the gradients of this process's batches; returns their part of the step's loss.
+
+        An empty batch takes part in the forward and backward passes of the other processes, with a
+        text that does not count.
+
+        Args:
+            batches: texts.
+            normalizer: the divisor of the losses of all processes.
+        """
+        total = torch.zeros((), device=self._device)
+        for number, batch in enumerate(batches, start=1):
+            with self._gradients.accumulating(is_last=number == len(batches)):
+                texts, factor = (batch, 1.0) if batch else ([self._shortest], 0.0)
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+                    logits = self._gradients.logits([self.prompts[i] for i in texts])
+                loss = self._loss.summed(logits, texts) * factor / normalizer
+                loss.backward()
+            total += loss.detach()
+        return float(total)
 
     def _conclude_step(self) -> Row:
         """Evaluate if it is due, and write the step's row."""
@@ -220,12 +264,13 @@ class TrainingRun:
     def _judge(self, evaluation: Evaluation | RegressionEvaluation) -> None:
         """Keep the weights if they are the best so far; else count toward `patience`."""
         state, options = self.state, self._options
-        value = self._objective.merit(evaluation, options.metric)
+        # By the first process's arithmetic, so that all stop at the same step.
+        value = self._ranks.first(lambda: self._objective.merit(evaluation, options.metric))
         known = {metric.name: metric for metric in METRICS}
         sign = -1 if known[options.metric].less_is_better else 1
         if state.best_metric is None or sign * value > sign * state.best_metric:
             state.best_step, state.best_metric, state.without_gain = state.step, value, 0
-            if options.keep == "best":
+            if options.keep == "best" and self._ranks.is_first:
                 self._best = {
                     name: parameter.detach().to("cpu", copy=True)
                     for name, parameter in self.parameters.items()

@@ -51,8 +51,8 @@ class Schedule:
         self.eval_steps = {math.ceil(self.steps_per_epoch * (i + 1) / evals) for i in range(evals)}
         self._epoch, self._steps = -1, list[list[int]]()
 
-    def batches(self, step: int) -> list[list[int]]:
-        """The texts of a step in batches, longest first.
+    def texts(self, step: int) -> list[int]:
+        """The texts of a step.
 
         Args:
             step: 1 to total_steps.
@@ -60,9 +60,26 @@ class Schedule:
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._steps = epoch, self._steps_of(epoch)
-        texts, size = self._steps[place], self._options.batch_size
-        batches = (texts[start : start + size] for start in range(0, len(texts), size))
-        return [part for batch in batches for part in self._parts(batch)]
+        return self._steps[place]
+
+    def batches(self, step: int) -> list[list[int]]:
+        """The texts of a step in batches, longest first."""
+        (batches,) = self.shares(step, 1)
+        return batches
+
+    def shares(self, step: int, size: int) -> list[list[list[int]]]:
+        """The batches of a step for each of `size` processes; as many for each, some empty.
+
+        Every batch is divided in turn, so that all get long and short texts.
+        """
+        texts, of_batch = self.texts(step), self._options.batch_size
+        batches = [texts[start : start + of_batch] for start in range(0, len(texts), of_batch)]
+        shares = [
+            [part for batch in batches for part in self._parts(batch[rank::size])]
+            for rank in range(size)
+        ]
+        most = max(map(len, shares))
+        return [share + [[]] * (most - len(share)) for share in shares]
 
     def _parts(self, texts: list[int]) -> list[list[int]]:
         """Split into as few batches as possible, of similar size, since small ones are slow."""

@@ -18,6 +18,7 @@ from minllama.atomic import only_run
 from minllama.classification.prompts import EncodedPrompt
 from minllama.data import Dataset
 from minllama.data.texts import checked_texts
+from minllama.distributed.ranks import current
 from minllama.errors import MinllamaError, OptionError, optional_import
 from minllama.model.llama import Llama
 from minllama.model.mode import mode_restored
@@ -32,6 +33,7 @@ from minllama.training.run_checkpoint import (
     Fingerprint,
     MetricsFile,
     Row,
+    differences,
     digest,
     read_metrics,
 )
@@ -111,7 +113,9 @@ def fit(
         KeyboardInterrupt: after saving a checkpoint in `folder`.
     """
     _check(classifier, train, dev, options, folder, resume)
-    with only_run(folder) if folder is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            current().first(lambda: stack.enter_context(only_run(folder)))
         return _fit(
             classifier, train, dev, options, folder, resume, head_parameters, progress, settings
         )
@@ -136,7 +140,7 @@ def _fit(
             if folder is not None:
                 _open_folder(run, folder, fingerprint, resume)
             resumed_from = run.state.step
-            if options.tensorboard:
+            if options.tensorboard and current().is_first:
                 assert folder is not None
                 run.board = _open_board(folder, resumed_from)
             if progress is not None:
@@ -228,21 +232,31 @@ def _prepared(classifier: Trainable, options: TrainingOptions) -> Iterator[None]
 
 
 def _open_folder(run: TrainingRun, folder: Path, fingerprint: Fingerprint, resume: bool) -> None:
-    """Attach the run to `folder`, and resume it if there is a checkpoint."""
-    run.checkpoint, run.fingerprint = CheckpointFolder(folder), fingerprint
-    if resume:
-        if loaded := run.checkpoint.load(fingerprint):
-            run.load(*loaded)
-            run.history = read_metrics(folder, run.state.step - (run.state.row is not None))
-    else:
-        found = run.checkpoint.state()
-        if found is not None and not found.finished:
-            raise MinllamaError(
-                f"{run.checkpoint.path} is of a run that was interrupted after {found.step} "
-                "steps: resume it, or delete that folder to start again"
-            )
-        run.checkpoint.remove()
-    run.metrics = MetricsFile(folder, run.history)
+    """Attach the run to `folder`, and resume it if there is a checkpoint.
+
+    Of several processes, only the first one reads and writes there.
+    """
+    ranks = current()
+    ranks.check_equal(fingerprint, lambda first, other: "; ".join(differences(first, other)))
+
+    def opened() -> None:
+        run.checkpoint, run.fingerprint = CheckpointFolder(folder), fingerprint
+        if resume:
+            if loaded := run.checkpoint.load(fingerprint):
+                run.load(*loaded)
+                run.history = read_metrics(folder, run.state.step - (run.state.row is not None))
+        else:
+            found = run.checkpoint.state()
+            if found is not None and not found.finished:
+                raise MinllamaError(
+                    f"{run.checkpoint.path} is of a run that was interrupted after {found.step} "
+                    "steps: resume it, or delete that folder to start again"
+                )
+            run.checkpoint.remove()
+        run.metrics = MetricsFile(folder, run.history)
+
+    ranks.first(opened)
+    run.share_loaded()
 
 
 def summary_writer() -> Any:

@@ -1,0 +1,113 @@
+"""Gradients of a batch that several processes compute together: sums, not means.
+
+The loss of each text is divided by the weight of the whole batch before the backward pass, so the
+sum over micro-batches and processes is what one process computes for the batch.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minllama.distributed.ranks import Ranks
+
+
+class ComputesLogits(Protocol):
+    """A classifier, which is an `nn.Module`."""
+
+    def compute_logits(self, prompts: Any) -> Tensor:
+        """(B, C), differentiable and not normalized."""
+
+
+class Gradients:
+    """The gradients of one process: those of its classifier.
+
+    Args:
+        classifier: whose logits are computed.
+        parameters: those that are trained.
+    """
+
+    def __init__(self, classifier: ComputesLogits, parameters: Iterable[nn.Parameter]) -> None:
+        self._classifier, self._parameters = classifier, list(parameters)
+
+    def logits(self, prompts: Sequence[Any]) -> Tensor:
+        """(B, C), whose backward pass adds to the gradients."""
+        return self._classifier.compute_logits(prompts)
+
+    def accumulating(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
+        """The context of a micro-batch's forward and backward pass.
+
+        Args:
+            is_last: of the step, after which the gradients are those of all processes.
+        """
+        return contextlib.nullcontext()
+
+    def clip(self, most: float) -> float:
+        """Scale the gradients so that their norm is at most `most`; returns the norm before."""
+        return float(nn.utils.clip_grad_norm_(self._parameters, most))
+
+
+class ReplicatedGradients(Gradients):
+    """Gradients of processes that each hold all weights (DistributedDataParallel).
+
+    Args:
+        classifier, parameters: as for `Gradients`; they start as those of the first process.
+        ranks: the processes.
+    """
+
+    def __init__(
+        self, classifier: ComputesLogits, parameters: Iterable[nn.Parameter], ranks: Ranks
+    ) -> None:
+        super().__init__(classifier, parameters)
+        with torch.no_grad():
+            ranks.send(self._parameters)
+        with warnings.catch_warnings():
+            # torch 2.13 has another name for `broadcast_buffers`, which older ones do not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            # Not the frozen base: it is the same in all processes, and may be a mapped file.
+            self._replica = nn.parallel.DistributedDataParallel(
+                _Logits(classifier), init_sync=False, broadcast_buffers=False
+            )
+        self._replica.register_comm_hook(None, _summed)
+
+    def logits(self, prompts: Sequence[Any]) -> Tensor:
+        return cast(Tensor, self._replica(prompts))
+
+    @contextlib.contextmanager
+    def accumulating(self, *, is_last: bool) -> Any:
+        with contextlib.nullcontext() if is_last else self._replica.no_sync():
+            yield
+
+
+class _Logits(nn.Module):
+    """`compute_logits` as a forward pass, which is what DistributedDataParallel prepares for."""
+
+    def __init__(self, classifier: ComputesLogits) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, prompts: Sequence[Any]) -> Tensor:
+        return self.classifier.compute_logits(prompts)
+
+
+def _summed(
+    state: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # torch looks at the annotation
+) -> torch.futures.Future[Tensor]:
+    """Add up a bucket of gradients; by default DistributedDataParallel takes their mean."""
+    work = dist.all_reduce(bucket.buffer(), op=dist.ReduceOp.SUM, async_op=True)
+    summed: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return summed
+
+
+def gradients_of(
+    classifier: ComputesLogits, parameters: Iterable[nn.Parameter], ranks: Ranks
+) -> Gradients:
+    """The gradients of a run, however many processes it has."""
+    if ranks.size == 1:
+        return Gradients(classifier, parameters)
+    return ReplicatedGradients(classifier, parameters, ranks)

@@ -1,0 +1,135 @@
+"""Runs of `minllama train` that one process and several do alike; also what each process calls.
+
+`torchrun --nproc-per-node N tests/distributed/jobs.py '{"folder": ...}'` does them.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minllama.distributed.ranks import current, joined
+from minllama.experiment import Experiment, Reporter, run_experiment
+from minllama.options import ClassifierOptions, DataOptions, LoRAOptions, TrainingOptions
+from minllama.training.run import TrainingRun
+from tests.experiment_cases import examples, write_labelled
+
+# 27 texts in batches of 8: the last step of an epoch has three, fewer than four processes.
+COMMON = {"epochs": 2, "batch_size": 8, "lr": 0.01, "autocast": "off"}
+JOBS: Mapping[str, Mapping[str, Any]] = {
+    "lora": {"method": "lora"},
+    "balanced": {"method": "lora", "training": {"class_weights": "balanced"}},
+    "accumulated": {
+        "method": "lora",
+        "training": {"batch_size": 5, "gradient_accumulation": 2, "evals_per_epoch": 3},
+    },
+    "full": {"method": "full", "training": {"lr": 0.001}},
+    "checkpointed": {"method": "full", "training": {"lr": 1e-3, "gradient_checkpointing": True}},
+    "label-words": {"method": "lora", "objective": "label-words"},
+    "distilled": {"method": "lora", "training": {"self_distillation": 0.5}},
+    "several-labels": {"method": "lora", "data": {"multi_label": True}, "train": "several.csv"},
+    "regression": {"method": "lora", "objective": "regression", "train": "numbers.csv"},
+    "frozen": {"method": "frozen"},
+    "one-head": {"method": "frozen", "layer": "1"},
+    "zero-shot": {"method": "zero-shot", "score": "batch"},
+}
+
+
+def write_data(folder: Path) -> None:
+    """Files of texts with one label, with several, and with numbers."""
+    write_labelled(folder / "train.txt", examples(27))
+    write_labelled(folder / "dev.txt", examples(9, seed=1))
+    write_labelled(folder / "test.txt", examples(11, seed=2))
+    rows = [*examples(27), *examples(9, seed=1)]
+    several = [
+        f"{text},{label}{';loud' if i % 3 == 0 else ''}" for i, (label, text) in enumerate(rows)
+    ]
+    numbers = [f"{text},{len(text) + 7 * (label == 'good')}" for label, text in rows]
+    for name, lines in (("several.csv", several), ("numbers.csv", numbers)):
+        (folder / name).write_text("\n".join(["text,label", *lines, ""]), encoding="utf-8")
+
+
+def experiment(folder: Path, output: Path, name: str, training: Mapping[str, Any]) -> Experiment:
+    """A run of the tiny model in `folder`, without dropout: that would differ by process."""
+    job = dict(JOBS[name])
+    method, own = job.pop("method"), job.pop("training", {})
+    train, data = job.pop("train", "train.txt"), job.pop("data", {})
+    has_splits = train == "train.txt"
+    return Experiment(
+        train=str(folder / train),
+        dev=str(folder / "dev.txt") if has_splits else None,
+        test=str(folder / "test.txt") if has_splits else None,
+        output=output,
+        model=str(folder / "base"),
+        device="cpu",
+        dtype="float32",
+        quantize=None,
+        data=DataOptions(**data),
+        classifier=ClassifierOptions(method=method, dropout=0.0, **job)
+        if method in ("lora", "full") and "objective" not in job
+        else ClassifierOptions(method=method, **job),
+        lora=LoRAOptions(r=2) if method == "lora" else LoRAOptions(),
+        training=TrainingOptions(**{**COMMON, **own, **training})
+        if method in ("lora", "full")
+        else TrainingOptions(),
+    )
+
+
+class Interrupting(Reporter):
+    """Ctrl-C after a step, in the process that reports."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def progress(self) -> "Interrupting":
+        return self
+
+    def begin(self, step: int, total_steps: int) -> None:
+        pass
+
+    def advance(self, row: Mapping[str, Any]) -> None:
+        if row["step"] == self._step:
+            signal.raise_signal(signal.SIGINT)
+
+    def end(self) -> None:
+        pass
+
+
+def killed_after(step: int, rank: int) -> None:
+    """Kill a process before its step counts, unless it was started again."""
+    conclude = TrainingRun._conclude_step
+
+    def concluded(run: TrainingRun) -> Any:
+        is_first_try = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if is_first_try and run.state.step == step and current().rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return conclude(run)
+
+    TrainingRun._conclude_step = concluded  # type: ignore[method-assign]
+
+
+def main(arguments: Sequence[str]) -> None:
+    asked = json.loads(arguments[0])
+    folder, output = Path(asked["folder"]), Path(asked["output"])
+    if "kill" in asked:
+        killed_after(*asked["kill"])
+    with joined(device="cpu"):
+        for name in asked["jobs"]:
+            run = experiment(folder, output / name, name, asked.get("training", {}))
+            stop = asked.get("interrupt")
+            try:
+                run_experiment(
+                    run,
+                    resume=asked.get("resume", False),
+                    reporter=None if stop is None else Interrupting(stop),
+                )
+            except KeyboardInterrupt:
+                if stop is None:
+                    raise
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,74 @@
+"""Several processes train, evaluate and predict what one process does, to rounding."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed.jobs import JOBS
+from tests.distributed.launching import run_jobs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def by_many(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data: Path
+) -> Path:
+    output = tmp_path_factory.mktemp(f"by-{request.param}")
+    ended = run_jobs(request.param, folder=data, output=output, jobs=list(JOBS))
+    assert ended.returncode == 0, ended.stderr
+    return output
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a classifier's folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    return {f"{path.name} {name}": t for path in files for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_folders_have_the_same_files(by_one: Path, by_many: Path, job: str) -> None:
+    names = [{path.name for path in (by / job).iterdir()} for by in (by_one, by_many)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("job", [name for name in JOBS if JOBS[name]["method"] in ("lora", "full")])
+def test_losses_are_equal_step_by_step(by_one: Path, by_many: Path, job: str) -> None:
+    one, many = (rows_of(by / job / "metrics.jsonl") for by in (by_one, by_many))
+    assert [row["step"] for row in many] == [row["step"] for row in one]
+    for name in ("loss", "grad_norm", "lr", "dev_loss", "dev_accuracy", "dev_rmse"):
+        assert [row.get(name) for row in many] == [
+            None if name not in row else pytest.approx(row[name], rel=2e-3, abs=1e-5) for row in one
+        ]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_weights_are_equal(by_one: Path, by_many: Path, job: str) -> None:
+    if job == "zero-shot":  # has none of its own
+        return
+    one, many = weights_in(by_one / job), weights_in(by_many / job)
+    assert one.keys() == many.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(many[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_row_is_predicted_once(by_one: Path, by_many: Path, job: str) -> None:
+    one, many = (rows_of(by / job / "predictions.jsonl") for by in (by_one, by_many))
+    assert [(row["split"], row["text"]) for row in many] == [
+        (row["split"], row["text"]) for row in one
+    ]
+    for mine, theirs in zip(many, one, strict=True):
+        for name in ("probabilities", "value"):
+            assert mine.get(name) == (
+                (name in theirs and pytest.approx(theirs[name], abs=2e-3)) or None
+            )

@@ -1,0 +1,91 @@
+"""Interrupted and killed runs go on, in as many processes as before or in another number."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.launching import run_jobs
+from tests.distributed.test_equal_to_one import rows_of, weights_in
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[int, Path]:
+    """Folders of runs that were interrupted after the third of eight steps, by their processes."""
+    found = {}
+    for size in (1, 2):
+        output = tmp_path_factory.mktemp(f"interrupted-{size}")
+        ended = run_jobs(size, folder=data, output=output, jobs=["lora"], interrupt=3)
+        assert ended.returncode == 0, ended.stderr
+        assert len(rows_of(output / "lora" / "metrics.jsonl")) == 3
+        assert (output / "lora" / "checkpoint" / "state.json").exists()
+        found[size] = output
+    return found
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 4), (2, 4), (1, 2)])
+def test_a_run_goes_on_in_another_number_of_processes(
+    interrupted: dict[int, Path],
+    by_one: Path,
+    data: Path,
+    tmp_path: Path,
+    before: int,
+    after: int,
+) -> None:
+    # The place is part of the report, not of the run.
+    shutil.copytree(interrupted[before], tmp_path, dirs_exist_ok=True)
+    ended = run_jobs(after, folder=data, output=tmp_path, jobs=["lora"], resume=True)
+    assert ended.returncode == 0, ended.stderr
+    names = [{path.name for path in (by / "lora").iterdir()} for by in (tmp_path, by_one)]
+    assert names[0] == names[1]
+    losses, expected = (
+        [row["loss"] for row in rows_of(by / "lora" / "metrics.jsonl")] for by in (tmp_path, by_one)
+    )
+    assert losses == pytest.approx(expected, rel=2e-3, abs=1e-5)
+    one, many = weights_in(by_one / "lora"), weights_in(tmp_path / "lora")
+    for name, tensor in one.items():
+        torch.testing.assert_close(many[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    output = tmp_path_factory.mktemp("uncut")
+    ended = run_jobs(2, folder=data, output=output, jobs=["lora"], training={"save_every": 2})
+    assert ended.returncode == 0, ended.stderr
+    return output
+
+
+@pytest.mark.parametrize(("step", "rank"), [(5, 1), (6, 0), (1, 1)])
+def test_the_launcher_restarts_a_killed_run_exactly(
+    uncut: Path, data: Path, tmp_path: Path, step: int, rank: int
+) -> None:
+    ended = run_jobs(
+        2,
+        options=("--max-restarts", "1"),
+        folder=data,
+        output=tmp_path,
+        jobs=["lora"],
+        training={"save_every": 2},
+        kill=[step, rank],
+    )
+    assert ended.returncode == 0, ended.stderr
+    one, other = weights_in(uncut / "lora"), weights_in(tmp_path / "lora")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+    rows, expected = (rows_of(by / "lora" / "metrics.jsonl") for by in (tmp_path, uncut))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
+def test_all_end_when_one_is_killed_and_say_which(data: Path, tmp_path: Path) -> None:
+    ended = run_jobs(2, folder=data, output=tmp_path, jobs=["lora"], kill=[3, 1])
+    assert ended.returncode != 0
+    (said,) = {
+        line.partition("PeerError: ")[2]
+        for line in ended.stderr.splitlines()
+        if "PeerError: " in line
+    }
+    assert said.startswith("process 1 of 2 (")
+    assert "was killed or has crashed, so this process ends, too" in said
