@@ -94,21 +94,41 @@ def command(
     data, loading = pick(DataOptions, values), pick(LoadOptions, values)
     _check(against, against_base, output, force=force)
     with ended_by_interrupts():
-        from minllama.classification.storage.save_load import load_classifier_with
-        from minllama.cli.waiting import ConsoleReporter
-        from minllama.evaluation.report import print_summary
+        from minllama.distributed.ranks import joined
         from minllama.experiment import check_libraries
-        from minllama.experiment.predict import described, shortened_texts
 
         if output is not None:
             check_libraries()
+    with joined(device=loading.device) as ranks:
+        if ranks.size > 1 and source == "-":
+            raise OptionError(f"{ranks.size} processes cannot all read standard input; name a file")
+        _evaluate(classifier, source, against, against_base, output, seed, data, loading, values)
 
-    began = datetime.now(UTC).astimezone()
+
+def _evaluate(
+    classifier: str,
+    source: str,
+    against: str | None,
+    against_base: str | None,
+    output: str | None,
+    seed: int,
+    data: DataOptions,
+    loading: LoadOptions,
+    values: dict[str, Any],
+) -> None:
+    """Evaluate, in all processes; the first one prints and writes."""
+    with ended_by_interrupts():
+        from minllama.classification.storage.save_load import load_classifier_with
+        from minllama.cli.waiting import ConsoleReporter
+        from minllama.distributed.ranks import current
+        from minllama.experiment.predict import described, shortened_texts
+
+    began, is_first = datetime.now(UTC).astimezone(), current().is_first
     warn_of_slow_dtype(loading.dtype, loading.device)
     loaded = load_classifier_with(classifier, loading)
     decide(loaded, pick(ThresholdOptions, values), more_of_classes=("against", "against_base"))
     split, notes = _read(source, data, loaded, classifier)
-    reporter = ConsoleReporter()
+    reporter = ConsoleReporter(quiet=not is_first)
     for line in (described(loaded), *notes):
         reporter.message(line)
     other = (
@@ -124,10 +144,9 @@ def command(
     if message := shortened_texts(loaded):
         reporter.message(message)
         notes.append(message)
-    assert reported.evaluation is not None
-    print_summary(split.source, reported.evaluation, headline=headline)
-    if other is not None:
-        _print_paired(classifier, reported)
+    if not is_first:
+        return
+    _print(classifier, split, reported, headline)
     if output is not None:
         run = {"classifier": classifier, "data": source, "against": against, "seed": seed}
         run["computed by"] = described(loaded)
@@ -222,11 +241,14 @@ def _measured(
     return dataclasses.replace(reported, others={other.name: measured})
 
 
-def _print_paired(classifier: str, reported: "ReportedSplit") -> None:
+def _print(classifier: str, split: "Dataset", reported: Any, headline: str) -> None:
+    """Print the results, and those of the comparison if there is one."""
+    from minllama.evaluation.report import print_summary
     from minllama.evaluation.report.terminal import print_paired
 
     assert reported.evaluation is not None
-    for name, other in reported.others.items():
+    print_summary(split.source, reported.evaluation, headline=headline)
+    for name, other in getattr(reported, "others", {}).items():
         print_paired(
             (classifier, name),
             reported.evaluation,

@@ -15,17 +15,26 @@ if TYPE_CHECKING:
 
 
 class ConsoleReporter(Reporter):
-    """Prints messages and progress to stderr; stdout is for results."""
+    """Prints messages and progress to stderr; stdout is for results.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: print nothing, as all but the first of several processes do.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
         self._bar: Any = None
+        self._quiet = quiet
 
     def message(self, line: str) -> None:
+        if self._quiet:
+            return
         self.close()
         click.echo(one_line(line), err=True)
 
     def advance(self, title: str, total: int) -> Callable[[int], None]:
         self.close()
+        if self._quiet:
+            return super().advance(title, total)
         if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
             click.echo(one_line(f"{title} ({total:,})"), err=True)
             return lambda done: None
@@ -59,7 +68,7 @@ class ConsoleReporter(Reporter):
         from minllama.training.progress import TrainingProgress
 
         self.close()
-        return TrainingProgress()
+        return None if self._quiet else TrainingProgress()
 
     def close(self) -> None:
         """Remove the progress bar, if there is one."""
