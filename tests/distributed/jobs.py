@@ -57,6 +57,8 @@ def experiment(folder: Path, output: Path, name: str, training: Mapping[str, Any
     job = dict(JOBS[name])
     method, own = job.pop("method"), job.pop("training", {})
     train, data = job.pop("train", "train.txt"), job.pop("data", {})
+    if method in ("lora", "full") and job.get("objective") != "label-words":
+        job["dropout"] = 0.0
     has_splits = train == "train.txt"
     return Experiment(
         train=str(folder / train),
@@ -68,9 +70,7 @@ def experiment(folder: Path, output: Path, name: str, training: Mapping[str, Any
         dtype="float32",
         quantize=None,
         data=DataOptions(**data),
-        classifier=ClassifierOptions(method=method, dropout=0.0, **job)
-        if method in ("lora", "full") and "objective" not in job
-        else ClassifierOptions(method=method, **job),
+        classifier=ClassifierOptions(method=method, **job),
         lora=LoRAOptions(r=2) if method == "lora" else LoRAOptions(),
         training=TrainingOptions(**{**COMMON, **own, **training})
         if method in ("lora", "full")
@@ -84,8 +84,15 @@ class Interrupting(Reporter):
     def __init__(self, step: int) -> None:
         self._step = step
 
-    def progress(self) -> "Interrupting":
-        return self
+    def progress(self) -> "InterruptingProgress":
+        return InterruptingProgress(self._step)
+
+
+class InterruptingProgress:
+    """Sends this process what Ctrl-C sends."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
 
     def begin(self, step: int, total_steps: int) -> None:
         pass
