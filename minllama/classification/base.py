@@ -184,7 +184,7 @@ class Classifier(nn.Module, ABC):
                 with its index); or `texts` is one string.
         """
         texts, ranks = checked_texts(texts), current()
-        mine = ranks.part(texts)
+        mine = ranks.part_of_texts(texts)
         encoded = [self.encode(text) for text in mine]
         progress = ranks.advanced(progress, len(texts))
         logits = self.predict_encoded(encoded, progress=progress)

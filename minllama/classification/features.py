@@ -79,8 +79,9 @@ def extract_features(
     Returns:
         For each choice (N, D) float32, in the order of the texts.
     """
-    every, choices, ranks = checked_texts(texts), list(choices), current()
-    llama, total, texts = classifier.llama, len(every), ranks.part(every)
+    # In the same order in all processes, which sets are not.
+    every, choices, ranks = checked_texts(texts), sorted(choices), current()
+    llama, total, texts = classifier.llama, len(every), ranks.part_of_texts(every)
     progress = ranks.advanced(progress, total)
     features = {
         choice: np.empty((len(texts), llama.config.dim), dtype=np.float32) for choice in choices

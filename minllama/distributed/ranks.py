@@ -8,6 +8,7 @@ Collective operations are called by all processes, in the same order.
 """
 
 import contextlib
+import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -111,6 +112,17 @@ class Ranks:
     def part(self, elements: Sequence[E]) -> Sequence[E]:
         """This process's share: every `size`-th element, so that long texts are spread."""
         return elements if self.size == 1 else elements[self.rank :: self.size]
+
+    def part_of_texts(self, texts: Sequence[str]) -> Sequence[str]:
+        """This process's share of texts, after a look whether all processes have the same.
+
+        Raises:
+            MinllamaError: they have not; in all processes.
+        """
+        if self.size > 1:
+            found = hashlib.sha256(repr(list(texts)).encode("utf-8", "backslashreplace"))
+            self.check_equal(found.hexdigest(), lambda first, other: "it has read other texts")
+        return self.part(texts)
 
     def joined_rows(self, mine: NDArray[np.float32], total: int) -> NDArray[np.float32]:
         """The rows of all processes in their original order, in all of them.
@@ -245,6 +257,8 @@ def _meet(launched: Launch, backend: str) -> Watch:
         store, rank, size = next(
             rendezvous("env://", rank=launched.rank, world_size=launched.size, timeout=MEETING)
         )
+        # The launcher keeps its store when it starts all again, with the addresses of those before.
+        store = dist.PrefixStore(f"attempt-{launched.restarts}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         peers: list[Any] = [None] * size
         dist.all_gather_object(peers, Peer.here(rank))

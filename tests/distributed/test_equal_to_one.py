@@ -68,7 +68,6 @@ def test_every_row_is_predicted_once(by_one: Path, by_many: Path, job: str) -> N
         (row["split"], row["text"]) for row in one
     ]
     for mine, theirs in zip(many, one, strict=True):
-        for name in ("probabilities", "value"):
-            assert mine.get(name) == (
-                (name in theirs and pytest.approx(theirs[name], abs=1e-5)) or None
-            )
+        assert mine.keys() == theirs.keys()
+        for name in {"probabilities", "value"} & theirs.keys():
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-5)
