@@ -258,7 +258,8 @@ def _meet(launched: Launch, backend: str) -> Watch:
             rendezvous("env://", rank=launched.rank, world_size=launched.size, timeout=MEETING)
         )
         # The launcher keeps its store when it starts all again, with the addresses of those before.
-        store = dist.PrefixStore(f"attempt-{launched.restarts}", store)
+        attempt = f"attempt-{launched.restarts}"
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]  # public all the same
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         peers: list[Any] = [None] * size
         dist.all_gather_object(peers, Peer.here(rank))

@@ -2,7 +2,7 @@
 
 A process that fails writes the reason to the launcher's store before it ends. One that is killed
 cannot: others of its host see that it is gone, and those elsewhere that it gives no sign of life.
-Whoever notices first writes it down, so that all processes say the same.
+The first to notice writes it down, so that all processes say the same.
 """
 
 import contextlib
