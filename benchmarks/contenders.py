@@ -87,19 +87,21 @@ def open_theirs(dtype: str) -> tuple[Any, Any]:
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def open_llama_cpp(**options: Any) -> Any:
+def open_llama_cpp(path: Path | None = None, **options: Any) -> Any:
     from llama_cpp import Llama
 
     from minllama.checkpoints.resolve import resolve_source
 
     settings = {"n_threads": THREADS, "n_threads_batch": THREADS, "verbose": False, **options}
-    return Llama(str(resolve_source(None)), **settings)
+    return Llama(str(path or resolve_source(None)), **settings)
 
 
-def decode_ours(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
+def decode_ours(
+    batch: int = 1, context: int = 0, new: int = 64, n: int = 5, path: Path | None = None
+) -> float:
     from minllama.benchmark.measurements import decode_rate
 
-    model, tokenizer = open_ours()
+    model, tokenizer = open_ours(source=path)
     ids = tokenizer.encode(STORY)
     prompt = (ids * (context // len(ids) + 1))[: context or len(ids)]
     return median(lambda: decode_rate(model, [prompt] * batch, new), n)
@@ -136,10 +138,13 @@ def their_decode_rate(model: Any, ids: Any, new: int) -> float:
     return len(ids) * (len(times) - 1) / (times[-1] - times[0])
 
 
-def decode_llama_cpp(batch: int = 1, context: int = 0, new: int = 64, n: int = 5) -> float:
+def decode_llama_cpp(
+    batch: int = 1, context: int = 0, new: int = 64, n: int = 5, path: Path | None = None
+) -> float:
     if batch == 1:
         # Flash attention is faster here for short texts, and slower for long ones.
-        model = open_llama_cpp(n_ctx=max(2048, context + new), flash_attn=context < 1000)
+        size = max(2048, context + new)
+        model = open_llama_cpp(path, n_ctx=size, flash_attn=context < 1000)
         ids = model.tokenize(STORY.encode())
         ids = (ids * (context // len(ids) + 1))[: context or len(ids)]
 
@@ -186,10 +191,10 @@ def _decode_llama_cpp_batch(batch: int, new: int) -> float:
     return median(rate, 3)
 
 
-def prefill_ours(length: int = 512) -> float:
+def prefill_ours(length: int = 512, path: Path | None = None) -> float:
     from minllama.benchmark.measurements import prefill_rate
 
-    model, tokenizer = open_ours()
+    model, tokenizer = open_ours(source=path)
     ids = (tokenizer.encode(STORY) * length)[:length]
     return median(lambda: prefill_rate(model, ids))
 
@@ -203,8 +208,8 @@ def prefill_theirs(dtype: str, length: int = 512) -> float:
         return median(lambda: length / seconds(lambda: model(ids, logits_to_keep=1)))
 
 
-def prefill_llama_cpp(length: int = 512) -> float:
-    model = open_llama_cpp(n_ctx=2048, flash_attn=True)
+def prefill_llama_cpp(length: int = 512, path: Path | None = None) -> float:
+    model = open_llama_cpp(path, n_ctx=2048, flash_attn=True)
     ids = (model.tokenize(STORY.encode()) * length)[:length]
 
     def rate() -> float:
@@ -553,6 +558,23 @@ TASKS: dict[str, dict[str, Callable[[], float]]] = {
         "torch-foreach": lambda: adamw("torch-foreach"),
     },
 }
+
+# Weight formats beside llama.cpp: a prompt of 512 tokens, and decoding behind contexts.
+FORMATS = ("Q4_0", "Q4_1", "Q4_K_M", "Q8_0", "F16")
+FORMAT_CONTEXTS = (512, 4096)
+for _name in FORMATS:
+    _path = FOLDER / f"{_name}.gguf"
+    TASKS[f"prefill-{_name}"] = {
+        "minllama": lambda path=_path: prefill_ours(path=path),
+        "llama.cpp": lambda path=_path: prefill_llama_cpp(path=path),
+    }
+    for _n in FORMAT_CONTEXTS:
+        TASKS[f"decode-{_name}-at-{_n}"] = {
+            "minllama": lambda n=_n, path=_path: decode_ours(context=n, new=32, n=3, path=path),
+            "llama.cpp": lambda n=_n, path=_path: decode_llama_cpp(
+                context=n, new=32, n=3, path=path
+            ),
+        }
 
 # Those that read the sentences of `DATA`.
 OF_TEXTS = ("zero-shot", "lora-bfloat16", "lora-float32", "full", "frozen")

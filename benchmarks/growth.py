@@ -18,7 +18,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from speed import make_weights, measure
+from speed import measure
+from weight_files import make_weights
 
 from minllama.benchmark.machine import processor
 

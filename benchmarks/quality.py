@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from contenders import FOLDER
-from speed import make_weights
 from torch import Tensor
+from weight_files import make_weights
 
 from minllama import GenerationOptions, Llama, LlamaZeroShotClassifier, Tokenizer, load_pretrained
 from minllama.data.treebank import undo_treebank

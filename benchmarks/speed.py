@@ -5,7 +5,7 @@ Each measurement is a process of its own (`contenders.py`), the contenders of a 
 beside the repository for the tasks that read texts, and a machine without other work.
 
     python benchmarks/speed.py [--rounds 5] [--quick] [--results FILE] [--plot FILE]
-        [TASK ...] [--beside PEER ...]
+        [--page FILE] [TASK ...] [--beside PEER ...]
 """
 
 import argparse
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import contenders
+import written
+from weight_files import make_gguf_files, make_weights
 
 ROOT = Path(__file__).resolve().parent
 
@@ -63,6 +65,17 @@ class Aim(NamedTuple):
 
 
 B16, F32, CPP = "transformers-bfloat16", "transformers-float32", "llama.cpp"
+FORMAT_AIMS = tuple(
+    Aim(f"{task}-{name}{at}", "minllama", CPP, "value", aim, False, f"{words} ({name}), tokens/s")
+    for name in contenders.FORMATS
+    for task, at, aim, words in (
+        ("prefill", "", 1.5, "prefill, 512 tokens"),
+        *(
+            ("decode", f"-at-{n}", 1.2 if name == "F16" else 1.5, f"decode behind {n:,} tokens")
+            for n in contenders.FORMAT_CONTEXTS
+        ),
+    )
+)
 AIMS = (
     Aim("decode", "minllama", CPP, "value", 1.5, False, "decode, batch 1, tokens/s"),
     Aim("decode", "minllama", B16, "value", 1.0, False, "decode, batch 1, tokens/s"),
@@ -141,17 +154,8 @@ AIMS = (
     Aim("full", "minllama-autocast", "transformers", "value", 1.5, False, "full, autocast"),
     Aim("frozen", "minllama", "transformers", "value", 8.0, False, "frozen head, 10 epochs"),
     Aim("adamw", "minllama", "torch-fused", "value", 0.9, False, "AdamW, 135M, steps/s"),
+    *FORMAT_AIMS,
 )
-
-
-def make_weights() -> None:
-    """The folder that transformers reads, where there is none yet."""
-    folder = contenders.FOLDER / "bfloat16"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        converted = ["convert", "default", str(folder), "--to", "hf", "--dtype", "bfloat16"]
-        command = [sys.executable, "-m", "minllama", *converted]
-        subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def measure(task: str, who: str) -> dict[str, Any]:
@@ -236,6 +240,21 @@ def rows_of(found: dict[str, Any]) -> list[tuple[Aim, float, float, float]]:
     return rows
 
 
+def cells_of(
+    rows: list[tuple[Aim, float, float, float]], found: dict[str, Any]
+) -> list[tuple[str, str, str, str, str, str]]:
+    """What the page shows of each row: task, peer, ours, theirs, ratio, aim."""
+    cells = []
+    for aim, median, _, ratio in rows:
+        both = f"{aim.task} {aim.ours}", f"{aim.their_task or aim.task} {aim.theirs}"
+        ours, theirs = (
+            written.with_range([one[aim.field] for one in found[who]], aim.unit) for who in both
+        )
+        missed = "" if aim.is_met(median, ratio) else ", missed"
+        cells.append((aim.words, aim.theirs, ours, theirs, f"{ratio:.2f}", f"{aim}{missed}"))
+    return cells
+
+
 def draw(rows: list[tuple[Aim, float, float, float]], path: Path) -> None:
     """Ratios as bars, from 1 on a logarithmic axis."""
     import matplotlib
@@ -271,6 +290,11 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the main rows, a process each")
     parser.add_argument("--beside", nargs="+", metavar="PEER", help="measure these alone")
     parser.add_argument("--results", type=Path, help="JSON file that what is measured is added to")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="Markdown file of the table (of a whole run docs/benchmarks/DATE_MACHINE.md)",
+    )
     parser.add_argument("--plot", type=Path, help="PNG file of the ratios")
     arguments = parser.parse_args()
     tasks, peers = chosen_tasks(arguments.quick)
@@ -283,6 +307,8 @@ def main() -> int:
         if left_out:
             print(f"left out, for {contenders.DATA} is not there: {', '.join(left_out)}\n")
     make_weights()
+    if any(aim.task in tasks for aim in FORMAT_AIMS):
+        make_gguf_files()
     found: dict[str, Any] = {}
     if arguments.results and arguments.results.exists():
         found = json.loads(arguments.results.read_text())
@@ -290,20 +316,20 @@ def main() -> int:
 
     import torch
 
-    from minllama.benchmark.machine import processor
+    from minllama.benchmark.machine import describe_machine
 
-    print(f"{processor()}, {contenders.THREADS} threads, torch {torch.__version__}; ", end="")
-    print(f"medians of {rounds}\n")
-    print("| task | beside | minllama | peer | ratio | aim |")
-    print("| --- | --- | --- | --- | --- | --- |")
     rows = rows_of(found)
-    for aim, a, b, ratio in rows:
-        measured = f"{a / aim.unit:.4g} | {b / aim.unit:.4g} | {ratio:.2f}"
-        print(f"| {aim.words} | {aim.theirs} | {measured} | {aim} |")
+    machine = {**describe_machine(torch.device("cpu")), "threads": str(contenders.THREADS)}
+    page = written.page(cells_of(rows, found), machine, failed, rounds)
+    print(page, end="")
+    is_whole = not (arguments.quick or arguments.tasks or arguments.beside)
+    if arguments.page or is_whole:
+        path = arguments.page or written.page_path(machine)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page, encoding="utf-8")
+        print(f"\nwrote {path}", file=sys.stderr)
     if arguments.plot and rows:
         draw(rows, arguments.plot)
-    if failed:
-        print(f"\nfailed, at least once: {', '.join(failed)}")
     # A peer may be missing here; what is ours must not fail unseen.
     return int(any(" minllama" in one for one in failed))
 

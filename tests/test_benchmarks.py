@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,15 @@ def module(monkeypatch):
     """A benchmark by its name, as a script sees the others."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("contenders", "speed", "gpu", "results", "result_files"):
+    for name in (
+        "contenders",
+        "speed",
+        "written",
+        "weight_files",
+        "gpu",
+        "results",
+        "result_files",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -116,6 +125,42 @@ def test_every_row_is_of_tasks_and_contenders_that_there_are(module):
     for aim in speed.AIMS:
         assert aim.ours in contenders.TASKS[aim.task], aim
         assert aim.theirs in contenders.TASKS[aim.their_task or aim.task], aim
+
+
+def test_a_whole_run_is_written_as_a_page(module, monkeypatch, capsys, tmp_path):
+    contenders, speed, written = module("contenders"), module("speed"), module("written")
+    values = iter((10.0, 100.0, 14.0, 90.0, 12.0, 110.0))
+    monkeypatch.setattr(
+        speed,
+        "measure",
+        lambda task, who: {"value": next(values), "peak": 1.0, "seconds": 1.0},
+    )
+    for name in ("make_weights", "make_gguf_files"):
+        monkeypatch.setattr(speed, name, lambda: None)
+    monkeypatch.setattr(contenders, "TASKS", {"prefill-Q4_0": {"minllama": 0, "llama.cpp": 0}})
+    monkeypatch.setattr(written.page_path, "__defaults__", (tmp_path / "benchmarks",))
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--rounds", "3"])
+    assert speed.main() == 0
+    (path,) = (tmp_path / "benchmarks").iterdir()
+    name = re.fullmatch(r"\d{4}-\d\d-\d\d_([a-z0-9-]+)-2-threads\.md", path.name)
+    assert name is not None
+    text = path.read_text()
+    row = (
+        "| prefill, 512 tokens (Q4_0), tokens/s | llama.cpp | 12 [10, 14] | 100 [90, 110] | 0.12 |"
+    )
+    assert f"{row} >= 1.5, missed |" in text.splitlines()
+    assert f"- torch: {torch.__version__}" in text.splitlines()
+    assert text in capsys.readouterr().out
+
+
+def test_some_tasks_are_no_page(module, monkeypatch, tmp_path):
+    speed, written = module("speed"), module("written")
+    monkeypatch.setattr(speed, "measure", lambda task, who: {})
+    monkeypatch.setattr(speed, "make_weights", lambda: None)
+    monkeypatch.setattr(written.page_path, "__defaults__", (tmp_path / "benchmarks",))
+    monkeypatch.setattr(sys, "argv", ["speed.py", "adamw", "--rounds", "1"])
+    speed.main()
+    assert not (tmp_path / "benchmarks").exists()
 
 
 def results_file(path, results, wording, groups=("train",)):

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
@@ -10,12 +11,13 @@ from minllama.benchmark.machine import describe_machine
 from minllama.benchmark.results import BenchmarkResult, Measurement
 from minllama.checkpoints.load import load_with
 from minllama.checkpoints.open import open_checkpoint
-from minllama.checkpoints.weight_format import Purpose, WeightFormat, resolve_weight_format
+from minllama.checkpoints.types import Checkpoint
+from minllama.checkpoints.weight_format import WeightFormat, resolve_weight_format
 from minllama.errors import MinllamaError
 from minllama.lora import remove_lora_wrapper
 from minllama.model.llama import Llama
 from minllama.options import LoRAOptions, TrainingOptions
-from minllama.options.benchmark import BenchmarkOptions
+from minllama.options.benchmark import DENSE, BenchmarkOptions
 from minllama.options.loading import LoadOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
@@ -61,33 +63,62 @@ def run_benchmark(
     began = datetime.now(UTC).astimezone().isoformat(timespec="seconds")
     checkpoint = open_checkpoint(model, tokenizer=loading.tokenizer, base=loading.base)
     checkpoint.check_language_model()
-
-    def weights_for(purpose: Purpose) -> WeightFormat:
-        return resolve_weight_format(checkpoint, loading, purpose)
-
-    weights, to_read = weights_for("generate"), weights_for("read")
-    llama = load_with(Llama, checkpoint, weights)
-    tests = _of_generation(llama, options)
-    if any(name in OF_TEXTS for name in options.chosen_tests):
-        reader = llama if to_read == weights else load_with(Llama, checkpoint, to_read)
-        tests += _of_texts(reader, Tokenizer.from_checkpoint(checkpoint), options)
-    for repetition in range(options.repetitions + 1):
-        for test in tests:
-            if isinstance(test.work, str):
-                continue
-            times = f"{repetition} of {options.repetitions}" if repetition else "first, not counted"
-            report(f"{test.name} ({times})")
-            value = test.work()
-            if repetition:  # what is compiled, mapped or allocated once is no part of it
-                test.values.append(value)
+    formats = options.chosen_formats
+    loadings = [_in_format(loading, name) for name in formats] or [loading]
+    # Before a model is read: a format may not be there for this file.
+    resolved = [resolve_weight_format(checkpoint, one) for one in loadings]
+    tests = []
+    for number, (one, weights) in enumerate(zip(loadings, resolved, strict=True)):
+        suffix = f", {formats[number]}" if formats else ""
+        tests += _tests_of(checkpoint, one, weights, options, suffix)
+    _measure(tests, options.repetitions, report)
     return BenchmarkResult(
         str(checkpoint.path),
-        described_weights(weights),
-        describe_machine(llama.device),
+        ", ".join(map(described_weights, resolved)),
+        describe_machine(resolved[0].device),
         tuple(test.result() for test in tests),
         peak_memory(),
         began,
     )
+
+
+def _in_format(loading: LoadOptions, name: str) -> LoadOptions:
+    """How a model is loaded in one of `FORMATS`."""
+    if name in DENSE:
+        return replace(loading, dtype=name, quantize="none")
+    return replace(loading, dtype=None, quantize=name)
+
+
+def _tests_of(
+    checkpoint: Checkpoint,
+    loading: LoadOptions,
+    weights: WeightFormat,
+    options: BenchmarkOptions,
+    suffix: str,
+) -> list[_Test]:
+    """The tests of a model in one weight format; `suffix` is appended to their names."""
+    llama = load_with(Llama, checkpoint, weights)
+    tests = _of_generation(llama, options)
+    if any(name in OF_TEXTS for name in options.chosen_tests):
+        to_read = resolve_weight_format(checkpoint, loading, "read")
+        reader = llama if to_read == weights else load_with(Llama, checkpoint, to_read)
+        tests += _of_texts(reader, Tokenizer.from_checkpoint(checkpoint), options)
+    for test in tests:
+        test.name += suffix
+    return tests
+
+
+def _measure(tests: list[_Test], repetitions: int, report: Callable[[str], None]) -> None:
+    """Run them interleaved."""
+    for repetition in range(repetitions + 1):
+        for test in tests:
+            if isinstance(test.work, str):
+                continue
+            times = f"{repetition} of {repetitions}" if repetition else "first, not counted"
+            report(f"{test.name} ({times})")
+            value = test.work()
+            if repetition:  # what is compiled, mapped or allocated once is no part of it
+                test.values.append(value)
 
 
 def described_weights(weights: WeightFormat) -> str:

@@ -62,6 +62,8 @@ def command(
     measurement, which the range beside each median shows.
     """
     loading, options = pick(LoadOptions, values), pick(BenchmarkOptions, values)
+    if options.chosen_formats and (loading.dtype or loading.quantize != "auto"):
+        raise MinllamaError("--formats names weight formats; omit --quantize and --dtype")
     if as_json and markdown:
         raise MinllamaError("--json and --markdown are two forms of the output; give one of them")
     if as_json and compare:

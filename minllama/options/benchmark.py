@@ -5,7 +5,10 @@ from typing import ClassVar
 
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, Range, option
+from minllama.options.training import QUANTIZE
 
+DENSE = ("float32", "bfloat16", "float16")
+FORMATS = ("auto", *QUANTIZE, *DENSE)
 TESTS = ("prefill", "decode", "context", "batch", "scoring", "training")
 
 
@@ -22,6 +25,13 @@ class BenchmarkOptions(CheckedOptions):
         "label words of texts (scoring), and steps of LoRA (training)",
         common=True,
     )
+    formats: str = option(
+        "",
+        "weight formats to measure beside one another, separated by commas, instead of that of "
+        "--quantize and --dtype: stored, int8, int4, or float32, bfloat16, float16 for dense "
+        "weights, or auto",
+        common=True,
+    )
     repetitions: int = option(
         5, "measurements of each, of which the median is shown", within=Range(1), common=True
     )
@@ -35,12 +45,20 @@ class BenchmarkOptions(CheckedOptions):
         unknown = [name for name in self.chosen_tests if name not in TESTS]
         if unknown or not self.chosen_tests:
             raise OptionError(f"tests must be some of {', '.join(TESTS)}, not {self.tests!r}")
+        unknown = [name for name in self.chosen_formats if name not in FORMATS]
+        if unknown:
+            raise OptionError(f"formats must be some of {', '.join(FORMATS)}, not {self.formats!r}")
         if "context" in self.chosen_tests and not self.context_lengths:
             raise OptionError(f"contexts must be integers above 0, not {self.contexts!r}")
 
     @property
     def chosen_tests(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(filter(None, map(str.strip, self.tests.split(",")))))
+
+    @property
+    def chosen_formats(self) -> tuple[str, ...]:
+        """The weight formats; none for the one in which the model is loaded."""
+        return tuple(dict.fromkeys(filter(None, map(str.strip, self.formats.split(",")))))
 
     @property
     def context_lengths(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import statistics
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from minllama import cli
 from minllama.benchmark import BenchmarkResult, Measurement, read_result
@@ -88,6 +89,27 @@ def test_a_run_is_set_beside_an_earlier_one(run, written, tmp_path):
     assert "| now | [min, max] | before | [min, max] | ratio |" in table.out
 
 
+def test_formats_are_measured_interleaved(base, monkeypatch):
+    from minllama.benchmark import measurements, run_benchmark
+    from minllama.options.loading import LoadOptions
+
+    seen = []
+
+    def rate(llama, prompt):
+        seen.append((llama.quantize, llama.dtype))
+        return 1.0
+
+    monkeypatch.setattr(measurements, "prefill_rate", rate)
+    options = BenchmarkOptions(
+        tests="prefill", formats="int8, float32,int4", repetitions=2, prompt_tokens=20
+    )
+    result = run_benchmark(str(base), LoadOptions(device="cpu", quantize="auto"), options)
+    names = [f"prefill, 20 tokens, {name}" for name in ("int8", "float32", "int4")]
+    assert [one.name for one in result.measurements] == names
+    assert result.weights == "int8, float32, int4"
+    assert seen == 3 * [(name, torch.float32) for name in ("int8", None, "int4")]
+
+
 def test_json_is_the_whole_output(run):
     result = run("--tests", "decode", *FEW, "--json")
     assert result.status == 0, result.err
@@ -106,6 +128,9 @@ def test_json_is_the_whole_output(run):
         (["--json", "--compare", "x"], "--compare is for tables"),
         (["--output", "/nowhere/there/x.json"], "name a file in a folder that exists"),
         (["--compare", "/nowhere/x.json"], "cannot be read"),
+        (["--formats", "int8,q4"], "formats must be some of auto, stored, int8, int4, float32"),
+        (["--formats", "int8", "--quantize", "int4"], "omit --quantize and --dtype"),
+        (["--formats", "int8", "--dtype", "float32"], "omit --quantize and --dtype"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_measured(run, options, message):
