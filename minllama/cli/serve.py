@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,15 +17,19 @@ from minllama.cli.open import (
     dataclass_options,
     debug_option,
     ended_by_interrupts,
+    flags_of,
+    given_options,
     pick,
     warn_of_slow_dtype,
 )
 from minllama.errors import OptionError, optional_import
 from minllama.options.loading import LoadOptions
+from minllama.options.replicas import ReplicaOptions
 from minllama.options.server import ServerOptions
 from minllama.text import first_few, one_line
 
 if TYPE_CHECKING:
+    from minllama.server.auth import Keys
     from minllama.server.registry import Registry, ServedModel
 
 NEEDED = ("fastapi", "prometheus_client", "uvicorn")
@@ -33,6 +38,7 @@ NEEDED = ("fastapi", "prometheus_client", "uvicorn")
 @click.command("serve", cls=GroupedCommand)
 @click.argument("models", nargs=-1, metavar="[MODEL | CLASSIFIER ...]")
 @dataclass_options(ServerOptions)
+@dataclass_options(ReplicaOptions)
 @option(
     "--base",
     metavar="PATH|ID",
@@ -66,7 +72,7 @@ def command(models: tuple[str, ...], **values: Any) -> None:
 
     A key for requests is also read from the environment variable MINLLAMA_API_KEY.
     """
-    loading = pick(LoadOptions, values)
+    loading, replicas = pick(LoadOptions, values), pick(ReplicaOptions, values)
     options = ServerOptions(**values)
     if len(models) > 1 and (loading.base or loading.tokenizer):
         raise OptionError("--base and --tokenizer are for one model; serve it alone, or omit them")
@@ -82,6 +88,12 @@ def command(models: tuple[str, ...], **values: Any) -> None:
     aliases = parsed_aliases(options.alias)
     names = named(_sources(models, aliases), aliases)
     warn_of_slow_dtype(loading.dtype, loading.device)
+    if replicas.uses_ray:
+        _serve_replicas(names, options, replicas, loading, keys)
+        return
+    given = given_options(("replica_cpus", "replica_gpus"))
+    if given:
+        raise OptionError(f"{flags_of(sorted(given))}: only with --replicas; omit it")
     registry = Served(names, aliases, loading)
     _log_access()
     server = HttpServer(registry, options, keys)
@@ -92,6 +104,36 @@ def command(models: tuple[str, ...], **values: Any) -> None:
         sys.stdout.flush()
 
     server.run(tell)
+
+
+def _serve_replicas(
+    names: Mapping[str, str | None],
+    options: ServerOptions,
+    replicas: ReplicaOptions,
+    loading: LoadOptions,
+    keys: "Keys",
+) -> None:
+    """Serve by Ray, until a signal."""
+    optional_import("ray.serve", "serve --replicas needs", extra="ray")
+    with ended_by_interrupts():
+        from minllama.server.replicas import RayServer
+
+    # Replicas may be in other folders.
+    names = {name: None if one is None else _findable(one) for name, one in names.items()}
+    server = RayServer(names, options, replicas, loading=loading, keys=keys)
+
+    def tell() -> None:
+        click.echo(one_line(f"serving on {server.url}, in {replicas.replicas or 1} replicas"))
+        click.echo(one_line(f"models: {first_few(names, between='; ')}"))
+        sys.stdout.flush()
+
+    server.run(tell)
+
+
+def _findable(source: str) -> str:
+    """A model's name for processes in other folders: a path becomes absolute."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
 
 
 def _sources(models: tuple[str, ...], aliases: Mapping[str, str]) -> list[str | None]:

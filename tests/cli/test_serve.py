@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from minllama import cli
+
 COMMAND = [sys.executable, "-m", "minllama", "serve"]
 
 
@@ -56,6 +58,24 @@ def refused(*arguments: str, **environment: str) -> str:
     assert finished.returncode == 2, finished
     assert finished.stderr.count("\n") == 1
     return finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--replica-cpus", "2"], "--replica-cpus: only with --replicas"),
+        (["--replicas", "3", "--max-replicas", "2"], "must not be below replicas (3)"),
+        (["--replicas", "0"], "replicas"),
+    ],
+)
+def test_options_of_replicas_that_cannot_be_are_one_line(
+    capfd: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["serve", *options])
+    assert raised.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
