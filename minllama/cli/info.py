@@ -162,13 +162,15 @@ def _kernels(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         names = ["dense step", "dense pass", *(["upcast"] if weights.quantize else [])]
     rows = [(CHOICES[name][0], choice(name, best_level(), weights.dtype)) for name in names]
     if "quantized" in names and fast_bfloat16("cpu"):
-        what = f"{CHOICES['quantized'][0]}, in passes that score texts"
+        what = "the same to score texts"
         rows.insert(1, (what, choice("quantized", best_level(), torch.bfloat16)))
     rows.append((CHOICES["attention"][0], choice("attention", best_level(), reads.dtype)))
-    return [
-        ("" if number else "kernels", f"{what}: {chosen}")
-        for number, (what, chosen) in enumerate(rows)
+    lines = [
+        line
+        for what, chosen in rows
+        for line in (f"{what}: compiled code, {chosen.size}", f"  {chosen.reason}")
     ]
+    return [("" if number else "kernels", line) for number, line in enumerate(lines)]
 
 
 def _rounded_again(checkpoint: "Checkpoint") -> str:

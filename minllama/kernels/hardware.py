@@ -185,20 +185,23 @@ class Choice:
     unit: str
     reason: str
 
-    def __str__(self) -> str:
-        size = f"up to {self.limit:,.0f} {self.unit}"
-        return f"{'any number of ' + self.unit if self.limit == UNLIMITED else size}: {self.reason}"
+    @property
+    def size(self) -> str:
+        """Such as `up to 128 rows`."""
+        if self.limit == UNLIMITED:
+            return f"any number of {self.unit}"
+        return f"up to {self.limit:,.0f} {self.unit}"
 
 
-# What `choice` decides: its meaning, in the order in which `minllama info` shows it, and the unit.
+# What `choice` decides: its name in the order in which `minllama info` shows it, and the unit.
 CHOICES = {
-    "quantized": ("quantized weights times activations, as integers", "rows"),
-    "quantized pass": ("a pass over quantized weights into a cache, in one call", "tokens"),
-    "dense step": ("a decode step over dense weights, in one call", "sequences"),
-    "dense pass": ("another pass over dense weights into a cache, in one call", "tokens"),
-    "upcast": ("half-precision weights times float32, upcast in registers", "rows"),
+    "quantized": ("quantized products", "rows"),
+    "quantized pass": ("quantized passes with a cache", "tokens"),
+    "dense step": ("dense decode steps", "sequences"),
+    "dense pass": ("other dense passes with a cache", "tokens"),
+    "upcast": ("products of half precision", "rows"),
     "attention": ("attention of whole texts", "tokens"),
-    "attention trained": ("attention of whole texts, with gradients", "tokens"),
+    "attention trained": ("attention with gradients", "tokens"),
 }
 OF_MATRICES = ("quantized", "quantized pass", "dense step", "dense pass")  # where torch has its own
 # Beside vector instructions for bfloat16, measured on two cores of Zen 4 in whole passes.
