@@ -63,7 +63,7 @@ def label_with_ray(
             num_cpus=options.actor_cpus,
             num_gpus=options.actor_gpus,
         )
-        rows.write_parquet(str(folder.folder), partition_cols=[STATUS])
+        rows.write_parquet(str(folder.folder.absolute()), partition_cols=[STATUS])
     except ray.exceptions.RayError as error:
         raise _plain_error(error) from error
     finally:
@@ -129,7 +129,7 @@ def _configure(data: Any, folder: OutputFolder) -> None:
     # Removed after the manifest says that all is done: else a run that is killed between the two
     # would begin again beside its own rows.
     context.checkpoint_config = data.checkpoint.CheckpointConfig(
-        ROW_ID, str(folder.checkpoint), delete_checkpoint_on_success=False
+        ROW_ID, str(folder.checkpoint.absolute()), delete_checkpoint_on_success=False
     )
 
 

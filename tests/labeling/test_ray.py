@@ -55,12 +55,13 @@ def check_same(one: Path, other: Path) -> None:
 
 
 def test_ray_gives_the_rows_of_the_local_engine(
-    labeler: Labeler, tmp_path: Path, cluster: None
+    labeler: Labeler, tmp_path: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # people name their folders from where they are
     source = str(write_rows(tmp_path / "in", 3, 50, bad=(7, 60, 141)))
     for engine in ("local", "ray"):
         options = LabelingOptions(engine=engine, rows_per_part=16, actors=1)
-        outcome = label_files(labeler, source, tmp_path / engine, options=options, keep=["key"])
+        outcome = label_files(labeler, source, Path(engine), options=options, keep=["key"])
         assert (outcome.labeled, outcome.bad) == (147, 3)
     check_same(tmp_path / "local", tmp_path / "ray")
     assert not (tmp_path / "ray" / "_checkpoint").exists()
