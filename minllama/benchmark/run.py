@@ -17,8 +17,8 @@ from minllama.errors import MinllamaError
 from minllama.lora import remove_lora_wrapper
 from minllama.model.llama import Llama
 from minllama.options import LoRAOptions, TrainingOptions
-from minllama.options.benchmark import DENSE, BenchmarkOptions
-from minllama.options.loading import LoadOptions
+from minllama.options.benchmark import BenchmarkOptions
+from minllama.options.loading import DTYPES, LoadOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
 SHORT_PROMPT = 12  # tokens
@@ -84,7 +84,7 @@ def run_benchmark(
 
 def _in_format(loading: LoadOptions, name: str) -> LoadOptions:
     """How a model is loaded in one of `FORMATS`."""
-    if name in DENSE:
+    if name in DTYPES:
         return replace(loading, dtype=name, quantize="none")
     return replace(loading, dtype=None, quantize=name)
 

@@ -8,8 +8,9 @@ import click
 
 from minllama.atomic import check_replaceable
 from minllama.cli.grouped import GroupedCommand, option
-from minllama.cli.open import DTYPES, base_option, debug_option, ended_by_interrupts, torch_dtype
+from minllama.cli.open import base_option, debug_option, ended_by_interrupts, torch_dtype
 from minllama.errors import MinllamaError
+from minllama.options.loading import DTYPES
 from minllama.text import one_line
 
 if TYPE_CHECKING:

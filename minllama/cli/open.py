@@ -20,7 +20,7 @@ from click.core import ParameterSource
 from minllama.cli.grouped import Command, option
 from minllama.errors import OptionError
 from minllama.options import ACTIVATIONS, QUANTIZE, CheckedOptions, group_of
-from minllama.options.loading import LoadOptions
+from minllama.options.loading import DTYPES, LoadOptions
 from minllama.text import escaped, one_line
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from minllama.options import GenerationOptions, PromptOptions
     from minllama.tokenizer.tokenizer import Tokenizer
 
-DTYPES = ("float32", "bfloat16", "float16")
 INTERRUPTED = "interrupted; the same command with --resume, and without --force, continues {}"
 WEIGHT_FORMATS = ("auto", "none", *QUANTIZE)
 

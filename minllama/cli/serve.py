@@ -11,7 +11,6 @@ import click
 
 from minllama.cli.grouped import GroupedCommand, option
 from minllama.cli.open import (
-    DTYPES,
     WEIGHT_FORMATS,
     activations_option,
     dataclass_options,
@@ -23,7 +22,7 @@ from minllama.cli.open import (
     warn_of_slow_dtype,
 )
 from minllama.errors import OptionError, optional_import
-from minllama.options.loading import LoadOptions
+from minllama.options.loading import DTYPES, LoadOptions
 from minllama.options.replicas import ReplicaOptions
 from minllama.options.server import ServerOptions
 from minllama.text import first_few, one_line

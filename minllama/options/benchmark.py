@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, Range, option
+from minllama.options.loading import DTYPES
 from minllama.options.training import QUANTIZE
 
-DENSE = ("float32", "bfloat16", "float16")
-FORMATS = ("auto", *QUANTIZE, *DENSE)
+FORMATS = ("auto", *QUANTIZE, *DTYPES)
 TESTS = ("prefill", "decode", "context", "batch", "scoring", "training")
 
 
@@ -53,12 +53,12 @@ class BenchmarkOptions(CheckedOptions):
 
     @property
     def chosen_tests(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(filter(None, map(str.strip, self.tests.split(",")))))
+        return _names_in(self.tests)
 
     @property
     def chosen_formats(self) -> tuple[str, ...]:
         """The weight formats; none for the one in which the model is loaded."""
-        return tuple(dict.fromkeys(filter(None, map(str.strip, self.formats.split(",")))))
+        return _names_in(self.formats)
 
     @property
     def context_lengths(self) -> tuple[int, ...]:
@@ -67,3 +67,8 @@ class BenchmarkOptions(CheckedOptions):
         are_numbers = all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
         lengths = tuple(map(int, parts)) if are_numbers else ()
         return lengths if all(lengths) else ()
+
+
+def _names_in(text: str) -> tuple[str, ...]:
+    """Names that are separated by commas, each once."""
+    return tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))

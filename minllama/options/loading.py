@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # an option names them, and loads nothing heavy
     import torch
 
+DTYPES = ("float32", "bfloat16", "float16")  # of weights that are not quantized
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, Range, option
+from minllama.options.loading import DTYPES
 
 PLANNED_METHODS = ("frozen", "lora", "full")
-PLANNED_DTYPES = ("float32", "bfloat16", "float16")
 PLANNED_FORMATS = ("none", "int8", "int4")
 DEVICES = ("cuda", "cpu")
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -34,9 +34,7 @@ class PlanOptions(CheckedOptions):
         16, "texts that a GPU computes at a time", within=Range(1, 10**6), common=True
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
-    dtype: str = option(
-        "bfloat16", "data type of weights that are not trained", choices=PLANNED_DTYPES
-    )
+    dtype: str = option("bfloat16", "data type of weights that are not trained", choices=DTYPES)
     quantize: str = option(
         "none", "weight format of weights that are not trained", choices=PLANNED_FORMATS
     )
