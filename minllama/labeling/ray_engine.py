@@ -5,11 +5,11 @@ tasks; Ray schedules them, restarts what dies, and keeps a checkpoint of the row
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from minllama.distributed.ray_cluster import check_resources, start_ray
 from minllama.errors import MinllamaError, optional_import
 from minllama.experiment.reporter import Reporter
 from minllama.labeling.inputs import ERROR, ROW_ID, Inputs, as_binary
@@ -43,9 +43,18 @@ def label_with_ray(
     data = optional_import("ray.data", "--engine ray needs", extra="ray")
     is_own = not ray.is_initialized()
     if is_own:
-        _start(ray)
+        # One more, for tasks that read and write, which wait most of the time.
+        start_ray(ray, spare_cpus=1)
     try:
-        _check_resources(ray, options)
+        check_resources(
+            ray,
+            options.actors,
+            cpus=options.actor_cpus,
+            gpus=options.actor_gpus,
+            workers="actors",
+            worker="actor",
+            other_cpus=1,  # a task that reads, or writes
+        )
         reporter.message(
             f"labeling {len(inputs.paths):,} files with Ray {ray.__version__}: {options.actors} "
             f"actors of {options.actor_cpus:g} CPUs and {options.actor_gpus:g} GPUs"
@@ -87,38 +96,6 @@ class _Actor:
         is_bad = compute.is_valid(labeled[ERROR])
         status = compute.if_else(is_bad, pa.scalar(BAD), pa.scalar(LABELED))
         return labeled.append_column(STATUS, status)
-
-
-def _start(ray: Any) -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine."""
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not os.environ.get("RAY_ADDRESS"):
-        # One more than there are, for tasks that read and write, which wait most of the time.
-        settings |= {"include_dashboard": False, "num_cpus": 1 + (os.cpu_count() or 1)}
-    try:
-        ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise MinllamaError(
-            f"Ray cannot be started ({first_line(error)}); check RAY_ADDRESS, or unset it to start "
-            "Ray on this machine"
-        ) from error
-
-
-def _check_resources(ray: Any, options: LabelingOptions) -> None:
-    """Refuse actors that the cluster has no place for, which Ray would wait for.
-
-    Raises:
-        MinllamaError: says what there is.
-    """
-    has = ray.cluster_resources()
-    # A task that reads, or writes, takes a processor.
-    for name, each, others in (("CPU", options.actor_cpus, 1), ("GPU", options.actor_gpus, 0)):
-        free = has.get(name, 0) - others
-        if each * options.actors > free:
-            raise MinllamaError(
-                f"{options.actors} actors of {each:g} {name}s need more than the {free:g} {name}s "
-                f"that Ray has for them; give fewer --actors or --actor-{name.lower()}s"
-            )
 
 
 def _configure(data: Any, folder: OutputFolder) -> None:

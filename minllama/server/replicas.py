@@ -7,7 +7,6 @@ deployment; a Serve config file names `minllama.server.replicas:application`, wi
 
 import contextlib
 import logging
-import os
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from minllama.distributed.ray_cluster import check_resources, start_ray
 from minllama.errors import MinllamaError, OptionError, optional_import
 from minllama.options.loading import LoadOptions
 from minllama.options.replicas import ReplicaOptions
@@ -175,10 +175,16 @@ class RayServer:
             logging.getLogger(name).setLevel(logging.ERROR)
         before = self._handle_signals()
         try:
-            settings = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+            start_ray(ray)
             self._handle_signals()  # Ray has installed its own, which end it at once
-            self._check_resources(ray)
+            check_resources(
+                ray,
+                self._replicas.replicas or 1,
+                cpus=self._replicas.replica_cpus,
+                gpus=self._replicas.replica_gpus,
+                workers="replicas",
+                worker="replica",
+            )
             http = {"host": self._options.host, "port": self._port}
             serve.start(http_options=http, logging_config={"log_level": "ERROR"})
             self._start(serve)
@@ -210,16 +216,3 @@ class RayServer:
                 f"the replicas cannot be started ({first_line(error)}); try the same models "
                 "without --replicas, which shows the reason"
             ) from error
-
-    def _check_resources(self, ray: Any) -> None:
-        has, first = ray.cluster_resources(), self._replicas.replicas or 1
-        for name, each in (
-            ("CPU", self._replicas.replica_cpus),
-            ("GPU", self._replicas.replica_gpus),
-        ):
-            if each * first > has.get(name, 0):
-                raise MinllamaError(
-                    f"{first} replicas of {each:g} {name}s need more than the "
-                    f"{has.get(name, 0):g} {name}s that Ray has; give fewer --replicas or "
-                    f"--replica-{name.lower()}s"
-                )
