@@ -91,6 +91,46 @@ def test_the_cheapest_within_one_standard_error_of_the_best_is_chosen() -> None:
     assert choose("c", compared).reasons == {"c": "the only one left"}
 
 
+# By how much the first's log-loss is lower, in thousandths of a nat, and the standard error of it.
+LOSSES = {("b", "a"): (1, 2), ("c", "a"): (9, 3), ("c", "b"): (7, 3), ("d", "c"): (30, 2)}
+
+
+def compared_losses(one: str, other: str) -> Gain:
+    sign, pair = (1, (one, other)) if (one, other) in LOSSES else (-1, (other, one))
+    value, error = LOSSES[pair]
+    return Gain(sign * value / 1000, error / 1000, 500)
+
+
+def test_where_the_metric_cannot_tell_a_clearly_lower_loss_decides() -> None:
+    choice = choose("abcd", compared, losses=compared_losses)
+    assert choice.chosen == "c", "d has the lowest loss, but is worse by the metric"
+    assert choice.reasons == {
+        "a": "3.8 ± 1.2 points below c",
+        "b": "0.8 ± 0.9 points below c",
+        "c": "the best of those that could be measured, and its log-loss is clearly below that of "
+        "cheaper ones",
+        "d": "2.0 ± 0.9 points below c",
+    }
+
+
+def test_a_loss_within_two_standard_errors_leaves_the_cheaper_one() -> None:
+    def nearly(one: str, other: str) -> Gain:
+        value, error, rows = compared_losses(one, other)
+        return Gain(value, error * 7 / 6, rows)  # c is 7 below b, and two errors are 7
+
+    assert choose("abcd", compared, losses=nearly).chosen == "b"
+
+
+def test_the_best_by_the_metric_gives_way_to_clearly_better_probabilities() -> None:
+    gains = {("b", "c"): Gain(0.008, 0.009, 500), ("c", "b"): Gain(-0.008, 0.009, 500)}
+    choice = choose("bc", lambda one, other: gains[one, other], losses=compared_losses)
+    assert (choice.best, choice.chosen) == ("b", "c")
+    assert choice.reasons["c"] == (
+        "within one standard error of the best (b, 0.8 ± 0.9 points better), and its log-loss is "
+        "clearly below that of cheaper ones"
+    )
+
+
 def test_of_few_rows_the_combination_is_chosen_unless_another_is_clearly_better() -> None:
     choice = choose_for_few("abcd", compared, "b")
     assert (choice.best, choice.chosen) == ("c", "b")
@@ -135,6 +175,20 @@ def test_two_are_compared_on_the_rows_where_both_were_measured() -> None:
     assert scoring.gain(other, one).value == -0.25
     apart = scores(None, None, None, None, 1, 1)
     assert scoring.gain(one, apart).error == np.inf
+
+
+def test_losses_are_compared_after_calibration() -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 2000).tolist()
+    sure = random.normal(size=(2000, 2)).astype(np.float32)
+    sure[np.arange(2000), labels] += 1
+    scoring = ClassScoring(labels, ["no", "yes"], "accuracy", multi_label=False)
+    assert scoring.gain(sure, 20 * sure).value == 0
+    assert scoring.loss_gain(sure, 20 * sure).value == pytest.approx(0, abs=1e-3)
+    noisy = sure + random.normal(size=(2000, 2)).astype(np.float32)
+    gain = scoring.loss_gain(sure, noisy)
+    assert gain.value > 3 * gain.error > 0
+    assert scoring.loss_gain(scores(*[None] * 2000), sure).rows == 0
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", "log_loss"])

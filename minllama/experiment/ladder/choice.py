@@ -2,8 +2,10 @@
 
 Two are compared on the rows on which both were measured, row by row, since most texts are easy or
 hard for both. The cheaper one is taken where the difference is within one standard error
-(one-standard-error rule, Breiman et al. 1984, sec. 3.4.3). A few rows tell hardly anything apart:
-there the one that combines the others is taken, unless another is better by more than that error.
+(one-standard-error rule, Breiman et al. 1984, sec. 3.4.3), unless the probabilities tell what the
+metric does not: a right answer counts the same whether it was a near thing or not, and log-loss
+sees the difference. A few rows tell hardly anything apart: there the one that combines the others
+is taken, unless another is better by more than that error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +14,7 @@ from typing import NamedTuple
 
 ROUNDING = 1e-9  # a difference of just one standard error is within it
 POINT = 0.01  # what `--prefer speed` gives up at most
+CLEARLY = 2.0  # standard errors by which log-loss is lower, to count against a cheaper one
 
 
 class Gain(NamedTuple):
@@ -52,6 +55,7 @@ def choose(
     compare: Compare,
     *,
     speeds: Mapping[str, float] | None = None,
+    losses: Compare | None = None,
     points: bool = True,
 ) -> Choice:
     """Choose one of several.
@@ -61,12 +65,17 @@ def choose(
         compare: of two names.
         speeds: texts per second; given, the fastest within a POINT of the best is chosen, otherwise
             the cheapest within one standard error of it.
+        losses: compares log-losses; those within one standard error of the best by the metric are
+            left out where the log-loss of one of them is lower by CLEARLY.
         points: the metric is a fraction, so differences are in points.
     """
     best = _best(names, compare)
     lacks = {name: compare(best, name) for name in names if name != best}
     if speeds is None:
         near = [n for n in names if n == best or lacks[n].value <= lacks[n].error + ROUNDING]
+        within, near = near, near if losses is None else _of_least_loss(near, losses)
+        if near[0] != within[0]:
+            return _by_losses(names, near[0], best, compare, lacks, points)
         chosen = near[0]
     else:
         near = [
@@ -77,6 +86,32 @@ def choose(
         name: _reason(name, chosen, best, lacks, compare, speeds is not None, points)
         for name in names
     }
+    return Choice(chosen, best, reasons)
+
+
+def _of_least_loss(names: Sequence[str], losses: Compare) -> list[str]:
+    """Those of which none has a clearly lower log-loss."""
+    best = _best(names, losses)
+    lacks = {name: losses(best, name) for name in names if name != best}
+    return [n for n in names if n == best or lacks[n].value <= CLEARLY * lacks[n].error + ROUNDING]
+
+
+def _by_losses(
+    names: Sequence[str],
+    chosen: str,
+    best: str,
+    compare: Compare,
+    lacks: Mapping[str, Gain],
+    points: bool,
+) -> Choice:
+    """The choice of one whose probabilities are clearly better than those of a cheaper one."""
+    reasons = {name: _difference(name, chosen, compare, points) for name in names if name != chosen}
+    why = "its log-loss is clearly below that of cheaper ones"
+    if chosen == best:
+        reasons[chosen] = f"the best of those that could be measured, and {why}"
+    else:
+        near = f"within one standard error of the best ({best}, {in_points(lacks[chosen], points)}"
+        reasons[chosen] = f"{near} better), and {why}"
     return Choice(chosen, best, reasons)
 
 
@@ -95,17 +130,18 @@ def choose_for_few(
         gain = compare(best, default)
         is_better = gain.value > gain.error + ROUNDING
         chosen = best if is_better else default
-    reasons = {}
-    for name in names:
-        if name == chosen:
-            continue
-        gain = compare(name, chosen)
-        words = in_points(Gain(abs(gain.value), gain.error, gain.rows), points)
-        place = "above" if gain.value > 0 else "below"
-        reasons[name] = f"{words} {place} {chosen}" if gain.value else f"no better than {chosen}"
+    reasons = {name: _difference(name, chosen, compare, points) for name in names if name != chosen}
     why = "the others are combined in it, and so few rows tell hardly anything apart"
     reasons[chosen] = "better than the rest by more than one standard error" if is_better else why
     return Choice(chosen, best, reasons)
+
+
+def _difference(name: str, chosen: str, compare: Compare, points: bool) -> str:
+    """How one compares with the chosen one."""
+    gain = compare(name, chosen)
+    words = in_points(Gain(abs(gain.value), gain.error, gain.rows), points)
+    place = "above" if gain.value > 0 else "below"
+    return f"{words} {place} {chosen}" if gain.value else f"no better than {chosen}"
 
 
 def _best(names: Sequence[str], compare: Compare) -> str:

@@ -215,7 +215,17 @@ def _choice(context: Context, results: Mapping[str, Measured]) -> Choice:
         return choose_for_few(list(results), compare, FrozenRung.title, points=points)
     speeds = {title: found.texts_per_second or 0.0 for title, found in results.items()}
     by_speed = context.experiment.ladder.prefer == "speed"
-    return choose(list(results), compare, speeds=speeds if by_speed else None, points=points)
+
+    def compare_losses(one: str, other: str) -> Gain:
+        return context.scoring.loss_gain(results[one].scores, results[other].scores)
+
+    return choose(
+        list(results),
+        compare,
+        speeds=speeds if by_speed else None,
+        losses=compare_losses,
+        points=points,
+    )
 
 
 def _row(context: Context, rung: Rung, choice: Choice, reasons: dict[str, str]) -> LadderRow:

@@ -44,6 +44,9 @@ class Scoring(Protocol):
     def gain(self, one: Scores, other: Scores) -> Gain:
         """By how much one is better than another, on the rows where both were measured."""
 
+    def loss_gain(self, one: Scores, other: Scores) -> Gain:
+        """By how much lower its loss is, calibrated, on these rows."""
+
 
 def scoring_of(parts: Sequence[Dataset], metric: str) -> Scoring:
     """The scoring of the rows of data sets, one after the other, by a metric."""
@@ -89,13 +92,27 @@ class ClassScoring:
         sign = -1 if _less_is_better(self.metric) else 1
         return Gain(sign * found.value, (found.high - found.low) / WIDTH, len(rows))
 
+    def loss_gain(self, one: Scores, other: Scores) -> Gain:
+        rows = np.flatnonzero(measured_rows(one) & measured_rows(other))
+        if not len(rows):
+            return Gain(0.0, math.inf, 0)
+        first, second = (
+            self._evaluation(scores, rows, calibrated=True).rows.losses for scores in (one, other)
+        )
+        return _mean_gain(second - first)
+
     def _evaluation(
-        self, scores: Scores, rows: NDArray[np.int64], *, bootstrap: int = 0
+        self,
+        scores: Scores,
+        rows: NDArray[np.int64],
+        *,
+        bootstrap: int = 0,
+        calibrated: bool = False,
     ) -> Evaluation:
         measured = np.ascontiguousarray(scores[rows])
         labels = [self._labels[row] for row in rows]
         temperature = 1.0
-        if self.metric not in OF_FRACTIONS:
+        if calibrated or self.metric not in OF_FRACTIONS:
             temperature = fit_temperature(measured, labels, multi_label=self._multi_label)
         return evaluate(
             probabilities(measured, temperature, multi_label=self._multi_label),
@@ -126,6 +143,9 @@ class ValueScoring:
         if not rows.any():
             return Gain(0.0, math.inf, 0)
         return _mean_gain(self._losses(other, rows) - self._losses(one, rows))
+
+    def loss_gain(self, one: Scores, other: Scores) -> Gain:
+        return self.gain(one, other)  # which is one of losses
 
     def _losses(self, scores: Scores, rows: NDArray[np.bool_]) -> NDArray[np.float64]:
         """The losses of rows, in standard deviations of the targets."""
