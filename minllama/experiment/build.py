@@ -34,6 +34,7 @@ from minllama.options import (
     TrainingOptions,
     ZeroShotOptions,
 )
+from minllama.options.training import EPOCHS
 from minllama.text import listed, shown
 from minllama.tokenizer.tokenizer import Tokenizer
 
@@ -333,7 +334,7 @@ def make_trainable(
 def training_options(
     options: TrainingOptions, method: str, *, regression: bool = False
 ) -> TrainingOptions:
-    """The options with the default learning rates and metric of method and objective."""
+    """The options with the default epochs, learning rates and metric of method and objective."""
     changes: dict[str, Any] = {}
     if regression and options.metric == TrainingOptions.metric:
         changes["metric"] = VALUE_METRICS[0]
@@ -341,4 +342,6 @@ def training_options(
         changes["lr"] = LEARNING_RATES[method]
     if options.head_lr is None:
         changes["head_lr"] = HEAD_LEARNING_RATE
+    if options.epochs is None:
+        changes["epochs"] = EPOCHS
     return replace(options, **changes)

@@ -13,6 +13,7 @@ from minllama.options.classification import CLASS_METRICS, VALUE_METRICS
 QUANTIZE = ("stored", "int8", "int4")
 # Integers beside quantized weights: see `minllama.quantization.modules.set_activations`.
 ACTIVATIONS = ("int16", "int8")
+EPOCHS = 3  # by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,12 @@ class TrainingOptions(CheckedOptions):
 
     group: ClassVar[str] = "Training"
 
-    epochs: int = option(
-        3, "number of passes over the training texts", within=Range(1), common=True
+    epochs: int | None = option(
+        None,
+        f"number of passes over the training texts (default {EPOCHS}; with auto at most as many, "
+        "and more of them where there are many classes)",
+        within=Range(1),
+        common=True,
     )
     batch_size: int = option(16, "number of texts per batch", within=Range(1))
     gradient_accumulation: int = option(

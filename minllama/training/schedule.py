@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from minllama.options import TrainingOptions
+from minllama.options.training import EPOCHS
 
 WINDOW = 50  # number of steps whose texts are sorted by length together
 MIN_WINDOWS = 4  # of an epoch: with one, the same texts would always meet
@@ -46,7 +47,7 @@ class Schedule:
         self._max_tokens = max_tokens
         self.step_size = options.batch_size * options.gradient_accumulation
         self.steps_per_epoch = math.ceil(len(lengths) / self.step_size)
-        self.total_steps = self.steps_per_epoch * options.epochs
+        self.total_steps = self.steps_per_epoch * (options.epochs or EPOCHS)
         evals = min(options.evals_per_epoch, self.steps_per_epoch)
         self.eval_steps = {math.ceil(self.steps_per_epoch * (i + 1) / evals) for i in range(evals)}
         self._epoch, self._steps = -1, list[list[int]]()

@@ -11,6 +11,7 @@ from minllama.errors import CheckpointError
 from minllama.evaluation.report.ladder import Ladder, LadderRow, file_size
 from minllama.experiment.ladder.budget import REPORT_SECONDS, SAFETY, Budget
 from minllama.experiment.ladder.choice import Gain, choose, choose_for_few
+from minllama.experiment.ladder.epochs import TrainingTimes, most_epochs
 from minllama.experiment.ladder.rung import seconds_each
 from minllama.experiment.ladder.scoring import ClassScoring
 from minllama.experiment.ladder.state import LadderState, RungFolder
@@ -63,6 +64,37 @@ def test_a_rate_is_measured_for_some_seconds_and_interruptions_do_not_count() ->
     busy[0] = 3.0
     assert seconds_each(work, 5, clock) == pytest.approx(3 / 640)
     assert done == [(0, 5)]
+
+
+def plan_in(seconds: float, most: int, *, epoch: float = 10.0) -> tuple[int, int] | None:
+    """Epochs and folds in so many seconds: 2,000 rows in five folds and 200 of dev."""
+    budget = Budget((SAFETY * seconds + REPORT_SECONDS) / 60, clock=lambda: 0.0)
+    times = TrainingTimes(epoch, 5.0, 1.0, 200, [400] * 5)
+    plan = times.plan(budget, most)
+    return None if plan is None else tuple(plan)
+
+
+def test_more_epochs_come_before_folds_up_to_three_of_them() -> None:
+    assert plan_in(9, 3) is None
+    assert plan_in(11, 3) == (1, 0)
+    assert plan_in(32, 3) == (3, 0)
+    # A fold takes 4/5 of a training, and to predict a fifth of the rows: 25 seconds beside 31.
+    assert plan_in(57, 3) == (3, 1)
+    assert plan_in(9999, 3) == (3, 2), "two folds and dev are 1,000 rows, which is enough"
+
+
+def test_many_classes_get_more_epochs_only_beside_enough_rows_to_be_measured_on() -> None:
+    assert plan_in(9999, 8) == (8, 2)
+    # Eight epochs and two folds take 81 + 2 * 65 seconds, seven 71 + 2 * 57.
+    assert plan_in(212, 8) == (8, 2)
+    assert plan_in(210, 8) == (7, 2)
+    assert plan_in(82, 8) == (3, 2)
+    assert plan_in(32, 8) == (3, 0)
+
+
+def test_epochs_follow_the_number_of_classes_unless_they_are_given() -> None:
+    assert [most_epochs(None, n) for n in (2, 19, 20, 150)] == [3, 3, 8, 8]
+    assert most_epochs(2, 150) == 2
 
 
 # By how much the first of two is better, in thousandths, and the standard error of it.

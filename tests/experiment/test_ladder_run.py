@@ -13,7 +13,7 @@ from minllama.experiment.ladder import climb as climb_module
 from minllama.experiment.ladder.budget import REPORT_SECONDS, Budget
 from minllama.experiment.ladder.choice import Choice
 from minllama.experiment.ladder.climb import climb
-from minllama.experiment.ladder.lora import LoRARung, restore_base
+from minllama.experiment.ladder.lora import LabelWordsRung, LoRARung, restore_base
 from minllama.experiment.ladder.partner import Multiplied
 from minllama.experiment.ladder.product import ProductRung
 from minllama.experiment.ladder.rung import Context, Measured
@@ -188,6 +188,25 @@ def test_the_product_of_lora_and_frozen_heads_is_one_classifier(
     np.testing.assert_array_equal(after.predict_proba(TEXTS), made.predict_proba(TEXTS))
     # The steps of its training are in the report.
     assert (experiment.output / "report.html").read_text().count('id="training"') == 1
+
+
+def test_training_goes_on_unless_accuracy_and_loss_are_both_worse(tmp_path):
+    """Frozen heads are right on 90 of 100 rows, sure of all; each other is right on fewer."""
+
+    def scored(right, sure):
+        rows = np.tile(np.float32([0, sure]), (100, 1))
+        rows[right:] = rows[right:, ::-1] * 0.1  # wrong, and in doubt
+        return rows
+
+    frozen = np.tile(np.float32([0, 3]), (100, 1))
+    frozen[90:] = [3, 0]
+    scoring = ClassScoring([1] * 100, ["no", "yes"], "accuracy", multi_label=False)
+    results = {"frozen": Measured(frozen, "", 1.0, None, None)}
+    context = SimpleNamespace(scoring=scoring, results=results, folder=tmp_path)
+    rung = LabelWordsRung(context)
+    assert rung._is_worse(np.float32([[0, 3]] * 60 + [[3, 0]] * 40))
+    assert not rung._is_worse(scored(80, 3.0)), "its probabilities are better"
+    assert not rung._is_worse(frozen)
 
 
 def test_another_run_s_ladder_is_not_resumed(make_experiment):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from minllama.classification import LlamaEmbeddingClassifier, LlamaExpertsClassifier
-from minllama.classification.features import FIRST_PENALTY, MAX_ROWS, Features, fit_head
+from minllama.classification.features import MAX_ROWS, Features, fit_head
 from minllama.classification.frozen import fit_frozen
 from minllama.data import Dataset
 from minllama.engine.states import Choice
@@ -86,14 +86,6 @@ class FrozenRung:
             progress=context.reporter.advance("reading the training texts", len(some)),
             report=context.reporter.message,
         )
-        heads = {
-            e.choice: weight
-            for e, weight in found.experts.items()
-            if e.choice is not None and not e.is_label_words
-        }
-        if heads:
-            best = max(heads, key=lambda choice: heads[choice])
-            context.starting = Selected(best, FIRST_PENALTY, "")
         assert found.shallow is not None
         keep_shallow(context, found.shallow, rows[found.rows])
         scores = context.empty_scores()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from minllama.classification import LlamaEmbeddingClassifier
 from minllama.classification.base import Classifier
-from minllama.classification.features import extract_features
+from minllama.classification.features import FIRST_PENALTY, extract_features
 from minllama.data import Dataset
 from minllama.experiment.build import (
     STARTING_TEXTS,
@@ -22,6 +22,7 @@ from minllama.experiment.build import (
     with_more_layers,
 )
 from minllama.experiment.heads import Selected, head_fitting
+from minllama.experiment.ladder.epochs import TrainingTimes, most_epochs
 from minllama.experiment.ladder.frozen import FrozenRung
 from minllama.experiment.ladder.partner import multiplied, partner_of
 from minllama.experiment.ladder.rung import ENOUGH_SECONDS, Context, Measured, NotThisTime
@@ -31,15 +32,17 @@ from minllama.experiment.ladder.zero_shot import label_word_obstacle, label_word
 from minllama.lora import lora_layers, remove_lora_wrapper
 from minllama.model.llama import Llama
 from minllama.options import TrainingOptions
+from minllama.options.training import EPOCHS
 from minllama.text import duration
 from minllama.training.progress import Progress
 from minllama.training.trainer import fit
 
 TIMED_STEPS = 6  # at most, of which the first, that warms up, does not count
 TIMES_READING = 2  # a step takes at least this many times as long as reading its texts
+# Of the stack below the head, beside several frozen heads. The prompt's last token has read all of
+# it; means, which were as good for frozen heads, were worse in training (docs/lora-study.md).
+DEPTH = 0.75
 UPPER_RATE = 1e-3  # of adapters above the stack's half
-DEPTH = 0.75  # of the stack, at least, where adapters begin above its half
-ENOUGH_ROWS = 1000  # that were measured: more folds are not trained
 FEW_PER_CLASS = 24  # training texts a class up to which label words are trained as well
 
 
@@ -76,6 +79,7 @@ class LoRARung:
     def _options(self) -> TrainingOptions:
         given = self._context.experiment.training
         options = training_options(given, "lora", regression=self._has_numbers)
+        options = replace(options, epochs=most_epochs(given.epochs, self._context.n_outputs))
         # Adapters of a few layers have a quarter of the parameters, and need a higher rate.
         return (
             replace(options, lr=UPPER_RATE) if given.lr is None and self._first_layer else options
@@ -116,31 +120,27 @@ class LoRARung:
             NotThisTime: one epoch does not fit.
         """
         context, budget = self._context, self._context.budget
-        epoch = self._seconds_of_epoch()
-        to_read = self._seconds_to_read(context.splits.dev)
-        fits = [n for n in range(1, self._options.epochs + 1) if budget.allows(n * epoch + to_read)]
-        if not fits:
+        times = TrainingTimes(
+            epoch=self._seconds_of_epoch(),
+            to_read_train=self._seconds_to_read(context.train),
+            to_read_dev=self._seconds_to_read(context.splits.dev),
+            n_dev=len(context.splits.dev),
+            fold_sizes=[len(fold) for fold in context.folds],
+        )
+        plan = times.plan(budget, self._options.epochs or EPOCHS)
+        if plan is None:
             raise NotThisTime(
-                f"one epoch takes about {duration(epoch)}, and {budget.left_in_words}; "
-                f"--minutes {budget.minutes_for(epoch + to_read)} would do"
+                f"one epoch takes about {duration(times.epoch)}, and {budget.left_in_words}; "
+                f"--minutes {budget.minutes_for(times.epoch + times.to_read_dev)} would do"
             )
-        epochs, folds, n_folds = max(fits), 0, len(context.folds)
-        share = 1 - 1 / n_folds
-        n_rows = len(context.splits.dev)
-        each = share * epochs * epoch + (1 - share) * self._seconds_to_read(context.train)
-        while folds < n_folds and n_rows < ENOUGH_ROWS:
-            if not budget.allows((folds + 1) * each + epochs * epoch + to_read):
-                break
-            n_rows += len(context.folds[folds])
-            folds += 1
-        plan = {"epochs": epochs, "folds": folds}
-        self._folder.save_plan(plan)
-        return plan
+        self._folder.save_plan(plan._asdict())
+        return plan._asdict()
 
     def _is_worse(self, scores: Scores) -> bool:
         """Whether an earlier rung is better on the folds by more than one standard error.
 
-        Better than this rung alone, and than its product with its partner.
+        Better than this rung alone, and than its product with its partner, and not worse by its
+        log-loss, of which a part of the rows tells more.
         """
         scoring, others = self._context.scoring, self._context.results.values()
         found = [scores]
@@ -148,8 +148,12 @@ class LoRARung:
             found.append(product.scores)
 
         def is_beaten(one: Scores) -> bool:
-            gains = [scoring.gain(one, other.scores) for other in others]
-            return any(gain.rows and gain.value < -gain.error for gain in gains)
+            for other in others:
+                gain = scoring.gain(one, other.scores)
+                is_worse = gain.rows and gain.value < -gain.error
+                if is_worse and scoring.loss_gain(one, other.scores).value <= 0:
+                    return True
+            return False
 
         return all(map(is_beaten, found))
 
@@ -205,10 +209,8 @@ class LoRARung:
         context, options = self._context, self._context.experiment.classifier
         selected = self._starting()
         choice = selected.choice
-        if options.layer == "auto":
+        if options.layer == "auto" and not context.reads_experts:
             choice = with_more_layers(choice, context.llama)
-            if self._first_layer:
-                choice = max(choice[0], math.ceil(DEPTH * context.llama.config.n_layers)), choice[1]
         train = context.train.select(rows)
         balanced = context.experiment.training.class_weights == "balanced"
         fitting = head_fitting(context.train, balanced=balanced, seed=context.seed)
@@ -240,13 +242,15 @@ class LoRARung:
     def _starting(self) -> Selected:
         """The frozen head's layer, pooling and penalty, or what usually is one of the best."""
         context, options = self._context, self._context.experiment.classifier
+        n_layers = context.llama.config.n_layers
+        if context.reads_experts:
+            return Selected((math.ceil(DEPTH * n_layers), "last"), FIRST_PENALTY, "a rule")
         if context.starting is not None:
             return context.starting
-        n_layers = context.llama.config.n_layers
         layer = {"auto": max(1, 3 * n_layers // 5), "all": n_layers}.get(options.layer)
         layer = int(options.layer) if layer is None else layer
         pooling: Any = "mean" if options.pooling == "auto" else options.pooling
-        return Selected((layer, pooling), 0.3, "a guess")
+        return Selected((layer, pooling), FIRST_PENALTY, "a guess")
 
     @property
     def _first_layer(self) -> int:
