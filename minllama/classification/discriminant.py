@@ -2,10 +2,13 @@
 
 Beside few rows of many classes it is better than logistic regression, and one eigendecomposition
 serves all shrinkages (Hastie, Tibshirani & Friedman 2009, sec. 4.3; Ledoit & Wolf 2004, eq. 14,
-whose shrinkage is chosen by cross-validation here). `minllama.classification.frozen` calls it.
+whose shrinkage is chosen by cross-validation here). Where classes are ordered, as stars are, a head
+may look along one direction only (the stereotype model; Anderson 1984, sec. 3), which fewer rows
+tell. `minllama.classification.frozen` calls it.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,18 @@ SMALLEST_SCALE = 1e-6  # of a feature that is almost constant
 PRIOR_ROWS = 0.5  # of a class without a row
 
 Matrix = NDArray[np.float64]
+
+
+class HeadKind(NamedTuple):
+    """A head that the same moments give.
+
+    Attributes:
+        shrinkage: 0 to 1.
+        is_ordinal: all classes are on one line.
+    """
+
+    shrinkage: float
+    is_ordinal: bool = False
 
 
 class Discriminant:
@@ -46,12 +61,22 @@ class Discriminant:
             prior = np.where(counts > 0, 1.0, PRIOR_ROWS / n)
         self._log_prior = np.log(prior / prior.sum())
 
-    def head(self, shrinkage: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def head(self, kind: HeadKind) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Weight (C, D) and bias (C,) for the features as they are."""
         average = max(float(self._variances.mean()), SMALLEST_SCALE)
-        precision = 1 / ((1 - shrinkage) * self._variances + shrinkage * average)
-        along = self._means * precision
-        bias = self._log_prior - 0.5 * (self._means * along).sum(1)
+        precision = 1 / ((1 - kind.shrinkage) * self._variances + kind.shrinkage * average)
+        means, along = self._means, self._means * precision
+        if kind.is_ordinal:
+            # Along the direction that tells a class's number: of each class its mean there, beside
+            # the variance that all have in common.
+            prior, numbers = np.exp(self._log_prior), np.arange(len(means))
+            direction = (prior * (numbers - prior @ numbers)) @ along
+            variance = max(float((direction**2 / precision).sum()), SMALLEST_SCALE**2)
+            places = means @ direction
+            along = np.outer(places / variance, direction)
+            bias = self._log_prior - 0.5 * places**2 / variance
+        else:
+            bias = self._log_prior - 0.5 * (means * along).sum(1)
         weight = (along @ self._axes.T) / self._scale
         bias = bias - weight @ self._mean
         return weight.astype(np.float32), bias.astype(np.float32)
@@ -62,20 +87,20 @@ def out_of_fold_logits(
     gold: NDArray[np.bool_],
     task: Task,
     folds: Sequence[NDArray[np.int64]],
-    shrinkages: Sequence[float] = SHRINKAGES,
-) -> dict[float, Matrix]:
-    """Logits (N, C) of each row by a head that was not fitted to it, for each shrinkage.
+    kinds: Sequence[HeadKind],
+) -> dict[HeadKind, Matrix]:
+    """Logits (N, C) of each row by a head that was not fitted to it, for each kind of head.
 
     Args:
         features, gold, task: as for `Discriminant`.
         folds: rows that are left out together.
-        shrinkages: to try.
+        kinds: to try.
     """
-    found = {shrinkage: np.zeros(gold.shape) for shrinkage in shrinkages}
+    found = {kind: np.zeros(gold.shape) for kind in kinds}
     for fold in folds:
         train = np.setdiff1d(np.arange(len(features)), fold)
         fitted = Discriminant(features[train], gold[train], task)
-        for shrinkage, logits in found.items():
-            weight, bias = fitted.head(shrinkage)
+        for kind, logits in found.items():
+            weight, bias = fitted.head(kind)
             logits[fold] = features[fold] @ weight.T + bias
     return found

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from minllama.classification import discriminant
-from minllama.classification.discriminant import Discriminant
+from minllama.classification.discriminant import Discriminant, HeadKind
 from minllama.classification.experts import LlamaExpertsClassifier, scaled
 from minllama.classification.features import (
     MAX_ROWS,
@@ -43,6 +43,10 @@ from minllama.evaluation import tfidf
 SEARCH_TEXTS = 2500  # that run through all layers; the others through the chosen ones
 N_LAYERS = 8  # of which features are compared, evenly over the stack
 SEARCH_SHRINKAGES = (0.1, 0.4, 0.7)
+# Classes that may be ordered, as stars are, get ordinal heads beside the others, of one shrinkage:
+# those that cross-validation chose on SST-5. An order that means nothing is not chosen.
+ORDINAL_SHRINKAGE = 0.1
+FEWEST_ORDERED, MOST_ORDERED = 3, 10
 FEW_ROWS = 150  # on fewer, all experts count alike
 # Parts of the stack beyond which a layer must earn its time.
 DEPTHS = (0.5, 0.75, 1.0)
@@ -58,11 +62,13 @@ class Expert(NamedTuple):
         choice: layer and pooling; None for TF-IDF.
         strength: the shrinkage of a discriminant analysis; scikit-learn's C beside TF-IDF.
         is_label_words: the head scores the labels' words, and is fitted to no label.
+        is_ordinal: the head takes the classes for ordered.
     """
 
     choice: Choice | None
     strength: float
     is_label_words: bool = False
+    is_ordinal: bool = False
 
     @property
     def layer(self) -> int:
@@ -71,7 +77,9 @@ class Expert(NamedTuple):
     def __str__(self) -> str:
         if self.is_label_words:
             return "label words"
-        return "TF-IDF" if self.choice is None else f"layer {self.choice[0]} {self.choice[1]}"
+        if self.choice is None:
+            return "TF-IDF"
+        return f"layer {self.choice[0]} {self.choice[1]}" + (" ordinal" if self.is_ordinal else "")
 
 
 @dataclass(frozen=True)
@@ -214,10 +222,12 @@ class _Search:
         if n_texts > SEARCH_TEXTS:
             choices = self._searched(choices)
         self._features = self._read(range(n_texts), choices)
-        strengths = SEARCH_SHRINKAGES if n_texts <= SEARCH_TEXTS else discriminant.SHRINKAGES
+        kinds = self._kinds(
+            SEARCH_SHRINKAGES if n_texts <= SEARCH_TEXTS else discriminant.SHRINKAGES
+        )
 
         def chosen() -> tuple[Product[Expert], Product[Expert], float]:
-            logits = self._logits(self._features, folds, strengths)
+            logits = self._logits(self._features, folds, kinds)
             best = self._best({expert: found[rows] for expert, found in logits.items()}, rows)
             return best, self.shallow, self.tfidf_accuracy
 
@@ -235,7 +245,7 @@ class _Search:
         folds = stratified_folds(gold, self._task.seed)
 
         def found() -> list[Choice]:
-            logits = search._logits(features, folds, SEARCH_SHRINKAGES)
+            logits = search._logits(features, folds, self._kinds(SEARCH_SHRINKAGES))
             best = search._best(logits, np.arange(len(part)))
             experts = (*best.weights, *search.shallow.weights)
             return list(dict.fromkeys(e.choice for e in experts if e.choice is not None))
@@ -248,8 +258,16 @@ class _Search:
         texts = [self._texts[i] for i in rows]
         return extract_features(self._reader, texts, choices, progress=self._progress)
 
+    def _kinds(self, shrinkages: Sequence[float]) -> list[HeadKind]:
+        """The heads that are tried on each choice; of a few rows, which count alike, no ordinal."""
+        kinds = [HeadKind(shrinkage) for shrinkage in shrinkages]
+        may_be_ordered = FEWEST_ORDERED <= self._task.n_classes <= MOST_ORDERED
+        if may_be_ordered and len(self._gold) >= FEW_ROWS:
+            kinds.append(HeadKind(ORDINAL_SHRINKAGE, is_ordinal=True))
+        return kinds
+
     def _logits(
-        self, features: Features, folds: Folds, shrinkages: Sequence[float]
+        self, features: Features, folds: Folds, kinds: Sequence[HeadKind]
     ) -> dict[Expert, Matrix]:
         """Logits (N, C) of each expert for texts that it was not fitted to."""
         gold, task = self._gold, self._task
@@ -260,14 +278,14 @@ class _Search:
                 by_words = pool.submit(tfidf.out_of_fold_logits, texts, gold, task, folds)
             by_choice = {
                 choice: pool.submit(
-                    discriminant.out_of_fold_logits, vectors, gold, task, folds, shrinkages
+                    discriminant.out_of_fold_logits, vectors, gold, task, folds, kinds
                 )
                 for choice, vectors in features.items()
             }
             found = {
-                Expert(choice, shrinkage): logits
+                Expert(choice, kind.shrinkage, is_ordinal=kind.is_ordinal): logits
                 for choice, part in by_choice.items()
-                for shrinkage, logits in part.result().items()
+                for kind, logits in part.result().items()
             }
             words = by_words.result() if words is None else words
         found |= {Expert(None, c): logits for c, logits in words.items()}
@@ -329,13 +347,13 @@ class _Search:
 
     def _fitted_heads(self, weights_of: Mapping[Expert, float]) -> "_Heads":
         gold, task = self._gold, self._task
-        of_choice: dict[Choice, list[tuple[float, float]]] = {}
+        of_choice: dict[Choice, list[tuple[HeadKind, float]]] = {}
         model: tfidf.TfidfModel | None = None
         for expert, weight in weights_of.items():
             if expert.choice is not None:
                 heads = of_choice.setdefault(expert.choice, [])
                 if not expert.is_label_words:
-                    heads.append((expert.strength, weight))
+                    heads.append((HeadKind(expert.strength, expert.is_ordinal), weight))
         words = {e.strength: w for e, w in weights_of.items() if e.choice is None}
         if words:
             texts = self._read_texts()
@@ -349,7 +367,7 @@ class _Search:
             features, parts = self._features[choice], []
             if heads:
                 fitted = Discriminant(features, gold, task)
-                parts += [(weight, *fitted.head(shrinkage)) for shrinkage, weight in heads]
+                parts += [(weight, *fitted.head(kind)) for kind, weight in heads]
             if (label_words := Expert(choice, 0.0, True)) in weights_of:
                 assert self._label_rows is not None
                 parts.append((weights_of[label_words], *label_head(features, self._label_rows)))

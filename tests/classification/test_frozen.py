@@ -9,12 +9,13 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from minllama.classification import LlamaExpertsClassifier, load_classifier, save_classifier
-from minllama.classification.discriminant import Discriminant, out_of_fold_logits
+from minllama.classification.discriminant import Discriminant, HeadKind, out_of_fold_logits
 from minllama.classification.explain import explain
 from minllama.classification.features import extract_features
-from minllama.classification.frozen import FrozenFit, candidates, fit_frozen
+from minllama.classification.frozen import Expert, FrozenFit, candidates, fit_frozen
 from minllama.classification.label_words import label_head, label_rows, words_of_labels
 from minllama.classification.products import (
+    Product,
     choose_experts,
     even_product,
     log_softmax,
@@ -41,10 +42,37 @@ def test_discriminant_is_that_of_scikit_learn() -> None:
     classes = random.integers(0, 3, 60)
     x = (random.normal(size=(60, 5)) + classes[:, None]).astype(np.float32)
     x = (x - x.mean(0)) / x.std(0)
-    weight, bias = Discriminant(x, gold_of(classes, 3), Task(3)).head(0.0)
+    weight, bias = Discriminant(x, gold_of(classes, 3), Task(3)).head(HeadKind(0.0))
     theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(x, classes).predict_proba(x)
     ours = np.exp(log_softmax((x @ weight.T + bias).astype(np.float64)))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_an_ordinal_head_is_scikit_learn_s_discriminant_along_the_order_of_the_classes() -> None:
+    random = np.random.default_rng(4)
+    classes = random.integers(0, 4, 80)
+    mixing = random.normal(size=(5, 5))
+    x = random.normal(size=(80, 5)) @ mixing + np.outer(classes, [1, -1, 0.5, 0, 2])
+    x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
+    within = x - np.stack([x[classes == c].mean(0) for c in range(4)])[classes]
+    direction = np.linalg.solve(within.T @ within, x.T @ (classes - classes.mean()))
+    along = x @ direction[:, None]
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(along, classes).predict_proba(along)
+    fitted_head = Discriminant(x, gold_of(classes, 4), Task(4))
+    weight, bias = fitted_head.head(HeadKind(0.0, is_ordinal=True))
+    assert np.linalg.matrix_rank(weight, tol=1e-4) == 1
+    ours = np.exp(log_softmax((x @ weight.T + bias).astype(np.float64)))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_two_classes_are_always_on_one_line() -> None:
+    random = np.random.default_rng(5)
+    classes = random.integers(0, 2, 50)
+    x = (random.normal(size=(50, 6)) + classes[:, None]).astype(np.float32)
+    found = Discriminant(x, gold_of(classes, 2), Task(2))
+    plain, ordinal = (found.head(HeadKind(0.3, is_ordinal=o)) for o in (False, True))
+    one, other = (log_softmax((x @ w.T + b).astype(np.float64)) for w, b in (plain, ordinal))
+    np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_left_out_rows_are_predicted_by_other_rows() -> None:
@@ -52,8 +80,8 @@ def test_left_out_rows_are_predicted_by_other_rows() -> None:
     classes, x = random.integers(0, 2, 30), random.normal(size=(30, 4)).astype(np.float32)
     gold = gold_of(classes, 2)
     folds = [np.arange(0, 30, 2), np.arange(1, 30, 2)]
-    logits = out_of_fold_logits(x, gold, Task(2), folds, (0.4,))[0.4]
-    weight, bias = Discriminant(x[folds[1]], gold[folds[1]], Task(2)).head(0.4)
+    logits = out_of_fold_logits(x, gold, Task(2), folds, [HeadKind(0.4)])[HeadKind(0.4)]
+    weight, bias = Discriminant(x[folds[1]], gold[folds[1]], Task(2)).head(HeadKind(0.4))
     np.testing.assert_allclose(logits[folds[0]], x[folds[0]] @ weight.T + bias, rtol=1e-5)
 
 
@@ -135,11 +163,48 @@ def test_few_rows_have_all_heads_alike_and_label_words_beside() -> None:
             logits = fit_tfidf(TEXTS, gold, Task(2), expert.strength).logits(TEXTS)
         else:
             x = features[expert.choice]
-            head = Discriminant(x, gold, Task(2)).head(expert.strength)
+            head = Discriminant(x, gold, Task(2)).head(HeadKind(expert.strength))
             weight, bias = label_head(x, rows) if expert.is_label_words else head
             logits = x @ weight.T + bias
         total += share * logits
     np.testing.assert_allclose(found.classifier.predict_logits(TEXTS), total, rtol=1e-2, atol=1e-2)
+
+
+def test_ordinal_heads_are_tried_where_classes_may_be_ordered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the classifier has what each expert says, by its share."""
+    texts = [f"{'no ' * (i % 3)}more of thing {i}" for i in range(180)]
+    gold, labels = np.arange(180) % 3, ["1", "2", "3"]
+    tried: list[Expert] = []
+
+    def chosen(experts: Any, rows: Any) -> Product[Expert]:
+        tried.extend(experts)
+        ordinal = next(e for e in experts if e.is_ordinal)
+        weights = {ordinal: 0.5, next(iter(experts)): 0.25}
+        log_probs = log_softmax(sum(w * experts[e] for e, w in weights.items()))
+        return Product(weights, log_probs, -log_probs[np.arange(len(rows)), rows])
+
+    monkeypatch.setattr("minllama.classification.frozen.choose_experts", chosen)
+    reader = LlamaExpertsClassifier(tiny_llama(), Characters(), labels, ())
+    found = fit_frozen(reader, texts, gold.tolist(), Task(3))
+    choices = candidates(reader.llama.config.n_layers)
+    assert {e.choice for e in tried if e.is_ordinal} == set(choices)
+    assert any(e.is_ordinal and str(e).endswith(" ordinal") for e in found.experts)
+    features = extract_features(reader, texts, choices)
+    total = np.zeros((180, 3))
+    for expert, share in found.experts.items():
+        assert expert.choice is not None
+        kind = HeadKind(expert.strength, expert.is_ordinal)
+        x = features[expert.choice]
+        weight, bias = Discriminant(x, gold_of(gold, 3), Task(3)).head(kind)
+        total += share * (x @ weight.T + bias)
+    np.testing.assert_allclose(found.classifier.predict_logits(texts), total, rtol=1e-2, atol=1e-2)
+    tried.clear()
+    with pytest.raises(StopIteration):  # there is none to choose
+        fit_frozen(reader, texts[:120], gold[:120].tolist(), Task(3))
+    assert tried
+    assert not any(e.is_ordinal for e in tried), "of few rows"
 
 
 def test_label_words_are_those_of_the_zero_shot_classifier() -> None:
