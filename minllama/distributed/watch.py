@@ -70,6 +70,9 @@ class Failure:
     why: str | None
 
 
+STORE_IS_GONE = Failure(0, "the launcher's store no longer answers")
+
+
 class Watch:
     """Gives signs of life to the next process, and looks for those of the one before.
 
@@ -82,16 +85,22 @@ class Watch:
     def __init__(self, store: Any, rank: int, peers: Sequence[Peer]) -> None:
         self._store, self._rank, self._peers = store, rank, peers
         self._done = threading.Event()
+        self._answers = 0  # of the store
         self._thread = threading.Thread(
             target=self._run, args=(store.clone(),), name="minllama-watch", daemon=True
+        )
+        self._watching_store = threading.Thread(
+            target=self._watch_store, name="minllama-watch-store", daemon=True
         )
 
     def start(self) -> None:
         self._thread.start()
+        self._watching_store.start()
 
     def stop(self) -> None:
         self._done.set()
-        self._thread.join(timeout=BEAT_SECONDS)
+        for thread in (self._thread, self._watching_store):
+            thread.join(timeout=BEAT_SECONDS)
 
     def announce(self, why: str | None, rank: int | None = None) -> Failure:
         """Write down that a process has failed; returns the first failure, which may be another.
@@ -145,16 +154,32 @@ class Watch:
                 if failure is None and is_elsewhere and silent > SILENT_BEATS:
                     why = f"no sign of life for {silent * BEAT_SECONDS:.0f} s"
                     failure = _announced(store, Failure(before, why))
+                self._answers += 1
             except Exception:  # the host of the store is gone
-                failure = Failure(0, "the launcher's store no longer answers")
+                failure = STORE_IS_GONE
             if failure is None or failure.rank == self._rank:
                 continue
             since_failure += 1
             if since_failure > GRACE_BEATS and not self._done.is_set():
-                with contextlib.suppress(OSError):
-                    print(f"minllama: {one_line(self.describe(failure))}", file=sys.stderr)
-                    sys.stderr.flush()
-                os._exit(1)
+                self._end(failure)
+
+    def _watch_store(self) -> None:
+        """End this process if the store has not answered for long.
+
+        Where a host or a cable is gone without a word, TCP waits for many minutes, and so does the
+        thread that asks the store.
+        """
+        last, silent = -1, 0
+        while not self._done.wait(BEAT_SECONDS):
+            last, silent = self._answers, (silent + 1 if self._answers == last else 0)
+            if silent > SILENT_BEATS and not self._done.is_set():
+                self._end(STORE_IS_GONE)
+
+    def _end(self, failure: Failure) -> None:
+        with contextlib.suppress(OSError):
+            print(f"minllama: {one_line(self.describe(failure))}", file=sys.stderr)
+            sys.stderr.flush()
+        os._exit(1)
 
 
 def _announced(store: Any, failure: Failure) -> Failure:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,26 @@ def killed_after(step: int, rank: int) -> None:
     TrainingRun._conclude_step = concluded  # type: ignore[method-assign]
 
 
+def stalled_after(step: int, rank: int, file: Path) -> None:
+    """Let a process hang after a step, with a file that says so: all others wait for it."""
+    conclude = TrainingRun._conclude_step
+
+    def concluded(run: TrainingRun) -> Any:
+        if run.state.step == step and current().rank == rank:
+            file.touch()
+            time.sleep(600)
+        return conclude(run)
+
+    TrainingRun._conclude_step = concluded  # type: ignore[method-assign]
+
+
 def main(arguments: Sequence[str]) -> None:
     asked = json.loads(arguments[0])
     folder, output = Path(asked["folder"]), Path(asked["output"])
     if "kill" in asked:
         killed_after(*asked["kill"])
+    if "stall" in asked:
+        stalled_after(*asked["stall"], output / "stalled")
     with joined(device="cpu"):
         for name in asked["jobs"]:
             run = experiment(folder, output / name, name, asked.get("training", {}))
