@@ -56,8 +56,8 @@ class TrainingOptions(CheckedOptions):
 
     epochs: int | None = option(
         None,
-        f"number of passes over the training texts (default {EPOCHS}; with auto at most as many, "
-        "and more of them where there are many classes)",
+        f"number of passes over the training texts (default {EPOCHS}; auto trains up to {EPOCHS}, "
+        "and up to 8 with many classes)",
         within=Range(1),
         common=True,
     )
