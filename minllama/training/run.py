@@ -24,6 +24,7 @@ from minllama.evaluation.registry import METRICS
 from minllama.evaluation.regression import RegressionEvaluation
 from minllama.kernels.hardware import fast_bfloat16
 from minllama.options import TrainingOptions
+from minllama.training.encoded_texts import EncodedTexts
 from minllama.training.objective import Trainable, objective_of
 from minllama.training.optimizer import AdamW
 from minllama.training.progress import Progress
@@ -53,7 +54,7 @@ class TrainingRun:
 
     Attributes:
         parameters: those that are trained, by name.
-        prompts: the N training texts, encoded.
+        prompts: the N training texts, encoded when they are needed.
         schedule: of texts, learning rates and evaluations.
         state: the run's current state.
         history: one row per completed step.
@@ -71,10 +72,11 @@ class TrainingRun:
         self._classifier, self._dev, self._options = classifier, dev, options
         self.parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
         self._device = next(iter(self.parameters.values())).device
-        self.prompts = [classifier.encode(text) for text in train.texts]
-        self._shortest = min(range(len(train)), key=lambda i: len(self.prompts[i]))
+        self.prompts = EncodedTexts(train.texts, classifier.encode)
+        lengths = self.prompts.lengths
+        self._shortest = min(range(len(train)), key=lambda i: lengths[i])
         max_tokens = _max_tokens(classifier, self._device)
-        self.schedule = Schedule([len(prompt) for prompt in self.prompts], options, max_tokens)
+        self.schedule = Schedule(lengths, options, max_tokens)
         self._objective = objective_of(train, classifier)
         self._loss = self._objective.loss(train, options, self._device)
         self._texts = train.texts
@@ -198,7 +200,7 @@ class TrainingRun:
         (loss,) = ranks.summed([self._backward(batches, self._loss.normalizer(texts))])
         norm = self._gradients.clip(self._options.clip or math.inf)
         self._check_finite(step, loss, norm)
-        tokens = sum(len(self.prompts[i]) for i in texts)
+        tokens = sum(self.prompts.lengths[i] for i in texts)
         # An interrupt between two updates would leave an inconsistent state.
         with interrupts_deferred():
             lr = self._set_lr(step)

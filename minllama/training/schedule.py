@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from minllama.options import TrainingOptions
@@ -42,7 +43,7 @@ class Schedule:
     def __init__(
         self, lengths: Sequence[int], options: TrainingOptions, max_tokens: float = math.inf
     ) -> None:
-        self._lengths = lengths
+        self._lengths = np.asarray(lengths, dtype=np.int64)
         self._options = options
         self._max_tokens = max_tokens
         self.step_size = options.batch_size * options.gradient_accumulation
@@ -50,7 +51,8 @@ class Schedule:
         self.total_steps = self.steps_per_epoch * (options.epochs or EPOCHS)
         evals = min(options.evals_per_epoch, self.steps_per_epoch)
         self.eval_steps = {math.ceil(self.steps_per_epoch * (i + 1) / evals) for i in range(evals)}
-        self._epoch, self._steps = -1, list[list[int]]()
+        self._epoch = -1
+        self._order = self._steps = np.empty(0, dtype=np.int64)
 
     def texts(self, step: int) -> list[int]:
         """The texts of a step.
@@ -60,8 +62,10 @@ class Schedule:
         """
         epoch, place = divmod(step - 1, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._steps = epoch, self._steps_of(epoch)
-        return self._steps[place]
+            self._begin(epoch)
+        start = int(self._steps[place]) * self.step_size
+        texts: list[int] = self._order[start : start + self.step_size].tolist()
+        return texts
 
     def batches(self, step: int) -> list[list[int]]:
         """The texts of a step in batches, longest first."""
@@ -122,19 +126,14 @@ class Schedule:
             return (1 + math.cos(math.pi * done)) / 2
         return 1.0
 
-    def _steps_of(self, epoch: int) -> list[list[int]]:
-        """Batches of texts of similar length, to reduce padding, otherwise in random order."""
+    def _begin(self, epoch: int) -> None:
+        """Order the texts of an epoch: steps of similar length, to reduce padding, at random."""
         generator = torch.Generator().manual_seed(derived_seed(self._options.seed, "order", epoch))
-        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        order = torch.randperm(len(self._lengths), generator=generator).numpy()
         window = self.step_size * max(1, min(WINDOW, self.steps_per_epoch // MIN_WINDOWS))
-        by_length = [
-            text
-            for start in range(0, len(order), window)
-            # Sorting is stable: texts of equal length stay shuffled.
-            for text in sorted(order[start : start + window], key=lambda i: -self._lengths[i])
-        ]
-        steps = [
-            by_length[start : start + self.step_size]
-            for start in range(0, len(by_length), self.step_size)
-        ]
-        return [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
+        for start in range(0, len(order), window):
+            part = order[start : start + window]
+            # A stable sort: texts of equal length stay shuffled.
+            order[start : start + window] = part[np.argsort(-self._lengths[part], kind="stable")]
+        self._epoch, self._order = epoch, order
+        self._steps = torch.randperm(self.steps_per_epoch, generator=generator).numpy()

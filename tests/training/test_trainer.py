@@ -275,7 +275,7 @@ def test_a_batch_of_many_tokens_is_computed_in_parts_of_alike_sizes(lengths, siz
     parts = schedule.batches(1)
     assert [len(part) for part in parts] == sizes
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
-    assert [i for part in parts for i in part] == schedule._steps[0]
+    assert [i for part in parts for i in part] == schedule.texts(1)
 
 
 def test_parts_of_a_batch_give_its_gradients(monkeypatch):
