@@ -7,6 +7,7 @@ texts without scikit-learn, which only fits it.
 import math
 import re
 import warnings
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ WORD = re.compile(r"\b\w\w+\b")
 CHARACTERS = (2, 5)  # n-grams of characters within words
 MIN_DOCUMENTS = 2  # in which an n-gram of characters occurs; words count from the first on
 MOST_TERMS = 200_000  # the most frequent ones
+# Texts that are fitted to. These take some 200 MB and two minutes on two cores.
+MOST_TEXTS = 100_000
+KEPT_COUNTS = 10_000  # texts whose counts stay in memory, where they take 15 KB each
 # Inverse regularization, as scikit-learn's C: few rows of many classes need more than the rest.
 INVERSE_PENALTIES = (1.0, 3.0, 10.0, 30.0)
 UNSEEN = -20.0  # the logit of a class without a text
@@ -66,11 +70,13 @@ class Vocabulary:
     idf: NDArray[np.float32]
 
     @classmethod
-    def of(cls, counted: Sequence[Mapping[str, int]]) -> "Vocabulary":
+    def of(cls, counted: Iterable[Mapping[str, int]]) -> "Vocabulary":
         """That of N texts, whose terms are counted."""
         documents: Counter[str] = Counter()
+        n_texts = 0
         for terms in counted:
             documents.update(terms.keys())
+            n_texts += 1
         kept = [
             (term, n)
             for term, n in documents.items()
@@ -79,7 +85,6 @@ class Vocabulary:
         if len(kept) > MOST_TERMS:
             kept = sorted(kept, key=lambda pair: (-pair[1], pair[0]))[:MOST_TERMS]
         kept.sort()
-        n_texts = len(counted)
         idf = [math.log((1 + n_texts) / (1 + n)) + 1 for _, n in kept]
         index = {term: column for column, (term, _) in enumerate(kept)}
         return cls(index, np.asarray(idf, dtype=np.float32))
@@ -108,20 +113,34 @@ class Vocabulary:
                 values[part] /= norm
         return columns, values
 
-    def matrix(self, counted: Sequence[Mapping[str, int]]) -> Any:
+    def matrix(self, counted: Iterable[Mapping[str, int]]) -> Any:
         """(N, V), a sparse matrix of scipy."""
         sparse = optional_import("scipy.sparse", "TF-IDF needs")
-        rows = [self.vector(counts) for counts in counted]
-        ends = np.cumsum([0, *(len(columns) for columns, _ in rows)])
-        columns = np.concatenate([columns for columns, _ in rows]) if rows else np.empty(0)
-        values = np.concatenate([values for _, values in rows]) if rows else np.empty(0)
-        shape = (len(rows), len(self.index))
-        return sparse.csr_matrix((values, columns, ends), shape=shape)
+        columns, values, ends = array("i"), array("f"), array("q", [0])
+        for counts in counted:
+            of_text, numbers = self.vector(counts)
+            columns.frombytes(of_text.astype(np.int32).tobytes())
+            values.frombytes(numbers.tobytes())
+            ends.append(len(columns))
+        shape = (len(ends) - 1, len(self.index))
+        parts = np.frombuffer(values, np.float32), np.frombuffer(columns, np.int32), np.array(ends)
+        return sparse.csr_matrix(parts, shape=shape)
 
 
-def counted(texts: Iterable[str]) -> list[Counter[str]]:
-    """The terms of each text with their numbers."""
-    return [Counter(terms_of(text)) for text in texts]
+def counted(texts: Sequence[str]) -> Iterable[Counter[str]]:
+    """The terms of each text with their numbers, as often as they are asked for."""
+    recounted = _Counted(texts)
+    return list(recounted) if len(texts) <= KEPT_COUNTS else recounted
+
+
+class _Counted:
+    """Counts the terms of many texts anew in each pass over them."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+
+    def __iter__(self) -> Iterator[Counter[str]]:
+        return (Counter(terms_of(text)) for text in self._texts)
 
 
 @dataclass(frozen=True)
@@ -141,14 +160,19 @@ class TfidfModel:
     def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(N, C)."""
         rows = np.tile(self.bias, (len(texts), 1))
-        for row, counts in zip(rows, counted(texts), strict=True):
+        for row, counts in zip(rows, _Counted(texts), strict=True):
             columns, values = self.vocabulary.vector(counts)
             row += values @ self.weight[columns]
         return rows
 
 
 def fit_tfidf(
-    texts: Sequence[str], gold: NDArray[np.bool_], task: Task, inverse_penalty: float
+    texts: Sequence[str],
+    gold: NDArray[np.bool_],
+    task: Task,
+    inverse_penalty: float,
+    *,
+    most: int = MOST_TEXTS,
 ) -> TfidfModel:
     """Logistic regression on the TF-IDF of N texts: multinomial, or one for each of many labels.
 
@@ -157,18 +181,17 @@ def fit_tfidf(
         gold: (N, C).
         task: what the labels are.
         inverse_penalty: scikit-learn's C.
+        most: texts that are fitted to; of more so many are drawn.
 
     Raises:
         MinllamaError: scikit-learn is missing.
     """
-    return _fitted(counted(texts), gold, task, inverse_penalty)
-
-
-def _fitted(
-    counts: Sequence[Mapping[str, int]], gold: NDArray[np.bool_], task: Task, inverse: float
-) -> TfidfModel:
+    if len(texts) > most:
+        rows = np.sort(np.random.default_rng(task.seed).permutation(len(texts))[:most])
+        texts, gold = [texts[row] for row in rows], gold[rows]
+    counts = counted(texts)
     vocabulary = Vocabulary.of(counts)
-    weight, bias = _regression(vocabulary.matrix(counts), gold, task, inverse)
+    weight, bias = _regression(vocabulary.matrix(counts), gold, task, inverse_penalty)
     return TfidfModel(vocabulary, weight.astype(np.float16).astype(np.float32), bias)
 
 
@@ -182,11 +205,11 @@ def out_of_fold_logits(
     """Logits (N, C) of each text by a model that was not fitted to it, for each penalty.
 
     Args:
-        texts, gold, task: as for `fit_tfidf`.
+        texts, gold, task: as for `fit_tfidf`; their counts are kept in memory.
         folds: rows that are left out together; those in none have logits of zero.
         inverse_penalties: to try.
     """
-    counts = counted(texts)
+    counts = list(_Counted(texts))
     found = {inverse: np.zeros(gold.shape) for inverse in inverse_penalties}
     for fold in folds:
         train = np.setdiff1d(np.arange(len(texts)), fold)

@@ -190,3 +190,15 @@ def random_order(dataset: Dataset, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = torch.randperm(len(dataset), generator=generator).tolist()
     return order
+
+
+def rows_of(some: Dataset, train: Dataset) -> list[int]:
+    """The rows of a data set that another consists of, in its order."""
+    if len(some) == len(train):
+        return list(range(len(train)))
+    assert some.labels is not None
+    assert train.labels is not None
+    waiting: dict[tuple[str, object], list[int]] = {}
+    for row in reversed(range(len(train))):
+        waiting.setdefault((train.texts[row], train.labels[row]), []).append(row)
+    return [waiting[key].pop() for key in zip(some.texts, some.labels, strict=True)]

@@ -11,7 +11,7 @@ from minllama.classification import LlamaEmbeddingClassifier
 from minllama.classification.base import Classifier
 from minllama.classification.experts import LlamaExpertsClassifier
 from minllama.data.task import Task
-from minllama.evaluation.baselines import fit_baselines
+from minllama.evaluation.baselines import MOST_TEXTS, fit_baselines
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report, ReportedSplit
 from minllama.evaluation.report.ladder import Ladder
@@ -122,18 +122,7 @@ def measure(
         reported = _classes_measured(
             experiment, splits, classifier, dev_logits, test_logits, other_systems
         )
-    notes = [*splits.notices, *notes]
-    for split in filter(None, (splits.train, splits.dev, splits.test)):
-        if message := shortened_texts(classifier, split.texts, split.source):
-            reporter.message(message)
-            notes.append(message)
-    is_calibrated = isinstance(classifier, LlamaExpertsClassifier)  # on training texts
-    if not (splits.train.has_numbers or experiment.classifier.no_calibration or is_calibrated):
-        notes.append("the temperature was fitted on dev, so calibration on dev is optimistic")
-    if ladder is not None:
-        notes.append("dev took part in the choice of the method, so its results are optimistic")
-    elif history and experiment.training.keep == "best":
-        notes.append("the weights were selected on dev, so results on dev are slightly optimistic")
+    notes = _notes(experiment, splits, classifier, history, notes, reporter, ladder)
     return Report(
         title=f"{experiment.output.resolve().name}: {experiment.classifier.method}",
         label_names=classifier.labels,
@@ -147,6 +136,34 @@ def measure(
         ladder=ladder,
         thresholds=classifier.decision,
     )
+
+
+def _notes(
+    experiment: Experiment,
+    splits: Splits,
+    classifier: Classifier,
+    history: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
+    reporter: Reporter,
+    ladder: Ladder | None,
+) -> list[str]:
+    """The notes of the splits, given ones, and what is to be known about the figures."""
+    found = [*splits.notices, *notes]
+    n = len(splits.train)
+    if n > MOST_TEXTS and not splits.train.has_numbers:
+        found.append(f"the TF-IDF baseline was fitted to {MOST_TEXTS:,} of {n:,} training texts")
+    for split in filter(None, (splits.train, splits.dev, splits.test)):
+        if message := shortened_texts(classifier, split.texts, split.source):
+            reporter.message(message)
+            found.append(message)
+    is_calibrated = isinstance(classifier, LlamaExpertsClassifier)  # on training texts
+    if not (splits.train.has_numbers or experiment.classifier.no_calibration or is_calibrated):
+        found.append("the temperature was fitted on dev, so calibration on dev is optimistic")
+    if ladder is not None:
+        found.append("dev took part in the choice of the method, so its results are optimistic")
+    elif history and experiment.training.keep == "best":
+        found.append("the weights were selected on dev, so results on dev are slightly optimistic")
+    return found
 
 
 def _classes_measured(

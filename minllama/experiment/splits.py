@@ -18,6 +18,8 @@ from minllama.data.numbers import is_number
 from minllama.data.source import Source
 from minllama.options import DataOptions
 
+DEV_FRACTION = 0.1
+MOST_HELD_OUT = 1000  # rows, which tell an accuracy to 1.5 points; to read more takes minutes
 FEW_CLASSES = 10  # numbers up to this are common class names
 
 
@@ -43,7 +45,7 @@ def load_splits(
     test: Source | None,
     options: DataOptions,
     *,
-    dev_fraction: float,
+    dev_fraction: float | None = None,
     per_class: int = 0,
     numbers: bool = False,
     seed: int,
@@ -53,7 +55,7 @@ def load_splits(
     Args:
         train, dev, test: as `load_dataset` takes them.
         options: format, columns, label names.
-        dev_fraction: the held-out part.
+        dev_fraction: the held-out part; None for DEV_FRACTION, but at most MOST_HELD_OUT rows.
         per_class: how many training examples of each class to keep; 0 for all.
         numbers: labels are numbers; held-out rows are then drawn from all texts.
         seed: of these draws.
@@ -65,12 +67,8 @@ def load_splits(
     messages: list[Notice | str] = [*learned.notices]
     names = None if numbers else learned.label_names
     if dev is None:
-        learned, held = (random_split if numbers else stratified_split)(learned, dev_fraction, seed)
-        by_class = "" if numbers else "by class "
-        messages.append(
-            f"no --dev: {len(held)} of {len(learned) + len(held)} rows of {learned.source} are "
-            f"held out for evaluation, drawn {by_class}with seed {seed}"
-        )
+        learned, held, message = _held_out(learned, dev_fraction, numbers, seed)
+        messages.append(message)
     else:
         held = load_dataset(dev, options, label_names=names, numbers=numbers)
         messages += held.notices
@@ -97,6 +95,20 @@ def load_splits(
         tested = without_placeholders(tested)
         messages += tested.notices
     return Splits(learned, held, tested, tuple(dict.fromkeys(map(str, messages))))
+
+
+def _held_out(
+    rows: Dataset, fraction: float | None, numbers: bool, seed: int
+) -> tuple[Dataset, Dataset, str]:
+    """The rows that remain, those that are held out, and a message about it."""
+    fraction = fraction or min(DEV_FRACTION, MOST_HELD_OUT / max(1, len(rows)))
+    rest, held = (random_split if numbers else stratified_split)(rows, fraction, seed)
+    by_class = "" if numbers else "by class "
+    message = (
+        f"no --dev: {len(held)} of {len(rest) + len(held)} rows of {rest.source} are held out for "
+        f"evaluation, drawn {by_class}with seed {seed}"
+    )
+    return rest, held, message
 
 
 def without_placeholders(split: Dataset) -> Dataset:

@@ -102,9 +102,10 @@ class ClassifierOptions(ZeroShotOptions):
         within=Range(0, 1),
     )
     bidirectional: bool = option(False, "let each token attend to later ones too; needs a head")
-    dev_fraction: float = option(
-        0.1,
-        "fraction of the training file to hold out as dev split when there is no --dev",
+    dev_fraction: float | None = option(
+        None,
+        "fraction of the training file to hold out as dev split when there is no --dev (default a "
+        "tenth, but at most 1,000 rows)",
         within=Range(0, 0.9, low_open=True),
         group="Data",
     )

@@ -247,6 +247,17 @@ def test_the_labels_of_a_real_test_file_without_gold_are_left_out(shared_data, t
     assert any("placeholder" in notice for notice in splits.notices)
 
 
+def test_a_tenth_is_held_out_but_of_a_large_file_less(tmp_path, monkeypatch):
+    monkeypatch.setattr("minllama.experiment.splits.MOST_HELD_OUT", 6)
+    sizes = {}
+    for n in (40, 200):
+        train = write_labelled(tmp_path / "train.txt", [(i % 2, f"text {i}") for i in range(n)])
+        for fraction in (None, 0.1):
+            splits = load_splits(train, None, None, DataOptions(), dev_fraction=fraction, seed=0)
+            sizes[n, fraction] = len(splits.dev)
+    assert sizes == {(40, None): 4, (40, 0.1): 4, (200, None): 6, (200, 0.1): 20}
+
+
 def test_labels_of_test_are_found_where_those_of_train_are(tmp_path):
     rows = (("b", "fine"), ("a", "dull"), ("b", "x"), ("a", "y"))
     for name, lines in {

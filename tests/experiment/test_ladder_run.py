@@ -10,6 +10,7 @@ from minllama.classification import load_classifier
 from minllama.errors import MinllamaError
 from minllama.experiment import run_experiment
 from minllama.experiment.ladder import climb as climb_module
+from minllama.experiment.ladder import tfidf as tfidf_rung
 from minllama.experiment.ladder.budget import REPORT_SECONDS, Budget
 from minllama.experiment.ladder.choice import Choice
 from minllama.experiment.ladder.climb import climb
@@ -96,6 +97,26 @@ def test_of_few_rows_the_combination_is_chosen(make_experiment, monkeypatch):
     (chosen,) = (rung for rung in rungs_of(experiment.output).values() if rung["chosen"])
     assert chosen["name"] == "frozen heads"
     assert chosen["reason"].startswith("the others are combined in it")
+
+
+def test_of_many_rows_some_are_compared_and_all_are_fitted(make_experiment, monkeypatch):
+    for module in ("rung", "frozen"):
+        monkeypatch.setattr(f"minllama.experiment.ladder.{module}.MAX_ROWS", 16)
+    fitted, fit = [], tfidf_rung.fit_tfidf
+    monkeypatch.setattr(
+        tfidf_rung, "fit_tfidf", lambda texts, *rest: fitted.append(len(texts)) or fit(texts, *rest)
+    )
+    experiment = make_experiment("auto", training={"epochs": 1})
+    outcome = run_experiment(experiment)
+    n, n_dev = len(outcome.splits.train), len(outcome.splits.dev)
+    assert n > 21
+    assert fitted == [n]
+    rungs = rungs_of(experiment.output)
+    for title in ("TF-IDF", "frozen heads"):
+        assert f" of {n} training texts" in rungs[title]["how"]
+        # Half of sixteen for words, and some more where a class has fewer than five among them.
+        assert 8 + n_dev <= rungs[title]["rows"] <= 21 + n_dev
+    assert rungs["TF-IDF"]["how"].endswith(f"fitted to {n}")
 
 
 class Stopped:

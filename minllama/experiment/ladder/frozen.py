@@ -6,15 +6,17 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from minllama.classification import LlamaEmbeddingClassifier, LlamaExpertsClassifier
 from minllama.classification.features import MAX_ROWS, Features, fit_head
 from minllama.classification.frozen import fit_frozen
 from minllama.data import Dataset
 from minllama.engine.states import Choice
+from minllama.evaluation.tfidf import Logits
 from minllama.experiment.build import choices_of, with_more_layers
 from minllama.experiment.frozen import label_words
-from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting
+from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting, rows_of
 from minllama.experiment.ladder.budget import SAFETY
 from minllama.experiment.ladder.partner import keep_shallow
 from minllama.experiment.ladder.rung import Context, Measured
@@ -55,7 +57,9 @@ class FrozenRung:
         context = self._context
         n = len(context.train)
         each = context.n_tokens(context.train) / n * context.seconds_per_token
-        left = max(context.budget.left, 0) * SHARE / SAFETY
+        # Dev is read by the heads of all layers, and by those of the lower half.
+        of_dev = 1.5 * context.n_tokens(context.splits.dev) * context.seconds_per_token
+        left = max(context.budget.left - SAFETY * of_dev, 0) * SHARE / SAFETY
         most = min(n, MAX_ROWS, max(FEWEST_ROWS, math.floor(left / max(each, 1e-12))))
         return n if most >= n else most
 
@@ -70,7 +74,7 @@ class FrozenRung:
         train = context.train
         fitting = head_fitting(train, balanced=context.task.balanced, seed=context.seed)
         some = fitting.some_rows(self._n_rows())
-        rows = np.asarray(_rows_of(some, train))
+        rows = np.asarray(rows_of(some, train))
         found = fit_frozen(
             LlamaExpertsClassifier(
                 *(context.llama, context.tokenizer, train.label_names, ()),
@@ -82,7 +86,7 @@ class FrozenRung:
             label_words=label_words(self._options, train.label_names),
             folds=[np.flatnonzero(np.isin(rows, fold)) for fold in context.folds],
             with_shallow=True,
-            words=context.words and {c: z[rows] for c, z in context.words.items()},
+            words=self._words(rows),
             progress=context.reporter.advance("reading the training texts", len(some)),
             report=context.reporter.message,
         )
@@ -93,6 +97,11 @@ class FrozenRung:
         speed = context.measure_dev(found.classifier, scores)
         seconds = context.budget.clock() - began
         return Measured(scores, self._how(some), seconds, speed, found.classifier)
+
+    def _words(self, rows: NDArray[np.int64]) -> dict[float, Logits] | None:
+        """What TF-IDF says of some rows, if it is known of all of them."""
+        words = {c: z[rows] for c, z in (self._context.words or {}).items()}
+        return words if words and not any(np.isnan(z).any() for z in words.values()) else None
 
     def _how(self, some: Dataset) -> str:
         """How it was measured, in a few words."""
@@ -109,7 +118,7 @@ class FrozenRung:
         balanced = context.experiment.training.class_weights == "balanced"
         fitting = head_fitting(context.train, balanced=balanced, seed=context.seed)
         some = fitting.some_rows(self._n_rows())
-        rows = _rows_of(some, context.train)
+        rows = rows_of(some, context.train)
         features, selected = self._selected(fitting, some)
         context.starting = selected
         classifier = self._built(fitting, selected.choice)
@@ -203,15 +212,3 @@ class FrozenRung:
                 penalty=selected.penalty,
             )
             scores[numbers[is_held_out]] = features[is_held_out] @ weight.T + bias
-
-
-def _rows_of(some: Dataset, train: Dataset) -> list[int]:
-    """The rows of a data set that another consists of, in its order."""
-    if len(some) == len(train):
-        return list(range(len(train)))
-    assert some.labels is not None
-    assert train.labels is not None
-    waiting: dict[tuple[str, object], list[int]] = {}
-    for row in reversed(range(len(train))):
-        waiting.setdefault((train.texts[row], train.labels[row]), []).append(row)
-    return [waiting[key].pop() for key in zip(some.texts, some.labels, strict=True)]

@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 
 from minllama.classification.base import Classifier, evaluated
 from minllama.classification.embedding import LlamaEmbeddingClassifier
-from minllama.classification.features import FOLDS, Features, stratified_folds
+from minllama.classification.features import FOLDS, MAX_ROWS, Features, stratified_folds
 from minllama.data import Dataset
 from minllama.data.task import Task
 from minllama.engine.states import StatesRequest
+from minllama.evaluation.baselines import MOST_TEXTS, SECONDS_A_TEXT
 from minllama.evaluation.tfidf import Logits
 from minllama.experiment.experiment import Experiment
 from minllama.experiment.frozen import reads_experts
-from minllama.experiment.heads import Selected, random_order
+from minllama.experiment.heads import Selected, head_fitting, random_order, rows_of
 from minllama.experiment.ladder.budget import REPORT_SECONDS, Budget
 from minllama.experiment.ladder.scoring import Scores, Scoring
 from minllama.experiment.reporter import Reporter
@@ -117,7 +118,7 @@ class Context:
         features: of some training texts, for heads that training starts from.
         feature_rows: the rows of the training split that they are of.
         words: logits (N, C) of the training texts by TF-IDF that was not fitted to them, for each
-            penalty; None before they are known.
+            penalty, NaN where they are not compared; None before they are known.
         results: of earlier rungs, by name.
     """
 
@@ -158,6 +159,15 @@ class Context:
             return [np.sort(part) for part in np.array_split(order, FOLDS)]
         assert self.train.labels is not None
         return stratified_folds(self.task.target(self.train.labels), self.seed)
+
+    @cached_property
+    def compared_rows(self) -> NDArray[np.int64]:
+        """The training rows of a cross-validation of words: all, or of very many some."""
+        n = len(self.train)
+        if n <= MAX_ROWS or self.train.has_numbers:
+            return np.arange(n)
+        fitting = head_fitting(self.train, balanced=self.task.balanced, seed=self.seed)
+        return np.asarray(rows_of(fitting.some_rows(MAX_ROWS // 2), self.train))
 
     @property
     def reads_experts(self) -> bool:
@@ -228,9 +238,10 @@ class Context:
             return seconds_each(read, len(requests), self.budget.clock, first)
 
     def keep_time_for_report(self) -> None:
-        """Reserve the time that predictions for the report take."""
+        """Reserve the time that predictions and baselines for the report take."""
         tokens = self.n_tokens(self.splits.dev) + self.n_tokens(self.splits.test)
-        self.budget.reserve = REPORT_SECONDS + tokens * self.seconds_per_token
+        of_baselines = min(len(self.train), MOST_TEXTS) * SECONDS_A_TEXT
+        self.budget.reserve = REPORT_SECONDS + of_baselines + tokens * self.seconds_per_token
 
 
 def seconds_each(
