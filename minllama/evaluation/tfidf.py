@@ -128,13 +128,13 @@ class Vocabulary:
 
 
 def counted(texts: Sequence[str]) -> Iterable[Counter[str]]:
-    """The terms of each text with their numbers, as often as they are asked for."""
+    """The terms of each text with their numbers, in each pass over the result."""
     recounted = _Counted(texts)
     return list(recounted) if len(texts) <= KEPT_COUNTS else recounted
 
 
 class _Counted:
-    """Counts the terms of many texts anew in each pass over them."""
+    """Counts the terms of many texts in each pass over them again."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = texts

@@ -400,8 +400,9 @@ def test_ctrl_c_while_libraries_are_imported_is_status_130_and_silent(seconds, f
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
-    if not out:  # it was not done yet
-        assert (process.returncode, err) == (130, b"")
+    if not out:  # it was not done yet; within a command, click ends the line of the ^C
+        assert process.returncode == 130
+        assert err in (b"", b"\n")
 
 
 def test_chat_without_standard_input_ends_at_once(folder):

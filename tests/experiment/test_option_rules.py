@@ -130,9 +130,9 @@ def test_all_that_is_idle_is_named_at_once() -> None:
 
 
 def test_a_default_that_was_chosen_is_refused_too() -> None:
-    check_uses(experiment(method="frozen", epochs=3))
-    with pytest.raises(OptionError, match="--epochs"):
-        check_uses(experiment(method="frozen", epochs=3), {"method", "epochs"})
+    check_uses(experiment(method="frozen", batch_size=16))
+    with pytest.raises(OptionError, match="--batch-size"):
+        check_uses(experiment(method="frozen", batch_size=16), {"method", "batch_size"})
     with pytest.raises(OptionError, match="--objective"):
         check_uses(experiment(method="zero-shot"), {"method", "objective"})
 

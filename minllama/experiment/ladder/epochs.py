@@ -13,7 +13,7 @@ MANY_CLASSES, EPOCHS_OF_MANY = 20, 8
 
 
 def most_epochs(given: int | None, n_classes: int) -> int:
-    """The epochs that are worth training: those asked for, or by the number of classes."""
+    """The epochs that are worth training: given ones, or by the number of classes."""
     if given is not None:
         return given
     return EPOCHS_OF_MANY if n_classes >= MANY_CLASSES else EPOCHS
