@@ -22,7 +22,7 @@ from minllama.text import one_line
 FAILED = "failed"
 BEAT_SECONDS = 2.0  # between two signs of life
 # Of its own beats: a machine that is suspended silences all, and that is no death.
-SILENT_BEATS = 22  # without a sign of life, after which a process counts as dead
+SILENT_BEATS = 18  # without a sign of life, after which a process counts as dead
 GRACE_BEATS = 4  # that a process has to end by itself after another one failed
 
 
