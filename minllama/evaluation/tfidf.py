@@ -25,9 +25,9 @@ WORD = re.compile(r"\b\w\w+\b")
 CHARACTERS = (2, 5)  # n-grams of characters within words
 MIN_DOCUMENTS = 2  # in which an n-gram of characters occurs; words count from the first on
 MOST_TERMS = 200_000  # the most frequent ones
-# Texts that are fitted to. These take some 200 MB and two minutes on two cores.
+# Texts that are fitted to, at 0.6 milliseconds each on two cores.
 MOST_TEXTS = 100_000
-KEPT_COUNTS = 10_000  # texts whose counts stay in memory, where they take 15 KB each
+KEPT_COUNTS = 10_000  # texts whose counts stay in memory, where 19 words take 21 KB
 # Inverse regularization, as scikit-learn's C: few rows of many classes need more than the rest.
 INVERSE_PENALTIES = (1.0, 3.0, 10.0, 30.0)
 UNSEEN = -20.0  # the logit of a class without a text

@@ -1,7 +1,7 @@
 """Training texts as prompts that are encoded when they are needed.
 
 Token ids of a million texts would take more memory than the model, and encoding a batch takes a
-hundredth of a step. What stays is each prompt's length. `minllama.training.run` reads them.
+two-hundredth of a step. What stays is each prompt's length. `minllama.training.run` reads them.
 """
 
 from array import array
