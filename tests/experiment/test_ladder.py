@@ -66,12 +66,21 @@ def test_a_rate_is_measured_for_some_seconds_and_interruptions_do_not_count() ->
     assert done == [(0, 5)]
 
 
+def times_of(n_train: int, epoch: float = 10.0) -> TrainingTimes:
+    return TrainingTimes(epoch, n_train, 5.0, 1.0, 200, [n_train // 5] * 5)
+
+
+def budget_of(seconds: float) -> Budget:
+    return Budget((SAFETY * seconds + REPORT_SECONDS) / 60, clock=lambda: 0.0)
+
+
 def plan_in(seconds: float, most: int, *, epoch: float = 10.0) -> tuple[int, int] | None:
     """Epochs and folds in so many seconds: 2,000 rows in five folds and 200 of dev."""
-    budget = Budget((SAFETY * seconds + REPORT_SECONDS) / 60, clock=lambda: 0.0)
-    times = TrainingTimes(epoch, 5.0, 1.0, 200, [400] * 5)
-    plan = times.plan(budget, most)
-    return None if plan is None else tuple(plan)
+    plan = times_of(2000, epoch).plan(budget_of(seconds), most)
+    if plan is None:
+        return None
+    assert plan.rows == 2000
+    return plan.epochs, plan.folds
 
 
 def test_more_epochs_come_before_folds_up_to_three_of_them() -> None:
@@ -90,6 +99,16 @@ def test_many_classes_get_more_epochs_only_beside_enough_rows_to_be_measured_on(
     assert plan_in(210, 8) == (7, 2)
     assert plan_in(82, 8) == (3, 2)
     assert plan_in(32, 8) == (3, 0)
+
+
+def test_of_a_large_file_as_many_rows_are_trained_on_as_one_epoch_allows() -> None:
+    times = times_of(100_000, epoch=500.0)  # 200 rows a second, and one to read dev
+    assert times.plan(budget_of(502), 3) == (1, 0, 100_000)
+    assert times.plan(budget_of(101.0001), 3) == (1, 0, 20_000)
+    assert times.least == pytest.approx(11)
+    assert times.plan(budget_of(11.0001), 3) == (1, 0, 2000)
+    assert times.plan(budget_of(10.9), 3) is None, "frozen heads are as good then"
+    assert times_of(1500).least == pytest.approx(11), "all of a small file"
 
 
 def test_epochs_follow_the_number_of_classes_unless_they_are_given() -> None:

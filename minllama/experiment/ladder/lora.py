@@ -22,7 +22,7 @@ from minllama.experiment.build import (
     with_more_layers,
 )
 from minllama.experiment.heads import Selected, head_fitting
-from minllama.experiment.ladder.epochs import TrainingTimes, most_epochs
+from minllama.experiment.ladder.epochs import LEAST_PART, TrainingTimes, most_epochs
 from minllama.experiment.ladder.frozen import FrozenRung
 from minllama.experiment.ladder.partner import multiplied, partner_of
 from minllama.experiment.ladder.rung import ENOUGH_SECONDS, Context, Measured, NotThisTime
@@ -66,13 +66,16 @@ class LoRARung:
         return None
 
     def estimate(self) -> float:
-        return self._seconds_of_epoch() + self._seconds_to_read(self._context.splits.dev)
+        return self._times().least
 
     def plan(self) -> str:
-        epochs = self._options.epochs
+        epochs, times = self._options.epochs, self._times()
+        an_epoch = f"about {duration(times.epoch)} an epoch"
+        if not self._context.budget.allows(times.epoch + times.to_read_dev):
+            return f"{an_epoch}, so on as many of the training texts as time allows"
         return (
-            f"about {duration(self._seconds_of_epoch())} an epoch, up to {epochs} as time allows, "
-            "and again for parts of the training rows, to measure it"
+            f"{an_epoch}, up to {epochs} as time allows, and again for parts of the training rows, "
+            "to measure it"
         )
 
     @property
@@ -100,6 +103,10 @@ class LoRARung:
                 scores[fold] = self._of_fold(number, fold, plan["epochs"])
                 self._folder.save_scores(scores)
         how = "1 epoch" if plan["epochs"] == 1 else f"{plan['epochs']} epochs"
+        part = None
+        if plan["rows"] < len(context.train):
+            how += f" of {plan['rows']:,} of the {len(context.train):,} training texts"
+            part = context.some_rows(plan["rows"])
         if plan["folds"]:
             how += f"; {plan['folds']} of {len(context.folds)} folds of cross-validation"
         if plan["folds"] and self._is_worse(scores):
@@ -107,7 +114,7 @@ class LoRARung:
             notes = ["worse in cross-validation, so it was not trained on all training texts"]
             return Measured(scores, how, seconds, self._speed, None, notes=notes)
         notes = []
-        classifier = self._trained(WHOLE, None, plan["epochs"], notes)
+        classifier = self._trained(WHOLE, part, plan["epochs"], notes)
         speed = context.measure_dev(classifier, scores)
         how += ", and dev" if plan["folds"] else "; dev"
         seconds = context.budget.clock() - began
@@ -117,24 +124,28 @@ class LoRARung:
         """As many epochs as the time allows, and then as many folds.
 
         Raises:
-            NotThisTime: one epoch does not fit.
+            NotThisTime: not even one epoch of a part of the rows fits.
         """
-        context, budget = self._context, self._context.budget
-        times = TrainingTimes(
+        times, budget = self._times(), self._context.budget
+        plan = times.plan(budget, self._options.epochs or EPOCHS)
+        if plan is None:
+            raise NotThisTime(
+                f"it takes about {duration(times.least)}, and {budget.left_in_words}; "
+                f"--minutes {budget.minutes_for(times.least)} would do"
+            )
+        self._folder.save_plan(plan._asdict())
+        return plan._asdict()
+
+    def _times(self) -> TrainingTimes:
+        context = self._context
+        return TrainingTimes(
             epoch=self._seconds_of_epoch(),
+            n_train=len(context.train),
             to_read_train=self._seconds_to_read(context.train),
             to_read_dev=self._seconds_to_read(context.splits.dev),
             n_dev=len(context.splits.dev),
             fold_sizes=[len(fold) for fold in context.folds],
         )
-        plan = times.plan(budget, self._options.epochs or EPOCHS)
-        if plan is None:
-            raise NotThisTime(
-                f"one epoch takes about {duration(times.epoch)}, and {budget.left_in_words}; "
-                f"--minutes {budget.minutes_for(times.epoch + times.to_read_dev)} would do"
-            )
-        self._folder.save_plan(plan._asdict())
-        return plan._asdict()
 
     def _is_worse(self, scores: Scores) -> bool:
         """Whether an earlier rung is better on the folds by more than one standard error.
@@ -280,7 +291,8 @@ class LoRARung:
         context = self._context
         layers = self._starting().choice[0], self._first_layer
         at_least = TIMES_READING * self._n_tokens * context.seconds_per_token
-        if at_least > max(context.budget.left, 0) and layers not in self._tokens_per_second:
+        of_part = at_least * min(1.0, LEAST_PART / len(context.train))
+        if of_part > max(context.budget.left, 0) and layers not in self._tokens_per_second:
             return at_least
         if layers not in self._tokens_per_second:
             clock = _StepTimes(context.budget.clock)

@@ -166,8 +166,15 @@ class Context:
         n = len(self.train)
         if n <= MAX_ROWS or self.train.has_numbers:
             return np.arange(n)
-        fitting = head_fitting(self.train, balanced=self.task.balanced, seed=self.seed)
-        return np.asarray(rows_of(fitting.some_rows(MAX_ROWS // 2), self.train))
+        return self.some_rows(MAX_ROWS // 2)
+
+    def some_rows(self, n: int) -> NDArray[np.int64]:
+        """About `n` training rows, drawn at random, with some of each class."""
+        if self.train.has_numbers:
+            return np.sort(random_order(self.train, self.seed)[:n]).astype(np.int64)
+        balanced = self.experiment.training.class_weights == "balanced"
+        fitting = head_fitting(self.train, balanced=balanced, seed=self.seed)
+        return np.asarray(rows_of(fitting.some_rows(n), self.train))
 
     @property
     def reads_experts(self) -> bool:
