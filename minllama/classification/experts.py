@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minllama.classification.base import Classifier, as_prompt, checked_labels, make_template
+from minllama.classification.beside_base import BesideBaseRequest
 from minllama.classification.embedding import check_layer
 from minllama.classification.prompts import EncodedPrompt
 from minllama.engine.packing import layer_states
 from minllama.engine.states import Choice, StatesRequest, normalized, pool
 from minllama.errors import MinllamaError
 from minllama.evaluation.tfidf import TfidfModel
+from minllama.lora import adapters_disabled
 from minllama.model.inputs import padded
 from minllama.model.llama import Llama
 from minllama.options import POOLINGS, PromptOptions
@@ -28,18 +30,23 @@ from minllama.tokenizer.tokenizer import Tokenizer
 class LlamaExpertsClassifier(Classifier):
     """Linear heads over vectors of several layers and poolings, and over TF-IDF of the text.
 
+    Beside adapters that changed the lower layers, heads may also read the base without them, which
+    takes a second forward pass.
+
     Args:
         llama: causal or bidirectional.
         tokenizer: its tokenizer.
         labels: names of the C classes.
-        choices: K pairs of a number of layers and a pooling; layers above the deepest never run.
+        choices: pairs of a number of layers and a pooling; layers above the deepest never run.
             Without any, TF-IDF decides alone.
+        base_choices: the same, read with the adapters disabled, beside `choices`; K pairs in all.
         tfidf: its logits are added; None for none.
         prompt: a template with `{text}`, or prompt options; None for the plain text. TF-IDF reads
             the text that is in the prompt, without the prompt.
 
     Attributes:
-        score: the heads, Linear(K D, C) in float32; zero until they are fitted.
+        score: the heads, Linear(K D, C) in float32, first those on the base; zero until they are
+            fitted.
 
     Raises:
         MinllamaError: labels or choices cannot be.
@@ -52,6 +59,7 @@ class LlamaExpertsClassifier(Classifier):
         labels: Sequence[str],
         choices: Sequence[Choice],
         *,
+        base_choices: Sequence[Choice] = (),
         tfidf: TfidfModel | None = None,
         prompt: str | PromptOptions | None = None,
     ) -> None:
@@ -66,8 +74,12 @@ class LlamaExpertsClassifier(Classifier):
             prompt=options,
         )
         self.choices = checked_choices(llama, choices)
+        self.base_choices = checked_choices(llama, base_choices)
+        if self.base_choices and not self.choices:
+            raise MinllamaError("base_choices are for heads beside those on adapters: give choices")
         self.tfidf = tfidf
-        width = max(1, len(self.choices)) * llama.config.dim
+        n_vectors = len(self.choices) + len(self.base_choices)
+        width = max(1, n_vectors) * llama.config.dim
         self.score = nn.Linear(width, len(self.labels), device=llama.device)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
@@ -79,7 +91,7 @@ class LlamaExpertsClassifier(Classifier):
 
     @property
     def n_layers(self) -> int:
-        return max(layer for layer, _ in self._read)
+        return max(layer for layer, _ in (*self.base_choices, *self._read))
 
     @property
     def _read(self) -> tuple[Choice, ...]:
@@ -91,17 +103,30 @@ class LlamaExpertsClassifier(Classifier):
         ids, mask = padded([prompt.ids for prompt in prompts])
         device = self.llama.device
         ids, mask = ids.to(device), None if mask is None else mask.to(device)
+        vectors = self._vectors(ids, mask, self._read)
+        if self.base_choices:
+            with adapters_disabled(self.llama):
+                vectors = self._vectors(ids, mask, self.base_choices) + vectors
+        return self._logits(prompts, torch.cat(vectors, -1))
+
+    def _vectors(self, ids: Tensor, mask: Tensor | None, choices: Sequence[Choice]) -> list[Tensor]:
+        """(B, D) for each choice, in one forward pass."""
         found: dict[Choice, Tensor] = {}
+        deepest = max(layer for layer, _ in choices)
         for layer, h in enumerate(layer_states(self.llama, ids, attention_mask=mask)):
-            for choice in self._read:
+            for choice in choices:
                 if choice[0] == layer:
                     found[choice] = pool(normalized(self.llama, h, layer), mask, choice[1])
-            if layer == self.n_layers:
+            if layer == deepest:
                 break
-        return self._logits(prompts, torch.cat([found[choice] for choice in self._read], -1))
+        return [found[choice] for choice in choices]
 
     def request_of(self, prompt: EncodedPrompt, *, shared: tuple[int, ...] = ()) -> StatesRequest:
         """See `Classifier.request_of`."""
+        if self.base_choices:
+            return BesideBaseRequest(
+                ids=prompt.ids, choices=self._read, base_choices=self.base_choices
+            )
         return StatesRequest(ids=prompt.ids, choices=self._read)
 
     def logits_of(

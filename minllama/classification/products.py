@@ -103,7 +103,7 @@ def even_product(
     for number, alternatives in enumerate(groups):
         least = math.inf
         for names in alternatives:
-            units = {name: 1 / (_spread(experts[name]) * len(names)) for name in names}
+            units = {name: 1 / (spread(experts[name]) * len(names)) for name in names}
             logits: Matrix = np.sum([unit * experts[name] for name, unit in units.items()], axis=0)
             factor, loss = _alone(logits, gold)
             if loss < least:
@@ -118,7 +118,7 @@ def even_product(
     return Product(weights, product.log_probs, product.losses)
 
 
-def _spread(logits: Matrix) -> float:
+def spread(logits: Matrix) -> float:
     """How far the logits of a row are apart; 1 if they are not, so that nothing is divided by 0."""
     spread = float((logits - logits.mean(1, keepdims=True)).std())
     return spread if spread > SMALLEST_SPREAD else 1.0
@@ -129,7 +129,7 @@ def _alone(logits: Matrix, gold: NDArray[np.int64]) -> tuple[float, float]:
 
     The factor is searched from a scale at which its logits differ by 1.
     """
-    unit = 1 / _spread(logits)
+    unit = 1 / spread(logits)
     alone = weighted_product({"": logits * unit}, gold)
     return unit * alone.weights[""], alone.loss
 

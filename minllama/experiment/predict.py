@@ -351,7 +351,7 @@ def described(classifier: Classifier) -> str:
     if classifier.scale is not None:
         return f"[regression head on layer {classifier.n_layers} of {n_layers}]"
     if isinstance(classifier, LlamaExpertsClassifier):
-        n = len(classifier.choices)
+        n = len(classifier.choices) + len(classifier.base_choices)
         noun = "head" if n == 1 else "heads"
         heads = f"{n} {noun} on up to layer {classifier.n_layers} of {n_layers}"
         return f"[{heads}{' and TF-IDF' if classifier.tfidf else ''}, {temperature}]"

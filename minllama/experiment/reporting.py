@@ -78,9 +78,12 @@ def _chosen(classifier: Classifier) -> dict[str, Any]:
     if isinstance(classifier, LlamaEmbeddingClassifier):
         chosen |= {"layer": classifier.layer, "pooling": classifier.pooling}
     if isinstance(classifier, LlamaExpertsClassifier):
+        heads = [f"layer {layer} {pooling}" for layer, pooling in classifier.choices]
+        of_base = [f"layer {layer} {pooling}" for layer, pooling in classifier.base_choices]
         chosen |= {
             "layers": classifier.n_layers,
-            "heads": [f"layer {layer} {pooling}" for layer, pooling in classifier.choices],
+            "heads": heads,
+            **({"heads on the base": of_base} if of_base else {}),
             "TF-IDF": classifier.tfidf is not None,
         }
     if classifier.decision is not None:

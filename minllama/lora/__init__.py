@@ -5,6 +5,7 @@
 
 from minllama.lora.inject import (
     adapter_names,
+    adapters_disabled,
     add_lora_wrapper,
     lora_layers,
     lora_parameters,
@@ -19,6 +20,7 @@ __all__ = [
     "LoRAAdapter",
     "LoRALayer",
     "adapter_names",
+    "adapters_disabled",
     "add_lora_wrapper",
     "lora_layers",
     "lora_parameters",

@@ -3,8 +3,9 @@
 `minllama.lora.layer` has the arithmetic, `minllama.lora.peft_files` the files.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +207,29 @@ def set_adapters(model: nn.Module, adapters: str | Sequence[str] | Mapping[str, 
     _check_unmerged(llama)
     for layer in layers.values():
         layer.active = {name: share for name, share in shares.items() if name in layer.adapters}
+
+
+@contextlib.contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """The base alone while the block runs; then the adapters that were active before.
+
+    Args:
+        model: a Llama, or a module that contains one; without adapters nothing changes.
+
+    Raises:
+        MinllamaError: the adapters are merged.
+    """
+    llama = llama_of(model)
+    _check_unmerged(llama)
+    layers = list(lora_layers(llama).values())
+    before = [layer.active for layer in layers]
+    try:
+        for layer in layers:
+            layer.active = {}
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
 
 
 def adapter_names(model: nn.Module) -> list[str]:

@@ -167,7 +167,7 @@ def nothing(folder: Path) -> None:
         (nothing, {"choices": 7}, "choices must be a list of pairs"),
         (nothing, {"tfidf": "yes"}, "tfidf must be true or false"),
         (nothing, {"multi_label": True}, "multi_label must be false"),
-        (nothing, {"version": 4}, "not a classifier of version"),
+        (nothing, {"version": 5}, "not a classifier of version"),
     ],
 )
 def test_what_a_file_may_not_say(

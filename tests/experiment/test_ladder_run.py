@@ -1,5 +1,6 @@
 """`--method auto`, from files to a classifier in a folder: whole, interrupted, and in no time."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -10,10 +11,12 @@ from minllama.classification import load_classifier
 from minllama.errors import MinllamaError
 from minllama.experiment import run_experiment
 from minllama.experiment.ladder import climb as climb_module
+from minllama.experiment.ladder import contrastive as contrastive_module
 from minllama.experiment.ladder import tfidf as tfidf_rung
 from minllama.experiment.ladder.budget import REPORT_SECONDS, Budget
-from minllama.experiment.ladder.choice import Choice
+from minllama.experiment.ladder.choice import Choice, Gain
 from minllama.experiment.ladder.climb import climb
+from minllama.experiment.ladder.contrastive import ContrastiveRung
 from minllama.experiment.ladder.lora import LabelWordsRung, LoRARung, restore_base
 from minllama.experiment.ladder.partner import Multiplied
 from minllama.experiment.ladder.product import ProductRung
@@ -28,9 +31,13 @@ from tests.experiment_cases import REPORT, Heard, examples, names_in, write_labe
 SLOW = pytest.mark.slow
 TEXTS = ["a fine film", "dull", "great music and a slow plot"]
 TITLES = [
-    *("TF-IDF", "zero-shot label words", "frozen heads"),
+    *("TF-IDF", "zero-shot label words", "frozen heads", "contrastive LoRA beside frozen heads"),
     *("LoRA with label words", "LoRA with a head", "LoRA and frozen heads"),
 ]
+
+SELECTING_MODULES = (
+    *("classification.frozen", "experiment.ladder.climb", "experiment.ladder.contrastive"),
+)
 
 
 def ladder_of(folder):
@@ -47,7 +54,7 @@ def _short_measurements():
     with pytest.MonkeyPatch.context() as patch:
         for module in ("rung", "lora"):
             patch.setattr(f"minllama.experiment.ladder.{module}.ENOUGH_SECONDS", 0.05)
-        for module in ("classification.frozen", "experiment.ladder.climb"):
+        for module in SELECTING_MODULES:
             patch.setattr(f"minllama.{module}.FEW_ROWS", 0)  # as if there were many
         yield
 
@@ -88,15 +95,46 @@ def test_auto_leaves_an_ordinary_classifier_and_its_ladder(whole):
     assert f"Chosen: <bdi>{chosen['name']}</bdi>" in page
 
 
-def test_of_few_rows_the_combination_is_chosen(make_experiment, monkeypatch):
-    """Too few tell rungs apart, and frozen heads have the others in them."""
-    for module in ("classification.frozen", "experiment.ladder.climb"):
+def test_of_few_rows_the_rung_that_combines_the_others_is_the_default(make_experiment, monkeypatch):
+    """Too few rows tell rungs apart, and one of them has the others in it."""
+    for module in SELECTING_MODULES:
         monkeypatch.setattr(f"minllama.{module}.FEW_ROWS", 150)
+    defaults, choose = [], climb_module.choose_for_few
+
+    def noted(names, compare, default, **options):
+        defaults.append(default)
+        return choose(names, lambda one, other: Gain(0.0, 1.0, 24), default, **options)
+
+    monkeypatch.setattr(climb_module, "choose_for_few", noted)
     experiment = make_experiment("auto")
-    run_experiment(experiment)
+    outcome = run_experiment(experiment)
+    assert defaults == ["contrastive LoRA beside frozen heads"]
     (chosen,) = (rung for rung in rungs_of(experiment.output).values() if rung["chosen"])
-    assert chosen["name"] == "frozen heads"
+    assert (chosen["name"],) == tuple(defaults)
     assert chosen["reason"].startswith("the others are combined in it")
+    assert outcome.classifier.base_choices
+    after = load_classifier(experiment.output, device="cpu")
+    np.testing.assert_array_equal(
+        after.predict_proba(TEXTS), outcome.classifier.predict_proba(TEXTS)
+    )
+    # Without it, the frozen heads are.
+    monkeypatch.setattr(ContrastiveRung, "obstacle", lambda rung: "for a test")
+    run_experiment(dataclasses.replace(experiment, output=experiment.output.with_name("again")))
+    assert defaults[1:] == ["frozen heads"]
+
+
+def test_the_tuned_head_has_a_fixed_share_of_a_few_rows(monkeypatch):
+    monkeypatch.setattr(contrastive_module, "FEW_ROWS", 150)
+    labels = np.arange(40) % 2
+    sign = np.where(labels == 1, 1.0, -1.0)[:, None] * np.float32([[-1, 1]])
+    noise = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+    frozen, tuned = (2 * sign + noise).astype(np.float32), (50 * sign + 90 * noise[::-1])
+    of_frozen, of_tuned = contrastive_module._weights(frozen, tuned.astype(np.float32), labels)
+    shares = [
+        factor * float((z - z.mean(1, keepdims=True)).std())
+        for factor, z in ((of_frozen, frozen), (of_tuned, tuned))
+    ]
+    assert shares[1] / sum(shares) == pytest.approx(contrastive_module.SHARE, rel=1e-5)
 
 
 def test_of_many_rows_some_are_compared_and_all_are_fitted(make_experiment, monkeypatch):
@@ -155,7 +193,7 @@ def test_a_run_that_was_interrupted_at_any_rung_goes_on_there(
     resumed = Heard()
     outcome = run_experiment(experiment, reporter=resumed, resume=True)
     done = [line for line in resumed.lines if line.endswith(": done before the interruption")]
-    places = {"tfidf": 0, "zero-shot": 1, "frozen": 2, "lora": 3, "choice": 6}
+    places = {"tfidf": 0, "zero-shot": 1, "frozen": 2, "lora": 4, "choice": 7}
     assert len(done) == places[place]
     folder, of_whole, _ = whole
     np.testing.assert_allclose(

@@ -5,7 +5,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from minllama.classification.experts import LlamaExpertsClassifier
 from minllama.classification.storage import schema
 from minllama.classification.storage.base_model import Identity
 from minllama.classification.zero_shot import LlamaZeroShotClassifier
+from minllama.engine.states import Choice
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.evaluation.regression import TargetScale
 from minllama.evaluation.thresholds import DEFAULT, one_line, read, saved
@@ -28,8 +29,9 @@ from minllama.tokenizer.tokenizer import Tokenizer
 
 CLASSIFIER_FILE = "classifier.json"
 # The second may say `thresholds`, `scale`, `pad_id` and `tokenizer_eos`, which readers of the first
-# would ignore. The third may be a product of experts.
-VERSIONS = (1, 2, 3)
+# would ignore. The third may be a product of experts, of which those of the fourth read the base
+# without its adapters as well (`base_choices`).
+VERSIONS = (1, 2, 3, 4)
 WHERE = ("model", "tokenizer")  # keys of `base`
 FOR_PEOPLE = ("minllama", "training")
 
@@ -74,9 +76,7 @@ def describe(
         content["shots"] = [list(shot) for shot in classifier.shots]
         content["prior"] = None if classifier.prior is None else classifier.prior.tolist()
     elif isinstance(classifier, LlamaExpertsClassifier):
-        content |= {"version": VERSIONS[2], "kind": "experts"}
-        content["choices"] = [list(choice) for choice in classifier.choices]
-        content["tfidf"] = classifier.tfidf is not None
+        content |= _experts(classifier)
     else:
         assert isinstance(classifier, LlamaEmbeddingClassifier)
         content["kind"] = "embedding"
@@ -92,6 +92,17 @@ def describe(
         if said := {name: value for name, value in further.items() if value is not None}:
             content |= {"version": VERSIONS[1], **said}
     content["training"] = dict(training)
+    return content
+
+
+def _experts(classifier: LlamaExpertsClassifier) -> dict[str, Any]:
+    """What the manifest says of a product of experts."""
+    content: dict[str, Any] = {"version": VERSIONS[2], "kind": "experts"}
+    content["choices"] = [list(choice) for choice in classifier.choices]
+    content["tfidf"] = classifier.tfidf is not None
+    if classifier.base_choices:
+        content["version"] = VERSIONS[3]
+        content["base_choices"] = [list(choice) for choice in classifier.base_choices]
     return content
 
 
@@ -126,8 +137,10 @@ def build(
                 raise ValueError(f"prior must be {len(labels)} numbers")
             classifier.prior = prior
     elif content["kind"] == "experts":
-        choices = [(layer, pooling) for layer, pooling in content["choices"]]
-        classifier = LlamaExpertsClassifier(llama, words, labels, choices, prompt=prompt)
+        own, of_base = map(_choices, (content["choices"], content.get("base_choices") or ()))
+        classifier = LlamaExpertsClassifier(
+            *(llama, words, labels, own), base_choices=of_base, prompt=prompt
+        )
     else:
         scale, pad_id = content.get("scale"), content.get("pad_id")
         with torch.random.fork_rng(devices=[]):  # the caller's seed must not notice
@@ -151,6 +164,10 @@ def build(
             raise ValueError("thresholds are for classes, scale is for numbers")
         classifier.decision = read(thresholds, labels, multi_label=classifier.multi_label)
     return classifier
+
+
+def _choices(pairs: Iterable[Any]) -> list[Choice]:
+    return [(layer, pooling) for layer, pooling in pairs]
 
 
 def in_words(path: Path) -> list[tuple[str, str]]:
@@ -192,6 +209,8 @@ def in_words(path: Path) -> list[tuple[str, str]]:
 def experts_in_words(content: Mapping[str, Any]) -> str:
     """The experts of a manifest, for display."""
     heads = [f"layer {layer} {pooling}" for layer, pooling in content["choices"]]
+    of_base = content.get("base_choices") or ()
+    heads += [f"layer {layer} {pooling} of the base" for layer, pooling in of_base]
     return "heads on " + ", ".join([*heads, *(["TF-IDF"] if content["tfidf"] else [])])
 
 

@@ -401,10 +401,16 @@ def merge_classifier(classifier: Classifier, *, dtype: torch.dtype | None = None
         of activations that were, beside a base in fewer bits.
 
     Raises:
-        MinllamaError: it has no adapter, or the merged weights are not finite.
+        MinllamaError: it has no adapter, it reads the base without it as well, or the merged
+            weights are not finite.
     """
     if not adapter_names(classifier.llama):
         raise MinllamaError("the classifier has no adapter to merge; use it unchanged")
+    if isinstance(classifier, LlamaExpertsClassifier) and classifier.base_choices:
+        raise MinllamaError(
+            "the classifier reads its base with and without the adapter, which merged weights "
+            "cannot; use it unchanged"
+        )
     llama = classifier.llama
     prompts = [classifier.encode(text) for text in SAMPLE]
     with evaluating(classifier), torch.no_grad():

@@ -35,6 +35,8 @@ def check(content: Mapping[str, Any]) -> None:
         _check_fields(content, _EMBEDDING)
     there = {name: rule for name, rule in _OPTIONAL.items() if content.get(name) is not None}
     _check_fields(content, there)
+    if content.get("base_choices") and content["weights"] != "adapter":
+        raise ValueError("base_choices are for heads beside an adapter, and there is none")
     if "scale" in there:
         _check_fields(content["scale"], _SCALE, "scale.")
     base = content["base"]
@@ -138,21 +140,20 @@ _EMBEDDING: dict[str, Rule] = {
     "layer": ("an integer", lambda value: type(value) is int and 0 < value < 2**31),
     "dropout": ("a number from 0 to 1", _within(0, 1)),
 }
-_EXPERTS: dict[str, Rule] = {
-    "choices": (
-        "a list of pairs of a number of layers and a pooling",
-        lambda value: (
-            isinstance(value, list)
-            and all(isinstance(choice, list) and len(choice) == 2 for choice in value)
-            and all(
-                type(layer) is int and 0 < layer < 2**31 and pooling in POOLINGS
-                for layer, pooling in value
-            )
-        ),
+_CHOICES: Rule = (
+    "a list of pairs of a number of layers and a pooling",
+    lambda value: (
+        isinstance(value, list)
+        and all(isinstance(choice, list) and len(choice) == 2 for choice in value)
+        and all(
+            type(layer) is int and 0 < layer < 2**31 and pooling in POOLINGS
+            for layer, pooling in value
+        )
     ),
-    "tfidf": _FLAG,
-}
+)
+_EXPERTS: dict[str, Rule] = {"choices": _CHOICES, "tfidf": _FLAG}
 _OPTIONAL: dict[str, Rule] = {
+    "base_choices": _CHOICES,
     "thresholds": _OBJECT,  # of which `minllama.evaluation.thresholds.read` knows more
     "scale": _OBJECT,
     "pad_id": ("an integer", lambda value: type(value) is int and abs(value) < 2**31),

@@ -12,6 +12,7 @@ from minllama.evaluation.report.ladder import Ladder, LadderRow
 from minllama.experiment.heads import Selected
 from minllama.experiment.ladder.candidate import load_candidate, save_candidate, size_on_disk
 from minllama.experiment.ladder.choice import Choice, Gain, choose, choose_for_few
+from minllama.experiment.ladder.contrastive import ContrastiveRung
 from minllama.experiment.ladder.frozen import FrozenRung
 from minllama.experiment.ladder.lora import LabelWordsRung, LoRARung, restore_base
 from minllama.experiment.ladder.product import ProductRung
@@ -27,6 +28,7 @@ RUNGS: tuple[Callable[[Context], Rung], ...] = (
     TfidfRung,
     ZeroShotRung,
     FrozenRung,
+    ContrastiveRung,
     LabelWordsRung,
     LoRARung,
     ProductRung,
@@ -212,7 +214,8 @@ def _choice(context: Context, results: Mapping[str, Measured]) -> Choice:
 
     is_few = FrozenRung.title in results and len(context.train) < FEW_ROWS
     if is_few and context.reads_experts:
-        return choose_for_few(list(results), compare, FrozenRung.title, points=points)
+        combines = next(t for t in (ContrastiveRung.title, FrozenRung.title) if t in results)
+        return choose_for_few(list(results), compare, combines, points=points)
     speeds = {title: found.texts_per_second or 0.0 for title, found in results.items()}
     by_speed = context.experiment.ladder.prefer == "speed"
 

@@ -1,17 +1,69 @@
 """The rung that multiplies LoRA's head with heads on lower layers and TF-IDF; both are fitted."""
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from minllama.classification import LlamaEmbeddingClassifier, LlamaExpertsClassifier
 from minllama.classification.experts import scaled
+from minllama.engine.states import Choice
 from minllama.experiment.ladder.candidate import load_candidate
 from minllama.experiment.ladder.lora import LoRARung, restore_base
 from minllama.experiment.ladder.partner import Partner, multiplied, partner_of
 from minllama.experiment.ladder.rung import Context, Measured, NotThisTime
 from minllama.experiment.ladder.state import RungFolder
 from minllama.experiment.ladder.tfidf import TfidfRung
+
+
+class TrainedHead(NamedTuple):
+    """A head on adapters: weight (C, D), bias (C,) or None, and what it reads."""
+
+    weight: Tensor
+    bias: Tensor | None
+    choice: Choice
+
+
+def product_of(
+    context: Context,
+    frozen: LlamaExpertsClassifier,
+    trained: TrainedHead,
+    of_frozen: float,
+    of_trained: float,
+    *,
+    is_unchanged: bool,
+) -> LlamaExpertsClassifier:
+    """A frozen classifier and a head on adapters as one classifier, on the adapters.
+
+    Args:
+        context: its model has the adapters.
+        frozen: fitted to the base.
+        trained: the head.
+        of_frozen, of_trained: what calibrated logits are multiplied by.
+        is_unchanged: the layers that the frozen heads read have no adapters, so that one forward
+            pass serves both.
+    """
+    total = of_frozen + of_trained
+    of_heads, of_own = of_frozen / total / frozen.temperature, of_trained / total
+    shared = frozen.choices if is_unchanged else ()
+    classifier = LlamaExpertsClassifier(
+        *(context.llama, context.tokenizer, frozen.labels, [*shared, trained.choice]),
+        base_choices=() if is_unchanged else frozen.choices,
+        tfidf=None if frozen.tfidf is None else scaled(frozen.tfidf, of_heads),
+        prompt=frozen.prompt,
+    )
+    classifier.temperature = 1 / total
+    classifier.shortened |= context.reader.shortened
+    weights = [trained.weight * of_own]
+    if frozen.choices:
+        weights.insert(0, frozen.score.weight * of_heads)
+    with torch.no_grad():
+        classifier.score.weight.copy_(torch.cat(weights, 1))
+        if frozen.choices:
+            classifier.score.bias.add_(frozen.score.bias * of_heads)
+        if trained.bias is not None:
+            classifier.score.bias.add_(trained.bias * of_own)
+    return classifier
 
 
 class ProductRung:
@@ -55,26 +107,10 @@ class ProductRung:
         restore_base(context.llama)
         trained = self._opened(LoRARung.name)
         assert isinstance(trained, LlamaEmbeddingClassifier)
-        total = of_lora + of_partner
-        of_heads, of_trained = of_partner / total / lower.temperature, of_lora / total
-        choices = [*lower.choices, (trained.layer, trained.pooling)]
-        classifier = LlamaExpertsClassifier(
-            *(context.llama, context.tokenizer, trained.labels, choices),
-            tfidf=None if lower.tfidf is None else scaled(lower.tfidf, of_heads),
-            prompt=trained.prompt,
+        head = TrainedHead(
+            trained.score.weight, trained.score.bias, (trained.layer, trained.pooling)
         )
-        classifier.temperature = 1 / total
-        classifier.shortened |= context.reader.shortened
-        weights = [trained.score.weight * of_trained]
-        if lower.choices:
-            weights.insert(0, lower.score.weight * of_heads)
-        with torch.no_grad():
-            classifier.score.weight.copy_(torch.cat(weights, 1))
-            if lower.choices:
-                classifier.score.bias.add_(lower.score.bias * of_heads)
-            if trained.score.bias is not None:
-                classifier.score.bias.add_(trained.score.bias * of_trained)
-        return classifier
+        return product_of(context, lower, head, of_partner, of_lora, is_unchanged=True)
 
     def _opened(self, name: str) -> LlamaEmbeddingClassifier | LlamaExpertsClassifier:
         context = self._context

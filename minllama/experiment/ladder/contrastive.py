@@ -1,0 +1,176 @@
+"""The rung for few rows a class: contrastive tuning, and a head on it beside the frozen heads.
+
+Every pair of texts teaches adapters something, where single texts are too few for a loss of their
+classes. What they learn is multiplied with the frozen heads, which read the base without them.
+"""
+
+import math
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minllama.classification import LlamaEmbeddingClassifier, LlamaExpertsClassifier
+from minllama.classification.discriminant import Discriminant, HeadKind
+from minllama.classification.features import extract_features
+from minllama.classification.frozen import FEW_ROWS
+from minllama.classification.products import spread, weighted_product
+from minllama.engine.states import Choice
+from minllama.experiment.build import make_trainable
+from minllama.experiment.ladder.candidate import load_candidate
+from minllama.experiment.ladder.frozen import FrozenRung
+from minllama.experiment.ladder.lora import FEW_PER_CLASS, restore_base
+from minllama.experiment.ladder.product import TrainedHead, product_of
+from minllama.experiment.ladder.rung import Context, Measured, NotThisTime
+from minllama.experiment.ladder.state import RungFolder
+from minllama.experiment.ladder.tfidf import TfidfRung
+from minllama.text import duration
+from minllama.training.contrastive import BATCH, STEPS, tune
+
+FIRST, DEPTH = 1 / 2, 0.8  # of the stack, where adapters begin and the head reads
+SHRINKAGE = 0.7  # of the head: texts that were tuned on are closer together than others
+# Of the tuned head beside the frozen ones, by logits of the same spread, where there are too few
+# rows to fit weights; chosen on training rows of the suite (docs/lora-study.md).
+SHARE = 0.3
+TIMES_READING = 4  # a step takes about as many times as long as reading its texts
+
+
+class ContrastiveRung:
+    """Tuned and measured on folds of the training rows, then tuned on all of them."""
+
+    name, title = "contrastive", "contrastive LoRA beside frozen heads"
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._folder = RungFolder(context.folder / self.name)
+
+    def obstacle(self) -> str | None:
+        train = self._context.train
+        if reason := TfidfRung(self._context).obstacle():
+            return reason
+        if not self._context.reads_experts:
+            return "it stands beside several frozen heads"
+        if len(train) > FEW_PER_CLASS * len(train.label_names):
+            return f"for up to {FEW_PER_CLASS} training texts a class"
+        return None
+
+    def estimate(self) -> float:
+        context = self._context
+        n_trainings = len(context.folds) + 1
+        mean_tokens = context.n_tokens(context.train) / len(context.train)
+        tokens = STEPS * min(BATCH, len(context.train)) * mean_tokens
+        reading = 2 * context.n_tokens(context.splits.dev) + n_trainings * context.n_tokens(
+            context.train
+        )
+        return (n_trainings * TIMES_READING * tokens + reading) * context.seconds_per_token
+
+    def plan(self) -> str:
+        return f"about {duration(self.estimate())}"
+
+    def run(self) -> Measured:
+        """See `Rung.run`."""
+        context, began = self._context, self._context.budget.clock()
+        frozen = context.results.get(FrozenRung.name)
+        if frozen is None or frozen.size is None:
+            raise NotThisTime("it needs the frozen heads, and there are none")
+        scores = self._folder.scores(context.empty_scores())
+        for number, fold in enumerate(context.folds):
+            if np.isnan(scores[fold]).any():
+                self._check_time(number, began)
+                scores[fold] = self._of_fold(fold)
+                self._folder.save_scores(scores)
+        labels = np.asarray(cast(list[int], context.train.labels))
+        rows = slice(0, len(labels))
+        of_frozen, of_tuned = _weights(frozen.scores[rows], scores[rows], labels)
+        mixed = of_frozen * frozen.scores[rows] + of_tuned * scores[rows]
+        product = context.empty_scores()
+        product[rows] = torch.from_numpy(mixed).log_softmax(-1).numpy()
+        classifier = self._made(of_frozen, of_tuned)
+        speed = context.measure_dev(classifier, product)
+        how = f"{len(context.folds)}-fold cross-validation, and dev"
+        return Measured(product, how, context.budget.clock() - began, speed, classifier)
+
+    def _check_time(self, n_done: int, began: float) -> None:
+        """Raise NotThisTime if the trainings that are left do not fit."""
+        budget = self._context.budget
+        each = (budget.clock() - began) / n_done if n_done else 0.0
+        n_left = len(self._context.folds) + 1 - n_done
+        if each * n_left > budget.left:
+            raise NotThisTime(
+                f"{n_left} more trainings take about {duration(each * n_left)}, and "
+                f"{budget.left_in_words}",
+                was_begun=True,
+            )
+
+    def _of_fold(self, fold: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Scores (F, C) of a fold's rows, by a head that was tuned and fitted on the others."""
+        train = self._context.train
+        others = np.setdiff1d(np.arange(len(train)), fold)
+        try:
+            reader, head = self._tuned(others)
+            texts = [train.texts[row] for row in fold]
+            vectors = torch.from_numpy(extract_features(reader, texts, [head.choice])[head.choice])
+            assert head.bias is not None
+            scores: NDArray[np.float32] = (vectors @ head.weight.T + head.bias).numpy()
+            return scores
+        finally:
+            restore_base(self._context.llama)
+
+    def _tuned(self, rows: NDArray[np.int64]) -> tuple[LlamaEmbeddingClassifier, TrainedHead]:
+        """Adapters on the model, tuned on some rows, and a head that was fitted to them."""
+        context, train = self._context, self._context.train
+        restore_base(context.llama)
+        reader = LlamaEmbeddingClassifier(
+            context.llama,
+            context.tokenizer,
+            train.label_names,
+            pooling="last",
+            layer=self._choice[0],
+            prompt=context.experiment.prompt,
+        )
+        torch.manual_seed(context.seed)
+        first = math.ceil(FIRST * context.llama.config.n_layers)
+        first = min(first, self._choice[0] - 1)
+        make_trainable(reader, "lora", context.experiment.lora, first_layer=first)
+        texts = [train.texts[row] for row in rows]
+        prompts = [reader.encode(text).ids for text in texts]
+        labels = np.asarray(cast(list[int], train.labels))[rows]
+        tune(context.llama, prompts, labels, self._choice, seed=context.seed)
+        context.llama.requires_grad_(False)
+        vectors = extract_features(reader, texts, [self._choice])[self._choice]
+        gold = context.task.target(labels.tolist())
+        weight, bias = Discriminant(vectors, gold, context.task).head(HeadKind(SHRINKAGE))
+        return reader, TrainedHead(torch.from_numpy(weight), torch.from_numpy(bias), self._choice)
+
+    @property
+    def _choice(self) -> Choice:
+        return max(1, round(DEPTH * self._context.llama.config.n_layers)), "last"
+
+    def _made(self, of_frozen: float, of_tuned: float) -> LlamaExpertsClassifier:
+        """The product, tuned on all training rows."""
+        context = self._context
+        _, head = self._tuned(np.arange(len(context.train)))
+        folder = RungFolder(context.folder / FrozenRung.name).classifier
+        frozen = load_candidate(folder, context.llama, context.tokenizer)
+        assert isinstance(frozen, LlamaExpertsClassifier)
+        return product_of(context, frozen, head, of_frozen, of_tuned, is_unchanged=False)
+
+
+def _weights(
+    frozen: NDArray[np.float32], tuned: NDArray[np.float32], labels: NDArray[np.int64]
+) -> tuple[float, float]:
+    """What calibrated logits of frozen heads and logits of the tuned head are multiplied by.
+
+    With few rows the proportion is fixed, and only a temperature is fitted.
+    """
+    one, other = frozen.astype(np.float64), tuned.astype(np.float64)
+    if len(labels) >= FEW_ROWS:
+        found = weighted_product({"frozen": one, "tuned": other}, labels).weights
+        if found.get("frozen") and found.get("tuned"):
+            return found["frozen"], found["tuned"]
+        raise NotThisTime("one of the two adds nothing to the other", was_begun=True)
+    of_one, of_other = (1 - SHARE) / spread(one), SHARE / spread(other)
+    both = of_one * one + of_other * other
+    factor = weighted_product({"": both}, labels).weights[""]
+    return factor * of_one, factor * of_other
