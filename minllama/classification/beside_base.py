@@ -1,10 +1,11 @@
-"""Vectors of a text by a model without its adapters, and with them: two forward passes.
+"""Vectors of a text by a model without its adapters, and with them.
 
-Heads that were fitted to the base read what adapters have changed only if these are disabled.
+Heads that were fitted to the base read what adapters have changed only if these are disabled. That
+is a second forward pass, from the lowest layer with adapters on.
 `minllama.classification.experts` evaluates such requests.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,11 +14,46 @@ from torch import Tensor
 
 from minllama.engine.base import Engine
 from minllama.engine.evaluation import Chunks
-from minllama.engine.states import Choice, StatesRequest
-from minllama.lora import adapters_disabled
+from minllama.engine.packing import layer_states
+from minllama.engine.states import Choice, StatesRequest, batch_of, pooled_layers
+from minllama.lora import adapters_disabled, lora_layers
 from minllama.model.config import LlamaConfig
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import Llama
+
+
+def pooled_beside_base(
+    llama: Llama,
+    ids: Tensor,
+    mask: Tensor | None,
+    base_choices: Sequence[Choice],
+    choices: Sequence[Choice],
+    *,
+    at: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Vectors (B, D) of choices of the base, and of others of the model with its adapters.
+
+    Args:
+        llama: with adapters.
+        ids, mask, at: as for `pooled_states`.
+        base_choices, choices: layers and poolings.
+    """
+    numbers = [int(name.split(".")[1]) for name in lora_layers(llama)]
+    lowest = min([*numbers, *(layer for layer, _ in choices)])
+    shared: list[Tensor] = []
+
+    def noted() -> Iterator[tuple[int, Tensor]]:
+        for layer, h in enumerate(layer_states(llama, ids, attention_mask=mask)):
+            if layer == lowest:
+                shared.append(h)
+            yield layer, h
+
+    with adapters_disabled(llama):
+        of_base = pooled_layers(llama, noted(), mask, base_choices, at)
+    start = (lowest, shared[0]) if shared else None
+    states = layer_states(llama, ids, attention_mask=mask, start=start)
+    numbered = enumerate(states, lowest if shared else 0)
+    return of_base, pooled_layers(llama, numbered, mask, choices, at)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,11 +90,12 @@ class BesideBaseRequest(StatesRequest):
         requests: "Sequence[BesideBaseRequest]",  # type: ignore[override]  # those of its group
         cache: KVCache | None,
     ) -> Sequence[list[Tensor]]:
-        """See `EvaluationRequest.compute`; one forward pass after the other."""
-        with adapters_disabled(engine.llama):
-            of_base = self.of_base.compute(engine, [r.of_base for r in requests], cache)
-        own = self.of_adapters.compute(engine, [r.of_adapters for r in requests], cache)
-        return [[*one, *other] for one, other in zip(of_base, own, strict=True)]
+        """See `EvaluationRequest.compute`."""
+        inputs = batch_of(requests, engine.device)
+        of_base, own = pooled_beside_base(
+            *(engine.llama, *inputs[:2], self.base_choices, self.choices), at=inputs[2]
+        )
+        return [list(of_text) for of_text in zip(*of_base, *own, strict=True)]
 
     def in_chunks(self, engine: Engine, cache: KVCache) -> Chunks:
         """See `EvaluationRequest.in_chunks`; the cache is filled twice.

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minllama.classification.base import Classifier, as_prompt, checked_labels, make_template
-from minllama.classification.beside_base import BesideBaseRequest
+from minllama.classification.beside_base import BesideBaseRequest, pooled_beside_base
 from minllama.classification.embedding import check_layer
 from minllama.classification.prompts import EncodedPrompt
 from minllama.engine.packing import layer_states
-from minllama.engine.states import Choice, StatesRequest, normalized, pool
+from minllama.engine.states import Choice, StatesRequest, pooled_layers
 from minllama.errors import MinllamaError
 from minllama.evaluation.tfidf import TfidfModel
-from minllama.lora import adapters_disabled
 from minllama.model.inputs import padded
 from minllama.model.llama import Llama
 from minllama.options import POOLINGS, PromptOptions
@@ -103,23 +102,13 @@ class LlamaExpertsClassifier(Classifier):
         ids, mask = padded([prompt.ids for prompt in prompts])
         device = self.llama.device
         ids, mask = ids.to(device), None if mask is None else mask.to(device)
-        vectors = self._vectors(ids, mask, self._read)
         if self.base_choices:
-            with adapters_disabled(self.llama):
-                vectors = self._vectors(ids, mask, self.base_choices) + vectors
+            choices = self.base_choices, self._read
+            of_base, own = pooled_beside_base(self.llama, ids, mask, *choices)
+            return self._logits(prompts, torch.cat([*of_base, *own], -1))
+        states = enumerate(layer_states(self.llama, ids, attention_mask=mask))
+        vectors = pooled_layers(self.llama, states, mask, self._read)
         return self._logits(prompts, torch.cat(vectors, -1))
-
-    def _vectors(self, ids: Tensor, mask: Tensor | None, choices: Sequence[Choice]) -> list[Tensor]:
-        """(B, D) for each choice, in one forward pass."""
-        found: dict[Choice, Tensor] = {}
-        deepest = max(layer for layer, _ in choices)
-        for layer, h in enumerate(layer_states(self.llama, ids, attention_mask=mask)):
-            for choice in choices:
-                if choice[0] == layer:
-                    found[choice] = pool(normalized(self.llama, h, layer), mask, choice[1])
-            if layer == deepest:
-                break
-        return [found[choice] for choice in choices]
 
     def request_of(self, prompt: EncodedPrompt, *, shared: tuple[int, ...] = ()) -> StatesRequest:
         """See `Classifier.request_of`."""

@@ -139,6 +139,7 @@ def layer_states(
     attention_mask: Tensor | None = None,
     positions: Tensor | None = None,
     cache: KVCache | None = None,
+    start: tuple[int, Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """The residual stream after each layer, computed lazily.
 
@@ -147,6 +148,8 @@ def layer_states(
     Args:
         llama: the model.
         ids, attention_mask, positions, cache: as for `Llama.forward`. A cache is not advanced.
+        start: a number of layers and the state after them, which comes first; None for the
+            embeddings.
 
     Yields:
         (B, T, D): the embeddings, then the output of each layer, before the last norm.
@@ -157,11 +160,15 @@ def layer_states(
     packing, layout = _layout_of(llama, ids, attention_mask, positions, cache)
     tokens = ids if packing is None else packing.packed(ids)
     h, rotation = _embedded(llama, tokens, layout)
+    first = 0
+    if start is not None:
+        first, state = start
+        h = (state if packing is None else packing.packed(state)).to(h.dtype)
 
     def run(h: Tensor, layer: nn.Module) -> Tensor:
         return llama.run_layer(layer, h, rotation, layout, cache)
 
-    for state in itertools.accumulate(llama.layers, run, initial=h):
+    for state in itertools.accumulate(llama.layers[first:], run, initial=h):
         state = state.to(llama.dtype)
         yield state if packing is None else packing.padded(state)
 
@@ -269,8 +276,8 @@ class Packing(NamedTuple):
     shared: int = 0
 
     def packed(self, x: Tensor) -> Tensor:
-        """(B, T) -> (1, N)."""
-        return x.flatten()[self.tokens].unsqueeze(0)
+        """(B, T, ...) -> (1, N, ...)."""
+        return x.flatten(0, 1)[self.tokens].unsqueeze(0)
 
     def row_indices(self, selected: Tensor) -> Tensor:
         """Indices in that row of selected tokens, by their flat indices; arbitrary for padding."""

@@ -3,7 +3,7 @@
 A scheduler answers `StatesRequest`s; training calls `pooled_states`, with gradients.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -72,19 +72,13 @@ class StatesRequest(EvaluationRequest):
         self, engine: Engine, requests: "Sequence[StatesRequest]", cache: KVCache | None
     ) -> Sequence[list[Tensor]]:
         """See `EvaluationRequest.compute`."""
-        llama = engine.llama
-        ids, mask = padded([request.ids for request in requests], engine.device)
-        lasts = [len(r.ids) - 1 if r.last is None else r.last for r in requests]
-        starts = range(0, ids.numel(), ids.shape[1])
-        at = torch.tensor(
-            [start + last for start, last in zip(starts, lasts, strict=True)], device=engine.device
-        )
+        llama, (ids, mask, at) = engine.llama, batch_of(requests, engine.device)
         if len(self.choices) == 1:
             layer, pooling = self.choices[0]
             vectors = [pooled_states(llama, ids, mask, layer, pooling, at=at)]
         else:
-            found = dict(_of_layers(llama, ids, mask, self.choices, at))
-            vectors = [found[choice] for choice in self.choices]
+            states = enumerate(layer_states(llama, ids, attention_mask=mask))
+            vectors = pooled_layers(llama, states, mask, self.choices, at)
         return [list(of_text) for of_text in zip(*vectors, strict=True)]
 
     def in_chunks(self, engine: Engine, cache: KVCache) -> Chunks:
@@ -150,20 +144,45 @@ def pooled_states(
     return h if at is not None else pool(h, mask, pooling)
 
 
-def _of_layers(
-    llama: Llama, ids: Tensor, mask: Tensor | None, choices: Sequence[Choice], at: Tensor
-) -> Iterator[tuple[Choice, Tensor]]:
-    """Each choice and its vectors, (B, D), in one forward pass."""
+def batch_of(
+    requests: Sequence[StatesRequest], device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Ids (B, T) and mask of requests, and the flat indices (B,) of their last tokens."""
+    ids, mask = padded([request.ids for request in requests], device)
+    lasts = [len(r.ids) - 1 if r.last is None else r.last for r in requests]
+    starts = range(0, ids.numel(), ids.shape[1])
+    at = [start + last for start, last in zip(starts, lasts, strict=True)]
+    return ids, mask, torch.tensor(at, device=device)
+
+
+def pooled_layers(
+    llama: Llama,
+    states: Iterable[tuple[int, Tensor]],
+    mask: Tensor | None,
+    choices: Sequence[Choice],
+    at: Tensor | None = None,
+) -> list[Tensor]:
+    """The vectors (B, D) of each choice, in one forward pass.
+
+    Args:
+        llama: the model.
+        states: numbers of layers and the states after them, as `layer_states` gives them; those
+            above the deepest choice do not run.
+        mask, at: as for `pooled_states`.
+        choices: layers and poolings.
+    """
+    found: dict[Choice, Tensor] = {}
     deepest = max(layer for layer, _ in choices)
-    for layer, h in enumerate(layer_states(llama, ids, attention_mask=mask)):
+    for layer, h in states:
         poolings = [pooling for wanted, pooling in choices if wanted == layer]
         if poolings:
             h = normalized(llama, h, layer)
         for pooling in poolings:
-            is_last = pooling == "last"
-            yield (layer, pooling), h.flatten(0, 1)[at] if is_last else pool(h, mask, pooling)
+            takes_one = pooling == "last" and at is not None
+            found[layer, pooling] = h.flatten(0, 1)[at] if takes_one else pool(h, mask, pooling)
         if layer == deepest:
-            return
+            break
+    return [found[choice] for choice in choices]
 
 
 def normalized(llama: Llama, h: Tensor, layer: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,9 @@ OF_BASE = ((1, "mean"), (2, "last"))
 OWN = ((2, "last"), (2, "mean"))
 
 
-def adapted(llama: torch.nn.Module) -> None:
+def adapted(llama: torch.nn.Module, layers: Sequence[int] | None = None) -> None:
     torch.manual_seed(2)
-    add_lora_wrapper(llama, r=4)
+    add_lora_wrapper(llama, r=4, layers_to_transform=layers)
     with torch.no_grad():
         for name, parameter in llama.named_parameters():
             if "lora_B" in name:
@@ -36,10 +37,10 @@ def adapted(llama: torch.nn.Module) -> None:
     llama.requires_grad_(False)
 
 
-def make(base: Path) -> LlamaExpertsClassifier:
+def make(base: Path, layers: Sequence[int] | None = None) -> LlamaExpertsClassifier:
     """Experts on the base and on adapters, with weights by chance."""
     plain = experts(base)
-    adapted(plain.llama)
+    adapted(plain.llama, layers)
     classifier = LlamaExpertsClassifier(
         *(plain.llama, plain.tokenizer, plain.labels, OWN),
         base_choices=OF_BASE,
@@ -50,12 +51,13 @@ def make(base: Path) -> LlamaExpertsClassifier:
     return classifier.eval()
 
 
-def test_logits_are_those_of_heads_on_two_models(base: Path) -> None:
-    classifier = make(base)
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_logits_are_those_of_heads_on_two_models(base: Path, layers: list[int] | None) -> None:
+    classifier = make(base, layers)
     width = len(OF_BASE) * classifier.llama.config.dim
     # One model without adapters, and one in which they are merged.
     lower, upper = experts(base), experts(base)
-    adapted(upper.llama)
+    adapted(upper.llama, layers)
     merge_lora(upper.llama)
     expected = np.zeros((len(TEXTS), 3))
     weight = classifier.score.weight.detach()
@@ -78,6 +80,18 @@ def test_logits_are_those_of_heads_on_two_models(base: Path) -> None:
     without = classifier.predict_logits(TEXTS[:1])
     with adapters_disabled(classifier.llama):
         assert np.abs(classifier.predict_logits(TEXTS[:1]) - without).max() > 0.1
+
+
+def test_layers_below_the_adapters_run_once(base: Path) -> None:
+    classifier, runs = make(base, [1]), [0, 0]
+    for number, layer in enumerate(classifier.llama.layers):
+
+        def count(*arguments: object, number: int = number) -> None:
+            runs[number] += 1
+
+        layer.register_forward_hook(count)
+    classifier.predict_logits(TEXTS[:1])
+    assert runs == [1, 2]
 
 
 def test_it_is_read_back_and_says_what_it_reads(base: Path, tmp_path: Path) -> None:
