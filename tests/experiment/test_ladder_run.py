@@ -31,7 +31,7 @@ from tests.experiment_cases import REPORT, Heard, examples, names_in, write_labe
 SLOW = pytest.mark.slow
 TEXTS = ["a fine film", "dull", "great music and a slow plot"]
 TITLES = [
-    *("TF-IDF", "zero-shot label words", "frozen heads", "contrastive LoRA beside frozen heads"),
+    *("TF-IDF", "zero-shot label words", "frozen heads", "contrastive LoRA"),
     *("LoRA with label words", "LoRA with a head", "LoRA and frozen heads"),
 ]
 
@@ -108,7 +108,7 @@ def test_of_few_rows_the_rung_that_combines_the_others_is_the_default(make_exper
     monkeypatch.setattr(climb_module, "choose_for_few", noted)
     experiment = make_experiment("auto")
     outcome = run_experiment(experiment)
-    assert defaults == ["contrastive LoRA beside frozen heads"]
+    assert defaults == ["contrastive LoRA"]
     (chosen,) = (rung for rung in rungs_of(experiment.output).values() if rung["chosen"])
     assert (chosen["name"],) == tuple(defaults)
     assert chosen["reason"].startswith("the others are combined in it")

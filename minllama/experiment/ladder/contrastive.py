@@ -33,13 +33,13 @@ SHRINKAGE = 0.7  # of the head: texts that were tuned on are closer together tha
 # Of the tuned head beside the frozen ones, by logits of the same spread, where there are too few
 # rows to fit weights; chosen on training rows of the suite (docs/lora-study.md).
 SHARE = 0.3
-TIMES_READING = 4  # a step takes about as many times as long as reading its texts
+TIMES_READING = 3  # a step takes about as many times as long as reading its texts
 
 
 class ContrastiveRung:
     """Tuned and measured on folds of the training rows, then tuned on all of them."""
 
-    name, title = "contrastive", "contrastive LoRA beside frozen heads"
+    name, title = "contrastive", "contrastive LoRA"
 
     def __init__(self, context: Context) -> None:
         self._context = context
