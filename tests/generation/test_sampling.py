@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -12,6 +13,7 @@ from transformers import (
 )
 
 from minllama.errors import MinllamaError
+from minllama.generation import sampling
 from minllama.generation.sampling import (
     BLOCK,
     apply_min_p,
@@ -61,6 +63,36 @@ def test_samples_follow_the_softmax_of_logits_over_temperature(temperature):
 def test_filters_leave_what_transformers_leave(options, warper):
     expected = warper(None, LOGITS.clone()).softmax(-1)[0]
     torch.testing.assert_close(distribution(LOGITS, **options), expected, atol=1 / 1000, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize(
+    "options", [(0.95, 0.0), (0.5, 0.0), (0.999, 0.0), (1.0, 0.02), (0.9, 0.05)]
+)
+def test_of_a_large_vocabulary_top_p_and_min_p_leave_what_transformers_leave(options, scale):
+    """Without a sort of all tokens, over which distributions are flat, or peaked at a few."""
+    top_p, min_p = options
+    logits = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(3)) * scale
+    expected = logits.double()
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    if min_p:
+        expected = MinPLogitsWarper(min_p)(None, expected)
+    weights = (logits - logits.max()).exp()[0].numpy()
+    chosen = SamplingOptions(temperature=1.0, top_p=top_p, min_p=min_p)
+    ids, probabilities = sampling._likely(weights, chosen)
+    kept = expected.isfinite()[0].nonzero().squeeze(-1)
+    # At the edge of the mass the two round differently.
+    assert len(set(ids.tolist()) ^ set(kept.tolist())) <= 2
+    assert (probabilities[:-1] >= probabilities[1:]).all()
+    exact = logits.double().softmax(-1)[0].numpy()[ids]
+    np.testing.assert_allclose(probabilities, exact, rtol=1e-4)
+    # Each draw is the token at which the sum of the kept ones' probabilities exceeds it.
+    uniforms = [0.0, 0.31, 0.77, 0.9999]
+    found = choose_tokens(logits.expand(4, -1), chosen, uniforms)
+    sums = probabilities.astype(np.float64).cumsum()
+    places = [int((sums <= u * sums[-1]).sum()) for u in uniforms]
+    assert found.tolist() == [int(ids[place]) for place in places]
 
 
 def test_filters_apply_in_the_order_top_k_top_p_min_p():
