@@ -21,7 +21,7 @@ def test_the_shops_messages_are_balanced_and_pass_every_check() -> None:
 
 def test_no_two_messages_are_nearly_the_same() -> None:
     train, dev = examples()
-    words = [set(re.findall(r"\w+", text.lower())) for text in train.texts + dev.texts]
+    words = [set(re.findall(r"\w+", text.lower())) for text in [*train.texts, *dev.texts]]
     alike = [
         (one, other)
         for one, other in itertools.combinations(words, 2)
@@ -32,7 +32,7 @@ def test_no_two_messages_are_nearly_the_same() -> None:
 
 def test_messages_are_short_lines() -> None:
     train, dev = examples()
-    for text in train.texts + dev.texts:
+    for text in [*train.texts, *dev.texts]:
         assert text == text.strip()
         assert "\n" not in text
         assert len(text) <= 120

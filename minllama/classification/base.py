@@ -36,6 +36,7 @@ from minllama.options import PromptOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
 MOST_NOTED = 1_000_000  # texts of which is kept that they were shortened
+ENCODED = 8192  # texts at a time: token ids of a million take more memory than a small model
 
 
 class Classifier(nn.Module, ABC):
@@ -185,9 +186,14 @@ class Classifier(nn.Module, ABC):
         """
         texts, ranks = checked_texts(texts), current()
         mine = ranks.part_of_texts(texts)
-        encoded = [self.encode(text) for text in mine]
         progress = ranks.advanced(progress, len(texts))
-        logits = self.predict_encoded(encoded, progress=progress)
+        logits = np.empty((len(mine), len(self.labels)), dtype=np.float32)
+        with self._lock, self.steady():
+            # Once even without a text: other processes may wait for this one in it.
+            for start in range(0, max(len(mine), 1), ENCODED):
+                encoded = [self.encode(text) for text in mine[start : start + ENCODED]]
+                found = self.predict_encoded(encoded, progress=progress)
+                logits[start : start + ENCODED] = found
         self.note_shortened(texts)
         return ranks.joined_rows(logits, len(texts))
 

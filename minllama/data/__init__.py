@@ -1,7 +1,7 @@
 """Read, check, split, sample and stream texts and labels from data files."""
 
 from minllama.data.dataset import Row, count_rows, load_dataset, stream_rows
-from minllama.data.examples import Dataset, Labels, Notice, check_text
+from minllama.data.examples import check_text
 from minllama.data.label_names import read_label_names, read_labels_file
 from minllama.data.number_splits import check_number_splits, one_number, random_split
 from minllama.data.records import BadRow, BadRows
@@ -13,6 +13,7 @@ from minllama.data.splits import (
     sample_per_class,
     stratified_split,
 )
+from minllama.data.types import Dataset, Labels, Notice
 
 __all__ = [
     "BadRow",

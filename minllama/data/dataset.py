@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from minllama.data.columns import find_columns, names_text_column
-from minllama.data.examples import Dataset, Examples, Labels, Notice, check_text, no_rows, text_of
+from minllama.data.examples import Examples, check_text, no_rows, text_of
 from minllama.data.label_lists import joined_names
 from minllama.data.label_names import read_label_names
 from minllama.data.labels import LabelReader
@@ -18,6 +18,7 @@ from minllama.data.multi_hot import label_columns, names_of_columns
 from minllama.data.numbers import NumberReader
 from minllama.data.records import BadRow, BadRows, Record, Table
 from minllama.data.source import Source, open_table
+from minllama.data.types import Dataset, Labels, Notice
 from minllama.errors import DataError, OptionError
 from minllama.options import DataOptions
 from minllama.text import listed, shown

@@ -3,10 +3,10 @@
 Skips or reports bad rows. `minllama.data.dataset` calls it with an open table.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from minllama.data.class_names import class_names
 from minllama.data.labels import UNLABELLED, LabelReader
@@ -14,107 +14,21 @@ from minllama.data.look_alikes import distinguishable, folded, look_alike_messag
 from minllama.data.multi_hot import column_vector, is_surely_a_vector, vector_labels, vector_of
 from minllama.data.numbers import NumberReader
 from minllama.data.records import BadRow, BadRows, Record
+from minllama.data.rows import (
+    CLASS,
+    CLASSES,
+    NUMBER,
+    NUMBERS,
+    OBJECT,
+    TEXT,
+    Column,
+    RowsBuilder,
+    stored,
+)
+from minllama.data.types import Dataset, Labels, Notice
 from minllama.errors import DataError
 from minllama.options import DataOptions
 from minllama.text import first_few, printable, shown
-
-Labels = list[int] | list[tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that the user should know, but that is not an error.
-
-    Attributes:
-        kind: its topic, for programs.
-        message: one line, for people.
-        count: of the rows, texts or classes concerned.
-    """
-
-    kind: Literal[
-        "skipped",
-        "unlabelled",
-        "numbers",
-        "case",
-        "look-alikes",
-        "white-space",
-        "multi-hot",
-        "conflicts",
-        "absent",
-        "duplicates",
-        "one-class",
-        "no-labels",
-    ]
-    message: str
-    count: int
-
-    def __str__(self) -> str:
-        return self.message
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Texts and their labels.
-
-    Attributes:
-        texts: N strings, none of them blank.
-        labels: N class ids, 0..len(label_names)-1, or N tuples of them; None without labels.
-            Numbers for a regression: see `targets`.
-        label_names: the names of the classes, in order.
-        source: the name of its source.
-        multi_label: whether a text has any number of labels, as a tuple, rather than one.
-        notices: about skipped rows and the like.
-        label_column: the source's label column; None if labels are not in a column.
-        part: which of the source's rows these are, if not all.
-        has_numbers: labels are numbers, the targets of a regression.
-    """
-
-    texts: list[str]
-    labels: Labels | None
-    label_names: list[str]
-    source: str
-    multi_label: bool = False
-    notices: tuple[Notice, ...] = ()
-    label_column: str | None = field(default=None, compare=False)
-    part: str = field(default="", compare=False)
-    has_numbers: bool = False
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    @property
-    def called(self) -> str:
-        """The name of these rows in notices."""
-        return f"{self.source} ({self.part})" if self.part else self.source
-
-    @property
-    def targets(self) -> list[float]:
-        """The labels of a regression."""
-        assert self.has_numbers
-        assert self.labels is not None
-        targets: Any = self.labels
-        return targets  # type: ignore[no-any-return]
-
-    def classes_of(self, index: int) -> tuple[int, ...]:
-        """The classes of one text, whether it may have several or not."""
-        assert self.labels is not None
-        assert not self.has_numbers
-        label = self.labels[index]
-        return label if isinstance(label, tuple) else (label,)
-
-    def class_counts(self) -> list[int]:
-        """The number of texts of each class."""
-        counts = [0] * len(self.label_names)
-        for index in range(len(self) if self.labels is not None else 0):
-            for label in self.classes_of(index):
-                counts[label] += 1
-        return counts
-
-    def select(self, indices: Sequence[int]) -> Self:
-        """The examples at `indices`, in that order, without the notices."""
-        labels: Any = None if self.labels is None else [self.labels[i] for i in indices]
-        texts = [self.texts[i] for i in indices]
-        return replace(self, texts=texts, labels=labels, notices=())
 
 
 class Examples:
@@ -147,9 +61,14 @@ class Examples:
         self._many = options.has_several_labels
         self.bad_rows = BadRows()
         self._unread = BadRows()  # labels that are not needed, and not labels
-        self._unread_rows: set[int] = set()  # their row indices
-        self._texts: list[str] = []
-        self._cells: list[list[Any] | None] = []  # names, or a number
+        self._unread_rows = Column("q")  # their row indices
+        self._texts = RowsBuilder(TEXT)
+        # Of each row its labels by their place in `_names`, or a number; empty if it has none.
+        self._cells: RowsBuilder[Any] = RowsBuilder(
+            NUMBERS if isinstance(reader, NumberReader) else CLASSES
+        )
+        self._names: dict[str, int] = {}  # of labels, as they were found
+        self._n_given = 0  # rows with a label, or with the information that they have none
         self._has_lists: bool | None = None  # whether labels are lists, as the first one is
         # Lists of zeros and ones: known to be vectors, known not to be, or not yet known.
         is_vector = options.label_lists == "multi-hot" or options.label_columns is not None
@@ -160,7 +79,8 @@ class Examples:
         self._vector_names: Sequence[str] | None = None
         self._n_empty = 0  # empty cells, if rows may have no label
         # Rows that are not interpreted yet: the row, its text and its list.
-        self._held: list[tuple[BadRow, str, Any]] = []
+        self._held = RowsBuilder(OBJECT)
+        self._vectors = _Vectors()  # among them
 
     def __len__(self) -> int:
         return len(self._texts) + len(self._held)
@@ -186,7 +106,8 @@ class Examples:
         if self._has_vectors is None and self._may_be_vectors(value):
             self._held.append((place, text, value))
             return
-        self._release()
+        if len(self._held):
+            self._release()
         self._take(place, text, value)
 
     def _value_of(self, row: Record) -> Any:
@@ -201,21 +122,20 @@ class Examples:
     def _may_be_vectors(self, value: Any) -> bool:
         """Track whether this row and all earlier ones may be multi-hot vectors."""
         if value is None or (isinstance(value, str) and not value.strip()):
-            return bool(self._held)  # an empty cell decides nothing
+            return bool(len(self._held))  # an empty cell decides nothing
         vector = vector_of(value)
         known = self._class_reader.known
-        first = next((v for _, _, v in self._held if isinstance(v, list)), value)
         if (
             vector is None
-            or len(vector) != len(first)
+            or not self._vectors.add(vector)
             or (known is not None and len(known) != len(vector))
         ):
             self._has_vectors = False
         return self._has_vectors is None
 
     def _release(self) -> None:
-        held, self._held = self._held, []
-        for place, text, value in held:
+        held, self._held = self._held, RowsBuilder(OBJECT)
+        for place, text, value in held.rows():
             self._take(place, text, value)
 
     def _take(self, place: BadRow, text: str, value: Any) -> None:
@@ -231,7 +151,11 @@ class Examples:
             self.bad_rows.add(replace(place, reason=self._why_none(value)))
             return
         self._texts.append(text)
-        self._cells.append(cells)
+        self._n_given += cells is not None
+        if not isinstance(self._reader, NumberReader):
+            names = self._names
+            cells = [names.setdefault(cell, len(names)) for cell in cells or ()]
+        self._cells.append(cells or ())
 
     def _may_be_without(self, value: Any) -> bool:
         """Whether an empty label cell means a row without labels.
@@ -247,9 +171,9 @@ class Examples:
             self.bad_rows.add(row)
             return
         self._unread.add(row)
-        self._unread_rows.add(len(self._texts))
+        self._unread_rows.append(len(self._texts))
         self._texts.append(text)
-        self._cells.append(None)
+        self._cells.append(())
 
     def _read_label(self, value: Any) -> list[Any] | None:
         if self._has_vectors:
@@ -311,36 +235,34 @@ class Examples:
         skips = self._options.skip_bad_rows
         if bad_rows.count and not skips:
             raise bad_rows.error(name, *remedies, self._reader.hint)
-        if not self._texts:
+        texts, cells = self._texts.rows(), self._cells.rows()
+        if not texts:
             raise DataError(no_rows(name, bad_rows, remedies))
         if bad_rows.count:
-            why = "; ".join([bad_rows.summary(), *remedies])
-            total = bad_rows.count + len(self._texts)
-            message = f"{name}: bad rows skipped: {bad_rows.count} of {total} ({why})"
-            notices.append(Notice("skipped", message, bad_rows.count))
-        if self._n_empty == len(self._texts) and not self._needs_labels:
+            notices.append(_skipped(name, bad_rows, len(texts), remedies))
+        if self._n_empty == len(texts) and not self._needs_labels:
             # A file with hidden labels.
-            self._cells, self._n_empty = [None] * len(self._texts), 0
-        given = [cells for cells in self._cells if cells is not None]
-        if self._unread.count and given and skips:
+            self._n_given = self._n_empty = 0
+        if self._unread.count and self._n_given and skips:
             notices.append(self._leave_out_unread(name))
-        if self._unread.count or 0 < len(given) < len(self._cells):
-            notices.append(self._unlabeled_notice(name, len(given)))
+            unread, n = self._unread_rows.mapped(), len(texts)
+            texts = texts.select(_others(unread, n))
+            cells = cells.select(_others(unread, n))
+        if self._unread.count or 0 < self._n_given < len(texts):
+            notices.append(self._unlabeled_notice(name, len(texts)))
         if skips and (hint := self._reader.hint) and (bad_rows.count or self._unread.count):
             notices.append(Notice("look-alikes", f"{name}: {hint}", 1))
         if self._n_empty:
             message = (
-                f"{name}: {self._n_empty:,} of {len(self._texts):,} rows have an empty or null "
+                f"{name}: {self._n_empty:,} of {len(texts):,} rows have an empty or null "
                 "label cell, and are used as rows without labels"
             )
             notices.append(Notice("no-labels", message, self._n_empty))
-        column = None
-        if len(self._label_columns) == 1 and self._options.label_columns is None:
-            column = self._label_columns[0]
+        column, are_known = self._label_column, self._n_given == len(texts)
         if isinstance(self._reader, NumberReader):
-            targets: Any = [number for (number,) in given]
+            targets: Any = stored(NUMBER, (number for (number,) in cells)) if are_known else None
             return Dataset(
-                *(self._texts, targets if len(given) == len(self._texts) else None, [], name),
+                *(texts, targets, [], name),
                 notices=tuple(notices),
                 label_column=column,
                 has_numbers=True,
@@ -349,12 +271,19 @@ class Examples:
             notices.append(_numbers_as_names(name, positions))
         multi_label = self._many or bool(self._has_lists) or bool(self._has_vectors)
         are_learned = self._reader.known is None or self._options.label_names is not None
-        labels, names = self._numbered(given, multi_label)
-        found = Dataset(self._texts, labels, names, name, multi_label, label_column=column)
-        notices += list_notices + self._white_space(name, given)
+        names, class_of = self._classes()
+        labels = _numbered(cells, class_of, multi_label) if are_known else None
+        found = Dataset(texts, labels, names, name, multi_label, label_column=column)
+        notices += list_notices + self._white_space(name, cells)
         if are_learned:
             notices += look_alike_notices(found)
         return replace(found, notices=tuple(notices))
+
+    @property
+    def _label_column(self) -> str | None:
+        """The one column of the labels; None if they are in several, or in none."""
+        is_one = len(self._label_columns) == 1 and self._options.label_columns is None
+        return self._label_columns[0] if is_one else None
 
     def _decide(self, name: str) -> list[Notice]:
         """Decide whether lists of zeros and ones are vectors, if no other row has decided it.
@@ -362,31 +291,31 @@ class Examples:
         Raises:
             DataError: they may be that or labels.
         """
-        vectors = [v for _, _, value in self._held if (v := vector_of(value)) is not None]
+        vectors, n_held = self._vectors, len(self._held)
         notices: list[Notice] = []
-        if vectors and not is_surely_a_vector(vectors):
-            first, place = self._held[0][2], self._held[0][0].place
+        if n_held and not vectors.are_sure:
+            place, _, first = self._held.rows()[0]
             raise DataError(
-                f"{name}: lists of 0 and 1 are ambiguous: {shown(first)} in {place} has both "
+                f"{name}: lists of 0 and 1 are ambiguous: {shown(first)} in {place.place} has both "
                 "labels 0 and 1, or is a multi-hot vector with only label "
-                f"{vectors[0].index(1)}; give --label-lists labels, or --label-lists multi-hot "
+                f"{vectors.first.index(1)}; give --label-lists labels, or --label-lists multi-hot "
                 "(with --label-names FILE for the names)"
             )
-        if vectors:
+        if n_held:
             self._has_vectors = True
-        self._release()
-        if vectors and self._vector_names is not None:
+            self._release()
+        if n_held and self._vector_names is not None:
             places = first_few(
                 f"{i} = {printable(label)}" for i, label in enumerate(self._vector_names)
             )
             message = (
-                f"{name}: lists are read as multi-hot vectors of {len(vectors[0])} zeros and "
+                f"{name}: lists are read as multi-hot vectors of {len(vectors.first)} zeros and "
                 f"ones, one per label: {places}; --label-names FILE sets other names"
             )
-            notices.append(Notice("multi-hot", message, len(vectors)))
+            notices.append(Notice("multi-hot", message, vectors.count))
         return notices
 
-    def _white_space(self, name: str, given: list[list[str]]) -> list[Notice]:
+    def _white_space(self, name: str, cells: Iterable[Iterable[int]]) -> list[Notice]:
         """Labels that occur both with and without surrounding white space."""
         padded: dict[str, dict[str, int]] = {}
         for (text, label), n in self._class_reader.padded.items():
@@ -395,13 +324,9 @@ class Examples:
         if not padded:
             return []
         notices = []
-        counts = dict.fromkeys(padded, 0)
-        for cells in given:
-            for cell in cells:
-                if cell in counts:
-                    counts[cell] += 1
+        counts = Counter(place for places in cells for place in places)
         for label, of_text in padded.items():
-            plain = counts[label] - sum(of_text.values())
+            plain = counts[self._names.get(label, -1)] - sum(of_text.values())
             if plain <= 0 and len(of_text) < 2:
                 continue
             spellings = {**({label: plain} if plain > 0 else {}), **of_text}
@@ -420,11 +345,7 @@ class Examples:
     def _leave_out_unread(self, name: str) -> Notice:
         """Skip rows with unknown labels; rows without one stay, to be predicted."""
         bad, self._unread = self._unread, BadRows()
-        total = len(self._texts)
-        read_rows = [row for row in range(total) if row not in self._unread_rows]
-        self._texts = [self._texts[row] for row in read_rows]
-        self._cells = [self._cells[row] for row in read_rows]
-        left_out = f"{bad.count} of {total} ({bad.summary()})"
+        left_out = f"{bad.count} of {len(self._texts)} ({bad.summary()})"
         message = f"{name}: rows with unknown labels skipped: {left_out}"
         return Notice("skipped", message, bad.count)
 
@@ -433,29 +354,74 @@ class Examples:
             return ""
         return f" ({'; '.join(filter(None, (self._unread.summary(), self._reader.hint)))})"
 
-    def _unlabeled_notice(self, name: str, n_given: int) -> Notice:
+    def _unlabeled_notice(self, name: str, n_rows: int) -> Notice:
+        n_given = self._n_given
         known = f"only {n_given}" if n_given else "none"
         remedy = "; --skip-bad-rows skips them" if n_given and self._unread.count else ""
         message = (
-            f"{name}: {known} of {len(self._cells)} rows have a known label{self._why_unread()}; "
+            f"{name}: {known} of {n_rows} rows have a known label{self._why_unread()}; "
             f"these labels are ignored{remedy}"
         )
-        return Notice("unlabelled", message, len(self._cells) - n_given)
+        return Notice("unlabelled", message, n_rows - n_given)
 
-    def _numbered(
-        self, given: list[list[str]], multi_label: bool
-    ) -> tuple[Labels | None, list[str]]:
+    def _classes(self) -> tuple[list[str], list[int]]:
+        """The names of the classes, and the class of each label in `_names`."""
         reader = self._class_reader
         if self._options.label_columns is not None and reader.known is None:
             reader.set_classes(self._label_columns)
         if reader.known is not None:
             names, index_of = reader.known, reader.index_of
         else:
-            names, index_of = class_names(itertools.chain.from_iterable(given))
-        if len(given) < len(self._texts):
-            return None, names
-        rows = [tuple(sorted({index_of[cell] for cell in cells})) for cells in given]
-        return rows if multi_label else [label for (label,) in rows], names
+            names, index_of = class_names(self._names)
+        return names, [index_of[name] for name in self._names]
+
+
+class _Vectors:
+    """What is known of multi-hot vectors of one length.
+
+    Attributes:
+        first: of them.
+        count: of all.
+        are_sure: they cannot be lists of labels.
+    """
+
+    def __init__(self) -> None:
+        self.first: tuple[int, ...] = ()
+        self.count = 0
+        self.are_sure = False
+
+    def add(self, vector: tuple[int, ...]) -> bool:
+        """Count one; whether it is as long as the first."""
+        self.first = self.first or vector
+        self.count += 1
+        self.are_sure = self.are_sure or is_surely_a_vector([vector])
+        return len(vector) == len(self.first)
+
+
+def _others(rows: "memoryview[int]", n: int) -> Iterator[int]:
+    """The rows from 0 to n that are not among some in ascending order."""
+    left_out = iter(rows)
+    following = next(left_out, None)
+    for row in range(n):
+        if row == following:
+            following = next(left_out, None)
+        else:
+            yield row
+
+
+def _numbered(cells: Iterable[Sequence[int]], class_of: list[int], multi_label: bool) -> Labels:
+    """The classes of each row, by those of the labels."""
+    if multi_label:
+        rows = (tuple(sorted({class_of[place] for place in places})) for places in cells)
+        return stored(CLASSES, rows)
+    return stored(CLASS, (class_of[place] for (place,) in cells))
+
+
+def _skipped(name: str, bad_rows: BadRows, n_good: int, remedies: Sequence[str]) -> Notice:
+    why = "; ".join([bad_rows.summary(), *remedies])
+    total = bad_rows.count + n_good
+    message = f"{name}: bad rows skipped: {bad_rows.count} of {total} ({why})"
+    return Notice("skipped", message, bad_rows.count)
 
 
 def _numbers_as_names(name: str, positions: Mapping[int, str]) -> Notice:

@@ -1,11 +1,11 @@
 """Split and check datasets with numeric targets; `minllama.data.splits` does it for classes."""
 
 import random
-from collections import defaultdict
-from dataclasses import replace
+from array import array
 
-from minllama.data.examples import Dataset, Notice
-from minllama.data.splits import duplicates, share
+from minllama.data.equal_texts import among, first_rows, n_conflicting
+from minllama.data.splits import duplicates, parts
+from minllama.data.types import Dataset, Notice
 from minllama.errors import DataError
 
 
@@ -24,18 +24,17 @@ def random_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset,
         DataError: all texts are equal.
     """
     assert 0 < fraction < 1, fraction
-    texts = list(dict.fromkeys(dataset.texts))
-    if len(texts) < 2:
+    hashes = dataset.text_hashes
+    firsts = first_rows(hashes).nonzero()[0]
+    if len(firsts) < 2:
         raise DataError(
             f"{dataset.source}: all texts are equal, so none can be held out for evaluation; "
             "give a --dev file"
         )
-    n_aside = min(max(1, round(fraction * len(texts))), len(texts) - 1)
-    aside = set(random.Random(seed).sample(texts, n_aside))
-    rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
-    dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
-    rest = replace(rest, notices=dataset.notices, part=share(rest, dataset))
-    return rest, replace(dev, part=f"{share(dev, dataset)}, held out")
+    n_aside = min(max(1, round(fraction * len(firsts))), len(firsts) - 1)
+    drawn = random.Random(seed).sample(range(len(firsts)), n_aside)
+    aside = array("Q", sorted(hashes[firsts[place]] for place in drawn))
+    return parts(dataset, among(hashes, memoryview(aside)))
 
 
 def check_number_splits(
@@ -79,10 +78,7 @@ def one_number(split: Dataset) -> list[Notice]:
 
 
 def _conflicts(train: Dataset) -> list[Notice]:
-    targets_of: defaultdict[str, set[float]] = defaultdict(set)
-    for text, target in zip(train.texts, train.targets, strict=True):
-        targets_of[text].add(target)
-    if not (count := sum(len(targets) > 1 for targets in targets_of.values())):
+    if not (count := n_conflicting(train.text_hashes, train.targets)):
         return []
     message = f"{train.called}: texts with conflicting numbers: {count}"
     return [Notice("conflicts", message, count)]

@@ -3,13 +3,22 @@
 Random draws depend on the seed only.
 """
 
+import itertools
 import random
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from minllama.data.examples import Dataset, Notice, look_alike_notices
+from minllama.data.equal_texts import among, first_rows, in_order, n_conflicting
+from minllama.data.examples import look_alike_notices
+from minllama.data.types import Dataset, Notice
 from minllama.errors import DataError
 from minllama.text import listed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -31,32 +40,47 @@ def stratified_split(dataset: Dataset, fraction: float, seed: int) -> tuple[Data
         DataError: no class has two texts.
     """
     assert 0 < fraction < 1, fraction
-    of_class: defaultdict[int, dict[str, None]] = defaultdict(dict)  # texts, each once, in order
-    class_of_text: dict[str, int] = {}
-    counts = dataset.class_counts()
-    for index, text in enumerate(dataset.texts):
-        rarest = min(dataset.classes_of(index), key=lambda c: (counts[c], c), default=-1)
-        of_class[class_of_text.setdefault(text, rarest)][text] = None
+    import numpy as np
+
+    hashes, class_counts = dataset.text_hashes, dataset.class_counts()
+    is_first = first_rows(hashes)
+
+    def first_with_class() -> Iterator[tuple[int, int]]:
+        """The first row of each text, and the rarest of its classes."""
+        for row in where(is_first):
+            classes = dataset.classes_of(row)
+            yield row, min(classes, key=lambda c: (class_counts[c], c), default=-1)
+
+    counts = Counter(label for _, label in first_with_class())
     draw = random.Random(seed)
-    aside: set[str] = set()
-    for label in sorted(of_class):
-        texts = list(of_class[label])
-        if len(texts) > 1:
-            n_aside = min(max(1, round(fraction * len(texts))), len(texts) - 1)
-            aside |= set(draw.sample(texts, n_aside))
-    if not aside:
+    drawn: dict[int, set[int]] = {}  # of the texts of each class, by their order
+    for label, n_texts in sorted(counts.items()):
+        n_aside = min(max(1, round(fraction * n_texts)), n_texts - 1)
+        drawn[label] = set(draw.sample(range(n_texts), n_aside)) if n_aside else set()
+    if not any(drawn.values()):
         raise DataError(
             f"{dataset.source}: no class has two different texts, so none can be held out for "
             "evaluation; give a --dev file"
         )
-    _keep_every_class(dataset, aside)
-    if not aside:
+    seen = Counter[int]()
+    aside = []
+    for row, label in first_with_class():
+        if seen[label] in drawn[label]:
+            aside.append(hashes[row])
+        seen[label] += 1
+    is_aside = among(hashes, np.array(sorted(aside), dtype=np.uint64))
+    _keep_every_class(dataset, is_aside)
+    if not is_aside.any():
         raise DataError(
             f"{dataset.source}: each text is the only one with its label, so none can be held "
             "out for evaluation; give a --dev file"
         )
-    rest = dataset.select([i for i, text in enumerate(dataset.texts) if text not in aside])
-    dev = dataset.select([i for i, text in enumerate(dataset.texts) if text in aside])
+    return parts(dataset, is_aside)
+
+
+def parts(dataset: Dataset, is_aside: "NDArray[np.bool_]") -> tuple[Dataset, Dataset]:
+    """The rows that remain, with the dataset's notices, and those that are held out."""
+    rest, dev = dataset.select(where(~is_aside)), dataset.select(where(is_aside))
     rest = replace(rest, notices=dataset.notices, part=share(rest, dataset))
     return rest, replace(dev, part=f"{share(dev, dataset)}, held out")
 
@@ -66,17 +90,22 @@ def share(part: Dataset, whole: Dataset) -> str:
     return f"{len(part)} of {len(whole)} rows"
 
 
-def _keep_every_class(dataset: Dataset, aside: set[str]) -> None:
-    """Remove texts from `aside` until each label has a text outside it."""
-    rows = range(len(dataset))
-    remaining = {c for i in rows if dataset.texts[i] not in aside for c in dataset.classes_of(i)}
-    for i in rows:
+def where(mask: "NDArray[np.bool_]") -> Iterator[int]:
+    """The rows at which a mask is true."""
+    return itertools.compress(range(len(mask)), mask.data)
+
+
+def _keep_every_class(dataset: Dataset, is_aside: "NDArray[np.bool_]") -> None:
+    """Move texts back until each label has a text that is not aside."""
+    import numpy as np
+
+    hashes = np.asarray(dataset.text_hashes)
+    remaining = {c for i in where(~is_aside) for c in dataset.classes_of(i)}
+    for i in where(is_aside.copy()):
         if not remaining.issuperset(dataset.classes_of(i)):
-            text = dataset.texts[i]
-            aside.discard(text)
-            remaining |= {
-                c for j in rows if dataset.texts[j] == text for c in dataset.classes_of(j)
-            }
+            equal = hashes == hashes[i]
+            is_aside[equal] = False
+            remaining |= {c for j in where(equal) for c in dataset.classes_of(j)}
 
 
 def sample_per_class(dataset: Dataset, k: int, seed: int) -> Dataset:
@@ -168,10 +197,8 @@ def _notices_on_training(train: Dataset, counts: list[int]) -> list[Notice]:
         message = f"{train.called}: no example of {listed(absent)}, so it cannot be learned"
         notices.append(Notice("absent", message, len(absent)))
     notices += look_alike_notices(train)
-    labels_of: defaultdict[str, set[tuple[int, ...]]] = defaultdict(set)
-    for index, text in enumerate(train.texts):
-        labels_of[text].add(train.classes_of(index))
-    if conflicts := sum(len(labels) > 1 for labels in labels_of.values()):
+    assert train.labels is not None
+    if conflicts := n_conflicting(train.text_hashes, train.labels):
         message = f"{train.called}: texts with conflicting labels: {conflicts}"
         notices.append(Notice("conflicts", message, conflicts))
     return notices
@@ -209,8 +236,7 @@ def _check_classes(train: Dataset, counts: list[int], split: Dataset) -> None:
 
 def duplicates(earlier: Dataset, split: Dataset) -> list[Notice]:
     """A notice about rows of a split whose texts are also in an earlier split."""
-    texts = set(earlier.texts)
-    count = sum(text in texts for text in split.texts)
+    count = int(among(split.text_hashes, in_order(earlier.text_hashes)).sum())
     if not count:
         return []
     message = (

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minllama.data.examples import Dataset
+from minllama.data.types import Dataset
 
 
 @dataclass(frozen=True)

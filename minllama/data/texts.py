@@ -1,15 +1,16 @@
 """Check texts that callers pass in, and report the invalid ones."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from minllama.data.rows import TEXT, Rows
 from minllama.errors import DataError
 from minllama.text import first_few, shown
 
 
-def checked_texts(texts: Any, what: str = "texts") -> list[str]:
-    """The texts as a list of strings.
+def checked_texts(texts: Any, what: str = "texts") -> Sequence[str]:
+    """The texts as a list of strings, or as they are if they are those of a data set.
 
     Args:
         texts: a list, a tuple, a NumPy array, a pandas Series: what has strings in an order.
@@ -19,6 +20,8 @@ def checked_texts(texts: Any, what: str = "texts") -> list[str]:
         DataError: it is one string, has no order, or holds something else than strings; names the
             places, from 0.
     """
+    if isinstance(texts, Rows) and texts.kind == TEXT:
+        return texts
     if isinstance(texts, str | bytes | bytearray):
         kind = "the string" if isinstance(texts, str) else "the bytes"
         raise DataError(f"{what} must be a list of strings, not {kind} {shown(texts[:40])}")

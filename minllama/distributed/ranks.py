@@ -120,7 +120,9 @@ class Ranks:
             MinllamaError: they have not; in all processes.
         """
         if self.size > 1:
-            found = hashlib.sha256(repr(list(texts)).encode("utf-8", "backslashreplace"))
+            found = hashlib.sha256()
+            for text in texts:
+                found.update(repr(text).encode("utf-8", "backslashreplace"))
             self.check_equal(found.hexdigest(), lambda first, other: "it has read other texts")
         return self.part(texts)
 

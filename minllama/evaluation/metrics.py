@@ -327,10 +327,9 @@ def _gold(
             f"cannot evaluate: {_rows(unlabelled)} no label; remove such rows, or only predict "
             "their labels"
         )
-    sets = labels if multi_label else [(label,) for label in labels]
     gold = np.zeros((rows, classes), dtype=np.bool_)
-    for i, ids in enumerate(sets):
-        for id_ in ids:  # type: ignore[union-attr]
+    for i, ids in enumerate(labels):
+        for id_ in ids if multi_label else (ids,):  # type: ignore[union-attr]
             if not isinstance(id_, int | np.integer) or not 0 <= id_ < classes:
                 raise MinllamaError(
                     f"cannot evaluate: row {i + 1} has the label {id_!r}, but the {classes} "

@@ -104,7 +104,7 @@ def make_zero_shot(
         drawn = sample_balanced(train, options.shots, seed)
         shots = [
             (text, words[label])
-            for text, label in zip(drawn.texts, cast(list[int], drawn.labels), strict=True)
+            for text, label in zip(drawn.texts, cast(Sequence[int], drawn.labels), strict=True)
         ]
     classifier = LlamaZeroShotClassifier(
         llama,
@@ -205,7 +205,7 @@ def _fitted(
     """A classifier on the layer and pooling that are best on training texts, its head fitted."""
     is_final = options.method == "frozen"
     grows = options.layer == "auto" and not is_final
-    some = fitting.some_rows(MAX_ROWS if is_final else STARTING_TEXTS)
+    some = train.select(fitting.some_rows(MAX_ROWS if is_final else STARTING_TEXTS))
     reader = built(choices_of(llama, options)[0])
     report = reporter.advance("reading the training texts", len(some))
     by = Reading(reader, report, reporter.message)

@@ -38,7 +38,7 @@ def reads_experts(train: Dataset, options: ClassifierOptions) -> bool:
     if options.layer != "auto" or options.pooling != "auto" or len(train) < FEWEST_ROWS:
         return False
     counts = [0] * len(train.label_names)
-    for label in cast(list[int], train.labels):
+    for label in cast(Sequence[int], train.labels):
         counts[label] += 1
     return min(counts) >= FEWEST_OF_A_CLASS
 
@@ -75,7 +75,7 @@ def make_experts(
     found = fit_frozen(
         reader,
         train.texts,
-        cast(list[int], train.labels),
+        cast(Sequence[int], train.labels),
         task,
         label_words=label_words(experiment.classifier, train.label_names),
         progress=reporter.advance("reading the training texts", len(train)),

@@ -22,6 +22,7 @@ from minllama.classification.features import (
 from minllama.classification.layer_search import searched_features
 from minllama.classification.ridge import fit_value_head, select_value_features
 from minllama.data import Dataset
+from minllama.data.rows import zeros
 from minllama.data.task import Task
 from minllama.engine.states import Choice
 from minllama.evaluation.regression import TargetScale
@@ -70,8 +71,8 @@ class HeadFitting(Protocol):
     def head(self, llama: Llama, choice: Choice) -> dict[str, Any]:
         """Arguments of `LlamaEmbeddingClassifier` for the kind of head."""
 
-    def some_rows(self, n: int) -> Dataset:
-        """About `n` training texts, drawn at random."""
+    def some_rows(self, n: int) -> Sequence[int]:
+        """About `n` rows of the training texts, drawn at random, in order."""
 
     def read(self, some: Dataset, choices: Sequence[Choice], by: Reading) -> Features:
         """Features of texts for the choices to compare."""
@@ -111,11 +112,11 @@ class ClassHeads:
             "bias": unlike_transformers(llama, *choice) is not None,
         }
 
-    def some_rows(self, n: int) -> Dataset:
+    def some_rows(self, n: int) -> Sequence[int]:
         """Include some texts of each class: a head must be fitted to all classes."""
         train = self._train
         if len(train) <= n:
-            return train
+            return range(len(train))
         order = random_order(train, self._task.seed)
         taken, counts = set(order[:n]), [0] * len(train.label_names)
         for row in order:
@@ -123,7 +124,7 @@ class ClassHeads:
                 taken.add(row)
             for label in train.classes_of(row):
                 counts[label] += 1
-        return train.select(sorted(taken))
+        return sorted(taken)
 
     def read(self, some: Dataset, choices: Sequence[Choice], by: Reading) -> Features:
         assert some.labels is not None
@@ -162,11 +163,11 @@ class ValueHeads:
             "bias": True,
         }
 
-    def some_rows(self, n: int) -> Dataset:
+    def some_rows(self, n: int) -> Sequence[int]:
         n = min(n, MOST_VALUES)
         if len(self._train) <= n:
-            return self._train
-        return self._train.select(sorted(random_order(self._train, self._seed)[:n]))
+            return range(len(self._train))
+        return sorted(random_order(self._train, self._seed)[:n])
 
     def read(self, some: Dataset, choices: Sequence[Choice], by: Reading) -> Features:
         return extract_features(by.reader, some.texts, choices, progress=by.progress)
@@ -185,20 +186,9 @@ class ValueHeads:
         return FittedHead(weight[None], np.array([offset], dtype=np.float32))
 
 
-def random_order(dataset: Dataset, seed: int) -> list[int]:
+def random_order(dataset: Dataset, seed: int) -> "memoryview[int]":
     """The rows of a data set, shuffled."""
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = torch.randperm(len(dataset), generator=generator).tolist()
+    generator, order = torch.Generator().manual_seed(seed), zeros("q", len(dataset))
+    out = torch.from_numpy(np.asarray(order))
+    torch.randperm(len(order), generator=generator, out=out)
     return order
-
-
-def rows_of(some: Dataset, train: Dataset) -> list[int]:
-    """The rows of a data set that another consists of, in its order."""
-    if len(some) == len(train):
-        return list(range(len(train)))
-    assert some.labels is not None
-    assert train.labels is not None
-    waiting: dict[tuple[str, object], list[int]] = {}
-    for row in reversed(range(len(train))):
-        waiting.setdefault((train.texts[row], train.labels[row]), []).append(row)
-    return [waiting[key].pop() for key in zip(some.texts, some.labels, strict=True)]

@@ -369,7 +369,8 @@ def shortened_texts(
         source: of the texts.
     """
     shortened = classifier.shortened
-    n = len(shortened) if texts is None else len({hash(text) for text in texts} & shortened)
+    found = shortened if texts is None else {h for h in map(hash, texts) if h in shortened}
+    n = len(found)
     if not n:
         return None
     most, lost = classifier.template.max_len, "beginning" if classifier.prompt.keep_end else "end"

@@ -4,11 +4,11 @@ Token ids of a million texts would take more memory than the model, and encoding
 two-hundredth of a step. What stays is each prompt's length. `minllama.training.run` reads them.
 """
 
-from array import array
 from collections.abc import Callable, Sequence
 from typing import overload
 
 from minllama.classification.prompts import EncodedPrompt
+from minllama.data.rows import Column
 
 
 class EncodedTexts(Sequence[EncodedPrompt]):
@@ -28,7 +28,10 @@ class EncodedTexts(Sequence[EncodedPrompt]):
 
     def __init__(self, texts: Sequence[str], encode: Callable[[str], EncodedPrompt]) -> None:
         self._texts, self._encode = texts, encode
-        self.lengths = array("i", (len(encode(text)) for text in texts))
+        lengths = Column("i")
+        for text in texts:
+            lengths.append(len(encode(text)))
+        self.lengths = lengths.mapped()
 
     def __len__(self) -> int:
         return len(self._texts)

@@ -3,6 +3,7 @@
 The loss of a step is the mean over all of its texts, however many batches they are split into.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -60,21 +61,15 @@ class Loss:
         ordinal: float = 0.0,
     ) -> None:
         assert dataset.labels is not None
+        check_ordinal(ordinal, multi_label=dataset.multi_label)
         self.multi_label = dataset.multi_label
-        n_texts, n_classes = len(dataset), len(dataset.label_names)
-        if self.multi_label:
-            targets = torch.zeros(n_texts, n_classes)
-            for text in range(n_texts):
-                targets[text, list(dataset.classes_of(text))] = 1
-            self._targets = targets.to(device)  # (N, C)
-        else:
-            self._targets = torch.tensor(dataset.labels, device=device)  # (N,)
-        check_ordinal(ordinal, multi_label=self.multi_label)
-        self._ordinal, self._n_classes = ordinal, n_classes
-        # (N, C) targets, each in parts; None where each is one class, or yes and no.
-        self._soft = self._soft_targets() if ordinal else None
+        self._dataset, self._device, self._ordinal = dataset, device, ordinal
+        self._n_classes = len(dataset.label_names)
+        self._prior: Tensor | None = None
+        self._share = 0.0
         self.weights: Tensor | None = None
         if balanced:
+            n_texts = len(dataset)
             counts = torch.tensor(dataset.class_counts(), dtype=torch.float32)  # (C,)
             if self.multi_label:
                 usable = (counts > 0) & (counts < n_texts)
@@ -93,26 +88,35 @@ class Loss:
             prior: of the N texts.
             share: from 0 to less than 1.
         """
-        soft = self._soft_targets()
-        self._soft = torch.lerp(soft, prior.to(soft), share)
+        self._prior, self._share = prior.to(self._device, torch.float32), share
 
-    def _soft_targets(self) -> Tensor:
-        """The data set's own targets as (N, C) float32."""
+    def _classes(self, texts: Sequence[int]) -> Tensor:
+        """(B,): the class of each text, if it has one."""
+        labels = self._dataset.labels
+        assert labels is not None
+        return torch.tensor([labels[text] for text in texts], device=self._device)
+
+    def _targets(self, texts: Sequence[int]) -> Tensor:
+        """The texts' own targets, (B, C) float32."""
         if self.multi_label:
-            return self._targets
+            targets = torch.zeros(len(texts), self._n_classes)
+            for row, text in zip(targets, texts, strict=True):
+                row[list(self._dataset.classes_of(text))] = 1
+            return targets.to(self._device)
+        own = self._classes(texts)
         if not self._ordinal:
-            return F.one_hot(self._targets, self._n_classes).to(torch.float32)
-        classes = torch.arange(self._n_classes, device=self._targets.device)
-        distance = (classes - self._targets[:, None]).to(torch.float32)  # (N, C)
+            return F.one_hot(own, self._n_classes).to(torch.float32)
+        classes = torch.arange(self._n_classes, device=self._device)
+        distance = (classes - own[:, None]).to(torch.float32)  # (B, C)
         return torch.softmax(-distance.square() / (2 * self._ordinal**2), dim=-1)
 
     def normalizer(self, texts: list[int]) -> float:
         """The divisor that turns the sum of a step's losses into their mean."""
         if self.multi_label:
-            return float(self._targets[texts].numel())
+            return float(len(texts) * self._n_classes)
         if self.weights is None:
             return float(len(texts))
-        return float(self.weights[self._targets[texts]].sum())
+        return float(self.weights[self._classes(texts)].sum())
 
     def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
         """The losses of a batch, added up: (B, C) logits of these B texts -> a scalar.
@@ -120,19 +124,21 @@ class Loss:
         In float32 at least, whatever multiplied the matrices.
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = self._targets[texts]
         weights = None if self.weights is None else self.weights.to(logits.dtype)
-        soft = None if self._soft is None else self._soft[texts].to(logits.dtype)
+        if not (self.multi_label or self._ordinal or self._share):
+            targets = self._classes(texts)
+            return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
+        soft = self._targets(texts)
+        if self._prior is not None:
+            soft = torch.lerp(soft, self._prior[texts], self._share)
+        soft = soft.to(logits.dtype)
         if self.multi_label:
-            targets = targets.to(logits.dtype) if soft is None else soft
             return F.binary_cross_entropy_with_logits(
-                logits, targets, pos_weight=weights, reduction="sum"
+                logits, soft, pos_weight=weights, reduction="sum"
             )
-        if soft is not None:
-            losses = F.cross_entropy(logits, soft, reduction="none")
-            # Weighted by the text's own class, as in `normalizer`, even if the target is soft.
-            return losses.sum() if weights is None else (weights[targets] * losses).sum()
-        return F.cross_entropy(logits, targets, weight=weights, reduction="sum")
+        losses = F.cross_entropy(logits, soft, reduction="none")
+        # Weighted by the text's own class, as in `normalizer`, even if the target is soft.
+        return losses.sum() if weights is None else (weights[self._classes(texts)] * losses).sum()
 
 
 class SquaredError:
@@ -145,12 +151,13 @@ class SquaredError:
     """
 
     def __init__(self, dataset: Dataset, scale: TargetScale, *, device: torch.device) -> None:
-        targets = scale.standardized(dataset.targets)
-        self._targets = torch.from_numpy(targets).to(device, torch.float32)  # (N,)
+        self._dataset, self._scale, self._device = dataset, scale, device
+        self._prior: Tensor | None = None
+        self._share = 0.0
 
     def share_with(self, prior: Tensor, share: float) -> None:
         """As `Loss.share_with`, of outputs (N, 1)."""
-        self._targets = torch.lerp(self._targets, prior[:, 0].to(self._targets), share)
+        self._prior, self._share = prior[:, 0].to(self._device, torch.float32), share
 
     def normalizer(self, texts: list[int]) -> float:
         """Their number."""
@@ -159,7 +166,11 @@ class SquaredError:
     def summed(self, logits: Tensor, texts: list[int]) -> Tensor:
         """(B, 1) outputs of these B texts -> the sum of their squared errors, in float32."""
         outputs = logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
-        return F.mse_loss(outputs, self._targets[texts].to(outputs.dtype), reduction="sum")
+        standardized = self._scale.standardized([self._dataset.targets[text] for text in texts])
+        targets = torch.from_numpy(standardized).to(self._device, torch.float32)  # (B,)
+        if self._prior is not None:
+            targets = torch.lerp(targets, self._prior[texts], self._share)
+        return F.mse_loss(outputs, targets.to(outputs.dtype), reduction="sum")
 
 
 def check_ordinal(ordinal: float, *, multi_label: bool) -> None:

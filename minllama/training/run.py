@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ class TrainingRun:
         self._device = next(iter(self.parameters.values())).device
         self.prompts = EncodedTexts(train.texts, classifier.encode)
         lengths = self.prompts.lengths
-        self._shortest = min(range(len(train)), key=lambda i: lengths[i])
+        self._shortest = int(np.argmin(lengths))
         max_tokens = _max_tokens(classifier, self._device)
         self.schedule = Schedule(lengths, options, max_tokens)
         self._objective = objective_of(train, classifier)

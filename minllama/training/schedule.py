@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from minllama.data.rows import zeros
 from minllama.options import TrainingOptions
 from minllama.options.training import EPOCHS
 
@@ -43,7 +44,7 @@ class Schedule:
     def __init__(
         self, lengths: Sequence[int], options: TrainingOptions, max_tokens: float = math.inf
     ) -> None:
-        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._lengths = np.asarray(lengths)
         self._options = options
         self._max_tokens = max_tokens
         self.step_size = options.batch_size * options.gradient_accumulation
@@ -52,7 +53,8 @@ class Schedule:
         evals = min(options.evals_per_epoch, self.steps_per_epoch)
         self.eval_steps = {math.ceil(self.steps_per_epoch * (i + 1) / evals) for i in range(evals)}
         self._epoch = -1
-        self._order = self._steps = np.empty(0, dtype=np.int64)
+        self._order = np.asarray(zeros("q", len(lengths)))
+        self._steps = np.empty(0, dtype=np.int64)
 
     def texts(self, step: int) -> list[int]:
         """The texts of a step.
@@ -129,11 +131,12 @@ class Schedule:
     def _begin(self, epoch: int) -> None:
         """Order the texts of an epoch: steps of similar length, to reduce padding, at random."""
         generator = torch.Generator().manual_seed(derived_seed(self._options.seed, "order", epoch))
-        order = torch.randperm(len(self._lengths), generator=generator).numpy()
+        order = self._order
+        torch.randperm(len(order), generator=generator, out=torch.from_numpy(order))
         window = self.step_size * max(1, min(WINDOW, self.steps_per_epoch // MIN_WINDOWS))
         for start in range(0, len(order), window):
             part = order[start : start + window]
             # A stable sort: texts of equal length stay shuffled.
             order[start : start + window] = part[np.argsort(-self._lengths[part], kind="stable")]
-        self._epoch, self._order = epoch, order
+        self._epoch = epoch
         self._steps = torch.randperm(self.steps_per_epoch, generator=generator).numpy()

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from minllama.atomic import only_run
 from minllama.classification.prompts import EncodedPrompt
 from minllama.data import Dataset
-from minllama.data.texts import checked_texts
 from minllama.distributed.ranks import current
 from minllama.errors import MinllamaError, OptionError, optional_import
 from minllama.model.llama import Llama
@@ -195,7 +194,6 @@ def _check(
         if dataset.labels is None or not len(dataset):
             raise MinllamaError(f"{dataset.source}: the {name} texts must have labels")
         check_kind(dataset, classifier)
-        checked_texts(dataset.texts, f"{dataset.source}: texts")
         if dataset.has_numbers:
             continue
         if list(dataset.label_names) != list(classifier.labels):

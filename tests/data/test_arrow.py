@@ -282,7 +282,8 @@ from minllama.errors import DataError
 for name in sys.argv[1:]:
     try:
         dataset = load_dataset(name)
-        print(json.dumps([dataset.texts, dataset.labels, dataset.label_names, dataset.source]))
+        rows = list(dataset.texts), list(dataset.labels)
+        print(json.dumps([*rows, dataset.label_names, dataset.source]))
     except DataError as error:
         print(json.dumps(str(error)))
 """

@@ -40,7 +40,7 @@ def test_a_split_takes_the_same_part_of_each_class_and_keeps_the_order() -> None
         places = [whole.texts.index(text) for text in part.texts]
         assert places == sorted(places)
         assert part.labels == [whole.labels[i] for i in places]  # type: ignore[index]
-    assert sorted(train.texts + dev.texts) == sorted(whole.texts)
+    assert sorted([*train.texts, *dev.texts]) == sorted(whole.texts)
 
 
 def test_a_split_depends_on_the_seed_alone() -> None:
@@ -66,7 +66,7 @@ def test_no_class_of_two_or_more_is_missing_on_either_side(
 def test_equal_texts_stay_on_one_side() -> None:
     once = dataset(20, 20)
     assert once.labels is not None
-    thrice = replace(once, texts=once.texts * 3, labels=list(once.labels) * 3)
+    thrice = replace(once, texts=list(once.texts) * 3, labels=list(once.labels) * 3)
     train, dev = stratified_split(thrice, 0.25, seed=0)
     assert len(dev) == 30
     assert not set(train.texts) & set(dev.texts)

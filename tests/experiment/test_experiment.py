@@ -341,7 +341,7 @@ def test_the_rows_that_a_head_starts_from_have_all_classes(monkeypatch):
 
     labels = [0] * 500 + [1] * 3
     train = Dataset([str(i) for i in range(503)], labels, ["common", "rare"], "here")
-    some = ClassHeads(train, Task.of(train)).some_rows(20)
+    some = train.select(ClassHeads(train, Task.of(train)).some_rows(20))
     assert some.class_counts()[1] == 3
     assert 20 <= len(some) <= 23
 

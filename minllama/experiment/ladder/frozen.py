@@ -16,7 +16,7 @@ from minllama.engine.states import Choice
 from minllama.evaluation.tfidf import Logits
 from minllama.experiment.build import choices_of, with_more_layers
 from minllama.experiment.frozen import label_words
-from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting, rows_of
+from minllama.experiment.heads import HeadFitting, Reading, Selected, head_fitting
 from minllama.experiment.ladder.budget import SAFETY
 from minllama.experiment.ladder.partner import keep_shallow
 from minllama.experiment.ladder.rung import Context, Measured
@@ -73,15 +73,15 @@ class FrozenRung:
         context, began = self._context, self._context.budget.clock()
         train = context.train
         fitting = head_fitting(train, balanced=context.task.balanced, seed=context.seed)
-        some = fitting.some_rows(self._n_rows())
-        rows = np.asarray(rows_of(some, train))
+        rows = np.asarray(fitting.some_rows(self._n_rows()))
+        some = train.select(rows)
         found = fit_frozen(
             LlamaExpertsClassifier(
                 *(context.llama, context.tokenizer, train.label_names, ()),
                 prompt=context.experiment.prompt,
             ),
             some.texts,
-            cast(list[int], some.labels),
+            cast(Sequence[int], some.labels),
             context.task,
             label_words=label_words(self._options, train.label_names),
             folds=[np.flatnonzero(np.isin(rows, fold)) for fold in context.folds],
@@ -117,8 +117,8 @@ class FrozenRung:
         context, began = self._context, self._context.budget.clock()
         balanced = context.experiment.training.class_weights == "balanced"
         fitting = head_fitting(context.train, balanced=balanced, seed=context.seed)
-        some = fitting.some_rows(self._n_rows())
-        rows = rows_of(some, context.train)
+        rows = fitting.some_rows(self._n_rows())
+        some = context.train.select(rows)
         features, selected = self._selected(fitting, some)
         context.starting = selected
         classifier = self._built(fitting, selected.choice)
@@ -207,7 +207,7 @@ class FrozenRung:
                 continue
             weight, bias = fit_head(
                 features[fitted_to],
-                [labels[i] for i in fitted_to],
+                [labels[i] for i in fitted_to.tolist()],
                 self._context.task,
                 penalty=selected.penalty,
             )

@@ -4,6 +4,7 @@ Adapters change what the layers above them compute. Heads on lower layers stay w
 to be, and one forward pass serves both.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -84,7 +85,7 @@ def multiplied(context: Context, scores: Scores) -> Multiplied | None:
         "rung": scores[both].astype(np.float64),
         "partner": others[both].astype(np.float64),
     }
-    found = weighted_product(parts, np.asarray(cast(list[int], labels))[both])
+    found = weighted_product(parts, np.asarray(cast(Sequence[int], labels))[both])
     product = context.empty_scores()
     product[both] = found.log_probs
     weights = found.weights

@@ -21,7 +21,7 @@ from minllama.evaluation.baselines import MOST_TEXTS, SECONDS_A_TEXT
 from minllama.evaluation.tfidf import Logits
 from minllama.experiment.experiment import Experiment
 from minllama.experiment.frozen import reads_experts
-from minllama.experiment.heads import Selected, head_fitting, random_order, rows_of
+from minllama.experiment.heads import Selected, head_fitting, random_order
 from minllama.experiment.ladder.budget import REPORT_SECONDS, Budget
 from minllama.experiment.ladder.scoring import Scores, Scoring
 from minllama.experiment.reporter import Reporter
@@ -171,10 +171,10 @@ class Context:
     def some_rows(self, n: int) -> NDArray[np.int64]:
         """About `n` training rows, drawn at random, with some of each class."""
         if self.train.has_numbers:
-            return np.sort(random_order(self.train, self.seed)[:n]).astype(np.int64)
+            return np.sort(np.asarray(random_order(self.train, self.seed)[:n]))
         balanced = self.experiment.training.class_weights == "balanced"
         fitting = head_fitting(self.train, balanced=balanced, seed=self.seed)
-        return np.asarray(rows_of(fitting.some_rows(n), self.train))
+        return np.asarray(fitting.some_rows(n))
 
     @property
     def reads_experts(self) -> bool:

@@ -1,6 +1,6 @@
 """The rung of TF-IDF and logistic regression: what words alone tell, in seconds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -74,7 +74,7 @@ class TfidfRung:
         assert self._first is not None
         first, seconds = self._first
         others = self._of_folds(context.folds[1:])
-        labels, rows = cast(list[int], train.labels), context.compared_rows
+        labels, rows = cast(Sequence[int], train.labels), context.compared_rows
         gold = np.asarray(labels)[rows]
         # Rows of other folds are zero in each of the two.
         logits = {c: first[c] + others[c] for c in INVERSE_PENALTIES}
@@ -111,7 +111,7 @@ class TfidfRung:
     def _of_folds(self, folds: list[NDArray[np.int64]]) -> dict[float, Logits]:
         """Logits of the compared rows, in their order; zero outside of the folds."""
         context, rows = self._context, self._context.compared_rows
-        labels = cast(list[int], context.train.labels)
+        labels = cast(Sequence[int], context.train.labels)
         texts = self._texts(rows)
         gold = context.task.target([labels[row] for row in rows])
         places = [np.flatnonzero(np.isin(rows, fold)) for fold in folds]

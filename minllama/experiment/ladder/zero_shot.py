@@ -105,7 +105,9 @@ class ZeroShotRung:
         """Rows of train and of dev, drawn at random."""
         context = self._context
         splits = context.train, context.splits.dev
-        of_train, of_dev = (random_order(split, context.seed)[:MOST_ROWS] for split in splits)
+        of_train, of_dev = (
+            random_order(split, context.seed)[:MOST_ROWS].tolist() for split in splits
+        )
         return of_train, of_dev
 
     def _made(self, options: ZeroShotOptions, train: Dataset | None) -> LlamaZeroShotClassifier:
