@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-HELD = 2**22  # bytes of a column that are in memory; of more, all are in a file
+HELD = 2**20  # bytes of a column that are in memory; of more, all are in a file
 LARGE_FILES = "/var/tmp"  # on disk, while /tmp may be in memory (Filesystem Hierarchy Standard)
 
 

@@ -11,10 +11,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from minllama.data import Labels
 from minllama.data.task import Task
 from minllama.data.texts import checked_texts
 from minllama.errors import MinllamaError
-from minllama.evaluation.tfidf import fit_tfidf, out_of_fold_logits
+from minllama.evaluation.tfidf import drawn_rows, fit_tfidf, out_of_fold_logits
 
 INVERSE_REGULARIZATION = 3.0
 FEWEST_ROWS = 20  # of which folds say something
@@ -37,7 +38,7 @@ class Baseline(Protocol):
 
 def fit_baselines(
     texts: Sequence[str],
-    labels: Sequence[int | tuple[int, ...]],
+    labels: Labels,
     task: Task,
 ) -> tuple[Baseline, ...]:
     """Fit every baseline.
@@ -55,8 +56,13 @@ def fit_baselines(
     if not texts:
         raise MinllamaError("cannot fit baselines: there are no training texts; give at least one")
     assert len(labels) == len(texts)
-    gold = task.target(labels)
-    return MajorityBaseline(gold), TfidfBaseline(texts, gold, task)
+    counts = np.zeros(task.n_classes, dtype=np.int64)
+    for label in labels:
+        classes = [label] if isinstance(label, int) else list(label)
+        assert min(classes, default=0) >= 0, "a text without a label"
+        counts[classes] += 1
+    shares = counts / len(labels)
+    return MajorityBaseline(shares), TfidfBaseline(texts, labels, task, shares)
 
 
 class MajorityBaseline:
@@ -64,8 +70,8 @@ class MajorityBaseline:
 
     name = "majority class"
 
-    def __init__(self, gold: NDArray[np.bool_]) -> None:
-        self._shares = gold.mean(0, dtype=np.float64).astype(np.float32)  # (C,)
+    def __init__(self, shares: NDArray[np.float64]) -> None:
+        self._shares = shares.astype(np.float32)  # (C,)
 
     def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float32]:
         return np.tile(self._shares, (len(texts), 1))
@@ -81,13 +87,17 @@ class TfidfBaseline:
 
     name = "TF-IDF + logistic regression"
 
-    def __init__(self, texts: Sequence[str], gold: NDArray[np.bool_], task: Task) -> None:
+    def __init__(
+        self, texts: Sequence[str], labels: Labels, task: Task, shares: NDArray[np.float64]
+    ) -> None:
         task = replace(task, balanced=False)
         self._multi_label = task.multi_label
-        self._constant = gold.mean(0, dtype=np.float64)
-        self._never, self._always = ~gold.any(0), gold.all(0)
-        inverse = _best_penalty(texts, gold, task)
-        self._model = fit_tfidf(texts, gold, task, inverse, most=MOST_TEXTS)
+        self._constant = shares
+        self._never, self._always = shares == 0, shares == 1
+        inverse = _best_penalty(texts, labels, task)
+        rows = drawn_rows(len(texts), MOST_TEXTS, task.seed)
+        gold = task.target([labels[row] for row in rows])
+        self._model = fit_tfidf([texts[row] for row in rows], gold, task, inverse)
 
     def predict_proba(self, texts: Sequence[str]) -> NDArray[np.float32]:
         if not self._model.vocabulary.index:  # without a word, the frequencies of the classes
@@ -104,12 +114,12 @@ class TfidfBaseline:
         return np.asarray(p, dtype=np.float32)
 
 
-def _best_penalty(texts: Sequence[str], gold: NDArray[np.bool_], task: Task) -> float:
+def _best_penalty(texts: Sequence[str], labels: Labels, task: Task) -> float:
     """scikit-learn's C with most correct held-out rows."""
     if len(texts) < FEWEST_ROWS:
         return INVERSE_REGULARIZATION
     rows = np.random.default_rng(task.seed).permutation(len(texts))[:MOST_ROWS]
-    texts, gold = [texts[i] for i in rows], gold[rows]
+    texts, gold = [texts[i] for i in rows], task.target([labels[i] for i in rows])
     folds = [np.arange(start, len(rows), FOLDS) for start in range(FOLDS)]
     right = {}
     for inverse, logits in out_of_fold_logits(texts, gold, task, folds).items():

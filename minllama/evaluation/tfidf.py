@@ -187,12 +187,17 @@ def fit_tfidf(
         MinllamaError: scikit-learn is missing.
     """
     if len(texts) > most:
-        rows = np.sort(np.random.default_rng(task.seed).permutation(len(texts))[:most])
+        rows = drawn_rows(len(texts), most, task.seed)
         texts, gold = [texts[row] for row in rows], gold[rows]
     counts = counted(texts)
     vocabulary = Vocabulary.of(counts)
     weight, bias = _regression(vocabulary.matrix(counts), gold, task, inverse_penalty)
     return TfidfModel(vocabulary, weight.astype(np.float16).astype(np.float32), bias)
+
+
+def drawn_rows(n: int, most: int, seed: int) -> NDArray[np.int64]:
+    """At most so many of N rows, drawn at random, in order."""
+    return np.sort(np.random.default_rng(seed).permutation(n)[:most])
 
 
 def out_of_fold_logits(

@@ -5,10 +5,22 @@ two-hundredth of a step. What stays is each prompt's length. `minllama.training.
 """
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import overload
+
+import numpy as np
 
 from minllama.classification.prompts import EncodedPrompt
 from minllama.data.rows import Column
+from minllama.distributed.ranks import current
+
+HASH_BITS = 256
+
+
+def _hashed(row: int, prompt: EncodedPrompt) -> int:
+    """The hash of a row's prompt."""
+    data = f"{row} {prompt!r}".encode("utf-8", "backslashreplace")
+    return int.from_bytes(blake2b(data, digest_size=HASH_BITS // 8).digest(), "big")
 
 
 class EncodedTexts(Sequence[EncodedPrompt]):
@@ -17,10 +29,11 @@ class EncodedTexts(Sequence[EncodedPrompt]):
     Args:
         texts: N strings.
         encode: makes the prompt of one; each is encoded once at first, so that what cannot be
-            encoded is known before training.
+            encoded is known before training. Several processes that train together divide them.
 
     Attributes:
         lengths: of the prompts, in tokens.
+        digest: of all prompts in their order, the same for any number of processes.
 
     Raises:
         MinllamaError: a text cannot be encoded.
@@ -28,10 +41,18 @@ class EncodedTexts(Sequence[EncodedPrompt]):
 
     def __init__(self, texts: Sequence[str], encode: Callable[[str], EncodedPrompt]) -> None:
         self._texts, self._encode = texts, encode
-        lengths = Column("i")
-        for text in texts:
-            lengths.append(len(encode(text)))
+        ranks, lengths, total = current(), Column("i"), 0
+        rows = range(ranks.rank, len(texts), ranks.size)
+        for row, text in zip(rows, ranks.part_of_texts(texts), strict=True):
+            prompt = encode(text)
+            lengths.append(len(prompt))
+            total += _hashed(row, prompt)
         self.lengths = lengths.mapped()
+        if ranks.size > 1:
+            mine = np.asarray(self.lengths).astype(np.float32)
+            self.lengths = ranks.joined_rows(mine, len(texts)).astype(np.int32).data
+        # A sum, to which each process contributes: the place of a prompt is in its hash.
+        self.digest = f"{sum(ranks.collected(total)) % 2**HASH_BITS:x}"
 
     def __len__(self) -> int:
         return len(self._texts)

@@ -37,6 +37,9 @@ class Trainable(Protocol):
     def encode(self, text: str) -> EncodedPrompt:
         """A text in its prompt, as token ids."""
 
+    def note_shortened(self, texts: Sequence[str]) -> None:
+        """Learn which of the texts other processes have shortened."""
+
     def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
         """(B, C), differentiable and not normalized."""
 

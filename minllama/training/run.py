@@ -73,7 +73,10 @@ class TrainingRun:
         self._classifier, self._dev, self._options = classifier, dev, options
         self.parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
         self._device = next(iter(self.parameters.values())).device
+        self._ranks = current()
         self.prompts = EncodedTexts(train.texts, classifier.encode)
+        if self._ranks.size > 1:
+            classifier.note_shortened(train.texts)
         lengths = self.prompts.lengths
         self._shortest = int(np.argmin(lengths))
         max_tokens = _max_tokens(classifier, self._device)
@@ -81,7 +84,6 @@ class TrainingRun:
         self._objective = objective_of(train, classifier)
         self._loss = self._objective.loss(train, options, self._device)
         self._texts = train.texts
-        self._ranks = current()
         self._gradients = gradients_of(classifier, self.parameters.values(), self._ranks)
         self._optimizer = AdamW(_groups(self.parameters, options, head_parameters))
         self._autocast = _uses_autocast(classifier, options, self._device)

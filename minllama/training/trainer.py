@@ -5,8 +5,9 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from minllama.atomic import only_run
-from minllama.classification.prompts import EncodedPrompt
 from minllama.data import Dataset
 from minllama.distributed.ranks import current
 from minllama.errors import MinllamaError, OptionError, optional_import
@@ -292,25 +292,27 @@ def _fingerprint(
         # Values that JSON cannot represent are compared as text.
         "settings": json.loads(json.dumps(settings, default=str)),
         "labels": list(classifier.labels),
-        "training texts, their tokens or labels": _examples_digest(run.prompts, train),
-        "dev texts or labels": None if dev is None else _examples_digest(dev.texts, dev),
+        "training texts, their tokens or labels": _digest(
+            itertools.chain([run.prompts.digest], _labels(train))
+        ),
+        "dev texts or labels": (
+            None if dev is None else _digest(zip(dev.texts, _labels(dev), strict=True))
+        ),
         "trained parameters": digest([json.dumps(shapes).encode()]),
         "weights of the frozen base": digest(map(sample_of, frozen_tensors)),
     }
     return parts
 
 
-def _examples_digest(texts: Sequence[str] | Sequence[EncodedPrompt], dataset: Dataset) -> str:
-    return digest(
-        repr(example).encode("utf-8", "backslashreplace")
-        for example in zip(
-            texts,
-            dataset.targets
-            if dataset.has_numbers
-            else (dataset.classes_of(i) for i in range(len(dataset))),
-            strict=True,
-        )
-    )
+def _labels(dataset: Dataset) -> Iterator[object]:
+    """The target of each text, or its classes."""
+    if dataset.has_numbers:
+        return iter(dataset.targets)
+    return map(dataset.classes_of, range(len(dataset)))
+
+
+def _digest(values: Iterable[object]) -> str:
+    return digest(repr(value).encode("utf-8", "backslashreplace") for value in values)
 
 
 def sample_of(parameter: Tensor) -> bytes:

@@ -5,15 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from minllama.classification import base
 from minllama.classification.features import extract_features
 from minllama.data.task import Task
 from minllama.data.texts import checked_texts
 from minllama.errors import DataError
 from minllama.evaluation.baselines import fit_baselines
-from minllama.options import TrainingOptions
-from minllama.training.trainer import fit
 from tests.classifier_cases import TEXTS, embedding, zero_shot
-from tests.tiny_classifier import TinyClassifier, make_dataset
+from tests.tiny_classifier import make_dataset
 
 pd = pytest.importorskip("pandas")
 
@@ -78,6 +77,17 @@ def test_what_is_no_list_of_texts_is_one_line(texts, message):
     assert "\n" not in str(caught.value)
 
 
+def test_texts_that_are_encoded_in_parts_have_the_logits_of_all(monkeypatch):
+    texts, done = [*TEXTS, *TEXTS[::-1]], []
+    whole = embedding().predict_logits(texts)
+    monkeypatch.setattr(base, "ENCODED", 4)
+    found = embedding().predict_logits(texts, progress=done.append)
+    assert np.allclose(found, whole, atol=1e-5)
+    assert sum(done) == len(texts)
+    assert len(done) >= len(texts) / 4
+    assert embedding().predict_logits([]).shape == (0, whole.shape[1])
+
+
 def test_every_way_in_looks_at_its_texts():
     with pytest.raises(DataError, match=r"texts\[1\] is None"):
         extract_features(embedding(), ["a", None], [(1, "last")])
@@ -86,6 +96,5 @@ def test_every_way_in_looks_at_its_texts():
     with pytest.raises(DataError, match=r"texts\[1\] is None"):
         fit_baselines(["a", None], [0, 1], Task(2))
     data = make_dataset()
-    broken = replace(data, texts=[*data.texts[:-1], None])
     with pytest.raises(DataError, match=rf"{data.source}: texts\[21\] is None"):
-        fit(TinyClassifier(), broken, None, TrainingOptions(lr=1e-3))
+        replace(data, texts=[*data.texts[:-1], None])

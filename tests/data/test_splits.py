@@ -1,7 +1,9 @@
 """Claims about splits and samples: stratified, seeded, without leaks, and checked."""
 
+import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 
 from minllama.data import (
     Dataset,
+    check_number_splits,
     check_splits,
     one_class,
+    random_split,
     sample_balanced,
     sample_per_class,
     stratified_split,
@@ -260,3 +264,71 @@ def test_notices_about_a_part_of_a_file_do_not_speak_of_all_of_it():
     drawn = sample_per_class(train, 1, seed=0)
     assert drawn.called == f"x.csv (2 of {len(train)} rows, drawn)"
     assert data.called == "x.csv"
+
+
+def rows_of(draw: random.Random, n: int, multi_label: bool) -> Dataset:
+    """Random rows, many with equal texts."""
+    texts = [f"text {draw.randrange(n)}" for _ in range(n)]
+    sets = [tuple(sorted(draw.sample(range(4), draw.randrange(4)))) for _ in range(n)]
+    labels: Any = sets if multi_label else [draw.choice((0, 0, 0, 1, 1, 2)) for _ in range(n)]
+    return Dataset(texts, labels, list("abcd"), "random.csv", multi_label)
+
+
+def held_out_by_sets(data: Dataset, fraction: float, seed: int) -> set[str]:
+    """The texts that a split puts aside, with the texts themselves in sets."""
+    counts, draw = data.class_counts(), random.Random(seed)
+    class_of: dict[str, int] = {}
+    of_class: dict[int, list[str]] = {}
+    for i, text in enumerate(data.texts):
+        rarest = min(data.classes_of(i), key=lambda c: (counts[c], c), default=-1)
+        if text not in class_of:
+            of_class.setdefault(rarest, []).append(text)
+            class_of[text] = rarest
+    aside: set[str] = set()
+    for label in sorted(of_class):
+        texts = of_class[label]
+        if len(texts) > 1:
+            n = min(max(1, round(fraction * len(texts))), len(texts) - 1)
+            aside |= set(draw.sample(texts, n))
+    rows = range(len(data))
+    left = {c for i in rows if data.texts[i] not in aside for c in data.classes_of(i)}
+    for i in rows:
+        if not left.issuperset(data.classes_of(i)):
+            aside.discard(data.texts[i])
+            left |= {c for j in rows if data.texts[j] == data.texts[i] for c in data.classes_of(j)}
+    return aside
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_hashes_of_texts_find_what_sets_of_texts_find(seed: int, multi_label: bool) -> None:
+    whole = rows_of(random.Random(seed), 60, multi_label)
+    aside = held_out_by_sets(whole, 0.2, seed)
+    train, dev = stratified_split(whole, 0.2, seed)
+    assert dev.texts == [text for text in whole.texts if text in aside]
+    assert train.texts == [text for text in whole.texts if text not in aside]
+    other = rows_of(random.Random(seed + 100), 40, multi_label)
+    labels_of: dict[str, set[tuple[int, ...]]] = {}
+    for i, text in enumerate(whole.texts):
+        labels_of.setdefault(text, set()).add(whole.classes_of(i))
+    notices = {notice.kind: notice.count for notice in check_splits(whole, other)}
+    assert notices["conflicts"] == sum(len(labels) > 1 for labels in labels_of.values())
+    assert notices["duplicates"] == sum(text in set(whole.texts) for text in other.texts)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_numbers_are_split_as_sets_of_texts_would_be(seed: int) -> None:
+    draw = random.Random(seed)
+    texts = [f"text {draw.randrange(40)}" for _ in range(60)]
+    targets: Any = [draw.choice((-1.0, -2.0, 0.5)) for _ in texts]
+    whole = Dataset(texts, targets, [], "random.csv", has_numbers=True)
+    different = list(dict.fromkeys(texts))
+    aside = set(random.Random(seed).sample(different, round(0.2 * len(different))))
+    train, dev = random_split(whole, 0.2, seed)
+    assert dev.texts == [text for text in texts if text in aside]
+    assert train.texts == [text for text in texts if text not in aside]
+    numbers_of: dict[str, set[float]] = {}
+    for text, target in zip(texts, targets, strict=True):
+        numbers_of.setdefault(text, set()).add(target)
+    (conflicts,) = (n.count for n in check_number_splits(whole) if n.kind == "conflicts")
+    assert conflicts == sum(len(numbers) > 1 for numbers in numbers_of.values())

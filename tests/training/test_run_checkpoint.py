@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minllama import atomic
+from minllama.data import rows
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.options import TrainingOptions
 from minllama.training.optimizer import AdamW
@@ -162,6 +163,18 @@ def test_a_run_cut_after_any_step_goes_on_exactly(step, tmp_path, uncut):
     assert progress.ended
     assert saved_step(tmp_path) == step
     check_resumes(tmp_path, uncut, step)
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_run_on_rows_in_files_is_that_on_rows_in_memory(step, tmp_path, uncut, monkeypatch):
+    monkeypatch.setattr(rows, "HELD", 16)
+    train = dataclasses.replace(TRAIN, texts=list(TRAIN.texts), labels=list(TRAIN.labels))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, train=train, progress=CutProgress(step))
+    classifier, result = run(tmp_path, with_other_weights(), train=train, resume=True)
+    assert result.resumed_from == step
+    assert same(trained(classifier), uncut[1])
+    assert outcome(tmp_path) == uncut[0]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 6, 12, 18])
