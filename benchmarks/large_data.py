@@ -1,6 +1,6 @@
 """What rows of data cost in memory: reading, training and evaluating files of different lengths.
 
-    python benchmarks/large_data.py [--rows 100000 1000000] [--tasks read train auto evaluate]
+    python benchmarks/large_data.py [--rows 100000 1000000] [--tasks read train evaluate]
 
 Each line is a process of its own (`PYTHONPATH` chooses which minllama it imports), on a CSV file of
 texts of 20 words in random order, in five classes. `anonymous` is the peak of the process's
@@ -8,8 +8,7 @@ anonymous memory (`RssAnon` of /proc/self/status every 10 ms) over what it was a
 what the system cannot drop or write back, unlike pages of files. `resident` is the peak of the
 whole resident set.
 A model of two layers of width 32 has the default model's tokenizer; `train` is LoRA, interrupted
-after 20 steps; `auto` is the default method in a few minutes, with its report. One thread; Linux
-only.
+after 20 steps. One thread; Linux only.
 """
 
 import argparse
@@ -38,13 +37,11 @@ from minllama.experiment.train import run_experiment
 from minllama.model.config import LlamaConfig
 from minllama.model.llama import Llama
 from minllama.options import ClassifierOptions, LoRAOptions, TrainingOptions
-from minllama.options.ladder import LadderOptions
 from minllama.tokenizer.tokenizer import Tokenizer
 
-TASKS = ("read", "train", "auto", "evaluate")
+TASKS = ("read", "train", "evaluate")
 WORDS, CLASSES = 20, 5
 STEPS = 20
-AUTO_MINUTES = 4
 EVERY_SECONDS = 0.01
 
 
@@ -124,19 +121,6 @@ def train(folder: Path, rows: Path) -> None:
         raise AssertionError("the training was not interrupted")
 
 
-def auto(folder: Path, rows: Path) -> None:
-    with tempfile.TemporaryDirectory() as output:
-        run_experiment(
-            Experiment(
-                train=str(rows),
-                output=Path(output) / "run",
-                model=str(folder),
-                quantize=None,
-                ladder=LadderOptions(minutes=AUTO_MINUTES),
-            )
-        )
-
-
 def evaluate(folder: Path, rows: Path) -> None:
     from minllama.classification import load_classifier
 
@@ -182,7 +166,7 @@ def main() -> None:
     if arguments.one:
         torch.set_num_threads(1)
         task, folder, rows = arguments.one
-        work = {"read": read, "train": train, "auto": auto, "evaluate": evaluate}[task]
+        work = {"read": read, "train": train, "evaluate": evaluate}[task]
         print(json.dumps(measured(lambda: work(Path(folder), Path(rows)))))
         return
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:

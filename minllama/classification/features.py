@@ -332,8 +332,7 @@ def stratified_folds(target: NDArray[np.bool_], seed: int) -> list[NDArray[np.in
     n_folds = max(2, min(FOLDS, len(target)))
     random = np.random.default_rng(seed)
     order = random.permutation(len(target))
-    strata = [row.tobytes() for row in target]
-    dealt = sorted(order, key=lambda i: strata[i])
+    _, strata = np.unique(target, axis=0, return_inverse=True)
+    dealt = order[np.argsort(strata.reshape(-1)[order], kind="stable")]
     # A single row leaves a fold empty.
-    folds = (np.asarray(dealt[start::n_folds], dtype=np.int64) for start in range(n_folds))
-    return [np.sort(fold) for fold in folds]
+    return [np.sort(dealt[start::n_folds]) for start in range(n_folds)]

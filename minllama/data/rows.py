@@ -52,21 +52,22 @@ class Column:
             self._spill()
 
     def mapped(self) -> "memoryview[Any]":
-        """All N numbers; nothing can be added any more."""
+        """(N,), all that was added; nothing can be added any more."""
         if self._file is None:
             return memoryview(self._held)
         self._spill()
         with self._file:
-            self._file.flush()
             found = memoryview(mmap.mmap(self._file.fileno(), 0))
         return found.cast(self._held.typecode)  # type: ignore[arg-type]
 
     def _spill(self) -> None:
-        folder = _folder()
+        folder = "temporary files"
         try:
+            folder = _folder()
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             self._file.write(self._held)
+            self._file.flush()
         except OSError as error:
             raise DataError(
                 f"{folder}: cannot keep the rows of a large data set there ({error.strerror}); set "

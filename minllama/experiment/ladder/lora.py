@@ -240,7 +240,7 @@ class LoRARung:
             texts = [context.train.texts[row] for row in some]
             context.features = extract_features(classifier, texts, [choice])
             context.feature_rows = some
-        allowed = set(rows)
+        allowed = rows if isinstance(rows, range) else set(rows)
         places = [i for i, row in enumerate(context.feature_rows) if row in allowed]
         if places:
             known = context.train.select([context.feature_rows[i] for i in places])
