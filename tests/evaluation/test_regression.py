@@ -280,7 +280,7 @@ def test_a_part_is_set_aside_without_regard_to_numbers_and_no_text_is_on_both_si
     train, dev = random_split(data, 0.25, seed=3)
     assert len(set(dev.texts)) == 5
     assert not set(dev.texts) & set(train.texts)
-    assert sorted(train.targets + dev.targets) == sorted(data.targets)
+    assert sorted([*train.targets, *dev.targets]) == sorted(data.targets)
     assert random_split(data, 0.25, seed=3)[1].texts == dev.texts
     said = [str(notice) for notice in check_number_splits(data, dev)]
     assert "conflicting numbers: 20" in said[0]
