@@ -2,8 +2,8 @@
 
 The forward pass of `minllama.model.llama`, on the same weights and the same cache, without an
 interpreter between its products; `kernels/cpu/src/bindings.cpp` computes it. Passes of which
-torch's products are faster run the modules: long ones over weights in floating point, and on CPUs
-with matrix instructions.
+torch's products are faster run the modules: long ones in half precision on CPUs that multiply it,
+and without vector instructions.
 """
 
 import ctypes
@@ -100,6 +100,11 @@ def _is_dense(x: Any, shape: tuple[int, ...]) -> bool:
     return is_plain(x) and x.dtype in KINDS and x.is_cpu and tuple(x.shape) == shape
 
 
+def _is_quantized(llama: Llama) -> bool:
+    matrices = (matrix for layer in layers_of(llama) for matrix in linear_modules(layer))
+    return all(isinstance(matrix, QuantizedWeight) for matrix in matrices)
+
+
 def most_tokens(llama: Llama, *, of_one_each: bool) -> float:
     """The most tokens of a pass that suits the native step.
 
@@ -107,8 +112,7 @@ def most_tokens(llama: Llama, *, of_one_each: bool) -> float:
         llama: that it runs.
         of_one_each: whether the pass has one token of each row.
     """
-    matrices = (matrix for layer in layers_of(llama) for matrix in linear_modules(layer))
-    if all(isinstance(matrix, QuantizedWeight) for matrix in matrices):
+    if _is_quantized(llama):
         name = "quantized pass"
     else:
         name = "dense step" if of_one_each else "dense pass"
@@ -147,6 +151,8 @@ class NativeStep:
         logits_of: Tensor,
         mask: Tensor | None = None,
         tree: TokenTree | None = None,
+        *,
+        only_logits: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Read tokens that continue what the cache holds, which is written to but not advanced.
 
@@ -158,10 +164,12 @@ class NativeStep:
             logits_of: (M,), flat indices b * T + t of the tokens whose logits are selected.
             mask: (B, T), true at the tokens to read, among them those of `logits_of`; None for all.
             tree: where tokens are written and what they attend to, if not as positions say.
+            only_logits: whether other tokens than those of `logits_of` are not computed behind the
+                last attention, since nobody reads them.
 
         Returns:
             Hidden states after the last norm, (B, T, D), in the model's dtype, zero where nothing
-            is read; and logits (M, V), float32.
+            is read or computed; and logits (M, V), float32.
         """
         batch, length = ids.shape
         check_ids(ids, self._vocab_size)
@@ -170,7 +178,7 @@ class NativeStep:
             mask = mask.bool()
             read, counts = read[mask.flatten()], mask.sum(-1).tolist()
         hidden = floats(batch * length, self._model.dim)
-        if len(read) < len(hidden):
+        if len(read) < len(hidden) or only_logits:
             hidden.zero_()
         logits = floats(len(logits_of), self._vocab_size)
         places = torch.searchsorted(read, logits_of.long())
@@ -179,6 +187,7 @@ class NativeStep:
             (positions if tree is None else tree.slots).expand(batch, -1),
             torch.view_as_real(rotation).expand(batch, -1, -1, -1, -1),
             tree,
+            only_logits,
         )
         for piece in read.split(_pieces(counts)):
             is_selected = (places >= 0) & (places < len(piece))
@@ -196,6 +205,8 @@ class NativeStep:
         ids, slots = inputs.ids[rows, columns], inputs.slots[rows, columns]
         angles = inputs.angles[rows, columns].contiguous()
         hidden = floats(len(piece), self._model.dim)
+        if inputs.only_logits:
+            hidden.zero_()
         logits_of = logits_of.contiguous()
         logits = floats(len(logits_of), self._vocab_size)
         step = Step(
@@ -207,6 +218,7 @@ class NativeStep:
             hidden=hidden.data_ptr(),
             n_logits=len(logits_of),
             logits_of=logits_of.data_ptr(),
+            only_logits=inputs.only_logits,
             logits=logits.data_ptr(),
         )
         if inputs.tree is not None:
@@ -318,6 +330,7 @@ class _Inputs(NamedTuple):
     slots: Tensor
     angles: Tensor
     tree: TokenTree | None
+    only_logits: bool
 
 
 def _pieces(counts: list[int]) -> list[int]:
@@ -354,7 +367,7 @@ def _addresses(tensors: list[Tensor]) -> Any:
 
 
 class CpuEngine(Engine):
-    """Passes over quantized weights in compiled code, and short ones over others.
+    """Passes in compiled code, where it is faster than the modules.
 
     Values do not depend on the company that a sequence has in a decode step; in a pass of another
     length or kind they may differ in their last bits.
@@ -374,8 +387,9 @@ class CpuEngine(Engine):
             self.cache_dtype = torch.float16
         # Products of AVX-512 over quantized weights are the same for one token and for several;
         # others are added up in another order.
-        most = most_tokens(llama, of_one_each=False)
-        self.is_batch_invariant = best_level() == AVX512 and most == math.inf
+        is_every_pass = most_tokens(llama, of_one_each=False) == math.inf
+        is_exact = best_level() == AVX512 and _is_quantized(llama)
+        self.is_batch_invariant = is_exact and is_every_pass
 
     @cached_property
     def _step(self) -> NativeStep:
@@ -398,7 +412,10 @@ class CpuEngine(Engine):
         check_context(int(positions.max()) + 1, self.config)
         cache.reserve(ids.shape[1])
         rotation = self.llama.rope(positions, int(positions.max()) + 1)
-        return self._step(ids, positions, rotation, cache, logits_of, mask, tree)[1]
+        _, logits = self._step(
+            ids, positions, rotation, cache, logits_of, mask, tree, only_logits=True
+        )
+        return logits
 
     def forward(
         self,
@@ -442,7 +459,15 @@ class CpuEngine(Engine):
         logits_of = every if selected is None else selected.flatten()
         # Who asks for all logits gets those of padding, too.
         mask = None if logits == "all" else attention_mask
-        hidden, found = self._step(ids, layout.positions, rotation, cache, logits_of, mask)
+        hidden, found = self._step(
+            ids,
+            layout.positions,
+            rotation,
+            cache,
+            logits_of,
+            mask,
+            only_logits=selected is not None,
+        )
         cache.advance(row_lens(ids, attention_mask))
         if selected is not None:
             hidden = hidden.flatten(0, 1)[selected]

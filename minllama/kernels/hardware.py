@@ -199,11 +199,14 @@ CHOICES = {
     "quantized pass": ("quantized passes with a cache", "tokens"),
     "dense step": ("dense decode steps", "sequences"),
     "dense pass": ("other dense passes with a cache", "tokens"),
+    "dense": ("products of float32", "rows"),
     "upcast": ("products of half precision", "rows"),
     "attention": ("attention of whole texts", "tokens"),
     "attention trained": ("attention with gradients", "tokens"),
 }
 OF_MATRICES = ("quantized", "quantized pass", "dense step", "dense pass")  # where torch has its own
+DENSE = ("dense step", "dense pass", "dense")
+DENSE_FLOAT32 = "dense float32"  # what is measured for all of `DENSE`
 # Beside vector instructions for bfloat16, measured on two cores of Zen 4 in whole passes.
 BFLOAT16 = {"dense step": 24, "dense pass": 32}
 # Where neither the level nor other instructions decide: measured on two cores each, of Zen 3 (AVX2)
@@ -212,6 +215,7 @@ LARGE = "torch's products of large matrices are faster beyond"
 RULES = {
     "dense step": (128, LARGE),
     "dense pass": (64, LARGE),
+    "dense": (16, LARGE),
     "upcast": (16, "more rows pay for a whole matrix in float32"),
     "attention": (64, "torch's is faster for longer texts"),
     "attention trained": (512, "torch's backward pass is faster for longer texts"),
@@ -240,6 +244,11 @@ def choice(name: str, level: int, dtype: torch.dtype = torch.float32) -> Choice:
         return _measured("quantized bfloat16", rule)
     if name in ("quantized", "quantized pass"):
         return Choice(UNLIMITED, unit, f"{LEVELS[level]} multiplies integers faster than {kind}")
+    if level >= AVX2 and name == "upcast":
+        return Choice(UNLIMITED, unit, "weights are upcast while they are multiplied")
+    if level >= AVX2 and name in DENSE and not (dtype == torch.float16 and fast_float16_on_cpu()):
+        rule = Choice(UNLIMITED, unit, f"{LEVELS[level]} multiplies float32 at its full rate")
+        return _measured(DENSE_FLOAT32, rule) if dtype == torch.float32 else rule
     if name == "attention" and level == AVX2:
         return Choice(512, unit, "torch has nothing beyond AVX2 here, either")
     limit, reason = RULES[name]
@@ -252,7 +261,8 @@ def _measured(name: str, rule: Choice) -> Choice:
     if found is None:
         return rule
     slower = "at none of the sizes" if found == UNLIMITED else "beyond"
-    return Choice(found, rule.unit, f"measured here: torch's bfloat16 products win {slower}")
+    kind = "float32" if name == DENSE_FLOAT32 else "bfloat16"
+    return Choice(found, rule.unit, f"measured here: torch's {kind} products win {slower}")
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """Modules that keep half-precision weights and compute in float32.
 
 For machines that read bfloat16 or float16 but only emulate arithmetic in it: results are those of
-the same weights in float32, in half the memory, and a decode step reads half as much. A forward
-pass over many tokens upcasts one matrix at a time.
+the same weights in float32, in half the memory, and a decode step reads half as much. Compiled code
+upcasts while it multiplies; without it, and in backward passes, one matrix is upcast at a time.
 """
 
 import threading

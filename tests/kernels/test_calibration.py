@@ -14,6 +14,7 @@ from minllama.kernels.hardware import AVX2, AVX512, PORTABLE, choice
 
 needs_library = pytest.mark.skipif(library() is None, reason="needs the compiled code")
 NAME = calibration.QUANTIZED_BFLOAT16
+DENSE = hardware.DENSE_FLOAT32
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def measures(as_cpu, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "has_amx", lambda dtype: False)
     calls = []
 
-    def measured():
+    def measured(names):
         calls.append(None)
-        return {NAME: 128.0}
+        return {name: {NAME: 128.0, DENSE: 96.0}[name] for name in names}
 
     monkeypatch.setattr(calibration, "measure", measured)
     return calls
@@ -54,7 +55,7 @@ def test_a_machine_is_measured_once(measures, tmp_path):
     assert len(measures) == 1
     (path,) = (tmp_path / "minllama").iterdir()
     content = json.loads(path.read_text())
-    assert content["limits"] == {NAME: 128}
+    assert content["limits"] == {NAME: 128, DENSE: 96}
     assert hardware.processor() in content["machine"]
     path.unlink()  # which is safe
     forget()
@@ -66,8 +67,9 @@ def test_a_machine_is_measured_once(measures, tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        *("", "{", "[]", '{"form": 1}', "\x00" * 200_000, "[" * 90_000),
-        json.dumps({"form": 1, "machine": "another", "limits": {NAME: 64}}),
+        *("", "{", "[]", '{"form": 2}', "\x00" * 200_000, "[" * 90_000),
+        json.dumps({"form": 2, "machine": "another", "limits": {NAME: 64, DENSE: 64}}),
+        "another name",
         "no such size",
         "of another form",
     ],
@@ -77,8 +79,10 @@ def test_a_file_that_is_none_is_measured_again(measures, tmp_path, content):
     (path,) = (tmp_path / "minllama").iterdir()
     if content == "no such size":
         content = path.read_text().replace("128", "129")
+    elif content == "another name":
+        content = path.read_text().replace(DENSE, "other")
     elif content == "of another form":
-        content = path.read_text().replace('"form": 1', '"form": 2')
+        content = path.read_text().replace('"form": 2', '"form": 1')
     whole = path.read_text()
     path.write_text(content)
     forget()
@@ -124,16 +128,34 @@ def test_a_stated_processor_is_not_measured(as_cpu, monkeypatch, features):
 
 
 @needs_library
+def test_where_the_processor_multiplies_no_bfloat16_only_float32_is_measured(measures, monkeypatch):
+    monkeypatch.setattr(calibration, "fast_bfloat16", lambda device: False)
+    assert hardware.calibration() == {DENSE: 96}
+    for name in ("dense", "dense pass", "dense step"):
+        assert choice(name, AVX512).limit == 96
+        assert choice(name, AVX512).reason == "measured here: torch's float32 products win beyond"
+    assert choice("upcast", AVX512).limit == inf
+
+
+@needs_library
+@pytest.mark.parametrize("name", [NAME, DENSE])
 @pytest.mark.parametrize(
     ("slower_from", "limit"), [(32, 16), (48, 32), (96, 64), (512, 384), (513, inf)]
 )
-def test_the_limit_is_below_the_first_size_at_which_bfloat16_wins(monkeypatch, slower_from, limit):
+def test_the_limit_is_below_the_first_size_at_which_torch_wins(
+    monkeypatch, name, slower_from, limit
+):
+    ours = (calibration.ops.quantized_matmul, calibration.ops.dense_matmul)
+
     def took(work):
-        rows, is_integers = len(work.args[1]), work.func is calibration.ops.quantized_matmul
-        return 1.0 if is_integers == (rows < slower_from) else 2.0
+        (rows,) = {len(x) for x in work.args if x is not weight_of(work)}
+        return 1.0 if (work.func in ours) == (rows < slower_from) else 2.0
+
+    def weight_of(work):
+        return work.args[1] if work.func is torch.nn.functional.linear else work.args[0]
 
     monkeypatch.setattr(calibration, "_seconds", took)
-    assert calibration.measure() == {NAME: limit}
+    assert calibration.measure([name]) == {name: limit}
 
 
 @needs_library
@@ -149,8 +171,10 @@ def test_both_kernels_that_are_timed_compute_the_same():
     ("level", "features", "expected"),
     [
         (PORTABLE, [], {"quantized": 32, "quantized pass": 32, "dense step": 32, "attention": 64}),
-        (AVX2, [], {"quantized": inf, "quantized pass": inf, "dense step": 128, "attention": 512}),
-        (AVX512, [], {"quantized": inf, "dense step": 128, "dense pass": 64, "attention": 64}),
+        (PORTABLE, [], {"dense": 16, "upcast": 16}),
+        (AVX2, [], {"quantized": inf, "quantized pass": inf, "dense step": inf, "attention": 512}),
+        (AVX2, [], {"dense": inf, "upcast": inf}),
+        (AVX512, [], {"quantized": inf, "dense step": inf, "dense pass": inf, "attention": 64}),
         (AVX512, ["bf16"], {"quantized": 192, "quantized pass": inf, "dense pass": 32}),
         (AVX512, ["amx"], {"quantized": 32, "quantized pass": 32, "dense step": 32}),
     ],

@@ -17,6 +17,7 @@ from minllama.kernels.cpu.lora import low_rank_product
 from minllama.model.kv_cache import KVCache
 from minllama.model.llama import FeedForward, RMSNorm, load_pretrained
 from minllama.model.rope import apply_rotary_embedding
+from minllama.quantization.half import UpcastLinear
 from minllama.quantization.modules import QuantizedWeight, quantize
 from tests.tiny import VARIANTS, our_model, random_ids
 
@@ -192,12 +193,16 @@ def test_long_passes_are_read_in_pieces(at_level, monkeypatch, tmp_path):
             assert torch.allclose(every, whole, atol=atol), (piece, (every - whole).abs().max())
 
 
-def test_passes_of_any_length_are_for_quantized_weights(as_cpu, tmp_path):
+def test_passes_of_any_length_are_compiled_but_for_half_precision_in_hardware(as_cpu, tmp_path):
     as_cpu(level="avx2")
     quantized, dense = model_of("int4", tmp_path), our_model(**SHAPE)
-    assert most_tokens(quantized, of_one_each=False) == float("inf")
-    assert most_tokens(dense, of_one_each=False) == 64
-    assert most_tokens(dense, of_one_each=True) == 128
+    for model in (quantized, dense, our_model(**SHAPE).bfloat16()):
+        assert {most_tokens(model, of_one_each=e) for e in (0, 1)} == {float("inf")}
+    as_cpu("bf16", level="avx2")
+    assert most_tokens(dense, of_one_each=False) == float("inf")
+    assert most_tokens(our_model(**SHAPE).bfloat16(), of_one_each=False) == 32
+    as_cpu("fp16", level="avx2")
+    assert most_tokens(our_model(**SHAPE).half(), of_one_each=False) == 64
     as_cpu("amx", level="avx2")  # matrix instructions
     models = quantized.bfloat16(), dense.bfloat16()
     assert {most_tokens(m, of_one_each=e) for m in models for e in (0, 1)} == {32}
@@ -553,6 +558,113 @@ def test_quantized_products_of_many_rows_and_blocks(kind, at_level):
     for n in (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 47):
         few = ops.quantized_matmul(weight, x[:n])
         assert torch.equal(few, y[:n]) if at_level else torch.allclose(few, y[:n], atol=1e-3), n
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "out", "n"),
+    [
+        *((25, 16, 16), (33, 35, 50), (48, 3, 576), (49, 17, 577), (97, 1, 1), (64, 40, 7)),
+        *((240, 33, 1153), (241, 20, 96), (300, 48, 31)),
+    ],
+)
+def test_dense_products_of_many_rows(rows, out, n, dtype, at_level):
+    """Panels and blocks of tokens, tiles of rows and parts of columns, whole ones and others."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(n, rows).T, torch.randn(out, 2 * n)[:, ::2].to(dtype)
+    y = ops.dense_matmul(weight, x)
+    exact = x.double() @ weight.double().T
+    assert (y - exact).abs().max() < 2e-6 * n**0.5 * exact.abs().max()
+    # A row gets the same bits whoever stands beside it, and on any number of threads.
+    before = torch.get_num_threads()
+    try:
+        for threads, few in ((1, rows), (3, rows), (2, 25)):
+            torch.set_num_threads(threads)
+            found = ops.dense_matmul(weight, x[:few])
+            assert torch.equal(found, y[:few]) if at_level else torch.allclose(found, y[:few])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kind", ["float32", "float16", "int8"])
+def test_only_what_is_selected_is_computed_behind_the_last_attention(
+    kind, level, tmp_path, monkeypatch
+):
+    """More values to gather than heads have, in pieces of which one has no selected token."""
+    model = model_of(kind, tmp_path, max_seq_len=128, **({} if kind == "int8" else {"head_dim": 2}))
+    monkeypatch.setattr(native_step, "PIECE", 32)
+    ids, positions = random_ids(1, 90), torch.arange(90).unsqueeze(0)
+    for places in ([0, 1, 30, 31, 89], [89], [], list(range(90))):
+        found, caches = [], []
+        for only_logits in (True, False):
+            cache = KVCache(model.config, 1, 96, dtype=torch.float32)
+            found.append(
+                NativeStep(model, level)(
+                    *(ids, positions, model.rope(positions), cache),
+                    torch.tensor(places, dtype=torch.long),
+                    only_logits=only_logits,
+                )
+            )
+            caches.append([*cache.keys, *cache.values])
+        (hidden, logits), (whole, every) = found
+        assert torch.allclose(hidden[0, places], whole[0, places], atol=1e-2 if level else 2e-2)
+        others = [place for place in range(90) if place not in places]
+        assert not hidden[0, others].any()
+        assert torch.allclose(logits, every, atol=1e-5 if kind == "float32" else 5e-3)
+        assert all(
+            torch.equal(a[..., :90, :], b[..., :90, :]) for a, b in zip(*caches, strict=True)
+        )
+
+
+@pytest.mark.parametrize("rows", [25, 70])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_row_of_dense_products(rows, value, at_level):
+    x, weight = torch.randn(rows, 40), torch.randn(35, 40).half()
+    x[rows // 2, 3] = value
+    y = ops.dense_matmul(weight, x)
+    assert not y[rows // 2].isfinite().any()
+    assert y[torch.arange(rows) != rows // 2].isfinite().all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["dense", "beside quantized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_long_passes_over_dense_weights(dtype, is_mixed, level, plain, tmp_path):
+    """Widths that are no whole vectors, biases, and quantized layers that read other forms."""
+    changes = {"dim": 64, "hidden_dim": 96} if is_mixed else {"dim": 40, "hidden_dim": 75}
+    changes |= {"attention_bias": True, "ffn_bias": True, "max_seq_len": 512, "n_layers": 3}
+    model = model_of("int8" if is_mixed else "float32", tmp_path, **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):
+                parameter.normal_(mean=1.0, std=0.3)
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if is_mixed:
+        names = [f"layers.{i}.feed_forward.w{w}" for i, w in ((0, 1), (0, 3), (1, 2), (2, 3))]
+        names += ["layers.0.attention.compute_key", "layers.1.attention.compute_output"]
+    for name in names:
+        old = model.get_submodule(name)
+        weight = old.dequantize() if is_mixed else old.weight.detach()
+        new = UpcastLinear(weight.shape[1], weight.shape[0])
+        new.weight, new.bias = nn.Parameter(weight.to(dtype)), old.bias
+        model.set_submodule(name, new)
+    assert can_run(model)
+    ids = random_ids(1, 300)
+    with torch.inference_mode():
+        cache = KVCache(model.config, 1, 300, dtype=torch.float32)
+        positions = torch.arange(300).unsqueeze(0)
+        rotation = model.rope(positions, 300)
+        hidden, logits = NativeStep(model, level)(
+            ids, positions, rotation, cache, torch.arange(300)
+        )
+        plain()
+        expected = model(ids)
+    atol = 5e-3 if is_mixed else 2e-5
+    assert torch.allclose(hidden, expected.hidden, atol=atol), (
+        (hidden - expected.hidden).abs().max()
+    )
+    assert torch.allclose(logits[None], expected.logits, atol=atol)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

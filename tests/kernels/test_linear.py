@@ -1,11 +1,13 @@
-"""Half-precision products on a CPU: torch's results, from few numbers of rows."""
+"""Products on a CPU: torch's results, in half precision from few numbers of rows."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minllama.kernels.cpu import linear
+from minllama.kernels.cpu.library import best_level
 from minllama.kernels.cpu.linear import CHUNK, STEP, matmul
+from minllama.kernels.hardware import AVX2, Choice
 from minllama.model.llama import Linear
 from tests.tiny import our_model, random_ids
 
@@ -55,7 +57,7 @@ def test_a_weight_that_is_trained_gets_its_gradient():
 
 def test_other_dtypes_are_torchs_own(monkeypatch):
     monkeypatch.setattr(linear, "matmul", lambda *_: pytest.fail("in chunks"))
-    layer, x = Linear(16, 8), torch.randn(700, 16)
+    layer, x = Linear(16, 8).double(), torch.randn(700, 16).double()
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
@@ -71,3 +73,58 @@ def test_a_models_passes_in_bfloat16_go_in_chunks(monkeypatch):
     with torch.inference_mode():
         model(random_ids(3, 250))
     assert seen == {750}
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """How many rows each float32 product of compiled code has had."""
+    rows, own = [], linear.ops.dense_matmul
+
+    def counted(weight, x):
+        rows.append(x.numel() // x.shape[-1])
+        return own(weight, x)
+
+    monkeypatch.setattr(linear.ops, "dense_matmul", counted)
+    return rows
+
+
+needs_vectors = pytest.mark.skipif(best_level() < AVX2, reason="needs compiled code with vectors")
+
+
+@needs_vectors
+@pytest.mark.parametrize("bias", [False, True])
+def test_float32_of_many_rows_is_multiplied_in_compiled_code(bias, compiled):
+    torch.manual_seed(0)
+    layer, x = Linear(50, 23, bias=bias), torch.randn(3, 300, 50)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    with torch.no_grad():
+        for rows in (x, x[:, ::2], x.transpose(1, 2).contiguous().transpose(1, 2)):
+            assert layer(rows).shape == (*rows.shape[:-1], 23)
+        assert (layer(x) - exact).abs().max() < 2e-6 * exact.abs().max()
+    assert compiled == [900, 450, 900, 900]
+
+
+@needs_vectors
+def test_what_torch_multiplies_in_float32(compiled):
+    layer, x = Linear(16, 8), torch.randn(700, 16)
+    layer(x).sum().backward()  # gradients
+    with torch.no_grad():
+        layer(x[:3])  # few rows
+        layer.to("meta")(x.to("meta"))
+    frozen = Linear(16, 8).requires_grad_(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert frozen(x).dtype == torch.bfloat16
+    frozen(x.requires_grad_()).sum().backward()
+    assert torch.allclose(x.grad, frozen.weight.sum(0).expand(700, -1), atol=1e-6)
+    frozen.bias.requires_grad_()
+    assert frozen(x.detach()).requires_grad
+    assert compiled == []
+
+
+@needs_vectors
+def test_a_stated_limit_leaves_more_rows_to_torch(compiled, monkeypatch):
+    monkeypatch.setattr(linear, "choice", lambda name, level: Choice(64, "rows", "a test"))
+    layer = Linear(16, 8).requires_grad_(False)
+    for rows in (linear.ops.FEW_ROWS, linear.ops.FEW_ROWS + 1, 64, 65):
+        layer(torch.randn(rows, 16))
+    assert compiled == [linear.ops.FEW_ROWS + 1, 64]

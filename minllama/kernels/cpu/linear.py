@@ -1,4 +1,5 @@
-"""Linear layers in half precision whose memory does not grow with the number of shapes.
+"""Linear layers of many rows: in float32, in compiled code where that is faster than torch's, and
+in half precision with memory that does not grow with the number of shapes.
 
 torch multiplies bfloat16 and float16 on CPUs with oneDNN, which compiles and keeps a primitive for
 each number of rows, with scratch memory proportional to the rows: 2 MB for each of the four matrix
@@ -13,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minllama.kernels.cpu import ops
+from minllama.kernels.cpu.library import best_level
 from minllama.kernels.dispatch import is_plain, register
+from minllama.kernels.hardware import choice
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 CHUNK = 512  # rows, from which on oneDNN is no faster with more
@@ -34,6 +38,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 register("linear", serves, linear)
+
+
+def serves_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether this is a float32 matmul, without gradients, that compiled code computes faster."""
+    is_float32 = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not is_float32 or torch.is_autocast_enabled("cpu"):
+        return False
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if not all(map(ops.serves, tensors)):
+        return False
+    rows = x.numel() // max(x.shape[-1], 1)
+    return ops.FEW_ROWS < rows <= choice("dense", best_level()).limit
+
+
+def linear_float32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X W^T + b in compiled code: (..., in), (out, in), (out,) -> (..., out)."""
+    y = ops.dense_matmul(weight, x)
+    return y if bias is None else y.add_(bias)
+
+
+register("linear", serves_float32, linear_float32)
 
 
 def matmul(x: Tensor, matrix: Tensor) -> Tensor:

@@ -36,6 +36,9 @@ from minllama.kernels.hardware import choice
 from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 DTYPES = frozenset(KINDS)
+# Rows of a dense product, beyond which they are packed (FEW_TOKENS of src/dense_panels.inc), to a
+# multiple of what a panel has at any level.
+FEW_ROWS, MOST_PANEL = 24, 48
 
 
 def serves(x: Tensor) -> bool:
@@ -159,23 +162,35 @@ def quantized_matmul(weight: QuantizedMatrix, x: Tensor) -> Tensor:
     scales, sums = floats(rows, blocks), torch.empty(rows, blocks, dtype=torch.int32, device="cpu")
     y = floats(*x.shape[:-1], weight.out_features)
     described = quantized_linear(weight)
-    tensors = (x, quants, scales, sums, y)
-    addresses = (tensor.data_ptr() for tensor in tensors)
-    arguments = Matmul(ctypes.pointer(described), rows, weight.activation_bits, *addresses)
+    arguments = Matmul(
+        ctypes.pointer(described),
+        rows=rows,
+        activation_bits=weight.activation_bits,
+        x=x.data_ptr(),
+        quants=quants.data_ptr(),
+        scales=scales.data_ptr(),
+        sums=sums.data_ptr(),
+        y=y.data_ptr(),
+    )
     call("quantize_activations", arguments)
     call("matmul", arguments)
     return y
 
 
 def dense_matmul(weight: Tensor, x: Tensor) -> Tensor:
-    """Compute x W^T for a few rows, with a dense W (out, in): (..., in) -> (..., out), float32."""
+    """Compute x W^T in float32, with a dense W (out, in): (..., in) -> (..., out), float32."""
     if x.shape[-1] != weight.shape[1]:
         raise unfit("dense_matmul", weight, x)
     x, weight = x.float().contiguous(), weight.contiguous()
     y = floats(*x.shape[:-1], weight.shape[0])
     described = dense_linear(weight)
     rows = x.numel() // weight.shape[1]
-    call("matmul", Matmul(ctypes.pointer(described), rows, x=x.data_ptr(), y=y.data_ptr()))
+    arguments = Matmul(ctypes.pointer(described), rows, x=x.data_ptr(), y=y.data_ptr())
+    if rows > FEW_ROWS:
+        panels = floats(-(-rows // MOST_PANEL) * MOST_PANEL, weight.shape[1])
+        arguments.panels = panels.data_ptr()
+        call("pack_activations", arguments)
+    call("matmul", arguments)
     return y
 
 

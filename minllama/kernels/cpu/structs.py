@@ -98,6 +98,7 @@ class Step(Structure):
         ("hidden", c_void_p),
         ("n_logits", c_int64),
         ("logits_of", c_void_p),
+        ("only_logits", c_int64),
         ("logits", c_void_p),
     )
 
@@ -176,6 +177,7 @@ class Matmul(Structure):
         ("scales", c_void_p),
         ("sums", c_void_p),
         ("y", c_void_p),
+        ("panels", c_void_p),
     )
 
 

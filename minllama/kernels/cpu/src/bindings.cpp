@@ -39,6 +39,7 @@ namespace avx512 {
 #include "simd.inc"
 #include "activations.inc"
 #include "matmul.inc"
+#include "dense_panels.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
 #include "step_attention.inc"
@@ -61,6 +62,7 @@ namespace avx2 {
 #include "simd.inc"
 #include "activations.inc"
 #include "matmul.inc"
+#include "dense_panels.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
 #include "step_attention.inc"
@@ -82,6 +84,7 @@ namespace plain {
 #include "simd.inc"
 #include "activations.inc"
 #include "matmul.inc"
+#include "dense_panels.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
 #include "step_attention.inc"
@@ -113,9 +116,25 @@ class Arena {
     int64_t used_ = 0;
 };
 
+// Whether a model has a dense matrix.
+bool has_dense(const Model& model) {
+    bool found = model.output.kind >= FLOAT32;
+    for (int64_t i = 0; i < model.n_layers; ++i) {
+        const Layer& l = model.layers[i];
+        for (const Linear* w : {&l.query, &l.key, &l.value, &l.output, &l.w1, &l.w2, &l.w3}) found |= w->kind >= FLOAT32;
+    }
+    return found;
+}
+
+constexpr int64_t MOST_PANEL = 48;  // tokens of the widest panel, see dense_panels.inc
+#if X86
+static_assert(MOST_PANEL % avx512::PANEL == 0 && MOST_PANEL % avx2::PANEL == 0);
+#endif
+
 template <class Activations>
-Activations activations(Arena& arena, const Model& model, int64_t tokens, int64_t n) {
+Activations activations(Arena& arena, const Model& model, int64_t tokens, int64_t n, bool with_panels) {
     Activations a;
+    a.panels = with_panels ? arena.take<float>((tokens + MOST_PANEL - 1) / MOST_PANEL * MOST_PANEL * n) : nullptr;
     a.n = n;
     a.bits = model.activation_bits;
     a.values = arena.take<float>(tokens * n);
@@ -129,9 +148,10 @@ template <class Scratch, class Activations>
 Scratch scratch_in(Arena& arena, const Model& model, const Step& step, const StepParts& parts) {
     const int64_t n = step.n_tokens, query = model.n_heads * model.head_dim;
     Scratch scratch;
-    scratch.normed = activations<Activations>(arena, model, std::max(n, step.n_logits), model.dim);
-    scratch.attended = activations<Activations>(arena, model, n, query);
-    scratch.gated = activations<Activations>(arena, model, n, model.hidden_dim);
+    const bool with_panels = std::max(n, step.n_logits) > plain::FEW_TOKENS && has_dense(model);
+    scratch.normed = activations<Activations>(arena, model, std::max(n, step.n_logits), model.dim, with_panels);
+    scratch.attended = activations<Activations>(arena, model, n, query, with_panels);
+    scratch.gated = activations<Activations>(arena, model, n, model.hidden_dim, with_panels);
     scratch.x = arena.take<float>(n * model.dim);
     scratch.projected = arena.take<float>(n * (query + 2 * model.n_kv_heads * model.head_dim));
     const int64_t singles = parts.singles.size();
@@ -240,6 +260,7 @@ struct Operation {
     void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t);
     const Arguments* arguments;
     int64_t total, grain, buffer_len;
+    bool finely;
     float* buffers;
     Barrier barrier;
 
@@ -252,19 +273,19 @@ struct Operation {
         if (o.grain == EVENLY) return work(worker.begin(o.total), worker.end(o.total));
         worker.share((o.total + o.grain - 1) / o.grain, [&](int64_t begin, int64_t end) {
             work(begin * o.grain, std::min(end * o.grain, o.total));
-        });
+        }, o.finely);
     }
 };
 
 // `grain`: EVENLY, or how many of `total` stay together.
 template <class Arguments>
 int operate(void (*part)(const Arguments&, int64_t, int64_t, float*, int64_t), const Arguments& arguments,
-            int64_t total, int64_t grain, int64_t buffer_len, int64_t work, int64_t threads) {
+            int64_t total, int64_t grain, int64_t buffer_len, int64_t work, int64_t threads, bool finely = false) {
     if (work < 2 * WORTH_A_THREAD) threads = 1;
     buffer_len = (buffer_len + 15) / 16 * 16;
     char* memory = kept_memory(threads * buffer_len * int64_t(sizeof(float)));
     if (!memory) return 1;
-    Operation<Arguments> operation = {part, &arguments, total, grain, buffer_len, reinterpret_cast<float*>(memory), {}};
+    Operation<Arguments> operation = {part, &arguments, total, grain, buffer_len, finely, reinterpret_cast<float*>(memory), {}};
     in_parallel(&Operation<Arguments>::run, &operation, threads);
     return 0;
 }
@@ -386,8 +407,14 @@ EXPORT int minllama_quantize_activations(const Matmul* a, int64_t threads, int l
 
 EXPORT int minllama_matmul(const Matmul* a, int64_t threads, int level) {
     const Linear& w = *a->weight;
-    const int64_t total = plain::tiles(w) * ((a->rows + plain::ROWS - 1) / plain::ROWS);
-    return operate(AT_LEVEL(matmul_tiles), *a, total, EACH, 0, w.in_dim * w.out_dim, threads);
+    const int64_t total = AT_LEVEL(matmul_parts)(*a);
+    return operate(AT_LEVEL(matmul_tiles), *a, total, EACH, 0, w.in_dim * w.out_dim, threads, a->panels);
+}
+
+// Also a first call, of two: for many rows of a dense weight.
+EXPORT int minllama_pack_activations(const Matmul* a, int64_t threads, int level) {
+    const int64_t panels = AT_LEVEL(panels_of)(a->rows);
+    return operate(AT_LEVEL(pack_activations), *a, panels, EACH, 0, a->rows * a->weight->in_dim, threads);
 }
 
 }  // extern "C"

@@ -63,6 +63,7 @@ struct Step {
     float* hidden;             // (N, D), after the last norm
     int64_t n_logits;
     const int64_t* logits_of;  // (n_logits,), which tokens
+    int64_t only_logits;       // whether nothing else is computed behind the last attention: hidden states neither
     float* logits;             // (n_logits, V)
 };
 
@@ -116,7 +117,8 @@ struct Matmul {
     int8_t* quants;  // room for (rows, in / 32, 96), and so on: see Activations
     float* scales;
     int32_t* sums;
-    float* y;  // (rows, out)
+    float* y;       // (rows, out)
+    float* panels;  // room for (rows, in), rows rounded up to 48: for many rows of dense weights; or null
 };
 
 struct AdamW {

@@ -66,12 +66,13 @@ struct Worker {
     // even part at once, then, as threads are done with theirs, bits of the rest. Cores are not equally
     // fast, of a laptop by design and elsewhere for what else they have to do; the slowest of even parts
     // would hold up all others.
+    // Where `finely`, bits are single ones, each of which takes far longer than taking it.
     template <class Part>
-    void share(int64_t n, const Part& part) const {
+    void share(int64_t n, const Part& part, bool finely = false) const {
         if (count == 1) return part(0, n);  // who meets nobody counts nothing
         const int64_t own = n / count * 3 / 4, rest = own * count;
         if (own) part(own * index, own * (index + 1));
-        const int64_t bit = (n - rest) / (2 * count) + 1;
+        const int64_t bit = finely ? 1 : (n - rest) / (2 * count) + 1;
         for (int64_t at = rest + barrier->take(bit); at < n; at = rest + barrier->take(bit)) {
             part(at, at + bit < n ? at + bit : n);
         }
