@@ -159,7 +159,9 @@ def _kernels(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
     if weights.quantize is not None and has_blocks(checkpoint):
         names = ["quantized", "quantized pass"]
     else:
-        names = ["dense step", "dense pass", *(["upcast"] if weights.quantize else [])]
+        names = ["dense step", "dense pass"]
+        if weights.dtype == torch.float32:
+            names.append("upcast" if weights.quantize else "dense")
     rows = [(CHOICES[name][0], choice(name, best_level(), weights.dtype)) for name in names]
     if "quantized" in names and fast_bfloat16("cpu"):
         what = "the same to score texts"

@@ -206,7 +206,6 @@ CHOICES = {
 }
 OF_MATRICES = ("quantized", "quantized pass", "dense step", "dense pass")  # where torch has its own
 DENSE = ("dense step", "dense pass", "dense")
-DENSE_FLOAT32 = "dense float32"  # what is measured for all of `DENSE`
 # Beside vector instructions for bfloat16, measured on two cores of Zen 4 in whole passes.
 BFLOAT16 = {"dense step": 24, "dense pass": 32}
 # Where neither the level nor other instructions decide: measured on two cores each, of Zen 3 (AVX2)
@@ -248,7 +247,8 @@ def choice(name: str, level: int, dtype: torch.dtype = torch.float32) -> Choice:
         return Choice(UNLIMITED, unit, "weights are upcast while they are multiplied")
     if level >= AVX2 and name in DENSE and not (dtype == torch.float16 and fast_float16_on_cpu()):
         rule = Choice(UNLIMITED, unit, f"{LEVELS[level]} multiplies float32 at its full rate")
-        return _measured(DENSE_FLOAT32, rule) if dtype == torch.float32 else rule
+        # Not of passes, which are more than products, nor of half precision, which torch upcasts.
+        return _measured("dense", rule) if name == "dense" else rule
     if name == "attention" and level == AVX2:
         return Choice(512, unit, "torch has nothing beyond AVX2 here, either")
     limit, reason = RULES[name]
@@ -261,7 +261,7 @@ def _measured(name: str, rule: Choice) -> Choice:
     if found is None:
         return rule
     slower = "at none of the sizes" if found == UNLIMITED else "beyond"
-    kind = "float32" if name == DENSE_FLOAT32 else "bfloat16"
+    kind = "float32" if name == "dense" else "bfloat16"
     return Choice(found, rule.unit, f"measured here: torch's {kind} products win {slower}")
 
 

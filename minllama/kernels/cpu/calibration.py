@@ -25,12 +25,14 @@ from minllama.errors import MinllamaError
 from minllama.kernels.cpu import ops
 from minllama.kernels.cpu.library import best_level, library
 from minllama.kernels.cpu.linear import matmul
-from minllama.kernels.hardware import AVX2, DENSE_FLOAT32, fast_bfloat16, has_amx, processor
+from minllama.kernels.hardware import AVX2, fast_bfloat16, has_amx, processor
 from minllama.text import VERSION, read_json
 
 FORM = 2  # of the file
 MAX_BYTES = 100_000
+# What is compared; `hardware.choice` asks for it by these names.
 QUANTIZED_BFLOAT16 = "quantized bfloat16"
+DENSE = "dense"
 OUT, IN = 1536, 576  # of a matrix that stays in a near cache, as a layer's do between two texts
 SIZES = (32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows
 ROUNDS = 7
@@ -57,7 +59,7 @@ def limits() -> Mapping[str, float]:
 
 def measured_names() -> Iterator[str]:
     """What instruction sets do not decide on this machine."""
-    yield DENSE_FLOAT32
+    yield DENSE
     if fast_bfloat16("cpu") and not has_amx(torch.bfloat16):
         yield QUANTIZED_BFLOAT16
 
@@ -84,7 +86,7 @@ def _dense_limit() -> float:
     return _limit(compiled, products)
 
 
-COMPARED = {QUANTIZED_BFLOAT16: _quantized_limit, DENSE_FLOAT32: _dense_limit}
+COMPARED = {QUANTIZED_BFLOAT16: _quantized_limit, DENSE: _dense_limit}
 
 
 def _inputs() -> dict[int, torch.Tensor]:

@@ -39,6 +39,7 @@ DTYPES = frozenset(KINDS)
 # Rows of a dense product, beyond which they are packed (FEW_TOKENS of src/dense_panels.inc), to a
 # multiple of what a panel has at any level.
 FEW_ROWS, MOST_PANEL = 24, 48
+MOST_PACKED = 576  # rows that are packed together, which bounds the memory that it takes
 
 
 def serves(x: Tensor) -> bool:
@@ -184,13 +185,22 @@ def dense_matmul(weight: Tensor, x: Tensor) -> Tensor:
     x, weight = x.float().contiguous(), weight.contiguous()
     y = floats(*x.shape[:-1], weight.shape[0])
     described = dense_linear(weight)
-    rows = x.numel() // weight.shape[1]
-    arguments = Matmul(ctypes.pointer(described), rows, x=x.data_ptr(), y=y.data_ptr())
-    if rows > FEW_ROWS:
-        panels = floats(-(-rows // MOST_PANEL) * MOST_PANEL, weight.shape[1])
-        arguments.panels = panels.data_ptr()
-        call("pack_activations", arguments)
-    call("matmul", arguments)
+    (out_dim, in_dim), rows = weight.shape, x.numel() // weight.shape[1]
+    pieces = -(-rows // MOST_PACKED)
+    most = -(-rows // pieces) if pieces else 0
+    panels = floats(-(-most // MOST_PANEL) * MOST_PANEL, in_dim) if most > FEW_ROWS else None
+    for piece in range(pieces):
+        start, end = rows * piece // pieces, rows * (piece + 1) // pieces
+        arguments = Matmul(
+            ctypes.pointer(described),
+            rows=end - start,
+            x=x.data_ptr() + start * in_dim * x.itemsize,
+            y=y.data_ptr() + start * out_dim * y.itemsize,
+        )
+        if panels is not None:
+            arguments.panels = panels.data_ptr()
+            call("pack_activations", arguments)
+        call("matmul", arguments)
     return y
 
 
