@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,6 +39,15 @@ MOST_NOTED = 1_000_000  # texts of which is kept that they were shortened
 ENCODED = 8192  # texts at a time: token ids of a million take more memory than a small model
 
 
+class Evaluator(Protocol):
+    """Processes that have parts of a classifier, and compute its predictions together."""
+
+    def predict(
+        self, prompts: Sequence[Any], *, progress: Callable[[int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Scores of this process's N encoded texts, (N, C); all processes call it at once."""
+
+
 class Classifier(nn.Module, ABC):
     """Texts -> log-odds and probabilities of C classes.
 
@@ -59,6 +68,8 @@ class Classifier(nn.Module, ABC):
             MOST_NOTED of them.
         scale: of the output of a regression; None for classes.
         digest: SHA-256 of the manifest that it was loaded from; None for a new classifier.
+        evaluator: computes its predictions while it is trained and its weights are divided among
+            processes; else None.
 
     Raises:
         MinllamaError: there are no labels, or duplicates.
@@ -85,6 +96,7 @@ class Classifier(nn.Module, ABC):
         self.shortened: set[int] = set()
         self.digest: str | None = None
         self.scale: TargetScale | None = None
+        self.evaluator: Evaluator | None = None
         self._engine = KeptEngine()
         self._scheduler: Scheduler | None = None  # while `steady`
         self._lock = threading.RLock()  # an engine is for one thread at a time
@@ -213,6 +225,8 @@ class Classifier(nn.Module, ABC):
 
         Several threads may call it; their texts are computed one after the other.
         """
+        if self.evaluator is not None:
+            return self.evaluator.predict(prompts, progress=progress)
         logits = np.empty((len(prompts), len(self.labels)), dtype=np.float32)
         with self._lock, self.steady() as scheduler, torch.inference_mode():
             shared = self._prepare(len(prompts))

@@ -2,11 +2,13 @@
 
 The loss of each text is divided by the weight of the whole batch before the backward pass, so the
 sum over micro-batches and processes is what one process computes for the batch.
+`minllama.training.run` calls it; `minllama.distributed.sharding` divides weights as well.
 """
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,20 +25,59 @@ class ComputesLogits(Protocol):
         """(B, C), differentiable and not normalized."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows (of dimension 0) of a tensor that one process has.
+
+    Attributes:
+        start: the first one.
+        stop: the one after the last.
+        shape: of the whole tensor.
+    """
+
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def all_of(cls, tensor: Tensor) -> "Rows":
+        """All rows of a whole tensor."""
+        return cls(0, tensor.shape[0] if tensor.dim() else 1, tuple(tensor.shape))
+
+
 class Gradients:
     """The gradients of one process: those of its classifier.
 
     Args:
         classifier: whose logits are computed.
-        parameters: those that are trained.
+        parameters: those that are trained, by name.
+
+    Attributes:
+        parameters: what this process updates, by name: whole parameters, or rows of them.
+        rows: which rows these are, by name.
+        is_sharded: no process has all of them.
     """
 
-    def __init__(self, classifier: ComputesLogits, parameters: Iterable[nn.Parameter]) -> None:
-        self._classifier, self._parameters = classifier, list(parameters)
+    is_sharded = False
+
+    def __init__(self, classifier: ComputesLogits, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._classifier = classifier
+        self.parameters = dict(parameters)
+        self.rows = {name: Rows.all_of(p) for name, p in parameters.items()}
 
     def logits(self, prompts: Sequence[Any]) -> Tensor:
-        """(B, C), whose backward pass adds to the gradients."""
+        """(B, C) in training mode, whose backward pass adds to the gradients."""
         return self._classifier.compute_logits(prompts)
+
+    def begin(self) -> None:
+        """Set training mode and forget the gradients of the step before."""
+        cast(nn.Module, self._classifier).train()
+        self.clear()
+
+    def clear(self) -> None:
+        """Free the gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def accumulating(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """The context of a micro-batch's forward and backward pass.
@@ -48,7 +89,10 @@ class Gradients:
 
     def clip(self, most: float) -> float:
         """Scale the gradients so that their norm is at most `most`; returns the norm before."""
-        return float(nn.utils.clip_grad_norm_(self._parameters, most))
+        return float(nn.utils.clip_grad_norm_(list(self.parameters.values()), most))
+
+    def release(self) -> None:
+        """Give the classifier its weights, where it was without; the last call, by all."""
 
 
 class ReplicatedGradients(Gradients):
@@ -60,17 +104,17 @@ class ReplicatedGradients(Gradients):
     """
 
     def __init__(
-        self, classifier: ComputesLogits, parameters: Iterable[nn.Parameter], ranks: Ranks
+        self, classifier: ComputesLogits, parameters: Mapping[str, nn.Parameter], ranks: Ranks
     ) -> None:
         super().__init__(classifier, parameters)
         with torch.no_grad():
-            ranks.send(self._parameters)
+            ranks.send(self.parameters.values())
         with warnings.catch_warnings():
             # torch 2.13 has another name for `broadcast_buffers`, which older ones do not know.
             warnings.simplefilter("ignore", FutureWarning)
             # Not the frozen base: it is the same in all processes, and may be a mapped file.
             self._replica = nn.parallel.DistributedDataParallel(
-                _Logits(classifier), init_sync=False, broadcast_buffers=False
+                Logits(classifier), init_sync=False, broadcast_buffers=False
             )
         self._replica.register_comm_hook(None, _summed)
 
@@ -83,8 +127,8 @@ class ReplicatedGradients(Gradients):
             yield
 
 
-class _Logits(nn.Module):
-    """`compute_logits` as a forward pass, which is what DistributedDataParallel prepares for."""
+class Logits(nn.Module):
+    """`compute_logits` as a forward pass, before and after which torch exchanges tensors."""
 
     def __init__(self, classifier: ComputesLogits) -> None:
         super().__init__()
@@ -102,12 +146,3 @@ def _summed(
     work = dist.all_reduce(bucket.buffer(), op=dist.ReduceOp.SUM, async_op=True)
     summed: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
     return summed
-
-
-def gradients_of(
-    classifier: ComputesLogits, parameters: Iterable[nn.Parameter], ranks: Ranks
-) -> Gradients:
-    """The gradients of a run, however many processes it has."""
-    if ranks.size == 1:
-        return Gradients(classifier, parameters)
-    return ReplicatedGradients(classifier, parameters, ranks)

@@ -21,12 +21,14 @@ class Launch:
         size: how many processes there are, on all hosts.
         local_rank: its number on its host, which is that of its GPU.
         restarts: how often the launcher has started all of them again.
+        local_size: how many processes its host has.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     restarts: int = 0
+    local_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -57,6 +59,7 @@ def launch() -> Launch:
         rank=rank,
         size=size,
         local_rank=_number("LOCAL_RANK", 0),
+        local_size=_number("LOCAL_WORLD_SIZE", 1, least=1),
         restarts=_number("TORCHELASTIC_RESTART_COUNT", 0),
     )
 

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -47,15 +47,26 @@ class Ranks:
 
     Args:
         launched: which one it is.
+        group: by which they exchange values; None for the one that all code has in common.
 
     Attributes:
         rank: its number; the first, 0, writes files and prints.
         size: how many there are.
     """
 
-    def __init__(self, launched: Launch | None = None) -> None:
-        launched = launched or Launch()
-        self.rank, self.size = launched.rank, launched.size
+    def __init__(self, launched: Launch | None = None, group: Any = None) -> None:
+        self._launched = launched or Launch()
+        self.rank, self.size = self._launched.rank, self._launched.size
+        self._group = group
+
+    def aside(self) -> "Ranks":
+        """The same processes for a thread beside the main one; all call it at once.
+
+        What these exchange is on the CPU, and does not meet what others exchange meanwhile.
+        """
+        if self.size == 1:
+            return self
+        return Ranks(self._launched, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
     def is_first(self) -> bool:
@@ -76,19 +87,37 @@ class Ranks:
                 outcome = [compute(), None]
             except MinllamaError as error:
                 outcome = [None, error]
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=self._group)
         value, raised = outcome
         if raised is not None:
             raise raised
         result: T = value
         return result
 
+    def each(self, compute: Callable[[], T]) -> T:
+        """What `compute` returns here, if it fails in no process.
+
+        Raises:
+            MinllamaError: that of the first process in which it fails, in all of them.
+        """
+        if self.size == 1:
+            return compute()
+        value, raised = None, None
+        try:
+            value = compute()
+        except MinllamaError as error:
+            raised = error
+        for error_elsewhere in self.collected(raised):
+            if error_elsewhere is not None:
+                raise error_elsewhere
+        return cast(T, value)
+
     def collected(self, value: T) -> list[T]:
         """Each process's value, by rank."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self._group)
         return found
 
     def summed(self, values: Sequence[float]) -> list[float]:
@@ -96,7 +125,7 @@ class Ranks:
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, op=dist.ReduceOp.SUM)
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=self._group)
         return [float(value) for value in total]
 
     def any(self, value: bool) -> bool:
@@ -107,7 +136,7 @@ class Ranks:
         """Overwrite tensors with those of the first process."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                dist.broadcast(tensor, src=0, group=self._group)
 
     def part(self, elements: Sequence[E]) -> Sequence[E]:
         """This process's share: every `size`-th element, so that long texts are spread."""
@@ -142,7 +171,7 @@ class Ranks:
         padded = np.zeros((most, *mine.shape[1:]), dtype=np.float32)
         padded[: len(mine)] = mine
         parts = [torch.empty(padded.shape) for _ in range(self.size)]
-        dist.all_gather(parts, torch.from_numpy(padded))
+        dist.all_gather(parts, torch.from_numpy(padded), group=self._group)
         rows = np.empty((total, *mine.shape[1:]), dtype=np.float32)
         for rank, part in enumerate(parts):
             rows[rank :: self.size] = part.numpy()[: len(rows[rank :: self.size])]

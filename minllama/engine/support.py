@@ -11,6 +11,10 @@ from minllama.errors import MinllamaError
 from minllama.model.config import LlamaConfig
 from minllama.model.llama import Attention, FeedForward, Llama, LlamaLayer, RMSNorm
 
+# Attribute of modules whose weights are gathered by hooks, which take tensors of any shape and
+# change none: how many forward hooks, and hooks before it, these are.
+HOOKS_OF_SHARDING = "hooks_of_sharding"
+
 
 def is_supported(
     llama: Llama,
@@ -75,12 +79,17 @@ def layers_of(llama: Llama) -> list[LlamaLayer]:
 
 
 def has_hooks(llama: nn.Module) -> bool:
-    """Whether a module of this Llama has forward hooks, or a `forward` of its own instance."""
+    """Whether a module of this Llama has forward hooks, or a `forward` of its own instance.
+
+    Hooks that only gather a module's weights do not count.
+    """
     everywhere = nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return True
     return any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        len(module._forward_hooks) > (known := vars(module).get(HOOKS_OF_SHARDING, 0))
+        or len(module._forward_pre_hooks) > known
+        or "forward" in vars(module)
         for module in llama.modules()
     )
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
+from minllama.distributed.sharding import check_parallel
 from minllama.errors import OptionError
 from minllama.experiment.build import AUTO, TRAINED
 from minllama.experiment.experiment import Experiment
@@ -67,6 +68,7 @@ def check_processes(experiment: Experiment, size: int) -> None:
     Raises:
         OptionError: says what to do instead.
     """
+    check_parallel(experiment.training.parallel, size)
     if size == 1:
         return
     if _is_auto(experiment):

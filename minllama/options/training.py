@@ -98,6 +98,12 @@ class TrainingOptions(CheckedOptions):
         False,
         "recompute activations in the backward pass: far less memory, 1.4 to 1.9 times as slow",
     )
+    parallel: str = option(
+        "auto",
+        "what several processes (torchrun) divide: ddp texts alone, fsdp also trained weights, "
+        "gradients and moments, layer by layer; auto: fsdp where ddp does not fit into memory",
+        choices=("auto", "ddp", "fsdp"),
+    )
     class_weights: str = option(
         "none",
         "balanced: weight the loss of each class by its inverse frequency",

@@ -9,7 +9,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from minllama.data import Dataset
-from minllama.distributed.gradients import gradients_of
-from minllama.distributed.ranks import current
+from minllama.distributed.gradients import Rows
+from minllama.distributed.ranks import ALONE, current
+from minllama.distributed.sharding import gradients_of
 from minllama.errors import MinllamaError
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.registry import METRICS
@@ -32,6 +34,7 @@ from minllama.training.progress import Progress
 from minllama.training.run_checkpoint import (
     CheckpointFolder,
     Fingerprint,
+    InBackground,
     MetricsFile,
     Row,
     RunState,
@@ -54,7 +57,9 @@ class TrainingRun:
         classifier, train, dev, options, head_parameters: those of `minllama.training.trainer.fit`.
 
     Attributes:
-        parameters: those that are trained, by name.
+        parameters: what this process updates, by name: those that are trained, or rows of them.
+        shapes: of those that are trained, by name.
+        rows: which rows of them this process has; None if it has all.
         prompts: the N training texts, encoded when they are needed.
         schedule: of texts, learning rates and evaluations.
         state: the run's current state.
@@ -71,8 +76,8 @@ class TrainingRun:
         head_parameters: Sequence[nn.Parameter],
     ) -> None:
         self._classifier, self._dev, self._options = classifier, dev, options
-        self.parameters = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
-        self._device = next(iter(self.parameters.values())).device
+        trained = {n: p for n, p in classifier.named_parameters() if p.requires_grad}
+        self._device = next(iter(trained.values())).device
         self._ranks = current()
         self.prompts = EncodedTexts(train.texts, classifier.encode)
         if self._ranks.size > 1:
@@ -84,13 +89,28 @@ class TrainingRun:
         self._objective = objective_of(train, classifier)
         self._loss = self._objective.loss(train, options, self._device)
         self._texts = train.texts
-        self._gradients = gradients_of(classifier, self.parameters.values(), self._ranks)
-        self._optimizer = AdamW(_groups(self.parameters, options, head_parameters))
         self._autocast = _uses_autocast(classifier, options, self._device)
+        in_head = {id(parameter) for parameter in head_parameters}
+        head = {name for name, parameter in trained.items() if id(parameter) in in_head}
+        self._gradients = gradients_of(
+            classifier,
+            trained,
+            self._ranks,
+            parallel=options.parallel,
+            most_texts=options.batch_size,
+            max_tokens=max_tokens,
+            filler=self.prompts[self._shortest],
+        )
+        self.parameters, of_process = self._gradients.parameters, self._gradients.rows
+        self.shapes = {name: list(rows.shape) for name, rows in of_process.items()}
+        self.rows: dict[str, Rows] | None = of_process if self._gradients.is_sharded else None
+        self._optimizer = AdamW(_groups(self.parameters, options, head))
         self.state, self.history = RunState(), list[Row]()
         self._best: dict[str, Tensor] = {}
         self._prior: Tensor | None = None  # (N, C), the classifier's initial predictions
         self.checkpoint: CheckpointFolder | None = None
+        self._saving = InBackground()
+        self._savers = self._ranks.aside() if self._gradients.is_sharded else ALONE
         self.fingerprint: Fingerprint = {}
         self.metrics: MetricsFile | None = None
         self.board: Any = None
@@ -115,13 +135,20 @@ class TrainingRun:
             if not state.finished:
                 state.finished = True
                 self._save()
+            self._saving.wait()
         except KeyboardInterrupt:
             with interrupts_deferred():  # a second Ctrl-C must not interrupt this
                 self._save()
+                self._saving.wait()
+                self._gradients.release()
+            raise
+        except MinllamaError:
+            with contextlib.suppress(MinllamaError):  # the first one is the reason
+                self._saving.wait()
             raise
 
     def load(self, state: RunState, tensors: RunTensors) -> None:
-        """Restore a checkpoint's state; of several processes, in the first one."""
+        """Restore a checkpoint's state, in the first process; or in each, its rows."""
         self.state, self._best, self._prior = state, tensors.best, tensors.prior
         self._copy(tensors.weights)
         for name, parameter in self.parameters.items():
@@ -135,7 +162,7 @@ class TrainingRun:
     def share_loaded(self) -> None:
         """Send what the first process has loaded to the others."""
         ranks, of_optimizer = self._ranks, self._optimizer.state
-        if ranks.size == 1:
+        if ranks.size == 1 or self._gradients.is_sharded:
             return
 
         def loaded() -> tuple[RunState, Tensor | None, dict[str, int]]:
@@ -153,15 +180,19 @@ class TrainingRun:
             ranks.send(self.parameters.values())
 
     def restore_best(self) -> None:
-        """Load the weights of the best evaluation, if they were kept."""
+        """Load the weights of the best evaluation, if they were kept, into the classifier."""
         if self._best:
             self._copy(self._best)
-        with torch.no_grad():
-            self._ranks.send(self.parameters.values())  # only the first keeps them
+        self._best = {}
+        if not self._gradients.is_sharded:
+            with torch.no_grad():
+                self._ranks.send(self.parameters.values())  # only the first keeps them
+        self._optimizer.state.clear()
+        self._gradients.release()
 
     def close(self) -> None:
         """Free the gradients and close files."""
-        self._optimizer.zero_grad()
+        self._gradients.clear()
         if self.metrics is not None:
             self.metrics.close()
         if self.board is not None:
@@ -197,8 +228,7 @@ class TrainingRun:
         # Dropout's random numbers follow from the step, so no other state needs saving.
         purpose = f"dropout {ranks.rank}" if ranks.rank else "dropout"
         torch.manual_seed(derived_seed(self._options.seed, purpose, step))
-        self._classifier.train()
-        self._optimizer.zero_grad()
+        self._gradients.begin()
         batches = self.schedule.shares(step, ranks.size)[ranks.rank]
         (loss,) = ranks.summed([self._backward(batches, self._loss.normalizer(texts))])
         norm = self._gradients.clip(self._options.clip or math.inf)
@@ -275,7 +305,7 @@ class TrainingRun:
         sign = -1 if known[options.metric].less_is_better else 1
         if state.best_metric is None or sign * value > sign * state.best_metric:
             state.best_step, state.best_metric, state.without_gain = state.step, value, 0
-            if options.keep == "best" and self._ranks.is_first:
+            if options.keep == "best" and (self._ranks.is_first or self._gradients.is_sharded):
                 self._best = {
                     name: parameter.detach().to("cpu", copy=True)
                     for name, parameter in self.parameters.items()
@@ -311,18 +341,29 @@ class TrainingRun:
                 parameter.copy_(weights[name])
 
     def _save(self) -> None:
+        """Write a checkpoint; where weights are divided, in the background."""
         self.state.seconds = time.perf_counter() - self._started
-        if self.checkpoint is None or self.metrics is None:
+        if self.checkpoint is None:
             return
+        if self.metrics is not None:
+            self.metrics.sync()
+        if not self._gradients.is_sharded:
+            self.checkpoint.save(self.state, self._tensors(), self.fingerprint)
+            return
+        self._saving.wait()  # one copy of the tensors at a time
+        checkpoint, state, fingerprint = (self.checkpoint, replace(self.state), self.fingerprint)
+        tensors = self._tensors().copied()
+        self._saving.begin(lambda: checkpoint.save(state, tensors, fingerprint, self._savers))
+
+    def _tensors(self) -> RunTensors:
         tensors = RunTensors({name: p.detach() for name, p in self.parameters.items()})
         for name, parameter in self.parameters.items():
             if of_optimizer := self._optimizer.state.get(parameter):
                 tensors.updates[name] = of_optimizer["step"]
                 for moment in MOMENT_NAMES:
                     tensors.moments[f"{moment}.{name}"] = of_optimizer[moment]
-        tensors.best, tensors.prior = self._best, self._prior
-        self.metrics.sync()
-        self.checkpoint.save(self.state, tensors, self.fingerprint)
+        tensors.best, tensors.prior, tensors.rows = self._best, self._prior, self.rows
+        return tensors
 
 
 @contextlib.contextmanager
@@ -354,15 +395,14 @@ def _max_tokens(classifier: Trainable, device: torch.device) -> float:
 
 
 def _groups(
-    parameters: dict[str, nn.Parameter], options: TrainingOptions, head: Sequence[nn.Parameter]
+    parameters: dict[str, nn.Parameter], options: TrainingOptions, head: Collection[str]
 ) -> list[dict[str, Any]]:
     """Parameters by learning rate and weight decay, which vectors (norms, biases) do not get."""
     assert options.lr is not None
-    head_ids = {id(parameter) for parameter in head}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in parameters.values():
+    for name, parameter in parameters.items():
         lr = options.lr
-        if id(parameter) in head_ids and options.head_lr is not None:
+        if name in head and options.head_lr is not None:
             lr = options.head_lr
         decay = options.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((lr, decay), []).append(parameter)

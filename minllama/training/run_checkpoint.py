@@ -1,6 +1,8 @@
 """Save and restore a training run: a checkpoint to resume from, and one line of metrics per step.
 
 A checkpoint is a folder of safetensors and JSON, written atomically; nothing in it is executed.
+Where weights are divided among processes, each has files of its own there, and one manifest says
+which belong together.
 """
 
 import dataclasses
@@ -9,13 +11,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from minllama.atomic import (
@@ -26,15 +28,17 @@ from minllama.atomic import (
     sha256_of,
     temporaries,
 )
+from minllama.distributed.gradients import Rows
+from minllama.distributed.ranks import ALONE, Ranks
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.text import cut
+from minllama.training.tensor_files import file_name, files_of, read_tensors, write_tensors
 
 CHECKPOINT, METRICS = "checkpoint", "metrics.jsonl"
-STATE, WEIGHTS, MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"
-PRIOR = "prior.safetensors"
+STATE, WEIGHTS, MOMENTS, PRIOR = "state.json", "weights", "optimizer", "prior"
 FORMAT = 2  # the second has a digest of the state itself
 # These may change when a run is resumed: they do not affect its results.
-NEUTRAL_OPTIONS = ("no_calibration", "save_every", "tensorboard")
+NEUTRAL_OPTIONS = ("no_calibration", "parallel", "save_every", "tensorboard")
 
 Fingerprint: TypeAlias = Mapping[str, Any]
 Row: TypeAlias = dict[str, Any]
@@ -73,7 +77,7 @@ class RunState:
 
 @dataclass
 class RunTensors:
-    """The tensors of a run, each kind by the parameter's name.
+    """The tensors of a run, each kind by the parameter's name; or one process's rows of them.
 
     Attributes:
         weights: the parameters that are trained.
@@ -82,6 +86,7 @@ class RunTensors:
         best: the weights of the best evaluation; empty before the first.
         prior: (N, C) probabilities of the training texts before the first step; None if targets do
             not use them.
+        rows: which rows of each parameter these are; None if all are whole.
     """
 
     weights: dict[str, Tensor]
@@ -89,6 +94,15 @@ class RunTensors:
     updates: dict[str, int] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
     prior: Tensor | None = None
+    rows: Mapping[str, Rows] | None = None
+
+    def copied(self) -> "RunTensors":
+        """The same in memory of its own on the CPU, but for the best weights, which are."""
+
+        def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+        return dataclasses.replace(self, weights=copies(self.weights), moments=copies(self.moments))
 
 
 class CheckpointFolder:
@@ -96,51 +110,102 @@ class CheckpointFolder:
 
     A SIGKILL during a save leaves either the previous checkpoint or the new one. The best weights
     so far, if unchanged, are hard-linked instead of written again.
+
+    Processes that have rows of the weights save and load together, each its own.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / CHECKPOINT
         self._written: dict[str, dict[str, Any]] = {}  # size and hash of files that may be reused
 
-    def save(self, state: RunState, tensors: RunTensors, fingerprint: Fingerprint) -> None:
+    def save(
+        self,
+        state: RunState,
+        tensors: RunTensors,
+        fingerprint: Fingerprint,
+        ranks: Ranks = ALONE,
+    ) -> None:
         """Replace the checkpoint.
+
+        Args:
+            state, tensors, fingerprint: of the run.
+            ranks: the processes that call this together, each with its rows.
 
         Raises:
             MinllamaError: it cannot be written; the previous one is untouched.
         """
-        lasting: dict[str, dict[str, Tensor]] = {}
-        if tensors.best:
-            lasting[f"best-{state.best_step}.safetensors"] = tensors.best
+        lasting = {} if not tensors.best else {f"best-{state.best_step}": tensors.best}
         if tensors.prior is not None:
             lasting[PRIOR] = {"prior": tensors.prior}
-        unchanged = {n for n in lasting if n in self._written and (self.path / n).is_file()}
-        contents = {WEIGHTS: tensors.weights, MOMENTS: tensors.moments}
-        contents |= {name: lasting[name] for name in lasting if name not in unchanged}
-        with atomic_folder(self.path, replaces=lambda name: name not in unchanged) as staging:
+        contents = {WEIGHTS: tensors.weights, MOMENTS: tensors.moments, **lasting}
+        names = {kind: _file_of(kind, tensors, ranks) for kind in contents}
+        with ExitStack() as stack:
+            staging, unchanged = ranks.first(lambda: self._begin(stack, lasting, names))
+            new = {names[k]: c for k, c in contents.items() if files_of(k, unchanged) == []}
+            if not ranks.is_first:
+                new.pop(names.get(PRIOR, ""), None)
+            written = ranks.each(lambda: _write(staging, new, tensors))
             files = {name: self._written[name] for name in unchanged}
-            for name, content in contents.items():
-                _write_tensors(staging / name, content)
-                files[name] = _description(staging / name)
-            raw = {
-                "format": FORMAT,
-                "state": dataclasses.asdict(state),
-                "updates": tensors.updates,
-                "files": files,
-                "fingerprint": fingerprint,
-            }
-            text = json.dumps(sealed(raw), indent=1, allow_nan=False)
-            (staging / STATE).write_text(text + "\n", encoding="utf-8")
-            for name in contents:  # the library makes files that only their owner can read
-                shutil.copymode(staging / STATE, staging / name)
+            for of_process in ranks.collected(written):
+                files |= of_process
+
+            def finish() -> None:
+                raw = {
+                    "format": FORMAT,
+                    "state": dataclasses.asdict(state),
+                    "updates": tensors.updates,
+                    "files": files,
+                    "fingerprint": fingerprint,
+                }
+                text = json.dumps(sealed(raw), indent=1, allow_nan=False)
+                (staging / STATE).write_text(text + "\n", encoding="utf-8")
+                for name in files.keys() - unchanged:  # only their owner can read them
+                    shutil.copymode(staging / STATE, staging / name)
+                stack.close()
+
+            ranks.first(finish)
         self._written = files
 
-    def load(self, fingerprint: Fingerprint) -> tuple[RunState, RunTensors] | None:
+    def _begin(
+        self, stack: ExitStack, lasting: Iterable[str], names: Mapping[str, str]
+    ) -> tuple[Path, set[str]]:
+        """Open the folder of a save; returns it, and the files of the last one that stay."""
+        unchanged = {
+            name
+            for kind in lasting
+            if names[kind] in self._written
+            for name in files_of(kind, self._written)
+        }
+        unchanged = {name for name in unchanged if (self.path / name).is_file()}
+        folder = atomic_folder(self.path, replaces=lambda name: name not in unchanged)
+        return stack.enter_context(folder), unchanged
+
+    def load(
+        self,
+        fingerprint: Fingerprint,
+        rows: Mapping[str, Rows] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> tuple[RunState, RunTensors] | None:
         """Load the saved run; None without a checkpoint.
+
+        Args:
+            fingerprint: of the run.
+            rows: those of each parameter to read, by any number of processes; None for all.
+            ranks: the processes that call this together, each for its rows.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or from a run with other options or data;
                 the message lists the differences.
         """
+        raw = ranks.first(lambda: self._of_run(fingerprint))
+        if raw is None:
+            return None
+        found = ranks.each(lambda: self._content(raw, rows, ranks))
+        self._written = dict(raw["files"])
+        return found
+
+    def _of_run(self, fingerprint: Fingerprint) -> dict[str, Any] | None:
+        """The manifest, if it is of this run."""
         self.recover()
         if not self.path.exists():
             return None
@@ -150,9 +215,7 @@ class CheckpointFolder:
                 f"{self.path}: cannot resume: {'; '.join(changes)}; resume with the settings of "
                 "the run, or start again in another folder"
             )
-        state, tensors = self._content(raw)
-        self._written = dict(raw["files"])
-        return state, tensors
+        return raw
 
     def state(self) -> RunState | None:
         """The state of the saved run, without its tensors; None without a checkpoint.
@@ -207,20 +270,33 @@ class CheckpointFolder:
                 raise ValueError(f"{STATE} differs from what was written (its SHA-256)")
             return dict(raw)
 
-    def _content(self, raw: Mapping[str, Any]) -> tuple[RunState, RunTensors]:
+    def _content(
+        self,
+        raw: Mapping[str, Any],
+        rows: Mapping[str, Rows] | None = None,
+        ranks: Ranks = ALONE,
+    ) -> tuple[RunState, RunTensors]:
         with self._damage():
             state = _run_state(raw)
-            best_name = f"best-{int(state.best_step or 0)}.safetensors"
             # There are no best weights before the first evaluation, or if the last ones are kept.
-            lasting = [name for name in (best_name, PRIOR) if name in raw["files"]]
-            read = {}
-            for name in (WEIGHTS, MOMENTS, *lasting):
+            best = f"best-{int(state.best_step or 0)}"
+            parts = {kind: files_of(kind, raw["files"]) for kind in (WEIGHTS, MOMENTS, best, PRIOR)}
+            for kind in (WEIGHTS, MOMENTS):
+                if not parts[kind]:
+                    raise KeyError(file_name(kind))
+            # Each file is looked at as a whole by one of the processes.
+            for name in ranks.part([name for names in parts.values() for name in names]):
                 if _description(self.path / name) != raw["files"][name]:
                     raise ValueError(f"{name} differs from what was written")
-                read[name] = _read_tensors(self.path / name)
+            read = {
+                kind: read_tensors(
+                    [self.path / name for name in names], lambda name: rows_of(rows, name)
+                )
+                for kind, names in parts.items()
+            }
             updates = {str(name): int(count) for name, count in raw["updates"].items()}
-            best, prior = read.get(best_name, {}), read.get(PRIOR, {}).get("prior")
-            return state, RunTensors(read[WEIGHTS], read[MOMENTS], updates, best, prior)
+            weights, moments, of_best, prior = read.values()
+            return state, RunTensors(weights, moments, updates, of_best, prior.get("prior"), rows)
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
@@ -400,19 +476,64 @@ def _description(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def rows_of(rows: Mapping[str, Rows] | None, name: str) -> Rows | None:
+    """The rows of a parameter, or of one of its moments; None for all."""
+    if rows is None:
+        return None
+    return rows.get(name) or rows.get(name.partition(".")[2])
 
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+def _file_of(kind: str, tensors: RunTensors, ranks: Ranks) -> str:
+    """The file for one kind of this process's tensors."""
+    is_whole = tensors.rows is None or kind == PRIOR
+    return file_name(kind) if is_whole else file_name(kind, ranks.rank, ranks.size)
+
+
+def _write(
+    staging: Path, contents: Mapping[str, Mapping[str, Tensor]], tensors: RunTensors
+) -> dict[str, dict[str, Any]]:
+    """Write this process's files; returns their descriptions.
+
+    Raises:
+        MinllamaError: they cannot be written.
+    """
     try:
-        save_file(on_cpu, path)
-    except SafetensorError as error:  # of a full disk
-        raise OSError(str(error)) from error
+        for name, content in contents.items():
+            rows = None
+            if tensors.rows is not None and name != file_name(PRIOR):
+                rows = {t: of for t in content if (of := rows_of(tensors.rows, t)) is not None}
+            write_tensors(staging / name, content, rows)
+        return {name: _description(staging / name) for name in contents}
+    except OSError as error:
+        raise MinllamaError(f"cannot write {staging}: {error.strerror or error}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+class InBackground:
+    """Does one thing after another in a thread: at most one at a time."""
 
-    # Copies: a memory-mapped file would keep a replaced checkpoint on the disk.
-    return {name: torch.clone(tensor) for name, tensor in load_file(path).items()}
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Start to work, when what was begun before is done; raises its error."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._error = error
+
+        # A process does not wait for it when it ends: others may be dead, and never answer.
+        self._thread = threading.Thread(target=run, name="minllama-checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for what was begun, and raise its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error

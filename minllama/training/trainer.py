@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from minllama.atomic import only_run
 from minllama.data import Dataset
-from minllama.distributed.ranks import current
+from minllama.distributed.ranks import ALONE, current
+from minllama.distributed.sharding import check_parallel
 from minllama.errors import MinllamaError, OptionError, optional_import
 from minllama.model.llama import Llama
 from minllama.model.mode import mode_restored
@@ -28,6 +30,7 @@ from minllama.training.objective import Trainable, check_kind, check_metric
 from minllama.training.progress import Progress
 from minllama.training.run import TrainingRun
 from minllama.training.run_checkpoint import (
+    METRICS,
     CheckpointFolder,
     Fingerprint,
     MetricsFile,
@@ -132,9 +135,9 @@ def _fit(
     settings: Mapping[str, Any] | None,
 ) -> TrainingResult:
     """Like `fit`, in a folder without another run."""
-    run = TrainingRun(classifier, train, dev, options, head_parameters)
-    fingerprint = _fingerprint(run, classifier, train, dev, options, settings or {})
     with _prepared(classifier, options):
+        run = TrainingRun(classifier, train, dev, options, head_parameters)
+        fingerprint = _fingerprint(run, classifier, train, dev, options, settings or {})
         try:
             if folder is not None:
                 _open_folder(run, folder, fingerprint, resume)
@@ -186,6 +189,7 @@ def _check(
         raise OptionError(f"{what} needs a run folder")
     if options.tensorboard:
         summary_writer()
+    check_parallel(options.parallel, current().size)
     check_ordinal(options.ordinal, multi_label=classifier.multi_label)
     check_metric(options.metric, regression=train.has_numbers)
     for name, dataset in (("training", train), ("dev", dev)):
@@ -232,29 +236,78 @@ def _prepared(classifier: Trainable, options: TrainingOptions) -> Iterator[None]
 def _open_folder(run: TrainingRun, folder: Path, fingerprint: Fingerprint, resume: bool) -> None:
     """Attach the run to `folder`, and resume it if there is a checkpoint.
 
-    Of several processes, only the first one reads and writes there.
+    Of several processes, only the first one reads and writes there, unless each has its own rows
+    of the weights.
     """
     ranks = current()
     ranks.check_equal(fingerprint, lambda first, other: "; ".join(differences(first, other)))
 
+    run.fingerprint, checkpoint = fingerprint, CheckpointFolder(folder)
+    if run.rows is not None:
+        _check_shared(folder)
+
+    def load() -> None:
+        together = ALONE if run.rows is None else ranks
+        if loaded := checkpoint.load(fingerprint, run.rows, together):
+            run.load(*loaded)
+
+    def start_again() -> None:
+        found = checkpoint.state()
+        if found is not None and not found.finished:
+            raise MinllamaError(
+                f"{checkpoint.path} is of a run that was interrupted after {found.step} "
+                "steps: resume it, or delete that folder to start again"
+            )
+        checkpoint.remove()
+
     def opened() -> None:
-        run.checkpoint, run.fingerprint = CheckpointFolder(folder), fingerprint
         if resume:
-            if loaded := run.checkpoint.load(fingerprint):
-                run.load(*loaded)
-                run.history = read_metrics(folder, run.state.step - (run.state.row is not None))
-        else:
-            found = run.checkpoint.state()
-            if found is not None and not found.finished:
-                raise MinllamaError(
-                    f"{run.checkpoint.path} is of a run that was interrupted after {found.step} "
-                    "steps: resume it, or delete that folder to start again"
-                )
-            run.checkpoint.remove()
+            done = run.state.step - (run.state.row is not None)
+            run.history = read_metrics(folder, done) if run.state.step else []
         run.metrics = MetricsFile(folder, run.history)
 
+    if resume and run.rows is not None:
+        load()
+    else:
+        ranks.first(load if resume else start_again)
+    if ranks.is_first or run.rows is not None:
+        run.checkpoint = checkpoint
     ranks.first(opened)
     run.share_loaded()
+
+
+def _check_shared(folder: Path) -> None:
+    """Check that all processes see the first one's folder; they call it together.
+
+    Raises:
+        MinllamaError: one does not, or the folder cannot be written.
+    """
+    # What a kill leaves of it is removed like any begun file.
+    probe = folder / f".{METRICS}.{secrets.token_hex(4)}.tmp"
+
+    def write() -> Path:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        except OSError as error:
+            raise MinllamaError(f"cannot write {folder}: {error.strerror or error}") from error
+        return probe
+
+    def look(written: Path) -> None:
+        if not written.exists():
+            raise MinllamaError(
+                f"{folder}: process {ranks.rank} of {ranks.size} does not see what the first one "
+                "writes there; with --parallel fsdp each writes its part of a checkpoint, so name "
+                "an output that all hosts share"
+            )
+
+    ranks = current()
+    written = ranks.first(write)
+    try:
+        ranks.each(lambda: look(written))
+    finally:
+        if ranks.is_first:
+            written.unlink(missing_ok=True)
 
 
 def summary_writer() -> Any:
@@ -281,7 +334,7 @@ def _fingerprint(
     settings: Mapping[str, Any],
 ) -> Fingerprint:
     """Values that must be unchanged to resume a run, by their names in error messages."""
-    shapes = {name: [list(p.shape), str(p.dtype)] for name, p in run.parameters.items()}
+    shapes = {n: [run.shapes[n], str(p.dtype)] for n, p in run.parameters.items()}
     frozen_parameters = [p for p in classifier.parameters() if not p.requires_grad]
     frozen_tensors = [
         *frozen_parameters,

@@ -15,6 +15,7 @@ from typing import Any
 from minllama.distributed.ranks import current, joined
 from minllama.experiment import Experiment, Reporter, run_experiment
 from minllama.options import ClassifierOptions, DataOptions, LoRAOptions, TrainingOptions
+from minllama.training import run_checkpoint
 from minllama.training.run import TrainingRun
 from tests.experiment_cases import examples, write_labelled
 
@@ -119,6 +120,24 @@ def killed_after(step: int, rank: int) -> None:
     TrainingRun._conclude_step = concluded  # type: ignore[method-assign]
 
 
+def killed_in_save(number: int, rank: int, is_written: bool) -> None:
+    """Kill a process in a save, before or after it has written its files, at the first try."""
+    write, calls = run_checkpoint._write, []
+
+    def writing(*arguments: Any) -> Any:
+        calls.append(1)
+        is_first_try = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        is_now = is_first_try and len(calls) == number and current().rank == rank
+        if is_now and not is_written:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = write(*arguments)
+        if is_now:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    run_checkpoint._write = writing
+
+
 def stalled_after(step: int, rank: int, file: Path) -> None:
     """Let a process hang after a step, with a file that says so: all others wait for it."""
     conclude = TrainingRun._conclude_step
@@ -137,6 +156,8 @@ def main(arguments: Sequence[str]) -> None:
     folder, output = Path(asked["folder"]), Path(asked["output"])
     if "kill" in asked:
         killed_after(*asked["kill"])
+    if "kill_in_save" in asked:
+        killed_in_save(*asked["kill_in_save"])
     if "stall" in asked:
         stalled_after(*asked["stall"], output / "stalled")
     with joined(device="cpu"):

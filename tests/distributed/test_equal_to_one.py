@@ -14,12 +14,14 @@ from tests.distributed.launching import run_jobs
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[(2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")], ids=str)
 def by_many(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, data: Path
 ) -> Path:
-    output = tmp_path_factory.mktemp(f"by-{request.param}")
-    ended = run_jobs(request.param, folder=data, output=output, jobs=list(JOBS))
+    size, parallel = request.param
+    output = tmp_path_factory.mktemp(f"by-{size}-{parallel}")
+    training = {"parallel": parallel}
+    ended = run_jobs(size, folder=data, output=output, jobs=list(JOBS), training=training)
     assert ended.returncode == 0, ended.stderr
     return output
 
