@@ -59,8 +59,12 @@ def _choices(options: PlanOptions) -> list[tuple[str, Any]]:
     from minllama.planning.memory import SHARDINGS
 
     methods = PLANNED_METHODS if options.method is None else (options.method,)
-    shardings = SHARDINGS if options.gpus > 1 else SHARDINGS[:1]
-    return [(method, sharding) for method in methods for sharding in shardings]
+    return [
+        (method, sharding)
+        for method in methods
+        # Only what is trained is divided: `minllama.distributed.sharding`.
+        for sharding in (SHARDINGS if options.gpus > 1 and method == "full" else SHARDINGS[:1])
+    ]
 
 
 def _planned(
@@ -122,7 +126,7 @@ def _notes(options: PlanOptions) -> list[str]:
     ]
     if options.gpus > 1:
         notes.append(
-            "replicated: each GPU has all weights (DDP); sharded: each has its part (FSDP)."
+            "replicated: each GPU has all weights (DDP); sharded: its part, in training (FSDP)."
         )
     if options.device == "cpu":
         notes.append(

@@ -7,9 +7,11 @@ stay whole in each process: they would be gathered for nothing. `minllama.traini
 FSDP2: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -34,6 +36,7 @@ from minllama.model.llama import Llama
 # What each process has of a trained number besides it where all have all of them: a gradient, its
 # copy in a bucket that is exchanged, and two moments.
 COPIES_IF_REPLICATED = 4
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of Linux' control groups, in bytes
 
 
 def check_parallel(parallel: str, size: int) -> None:
@@ -93,11 +96,12 @@ def memory_of_process(classifier: nn.Module) -> float:
     device = next(classifier.parameters()).device
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # a system that does not say
-        return float("inf")
-    return total / launch().local_size
+    limits = [float("inf")]
+    with contextlib.suppress(ValueError, OSError, AttributeError):  # a system that does not say
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(ValueError, OSError):  # "max" where there is none
+        limits.append(int(CONTAINER_LIMIT.read_text()))
+    return min(limits) / launch().local_size
 
 
 class ShardedGradients(Gradients):

@@ -126,8 +126,8 @@ OF_CLASSES = (
     *names_of(ReportOptions),
 )
 USED_WITHOUT_STEPS = ("class_weights", "seed")  # for fitting heads, and for all random draws
-# With auto, dev compares rungs, so it selects no weights within one.
-OF_LONG_RUNS = ("patience", "keep", "evals_per_epoch", "tensorboard")
+# With auto, dev compares rungs, so it selects no weights within one; and there is one process.
+OF_LONG_RUNS = ("patience", "keep", "evals_per_epoch", "tensorboard", "parallel")
 
 USES = (
     Use(names_of(LadderOptions), "--method auto", _is_auto),

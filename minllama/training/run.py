@@ -28,6 +28,7 @@ from minllama.evaluation.regression import RegressionEvaluation
 from minllama.kernels.hardware import fast_bfloat16
 from minllama.options import TrainingOptions
 from minllama.training.encoded_texts import EncodedTexts
+from minllama.training.malloc import give_back_freed_memory
 from minllama.training.objective import Trainable, objective_of
 from minllama.training.optimizer import AdamW
 from minllama.training.progress import Progress
@@ -104,6 +105,8 @@ class TrainingRun:
         self.parameters, of_process = self._gradients.parameters, self._gradients.rows
         self.shapes = {name: list(rows.shape) for name, rows in of_process.items()}
         self.rows: dict[str, Rows] | None = of_process if self._gradients.is_sharded else None
+        if self._gradients.is_sharded and self._device.type == "cpu":  # layers come and go
+            give_back_freed_memory()
         self._optimizer = AdamW(_groups(self.parameters, options, head))
         self.state, self.history = RunState(), list[Row]()
         self._best: dict[str, Tensor] = {}

@@ -31,6 +31,8 @@ JOBS: Mapping[str, Mapping[str, Any]] = {
     "full": {"method": "full", "training": {"lr": 0.001}},
     "checkpointed": {"method": "full", "training": {"lr": 1e-3, "gradient_checkpointing": True}},
     "label-words": {"method": "lora", "objective": "label-words"},
+    "all-words": {"method": "full", "objective": "label-words", "training": {"lr": 1e-3}},
+    "dora": {"method": "lora", "lora": {"use_dora": True}},
     "distilled": {"method": "lora", "training": {"self_distillation": 0.5}},
     "several-labels": {"method": "lora", "data": {"multi_label": True}, "train": "several.csv"},
     "regression": {"method": "lora", "objective": "regression", "train": "numbers.csv"},
@@ -59,6 +61,7 @@ def experiment(folder: Path, output: Path, name: str, training: Mapping[str, Any
     job = dict(JOBS[name])
     method, own = job.pop("method"), job.pop("training", {})
     train, data = job.pop("train", "train.txt"), job.pop("data", {})
+    lora, dtype = job.pop("lora", {}), job.pop("dtype", "float32")
     if method in ("lora", "full") and job.get("objective") != "label-words":
         job["dropout"] = 0.0
     has_splits = train == "train.txt"
@@ -69,11 +72,11 @@ def experiment(folder: Path, output: Path, name: str, training: Mapping[str, Any
         output=output,
         model=str(folder / "base"),
         device="cpu",
-        dtype="float32",
+        dtype=dtype,
         quantize=None,
         data=DataOptions(**data),
         classifier=ClassifierOptions(method=method, **job),
-        lora=LoRAOptions(r=2) if method == "lora" else LoRAOptions(),
+        lora=LoRAOptions(r=2, **lora) if method == "lora" else LoRAOptions(),
         training=TrainingOptions(**{**COMMON, **own, **training})
         if method in ("lora", "full")
         else TrainingOptions(),

@@ -136,3 +136,12 @@ def test_one_process_is_refused(data: Path, tmp_path: Path) -> None:
         "--parallel fsdp divides weights among processes, and there is one" in said(ended.stderr)[0]
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_several_dtypes_are_divided(data: Path) -> None:
+    ended = torchrun(2, "tests/distributed/half.py", data / "base")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["same_dtypes"]
+    assert found["fsdp"] == pytest.approx(found["ddp"], rel=0.02)
+    assert found["change"] < 0.02  # two steps of AdamW at most, where a gradient is near zero

@@ -1,5 +1,7 @@
 """When weights are divided, and the copy of modules that computes with parts of them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -32,6 +34,17 @@ def test_one_process_has_nothing_to_divide() -> None:
 
 def test_replicated_memory_counts_gradients_buckets_and_moments_of_what_is_trained() -> None:
     assert replicated_bytes(model()) == 4 * (20 + 30) + 8 + 4 * 4 * 20
+
+
+def test_a_container_may_have_less_memory_than_its_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sharding, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    of_machine = memory_of_process(model())
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory_of_process(model()) == of_machine
+    (tmp_path / "memory.max").write_text("123456789\n")
+    assert memory_of_process(model()) == 123456789 < of_machine
 
 
 def test_processes_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
