@@ -170,13 +170,11 @@ class CheckpointFolder:
         self, stack: ExitStack, lasting: Iterable[str], names: Mapping[str, str]
     ) -> tuple[Path, set[str]]:
         """Open the folder of a save; returns it, and the files of the last one that stay."""
-        unchanged = {
-            name
-            for kind in lasting
-            if names[kind] in self._written
-            for name in files_of(kind, self._written)
-        }
-        unchanged = {name for name in unchanged if (self.path / name).is_file()}
+        unchanged: set[str] = set()
+        for kind in lasting:
+            parts = files_of(kind, self._written)
+            if names[kind] in parts and all((self.path / name).is_file() for name in parts):
+                unchanged |= set(parts)
         folder = atomic_folder(self.path, replaces=lambda name: name not in unchanged)
         return stack.enter_context(folder), unchanged
 
@@ -200,7 +198,8 @@ class CheckpointFolder:
         raw = ranks.first(lambda: self._of_run(fingerprint))
         if raw is None:
             return None
-        found = ranks.each(lambda: self._content(raw, rows, ranks))
+        ranks.each(lambda: self._check_files(raw, ranks))
+        found = ranks.each(lambda: self._content(raw, rows))
         self._written = dict(raw["files"])
         return found
 
@@ -270,33 +269,32 @@ class CheckpointFolder:
                 raise ValueError(f"{STATE} differs from what was written (its SHA-256)")
             return dict(raw)
 
-    def _content(
-        self,
-        raw: Mapping[str, Any],
-        rows: Mapping[str, Rows] | None = None,
-        ranks: Ranks = ALONE,
-    ) -> tuple[RunState, RunTensors]:
+    def _check_files(self, raw: Mapping[str, Any], ranks: Ranks = ALONE) -> None:
+        """Compare files with the manifest, each as a whole by one of the processes."""
         with self._damage():
-            state = _run_state(raw)
-            # There are no best weights before the first evaluation, or if the last ones are kept.
-            best = f"best-{int(state.best_step or 0)}"
-            parts = {kind: files_of(kind, raw["files"]) for kind in (WEIGHTS, MOMENTS, best, PRIOR)}
+            parts = _parts(raw)
             for kind in (WEIGHTS, MOMENTS):
                 if not parts[kind]:
                     raise KeyError(file_name(kind))
-            # Each file is looked at as a whole by one of the processes.
             for name in ranks.part([name for names in parts.values() for name in names]):
                 if _description(self.path / name) != raw["files"][name]:
                     raise ValueError(f"{name} differs from what was written")
+
+    def _content(
+        self, raw: Mapping[str, Any], rows: Mapping[str, Rows] | None = None
+    ) -> tuple[RunState, RunTensors]:
+        """The state and the tensors of files that were checked."""
+        with self._damage():
             read = {
                 kind: read_tensors(
                     [self.path / name for name in names], lambda name: rows_of(rows, name)
                 )
-                for kind, names in parts.items()
+                for kind, names in _parts(raw).items()
             }
             updates = {str(name): int(count) for name, count in raw["updates"].items()}
-            weights, moments, of_best, prior = read.values()
-            return state, RunTensors(weights, moments, updates, of_best, prior.get("prior"), rows)
+            weights, moments, best, prior = read.values()
+            tensors = RunTensors(weights, moments, updates, best, prior.get("prior"), rows)
+            return _run_state(raw), tensors
 
     @contextmanager
     def _damage(self) -> Iterator[None]:
@@ -454,12 +452,22 @@ def _run_state(raw: Mapping[str, Any]) -> RunState:
     return state
 
 
+def _parts(raw: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The files of each kind of tensors: weights, moments, best weights, prior."""
+    # There are no best weights before the first evaluation, or if the last ones are kept.
+    best = f"best-{int(_run_state(raw).best_step or 0)}"
+    return {kind: files_of(kind, raw["files"]) for kind in (WEIGHTS, MOMENTS, best, PRIOR)}
+
+
 def _whole_step(path: Path) -> int | None:
     """The step of a checkpoint under another name; None if it is incomplete."""
     folder = CheckpointFolder(path.parent)
     folder.path = path
     try:
-        return folder._content(folder._raw())[0].step
+        raw = folder._raw()
+        folder._check_files(raw)
+        with folder._damage():
+            return _run_state(raw).step
     except CheckpointError:
         return None
 

@@ -18,12 +18,12 @@ from tests.distributed.test_equal_to_one import rows_of, weights_in
 
 pytestmark = pytest.mark.slow
 FSDP, DDP = {"parallel": "fsdp"}, {"parallel": "ddp"}
-STOP = 3  # of eight steps
+STOP = 5  # of eight steps; after the fourth is an evaluation
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[str, Path]:
-    """Folders of runs of all weights that were interrupted after the third step."""
+    """Folders of runs of all weights that were interrupted after the fifth step."""
     found = {}
     for name, size, training in (("one", 1, {}), ("ddp", 2, DDP), ("fsdp", 2, FSDP)):
         output = tmp_path_factory.mktemp(f"interrupted-{name}")
@@ -39,9 +39,9 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, data: Path) -> dict[st
 def test_each_process_has_its_rows_in_a_checkpoint(interrupted: dict[str, Path]) -> None:
     whole, divided = (interrupted[name] / "full" / "checkpoint" for name in ("ddp", "fsdp"))
     names = {path.name for path in divided.iterdir()}
-    kinds = ("weights", "optimizer")
+    kinds = ("weights", "optimizer", "best-4")
     parts = {k: [f"{k}-{n:05}-of-00002.safetensors" for n in (1, 2)] for k in kinds}
-    assert names == {"state.json", *parts["weights"], *parts["optimizer"]}
+    assert names == {"state.json", *(name for kind in kinds for name in parts[kind])}
     assert json.loads((divided / "state.json").read_text())["files"].keys() == names - {
         "state.json"
     }
