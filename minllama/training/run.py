@@ -135,10 +135,10 @@ class TrainingRun:
                         raise KeyboardInterrupt
                     if state.step % self._options.save_every == 0 and not self._is_done():
                         self._save()
-            if not state.finished:
-                state.finished = True
-                self._save()
-            self._saving.wait()
+                if not state.finished:
+                    state.finished = True
+                    self._save()
+                self._saving.wait()
         except KeyboardInterrupt:
             with interrupts_deferred():  # a second Ctrl-C must not interrupt this
                 self._save()
