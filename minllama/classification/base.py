@@ -201,8 +201,9 @@ class Classifier(nn.Module, ABC):
         progress = ranks.advanced(progress, len(texts))
         logits = np.empty((len(mine), len(self.labels)), dtype=np.float32)
         with self._lock, self.steady():
-            # Once even without a text: other processes may wait for this one in it.
-            for start in range(0, max(len(mine), 1), ENCODED):
+            # As often in each process, and once without a text: others may wait for this one in it.
+            most = -(-len(texts) // ranks.size)
+            for start in range(0, max(most, 1), ENCODED):
                 encoded = [self.encode(text) for text in mine[start : start + ENCODED]]
                 found = self.predict_encoded(encoded, progress=progress)
                 logits[start : start + ENCODED] = found

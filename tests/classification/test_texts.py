@@ -88,6 +88,45 @@ def test_texts_that_are_encoded_in_parts_have_the_logits_of_all(monkeypatch):
     assert embedding().predict_logits([]).shape == (0, whole.shape[1])
 
 
+@pytest.mark.parametrize(("n_texts", "n_parts"), [(9, 2), (8, 1), (1, 1), (0, 1)])
+def test_processes_with_unlike_shares_encode_as_many_parts(monkeypatch, n_texts, n_parts):
+    """Of nine texts one process has five and the other four, and none may wait in a part alone."""
+
+    class Share:
+        size = 2
+
+        def __init__(self, rank):
+            self.rank = rank
+
+        def part_of_texts(self, texts):
+            return texts[self.rank :: 2]
+
+        def advanced(self, progress, total):
+            return progress
+
+        def joined_rows(self, rows, total):
+            return rows
+
+    class Together:
+        def __init__(self):
+            self.sizes = []
+
+        def predict(self, prompts, *, progress=None):
+            self.sizes.append(len(prompts))
+            return np.zeros((len(prompts), 3), dtype=np.float32)
+
+    monkeypatch.setattr(base, "ENCODED", 4)
+    texts = [f"text {i}" for i in range(n_texts)]
+    for rank in (0, 1):
+        monkeypatch.setattr(base, "current", lambda rank=rank: Share(rank))
+        classifier = embedding()
+        classifier.evaluator = together = Together()
+        monkeypatch.setattr(classifier, "note_shortened", lambda texts: None)
+        classifier.predict_logits(texts)
+        assert len(together.sizes) == n_parts
+        assert sum(together.sizes) == len(texts[rank::2])
+
+
 def test_every_way_in_looks_at_its_texts():
     with pytest.raises(DataError, match=r"texts\[1\] is None"):
         extract_features(embedding(), ["a", None], [(1, "last")])
