@@ -120,8 +120,8 @@ def even_product(
 
 def spread(logits: Matrix) -> float:
     """How far the logits of a row are apart; 1 if they are not, so that nothing is divided by 0."""
-    spread = float((logits - logits.mean(1, keepdims=True)).std())
-    return spread if spread > SMALLEST_SPREAD else 1.0
+    found = float((logits - logits.mean(1, keepdims=True)).std())
+    return found if found > SMALLEST_SPREAD else 1.0
 
 
 def _alone(logits: Matrix, gold: NDArray[np.int64]) -> tuple[float, float]:

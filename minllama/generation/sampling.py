@@ -139,9 +139,8 @@ def _likely(
     ids = ids[np.argsort(-weights[ids])] if len(ids) else np.zeros(1, dtype=np.int64)  # of NaN
     probabilities = weights[ids] / total
     if options.top_p < 1:
-        before = (
-            probabilities.cumsum(dtype=np.float64) - probabilities
-        )  # mass of all likelier tokens
+        # The mass of all likelier tokens.
+        before = probabilities.cumsum(dtype=np.float64) - probabilities
         n = max(1, int((before < options.top_p).sum()))  # the most likely stays
         ids, probabilities = ids[:n], probabilities[:n]
     return ids, probabilities

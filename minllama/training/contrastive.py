@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minllama.distributed.ranks import current
 from minllama.engine.states import Choice, pooled_states
 from minllama.model.inputs import padded
 from minllama.model.llama import Llama
@@ -81,8 +80,6 @@ def tune(
             nn.utils.clip_grad_norm_(parameters, MOST_NORM)
             optimizer.step()
             progress(step + 1)
-    # Several processes do the same; unlike machines may round otherwise.
-    current().send(parameters)
 
 
 def _batch(classes: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,9 +19,9 @@ from minllama.experiment.ladder.choice import Choice, Gain
 from minllama.experiment.ladder.climb import climb
 from minllama.experiment.ladder.contrastive import ContrastiveRung
 from minllama.experiment.ladder.lora import LabelWordsRung, LoRARung, restore_base
-from minllama.experiment.ladder.partner import Multiplied
+from minllama.experiment.ladder.partner import Multiplied, multiplied_by
 from minllama.experiment.ladder.product import ProductRung
-from minllama.experiment.ladder.rung import Context, Measured
+from minllama.experiment.ladder.rung import Context, Measured, NotThisTime
 from minllama.experiment.ladder.scoring import ClassScoring
 from minllama.experiment.ladder.tfidf import TfidfRung
 from minllama.experiment.ladder.zero_shot import ZeroShotRung
@@ -123,18 +124,44 @@ def test_of_few_rows_the_rung_that_combines_the_others_is_the_default(make_exper
     assert defaults[1:] == ["frozen heads"]
 
 
-def test_the_tuned_head_has_a_fixed_share_of_a_few_rows(monkeypatch):
-    monkeypatch.setattr(contrastive_module, "FEW_ROWS", 150)
+def test_the_tuned_head_has_a_fixed_share_of_a_few_rows():
     labels = np.arange(40) % 2
     sign = np.where(labels == 1, 1.0, -1.0)[:, None] * np.float32([[-1, 1]])
     noise = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
     frozen, tuned = (2 * sign + noise).astype(np.float32), (50 * sign + 90 * noise[::-1])
-    of_frozen, of_tuned = contrastive_module._weights(frozen, tuned.astype(np.float32), labels)
+    context = SimpleNamespace(
+        train=SimpleNamespace(labels=labels.tolist()),
+        splits=SimpleNamespace(dev=SimpleNamespace(labels=[0, 1])),
+        empty_scores=lambda: np.full((42, 2), np.nan, dtype=np.float32),
+    )
+    of_rung, others = context.empty_scores(), context.empty_scores()
+    of_rung[:40], others[:40] = tuned, frozen
+    found = multiplied_by(context, of_rung, others, share=contrastive_module.SHARE)
     shares = [
         factor * float((z - z.mean(1, keepdims=True)).std())
-        for factor, z in ((of_frozen, frozen), (of_tuned, tuned))
+        for factor, z in ((found.of_partner, frozen), (found.of_rung, tuned))
     ]
     assert shares[1] / sum(shares) == pytest.approx(contrastive_module.SHARE, rel=1e-5)
+    logits = found.of_partner * frozen + found.of_rung * tuned
+    expected = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(found.scores[:40], expected, atol=1e-5)
+    assert np.isnan(found.scores[40:]).all()
+    # Frozen heads that time allowed to be fitted to a part of the rows are compared on that part.
+    others[30:] = np.nan
+    found = multiplied_by(context, of_rung, others, share=contrastive_module.SHARE)
+    assert np.isfinite(found.scores[:30]).all()
+    assert np.isnan(found.scores[30:]).all()
+    assert found.of_rung > 0
+
+
+def test_contrastive_tuning_stops_when_the_time_is_up():
+    context = SimpleNamespace(folder=Path(), budget=SimpleNamespace(left=1.0))
+    rung = ContrastiveRung(context)
+    rung._stop_in_time(3)
+    context.budget.left = -1.0
+    with pytest.raises(NotThisTime, match="the time was up after step 3 of 20"):
+        rung._stop_in_time(3)
+    rung._stop_in_time(20)  # done
 
 
 def test_of_many_rows_some_are_compared_and_all_are_fitted(make_experiment, monkeypatch):

@@ -5,6 +5,7 @@ classes. What they learn is multiplied with the frozen heads, which read the bas
 """
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -15,12 +16,12 @@ from minllama.classification import LlamaEmbeddingClassifier, LlamaExpertsClassi
 from minllama.classification.discriminant import Discriminant, HeadKind
 from minllama.classification.features import extract_features
 from minllama.classification.frozen import FEW_ROWS
-from minllama.classification.products import spread, weighted_product
 from minllama.engine.states import Choice
 from minllama.experiment.build import make_trainable
 from minllama.experiment.ladder.candidate import load_candidate
 from minllama.experiment.ladder.frozen import FrozenRung
 from minllama.experiment.ladder.lora import FEW_PER_CLASS, restore_base
+from minllama.experiment.ladder.partner import Multiplied, multiplied_by
 from minllama.experiment.ladder.product import TrainedHead, product_of
 from minllama.experiment.ladder.rung import Context, Measured, NotThisTime
 from minllama.experiment.ladder.state import RungFolder
@@ -57,13 +58,11 @@ class ContrastiveRung:
 
     def estimate(self) -> float:
         context = self._context
-        n_trainings = len(context.folds) + 1
-        mean_tokens = context.n_tokens(context.train) / len(context.train)
-        tokens = STEPS * min(BATCH, len(context.train)) * mean_tokens
-        reading = 2 * context.n_tokens(context.splits.dev) + n_trainings * context.n_tokens(
-            context.train
-        )
-        return (n_trainings * TIMES_READING * tokens + reading) * context.seconds_per_token
+        of_train, n_trainings = context.n_tokens(context.train), len(context.folds) + 1
+        of_steps = STEPS * of_train * min(1.0, BATCH / len(context.train))
+        of_training = TIMES_READING * of_steps + of_train
+        of_dev = 2 * context.n_tokens(context.splits.dev)
+        return (n_trainings * of_training + of_dev) * context.seconds_per_token
 
     def plan(self) -> str:
         return f"about {duration(self.estimate())}"
@@ -75,33 +74,34 @@ class ContrastiveRung:
         if frozen is None or frozen.size is None:
             raise NotThisTime("it needs the frozen heads, and there are none")
         scores = self._folder.scores(context.empty_scores())
-        for number, fold in enumerate(context.folds):
-            if np.isnan(scores[fold]).any():
-                self._check_time(number, began)
-                scores[fold] = self._of_fold(fold)
-                self._folder.save_scores(scores)
-        labels = np.asarray(cast(list[int], context.train.labels))
-        rows = slice(0, len(labels))
-        of_frozen, of_tuned = _weights(frozen.scores[rows], scores[rows], labels)
-        mixed = of_frozen * frozen.scores[rows] + of_tuned * scores[rows]
-        product = context.empty_scores()
-        product[rows] = torch.from_numpy(mixed).log_softmax(-1).numpy()
-        classifier = self._made(of_frozen, of_tuned)
-        speed = context.measure_dev(classifier, product)
+        folds = [fold for fold in context.folds if np.isnan(scores[fold]).any()]
+        for n_done, fold in enumerate(folds):
+            self._check_time(n_done, len(folds) + 1 - n_done, began)
+            scores[fold] = self._of_fold(fold)
+            self._folder.save_scores(scores)
+        share = SHARE if len(context.train) < FEW_ROWS else None
+        found = multiplied_by(context, scores, frozen.scores, share=share)
+        if found is None or not (found.of_rung and found.of_partner):
+            raise NotThisTime("one of the two adds nothing to the other", was_begun=True)
+        classifier = self._made(found)
+        speed = context.measure_dev(classifier, found.scores)
         how = f"{len(context.folds)}-fold cross-validation, and dev"
-        return Measured(product, how, context.budget.clock() - began, speed, classifier)
+        return Measured(found.scores, how, context.budget.clock() - began, speed, classifier)
 
-    def _check_time(self, n_done: int, began: float) -> None:
-        """Raise NotThisTime if the trainings that are left do not fit."""
+    def _check_time(self, n_done: int, n_left: int, began: float) -> None:
+        """Raise NotThisTime if the trainings that are left take longer than those that are done."""
         budget = self._context.budget
-        each = (budget.clock() - began) / n_done if n_done else 0.0
-        n_left = len(self._context.folds) + 1 - n_done
-        if each * n_left > budget.left:
+        needed = (budget.clock() - began) / n_done * n_left if n_done else 0.0
+        if needed > budget.left:
             raise NotThisTime(
-                f"{n_left} more trainings take about {duration(each * n_left)}, and "
+                f"{n_left} more trainings take about {duration(needed)}, and "
                 f"{budget.left_in_words}",
                 was_begun=True,
             )
+
+    def _stop_in_time(self, step: int) -> None:
+        if step < STEPS and self._context.budget.left < 0:
+            raise NotThisTime(f"the time was up after step {step} of {STEPS}", was_begun=True)
 
     def _of_fold(self, fold: NDArray[np.int64]) -> NDArray[np.float32]:
         """Scores (F, C) of a fold's rows, by a head that was tuned and fitted on the others."""
@@ -135,8 +135,12 @@ class ContrastiveRung:
         make_trainable(reader, "lora", context.experiment.lora, first_layer=first)
         texts = [train.texts[row] for row in rows]
         prompts = [reader.encode(text).ids for text in texts]
-        labels = np.asarray(cast(list[int], train.labels))[rows]
-        tune(context.llama, prompts, labels, self._choice, seed=context.seed)
+        labels = np.asarray(cast(Sequence[int], train.labels))[rows]
+        tune(
+            *(context.llama, prompts, labels, self._choice),
+            seed=context.seed,
+            progress=self._stop_in_time,
+        )
         context.llama.requires_grad_(False)
         vectors = extract_features(reader, texts, [self._choice])[self._choice]
         gold = context.task.target(labels.tolist())
@@ -147,30 +151,12 @@ class ContrastiveRung:
     def _choice(self) -> Choice:
         return max(1, round(DEPTH * self._context.llama.config.n_layers)), "last"
 
-    def _made(self, of_frozen: float, of_tuned: float) -> LlamaExpertsClassifier:
+    def _made(self, found: Multiplied) -> LlamaExpertsClassifier:
         """The product, tuned on all training rows."""
         context = self._context
         _, head = self._tuned(np.arange(len(context.train)))
         folder = RungFolder(context.folder / FrozenRung.name).classifier
         frozen = load_candidate(folder, context.llama, context.tokenizer)
         assert isinstance(frozen, LlamaExpertsClassifier)
-        return product_of(context, frozen, head, of_frozen, of_tuned, is_unchanged=False)
-
-
-def _weights(
-    frozen: NDArray[np.float32], tuned: NDArray[np.float32], labels: NDArray[np.int64]
-) -> tuple[float, float]:
-    """What calibrated logits of frozen heads and logits of the tuned head are multiplied by.
-
-    With few rows the proportion is fixed, and only a temperature is fitted.
-    """
-    one, other = frozen.astype(np.float64), tuned.astype(np.float64)
-    if len(labels) >= FEW_ROWS:
-        found = weighted_product({"frozen": one, "tuned": other}, labels).weights
-        if found.get("frozen") and found.get("tuned"):
-            return found["frozen"], found["tuned"]
-        raise NotThisTime("one of the two adds nothing to the other", was_begun=True)
-    of_one, of_other = (1 - SHARE) / spread(one), SHARE / spread(other)
-    both = of_one * one + of_other * other
-    factor = weighted_product({"": both}, labels).weights[""]
-    return factor * of_one, factor * of_other
+        weights = found.of_partner, found.of_rung
+        return product_of(context, frozen, head, *weights, is_unchanged=False)

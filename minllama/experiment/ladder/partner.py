@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minllama.classification.frozen import Shallow
-from minllama.classification.products import weighted_product
+from minllama.classification.products import spread, weighted_product
 from minllama.experiment.ladder.candidate import save_candidate
 from minllama.experiment.ladder.rung import Context
 from minllama.experiment.ladder.scoring import Scores, measured_rows
@@ -74,19 +74,33 @@ def partner_of(context: Context) -> Partner | None:
 def multiplied(context: Context, scores: Scores) -> Multiplied | None:
     """Multiply a rung by its partner, with the weights of least loss; None without a partner."""
     partner = partner_of(context)
-    if partner is None:
-        return None
-    others = partner.scores(context)
+    return None if partner is None else multiplied_by(context, scores, partner.scores(context))
+
+
+def multiplied_by(
+    context: Context, scores: Scores, others: Scores, *, share: float | None = None
+) -> Multiplied | None:
+    """Multiply a rung by others' scores; None if no row has both.
+
+    Args:
+        context: has the labels.
+        scores, others: (R, C), of the rung and of its partner.
+        share: of the rung, by logits of the same spread; then only a temperature is fitted. None
+            for the weights of least loss.
+    """
     both = np.flatnonzero(measured_rows(scores) & measured_rows(others))
     if not len(both):
         return None
     labels = [*(context.train.labels or ()), *(context.splits.dev.labels or ())]
-    parts = {
-        "rung": scores[both].astype(np.float64),
-        "partner": others[both].astype(np.float64),
-    }
-    found = weighted_product(parts, np.asarray(cast(Sequence[int], labels))[both])
-    product = context.empty_scores()
-    product[both] = found.log_probs
-    weights = found.weights
-    return Multiplied(product, weights.get("rung", 0.0), weights.get("partner", 0.0))
+    gold = np.asarray(cast(Sequence[int], labels))[both]
+    of_rung, of_partner = (part[both].astype(np.float64) for part in (scores, others))
+    if share is None:
+        found = weighted_product({"rung": of_rung, "partner": of_partner}, gold)
+        weights = found.weights.get("rung", 0.0), found.weights.get("partner", 0.0)
+    else:
+        units = share / spread(of_rung), (1 - share) / spread(of_partner)
+        found = weighted_product({"rung": units[0] * of_rung + units[1] * of_partner}, gold)
+        weights = found.weights["rung"] * units[0], found.weights["rung"] * units[1]
+    log_probs = context.empty_scores()
+    log_probs[both] = found.log_probs
+    return Multiplied(log_probs, *weights)
