@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from minllama.training.tensor_files import read_tensors
 from tests.distributed.launching import run_jobs, torchrun
 from tests.distributed.test_commands import said, train
-from tests.distributed.test_equal_to_one import rows_of, weights_in
+from tests.distributed.test_equal_to_one import assert_equal_run, assert_same_run, rows_of
 
 pytestmark = pytest.mark.slow
 FSDP, DDP = {"parallel": "fsdp"}, {"parallel": "ddp"}
@@ -77,15 +77,7 @@ def test_a_run_goes_on_divided_in_another_way(
         size, folder=data, output=tmp_path, jobs=["full"], resume=True, training=training
     )
     assert ended.returncode == 0, ended.stderr
-    names = [{path.name for path in (by / "full").iterdir()} for by in (tmp_path, by_one)]
-    assert names[0] == names[1]
-    losses, expected = (
-        [row["loss"] for row in rows_of(by / "full" / "metrics.jsonl")] for by in (tmp_path, by_one)
-    )
-    assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    one, many = weights_in(by_one / "full"), weights_in(tmp_path / "full")
-    for name, tensor in one.items():
-        torch.testing.assert_close(many[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+    assert_same_run(tmp_path / "full", by_one / "full")
 
 
 @pytest.fixture(scope="module")
@@ -121,11 +113,7 @@ def test_the_launcher_restarts_a_killed_run_exactly(
         **killed,
     )
     assert ended.returncode == 0, ended.stderr
-    one, other = weights_in(uncut / "full"), weights_in(tmp_path / "full")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
-    rows, expected = (rows_of(by / "full" / "metrics.jsonl") for by in (tmp_path, uncut))
-    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    assert_equal_run(tmp_path / "full", uncut / "full")
     assert not list((tmp_path / "full").glob(".*"))
 
 

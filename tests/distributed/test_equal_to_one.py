@@ -37,6 +37,29 @@ def weights_in(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{path.name} {name}": t for path in files for name, t in load_file(path).items()}
 
 
+def losses_in(folder: Path) -> list[float]:
+    """Of the steps of a run."""
+    return [row["loss"] for row in rows_of(folder / "metrics.jsonl")]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The folders of two runs have the same files, losses and weights, to rounding."""
+    names = [{path.name for path in folder.iterdir()} for folder in (found, expected)]
+    assert names[0] == names[1]
+    assert losses_in(found) == pytest.approx(losses_in(expected), rel=1e-4, abs=1e-6)
+    weights = weights_in(found)
+    for name, tensor in weights_in(expected).items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def assert_equal_run(found: Path, expected: Path) -> None:
+    """Two runs have the same losses and weights, bit by bit."""
+    weights, others = weights_in(found), weights_in(expected)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in others.items())
+    assert losses_in(found) == losses_in(expected)
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_folders_have_the_same_files(by_one: Path, by_many: Path, job: str) -> None:
     names = [{path.name for path in (by / job).iterdir()} for by in (by_one, by_many)]

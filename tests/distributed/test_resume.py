@@ -4,10 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.distributed.launching import run_jobs
-from tests.distributed.test_equal_to_one import rows_of, weights_in
+from tests.distributed.test_equal_to_one import assert_equal_run, assert_same_run, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -39,15 +38,7 @@ def test_a_run_goes_on_in_another_number_of_processes(
     shutil.copytree(interrupted[before], tmp_path, dirs_exist_ok=True)
     ended = run_jobs(after, folder=data, output=tmp_path, jobs=["lora"], resume=True)
     assert ended.returncode == 0, ended.stderr
-    names = [{path.name for path in (by / "lora").iterdir()} for by in (tmp_path, by_one)]
-    assert names[0] == names[1]
-    losses, expected = (
-        [row["loss"] for row in rows_of(by / "lora" / "metrics.jsonl")] for by in (tmp_path, by_one)
-    )
-    assert losses == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    one, many = weights_in(by_one / "lora"), weights_in(tmp_path / "lora")
-    for name, tensor in one.items():
-        torch.testing.assert_close(many[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+    assert_same_run(tmp_path / "lora", by_one / "lora")
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +63,7 @@ def test_the_launcher_restarts_a_killed_run_exactly(
         kill=[step, rank],
     )
     assert ended.returncode == 0, ended.stderr
-    one, other = weights_in(uncut / "lora"), weights_in(tmp_path / "lora")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
-    rows, expected = (rows_of(by / "lora" / "metrics.jsonl") for by in (tmp_path, uncut))
-    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    assert_equal_run(tmp_path / "lora", uncut / "lora")
 
 
 def test_all_end_when_one_is_killed_and_say_which(data: Path, tmp_path: Path) -> None:
