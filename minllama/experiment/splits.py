@@ -19,6 +19,7 @@ from minllama.data.source import Source
 from minllama.options import DataOptions
 
 DEV_FRACTION = 0.1
+FEW = 1500  # rows of a file; of more, a tenth makes hardly any difference to a classifier
 MOST_HELD_OUT = 1000  # rows, which tell an accuracy to 1.5 points; to read more takes minutes
 FEW_CLASSES = 10  # numbers up to this are common class names
 
@@ -31,12 +32,15 @@ class Splits:
         train, dev: with labels.
         test: None without one; its labels are None if there are none or only placeholders.
         notices: for the user.
+        whole: train and dev together, where dev was held out of a training file of few rows; in
+            the end a classifier may be fitted to all of them. Otherwise None.
     """
 
     train: Dataset
     dev: Dataset
     test: Dataset | None
     notices: tuple[str, ...]
+    whole: Dataset | None = None
 
 
 def load_splits(
@@ -66,6 +70,8 @@ def load_splits(
     learned = load_dataset(train, options, numbers=numbers)
     messages: list[Notice | str] = [*learned.notices]
     names = None if numbers else learned.label_names
+    is_few = dev is None and not per_class and len(learned) <= FEW
+    whole = learned if is_few else None
     if dev is None:
         learned, held, message = _held_out(learned, dev_fraction, numbers, seed)
         messages.append(message)
@@ -94,7 +100,7 @@ def load_splits(
     if tested is not None:
         tested = without_placeholders(tested)
         messages += tested.notices
-    return Splits(learned, held, tested, tuple(dict.fromkeys(map(str, messages))))
+    return Splits(learned, held, tested, tuple(dict.fromkeys(map(str, messages))), whole)
 
 
 def _held_out(

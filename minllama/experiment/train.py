@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,9 @@ from minllama.checkpoints.open import open_checkpoint
 from minllama.checkpoints.weight_format import Purpose, resolve_weight_format
 from minllama.classification import (
     LlamaEmbeddingClassifier,
-    LlamaExpertsClassifier,
     save_classifier,
 )
-from minllama.classification.base import Classifier, probabilities
-from minllama.classification.calibration import fit_temperature
+from minllama.classification.base import Classifier
 from minllama.classification.storage.fingerprint import comparable_config
 from minllama.distributed.launcher import launch
 from minllama.distributed.ranks import current, joined
@@ -48,7 +47,8 @@ from minllama.experiment.build import (
     training_options,
     without_shots,
 )
-from minllama.experiment.evaluate import choose_decision, evaluate_classifier, headlines
+from minllama.experiment.calibrate import calibrate, fit_to_all_rows
+from minllama.experiment.evaluate import evaluate_classifier, headlines
 from minllama.experiment.experiment import Experiment
 from minllama.experiment.frozen import make_experts, reads_experts
 from minllama.experiment.ladder import run_ladder
@@ -62,7 +62,6 @@ from minllama.experiment.output_folder import (
     remove_earlier_run,
     writable,
 )
-from minllama.experiment.predict import described
 from minllama.experiment.reporter import Reporter
 from minllama.experiment.reporting import measure, settings_for_people, settings_of_run
 from minllama.experiment.splits import Splits, load_splits
@@ -160,7 +159,14 @@ def _run(
             torch.manual_seed(training.seed)
             trained = _trained(experiment, splits, llama, tokenizer, budget, resume, reporter)
         classifier = trained.classifier
-        logits, notes = _calibrate(classifier, splits, experiment, reporter)
+        logits, notes = calibrate(classifier, splits, experiment, reporter)
+        if trained.refit is not None:
+            with torch.random.fork_rng(devices=_gpus()):
+                torch.manual_seed(training.seed)
+                classifier, note = fit_to_all_rows(classifier, trained.refit, splits, experiment)
+            reporter.message(note)
+            notes.append(note)
+            trained = trained._replace(classifier=classifier)
         test_logits = _read_test(classifier, splits, reporter)
 
         def finished() -> Report:
@@ -276,6 +282,7 @@ class _Trained(NamedTuple):
         ladder: of the method auto.
         metrics: the file of its training's metrics, if that is not in the output folder.
         notes: for the report.
+        refit: fits such a classifier to the held-out rows, too; None where that is not done.
     """
 
     classifier: Classifier
@@ -284,6 +291,7 @@ class _Trained(NamedTuple):
     ladder: Ladder | None = None
     metrics: Path | None = None
     notes: Sequence[str] = ()
+    refit: Callable[[], Classifier] | None = None
 
     @property
     def history(self) -> Sequence[Row]:
@@ -304,7 +312,12 @@ def _trained(
 ) -> _Trained:
     """Train by the method of the experiment."""
     if experiment.classifier.method != AUTO:
-        return _Trained(*_train(experiment, splits, llama, tokenizer, resume, reporter))
+        train = partial(_train, experiment)
+        trained = _Trained(*train(splits, llama, tokenizer, resume, reporter))
+        if experiment.classifier.method != "frozen" or splits.whole is None:
+            return trained
+        whole = dataclasses.replace(splits, train=splits.whole)
+        return trained._replace(refit=lambda: train(whole, llama, tokenizer, resume, Reporter())[0])
     climbed = run_ladder(
         experiment,
         splits,
@@ -316,7 +329,9 @@ def _trained(
         reporter=reporter,
     )
     ladder = climbed.ladder
-    return _Trained(climbed.classifier, {}, None, ladder, climbed.metrics, climbed.notes)
+    return _Trained(
+        climbed.classifier, {}, None, ladder, climbed.metrics, climbed.notes, climbed.refit
+    )
 
 
 def _train(
@@ -393,51 +408,6 @@ def _before(
     assert before is not None
     reporter.message(f"zero-shot, before training: dev accuracy {before.accuracy:.3f}")
     return before
-
-
-def _calibrate(
-    classifier: Classifier, splits: Splits, experiment: Experiment, reporter: Reporter
-) -> tuple[NDArray[np.float32], list[str]]:
-    """Fit the temperature on dev, unless disabled, and choose thresholds if requested.
-
-    Returns:
-        Dev's logits, (N, C), and notes for the report.
-    """
-    dev, options, notes = splits.dev, experiment.classifier, list[str]()
-    assert dev.labels is not None
-    logits = classifier.predict_logits(
-        dev.texts, progress=reporter.advance("reading dev", len(dev))
-    )
-    if classifier.scale is not None:  # numbers have neither
-        reporter.message(described(classifier))
-        return logits, notes
-    if options.no_calibration:
-        classifier.temperature = 1.0
-    elif isinstance(classifier, LlamaExpertsClassifier):
-        reporter.message(
-            f"temperature {classifier.temperature:.3g}, fitted on training texts left out in turn"
-        )
-        notes.append("the probabilities were calibrated on training texts, by cross-validation")
-    else:
-        classifier.temperature = fit_temperature(logits, dev.labels, multi_label=dev.multi_label)
-        reporter.message(f"temperature {classifier.temperature:.3g}, fitted on {dev.source}")
-    p = probabilities(logits, classifier.temperature, multi_label=dev.multi_label)
-    if (chosen := choose_decision(experiment.threshold, p, dev)) is not None:
-        classifier.decide_by(chosen.thresholds)
-        notes += chosen.notices
-        for notice in chosen.notices:
-            reporter.message(notice)
-        if experiment.threshold.positive is None and not dev.multi_label:
-            reporter.message(
-                f"the positive class is {classifier.positive!r}; --positive chooses another"
-            )
-        if chosen.thresholds.how:
-            notes.append(
-                f"thresholds were chosen on dev ({', '.join(experiment.threshold.threshold)}), "
-                "so results on dev are slightly optimistic; the same holds for the baselines"
-            )
-    reporter.message(described(classifier))
-    return logits, notes
 
 
 def _read_test(

@@ -393,7 +393,8 @@ def climbed(tmp_path, monkeypatch):
         experiment = SimpleNamespace(ladder=options, tokenizer=None)
         scoring = ClassScoring([1] * 100, ["no", "yes"], "accuracy", multi_label=False)
         budget = Budget(minutes, clock=clock)
-        context = Context(experiment, None, None, None, Reporter(), budget, tmp_path, {}, scoring)
+        splits = SimpleNamespace(whole=None)
+        context = Context(experiment, splits, None, None, Reporter(), budget, tmp_path, {}, scoring)
         made = [FakeRung(clock, name, *values) for name, values in rungs.items()]
         return climb(context, resume=False, rungs=made), clock.now
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from minllama.experiment.ladder.contrastive import ContrastiveRung
 from minllama.experiment.ladder.frozen import FrozenRung
 from minllama.experiment.ladder.lora import LabelWordsRung, LoRARung, restore_base
 from minllama.experiment.ladder.product import ProductRung
+from minllama.experiment.ladder.refit import can_refit, refitted
 from minllama.experiment.ladder.rung import Context, Measured, NotThisTime, Rung
 from minllama.experiment.ladder.scoring import OF_FRACTIONS
 from minllama.experiment.ladder.state import LadderState, RungFolder
@@ -45,6 +47,8 @@ class Climbed:
         ladder: for the report.
         metrics: the file of its training's steps; None without gradient steps.
         notes: for the report.
+        refit: fits a classifier like it to all rows, held-out ones included, in place of the
+            adapters of this one; None where there are none, or there is no time.
     """
 
     classifier: Classifier
@@ -52,6 +56,7 @@ class Climbed:
     ladder: Ladder
     metrics: Path | None
     notes: list[str]
+    refit: Callable[[], Classifier] | None
 
 
 def climb(context: Context, *, resume: bool, rungs: Sequence[Rung] | None = None) -> Climbed:
@@ -127,6 +132,7 @@ def _recall(context: Context, rung: Rung, state: LadderState, reasons: dict[str,
         return
     scores = RungFolder(context.folder / rung.name).scores(context.empty_scores())
     context.results[rung.name] = Measured(scores=scores, classifier=None, **known)
+    context.keep_time_for_report()
 
 
 def _try(context: Context, rung: Rung, state: LadderState, reasons: dict[str, str]) -> None:
@@ -148,6 +154,7 @@ def _try(context: Context, rung: Rung, state: LadderState, reasons: dict[str, st
         restore_base(context.llama)
         folder.save_scores(measured.scores)
         context.results[rung.name] = measured
+        context.keep_time_for_report()
         names = (field.name for field in dataclasses.fields(Measured))
         kept = {name: getattr(measured, name) for name in names}
         state.rungs[rung.name] = {
@@ -202,7 +209,8 @@ def _chosen(context: Context, rungs: Sequence[Rung], reasons: dict[str, str]) ->
     ]
     trained = LoRARung.name if chosen == ProductRung.name else chosen
     metrics = RungFolder(context.folder / trained).metrics
-    return Climbed(classifier, chosen, ladder, metrics, notes)
+    refit = partial(refitted, context, chosen) if can_refit(context, chosen) else None
+    return Climbed(classifier, chosen, ladder, metrics, notes, refit)
 
 
 def _choice(context: Context, results: Mapping[str, Measured]) -> Choice:

@@ -24,6 +24,7 @@ from minllama.experiment.ladder.lora import FEW_PER_CLASS, restore_base
 from minllama.experiment.ladder.partner import Multiplied, multiplied_by
 from minllama.experiment.ladder.product import TrainedHead, product_of
 from minllama.experiment.ladder.rung import Context, Measured, NotThisTime
+from minllama.experiment.ladder.scoring import Scores
 from minllama.experiment.ladder.state import RungFolder
 from minllama.experiment.ladder.tfidf import TfidfRung
 from minllama.text import duration
@@ -44,7 +45,8 @@ class ContrastiveRung:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._folder = RungFolder(context.folder / self.name)
+        self._folder = RungFolder(context.folder / self.name / "alone")  # without frozen heads
+        self._may_stop = True
 
     def obstacle(self) -> str | None:
         train = self._context.train
@@ -79,14 +81,33 @@ class ContrastiveRung:
             self._check_time(n_done, len(folds) + 1 - n_done, began)
             scores[fold] = self._of_fold(fold)
             self._folder.save_scores(scores)
-        share = SHARE if len(context.train) < FEW_ROWS else None
-        found = multiplied_by(context, scores, frozen.scores, share=share)
+        found = self._multiplied(scores)
         if found is None or not (found.of_rung and found.of_partner):
             raise NotThisTime("one of the two adds nothing to the other", was_begun=True)
         classifier = self._made(found)
         speed = context.measure_dev(classifier, found.scores)
         how = f"{len(context.folds)}-fold cross-validation, and dev"
-        return Measured(found.scores, how, context.budget.clock() - began, speed, classifier)
+        seconds = context.budget.clock() - began
+        once = seconds / (len(context.folds) + 1)
+        return Measured(found.scores, how, seconds, speed, classifier, seconds_to_refit=once)
+
+    def refitted(self, known: "ContrastiveRung") -> LlamaExpertsClassifier:
+        """The classifier that `run` makes, tuned on all rows of this rung's ladder.
+
+        Args:
+            known: this rung of another ladder, which has run; its weights are taken.
+        """
+        found = known._multiplied(known._folder.scores(known._context.empty_scores()))
+        assert found is not None
+        self._may_stop = False  # half of it is no use, and there was time when it began
+        return self._made(found)
+
+    def _multiplied(self, scores: Scores) -> Multiplied | None:
+        """The tuned heads' scores, multiplied with those of the frozen heads."""
+        context = self._context
+        share = SHARE if len(context.train) < FEW_ROWS else None
+        frozen = context.results[FrozenRung.name]
+        return multiplied_by(context, scores, frozen.scores, share=share)
 
     def _check_time(self, n_done: int, n_left: int, began: float) -> None:
         """Raise NotThisTime if the trainings that are left take longer than those that are done."""
@@ -100,7 +121,7 @@ class ContrastiveRung:
             )
 
     def _stop_in_time(self, step: int) -> None:
-        if step < STEPS and self._context.budget.left < 0:
+        if self._may_stop and step < STEPS and self._context.budget.left < 0:
             raise NotThisTime(f"the time was up after step {step} of {STEPS}", was_begun=True)
 
     def _of_fold(self, fold: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -96,7 +96,8 @@ class FrozenRung:
         scores[rows[found.rows]] = found.log_probs
         speed = context.measure_dev(found.classifier, scores)
         seconds = context.budget.clock() - began
-        return Measured(scores, self._how(some), seconds, speed, found.classifier)
+        made = found.classifier
+        return Measured(scores, self._how(some), seconds, speed, made, seconds_to_refit=seconds)
 
     def _words(self, rows: NDArray[np.int64]) -> dict[float, Logits] | None:
         """What TF-IDF says of some rows, if it is known of all of them."""
@@ -134,7 +135,8 @@ class FrozenRung:
         context.features = {c: features[c] for c in (selected.choice, kept) if c in features}
         context.feature_rows = rows
         seconds = context.budget.clock() - began
-        return Measured(scores, self._how(some), seconds, speed, classifier)
+        how = self._how(some)
+        return Measured(scores, how, seconds, speed, classifier, seconds_to_refit=seconds)
 
     def _selected(self, fitting: HeadFitting, some: Dataset) -> tuple[Features, Selected]:
         context = self._context

@@ -51,6 +51,8 @@ class Measured:
         classifier: None where it cannot be saved, or is not worth finishing; the first note says
             why.
         size: bytes of its files, beside the base model's; None until saved.
+        seconds_to_refit: about how long it takes to fit its classifier to held-out rows, too; None
+            where that is not done, since it would be trained for minutes.
         notes: for the report.
     """
 
@@ -60,6 +62,7 @@ class Measured:
     texts_per_second: float | None
     classifier: Classifier | None
     size: int | None = None
+    seconds_to_refit: float | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -245,10 +248,12 @@ class Context:
             return seconds_each(read, len(requests), self.budget.clock, first)
 
     def keep_time_for_report(self) -> None:
-        """Reserve the time that predictions and baselines for the report take."""
+        """Reserve the time of the report's predictions and baselines, and of a last fit."""
         tokens = self.n_tokens(self.splits.dev) + self.n_tokens(self.splits.test)
         of_baselines = min(len(self.train), MOST_TEXTS) * SECONDS_A_TEXT
         self.budget.reserve = REPORT_SECONDS + of_baselines + tokens * self.seconds_per_token
+        if self.splits.whole is not None:
+            self.budget.reserve += sum(r.seconds_to_refit or 0 for r in self.results.values())
 
 
 def seconds_each(

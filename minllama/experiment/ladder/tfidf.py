@@ -99,7 +99,7 @@ class TfidfRung:
         how = f"{len(context.folds)}-fold cross-validation, and dev"
         if len(rows) < len(train):
             how += f"; {len(rows):,} of {len(train):,} training texts, fitted to {n_fitted:,}"
-        return Measured(scores, how, seconds, speed, classifier)
+        return Measured(scores, how, seconds, speed, classifier, seconds_to_refit=seconds)
 
     def _of_all(self, logits: Logits) -> Logits:
         """(N, C) of all training texts, NaN where they are not compared."""

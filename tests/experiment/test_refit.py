@@ -1,0 +1,162 @@
+"""A classifier of few rows is fitted to the held-out ones, too, once they have measured it."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from minllama.classification import load_classifier
+from minllama.errors import MinllamaError
+from minllama.experiment import run_experiment
+from minllama.experiment.ladder import climb as climb_module
+from minllama.experiment.ladder import contrastive as contrastive_module
+from minllama.experiment.ladder.choice import Choice
+from minllama.experiment.splits import load_splits
+from minllama.options import DataOptions
+from tests.experiment_cases import Heard, examples, write_labelled
+
+TEXTS = ["a fine film", "dull", "great music and a slow plot"]
+BEFORE = ("TF-IDF", "frozen heads")
+SAYS = "in the end the classifier was fitted to all 24 rows; what is measured on the 4 held-out"
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A file of 24 rows, of which four are held out."""
+    return write_labelled(tmp_path / "few.txt", examples(24))
+
+
+@pytest.fixture
+def choose(monkeypatch):
+    """Let auto choose a rung by its title."""
+
+    def call(title):
+        fixed = lambda context, results: Choice(title, title, dict.fromkeys(results, "-"))  # noqa: E731
+        monkeypatch.setattr(climb_module, "_choice", fixed)
+        kept = [rung for rung in climb_module.RUNGS if rung.title in (*BEFORE, title)]
+        monkeypatch.setattr(climb_module, "RUNGS", kept)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("method", "title"), [("frozen", None), ("auto", "frozen heads"), ("auto", "TF-IDF")]
+)
+def test_it_is_what_all_rows_give_where_none_is_held_out(
+    make_experiment, labelled_files, few, choose, method, title
+):
+    if title:
+        choose(title)
+    options = {"train": few, "ladder": {"minutes": 30} if title else {}}
+    held_out, given = (
+        make_experiment(method, output=output, dev=dev, dev_fraction=fraction, **options)
+        for output, dev, fraction in (("a", "", 0.15), ("b", labelled_files / "dev.txt", None))
+    )
+    heard = Heard()
+    made, reference = (
+        run_experiment(held_out, reporter=heard),
+        run_experiment(given, reporter=(told := Heard())),
+    )
+    for each in (made.classifier, load_classifier(held_out.output, device="cpu")):
+        np.testing.assert_allclose(
+            each.predict_proba(TEXTS), reference.classifier.predict_proba(TEXTS), atol=1e-6
+        )
+    assert any(line.startswith(SAYS) for line in heard.lines)
+    assert not any(line.startswith("in the end") for line in told.lines)
+    report = json.loads((held_out.output / "metrics.json").read_text())
+    assert any(note.startswith(SAYS) for note in report["notes"])
+    assert len(made.splits.dev) == 4
+
+
+def test_contrastive_tuning_is_done_once_more_on_all_rows(
+    make_experiment, few, choose, monkeypatch
+):
+    choose("contrastive LoRA")
+    monkeypatch.setattr(contrastive_module, "STEPS", 2)
+    tuned, tune = [], contrastive_module.tune
+    monkeypatch.setattr(
+        contrastive_module,
+        "tune",
+        lambda llama, prompts, *rest, **options: (
+            tuned.append(len(prompts)) or tune(llama, prompts, *rest, **options)
+        ),
+    )
+    options = {"train": few, "dev": "", "dev_fraction": 0.15, "ladder": {"minutes": 30}}
+    experiment = make_experiment("auto", **options)
+    made = run_experiment(experiment).classifier
+    assert tuned == [16] * 5 + [20, 24]
+    after = load_classifier(experiment.output, device="cpu")
+    np.testing.assert_array_equal(after.predict_proba(TEXTS), made.predict_proba(TEXTS))
+    assert made.base_choices
+
+
+def test_a_threshold_and_no_calibration_are_kept(make_experiment, few):
+    options = {"train": few, "dev": "", "no_calibration": True, "pooling": "mean"}
+    experiment = make_experiment("frozen", **options)
+    threshold = dataclasses.replace(experiment.threshold, positive="good", threshold=("0.3",))
+    experiment = dataclasses.replace(experiment, threshold=threshold)
+    heard = Heard()
+    made = run_experiment(experiment, reporter=heard).classifier
+    assert any(line.startswith("in the end") for line in heard.lines)
+    assert made.temperature == 1.0
+    assert made.positive == "good"
+    assert made.thresholds == {"good": 0.3}
+
+
+def test_it_is_not_done_where_dev_is_given_or_rows_are_many_or_fixed(few, tmp_path, monkeypatch):
+    def whole(**options):
+        options = {"dev": None, **options}
+        return load_splits(str(few), test=None, options=DataOptions(), seed=0, **options).whole
+
+    assert len(whole()) == 24
+    assert whole(dev=str(write_labelled(tmp_path / "dev.txt", examples(6, 1)))) is None
+    assert whole(per_class=4) is None, "so many rows were asked for"
+    monkeypatch.setattr("minllama.experiment.splits.FEW", 23)
+    assert whole() is None
+
+
+def test_it_is_not_done_when_the_time_is_up(make_experiment, few):
+    experiment = make_experiment("auto", train=few, dev="", ladder={"minutes": 0.001})
+    heard = Heard()
+    run_experiment(experiment, reporter=heard)
+    assert not any(line.startswith("in the end") for line in heard.lines)
+
+
+def test_time_for_it_is_kept(make_experiment, few, monkeypatch):
+    """A rung that may take all time that is left leaves so much."""
+    reserved = []
+    try_rung = climb_module._try
+
+    def noted(context, rung, *rest):
+        try_rung(context, rung, *rest)
+        reserved.append((rung.name, context.budget.reserve, dict(context.results)))
+
+    monkeypatch.setattr(climb_module, "_try", noted)
+    run_experiment(make_experiment("auto", train=few, dev="", training={"epochs": 1}))
+    before = 0.0
+    for name, reserve, results in reserved:
+        if name in results and (seconds := results[name].seconds_to_refit) is not None:
+            assert reserve - before == pytest.approx(seconds) or not before
+        before = reserve
+    assert [name for name, *_ in reserved if name in ("tfidf", "frozen", "contrastive")]
+
+
+def test_an_interrupted_fit_to_all_rows_is_done_when_the_run_is_resumed(
+    make_experiment, few, choose, monkeypatch
+):
+    choose("frozen heads")
+    experiment = make_experiment("auto", train=few, dev="", ladder={"minutes": 30})
+    with monkeypatch.context() as patch:
+
+        def interrupted(*arguments):
+            raise KeyboardInterrupt
+
+        patch.setattr(climb_module, "refitted", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(experiment)
+    with pytest.raises(MinllamaError, match="--resume continues it"):
+        run_experiment(experiment)
+    heard = Heard()
+    run_experiment(experiment, reporter=heard, resume=True)
+    assert any(line.startswith("in the end") for line in heard.lines)
