@@ -79,6 +79,7 @@ def hidden_states(
     cache: KVCache | None = None,
     *,
     selected: Tensor | None = None,
+    start: tuple[int, Tensor] | None = None,
 ) -> Tensor:
     """The residual stream after selected layers; layers above these do not run.
 
@@ -88,6 +89,7 @@ def hidden_states(
         ids, attention_mask, positions, cache: as for `Llama.forward`. A cache is not advanced.
         selected: (M,), flat indices of positions; None for all. The last of these layers
             computes everything but attention for them only.
+        start: fewer than `n_layers` layers, and the state after them; None for the embeddings.
 
     Returns:
         (B, T, D), zero at padding; or (M, D) at the selected positions.
@@ -96,7 +98,7 @@ def hidden_states(
         MinllamaError: as `Llama.forward` does.
     """
     packing, layout = _layout_of(llama, ids, attention_mask, positions, cache)
-    return _hidden_states(llama, n_layers, ids, packing, layout, cache, selected)
+    return _hidden_states(llama, n_layers, ids, packing, layout, cache, selected, start)
 
 
 def _hidden_states(
@@ -107,13 +109,14 @@ def _hidden_states(
     layout: AttentionLayout,
     cache: KVCache | None,
     selected: Tensor | None,
+    start: tuple[int, Tensor] | None = None,
 ) -> Tensor:
     """`hidden_states`, given the packing and the layout of the tokens."""
     tokens = ids if packing is None else packing.packed(ids)
     row_indices = selected if packing is None or selected is None else packing.row_indices(selected)
     selects = _can_select(llama, n_layers, row_indices, tokens)
-    h, rotation = _embedded(llama, tokens, layout)
-    for layer in llama.layers[: n_layers - selects]:
+    first, h, rotation = _started(llama, tokens, packing, layout, start)
+    for layer in llama.layers[first : n_layers - selects]:
         h = llama.run_layer(layer, h, rotation, layout, cache)
     if selects:
         layer = llama.layers[n_layers - 1]
@@ -159,11 +162,7 @@ def layer_states(
     """
     packing, layout = _layout_of(llama, ids, attention_mask, positions, cache)
     tokens = ids if packing is None else packing.packed(ids)
-    h, rotation = _embedded(llama, tokens, layout)
-    first = 0
-    if start is not None:
-        first, state = start
-        h = (state if packing is None else packing.packed(state)).to(h.dtype)
+    first, h, rotation = _started(llama, tokens, packing, layout, start)
 
     def run(h: Tensor, layer: nn.Module) -> Tensor:
         return llama.run_layer(layer, h, rotation, layout, cache)
@@ -181,11 +180,20 @@ def dtype_of_pass(llama: Llama, n_tokens: int) -> torch.dtype:
     return long if llama.device.type == "cpu" else llama.dtype
 
 
-def _embedded(llama: Llama, ids: Tensor, layout: AttentionLayout) -> tuple[Tensor, Tensor]:
-    """The input of the first layer, (B, T, D), and the rotation of all layers."""
+def _started(
+    llama: Llama,
+    tokens: Tensor,
+    packing: "Packing | None",
+    layout: AttentionLayout,
+    start: tuple[int, Tensor] | None,
+) -> tuple[int, Tensor, Tensor]:
+    """The first layer to run, its input (B, T, D) of packed tokens, and the rotation of all."""
     rotation = llama.rope(layout.positions, layout.text_len)
-    h = llama.dropout(llama.tok_embeddings(ids)).to(dtype_of_pass(llama, ids.numel()))
-    return h, rotation
+    dtype = dtype_of_pass(llama, tokens.numel())
+    if start is None:
+        return 0, llama.dropout(llama.tok_embeddings(tokens)).to(dtype), rotation
+    first, state = start
+    return first, (state if packing is None else packing.packed(state)).to(dtype), rotation
 
 
 def _layer_at_positions(

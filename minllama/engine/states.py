@@ -119,6 +119,7 @@ def pooled_states(
     pooling: Pooling,
     *,
     at: Tensor | None = None,
+    start: tuple[int, Tensor] | None = None,
 ) -> Tensor:
     """One vector of each text after so many layers; those above never run.
 
@@ -130,6 +131,7 @@ def pooled_states(
         pooling: see `pool`.
         at: (B,), flat indices of the tokens that the pooling `last` takes; None for the last real
             one of each text.
+        start: fewer layers, and the state after them, from which to go on.
 
     Returns:
         (B, D), float32, normalized before pooling.
@@ -139,7 +141,7 @@ def pooled_states(
     elif at is None:
         at = last_tokens(ids, mask)
     # Where one token is pooled, no other has to go through all of the last layer.
-    h = hidden_states(llama, layer, ids, mask, selected=at)
+    h = hidden_states(llama, layer, ids, mask, selected=at, start=start)
     h = normalized(llama, h, layer)
     return h if at is not None else pool(h, mask, pooling)
 

@@ -5,7 +5,7 @@ Tunstall et al. 2022), with the supervised contrastive loss of Khosla et al. 202
 `--method auto` calls `tune`, which trains the adapters of a Llama; a head is fitted afterwards.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from minllama.engine.packing import hidden_states
 from minllama.engine.states import Choice, pooled_states
 from minllama.model.inputs import padded
 from minllama.model.llama import Llama
@@ -28,6 +29,7 @@ TEMPERATURE = 0.1  # Khosla et al. 2020, sec. 4.4
 BATCH = 64  # texts; of more rows some classes, with as many texts each
 MOST_CLASSES = 16  # of a batch, so that a class has at least four texts in it
 MOST_NORM = 1.0  # of the gradient
+MOST_BYTES_KEPT = 2**28  # of the states that the frozen layers below the adapters give
 
 
 def contrastive_loss(vectors: Tensor, classes: Tensor, temperature: float = TEMPERATURE) -> Tensor:
@@ -70,13 +72,14 @@ def tune(
     optimizer = AdamW(parameters, lr=RATE)
     random = np.random.default_rng(seed)
     with evaluating(llama):
+        texts = _Texts(llama, prompts)
         for step in range(STEPS):
             rate = RATE * min(1.0, (step + 1) / WARM_UP) * (1 - step / STEPS)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             rows = _batch(classes, random)
             optimizer.zero_grad()
-            _backward(llama, [prompts[row] for row in rows], classes[rows], choice)
+            _backward(texts, rows, classes[rows], choice)
             nn.utils.clip_grad_norm_(parameters, MOST_NORM)
             optimizer.step()
             progress(step + 1)
@@ -92,46 +95,94 @@ def _batch(classes: NDArray[np.int64], random: np.random.Generator) -> NDArray[n
     return np.concatenate([random.permutation(np.flatnonzero(classes == c))[:each] for c in some])
 
 
+class _Texts:
+    """Texts, as what the layers below the first one that is trained make of them: that stays.
+
+    Args:
+        llama: the model.
+        prompts: token ids of N texts.
+    """
+
+    def __init__(self, llama: Llama, prompts: Sequence[Sequence[int]]) -> None:
+        self.prompts, self._llama = prompts, llama
+        self.device = llama.device
+        self.n_frozen = _n_frozen(llama)
+        size = sum(map(len, prompts)) * llama.config.dim * llama.dtype.itemsize
+        self._states: list[Tensor] | None = None
+        if self.n_frozen and size <= MOST_BYTES_KEPT:
+            self._states = self._through_frozen()
+
+    def _through_frozen(self) -> list[Tensor]:
+        """(T, D) of each text, computed as in training: no gradients are needed for them."""
+        states = [torch.empty(0)] * len(self.prompts)
+        for part in self.parts(range(len(self.prompts)), 0):
+            ids, mask = padded([self.prompts[i] for i in part], self.device)
+            found = hidden_states(self._llama, self.n_frozen, ids, mask).detach()
+            for i, state in zip(part, found, strict=True):
+                states[i] = state[: len(self.prompts[i])].clone()
+        return states
+
+    def parts(self, rows: Sequence[int], n_below: int) -> list[Sequence[int]]:
+        """Rows, those of the shortest texts first, in parts that are computed at once.
+
+        Args:
+            rows: of the texts.
+            n_below: layers that do not run, so that more fit.
+        """
+        order = sorted(rows, key=lambda row: len(self.prompts[row]))
+        most = MAX_TOKENS.get(self.device.type)
+        if most is None:
+            return [order]
+        n_layers = self._llama.config.n_layers
+        most *= n_layers // max(1, n_layers - n_below)
+        starts = [0]
+        for end, row in enumerate(order):
+            if end > starts[-1] and len(self.prompts[row]) * (end + 1 - starts[-1]) > most:
+                starts.append(end)
+        return [order[start:end] for start, end in pairwise([*starts, len(order)])]
+
+    def vectors(self, rows: Sequence[int], choice: Choice) -> Tensor:
+        """(B, D) of texts, with gradients."""
+        ids, mask = padded([self.prompts[row] for row in rows], self.device)
+        start = None
+        if self._states is not None:
+            known = [self._states[row] for row in rows]
+            start = self.n_frozen, nn.utils.rnn.pad_sequence(known, batch_first=True)
+        return pooled_states(self._llama, ids, mask, *choice, start=start)
+
+    @property
+    def n_below(self) -> int:
+        """How many layers need not run for vectors."""
+        return 0 if self._states is None else self.n_frozen
+
+
+def _n_frozen(llama: Llama) -> int:
+    """How many of the first layers, with the embeddings below them, are not trained."""
+    if any(p.requires_grad for p in llama.tok_embeddings.parameters()):
+        return 0
+    is_trained = [any(p.requires_grad for p in layer.parameters()) for layer in llama.layers]
+    return is_trained.index(True)
+
+
 def _backward(
-    llama: Llama, prompts: Sequence[Sequence[int]], classes: NDArray[np.int64], choice: Choice
+    texts: _Texts, rows: NDArray[np.int64], classes: NDArray[np.int64], choice: Choice
 ) -> None:
-    """Add the gradients of a batch's loss.
+    """Add the gradients of the loss of some texts, whose classes are given.
 
     Every pair of texts counts, but few fit into memory with what their gradients need. So vectors
     are computed without, then the loss's gradients with respect to them, and a part of the texts at
     a time those of the parameters (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size
     under Memory Limited Setup", sec. 3.2).
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    sorted_classes = torch.from_numpy(classes[order]).to(llama.device)
-    parts = [[prompts[i] for i in part] for part in _parts(order, prompts, llama.device.type)]
-
-    def vectors(part: Sequence[Sequence[int]]) -> Tensor:
-        ids, mask = padded(part, llama.device)
-        return pooled_states(llama, ids, mask, *choice)
-
+    parts = texts.parts(rows.tolist(), texts.n_below)
+    of_row = dict(zip(rows.tolist(), classes.tolist(), strict=True))
+    in_order = torch.tensor([of_row[row] for part in parts for row in part], device=texts.device)
     if len(parts) == 1:
-        contrastive_loss(vectors(parts[0]), sorted_classes).backward()
+        contrastive_loss(texts.vectors(parts[0], choice), in_order).backward()
         return
     with torch.no_grad():
-        found = torch.cat([vectors(part) for part in parts])
+        found = torch.cat([texts.vectors(part, choice) for part in parts])
     found.requires_grad_()
-    (gradients,) = torch.autograd.grad(contrastive_loss(found, sorted_classes), found)
+    (gradients,) = torch.autograd.grad(contrastive_loss(found, in_order), found)
     for part, gradient in zip(parts, gradients.split([len(part) for part in parts]), strict=True):
-        vectors(part).backward(gradient)
-
-
-def _parts(
-    order: Sequence[int], prompts: Sequence[Sequence[int]], device: str
-) -> Iterator[Sequence[int]]:
-    """Texts, shortest first, in parts that are computed at once."""
-    most = MAX_TOKENS.get(device)
-    if most is None:
-        yield order
-        return
-    starts = [0]
-    for end, i in enumerate(order):
-        if end > starts[-1] and len(prompts[i]) * (end + 1 - starts[-1]) > most:
-            starts.append(end)
-    for start, end in pairwise([*starts, len(order)]):
-        yield order[start:end]
+        texts.vectors(part, choice).backward(gradient)

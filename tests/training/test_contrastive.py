@@ -19,10 +19,10 @@ def texts(n: int = len(CLASSES)) -> list[tuple[int, ...]]:
     return [tuple(random.integers(1, 60, size=3 + 2 * i).tolist()) for i in range(n)]
 
 
-def adapted():
+def adapted(layers=None):
     llama = our_model()
     torch.manual_seed(0)
-    add_lora_wrapper(llama, r=4)
+    add_lora_wrapper(llama, r=4, layers_to_transform=layers)
     with torch.no_grad():
         for name, parameter in llama.named_parameters():
             if "lora_B" in name:
@@ -30,9 +30,11 @@ def adapted():
     return llama
 
 
-def gradients(llama, classes=CLASSES) -> dict[str, torch.Tensor]:
+def gradients(llama, classes=CLASSES, pooling="mean") -> dict[str, torch.Tensor]:
     llama.zero_grad()
-    contrastive._backward(llama, texts(len(classes)), classes, (2, "mean"))
+    rows = np.arange(len(classes))[::-1]
+    prompts = contrastive._Texts(llama, texts(len(classes)))
+    contrastive._backward(prompts, rows, classes[::-1], (2, pooling))
     return {n: p.grad.clone() for n, p in llama.named_parameters() if p.grad is not None}
 
 
@@ -63,20 +65,60 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(monkeypatch) -> None:
     whole = gradients(llama)
     assert any(float(g.abs().max()) > 1e-3 for g in whole.values())
     monkeypatch.setattr(contrastive, "MAX_TOKENS", {"cpu": 30})
-    order = sorted(range(len(CLASSES)), key=lambda i: len(texts()[i]))
-    assert len(list(contrastive._parts(order, texts(), "cpu"))) > 3
+    rows = range(len(CLASSES))
+    assert len(contrastive._Texts(llama, texts()).parts(rows, 0)) > 3
     parts = gradients(llama)
     assert whole.keys() == parts.keys()
     for name, gradient in whole.items():
         torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_layers_below_the_first_trained_one_run_once(monkeypatch, pooling) -> None:
+    """And gradients are those of whole passes, in one part or several."""
+    llama = adapted([1])
+    texts_of = contrastive._Texts(llama, texts())
+    assert texts_of.n_below == 1
+    runs = []
+    llama.layers[0].register_forward_hook(lambda *arguments: runs.append(1))
+    kept = gradients(llama, pooling=pooling)
+    assert len(runs) == 1
+    monkeypatch.setattr(contrastive, "MAX_TOKENS", {"cpu": 30})
+    in_parts = gradients(llama, pooling=pooling)
+    monkeypatch.setattr(contrastive, "MOST_BYTES_KEPT", 0)
+    assert contrastive._Texts(llama, texts()).n_below == 0
+    runs.clear()
+    whole = gradients(llama, pooling=pooling)
+    assert len(runs) > 6
+    assert whole
+    assert whole.keys() == kept.keys() == in_parts.keys()
+    assert all(".layers.1." in f".{name}" for name in whole)
+    for name, gradient in whole.items():
+        assert float(gradient.abs().max()) > 1e-4
+        torch.testing.assert_close(kept[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(in_parts[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_kept_where_the_first_layer_or_the_embeddings_are_trained() -> None:
+    llama = adapted()
+    assert contrastive._Texts(llama, texts()).n_below == 0
+    llama = adapted([1])
+    llama.tok_embeddings.weight.requires_grad_()
+    assert contrastive._Texts(llama, texts()).n_below == 0
+
+
 def test_every_text_is_in_one_part_and_a_part_has_few_padded_tokens() -> None:
-    order = sorted(range(len(CLASSES)), key=lambda i: len(texts()[i]))
-    parts = list(contrastive._parts(order, texts(), "cpu"))
-    assert [i for part in parts for i in part] == order
-    for part in parts:
-        assert len(part) * max(len(texts()[i]) for i in part) <= contrastive.MAX_TOKENS["cpu"]
+    prompts = [(1,) * (4 + i) for i in range(60)]
+    most = contrastive.MAX_TOKENS["cpu"]
+    of_60 = contrastive._Texts(adapted([1]), prompts)
+    for n_below, allowed in ((0, most), (1, 2 * most)):  # of two layers
+        rows = list(range(59, 9, -1))
+        parts = of_60.parts(rows, n_below)
+        assert len(parts) > 1
+        assert [i for part in parts for i in part] == sorted(rows)
+        sizes = [len(part) * max(len(prompts[i]) for i in part) for part in parts]
+        assert max(sizes) <= allowed
+        assert max(sizes) > allowed / 2
 
 
 def test_a_batch_of_many_rows_has_as_many_texts_of_some_classes_each() -> None:
