@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -505,6 +506,51 @@ def adamw(which: str) -> float:
     return median(lambda: 1 / seconds(optimizer.step), 7)
 
 
+def beside_a_busy_process(work: Callable[[], float]) -> float:
+    """What is measured while another process computes all the time."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as neighbor:
+        try:
+            return work()
+        finally:
+            neighbor.kill()
+
+
+def outside_the_model(**sampling: float) -> float:
+    """The part of a server's step of 16 sequences that is not the forward pass, in percent."""
+    import torch
+
+    from minllama.engine.choose import engine_for
+    from minllama.engine.scheduler import Scheduler
+    from minllama.generation.decode import request_of
+    from minllama.options import GenerationOptions
+
+    model, tokenizer = open_ours()
+    engine = engine_for(model)
+    options = GenerationOptions(max_new_tokens=64, ignore_eos=True, **sampling)
+    scheduler, forward, in_model = Scheduler(engine), engine.forward, [0.0]
+
+    def timed(*arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return forward(*arguments, **named)
+        finally:
+            in_model[0] += time.perf_counter() - began
+
+    def part() -> float:
+        for number in range(16):
+            ids = tokenizer.encode(f"{STORY} {number}")
+            scheduler.add(request_of(ids, options, seed=str(number)))
+        scheduler.step()  # which reads the prompts
+        in_model[0], began = 0.0, time.perf_counter()
+        while scheduler.is_busy:
+            scheduler.step()
+        return 100 * (1 - in_model[0] / (time.perf_counter() - began))
+
+    engine.forward = timed
+    with torch.inference_mode():
+        return median(part)
+
+
 TASKS: dict[str, dict[str, Callable[[], float]]] = {
     "decode": {
         "minllama": decode_ours,
@@ -517,6 +563,15 @@ TASKS: dict[str, dict[str, Callable[[], float]]] = {
         "llama.cpp": lambda: decode_llama_cpp(16),
         "transformers-bfloat16": lambda: decode_theirs("bfloat16", 16),
         "transformers-float32": lambda: decode_theirs("float32", 16),
+    },
+    "decode-busy": {
+        "minllama": lambda: beside_a_busy_process(decode_ours),
+        "llama.cpp": lambda: beside_a_busy_process(decode_llama_cpp),
+        "transformers-float32": lambda: beside_a_busy_process(lambda: decode_theirs("float32")),
+    },
+    "scheduling": {
+        "minllama": outside_the_model,
+        "minllama-top-p": lambda: outside_the_model(temperature=0.8, top_p=0.9),
     },
     "prefill": {
         "minllama": prefill_ours,
