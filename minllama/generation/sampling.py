@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minllama.errors import MinllamaError
+from minllama.kernels.dispatch import accelerated
 from minllama.model.attention_layout import NOT_FINITE
 from minllama.options import SamplingOptions
 
@@ -63,7 +64,7 @@ def choose_tokens(
     if options.top_k:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
     elif logits.device.type == "cpu":
-        return _drawn_on_cpu(logits, options, uniforms)
+        return draw_tokens(logits, options, uniforms)
     elif options.top_p < 1:  # needs tokens in descending order; only this is worth a sort
         logits, ids = logits.sort(-1, descending=True)
     largest = logits.amax(-1, keepdim=True)
@@ -91,7 +92,8 @@ def _likeliest(logits: Tensor) -> Tensor:
     return torch.from_numpy(chosen)
 
 
-def _drawn_on_cpu(logits: Tensor, options: SamplingOptions, uniforms: Sequence[float]) -> Tensor:
+@accelerated
+def draw_tokens(logits: Tensor, options: SamplingOptions, uniforms: Sequence[float]) -> Tensor:
     """`choose_tokens` by temperature, top-p and min-p, for (B, V) on the CPU.
 
     By numpy: torch divides each operation among threads, which wait for one another, and for a busy

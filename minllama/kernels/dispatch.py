@@ -25,6 +25,7 @@ BACKENDS = (
     "minllama.kernels.cpu.attention",
     "minllama.kernels.cpu.linear",
     "minllama.kernels.cpu.lora",
+    "minllama.kernels.cpu.sampling",
     "minllama.kernels.gpu.launch",
 )
 

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from minllama.generation import sampling
 from minllama.kernels import dispatch
 from minllama.kernels.cpu.library import best_level, library
 from minllama.kernels.dispatch import accelerated, register, registered
 from minllama.lora import layer
 from minllama.model import llama, rope
 from minllama.model.attention_layout import PackedSequences
+from minllama.options import SamplingOptions
 from minllama.training import optimizer
 
 OPERATIONS: dict[str, Any] = {
@@ -23,6 +25,7 @@ OPERATIONS: dict[str, Any] = {
     "low_rank": layer.low_rank,
     "add_low_rank": layer.add_low_rank,
     "adamw_update": optimizer.adamw_update,
+    "draw_tokens": sampling.draw_tokens,
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -53,6 +56,10 @@ def arguments(name: str, dtype: torch.dtype) -> list[list[Any]]:
         ],
         "apply_rotary_embedding": [
             [numbers(2, 5, 3, 8).to(dtype), torch.polar(torch.ones(5, 1, 4), numbers(5, 1, 4))]
+        ],
+        "draw_tokens": [
+            [numbers(3, 700), SamplingOptions(temperature=0.7, **kept), [0.1, 0.6, 0.95]]
+            for kept in ({}, {"top_p": 0.8}, {"min_p": 0.1})
         ],
         "low_rank": [[x, a, b, 0.5]],
         "add_low_rank": [[numbers(2, 5, 10).to(dtype), x, a, b, 0.5]],

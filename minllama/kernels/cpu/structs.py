@@ -249,10 +249,23 @@ class LowRank(Structure):
     )
 
 
+class Draw(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        ("size", c_int64),
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("logits", c_void_p),
+        ("uniforms", c_void_p),
+        ("chosen", c_void_p),
+    )
+
+
 # In the order of `src/structs.h`.
 STRUCTS = (
     *(Values, Linear, Layer, Model, Step, Norm, SwiGLU),
-    *(RoPE, Dequantize, Blocks, Matmul, AdamW, Heads, Attention, LowRank),
+    *(RoPE, Dequantize, Blocks, Matmul, AdamW, Heads, Attention, LowRank, Draw),
 )
 
 _TYPE_NAMES = {c_int64: "int64", c_double: "double", c_void_p: "pointer"}

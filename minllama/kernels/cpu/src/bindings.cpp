@@ -47,6 +47,7 @@ namespace avx512 {
 #include "elementwise.inc"
 #include "attention.inc"
 #include "lora.inc"
+#include "sampling.inc"
 }
 #undef VECTORS
 #if defined(__clang__)
@@ -70,6 +71,7 @@ namespace avx2 {
 #include "elementwise.inc"
 #include "attention.inc"
 #include "lora.inc"
+#include "sampling.inc"
 }
 #undef VECTORS
 #if defined(__clang__)
@@ -92,6 +94,7 @@ namespace plain {
 #include "elementwise.inc"
 #include "attention.inc"
 #include "lora.inc"
+#include "sampling.inc"
 }
 #undef VECTORS
 
@@ -398,6 +401,12 @@ EXPORT int minllama_low_rank_gradient(const LowRank* a, int64_t threads, int lev
 
 EXPORT int minllama_adamw(const AdamW* a, int64_t threads, int level) {
     return operate(AT_LEVEL(adamw_part), *a, a->starts[a->n_tensors], plain::PART, 0, a->starts[a->n_tensors], threads);
+}
+
+// A row by one thread: one alone is not worth another.
+EXPORT int minllama_draw(const Draw* a, int64_t threads, int level) {
+    const int64_t work = a->rows > 1 ? a->rows * a->size : 0;
+    return operate(AT_LEVEL(draw_rows), *a, a->rows, EACH, plain::sampling_buffer(*a), work, threads);
 }
 
 // Two calls: the second reads what the first has written.

@@ -164,3 +164,11 @@ struct LowRank {
     float *a_parts;   // (threads, rank, in), to be summed
     float *b_parts;   // (threads, rank, out): of B^T, to be summed
 };
+
+struct Draw {
+    int64_t rows, size;
+    double temperature, top_p, min_p;
+    const float* logits;     // (rows, size)
+    const double* uniforms;  // (rows,)
+    int64_t* chosen;         // (rows,)
+};
