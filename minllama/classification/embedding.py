@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minllama.classification.base import Classifier, as_prompt, checked_labels, make_template
 from minllama.classification.prompts import EncodedPrompt
+from minllama.engine.frozen_states import FrozenStates
 from minllama.engine.states import Pooling, StatesRequest, pooled_states
 from minllama.errors import MinllamaError
 from minllama.evaluation.regression import TargetScale
@@ -44,6 +45,8 @@ class LlamaEmbeddingClassifier(Classifier):
 
     Attributes:
         score: the head, Linear(D, C) in float32; initialized with Normal(0, 0.02) and zero.
+        frozen_states: of texts to train on, from which `compute_logits` goes on; None to begin with
+            the embeddings.
 
     Raises:
         MinllamaError: labels, pooling or layer cannot be.
@@ -87,6 +90,7 @@ class LlamaEmbeddingClassifier(Classifier):
         self.scale, self.pad_id, self.tokenizer_eos = scale, pad_id, tokenizer_eos
         self.layer = check_layer(llama, layer)
         self.pooling: Pooling = pooling
+        self.frozen_states: FrozenStates | None = None
         self.dropout = nn.Dropout(dropout)
         self.score = nn.Linear(llama.config.dim, len(self.labels), bias=bias, device=llama.device)
         nn.init.normal_(self.score.weight, std=0.02)
@@ -133,10 +137,12 @@ class LlamaEmbeddingClassifier(Classifier):
 
     def compute_logits(self, prompts: Sequence[EncodedPrompt]) -> Tensor:
         """(B, C), float32; see `Classifier.compute_logits`."""
-        ids, mask = padded([prompt.ids for prompt in prompts])
+        texts = [prompt.ids for prompt in prompts]
+        start = None if self.frozen_states is None else self.frozen_states.start(texts)
+        ids, mask = padded(texts)
         device = self.llama.device
         mask = None if mask is None else mask.to(device)
-        return self._head(self.compute_embeddings(ids.to(device), mask))
+        return self._head(self.compute_embeddings(ids.to(device), mask, start=start))
 
     def request_of(self, prompt: EncodedPrompt, *, shared: tuple[int, ...] = ()) -> StatesRequest:
         """See `Classifier.request_of`."""
@@ -155,8 +161,18 @@ class LlamaEmbeddingClassifier(Classifier):
         read = [place for place, token_id in enumerate(ids) if token_id != self.pad_id]
         return read[-1] if read else 0
 
-    def compute_embeddings(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def compute_embeddings(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        start: tuple[int, Tensor] | None = None,
+    ) -> Tensor:
         """The vector of each text, before dropout and head: (B, T) -> (B, D), float32.
+
+        Args:
+            ids, attention_mask: as for `forward`.
+            start: a number of layers and the states (B, T, D) after them, from which to go on.
 
         Raises:
             MinllamaError: a sequence has no real token.
@@ -171,7 +187,9 @@ class LlamaEmbeddingClassifier(Classifier):
         at = None
         if self.pooling == "last":
             at = last_tokens(ids, _read_by_head(ids, attention_mask, self.pad_id))
-        return pooled_states(self.llama, ids, attention_mask, self.layer, self.pooling, at=at)
+        return pooled_states(
+            self.llama, ids, attention_mask, self.layer, self.pooling, at=at, start=start
+        )
 
     def _head(self, embeddings: Tensor) -> Tensor:
         # After `.to(bfloat16)`, too, embeddings are float32.

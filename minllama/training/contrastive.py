@@ -5,8 +5,8 @@ Tunstall et al. 2022), with the supervised contrastive loss of Khosla et al. 202
 `--method auto` calls `tune`, which trains the adapters of a Llama; a head is fitted afterwards.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from minllama.engine.packing import hidden_states
+from minllama.engine.frozen_states import FrozenStates, n_frozen_layers, parts_of, states_fit
 from minllama.engine.states import Choice, pooled_states
 from minllama.model.inputs import padded
 from minllama.model.llama import Llama
@@ -29,7 +29,6 @@ TEMPERATURE = 0.1  # Khosla et al. 2020, sec. 4.4
 BATCH = 64  # texts; of more rows some classes, with as many texts each
 MOST_CLASSES = 16  # of a batch, so that a class has at least four texts in it
 MOST_NORM = 1.0  # of the gradient
-MOST_BYTES_KEPT = 2**28  # of the states that the frozen layers below the adapters give
 
 
 def contrastive_loss(vectors: Tensor, classes: Tensor, temperature: float = TEMPERATURE) -> Tensor:
@@ -96,7 +95,7 @@ def _batch(classes: NDArray[np.int64], random: np.random.Generator) -> NDArray[n
 
 
 class _Texts:
-    """Texts, as what the layers below the first one that is trained make of them: that stays.
+    """The texts of a tuning, from where the first layer is trained.
 
     Args:
         llama: the model.
@@ -104,64 +103,25 @@ class _Texts:
     """
 
     def __init__(self, llama: Llama, prompts: Sequence[Sequence[int]]) -> None:
-        self.prompts, self._llama = prompts, llama
-        self.device = llama.device
-        self.n_frozen = _n_frozen(llama)
-        size = sum(map(len, prompts)) * llama.config.dim * llama.dtype.itemsize
-        self._states: list[Tensor] | None = None
-        if self.n_frozen and size <= MOST_BYTES_KEPT:
-            self._states = self._through_frozen()
+        self.prompts, self.device, self._llama = prompts, llama.device, llama
+        n_frozen, self._states = n_frozen_layers(llama), None
+        if n_frozen and states_fit(llama, sum(map(len, prompts))):
+            self._states = FrozenStates(llama, prompts, n_frozen)
 
-    def _through_frozen(self) -> list[Tensor]:
-        """(T, D) of each text, computed as in training: no gradients are needed for them."""
-        states = [torch.empty(0)] * len(self.prompts)
-        for part in self.parts(range(len(self.prompts)), 0):
-            ids, mask = padded([self.prompts[i] for i in part], self.device)
-            found = hidden_states(self._llama, self.n_frozen, ids, mask).detach()
-            for i, state in zip(part, found, strict=True):
-                states[i] = state[: len(self.prompts[i])].clone()
-        return states
-
-    def parts(self, rows: Sequence[int], n_below: int) -> list[Sequence[int]]:
-        """Rows, those of the shortest texts first, in parts that are computed at once.
-
-        Args:
-            rows: of the texts.
-            n_below: layers that do not run, so that more fit.
-        """
+    def parts(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        """Rows, those of the shortest texts first, in parts that are computed at once."""
         order = sorted(rows, key=lambda row: len(self.prompts[row]))
-        most = MAX_TOKENS.get(self.device.type)
-        if most is None:
-            return [order]
         n_layers = self._llama.config.n_layers
-        most *= n_layers // max(1, n_layers - n_below)
-        starts = [0]
-        for end, row in enumerate(order):
-            if end > starts[-1] and len(self.prompts[row]) * (end + 1 - starts[-1]) > most:
-                starts.append(end)
-        return [order[start:end] for start, end in pairwise([*starts, len(order)])]
+        n_run = n_layers - (0 if self._states is None else self._states.n_layers)
+        most = MAX_TOKENS.get(self.device.type, math.inf) * (n_layers // max(1, n_run))
+        lengths = [len(self.prompts[row]) for row in order]
+        return [order[start:end] for start, end in parts_of(lengths, most)]
 
     def vectors(self, rows: Sequence[int], choice: Choice) -> Tensor:
         """(B, D) of texts, with gradients."""
-        ids, mask = padded([self.prompts[row] for row in rows], self.device)
-        start = None
-        if self._states is not None:
-            known = [self._states[row] for row in rows]
-            start = self.n_frozen, nn.utils.rnn.pad_sequence(known, batch_first=True)
-        return pooled_states(self._llama, ids, mask, *choice, start=start)
-
-    @property
-    def n_below(self) -> int:
-        """How many layers need not run for vectors."""
-        return 0 if self._states is None else self.n_frozen
-
-
-def _n_frozen(llama: Llama) -> int:
-    """How many of the first layers, with the embeddings below them, are not trained."""
-    if any(p.requires_grad for p in llama.tok_embeddings.parameters()):
-        return 0
-    is_trained = [any(p.requires_grad for p in layer.parameters()) for layer in llama.layers]
-    return is_trained.index(True)
+        prompts = [self.prompts[row] for row in rows]
+        start = None if self._states is None else self._states.start(prompts)
+        return pooled_states(self._llama, *padded(prompts, self.device), *choice, start=start)
 
 
 def _backward(
@@ -174,7 +134,7 @@ def _backward(
     a time those of the parameters (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size
     under Memory Limited Setup", sec. 3.2).
     """
-    parts = texts.parts(rows.tolist(), texts.n_below)
+    parts = texts.parts(rows.tolist())
     of_row = dict(zip(rows.tolist(), classes.tolist(), strict=True))
     in_order = torch.tensor([of_row[row] for part in parts for row in part], device=texts.device)
     if len(parts) == 1:

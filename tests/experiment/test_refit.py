@@ -11,7 +11,11 @@ from minllama.errors import MinllamaError
 from minllama.experiment import run_experiment
 from minllama.experiment.ladder import climb as climb_module
 from minllama.experiment.ladder import contrastive as contrastive_module
+from minllama.experiment.ladder import lora as lora_module
 from minllama.experiment.ladder.choice import Choice
+from minllama.experiment.ladder.lora import LoRARung
+from minllama.experiment.ladder.partner import Multiplied
+from minllama.experiment.ladder.product import ProductRung
 from minllama.experiment.splits import load_splits
 from minllama.options import DataOptions
 from tests.experiment_cases import Heard, examples, write_labelled
@@ -34,14 +38,20 @@ def choose(monkeypatch):
     def call(title):
         fixed = lambda context, results: Choice(title, title, dict.fromkeys(results, "-"))  # noqa: E731
         monkeypatch.setattr(climb_module, "_choice", fixed)
-        kept = [rung for rung in climb_module.RUNGS if rung.title in (*BEFORE, title)]
+        monkeypatch.setattr(LoRARung, "_is_worse", lambda *arguments: False)
+        needed = (*BEFORE, title, *([LoRARung.title] if title == ProductRung.title else []))
+        kept = [rung for rung in climb_module.RUNGS if rung.title in needed]
         monkeypatch.setattr(climb_module, "RUNGS", kept)
 
     return call
 
 
 @pytest.mark.parametrize(
-    ("method", "title"), [("frozen", None), ("auto", "frozen heads"), ("auto", "TF-IDF")]
+    ("method", "title"),
+    [
+        ("frozen", None),
+        *(("auto", title) for title in (*BEFORE, "LoRA with a head", "LoRA with label words")),
+    ],
 )
 def test_it_is_what_all_rows_give_where_none_is_held_out(
     make_experiment, labelled_files, few, choose, method, title
@@ -49,6 +59,9 @@ def test_it_is_what_all_rows_give_where_none_is_held_out(
     if title:
         choose(title)
     options = {"train": few, "ladder": {"minutes": 30} if title else {}}
+    is_trained = title is not None and title not in BEFORE
+    if is_trained:
+        options |= {"no_calibration": True, "training": {"epochs": 2}}
     held_out, given = (
         make_experiment(method, output=output, dev=dev, dev_fraction=fraction, **options)
         for output, dev, fraction in (("a", "", 0.15), ("b", labelled_files / "dev.txt", None))
@@ -67,6 +80,28 @@ def test_it_is_what_all_rows_give_where_none_is_held_out(
     report = json.loads((held_out.output / "metrics.json").read_text())
     assert any(note.startswith(SAYS) for note in report["notes"])
     assert len(made.splits.dev) == 4
+
+
+def test_a_product_is_made_of_what_is_fitted_to_all_rows(make_experiment, few, choose, monkeypatch):
+    choose("LoRA and frozen heads")
+    weighted = lambda context, scores: Multiplied(scores.copy(), 0.6, 0.4)  # noqa: E731
+    monkeypatch.setattr("minllama.experiment.ladder.product.multiplied", weighted)
+    trained, fit = [], lora_module.fit
+    monkeypatch.setattr(
+        lora_module,
+        "fit",
+        lambda classifier, train, *rest, **options: (
+            trained.append(len(train)) or fit(classifier, train, *rest, **options)
+        ),
+    )
+    options = {"train": few, "dev": "", "dev_fraction": 0.15, "ladder": {"minutes": 30}}
+    experiment = make_experiment("auto", **options)
+    heard = Heard()
+    made = run_experiment(experiment, reporter=heard).classifier
+    assert trained[-6:] == [16] * 4 + [20, 24]
+    assert any(line.startswith(SAYS) for line in heard.lines)
+    after = load_classifier(experiment.output, device="cpu")
+    np.testing.assert_array_equal(after.predict_proba(TEXTS), made.predict_proba(TEXTS))
 
 
 def test_contrastive_tuning_is_done_once_more_on_all_rows(

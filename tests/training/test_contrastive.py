@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from minllama.engine import frozen_states
 from minllama.lora import add_lora_wrapper
 from minllama.training import contrastive
 from minllama.training.contrastive import contrastive_loss, tune
@@ -66,7 +67,7 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(monkeypatch) -> None:
     assert any(float(g.abs().max()) > 1e-3 for g in whole.values())
     monkeypatch.setattr(contrastive, "MAX_TOKENS", {"cpu": 30})
     rows = range(len(CLASSES))
-    assert len(contrastive._Texts(llama, texts()).parts(rows, 0)) > 3
+    assert len(contrastive._Texts(llama, texts()).parts(rows)) > 3
     parts = gradients(llama)
     assert whole.keys() == parts.keys()
     for name, gradient in whole.items():
@@ -77,16 +78,14 @@ def test_gradients_in_parts_are_those_of_the_whole_batch(monkeypatch) -> None:
 def test_layers_below_the_first_trained_one_run_once(monkeypatch, pooling) -> None:
     """And gradients are those of whole passes, in one part or several."""
     llama = adapted([1])
-    texts_of = contrastive._Texts(llama, texts())
-    assert texts_of.n_below == 1
     runs = []
     llama.layers[0].register_forward_hook(lambda *arguments: runs.append(1))
     kept = gradients(llama, pooling=pooling)
     assert len(runs) == 1
     monkeypatch.setattr(contrastive, "MAX_TOKENS", {"cpu": 30})
     in_parts = gradients(llama, pooling=pooling)
-    monkeypatch.setattr(contrastive, "MOST_BYTES_KEPT", 0)
-    assert contrastive._Texts(llama, texts()).n_below == 0
+    assert len(runs) == 2
+    monkeypatch.setattr(frozen_states, "MOST_BYTES", 0)
     runs.clear()
     whole = gradients(llama, pooling=pooling)
     assert len(runs) > 6
@@ -99,21 +98,12 @@ def test_layers_below_the_first_trained_one_run_once(monkeypatch, pooling) -> No
         torch.testing.assert_close(in_parts[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_nothing_is_kept_where_the_first_layer_or_the_embeddings_are_trained() -> None:
-    llama = adapted()
-    assert contrastive._Texts(llama, texts()).n_below == 0
-    llama = adapted([1])
-    llama.tok_embeddings.weight.requires_grad_()
-    assert contrastive._Texts(llama, texts()).n_below == 0
-
-
 def test_every_text_is_in_one_part_and_a_part_has_few_padded_tokens() -> None:
     prompts = [(1,) * (4 + i) for i in range(60)]
     most = contrastive.MAX_TOKENS["cpu"]
-    of_60 = contrastive._Texts(adapted([1]), prompts)
-    for n_below, allowed in ((0, most), (1, 2 * most)):  # of two layers
+    for layers, allowed in ((None, most), ([1], 2 * most)):  # of two layers
         rows = list(range(59, 9, -1))
-        parts = of_60.parts(rows, n_below)
+        parts = contrastive._Texts(adapted(layers), prompts).parts(rows)
         assert len(parts) > 1
         assert [i for part in parts for i in part] == sorted(rows)
         sizes = [len(part) * max(len(prompts[i]) for i in part) for part in parts]

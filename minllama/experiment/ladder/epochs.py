@@ -44,6 +44,7 @@ class TrainingTimes:
         to_read_train, to_read_dev: seconds to predict them.
         n_dev: rows of dev.
         fold_sizes: rows of the folds.
+        once: seconds of what all trainings begin with.
     """
 
     epoch: float
@@ -52,11 +53,13 @@ class TrainingTimes:
     to_read_dev: float
     n_dev: int
     fold_sizes: Sequence[int]
+    once: float = 0.0
 
     @property
     def least(self) -> float:
         """Seconds of the least that is trained: an epoch, of a large file on a part of its rows."""
-        return self.epoch * min(1.0, LEAST_PART / self.n_train) + self.to_read_dev
+        part = min(1.0, LEAST_PART / self.n_train)
+        return part * (self.once + self.epoch) + self.to_read_dev
 
     def plan(self, budget: Budget, most: int) -> Plan | None:
         """As many epochs as the time allows, up to `most`, and then as many folds.
@@ -66,13 +69,13 @@ class TrainingTimes:
         """
         for epochs in range(most, 0, -1):
             training = epochs * self.epoch
-            if not budget.allows(training + self.to_read_dev):
+            if not budget.allows(self.once + training + self.to_read_dev):
                 continue
             folds, n_rows = self._folds_beside(training, budget)
             if epochs <= EPOCHS or n_rows >= ENOUGH_ROWS or folds == len(self.fold_sizes):
                 return Plan(epochs, folds, self.n_train)
         seconds = budget.left / SAFETY - self.to_read_dev
-        part = int(seconds / self.epoch * self.n_train)
+        part = int(seconds / (self.once + self.epoch) * self.n_train)
         return Plan(1, 0, part) if LEAST_PART <= part < self.n_train else None
 
     def _folds_beside(self, training: float, budget: Budget) -> tuple[int, int]:
@@ -81,7 +84,8 @@ class TrainingTimes:
         each = share * training + (1 - share) * self.to_read_train
         folds, n_rows = 0, self.n_dev
         while folds < len(self.fold_sizes) and n_rows < ENOUGH_ROWS:
-            if not budget.allows((folds + 1) * each + training + self.to_read_dev):
+            whole = self.once + training + self.to_read_dev
+            if not budget.allows((folds + 1) * each + whole):
                 break
             n_rows += self.fold_sizes[folds]
             folds += 1

@@ -14,6 +14,7 @@ from minllama.classification import LlamaEmbeddingClassifier
 from minllama.classification.base import Classifier
 from minllama.classification.features import FIRST_PENALTY, extract_features
 from minllama.data import Dataset
+from minllama.engine.frozen_states import FrozenStates, states_fit
 from minllama.experiment.build import (
     STARTING_TEXTS,
     make_trainable,
@@ -61,6 +62,7 @@ class LoRARung:
         self._folder = RungFolder(context.folder / self.name)
         self._tokens_per_second: dict[Hashable, float] = {}  # by the layers that run and learn
         self._speed: float | None = None  # texts per second of what was trained on a fold
+        self._states: FrozenStates | None = None  # of all training texts
 
     def obstacle(self) -> str | None:
         return None
@@ -120,6 +122,16 @@ class LoRARung:
         seconds = context.budget.clock() - began
         return Measured(scores, how, seconds, speed, classifier, notes=notes)
 
+    def refitted(self, known: "LoRARung") -> Classifier:
+        """The classifier of `run`, trained on all rows of this rung's ladder.
+
+        Args:
+            known: this rung of another ladder, which has run; its number of epochs is taken.
+        """
+        plan = known._folder.plan()
+        assert plan is not None
+        return self._trained(WHOLE, None, plan["epochs"], [])
+
     def _new_plan(self) -> dict[str, int]:
         """As many epochs as the time allows, and then as many folds.
 
@@ -145,7 +157,28 @@ class LoRARung:
             to_read_dev=self._seconds_to_read(context.splits.dev),
             n_dev=len(context.splits.dev),
             fold_sizes=[len(fold) for fold in context.folds],
+            once=0.0 if self._states is not None else self._seconds_of_states(),
         )
+
+    @property
+    def _keeps_states(self) -> bool:
+        """Whether the layers below the adapters run once for all trainings."""
+        llama = self._context.llama
+        is_same_again = self._first_layer > 0 and llama.config.dropout == 0
+        return is_same_again and states_fit(llama, self._n_tokens)
+
+    def _seconds_of_states(self) -> float:
+        if not self._keeps_states:
+            return 0.0
+        share = self._first_layer / self._context.llama.config.n_layers
+        return share * self._n_tokens * self._context.seconds_per_token
+
+    def _begin_above(self, classifier: Classifier, texts: Sequence[str]) -> None:
+        """Let a training begin with what the layers below the adapters make of texts."""
+        if not (self._keeps_states and isinstance(classifier, LlamaEmbeddingClassifier)):
+            return
+        prompts = [classifier.encode(text).ids for text in texts]
+        classifier.frozen_states = FrozenStates(self._context.llama, prompts, self._first_layer)
 
     def _is_worse(self, scores: Scores) -> bool:
         """Whether an earlier rung is better on the folds by more than one standard error.
@@ -196,6 +229,13 @@ class LoRARung:
         options = replace(self._options, epochs=epochs, keep="last", patience=0)
         progress = _UntilTime(context, self._seconds_to_read(context.splits.dev))
         head = classifier.score if isinstance(classifier, LlamaEmbeddingClassifier) else None
+        if isinstance(classifier, LlamaEmbeddingClassifier):
+            if self._states is None:
+                # Of folds, all texts, for the next one has others of them.
+                texts = train.texts if name == WHOLE else context.train.texts
+                self._begin_above(classifier, texts)
+                self._states = classifier.frozen_states
+            classifier.frozen_states = self._states
         try:
             fit(
                 classifier,
@@ -213,6 +253,8 @@ class LoRARung:
         except KeyboardInterrupt:
             restore_base(context.llama)
             raise
+        if isinstance(classifier, LlamaEmbeddingClassifier):
+            classifier.frozen_states = None
         return classifier
 
     def _started(self, rows: Sequence[int]) -> tuple[Classifier, Dataset]:
@@ -303,6 +345,7 @@ class LoRARung:
                 torch.manual_seed(context.seed)
                 classifier, train = self._started(sorted(order[:n].tolist()))
                 self._make_trainable(classifier)
+                self._begin_above(classifier, train.texts)
                 options = replace(self._options, epochs=1, keep="last", patience=0)
                 try:
                     fit(classifier, train, None, options, progress=clock)

@@ -99,6 +99,18 @@ class ProductRung:
         how = "the same rows as LoRA; took: beyond the two"
         return Measured(found.scores, how, seconds, speed, classifier)
 
+    def refitted(self, known: "ProductRung") -> LlamaExpertsClassifier:
+        """The product of this rung's ladder.
+
+        Args:
+            known: this rung of another ladder, which has run; its weights are taken.
+        """
+        context, partner = known._context, partner_of(self._context)
+        found = multiplied(context, context.results[LoRARung.name].scores)
+        assert found is not None
+        assert partner is not None
+        return self._made(partner, found.of_rung, found.of_partner)
+
     def _made(self, partner: Partner, of_lora: float, of_partner: float) -> LlamaExpertsClassifier:
         """Both classifiers as one, on the adapters that are loaded for it."""
         context = self._context
