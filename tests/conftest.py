@@ -144,8 +144,9 @@ def as_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     from minllama.kernels.cpu import library
 
     def forget() -> None:
-        for decided in (hardware.stated, hardware.calibration, hardware.choice, library.best_level):
-            decided.cache_clear()
+        decided = hardware.stated, hardware.calibration, hardware.choice, hardware.sums_from
+        for function in (*decided, library.best_level):
+            function.cache_clear()
 
     def state(*features: str, level: str | None = None) -> None:
         monkeypatch.delenv(hardware.VARIABLE, raising=False)

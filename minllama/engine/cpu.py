@@ -31,7 +31,7 @@ from minllama.kernels.cpu.structs import (
     quantized_linear,
 )
 from minllama.kernels.dispatch import is_plain
-from minllama.kernels.hardware import AVX512, choice
+from minllama.kernels.hardware import AVX512, choice, sums_from
 from minllama.model import llama as modules
 from minllama.model.attention_layout import (
     check_context,
@@ -287,6 +287,7 @@ class NativeStep:
             head_dim=config.head_dim,
             hidden_dim=config.hidden_dim,
             activation_bits=min(_activation_bits(llama), default=16),
+            sums_from=sums_from(best_level()),
             norm_eps=config.norm_eps,
             embedding=embedding,
             output=embedding if llama.output is None else self._linear(llama.output),

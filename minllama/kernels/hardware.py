@@ -280,6 +280,27 @@ def calibration() -> Mapping[str, float]:
     return found
 
 
+SUMS_FROM = 32  # rows; measured on Zen 5, where 24 in a pass are 2% slower
+
+
+@functools.cache
+def sums_from(level: int) -> int:
+    """From how many rows on quantized products take Winograd's inner products; 0 for never.
+
+    These have half of the products, for more additions (`kernels/cpu/src/winograd.inc`). AMD's
+    processors with AVX-512 add in four pipes and multiply in two; Intel's do both in two.
+
+    Args:
+        level: index into LEVELS of the instructions that compiled code uses.
+    """
+    assumed = stated()
+    if assumed is None:
+        is_zen = "AMD" in processor()
+    else:  # as MINLLAMA_CPU states a Zen 4
+        is_zen = cpu_can("avx512_bf16") and not cpu_can("amx_bf16")
+    return SUMS_FROM if level == AVX512 and is_zen else 0
+
+
 def processor() -> str:
     """The processor's name, as the system gives it."""
     try:

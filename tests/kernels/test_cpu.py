@@ -560,6 +560,44 @@ def test_quantized_products_of_many_rows_and_blocks(kind, at_level):
         assert torch.equal(few, y[:n]) if at_level else torch.allclose(few, y[:n], atol=1e-3), n
 
 
+@pytest.mark.skipif(best_level() < 2, reason="these products need AVX-512")
+@pytest.mark.parametrize("kind", ["int4", "int4 without mins", "int8", "int8 with mins"])
+def test_winograds_inner_products_have_the_bits_of_plain_ones(kind, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(200, 5 * 32)
+    x[3], x[40, 32:64] = 1e30, 0.0
+    x[7, 0::2], x[7, 1::2] = 1.0, -1.0
+    x[11] = 1.0
+    for out in (40, 64):  # an odd number of tiles, the last of them with rows left out
+        quants, scales, mins = quantize(torch.randn(out, 5 * 32), 8 if "int8" in kind else 4)[:3]
+        quants[0, :2], quants[1, 1:] = 255, 0  # all of one block the largest, and the smallest
+        has_mins = kind in ("int4", "int8 with mins")
+        mins = -7 * scales if has_mins and mins is None else mins if has_mins else None
+        weight = QuantizedWeight(quants, scales, mins, out)
+        for rows in (12, 13, 16, 63, 64, 65, 68, 127, 200):
+            monkeypatch.setattr(ops, "sums_from", lambda level: 0)
+            plain_products = ops.quantized_matmul(weight, x[:rows])
+            monkeypatch.setattr(ops, "sums_from", lambda level: 12)
+            assert torch.equal(ops.quantized_matmul(weight, x[:rows]), plain_products), rows
+
+
+@pytest.mark.skipif(best_level() < 2, reason="these products need AVX-512")
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "ffn_bias": True}])
+def test_passes_of_winograds_inner_products_have_the_bits_of_plain_ones(
+    kind, changes, monkeypatch, tmp_path
+):
+    model = model_of(kind, tmp_path, max_seq_len=512, **changes)
+    for bias in (p for name, p in model.named_parameters() if name.endswith("bias")):
+        nn.init.normal_(bias)
+    found = []
+    with torch.inference_mode():
+        for least in (0, 12):
+            monkeypatch.setattr(native_step, "sums_from", lambda level, least=least: least)
+            found.append(ragged_pass(model, engine_for(model, "cpu").forward)[:2])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("rows", "out", "n"),

@@ -133,6 +133,22 @@ def test_the_command_line_refuses_a_wrong_statement_in_one_line():
     assert "MINLLAMA_CPU must be one of portable, avx2, avx512" in finished.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "least"), [("AMD EPYC", 32), ("Intel(R) Xeon(R)", 0), ("x86_64", 0)]
+)
+def test_products_are_winograds_where_additions_have_pipes_of_their_own(monkeypatch, name, least):
+    unstated(monkeypatch)
+    monkeypatch.setattr(hardware, "processor", lambda: name)
+    found = [hardware.sums_from.__wrapped__(level) for level in range(len(hardware.LEVELS))]
+    assert found == [0, 0, least]
+
+
+@pytest.mark.parametrize(("features", "least"), [((), 0), (("bf16",), 32), (("amx",), 0)])
+def test_a_stated_zen_takes_winograds_products(as_cpu, features, least):
+    as_cpu(*features)
+    assert hardware.sums_from(hardware.AVX512) == least
+
+
 def test_a_stated_processor_is_believed(as_cpu):
     as_cpu("bf16", level="portable")
     assert best_level() == 0

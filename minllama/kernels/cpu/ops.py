@@ -32,7 +32,7 @@ from minllama.kernels.cpu.structs import (
     quantized_linear,
 )
 from minllama.kernels.dispatch import is_plain, register
-from minllama.kernels.hardware import choice
+from minllama.kernels.hardware import choice, sums_from
 from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 DTYPES = frozenset(KINDS)
@@ -167,6 +167,7 @@ def quantized_matmul(weight: QuantizedMatrix, x: Tensor) -> Tensor:
         ctypes.pointer(described),
         rows=rows,
         activation_bits=weight.activation_bits,
+        sums_from=sums_from(best_level()),
         x=x.data_ptr(),
         quants=quants.data_ptr(),
         scales=scales.data_ptr(),

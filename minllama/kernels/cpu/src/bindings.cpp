@@ -40,6 +40,7 @@ namespace avx512 {
 #include "activations.inc"
 #include "matmul.inc"
 #include "dense_panels.inc"
+#include "winograd.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
 #include "step_attention.inc"
@@ -64,6 +65,7 @@ namespace avx2 {
 #include "activations.inc"
 #include "matmul.inc"
 #include "dense_panels.inc"
+#include "winograd.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
 #include "step_attention.inc"
@@ -87,6 +89,7 @@ namespace plain {
 #include "activations.inc"
 #include "matmul.inc"
 #include "dense_panels.inc"
+#include "winograd.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
 #include "step_attention.inc"
@@ -140,6 +143,7 @@ Activations activations(Arena& arena, const Model& model, int64_t tokens, int64_
     a.panels = with_panels ? arena.take<float>((tokens + MOST_PANEL - 1) / MOST_PANEL * MOST_PANEL * n) : nullptr;
     a.n = n;
     a.bits = model.activation_bits;
+    a.sums_from = model.sums_from;
     a.values = arena.take<float>(tokens * n);
     a.quants = arena.take<int8_t>(tokens * n * 3);
     a.scales = arena.take<float>(tokens * (n / 32 + 1));
@@ -417,7 +421,8 @@ EXPORT int minllama_quantize_activations(const Matmul* a, int64_t threads, int l
 EXPORT int minllama_matmul(const Matmul* a, int64_t threads, int level) {
     const Linear& w = *a->weight;
     const int64_t total = AT_LEVEL(matmul_parts)(*a);
-    return operate(AT_LEVEL(matmul_tiles), *a, total, EACH, 0, w.in_dim * w.out_dim, threads, a->panels);
+    const bool finely = a->panels || (a->sums_from && a->rows >= a->sums_from);
+    return operate(AT_LEVEL(matmul_tiles), *a, total, EACH, 0, w.in_dim * w.out_dim, threads, finely);
 }
 
 // Also a first call, of two: for many rows of a dense weight.

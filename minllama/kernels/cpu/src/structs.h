@@ -37,6 +37,7 @@ struct Layer {
 struct Model {
     int64_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim;
     int64_t activation_bits;  // of integers beside quantized weights: 16 or 8
+    int64_t sums_from;        // at least 12: so many tokens are multiplied as winograd.inc does; or 0: none are
     double norm_eps;
     Linear embedding;  // (V, D)
     Linear output;     // the same one where they are tied
@@ -112,7 +113,7 @@ struct Blocks {
 
 struct Matmul {
     const Linear* weight;
-    int64_t rows, activation_bits;
+    int64_t rows, activation_bits, sums_from;  // the latter as in Model
     float* x;        // (rows, in)
     int8_t* quants;  // room for (rows, in / 32, 96), and so on: see Activations
     float* scales;
