@@ -287,7 +287,7 @@ class NativeStep:
             head_dim=config.head_dim,
             hidden_dim=config.hidden_dim,
             activation_bits=min(_activation_bits(llama), default=16),
-            sums_from=sums_from(best_level()),
+            sums_from=sums_from(best_level()) if _is_quantized(llama) else 0,
             norm_eps=config.norm_eps,
             embedding=embedding,
             output=embedding if llama.output is None else self._linear(llama.output),

@@ -37,7 +37,9 @@ struct Layer {
 struct Model {
     int64_t dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim;
     int64_t activation_bits;  // of integers beside quantized weights: 16 or 8
-    int64_t sums_from;        // at least 12: so many tokens are multiplied as winograd.inc does; or 0: none are
+    // At least 12: so many tokens are multiplied as winograd.inc does. Or 0, where none are: as in a layer that is not
+    // quantized throughout, since the gate of its feed-forward reads activations in one order only.
+    int64_t sums_from;
     double norm_eps;
     Linear embedding;  // (V, D)
     Linear output;     // the same one where they are tied
