@@ -110,11 +110,20 @@ class GGUFFile:
         """A `LazyTensor` of one tensor in the file."""
         blocks = None if tensor.type in DTYPES else lambda: (tensor.type, self.raw(tensor))
         load = partial(self.load, tensor)
-        return LazyTensor(tensor.shape, tensor.type.words, tensor.n_bytes, load, blocks)
+        # Rows of a matrix are whole blocks; a vector's elements are, where they are no blocks.
+        has_rows = len(tensor.shape) > 1 or tensor.type in DTYPES
+        load_rows = partial(self.load_rows, tensor) if has_rows else None
+        return LazyTensor(tensor.shape, tensor.type.words, tensor.n_bytes, load, blocks, load_rows)
 
     def load(self, tensor: GGUFTensor) -> Tensor:
         """The values of one tensor: float32 if quantized, else a view in the stored dtype."""
         return dequantize(self.raw(tensor), tensor.type, tensor.shape)
+
+    def load_rows(self, tensor: GGUFTensor, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of `load`."""
+        n_bytes = tensor.n_bytes // tensor.shape[0]
+        raw = self.raw(tensor)[start * n_bytes : stop * n_bytes]
+        return dequantize(raw, tensor.type, (stop - start, *tensor.shape[1:]))
 
 
 def open_gguf(path: Path) -> GGUFFile:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from minllama.checkpoints.huggingface_head import (
     head_settings,
 )
 from minllama.checkpoints.json_object import read_object
+from minllama.checkpoints.safetensors_file import write_safetensors
 from minllama.checkpoints.state_dict import (
     add_zero_biases,
     check_extent,
@@ -40,7 +40,7 @@ from minllama.checkpoints.state_dict import (
     has_bias,
     translate,
 )
-from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy
+from minllama.checkpoints.types import Checkpoint, LazyTensor, lazy, without_values
 from minllama.checkpoints.wrapped import load_state_dict, without_wrappers
 from minllama.errors import (
     CheckpointError,
@@ -268,12 +268,11 @@ def write_files(
     if dtype is not None and dtype not in SAFETENSORS_DTYPES.values():
         known = ", ".join(str(known) for known in SAFETENSORS_DTYPES.values())
         raise OptionError(f"dtype must be one of {known}, not {dtype}")
-    first = next(iter(tensors.values()))
+    first = next(iter(without_values(tensors).values()))
     stated_dtype = str(dtype or first.dtype).removeprefix("torch.")
     raw_config = config_to_huggingface(config, stated_dtype, vocabulary) | dict(settings or {})
-    names = {name: their_name(name) for name in tensors} | {name: name for name in head or {}}
     _write_json(folder / "config.json", raw_config)
-    _write_shards(folder, {**tensors, **(head or {})}, names, config, dtype)
+    _write_shards(folder, tensors, head or {}, config, dtype)
     if vocabulary is not None:
         _write_vocabulary(folder, vocabulary, generation or {})
 
@@ -281,47 +280,40 @@ def write_files(
 def _write_shards(
     folder: Path,
     tensors: Mapping[str, Tensor],
-    names: Mapping[str, str],
+    head: Mapping[str, Tensor],
     config: LlamaConfig,
     dtype: torch.dtype | None,
 ) -> None:
-    """Write tensors to model.safetensors, or to shards of it and their index.
+    """Write tensors to model.safetensors, or to shards of it and their index, one at a time.
 
     Args:
-        folder: has config.json already, whose permissions the files get.
-        tensors: by our names, and a head's by Hugging Face's.
-        names: theirs, of each.
+        folder: exists.
+        tensors: by our names.
+        head: further ones, by Hugging Face's names.
         config: of the model.
         dtype: of what is written; None for each tensor's own.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
-    # Shards are planned by shape alone: meta tensors hold no values.
+    ours = {their_name(name): name for name in tensors}
+
+    def read(name: str) -> Tensor:
+        if name in head:
+            return head[name].to(dtype=dtype)
+        return for_huggingface(ours[name], tensors[ours[name]], config).to(dtype=dtype)
+
+    stored = without_values(tensors)
+    like = {name: stored[of_us].to(dtype=dtype) for name, of_us in ours.items()}
+    like |= {name: tensor.to(dtype=dtype) for name, tensor in without_values(head).items()}
+    # Shards are planned by shape alone.
     plan = split_torch_state_dict_into_shards(
-        {name: t.to("meta", dtype or t.dtype) for name, t in tensors.items()},
-        max_shard_size=MAX_SHARD_SIZE,
-        filename_pattern="model{suffix}.safetensors",
+        like, max_shard_size=MAX_SHARD_SIZE, filename_pattern="model{suffix}.safetensors"
     )
-    for file, of_file in plan.filename_to_tensors.items():
-        shard = {
-            names[name]: (
-                for_huggingface(name, tensors[name], config)
-                if names[name] != name
-                else tensors[name]  # of a head
-            ).to(dtype=dtype)
-            for name in of_file
-        }
-        try:
-            save_file(_without_overlap(shard), folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # of a full disk
-            raise OSError(str(error)) from error
-        # The library creates files that only their owner can read.
-        shutil.copymode(folder / "config.json", folder / file)
+    for file, names in plan.filename_to_tensors.items():
+        write_safetensors(folder / file, {name: like[name] for name in names}, read)
     if plan.is_sharded:
-        where = {names[name]: file for name, file in plan.tensor_to_filename.items()}
-        index = {"metadata": plan.metadata, "weight_map": dict(sorted(where.items()))}
+        where = dict(sorted(plan.tensor_to_filename.items()))
+        index = {"metadata": plan.metadata, "weight_map": where}
         _write_json(folder / "model.safetensors.index.json", index)
 
 
@@ -335,20 +327,6 @@ def _check_existing_tokenizer(folder: Path, config: LlamaConfig) -> None:
         return  # opening it reports the damage
     if vocabulary is not None:
         check_fits(count_tokens(vocabulary), config.vocab_size, str(folder))
-
-
-def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that do not overlap in memory, as safetensors requires.
-
-    They overlap if a file of torch.save has one matrix under two names.
-    """
-    separate = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    end = 0
-    for name, tensor in sorted(separate.items(), key=lambda item: item[1].data_ptr()):
-        if tensor.data_ptr() < end:
-            separate[name] = tensor.clone()
-        end = max(end, tensor.data_ptr() + tensor.nbytes)
-    return separate
 
 
 def their_name(ours: str) -> str:
@@ -395,10 +373,24 @@ def _permuted(ours: str, stored: LazyTensor, config: LlamaConfig) -> LazyTensor:
     if n_heads is None or stored.shape[:1] != (n_heads * config.head_dim,):
         return stored
 
+    head_dim, read = config.head_dim, stored.load_rows
+
     def load() -> Tensor:
         return to_interleaved(stored.load(), n_heads)
 
-    return LazyTensor(stored.shape, stored.stored_as, stored.stored_bytes, load)
+    def load_rows(start: int, stop: int) -> Tensor:
+        assert read is not None
+        first, last = start // head_dim, -(-stop // head_dim)  # heads with such rows
+        heads = to_interleaved(read(first * head_dim, last * head_dim), last - first)
+        return heads[start - first * head_dim : stop - first * head_dim]
+
+    return LazyTensor(
+        stored.shape,
+        stored.stored_as,
+        stored.stored_bytes,
+        load,
+        load_rows=None if read is None else load_rows,
+    )
 
 
 def _stored_tensors(folder: Path) -> Iterator[tuple[str, LazyTensor]]:
@@ -469,13 +461,20 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, LazyTensor]]:
                 raise CheckpointError(f"{path}: {name} has shape {shape}; the file is damaged")
             size = math.prod(shape) * dtype.itemsize
             kind = str(dtype).removeprefix("torch.")
-            yield name, LazyTensor(shape, kind, size, partial(file.get_tensor, name))
+            load, load_rows = partial(file.get_tensor, name), partial(_rows_of, part)
+            yield name, LazyTensor(shape, kind, size, load, load_rows=load_rows)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: not a complete safetensors file ({error}); download it again"
         ) from error
+
+
+def _rows_of(part: Any, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a slice that `safe_open` gave, mapped into memory."""
+    rows: Tensor = part[start:stop]
+    return rows
 
 
 def _write_vocabulary(folder: Path, vocabulary: Vocabulary, generation: Mapping[str, Any]) -> None:

@@ -5,6 +5,8 @@ weight format. `Llama.from_checkpoint` calls it.
 """
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from minllama.checkpoints.huggingface import write_huggingface
 from minllama.checkpoints.open import open_checkpoint
+from minllama.checkpoints.sample import sample_by_rows
 from minllama.checkpoints.state_dict import differences, listed, tensor_shapes
 from minllama.checkpoints.types import Checkpoint, LazyTensor
 from minllama.checkpoints.weight_format import (
@@ -84,11 +87,7 @@ def load_with(
     kind: type[ModelT], checkpoint: Checkpoint, weights: WeightFormat, **config_changes: Any
 ) -> ModelT:
     """Load a model of a class from an open checkpoint, in a weight format that is resolved."""
-    # Checked before a module is built: a file may claim thousands of layers.
-    check_shapes(checkpoint, tensor_shapes(checkpoint.config))
-    # No memory and no random numbers: the weights are assigned.
-    with torch.device("meta"), without_initial_values():
-        model = kind(checkpoint.config.replace(**config_changes))
+    model = _without_weights(kind, checkpoint, config_changes)
     model.quantize = load_weights(model, checkpoint, weights)
     model.activations = weights.activations
     set_activations(model, weights.activations)
@@ -96,6 +95,87 @@ def load_with(
         model.long_dtype = long_dtype(model)
     model.source = checkpoint.source
     return model.eval()
+
+
+def _without_weights(
+    kind: type[ModelT], checkpoint: Checkpoint, config_changes: dict[str, Any]
+) -> ModelT:
+    """The model of an open checkpoint on the meta device."""
+    # Checked before a module is built: a file may claim thousands of layers.
+    check_shapes(checkpoint, tensor_shapes(checkpoint.config))
+    # No memory and no random numbers: the weights are assigned.
+    with torch.device("meta"), without_initial_values():
+        return kind(checkpoint.config.replace(**config_changes))
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """Some rows of a parameter.
+
+    Attributes:
+        values: (n, ...), in memory of their own.
+        shape: of the whole parameter.
+        sample: of all rows; see `minllama.checkpoints.sample`.
+    """
+
+    values: Tensor
+    shape: tuple[int, ...]
+    sample: bytes
+
+
+def load_rows(
+    kind: type[ModelT],
+    checkpoint: Checkpoint,
+    weights: WeightFormat,
+    rows_of: Callable[[int], tuple[int, int]],
+    **config_changes: Any,
+) -> tuple[ModelT, dict[str, LoadedRows]]:
+    """Load some rows of each parameter of a model, whose own parameters have none.
+
+    Other rows are not read, but for a few of a sample; of a format without rows one tensor at a
+    time is read whole.
+
+    Args:
+        kind: class of the model.
+        checkpoint: to load.
+        weights: a dense format.
+        rows_of: from a tensor's number of rows to the first one to load, and the one after the
+            last.
+        config_changes: as for `load_with`.
+
+    Raises:
+        CheckpointError: as for `load_weights`, of the rows that are loaded.
+    """
+    assert weights.quantize is None, "blocks are not divided"
+    model = _without_weights(kind, checkpoint, config_changes)
+    check_shapes(checkpoint, {n: tuple(p.shape) for n, p in model.named_parameters()})
+    loaded: dict[str, LoadedRows] = {}
+    for name, parameter in list(model.named_parameters()):
+        loaded[name] = _loaded_rows(name, checkpoint, weights, rows_of)
+        owner, _, attribute = name.rpartition(".")
+        none = torch.empty(0, dtype=weights.dtype, device=weights.device)
+        empty = nn.Parameter(none, requires_grad=parameter.requires_grad)
+        setattr(model.get_submodule(owner), attribute, empty)
+    model.source = checkpoint.source
+    return model.eval(), loaded
+
+
+def _loaded_rows(
+    name: str,
+    checkpoint: Checkpoint,
+    weights: WeightFormat,
+    rows_of: Callable[[int], tuple[int, int]],
+) -> LoadedRows:
+    tensor = checkpoint.tensors[name]
+    read, (start, stop) = tensor.row_reader(), rows_of(tensor.shape[0])
+    values = torch.empty(
+        (stop - start, *tensor.shape[1:]), dtype=weights.dtype, device=weights.device
+    )
+    if values.numel():
+        stored = read(start, stop)
+        values.copy_(stored)
+        _check_finite(name, stored, values, checkpoint)
+    return LoadedRows(values, tensor.shape, sample_by_rows(read, tensor.shape, weights.dtype))
 
 
 def save_model(model: LlamaPreTrainedModel, folder: str | os.PathLike[str]) -> None:

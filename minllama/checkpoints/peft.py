@@ -156,7 +156,9 @@ def with_adapter(base: Checkpoint, folder: Path) -> Checkpoint:
         stored = tensors[f"{module}.weight"]
         load = partial(_merged, stored, module, adapter, base.config)
         # The sum is dense: the base's quantized blocks no longer apply.
-        tensors[f"{module}.weight"] = dataclasses.replace(stored, load=load, blocks=None)
+        tensors[f"{module}.weight"] = dataclasses.replace(
+            stored, load=load, blocks=None, load_rows=None
+        )
     ignored = base.ignored
     if adapter.config.has_head:
         ignored = (*ignored, f"{HEAD}.weight")

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minllama.checkpoints.types import LazyTensor
+from minllama.checkpoints.types import LazyTensor, without_values
 from minllama.errors import CheckpointError, MinllamaError
 from minllama.model.config import LlamaConfig
 from minllama.text import first_few
@@ -95,7 +95,7 @@ def check_writable(config: LlamaConfig, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         MinllamaError: one line that lists every difference.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in without_values(tensors).items()}
     if problems := differences(shapes, tensor_shapes(config)):
         raise MinllamaError(f"the tensors disagree with their config: {listed(problems)}")
 

@@ -5,7 +5,8 @@ read tensor by tensor when a model requests it.
 """
 
 import dataclasses
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +35,8 @@ class LazyTensor:
             read-only, and the caller must not write to it.
         blocks: its ggml type and its bytes (n_bytes,) as stored in the file, for types that are
             blocks; None for numbers.
+        load_rows: reads rows [start, stop) of it and, but for a head's, no others; None where the
+            format has it only whole.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +44,39 @@ class LazyTensor:
     stored_bytes: int
     load: Callable[[], Tensor]
     blocks: "Callable[[], tuple[GGMLType, Tensor]] | None" = None
+    load_rows: Callable[[int, int], Tensor] | None = None
+
+    def row_reader(self) -> Callable[[int, int], Tensor]:
+        """A function that reads rows [start, stop).
+
+        Without `load_rows` the tensor is loaded here, once, and is freed with the function.
+        """
+        if self.load_rows is not None:
+            return self.load_rows
+        whole = self.load()
+        return lambda start, stop: whole[start:stop]
+
+
+class TensorSource(Mapping[str, Tensor]):
+    """Tensors by their names, each of which is made when it is read, and not kept."""
+
+    @property
+    @abstractmethod
+    def like(self) -> Mapping[str, Tensor]:
+        """Tensors of the same names, shapes and dtypes on the meta device."""
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+
+def without_values(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Names, shapes and dtypes of tensors, on the meta device; none of them is read."""
+    if isinstance(tensors, TensorSource):
+        return tensors.like
+    return {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -120,4 +156,10 @@ class Checkpoint:
 def lazy(tensor: Tensor) -> LazyTensor:
     """A LazyTensor for a tensor that is already loaded or memory-mapped."""
     stored = str(tensor.dtype).removeprefix("torch.")
-    return LazyTensor(tuple(tensor.shape), stored, tensor.nbytes, lambda: tensor)
+    return LazyTensor(
+        tuple(tensor.shape),
+        stored,
+        tensor.nbytes,
+        lambda: tensor,
+        load_rows=lambda start, stop: tensor[start:stop],
+    )
