@@ -40,12 +40,27 @@ ENCODED = 8192  # texts at a time: token ids of a million take more memory than 
 
 
 class Evaluator(Protocol):
-    """Processes that have parts of a classifier, and compute its predictions together."""
+    """Processes that have parts of a classifier's weights, and compute with them together."""
 
-    def predict(
-        self, prompts: Sequence[Any], *, progress: Callable[[int], None] | None = None
-    ) -> NDArray[np.float32]:
-        """Scores of this process's N encoded texts, (N, C); all processes call it at once."""
+    def evaluated(
+        self,
+        classifier: Any,
+        prompts: Sequence[Any],
+        compute: Callable[[Any, Sequence[Any]], Any],
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Results of this process's N encoded texts, batch by batch; all processes call it at once.
+
+        Args:
+            classifier: whose encoded texts they are.
+            prompts: N of them.
+            compute: from a copy of the classifier with its weights and some texts to their results.
+            progress: receives the number of texts just completed.
+
+        Yields:
+            The indices of a batch's texts, and what `compute` returns for them.
+        """
 
 
 class Classifier(nn.Module, ABC):
@@ -68,8 +83,8 @@ class Classifier(nn.Module, ABC):
             MOST_NOTED of them.
         scale: of the output of a regression; None for classes.
         digest: SHA-256 of the manifest that it was loaded from; None for a new classifier.
-        evaluator: computes its predictions while it is trained and its weights are divided among
-            processes; else None.
+        evaluator: computes its predictions while its weights are divided among processes; else
+            None.
 
     Raises:
         MinllamaError: there are no labels, or duplicates.
@@ -96,7 +111,7 @@ class Classifier(nn.Module, ABC):
         self.shortened: set[int] = set()
         self.digest: str | None = None
         self.scale: TargetScale | None = None
-        self.evaluator: Evaluator | None = None
+        self.evaluator: Evaluator | None = llama.shards
         self._engine = KeptEngine()
         self._scheduler: Scheduler | None = None  # while `steady`
         self._lock = threading.RLock()  # an engine is for one thread at a time
@@ -119,6 +134,11 @@ class Classifier(nn.Module, ABC):
     def reads_words(self) -> bool:
         """Whether logits depend on the text itself, too, and not on its token ids alone."""
         return False
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether logits depend on the Llama's output matrix."""
+        return True
 
     @property
     @abstractmethod
@@ -200,7 +220,7 @@ class Classifier(nn.Module, ABC):
         mine = ranks.part_of_texts(texts)
         progress = ranks.advanced(progress, len(texts))
         logits = np.empty((len(mine), len(self.labels)), dtype=np.float32)
-        with self._lock, self.steady():
+        with self._lock, self.steady() if self.evaluator is None else contextlib.nullcontext():
             # As often in each process, and once without a text: others may wait for this one in it.
             most = -(-len(texts) // ranks.size)
             for start in range(0, max(most, 1), ENCODED):
@@ -226,9 +246,14 @@ class Classifier(nn.Module, ABC):
 
         Several threads may call it; their texts are computed one after the other.
         """
-        if self.evaluator is not None:
-            return self.evaluator.predict(prompts, progress=progress)
         logits = np.empty((len(prompts), len(self.labels)), dtype=np.float32)
+        if self.evaluator is not None:
+            self._prepare(len(prompts))
+            for indices, batch in self.evaluator.evaluated(
+                self, prompts, lambda twin, texts: twin.compute_logits(texts), progress=progress
+            ):
+                logits[indices] = batch.float().cpu().numpy()
+            return logits
         with self._lock, self.steady() as scheduler, torch.inference_mode():
             shared = self._prepare(len(prompts))
             requests = [self.request_of(prompt, shared=shared) for prompt in prompts]

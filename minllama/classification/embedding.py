@@ -102,6 +102,10 @@ class LlamaEmbeddingClassifier(Classifier):
         return self.layer
 
     @property
+    def reads_output(self) -> bool:
+        return False
+
+    @property
     def unlike_transformers(self) -> str | None:
         """Why transformers' LlamaForSequenceClassification computes other logits for the same ids.
 

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from minllama.classification.base import Classifier, evaluated
+from minllama.classification.prompts import EncodedPrompt
 from minllama.data.task import Task
 from minllama.data.texts import checked_texts
 from minllama.distributed.ranks import current
-from minllama.engine.states import Choice, Pooling, StatesRequest
+from minllama.engine.states import Choice, Pooling, StatesRequest, states_of
 from minllama.errors import optional_import
 
 Features = dict[Choice, NDArray[np.float32]]
@@ -86,16 +88,38 @@ def extract_features(
     features = {
         choice: np.empty((len(texts), llama.config.dim), dtype=np.float32) for choice in choices
     }
-    with classifier.steady() as scheduler, torch.inference_mode():
-        encoded = [classifier.encode(text) for text in texts]
-        requests = [StatesRequest(ids=prompt.ids, choices=tuple(choices)) for prompt in encoded]
-        for indices, results in evaluated(scheduler, requests):
-            for choice, vectors in zip(choices, zip(*results, strict=True), strict=True):
-                features[choice][indices] = torch.stack(vectors).cpu().numpy()
-            if progress is not None:
-                progress(len(indices))
+    encoded = [classifier.encode(text) for text in texts]
+    for indices, vectors in _vectors(classifier, encoded, choices, progress):
+        for choice, of_choice in zip(choices, vectors, strict=True):
+            features[choice][indices] = of_choice.cpu().numpy()
     classifier.note_shortened(every)
     return {choice: ranks.joined_rows(rows, total) for choice, rows in features.items()}
+
+
+def _vectors(
+    classifier: Classifier,
+    prompts: Sequence[EncodedPrompt],
+    choices: Sequence[Choice],
+    progress: Callable[[int], None] | None,
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Indices of some texts, and their vectors (n, D) of each choice, batch by batch."""
+
+    def request(prompt: EncodedPrompt) -> StatesRequest:
+        return StatesRequest(ids=prompt.ids, choices=tuple(choices))
+
+    if classifier.evaluator is not None:
+        yield from classifier.evaluator.evaluated(
+            classifier,
+            prompts,
+            lambda twin, some: states_of(twin.llama, [request(prompt) for prompt in some]),
+            progress=progress,
+        )
+        return
+    with classifier.steady() as scheduler, torch.inference_mode():
+        for indices, results in evaluated(scheduler, [request(p) for p in prompts]):
+            yield indices, [torch.stack(vectors) for vectors in zip(*results, strict=True)]
+            if progress is not None:
+                progress(len(indices))
 
 
 def select_features(

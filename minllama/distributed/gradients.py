@@ -40,6 +40,13 @@ class Rows:
     shape: tuple[int, ...]
 
     @classmethod
+    def of_process(cls, shape: tuple[int, ...], rank: int, size: int) -> "Rows":
+        """Those of one of `size` processes: as many for each, but for the last ones."""
+        most = -(-shape[0] // size)
+        start = min(rank * most, shape[0])
+        return cls(start, min(start + most, shape[0]), tuple(shape))
+
+    @classmethod
     def all_of(cls, tensor: Tensor) -> "Rows":
         """All rows of a whole tensor."""
         return cls(0, tensor.shape[0] if tensor.dim() else 1, tuple(tensor.shape))

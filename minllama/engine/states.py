@@ -72,13 +72,7 @@ class StatesRequest(EvaluationRequest):
         self, engine: Engine, requests: "Sequence[StatesRequest]", cache: KVCache | None
     ) -> Sequence[list[Tensor]]:
         """See `EvaluationRequest.compute`."""
-        llama, (ids, mask, at) = engine.llama, batch_of(requests, engine.device)
-        if len(self.choices) == 1:
-            layer, pooling = self.choices[0]
-            vectors = [pooled_states(llama, ids, mask, layer, pooling, at=at)]
-        else:
-            states = enumerate(layer_states(llama, ids, attention_mask=mask))
-            vectors = pooled_layers(llama, states, mask, self.choices, at)
+        vectors = states_of(engine.llama, requests)
         return [list(of_text) for of_text in zip(*vectors, strict=True)]
 
     def in_chunks(self, engine: Engine, cache: KVCache) -> Chunks:
@@ -109,6 +103,16 @@ class StatesRequest(EvaluationRequest):
             cache.advance([end - start])
             allowed = yield end - start
         return [total / weight for total, weight in zip(sums, weights, strict=True)]
+
+
+def states_of(llama: Llama, requests: Sequence[StatesRequest]) -> list[Tensor]:
+    """Vectors of B requests with the same choices, by one forward pass: (B, D) of each choice."""
+    choices, (ids, mask, at) = requests[0].choices, batch_of(requests, llama.device)
+    if len(choices) == 1:
+        ((layer, pooling),) = choices
+        return [pooled_states(llama, ids, mask, layer, pooling, at=at)]
+    states = enumerate(layer_states(llama, ids, attention_mask=mask))
+    return pooled_layers(llama, states, mask, choices, at)
 
 
 def pooled_states(

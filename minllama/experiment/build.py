@@ -316,7 +316,7 @@ def make_trainable(
         # Layers that do not run get no gradients, and would only enlarge checkpoints.
         if classifier.n_layers < len(llama.layers):
             llama.norm.requires_grad_(False)
-        if isinstance(classifier, LlamaEmbeddingClassifier) and llama.output is not None:
+        if not classifier.reads_output and llama.output is not None:
             llama.output.requires_grad_(False)
         return []
     return add_lora_wrapper(

@@ -30,6 +30,8 @@ from minllama.classification.base import Classifier
 from minllama.classification.storage.fingerprint import comparable_config
 from minllama.distributed.launcher import launch
 from minllama.distributed.ranks import current, joined
+from minllama.distributed.sharded_llama import load_sharded, samples_of
+from minllama.distributed.sharding import is_read_by_rows
 from minllama.errors import MinllamaError, optional_import
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report
@@ -70,8 +72,9 @@ from minllama.model.llama import Llama
 from minllama.tokenizer.size import check_fits
 from minllama.tokenizer.tokenizer import Tokenizer
 from minllama.training.losses import check_ordinal
+from minllama.training.malloc import give_back_freed_memory
 from minllama.training.run_checkpoint import CHECKPOINT, METRICS, Row, digest, read_metrics
-from minllama.training.trainer import TrainingResult, fit, sample_of, summary_writer
+from minllama.training.trainer import TrainingResult, fit, summary_writer
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,8 @@ def _run(
             _write(experiment, trained, report)
             return report
 
-        report = ranks.first(finished)
+        shards = classifier.llama.shards
+        report = (ranks if shards is None else shards).first(finished)
     return Outcome(classifier, splits, report, trained.training)
 
 
@@ -261,12 +265,17 @@ def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:
         where = str(experiment.tokenizer or checkpoint.path)
         check_fits(tokenizer.vocab_size, checkpoint.config.vocab_size, where)
     purpose: Purpose = "train" if options.method == "full" else "read"
-    llama = load_with(
-        Llama,
-        checkpoint,
-        resolve_weight_format(checkpoint, experiment.loading, purpose),
-        **{**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})},
-    )
+    weights = resolve_weight_format(checkpoint, experiment.loading, purpose)
+    changes = {**experiment.llama_changes, **({"causal": False} if options.bidirectional else {})}
+    ranks, parallel = current(), experiment.training.parallel
+    if options.method == "full" and is_read_by_rows(
+        checkpoint.config, weights.dtype, weights.device, ranks, parallel
+    ):
+        if weights.device.type == "cpu":  # tensors and layers come and go
+            give_back_freed_memory()
+        llama = load_sharded(checkpoint, weights, ranks, **changes)
+    else:
+        llama = load_with(Llama, checkpoint, weights, **changes)
     if options.method in ("lora", AUTO):  # names that are not there are found before texts are read
         matching_modules(llama, experiment.lora.target_modules, range(most_layers(llama, options)))
     return llama.requires_grad_(False), tokenizer
@@ -430,7 +439,7 @@ def _settings_to_resume_with(experiment: Experiment, llama: Llama) -> dict[str, 
     settings = settings_of_run(experiment)
     for name in ("model", "tokenizer"):
         del settings["model"][name]
-    weights = digest(map(sample_of, (*llama.parameters(), *llama.buffers())))
+    weights = digest(samples_of(llama))
     return {**settings, "base": {"config": comparable_config(llama.config), "its weights": weights}}
 
 

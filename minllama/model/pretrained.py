@@ -38,6 +38,9 @@ class LlamaPreTrainedModel(nn.Module):
         # The dtype in which an engine computes long passes with quantized matrices on a CPU
         # that multiplies it faster than integers; None for `dtype`.
         self.long_dtype: torch.dtype | None = None
+        # The rows of its weights that this process has, where none has all of them and its own
+        # parameters are empty: `minllama.distributed.sharded_llama.ShardedLlama`.
+        self.shards: Any = None
 
     @property
     def device(self) -> torch.device:

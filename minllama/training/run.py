@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minllama.data import Dataset
 from minllama.distributed.gradients import Rows
 from minllama.distributed.ranks import ALONE, current
+from minllama.distributed.sharded_llama import shards_in
 from minllama.distributed.sharding import gradients_of
 from minllama.errors import MinllamaError
 from minllama.evaluation.metrics import Evaluation
@@ -100,13 +101,11 @@ class TrainingRun:
             parallel=options.parallel,
             most_texts=options.batch_size,
             max_tokens=max_tokens,
-            filler=self.prompts[self._shortest],
         )
         self.parameters, of_process = self._gradients.parameters, self._gradients.rows
         self.shapes = {name: list(rows.shape) for name, rows in of_process.items()}
         self.rows: dict[str, Rows] | None = of_process if self._gradients.is_sharded else None
-        if self._gradients.is_sharded and self._device.type == "cpu":  # layers come and go
-            give_back_freed_memory()
+        self._give_back_freed_memory()
         self._optimizer = AdamW(_groups(self.parameters, options, head))
         self.state, self.history = RunState(), list[Row]()
         self._best: dict[str, Tensor] = {}
@@ -192,6 +191,12 @@ class TrainingRun:
                 self._ranks.send(self.parameters.values())  # only the first keeps them
         self._optimizer.state.clear()
         self._gradients.release()
+        self._give_back_freed_memory()
+
+    def _give_back_freed_memory(self) -> None:
+        """Where layers come and go."""
+        if self._gradients.is_sharded and self._device.type == "cpu":
+            give_back_freed_memory()
 
     def close(self) -> None:
         """Free the gradients and close files."""
@@ -388,7 +393,11 @@ def interrupts_deferred() -> Iterator[None]:
 
 def _max_tokens(classifier: Trainable, device: torch.device) -> float:
     """The maximum number of padded tokens per forward pass in training."""
-    sizes = [(p.requires_grad, p.numel()) for p in classifier.parameters()]
+    shards = shards_in(cast(nn.Module, classifier))
+    sizes = [
+        (p.requires_grad, math.prod(shards[name].rows.shape) if name in shards else p.numel())
+        for name, p in classifier.named_parameters()
+    ]
     sizes += [(False, buffer.numel()) for buffer in classifier.buffers()]  # quantized weights
     trained, frozen = (
         sum(n for grad, n in sizes if grad == is_trained) for is_trained in (True, False)

@@ -11,14 +11,15 @@ import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minllama.atomic import only_run
 from minllama.data import Dataset
 from minllama.distributed.ranks import ALONE, current
+from minllama.distributed.sharded_llama import samples_of
 from minllama.distributed.sharding import check_parallel
 from minllama.errors import MinllamaError, OptionError, optional_import
 from minllama.model.llama import Llama
@@ -335,11 +336,7 @@ def _fingerprint(
 ) -> Fingerprint:
     """Values that must be unchanged to resume a run, by their names in error messages."""
     shapes = {n: [run.shapes[n], str(p.dtype)] for n, p in run.parameters.items()}
-    frozen_parameters = [p for p in classifier.parameters() if not p.requires_grad]
-    frozen_tensors = [
-        *frozen_parameters,
-        *classifier.buffers(),
-    ]  # buffers: quantized weights
+    frozen = samples_of(cast(nn.Module, classifier), lambda p: not p.requires_grad)
     parts: dict[str, Any] = {
         "options": dataclasses.asdict(options),
         # Values that JSON cannot represent are compared as text.
@@ -352,7 +349,7 @@ def _fingerprint(
             None if dev is None else _digest(zip(dev.texts, _labels(dev), strict=True))
         ),
         "trained parameters": digest([json.dumps(shapes).encode()]),
-        "weights of the frozen base": digest(map(sample_of, frozen_tensors)),
+        "weights of the frozen base": digest(frozen),
     }
     return parts
 
@@ -366,10 +363,3 @@ def _labels(dataset: Dataset) -> Iterator[object]:
 
 def _digest(values: Iterable[object]) -> str:
     return digest(repr(value).encode("utf-8", "backslashreplace") for value in values)
-
-
-def sample_of(parameter: Tensor) -> bytes:
-    """A sample of its values: fast to read, and enough to detect another model."""
-    flat = parameter.detach().flatten()
-    chosen = flat[:: max(1, len(flat) // 16)].float().cpu()
-    return chosen.numpy().tobytes()

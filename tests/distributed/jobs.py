@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minllama.checkpoints.gguf import write_gguf
+from minllama.checkpoints.open import open_checkpoint
 from minllama.distributed.ranks import current, joined
 from minllama.experiment import Experiment, Reporter, run_experiment
 from minllama.options import ClassifierOptions, DataOptions, LoRAOptions, TrainingOptions
 from minllama.training import run_checkpoint
 from minllama.training.run import TrainingRun
 from tests.experiment_cases import examples, write_labelled
+from tests.tiny import our_model
 
 # 27 texts in batches of 8: the last step of an epoch has three, fewer than four processes.
 COMMON = {"epochs": 2, "batch_size": 8, "lr": 0.01, "autocast": "off"}
@@ -31,6 +34,8 @@ JOBS: Mapping[str, Mapping[str, Any]] = {
     "full": {"method": "full", "training": {"lr": 0.001}},
     "checkpointed": {"method": "full", "training": {"lr": 1e-3, "gradient_checkpointing": True}},
     "label-words": {"method": "lora", "objective": "label-words"},
+    # Of four layers three are trained, and the output matrix is not; rows of blocks are read.
+    "from-blocks": {"method": "full", "layer": "3", "model": "blocks.gguf"},
     "all-words": {"method": "full", "objective": "label-words", "training": {"lr": 1e-3}},
     "dora": {"method": "lora", "lora": {"use_dora": True}},
     "distilled": {"method": "lora", "training": {"self_distillation": 0.5}},
@@ -43,7 +48,12 @@ JOBS: Mapping[str, Mapping[str, Any]] = {
 
 
 def write_data(folder: Path) -> None:
-    """Files of texts with one label, with several, and with numbers."""
+    """A quantized model beside the one in `base`; texts with one label, several, and numbers."""
+    vocabulary = open_checkpoint(folder / "base").vocabulary
+    model = our_model(
+        *(3,), n_layers=4, hidden_dim=64, vocab_size=49152, max_seq_len=128, tie_embeddings=False
+    )
+    write_gguf(folder / "blocks.gguf", model.config, model.state_dict(), vocabulary, "q8_0")
     write_labelled(folder / "train.txt", examples(27))
     write_labelled(folder / "dev.txt", examples(9, seed=1))
     write_labelled(folder / "test.txt", examples(11, seed=2))
@@ -61,6 +71,7 @@ def experiment(folder: Path, output: Path, name: str, training: Mapping[str, Any
     job = dict(JOBS[name])
     method, own = job.pop("method"), job.pop("training", {})
     train, data = job.pop("train", "train.txt"), job.pop("data", {})
+    model = job.pop("model", "base")
     lora, dtype = job.pop("lora", {}), job.pop("dtype", "float32")
     if method in ("lora", "full") and job.get("objective") != "label-words":
         job["dropout"] = 0.0
@@ -70,7 +81,7 @@ def experiment(folder: Path, output: Path, name: str, training: Mapping[str, Any
         dev=str(folder / "dev.txt") if has_splits else None,
         test=str(folder / "test.txt") if has_splits else None,
         output=output,
-        model=str(folder / "base"),
+        model=str(folder / model),
         device="cpu",
         dtype=dtype,
         quantize=None,
@@ -168,11 +179,14 @@ def main(arguments: Sequence[str]) -> None:
             run = experiment(folder, output / name, name, asked.get("training", {}))
             stop = asked.get("interrupt")
             try:
-                run_experiment(
+                outcome = run_experiment(
                     run,
                     resume=asked.get("resume", False),
                     reporter=None if stop is None else Interrupting(stop),
                 )
+                if run.classifier.method == "full" and run.training.parallel == "fsdp":
+                    whole = [p for p in outcome.classifier.llama.parameters() if p.numel()]
+                    assert not whole, "a process has the whole model after it is written"
             except KeyboardInterrupt:
                 if stop is None:
                     raise

@@ -7,14 +7,28 @@ import torch
 from torch import nn
 
 from minllama.distributed import sharding
+from minllama.distributed.ranks import ALONE
+from minllama.distributed.sharded_modules import copy_of_modules
 from minllama.distributed.sharding import (
     check_parallel,
-    copy_of_modules,
+    is_read_by_rows,
     memory_of_process,
     replicated_bytes,
 )
 from minllama.engine.support import HOOKS_OF_SHARDING, has_hooks
 from minllama.errors import OptionError
+from tests.tiny import our_model
+
+CPU = torch.device("cpu")
+
+
+class Two:
+    """Two processes."""
+
+    size = 2
+
+    def any(self, value: bool) -> bool:
+        return value
 
 
 def model() -> nn.Sequential:
@@ -40,38 +54,48 @@ def test_a_container_may_have_less_memory_than_its_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sharding, "CONTAINER_LIMIT", tmp_path / "memory.max")
-    of_machine = memory_of_process(model())
+    of_machine = memory_of_process(CPU)
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory_of_process(model()) == of_machine
+    assert memory_of_process(CPU) == of_machine
     (tmp_path / "memory.max").write_text("123456789\n")
-    assert memory_of_process(model()) == 123456789 < of_machine
+    assert memory_of_process(CPU) == 123456789 < of_machine
 
 
 def test_processes_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = memory_of_process(model())
+    alone = memory_of_process(CPU)
     assert alone > 2**28
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
-    assert memory_of_process(model()) == alone / 4
+    assert memory_of_process(CPU) == alone / 4
 
 
 @pytest.mark.parametrize(("memory", "expected"), [(1e3, "sharded"), (1e12, "replicated")])
 def test_auto_divides_weights_that_do_not_fit(
     monkeypatch: pytest.MonkeyPatch, memory: float, expected: str
 ) -> None:
-    class Two:
-        size = 2
-
-        def any(self, value: bool) -> bool:
-            return value
-
-    monkeypatch.setattr(sharding, "memory_of_process", lambda classifier: memory)
+    monkeypatch.setattr(sharding, "memory_of_process", lambda device: memory)
     monkeypatch.setattr(sharding, "ShardedGradients", lambda *arguments: "sharded")
     monkeypatch.setattr(sharding, "ReplicatedGradients", lambda *arguments: "replicated")
     monkeypatch.setattr(sharding, "replicated_bytes", lambda classifier: 1e6)
     assert sharding.gradients_of(model(), {}, Two()) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "times", "expected"),
+    [("fsdp", 9.0, True), ("ddp", 0.1, False), ("auto", 4.99, True), ("auto", 5.0, False)],
+)
+def test_a_model_is_read_by_rows_where_its_training_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, parallel: str, times: float, expected: bool
+) -> None:
+    """Weights, two copies of gradients, and two moments are five times its bytes."""
+    llama = our_model()
+    memory = times * sum(p.nbytes for p in llama.parameters())
+    monkeypatch.setattr(sharding, "memory_of_process", lambda device: memory)
+    ways = (llama.config, torch.float32, CPU)
+    assert is_read_by_rows(*ways, Two(), parallel) == expected  # type: ignore[arg-type]
+    assert not is_read_by_rows(*ways, ALONE, parallel)
 
 
 def test_a_copy_of_modules_shares_tensors_and_nothing_else() -> None:

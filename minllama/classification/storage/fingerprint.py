@@ -134,13 +134,15 @@ def _digest(name: str, tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-def base_tensors(llama: Llama) -> dict[str, Tensor]:
+def base_tensors(llama: Llama) -> Mapping[str, Tensor]:
     """The weights of a Llama without its adapters, by the names that a checkpoint has for them.
 
-    Weights of quantized modules are dequantized, in float32.
+    Weights of quantized modules are dequantized, in float32. Those of which each process has some
+    rows are gathered one at a time, as they are read.
     """
+    dense = _dense_tensors(llama)
     numbers = {name: weight.dequantize() for name, weight in _quantized(llama).items()}
-    return {**_dense_tensors(llama), **numbers}
+    return {**dense, **numbers} if numbers else dense
 
 
 def _quantized(llama: Llama) -> dict[str, QuantizedWeight]:
@@ -150,8 +152,11 @@ def _quantized(llama: Llama) -> dict[str, QuantizedWeight]:
     }
 
 
-def _dense_tensors(llama: Llama) -> dict[str, Tensor]:
+def _dense_tensors(llama: Llama) -> Mapping[str, Tensor]:
     """The dense weights, without adapters."""
+    if llama.shards is not None:
+        of_processes: Mapping[str, Tensor] = llama.shards.tensors
+        return of_processes
     layers, weights = lora_layers(llama), _quantized(llama)
     tensors = {}
     for name, tensor in llama.state_dict().items():

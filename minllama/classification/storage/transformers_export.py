@@ -109,7 +109,7 @@ def save_for_transformers(
     if adapter_names(classifier.llama):
         raise MinllamaError("the classifier has an adapter; merge it first (merge_classifier)")
     words = _words_for(classifier)
-    config, tensors = classifier.llama.config, base_tensors(classifier.llama)
+    config, tensors = classifier.llama.config, dict(base_tensors(classifier.llama))
     # No logits of tokens are computed there, so there is no matrix for them.
     tensors.pop("output.weight", None)
     problem = SEVERAL_LABELS if classifier.multi_label else ONE_LABEL
