@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minllama import LlamaConfig
 from minllama.checkpoints import load
@@ -60,13 +61,15 @@ def watched(module: Any, name: str, look: Callable[[Any], object]) -> None:
 
 def main(model: Path, written: Path) -> None:
     peak, sizes = Peak(), list[int]()
+
+    def at_gathered(whole: Tensor | None) -> None:
+        peak.look()
+        if whole is not None:
+            sizes.append(whole.nbytes)
+
     # When a tensor has been converted, and when one has been gathered.
     watched(load, "_check_finite", lambda result: peak.look())
-    watched(
-        sharded_llama,
-        "gathered",
-        lambda whole: (peak.look(), None if whole is None else sizes.append(whole.nbytes)),
-    )
+    watched(sharded_llama, "gathered", at_gathered)
     checkpoint = open_checkpoint(model)
     with joined(device="cpu") as ranks:
         give_back_freed_memory()
