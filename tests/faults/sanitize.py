@@ -5,9 +5,11 @@
 `address` is AddressSanitizer and UndefinedBehaviorSanitizer: no byte outside what was allocated, no
 overflowed sum, shift or conversion. `thread` is ThreadSanitizer, with the library's own threads,
 since torch's OpenMP is not instrumented and its barriers would be taken for none. The library is
-compiled into a copy of the package in build/sanitize, so that the one in use stays.
+compiled into a copy of the package in build/sanitize, so that the one in use stays. A report ends
+the tests; reports are printed at the end, since pytest keeps what a process that ends has written.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -63,19 +65,29 @@ def run(kind: str, arguments: list[str]) -> int:
     """The exit status of the tests under one kind."""
     place = build(kind)
     plugin = ["-p", "tests.faults.own_threads"] if kind == "thread" else []
-    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": runtime(kind)}
+    environment = {**os.environ, "LD_PRELOAD": runtime(kind)}
+    environment |= {name: f"{value}:log_path={place}/report" for name, value in OPTIONS.items()}
     environment |= {"PYTHONPATH": str(place), "OMP_NUM_THREADS": "2", "PYTHONMALLOC": "malloc"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", *plugin]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *plugin]
     chosen = arguments or [*TESTS, "-m", "not slow"]
     print(f"{kind}: {KINDS[kind]}", flush=True)
-    return subprocess.run([*command, *chosen], cwd=place, env=environment).returncode
+    status = subprocess.run([*command, *chosen], cwd=place, env=environment).returncode
+    reports = sorted(place.glob("report.*"))
+    print(f"{kind}: {len(reports)} reports", *(path.read_text() for path in reports), sep="\n")
+    return status or len(reports)
 
 
 def main() -> None:
     words = sys.argv[1:]
-    arguments = words[words.index("--") + 1 :] if "--" in words else []
-    kinds = words[: words.index("--")] if "--" in words else words
-    sys.exit(max(run(kind, arguments) for kind in kinds or KINDS))
+    end = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(
+        usage="python -m tests.faults.sanitize [-h] [address] [thread] [-- PYTEST ARGUMENTS]",
+        description="Run the compiled code's tests under sanitizers.",
+        epilog="PYTEST ARGUMENTS: which tests, rather than all of the compiled code but slow ones.",
+    )
+    parser.add_argument("kinds", nargs="*", choices=KINDS, help="which sanitizers (default: both)")
+    kinds = parser.parse_args(words[:end]).kinds
+    sys.exit(max(run(kind, words[end + 1 :]) for kind in kinds or KINDS))
 
 
 if __name__ == "__main__":
