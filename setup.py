@@ -11,7 +11,16 @@ SOURCE = Path("minllama/kernels/cpu/src")
 # What `make sanitize` asks for, such as "address,undefined".
 SANITIZERS = os.environ.get("MINLLAMA_SANITIZE")
 SANITIZING = (
-    [f"-fsanitize={SANITIZERS}", "-fno-omit-frame-pointer", "-O1", "-g"] if SANITIZERS else []
+    [
+        f"-fsanitize={SANITIZERS}",
+        "-fno-omit-frame-pointer",
+        "-O1",
+        # Products and sums are fused, as at -O3: tests know how exact that is.
+        "-fexpensive-optimizations",
+        "-g",
+    ]
+    if SANITIZERS
+    else []
 )
 
 step = Extension(

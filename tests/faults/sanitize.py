@@ -53,12 +53,18 @@ def build(kind: str) -> Path:
 
 
 def runtime(kind: str) -> str:
-    """The sanitizer's library, which must be loaded before Python's own allocations."""
-    command = [os.environ.get("CXX", "g++"), f"-print-file-name={RUNTIMES[kind]}"]
-    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if not Path(path).is_file():
-        sys.exit(f"{RUNTIMES[kind]} is missing; install gcc's sanitizers (package libgcc-*-dev)")
-    return os.path.realpath(path)
+    """The sanitizer's library, which must be loaded before Python's own allocations.
+
+    With C++'s own: a sanitizer looks when it starts for what throws exceptions, as torch does.
+    """
+    paths = []
+    for name in (RUNTIMES[kind], "libstdc++.so.6"):
+        command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not Path(path).is_file():
+            sys.exit(f"{name} is missing; install gcc's sanitizers (package libgcc-*-dev)")
+        paths.append(os.path.realpath(path))
+    return " ".join(paths)
 
 
 def run(kind: str, arguments: list[str]) -> int:
