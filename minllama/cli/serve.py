@@ -122,7 +122,7 @@ def _serve_replicas(
     server = RayServer(names, options, replicas, loading=loading, keys=keys)
 
     def tell() -> None:
-        click.echo(one_line(f"serving on {server.url}, in {replicas.replicas or 1} replicas"))
+        click.echo(one_line(f"serving on {server.url}, replicas: {replicas.numbers}"))
         click.echo(one_line(f"models: {first_few(names, between='; ')}"))
         sys.stdout.flush()
 

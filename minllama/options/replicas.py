@@ -21,7 +21,8 @@ class ReplicaOptions(CheckedOptions):
     )
     max_replicas: int | None = option(
         None,
-        "start up to this many when requests wait, and end them when they do not",
+        "start up to this many while each has more than half of --max-sequences to do, and end "
+        "them when they have not",
         within=Range(1, 10_000),
     )
     replica_cpus: float = option(1.0, "processors of each", within=Range(0, 4096))
@@ -34,6 +35,12 @@ class ReplicaOptions(CheckedOptions):
                 f"max_replicas ({self.max_replicas}) must not be below replicas "
                 f"({self.replicas or 1})"
             )
+
+    @property
+    def numbers(self) -> str:
+        """How many replicas there may be, such as 2, or 2 to 5."""
+        least, most = self.replicas or 1, self.max_replicas or 0
+        return f"{least} to {most}" if most > least else str(least)
 
     @property
     def uses_ray(self) -> bool:

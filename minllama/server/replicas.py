@@ -185,9 +185,7 @@ class RayServer:
                 workers="replicas",
                 worker="replica",
             )
-            http = {"host": self._options.host, "port": self._port}
-            serve.start(http_options=http, logging_config={"log_level": "ERROR"})
-            self._start(serve)
+            self._start(ray, serve)
             if on_ready is not None:
                 on_ready()
             self._ended.wait()
@@ -208,10 +206,12 @@ class RayServer:
         """Do what a signal does; from any thread."""
         self._ended.set()
 
-    def _start(self, serve: Any) -> None:
+    def _start(self, ray: Any, serve: Any) -> None:
+        http = {"host": self._options.host, "port": self._port}
         try:
+            serve.start(http_options=http, logging_config={"log_level": "ERROR"})
             serve.run(self._deployment.bind(), name=NAME, route_prefix="/", blocking=False)
-        except RuntimeError as error:
+        except (RuntimeError, ray.exceptions.RayError) as error:  # the latter: too slow to start
             raise MinllamaError(
                 f"the replicas cannot be started ({first_line(error)}); try the same models "
                 "without --replicas, which shows the reason"
