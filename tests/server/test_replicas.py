@@ -157,8 +157,6 @@ def test_replicas_follow_the_load_and_no_request_fails(base: Path, tmp_path: Pat
         finally:
             loads = False
         assert set(after.result()) == {200}
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
 
 
 def test_options_are_those_of_rays_autoscaling() -> None:
