@@ -6,6 +6,7 @@ during exit. `minllama.cli` handles everything in between.
 
 import os
 import signal
+import sys
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_usual:
         signal.signal(signal.SIGINT, _interrupted)
+        sys.unraisablehook = _ignored
     from minllama.cli import main as run
 
     try:
@@ -25,6 +27,18 @@ def main() -> None:
     finally:
         if is_usual:
             signal.signal(signal.SIGINT, _interrupted)
+
+
+def _ignored(event: "sys.UnraisableHookArgs") -> None:
+    """Report an exception that cannot be raised; an interrupt comes once more where it can."""
+    if issubclass(event.exc_type, KeyboardInterrupt):
+        import threading
+
+        again = threading.Timer(0.01, signal.raise_signal, (signal.SIGINT,))
+        again.daemon = True
+        again.start()
+    else:
+        sys.__unraisablehook__(event)
 
 
 def _interrupted(number: int, frame: object) -> None:

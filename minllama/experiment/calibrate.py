@@ -63,17 +63,34 @@ def calibrate(
 def fit_to_all_rows(
     classifier: Classifier,
     refit: Callable[[], Classifier],
+    logits: NDArray[np.float32],
     splits: Splits,
     experiment: Experiment,
-) -> tuple[Classifier, str]:
-    """A classifier of all rows, which decides as one does that was calibrated, and a note."""
-    decision, temperature = classifier.decision, classifier.temperature
+) -> tuple[Classifier, NDArray[np.float32], str]:
+    """A classifier of all rows in place of one that was calibrated.
+
+    Args:
+        classifier: that one; it may lose its adapters.
+        refit: fits the other one.
+        logits: dev's, (N, C), by the first.
+        splits, experiment: of the run.
+
+    Returns:
+        It deciding as the first does; dev's logits of the first as if they were its own, with the
+        same probabilities or values; and a note.
+    """
+    decision, temperature, scale = classifier.decision, classifier.temperature, classifier.scale
     found = refit()
     if experiment.classifier.no_calibration or not isinstance(found, LlamaExpertsClassifier):
         found.temperature = temperature
     found.decide_by(decision)
+    if scale is not None and found.scale is not None:
+        of_found = (scale.values(logits) - found.scale.mean) / found.scale.std
+    else:
+        of_found = logits.astype(np.float64) / temperature * found.temperature
     n = len(splits.train) + len(splits.dev)
-    return found, (
+    note = (
         f"in the end the classifier was fitted to all {n:,} rows; what is measured on the "
         f"{len(splits.dev):,} held-out ones is of the one before"
     )
+    return found, of_found.astype(np.float32), note

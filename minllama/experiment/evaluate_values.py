@@ -58,6 +58,7 @@ def evaluate_values(
 def evaluate_value_splits(
     classifier: Classifier,
     splits: Splits,
+    fitted_to: Dataset,
     *,
     dev_logits: NDArray[np.float32],
     test_logits: NDArray[np.float32] | None = None,
@@ -67,6 +68,7 @@ def evaluate_value_splits(
     Args:
         classifier: to evaluate.
         splits: the data of an experiment.
+        fitted_to: the rows that the classifier, and the baselines on test, were fitted to.
         dev_logits: (N, 1), those of dev.
         test_logits: those of test, if already computed.
     """
@@ -75,6 +77,8 @@ def evaluate_value_splits(
         evaluate_values(classifier, splits.dev, "dev", logits=dev_logits, baselines=baselines)
     ]
     if splits.test is not None:
+        if fitted_to is not splits.train:
+            baselines = fit_value_baselines(fitted_to.texts, fitted_to.targets)
         reported.append(
             evaluate_values(
                 classifier, splits.test, "test", logits=test_logits, baselines=baselines

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from minllama.classification import LlamaEmbeddingClassifier
 from minllama.classification.base import Classifier
 from minllama.classification.experts import LlamaExpertsClassifier
+from minllama.data import Dataset
 from minllama.data.task import Task
-from minllama.evaluation.baselines import MOST_TEXTS, fit_baselines
+from minllama.evaluation.baselines import MOST_TEXTS, Baseline, fit_baselines
 from minllama.evaluation.metrics import Evaluation
 from minllama.evaluation.report import Report, ReportedSplit
 from minllama.evaluation.report.ladder import Ladder
@@ -102,8 +103,9 @@ def measure(
     notes: list[str],
     reporter: Reporter,
     ladder: Ladder | None = None,
+    fitted_to: Dataset | None = None,
 ) -> Report:
-    """Evaluate dev and test, with baselines fitted on train.
+    """Evaluate dev and test, with baselines fitted on train, or for test on what it was fitted to.
 
     Args:
         experiment: its options.
@@ -116,14 +118,16 @@ def measure(
         notes: in addition to those of the splits.
         reporter: receives messages.
         ladder: of the method auto.
+        fitted_to: the rows of the classifier; None for those of train.
     """
+    fitted_to = splits.train if fitted_to is None else fitted_to
     if splits.train.has_numbers:
         reported: Any = evaluate_value_splits(
-            classifier, splits, dev_logits=dev_logits, test_logits=test_logits
+            *(classifier, splits, fitted_to), dev_logits=dev_logits, test_logits=test_logits
         )
     else:
         reported = _classes_measured(
-            experiment, splits, classifier, dev_logits, test_logits, other_systems
+            experiment, splits, fitted_to, classifier, dev_logits, test_logits, other_systems
         )
     notes = _notes(experiment, splits, classifier, history, notes, reporter, ladder)
     return Report(
@@ -172,23 +176,28 @@ def _notes(
 def _classes_measured(
     experiment: Experiment,
     splits: Splits,
+    fitted_to: Dataset,
     classifier: Classifier,
     dev_logits: NDArray[np.float32],
     test_logits: NDArray[np.float32] | None,
     other_systems: Mapping[str, Evaluation],
 ) -> list[ReportedSplit]:
     train, dev, test = splits.train, splits.dev, splits.test
-    assert train.labels is not None
-    task = Task.of(train, seed=experiment.training.seed)
-    baselines = fit_baselines(train.texts, train.labels, task)
+    seed = experiment.training.seed
+
+    def baselines_of(rows: Dataset) -> tuple[Baseline, ...]:
+        assert rows.labels is not None
+        return fit_baselines(rows.texts, rows.labels, Task.of(rows, seed=seed))
+
+    baselines = baselines_of(train)
     measured = partial(
         evaluate_classifier,
         classifier,
-        baselines=baselines,
         thresholds=baseline_decisions(experiment.threshold, baselines, dev),
         headline=experiment.headline,
     )
-    reported = [measured(dev, "dev", logits=dev_logits, others=other_systems)]
+    reported = [measured(dev, "dev", logits=dev_logits, baselines=baselines, others=other_systems)]
     if test is not None:
-        reported.append(measured(test, "test", logits=test_logits))
+        of_test = baselines if fitted_to is train else baselines_of(fitted_to)
+        reported.append(measured(test, "test", logits=test_logits, baselines=of_test))
     return reported

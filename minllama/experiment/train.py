@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -158,15 +158,15 @@ def _run(
         ranks.first(lambda: stack.enter_context(writable(experiment.output)))
         if not resume:
             ranks.first(lambda: remove_earlier_run(experiment.output))
-        with torch.random.fork_rng(devices=_gpus()):
-            torch.manual_seed(training.seed)
+        with _seeded(training.seed):
             trained = _trained(experiment, splits, llama, tokenizer, budget, resume, reporter)
         classifier = trained.classifier
         logits, notes = calibrate(classifier, splits, experiment, reporter)
         if trained.refit is not None:
-            with torch.random.fork_rng(devices=_gpus()):
-                torch.manual_seed(training.seed)
-                classifier, note = fit_to_all_rows(classifier, trained.refit, splits, experiment)
+            with _seeded(training.seed):
+                classifier, logits, note = fit_to_all_rows(
+                    classifier, trained.refit, logits, splits, experiment
+                )
             reporter.message(note)
             notes.append(note)
             trained = trained._replace(classifier=classifier)
@@ -184,6 +184,7 @@ def _run(
                 [*trained.notes, *notes],
                 reporter,
                 trained.ladder,
+                fitted_to=splits.train if trained.refit is None else splits.whole,
             )
             report = dataclasses.replace(report, created=began, seconds=budget.spent)
             _write(experiment, trained, report)
@@ -250,8 +251,13 @@ def _check_labels(experiment: Experiment, *, multi_label: bool) -> None:
     check_ordinal(experiment.training.ordinal, multi_label=multi_label)
 
 
-def _gpus() -> range:
-    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw torch's random numbers from a seed, and leave its generators as they were."""
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    with torch.random.fork_rng(devices=range(n_gpus)):
+        torch.manual_seed(seed)
+        yield
 
 
 def _open(experiment: Experiment) -> tuple[Llama, Tokenizer]:

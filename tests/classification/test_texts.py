@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from minllama.classification import base
 from minllama.classification.features import extract_features
@@ -111,9 +112,9 @@ def test_processes_with_unlike_shares_encode_as_many_parts(monkeypatch, n_texts,
         def __init__(self):
             self.sizes = []
 
-        def predict(self, prompts, *, progress=None):
+        def evaluated(self, classifier, prompts, compute, *, progress=None):
             self.sizes.append(len(prompts))
-            return np.zeros((len(prompts), 3), dtype=np.float32)
+            yield list(range(len(prompts))), torch.zeros(len(prompts), 3)
 
     monkeypatch.setattr(base, "ENCODED", 4)
     texts = [f"text {i}" for i in range(n_texts)]

@@ -41,3 +41,28 @@ def test_a_second_interrupt_ends_a_run_as_the_first(
         assert process.wait(60) in (130, -signal.SIGINT)
     assert "Traceback" not in (tmp_path / "stderr").read_text()
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".lock")]
+
+
+IN_A_CALLBACK = """
+import sys, time, minllama.__main__ as door
+
+class Dying:
+    def __del__(self):
+        raise KeyboardInterrupt  # as where Ctrl-C comes while it runs
+
+sys.unraisablehook = door._ignored
+dying = Dying()
+del dying
+try:
+    time.sleep(30)
+except KeyboardInterrupt:
+    print("raised")
+"""
+
+
+def test_an_interrupt_in_a_callback_comes_once_more():
+    """Python could only print it there, with a traceback, and go on."""
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_A_CALLBACK], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.stdout, ended.stderr) == ("raised\n", "")

@@ -126,6 +126,45 @@ def test_contrastive_tuning_is_done_once_more_on_all_rows(
     assert made.base_choices
 
 
+@pytest.mark.parametrize("kind", ["classes", "one head", "numbers", "several labels"])
+def test_dev_is_measured_with_the_classifier_before(
+    make_experiment, few, tmp_path, kind, monkeypatch
+):
+    """Its figures are those of a run that ends there; test's baselines learn what it learns."""
+    options = {"train": few, "dev": "", "dev_fraction": 0.15, "test": few}
+    if kind == "one head":
+        options["layer"] = "2"
+    if kind == "numbers":
+        rows = [(len(text) / 3, text) for _, text in examples(24)]
+        rated = write_labelled(tmp_path / "numbers.txt", rows)
+        options |= {"train": rated, "test": rated, "objective": "regression"}
+    if kind == "several labels":
+        path = tmp_path / "several.jsonl"
+        lines = [{"text": text, "label": [label, "any"][: 1 + i % 2]}
+                 for i, (label, text) in enumerate(examples(24))]  # fmt: skip
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        options |= {"train": path, "test": path, "data": {"multi_label": True}}
+
+    def reported(output):
+        run_experiment(make_experiment("frozen", output=output, **options))
+        found = json.loads((tmp_path / output / "metrics.json").read_text())["splits"]
+        return {
+            (split, name): value
+            for split in ("dev", "test")
+            for name, value in found[split]["evaluation"].items()
+            if isinstance(value, float)
+        }
+
+    refitted = reported("refitted")
+    monkeypatch.setattr("minllama.experiment.splits.FEW", 0)
+    before = reported("before")
+    assert refitted.keys() == before.keys()
+    for (split, name), value in before.items():
+        if split == "dev":
+            assert refitted[split, name] == pytest.approx(value, abs=1e-5), name
+    assert refitted != pytest.approx(before, abs=1e-5), "test is of the other one"
+
+
 def test_a_threshold_and_no_calibration_are_kept(make_experiment, few):
     options = {"train": few, "dev": "", "no_calibration": True, "pooling": "mean"}
     experiment = make_experiment("frozen", **options)

@@ -9,6 +9,7 @@ import torch
 
 from minllama.kernels import hardware
 from minllama.kernels.cpu import calibration
+from minllama.kernels.cpu.calibration import FORM
 from minllama.kernels.cpu.library import library
 from minllama.kernels.hardware import AVX2, AVX512, PORTABLE, choice
 
@@ -67,8 +68,8 @@ def test_a_machine_is_measured_once(measures, tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        *("", "{", "[]", '{"form": 2}', "\x00" * 200_000, "[" * 90_000),
-        json.dumps({"form": 2, "machine": "another", "limits": {NAME: 64, DENSE: 64}}),
+        *("", "{", "[]", json.dumps({"form": FORM}), "\x00" * 200_000, "[" * 90_000),
+        json.dumps({"form": FORM, "machine": "another", "limits": {NAME: 64, DENSE: 64}}),
         "another name",
         "no such size",
         "of another form",
@@ -82,7 +83,7 @@ def test_a_file_that_is_none_is_measured_again(measures, tmp_path, content):
     elif content == "another name":
         content = path.read_text().replace(DENSE, "other")
     elif content == "of another form":
-        content = path.read_text().replace('"form": 2', '"form": 1')
+        content = path.read_text().replace(f'"form": {FORM}', '"form": 1')
     whole = path.read_text()
     path.write_text(content)
     forget()
