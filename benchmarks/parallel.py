@@ -55,6 +55,20 @@ class Traffic:
         pass
 
 
+def config_of(n_layers: int, vocab_size: int) -> LlamaConfig:
+    """The model that is trained."""
+    return LlamaConfig(
+        dim=512,
+        n_layers=n_layers,
+        n_heads=8,
+        n_kv_heads=8,
+        hidden_dim=1376,
+        vocab_size=vocab_size,
+        max_seq_len=256,
+        tie_embeddings=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parallel", choices=("ddp", "fsdp"))
@@ -66,18 +80,7 @@ def main() -> None:
         tokenizer = Tokenizer.from_pretrained()
         start = peak()
         torch.manual_seed(0)
-        llama = Llama(
-            LlamaConfig(
-                dim=512,
-                n_layers=given.layers,
-                n_heads=8,
-                n_kv_heads=8,
-                hidden_dim=1376,
-                vocab_size=tokenizer.vocab_size,
-                max_seq_len=256,
-                tie_embeddings=True,
-            )
-        )
+        llama = Llama(config_of(given.layers, tokenizer.vocab_size))
         classifier = LlamaEmbeddingClassifier(llama, tokenizer, ("no", "yes"))
         n_trained = sum(p.numel() for p in classifier.parameters())
         model = peak()

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parallel import config_of
 
-from minllama import Llama, LlamaConfig, Tokenizer
+from minllama import Llama, Tokenizer
 from minllama.checkpoints.huggingface import write_huggingface
 from minllama.distributed.ranks import joined
 from minllama.experiment import Experiment, train
@@ -79,16 +80,7 @@ def write_data(folder: Path, n_layers: int, n_texts: int) -> None:
     """A model and labeled texts."""
     tokenizer = Tokenizer.from_pretrained()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        dim=512,
-        n_layers=n_layers,
-        n_heads=8,
-        n_kv_heads=8,
-        hidden_dim=1376,
-        vocab_size=tokenizer.vocab_size,
-        max_seq_len=256,
-        tie_embeddings=True,
-    )
+    config = config_of(n_layers, tokenizer.vocab_size)
     weights = Llama(config).bfloat16().state_dict()
     write_huggingface(folder / "model", config, weights, vocabulary=tokenizer.vocabulary)
     for name, n in (("train", n_texts), ("dev", 8)):

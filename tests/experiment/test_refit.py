@@ -46,6 +46,18 @@ def choose(monkeypatch):
     return call
 
 
+def sizes_given(monkeypatch, module, name):
+    """The lengths of what a function gets after the model, call by call."""
+    sizes, function = [], getattr(module, name)
+
+    def noted(model, texts, *rest, **options):
+        sizes.append(len(texts))
+        return function(model, texts, *rest, **options)
+
+    monkeypatch.setattr(module, name, noted)
+    return sizes
+
+
 @pytest.mark.parametrize(
     ("method", "title"),
     [
@@ -86,14 +98,7 @@ def test_a_product_is_made_of_what_is_fitted_to_all_rows(make_experiment, few, c
     choose("LoRA and frozen heads")
     weighted = lambda context, scores: Multiplied(scores.copy(), 0.6, 0.4)  # noqa: E731
     monkeypatch.setattr("minllama.experiment.ladder.product.multiplied", weighted)
-    trained, fit = [], lora_module.fit
-    monkeypatch.setattr(
-        lora_module,
-        "fit",
-        lambda classifier, train, *rest, **options: (
-            trained.append(len(train)) or fit(classifier, train, *rest, **options)
-        ),
-    )
+    trained = sizes_given(monkeypatch, lora_module, "fit")
     options = {"train": few, "dev": "", "dev_fraction": 0.15, "ladder": {"minutes": 30}}
     experiment = make_experiment("auto", **options)
     heard = Heard()
@@ -109,14 +114,7 @@ def test_contrastive_tuning_is_done_once_more_on_all_rows(
 ):
     choose("contrastive LoRA")
     monkeypatch.setattr(contrastive_module, "STEPS", 2)
-    tuned, tune = [], contrastive_module.tune
-    monkeypatch.setattr(
-        contrastive_module,
-        "tune",
-        lambda llama, prompts, *rest, **options: (
-            tuned.append(len(prompts)) or tune(llama, prompts, *rest, **options)
-        ),
-    )
+    tuned = sizes_given(monkeypatch, contrastive_module, "tune")
     options = {"train": few, "dev": "", "dev_fraction": 0.15, "ladder": {"minutes": 30}}
     experiment = make_experiment("auto", **options)
     made = run_experiment(experiment).classifier

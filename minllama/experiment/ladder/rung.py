@@ -247,9 +247,14 @@ class Context:
             first = max(FIRST_BATCH, math.ceil(FIRST_TOKENS / mean))
             return seconds_each(read, len(requests), self.budget.clock, first)
 
+    @cached_property
+    def _tokens_to_report(self) -> float:
+        """About how many the texts of dev and test have."""
+        return self.n_tokens(self.splits.dev) + self.n_tokens(self.splits.test)
+
     def keep_time_for_report(self) -> None:
         """Reserve the time of the report's predictions and baselines, and of a last fit."""
-        tokens = self.n_tokens(self.splits.dev) + self.n_tokens(self.splits.test)
+        tokens = self._tokens_to_report
         of_baselines = min(len(self.train), MOST_TEXTS) * SECONDS_A_TEXT
         self.budget.reserve = REPORT_SECONDS + of_baselines + tokens * self.seconds_per_token
         if self.splits.whole is not None:
