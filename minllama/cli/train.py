@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from minllama.cli.grouped import Command, GroupedCommand, option
+from minllama.cli.limits import give_cores_back
 from minllama.cli.open import (
     INTERRUPTED,
     dataclass_options,
@@ -111,6 +112,7 @@ def command(
     **values: Any,
 ) -> None:
     """Train a classifier, calibrate it, compare it with baselines, and write a report."""
+    give_cores_back()
     given = given_options(values)
     groups = {name: pick(options, values) for name, options in GROUPS.items()}
     if not output:

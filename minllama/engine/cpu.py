@@ -9,6 +9,7 @@ and without vector instructions.
 import ctypes
 import math
 import operator
+import time
 from functools import cached_property
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,7 @@ from minllama.kernels.cpu.structs import (
     dense_linear,
     quantized_linear,
 )
+from minllama.kernels.cpu.team import Team
 from minllama.kernels.dispatch import is_plain
 from minllama.kernels.hardware import AVX512, choice, sums_from
 from minllama.model import llama as modules
@@ -51,6 +53,7 @@ from minllama.quantization.modules import (
     check_ids,
 )
 
+_TEAM = Team()  # of all models of this process, which share its cores
 PIECE = 512  # tokens of a longer pass that are read together: what is kept of each takes 25 KB
 # The LlamaConfig fields that kernels/cpu/src/bindings.cpp, or its caller, implements.
 IMPLEMENTED = frozenset(
@@ -273,7 +276,12 @@ class NativeStep:
         step.keys, step.values = ctypes.addressof(keys), ctypes.addressof(values)
         step.cache_kind = KINDS[first_keys.dtype]
         step.row_stride, step.head_stride = first_keys.stride(0), first_keys.stride(1)
-        call("step", self._model, step, level=self._level)
+        lost = ctypes.c_double()
+        step.lost = ctypes.addressof(lost)
+        began = time.perf_counter()
+        threads = _TEAM.size(torch.get_num_threads(), began)
+        call("step", self._model, step, level=self._level, threads=threads)
+        _TEAM.ran(threads, began, time.perf_counter(), lost.value)
 
     def _describe(self, llama: Llama) -> Model:
         config = llama.config

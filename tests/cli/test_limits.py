@@ -52,3 +52,17 @@ def test_no_more_threads_are_started_than_are_granted(granted, said, threads, mo
             patch.delenv(limits.THREADS)
         limits.keep_to_granted_cpus()
         assert os.environ.get(limits.THREADS) == threads
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_give_cores_back_unless_somebody_says_how_they_wait(given, spins, monkeypatch):
+    for name in (limits.SPINS, limits.POLICY):
+        monkeypatch.setenv(name, "")  # what is set goes again with the test
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    limits.give_cores_back()
+    assert os.environ.get(limits.SPINS) == spins

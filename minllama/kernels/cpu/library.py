@@ -47,22 +47,25 @@ def best_level() -> int:
     return level_of(0 if found is None else int(found.minllama_best_level()))
 
 
-def call(name: str, *arguments: ctypes.Structure, level: int | None = None) -> None:
-    """Call a function of the library on as many threads as torch uses.
+def call(
+    name: str, *arguments: ctypes.Structure, level: int | None = None, threads: int | None = None
+) -> None:
+    """Call a function of the library.
 
     Args:
         name: without its prefix.
         arguments: the structs to pass, by reference.
         level: index into `hardware.LEVELS`; None for the best.
+        threads: how many compute; None for as many as torch uses.
 
     Raises:
         MinllamaError: there is no memory left for it.
     """
     found = library()
     assert found is not None
-    threads = ctypes.c_int64(torch.get_num_threads())
+    count = ctypes.c_int64(torch.get_num_threads() if threads is None else threads)
     level = best_level() if level is None else level
-    if getattr(found, f"minllama_{name}")(*map(ctypes.byref, arguments), threads, level):
+    if getattr(found, f"minllama_{name}")(*map(ctypes.byref, arguments), count, level):
         raise MinllamaError("out of memory; use fewer or shorter texts per batch")
 
 

@@ -101,6 +101,7 @@ class Step(Structure):
         ("logits_of", c_void_p),
         ("only_logits", c_int64),
         ("logits", c_void_p),
+        ("lost", c_void_p),
     )
 
 

@@ -224,13 +224,16 @@ struct Job {
     const Step* step;
     Scratch scratch;
     float* buffers;
-    int64_t buffer_len;
+    int64_t buffer_len, began;
+    std::atomic<int64_t> lost{0};  // ns since it began that threads did not spend on a core, summed over them
     Barrier barrier;
 
     static void run(int64_t index, int64_t count, void* of) {
         Job& job = *static_cast<Job*>(of);
         const Worker worker = {index, count, &job.barrier};
+        const int64_t cpu = cpu_ns();
         job.pass(worker, *job.model, *job.step, job.scratch, job.buffers + index * job.buffer_len);
+        if (cpu >= 0) job.lost.fetch_add(wall_ns() - job.began - (cpu_ns() - cpu), std::memory_order_relaxed);
     }
 };
 
@@ -250,7 +253,9 @@ int run(void (*pass)(const Worker&, const Model&, const Step&, const Scratch&, f
     arena.rebase(memory);
     job.scratch = scratch_in<Scratch, Activations>(arena, model, step, parts);
     job.buffers = arena.take<float>(threads * job.buffer_len);
+    job.began = wall_ns();
     in_parallel(&Job<Scratch>::run, &job, threads);
+    if (step.lost) *step.lost = double(job.lost) / 1e9;
     return 0;
 }
 

@@ -68,6 +68,7 @@ struct Step {
     const int64_t* logits_of;  // (n_logits,), which tokens
     int64_t only_logits;       // whether nothing else is computed behind the last attention: hidden states neither
     float* logits;             // (n_logits, V)
+    double* lost;              // (1,), written: seconds, summed over threads, in which others had their cores; or null
 };
 
 // Arguments of the single operations of elementwise.inc; kinds are FLOAT32, BFLOAT16 or FLOAT16.

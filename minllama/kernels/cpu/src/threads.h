@@ -4,7 +4,9 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
+#include <ctime>
 #include <thread>
 #include <vector>
 
@@ -78,3 +80,16 @@ struct Worker {
         }
     }
 };
+
+inline int64_t wall_ns() {
+    return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// What a thread has spent on a core: ns, or -1 where the system doesn't say.
+inline int64_t cpu_ns() {
+#if defined(CLOCK_THREAD_CPUTIME_ID)
+    timespec time;
+    if (!clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time)) return int64_t(time.tv_sec) * 1000000000 + time.tv_nsec;
+#endif
+    return -1;
+}
