@@ -55,15 +55,14 @@ def choose_tokens(
         logits = apply_count_penalties(
             logits, generated, options.frequency_penalty, options.presence_penalty
         )
-    if options.temperature == 0.0:
-        if logits.device.type == "cpu":
-            return _likeliest(logits)
+    on_cpu = logits.device.type == "cpu"
+    if options.temperature == 0.0 and not on_cpu:
         largest, chosen = logits.max(-1)  # NaN is larger than all numbers
         return _checked_choice(chosen, largest)
     ids = None
-    if options.top_k:
+    if options.top_k and options.temperature:
         logits, ids = logits.topk(min(options.top_k, logits.shape[-1]))
-    elif logits.device.type == "cpu":
+    elif on_cpu:
         return draw_tokens(logits, options, uniforms)
     elif options.top_p < 1:  # needs tokens in descending order; only this is worth a sort
         logits, ids = logits.sort(-1, descending=True)
@@ -99,6 +98,8 @@ def draw_tokens(logits: Tensor, options: SamplingOptions, uniforms: Sequence[flo
     By numpy: torch divides each operation among threads, which wait for one another, and for a busy
     neighbor of the processor with every one of them.
     """
+    if options.temperature == 0.0:
+        return _likeliest(logits)
     values = logits.detach().numpy()
     largest = values.max(-1, keepdims=True)
     # Infinity less infinity is refused below; a tiny temperature overflows only to -infinity.

@@ -97,6 +97,20 @@ def test_a_row_with_nan_or_infinity_gives_minus_one_and_others_are_drawn(bad, to
     assert draw_tokens(logits, options(top_p, min_p), [0.5] * 3).tolist() == [5, -1, 5]
 
 
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 700, 20_000])
+def test_at_temperature_zero_the_first_of_the_likeliest_is_chosen(size):
+    logits = torch.randn(40, size, generator=torch.Generator().manual_seed(size)).round(decimals=1)
+    found = draw_tokens(logits, options(temperature=0.0), ())
+    assert found.tolist() == logits.numpy().argmax(-1).tolist()
+    logits[1::4] = -math.inf
+    logits[2::4, size // 2] = math.nan
+    logits[3::4, -1] = math.inf
+    found = draw_tokens(logits, options(temperature=0.0), ())
+    assert found.tolist() == drawn.reference(logits, options(temperature=0.0), ()).tolist()
+    assert found[1::4].unique().tolist() == [0]
+    assert found[2::4].unique().tolist() == found[3::4].unique().tolist() == [-1]
+
+
 def test_tiny_and_huge_temperatures():
     logits = torch.tensor([[1.0, 3.0, 2.0]]).repeat(3, 1)
     assert draw_tokens(logits, options(temperature=1e-45), [0.0, 0.5, 0.999]).tolist() == [1, 1, 1]

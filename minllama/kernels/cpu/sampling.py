@@ -1,4 +1,4 @@
-"""Draw tokens in one pass over the logits, each row by one thread; see `src/sampling.inc`."""
+"""Choose tokens in one pass over the logits, each row by one thread; see `src/sampling.inc`."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def serves(logits: Tensor, options: SamplingOptions, uniforms: Sequence[float]) 
 def draw_tokens(logits: Tensor, options: SamplingOptions, uniforms: Sequence[float]) -> Tensor:
     """See `minllama.generation.sampling.draw_tokens`."""
     rows, size = logits.shape
-    if len(uniforms) != rows or not size:
+    if not size or (options.temperature and len(uniforms) != rows):
         raise ops.unfit("draw_tokens", logits, torch.empty(len(uniforms)))
     logits = logits.detach().contiguous()
     draws = torch.tensor(uniforms, dtype=torch.float64, device="cpu")
@@ -30,7 +30,7 @@ def draw_tokens(logits: Tensor, options: SamplingOptions, uniforms: Sequence[flo
     arguments = Draw(
         rows=rows,
         size=size,
-        temperature=max(options.temperature, SMALLEST),
+        temperature=options.temperature and max(options.temperature, SMALLEST),
         top_p=options.top_p,
         min_p=options.min_p,
         logits=logits.data_ptr(),
