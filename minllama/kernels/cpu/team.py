@@ -13,6 +13,7 @@ class Team:
     and a pass is faster without it. As soon as threads spend more than `TOLERATED` of the time
     without a core, as many as are missing are left out; after a pause, which doubles each time that
     this was too early, all of them are tried again. Results don't depend on the number of threads.
+    Waiting for weights that are still on disk counts as well, for the first passes over a new file.
 
     Times are seconds, of one clock that never goes back.
     """
