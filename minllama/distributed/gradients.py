@@ -7,7 +7,7 @@ sum over micro-batches and processes is what one process computes for the batch.
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -121,12 +121,12 @@ class ReplicatedGradients(Gradients):
             warnings.simplefilter("ignore", FutureWarning)
             # Not the frozen base: it is the same in all processes, and may be a mapped file.
             self._replica = nn.parallel.DistributedDataParallel(
-                Logits(classifier), init_sync=False, broadcast_buffers=False
+                Computation(cast(nn.Module, classifier)), init_sync=False, broadcast_buffers=False
             )
         self._replica.register_comm_hook(None, _summed)
 
     def logits(self, prompts: Sequence[Any]) -> Tensor:
-        return cast(Tensor, self._replica(prompts))
+        return cast(Tensor, self._replica(lambda classifier: classifier.compute_logits(prompts)))
 
     @contextlib.contextmanager
     def accumulating(self, *, is_last: bool) -> Any:
@@ -134,15 +134,15 @@ class ReplicatedGradients(Gradients):
             yield
 
 
-class Logits(nn.Module):
-    """`compute_logits` as a forward pass, before and after which torch exchanges tensors."""
+class Computation(nn.Module):
+    """Any computation as a forward pass, before and after which torch exchanges tensors."""
 
-    def __init__(self, classifier: ComputesLogits) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.module = module
 
-    def forward(self, prompts: Sequence[Any]) -> Tensor:
-        return self.classifier.compute_logits(prompts)
+    def forward(self, compute: Callable[[Any], Any]) -> Any:
+        return compute(self.module)
 
 
 def _summed(

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from minllama.distributed.gradients import Computation
 from minllama.distributed.ranks import Ranks
 from minllama.distributed.shard import Shard
 from minllama.engine.support import HOOKS_OF_SHARDING
@@ -36,7 +37,7 @@ class ShardedModules:
 
     def __init__(self, module: nn.Module, shards: Mapping[str, Shard], ranks: Ranks) -> None:
         self.module, self._ranks = copy_of_modules(module), ranks
-        self._root = _Computation(self.module)
+        self._root = Computation(self.module)
         self._divide(shards)
         self.parameters = {name: self._filled(name, shard) for name, shard in shards.items()}
 
@@ -146,17 +147,6 @@ class ShardedModules:
     def _place_of(self, name: str) -> tuple[nn.Module, str]:
         owner, _, attribute = name.rpartition(".")
         return self.module.get_submodule(owner), attribute
-
-
-class _Computation(nn.Module):
-    """Any computation as a forward pass, before and after which torch exchanges tensors."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, compute: Callable[[nn.Module], Any]) -> Any:
-        return compute(self.module)
 
 
 def fully_sharded(

@@ -6,10 +6,11 @@ compiled for it, it does not.
 
 import torch
 
-from minllama.kernels.cpu import library, team
+from minllama.engine import cpu
+from minllama.kernels.cpu import library
 
 
 def pytest_configure() -> None:
     library._use_torchs_threads = lambda found: None
     torch.set_num_threads(4)
-    team.TOLERATED = 4  # also with fewer cores than threads
+    cpu._TEAM.size = lambda threads, now: threads  # also with fewer cores than threads

@@ -93,6 +93,7 @@ assert max(lost for threads, lost in used if threads == 2) > 0.25
 
 @pytest.mark.skipif(library() is None, reason="the package was installed without a compiler")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads can't be bound to a core")
+@pytest.mark.skipif("TSAN_OPTIONS" in os.environ, reason="torch's OpenMP is not instrumented")
 def test_two_threads_on_one_core_become_one():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", PINNED], cwd=root, capture_output=True, text=True)
