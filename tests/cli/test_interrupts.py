@@ -12,6 +12,11 @@ import pytest
 pytest.importorskip("fcntl")
 
 
+def heeding_ctrl_c() -> None:
+    """A shell that runs the tests in the background has them ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("gap", [0.0, 0.05])
 @pytest.mark.parametrize(
     "moment",
@@ -30,8 +35,7 @@ def test_a_second_interrupt_ends_a_run_as_the_first(
             stdout=subprocess.DEVNULL,
             start_new_session=True,
             env=os.environ | {"TERM": "dumb"},
-            # A shell that runs the tests in the background has them ignore Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=heeding_ctrl_c,
         )
         time.sleep(moment)
         process.send_signal(signal.SIGINT)
@@ -63,6 +67,10 @@ except KeyboardInterrupt:
 def test_an_interrupt_in_a_callback_comes_once_more():
     """Python could only print it there, with a traceback, and go on."""
     ended = subprocess.run(
-        [sys.executable, "-c", IN_A_CALLBACK], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", IN_A_CALLBACK],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=heeding_ctrl_c,
     )
     assert (ended.stdout, ended.stderr) == ("raised\n", "")
