@@ -19,7 +19,6 @@ from minllama.model.attention_layout import NOT_FINITE
 from minllama.options import SamplingOptions
 
 BLOCK = 512  # weights per block: block sums are searched first
-SMALLEST = torch.finfo(torch.float32).tiny  # lower temperatures would be rounded to 0
 
 
 def choose_tokens(
@@ -68,7 +67,7 @@ def choose_tokens(
         logits, ids = logits.sort(-1, descending=True)
     largest = logits.amax(-1, keepdim=True)
     # Shifted before division, so that a tiny temperature overflows only to -infinity.
-    scaled = (logits - largest) / max(options.temperature, SMALLEST)
+    scaled = (logits - largest) / options.divisor
     if options.top_p == 1 and options.min_p == 0:
         # A softmax would only divide by a constant, which does not affect draws.
         weights = scaled.exp()
@@ -105,7 +104,7 @@ def draw_tokens(logits: Tensor, options: SamplingOptions, uniforms: Sequence[flo
     # Infinity less infinity is refused below; a tiny temperature overflows only to -infinity.
     with np.errstate(invalid="ignore", over="ignore"):
         weights = values - largest
-        weights /= max(options.temperature, SMALLEST)
+        weights /= options.divisor
     np.exp(weights, out=weights)
     if options.top_p == 1 and options.min_p == 0:
         chosen = draw(torch.from_numpy(weights), uniforms)

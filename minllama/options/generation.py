@@ -6,6 +6,8 @@ from typing import ClassVar
 from minllama.errors import OptionError
 from minllama.options.base import CheckedOptions, Range, option
 
+SMALLEST = 2.0**-126  # positive number of float32 with all of its digits
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(CheckedOptions):
@@ -53,6 +55,11 @@ class SamplingOptions(CheckedOptions):
     seed: int | None = option(
         None, "seed of the random number generator, for repeatable samples", within=Range(0)
     )
+
+    @property
+    def divisor(self) -> float:
+        """What logits are divided by: the temperature, where float32 does not round it to 0."""
+        return self.temperature and max(self.temperature, SMALLEST)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from minllama.kernels.cpu import team
-from minllama.kernels.cpu.library import library
+from minllama.kernels.cpu.library import best_level
+from minllama.kernels.hardware import PORTABLE
 
 STEP = 0.004
 
@@ -84,14 +85,16 @@ cpu._TEAM.ran = ran
 model = our_model(dim=256, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=64, hidden_dim=512)
 engine = engine_for(model)
 with torch.inference_mode():
-    while len(used) < 3000 and not any(threads == 1 for threads, _ in used):
+    for _ in range(3000):
         engine.forward(random_ids(1, 64), cache=model.new_cache(1, 64))
+        if used[-1][0] == 1:
+            break
 assert used[-1][0] == 1, used[-20:]
 assert max(lost for threads, lost in used if threads == 2) > 0.25
 """
 
 
-@pytest.mark.skipif(library() is None, reason="the package was installed without a compiler")
+@pytest.mark.skipif(best_level() == PORTABLE, reason="passes run torch's modules")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads can't be bound to a core")
 @pytest.mark.skipif("TSAN_OPTIONS" in os.environ, reason="torch's OpenMP is not instrumented")
 def test_two_threads_on_one_core_become_one():

@@ -11,8 +11,6 @@ from minllama.kernels.cpu.structs import Draw
 from minllama.kernels.dispatch import register
 from minllama.options import SamplingOptions
 
-SMALLEST = torch.finfo(torch.float32).tiny  # lower temperatures would be rounded to 0
-
 
 def serves(logits: Tensor, options: SamplingOptions, uniforms: Sequence[float]) -> bool:
     """Whether compiled code draws from these logits."""
@@ -30,7 +28,7 @@ def draw_tokens(logits: Tensor, options: SamplingOptions, uniforms: Sequence[flo
     arguments = Draw(
         rows=rows,
         size=size,
-        temperature=options.temperature and max(options.temperature, SMALLEST),
+        temperature=options.divisor,
         top_p=options.top_p,
         min_p=options.min_p,
         logits=logits.data_ptr(),
