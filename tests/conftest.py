@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OF_THE_PROCESSOR = {
     f"test_{name}.py"
     for name in (
+        "amx",
         "classifier_quantized",
         "gguf",
         "hardware",
@@ -144,8 +145,8 @@ def as_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     from minllama.kernels.cpu import library
 
     def forget() -> None:
-        decided = hardware.stated, hardware.calibration, hardware.choice, hardware.sums_from
-        for function in (*decided, library.best_level):
+        decided = hardware.stated, hardware.calibration, hardware.choice
+        for function in (*decided, hardware.sums_from, hardware.amx_from, library.best_level):
             function.cache_clear()
 
     def state(*features: str, level: str | None = None) -> None:

@@ -2,8 +2,8 @@
 
 The forward pass of `minllama.model.llama`, on the same weights and the same cache, without an
 interpreter between its products; `kernels/cpu/src/bindings.cpp` computes it. Passes of which
-torch's products are faster run the modules: long ones in half precision on CPUs that multiply it,
-and without vector instructions.
+torch's products are faster run the modules: long ones in half precision on CPUs that multiply it
+without matrix instructions (AMX), and without vector instructions.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minllama.engine.base import Engine, TokenTree
 from minllama.engine.support import is_supported, layers_of, linear_modules
 from minllama.kernels.cpu.library import best_level, call, library
-from minllama.kernels.cpu.ops import floats
+from minllama.kernels.cpu.ops import AMX_COLUMNS, floats
 from minllama.kernels.cpu.structs import (
     KINDS,
     Layer,
@@ -33,7 +33,7 @@ from minllama.kernels.cpu.structs import (
 )
 from minllama.kernels.cpu.team import Team
 from minllama.kernels.dispatch import is_plain
-from minllama.kernels.hardware import AVX512, choice, sums_from
+from minllama.kernels.hardware import AVX512, amx_from, choice, has_amx, sums_from
 from minllama.model import llama as modules
 from minllama.model.attention_layout import (
     check_context,
@@ -108,6 +108,14 @@ def _is_quantized(llama: Llama) -> bool:
     return all(isinstance(matrix, QuantizedWeight) for matrix in matrices)
 
 
+def _amx_from(llama: Llama) -> int:
+    """From how many tokens of a pass on products are of bfloat16, by matrix instructions."""
+    widths = llama.config.dim, llama.config.n_heads * llama.config.head_dim, llama.config.hidden_dim
+    if (llama.long_dtype or llama.dtype) != torch.bfloat16 or any(n % AMX_COLUMNS for n in widths):
+        return 0
+    return amx_from(best_level(), is_quantized=_is_quantized(llama))
+
+
 def most_tokens(llama: Llama, *, of_one_each: bool) -> float:
     """The most tokens of a pass that suits the native step.
 
@@ -119,7 +127,10 @@ def most_tokens(llama: Llama, *, of_one_each: bool) -> float:
         name = "quantized pass"
     else:
         name = "dense step" if of_one_each else "dense pass"
-    return choice(name, best_level(), llama.long_dtype or llama.dtype).limit
+    dtype = llama.long_dtype or llama.dtype
+    if has_amx(dtype) and not _amx_from(llama):  # of unusual widths
+        name = "quantized"
+    return choice(name, best_level(), dtype).limit
 
 
 class NativeStep:
@@ -296,6 +307,7 @@ class NativeStep:
             hidden_dim=config.hidden_dim,
             activation_bits=min(_activation_bits(llama), default=16),
             sums_from=sums_from(best_level()) if _is_quantized(llama) else 0,
+            amx_from=_amx_from(llama),
             norm_eps=config.norm_eps,
             embedding=embedding,
             output=embedding if llama.output is None else self._linear(llama.output),
@@ -396,7 +408,7 @@ class CpuEngine(Engine):
             self.cache_dtype = torch.float16
         # Products of AVX-512 over quantized weights are the same for one token and for several;
         # others are added up in another order.
-        is_every_pass = most_tokens(llama, of_one_each=False) == math.inf
+        is_every_pass = most_tokens(llama, of_one_each=False) == math.inf and not _amx_from(llama)
         is_exact = best_level() == AVX512 and _is_quantized(llama)
         self.is_batch_invariant = is_exact and is_every_pass
 

@@ -204,7 +204,8 @@ CHOICES = {
     "attention": ("attention of whole texts", "tokens"),
     "attention trained": ("attention with gradients", "tokens"),
 }
-OF_MATRICES = ("quantized", "quantized pass", "dense step", "dense pass")  # where torch has its own
+OF_PASSES = ("quantized pass", "dense step", "dense pass")
+OF_MATRICES = ("quantized", *OF_PASSES)  # where torch has its own
 DENSE = ("dense step", "dense pass", "dense")
 # Beside vector instructions for bfloat16, measured on two cores of Zen 4 in whole passes.
 BFLOAT16 = {"dense step": 24, "dense pass": 32}
@@ -234,6 +235,8 @@ def choice(name: str, level: int, dtype: torch.dtype = torch.float32) -> Choice:
     kind = str(dtype).removeprefix("torch.")
     if name in OF_MATRICES and level == PORTABLE:
         return Choice(32, unit, "without vector instructions, torch's products are faster")
+    if name in OF_PASSES and dtype == torch.bfloat16 and amx_from(level, is_quantized=True):
+        return Choice(UNLIMITED, unit, "AMX multiplies many rows in bfloat16")
     if name in OF_MATRICES and has_amx(dtype):
         return Choice(32, unit, f"AMX multiplies {kind} faster than vectors multiply")
     if name in BFLOAT16 and dtype == torch.bfloat16 and fast_bfloat16("cpu"):
@@ -278,6 +281,27 @@ def calibration() -> Mapping[str, float]:
     # Imported late: it is above this module, since it multiplies.
     found: Mapping[str, float] = import_module("minllama.kernels.cpu.calibration").limits()
     return found
+
+
+# Rows; measured on two cores of a Xeon (Sapphire Rapids). Beside quantized weights, fewer are
+# multiplied exactly, as integers.
+AMX_FROM, AMX_FROM_QUANTIZED = 9, 33
+
+
+@functools.cache
+def amx_from(level: int, *, is_quantized: bool) -> int:
+    """From how many rows on compiled code multiplies bfloat16 by matrix instructions; 0 for never.
+
+    Args:
+        level: index into LEVELS of the instructions that compiled code uses.
+        is_quantized: whether the weights are.
+    """
+    if level < AVX512 or not has_amx(torch.bfloat16):
+        return 0
+    # Where MINLLAMA_CPU states AMX, compiled code emulates what is missing.
+    if stated() is None and not import_module("minllama.kernels.cpu.library").amx_works():
+        return 0
+    return AMX_FROM_QUANTIZED if is_quantized else AMX_FROM
 
 
 SUMS_FROM = 32  # rows; measured on Zen 5, where 24 in a pass are 2% slower

@@ -150,6 +150,8 @@ class _Matmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
         ctx.weight = weight
         rows = x.numel() // weight.in_features
+        if ops.has_half_matmul(x, weight.in_features, is_quantized=True):
+            return ops.half_matmul(weight, x)
         if ops.serves(x) and rows <= ops.most_rows(x.dtype):
             return ops.quantized_matmul(weight, x).to(x.dtype)
         if gpu.serves(x):

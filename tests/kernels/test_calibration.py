@@ -177,7 +177,8 @@ def test_both_kernels_that_are_timed_compute_the_same():
         (AVX2, [], {"dense": inf, "upcast": inf}),
         (AVX512, [], {"quantized": inf, "dense step": inf, "dense pass": inf, "attention": 64}),
         (AVX512, ["bf16"], {"quantized": 192, "quantized pass": inf, "dense pass": 32}),
-        (AVX512, ["amx"], {"quantized": 32, "quantized pass": 32, "dense step": 32}),
+        (AVX512, ["amx"], {"quantized": 32, "quantized pass": inf, "dense step": inf}),
+        (AVX2, ["amx"], {"quantized": 32, "quantized pass": 32, "dense pass": 32}),
     ],
 )
 def test_rules_by_instruction_sets(as_cpu, level, features, expected):

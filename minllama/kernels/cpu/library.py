@@ -47,6 +47,13 @@ def best_level() -> int:
     return level_of(0 if found is None else int(found.minllama_best_level()))
 
 
+@functools.cache
+def amx_works() -> bool:
+    """Whether compiled code can use this processor's matrix instructions (AMX)."""
+    found = library()
+    return found is not None and bool(found.minllama_has_amx())
+
+
 def call(
     name: str, *arguments: ctypes.Structure, level: int | None = None, threads: int | None = None
 ) -> None:

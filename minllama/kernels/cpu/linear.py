@@ -75,6 +75,9 @@ def matmul(x: Tensor, matrix: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype not in HALF_DTYPES:
         return x @ matrix
+    if matrix.dtype == x.dtype and ops.has_half_matmul(x, len(matrix), is_quantized=False):
+        turned = matrix.is_contiguous()
+        return ops.half_matmul(matrix if turned else matrix.t(), x, turned=turned)
     rows = x.reshape(-1, x.shape[-1])
     n = len(rows)
     y = rows.new_empty(n, matrix.shape[1])

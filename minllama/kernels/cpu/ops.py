@@ -24,6 +24,7 @@ from minllama.kernels.cpu.structs import (
     AdamW,
     Blocks,
     Dequantize,
+    HalfMatmul,
     Matmul,
     Norm,
     RoPE,
@@ -32,13 +33,14 @@ from minllama.kernels.cpu.structs import (
     quantized_linear,
 )
 from minllama.kernels.dispatch import is_plain, register
-from minllama.kernels.hardware import choice, sums_from
+from minllama.kernels.hardware import amx_from, choice, sums_from
 from minllama.kernels.quantized_matrix import QuantizedMatrix
 
 DTYPES = frozenset(KINDS)
 # Rows of a dense product, beyond which they are packed (FEW_TOKENS of src/dense_panels.inc), to a
 # multiple of what a panel has at any level.
 FEW_ROWS, MOST_PANEL = 24, 48
+AMX_COLUMNS = 32  # that matrix instructions multiply at a time
 MOST_PACKED = 576  # rows that are packed together, which bounds the memory that it takes
 
 
@@ -203,6 +205,45 @@ def dense_matmul(weight: Tensor, x: Tensor) -> Tensor:
             call("pack_activations", arguments)
         call("matmul", arguments)
     return y
+
+
+def half_matmul(weight: QuantizedMatrix | Tensor, x: Tensor, *, turned: bool = False) -> Tensor:
+    """Compute x W^T in bfloat16 by matrix instructions: (..., in) -> (..., out), bfloat16.
+
+    Args:
+        weight: quantized, or dense (out, in); `in` is a multiple of 32.
+        x: bfloat16.
+        turned: whether a dense weight is (in, out) instead, so that this is x W.
+    """
+    if isinstance(weight, Tensor):
+        weight = weight.contiguous()
+        described = dense_linear(weight)
+        if turned:
+            described.in_dim, described.out_dim = described.out_dim, described.in_dim
+    else:
+        described = quantized_linear(weight)
+    in_dim, out_dim = described.in_dim, described.out_dim
+    if x.shape[-1] != in_dim or in_dim % AMX_COLUMNS or x.dtype != torch.bfloat16:
+        raise MinllamaError(f"a weight of {in_dim} columns times {tuple(x.shape)} {x.dtype}")
+    x = x.contiguous()
+    y = torch.empty(*x.shape[:-1], out_dim, dtype=torch.bfloat16, device="cpu")
+    arguments = HalfMatmul(
+        ctypes.pointer(described),
+        turned=turned,
+        rows=x.numel() // in_dim,
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+    )
+    call("half_matmul", arguments)
+    return y
+
+
+def has_half_matmul(x: Tensor, in_dim: int, *, is_quantized: bool) -> bool:
+    """Whether `half_matmul` supports x (..., in), and is faster than torch's products."""
+    if not serves(x) or x.dtype != torch.bfloat16 or in_dim % AMX_COLUMNS:
+        return False
+    least = amx_from(best_level(), is_quantized=is_quantized)
+    return 0 < least <= x.numel() // max(in_dim, 1)
 
 
 def _adamw_serves(

@@ -73,6 +73,7 @@ class Model(Structure):
         ("hidden_dim", c_int64),
         ("activation_bits", c_int64),
         ("sums_from", c_int64),
+        ("amx_from", c_int64),
         ("norm_eps", c_double),
         ("embedding", Linear),
         ("output", Linear),
@@ -184,6 +185,16 @@ class Matmul(Structure):
     )
 
 
+class HalfMatmul(Structure):
+    _fields_ = (
+        ("weight", POINTER(Linear)),
+        ("turned", c_int64),
+        ("rows", c_int64),
+        ("x", c_void_p),
+        ("y", c_void_p),
+    )
+
+
 class AdamW(Structure):
     _fields_ = (
         ("n_tensors", c_int64),
@@ -268,7 +279,7 @@ class Draw(Structure):
 # In the order of `src/structs.h`.
 STRUCTS = (
     *(Values, Linear, Layer, Model, Step, Norm, SwiGLU),
-    *(RoPE, Dequantize, Blocks, Matmul, AdamW, Heads, Attention, LowRank, Draw),
+    *(RoPE, Dequantize, Blocks, Matmul, HalfMatmul, AdamW, Heads, Attention, LowRank, Draw),
 )
 
 _TYPE_NAMES = {c_int64: "int64", c_double: "double", c_void_p: "pointer"}

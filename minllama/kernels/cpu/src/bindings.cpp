@@ -25,6 +25,33 @@
 #define X86 0
 #endif
 
+// Whether the compiler's assembler knows AMX.
+#if X86 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define AMX 1
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#define AMX 0
+#endif
+
+// Whether this processor multiplies matrices of bfloat16 (AMX), and the system lets this process.
+static bool amx_works() {
+#if AMX
+    static const bool works = [] {
+        unsigned eax, ebx, ecx, edx;
+        constexpr unsigned BF16 = 1u << 22, TILES = 1u << 24;
+        if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & BF16) || !(edx & TILES)) return false;
+        if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & 1u << 5)) return false;  // AVX512-BF16
+        constexpr long REQUEST_PERMISSION = 0x1023, OF_TILES = 18;  // arch_prctl, for this process
+        return syscall(SYS_arch_prctl, REQUEST_PERMISSION, OF_TILES) == 0;
+    }();
+    return works;
+#else
+    return false;
+#endif
+}
+
 #define EXPORT __attribute__((visibility("default")))
 
 #if X86
@@ -41,6 +68,7 @@ namespace avx512 {
 #include "matmul.inc"
 #include "dense_panels.inc"
 #include "winograd.inc"
+#include "amx.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
 #include "step_attention.inc"
@@ -66,6 +94,7 @@ namespace avx2 {
 #include "matmul.inc"
 #include "dense_panels.inc"
 #include "winograd.inc"
+#include "amx.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
 #include "step_attention.inc"
@@ -90,6 +119,7 @@ namespace plain {
 #include "matmul.inc"
 #include "dense_panels.inc"
 #include "winograd.inc"
+#include "amx.inc"
 #include "small_product.inc"
 #include "cached_attention.inc"
 #include "step_attention.inc"
@@ -144,6 +174,8 @@ Activations activations(Arena& arena, const Model& model, int64_t tokens, int64_
     a.n = n;
     a.bits = model.activation_bits;
     a.sums_from = model.sums_from;
+    a.amx_from = model.amx_from;
+    a.halves = a.in_bfloat16(tokens) ? arena.take<uint16_t>(tokens * n) : nullptr;
     a.values = arena.take<float>(tokens * n);
     a.quants = arena.take<int8_t>(tokens * n * 3);
     a.scales = arena.take<float>(tokens * (n / 32 + 1));
@@ -429,6 +461,13 @@ EXPORT int minllama_matmul(const Matmul* a, int64_t threads, int level) {
     const bool finely = a->panels || (a->sums_from && a->rows >= a->sums_from);
     return operate(AT_LEVEL(matmul_tiles), *a, total, EACH, 0, w.in_dim * w.out_dim, threads, finely);
 }
+
+EXPORT int minllama_half_matmul(const HalfMatmul* a, int64_t threads, int level) {
+    const int64_t total = AT_LEVEL(amx_parts)(*a->weight, a->rows);
+    return operate(AT_LEVEL(half_matmul), *a, total, EACH, 0, a->rows * a->weight->out_dim, threads, true);
+}
+
+EXPORT int minllama_has_amx() { return amx_works(); }
 
 // Also a first call, of two: for many rows of a dense weight.
 EXPORT int minllama_pack_activations(const Matmul* a, int64_t threads, int level) {

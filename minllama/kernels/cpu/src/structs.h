@@ -40,6 +40,7 @@ struct Model {
     // At least 12: so many tokens are multiplied as winograd.inc does. Or 0, where none are: as in a layer that is not
     // quantized throughout, since the gate of its feed-forward reads activations in one order only.
     int64_t sums_from;
+    int64_t amx_from;  // so many tokens are multiplied in bfloat16, by amx.inc: in_dim of all layers is a multiple of 32. Or 0
     double norm_eps;
     Linear embedding;  // (V, D)
     Linear output;     // the same one where they are tied
@@ -123,6 +124,15 @@ struct Matmul {
     int32_t* sums;
     float* y;       // (rows, out)
     float* panels;  // room for (rows, in), rows rounded up to 48: for many rows of dense weights; or null
+};
+
+// Y = X W^T, or X W, in bfloat16: amx.inc.
+struct HalfMatmul {
+    const Linear* weight;  // the latter: dense, as if of W^T, whose rows are W's columns
+    int64_t turned;        // whether it is that
+    int64_t rows;
+    const uint16_t* x;     // (rows, in)
+    uint16_t* y;           // (rows, out)
 };
 
 struct AdamW {
