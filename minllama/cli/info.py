@@ -150,7 +150,7 @@ def _kernels(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
 
     from minllama.checkpoints.weight_format import has_blocks, resolve_weight_format
     from minllama.kernels.cpu.library import best_level, library
-    from minllama.kernels.hardware import CHOICES, choice, fast_bfloat16
+    from minllama.kernels.hardware import CHOICES, OF_PASSES, choice, fast_bfloat16
 
     reads = resolve_weight_format(checkpoint, LoadOptions(quantize="auto"), "read")
     weights = resolve_weight_format(checkpoint, LoadOptions(quantize="auto"))
@@ -162,8 +162,14 @@ def _kernels(checkpoint: "Checkpoint") -> list[tuple[str, str]]:
         names = ["dense step", "dense pass"]
         if weights.dtype == torch.float32:
             names.append("upcast" if weights.quantize else "dense")
-    rows = [(CHOICES[name][0], choice(name, best_level(), weights.dtype)) for name in names]
-    if "quantized" in names and fast_bfloat16("cpu"):
+    is_long = "quantized" in names and fast_bfloat16("cpu")  # long passes are of bfloat16
+    of_passes = torch.bfloat16 if is_long else weights.dtype
+    dtypes = [of_passes if name in OF_PASSES else weights.dtype for name in names]
+    rows = [
+        (CHOICES[name][0], choice(name, best_level(), dtype))
+        for name, dtype in zip(names, dtypes, strict=True)
+    ]
+    if is_long:
         what = "the same to score texts"
         rows.insert(1, (what, choice("quantized", best_level(), torch.bfloat16)))
     rows.append((CHOICES["attention"][0], choice("attention", best_level(), reads.dtype)))

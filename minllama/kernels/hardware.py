@@ -236,7 +236,9 @@ def choice(name: str, level: int, dtype: torch.dtype = torch.float32) -> Choice:
     if name in OF_MATRICES and level == PORTABLE:
         return Choice(32, unit, "without vector instructions, torch's products are faster")
     if name in OF_PASSES and dtype == torch.bfloat16 and amx_from(level, is_quantized=True):
-        return Choice(UNLIMITED, unit, "AMX multiplies many rows in bfloat16")
+        return Choice(UNLIMITED, unit, "AMX multiplies bfloat16 where there are many rows")
+    if name == "quantized" and dtype == torch.bfloat16 and amx_from(level, is_quantized=True):
+        return Choice(32, unit, "as integers, and more in bfloat16, which AMX multiplies")
     if name in OF_MATRICES and has_amx(dtype):
         return Choice(32, unit, f"AMX multiplies {kind} faster than vectors multiply")
     if name in BFLOAT16 and dtype == torch.bfloat16 and fast_bfloat16("cpu"):
