@@ -184,10 +184,10 @@ def _fastest_to_read(
 def long_dtype(model: nn.Module) -> torch.dtype | None:
     """The fastest dtype for long forward passes of a quantized model on this CPU; None for its own.
 
-    bfloat16 if the hardware multiplies it: matrices are dequantized to it one by one. Decoding and
-    short passes stay in float32, with integers. On the default model that costs 0.1% of perplexity
-    and no accuracy; a fifth of the greedy tokens after such a pass differ because of near ties
-    (docs/benchmarks.md).
+    bfloat16 if the hardware multiplies it: weights are dequantized to it as they are read. Decoding
+    and short passes stay in float32, with integers. On the default model that costs 0.1% of
+    perplexity and no accuracy; a fifth of the greedy tokens after such a pass differ because of
+    near ties (docs/benchmarks.md).
     """
     layers = getattr(model, "layers", ())
     linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]

@@ -175,6 +175,8 @@ UNLIMITED = math.inf
 class Choice:
     """Up to which size minllama's compiled code computes; beyond it, torch does.
 
+    Of quantized products in bfloat16: up to which size they are of integers.
+
     Attributes:
         limit: the largest size that compiled code serves.
         unit: of the limit.
@@ -235,10 +237,10 @@ def choice(name: str, level: int, dtype: torch.dtype = torch.float32) -> Choice:
     kind = str(dtype).removeprefix("torch.")
     if name in OF_MATRICES and level == PORTABLE:
         return Choice(32, unit, "without vector instructions, torch's products are faster")
-    if name in OF_PASSES and dtype == torch.bfloat16 and amx_from(level, is_quantized=True):
-        return Choice(UNLIMITED, unit, "AMX multiplies bfloat16 where there are many rows")
-    if name == "quantized" and dtype == torch.bfloat16 and amx_from(level, is_quantized=True):
-        return Choice(32, unit, "as integers, and more in bfloat16, which AMX multiplies")
+    if name in OF_MATRICES and dtype == torch.bfloat16 and (least := amx_from(level)):
+        if name in OF_PASSES:
+            return Choice(UNLIMITED, unit, "AMX multiplies bfloat16 where there are many rows")
+        return Choice(least - 1, unit, "in integers; more rows in bfloat16, by AMX")
     if name in OF_MATRICES and has_amx(dtype):
         return Choice(32, unit, f"AMX multiplies {kind} faster than vectors multiply")
     if name in BFLOAT16 and dtype == torch.bfloat16 and fast_bfloat16("cpu"):
@@ -291,7 +293,7 @@ AMX_FROM, AMX_FROM_QUANTIZED = 9, 33
 
 
 @functools.cache
-def amx_from(level: int, *, is_quantized: bool) -> int:
+def amx_from(level: int, *, is_quantized: bool = True) -> int:
     """From how many rows on compiled code multiplies bfloat16 by matrix instructions; 0 for never.
 
     Args:

@@ -39,10 +39,10 @@ def test_products_are_those_of_the_rounded_values(rows, out, n):
     assert y.dtype == torch.bfloat16
     # One rounding of the result, and sums of float32.
     assert ((y.double() - exact).abs() <= EPS / 2 * exact.abs() + 1e-5 * n**0.5).all()
-    assert torch.equal(ops.half_matmul(weight.T.contiguous(), x, turned=True), y)
+    assert torch.equal(ops.half_matmul(weight.T.contiguous(), x, transposed=True), y)
     for kind in (torch.float16, torch.float32):
         assert torch.equal(ops.half_matmul(weight.to(kind), x), y)
-        assert torch.equal(ops.half_matmul(weight.to(kind).T.contiguous(), x, turned=True), y)
+        assert torch.equal(ops.half_matmul(weight.to(kind).T.contiguous(), x, transposed=True), y)
 
 
 def test_a_rows_bits_depend_neither_on_its_company_nor_on_threads():

@@ -5,7 +5,8 @@ torch multiplies bfloat16 and float16 on CPUs with oneDNN, which compiles and ke
 each number of rows, with scratch memory proportional to the rows: 2 MB for each of the four matrix
 shapes of a 135M model at 3,000 rows. A long file of texts, whose batches all have different numbers
 of tokens, then takes gigabytes. Here such a matmul is computed in chunks of CHUNK rows, the last
-one padded to a multiple of STEP, so that there are only CHUNK / STEP numbers of rows.
+one padded to a multiple of STEP, so that there are only CHUNK / STEP numbers of rows. Beside AMX,
+bfloat16 is multiplied in compiled code instead.
 """
 
 from typing import Any
@@ -76,8 +77,8 @@ def matmul(x: Tensor, matrix: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype not in HALF_DTYPES:
         return x @ matrix
     if matrix.dtype == x.dtype and ops.has_half_matmul(x, len(matrix), is_quantized=False):
-        turned = matrix.is_contiguous()
-        return ops.half_matmul(matrix if turned else matrix.t(), x, turned=turned)
+        transposed = matrix.is_contiguous()
+        return ops.half_matmul(matrix if transposed else matrix.t(), x, transposed=transposed)
     rows = x.reshape(-1, x.shape[-1])
     n = len(rows)
     y = rows.new_empty(n, matrix.shape[1])

@@ -148,7 +148,7 @@ def pack(raw: Tensor, rows: int, bits: int, has_mins: bool) -> tuple[Tensor, Ten
 
 
 def most_rows(dtype: torch.dtype) -> float:
-    """The most rows for which `quantized_matmul` is faster than dequantizing and torch's matmul."""
+    """The most rows for which `quantized_matmul` is faster than products of dequantized weights."""
     return choice("quantized", best_level(), dtype).limit
 
 
@@ -207,18 +207,21 @@ def dense_matmul(weight: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-def half_matmul(weight: QuantizedMatrix | Tensor, x: Tensor, *, turned: bool = False) -> Tensor:
+def half_matmul(weight: QuantizedMatrix | Tensor, x: Tensor, *, transposed: bool = False) -> Tensor:
     """Compute x W^T in bfloat16 by matrix instructions: (..., in) -> (..., out), bfloat16.
 
     Args:
         weight: quantized, or dense (out, in); `in` is a multiple of 32.
         x: bfloat16.
-        turned: whether a dense weight is (in, out) instead, so that this is x W.
+        transposed: whether a dense weight is (in, out) instead, so that this is x W.
+
+    Raises:
+        MinllamaError: shapes or dtypes do not match.
     """
     if isinstance(weight, Tensor):
         weight = weight.contiguous()
         described = dense_linear(weight)
-        if turned:
+        if transposed:
             described.in_dim, described.out_dim = described.out_dim, described.in_dim
     else:
         described = quantized_linear(weight)
@@ -229,7 +232,7 @@ def half_matmul(weight: QuantizedMatrix | Tensor, x: Tensor, *, turned: bool = F
     y = torch.empty(*x.shape[:-1], out_dim, dtype=torch.bfloat16, device="cpu")
     arguments = HalfMatmul(
         ctypes.pointer(described),
-        turned=turned,
+        transposed=transposed,
         rows=x.numel() // in_dim,
         x=x.data_ptr(),
         y=y.data_ptr(),
@@ -240,7 +243,7 @@ def half_matmul(weight: QuantizedMatrix | Tensor, x: Tensor, *, turned: bool = F
 
 def has_half_matmul(x: Tensor, in_dim: int, *, is_quantized: bool) -> bool:
     """Whether `half_matmul` supports x (..., in), and is faster than torch's products."""
-    if not serves(x) or x.dtype != torch.bfloat16 or in_dim % AMX_COLUMNS:
+    if x.dtype != torch.bfloat16 or in_dim % AMX_COLUMNS or not serves(x):
         return False
     least = amx_from(best_level(), is_quantized=is_quantized)
     return 0 < least <= x.numel() // max(in_dim, 1)

@@ -188,7 +188,7 @@ class Matmul(Structure):
 class HalfMatmul(Structure):
     _fields_ = (
         ("weight", POINTER(Linear)),
-        ("turned", c_int64),
+        ("transposed", c_int64),
         ("rows", c_int64),
         ("x", c_void_p),
         ("y", c_void_p),

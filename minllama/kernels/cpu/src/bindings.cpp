@@ -175,7 +175,7 @@ Activations activations(Arena& arena, const Model& model, int64_t tokens, int64_
     a.bits = model.activation_bits;
     a.sums_from = model.sums_from;
     a.amx_from = model.amx_from;
-    a.halves = a.in_bfloat16(tokens) ? arena.take<uint16_t>(tokens * n) : nullptr;
+    a.bfloat16s = a.in_bfloat16(tokens) ? arena.take<uint16_t>(tokens * n) : nullptr;
     a.values = arena.take<float>(tokens * n);
     a.quants = arena.take<int8_t>(tokens * n * 3);
     a.scales = arena.take<float>(tokens * (n / 32 + 1));

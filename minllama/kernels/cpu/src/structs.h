@@ -128,8 +128,8 @@ struct Matmul {
 
 // Y = X W^T, or X W, in bfloat16: amx.inc.
 struct HalfMatmul {
-    const Linear* weight;  // the latter: dense, as if of W^T, whose rows are W's columns
-    int64_t turned;        // whether it is that
+    const Linear* weight;  // of the latter dense, with in_dim and out_dim of the product
+    int64_t transposed;    // whether it is stored as (in, out): the latter
     int64_t rows;
     const uint16_t* x;     // (rows, in)
     uint16_t* y;           // (rows, out)
